@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all their set-up themselves: the environment is made once, and made again only when
+# pyproject.toml has changed since.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin
+
+.PHONY: demo test test-fast lint format clean
+
+demo: $(READY)
+	rm -rf build/demo && mkdir -p build/demo
+	cd build/demo && ../../$(RUN)/asymswap convert digits-resnet --recipe 3x3-only --evaluate digits
+
+test: $(READY)
+	$(RUN)/python -m pytest
+
+test-fast: $(READY)
+	$(RUN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(READY)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(READY): pyproject.toml
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	touch $@

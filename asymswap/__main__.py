@@ -1,0 +1,5 @@
+"""`python -m asymswap` is the command `asymswap`."""
+
+from asymswap.cli.main import main
+
+main()

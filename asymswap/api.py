@@ -1,0 +1,268 @@
+"""The public verbs: candidates, plan, convert, save, load.
+
+A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
+that several verbs share:
+
+- `weights`, `arch`, `arguments`, `trust_pickle`: as `--weights`, `--arch`, `--arg` and `--trust-pickle`;
+- `input_size`: (channels, height, width) of one image, where the model's own is not known;
+- `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
+- `progress`: called with the name of a stage, the steps done and the steps in all.
+
+All raise AsymswapError, with a one-line reason, for what cannot be done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+import asymswap
+from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoint
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.graph.trace import describe, trace
+from asymswap.measure.cost import count_costs
+from asymswap.measure.fidelity import measure_fidelity, probe
+from asymswap.opening import Opened, open_model
+from asymswap.output import check_output
+from asymswap.planning.apply import apply_plan
+from asymswap.planning.candidates import find_candidates
+from asymswap.planning.plan import check_replay, make_plan, plan_from_json
+from asymswap.planning.recipe import parse_recipe, read_recipe_text
+from asymswap.reporting.report import AccuracyRow, FileRow, Report, to_json
+from asymswap.sources.references import Request
+from asymswap.spec import Candidate, Cost, Plan, Progress, silent
+from asymswap.summary import make_report, state_bytes
+from asymswap.tensors import first_not_finite
+
+Model = str | Path | nn.Module
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every Conv2d of a model, what could be saved at it, and what the candidates hold of the model's cost."""
+
+    reference: str
+    traced_by: str
+    input: str
+    rows: tuple[Candidate, ...]
+    total: Cost
+    notes: tuple[str, ...] = ()
+
+    @property
+    def held(self) -> Cost:
+        """The cost of all candidates together."""
+        return sum((row.site.cost for row in self.rows if row.reason is None), start=Cost(0, 0))
+
+
+@dataclass
+class Conversion:
+    """A converted model, the plan that made it, and the report; `save` writes it."""
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    header: Header = field(repr=False)
+
+
+def candidates(
+    model: Model,
+    *,
+    recipe: str | Path | None = None,
+    weights: str | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+    progress: Progress = silent,
+) -> Candidates:
+    """List every Conv2d with what `separable` would save there, or why it is no candidate."""
+    wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    traced = trace(opened.model, opened.example())
+    return Candidates(
+        reference=opened.reference,
+        traced_by=traced.by,
+        input=describe(opened.example()),
+        rows=tuple(find_candidates(traced.sites, wanted)),
+        total=count_costs(opened.model, opened.example()).total,
+        notes=opened.source.notes,
+    )
+
+
+def plan(
+    model: Model,
+    recipe: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
+    wanted = parse_recipe(*read_recipe_text(str(recipe)), overrides)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    _check_finite(opened)
+    traced = trace(opened.model, opened.example())
+    total = count_costs(opened.model, opened.example()).total
+    return make_plan(opened.model, traced.sites, wanted, total, progress)
+
+
+def convert(
+    model: Model,
+    recipe: str | Path | None = None,
+    *,
+    plan: Plan | str | bytes | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+    evaluate: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Conversion:
+    """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
+
+    `evaluate` is a data reference on whose test part both models' accuracy is measured; `seed` that of the probe batch.
+    """
+    if (recipe is None) == (plan is None):
+        raise AsymswapError("convert takes either a recipe or a plan")
+    clock = _Clock()
+    replay = plan if isinstance(plan, Plan) or plan is None else plan_from_json(plan, "the given plan")
+    text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
+    wanted = parse_recipe(text, where, overrides) if recipe is not None else None
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    _check_finite(opened)
+    data = None if evaluate is None else _open_data(evaluate, opened)
+    clock.stop("load")
+
+    example = opened.example()
+    traced = trace(opened.model, example)
+    names = [site.name for site in traced.sites]
+    before = count_costs(opened.model, example, names)
+    clock.stop("trace")
+    if replay is not None:
+        settled = check_replay(opened.model, traced.sites, replay)
+    else:
+        assert wanted is not None
+        settled = make_plan(opened.model, traced.sites, wanted, before.total, progress)
+    clock.stop("plan")
+    converted = apply_plan(opened.model, settled, progress)
+    clock.stop("convert")
+
+    inputs = probe(opened.source.preprocessing, opened.dtype(), seed=seed)
+    report = make_report(
+        opened,
+        traced,
+        settled,
+        where if recipe is None else str(recipe),
+        str(wanted.budget) if wanted is not None and wanted.budget is not None else None,
+        (before, count_costs(converted, example, names)),
+        measure_fidelity(opened.model, converted, settled, inputs),
+        f"{len(inputs[0])} random images (seed {seed})",
+        (state_bytes(opened.model), state_bytes(converted)),
+    )
+    clock.stop("measure")
+    if data is not None:
+        report = replace(report, accuracy=_accuracy(opened.model, converted, data, progress))
+        clock.stop("evaluate")
+    report = replace(report, seconds=clock.seconds)
+    header = Header(
+        origin=opened.source.origin,
+        plans=(*opened.plans, settled),
+        preprocessing=opened.source.preprocessing,
+        provenance=_provenance(report, text, overrides or {}, seed),
+        skeleton=opened.source.skeleton,
+    )
+    return Conversion(converted, settled, report, header)
+
+
+def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Report:
+    """Write a conversion to a `.pt` or `.safetensors` file and return its report with the file's size in it.
+
+    An existing file is replaced only with `force`.
+    """
+    path = Path(path)
+    check_output(path, force)
+    start = time.perf_counter()
+    save_checkpoint(path, conversion.model, conversion.header)
+    seconds = {**conversion.report.seconds, "save": round(time.perf_counter() - start, 3)}
+    written = FileRow(str(path), path.stat().st_size)
+    conversion.report = replace(conversion.report, files=(*conversion.report.files, written), seconds=seconds)
+    return conversion.report
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a converted model: a plain trainable `nn.Module` of the original class with the swaps in it, in eval mode.
+
+    `model` is the unconverted model, with any weights, where its class is known only to you; it is not changed.
+    Nothing in the file is executed.
+    """
+    path = Path(path)
+    return restore(read_checkpoint(path), str(path), model)
+
+
+class _Clock:
+    """Wall time of consecutive stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 3)
+        self._last = now
+
+
+def _check_finite(opened: Opened) -> None:
+    found = first_not_finite(opened.model)
+    if found is not None:
+        name, what = found
+        raise SourceError(f"{opened.reference} cannot be converted: {name!r} holds {what}; use another checkpoint")
+
+
+def _open_data(reference: str, opened: Opened) -> Any:
+    from asymswap.training.data import open_data
+
+    return open_data(reference, opened.source.preprocessing, "test")
+
+
+def _accuracy(original: nn.Module, converted: nn.Module, data: Any, progress: Progress) -> AccuracyRow:
+    from asymswap.training.evaluate import evaluate
+
+    results = []
+    for stage, model in (("evaluating before", original), ("evaluating after", converted)):
+
+        def step(done: int, total: int, stage: str = stage) -> None:
+            progress(stage, done, total)
+
+        results.append(evaluate(model, data, progress=step))
+    return AccuracyRow(data.description, results[0].images, results[0].top1, results[1].top1)
+
+
+def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What the checkpoint tells of how it came to be; wall times are left out, so that equal runs write equal files."""
+    data = to_json(replace(report, seconds={}))
+    return {
+        "versions": {
+            "asymswap": asymswap.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "recipe": recipe,
+        "overrides": dict(overrides),
+        "seed": seed,
+        "report": data,
+    }

@@ -1,0 +1,211 @@
+"""The asymswap checkpoint: a converted model in one file that loads again without executing anything in it.
+
+A `.pt` file is what torch.save makes of {"asymswap": header, "state_dict": …}; a `.safetensors` file has the header
+in its metadata. The header is JSON text:
+
+    format         1; a reader refuses a higher number
+    origin         how the unconverted model is built: a model reference and its arguments
+    skeleton       its structure (zlib, base64), where no reference can build it; see asymswap.sources.skeleton
+    plans          every conversion that the model went through, in order, fully settled
+    preprocessing  how an image becomes its input
+    aliases        keys of the state dict that are the same tensor as another key (safetensors only)
+    provenance     source file and its SHA-256, recipe text, versions, report
+
+Loading builds the unconverted model, carries out the plans without initialising anything, and loads the state dict
+strictly.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asymswap import kinds
+from asymswap.errors import AsymswapError, CheckpointError, OutputError
+from asymswap.output import whole_file
+from asymswap.planning.apply import apply_structure
+from asymswap.planning.plan import plan_from_json, plan_to_json
+from asymswap.sources.references import RawFile, read_raw, rebuild
+from asymswap.sources.state import State, compare, load_state_
+from asymswap.spec import STRICT, Origin, Plan, Preprocessing
+
+FORMAT = 1
+SUFFIXES = (".pt", ".pth", ".safetensors")
+_LARGEST_SKELETON = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything in a checkpoint but its tensors."""
+
+    origin: Origin
+    plans: tuple[Plan, ...]
+    preprocessing: Preprocessing
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    skeleton: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as it was read."""
+
+    header: Header
+    state: State
+
+
+def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
+    """Write a converted model; the suffix chooses the form. Raises OutputError where the file cannot be written."""
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    if path.suffix == ".safetensors":
+        unique, aliases = _without_aliases(state)
+        text = _header_text(header, aliases)
+        _write(path, lambda draft: save_file(unique, draft, metadata={"asymswap": text, "format": "pt"}))
+    elif path.suffix in SUFFIXES:
+        text = _header_text(header, {})
+        _write(path, lambda draft: torch.save({"asymswap": text, "state_dict": state}, draft))
+    else:
+        raise OutputError(f"{path.name} must end in {', '.join(SUFFIXES)}: the ending chooses the form")
+
+
+def stored_in(raw: RawFile, label: str) -> Stored | None:
+    """The asymswap checkpoint in a file that has been read, or None where the file is of another kind."""
+    text, state = raw.metadata.get("asymswap"), raw.value
+    if text is None and isinstance(raw.value, Mapping) and "asymswap" in raw.value:
+        text, state = raw.value["asymswap"], raw.value.get("state_dict")
+    if text is None:
+        return None
+    if not isinstance(text, str) or not isinstance(state, Mapping):
+        raise CheckpointError(f"{label} is damaged: its asymswap header or state_dict is not what it should be")
+    header, aliases = _parse_header(text, label)
+    tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    for alias, key in aliases.items():
+        if key not in tensors:
+            raise CheckpointError(f"{label} is damaged: {alias!r} is an alias of {key!r}, which it lacks")
+        tensors[alias] = tensors[key]
+    return Stored(header, tensors)
+
+
+def read_checkpoint(path: Path) -> Stored:
+    """Read an asymswap checkpoint; raises CheckpointError where the file is something else."""
+    stored = stored_in(read_raw(path, trust_pickle=False), str(path))
+    if stored is None:
+        raise CheckpointError(f"{path} is not an asymswap checkpoint; `asymswap convert` writes them")
+    return stored
+
+
+def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:
+    """The converted model with its weights, in eval mode and trainable.
+
+    `model` is the unconverted model, of any weights, where only the user can build it; it is not changed. Raises
+    CheckpointError where the parts do not fit each other.
+    """
+    header = stored.header
+    try:
+        base = model if model is not None else rebuild(header.origin, header.skeleton)
+        for plan in header.plans:
+            base = apply_structure(base, plan)
+    except AsymswapError as error:
+        how = "load it with asymswap.load(path, model=…) or give --arch"
+        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
+    difference = compare(base, stored.state)
+    if difference:
+        raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
+    load_state_(base, stored.state)
+    return base.eval()
+
+
+def _write(path: Path, write: Any) -> None:
+    with whole_file(path) as draft:
+        try:
+            write(draft)
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            # torch's and safetensors' writers wrap the system's error, a full disk for one, in their own.
+            raise OSError(" ".join(str(error).split())[:200]) from error
+
+
+def _without_aliases(state: State) -> tuple[State, dict[str, str]]:
+    """Safetensors stores no tensor twice: keep the first key of each, and which other keys mean the same."""
+    first: dict[Any, str] = {}
+    unique: State = {}
+    aliases: dict[str, str] = {}
+    for key, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
+        if identity in first:
+            aliases[key] = first[identity]
+        else:
+            first[identity] = key
+            unique[key] = tensor.contiguous()
+    return unique, aliases
+
+
+def header_to_json(header: Header) -> dict[str, Any]:
+    """The header as plain data, without the bytes of a stored structure."""
+    return {
+        "format": FORMAT,
+        "origin": dataclasses.asdict(header.origin),
+        "plans": [plan_to_json(plan) for plan in header.plans],
+        "preprocessing": dataclasses.asdict(header.preprocessing),
+        "provenance": dict(header.provenance),
+    }
+
+
+def _header_text(header: Header, aliases: Mapping[str, str]) -> str:
+    skeleton = None if header.skeleton is None else base64.b64encode(zlib.compress(header.skeleton, 9)).decode()
+    return json.dumps({**header_to_json(header), "skeleton": skeleton, "aliases": dict(aliases)})
+
+
+@dataclass(frozen=True)
+class _HeaderData:
+    """The header as it stands in the file, checked strictly."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    format: int
+    origin: Origin
+    plans: list[dict[str, Any]]
+    preprocessing: Preprocessing
+    provenance: dict[str, Any]
+    skeleton: str | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+_HEADER = TypeAdapter(_HeaderData)
+
+
+def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
+    try:
+        written = json.loads(text)
+        newer = isinstance(written, dict) and isinstance(written.get("format"), int) and written["format"] > FORMAT
+        if newer:
+            raise CheckpointError(f"{label} is of format {written['format']}, newer than {FORMAT}; upgrade asymswap")
+        data = _HEADER.validate_python(written)
+    except ValidationError as error:
+        raise CheckpointError(f"{label} has a damaged header: {kinds.validation_text(error)}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{label} has a damaged header: {error}") from None
+    plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
+    skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
+    return Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), data.aliases
+
+
+def _unpack(text: str, label: str) -> bytes:
+    unpacker = zlib.decompressobj()
+    try:
+        data = unpacker.decompress(base64.b64decode(text, validate=True), _LARGEST_SKELETON)
+    except (ValueError, zlib.error) as error:
+        raise CheckpointError(f"{label} has a damaged structure: {error}") from None
+    if unpacker.unconsumed_tail:
+        raise CheckpointError(f"{label} stores a structure of over {_LARGEST_SKELETON} bytes, which no model needs")
+    return data

@@ -1,0 +1,135 @@
+"""`asymswap convert`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asymswap.cli import options as o
+
+_CHANGE = "What to do"
+_RESULT = "Result"
+
+
+def convert(
+    model: o.Model,
+    recipe: Annotated[
+        str | None, typer.Option(help="Name of a shipped recipe, or a .toml file.", rich_help_panel=_CHANGE)
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Replay a plan (JSON) instead of a recipe.", rich_help_panel=_CHANGE)
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Keep at most this fraction of the model's MACs.", rich_help_panel=_CHANGE)
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Keep at most this fraction of its parameters.", rich_help_panel=_CHANGE)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="key=value: change a setting of the recipe, such as rank=8.", rich_help_panel=_CHANGE
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="[default: <stem>.asym.pt]", rich_help_panel=_RESULT, show_default=False),
+    ] = None,
+    force: o.Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, measure and report, but write no model.", rich_help_panel=_RESULT)
+    ] = False,
+    write_plan: Annotated[
+        Path | None, typer.Option(help="Write the plan to this JSON file.", rich_help_panel=_RESULT)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report to this .json or .md file.", rich_help_panel=_RESULT)
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=_RESULT),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the probe batch.", rich_help_panel=_RESULT)] = 0,
+    weights: o.Weights = None,
+    arch: o.Arch = None,
+    arguments: o.Arguments = None,
+    input_size: o.InputSize = None,
+    trust_pickle: o.TrustPickle = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.
+
+    Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
+    """
+    from asymswap.cli import screen
+    from asymswap.errors import AsymswapError
+    from asymswap.output import check_output, write_text
+    from asymswap.reporting import files
+
+    target = output or o.default_output(model)
+    if (recipe is None) == (plan is None):
+        raise AsymswapError("give --recipe or --plan; `asymswap recipes` lists the recipes that come with asymswap")
+    if not dry_run:
+        check_output(target, force)
+    for path in filter(None, (report, write_plan)):
+        check_output(path, force)
+    if report is not None:
+        files.check_suffix(report)
+    overrides = o.parse_pairs("--set", settings)
+    overrides |= {f"budget.{name}": value for name, value in (("macs", macs), ("params", params)) if value is not None}
+    if plan is not None and overrides:
+        raise AsymswapError("a plan is settled: --set, --macs and --params go with --recipe; edit the plan instead")
+
+    with screen.progress(quiet) as step:
+        from asymswap import api
+
+        conversion = api.convert(
+            model,
+            recipe,
+            plan=None if plan is None else _read_plan(plan),
+            overrides=overrides,
+            weights=weights,
+            arch=arch,
+            arguments=o.parse_pairs("--arg", arguments),
+            trust_pickle=trust_pickle,
+            input_size=o.parse_input_size(input_size),
+            evaluate=evaluate,
+            seed=seed,
+            progress=step,
+        )
+        if not dry_run:
+            step("writing", 0, 1)
+            api.save(conversion, target, force=force)
+    result = conversion.report
+    if write_plan is not None:
+        from asymswap.planning.plan import plan_text
+
+        write_text(write_plan, plan_text(conversion.plan))
+    if report is not None:
+        write_text(report, files.report_text(result, report))
+    _print(result, json, quiet)
+
+
+def _read_plan(path: Path) -> Any:
+    from asymswap.errors import PlanError
+    from asymswap.planning.plan import plan_from_json
+
+    try:
+        return plan_from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _print(result: Any, json: bool, quiet: bool) -> None:
+    from asymswap.cli import screen
+    from asymswap.reporting import report, terminal
+
+    if json:
+        screen.print_json(report.to_json(result))
+    elif not quiet:
+        console = screen.console()
+        screen.show(terminal.report_view(result, console.width), console)

@@ -1,0 +1,95 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asymswap.errors import AsymswapError
+
+_MODEL = "Model"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A name (resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, or a file.", show_default=False
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="The architecture of a state_dict file, such as resnet18.", rich_help_panel=_MODEL),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of published weights, none for random ones, or a state_dict file. [default: the builder's DEFAULT]",
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arg", help="key=value for the architecture's builder, such as num_classes=10.", rich_help_panel=_MODEL
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option("--input", help="Size of one input, as 3x224x224.", rich_help_panel=_MODEL, show_default=False),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Unpickle classes outside of the allowlist. This may run any code that the file holds.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and print no report.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+
+
+def parse_input_size(text: str | None) -> tuple[int, int, int] | None:
+    """Read `3x224x224`; raises AsymswapError for anything else."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width
+
+
+def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """Read `key=value` texts, the values as TOML has them, or as plain text; raises AsymswapError for other forms."""
+    pairs: dict[str, Any] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise AsymswapError(f"{option} {text!r} is not key=value")
+        pairs[key.strip()] = _value(value.strip())
+    return pairs
+
+
+def default_output(reference: str) -> Path:
+    """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before."""
+    name = reference.partition("@")[0]
+    stem = Path(name.rpartition(":")[2]).name
+    for suffix in (".gz", ".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl"):
+        stem = stem.removesuffix(suffix)
+    base, dot, mark = stem.rpartition(".")
+    if dot and mark.startswith("asym") and (mark[4:].isdecimal() or mark == "asym"):
+        return Path(f"{base}.asym{int(mark[4:] or 1) + 1}.pt")
+    return Path(f"{stem}.asym.pt")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

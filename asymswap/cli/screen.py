@@ -1,0 +1,57 @@
+"""What a person sees while and after a command runs: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from asymswap.spec import Progress
+
+
+def console() -> Console:
+    """The console for results; without a terminal as wide as a complete table needs."""
+    from rich.console import Console
+
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=max(screen.width, 120))
+
+
+def show(view: RenderableType, screen: Console) -> None:
+    """Print a view."""
+    screen.print(view, highlight=False, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for programs: always the same layout, no colour."""
+    print(json.dumps(value, indent=2))  # noqa: T201
+
+
+@contextmanager
+def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
+    """Bars on stderr for as long as the block lasts, one a stage; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    screen = Console(stderr=True)
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=quiet or not screen.is_terminal,
+    )
+    with bars:
+        task = bars.add_task(first, total=None)
+
+        def step(stage: str, done: int, total: int) -> None:
+            bars.update(task, description=stage, completed=done, total=total)
+
+        yield step

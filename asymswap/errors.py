@@ -1,0 +1,40 @@
+"""The errors that a user can cause, each with one line that says what, which, the value and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AsymswapError(Exception):
+    """Something that the user asked for cannot be done; its text is one complete sentence for them."""
+
+
+class SourceError(AsymswapError):
+    """A model reference, a model file or a data reference cannot be used."""
+
+
+class TraceError(AsymswapError):
+    """The model cannot be run at the given input size, or holds nothing to look at."""
+
+
+class RecipeError(AsymswapError):
+    """A recipe is not valid, or does not fit the model that it is applied to."""
+
+
+class PlanError(AsymswapError):
+    """A plan is not valid, or does not fit the model that it is applied to."""
+
+
+class CheckpointError(AsymswapError):
+    """An asymswap checkpoint cannot be read, or does not fit the model that it is loaded into."""
+
+
+class OutputError(AsymswapError):
+    """A file cannot be written where the user asked for it."""
+
+
+def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Say which of `known` come close to `name`: `"; did you mean a, b?"`, or nothing where none does."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    return f"; did you mean {', '.join(close)}?" if close else ""

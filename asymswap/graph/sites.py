@@ -1,0 +1,95 @@
+"""Every `nn.Conv2d` of a module tree as a `Site`, with the reason where no kind may touch it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Set
+
+from torch import nn
+
+from asymswap.spec import Call, ConvSpec, Neighbour, Site
+
+Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
+
+
+def read_conv(conv: nn.Conv2d) -> ConvSpec:
+    """All fields of a conv as data."""
+    kernel, stride, dilation = (_pair(value) for value in (conv.kernel_size, conv.stride, conv.dilation))
+    return ConvSpec(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel=kernel,
+        stride=stride,
+        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+        dilation=dilation,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        dtype=str(conv.weight.dtype).removeprefix("torch."),
+    )
+
+
+def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]:
+    """Every Conv2d by its first name, with the further names (aliases) under which the same module is registered."""
+    names: dict[int, list[str]] = defaultdict(list)
+    modules: dict[int, nn.Conv2d] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            names[id(module)].append(name)
+            modules[id(module)] = module
+    return {names[key][0]: (module, tuple(names[key][1:])) for key, module in modules.items()}
+
+
+def make_sites(
+    model: nn.Module,
+    calls: Mapping[str, list[Call]],
+    neighbours: Mapping[str, Neighbours] | None,
+    read_elsewhere: Set[str],
+) -> tuple[Site, ...]:
+    """One Site for each Conv2d: those that run in the order of their first call, then those that never do.
+
+    `calls` is in call order; `neighbours` is None where the model was not traced; `read_elsewhere` names convs whose
+    parameters the model reads without calling the conv.
+    """
+    convs = find_convs(model)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(name)
+    order = [name for name in calls if name in convs] + [name for name in convs if name not in calls]
+    sites = []
+    for name in order:
+        conv, aliases = convs[name]
+        before, after = (neighbours or {}).get(name, (None, None))
+        sites.append(
+            Site(
+                name=name,
+                conv=read_conv(conv),
+                calls=tuple(calls.get(name, ())),
+                aliases=aliases,
+                before=before,
+                after=after,
+                refusal=_refusal(name, conv, owners, read_elsewhere),
+            )
+        )
+    return tuple(sites)
+
+
+def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
+    """Why nobody may swap this module, whatever the kind."""
+    if type(conv) is not nn.Conv2d:
+        return f"is a {type(conv).__name__}, a subclass of Conv2d that may compute something else"
+    if name == "":
+        return "is the whole model; put it into an nn.Sequential"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+        return "has hooks (weight_norm, spectral_norm or your own), which a swap would drop"
+    others = [owner for parameter in conv.parameters() for owner in owners[id(parameter)] if owner != name]
+    if others:
+        return f"shares its weights with {others[0]}"
+    if name in read_elsewhere:
+        return "has parameters that the model reads without calling it"
+    return None
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,39 @@
+"""Writing a model: modules swapped by name on a deep copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from asymswap.errors import PlanError, near_names
+from asymswap.graph.sites import find_convs
+
+
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A deep copy of the model in which each named Conv2d is the given module instead; the model stays unchanged.
+
+    A conv that is registered under several names is swapped under all of them, by one and the same module; the weights
+    of swapped convs are not copied. Every other module keeps its class, name, hooks and mode. Raises PlanError for a
+    name that is no Conv2d of the model, before anything is copied.
+    """
+    convs = find_convs(model)
+    for name in replacements:
+        if name not in convs:
+            raise PlanError(f"the model has no Conv2d named {name!r}{near_names(name, convs)}")
+    # deepcopy asks its memo first: whoever refers to the conv, by whatever path, gets the replacement.
+    memo = {id(convs[name][0]): module for name, module in replacements.items()}
+    return copy.deepcopy(model, memo)
+
+
+def take_over_(replacement: nn.Module, conv: nn.Conv2d) -> nn.Module:
+    """Give a replacement, in place, the conv's device, mode and trainability, and its memory format; returns it."""
+    replacement.to(conv.weight.device)
+    replacement.train(conv.training)
+    for parameter in replacement.parameters():
+        parameter.requires_grad_(conv.weight.requires_grad)
+    if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
+        replacement.to(memory_format=torch.channels_last)
+    return replacement

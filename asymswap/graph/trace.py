@@ -1,0 +1,173 @@
+"""Reading a model: sizes and calls from a run on meta tensors, neighbours from torch.fx.
+
+Sizes come from forward hooks on a run that computes nothing, which reach every Conv2d of every model that runs on meta
+tensors; torch.fx adds what stands beside each conv. A model that torch.fx cannot trace whole is traced in its largest
+traceable parts; where there is none, the sites have no neighbours, and `Trace.by` says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from asymswap.errors import TraceError
+from asymswap.graph.sites import Neighbours, find_convs, make_sites
+from asymswap.graph.vocabulary import canonical
+from asymswap.spec import Call, Neighbour, Site
+from asymswap.tensors import list_tensors, meta_copy, to_meta
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was read of a model, and by which way: `torch.fx`, `torch.fx in N parts` or `forward hooks`."""
+
+    sites: tuple[Site, ...]
+    by: str
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """Read every Conv2d of a model in eval mode; the model itself is neither run nor changed.
+
+    `inputs` are the positional arguments of one forward pass; only their shapes and dtypes matter. Raises TraceError
+    where the model cannot take them.
+    """
+    skeleton = meta_copy(model).eval()
+    try:
+        calls = _run(skeleton, to_meta(inputs))
+    except Exception as on_meta:
+        # Some models look at values (detection, data-dependent control flow): these are run for real, on a copy.
+        try:
+            calls = _run(copy.deepcopy(model).eval(), inputs)
+        except Exception:
+            raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(on_meta)}") from on_meta
+    parts = dict(_graphs(skeleton, ""))
+    by = f"torch.fx in {len(parts)} parts" if parts else "forward hooks"
+    if parts.keys() == {""}:
+        by = "torch.fx"
+    neighbours, read_elsewhere = _read_graphs(skeleton, parts)
+    return Trace(make_sites(model, calls, neighbours, read_elsewhere), by)
+
+
+def describe(inputs: Inputs) -> str:
+    """The inputs' sizes for a message: `an input of 1x3x224x224`."""
+    return "an input of " + ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
+
+
+@contextmanager
+def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, `see(name, input, output)` is called at every run of every Conv2d."""
+    handles = []
+    for name, (conv, _) in find_convs(model).items():
+
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
+            see(name, args[0] if args else kwargs["input"], output)
+
+        handles.append(conv.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(model: nn.Module, inputs: Inputs) -> dict[str, list[Call]]:
+    calls: dict[str, list[Call]] = defaultdict(list)
+
+    def see(name: str, seen: Tensor, output: Tensor) -> None:
+        batch = seen.shape[0] if seen.dim() == 4 else 1
+        height, width = seen.shape[-2:]
+        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch))
+
+    with torch.no_grad(), conv_hooks(model, see):
+        model(*inputs)
+    return dict(calls)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves are torch.nn layers, anything that is a Conv2d or a batch norm, and torchvision's operators."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.Conv2d | nn.modules.batchnorm._NormBase):
+            return True
+        if type(m).__module__.startswith("torchvision.ops"):
+            # Some of "torchvision.ops" are containers (SqueezeExcitation): those are walked through to their convs.
+            return not any(isinstance(child, nn.Conv2d) for child in m.modules())
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:
+    """The graph of the whole module, or of its largest traceable parts that hold a conv, by name."""
+    if not any(isinstance(child, nn.Conv2d) for child in module.modules()) or isinstance(module, nn.Conv2d):
+        return
+    try:
+        # torch.fx runs the user's forward with proxies: anything at all may be raised there.
+        yield prefix, _Tracer().trace(module)
+    except Exception:
+        for name, child in module.named_children():
+            yield from _graphs(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _read_graphs(model: nn.Module, parts: dict[str, fx.Graph]) -> tuple[dict[str, Neighbours], set[str]]:
+    """Neighbours of each conv, by its first name, and the convs whose parameters are read without a call."""
+    first_names = {id(conv): name for name, (conv, _) in find_convs(model).items()}
+    found: dict[str, Neighbours] = {}
+    read_elsewhere: set[str] = set()
+    for prefix, graph in parts.items():
+        root = model.get_submodule(prefix)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                owner = str(node.target).rpartition(".")[0]
+                read_elsewhere.update(filter(None, [_conv_name(root, owner, first_names)]))
+            if node.op != "call_module" or (name := _conv_name(root, str(node.target), first_names)) is None:
+                continue
+            before, after = found.get(name, ((), ()))
+            # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
+            seams = {"input", "output"} if prefix else set()
+            feeds = tuple(n for n in _walk(root, node, forward=False) if n.op not in seams)
+            follows = tuple(n for n in _walk(root, node, forward=True) if n.op not in seams)
+            found[name] = (_merge(before, feeds), _merge(after, follows))
+    return found, read_elsewhere
+
+
+def _walk(root: nn.Module, node: fx.Node, forward: bool, direct: bool = True) -> Iterator[Neighbour]:
+    """The nodes beside `node`; through a batch norm also those behind it."""
+    for other in node.users if forward else node.all_input_nodes:
+        neighbour = Neighbour(_operation(root, other), str(other.target if other.op == "call_module" else other.name))
+        yield neighbour if direct else Neighbour(neighbour.op, neighbour.name, direct=False)
+        if neighbour.op in ("batch_norm", "identity"):
+            yield from _walk(root, other, forward, direct=False)
+
+
+def _operation(root: nn.Module, node: fx.Node) -> str:
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if isinstance(module, nn.Conv2d):
+            return "conv"
+        return "batch_norm" if isinstance(module, nn.modules.batchnorm._NormBase) else canonical(type(module).__name__)
+    if node.op in ("placeholder", "output"):
+        return "input" if node.op == "placeholder" else "output"
+    return canonical(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name))
+
+
+def _conv_name(root: nn.Module, target: str, first_names: dict[int, str]) -> str | None:
+    try:
+        return first_names.get(id(root.get_submodule(target)))
+    except AttributeError:
+        return None
+
+
+def _merge(old: tuple[Neighbour, ...], new: tuple[Neighbour, ...]) -> tuple[Neighbour, ...]:
+    return old + tuple(neighbour for neighbour in new if neighbour not in old)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,89 @@
+"""The canonical names of the operations that stand beside a conv in a graph, as recipes use them."""
+
+from __future__ import annotations
+
+import re
+
+ACTIVATIONS = frozenset(
+    [
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "prelu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "sigmoid",
+        "tanh",
+        "softmax",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+    ]
+)
+"""What the word `activation` in a recipe stands for."""
+
+OTHERS = frozenset(
+    [
+        "add",
+        "mul",
+        "sub",
+        "div",
+        "concat",
+        "conv",
+        "conv_transpose",
+        "linear",
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+        "max_pool",
+        "avg_pool",
+        "dropout",
+        "identity",
+        "interpolate",
+        "flatten",
+        "reshape",
+        "permute",
+        "mean",
+        "input",
+        "output",
+    ]
+)
+"""Names that are no activation. An operation outside of both sets goes by its own name."""
+
+WORDS = ACTIVATIONS | OTHERS | {"activation"}
+
+_SAME = {
+    "iadd": "add",
+    "add_": "add",
+    "imul": "mul",
+    "mul_": "mul",
+    "truediv": "div",
+    "cat": "concat",
+    "concatenate": "concat",
+    "si_l_u": "silu",
+    "swish": "silu",
+    "view": "reshape",
+    "frozen_batch_norm": "batch_norm",
+    "sync_batch_norm": "batch_norm",
+    "feature_dropout": "dropout",
+    "stochastic_depth": "dropout",
+    "upsample": "interpolate",
+    "relu_": "relu",
+}
+
+
+def canonical(name: str) -> str:
+    """The canonical name of a module class, function or method: `BatchNorm2d` is `batch_norm`."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    snake = re.sub(r"_?[123]d$", "", snake).removeprefix("adaptive_").strip("_")
+    snake = {"re_lu": "relu", "re_lu6": "relu6", "leaky_re_lu": "leaky_relu", "pre_lu": "prelu"}.get(snake, snake)
+    return _SAME.get(snake, snake)
+
+
+def fits(word: str, op: str) -> bool:
+    """Whether a recipe's word names this operation."""
+    return op in ACTIVATIONS if word == "activation" else op == word

@@ -1,0 +1,114 @@
+"""The kinds of replacement for a convolution: one file each, found by its file name.
+
+A kind named `my-kind` is the file `my_kind.py` in this folder. It holds the names of `Kind` below; nothing has to be
+registered anywhere. Everything that takes settings takes an object of the kind's own `Settings`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from asymswap.errors import RecipeError, near_names
+from asymswap.spec import ConvSpec, Option, Site
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class KindSettings(BaseModel):
+    """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    allow_growth: bool = False
+    """Swap even where the replacement has more MACs or parameters than the original conv."""
+
+
+class Kind(Protocol):
+    """What a kind's file must hold."""
+
+    Settings: type[KindSettings]
+    """The settings; the fields are the keys of `swap = { kind = …, … }` in a recipe."""
+
+    SIZES: tuple[str, ...]
+    """The settings of which one at most says how large the replacement is; where none is given, a budget chooses."""
+
+    PRESERVES: str
+    """What stays the same at conversion, in a few words for a person."""
+
+    def refuse(self, conv: ConvSpec) -> str | None:
+        """The reason why this kind cannot replace such a conv, or None where it can."""
+
+    def options(self, site: Site, conv: nn.Conv2d, settings: Any) -> Sequence[Option]:
+        """All sizes that a budget may choose from, within the settings; costs are those of `build`'s result."""
+
+    def settle(self, site: Site, conv: nn.Conv2d, settings: Any) -> Option:
+        """Turn a wish (energy = 0.9) into settled settings (rank = 17), so that loading never has to work it out again.
+
+        Raises RecipeError where the wish cannot be met by this conv.
+        """
+
+    def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
+        """The replacement's structure for settled settings, its weights unset, drawing no random numbers."""
+
+    def init_(self, module: nn.Module, conv: nn.Conv2d, settings: Any) -> None:
+        """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can."""
+
+    def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
+        """The one conv that computes the same as the replacement, or None where there is none."""
+
+
+def names() -> list[str]:
+    """The names of all kinds, sorted."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Kind:
+    """The kind of that name; raises RecipeError, with near names, where there is none."""
+    known = names()
+    if name not in known:
+        raise RecipeError(f"unknown kind {name!r}{near_names(name, known) or '; known: ' + ', '.join(known)}")
+    return cast(Kind, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def parse_settings(name: str, settings: Any) -> KindSettings:
+    """Check settings that came from outside against the kind's own; raises RecipeError with every mistake in it."""
+    kind = load(name)
+    try:
+        return kind.Settings.model_validate(dict(settings))
+    except ValidationError as error:
+        raise RecipeError(f"kind {name!r}: {validation_text(error, list(kind.Settings.model_fields))}") from None
+
+
+def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
+    """Pydantic's complaints as one line: where, what, the value, and near names for unknown keys."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = _place(item["loc"])
+        if item["type"] == "extra_forbidden":
+            key = str(item["loc"][-1])
+            hint = near_names(key, known) or (f"; known: {', '.join(known)}" if known else "")
+            owner = where.removesuffix(key).rstrip(". ")
+            lines.append(f"unknown key {key!r}{' in ' + owner if owner else ''}{hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            value = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"{where}: {message}{value}" if where else message)
+    return "; ".join(lines)
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """Where in a recipe or plan a mistake stands, counted from one: `rule 2 match.kernel`."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            # Several values may stand where one does: only a list's own name tells which item is meant.
+            text = text.removesuffix("s") + f" {part + 1} " if text in ("rules", "swaps", "keeps") else text
+        elif part not in ("range", "any of"):
+            text += part if not text or text.endswith(" ") else f".{part}"
+    return text.strip()

@@ -1,0 +1,1 @@
+"""What models cost and how far their outputs moved, as numbers."""

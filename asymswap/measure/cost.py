@@ -1,0 +1,115 @@
+"""MACs and parameters of a whole model, counted on meta tensors.
+
+The convention is that of `asymswap.spec`: convolutions (transposed ones too), linear layers and matrix products,
+attention included, counted by formula from shapes while the model runs on meta tensors, one input, eval mode. Nothing
+is computed, and functional calls are seen as well as modules. Not counted: additions of biases, normalisation,
+activations, pooling, interpolation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from asymswap.graph.trace import Inputs
+from asymswap.spec import Cost
+from asymswap.tensors import meta_copy, to_meta
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of a model, and that of the modules in it that were asked for."""
+
+    total: Cost
+    by_name: Mapping[str, Cost]
+
+
+def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> Costs:
+    """MACs of one forward pass in eval mode and parameters, each counted once; the model itself is not run.
+
+    `names` are modules of the model whose share is counted too; of one that runs several times, all runs are summed.
+    """
+    skeleton = meta_copy(model).eval()
+    macs = dict.fromkeys(names, 0)
+    counter = _Counter()
+    for name in macs:
+        _watch(skeleton.get_submodule(name), name, macs, counter)
+    with torch.no_grad(), counter:
+        skeleton(*to_meta(inputs))
+    by_name = {name: Cost(macs[name], _params(skeleton.get_submodule(name))) for name in macs}
+    return Costs(Cost(counter.macs, _params(skeleton)), by_name)
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _watch(module: nn.Module, name: str, macs: dict[str, int], counter: _Counter) -> None:
+    """Add what the counter counts while the module runs to `macs[name]`."""
+
+    def enter(*_: Any) -> None:
+        macs[name] -= counter.macs
+
+    def leave(*_: Any) -> None:
+        macs[name] += counter.macs
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+
+
+def _matmul(a: Tensor, b: Tensor, *_: Any) -> int:
+    return math.prod(a.shape) * b.shape[-1]
+
+
+def _added_matmul(_: Tensor, a: Tensor, b: Tensor, *__: Any) -> int:
+    return _matmul(a, b)
+
+
+def _convolution(x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> int:
+    # Every pixel of the output gathers group_in * taps products; of a transposed conv, every pixel of the input spreads
+    # group_out * taps.
+    walked = x if transposed else out
+    return walked.shape[0] * math.prod(walked.shape[2:]) * math.prod(weight.shape)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    *batch, rows, depth = query.shape
+    return math.prod(batch) * rows * key.shape[-2] * (depth + value.shape[-1])
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    aten.mm: _matmul,
+    aten.bmm: _matmul,
+    aten.addmm: _added_matmul,
+    aten.baddbmm: _added_matmul,
+    aten._scaled_dot_product_flash_attention: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_efficient_attention: _attention,
+    aten._scaled_dot_product_cudnn_attention: _attention,
+    aten._scaled_dot_product_fused_attention_overrideable: _attention,
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the MACs of every operator that has a formula, as it passes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet is aten.convolution:
+            self.macs += _convolution(args[0], args[1], args[6], out)
+        elif packet in _FORMULAS:
+            self.macs += _FORMULAS[packet](*args)
+        return out

@@ -1,0 +1,111 @@
+"""From whatever names a model (a reference, a file, an asymswap checkpoint, a module) to one that can be worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from asymswap.checkpoint import Stored, restore, stored_in
+from asymswap.errors import SourceError, TraceError
+from asymswap.graph.trace import Inputs
+from asymswap.sources.files import sha256
+from asymswap.sources.references import (
+    Request,
+    Source,
+    build_architecture,
+    describe_module,
+    is_file_reference,
+    open_loaded,
+    open_reference,
+    read_raw,
+)
+from asymswap.sources.state import find_weights
+from asymswap.spec import Plan, Preprocessing, Progress, silent
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its origin, the conversions that it has been through already, and what it takes as input."""
+
+    source: Source
+    plans: tuple[Plan, ...]
+    reference: str
+
+    @property
+    def model(self) -> nn.Module:
+        """The module itself."""
+        return self.source.model
+
+    def example(self) -> Inputs:
+        """One input of the right size and dtype, on the meta device: enough to trace and to count."""
+        preprocessing = self.source.preprocessing
+        return (torch.empty(1, preprocessing.channels, *preprocessing.size, dtype=self.dtype(), device="meta"),)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and so of the input."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def open_model(
+    model: str | Path | nn.Module,
+    request: Request,
+    input_size: tuple[int, int, int] | None = None,
+    progress: Progress = silent,
+) -> Opened:
+    """Open any model; `input_size` is (channels, height, width).
+
+    Raises SourceError where it cannot be had, and TraceError where it has no Conv2d.
+    """
+    plans: tuple[Plan, ...] = ()
+    if isinstance(model, nn.Module):
+        source, reference = describe_module(model, "as given"), type(model).__name__
+    else:
+        reference = str(model)
+        if is_file_reference(reference):
+            source, plans = _open_file(Path(reference), request, progress)
+        else:
+            source = open_reference(reference, request)
+    if not any(isinstance(module, nn.Conv2d) for module in source.model.modules()):
+        raise TraceError(f"{reference} has no Conv2d, so there is nothing to swap")
+    if input_size is not None:
+        source = replace(source, preprocessing=_resized(source.preprocessing, input_size))
+    return Opened(source, plans, reference)
+
+
+def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+    raw = read_raw(path, request.trust_pickle)
+    stored = stored_in(raw, str(path))
+    if stored is not None:
+        return _open_converted(path, stored, request), stored.header.plans
+    source = open_loaded(path, find_weights(raw.value, str(path)), request, progress)
+    if request.trust_pickle:
+        source = replace(source, notes=(*source.notes, "read with --trust-pickle: code in the file may have been run"))
+    return source, ()
+
+
+def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
+    if request.weights is not None:
+        raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
+    header = stored.header
+    given = None if request.arch is None else build_architecture(request.arch, request.arguments)
+    return Source(
+        model=restore(stored, str(path), given),
+        origin=header.origin,
+        preprocessing=header.preprocessing,
+        weights=f"file {path.name}",
+        notes=(f"{path.name} was converted before: {len(header.plans)} x",),
+        skeleton=header.skeleton,
+        file=path,
+        sha256=sha256(path),
+    )
+
+
+def _resized(preprocessing: Preprocessing, input_size: tuple[int, int, int]) -> Preprocessing:
+    channels, *size = input_size
+    resized = replace(preprocessing, size=(size[0], size[1]), resize=None)
+    if channels == preprocessing.channels:
+        return resized
+    return replace(resized, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)

@@ -1,0 +1,281 @@
+"""From a recipe to a plan: which sites are swapped, by which settled settings, and why the others are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from asymswap import kinds
+from asymswap.errors import PlanError, RecipeError, near_names
+from asymswap.kinds import Kind, KindSettings
+from asymswap.planning.budget import Point, allocate, least_cost
+from asymswap.planning.recipe import Budget, Position, Recipe, Rule
+from asymswap.spec import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """A site that a rule swaps and its kind accepts."""
+
+    site: Site
+    conv: nn.Conv2d
+    rule: Rule
+    number: int
+    kind_name: str
+    kind: Kind
+    settings: KindSettings
+
+    def options(self) -> list[Option]:
+        """The sizes that pay, or all of them where the recipe wants growth."""
+        every = self.kind.options(self.site, self.conv, self.settings)
+        return [option for option in every if self.settings.allow_growth or saves(option.cost, self.site.cost)]
+
+    def swap(self, option: Option) -> Swap:
+        """The plan's entry for this option."""
+        extra = {"allow_growth": True} if self.settings.allow_growth else {}
+        return Swap(self.site.name, self.kind_name, {**option.settings, **extra}, f"rule {self.number}")
+
+
+def saves(new: Cost, old: Cost) -> bool:
+    """Whether a replacement costs less by one measure and no more by the other."""
+    return new != old and new.macs <= old.macs and new.params <= old.params
+
+
+def make_plan(
+    model: nn.Module, sites: Sequence[Site], recipe: Recipe, total: Cost, progress: Progress = silent
+) -> Plan:
+    """Decide about every site, settle all settings, and share the budget, if there is one.
+
+    `total` is the cost of the whole model. Nothing is changed. Raises RecipeError for a rule that matches nothing, a
+    setting that a matched conv cannot have, or a budget that cannot be reached.
+    """
+    matched: list[_Matched] = []
+    keeps: dict[str, Keep] = {}
+    for site, index in zip(sites, find_rule(sites, recipe).values(), strict=True):
+        decision = _decide(model, site, recipe, index)
+        if isinstance(decision, Keep):
+            keeps[site.name] = decision
+        else:
+            matched.append(decision)
+    fixed = [item for item in matched if not item.rule.leaves_size_open]
+    left_open = [item for item in matched if item.rule.leaves_size_open]
+    swaps: dict[str, Swap] = {}
+    costs: dict[str, Cost] = {}
+    for done, item in enumerate(fixed, start=1):
+        result, cost = _settle(item)
+        costs[item.site.name] = cost
+        if isinstance(result, Swap):
+            swaps[item.site.name] = result
+        else:
+            keeps[item.site.name] = result
+        progress("factorising", done, len(matched))
+    multiplier = None
+    if recipe.budget is not None and left_open:
+        curves = []
+        for done, item in enumerate(left_open, start=1 + len(fixed)):
+            curves.append(item.options())
+            progress("factorising", done, len(matched))
+        spent_elsewhere = sum((costs[name] for name in costs), start=Cost(0, 0))
+        limit = _limit(recipe.budget, matched, left_open, spent_elsewhere, total, curves)
+        multiplier = _share(recipe.budget, left_open, curves, limit, swaps, keeps)
+    return Plan(
+        swaps=tuple(swaps[site.name] for site in sites if site.name in swaps),
+        keeps=tuple(keeps[site.name] for site in sites if site.name in keeps),
+        multiplier=multiplier,
+    )
+
+
+def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
+    """For each site the index of the first rule that matches it, or None.
+
+    Raises RecipeError for a rule that matches no site at all, or asks for neighbours where nothing was traced.
+    """
+    if any(rule.match.needs_graph for rule in recipe.rules) and all(site.after is None for site in sites):
+        raise RecipeError("followed_by and preceded_by need a model that torch.fx can trace, and this one is not")
+    positions = dict(_positions(sites))
+    fitting = {
+        site.name: [n for n, rule in enumerate(recipe.rules) if rule.match.holds(site, positions[site.name])]
+        for site in sites
+    }
+    spoken_of = {number for numbers in fitting.values() for number in numbers}
+    for number, rule in enumerate(recipe.rules):
+        if number not in spoken_of:
+            wanted = rule.match.model_dump(exclude_unset=True, mode="json")
+            raise RecipeError(
+                f"rule {number + 1} matches none of the model's {len(sites)} Conv2d ({_flat(wanted)}); "
+                f"`asymswap candidates MODEL` lists them"
+            )
+    return {name: numbers[0] if numbers else None for name, numbers in fitting.items()}
+
+
+def _decide(model: nn.Module, site: Site, recipe: Recipe, index: int | None) -> _Matched | Keep:
+    if index is None:
+        return Keep(site.name, "no rule matches")
+    rule, number = recipe.rules[index], index + 1
+    if rule.swap is None:
+        return Keep(site.name, f"rule {number} keeps it")
+    kind_name = rule.swap["kind"]
+    kind = kinds.load(kind_name)
+    reason = site.refusal or kind.refuse(site.conv)
+    if reason is None and not site.calls:
+        reason = "never runs in eval mode"
+    if reason is not None:
+        return Keep(site.name, f"rule {number}, but {reason}")
+    settings = kinds.parse_settings(kind_name, rule.swap_settings)
+    conv = cast(nn.Conv2d, model.get_submodule(site.name))
+    return _Matched(site, conv, rule, number, kind_name, kind, settings)
+
+
+def _settle(item: _Matched) -> tuple[Swap | Keep, Cost]:
+    """What a rule with a size of its own makes of a site, and what the site costs then."""
+    try:
+        option = item.kind.settle(item.site, item.conv, item.settings)
+    except RecipeError as error:
+        raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
+    if item.settings.allow_growth or saves(option.cost, item.site.cost):
+        return item.swap(option), option.cost
+    return Keep(item.site.name, _no_gain(item.number, option, item.site.cost)), item.site.cost
+
+
+def _no_gain(number: int, option: Option, old: Cost) -> str:
+    chosen = ", ".join(f"{key} {value}" for key, value in option.settings.items())
+    macs, params = option.cost.macs / max(old.macs, 1), option.cost.params / max(old.params, 1)
+    return f"rule {number}, but {chosen} would cost {macs:.2f} x the MACs and {params:.2f} x the parameters"
+
+
+def _limit(
+    budget: Budget,
+    matched: Sequence[_Matched],
+    left_open: Sequence[_Matched],
+    spent_elsewhere: Cost,
+    total: Cost,
+    curves: Sequence[Sequence[Option]],
+) -> int:
+    """What the open sites may cost together; raises RecipeError where even their cheapest options cost more."""
+    measure = budget.measure
+
+    def of(cost: Cost) -> int:
+        return int(getattr(cost, measure))
+
+    matched_before = sum(of(item.site.cost) for item in matched)
+    whole = matched_before if budget.over == "matched" else of(total)
+    untouched = whole - matched_before + of(spent_elsewhere)
+    points = [_points(item, curve, measure) for item, curve in zip(left_open, curves, strict=True)]
+    least = untouched + least_cost(points)
+    if least > budget.fraction * whole:
+        share = matched_before / of(total)
+        raise RecipeError(
+            f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's {measure}, "
+            f"and at rank 1 everywhere {least / whole:.3f} is left; ask for at least {_round_up(least / whole)}"
+            + (", or match more convs" if budget.over == "model" else "")
+        )
+    return int(budget.fraction * whole) - untouched
+
+
+def _points(item: _Matched, options: Sequence[Option], measure: str) -> list[Point]:
+    """The options as points, and keeping the site as the last of them."""
+    points = [Point(getattr(option.cost, measure), option.error) for option in options]
+    return [*points, Point(getattr(item.site.cost, measure), 0.0)]
+
+
+def _share(
+    budget: Budget,
+    left_open: Sequence[_Matched],
+    curves: Sequence[Sequence[Option]],
+    limit: int,
+    swaps: dict[str, Swap],
+    keeps: dict[str, Keep],
+) -> float:
+    """Choose an option for every open site, add it to `swaps` or `keeps`, and return the multiplier."""
+    points = [_points(item, curve, budget.measure) for item, curve in zip(left_open, curves, strict=True)]
+    allocation = allocate(points, limit)
+    for item, curve, index in zip(left_open, curves, allocation.chosen, strict=True):
+        if index < len(curve):
+            swaps[item.site.name] = item.swap(curve[index])
+        else:
+            reason = "the budget is better spent elsewhere" if curve else "no rank saves anything"
+            keeps[item.site.name] = Keep(item.site.name, f"rule {item.number}, but {reason}")
+    return allocation.multiplier
+
+
+def _positions(sites: Sequence[Site]) -> Iterator[tuple[str, Position]]:
+    running = [site.name for site in sites if site.calls]
+    for site in sites:
+        if running and site.name == running[0]:
+            yield site.name, "first"
+        else:
+            yield site.name, "last" if running and site.name == running[-1] else "inner"
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) or "any conv"
+
+
+def _round_up(fraction: float) -> str:
+    return f"{min(1.0, int(fraction * 1000 + 1) / 1000):.3f}"
+
+
+_PLAN = TypeAdapter(Plan)
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data."""
+    return dataclasses.asdict(plan)
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as JSON text, to be written, edited and replayed."""
+    return json.dumps(plan_to_json(plan), indent=2) + "\n"
+
+
+def plan_from_json(value: Any, where: str) -> Plan:
+    """Check plan data that came from outside, down to each kind's settings; raises PlanError in one line."""
+    try:
+        plan = _PLAN.validate_json(value) if isinstance(value, str | bytes) else _PLAN.validate_python(value)
+    except ValidationError as error:
+        raise PlanError(f"{where} is not a plan: {kinds.validation_text(error)}") from None
+    seen: set[str] = set()
+    for name in [swap.site for swap in plan.swaps] + [keep.site for keep in plan.keeps]:
+        if name in seen:
+            raise PlanError(f"{where} speaks of {name!r} twice")
+        seen.add(name)
+    for swap in plan.swaps:
+        try:
+            kinds.parse_settings(swap.kind, swap.settings)
+        except RecipeError as error:
+            raise PlanError(f"{where}, site {swap.site!r}: {error}") from None
+    return plan
+
+
+def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
+    """Fit a plan from elsewhere to this model: settings settled anew, sites of which it does not speak kept.
+
+    Raises PlanError for a site that the model lacks or that cannot be swapped so.
+    """
+    by_name = {site.name: site for site in sites}
+    swaps = []
+    for swap in plan.swaps:
+        site = by_name.get(swap.site)
+        if site is None:
+            raise PlanError(f"the plan swaps {swap.site!r}, which the model lacks{near_names(swap.site, by_name)}")
+        kind = kinds.load(swap.kind)
+        reason = site.refusal or kind.refuse(site.conv)
+        if reason is not None:
+            raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r}, but it {reason}")
+        settings = kinds.parse_settings(swap.kind, swap.settings)
+        try:
+            option = kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), settings)
+        except RecipeError as error:
+            raise PlanError(f"the plan cannot swap {swap.site!r}: {error}") from None
+        extra = {"allow_growth": True} if settings.allow_growth else {}
+        swaps.append(dataclasses.replace(swap, settings={**option.settings, **extra}))
+    given = {keep.site: keep for keep in plan.keeps}
+    swapped = {swap.site for swap in swaps}
+    keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swapped]
+    return dataclasses.replace(plan, swaps=tuple(swaps), keeps=tuple(keeps))

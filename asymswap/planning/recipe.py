@@ -1,0 +1,380 @@
+"""Recipes: strict TOML that says which convs are swapped, by which kind, and what the result may cost.
+
+    summary = "Dense 3x3 convs become 3x1 + 1x3 pairs"
+
+    [[rules]]
+    match = { kernel = "3x3", groups = "dense", in_channels = { min = 16 } }
+    swap = { kind = "separable" }
+
+    [budget]
+    macs = 0.5
+    over = "matched"
+
+The first rule whose `match` a conv meets decides about it. Sizes are written "3x3", or 3 for both sides; a list means
+any of them; a range { min = …, max = … } includes its ends, and for sizes holds for both sides. Globs match whole
+names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from asymswap import kinds
+from asymswap.errors import RecipeError, near_names
+from asymswap.graph import vocabulary
+from asymswap.spec import Site, Size
+
+
+def _as_size(value: Any) -> Any:
+    """Read "3x5", 3 or [3, 5] as (height, width)."""
+    if isinstance(value, str):
+        parts = value.split("x")
+        if len(parts) == 2 and all(part.isdecimal() for part in parts):
+            return int(parts[0]), int(parts[1])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    elif isinstance(value, tuple) and len(value) == 2:
+        return value
+    raise ValueError('give a size such as "3x3" or 3')
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _check_word(word: str) -> str:
+    if word not in vocabulary.WORDS:
+        hint = near_names(word, vocabulary.WORDS) or f"; known: {', '.join(sorted(vocabulary.WORDS))}"
+        raise ValueError(f"unknown operation {word!r}{hint}")
+    return word
+
+
+Pair = Annotated[Size, BeforeValidator(_as_size), Field(json_schema_extra={"type": ["string", "integer"]})]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Word = Annotated[str, Field(json_schema_extra={"enum": sorted(vocabulary.WORDS)}), BeforeValidator(_check_word)]
+Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple)]
+Grouping = Literal["dense", "grouped", "depthwise"]
+Groupings = Annotated[tuple[Grouping, ...], BeforeValidator(_as_tuple)]
+Position = Literal["first", "inner", "last"]
+Positions = Annotated[tuple[Position, ...], BeforeValidator(_as_tuple)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(_Strict):
+    """A range of numbers, both ends included."""
+
+    min: Annotated[float, Field(strict=True)] | None = None
+    max: Annotated[float, Field(strict=True)] | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Range:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min = {self.min:g} is above max = {self.max:g}")
+        return self
+
+    def holds(self, *values: float) -> bool:
+        """Whether every one of the values lies in the range."""
+        return all((self.min is None or v >= self.min) and (self.max is None or v <= self.max) for v in values)
+
+
+class SizeRange(_Strict):
+    """A range of (height, width) pairs; it holds where both sides lie in it."""
+
+    min: Pair | None = None
+    max: Pair | None = None
+
+    def holds(self, size: Size) -> bool:
+        """Whether both sides lie in the range."""
+        low, high = self.min or (0, 0), self.max or size
+        return all(a <= b <= c for a, b, c in zip(low, size, high, strict=True))
+
+
+def _sizes_form(value: Any) -> str:
+    return "range" if isinstance(value, dict | SizeRange) else "any of"
+
+
+def _as_range(value: Any) -> Any:
+    exact = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"min": value, "max": value} if exact else value
+
+
+AnyOf = Annotated[tuple[Pair, ...], BeforeValidator(_as_tuple)]
+Sizes = Annotated[
+    Annotated[SizeRange, Tag("range")] | Annotated[AnyOf, Tag("any of")],
+    Discriminator(_sizes_form),
+]
+Numbers = Annotated[Range, BeforeValidator(_as_range)]
+
+
+class Match(_Strict):
+    """What a conv must be for a rule to speak of it; what is not said does not matter."""
+
+    names: Texts = ("*",)
+    exclude: Texts = ()
+    kernel: Sizes | None = None
+    stride: Sizes | None = None
+    dilation: Sizes | None = None
+    groups: Groupings | None = None
+    in_channels: Numbers | None = None
+    out_channels: Numbers | None = None
+    feature_map: Sizes | None = None
+    position: Positions | None = None
+    macs: Numbers | None = None
+    params: Numbers | None = None
+    followed_by: Words | None = None
+    preceded_by: Words | None = None
+
+    def holds(self, site: Site, position: Position) -> bool:
+        """Whether the rule speaks of this site, which is the `first`, an `inner` or the `last` one."""
+        conv = site.conv
+        return (
+            any(fnmatch.fnmatchcase(site.name, glob) for glob in self.names)
+            and not any(fnmatch.fnmatchcase(site.name, glob) for glob in self.exclude)
+            and _size_holds(self.kernel, conv.kernel)
+            and _size_holds(self.stride, conv.stride)
+            and _size_holds(self.dilation, conv.dilation)
+            and (self.groups is None or conv.grouping in self.groups)
+            and (self.in_channels is None or self.in_channels.holds(conv.in_channels))
+            and (self.out_channels is None or self.out_channels.holds(conv.out_channels))
+            and (self.feature_map is None or _size_holds(self.feature_map, site.feature_map))
+            and (self.position is None or position in self.position)
+            and (self.macs is None or self.macs.holds(site.cost.macs))
+            and (self.params is None or self.params.holds(site.cost.params))
+            and _neighbour_holds(self.followed_by, site.after)
+            and _neighbour_holds(self.preceded_by, site.before)
+        )
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether it asks for neighbours, which only a traced model has."""
+        return self.followed_by is not None or self.preceded_by is not None
+
+
+class Rule(_Strict):
+    """One rule: the convs that it speaks of, and what they become; or that they stay as they are."""
+
+    match: Match = Match()
+    swap: dict[str, Any] | None = None
+    keep: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one_outcome(self) -> Rule:
+        if (self.swap is None) == (self.keep is None):
+            raise ValueError("say either swap = { kind = … } or keep = true")
+        if self.swap is not None:
+            if not isinstance(self.swap.get("kind"), str):
+                raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
+            try:
+                kinds.parse_settings(self.swap["kind"], self.swap_settings)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def swap_settings(self) -> dict[str, Any]:
+        """What `swap` says beside the kind."""
+        return {key: value for key, value in (self.swap or {}).items() if key != "kind"}
+
+    @property
+    def size(self) -> str | None:
+        """The setting by which the rule fixes the size of its replacements; None where a budget chooses."""
+        if self.swap is None:
+            return None
+        return next((name for name in kinds.load(self.swap["kind"]).SIZES if name in self.swap), None)
+
+    @property
+    def leaves_size_open(self) -> bool:
+        """Whether the rule swaps and says no size, although its kind has one."""
+        return self.swap is not None and bool(kinds.load(self.swap["kind"]).SIZES) and self.size is None
+
+
+class Budget(_Strict):
+    """The fraction of the MACs or parameters that may be left, of the model or of the matched convs."""
+
+    macs: Annotated[float, Field(gt=0, le=1)] | None = None
+    params: Annotated[float, Field(gt=0, le=1)] | None = None
+    over: Literal["model", "matched"] = "model"
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Budget:
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("a budget needs either macs or params")
+        return self
+
+    @property
+    def measure(self) -> Literal["macs", "params"]:
+        """Which of the two costs is bounded."""
+        return "macs" if self.macs is not None else "params"
+
+    @property
+    def fraction(self) -> float:
+        """The bound."""
+        return self.macs or self.params or 1.0
+
+    def __str__(self) -> str:
+        what = "the matched convs'" if self.over == "matched" else "the model's"
+        return f"{self.fraction:g} of {what} {'MACs' if self.measure == 'macs' else 'parameters'}"
+
+
+class Recipe(_Strict):
+    """A whole recipe."""
+
+    summary: str = ""
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    budget: Budget | None = None
+
+    @model_validator(mode="after")
+    def _sizes_and_budget(self) -> Recipe:
+        is_open = [number for number, rule in enumerate(self.rules, start=1) if rule.leaves_size_open]
+        if is_open and self.budget is None:
+            kind = (self.rules[is_open[0] - 1].swap or {})["kind"]
+            sizes = " or ".join(kinds.load(kind).SIZES)
+            raise ValueError(f"rule {is_open[0]} says no size: give {sizes}, or the recipe a [budget]")
+        if self.budget is not None and not is_open:
+            raise ValueError("the [budget] has nothing to choose: every rule says its own size; remove one of the two")
+        return self
+
+
+def _size_holds(wanted: SizeRange | tuple[Size, ...] | None, size: Size | None) -> bool:
+    if wanted is None:
+        return True
+    if size is None:
+        return False
+    return wanted.holds(size) if isinstance(wanted, SizeRange) else size in wanted
+
+
+def _neighbour_holds(words: tuple[str, ...] | None, neighbours: Any) -> bool:
+    if words is None:
+        return True
+    return any(vocabulary.fits(word, neighbour.op) for word in words for neighbour in neighbours or ())
+
+
+def shipped_folder() -> Path:
+    """Where the recipes are that come with asymswap: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(str(resources.files("asymswap"))) / "recipes"
+    return inside if inside.is_dir() else inside.parents[1] / "recipes"
+
+
+def shipped_names() -> list[str]:
+    """The names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in shipped_folder().glob("*.toml"))
+
+
+def read_recipe_text(reference: str) -> tuple[str, str]:
+    """The TOML text that a name or a file stands for, and how to call it; raises RecipeError where there is none."""
+    if reference in shipped_names():
+        return (shipped_folder() / f"{reference}.toml").read_text(encoding="utf-8"), f"recipe {reference!r}"
+    path = Path(reference)
+    if path.suffix != ".toml" and not path.is_file():
+        hint = near_names(reference, shipped_names()) or f"; known: {', '.join(shipped_names())}"
+        raise RecipeError(f"no recipe {reference!r}{hint}, or give a .toml file")
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe file {path}; shipped recipes: {', '.join(shipped_names())}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not a text file; a recipe is TOML in UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Check a recipe's text, with the user's overrides put in (see `override`); raises RecipeError in one line."""
+    try:
+        value = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    try:
+        return Recipe.model_validate(override(value, overrides or {}))
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {kinds.validation_text(error, _keys_at(error))}") from None
+
+
+def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `--set` and budget options into a recipe that has been read but not checked.
+
+    `budget.macs`, `budget.params` and `budget.over` change the budget, of which one measure is left; any other key
+    goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
+    size, and of the budget where no rule is left for it. Raises RecipeError for a key that no rule takes.
+    """
+    rules = [dict(rule) for rule in value.get("rules", []) if isinstance(rule, dict)]
+    budget = dict(value["budget"]) if isinstance(value.get("budget"), dict) else None
+    for key, wanted in overrides.items():
+        if key.startswith("budget."):
+            part = key.removeprefix("budget.")
+            kept = {} if part in ("macs", "params") else dict(budget or {})
+            budget = {**kept, part: wanted}
+        else:
+            _override_rules(rules, key, wanted)
+            if not any(_is_open(rule) for rule in rules):
+                budget = None
+    changed = {**value, "rules": rules} if "rules" in value else dict(value)
+    changed.pop("budget", None)
+    return changed if budget is None else {**changed, "budget": budget}
+
+
+def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> None:
+    known: set[str] = set()
+    taken = False
+    for rule in rules:
+        swap = rule.get("swap")
+        if not isinstance(swap, dict) or swap.get("kind") not in kinds.names():
+            continue
+        kind = kinds.load(swap["kind"])
+        known |= set(kind.Settings.model_fields)
+        if key in kind.Settings.model_fields:
+            dropped = kind.SIZES if key in kind.SIZES else ()
+            rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: wanted}
+            taken = True
+    if not taken:
+        hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
+        raise RecipeError(f"--set {key}: no rule of the recipe takes it{hint}")
+
+
+def _is_open(rule: dict[str, Any]) -> bool:
+    swap = rule.get("swap")
+    if not isinstance(swap, dict) or swap.get("kind") not in kinds.names():
+        return False
+    sizes = kinds.load(swap["kind"]).SIZES
+    return bool(sizes) and not any(name in swap for name in sizes)
+
+
+def _keys_at(error: ValidationError) -> list[str]:
+    """The keys that are known where the first unknown one stands, for near names."""
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            path = [part for part in item["loc"] if isinstance(part, str) and part not in ("range", "any of")]
+            owners: dict[str, type[BaseModel]] = {"rules": Rule, "budget": Budget}
+            owner = owners.get(path[0], Recipe) if path[1:] else Recipe
+            if "match" in path[:-1]:
+                owner = Match
+            if len(path) > 3:
+                owner = Range
+            return list(owner.model_fields)
+    return []
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors: each kind's settings stand beside its name."""
+    schema = Recipe.model_json_schema()
+    swaps = []
+    for name in kinds.names():
+        settings = kinds.load(name).Settings.model_json_schema()
+        settings["properties"] = {"kind": {"const": name}, **settings["properties"]}
+        settings["required"] = ["kind"]
+        settings["title"] = name
+        swaps.append(settings)
+    schema["$defs"]["Rule"]["properties"]["swap"] = {"oneOf": swaps}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,1 @@
+"""Numbers and text made into terminal tables, JSON and Markdown; knows no torch."""

@@ -1,0 +1,112 @@
+"""A report as Markdown, complete, with every conv's row and the totals below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from asymswap.reporting import words
+from asymswap.reporting.report import Report, SiteRow
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report as one Markdown document."""
+    model, output = report.model, report.output
+    head = [
+        [
+            "MACs",
+            f"{report.before.macs:,}",
+            f"{report.after.macs:,}",
+            words.share(report.after.macs, report.before.macs),
+        ],
+        [
+            "FLOPs (2 x MACs)",
+            f"{report.before.flops:,}",
+            f"{report.after.flops:,}",
+            words.share(report.after.flops, report.before.flops),
+        ],
+        [
+            "parameters",
+            f"{report.before.params:,}",
+            f"{report.after.params:,}",
+            words.share(report.after.params, report.before.params),
+        ],
+    ]
+    if report.accuracy is not None:
+        acc = report.accuracy
+        points = f"{100 * (acc.after - acc.before):+.2f} points"
+        head.append([f"top-1 on {acc.data}", f"{acc.before:.2%}", f"{acc.after:.2%}", points])
+    facts = [
+        f"Recipe: {report.recipe}" + (f", budget {report.budget}" if report.budget else ""),
+        f"Weights: {model.weights}" + (f", SHA-256 {model.sha256}" if model.sha256 else ""),
+        f"Read by {model.traced_by} at an input of {model.input}",
+        f"Output of the whole model: {words.error(output.relative)} relative difference, "
+        f"{output.largest:.3g} at most, on {output.probe}",
+        *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
+        *model.notes,
+        *(f"File {file.path}: {words.size(file.bytes)}" for file in report.files),
+        "Time in seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items()),
+        f"asymswap {report.asymswap}",
+    ]
+    lines = [
+        f"# {model.reference} converted: {len(report.swapped)} of {len(report.sites)} convs swapped",
+        "",
+        *_table(["", "before", "after", "left"], head),
+        "",
+        *(f"- {fact}" for fact in facts),
+        "",
+        *_table(_COLUMNS, [*map(_cells, report.sites), _rest(report), _total(report)]),
+        "",
+        "Kernel error: Frobenius norm of the kernel's change over that of the kernel. Output error: the same of the",
+        "layer's output on the probe, the layer seeing the original's input. MACs of one forward pass, batch 1.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_COLUMNS = [
+    "layer",
+    "conv",
+    "map",
+    "calls",
+    "becomes",
+    "MACs before",
+    "MACs after",
+    "parameters before",
+    "parameters after",
+    "kernel error",
+    "output error",
+]
+
+
+def _cells(row: SiteRow) -> list[str]:
+    becomes = f"{row.kind}: {words.settings(row.settings)}" if row.kind else f"kept: {row.reason}"
+    return [
+        f"`{row.site}`",
+        row.conv,
+        "x".join(map(str, row.feature_map)) if row.feature_map else "-",
+        str(row.calls),
+        becomes,
+        f"{row.before.macs:,}",
+        f"{row.after.macs:,}",
+        f"{row.before.params:,}",
+        f"{row.after.params:,}",
+        words.error(row.kernel_error),
+        words.error(row.output_error),
+    ]
+
+
+def _rest(report: Report) -> list[str]:
+    rest = report.rest
+    params = f"{rest.params:,}"
+    return ["other layers", "", "", "", "", f"{rest.macs:,}", f"{rest.macs:,}", params, params, "", ""]
+
+
+def _total(report: Report) -> list[str]:
+    before, after = report.before, report.after
+    sums = [before.macs, after.macs, before.params, after.params]
+    return ["**total**", "", "", "", "", *(f"**{value:,}**" for value in sums), "", ""]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

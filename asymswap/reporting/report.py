@@ -1,0 +1,124 @@
+"""The report of a conversion: numbers and text only, and how they become JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from asymswap.spec import Cost
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One conv of the original model: what it was, what became of it, what both cost, and what the change did.
+
+    `action` is `swap` or `keep`; `kernel_error` is the Frobenius norm of the kernel's change over that of the kernel,
+    `output_error` the same of the layer's output on the probe batch.
+    """
+
+    site: str
+    conv: str
+    feature_map: tuple[int, int] | None
+    calls: int
+    action: str
+    kind: str | None
+    settings: Mapping[str, Any]
+    reason: str
+    before: Cost
+    after: Cost
+    kernel_error: float | None = None
+    output_error: float | None = None
+    output_largest: float | None = None
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """How far the whole model's output moved on the probe batch, relative and at most, and what the probe was."""
+
+    relative: float
+    largest: float
+    probe: str
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Top-1 accuracy before and after on the same images, as fractions."""
+
+    data: str
+    images: int
+    before: float
+    after: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """A file read or written, and its size in bytes; `path` is None where nothing was written."""
+
+    path: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """Which model was converted, and how it was read."""
+
+    reference: str
+    origin: str
+    weights: str
+    traced_by: str
+    input: str
+    sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a conversion has to say.
+
+    `rest` is the cost of everything outside of the sites, so that the totals are the sums of the rows and it.
+    """
+
+    asymswap: str
+    model: ModelRow
+    recipe: str
+    budget: str | None
+    preserves: Mapping[str, str]
+    sites: tuple[SiteRow, ...]
+    rest: Cost
+    before: Cost
+    after: Cost
+    output: OutputChange
+    multiplier: float | None = None
+    accuracy: AccuracyRow | None = None
+    weights_bytes: tuple[int, int] = (0, 0)
+    files: tuple[FileRow, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def swapped(self) -> tuple[SiteRow, ...]:
+        """The rows of swapped sites."""
+        return tuple(row for row in self.sites if row.action == "swap")
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as plain data; every cost carries its FLOPs beside its MACs."""
+    data = plain(report)
+    return {"schema": SCHEMA, **data}
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs."""
+    if isinstance(value, Cost):
+        return {"macs": value.macs, "flops": value.flops, "params": value.params}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

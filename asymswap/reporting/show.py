@@ -1,0 +1,62 @@
+"""What a checkpoint tells of itself, as a view for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from asymswap.reporting import words
+from asymswap.reporting.terminal import table
+
+
+def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
+    """Origin, preprocessing, versions, headline figures, and the swaps of every conversion, from the header's JSON."""
+    provenance, origin, pre = header["provenance"], header["origin"], header["preprocessing"]
+    report = provenance.get("report", {})
+    arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
+    size = "x".join(map(str, (pre["channels"], *pre["size"])))
+    facts = [
+        ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
+        ("input", f"{size}, mean {_numbers(pre['mean'])}, std {_numbers(pre['std'])}"),
+        *_facts(report),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+    ]
+    parts: list[RenderableType] = [Text(path, style="bold"), Text("")]
+    parts.append(table([("", "left"), ("", "fold")], [(name, value) for name, value in facts if value]))
+    for number, plan in enumerate(header["plans"], start=1):
+        swaps = plan["swaps"]
+        parts += [Text(""), Text(f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept")]
+        rows = [(swap["site"], swap["kind"], words.settings(swap["settings"])) for swap in swaps]
+        if rows:
+            parts += [Text(""), table([("Layer", "fold"), ("Kind", "left"), ("Settings", "left")], rows)]
+    return Group(*parts)
+
+
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not report:
+        return []
+    model, before, after = report["model"], report["before"], report["after"]
+    facts = [
+        ("converted from", model["reference"]),
+        ("weights", model["weights"]),
+        ("source SHA-256", model["sha256"] or ""),
+        ("recipe", report["recipe"] + (f", budget {report['budget']}" if report["budget"] else "")),
+        ("MACs", _change(before["macs"], after["macs"])),
+        ("parameters", _change(before["params"], after["params"])),
+        ("output change", f"{words.error(report['output']['relative'])} on {report['output']['probe']}"),
+    ]
+    accuracy = report.get("accuracy")
+    if accuracy:
+        facts.append(("top-1", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%} on {accuracy['data']}"))
+    return facts
+
+
+def _change(before: int, after: int) -> str:
+    return f"{words.count(before)} -> {words.count(after)} ({words.share(after, before)})"
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,164 @@
+"""Reports as tables for a terminal: readable at 80 columns, complete at 120."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from asymswap.reporting import words
+from asymswap.reporting.report import Report, SiteRow
+from asymswap.spec import Candidate, Cost
+
+WIDE = 110
+"""From this many columns on, tables show everything."""
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """A plain table of (title, side) columns; the side is `left`, `right`, or `fold` for text that may break lines."""
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    result.show_header = any(title for title, _ in columns)
+    for title, side in columns:
+        result.add_column(
+            title,
+            justify="right" if side == "right" else "left",
+            no_wrap=side != "fold",
+            overflow="fold" if side == "fold" else "ellipsis",
+        )
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def report_view(report: Report, width: int) -> RenderableType:
+    """The whole report: headline figures, what was done to each conv, what was kept and why, and the fine print."""
+    parts: list[RenderableType] = [Text(_title(report), style="bold"), Text(""), _headline(report), Text("")]
+    if report.swapped:
+        parts += [_swaps(report, width), Text("")]
+    kept = words.kept(report.sites)
+    if kept:
+        parts += [Text("Kept: " + "; ".join(kept)), Text("")]
+    parts += [Text(line, style="dim") for line in _fine_print(report)]
+    return Group(*parts)
+
+
+def candidates_view(
+    reference: str, rows: Sequence[Candidate], total: Cost, held: Cost, traced_by: str, about: str, width: int
+) -> RenderableType:
+    """What the candidates hold, first of all; then every conv with what `separable` would save, or why it is none."""
+    number = sum(row.reason is None for row in rows)
+    share = held.macs / total.macs if total.macs else 0.0
+    verdict = f"{reference}: {number} of {len(rows)} convs are candidates; they hold {words.percent(share)} of the MACs"
+    verdict += f" and {words.share(held.params, total.params)} of the parameters"
+    parts: list[RenderableType] = [Text(verdict, style="bold")]
+    if share < 0.05:
+        parts.append(Text("Little can be gained here.", style="yellow"))
+    wide = width >= WIDE
+    columns = [("Layer", "fold"), ("Conv", "left"), ("MACs", "right"), ("Share", "right")]
+    columns += [("Params", "right"), ("Map", "right")] if wide else []
+    columns += [("Even at", "right"), ("Half of it saves", "fold")]
+    parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows)), Text("")]
+    parts += [
+        Text(line, style="dim")
+        for line in (
+            f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
+            f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
+            "Even at: the largest rank of a separable pair that still saves something.",
+        )
+    ]
+    return Group(*parts)
+
+
+def _candidate_cells(row: Candidate, total: Cost, wide: bool) -> list[str | Text]:
+    site, cost = row.site, row.site.cost
+    cells: list[str | Text] = [
+        site.name,
+        site.conv.describe(),
+        words.count(cost.macs),
+        words.share(cost.macs, total.macs),
+    ]
+    if wide:
+        cells += [words.count(cost.params), "x".join(map(str, site.feature_map)) if site.feature_map else "-"]
+    if row.break_even is None or row.half is None:
+        return [*cells, "-", Text(row.reason or "", style="dim")]
+    saved = words.share(cost.macs - row.half.cost.macs, cost.macs)
+    text = f"rank {row.half.rank}: {saved}"
+    if wide:
+        text += f" of MACs, {words.share(cost.params - row.half.cost.params, cost.params)} of parameters"
+    return [*cells, f"{row.break_even.rank}", text]
+
+
+def _title(report: Report) -> str:
+    model = report.model
+    origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
+    return f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped"
+
+
+def _headline(report: Report) -> Table:
+    before, after = report.before, report.after
+    rows: list[Sequence[str | Text]] = [
+        _figures("MACs", before.macs, after.macs),
+        _figures("FLOPs", before.flops, after.flops),
+        _figures("parameters", before.params, after.params),
+        (
+            "weights",
+            words.size(report.weights_bytes[0]),
+            words.size(report.weights_bytes[1]),
+            words.share(report.weights_bytes[1], report.weights_bytes[0]),
+        ),
+    ]
+    if report.accuracy is not None:
+        acc = report.accuracy
+        change = f"{100 * (acc.after - acc.before):+.2f} points"
+        rows.append(("top-1", f"{100 * acc.before:.2f} %", f"{100 * acc.after:.2f} %", change))
+    return table([("", "left"), ("before", "right"), ("after", "right"), ("left", "right")], rows)
+
+
+def _figures(name: str, before: int, after: int) -> Sequence[str]:
+    return name, words.count(before), words.count(after), words.share(after, before)
+
+
+def _swaps(report: Report, width: int) -> Table:
+    wide = width >= WIDE
+    mixed = len(report.preserves) > 1
+    columns = [("Layer", "fold"), ("Conv", "left")]
+    columns += [("Kind", "left")] if mixed else []
+    columns += [("Becomes", "left"), ("MACs", "right")]
+    columns += (
+        [("Parameters", "right"), ("Kernel error", "right"), ("Output error", "right")]
+        if wide
+        else [("Error", "right")]
+    )
+    return table(columns, (_swap_cells(row, wide, mixed) for row in report.swapped))
+
+
+def _swap_cells(row: SiteRow, wide: bool, mixed: bool) -> list[str]:
+    cells = [row.site, row.conv, *([row.kind or ""] if mixed else []), words.settings(row.settings)]
+    cells.append(f"{words.count(row.before.macs)} -> {words.count(row.after.macs)}")
+    if wide:
+        cells.append(f"{words.count(row.before.params)} -> {words.count(row.after.params)}")
+        cells.append(words.error(row.kernel_error))
+    return [*cells, words.error(row.output_error)]
+
+
+def _fine_print(report: Report) -> list[str]:
+    model, output = report.model, report.output
+    lines = [
+        f"Output of the whole model: {words.error(output.relative)} relative difference, {output.largest:.3g} at most, "
+        f"on {output.probe} of {model.input}."
+    ]
+    lines += [f"{kind} preserves {what}." for kind, what in report.preserves.items()]
+    if report.swapped:
+        lines.append("(Output) error: relative change of the layer's own output, on the original's input to it.")
+    if report.budget is not None:
+        lines.append(f"Budget: {report.budget}.")
+    if report.accuracy is not None:
+        lines.append(f"Top-1 on {report.accuracy.data}.")
+    lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
+    lines += [f"{note[0].upper()}{note[1:]}." for note in model.notes]
+    lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
+    total = sum(report.seconds.values())
+    lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")
+    return lines

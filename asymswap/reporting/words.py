@@ -1,0 +1,62 @@
+"""Numbers as text: the one place that decides how many digits a person sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from asymswap.reporting.report import SiteRow
+
+
+def count(value: float) -> str:
+    """A large count with a unit: `40.6 M`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    """A part of a whole as a percentage."""
+    return percent(part / whole) if whole else "-"
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one digit."""
+    return f"{100 * fraction:.1f} %"
+
+
+def error(value: float | None) -> str:
+    """A relative error: small ones as a power, others as a percentage."""
+    if value is None:
+        return "-"
+    return f"{value:.0e}" if value < 1e-3 else percent(value)
+
+
+def size(value: int) -> str:
+    """Bytes with a unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value} B"
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Settings in a short phrase: `rank 17, vertical`, the order being named by what comes first."""
+    parts = []
+    for key, value in values.items():
+        if value is True:
+            parts.append(key)
+        elif isinstance(value, str):
+            parts.append(value.removesuffix("-first"))
+        else:
+            parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(parts)
+
+
+def kept(rows: Iterable[SiteRow]) -> list[str]:
+    """Why sites were kept, and how many for each reason, the commonest first."""
+    reasons = Counter(row.reason for row in rows if row.action == "keep")
+    return [f"{number} {'conv' if number == 1 else 'convs'}: {reason}" for reason, number in reasons.most_common()]

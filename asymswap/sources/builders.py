@@ -1,0 +1,114 @@
+"""The networks that can be built from a reference alone, without running anybody's code: torchvision's and our own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from asymswap.errors import SourceError
+from asymswap.sources import networks, torchvision_models
+from asymswap.sources.state import State, compare
+
+DIGITS = "digits-resnet"
+
+
+def known_references() -> list[str]:
+    """Every reference that names a network, in its full form."""
+    own = [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
+    return own + [f"torchvision:{name}" for name in torchvision_models.names()]
+
+
+def canonical(reference: str) -> str | None:
+    """The full form of a reference to a known network (`resnet18` is `torchvision:resnet18`), or None for others."""
+    if reference == DIGITS or (reference.startswith("cifar:") and reference[6:] in networks.BUILDERS):
+        return reference
+    name = reference.removeprefix("torchvision:")
+    return f"torchvision:{name}" if name in torchvision_models.names() else None
+
+
+def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network of a full reference, with random weights; raises SourceError for arguments that it does not take."""
+    if reference.startswith("torchvision:"):
+        return torchvision_models.build(reference.removeprefix("torchvision:"), arguments)
+    builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix("cifar:")]
+    unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
+    if unknown:
+        raise SourceError(f"{reference} does not take {unknown[0]!r}; it takes num_classes and in_channels")
+    return builder(**arguments)
+
+
+def build_to_fit(reference: str, arguments: Mapping[str, Any], state: State) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a full reference with the class count and input channels that a state dict shows.
+
+    Returns it with the arguments that were used; whether the state fits in all other respects is for `compare` to say.
+    """
+    model = build(reference, arguments)
+    guess = {**_guess(model, state), **arguments}
+    if guess == dict(arguments):
+        return model, guess
+    try:
+        other = build(reference, guess)
+    except SourceError:
+        return model, dict(arguments)
+    return (model, dict(arguments)) if compare(other, state) else (other, guess)
+
+
+def nearest(state: State, progress: Callable[[int, int], None]) -> list[tuple[float, str]]:
+    """Every known classifier by how much of the state dict it shares, from 1 (all keys and shapes) down, best first.
+
+    Likeness is the number of common (key, shape) pairs over that of all. The networks are built without weights.
+    """
+    own = {(key, tuple(tensor.shape)) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    references = [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
+    references += [f"torchvision:{name}" for name in torchvision_models.classifiers()]
+    found = []
+    for done, reference in enumerate(references, start=1):
+        pairs = _shapes(reference)
+        found.append((len(own & pairs) / max(len(own | pairs), 1), reference))
+        progress(done, len(references))
+    return sorted(found, key=lambda item: (-item[0], item[1]))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts what `torch.empty` makes, and so all weights, on the meta device; sizes worked out with tensors stay real.
+
+    `torch.device("meta")` would take the latter as well, and torchvision's RegNets compute their widths with tensors.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def _shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
+    with _EmptyOnMeta():
+        state = build(reference, {}).state_dict()
+    return frozenset((k, tuple(t.shape)) for k, t in state.items() if not k.endswith("num_batches_tracked"))
+
+
+def _guess(model: nn.Module, state: State) -> dict[str, Any]:
+    """Arguments that would explain how the state differs from the network as it is built by default."""
+    difference = compare(model, state)
+    classes = {have[0] for _, have, want in difference.shapes if have and have[1:] == want[1:]}
+    channels = {
+        have[1]
+        for _, have, want in difference.shapes
+        if len(have) == len(want) == 4 and have[0] == want[0] and have[2:] == want[2:]
+    }
+    guess: dict[str, Any] = {}
+    if len(classes) == 1:
+        guess["num_classes"] = classes.pop()
+    if len(channels) == 1:
+        guess["in_channels"] = channels.pop()
+    if difference.missing and all(key.lower().startswith("aux") for key in difference.missing):
+        # torchvision drops the auxiliary heads of its own pretrained models.
+        guess["aux_logits"] = False
+    return guess

@@ -1,0 +1,315 @@
+"""Model references: text that names a model, and how it becomes a module with weights.
+
+| reference | what |
+| --- | --- |
+| `resnet18`, `torchvision:resnet18`, `torchvision:resnet18@IMAGENET1K_V1` | a torchvision builder, and its weights |
+| `cifar:resnet20` | a network of CIFAR size from `asymswap.sources.networks` |
+| `digits-resnet` | the trained network that ships with asymswap |
+| `package.module:factory` | a callable of the user's own that returns a module; it is imported and called |
+| a file | a state dict or training checkpoint (with `--arch`), or a pickled module |
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file
+from torch import nn
+
+from asymswap.errors import SourceError, near_names
+from asymswap.sources import builders, networks, torchvision_models
+from asymswap.sources.builders import DIGITS
+from asymswap.sources.files import FileKind, sha256, sniff
+from asymswap.sources.skeleton import from_skeleton, to_skeleton
+from asymswap.sources.state import Found, State, compare, find_weights, load_state_
+from asymswap.sources.unpickle import is_allowed_module, load_object
+from asymswap.spec import Origin, Preprocessing, Progress, silent
+
+FILE_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user said about the model beside its reference; see the options of the same names."""
+
+    arch: str | None = None
+    weights: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    trust_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with its weights, and all that is known about where it came from."""
+
+    model: nn.Module
+    origin: Origin
+    preprocessing: Preprocessing
+    weights: str
+    notes: tuple[str, ...] = ()
+    skeleton: bytes | None = None
+    file: Path | None = None
+    sha256: str | None = None
+
+
+def is_file_reference(reference: str) -> bool:
+    """Whether a reference means a file: it exists and names no known network, or it looks like a path."""
+    if builders.canonical(reference.partition("@")[0]) is not None:
+        return False
+    path = Path(reference)
+    return path.exists() or path.suffix in FILE_SUFFIXES or "/" in reference or "\\" in reference
+
+
+def open_reference(reference: str, request: Request) -> Source:
+    """The model that a reference other than a file names, with weights; raises SourceError where it cannot be had."""
+    if request.arch is not None:
+        raise SourceError(f"--arch goes with a file, and {reference!r} names a network itself")
+    name, _, weights_name = reference.partition("@")
+    if weights_name and request.weights:
+        raise SourceError(f"{reference!r} names weights and --weights {request.weights} others; give one of them")
+    request = replace(request, weights=weights_name or request.weights)
+    full = builders.canonical(name)
+    if full is not None:
+        return _open_known(full, request)
+    if ":" in name and not name.startswith(("cifar:", "torchvision:")):
+        return _open_factory(name, request)
+    known = builders.known_references()
+    short = [text.removeprefix("torchvision:") for text in known]
+    hint = near_names(name, known + short) or "; known are torchvision's names, cifar:…, digits-resnet, module:factory"
+    raise SourceError(f"no model {reference!r}, and no such file{hint}")
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """What a model file holds, before anything is made of it; `metadata` is that of a safetensors file."""
+
+    value: Any
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_raw(path: Path, trust_pickle: bool) -> RawFile:
+    """Read a model file; raises SourceError where it is none, is damaged, or would have to run code to be read."""
+    kind = sniff(path)
+    if kind is not FileKind.SAFETENSORS:
+        return RawFile(load_object(path, kind, trust_pickle, str(path)))
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise SourceError(f"{path} is cut off or damaged: {error}") from None
+
+
+def read_weights(path: Path, trust_pickle: bool) -> Found:
+    """The state dict or module in a model file."""
+    return find_weights(read_raw(path, trust_pickle).value, str(path))
+
+
+def open_loaded(path: Path, found: Found, request: Request, progress: Progress = silent) -> Source:
+    """The model of a file that has been read: a module as it is, or a state dict put into its architecture."""
+    notes: tuple[str, ...] = (f"weights taken from {found.key!r} in {path.name}",) if found.key else ()
+    if request.weights is not None:
+        raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
+    if isinstance(found.value, nn.Module):
+        source = describe_module(found.value, f"file {path.name}")
+        if request.arch is not None:
+            notes += (f"--arch {request.arch} was not needed: {path.name} holds the whole module",)
+        return replace(source, notes=notes + source.notes, file=path, sha256=sha256(path))
+    arch = request.arch
+    if arch is None:
+        arch = _identify(path, found.value, progress)
+        notes += (f"architecture taken from keys and shapes: {arch} (--arch names another)",)
+    source = _fill(_architecture(arch), found.value, request, str(path), progress)
+    return replace(source, notes=notes + source.notes, file=path, sha256=sha256(path), weights=f"file {path.name}")
+
+
+def describe_module(model: nn.Module, weights: str) -> Source:
+    """A Source for a module that exists already: its structure is stored where the allowlist can read it back."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    allowed = is_allowed_module(model)
+    origin = Origin(f"skeleton:{name}" if allowed else f"class:{name}")
+    notes = () if allowed else (f"{name} is not in the allowlist: load the result with asymswap.load(path, model=…)",)
+    skeleton = to_skeleton(model) if allowed else None
+    return Source(model, origin, _assumed_preprocessing(model), weights, notes, skeleton)
+
+
+def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
+    """The unconverted model of an origin, with unset weights, running no code but torch's, torchvision's and ours.
+
+    Raises SourceError for an origin that only the user's own code can build.
+    """
+    if skeleton is not None:
+        return from_skeleton(skeleton)
+    full = builders.canonical(origin.reference)
+    if full is None:
+        raise SourceError(f"it was built by {origin.reference}, which is code of yours")
+    return builders.build(full, origin.arguments)
+
+
+def build_architecture(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network that the user named by `--arch`, unfilled; a factory of theirs is imported and called."""
+    full = _architecture(reference)
+    return _call_factory(full, arguments) if builders.canonical(full) is None else builders.build(full, arguments)
+
+
+def _open_known(full: str, request: Request) -> Source:
+    if request.weights not in (None, "none") and _is_weights_file(str(request.weights)):
+        return _fill_from_file(full, request)
+    random = request.weights == "none"
+    if full == DIGITS and not random:
+        if request.weights not in (None, "DEFAULT") or request.arguments:
+            raise SourceError(f"{DIGITS} has one set of weights; use --weights none to change its arguments")
+        source = _fill(full, load_file(networks.DIGITS_WEIGHTS), request, DIGITS, silent)
+        return replace(source, weights="shipped, trained on scikit-learn's digits")
+    if full.startswith("torchvision:") and not random:
+        name = full.removeprefix("torchvision:")
+        model, arguments, weights = torchvision_models.build_pretrained(
+            name, request.weights or "DEFAULT", request.arguments
+        )
+        return Source(model, Origin(full, arguments), torchvision_models.preprocessing(name, model, weights), weights)
+    if not random:
+        raise SourceError(f"{full} has no published weights; use --weights FILE, or --weights none for random ones")
+    model = builders.build(full, request.arguments)
+    return Source(model, Origin(full, dict(request.arguments)), _preprocessing(full, model), "random")
+
+
+def _open_factory(reference: str, request: Request) -> Source:
+    if request.weights not in (None, "none"):
+        return _fill_from_file(reference, request)
+    model = _call_factory(reference, request.arguments)
+    weights = f"as {reference} made them"
+    return Source(model, Origin(reference, dict(request.arguments)), _assumed_preprocessing(model), weights)
+
+
+def _fill_from_file(reference: str, request: Request) -> Source:
+    path = Path(str(request.weights))
+    found = read_weights(path, request.trust_pickle)
+    if isinstance(found.value, nn.Module):
+        raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
+    source = _fill(reference, found.value, request, str(path), silent)
+    return replace(source, file=path, sha256=sha256(path), weights=f"file {path.name}")
+
+
+def _fill(reference: str, state: State, request: Request, label: str, progress: Progress) -> Source:
+    """The network of a reference with a state dict loaded strictly; class count and input channels follow the state."""
+    full = builders.canonical(reference)
+    if full is None:
+        model, arguments = _call_factory(reference, request.arguments), dict(request.arguments)
+    else:
+        model, arguments = builders.build_to_fit(full, request.arguments, state)
+    difference = compare(model, state)
+    if difference:
+        raise SourceError(f"{label} does not fit {reference}: {difference}{_hint(state, reference, progress)}")
+    load_state_(model, state)
+    preprocessing = _preprocessing(full, model) if full else _assumed_preprocessing(model)
+    if "in_channels" in arguments:
+        preprocessing = _with_channels(preprocessing, arguments["in_channels"])
+    return Source(model, Origin(full or reference, arguments), preprocessing, label)
+
+
+def _hint(state: State, reference: str, progress: Progress) -> str:
+    likeness, best = builders.nearest(state, lambda done, total: progress("looking for the architecture", done, total))[
+        0
+    ]
+    if likeness == 0 or best == builders.canonical(reference):
+        return ""
+    return f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
+
+
+def _identify(path: Path, state: State, progress: Progress) -> str:
+    """The one known architecture that a state dict fits; raises SourceError where there is none or more than one."""
+    ranked = builders.nearest(state, lambda done, total: progress("looking for the architecture", done, total))
+    fitting = []
+    for likeness, reference in ranked[:6]:
+        if likeness < 0.5:
+            break
+        model, arguments = builders.build_to_fit(reference, {}, state)
+        if not compare(model, state):
+            # Another class count is a worse fit than the very same shapes.
+            fitting.append((bool(arguments), reference))
+    best = [reference for other_size, reference in fitting if other_size == min(fitting)[0]]
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise SourceError(f"{path} holds a state_dict that fits {', '.join(best)}; choose with --arch")
+    likeness, reference = ranked[0]
+    difference = compare(builders.build(reference, {}), state)
+    raise SourceError(
+        f"{path} holds a state_dict of an unknown architecture; name it with --arch; nearest known: {reference} "
+        f"({likeness:.0%} of keys and shapes; {difference})"
+    )
+
+
+def _architecture(reference: str) -> str:
+    """The full form of what `--arch` says: a known network or a factory."""
+    full = builders.canonical(reference)
+    if full is not None:
+        return full
+    if ":" in reference and not reference.startswith(("cifar:", "torchvision:")):
+        return reference
+    known = builders.known_references()
+    hint = near_names(reference, known + [name.rpartition(":")[2] for name in known])
+    raise SourceError(f"--arch {reference!r} names no known architecture{hint or '; try resnet18 or cifar:resnet20'}")
+
+
+def _call_factory(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Import and call the user's own factory: the one place where their code runs, because they named it."""
+    module_name, _, attribute = reference.partition(":")
+    # Like `python -m`, the working directory counts, so that a project need not be installed.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise SourceError(f"cannot import {module_name!r} of {reference!r}: no module named {error.name!r}") from None
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        hint = near_names(attribute, [name for name, value in vars(module).items() if callable(value)])
+        raise SourceError(f"{module_name} has no callable {attribute!r}{hint}")
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}") from None
+    model = factory(**arguments)
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _is_weights_file(text: str) -> bool:
+    path = Path(text)
+    return path.exists() or path.suffix in FILE_SUFFIXES or "/" in text
+
+
+def _preprocessing(full: str, model: nn.Module) -> Preprocessing:
+    if full.startswith("torchvision:"):
+        return torchvision_models.preprocessing(full.removeprefix("torchvision:"), model, None)
+    own = networks.DIGITS_PREPROCESSING if full == DIGITS else networks.CIFAR_PREPROCESSING
+    return _with_channels(own, _input_channels(model))
+
+
+def _assumed_preprocessing(model: nn.Module) -> Preprocessing:
+    """224 x 224 and ImageNet's statistics, as most networks take; `--input` says otherwise."""
+    image_size = getattr(model, "image_size", None)
+    side = image_size if isinstance(image_size, int) else 224
+    imagenet = Preprocessing(3, (side, side), torchvision_models.IMAGENET_MEAN, torchvision_models.IMAGENET_STD)
+    return _with_channels(imagenet, _input_channels(model))
+
+
+def _with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    if preprocessing.channels == channels:
+        return preprocessing
+    return replace(preprocessing, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+
+
+def _input_channels(model: nn.Module) -> int:
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

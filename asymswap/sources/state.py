@@ -1,0 +1,105 @@
+"""State dicts: found inside of training checkpoints, compared with a model, loaded into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymswap.errors import SourceError
+
+State = dict[str, Tensor]
+
+NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "model_ema", "network", "params")
+"""Keys under which training scripts store the weights, the likeliest first."""
+
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint file holds: a state dict or a whole module, and the key under which it was found."""
+
+    value: State | nn.Module
+    key: str = ""
+
+
+def find_weights(value: Any, label: str, key: str = "") -> Found:
+    """The state dict or module inside of a loaded checkpoint; raises SourceError where there is none."""
+    if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return Found(value.module, key)
+    if isinstance(value, nn.Module):
+        return Found(value, key)
+    if isinstance(value, Mapping):
+        if value and all(isinstance(item, Tensor) for item in value.values()):
+            return Found(strip_prefixes(dict(value)), key)
+        for name in NESTS:
+            if isinstance(value.get(name), Mapping | nn.Module):
+                return find_weights(value[name], label, f"{key}.{name}" if key else name)
+        keys = ", ".join(str(name) for name in list(value)[:6]) or "nothing"
+        raise SourceError(f"{label} holds no state_dict: looked under {', '.join(NESTS)}; it holds {keys}")
+    raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
+
+
+def strip_prefixes(state: State) -> State:
+    """Remove what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put before every key."""
+    while True:
+        prefix = next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            return state
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a state dict differs from a model: keys that one of them lacks, and shapes that differ."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __str__(self) -> str:
+        """The first few differences of each sort, for a message."""
+        parts = [
+            f"{name}: {', '.join(keys[:2])}" + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
+            for name, keys in (("missing", self.missing), ("unexpected", self.unexpected))
+            if keys
+        ]
+        parts += [f"{key} is {_text(have)}, the model's {_text(want)}" for key, have, want in self.shapes[:2]]
+        if len(self.shapes) > 2:
+            parts.append(f"{len(self.shapes) - 2} more shapes differ")
+        return "; ".join(parts)
+
+
+def compare(model: nn.Module, state: State) -> Difference:
+    """Compare keys and shapes; counters of batches, which old files lack, may be missing."""
+    own = model.state_dict()
+    return Difference(
+        missing=tuple(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
+        unexpected=tuple(key for key in state if key not in own),
+        shapes=tuple(
+            (key, tuple(state[key].shape), tuple(tensor.shape))
+            for key, tensor in own.items()
+            if key in state and state[key].shape != tensor.shape
+        ),
+    )
+
+
+def load_state_(model: nn.Module, state: State) -> None:
+    """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for key, tensor in state.items():
+            if tensors[key].dtype != tensor.dtype:
+                tensors[key].data = tensors[key].data.to(tensor.dtype)
+            tensors[key].copy_(tensor)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

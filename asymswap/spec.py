@@ -1,0 +1,250 @@
+"""The facts that the parts of asymswap hand to each other, as frozen dataclasses of numbers and text.
+
+Conventions, stated once for the whole package:
+
+- one **MAC** is one multiply-add of a convolution, a linear layer or a matrix product; **FLOPs = 2 x MACs**.
+Additions of
+  biases, normalisation, activations, pooling and interpolation are not counted;
+- costs are those of one forward pass in eval mode on one input (batch 1);
+- sizes are (height, width) in pixels, kernels (height, width) in taps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+Size = tuple[int, int]
+
+STRICT = {"extra": "forbid"}
+"""What pydantic is told about those of them that are read from files: an unknown key is an error."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer or a model costs: multiply-adds of one forward pass, and parameters."""
+
+    macs: int
+    params: int
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations: two for each multiply-add."""
+        return 2 * self.macs
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.params + other.params)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.macs - other.macs, self.params - other.params)
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Every field of one `nn.Conv2d`; `padding` is per axis, or the text `"same"` or `"valid"`."""
+
+    in_channels: int
+    out_channels: int
+    kernel: Size
+    stride: Size = (1, 1)
+    padding: Size | str = (0, 0)
+    dilation: Size = (1, 1)
+    groups: int = 1
+    bias: bool = True
+    padding_mode: str = "zeros"
+    dtype: str = "float32"
+
+    @property
+    def group_in(self) -> int:
+        """Input channels of one group."""
+        return self.in_channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def grouping(self) -> str:
+        """`dense` (one group), `depthwise` (one input channel a group) or `grouped`."""
+        if self.groups == 1:
+            return "dense"
+        return "depthwise" if self.group_in == 1 else "grouped"
+
+    @property
+    def params(self) -> int:
+        """Weights and biases."""
+        return self.out_channels * (self.group_in * math.prod(self.kernel) + self.bias)
+
+    def macs_per_pixel(self) -> int:
+        """Multiply-adds for one pixel of the output feature map."""
+        return self.out_channels * self.group_in * math.prod(self.kernel)
+
+    def describe(self) -> str:
+        """The conv in one short phrase: `64->128 3x3 s2 d2 g4`, defaults left out."""
+        parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel))]
+        for letter, pair in (("s", self.stride), ("d", self.dilation)):
+            if pair != (1, 1):
+                parts.append(letter + (str(pair[0]) if pair[0] == pair[1] else "x".join(map(str, pair))))
+        if self.groups > 1:
+            parts.append("dw" if self.grouping == "depthwise" else f"g{self.groups}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a conv during a forward pass: sizes of its input and output feature map, and the images in it."""
+
+    input: Size
+    output: Size
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A node beside a conv in the fx graph.
+
+    `op` is a canonical name (`batch_norm`, `relu`, `add`, `concat`, `conv`, `input` …), `name` the module's or node's
+    own name; `direct` is False where a batch norm stands between the conv and this node.
+    """
+
+    op: str
+    name: str
+    direct: bool = True
+
+
+@dataclass(frozen=True)
+class Site:
+    """One `nn.Conv2d` of a model where it stands.
+
+    `aliases` are further names of the same module; `refusal` is the reason why no kind may touch it, if there is one;
+    `before` and `after` are None where the model could not be traced by torch.fx.
+    """
+
+    name: str
+    conv: ConvSpec
+    calls: tuple[Call, ...]
+    aliases: tuple[str, ...] = ()
+    before: tuple[Neighbour, ...] | None = None
+    after: tuple[Neighbour, ...] | None = None
+    refusal: str | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """MACs summed over all calls of a forward pass, and parameters counted once."""
+        pixels = sum(math.prod(call.output) * call.batch for call in self.calls)
+        return Cost(self.conv.macs_per_pixel() * pixels, self.conv.params)
+
+    @property
+    def feature_map(self) -> Size | None:
+        """Size of the input feature map of the first call; None where the conv is never called."""
+        return self.calls[0].input if self.calls else None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One site of a plan that is replaced: by which kind, with which fully settled settings, and why."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    site: str
+    kind: str
+    settings: Mapping[str, Any]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """One site of a plan that stays as it is, and why."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    site: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done to every site of a model: data that can be written, edited and replayed."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    swaps: tuple[Swap, ...]
+    keeps: tuple[Keep, ...] = ()
+    multiplier: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised per channel.
+
+    `resize` is the length of the shorter side before the crop, None where the image is resized to `size` at once.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    channels: int
+    size: Size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to swap a site that a budget may choose: settled settings, the cost of the replacement, and its error.
+
+    `error` is the squared error of the layer relative to its own energy, between 0 and 1.
+    """
+
+    settings: Mapping[str, Any]
+    cost: Cost
+    error: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the unconverted model is built again: a reference and its arguments, or a stored skeleton of allowed classes.
+
+    `reference` is the text of a model reference; `skeleton:CLASS` where the structure is stored, `class:CLASS` where
+    only the user has the code that builds it.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    reference: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the steps done and the steps in all."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The `Progress` that shows nothing."""
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What a separable pair of some rank and order costs at a site."""
+
+    rank: int
+    order: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site with what `separable` could save there, or the reason why it is no candidate.
+
+    `break_even` is the largest rank that still saves something, `half` half of that rank.
+    """
+
+    site: Site
+    reason: str | None = None
+    break_even: RankCost | None = None
+    half: RankCost | None = None

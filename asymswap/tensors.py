@@ -1,0 +1,76 @@
+"""Small helpers on nested values of tensors and on modules as a whole."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Rebuild lists, tuples and dicts with `change` applied to every tensor in them."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    return value
+
+
+def list_tensors(value: Any) -> list[Tensor]:
+    """Every tensor of a nested value, in order."""
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
+def to_meta(value: Any) -> Any:
+    """The same nested value with every tensor on the meta device."""
+    return map_tensors(value, lambda tensor: tensor.to("meta"))
+
+
+def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy of a module in which each of the given tensors of it is replaced by `change(tensor)`.
+
+    What was shared stays shared, a parameter stays a parameter and keeps its `requires_grad`.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        new = change(tensor.detach())
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return copy.deepcopy(model, memo)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are on the meta device: the structure without the numbers."""
+    every = itertools.chain(model.parameters(), model.buffers())
+    return copy_with(model, every, lambda tensor: tensor.to("meta"))
+
+
+def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
+    """The first parameter or buffer that holds a NaN or an infinity, and which of the two; None where there is none."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            return name, "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+    return None
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; then each module's own former mode, for frozen batch norms differ from the rest."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,1 @@
+"""What needs labelled data: opening it, measuring accuracy on it, fine-tuning on it."""

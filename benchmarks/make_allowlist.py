@@ -1,0 +1,35 @@
+"""Writes asymswap/sources/allowlist.txt: the classes that a pickled module may name.
+
+These are the subclasses of nn.Module that torch.nn and torchvision define, by the names under which pickle finds
+them, and nothing else: no function, and no GraphModule, which is made from code that stands in the file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import torchvision
+from torch import fx, nn
+
+OUT = Path(__file__).parents[1] / "asymswap" / "sources" / "allowlist.txt"
+ROOTS = (nn.modules, torchvision.models, torchvision.ops)
+
+
+def main() -> None:
+    found = {"torch.nn.parallel.data_parallel.DataParallel"}
+    for root in ROOTS:
+        for info in pkgutil.walk_packages(root.__path__, f"{root.__name__}."):
+            module = importlib.import_module(info.name)
+            for name, value in vars(module).items():
+                own = inspect.isclass(value) and value.__module__ == module.__name__ and value.__qualname__ == name
+                if own and issubclass(value, nn.Module) and not issubclass(value, fx.GraphModule):
+                    found.add(f"{module.__name__}.{name}")
+    OUT.write_text("".join(f"{name}\n" for name in sorted(found)), encoding="utf-8")
+    print(f"{len(found)} classes -> {OUT}")
+
+
+if __name__ == "__main__":
+    main()
