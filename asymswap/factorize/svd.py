@@ -27,7 +27,8 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
     """Arrange a kernel as one float64 matrix m_GAB a group, whose rank-R products are separable pairs."""
     w_GOIHW: Tensor = w_OIHW.detach().to(torch.float64).reshape(groups, -1, *w_OIHW.shape[1:])
     along_across = (3, 1, 4) if vertical_first else (4, 1, 3)
-    return w_GOIHW.permute(0, 2, *along_across).flatten(3).flatten(1, 2)
+    m_GAB: Tensor = w_GOIHW.permute(0, 2, *along_across).flatten(3).flatten(1, 2)
+    return m_GAB
 
 
 def energies(m_GAB: Tensor) -> Tensor:
