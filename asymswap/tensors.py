@@ -49,9 +49,15 @@ def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Ten
     return copy.deepcopy(model, memo)
 
 
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules hold as plain attributes, neither parameter nor buffer (weight_norm's weight is one)."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are on the meta device: the structure without the numbers."""
-    every = itertools.chain(model.parameters(), model.buffers())
+    """A deep copy whose tensors are on the meta device: the structure without the numbers."""
+    every = itertools.chain(model.parameters(), model.buffers(), loose_tensors(model))
     return copy_with(model, every, lambda tensor: tensor.to("meta"))
 
 

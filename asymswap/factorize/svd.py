@@ -33,7 +33,8 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
 
 def energies(m_GAB: Tensor) -> Tensor:
     """Squared singular values energy_GK of each group, in descending order."""
-    return torch.linalg.eigvalsh(_gram(m_GAB)).flip(-1).clamp_min(0.0)
+    rising_GK: Tensor = torch.linalg.eigvalsh(_gram(m_GAB))
+    return rising_GK.flip(-1).clamp_min(0.0)
 
 
 def factors(m_GAB: Tensor, rank: int) -> tuple[Tensor, Tensor]:

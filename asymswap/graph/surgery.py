@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from asymswap.errors import PlanError, near_names
 from asymswap.graph.sites import find_convs
+from asymswap.tensors import loose_tensors
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
@@ -24,7 +26,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
         if name not in convs:
             raise PlanError(f"the model has no Conv2d named {name!r}{near_names(name, convs)}")
     # deepcopy asks its memo first: whoever refers to the conv, by whatever path, gets the replacement.
-    memo = {id(convs[name][0]): module for name, module in replacements.items()}
+    memo: dict[int, Any] = {id(convs[name][0]): module for name, module in replacements.items()}
+    # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it anew.
+    memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     return copy.deepcopy(model, memo)
 
 

@@ -64,7 +64,7 @@ _SAME = {
     "truediv": "div",
     "cat": "concat",
     "concatenate": "concat",
-    "si_l_u": "silu",
+    "si_lu": "silu",
     "swish": "silu",
     "view": "reshape",
     "frozen_batch_norm": "batch_norm",

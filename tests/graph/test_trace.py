@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import weight_norm
+from torchvision.models import googlenet, resnet18
+
+from asymswap.errors import TraceError
+from asymswap.graph.trace import trace
+from asymswap.spec import Call, Site
+
+
+def sites(model: nn.Module, *sizes: tuple[int, ...]) -> dict[str, Site]:
+    return {site.name: site for site in trace(model, tuple(torch.empty(size) for size in sizes)).sites}
+
+
+class Residual(nn.Module):
+    """conv -> BN -> ReLU -> conv -> BN, added to its input, which a 1x1 conv projects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.project = nn.Conv2d(3, 8, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.two(torch.relu(self.bn1(self.one(x)))))
+        return torch.cat([y + self.project(x), y], 1)
+
+
+def test_neighbours_are_seen_through_batch_norm() -> None:
+    found = sites(Residual(), (1, 3, 9, 9))
+    one, two, project = found["one"], found["two"], found["project"]
+    assert [(n.op, n.direct) for n in one.before or ()] == [("input", True)]
+    assert [(n.op, n.name, n.direct) for n in one.after or ()] == [
+        ("batch_norm", "bn1", True),
+        ("relu", "relu", False),
+    ]
+    assert [n.op for n in two.before or ()] == ["relu"]
+    assert {n.op for n in two.after or ()} == {"batch_norm", "add", "concat"}
+    assert [n.op for n in project.after or ()] == ["add"]
+
+
+def test_sizes_and_costs_follow_the_convolution_formula() -> None:
+    one = sites(Residual(), (2, 3, 9, 9))["one"]
+    assert one.calls == (Call((9, 9), (5, 5), 2),)
+    assert one.cost.macs == 2 * 5 * 5 * 8 * 3 * 3 * 3
+    assert one.cost.params == 8 * 3 * 3 * 3
+
+
+class Twice(nn.Module):
+    """One conv under two names, called at two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.same = self.conv
+        self.unused = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.same(nn.functional.max_pool2d(self.conv(x), 2))
+
+
+def test_a_shared_conv_is_one_site_whose_calls_are_summed() -> None:
+    found = sites(Twice(), (1, 4, 8, 8))
+    assert found.keys() == {"conv", "unused"}
+    shared = found["conv"]
+    assert shared.aliases == ("same",)
+    assert [call.output for call in shared.calls] == [(8, 8), (4, 4)]
+    assert shared.cost.macs == (64 + 16) * 4 * 4 * 9
+    assert found["unused"].calls == ()
+    assert found["unused"].cost.macs == 0
+    assert found["unused"].feature_map is None
+
+
+class Branching(nn.Module):
+    """Looks at values, so that neither torch.fx nor meta tensors can run it; its body can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if bool(x.sum() >= 0) else self.body(-x)
+
+
+def test_what_does_not_trace_whole_is_traced_in_parts() -> None:
+    result = trace(Branching(), (torch.zeros(1, 3, 8, 8),))
+    assert result.by == "torch.fx in 1 parts"
+    (site,) = result.sites
+    assert [n.op for n in site.after or ()] == ["batch_norm", "relu"]
+    assert site.before == ()  # what feeds the part is outside of it, and so unknown
+
+
+class Wild(nn.Module):
+    """Its only conv is called in a forward that torch.fx cannot follow at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * (1 if x.shape[0] == int(x.abs().sum()) else 2)
+
+
+def test_hooks_are_the_last_resort() -> None:
+    result = trace(Wild(), (torch.zeros(1, 3, 8, 8),))
+    assert result.by == "forward hooks"
+    assert [(s.name, s.before, s.after) for s in result.sites] == [("conv", None, None)]
+    assert result.sites[0].calls == (Call((8, 8), (6, 6)),)
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.conv.weight.mean()
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def with_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(weight_norm(nn.Conv2d(4, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Sequential(Own(4, 4, 3)), "is a Own, a subclass of Conv2d"),
+        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))), "a subclass of Conv2d"),
+        (with_weight_norm, "has hooks"),
+        (tied, "shares its weights with 1"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), ReadsWeightOf4()), "reads without calling"),
+        (lambda: nn.Conv2d(4, 4, 3), "is the whole model"),
+    ],
+)
+def test_reasons_against_any_swap(make: object, reason: str) -> None:
+    found = sites(make(), (1, 4, 8, 8))  # type: ignore[operator]
+    assert any(reason in (site.refusal or "") for site in found.values())
+
+
+class ReadsWeightOf4(ReadsWeight):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+
+def test_an_input_of_the_wrong_size() -> None:
+    with pytest.raises(TraceError, match="does not run on an input of 1x4x8x8: "):
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3)), (torch.empty(1, 4, 8, 8),))
+
+
+def test_tracing_leaves_the_model_alone() -> None:
+    model = resnet18().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    trace(model, (torch.empty(1, 3, 64, 64),))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_auxiliary_heads_are_sites_that_never_run() -> None:
+    found = sites(googlenet(init_weights=False), (1, 3, 224, 224))
+    idle = [name for name, site in found.items() if not site.calls]
+    assert idle == ["aux1.conv.conv", "aux2.conv.conv"]
+
+
+def test_sites_stand_in_the_order_of_their_calls() -> None:
+    names = list(sites(Residual(), (1, 3, 9, 9)))
+    assert names == ["one", "two", "project"]
+    resnet = sites(resnet18(), (1, 3, 224, 224))
+    assert math.isclose(sum(s.cost.macs for s in resnet.values()), 1.8136e9, rel_tol=1e-4)

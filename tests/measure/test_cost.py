@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_cases import Case, cases
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from asymswap.graph.trace import trace
+from asymswap.measure.cost import count_costs
+from asymswap.sources import networks
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases())
+def test_three_ways_to_the_cost_of_a_conv(case: Case) -> None:
+    """The site's formula, our counter and torch's, for every form of conv."""
+    x = case.x[:1]
+    ours = count_costs(case.conv, (x,)).total
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        case.conv(x)
+    assert ours == case.site.cost
+    assert counter.get_total_flops() == ours.flops
+
+
+class Everything(nn.Module):
+    """Transposed and functional convs, matrix products, attention, a module called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
+        self.kernel = nn.Parameter(torch.randn(6, 6, 3, 3))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.line = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.conv2d(self.up(x), self.kernel)
+        tokens = y.flatten(2).mT
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return self.line(mixed) + self.line(tokens) @ torch.ones(5, 5, device=x.device)
+
+
+def test_all_operators_are_counted_as_torch_counts_them() -> None:
+    model, x = Everything().eval(), torch.randn(2, 4, 5, 5)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.to("meta")(x.to("meta"))
+    costs = count_costs(model, (x,), ["line", "up", "attention"])
+    assert counter.get_total_flops() == costs.total.flops
+    pixels = 9 * 9  # (5 - 1) * 2 + 3 = 11, less 2 by the functional conv
+    assert costs.by_name["line"].macs == 2 * (2 * pixels * 6 * 5)
+    assert costs.by_name["up"].macs == 2 * 25 * 4 * 3 * 9
+    assert costs.by_name["line"].params == 35
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v3_small", "squeezenet1_1", "vit_b_32"])
+def test_totals_of_torchvision_models(name: str) -> None:
+    kwargs = {"init_weights": False} if name == "googlenet" else {}
+    model = models.get_model(name, weights=None, **kwargs).to("meta").eval()
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    names = [site.name for site in trace(model, (x,)).sites]
+    costs = count_costs(model, (x,), names)
+    assert costs.total.flops == counter.get_total_flops()
+    assert costs.total.params == sum(p.numel() for p in model.parameters())
+    for site in trace(model, (x,)).sites:
+        assert costs.by_name[site.name] == site.cost
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"), [("resnet20", 40.6e6), ("resnet56", 125.5e6), ("resnet18", 555e6)], ids=lambda v: str(v)
+)
+def test_totals_of_cifar_networks_are_the_published_ones(name: str, macs: float) -> None:
+    total = count_costs(networks.BUILDERS[name](), (torch.empty(1, 3, 32, 32),)).total
+    assert total.macs == pytest.approx(macs, rel=2e-3)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from asymswap.measure.fidelity import measure_fidelity, probe
+from asymswap.planning.apply import apply_plan
+from asymswap.spec import Plan, Preprocessing, Swap
+
+
+def swap_of(name: str, rank: int) -> Swap:
+    return Swap(name, "separable", {"rank": rank, "order": "vertical-first"})
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 6, 3, padding=1)
+        self.two = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = torch.relu_(self.one(x))  # in place: what a hook saw must not be what the next layer made of it
+        return {"y": y, "z": self.two(y)}
+
+
+def test_errors_are_those_computed_by_hand() -> None:
+    model = Net().train()
+    plan = Plan((swap_of("one", 4), swap_of("two", 5)))
+    converted = apply_plan(model, plan)
+    inputs = (torch.randn(2, 3, 8, 8),)
+    fidelity = measure_fidelity(model, converted, plan, inputs)
+    with torch.no_grad():
+        a = model.one(inputs[0])
+        expected = float((converted.one(inputs[0]) - a).norm() / a.norm())
+        y = torch.relu(a)
+        local = float((converted.two(y) - model.two(y)).norm() / model.two(y).norm())
+        before, after = model(inputs[0]), converted(inputs[0])
+    gap = math.sqrt(sum(float((after[k] - before[k]).square().sum()) for k in before))
+    whole = gap / math.sqrt(sum(float(before[k].square().sum()) for k in before))
+    assert fidelity.site_outputs["one"].relative == pytest.approx(expected, rel=1e-4)
+    assert fidelity.site_outputs["two"].relative == pytest.approx(local, rel=1e-4)
+    assert fidelity.output.relative == pytest.approx(whole, rel=1e-4)
+    assert fidelity.output.largest == pytest.approx(max(float((after[k] - before[k]).abs().max()) for k in before))
+    assert model.training
+    assert converted.training
+
+
+def test_full_rank_moves_nothing() -> None:
+    model = Net()
+    plan = Plan((swap_of("one", 9), swap_of("two", 18)))
+    fidelity = measure_fidelity(model, apply_plan(model, plan), plan, (torch.randn(1, 3, 8, 8),))
+    assert fidelity.output.relative < 1e-5
+    assert all(error < 1e-5 for error in fidelity.kernels.values())
+
+
+def test_the_probe_is_the_same_for_a_seed() -> None:
+    pre = Preprocessing(3, (5, 7), (0.0,) * 3, (1.0,) * 3)
+    state = torch.get_rng_state()
+    (one,), (same,), (other,) = (probe(pre, torch.float32, seed=seed) for seed in (1, 1, 2))
+    assert one.shape == (2, 3, 5, 7)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import googlenet
+
+from asymswap.errors import PlanError, RecipeError
+from asymswap.graph.trace import Trace, trace
+from asymswap.kinds import separable
+from asymswap.measure.cost import count_costs
+from asymswap.planning.apply import apply_plan
+from asymswap.planning.plan import check_replay, make_plan, plan_from_json, plan_text
+from asymswap.planning.recipe import parse_recipe
+from asymswap.sources.networks import BUILDERS
+from asymswap.spec import Plan, Swap
+
+INPUTS = (torch.empty(1, 3, 32, 32),)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return BUILDERS["resnet20"]()
+
+
+@pytest.fixture(scope="module")
+def traced(resnet: nn.Module) -> Trace:
+    return trace(resnet, INPUTS)
+
+
+def planned(model: nn.Module, traced: Trace, rules: str, budget: str = "") -> Plan:
+    return make_plan(model, traced.sites, parse_recipe(rules + budget, "r"), count_costs(model, INPUTS).total)
+
+
+DENSE = '[[rules]]\nmatch = { kernel = "3x3", in_channels = { min = 16 } }\nswap = { kind = "separable" }\n'
+
+
+@pytest.mark.parametrize("measure", ["macs", "params"])
+@pytest.mark.parametrize("over", ["model", "matched"])
+@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.3, 0.1])
+def test_budgets_are_kept_and_used_up(
+    resnet: nn.Module, traced: Trace, measure: str, over: str, fraction: float
+) -> None:
+    plan = planned(resnet, traced, DENSE, f'[budget]\n{measure} = {fraction}\nover = "{over}"\n')
+    names = [site.name for site in traced.sites if site.conv.in_channels >= 16]
+    before = count_costs(resnet, INPUTS, names)
+    after = count_costs(apply_plan(resnet, plan), INPUTS, names)
+
+    def spent(costs: object) -> int:
+        rows = costs.by_name.values() if over == "matched" else [costs.total]  # type: ignore[attr-defined]
+        return sum(getattr(cost, measure) for cost in rows)
+
+    left = spent(after) / spent(before)
+    assert left <= fraction
+    assert left > fraction - 0.01  # smaller than one step of a rank
+
+
+def test_a_plan_tells_of_every_site_once(resnet: nn.Module, traced: Trace) -> None:
+    plan = planned(resnet, traced, DENSE, "[budget]\nmacs = 0.5\n")
+    spoken = [swap.site for swap in plan.swaps] + [keep.site for keep in plan.keeps]
+    assert sorted(spoken) == sorted(site.name for site in traced.sites)
+    assert plan.multiplier is not None
+    assert {keep.site: keep.reason for keep in plan.keeps}["conv1"] == "no rule matches"
+
+
+def test_more_budget_is_never_worse(resnet: nn.Module, traced: Trace) -> None:
+    errors = []
+    for fraction in (0.2, 0.4, 0.6, 0.8):
+        plan = planned(resnet, traced, DENSE, f"[budget]\nmacs = {fraction}\n")
+        converted = apply_plan(resnet, plan)
+        total = 0.0
+        for swap in plan.swaps:
+            settings = separable.Settings.model_validate(dict(swap.settings))
+            site = next(site for site in traced.sites if site.name == swap.site)
+            conv = resnet.get_submodule(swap.site)
+            kernel = separable.fuse(converted.get_submodule(swap.site), site.conv, settings).weight
+            total += float((kernel - conv.weight).detach().square().sum() / conv.weight.detach().square().sum())
+        errors.append(total)
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_unreachable_budget_tells_the_lowest(resnet: nn.Module, traced: Trace) -> None:
+    text = (
+        r"holds? .* of the model's macs, and at rank 1 everywhere (0\.\d+) is left; ask for at least (0\.\d+), or match"
+    )
+    with pytest.raises(RecipeError, match=text) as caught:
+        planned(resnet, traced, DENSE, "[budget]\nmacs = 0.01\n")
+    least = float(str(caught.value).split("at least ")[1].split(",")[0])
+    planned(resnet, traced, DENSE, f"[budget]\nmacs = {least}\n")
+
+
+def test_first_matching_rule_wins_and_a_shadowed_one_is_no_error(resnet: nn.Module, traced: Trace) -> None:
+    rules = '[[rules]]\nmatch = { names = "layer1.*" }\nkeep = true\n' + DENSE.replace(
+        '"separable"', '"separable", rank = 4'
+    )
+    plan = planned(resnet, traced, rules)
+    kept = {keep.site: keep.reason for keep in plan.keeps}
+    assert kept["layer1.0.conv1"] == "rule 1 keeps it"
+    assert all(swap.settings["rank"] == 4 and swap.reason == "rule 2" for swap in plan.swaps)
+
+
+def test_a_rule_that_matches_nothing(resnet: nn.Module, traced: Trace) -> None:
+    rules = '[[rules]]\nmatch = { kernel = "7x7" }\nswap = { kind = "separable", rank = 1 }\n'
+    with pytest.raises(RecipeError, match=r"rule 1 matches none of the model's 19 Conv2d .kernel = "):
+        planned(resnet, traced, rules)
+
+
+def test_break_even_guard_and_its_override(resnet: nn.Module, traced: Trace) -> None:
+    """At C = O and stride 1, rank kC/2 is the break-even: 24 for 16 channels."""
+    rule = '[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "separable", rank = 24 }\n'
+    plan = planned(resnet, traced, rule)
+    assert not plan.swaps
+    reason = next(keep.reason for keep in plan.keeps if keep.site == "layer1.0.conv1")
+    assert "would cost 1.00 x the MACs and 1.00 x the parameters" in reason
+    (swap,) = planned(resnet, traced, rule.replace("24", "24, allow_growth = true")).swaps
+    assert swap.settings["rank"] == 24
+    (swap,) = planned(resnet, traced, rule.replace("24", "23")).swaps
+    assert swap.settings["rank"] == 23
+
+
+def test_refused_sites_are_kept_with_the_reason() -> None:
+    model = googlenet(init_weights=False)
+    inputs = (torch.empty(1, 3, 224, 224),)
+    sites = trace(model, inputs).sites
+    recipe = parse_recipe('[[rules]]\nmatch = {}\nswap = { kind = "separable", ratio = 0.5 }\n', "r")
+    kept = {keep.site: keep.reason for keep in make_plan(model, sites, recipe, count_costs(model, inputs).total).keeps}
+    assert kept["inception3a.branch1.conv"] == "rule 1, but a 1x1 kernel has nothing to separate"
+    model_with_aux = [name for name in kept if name.startswith("aux")]
+    assert model_with_aux
+
+
+def test_a_setting_that_a_matched_conv_cannot_have(resnet: nn.Module, traced: Trace) -> None:
+    rules = '[[rules]]\nmatch = { in_channels = { min = 16 } }\nswap = { kind = "separable", rank = 60 }\n'
+    with pytest.raises(RecipeError, match=r"rule 1, layer1.0.conv1 .16->16 3x3.: rank = 60 is above the full rank 48"):
+        planned(resnet, traced, rules)
+
+
+def test_graph_conditions_need_a_graph(resnet: nn.Module, traced: Trace) -> None:
+    rules = '[[rules]]\nmatch = { followed_by = "add" }\nswap = { kind = "separable", rank = 4 }\n'
+    assert [swap.site[-5:] for swap in planned(resnet, traced, rules).swaps] == ["conv2"] * 9
+
+
+def test_plans_survive_json_and_replay(resnet: nn.Module, traced: Trace) -> None:
+    plan = planned(resnet, traced, DENSE, "[budget]\nmacs = 0.5\n")
+    again = plan_from_json(plan_text(plan), "plan.json")
+    assert again == plan
+    assert check_replay(resnet, traced.sites, again) == plan
+    ours, theirs = apply_plan(resnet, plan).state_dict(), apply_plan(resnet, again).state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"swaps": [{"site": "a", "kind": "sep", "settings": {}}]}, "site 'a': unknown kind 'sep'"),
+        (
+            {"swaps": [{"site": "a", "kind": "separable", "settings": {"rnk": 1}}]},
+            "unknown key 'rnk'; did you mean rank",
+        ),
+        ({"swaps": [], "keeps": [{"site": "a"}, {"site": "a"}]}, "speaks of 'a' twice"),
+        ({"swaps": 3}, "p is not a plan: swaps: Input should be a valid array"),
+        ({"swapz": []}, "p is not a plan"),
+    ],
+)
+def test_damaged_plans(change: dict[str, object], text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        plan_from_json(json.dumps(change), "p")
+
+
+def test_replaying_a_plan_of_another_model(resnet: nn.Module, traced: Trace) -> None:
+    settings = {"rank": 2, "order": "vertical-first"}
+    with pytest.raises(PlanError, match=r"swaps 'layer1.0.conv3', which the model lacks; did you mean layer1.0.conv"):
+        check_replay(resnet, traced.sites, Plan((Swap("layer1.0.conv3", "separable", settings),)))
+    with pytest.raises(PlanError, match="cannot swap 'conv1': rank = 99 is above the full rank"):
+        check_replay(resnet, traced.sites, Plan((Swap("conv1", "separable", {**settings, "rank": 99}),)))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asymswap import kinds
+from asymswap.errors import RecipeError
+from asymswap.planning.recipe import Match, json_schema, parse_recipe, read_recipe_text, shipped_folder, shipped_names
+from asymswap.spec import Call, ConvSpec, Neighbour, Site
+
+BASE = """
+[[rules]]
+match = { kernel = "3x3", groups = "dense" }
+swap = { kind = "separable" }
+[budget]
+macs = 0.5
+"""
+
+
+def site(name: str = "layer1.conv", calls: tuple[Call, ...] = (Call((28, 30), (28, 30)),), **conv: Any) -> Site:
+    fields = {"in_channels": 32, "out_channels": 64, "kernel": (3, 3)} | conv
+    after = (Neighbour("batch_norm", "bn"), Neighbour("relu", "relu", direct=False))
+    return Site(name, ConvSpec(**fields), calls, before=(Neighbour("max_pool", "pool"),), after=after)
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_recipes_are_valid_and_say_when_to_use_them(name: str) -> None:
+    text, where = read_recipe_text(name)
+    recipe = parse_recipe(text, where)
+    assert 20 <= len(recipe.summary) <= 100
+    assert text.startswith("# ")
+    assert sum(line.startswith("#") for line in text.splitlines()) >= 3
+
+
+def test_the_five_recipes_are_there() -> None:
+    assert {"3x3-only", "large-kernels", "inception-7x7", "all-spatial", "half-macs"} <= set(shipped_names())
+    assert shipped_folder().name == "recipes"
+
+
+@pytest.mark.parametrize(
+    ("match", "holds"),
+    [
+        ({}, True),
+        ({"names": "layer1.*"}, True),
+        ({"names": ["x", "*.conv"]}, True),
+        ({"names": "layer1"}, False),
+        ({"names": "layer1.*", "exclude": "*conv"}, False),
+        ({"kernel": "3x3"}, True),
+        ({"kernel": 3}, True),
+        ({"kernel": ["1x1", "5x5"]}, False),
+        ({"kernel": {"min": "2x4"}}, False),
+        ({"kernel": {"min": 2, "max": 3}}, True),
+        ({"stride": 1}, True),
+        ({"stride": [2]}, False),
+        ({"dilation": {"min": 2}}, False),
+        ({"groups": "dense"}, True),
+        ({"groups": ["grouped", "depthwise"]}, False),
+        ({"in_channels": {"min": 32, "max": 32}}, True),
+        ({"in_channels": 31}, False),
+        ({"out_channels": {"min": 65}}, False),
+        ({"feature_map": {"min": 28}}, True),
+        ({"feature_map": {"min": 29}}, False),
+        ({"feature_map": {"max": "28x29"}}, False),
+        ({"position": "inner"}, True),
+        ({"position": ["first", "last"]}, False),
+        ({"macs": {"min": 1e6}}, True),
+        ({"params": {"max": 100}}, False),
+        ({"followed_by": "batch_norm"}, True),
+        ({"followed_by": "activation"}, True),
+        ({"followed_by": ["add", "concat"]}, False),
+        ({"preceded_by": "max_pool"}, True),
+        ({"preceded_by": "input"}, False),
+    ],
+    ids=str,
+)
+def test_conditions(match: dict[str, Any], holds: bool) -> None:
+    assert Match.model_validate(match).holds(site(), "inner") is holds
+
+
+def test_a_glob_is_of_whole_names_and_layer_1_is_not_layer_10() -> None:
+    match = Match.model_validate({"names": "layers.1.*"})
+    assert match.holds(site("layers.1.conv"), "inner")
+    assert not match.holds(site("layers.10.conv"), "inner")
+    assert not match.holds(site("xlayers.1.conv"), "inner")
+
+
+def test_a_conv_that_never_runs_has_no_feature_map() -> None:
+    assert not Match.model_validate({"feature_map": {"min": 1}}).holds(site(calls=()), "inner")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("[[rules]]", "[[rules]", r"my.toml: not valid TOML: .*line 2"),
+        ('kernel = "3x3"', 'kernle = "3x3"', "unknown key 'kernle' in rule 1 match; did you mean kernel"),
+        ('"separable"', '"seperable"', "rule 1: unknown kind 'seperable'; did you mean separable"),
+        ('"separable"', '"separable", ordr = "auto"', "unknown key 'ordr'; did you mean order"),
+        ('"separable"', '"separable", rank = 0', "rank: Input should be greater than or equal to 1 .got 0"),
+        ('"3x3"', '"3by3"', "rule 1 match.kernel: give a size such as"),
+        ('"dense"', '"dens"', "rule 1 match.groups: Input should be 'dense', 'grouped' or 'depthwise'"),
+        ('groups = "dense"', "in_channels = { mn = 3 }", "unknown key 'mn' in rule 1 match.in_channels; did you mean"),
+        ('groups = "dense"', "in_channels = { min = 9, max = 3 }", "min = 9 is above max = 3"),
+        ('groups = "dense"', 'followed_by = "batchnorm"', "unknown operation 'batchnorm'; did you mean batch_norm"),
+        ("macs = 0.5", "macs = 1.5", "budget.macs: Input should be less than or equal to 1"),
+        ("macs = 0.5", "macs = 0.5\nparams = 0.5", "a budget needs either macs or params"),
+        ("macs = 0.5", 'over = "model"', "a budget needs either macs or params"),
+        ("[budget]", "[budgt]", "unknown key 'budgt'; did you mean budget"),
+        ("[budget]\nmacs = 0.5", "", "rule 1 says no size: give rank or ratio or energy, or the recipe a .budget."),
+        ('"separable"', '"separable", rank = 4', "budget. has nothing to choose"),
+        ('swap = { kind = "separable" }', "", "say either swap = .* or keep = true"),
+        ('swap = { kind = "separable" }', "swap = { rank = 3 }", "swap needs a kind"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_with_the_place(old: str, new: str, text: str) -> None:
+    assert old in BASE
+    with pytest.raises(RecipeError, match=text) as caught:
+        parse_recipe(BASE.replace(old, new), "my.toml")
+    assert str(caught.value).startswith("my.toml: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "swap", "budget"),
+    [
+        ({"order": "vertical-first"}, {"kind": "separable", "order": "vertical-first"}, "0.5 of the model's MACs"),
+        ({"budget.macs": 0.3}, {"kind": "separable"}, "0.3 of the model's MACs"),
+        ({"budget.params": 0.3}, {"kind": "separable"}, "0.3 of the model's parameters"),
+        ({"budget.over": "matched"}, {"kind": "separable"}, "0.5 of the matched convs' MACs"),
+        ({"rank": 8}, {"kind": "separable", "rank": 8}, "None"),
+        ({"rank": 8, "budget.macs": 0.3}, None, None),
+    ],
+)
+def test_overrides(overrides: dict[str, Any], swap: dict[str, Any] | None, budget: str | None) -> None:
+    if swap is None:
+        with pytest.raises(RecipeError, match="nothing to choose"):
+            parse_recipe(BASE, "r", overrides)
+        return
+    recipe = parse_recipe(BASE, "r", overrides)
+    assert recipe.rules[0].swap == swap
+    assert str(recipe.budget) == budget
+
+
+def test_a_size_given_by_the_user_takes_the_place_of_the_recipes() -> None:
+    recipe = parse_recipe(*read_recipe_text("large-kernels"), {"rank": 5})
+    assert recipe.rules[0].swap == {"kind": "separable", "rank": 5}
+
+
+def test_an_override_that_no_rule_takes() -> None:
+    with pytest.raises(RecipeError, match="--set ordr: no rule of the recipe takes it; did you mean order"):
+        parse_recipe(BASE, "r", {"ordr": 1})
+
+
+def test_unknown_recipe_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe '3x3-onyl'; did you mean 3x3-only"):
+        read_recipe_text("3x3-onyl")
+    with pytest.raises(RecipeError, match=r"no recipe file .*none\.toml; shipped recipes: 3x3-only"):
+        read_recipe_text(str(tmp_path / "none.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="is not a text file"):
+        read_recipe_text(str(tmp_path / "binary.toml"))
+
+
+def test_the_schema_holds_every_kind_and_every_setting() -> None:
+    schema = json_schema()
+    json.dumps(schema)
+    swaps = {s["properties"]["kind"]["const"]: s for s in schema["$defs"]["Rule"]["properties"]["swap"]["oneOf"]}
+    assert swaps.keys() == set(kinds.names())
+    for name, swap in swaps.items():
+        assert set(swap["properties"]) == {"kind", *kinds.load(name).Settings.model_fields}
