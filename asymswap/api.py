@@ -24,22 +24,25 @@ import torchvision
 from torch import nn
 
 import asymswap
+from asymswap.calibrate import Calibration, Gathered, gather_evidence, refine_sequentially
 from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoint
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.graph.trace import describe, trace
+from asymswap.graph.trace import Inputs, Trace, describe, trace
 from asymswap.measure.cost import count_costs
 from asymswap.measure.fidelity import measure_fidelity, probe
 from asymswap.opening import Opened, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
-from asymswap.planning.plan import check_replay, make_plan, plan_from_json
-from asymswap.planning.recipe import parse_recipe, read_recipe_text
-from asymswap.reporting.report import AccuracyRow, FileRow, Report, to_json
+from asymswap.planning.plan import check_replay, make_plan, matched_sites, plan_from_json
+from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
+from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, Report, to_json
 from asymswap.sources.references import Request
-from asymswap.spec import Candidate, Cost, Plan, Progress, silent
+from asymswap.spec import Candidate, Cost, Plan, Progress, Site, silent
 from asymswap.summary import make_report, state_bytes
 from asymswap.tensors import first_not_finite
+
+__all__ = ["Calibration", "Candidates", "Conversion", "candidates", "convert", "load", "plan", "save"]
 
 Model = str | Path | nn.Module
 
@@ -123,6 +126,7 @@ def convert(
     *,
     plan: Plan | str | bytes | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -134,7 +138,9 @@ def convert(
 ) -> Conversion:
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
-    `evaluate` is a data reference on whose test part both models' accuracy is measured; `seed` that of the probe batch.
+    `calibration` names images, without labels, on which ranks and weights are chosen: far more accurate than the
+    weights alone. `evaluate` is a data reference on whose test part both models' accuracy is measured; `seed` that of
+    the probe batch.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
@@ -147,33 +153,42 @@ def convert(
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
 
-    example = opened.example()
-    traced = trace(opened.model, example)
+    traced = trace(opened.model, opened.example())
     names = [site.name for site in traced.sites]
-    before = count_costs(opened.model, example, names)
+    before = count_costs(opened.model, opened.example(), names)
     clock.stop("trace")
+    gathered = None
+    if calibration is not None:
+        gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted, replay), calibration, progress)
+        clock.stop("calibrate")
+    evidence = {} if gathered is None else gathered.by_site
     if replay is not None:
         settled = check_replay(opened.model, traced.sites, replay)
     else:
         assert wanted is not None
-        settled = make_plan(opened.model, traced.sites, wanted, before.total, progress)
+        settled = make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence)
     clock.stop("plan")
-    converted = apply_plan(opened.model, settled, progress)
+    converted = apply_plan(opened.model, settled, progress, evidence)
+    sequential = False
+    if gathered is not None and calibration is not None:
+        sequential = refine_sequentially(opened, traced, converted, settled, gathered, calibration, progress)
     clock.stop("convert")
 
-    inputs = probe(opened.source.preprocessing, opened.dtype(), seed=seed)
+    inputs, probe_text = _probe(opened, gathered, seed)
     report = make_report(
         opened,
         traced,
         settled,
         where if recipe is None else str(recipe),
         str(wanted.budget) if wanted is not None and wanted.budget is not None else None,
-        (before, count_costs(converted, example, names)),
+        (before, count_costs(converted, opened.example(), names)),
         measure_fidelity(opened.model, converted, settled, inputs),
-        f"{len(inputs[0])} random images (seed {seed})",
+        probe_text,
         (state_bytes(opened.model), state_bytes(converted)),
     )
     clock.stop("measure")
+    if gathered is not None:
+        report = replace(report, calibration=_calibration_row(gathered, sequential, data))
     if data is not None:
         report = replace(report, accuracy=_accuracy(opened.model, converted, data, progress))
         clock.stop("evaluate")
@@ -250,6 +265,30 @@ def _accuracy(original: nn.Module, converted: nn.Module, data: Any, progress: Pr
 
         results.append(evaluate(model, data, progress=step))
     return AccuracyRow(data.description, results[0].images, results[0].top1, results[1].top1)
+
+
+def _sites_to_learn(opened: Opened, traced: Trace, recipe: Recipe | None, replay: Plan | None) -> list[Site]:
+    """The sites of which evidence is needed: all that the recipe or the plan may swap."""
+    if recipe is not None:
+        return matched_sites(opened.model, traced.sites, recipe)
+    swapped = set() if replay is None else {swap.site for swap in replay.swaps}
+    return [site for site in traced.sites if site.name in swapped and site.calls]
+
+
+def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs, str]:
+    """The inputs on which outputs are compared, and what they are: real images where there are some."""
+    if gathered is not None and gathered.held_back is not None:
+        return (gathered.held_back,), f"{len(gathered.held_back)} images of {gathered.summary.data}"
+    inputs = probe(opened.source.preprocessing, opened.dtype(), seed=seed)
+    return inputs, f"{len(inputs[0])} random images (seed {seed})"
+
+
+def _calibration_row(gathered: Gathered, sequential: bool, data: Any) -> CalibrationRow:
+    notes = list(gathered.notes)
+    if data is not None and data.description == gathered.description:
+        notes.append("calibrated and evaluated on the same images: the accuracy is too good to be trusted")
+    summary = gathered.summary
+    return CalibrationRow(summary.data, summary.images, summary.sha256, summary.seed, sequential, tuple(notes))
 
 
 def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -145,7 +145,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Swap:
-    """One site of a plan that is replaced: by which kind, with which fully settled settings, and why."""
+    """One site of a plan that is replaced: by which kind, with which fully settled settings, and why.
+
+    `predicted` is the relative error that was expected when it was planned: of the kernel, or with calibration of the
+    layer's output.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -153,6 +157,7 @@ class Swap:
     kind: str
     settings: Mapping[str, Any]
     reason: str = ""
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,12 +203,15 @@ class Preprocessing:
 class Option:
     """One way to swap a site that a budget may choose: settled settings, the cost of the replacement, and its error.
 
-    `error` is the squared error of the layer relative to its own energy, between 0 and 1.
+    `error` is the squared error of the layer relative to its own energy, between 0 and 1: of its kernel, or with
+    evidence of its output. `loss` is what a budget keeps small, comparable between sites; without evidence it is the
+    error.
     """
 
     settings: Mapping[str, Any]
     cost: Cost
     error: float
+    loss: float
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def _row(site: Site, entry: Swap | Keep, before: Cost, after: Cost, fidelity: Fi
         reason=entry.reason,
         before=before,
         after=after,
+        predicted_error=swap.predicted if swap else None,
         kernel_error=fidelity.kernels.get(site.name),
         output_error=error.relative if error else None,
         output_largest=error.largest if error else None,

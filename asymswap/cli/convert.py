@@ -11,6 +11,7 @@ from asymswap.cli import options as o
 
 _CHANGE = "What to do"
 _RESULT = "Result"
+_DATA = "Calibration (no labels needed)"
 
 
 def convert(
@@ -51,7 +52,26 @@ def convert(
         str | None,
         typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=_RESULT),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the probe batch.", rich_help_panel=_RESULT)] = 0,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Choose ranks and weights on images: digits or a folder of images.", rich_help_panel=_DATA),
+    ] = None,
+    calibration_images: Annotated[int, typer.Option(help="How many of them.", rich_help_panel=_DATA)] = 512,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--no-sequential",
+            help="Solve layer by layer on what each really gets. [default: where the model traces whole]",
+            rich_help_panel=_DATA,
+            show_default=False,
+        ),
+    ] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(help="File of what calibration learned: read if it exists, else written.", rich_help_panel=_DATA),
+    ] = None,
+    calibration_memory: Annotated[float, typer.Option(help="Memory limit in GiB.", rich_help_panel=_DATA)] = 4.0,
+    seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
     weights: o.Weights = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
@@ -66,7 +86,7 @@ def convert(
     Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
     """
     from asymswap.cli import screen
-    from asymswap.errors import AsymswapError
+    from asymswap.errors import AsymswapError, OutputError
     from asymswap.output import check_output, write_text
     from asymswap.reporting import files
 
@@ -79,6 +99,10 @@ def convert(
         check_output(path, force)
     if report is not None:
         files.check_suffix(report)
+        if report == write_plan:
+            raise AsymswapError(f"--report and --write-plan both name {report}; give them two files")
+    if macs is not None and params is not None:
+        raise AsymswapError("a budget is one of --macs and --params; give one of them")
     overrides = o.parse_pairs("--set", settings)
     overrides |= {f"budget.{name}": value for name, value in (("macs", macs), ("params", params)) if value is not None}
     if plan is not None and overrides:
@@ -86,12 +110,19 @@ def convert(
 
     with screen.progress(quiet) as step:
         from asymswap import api
+        from asymswap.checkpoint import check_suffix
 
+        if not dry_run:
+            check_suffix(target)
+        calibration = None
+        if calibrate is not None or evidence is not None:
+            calibration = api.Calibration(calibrate, calibration_images, evidence, sequential, calibration_memory, seed)
         conversion = api.convert(
             model,
             recipe,
             plan=None if plan is None else _read_plan(plan),
             overrides=overrides,
+            calibration=calibration,
             weights=weights,
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
@@ -105,12 +136,15 @@ def convert(
             step("writing", 0, 1)
             api.save(conversion, target, force=force)
     result = conversion.report
-    if write_plan is not None:
-        from asymswap.planning.plan import plan_text
+    try:
+        if write_plan is not None:
+            from asymswap.planning.plan import plan_text
 
-        write_text(write_plan, plan_text(conversion.plan))
-    if report is not None:
-        write_text(report, files.report_text(result, report))
+            write_text(write_plan, plan_text(conversion.plan))
+        if report is not None:
+            write_text(report, files.report_text(result, report))
+    except OutputError as error:
+        raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
     _print(result, json, quiet)
 
 

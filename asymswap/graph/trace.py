@@ -8,6 +8,7 @@ traceable parts; where there is none, the sites have no neighbours, and `Trace.b
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from asymswap.errors import TraceError
 from asymswap.graph.sites import Neighbours, find_convs, make_sites
 from asymswap.graph.vocabulary import canonical
 from asymswap.spec import Call, Neighbour, Site
-from asymswap.tensors import list_tensors, meta_copy, to_meta
+from asymswap.tensors import copy_with, list_tensors, meta_copy, to_meta
 
 Inputs = tuple[Any, ...]
 
@@ -92,6 +93,22 @@ def _run(model: nn.Module, inputs: Inputs) -> dict[str, list[Call]]:
     return dict(calls)
 
 
+def shared_graph(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
+    """The graph of the whole model, and the copy that was traced: its modules are its own, its tensors the model's.
+
+    Raises whatever torch.fx raises where the model does not trace whole.
+    """
+    every = itertools.chain(model.parameters(), model.buffers())
+    root = copy_with(model, every, lambda tensor: tensor).eval()
+    return _Tracer().trace(root), root
+
+
+def meta_graph(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
+    """The same with all tensors on the meta device."""
+    root = meta_copy(model).eval()
+    return _Tracer().trace(root), root
+
+
 class _Tracer(fx.Tracer):
     """Leaves are torch.nn layers, anything that is a Conv2d or a batch norm, and torchvision's operators."""
 
@@ -141,13 +158,16 @@ def _read_graphs(model: nn.Module, parts: dict[str, fx.Graph]) -> tuple[dict[str
 def _walk(root: nn.Module, node: fx.Node, forward: bool, direct: bool = True) -> Iterator[Neighbour]:
     """The nodes beside `node`; through a batch norm also those behind it."""
     for other in node.users if forward else node.all_input_nodes:
-        neighbour = Neighbour(_operation(root, other), str(other.target if other.op == "call_module" else other.name))
+        neighbour = Neighbour(
+            node_operation(root, other), str(other.target if other.op == "call_module" else other.name)
+        )
         yield neighbour if direct else Neighbour(neighbour.op, neighbour.name, direct=False)
         if neighbour.op in ("batch_norm", "identity"):
             yield from _walk(root, other, forward, direct=False)
 
 
-def _operation(root: nn.Module, node: fx.Node) -> str:
+def node_operation(root: nn.Module, node: fx.Node) -> str:
+    """The canonical name of what a node does, with the modules of `root`."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if isinstance(module, nn.Conv2d):

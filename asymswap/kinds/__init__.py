@@ -19,6 +19,8 @@ from asymswap.spec import ConvSpec, Option, Site
 if TYPE_CHECKING:
     from torch import nn
 
+    from asymswap.factorize.evidence import Evidence
+
 
 class KindSettings(BaseModel):
     """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
@@ -44,10 +46,10 @@ class Kind(Protocol):
     def refuse(self, conv: ConvSpec) -> str | None:
         """The reason why this kind cannot replace such a conv, or None where it can."""
 
-    def options(self, site: Site, conv: nn.Conv2d, settings: Any) -> Sequence[Option]:
+    def options(self, site: Site, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> Sequence[Option]:
         """All sizes that a budget may choose from, within the settings; costs are those of `build`'s result."""
 
-    def settle(self, site: Site, conv: nn.Conv2d, settings: Any) -> Option:
+    def settle(self, site: Site, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> Option:
         """Turn a wish (energy = 0.9) into settled settings (rank = 17), so that loading never has to work it out again.
 
         Raises RecipeError where the wish cannot be met by this conv.
@@ -56,8 +58,12 @@ class Kind(Protocol):
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
         """The replacement's structure for settled settings, its weights unset, drawing no random numbers."""
 
-    def init_(self, module: nn.Module, conv: nn.Conv2d, settings: Any) -> None:
-        """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can."""
+    def init_(self, module: nn.Module, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> None:
+        """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can.
+
+        With evidence: as well as it can on the data, and with the target of the evidence in the place of `conv`'s
+        kernel.
+        """
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
         """The one conv that computes the same as the replacement, or None where there is none."""

@@ -3,13 +3,15 @@
 The first conv carries the stride, padding and dilation of its own axis, the second those of the other; groups are
 solved group by group, and the rank R is that of one group; both convs keep the padding mode, the bias stays on the
 second. Nothing stands between the two, so that the pair is exact at full rank: without a bias on the first conv,
-padding its output by zeros is the same as padding its input. Mathematics and papers: `asymswap.factorize.svd`.
+padding its output by zeros is the same as padding its input. Mathematics and papers: `asymswap.factorize.svd` for the
+weights alone, `asymswap.factorize.covariance` for calibration data.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal, cast
 
 import torch
@@ -17,7 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize import svd
+from asymswap.factorize import covariance, svd
+from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
 
@@ -42,6 +45,9 @@ class Settings(KindSettings):
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm."""
 
+    bias: bool = False
+    """Give the second conv a bias even where the conv has none; calibration corrects the output's mean by it."""
+
     @model_validator(mode="after")
     def _one_size(self) -> Settings:
         given = [f"{name} = {getattr(self, name)}" for name in SIZES if getattr(self, name) is not None]
@@ -62,28 +68,28 @@ def refuse(conv: ConvSpec) -> str | None:
     return None
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings) -> Sequence[Option]:
+def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
     """Every rank of every order that the settings allow, whatever it costs."""
-    return [option for order in _orders(settings) for option in _curve(site, conv, order)]
+    return [option for order in _orders(settings) for option in _curve(site, conv, order, settings, evidence)]
 
 
-def settle(site: Site, conv: nn.Conv2d, settings: Settings) -> Option:
+def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
     """Choose the rank and the order; raises RecipeError for a rank above the full one or a ratio below rank 1."""
     spec = site.conv
     found: list[Option] = []
     for order in _orders(settings):
         if settings.rank is not None and settings.rank > full_rank(spec, order):
             continue
-        option = _pick(_curve(site, conv, order), site.cost, settings)
+        option = _pick(_curve(site, conv, order, settings, evidence), site.cost, settings)
         if option is not None:
             found.append(option)
     if not found:
         raise RecipeError(_unmet(site, settings))
     if settings.energy is not None:
         return min(found, key=lambda option: (option.cost.macs, option.cost.params, option.error))
-    best = min(found, key=lambda option: option.error)
+    best = min(found, key=lambda option: option.loss)
     # Errors that differ by rounding only are equal, and then the cheaper order wins.
-    equal = [option for option in found if math.isclose(option.error, best.error, rel_tol=1e-9, abs_tol=1e-12)]
+    equal = [option for option in found if math.isclose(option.loss, best.loss, rel_tol=1e-9, abs_tol=1e-12)]
     return min(equal, key=lambda option: (option.cost.macs, option.cost.params))
 
 
@@ -94,7 +100,7 @@ def build(conv: ConvSpec, settings: Settings) -> nn.Sequential:
             f"kind 'separable' needs a settled rank and order, not {settings.model_dump(exclude_none=True)}"
         )
     middle = conv.groups * settings.rank
-    ends = [(conv.in_channels, middle, False), (middle, conv.out_channels, conv.bias)]
+    ends = [(conv.in_channels, middle, False), (middle, conv.out_channels, conv.bias or settings.bias)]
     pair = nn.Sequential()
     for (inputs, outputs, bias), vertical in zip(ends, _axes(settings.order), strict=True):
         module = nn.utils.skip_init(
@@ -114,23 +120,36 @@ def build(conv: ConvSpec, settings: Settings) -> nn.Sequential:
     return pair
 
 
-def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings) -> None:
-    """Truncated SVD of each group's kernel, the singular values shared evenly between the two convs."""
+def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
+    """The best pair of each group, by truncated SVD of the kernel or on the evidence, the scale shared evenly."""
     assert settings.rank is not None
     first, second = _pair(module)
     vertical_first = settings.order == "vertical-first"
-    matrix = svd.as_matrix(conv.weight, conv.groups, vertical_first)
     kernel = cast(Size, conv.kernel_size)
-    weights = svd.as_kernels(*svd.factors(matrix, settings.rank), kernel, vertical_first)
+    if evidence is None:
+        matrix = svd.as_matrix(conv.weight, conv.groups, vertical_first)
+        a_GAR, b_GRB = svd.factors(matrix, settings.rank)
+    else:
+        a_GAR, b_GRB = covariance.factors(covariance.arrange(evidence, kernel, vertical_first), settings.rank)
+    weights = svd.as_kernels(a_GAR, b_GRB, kernel, vertical_first)
     with torch.no_grad():
         for half, weight in zip((first, second), weights, strict=True):
             half.weight.copy_(weight)
-        if conv.bias is not None:
-            cast(Tensor, second.bias).copy_(conv.bias)
+        if second.bias is not None:
+            second.bias.copy_(_bias(conv, weights, settings, evidence))
+
+
+def _bias(conv: nn.Conv2d, weights: tuple[Tensor, Tensor], settings: Settings, evidence: Evidence | None) -> Tensor:
+    """The conv's own bias, or with evidence the one that gives the output its wanted mean."""
+    if evidence is None:
+        return torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
+    kernel = svd.compose(*weights, conv.groups, settings.order == "vertical-first")
+    seen = torch.einsum("god,gd->go", kernel.flatten(1).unflatten(0, (conv.groups, -1)), evidence.mean_GD)
+    return (evidence.target_mean_GO - seen).flatten()
 
 
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-    """One k x k conv of the original fields whose kernel is the product of the pair's."""
+    """One k x k conv of the original fields whose kernel is the product of the pair's, with the pair's bias."""
     first, second = _pair(module)
     fused: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
@@ -141,7 +160,7 @@ def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         padding=conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
-        bias=conv.bias,
+        bias=second.bias is not None,
         padding_mode=conv.padding_mode,
         dtype=first.weight.dtype,
         device=first.weight.device,
@@ -161,8 +180,8 @@ def full_rank(conv: ConvSpec, order: Order) -> int:
     return min(conv.group_in * along, conv.group_out * across)
 
 
-def pair_cost(site: Site, rank: int, order: Order) -> Cost:
-    """MACs over all calls and parameters of the pair, from the formula alone."""
+def pair_cost(site: Site, rank: int, order: Order, bias: bool = False) -> Cost:
+    """MACs over all calls and parameters of the pair, from the formula alone; `bias` is the setting of that name."""
     conv = site.conv
     vertical = order == "vertical-first"
     along, across = conv.kernel if vertical else conv.kernel[::-1]
@@ -173,7 +192,7 @@ def pair_cost(site: Site, rank: int, order: Order) -> Cost:
         # The first conv has walked its own axis only: the other one still has its input size.
         between = (call.output[0], call.input[1]) if vertical else (call.input[0], call.output[1])
         macs += call.batch * (first * math.prod(between) + second * math.prod(call.output))
-    return Cost(macs, first + second + conv.out_channels * conv.bias)
+    return Cost(macs, first + second + conv.out_channels * (conv.bias or bias))
 
 
 def _orders(settings: Settings) -> tuple[Order, ...]:
@@ -190,16 +209,36 @@ def _along(pair: Size, vertical: bool, rest: int = 1) -> Size:
     return (pair[0], rest) if vertical else (rest, pair[1])
 
 
-def _curve(site: Site, conv: nn.Conv2d, order: Order) -> list[Option]:
-    """One option for each rank, the error being the energy that truncation leaves out, relative to the whole."""
-    energy_GK = svd.energies(svd.as_matrix(conv.weight, conv.groups, order == "vertical-first"))
+def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, evidence: Evidence | None) -> list[Option]:
+    """One option for each rank; the error is what truncation leaves out, relative to the whole."""
+    vertical_first = order == "vertical-first"
+    bias = settings.bias or (evidence is not None and not site.conv.bias)
+    if evidence is None:
+        errors = losses = _left(svd.energies(svd.as_matrix(conv.weight, conv.groups, vertical_first)))
+    else:
+        problem = covariance.arrange(evidence, site.conv.kernel, vertical_first)
+        plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
+        errors = _left(covariance.spectrum(plain)[1])
+        losses = errors
+        if evidence.weight_GOO is not None:
+            # Half the weighted error is K-FAC's estimate of the divergence; together with the plain relative error, its
+            # geometric mean, it ranks layers better than either alone (docs/calibration.md).
+            weighted = covariance.spectrum(problem)[1]
+            divergence = 0.5 * float(weighted.sum())
+            losses = [math.sqrt(one * divergence * other) for one, other in zip(errors, _left(weighted), strict=True)]
+    extra = {"bias": True} if bias and not site.conv.bias else {}
+    return [
+        Option({"rank": rank, "order": order, **extra}, pair_cost(site, rank, order, bias), error, loss)
+        for rank, (error, loss) in enumerate(zip(errors, losses, strict=True), start=1)
+        if rank <= full_rank(site.conv, order)
+    ]
+
+
+def _left(energy_GK: Tensor) -> list[float]:
+    """The share of the energy, summed over the groups, that ranks 1, 2, … leave out."""
     energy_K = energy_GK.sum(0)
     left = energy_K.flip(0).cumsum(0).flip(0) / energy_K.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    errors = [*left[1:].tolist(), 0.0]
-    return [
-        Option({"rank": rank, "order": order}, pair_cost(site, rank, order), error)
-        for rank, error in enumerate(errors, start=1)
-    ]
+    return [*left[1:].tolist(), 0.0]
 
 
 def _pick(curve: list[Option], whole: Cost, settings: Settings) -> Option | None:

@@ -9,6 +9,7 @@ budget at the end is smaller than one step, and is then spent on points off the 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,17 +86,32 @@ def _slope(low: Point, high: Point) -> float:
 
 
 def _spend_rest(curves: Sequence[Sequence[Point]], chosen: list[int], rest: int) -> None:
-    """Move single sites, in place, to the best point that the rest of the budget pays for, best bargain first."""
+    """Move single sites, in place, to the best point that the rest of the budget pays for, the largest gain first."""
+    ladders = [_Ladder(curve) for curve in curves]
     while True:
-        best: tuple[float, int, int] | None = None
+        moves = []
         for site, curve in enumerate(curves):
             now = curve[chosen[site]]
-            for index, point in enumerate(curve):
-                gain = now.error - point.error
-                if gain > 0 and point.cost - now.cost <= rest and (best is None or gain > best[0]):
-                    best = (gain, site, index)
-        if best is None:
+            index = ladders[site].best(now.cost + rest)
+            moves.append((now.error - curve[index].error, site, index))
+        gain, site, index = max(moves, key=lambda move: move[0])
+        if gain <= 0:
             return
-        _, site, index = best
         rest -= curves[site][index].cost - curves[site][chosen[site]].cost
         chosen[site] = index
+
+
+class _Ladder:
+    """The points of a curve that are better than all cheaper ones, by rising cost."""
+
+    def __init__(self, curve: Sequence[Point]) -> None:
+        self._costs: list[int] = []
+        self._indices: list[int] = []
+        for index in sorted(range(len(curve)), key=lambda i: (curve[i].cost, curve[i].error)):
+            if not self._indices or curve[index].error < curve[self._indices[-1]].error:
+                self._costs.append(curve[index].cost)
+                self._indices.append(index)
+
+    def best(self, cost: int) -> int:
+        """The index of the best point that costs at most so much; there is one, for a point of the curve is paid for."""
+        return self._indices[bisect.bisect_right(self._costs, cost) - 1]

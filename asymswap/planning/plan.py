@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from asymswap import kinds
 from asymswap.errors import PlanError, RecipeError, near_names
+from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import Kind, KindSettings
 from asymswap.planning.budget import Point, allocate, least_cost
 from asymswap.planning.recipe import Budget, Position, Recipe, Rule
@@ -30,16 +32,18 @@ class _Matched:
     kind_name: str
     kind: Kind
     settings: KindSettings
+    evidence: Evidence | None
 
     def options(self) -> list[Option]:
         """The sizes that pay, or all of them where the recipe wants growth."""
-        every = self.kind.options(self.site, self.conv, self.settings)
+        every = self.kind.options(self.site, self.conv, self.settings, self.evidence)
         return [option for option in every if self.settings.allow_growth or saves(option.cost, self.site.cost)]
 
     def swap(self, option: Option) -> Swap:
         """The plan's entry for this option."""
         extra = {"allow_growth": True} if self.settings.allow_growth else {}
-        return Swap(self.site.name, self.kind_name, {**option.settings, **extra}, f"rule {self.number}")
+        settings = {**option.settings, **extra}
+        return Swap(self.site.name, self.kind_name, settings, f"rule {self.number}", math.sqrt(option.error))
 
 
 def saves(new: Cost, old: Cost) -> bool:
@@ -48,17 +52,23 @@ def saves(new: Cost, old: Cost) -> bool:
 
 
 def make_plan(
-    model: nn.Module, sites: Sequence[Site], recipe: Recipe, total: Cost, progress: Progress = silent
+    model: nn.Module,
+    sites: Sequence[Site],
+    recipe: Recipe,
+    total: Cost,
+    progress: Progress = silent,
+    evidence: Mapping[str, Evidence] | None = None,
 ) -> Plan:
     """Decide about every site, settle all settings, and share the budget, if there is one.
 
-    `total` is the cost of the whole model. Nothing is changed. Raises RecipeError for a rule that matches nothing, a
-    setting that a matched conv cannot have, or a budget that cannot be reached.
+    `total` is the cost of the whole model; `evidence` is that of each site, where there is some. Nothing is changed.
+    Raises RecipeError for a rule that matches nothing, a setting that a matched conv cannot have, or a budget that
+    cannot be reached.
     """
     matched: list[_Matched] = []
     keeps: dict[str, Keep] = {}
     for site, index in zip(sites, find_rule(sites, recipe).values(), strict=True):
-        decision = _decide(model, site, recipe, index)
+        decision = _decide(model, site, recipe, index, (evidence or {}).get(site.name))
         if isinstance(decision, Keep):
             keeps[site.name] = decision
         else:
@@ -114,7 +124,9 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     return {name: numbers[0] if numbers else None for name, numbers in fitting.items()}
 
 
-def _decide(model: nn.Module, site: Site, recipe: Recipe, index: int | None) -> _Matched | Keep:
+def _decide(
+    model: nn.Module, site: Site, recipe: Recipe, index: int | None, evidence: Evidence | None
+) -> _Matched | Keep:
     if index is None:
         return Keep(site.name, "no rule matches")
     rule, number = recipe.rules[index], index + 1
@@ -129,13 +141,13 @@ def _decide(model: nn.Module, site: Site, recipe: Recipe, index: int | None) -> 
         return Keep(site.name, f"rule {number}, but {reason}")
     settings = kinds.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
-    return _Matched(site, conv, rule, number, kind_name, kind, settings)
+    return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence)
 
 
 def _settle(item: _Matched) -> tuple[Swap | Keep, Cost]:
     """What a rule with a size of its own makes of a site, and what the site costs then."""
     try:
-        option = item.kind.settle(item.site, item.conv, item.settings)
+        option = item.kind.settle(item.site, item.conv, item.settings, item.evidence)
     except RecipeError as error:
         raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
     if item.settings.allow_growth or saves(option.cost, item.site.cost):
@@ -180,7 +192,7 @@ def _limit(
 
 def _points(item: _Matched, options: Sequence[Option], measure: str) -> list[Point]:
     """The options as points, and keeping the site as the last of them."""
-    points = [Point(getattr(option.cost, measure), option.error) for option in options]
+    points = [Point(getattr(option.cost, measure), option.loss) for option in options]
     return [*points, Point(getattr(item.site.cost, measure), 0.0)]
 
 
@@ -251,6 +263,12 @@ def plan_from_json(value: Any, where: str) -> Plan:
         except RecipeError as error:
             raise PlanError(f"{where}, site {swap.site!r}: {error}") from None
     return plan
+
+
+def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:
+    """The sites that the recipe's rules would swap if their size suited: those of which evidence is needed."""
+    rules = find_rule(sites, recipe)
+    return [site for site in sites if isinstance(_decide(model, site, recipe, rules[site.name], None), _Matched)]
 
 
 def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:

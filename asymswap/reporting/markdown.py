@@ -42,6 +42,7 @@ def to_markdown(report: Report) -> str:
         f"Output of the whole model: {words.error(output.relative)} relative difference, "
         f"{output.largest:.3g} at most, on {output.probe}",
         *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
+        *_calibration(report),
         *model.notes,
         *(f"File {file.path}: {words.size(file.bytes)}" for file in report.files),
         "Time in seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items()),
@@ -63,6 +64,15 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _calibration(report: Report) -> list[str]:
+    row = report.calibration
+    if row is None:
+        return []
+    how = "layer by layer" if row.sequential else "in one pass"
+    images = f"{row.images} images of {row.data} (seed {row.seed}, SHA-256 of the pixels {row.sha256})"
+    return [f"Calibrated {how} on {images}", *row.notes]
+
+
 _COLUMNS = [
     "layer",
     "conv",
@@ -73,6 +83,7 @@ _COLUMNS = [
     "MACs after",
     "parameters before",
     "parameters after",
+    "predicted error",
     "kernel error",
     "output error",
 ]
@@ -90,6 +101,7 @@ def _cells(row: SiteRow) -> list[str]:
         f"{row.after.macs:,}",
         f"{row.before.params:,}",
         f"{row.after.params:,}",
+        words.error(row.predicted_error),
         words.error(row.kernel_error),
         words.error(row.output_error),
     ]
@@ -98,13 +110,13 @@ def _cells(row: SiteRow) -> list[str]:
 def _rest(report: Report) -> list[str]:
     rest = report.rest
     params = f"{rest.params:,}"
-    return ["other layers", "", "", "", "", f"{rest.macs:,}", f"{rest.macs:,}", params, params, "", ""]
+    return ["other layers", "", "", "", "", f"{rest.macs:,}", f"{rest.macs:,}", params, params, "", "", ""]
 
 
 def _total(report: Report) -> list[str]:
     before, after = report.before, report.after
     sums = [before.macs, after.macs, before.params, after.params]
-    return ["**total**", "", "", "", "", *(f"**{value:,}**" for value in sums), "", ""]
+    return ["**total**", "", "", "", "", *(f"**{value:,}**" for value in sums), "", "", ""]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

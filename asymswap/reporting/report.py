@@ -16,7 +16,8 @@ SCHEMA = 1
 class SiteRow:
     """One conv of the original model: what it was, what became of it, what both cost, and what the change did.
 
-    `action` is `swap` or `keep`; `kernel_error` is the Frobenius norm of the kernel's change over that of the kernel,
+    `action` is `swap` or `keep`; `predicted_error` is what the plan expected (of the output with calibration, of the
+    kernel without); `kernel_error` is the Frobenius norm of the kernel's change over that of the kernel,
     `output_error` the same of the layer's output on the probe batch.
     """
 
@@ -30,6 +31,7 @@ class SiteRow:
     reason: str
     before: Cost
     after: Cost
+    predicted_error: float | None = None
     kernel_error: float | None = None
     output_error: float | None = None
     output_largest: float | None = None
@@ -53,6 +55,18 @@ class AccuracyRow:
     before: float
     after: float
     note: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """What the conversion was calibrated on; `sha256` is that of the pixels, `sequential` whether layer by layer."""
+
+    data: str
+    images: int
+    sha256: str
+    seed: int
+    sequential: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,7 @@ class Report:
     after: Cost
     output: OutputChange
     multiplier: float | None = None
+    calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
     weights_bytes: tuple[int, int] = (0, 0)
     files: tuple[FileRow, ...] = ()

@@ -156,6 +156,11 @@ def _fine_print(report: Report) -> list[str]:
         lines.append(f"Budget: {report.budget}.")
     if report.accuracy is not None:
         lines.append(f"Top-1 on {report.accuracy.data}.")
+    if report.calibration is not None:
+        row = report.calibration
+        how = "layer by layer" if row.sequential else "in one pass"
+        lines.append(f"Calibrated {how} on {row.images} unlabelled images of {row.data} (seed {row.seed}).")
+        lines += [f"{note[0].upper()}{note[1:]}." for note in row.notes]
     lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
     lines += [f"{note[0].upper()}{note[1:]}." for note in model.notes]
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]

@@ -1,0 +1,201 @@
+"""Calibration as the user asks for it: images from a data reference, evidence from them or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.factorize.evidence import Evidence
+from asymswap.graph.trace import Trace
+from asymswap.opening import Opened
+from asymswap.output import check_output
+from asymswap.planning.calibration import (
+    Batches,
+    EvidenceSummary,
+    gather,
+    images_hash,
+    load_evidence,
+    model_hash,
+    save_evidence,
+)
+from asymswap.planning.sequential import images_that_fit, refine_
+from asymswap.spec import Plan, Progress, Site, silent
+from asymswap.training.data import LabelledImages, open_data
+
+_HELD_BACK = 32
+_FEWEST_FOR_SEQUENTIAL = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the user wants: `data` is a data reference, `evidence` a file to read or, with data, to write.
+
+    `sequential` is None where it is up to us: done where the model traces whole and the images fit into `memory_gib`.
+    """
+
+    data: str | None = None
+    images: int = 512
+    evidence: Path | None = None
+    sequential: bool | None = None
+    memory_gib: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data is None and self.evidence is None:
+            raise AsymswapError("calibration needs --calibrate DATA or an --evidence file that exists")
+        if self.images < 1:
+            raise AsymswapError(f"--calibration-images {self.images} is no number of images; give 128 to 2048")
+        if self.memory_gib <= 0:
+            raise AsymswapError(f"--calibration-memory {self.memory_gib:g} is no amount of memory; give GiB, such as 4")
+
+
+@dataclass
+class Gathered:
+    """The evidence of every site, what it was made of, and the images for what comes after."""
+
+    by_site: Mapping[str, Evidence]
+    summary: EvidenceSummary
+    batches: Batches | None = None
+    held_back: Tensor | None = None
+    description: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def gather_evidence(
+    opened: Opened, sites: Sequence[Site], wanted: Calibration, progress: Progress = silent
+) -> Gathered:
+    """Evidence of the given sites, from the file where there is one, else from images (and then written to it).
+
+    Raises SourceError where the data or the file cannot be used for this model.
+    """
+    images = None if wanted.data is None else _Images(wanted.data, opened, wanted)
+    if wanted.evidence is not None and wanted.evidence.exists():
+        found, summary = load_evidence(wanted.evidence)
+        if summary.model != model_hash(opened.model):
+            raise SourceError(f"the evidence {wanted.evidence} was gathered from another model; give another file name")
+        lacking = [site.name for site in sites if site.name not in found]
+        if lacking:
+            raise SourceError(f"the evidence {wanted.evidence} lacks {lacking[0]}; gather it anew under another name")
+        gathered = Gathered(found, summary, notes=[f"evidence read from {wanted.evidence}"])
+    else:
+        if images is None:
+            raise SourceError(f"no evidence file {wanted.evidence}; --calibrate DATA gathers and writes it")
+        found = gather(
+            opened.model,
+            sites,
+            images.batches,
+            images.count,
+            memory_gib=wanted.memory_gib,
+            seed=wanted.seed,
+            progress=progress,
+        )
+        summary = EvidenceSummary(
+            str(wanted.data), images.count, images_hash(images.batches), wanted.seed, model_hash(opened.model)
+        )
+        gathered = Gathered(found, summary)
+        if wanted.evidence is not None:
+            check_output(wanted.evidence, force=False)
+            save_evidence(wanted.evidence, found, summary)
+    if images is not None:
+        gathered.batches, gathered.held_back = images.batches, images.held_back
+        gathered.description = images.description
+    gathered.notes += list(_thin(found, sites))
+    return gathered
+
+
+def refine_sequentially(
+    opened: Opened,
+    traced: Trace,
+    converted: nn.Module,
+    plan: Plan,
+    gathered: Gathered,
+    wanted: Calibration,
+    progress: Progress = silent,
+) -> bool:
+    """Solve the replacements anew layer by layer, in place, where that is wanted and can be; says whether it was."""
+    if wanted.sequential is False or not plan.swaps:
+        return False
+    reason = None
+    fitting = 0
+    if gathered.batches is None:
+        reason = "the images are not given, only their evidence"
+    elif traced.by != "torch.fx":
+        reason = f"the model was read by {traced.by}, not as one graph"
+    else:
+        fitting = images_that_fit(opened.model, next(iter(gathered.batches()))[:1], wanted.memory_gib)
+        if fitting < min(_FEWEST_FOR_SEQUENTIAL, wanted.images):
+            reason = f"only {fitting} images fit into {wanted.memory_gib:g} GiB"
+    if reason is not None or gathered.batches is None:
+        if wanted.sequential:
+            raise AsymswapError(f"--sequential cannot be done: {reason}")
+        gathered.notes.append(f"not refined layer by layer: {reason}")
+        return False
+    if fitting < gathered.summary.images:
+        gathered.notes.append(f"refined layer by layer on {fitting} images: more do not fit into the memory limit")
+    images = _first(gathered.batches(), fitting)
+    refine_(
+        opened.model,
+        converted,
+        traced.sites,
+        plan,
+        gathered.by_site,
+        images,
+        seed=wanted.seed,
+        progress=progress,
+    )
+    return True
+
+
+class _Images:
+    """The chosen images of a data reference, in the same order and batches every time, and some more held back."""
+
+    def __init__(self, reference: str, opened: Opened, wanted: Calibration) -> None:
+        self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train")
+        self.description = self.data.description
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(wanted.seed)).tolist()
+        self.count = min(wanted.images, len(order))
+        self._chosen = order[: self.count]
+        self._dtype = opened.dtype()
+        height, width = opened.source.preprocessing.size
+        self._batch = max(4, min(128, 2**20 // (height * width)))
+        # Where all images were asked for, none is left to be held back: the report says which were probed.
+        self.held_back = self._load(order[self.count : self.count + _HELD_BACK] or order[:_HELD_BACK])
+        self._kept: list[Tensor] | None = [] if self.count * self.held_back[0].numel() * 4 < 2**30 else None
+
+    def batches(self) -> Iterator[Tensor]:
+        """Batches of preprocessed images; decoded once where they all fit into a GiB."""
+        if self._kept:
+            yield from self._kept
+            return
+        for start in range(0, self.count, self._batch):
+            batch = self._load(self._chosen[start : start + self._batch])
+            if self._kept is not None:
+                self._kept.append(batch)
+            yield batch
+
+    def _load(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.data.images[index][0] for index in indices]).to(self._dtype)
+
+
+def _first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    for batch in batches:
+        if count <= 0:
+            return
+        yield batch[:count]
+        count -= len(batch)
+
+
+def _thin(found: Mapping[str, Evidence], sites: Sequence[Site]) -> Iterator[str]:
+    """Say where there are too few patches for a covariance, and what is done about it."""
+    thin = [site.name for site in sites if found[site.name].patches < 2 * found[site.name].mean_GD.shape[1]]
+    if thin:
+        one = found[thin[0]]
+        yield (
+            f"{len(thin)} of {len(sites)} convs saw fewer than two patches per dimension ({thin[0]}: {one.patches} for "
+            f"{one.mean_GD.shape[1]}); where the images say nothing a ridge keeps the original kernel; more images help"
+        )

@@ -1,0 +1,165 @@
+"""The separable pair that errs least on the data: a k x k kernel against the covariance of its input patches.
+
+Shapes, all with G groups in front: O outputs, K taps across (those of the second conv), M = C * taps along (the
+inputs of the first conv), R the rank, D = K*M.
+
+    w_GOKM      the kernel, tap by tap of the second conv
+    s_GKMKM     covariance of the patches in the same order
+    p_GOO       weight of the outputs' errors
+    v_GRM       the first conv, h_GOKR the second
+
+With the vertical conv first, K = kw and M = C*kh. The expected squared error of a pair,
+
+    trace(P (W - H (I (x) V)) S (W - H (I (x) V))'),
+
+depends on the data through S alone. For given V the best H is that of ordinary least squares, whatever P; for given H
+the best V solves a linear system, done by a few steps of conjugate gradients. Both steps can only lower the error,
+and they are taken in turn from a start by eigenvectors: the kernel whitened by the average of S over the taps.
+(Covariance instead of weights alone: Zhang, Zou, He and Sun, 2015, section 3.1, for 1 x 1 factors; this is its form
+for two kernels.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asymswap.factorize import svd
+from asymswap.factorize.evidence import Evidence
+
+_STEPS = 10
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One conv, one order of the two convs, arranged for the solution."""
+
+    w_GOKM: Tensor
+    s_GKMKM: Tensor
+    p_GOO: Tensor
+
+
+def arrange(evidence: Evidence, kernel: tuple[int, int], vertical_first: bool) -> Problem:
+    """Put the evidence of a conv into the order of its taps for one order of the two convs."""
+    groups, outputs, length = evidence.target_GOD.shape
+    inputs = length // (kernel[0] * kernel[1])
+    places = torch.arange(length).reshape(inputs, *kernel)
+    places = places.permute(2, 0, 1) if vertical_first else places.permute(1, 0, 2)
+    taps, flat = places.shape[0], places.reshape(-1)
+    s_GDD = evidence.ridged()[:, flat][:, :, flat]
+    return Problem(
+        w_GOKM=evidence.target_GOD[:, :, flat].reshape(groups, outputs, taps, -1),
+        s_GKMKM=s_GDD.reshape(groups, taps, length // taps, taps, length // taps),
+        p_GOO=evidence.output_weight(),
+    )
+
+
+def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Start vectors v_GMM, the most useful first, and the error energy_GM that each takes away.
+
+    The sum of what is left out estimates the error of a rank from above, and closely: it is exact where S is the same
+    for all taps and has no correlation between them.
+    """
+    root, inverse = _roots(torch.einsum("gkmkn->gmn", problem.s_GKMKM) / problem.w_GOKM.shape[2])
+    gram = torch.einsum("gokm,gop,gpkn->gmn", problem.w_GOKM, problem.p_GOO, problem.w_GOKM)
+    energy, vectors = torch.linalg.eigh(root @ gram @ root)
+    return (inverse @ vectors.flip(-1)).mT, energy.flip(-1).clamp_min(0.0)
+
+
+def error(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor) -> Tensor:
+    """The expected weighted squared error of a pair, for each group."""
+    gap = problem.w_GOKM - torch.einsum("gokr,grm->gokm", h_GOKR, v_GRM)
+    flat = gap.flatten(2)
+    size = flat.shape[2]
+    return torch.einsum("goa,gab,gpb,gop->g", flat, problem.s_GKMKM.reshape(-1, size, size), flat, problem.p_GOO)
+
+
+def total(problem: Problem) -> Tensor:
+    """The weighted energy of the output itself, for each group: what the error is relative to."""
+    flat = problem.w_GOKM.flatten(2)
+    size = flat.shape[2]
+    return torch.einsum("goa,gab,gpb,gop->g", flat, problem.s_GKMKM.reshape(-1, size, size), flat, problem.p_GOO)
+
+
+def factors(problem: Problem, rank: int, rounds: int = _ROUNDS) -> tuple[Tensor, Tensor]:
+    """The best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly between the two.
+
+    Never worse than the truncated SVD of the kernel, which is tried too.
+    """
+    starts = [spectrum(problem)[0][:, :rank], _svd_start(problem.w_GOKM, rank)]
+    solved = [(v, solve_second(problem, v)) for v in starts]
+    v, h = min(solved, key=lambda pair: float(error(problem, *pair).sum()))
+    for _ in range(rounds):
+        v = _orthonormal(improve_first(problem, v, h))
+        h = solve_second(problem, v)
+    scale_GR = (h.square().sum((1, 2)).sqrt() / v.norm(dim=2).clamp_min(1e-300)).clamp_min(1e-150).sqrt()
+    second = (h / scale_GR[:, None, None, :]).permute(0, 3, 1, 2).flatten(2)
+    return (v * scale_GR[:, :, None]).mT, second
+
+
+def solve_second(problem: Problem, v_GRM: Tensor) -> Tensor:
+    """The best second conv h_GOKR for a given first one: least squares, H = W S B' (B S B')^-1 with B = I (x) V."""
+    groups, outputs, taps, _ = problem.w_GOKM.shape
+    rank = v_GRM.shape[1]
+    seen = torch.einsum("gkmln,grn->gkmlr", problem.s_GKMKM, v_GRM)
+    gram = torch.einsum("gkmlr,gsm->gkslr", seen, v_GRM).reshape(groups, taps * rank, taps * rank)
+    gram = gram + 1e-12 * torch.diag_embed(gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, taps * rank))
+    right = torch.einsum("gokm,gkmlr->golr", problem.w_GOKM, seen).flatten(2)
+    h_GOL: Tensor = torch.linalg.solve(gram, right.mT).mT
+    return h_GOL.reshape(groups, outputs, taps, rank)
+
+
+def improve_first(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor, steps: int = _STEPS) -> Tensor:
+    """A better first conv for a given second one.
+
+    Conjugate gradients on sum_kl H_k' P H_l V S_lk = sum_k H_k' P (W S)_k.
+    """
+    weighted = torch.einsum("gop,gpkr->gokr", problem.p_GOO, h_GOKR)
+    gram = torch.einsum("gokr,gols->gkrls", weighted, h_GOKR)
+    wanted = torch.einsum("gokm,gkmln->goln", problem.w_GOKM, problem.s_GKMKM)
+    right = torch.einsum("gokr,gokm->grm", weighted, wanted)
+
+    def apply(v: Tensor) -> Tensor:
+        moved = torch.einsum("gkrls,gsn->gkrln", gram, v)
+        return torch.einsum("gkrln,glnkm->grm", moved, problem.s_GKMKM)
+
+    residual = right - apply(v_GRM)
+    direction = residual
+    square = residual.square().sum((1, 2), keepdim=True)
+    enough = 1e-20 * right.square().sum((1, 2), keepdim=True)
+    for _ in range(steps):
+        if bool((square <= enough).all()):
+            break
+        image = apply(direction)
+        curvature = (direction * image).sum((1, 2), keepdim=True)
+        step = torch.where(curvature > 0, square / curvature.clamp_min(1e-300), 0.0)
+        v_GRM = v_GRM + step * direction
+        residual = residual - step * image
+        new = residual.square().sum((1, 2), keepdim=True)
+        direction = residual + torch.where(square > 0, new / square.clamp_min(1e-300), 0.0) * direction
+        square = new
+    return v_GRM
+
+
+def _svd_start(w_GOKM: Tensor, rank: int) -> Tensor:
+    """The first conv of the truncated SVD of the kernel, its matrix being M x (O*K)."""
+    a_GMR, _ = svd.factors(w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
+    return a_GMR.mT
+
+
+def _orthonormal(v_GRM: Tensor) -> Tensor:
+    """The same span by orthonormal rows: rows that grew alike would make the next least squares ill-conditioned."""
+    q_GMR: Tensor = torch.linalg.qr(v_GRM.mT).Q
+    return q_GMR.mT
+
+
+def _roots(a_GMM: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive definite matrix, and its inverse."""
+    energy, vectors = torch.linalg.eigh(a_GMM)
+    energy = energy.clamp_min(energy[:, -1:] * 1e-12).clamp_min(1e-300)
+    half = vectors * energy.sqrt()[:, None, :]
+    inverse = vectors * energy.rsqrt()[:, None, :]
+    return half @ vectors.mT, inverse @ vectors.mT

@@ -1,0 +1,73 @@
+"""What calibration data told about one conv: its input patches' mean and covariance, and what its output should be.
+
+Shapes, G groups, C inputs and O outputs of one group, D = C*kh*kw the length of a patch, in the order of a kernel (c,
+i, j):
+
+    mean_GD         mean of the patches
+    cov_GDD         their covariance
+    target_GOD      the kernel that reproduces the wanted output from these patches best
+    target_mean_GO  mean of the wanted output
+    weight_GOO      how much the network's own prediction minds errors of the output; see below
+
+In one-pass calibration the wanted output is the conv's own, so `target` is its kernel. In sequential calibration the
+patches come from the network as converted so far and the wanted output from the original network (the asymmetric
+reconstruction of Zhang, Zou, He and Sun, 2015, section 3.3): target = T S^-1 with T the cross-covariance.
+
+`weight` is the second moment of the gradient of the log-likelihood of labels that are drawn from the network's own
+prediction, with respect to the conv's output: the output factor of K-FAC's Fisher matrix (Martens and Grosse, 2015;
+Grosse and Martens, 2016, for convolutions). For a small error E of the kernel, trace(weight E cov E') / 2 is the
+expected divergence (in nats) of the network's prediction, up to spatial correlations that K-FAC leaves out. No labels
+are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-3
+"""Added to a covariance, relative to the mean of its diagonal: see `Evidence.ridged`."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The evidence of one conv, in float64; `patches` is how many were seen."""
+
+    mean_GD: Tensor
+    cov_GDD: Tensor
+    target_GOD: Tensor
+    target_mean_GO: Tensor
+    weight_GOO: Tensor | None
+    patches: int
+
+    def ridged(self) -> Tensor:
+        """The covariance with a ridge, positive definite.
+
+        Directions that the images hardly ever took (dead channels, fewer patches than D) would otherwise be free to
+        take any weight at all. The ridge says that they occur a thousandth as often as the average one, so that the
+        kernel keeps its own values there; it is 100 times larger than the float32 noise of the sums, and where
+        patches are plenty it changes nothing that could be measured.
+        """
+        return self.cov_GDD + torch.diag_embed(self.ridge().expand(-1, self.cov_GDD.shape[1]))
+
+    def ridge(self) -> Tensor:
+        """The number (G, 1) that is added to each diagonal; one where the patches never varied at all."""
+        scale = self.cov_GDD.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        return torch.where(scale > 0, RIDGE * scale, 1.0)
+
+    def output_weight(self) -> Tensor:
+        """`weight_GOO` with a share of its own average on the diagonal, or the identity where there is none.
+
+        The gradient of a few hundred images is noisy: no output channel may be given up altogether for its sake.
+        """
+        outputs = self.target_GOD.shape[1]
+        eye_GOO = torch.eye(outputs, dtype=torch.float64).expand(len(self.target_GOD), -1, -1)
+        if self.weight_GOO is None:
+            return eye_GOO
+        scale = self.weight_GOO.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        return self.weight_GOO + torch.where(scale > 0, _LEAST_WEIGHT * scale, 1.0) * eye_GOO
+
+
+_LEAST_WEIGHT = 0.05

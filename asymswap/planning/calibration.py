@@ -1,0 +1,314 @@
+"""Evidence of every site from images without labels, in one pass, with memory that does not grow with their number.
+
+While the unconverted model runs, each site's input patches are taken at random positions and their mean and covariance
+summed in float64; while the gradient of the network's own prediction runs back, the second moment of each site's output
+gradient is summed too. See `asymswap.factorize.evidence` for what these are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymswap.errors import SourceError
+from asymswap.factorize.evidence import Evidence
+from asymswap.output import whole_file
+from asymswap.spec import ConvSpec, Progress, Site, silent
+from asymswap.tensors import eval_mode, list_tensors
+
+Batches = Callable[[], Iterable[Tensor]]
+"""Makes a fresh iterator over the same batches of images (N, C, H, W) at every call."""
+
+_POSITIONS = 128
+"""Positions of a feature map that are looked at in each image, at least, where it has so many."""
+
+_SAMPLES_PER_DIMENSION = 16
+"""Patches, at least, for each row of a covariance, where the images have so many."""
+
+
+@dataclass
+class PatchSums:
+    """Running sums of one conv's patches, and of their products with the wanted output, in float64."""
+
+    conv: ConvSpec
+    patches: int = 0
+    sum_GD: Any = 0.0
+    gram_GDD: Any = 0.0
+    cross_GOD: Any = 0.0
+    sum_GO: Any = 0.0
+
+    def add(self, patches_GND: Tensor, wanted_GNO: Tensor | None = None) -> None:
+        """Add N patches, and the outputs that are wanted of them."""
+        self.patches += patches_GND.shape[1]
+        self.sum_GD = self.sum_GD + patches_GND.to(torch.float64).sum(1)
+        self.gram_GDD = self.gram_GDD + (patches_GND.mT @ patches_GND).to(torch.float64)
+        if wanted_GNO is not None:
+            self.sum_GO = self.sum_GO + wanted_GNO.to(torch.float64).sum(1)
+            self.cross_GOD = self.cross_GOD + (wanted_GNO.mT @ patches_GND).to(torch.float64)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the patches."""
+        mean_GD: Tensor = self.sum_GD / self.patches
+        return mean_GD, self.gram_GDD / self.patches - mean_GD[:, :, None] * mean_GD[:, None, :]
+
+
+def gather(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches,
+    images: int,
+    *,
+    memory_gib: float = 4.0,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Evidence]:
+    """Evidence of the given sites from all batches, which hold `images` images; the model is unchanged.
+
+    The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
+    SourceError for activations that are not finite, naming the first layer.
+    """
+    groups = list(_groups(sites, memory_gib * 2**30))
+    found: dict[str, Evidence] = {}
+    for number, group in enumerate(groups):
+        found |= _pass(model, group, batches, images, seed, progress, (number, len(groups)))
+    return found
+
+
+def _pass(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches,
+    images: int,
+    seed: int,
+    progress: Progress,
+    stage: tuple[int, int],
+) -> dict[str, Evidence]:
+    sums = {site.name: PatchSums(site.conv) for site in sites}
+    weights: dict[str, Any] = {site.name: 0.0 for site in sites}
+    positions = {site.name: positions_for(site, images) for site in sites}
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+
+    def see(name: str, conv: nn.Conv2d, seen: Tensor, output: Tensor) -> None:
+        with torch.no_grad():
+            at = choose_positions(output.shape[-2:], positions[name], generator)
+            patches = patches_of(conv, seen.detach(), at)
+            if not bool(torch.isfinite(patches).all()):
+                raise SourceError(
+                    f"the input of {name} is not finite on the calibration images; check the preprocessing"
+                )
+            sums[name].add(patches)
+
+        def back(gradient: Tensor) -> None:
+            weights[name] = weights[name] + _output_gram(gradient, conv.groups)
+
+        if output.requires_grad:
+            output.register_hook(back)
+
+    with eval_mode(model), _frozen(model), _site_hooks(model, sites, see):
+        for batch in batches():
+            # A copy that is no leaf: the model may change its input in place.
+            output = model(batch.clone().requires_grad_(True) * 1)
+            _surprise(output, generator).backward()
+            done += len(batch)
+            progress("calibrating", done + stage[0] * images, stage[1] * images)
+    return {
+        site.name: _evidence(
+            cast(nn.Conv2d, model.get_submodule(site.name)), sums[site.name], weights[site.name] / done
+        )
+        for site in sites
+    }
+
+
+def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Any) -> Evidence:
+    mean_GD, cov_GDD = sums.moments()
+    kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
+    wanted_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
+    if conv.bias is not None:
+        wanted_GO = wanted_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
+    weight = weight_GOO if isinstance(weight_GOO, Tensor) and bool(torch.isfinite(weight_GOO).all()) else None
+    return Evidence(mean_GD, cov_GDD, kernel_GOD, wanted_GO, weight, sums.patches)
+
+
+def positions_for(site: Site, images: int) -> int:
+    """How many positions of an image are looked at: enough for the covariance, and no more."""
+    length = site.conv.group_in * math.prod(site.conv.kernel)
+    return max(_POSITIONS, math.ceil(_SAMPLES_PER_DIMENSION * length / max(images, 1)))
+
+
+def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows and columns of at most so many pixels of a feature map, drawn without repetition."""
+    pixels = size[0] * size[1]
+    flat = torch.arange(pixels) if pixels <= most else torch.randperm(pixels, generator=generator)[:most]
+    return flat // size[1], flat % size[1]
+
+
+def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+    """The patches (G, N, D) that a conv sees at the given output pixels, in the order of its kernel (c, i, j)."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x_NCHW, conv._reversed_padding_repeated_twice, mode=mode)
+    images, channels = x.shape[:2]
+    (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
+    rows = at[0][None, :] * sh + torch.arange(kh)[:, None] * dh
+    columns = at[1][None, :] * sw + torch.arange(kw)[:, None] * dw
+    taken = x[:, :, rows[:, None, :], columns[None, :, :]]
+    grouped = taken.reshape(images, conv.groups, channels // conv.groups * kh * kw, len(at[0]))
+    patches_GND: Tensor = grouped.permute(1, 0, 3, 2).flatten(1, 2)
+    return patches_GND
+
+
+def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor:
+    """The outputs (G, N, O) at the given pixels, in the order of `patches_of`."""
+    taken = y_NCHW[:, :, at[0], at[1]].unflatten(1, (groups, -1))
+    outputs_GNO: Tensor = taken.permute(1, 0, 3, 2).flatten(1, 2)
+    return outputs_GNO
+
+
+def _output_gram(gradient_NCHW: Tensor, groups: int) -> Tensor:
+    """The second moment of the gradient, summed over images and pixels: (G, O, O)."""
+    g = gradient_NCHW.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+    gram_GOO: Tensor = (g.mT @ g).to(torch.float64)
+    return gram_GOO
+
+
+def _surprise(output: Any, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient has the second moment of the Fisher information, summed over the images.
+
+    Scores of classes (N, classes) stand for a categorical distribution: a label is drawn from it. Any other output
+    stands for a normal one of the deviation that the output itself has.
+    """
+    tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
+    if not tensors:
+        raise SourceError("the model's output has no gradient, so it cannot be calibrated")
+    first = tensors[0]
+    if len(tensors) == 1 and first.dim() == 2 and first.shape[1] > 1:
+        log = F.log_softmax(first.to(torch.float32), 1)
+        drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
+        return -log.gather(1, drawn).sum()
+    parts = []
+    for tensor in tensors:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+        parts.append((tensor * noise).sum() / tensor.detach().std().clamp_min(1e-12))
+    return torch.stack(parts).sum()
+
+
+def _groups(sites: Sequence[Site], limit: float) -> Iterator[list[Site]]:
+    """Sites in runs whose covariances fit into the limit, one at a time at least."""
+    group: list[Site] = []
+    held = 0.0
+    for site in sites:
+        length = site.conv.group_in * math.prod(site.conv.kernel)
+        size = 8.0 * site.conv.groups * length**2
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0.0
+        group.append(site)
+        held += size
+    if group:
+        yield group
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters for a while: only those of the outputs are wanted."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _site_hooks(model: nn.Module, sites: Sequence[Site], see: Callable[[str, nn.Conv2d, Tensor, Tensor], None]) -> Any:
+    handles = []
+    for site in sites:
+
+        def hook(conv: Any, args: Any, kwargs: Any, output: Tensor, name: str = site.name) -> None:
+            see(name, conv, args[0] if args else kwargs["input"], output)
+
+        handles.append(model.get_submodule(site.name).register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class EvidenceSummary:
+    """What evidence was made of, so that it can be made again: the data, how many images, their hash, and the seed."""
+
+    data: str
+    images: int
+    sha256: str
+    seed: int
+    model: str = field(default="")
+
+
+def images_hash(batches: Batches) -> str:
+    """SHA-256 over the pixels of all images as the network sees them."""
+    digest = hashlib.sha256()
+    for batch in batches():
+        digest.update(batch.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over the keys and values of a state dict."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_evidence(path: Path, found: Mapping[str, Evidence], summary: EvidenceSummary) -> None:
+    """Write evidence to a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for name, evidence in found.items():
+        parts = {key: value for key, value in vars(evidence).items() if isinstance(value, Tensor)}
+        tensors |= {f"{name}/{key}": value.contiguous() for key, value in parts.items()}
+        tensors[f"{name}/patches"] = torch.tensor(evidence.patches)
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(vars(summary))})
+
+
+def load_evidence(path: Path) -> tuple[dict[str, Evidence], EvidenceSummary]:
+    """Read what `save_evidence` wrote; raises SourceError for any other file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("asymswap-evidence")
+            if text is None:
+                raise SourceError(f"{path} holds no evidence; --evidence names a file that a calibration wrote")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        summary = EvidenceSummary(**json.loads(text))
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+        raise SourceError(f"cannot read the evidence {path}: {' '.join(str(error).split())}") from None
+    names = sorted({key.rpartition("/")[0] for key in tensors})
+    found = {
+        name: Evidence(
+            mean_GD=tensors[f"{name}/mean_GD"],
+            cov_GDD=tensors[f"{name}/cov_GDD"],
+            target_GOD=tensors[f"{name}/target_GOD"],
+            target_mean_GO=tensors[f"{name}/target_mean_GO"],
+            weight_GOO=tensors.get(f"{name}/weight_GOO"),
+            patches=int(tensors[f"{name}/patches"]),
+        )
+        for name in names
+    }
+    return found, summary

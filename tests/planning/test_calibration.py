@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conv_cases import Case, cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from asymswap.errors import SourceError
+from asymswap.graph.trace import trace
+from asymswap.measure.cost import count_costs
+from asymswap.planning.apply import apply_plan
+from asymswap.planning.calibration import (
+    EvidenceSummary,
+    choose_positions,
+    gather,
+    load_evidence,
+    outputs_at,
+    patches_of,
+    save_evidence,
+)
+from asymswap.planning.plan import make_plan
+from asymswap.planning.recipe import parse_recipe
+from asymswap.planning.sequential import images_that_fit, refine_
+from asymswap.spec import Plan, Site, Swap
+
+RECIPE = '[[rules]]\nmatch = {}\nswap = { kind = "separable" }\n[budget]\nmacs = 0.5\nover = "matched"\n'
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases(dtype=torch.float64), data=st.data())
+def test_kernel_times_patches_is_the_output_of_every_form_of_conv(case: Case, data: st.DataObject) -> None:
+    conv = case.conv
+    with torch.no_grad():
+        y = conv(case.x)
+        at = choose_positions(y.shape[-2:], data.draw(st.integers(1, 40)), torch.Generator().manual_seed(0))
+        patches = patches_of(conv, case.x, at)
+        kernel = conv.weight.flatten(1).unflatten(0, (conv.groups, -1))
+        got = patches @ kernel.mT
+        if conv.bias is not None:
+            got = got + conv.bias.unflatten(0, (conv.groups, 1, -1))
+        assert torch.allclose(got, outputs_at(y, conv.groups, at), atol=1e-10)
+
+
+class Net(nn.Module):
+    """Two residual blocks, one with a projected shortcut that is computed after its branch, and a classifier."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.a1, self.a2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.b1 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
+        self.b2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False)
+        self.project = nn.Conv2d(width, 2 * width, 1, stride=2)
+        self.n1, self.n2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.m1, self.m2 = nn.BatchNorm2d(2 * width), nn.BatchNorm2d(2 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x = self.relu(self.n2(self.a2(self.relu(self.n1(self.a1(x))))) + x)
+        y = self.m2(self.b2(self.relu(self.m1(self.b1(x)))))
+        y += self.project(x)
+        return self.head(self.relu(y).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+    for _ in range(20):
+        model(torch.randn(32, 3, 12, 12))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def spatial(model: nn.Module, images: Tensor) -> list[Site]:
+    return [site for site in trace(model, (images[:1],)).sites if site.conv.kernel == (3, 3)]
+
+
+def test_evidence_is_the_moments_of_all_patches(net: nn.Module, images: Tensor) -> None:
+    found = gather(net, spatial(net, images), lambda: images.split(40), len(images))["stem"]
+    patches = nn.functional.unfold(images, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    assert found.patches <= len(patches)
+    # 128 of 144 positions of every image are looked at.
+    assert torch.allclose(found.mean_GD[0], patches.mean(0), atol=0.01)
+    assert torch.allclose(found.cov_GDD[0], torch.cov(patches.T, correction=0), atol=0.03)
+    expected = (net.stem.weight.detach().double().flatten(1) @ found.mean_GD[0]) + net.stem.bias.detach()
+    assert torch.allclose(found.target_mean_GO[0], expected)
+
+
+def test_output_weights_are_second_moments_of_gradients(net: nn.Module, images: Tensor) -> None:
+    """The expectation over drawn labels, which autograd can give class by class."""
+    few = images[:16]
+    draws = [
+        gather(net, spatial(net, few), lambda: few.split(16), 16, seed=seed)["b2"].weight_GOO for seed in range(60)
+    ]
+    exact = torch.zeros(16, 16, dtype=torch.float64)
+    kept: dict[str, Tensor] = {}
+    handle = net.b2.register_forward_hook(lambda _, __, out: kept.update(y=out))
+    scores = net(few.clone().requires_grad_(True))
+    handle.remove()
+    probabilities = scores.softmax(1).detach()
+    for label in range(5):
+        (g,) = torch.autograd.grad(-scores.log_softmax(1)[:, label].sum(), kept["y"], retain_graph=True)
+        rows = g.permute(0, 2, 3, 1) * probabilities[:, label, None, None, None].sqrt()
+        exact += torch.einsum("nhwo,nhwp->op", rows, rows).double() / 16
+    mean = torch.stack([weight[0] for weight in draws if weight is not None]).mean(0)
+    assert float((mean - exact).norm() / exact.norm()) < 0.15
+
+
+def test_gathering_leaves_the_model_alone(net: nn.Module, images: Tensor) -> None:
+    net.train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    gather(net, spatial(net, images), lambda: images.split(32), len(images))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+    assert net.training
+    assert not any(module._forward_hooks for module in net.modules())
+    net.eval()
+
+
+def test_several_passes_find_what_one_finds(net: nn.Module, images: Tensor) -> None:
+    sites = spatial(net, images)
+    one = gather(net, sites, lambda: images.split(32), len(images))
+    many = gather(net, sites, lambda: images.split(32), len(images), memory_gib=1e-6)
+    assert one.keys() == many.keys()
+    for name in one:
+        # Other positions are drawn, since each pass draws for fewer sites.
+        assert torch.allclose(one[name].cov_GDD, many[name].cov_GDD, rtol=0.2, atol=0.05)
+
+
+def test_the_same_seed_finds_the_same_bits(net: nn.Module, images: Tensor) -> None:
+    runs = [gather(net, spatial(net, images), lambda: images.split(32), len(images), seed=5) for _ in range(2)]
+    for name, evidence in runs[0].items():
+        assert torch.equal(evidence.cov_GDD, runs[1][name].cov_GDD)
+        assert torch.equal(evidence.weight_GOO, runs[1][name].weight_GOO)
+
+
+def test_activations_that_are_not_finite_name_the_first_layer(net: nn.Module, images: Tensor) -> None:
+    spoilt = images.clone()
+    spoilt[3, 0, 0, 0] = float("nan")
+    with pytest.raises(SourceError, match="the input of stem is not finite on the calibration images"):
+        gather(net, spatial(net, images), lambda: spoilt.split(32), len(images))
+
+
+def plan_of(net: nn.Module, images: Tensor, evidence: object) -> tuple[Plan, list[Site]]:
+    sites = spatial(net, images)
+    total = count_costs(net, (images[:1],)).total
+    return make_plan(net, sites, parse_recipe(RECIPE, "r"), total, evidence=evidence), sites  # type: ignore[arg-type]
+
+
+def output_error(net: nn.Module, other: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((net(x) - other(x)).norm() / net(x).norm())
+
+
+def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn.Module, images: Tensor) -> None:
+    fresh = torch.randn(256, 3, 12, 12, generator=torch.Generator().manual_seed(9))
+    evidence = gather(net, spatial(net, images), lambda: images.split(32), len(images))
+    plan, sites = plan_of(net, images, evidence)
+    blind = apply_plan(net, plan_of(net, images, None)[0])
+    one_pass = apply_plan(net, plan, evidence=evidence)
+    refined = apply_plan(net, plan, evidence=evidence)
+    used = refine_(net, refined, sites, plan, evidence, images.split(32))
+    assert used.keys() == {swap.site for swap in plan.swaps}
+    errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
+    assert errors == sorted(errors)
+
+
+def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, images: Tensor) -> None:
+    sites = spatial(net, images)
+    evidence = gather(net, sites, lambda: images.split(32), len(images))
+    settings = {"order": "vertical-first", "bias": True}
+    full = Plan(
+        tuple(
+            Swap(s.name, "separable", {**settings, "rank": 3 * min(s.conv.in_channels, s.conv.out_channels)})
+            for s in sites
+        )
+    )
+    converted = apply_plan(net, full, evidence=evidence)
+    refine_(net, converted, sites, full, evidence, images.split(32))
+    assert output_error(net, converted, images) < 1e-3
+
+
+def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: Tensor) -> None:
+    """Spoil the stem only: the last conv of the first block must then make the sum better than it would by itself."""
+    sites = spatial(net, images)
+    evidence = gather(net, sites, lambda: images.split(32), len(images))
+    pair = {"order": "vertical-first", "bias": True}
+    plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("a2", "separable", {**pair, "rank": 20})))
+    aware, unaware = (apply_plan(net, plan, evidence=evidence) for _ in range(2))
+    refine_(net, aware, sites, plan, evidence, images.split(32))
+    alone = replace(plan, swaps=plan.swaps[:1])
+    refine_(net, unaware, sites, alone, evidence, images.split(32))
+
+    def block_error(model: nn.Module) -> float:
+        with torch.no_grad():
+            sums = []
+            for one in (net, model):
+                x = torch.relu(one.stem(images))
+                sums.append(one.n2(one.a2(torch.relu(one.n1(one.a1(x))))) + x)
+        return float((sums[0] - sums[1]).norm() / sums[0].norm())
+
+    assert block_error(aware) < 0.9 * block_error(unaware)
+
+
+def test_memory_decides_how_many_images_fit(net: nn.Module, images: Tensor) -> None:
+    few, many = (images_that_fit(net, images[:1], gib) for gib in (1e-4, 1e-3))
+    assert 1 <= few < many
+    assert many == pytest.approx(10 * few, rel=0.2)
+
+
+def test_evidence_survives_a_file(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    evidence = gather(net, spatial(net, images), lambda: images.split(32), len(images))
+    summary = EvidenceSummary("images", len(images), "0" * 64, 3, "1" * 64)
+    save_evidence(tmp_path / "e.safetensors", evidence, summary)
+    again, read = load_evidence(tmp_path / "e.safetensors")
+    assert read == summary
+    assert again.keys() == evidence.keys()
+    for name, one in evidence.items():
+        for part in ("mean_GD", "cov_GDD", "target_GOD", "target_mean_GO", "weight_GOO"):
+            assert torch.equal(getattr(one, part), getattr(again[name], part))
+        assert one.patches == again[name].patches
+
+
+def test_a_file_that_is_no_evidence(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"nothing")
+    with pytest.raises(SourceError, match="cannot read the evidence"):
+        load_evidence(tmp_path / "x")
