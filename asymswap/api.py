@@ -24,7 +24,7 @@ import torchvision
 from torch import nn
 
 import asymswap
-from asymswap.calibrate import Calibration, Gathered, gather_evidence, refine_sequentially
+from asymswap.calibrate import Calibration, Gathered, Polished, gather_evidence, polish, refine_sequentially
 from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoint
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Inputs, Trace, describe, trace
@@ -174,6 +174,11 @@ def convert(
         sequential = refine_sequentially(opened, traced, converted, settled, gathered, calibration, progress)
     clock.stop("convert")
 
+    polished = None
+    if calibration is not None and calibration.polishes:
+        polished = polish(opened, converted, calibration, progress)
+        clock.stop("polish")
+
     inputs, probe_text = _probe(opened, gathered, seed)
     report = make_report(
         opened,
@@ -188,7 +193,7 @@ def convert(
     )
     clock.stop("measure")
     if gathered is not None:
-        report = replace(report, calibration=_calibration_row(gathered, sequential, data))
+        report = replace(report, calibration=_calibration_row(gathered, sequential, polished, data))
     if data is not None:
         report = replace(report, accuracy=_accuracy(opened.model, converted, data, progress))
         clock.stop("evaluate")
@@ -283,8 +288,13 @@ def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs
     return inputs, f"{len(inputs[0])} random images (seed {seed})"
 
 
-def _calibration_row(gathered: Gathered, sequential: bool, data: Any) -> CalibrationRow:
+def _calibration_row(gathered: Gathered, sequential: bool, polished: Polished | None, data: Any) -> CalibrationRow:
     notes = list(gathered.notes)
+    if polished is not None:
+        notes.append(
+            f"polished for {polished.steps} steps on {polished.images} images: divergence on held-back ones "
+            f"{polished.before:.4f} -> {polished.after:.4f} (the weights of step {polished.kept_step})"
+        )
     if data is not None and data.description == gathered.description:
         notes.append("calibrated and evaluated on the same images: the accuracy is too good to be trusted")
     summary = gathered.summary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,9 @@ from asymswap.planning.calibration import (
 from asymswap.planning.sequential import images_that_fit, refine_
 from asymswap.spec import Plan, Progress, Site, silent
 from asymswap.training.data import LabelledImages, open_data
+from asymswap.training.polish import Polish, Polished, polish_
+
+__all__ = ["Calibration", "Gathered", "Polished", "gather_evidence", "polish", "refine_sequentially"]
 
 _HELD_BACK = 32
 _FEWEST_FOR_SEQUENTIAL = 16
@@ -36,6 +39,8 @@ class Calibration:
     """What the user wants: `data` is a data reference, `evidence` a file to read or, with data, to write.
 
     `sequential` is None where it is up to us: done where the model traces whole and the images fit into `memory_gib`.
+    `polish_steps` or `polish_minutes` let the converted network learn from the original's outputs afterwards, on up to
+    `polish_images` images of the same data.
     """
 
     data: str | None = None
@@ -44,14 +49,27 @@ class Calibration:
     sequential: bool | None = None
     memory_gib: float = 4.0
     seed: int = 0
+    polish_steps: int | None = None
+    polish_minutes: float | None = None
+    polish_images: int = 5000
 
     def __post_init__(self) -> None:
         if self.data is None and self.evidence is None:
             raise AsymswapError("calibration needs --calibrate DATA or an --evidence file that exists")
         if self.images < 1:
             raise AsymswapError(f"--calibration-images {self.images} is no number of images; give 128 to 2048")
+        polish = (self.polish_steps, self.polish_minutes)
+        if None not in polish or any(value is not None and value <= 0 for value in polish):
+            raise AsymswapError("polish takes either a number of steps or a number of minutes, above zero")
+        if self.polishes and self.data is None:
+            raise AsymswapError("--polish needs images: give --calibrate DATA too")
         if self.memory_gib <= 0:
             raise AsymswapError(f"--calibration-memory {self.memory_gib:g} is no amount of memory; give GiB, such as 4")
+
+    @property
+    def polishes(self) -> bool:
+        """Whether the converted network is to be polished."""
+        return self.polish_steps is not None or self.polish_minutes is not None
 
 
 @dataclass
@@ -149,6 +167,14 @@ def refine_sequentially(
         progress=progress,
     )
     return True
+
+
+def polish(opened: Opened, converted: nn.Module, wanted: Calibration, progress: Progress = silent) -> Polished:
+    """Let the converted network learn, in place, from the original's outputs on images of the calibration data."""
+    images = _Images(str(wanted.data), opened, replace(wanted, images=wanted.polish_images))
+    every = torch.cat(list(images.batches()))
+    how = Polish(wanted.polish_steps, wanted.polish_minutes)
+    return polish_(opened.model, converted, every, how, seed=wanted.seed, progress=progress)
 
 
 class _Images:

@@ -70,6 +70,14 @@ def convert(
         Path | None,
         typer.Option(help="File of what calibration learned: read if it exists, else written.", rich_help_panel=_DATA),
     ] = None,
+    polish: Annotated[
+        str | None,
+        typer.Option(
+            help="Then learn from the original's outputs for so many steps (500) or minutes (5min).",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    polish_images: Annotated[int, typer.Option(help="On how many images, at most.", rich_help_panel=_DATA)] = 5000,
     calibration_memory: Annotated[float, typer.Option(help="Memory limit in GiB.", rich_help_panel=_DATA)] = 4.0,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
     weights: o.Weights = None,
@@ -116,7 +124,20 @@ def convert(
             check_suffix(target)
         calibration = None
         if calibrate is not None or evidence is not None:
-            calibration = api.Calibration(calibrate, calibration_images, evidence, sequential, calibration_memory, seed)
+            steps, minutes = o.parse_polish(polish)
+            calibration = api.Calibration(
+                data=calibrate,
+                images=calibration_images,
+                evidence=evidence,
+                sequential=sequential,
+                memory_gib=calibration_memory,
+                seed=seed,
+                polish_steps=steps,
+                polish_minutes=minutes,
+                polish_images=polish_images,
+            )
+        elif polish is not None or sequential:
+            raise AsymswapError("--polish and --sequential need images: give --calibrate DATA")
         conversion = api.convert(
             model,
             recipe,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +67,18 @@ def parse_input_size(text: str | None) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
+def parse_polish(text: str | None) -> tuple[int | None, float | None]:
+    """Read `500` as steps and `5min` as minutes; raises AsymswapError for anything else."""
+    if text is None:
+        return None, None
+    if text.isdecimal():
+        return int(text), None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?m(?:in(?:utes)?)?", text)
+    if match is None:
+        raise AsymswapError(f"--polish {text!r} is neither steps, such as 500, nor minutes, such as 5min")
+    return None, float(match[1])
+
+
 def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
     """Read `key=value` texts, the values as TOML has them, or as plain text; raises AsymswapError for other forms."""
     pairs: dict[str, Any] = {}
@@ -78,9 +92,10 @@ def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
 
 def default_output(reference: str) -> Path:
     """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before."""
-    name = reference.partition("@")[0]
+    # A file may have an @ in its name, where a reference has it before its weights.
+    name = reference if os.path.exists(reference) else reference.partition("@")[0]  # noqa: PTH110 (never raises)
     stem = Path(name.rpartition(":")[2]).name
-    for suffix in (".gz", ".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl"):
+    for suffix in (".gz", ".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".pickle", ".torch"):
         stem = stem.removesuffix(suffix)
     base, dot, mark = stem.rpartition(".")
     if dot and mark.startswith("asym") and (mark[4:].isdecimal() or mark == "asym"):

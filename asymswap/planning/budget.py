@@ -113,5 +113,5 @@ class _Ladder:
                 self._indices.append(index)
 
     def best(self, cost: int) -> int:
-        """The index of the best point that costs at most so much; there is one, for a point of the curve is paid for."""
+        """The index of the best point that costs at most so much; the caller knows that there is one."""
         return self._indices[bisect.bisect_right(self._costs, cost) - 1]

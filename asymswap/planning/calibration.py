@@ -31,7 +31,7 @@ from asymswap.tensors import eval_mode, list_tensors
 Batches = Callable[[], Iterable[Tensor]]
 """Makes a fresh iterator over the same batches of images (N, C, H, W) at every call."""
 
-_POSITIONS = 128
+_POSITIONS = 64
 """Positions of a feature map that are looked at in each image, at least, where it has so many."""
 
 _SAMPLES_PER_DIMENSION = 16
@@ -49,14 +49,17 @@ class PatchSums:
     cross_GOD: Any = 0.0
     sum_GO: Any = 0.0
 
-    def add(self, patches_GND: Tensor, wanted_GNO: Tensor | None = None) -> None:
-        """Add N patches, and the outputs that are wanted of them."""
-        self.patches += patches_GND.shape[1]
-        self.sum_GD = self.sum_GD + patches_GND.to(torch.float64).sum(1)
-        self.gram_GDD = self.gram_GDD + (patches_GND.mT @ patches_GND).to(torch.float64)
-        if wanted_GNO is not None:
-            self.sum_GO = self.sum_GO + wanted_GNO.to(torch.float64).sum(1)
-            self.cross_GOD = self.cross_GOD + (wanted_GNO.mT @ patches_GND).to(torch.float64)
+    def add(self, patches_GDN: Tensor, wanted_GON: Tensor | None = None) -> None:
+        """Add N patches, and the outputs that are wanted of them; raises ValueError where they are not finite."""
+        gram_GDD = patches_GDN @ patches_GDN.mT
+        if not bool(torch.isfinite(gram_GDD).all()):
+            raise ValueError("not finite")
+        self.patches += patches_GDN.shape[2]
+        self.sum_GD = self.sum_GD + patches_GDN.sum(2).to(torch.float64)
+        self.gram_GDD = self.gram_GDD + gram_GDD.to(torch.float64)
+        if wanted_GON is not None:
+            self.sum_GO = self.sum_GO + wanted_GON.sum(2).to(torch.float64)
+            self.cross_GOD = self.cross_GOD + (wanted_GON @ patches_GDN.mT).to(torch.float64)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the patches."""
@@ -104,12 +107,11 @@ def _pass(
     def see(name: str, conv: nn.Conv2d, seen: Tensor, output: Tensor) -> None:
         with torch.no_grad():
             at = choose_positions(output.shape[-2:], positions[name], generator)
-            patches = patches_of(conv, seen.detach(), at)
-            if not bool(torch.isfinite(patches).all()):
-                raise SourceError(
-                    f"the input of {name} is not finite on the calibration images; check the preprocessing"
-                )
-            sums[name].add(patches)
+            try:
+                sums[name].add(patches_of(conv, seen.detach(), at))
+            except ValueError:
+                advice = "check the preprocessing"
+                raise SourceError(f"the input of {name} is not finite on the calibration images; {advice}") from None
 
         def back(gradient: Tensor) -> None:
             weights[name] = weights[name] + _output_gram(gradient, conv.groups)
@@ -156,24 +158,22 @@ def choose_positions(size: Sequence[int], most: int, generator: torch.Generator)
 
 
 def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
-    """The patches (G, N, D) that a conv sees at the given output pixels, in the order of its kernel (c, i, j)."""
+    """The patches (G, D, N) that a conv sees at the given output pixels, in the order of its kernel (c, i, j)."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x_NCHW, conv._reversed_padding_repeated_twice, mode=mode)
-    images, channels = x.shape[:2]
+    x_CNHW = F.pad(x_NCHW, conv._reversed_padding_repeated_twice, mode=mode).transpose(0, 1)
+    channels, images = x_CNHW.shape[:2]
     (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
-    rows = at[0][None, :] * sh + torch.arange(kh)[:, None] * dh
-    columns = at[1][None, :] * sw + torch.arange(kw)[:, None] * dw
-    taken = x[:, :, rows[:, None, :], columns[None, :, :]]
-    grouped = taken.reshape(images, conv.groups, channels // conv.groups * kh * kw, len(at[0]))
-    patches_GND: Tensor = grouped.permute(1, 0, 3, 2).flatten(1, 2)
-    return patches_GND
+    patches = x_NCHW.new_empty(channels, kh, kw, images, len(at[0]))
+    for i in range(kh):
+        for j in range(kw):
+            patches[:, i, j] = x_CNHW[:, :, at[0] * sh + i * dh, at[1] * sw + j * dw]
+    return patches.view(conv.groups, channels // conv.groups * kh * kw, -1)
 
 
 def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor:
-    """The outputs (G, N, O) at the given pixels, in the order of `patches_of`."""
-    taken = y_NCHW[:, :, at[0], at[1]].unflatten(1, (groups, -1))
-    outputs_GNO: Tensor = taken.permute(1, 0, 3, 2).flatten(1, 2)
-    return outputs_GNO
+    """The outputs (G, O, N) at the given pixels, in the order of `patches_of`."""
+    taken = y_NCHW.transpose(0, 1)[:, :, at[0], at[1]]
+    return taken.reshape(groups, taken.shape[0] // groups, -1)
 
 
 def _output_gram(gradient_NCHW: Tensor, groups: int) -> Tensor:

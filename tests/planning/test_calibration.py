@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError
 from asymswap.graph.trace import trace
 from asymswap.measure.cost import count_costs
+from asymswap.planning import calibration
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.calibration import (
     EvidenceSummary,
@@ -40,9 +41,9 @@ def test_kernel_times_patches_is_the_output_of_every_form_of_conv(case: Case, da
         at = choose_positions(y.shape[-2:], data.draw(st.integers(1, 40)), torch.Generator().manual_seed(0))
         patches = patches_of(conv, case.x, at)
         kernel = conv.weight.flatten(1).unflatten(0, (conv.groups, -1))
-        got = patches @ kernel.mT
+        got = kernel @ patches
         if conv.bias is not None:
-            got = got + conv.bias.unflatten(0, (conv.groups, 1, -1))
+            got = got + conv.bias.unflatten(0, (conv.groups, -1, 1))
         assert torch.allclose(got, outputs_at(y, conv.groups, at), atol=1e-10)
 
 
@@ -90,13 +91,15 @@ def spatial(model: nn.Module, images: Tensor) -> list[Site]:
     return [site for site in trace(model, (images[:1],)).sites if site.conv.kernel == (3, 3)]
 
 
-def test_evidence_is_the_moments_of_all_patches(net: nn.Module, images: Tensor) -> None:
+def test_evidence_is_the_moments_of_all_patches(
+    net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_POSITIONS", 144)
     found = gather(net, spatial(net, images), lambda: images.split(40), len(images))["stem"]
     patches = nn.functional.unfold(images, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
-    assert found.patches <= len(patches)
-    # 128 of 144 positions of every image are looked at.
-    assert torch.allclose(found.mean_GD[0], patches.mean(0), atol=0.01)
-    assert torch.allclose(found.cov_GDD[0], torch.cov(patches.T, correction=0), atol=0.03)
+    assert found.patches == len(patches)
+    assert torch.allclose(found.mean_GD[0], patches.mean(0), atol=1e-6)
+    assert torch.allclose(found.cov_GDD[0], torch.cov(patches.T, correction=0), atol=1e-5)
     expected = (net.stem.weight.detach().double().flatten(1) @ found.mean_GD[0]) + net.stem.bias.detach()
     assert torch.allclose(found.target_mean_GO[0], expected)
 
