@@ -21,19 +21,19 @@ import base64
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asymswap import kinds
-from asymswap.errors import AsymswapError, CheckpointError, OutputError
+from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError
 from asymswap.output import whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
@@ -65,18 +65,24 @@ class Stored:
     state: State
 
 
+def check_suffix(path: Path) -> None:
+    """Raise OutputError for an ending that stands for no form of a checkpoint."""
+    if path.suffix not in SUFFIXES:
+        raise OutputError(f"{path.name} must end in {', '.join(SUFFIXES)}: the ending chooses the form")
+
+
 def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
     """Write a converted model; the suffix chooses the form. Raises OutputError where the file cannot be written."""
+    check_suffix(path)
     state = {key: tensor.detach() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     if path.suffix == ".safetensors":
         unique, aliases = _without_aliases(state)
         text = _header_text(header, aliases)
-        _write(path, lambda draft: save_file(unique, draft, metadata={"asymswap": text, "format": "pt"}))
-    elif path.suffix in SUFFIXES:
-        text = _header_text(header, {})
-        _write(path, lambda draft: torch.save({"asymswap": text, "state_dict": state}, draft))
+        # One entry only: safetensors writes several in random order, and equal models would make unequal files.
+        _write(path, lambda draft: save_file(unique, draft, metadata={"asymswap": text}))
     else:
-        raise OutputError(f"{path.name} must end in {', '.join(SUFFIXES)}: the ending chooses the form")
+        text = _header_text(header, {})
+        _write(path, lambda draft: _save_zip({"asymswap": text, "state_dict": state}, draft))
 
 
 def stored_in(raw: RawFile, label: str) -> Stored | None:
@@ -122,17 +128,27 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     difference = compare(base, stored.state)
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
-    load_state_(base, stored.state)
+    try:
+        load_state_(base, stored.state)
+    except SourceError as error:
+        raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[Path], None]) -> None:
     with whole_file(path) as draft:
         try:
             write(draft)
         except (RuntimeError, ValueError, SafetensorError) as error:
             # torch's and safetensors' writers wrap the system's error, a full disk for one, in their own.
-            raise OSError(" ".join(str(error).split())[:200]) from error
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(" ".join(str(error).split())[:200]) from error
+
+
+def _save_zip(value: Any, draft: Path) -> None:
+    # Given a path, torch.save would write its name into the file, and equal models would make unequal files.
+    with draft.open("wb") as file:
+        torch.save(value, file)
 
 
 def _without_aliases(state: State) -> tuple[State, dict[str, str]]:
@@ -172,9 +188,9 @@ class _HeaderData:
 
     __pydantic_config__: ClassVar = STRICT
 
-    format: int
+    format: Literal[1]
     origin: Origin
-    plans: list[dict[str, Any]]
+    plans: Annotated[list[dict[str, Any]], Field(min_length=1)]
     preprocessing: Preprocessing
     provenance: dict[str, Any]
     skeleton: str | None = None
@@ -193,9 +209,12 @@ def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
         data = _HEADER.validate_python(written)
     except ValidationError as error:
         raise CheckpointError(f"{label} has a damaged header: {kinds.validation_text(error)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label} has a damaged header: {error}") from None
-    plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
+    try:
+        plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
+    except PlanError as error:
+        raise CheckpointError(str(error)) from None
     skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
     return Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), data.aliases
 

@@ -36,7 +36,9 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
 
 def energies(m_GAB: Tensor) -> Tensor:
     """Squared singular values energy_GK of each group, in descending order."""
-    rising_GK: Tensor = torch.linalg.eigvalsh(_gram(m_GAB))
+    gram = _gram(m_GAB)
+    with _one_thread():
+        rising_GK: Tensor = torch.linalg.eigvalsh(gram)
     return rising_GK.flip(-1).clamp_min(0.0)
 
 

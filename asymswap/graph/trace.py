@@ -22,7 +22,7 @@ from asymswap.errors import TraceError
 from asymswap.graph.sites import Neighbours, find_convs, make_sites
 from asymswap.graph.vocabulary import canonical
 from asymswap.spec import Call, Neighbour, Site
-from asymswap.tensors import copy_with, list_tensors, meta_copy, to_meta
+from asymswap.tensors import copy_with, list_tensors, map_tensors, meta_copy, to_meta
 
 Inputs = tuple[Any, ...]
 
@@ -47,7 +47,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     except Exception as on_meta:
         # Some models look at values (detection, data-dependent control flow): these are run for real, on a copy.
         try:
-            calls = _run(copy.deepcopy(model).eval(), inputs)
+            calls = _run(copy.deepcopy(model).eval(), map_tensors(inputs, _real))
         except Exception:
             raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(on_meta)}") from on_meta
     parts = dict(_graphs(skeleton, ""))
@@ -56,6 +56,13 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         by = "torch.fx"
     neighbours, read_elsewhere = _read_graphs(skeleton, parts)
     return Trace(make_sites(model, calls, neighbours, read_elsewhere), by)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Random numbers in the place of a tensor without any."""
+    if not tensor.is_meta:
+        return tensor
+    return torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
 
 
 def describe(inputs: Inputs) -> str:

@@ -96,7 +96,7 @@ def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
     lines = []
     for item in error.errors(include_url=False):
         where = _place(item["loc"])
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             key = str(item["loc"][-1])
             hint = near_names(key, known) or (f"; known: {', '.join(known)}" if known else "")
             owner = where.removesuffix(key).rstrip(". ")

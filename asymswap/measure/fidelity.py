@@ -78,14 +78,20 @@ class _Sums:
         self.squares = self.energy = self.largest = 0.0
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        gap = (other.to(torch.float64) - one.to(torch.float64)).flatten()
-        self.squares += float(gap @ gap)
-        self.energy += float(one.to(torch.float64).square().sum())
+        # Subtracting close numbers loses nothing, so the tensors' own precision will do; only the sums need more.
+        dtype = torch.promote_types(one.dtype, torch.float32)
+        gap = other.to(dtype) - one.to(dtype)
+        self.squares += _energy(gap)
+        self.energy += _energy(one.to(dtype))
         self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
 
     def difference(self) -> Difference:
         relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
         return Difference(relative, self.largest)
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Any:

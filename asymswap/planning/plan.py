@@ -234,6 +234,7 @@ def _round_up(fraction: float) -> str:
 
 
 _PLAN = TypeAdapter(Plan)
+_PLAN_KEYS = sorted({item.name for cls in (Plan, Swap, Keep) for item in dataclasses.fields(cls)})
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def plan_from_json(value: Any, where: str) -> Plan:
     try:
         plan = _PLAN.validate_json(value) if isinstance(value, str | bytes) else _PLAN.validate_python(value)
     except ValidationError as error:
-        raise PlanError(f"{where} is not a plan: {kinds.validation_text(error)}") from None
+        raise PlanError(f"{where} is not a plan: {kinds.validation_text(error, _PLAN_KEYS)}") from None
     seen: set[str] = set()
     for name in [swap.site for swap in plan.swaps] + [keep.site for keep in plan.keeps]:
         if name in seen:
@@ -294,6 +295,9 @@ def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
         extra = {"allow_growth": True} if settings.allow_growth else {}
         swaps.append(dataclasses.replace(swap, settings={**option.settings, **extra}))
     given = {keep.site: keep for keep in plan.keeps}
+    for name in given:
+        if name not in by_name:
+            raise PlanError(f"the plan keeps {name!r}, which the model lacks{near_names(name, by_name)}")
     swapped = {swap.site for swap in swaps}
     keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swapped]
     return dataclasses.replace(plan, swaps=tuple(swaps), keeps=tuple(keeps))

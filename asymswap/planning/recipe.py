@@ -18,6 +18,7 @@ names.
 from __future__ import annotations
 
 import fnmatch
+import os
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -277,9 +278,9 @@ def read_recipe_text(reference: str) -> tuple[str, str]:
     if reference in shipped_names():
         return (shipped_folder() / f"{reference}.toml").read_text(encoding="utf-8"), f"recipe {reference!r}"
     path = Path(reference)
-    if path.suffix != ".toml" and not path.is_file():
-        hint = near_names(reference, shipped_names()) or f"; known: {', '.join(shipped_names())}"
-        raise RecipeError(f"no recipe {reference!r}{hint}, or give a .toml file")
+    if path.suffix != ".toml" and not os.path.isfile(reference):  # noqa: PTH113 - it is False for names too long
+        hint = near_names(reference, shipped_names()) or f"; known: {', '.join(shipped_names())}, or a .toml file"
+        raise RecipeError(f"no recipe {reference[:80]!r}{hint}")
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except FileNotFoundError:
@@ -295,7 +296,8 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
     try:
         value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+        end = f"at line {max(text.rstrip().count(chr(10)) + 1, 1)}, the end of the document"
+        raise RecipeError(f"{where}: not valid TOML: {str(error).replace('at end of document', end)}") from None
     try:
         return Recipe.model_validate(override(value, overrides or {}))
     except ValidationError as error:
@@ -309,7 +311,11 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
     size, and of the budget where no rule is left for it. Raises RecipeError for a key that no rule takes.
     """
-    rules = [dict(rule) for rule in value.get("rules", []) if isinstance(rule, dict)]
+    given = value.get("rules")
+    if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
+        # What is wrong with the rules is told when the whole is checked.
+        return value
+    rules = [dict(rule) for rule in given]
     budget = dict(value["budget"]) if isinstance(value.get("budget"), dict) else None
     for key, wanted in overrides.items():
         if key.startswith("budget."):
@@ -320,7 +326,7 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
             _override_rules(rules, key, wanted)
             if not any(_is_open(rule) for rule in rules):
                 budget = None
-    changed = {**value, "rules": rules} if "rules" in value else dict(value)
+    changed = {**value, "rules": rules}
     changed.pop("budget", None)
     return changed if budget is None else {**changed, "budget": budget}
 

@@ -36,7 +36,7 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not report:
+    if not isinstance(report, Mapping) or not {"model", "before", "after", "output"} <= report.keys():
         return []
     model, before, after = report["model"], report["before"], report["after"]
     facts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,10 +32,33 @@ def canonical(reference: str) -> str | None:
     return f"torchvision:{name}" if name in torchvision_models.names() else None
 
 
+def near(reference: str) -> str:
+    """Which known references come close to one that is none, as a user writes them, for a message."""
+    written = [text.removeprefix("torchvision:") for text in known_references()]
+    wanted = reference.removeprefix("torchvision:")
+    # Without a prefix, our own networks are found too; of two by one name, torchvision's comes last and counts.
+    names = {name if ":" in wanted else name.removeprefix("cifar:"): name for name in written}
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(names[name] for name in close)}?" if close else ""
+
+
 def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network of a full reference, with random weights; raises SourceError for arguments that it does not take."""
-    if reference.startswith("torchvision:"):
-        return torchvision_models.build(reference.removeprefix("torchvision:"), arguments)
+    try:
+        if reference.startswith("torchvision:"):
+            return torchvision_models.build(reference.removeprefix("torchvision:"), arguments)
+        return _build_own(reference, arguments)
+    except SourceError:
+        raise
+    except Exception as error:
+        # Builders check little: a wrong argument may come to light anywhere in them, as any error.
+        if not arguments:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
+
+
+def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix("cifar:")]
     unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
     if unknown:

@@ -23,9 +23,9 @@ class FileKind(Enum):
 
 def sniff(path: Path) -> FileKind:
     """The kind of a model file; raises SourceError, saying what it is and what to do, where it is none that we read."""
-    if path.is_dir():
-        raise SourceError(f"{path} is a folder; give the checkpoint file in it")
     try:
+        if path.is_dir():
+            raise SourceError(f"{path} is a folder; give the checkpoint file in it")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
@@ -46,6 +46,14 @@ def sniff(path: Path) -> FileKind:
     raise SourceError(f"{path} is {_guess(head)}, not a checkpoint; give a .pt, .pth or .safetensors file")
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a text that cannot be a path at all, being too long, names none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -56,7 +64,7 @@ def _sniff_zip(path: Path) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError):
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
         raise SourceError(
             f"{path} is cut off or damaged: a zip archive that cannot be opened; download it again"
         ) from None
@@ -73,7 +81,10 @@ def _sniff_zip(path: Path) -> FileKind:
         )
     if "data.pkl" in inner:
         return FileKind.TORCH
-    raise SourceError(f"{path} is a zip archive of something else (it holds {names[0] if names else 'nothing'})")
+    raise SourceError(
+        f"{path} is a zip archive of something else (it holds {names[0] if names else 'nothing'}); "
+        f"give a .pt, .pth or .safetensors file"
+    )
 
 
 def _guess(head: bytes) -> str:

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 from safetensors.torch import load_file
@@ -26,10 +25,10 @@ from torch import nn
 from asymswap.errors import SourceError, near_names
 from asymswap.sources import builders, networks, torchvision_models
 from asymswap.sources.builders import DIGITS
-from asymswap.sources.files import FileKind, sha256, sniff
+from asymswap.sources.files import FileKind, exists, sha256, sniff
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Found, State, compare, find_weights, load_state_
-from asymswap.sources.unpickle import is_allowed_module, load_object
+from asymswap.sources.unpickle import import_from_here, load_object
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
 FILE_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch")
@@ -64,7 +63,7 @@ def is_file_reference(reference: str) -> bool:
     if builders.canonical(reference.partition("@")[0]) is not None:
         return False
     path = Path(reference)
-    return path.exists() or path.suffix in FILE_SUFFIXES or "/" in reference or "\\" in reference
+    return exists(path) or path.suffix in FILE_SUFFIXES or "/" in reference or "\\" in reference
 
 
 def open_reference(reference: str, request: Request) -> Source:
@@ -80,9 +79,7 @@ def open_reference(reference: str, request: Request) -> Source:
         return _open_known(full, request)
     if ":" in name and not name.startswith(("cifar:", "torchvision:")):
         return _open_factory(name, request)
-    known = builders.known_references()
-    short = [text.removeprefix("torchvision:") for text in known]
-    hint = near_names(name, known + short) or "; known are torchvision's names, cifar:…, digits-resnet, module:factory"
+    hint = builders.near(name) or "; known are torchvision's names, cifar:…, digits-resnet, module:factory"
     raise SourceError(f"no model {reference!r}, and no such file{hint}")
 
 
@@ -118,7 +115,11 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
     if isinstance(found.value, nn.Module):
-        source = describe_module(found.value, f"file {path.name}")
+        try:
+            source = describe_module(found.value, f"file {path.name}")
+        except (AttributeError, TypeError) as error:
+            # Unpickling sets attributes, and builds nothing: what the file lacks is missing from the module.
+            raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
         if request.arch is not None:
             notes += (f"--arch {request.arch} was not needed: {path.name} holds the whole module",)
         return replace(source, notes=notes + source.notes, file=path, sha256=sha256(path))
@@ -133,11 +134,11 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
 def describe_module(model: nn.Module, weights: str) -> Source:
     """A Source for a module that exists already: its structure is stored where the allowlist can read it back."""
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    allowed = is_allowed_module(model)
-    origin = Origin(f"skeleton:{name}" if allowed else f"class:{name}")
-    notes = () if allowed else (f"{name} is not in the allowlist: load the result with asymswap.load(path, model=…)",)
-    skeleton = to_skeleton(model) if allowed else None
-    return Source(model, origin, _assumed_preprocessing(model), weights, notes, skeleton)
+    skeleton = to_skeleton(model)
+    if skeleton is not None:
+        return Source(model, Origin(f"skeleton:{name}"), _assumed_preprocessing(model), weights, (), skeleton)
+    note = f"{name} is not made of allowlisted classes alone: load the result with asymswap.load(path, model=…)"
+    return Source(model, Origin(f"class:{name}"), _assumed_preprocessing(model), weights, (note,))
 
 
 def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
@@ -173,7 +174,10 @@ def _open_known(full: str, request: Request) -> Source:
         model, arguments, weights = torchvision_models.build_pretrained(
             name, request.weights or "DEFAULT", request.arguments
         )
-        return Source(model, Origin(full, arguments), torchvision_models.preprocessing(name, model, weights), weights)
+        # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
+        skeleton = None if name in torchvision_models.classifiers() else to_skeleton(model)
+        preprocessing = torchvision_models.preprocessing(name, model, weights)
+        return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton)
     if not random:
         raise SourceError(f"{full} has no published weights; use --weights FILE, or --weights none for random ones")
     model = builders.build(full, request.arguments)
@@ -183,9 +187,8 @@ def _open_known(full: str, request: Request) -> Source:
 def _open_factory(reference: str, request: Request) -> Source:
     if request.weights not in (None, "none"):
         return _fill_from_file(reference, request)
-    model = _call_factory(reference, request.arguments)
-    weights = f"as {reference} made them"
-    return Source(model, Origin(reference, dict(request.arguments)), _assumed_preprocessing(model), weights)
+    source = describe_module(_call_factory(reference, request.arguments), f"as {reference} made them")
+    return replace(source, origin=Origin(reference, dict(request.arguments)))
 
 
 def _fill_from_file(reference: str, request: Request) -> Source:
@@ -203,15 +206,18 @@ def _fill(reference: str, state: State, request: Request, label: str, progress: 
     if full is None:
         model, arguments = _call_factory(reference, request.arguments), dict(request.arguments)
     else:
+        state = torchvision_models.with_current_keys(state)
         model, arguments = builders.build_to_fit(full, request.arguments, state)
     difference = compare(model, state)
     if difference:
         raise SourceError(f"{label} does not fit {reference}: {difference}{_hint(state, reference, progress)}")
-    load_state_(model, state)
-    preprocessing = _preprocessing(full, model) if full else _assumed_preprocessing(model)
-    if "in_channels" in arguments:
-        preprocessing = _with_channels(preprocessing, arguments["in_channels"])
-    return Source(model, Origin(full or reference, arguments), preprocessing, label)
+    try:
+        load_state_(model, state)
+    except SourceError as error:
+        raise SourceError(f"{label} cannot be used: {error}") from None
+    if full is None:
+        return replace(describe_module(model, label), origin=Origin(reference, arguments))
+    return Source(model, Origin(full, arguments), _preprocessing(full, model), label)
 
 
 def _hint(state: State, reference: str, progress: Progress) -> str:
@@ -225,6 +231,7 @@ def _hint(state: State, reference: str, progress: Progress) -> str:
 
 def _identify(path: Path, state: State, progress: Progress) -> str:
     """The one known architecture that a state dict fits; raises SourceError where there is none or more than one."""
+    state = torchvision_models.with_current_keys(state)
     ranked = builders.nearest(state, lambda done, total: progress("looking for the architecture", done, total))
     fitting = []
     for likeness, reference in ranked[:6]:
@@ -254,40 +261,50 @@ def _architecture(reference: str) -> str:
         return full
     if ":" in reference and not reference.startswith(("cifar:", "torchvision:")):
         return reference
-    known = builders.known_references()
-    hint = near_names(reference, known + [name.rpartition(":")[2] for name in known])
-    raise SourceError(f"--arch {reference!r} names no known architecture{hint or '; try resnet18 or cifar:resnet20'}")
+    hint = builders.near(reference) or "; try resnet18 or cifar:resnet20"
+    raise SourceError(f"--arch {reference!r} names no known architecture{hint}")
 
 
 def _call_factory(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Import and call the user's own factory: the one place where their code runs, because they named it."""
-    module_name, _, attribute = reference.partition(":")
-    # Like `python -m`, the working directory counts, so that a project need not be installed.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        raise SourceError(f"cannot import {module_name!r} of {reference!r}: no module named {error.name!r}") from None
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        hint = near_names(attribute, [name for name, value in vars(module).items() if callable(value)])
-        raise SourceError(f"{module_name} has no callable {attribute!r}{hint}")
+    factory = _import_factory(reference)
     try:
         inspect.signature(factory).bind(**arguments)
     except (TypeError, ValueError) as error:
         raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}") from None
-    model = factory(**arguments)
+    try:
+        model = factory(**arguments)
+    except (Exception, SystemExit) as error:
+        raise SourceError(f"{reference} failed: {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
     return model
 
 
+def _import_factory(reference: str) -> Callable[..., Any]:
+    name, _, attribute = reference.partition(":")
+    import_from_here()
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise SourceError(f"cannot import {name!r} of {reference!r}: no module named {error.name!r}") from None
+        raise SourceError(f"cannot import {name!r} of {reference!r}: {_told(error)}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
+        raise SourceError(f"{name} has no callable {attribute!r}{hint}")
+    return cast(Callable[..., Any], factory)
+
+
+def _told(error: BaseException) -> str:
+    """What the user's own code raised, for a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (--debug shows where)"
+
+
 def _is_weights_file(text: str) -> bool:
     path = Path(text)
-    return path.exists() or path.suffix in FILE_SUFFIXES or "/" in text
+    return exists(path) or path.suffix in FILE_SUFFIXES or "/" in text
 
 
 def _preprocessing(full: str, model: nn.Module) -> Preprocessing:

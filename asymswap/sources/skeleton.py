@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import io
 import itertools
+import pickle
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.sources.files import FileKind
-from asymswap.sources.unpickle import load_object
+from asymswap.sources.unpickle import is_allowed_module, load_object, refused_globals
 from asymswap.tensors import copy_with
 
 
-def to_skeleton(model: nn.Module) -> bytes:
-    """The structure of a module as bytes."""
-    stored = model.state_dict(keep_vars=True).values()
+def to_skeleton(model: nn.Module) -> bytes | None:
+    """The structure of a module as bytes; None where it holds anything that the restricted unpickler would refuse."""
+    if not is_allowed_module(model):
+        return None
+    stored = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
     buffer = io.BytesIO()
-    torch.save(copy_with(model, stored, lambda tensor: tensor.to("meta")), buffer)
-    return buffer.getvalue()
+    try:
+        torch.save(copy_with(model, stored, lambda tensor: tensor.to("meta")), buffer)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
+        # Hooks and other attributes of the user's own may not even be picklable.
+        return None
+    return None if refused_globals(buffer, "the model's structure") else buffer.getvalue()
 
 
 def from_skeleton(data: bytes) -> nn.Module:

@@ -17,6 +17,7 @@ NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_em
 """Keys under which training scripts store the weights, the likeliest first."""
 
 _PREFIXES = ("module.", "_orig_mod.")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,41 @@ class Found:
     key: str = ""
 
 
-def find_weights(value: Any, label: str, key: str = "") -> Found:
+def find_weights(value: Any, label: str) -> Found:
     """The state dict or module inside of a loaded checkpoint; raises SourceError where there is none."""
+    found = _search(value, "")
+    if found is not None:
+        return found
+    if not isinstance(value, Mapping):
+        raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
+    keys = ", ".join(str(name) for name in list(value)[:6]) or "nothing"
+    raise SourceError(f"{label} holds no state_dict: looked under {', '.join(NESTS)}; it holds {keys}")
+
+
+def _search(value: Any, key: str) -> Found | None:
     if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return Found(value.module, key)
     if isinstance(value, nn.Module):
         return Found(value, key)
-    if isinstance(value, Mapping):
-        if value and all(isinstance(item, Tensor) for item in value.values()):
-            return Found(strip_prefixes(dict(value)), key)
-        for name in NESTS:
-            if isinstance(value.get(name), Mapping | nn.Module):
-                return find_weights(value[name], label, f"{key}.{name}" if key else name)
-        keys = ", ".join(str(name) for name in list(value)[:6]) or "nothing"
-        raise SourceError(f"{label} holds no state_dict: looked under {', '.join(NESTS)}; it holds {keys}")
-    raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
+    if not isinstance(value, Mapping) or not value:
+        return None
+    if all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items()):
+        return Found(strip_prefixes(dict(value)), key)
+    nested = (_search(value[name], f"{key}.{name}" if key else name) for name in NESTS if name in value)
+    return next((found for found in nested if found is not None), None)
 
 
 def strip_prefixes(state: State) -> State:
-    """Remove what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put before every key."""
+    """Remove what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put before every key.
+
+    An `AveragedModel`, as moving averages are kept, is a `module.` too, with a counter `n_averaged` beside it.
+    """
     while True:
-        prefix = next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), None)
+        keys = [key for key in state if key != "n_averaged"]
+        prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
         if prefix is None:
             return state
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        state = {key.removeprefix(prefix): state[key] for key in keys}
 
 
 @dataclass(frozen=True)
@@ -92,13 +104,36 @@ def compare(model: nn.Module, state: State) -> Difference:
 
 
 def load_state_(model: nn.Module, state: State) -> None:
-    """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties.
+
+    Raises SourceError, before anything is changed, for tensors that are no weights to compute with.
+    """
+    # Under every name, for a tied tensor has several.
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for key, tensor in state.items():
+        reason = _refuse(tensor, tensors[key])
+        if reason:
+            raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")
     with torch.no_grad():
         for key, tensor in state.items():
-            if tensors[key].dtype != tensor.dtype:
-                tensors[key].data = tensors[key].data.to(tensor.dtype)
-            tensors[key].copy_(tensor)
+            own = tensors[key]
+            if own.dtype != tensor.dtype and own.is_floating_point():
+                own.data = own.data.to(tensor.dtype)
+            own.copy_(tensor)
+
+
+def _refuse(tensor: Tensor, own: Tensor) -> str | None:
+    """Why a tensor of a file cannot become the model's `own`, or None where it can."""
+    if tensor.is_meta:
+        return "is on the meta device and holds no numbers"
+    if tensor.layout is not torch.strided:
+        return f"is sparse ({tensor.layout})"
+    if own.is_floating_point() and tensor.dtype not in _FLOATS:
+        return f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,18 @@ from torch import nn
 from torchvision import models
 
 from asymswap.errors import SourceError, near_names
+from asymswap.sources.state import State
 from asymswap.spec import Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# Keys of files that older versions wrote, torchvision's own published ones among them.
+_OLD_KEYS = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"(encoder_layer_\d+\.mlp\.)linear_1\."), r"\g<1>0."),
+    (re.compile(r"(encoder_layer_\d+\.mlp\.)linear_2\."), r"\g<1>3."),
+)
 
 
 def names() -> list[str]:
@@ -28,18 +39,25 @@ def classifiers() -> list[str]:
     return list(models.list_models(models))
 
 
+def with_current_keys(state: State) -> State:
+    """The state dict under the names that torchvision's densenets and vision transformers have now."""
+
+    def current(key: str) -> str:
+        for pattern, name in _OLD_KEYS:
+            key = pattern.sub(name, key)
+        return key
+
+    return {current(key): tensor for key, tensor in state.items()}
+
+
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model with random weights, downloading nothing; raises SourceError for arguments that it does not take."""
+    """The model with random weights, downloading nothing; raises whatever the builder does for a wrong argument."""
     builder = models.get_model_builder(name)
     takes = inspect.signature(builder).parameters
-    # Given weights are ours to load; the slow and warned-of initialisation of googlenet would be thrown away.
-    ours: dict[str, Any] = {"weights": None, "weights_backbone": None}
-    defaults: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    # Given weights are ours to load.
+    none = {key: None for key in ("weights", "weights_backbone") if key in takes}
     _check_arguments(name, arguments)
-    try:
-        model: nn.Module = builder(**{key: None for key in ours if key in takes}, **{**defaults, **arguments})
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"torchvision's {name} does not take {dict(arguments)}: {error}") from None
+    model: nn.Module = builder(**none, **{**_defaults(name), **arguments})
     return model
 
 
@@ -52,7 +70,22 @@ def build_pretrained(
     """
     weights = _weights(name, weights_name)
     _check_arguments(name, arguments)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    cached = _fetch(name, weights)
+    try:
+        model = models.get_model(name, weights=weights, progress=False, **{**_defaults(name), **arguments})
+    except Exception as error:
+        # A damaged file can raise about anything; so can a builder at an argument that it was not made for.
+        if arguments and isinstance(error, TypeError | ValueError):
+            raise SourceError(f"torchvision's {name} does not take {dict(arguments)}: {_reason(error)}") from None
+        raise SourceError(
+            f"cannot load {cached} into {name}: {_reason(error)}; delete that file if it is damaged"
+        ) from None
+    return model, {**_set_by_weights(name, weights), **arguments}, weights.name
+
+
+def _fetch(name: str, weights: Any) -> Path:
+    """Where torch.hub keeps the file of these weights; it is downloaded where it is missing."""
+    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     try:
         if not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -60,19 +93,13 @@ def build_pretrained(
             torch.hub.download_url_to_file(
                 weights.url, str(cached), hash_prefix=digits and digits[1], progress=sys.stderr.isatty()
             )
-        model = models.get_model(name, weights=weights, progress=False, **arguments)
-    except OSError as error:
+    except (OSError, HTTPException, RuntimeError) as error:
+        # The RuntimeError is torch's word for a download with another hash than its name says.
         raise SourceError(
             f"the weights {weights.name} of {name} are not in {cached.parent} and cannot be downloaded "
             f"({_reason(error)}); use --weights none for random weights or --weights FILE for a state_dict"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise SourceError(
-            f"cannot load {cached} into {name}: {_reason(error)}; delete that file if it is damaged"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"torchvision's {name} does not take {dict(arguments)}: {_reason(error)}") from None
-    return model, {**_set_by_weights(name, weights), **arguments}, weights.name
+    return cached
 
 
 def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
@@ -96,17 +123,25 @@ def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Prep
 
 
 def _weights(name: str, weights_name: str) -> Any:
-    enum = models.get_model_weights(name)
-    if weights_name not in enum.__members__:
-        known = list(enum.__members__)
+    members = models.get_model_weights(name).__members__
+    # The quantisable models stay unquantised here, and take the weights that theirs were made from.
+    known = {key: weights.meta.get("unquantized", weights) for key, weights in members.items()}
+    known |= {weights.name: weights for weights in known.values()}
+    if weights_name not in known:
         hint = near_names(weights_name, known) or f"; known: {', '.join(known)}"
-        raise SourceError(f"torchvision's {name} has no weights {weights_name!r}{hint}; none and a FILE work too")
-    return enum[weights_name]
+        raise SourceError(f"torchvision's {name} has no weights {weights_name!r}, no FILE of that name either{hint}")
+    return known[weights_name]
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Arguments of ours: the slow and warned-of initialisation of two networks would be thrown away."""
+    slow = name.removeprefix("quantized_") in ("googlenet", "inception_v3")
+    return {"init_weights": False} if slow else {}
 
 
 def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
     """The constructor arguments that torchvision changes on its own when weights are given."""
-    if name == "googlenet":
+    if name in ("googlenet", "quantized_googlenet", "quantized_inception_v3"):
         return {"transform_input": True, "aux_logits": False}
     if name == "inception_v3":
         return {"transform_input": True}

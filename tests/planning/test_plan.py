@@ -15,7 +15,7 @@ from asymswap.planning.apply import apply_plan
 from asymswap.planning.plan import check_replay, make_plan, plan_from_json, plan_text
 from asymswap.planning.recipe import parse_recipe
 from asymswap.sources.networks import BUILDERS
-from asymswap.spec import Plan, Swap
+from asymswap.spec import Keep, Plan, Swap
 
 INPUTS = (torch.empty(1, 3, 32, 32),)
 
@@ -176,3 +176,13 @@ def test_replaying_a_plan_of_another_model(resnet: nn.Module, traced: Trace) -> 
         check_replay(resnet, traced.sites, Plan((Swap("layer1.0.conv3", "separable", settings),)))
     with pytest.raises(PlanError, match="cannot swap 'conv1': rank = 99 is above the full rank"):
         check_replay(resnet, traced.sites, Plan((Swap("conv1", "separable", {**settings, "rank": 99}),)))
+
+
+def test_replaying_a_plan_that_keeps_what_is_not_there(resnet: nn.Module, traced: Trace) -> None:
+    with pytest.raises(PlanError, match="keeps 'cnv1', which the model lacks; did you mean conv1"):
+        check_replay(resnet, traced.sites, Plan((), (Keep("cnv1"),)))
+
+
+def test_unknown_keys_of_a_plan_have_near_names() -> None:
+    with pytest.raises(PlanError, match="unknown key 'resaon' in keep 1; did you mean reason"):
+        plan_from_json('{"swaps": [], "keeps": [{"site": "a", "resaon": ""}]}', "p")

@@ -170,3 +170,22 @@ def test_the_schema_holds_every_kind_and_every_setting() -> None:
     assert swaps.keys() == set(kinds.names())
     for name, swap in swaps.items():
         assert set(swap["properties"]) == {"kind", *kinds.load(name).Settings.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rules = 3", "rules: Input should be an object|rule 1: Input should be"),
+        ("rules = [3]", "rule 1: Input should be"),
+        ("", "rules: Field required"),
+        ('summary = "x"\nrules = [', r"at line 2, the end of the document"),
+    ],
+)
+def test_rules_that_are_no_rules(text: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        parse_recipe(text, "r", {"rank": 3} if text else {})
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(RecipeError, match=r"no recipe 'aaaa.*; known: "):
+        read_recipe_text("a" * 300)

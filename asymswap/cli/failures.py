@@ -1,0 +1,55 @@
+"""How an error becomes one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+P = ParamSpec("P")
+
+
+def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, ending in one line and exit code 1 for what cannot be done, in 130 for Ctrl-C.
+
+    This stands inside of Typer, which would give Ctrl-C no word, and end with 1 where the reader of a pipe has gone.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            # What is still to be printed shows here, not at the interpreter's exit, whether it can be.
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            _fail("interrupted; no half-written file is left", 130)
+        except BrokenPipeError:
+            # The reader (head, less) has seen enough: nothing is wrong, and nothing more can be said to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            _fail(_line(error), 1)
+
+    return run
+
+
+def _line(error: Exception) -> str:
+    from asymswap.errors import AsymswapError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, AsymswapError):
+        return text
+    # torch has no error of its own for this.
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return "not enough memory; use a smaller model or --input"
+    if isinstance(error, OSError):
+        return f"the system refused: {error.strerror or text}" + (f": {error.filename}" if error.filename else "")
+    return f"unexpected {type(error).__name__}: {text[:300]}; this is a bug: run it again with --debug and report it"
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {text}\n")
+    sys.exit(code)

@@ -1,0 +1,363 @@
+"""What cannot be done ends with one clear line on stderr, exit code 1, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import sys
+import urllib.error
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import fx, nn
+
+from asymswap.sources.builders import build
+
+CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
+MODEL = "model.pt"
+READERS = {
+    "convert": ("convert", MODEL, "--recipe", "3x3-only", "-o", "out.pt"),
+    "candidates": ("candidates", MODEL),
+    "show": ("show", MODEL),
+    "weights": ("candidates", "digits-resnet", "--weights", MODEL),
+}
+each_reader = pytest.mark.parametrize("reader", READERS)
+
+Refusal = Callable[..., str]
+State = dict[str, torch.Tensor]
+
+
+class Trap:
+    """Unpickled, it would make a file: what a hostile checkpoint could do."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch sprung",)
+
+
+def digits_state() -> State:
+    return build("digits-resnet", {}).state_dict()
+
+
+def save_zip(value: Any) -> None:
+    torch.save(value, MODEL)
+
+
+def save_legacy(value: Any) -> None:
+    torch.save(value, MODEL, _use_new_zipfile_serialization=False)
+
+
+def save_plain(value: Any, protocol: int | None = None) -> None:
+    Path(MODEL).write_bytes(pickle.dumps(value, protocol))
+
+
+def save_other_zip() -> None:
+    with zipfile.ZipFile(MODEL, "w") as archive:
+        archive.writestr("word/document.xml", "<w:document/>")
+
+
+def save_torchscript() -> None:
+    torch.jit.save(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3))), MODEL)
+
+
+def save_exported() -> None:
+    program = torch.export.export(nn.Sequential(nn.Conv2d(3, 4, 3)), (torch.zeros(1, 3, 8, 8),))
+    torch.export.save(program, "model.pt2")
+    Path("model.pt2").rename(MODEL)
+
+
+def save_graph_module() -> None:
+    torch.save(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3))), MODEL)
+
+
+NOT_CHECKPOINTS: dict[str, tuple[Callable[[], object], str]] = {
+    "missing": (lambda: None, r"no file model\.pt; give a path that exists or a model reference such as resnet18"),
+    "folder": (lambda: Path(MODEL).mkdir(), r"model\.pt is a folder; give the checkpoint file in it"),
+    "empty": (lambda: Path(MODEL).touch(), r"model\.pt is empty \(0 bytes\); write or download it again"),
+    "text": (lambda: Path(MODEL).write_text("my notes\n"), r"model\.pt is text, not a checkpoint; give a \.pt"),
+    "HTML": (lambda: Path(MODEL).write_text("<!DOCTYPE html>"), r"model\.pt is a web page, not a checkpoint"),
+    "LFS": (lambda: Path(MODEL).write_text("version https://git-lfs.github.com/spec/v1"), r"git lfs pull"),
+    "HDF5": (lambda: Path(MODEL).write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), r"an HDF5 file \(Keras\?\)"),
+    "binary": (lambda: Path(MODEL).write_bytes(bytes(range(256))), r"binary data of an unknown kind"),
+    "other zip": (save_other_zip, r"a zip archive of something else \(it holds word/document\.xml\); give a \.pt"),
+    "TorchScript": (save_torchscript, r"a TorchScript archive, which is code; save its weights with .*--arch$"),
+    "torch.export": (save_exported, r"a torch\.export archive \(\.pt2\).*; save its weights with .*--arch$"),
+    "GraphModule": (save_graph_module, r"needs .*fx\.graph_module\.reduce_graph_module, outside of the allowlist"),
+    "trap": (lambda: save_zip(Trap()), r"needs posix\.system, outside of the allowlist; nothing of it was executed"),
+    "nested trap": (lambda: save_zip({"state_dict": digits_state(), "x": Trap()}), r"needs posix\.system, outside"),
+    "legacy trap": (lambda: save_legacy({"x": Trap()}), r"needs posix\.system, outside of the allowlist"),
+    "plain trap": (lambda: save_plain(Trap()), r"a plain pickle that torch\.save did not write"),
+    "old plain trap": (lambda: save_plain(Trap(), 0), r"is text, not a checkpoint"),
+    "list": (lambda: save_zip([1, 2]), r"model\.pt holds a list, neither a state_dict nor a module"),
+    "nothing": (lambda: save_zip({}), r"model\.pt holds no state_dict: looked under .*; it holds nothing"),
+    "numbered": (lambda: save_zip({0: torch.ones(1)}), r"model\.pt holds no state_dict: .*; it holds 0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@each_reader
+@pytest.mark.parametrize("name", NOT_CHECKPOINTS)
+def test_no_checkpoint(name: str, reader: str, refusal: Refusal) -> None:
+    make, expected = NOT_CHECKPOINTS[name]
+    make()
+    said = refusal(*READERS[reader])
+    assert re.search(expected, said) or (reader == "show" and "is not an asymswap checkpoint" in said)
+    assert not Path("sprung").exists()
+
+
+def test_the_trap_is_one(run: Any) -> None:
+    save_zip(Trap())
+    assert run("candidates", MODEL, "--trust-pickle").code == 1
+    assert Path("sprung").exists()
+
+
+@each_reader
+@pytest.mark.parametrize("kept", [0.001, 0.01, 0.1, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_cut_off(form: str, kept: float, reader: str, refusal: Refusal) -> None:
+    state = digits_state()
+    {"zip": save_zip, "legacy": save_legacy, "safetensors": lambda state: save_file(state, MODEL)}[form](state)
+    whole = Path(MODEL).read_bytes()
+    Path(MODEL).write_bytes(whole[: int(kept * len(whole))])
+    assert re.search(r"model\.pt is (cut off|.*damaged)", refusal(*READERS[reader]))
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("resnet18", r"does not fit torchvision:resnet18: missing: layer2\.0\.downsample\.0\.weight, .*; "
+                     r"conv1\.weight is 24x1x3x3, the model's 64x3x7x7.*; nearest known architecture: digits-resnet"),
+        ("resnet19", r"--arch 'resnet19' names no known architecture; did you mean resnet18, "),
+        ("resnet20", r"--arch 'resnet20' names no known architecture; did you mean cifar:resnet20, "),
+        ("cifar:resnet21", r"names no known architecture; did you mean cifar:resnet\d\d, "),
+        ("nothing-like-it", r"names no known architecture; try resnet18 or cifar:resnet20"),
+        ("no_such_module:net", r"cannot import 'no_such_module' of 'no_such_module:net': no module named"),
+    ],
+)  # fmt: skip
+def test_wrong_architecture(arch: str, expected: str, refusal: Refusal) -> None:
+    save_zip(digits_state())
+    assert re.search(expected, refusal(*READERS["convert"], "--arch", arch))
+
+
+def test_unknown_architecture(refusal: Refusal) -> None:
+    save_zip({"a.weight": torch.ones(3, 3), "b.weight": torch.ones(4)})
+    said = refusal(*READERS["candidates"])
+    assert re.search(r"a state_dict of an unknown architecture; name it with --arch; nearest known: .* missing: ", said)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.fill_(float("nan")), r"cannot be converted: 'conv1\.weight' holds NaN; use another checkpoint"),
+        (lambda t: t.fill_(float("inf")), r"'conv1\.weight' holds infinity"),
+        (lambda t: t.to(torch.int8), r"model\.pt cannot be used: 'conv1\.weight' is of dtype int8"),
+        (lambda t: t.to("meta"), r"'conv1\.weight' is on the meta device and holds no numbers"),
+        (lambda t: t.to_sparse(), r"'conv1\.weight' is sparse"),
+        (lambda t: t[:3], r"does not fit digits-resnet: conv1\.weight is 3x1x3x3, the model's 24x1x3x3"),
+    ],
+)
+def test_unusable_weights(change: Callable[[torch.Tensor], torch.Tensor], expected: str, refusal: Refusal) -> None:
+    state = digits_state()
+    save_zip({**state, "conv1.weight": change(state["conv1.weight"].clone())})
+    assert re.search(expected, refusal(*READERS["convert"], "--arch", "digits-resnet"))
+
+
+@each_reader
+def test_no_conv(reader: str, refusal: Refusal) -> None:
+    save_zip(nn.Sequential(nn.Linear(3, 3)))
+    expected = {
+        "show": "is not an asymswap checkpoint; `asymswap convert` writes them",
+        "weights": "holds a whole module; give it as MODEL instead of with --weights",
+    }
+    said = refusal(*READERS[reader])
+    assert said.endswith(expected.get(reader, "has no Conv2d, so there is nothing to swap"))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("4x8x8", r"the model does not run on an input of 1x4x8x8: "),
+        ("224", r"--input '224' is not channels x height x width, such as 3x224x224"),
+        ("1xax8", r"--input '1xax8' is not channels x height x width"),
+        ("1x0x8", r"--input '1x0x8' is not channels x height x width"),
+        ("1x-8x8", r"--input '1x-8x8' is not channels x height x width"),
+        ("1x9000000x9000000", r"not enough memory; use a smaller model or --input"),
+    ],
+)
+def test_wrong_input_size(size: str, expected: str, refusal: Refusal) -> None:
+    assert re.search(expected, refusal(*CONVERT, "--input", size))
+
+
+def test_too_small_an_input(refusal: Refusal) -> None:
+    said = refusal("candidates", "vgg11", "--weights", "none", "--input", "3x8x8")
+    assert re.search(r"the model does not run on an input of 1x3x8x8: .*too small", said)
+
+
+RECIPES = {
+    "syntax": ("[[rules]]\nswap = {\n", r"r\.toml: not valid TOML: .*\(at .*\)"),
+    "syntax in a line": ("summary = ''\n\nrules = ?\n", r"r\.toml: not valid TOML: .*\(at line 3, column 9\)"),
+    "empty": ("", r"r\.toml: rules: Field required"),
+    "kind": ("[[rules]]\nswap = { kind = 'separabel' }", r"rule 1: unknown kind 'separabel'; did you mean separable\?"),
+    "key": ("rule = []\n[[rules]]\nkeep = true", r"r\.toml: unknown key 'rule'; did you mean rules\?"),
+    "rule's key": ("[[rules]]\nmach = {}\nkeep = true", r"unknown key 'mach' in rule 1; did you mean match\?"),
+    "setting": ("[[rules]]\nswap = { kind = 'separable', ratoi = 1 }", r"unknown key 'ratoi'; did you mean ratio\?"),
+    "nothing": ("[[rules]]\nmatch = { names = 'x' }\nkeep = true", r"rule 1 matches none of the model's 9 Conv2d "),
+    "budget": (
+        "[[rules]]\nmatch.kernel = 3\nswap.kind = 'separable'\n[budget]\nmacs = 0.01",
+        r"the budget of 0\.01 of the model's MACs cannot be reached: .*; ask for at least 0\.\d\d\d",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_wrong_recipe(name: str, refusal: Refusal) -> None:
+    text, expected = RECIPES[name]
+    Path("r.toml").write_text(text)
+    assert re.search(expected, refusal("convert", "digits-resnet", "--recipe", "r.toml"))
+    if name != "budget":
+        assert re.search(expected, refusal("candidates", "digits-resnet", "--recipe", "r.toml"))
+
+
+USAGE = {
+    "no recipe": ((*CONVERT[:2],), r"give --recipe or --plan; `asymswap recipes` lists the recipes"),
+    "unknown recipe": ((*CONVERT[:3], "3x3-onli"), r"no recipe '3x3-onli'; did you mean 3x3-only\?"),
+    "missing recipe file": ((*CONVERT[:3], "mine.toml"), r"no recipe file mine\.toml; shipped recipes: 3x3-only, "),
+    "setting": ((*CONVERT, "--set", "rnak=3"), r"--set rnak: no rule of the recipe takes it; did you mean rank\?"),
+    "no setting": ((*CONVERT, "--set", "rank"), r"--set 'rank' is not key=value"),
+    "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), r"one of --macs and --params; give one of them"),
+    "budget": ((*CONVERT, "--macs", "2"), r"budget\.macs: Input should be less than or equal to 1 \(got 2\.0\)"),
+    "unreachable": ((*CONVERT, "--macs", "0.001"), r"cannot be reached: .* 0\.\d+ is left; ask for at least 0\.\d+"),
+    "report": ((*CONVERT, "--report", "r.txt"), r"--report r\.txt: the file must end in \.json or \.md"),
+    "ending": ((*CONVERT, "-o", "x.onnx"), r"x\.onnx must end in \.pt, \.pth, \.safetensors"),
+    "one file": ((*CONVERT, "--report", "r.json", "--write-plan", "r.json"), r"both name r\.json; give them two files"),
+    "data": ((*CONVERT, "--evaluate", "digts"), r"data 'digts' is neither a known name nor an existing folder"),
+    "arch": ((*CONVERT, "--arch", "resnet18"), r"--arch goes with a file, and 'digits-resnet' names a network itself"),
+    "plan": ((*CONVERT[:2], "--plan", "no.json"), r"cannot read the plan no\.json: No such file or directory"),
+    "argument": ((*CONVERT, "--weights", "none", "--arg", "classes=3"), r"does not take 'classes'; it takes"),
+    "value": ((*CONVERT, "--weights", "none", "--arg", "num_classes=-1"), r"does not take \{'num_classes': -1\}: "),
+    "too long": (("candidates", "x" * 300), r"no model 'x+', and no such file"),
+    "long output": ((*CONVERT, "-o", "x" * 300 + ".pt"), r"cannot be the name of a file: File name too long"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_wrong_usage(name: str, refusal: Refusal) -> None:
+    arguments, expected = USAGE[name]
+    assert re.search(expected, refusal(*arguments))
+
+
+MODELS = {
+    "resnet19": r"no model 'resnet19', and no such file; did you mean resnet18, ",
+    "cifar:resent20": r"no model 'cifar:resent20', and no such file; did you mean cifar:resnet20, ",
+    "resnet20": r"no model 'resnet20', and no such file; did you mean cifar:resnet20, ",
+    "nothing-like-it": r"no such file; known are torchvision's names, cifar:…, digits-resnet, module:factory",
+    "cifar:resnet20": r"has no published weights; use --weights FILE, or --weights none for random ones",
+    "resnet18@IMAGENET1K_V9": r"torchvision's resnet18 has no weights 'IMAGENET1K_V9'.*; did you mean IMAGENET1K_V1\?",
+    "digits-resnet@V1": r"digits-resnet has one set of weights",
+    "no_such_module:net": r"cannot import 'no_such_module' of 'no_such_module:net': no module named 'no_such_module'",
+    ":net": r"cannot import '' of ':net': ValueError",
+    "json:dumped": r"json has no callable 'dumped'; did you mean dump, dumps\?",
+    "json:dumps": r"json:dumps cannot be called with \{\}: missing a required argument: 'obj'",
+    "platform:node": r"platform:node returned a str, not an nn\.Module",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_model(name: str, refusal: Refusal) -> None:
+    assert re.search(MODELS[name], refusal("convert", name, "--recipe", "3x3-only"))
+    assert re.search(MODELS[name], refusal("candidates", name))
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def net(): raise KeyError('width')", r"user_net:net failed: KeyError: 'width' \(--debug shows where\)"),
+        ("def net(): exit(3)", r"user_net:net failed: SystemExit: 3"),
+        ("def net(:", r"cannot import 'user_net' of 'user_net:net': SyntaxError: "),
+        ("import no_such_module", r"cannot import 'user_net' of 'user_net:net': ModuleNotFoundError: .*no_such_module"),
+    ],
+)
+def test_failing_factory(code: str, expected: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "user_net", raising=False)
+    Path("user_net.py").write_text(code)
+    assert re.search(expected, refusal("candidates", "user_net:net"))
+
+
+def test_no_network_and_no_cached_weights(refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_: object) -> None:
+        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
+
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    for command in (("convert", "resnet18", "--recipe", "3x3-only"), ("candidates", "resnet18")):
+        said = refusal(*command)
+        assert f"the weights IMAGENET1K_V1 of resnet18 are not in {cache} and cannot be downloaded" in said
+        assert "use --weights none for random weights or --weights FILE for a state_dict" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK"])
+def test_damaged_cached_weights(
+    content: bytes, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    said = refusal("candidates", "resnet18")
+    assert re.search(rf"cannot load {cached} into resnet18: .*; delete that file if it is damaged", said)
+
+
+class Hidden:
+    """A finder of modules before which scikit-learn is not installed."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "sklearn":
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+
+def test_digits_without_scikit_learn(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
+    said = refusal(*CONVERT, "--evaluate", "digits")
+    assert said == "data 'digits' needs scikit-learn: pip install 'asymswap[demo]'"
+
+
+def swapped(**changes: object) -> dict[str, object]:
+    return {"site": "layer1.0.conv1", "kind": "separable", "settings": {"rank": 4}, **changes}
+
+
+PLANS: dict[str, tuple[object, str]] = {
+    "syntax": ("{", r"plan\.json is not a plan: Invalid JSON: "),
+    "empty": ("", r"plan\.json is not a plan: Invalid JSON: "),
+    "list": ([], r"plan\.json is not a plan: Input should be an object"),
+    "no swaps": ({}, r"plan\.json is not a plan: swaps: Field required"),
+    "key": ({"swaps": [], "swap": 1}, r"plan\.json is not a plan: .*swap"),
+    "kind": ({"swaps": [swapped(kind="separabel")]}, r"unknown kind 'separabel'; did you mean separable\?"),
+    "setting": ({"swaps": [swapped(settings={"rnak": 4})]}, r"unknown key 'rnak'; did you mean rank\?"),
+    "rank": ({"swaps": [swapped(settings={"rank": 0})]}, r"site 'layer1\.0\.conv1': .*rank: Input should be greater"),
+    "full rank": ({"swaps": [swapped(settings={"rank": 999})]}, r"rank = 999 is above the full rank 72"),
+    "site": ({"swaps": [swapped(site="layer1.0.conv3")]}, r"'layer1\.0\.conv3', which the model lacks; did you mean"),
+    "twice": ({"swaps": [swapped(), swapped()]}, r"plan\.json speaks of 'layer1\.0\.conv1' twice"),
+    "both": ({"swaps": [swapped()], "keeps": [{"site": "layer1.0.conv1"}]}, r"speaks of 'layer1\.0\.conv1' twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_wrong_plan(name: str, refusal: Refusal) -> None:
+    plan, expected = PLANS[name]
+    Path("plan.json").write_text(plan if isinstance(plan, str) else json.dumps(plan))
+    assert re.search(expected, refusal("convert", "digits-resnet", "--plan", "plan.json"))
+
+
+def test_unknown_option_is_wrong_usage(run: Any) -> None:
+    assert run("convert", "digits-resnet", "--recipee", "3x3-only").code == 2

@@ -1,0 +1,403 @@
+"""The commands as a user types them: what they print, write and leave alone when all goes well."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import asymswap
+from asymswap.cli.main import main
+from asymswap.cli.options import default_output
+from asymswap.planning.recipe import shipped_names
+from asymswap.sources.networks import BUILDERS
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COMMANDS = ("convert", "candidates", "recipes", "show")
+CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did: exit code, and the text on both streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """What a person sees of the output, colours aside."""
+        return ANSI.sub("", self.out).splitlines()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, one_thread: None
+) -> Command:
+    """Runs a command line in this process and in an empty folder, its output piped."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["asymswap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Command]:
+    """The same as in a terminal of a given width."""
+
+    def wide(columns: int) -> Command:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return command
+
+    return wide
+
+
+@pytest.fixture
+def converted(command: Command) -> Path:
+    """digits-resnet.asym.pt in the working directory."""
+    assert command(*CONVERT, "--quiet").code == 0
+    return Path("digits-resnet.asym.pt")
+
+
+def files() -> set[str]:
+    return {path.name for path in Path().iterdir()}
+
+
+class TestConvert:
+    def test_it_writes_a_model_that_loads(self, command: Command) -> None:
+        done = command(*CONVERT)
+        assert (done.code, done.err) == (0, "")
+        assert files() == {"digits-resnet.asym.pt"}
+        loaded = asymswap.load("digits-resnet.asym.pt")
+        assert isinstance(loaded.get_submodule("layer1.0.conv1"), nn.Sequential)
+
+    def test_it_tells_what_changed(self, command: Command) -> None:
+        text = command(*CONVERT).out
+        for words in (
+            "digits-resnet by 3x3-only: 7 of 9 convs swapped",
+            "MACs",
+            "FLOPs",
+            "parameters",
+            "layer1.0.conv1",
+            "Kept: ",
+            "Output of the whole model: ",
+            "separable preserves the function",
+            "Budget: 0.5 of the matched convs' MACs.",
+            "digits-resnet.asym.pt: ",
+            "Time: ",
+        ):
+            assert words in text
+
+    def test_json_is_the_whole_report(self, command: Command) -> None:
+        done = command(*CONVERT, "--json")
+        assert done.json["model"]["reference"] == "digits-resnet"
+        assert sum(row["action"] == "swap" for row in done.json["sites"]) == 7
+        assert done.json["after"]["macs"] < 0.51 * done.json["before"]["macs"]
+
+    def test_quiet_prints_nothing(self, command: Command) -> None:
+        done = command(*CONVERT, "--quiet")
+        assert (done.code, done.out, done.err) == (0, "", "")
+        assert files() == {"digits-resnet.asym.pt"}
+
+    def test_dry_run_writes_nothing(self, command: Command) -> None:
+        done = command(*CONVERT, "--dry-run")
+        assert (done.code, files()) == (0, set())
+        assert "7 of 9 convs swapped" in done.out
+
+    def test_dry_run_minds_no_file_that_exists(self, command: Command, converted: Path) -> None:
+        before = converted.read_bytes()
+        assert command(*CONVERT, "--dry-run").code == 0
+        assert converted.read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.pth"])
+    def test_the_output_can_be_named(self, name: str, command: Command) -> None:
+        assert command(*CONVERT, "-o", name).code == 0
+        assert files() == {name}
+        asymswap.load(name)
+
+    def test_force_replaces(self, command: Command, converted: Path) -> None:
+        before = converted.read_bytes()
+        assert command(*CONVERT, "--set", "rank=3", "--force").code == 0
+        assert converted.read_bytes() != before
+
+    def test_report_files(self, command: Command) -> None:
+        command(*CONVERT, "--report", "report.json", "--quiet")
+        done = command(*CONVERT, "--report", "report.md", "--json", "--force")
+        written = json.loads(Path("report.json").read_text())
+        assert {**written, "seconds": None} == {**done.json, "seconds": None}
+        markdown = Path("report.md").read_text()
+        assert markdown.startswith("# digits-resnet converted: 7 of 9 convs swapped\n")
+        for row in written["sites"]:
+            assert f"| `{row['site']}` |" in markdown
+
+    def test_a_markdown_report_adds_up(self, command: Command) -> None:
+        command(*CONVERT, "--report", "report.md", "--dry-run")
+        lines = Path("report.md").read_text().splitlines()
+        start = next(number for number, line in enumerate(lines) if line.startswith("| layer |"))
+        header, _, *table = [line.strip("|").split("|") for line in lines[start:] if line.startswith("|")]
+        sums = [number for number, title in enumerate(header) if "MACs" in title or "parameters" in title]
+        assert len(sums) == 4
+        *rows, total = [[int(row[number].strip(" *").replace(",", "")) for number in sums] for row in table]
+        assert [sum(column) for column in zip(*rows, strict=True)] == total
+
+    def test_evaluate(self, command: Command) -> None:
+        done = command(*CONVERT, "--evaluate", "digits", "--json")
+        assert done.json["accuracy"]["images"] == 360
+        assert done.json["accuracy"]["before"] >= 0.985
+        text = command(*CONVERT, "--evaluate", "digits", "--force").out
+        assert re.search(r"^top-1 +99\.\d\d % +9\d\.\d\d % +-\d\.\d\d points$", text, re.MULTILINE)
+
+    def test_a_written_plan_can_be_replayed(self, command: Command) -> None:
+        command(*CONVERT, "--write-plan", "plan.json", "--quiet")
+        done = command("convert", "digits-resnet", "--plan", "plan.json", "-o", "again.pt")
+        assert done.code == 0
+        assert "digits-resnet by a plan: 7 of 9 convs swapped" in done.out
+        one, other = (asymswap.load(name).state_dict() for name in ("digits-resnet.asym.pt", "again.pt"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+    def test_set_and_macs_change_the_recipe(self, command: Command) -> None:
+        ranks = command(*CONVERT, "--set", "rank=5", "--set", "order=vertical-first", "--dry-run", "--json").json
+        settings = [row["settings"] for row in ranks["sites"] if row["action"] == "swap"]
+        assert settings == 8 * [{"rank": 5, "order": "vertical-first"}]
+        line = ("convert", "digits-resnet", "--recipe", "half-macs", "--macs", "0.7", "--dry-run", "--json")
+        budget = command(*line).json
+        assert 0.69 < budget["after"]["macs"] / budget["before"]["macs"] <= 0.7
+
+    def test_a_model_can_be_converted_twice(self, command: Command, converted: Path) -> None:
+        done = command("convert", converted, "--recipe", "all-spatial", "--set", "rank=2")
+        assert done.code == 0
+        assert files() == {"digits-resnet.asym.pt", "digits-resnet.asym2.pt"}
+        shown = command("show", "digits-resnet.asym2.pt", "--json").json
+        assert len(shown["plans"]) == 2
+
+    def test_random_weights_need_no_download(self, command: Command) -> None:
+        assert command("convert", "cifar:resnet20", "--weights", "none", "--recipe", "3x3-only", "-q").code == 0
+        assert files() == {"resnet20.asym.pt"}
+
+    def test_a_state_dict_needs_its_architecture_only(self, command: Command) -> None:
+        torch.save({"model": BUILDERS["resnet20"]().state_dict()}, "mine.pth")
+        assert command("convert", "mine.pth", "--arch", "cifar:resnet20", "--recipe", "3x3-only", "-q").code == 0
+        assert "mine.asym.pt" in files()
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("resnet18", "resnet18.asym.pt"),
+        ("torchvision:resnet18@IMAGENET1K_V1", "resnet18.asym.pt"),
+        ("cifar:resnet20", "resnet20.asym.pt"),
+        ("package.module:factory", "factory.asym.pt"),
+        ("/somewhere/model.pt", "model.asym.pt"),
+        ("model.safetensors", "model.asym.pt"),
+        ("checkpoint.pth.tar", "checkpoint.asym.pt"),
+        ("v1.5.ckpt", "v1.5.asym.pt"),
+        ("model.asym.pt", "model.asym2.pt"),
+        ("model.asym9.safetensors", "model.asym10.pt"),
+        ("model.asymmetric.pt", "model.asymmetric.asym.pt"),
+    ],
+)
+def test_the_default_output(reference: str, name: str) -> None:
+    assert default_output(reference) == Path(name)
+
+
+class TestCandidates:
+    def test_the_verdict_stands_first(self, command: Command) -> None:
+        lines = command("candidates", "resnet18", "--weights", "none").lines
+        assert lines[0] == (
+            "resnet18: 17 of 20 convs are candidates; they hold 98.9 % of the MACs and 94.1 % of the parameters"
+        )
+        assert any("a 1x1 kernel has nothing to separate" in line for line in lines)
+
+    def test_where_little_can_be_gained_it_says_so(self, command: Command) -> None:
+        lines = command("candidates", "mobilenet_v2", "--weights", "none").lines
+        assert lines[1] == "Little can be gained here."
+
+    def test_json(self, command: Command) -> None:
+        data = command("candidates", "digits-resnet", "--json").json
+        assert data.keys() >= {"schema", "model", "traced_by", "input", "total", "candidates", "sites"}
+        held = [site["cost"]["macs"] for site in data["sites"] if site["candidate"]]
+        assert len(held) == data["candidates"]["convs"] == 9
+        assert sum(held) == data["candidates"]["macs"]
+        assert data["candidates"]["macs_share"] == sum(held) / data["total"]["macs"]
+
+    def test_a_recipe_narrows_it_down(self, command: Command) -> None:
+        data = command("candidates", "resnet18", "--weights", "none", "--recipe", "inception-7x7", "--json").json
+        assert [site["name"] for site in data["sites"] if site["candidate"]] == ["conv1"]
+
+    def test_it_writes_nothing(self, command: Command) -> None:
+        assert command("candidates", "digits-resnet").code == 0
+        assert files() == set()
+
+
+class TestRecipes:
+    def test_all_shipped_ones_are_listed(self, command: Command) -> None:
+        listed = command("recipes", "--json").json
+        assert [item["name"] for item in listed] == shipped_names()
+        assert all(item["summary"] for item in listed)
+        text = command("recipes").out
+        assert all(name in text for name in shipped_names())
+
+    @pytest.mark.parametrize("name", shipped_names())
+    def test_one_is_shown_so_that_it_can_be_edited(self, name: str, command: Command) -> None:
+        Path("mine.toml").write_text(command("recipes", name).out)
+        assert command("recipes", "mine.toml").out.startswith("mine.toml is a valid recipe: 1 rule")
+        assert command("recipes", name, "--json").json == command("recipes", "mine.toml", "--json").json
+
+    def test_the_schema_is_json(self, command: Command) -> None:
+        schema = command("recipes", "--schema").json
+        assert schema["$schema"].endswith("2020-12/schema")
+        assert "rules" in schema["properties"]
+
+
+class TestShow:
+    def test_it_tells_where_a_model_comes_from(self, command: Command, converted: Path) -> None:
+        text = command("show", converted).out
+        for words in ("digits-resnet", "3x3-only", "50.3 %", "Conversion 1: 7 convs swapped, 2 kept", "layer1.0.conv1"):
+            assert words in text
+
+    def test_json_is_the_header(self, command: Command, converted: Path) -> None:
+        data = command("show", converted, "--json").json
+        assert data.keys() == {"format", "origin", "plans", "preprocessing", "provenance"}
+        assert data["origin"] == {"reference": "digits-resnet", "arguments": {}}
+        assert 'kernel = "3x3"' in data["provenance"]["recipe"]
+
+    def test_its_plan_can_be_replayed(self, command: Command, converted: Path) -> None:
+        Path("plan.json").write_text(command("show", converted, "--plan").out)
+        assert command("convert", "digits-resnet", "--plan", "plan.json", "-o", "again.pt", "-q").code == 0
+        one, other = (asymswap.load(name).state_dict() for name in (converted, "again.pt"))
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("option", ["--help", "-h"])
+    def test_every_command_shows_an_example(self, name: str, option: str, command: Command) -> None:
+        done = command(name, option)
+        assert done.code == 0
+        assert f"Example: asymswap {name} " in done.out
+
+    def test_the_first_page_names_the_commands_and_what_to_try(self, command: Command) -> None:
+        done = command("--help")
+        assert done.code == 0
+        assert all(name in done.out for name in COMMANDS)
+        assert "Try: asymswap convert digits-resnet --recipe 3x3-only" in done.out
+
+    def test_version(self, command: Command) -> None:
+        assert command("--version").out == f"asymswap {asymswap.__version__}\n"
+
+
+# With long names, many columns, or text that has to be folded.
+TABLES = {
+    "convert": CONVERT,
+    "convert densenet": ("convert", "densenet121", "--weights", "none", "--recipe", "last-block.toml", "--dry-run"),
+    "candidates": ("candidates", "resnet18", "--weights", "none"),
+    "candidates densenet": ("candidates", "densenet121", "--weights", "none"),
+    "candidates inception": ("candidates", "inception_v3", "--weights", "none"),
+    "recipes": ("recipes",),
+    "show": ("show", "digits-resnet.asym.pt"),
+}
+LAST_BLOCK = """
+[[rules]]
+match = { names = "features.denseblock4.*", kernel = "3x3" }
+swap = { kind = "separable", rank = 4 }
+"""
+
+
+def first_column(lines: list[str]) -> str:
+    """The cells of a table's first column one after the other, as if they had not been folded."""
+    start, header = next((number, line) for number, line in enumerate(lines) if line.startswith("Layer "))
+    width = header.index("Conv")
+    return "".join(line[:width].strip() for line in lines[start + 1 :])
+
+
+class TestLayout:
+    @pytest.fixture(autouse=True)
+    def _files(self, command: Command) -> None:
+        Path("last-block.toml").write_text(LAST_BLOCK)
+
+    @pytest.mark.parametrize("name", TABLES)
+    def test_a_terminal_of_80_columns_is_enough(
+        self, name: str, command: Command, terminal: Callable[[int], Command]
+    ) -> None:
+        if name == "show":
+            command(*CONVERT, "--quiet")
+        done = terminal(80)(*TABLES[name])
+        assert done.code == 0
+        assert [line for line in done.lines if len(line.rstrip()) > 80] == []
+
+    @pytest.mark.parametrize("name", ["convert densenet", "candidates densenet"])
+    def test_120_columns_show_everything(self, name: str, terminal: Callable[[int], Command]) -> None:
+        lines = terminal(120)(*TABLES[name]).lines
+        names = first_column(lines)
+        assert all(f"features.denseblock4.denselayer{number}.conv2" in names for number in range(1, 17))
+        wanted = ("Parameters", "Kernel error", "Output error") if name.startswith("convert") else ("Params", "Map")
+        assert all(title in "\n".join(lines) for title in wanted)
+        assert "…" not in "\n".join(lines)
+
+    @pytest.mark.parametrize("name", ["convert", "candidates", "recipes"])
+    def test_no_colours_in_a_pipe(self, name: str, command: Command) -> None:
+        done = command(*TABLES[name])
+        assert "\x1b" not in done.out + done.err
+        assert done.err == ""
+
+    def test_colours_in_a_terminal(self, terminal: Callable[[int], Command]) -> None:
+        assert "\x1b[" in terminal(80)("recipes").out
+
+    def test_progress_is_shown_on_stderr_of_a_terminal_only(self, terminal: Callable[[int], Command]) -> None:
+        done = terminal(80)(*CONVERT)
+        assert "writing" in ANSI.sub("", done.err)
+        assert "writing" not in done.out
+
+    def test_json_has_no_colours_even_in_a_terminal(self, terminal: Callable[[int], Command]) -> None:
+        assert terminal(80)("candidates", "digits-resnet", "--json").json["model"] == "digits-resnet"
+
+
+class TestThreads:
+    """Threads of torch that wait for each other must not keep the cores busy: see asymswap.cli.main."""
+
+    @pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+    def test_they_wait_asleep_unless_the_user_wants_otherwise(
+        self, given: str | None, found: str, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        command("--version")
+        assert os.environ["OMP_WAIT_POLICY"] == found
+
+
+def test_python_m_is_the_command(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "asymswap", *CONVERT, "--json"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["model"]["reference"] == "digits-resnet"
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-resnet.asym.pt"]

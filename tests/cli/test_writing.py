@@ -1,0 +1,195 @@
+"""Whatever keeps a file from being written whole, no part of one is left, and no file is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
+FORMS = ("x.pt", "x.safetensors")
+
+Refusal = Callable[..., str]
+
+# Runs for as long as it is let, once it has started.
+SLOW_NET = """
+import time
+from pathlib import Path
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        Path("started").touch()
+        time.sleep(60)
+        return super().forward(x)
+
+def net():
+    return Net(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+"""
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """While open, writing more to a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_existing_output(name: str, refusal: Refusal) -> None:
+    Path(name).write_text("mine")
+    said = refusal(*CONVERT, "-o", name)
+    assert said == f"{name} exists already; give another name with -o, or --force to replace it"
+
+
+def test_existing_default_output(refusal: Refusal) -> None:
+    Path("digits-resnet.asym.pt").write_text("mine")
+    assert "digits-resnet.asym.pt exists already" in refusal(*CONVERT)
+
+
+@pytest.mark.parametrize("option", ["--report", "--write-plan"])
+def test_existing_report(option: str, refusal: Refusal) -> None:
+    Path("r.json").write_text("mine")
+    assert "r.json exists already" in refusal(*CONVERT, option, "r.json")
+
+
+@pytest.mark.parametrize("option", ["-o", "--report", "--write-plan"])
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("no/such/r.json", r"the folder no/such does not exist; create it with mkdir -p no/such"),
+        ("folder", r"folder is a folder; give a file name in it"),
+        ("file/r.json", r"file is not a folder, so r\.json cannot be written there"),
+        ("/dev/null", r"/dev/null is a device or a pipe"),
+    ],
+)
+def test_no_such_place(path: str, expected: str, option: str, refusal: Refusal) -> None:
+    Path("folder").mkdir()
+    Path("file").touch()
+    assert re.search(expected, refusal(*CONVERT, option, path, "--force"))
+
+
+def test_folder_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("locked").mkdir()
+    # Root may write everywhere, so the permission is taken from the question, not from the folder.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refusal(*CONVERT, "-o", "locked/x.pt") == "the folder locked cannot be written to; give another with -o"
+
+
+def test_folder_that_refuses_in_the_end(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert refusal(*CONVERT, "-o", "x.pt") == "cannot write x.pt: Permission denied"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_full_disk(name: str, existing: bool, refusal: Refusal) -> None:
+    if existing:
+        Path(name).write_text("mine")
+    with files_of_at_most(50_000):
+        said = refusal(*CONVERT, "-o", name, "--force")
+    assert re.fullmatch(rf"cannot write {re.escape(name)}: .*File too large.*", said)
+
+
+def test_full_disk_at_the_report(run: Any) -> None:
+    with files_of_at_most(400_000):
+        outcome = run(*CONVERT, "-o", "x.pt", "--report", "r.json", "--write-plan", "p.json")
+        assert outcome.code == 0
+    for name in ("x.pt", "r.json", "p.json"):
+        Path(name).unlink()
+    with files_of_at_most(500):
+        outcome = run(*CONVERT, "--dry-run", "--report", "r.json")
+    assert outcome.err == "error: cannot write r.json: File too large\n"
+    assert not list(Path().iterdir())
+
+
+def test_report_that_fails_after_the_model_is_told_of_both(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = Path.write_text
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> int:
+        if "r.json" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    outcome = run(*CONVERT, "-o", "x.pt", "--report", "r.json")
+    expected = "cannot write r.json: No space left on device; but the model was written to x.pt"
+    assert (outcome.code, outcome.err) == (1, f"error: {expected}\n")
+    assert [path.name for path in Path().iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; no half-written file is left"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/3"), 1, "cannot write x.pt: PytorchStreamWriter f"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write x.pt: No space left on device"),
+        (MemoryError(), 1, "not enough memory; use a smaller model or --input"),
+    ],
+)
+def test_writer_that_stops_halfway(
+    raised: BaseException, code: int, said: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: object, file: Any) -> None:
+        file.write(b"half")
+        file.flush()
+        assert list(Path().glob(".*.part"))
+        raise raised
+
+    monkeypatch.setattr(torch, "save", stop)
+    assert refusal(*CONVERT, "-o", "x.pt", code=code).startswith(said)
+
+
+def started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "asymswap", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("command", [("convert", "slow:net", "--recipe", "all-spatial"), ("candidates", "slow:net")])
+def test_ctrl_c(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_NET)
+    process = started([*command, "--input", "3x16x16"], tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted; no half-written file is left\n")
+    assert {path.name for path in tmp_path.iterdir()} <= {"slow.py", "started", "__pycache__"}
+
+
+def test_reader_of_a_pipe_that_has_gone_is_no_error(tmp_path: Path) -> None:
+    process = started(["recipes", "--schema"], tmp_path)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_output_that_cannot_be_printed(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "asymswap", "recipes", "--schema"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: the system refused: No space left on device\n")

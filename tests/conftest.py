@@ -1,0 +1,72 @@
+"""What several test files share: the command line in this process, in a folder of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class Outcome(NamedTuple):
+    """How a command ended and what it printed."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With models as small as those of the tests, threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None) -> Run:
+    """Run the command line in `tmp_path` with these arguments."""
+    from asymswap.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["asymswap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Outcome(stop.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refusal(run: Run, tmp_path: Path) -> Refusal:
+    """Run what cannot be done, see that it ends as such things must, and return the reason that is given."""
+
+    def call(*arguments: object, code: int = 1) -> str:
+        before = listing(tmp_path)
+        outcome = run(*arguments)
+        assert (outcome.code, outcome.out) == (code, ""), outcome
+        assert outcome.err.startswith("error: "), outcome
+        assert outcome.err.count("\n") == 1, outcome
+        assert "this is a bug" not in outcome.err
+        assert listing(tmp_path) == before
+        return outcome.err.removeprefix("error: ").strip()
+
+    return call
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a folder, with the content of files; compiled Python does not count."""
+    found = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
