@@ -28,9 +28,12 @@ from torch import Tensor
 
 from asymswap.factorize import svd
 from asymswap.factorize.evidence import Evidence
+from asymswap.tensors import one_thread
 
 _STEPS = 10
 _ROUNDS = 4
+_LARGE = 2000
+"""Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
     """
     root, inverse = _roots(torch.einsum("gkmkn->gmn", problem.s_GKMKM) / problem.w_GOKM.shape[2])
     gram = torch.einsum("gokm,gop,gpkn->gmn", problem.w_GOKM, problem.p_GOO, problem.w_GOKM)
-    energy, vectors = torch.linalg.eigh(root @ gram @ root)
+    with one_thread():
+        energy, vectors = torch.linalg.eigh(root @ gram @ root)
     return (inverse @ vectors.flip(-1)).mT, energy.flip(-1).clamp_min(0.0)
 
 
@@ -89,6 +93,13 @@ def factors(problem: Problem, rank: int, rounds: int = _ROUNDS) -> tuple[Tensor,
 
     Never worse than the truncated SVD of the kernel, which is tried too.
     """
+    if problem.w_GOKM.shape[2:].numel() > _LARGE:
+        return _factors(problem, rank, rounds)
+    with one_thread():
+        return _factors(problem, rank, rounds)
+
+
+def _factors(problem: Problem, rank: int, rounds: int) -> tuple[Tensor, Tensor]:
     starts = [spectrum(problem)[0][:, :rank], _svd_start(problem.w_GOKM, rank)]
     solved = [(v, solve_second(problem, v)) for v in starts]
     v, h = min(solved, key=lambda pair: float(error(problem, *pair).sum()))
@@ -158,7 +169,8 @@ def _orthonormal(v_GRM: Tensor) -> Tensor:
 
 def _roots(a_GMM: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a positive definite matrix, and its inverse."""
-    energy, vectors = torch.linalg.eigh(a_GMM)
+    with one_thread():
+        energy, vectors = torch.linalg.eigh(a_GMM)
     energy = energy.clamp_min(energy[:, -1:] * 1e-12).clamp_min(1e-300)
     half = vectors * energy.sqrt()[:, None, :]
     inverse = vectors * energy.rsqrt()[:, None, :]

@@ -19,11 +19,10 @@ factors are projections of the matrix itself, so a full-rank product is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
+
+from asymswap.tensors import one_thread
 
 
 def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
@@ -37,7 +36,7 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
 def energies(m_GAB: Tensor) -> Tensor:
     """Squared singular values energy_GK of each group, in descending order."""
     gram = _gram(m_GAB)
-    with _one_thread():
+    with one_thread():
         rising_GK: Tensor = torch.linalg.eigvalsh(gram)
     return rising_GK.flip(-1).clamp_min(0.0)
 
@@ -48,7 +47,7 @@ def factors(m_GAB: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Even sharing gives both convs weights of one scale, which is what an optimiser wants to find when it trains on.
     """
     gram = _gram(m_GAB)
-    with _one_thread():
+    with one_thread():
         energy_GK, basis = torch.linalg.eigh(gram)
     energy_GR = energy_GK.flip(-1)[:, :rank].clamp_min(0.0)
     basis = basis.flip(-1)[..., :rank]
@@ -77,21 +76,6 @@ def compose(first: Tensor, second: Tensor, groups: int, vertical_first: bool) ->
     second_GORy = second.flatten(2).unflatten(0, (groups, -1))
     equation = "grci,gorj->gocij" if vertical_first else "grcj,gori->gocij"
     return torch.einsum(equation, first_GRCx, second_GORy).flatten(0, 1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep LAPACK's eigensolvers to one thread.
-
-    They meet the other threads thousands of times for little work each: that gains a sixth to a third of the time on
-    idle cores, and costs ten to a hundred times as much where another program keeps one of the cores busy.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _gram(m_GAB: Tensor) -> Tensor:
