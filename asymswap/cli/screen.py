@@ -35,14 +35,14 @@ def print_json(value: Any) -> None:
 def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
     """Bars on stderr for as long as the block lasts, one a stage; nothing where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     screen = Console(stderr=True)
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=screen,
         transient=True,
