@@ -1,0 +1,659 @@
+"""Accuracy over MACs kept: asymswap's ways to choose ranks and weights, and its peers, on the same network and images.
+
+    python benchmarks/accuracy_at_budget.py [--model digits-resnet] [--arch REF] [--data digits] [--budgets 0.5 0.4 …]
+        [--calibration-images 512] [--seeds 0 1 2] [--methods NAME …] [--markdown FILE] [--picture FILE]
+
+Prints tables, and writes JSON, Markdown and a picture (which needs matplotlib). What is in the JSON already is not
+done again, so an interrupted run goes on where it was; failed entries are tried again. Peers run in an environment of
+their own, made on the first run (`--peer-env`), each in a process of its own; one that cannot is a row that says why.
+
+At each budget the first seed of our methods runs before the peers and the others after them, so that a change of the
+machine's load falls upon both. Times are of the method alone: without importing, and without evaluating at the end.
+Ours include loading the model, reading and decoding the calibration images, and measuring the report's figures; the
+peers are given model and images in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from measured import machine, table, write_json
+from torch.utils.data import TensorDataset
+
+import asymswap
+from asymswap.kinds.separable import full_rank, pair_cost
+from asymswap.measure.cost import count_costs
+from asymswap.opening import Opened, open_model
+from asymswap.planning.calibration import images_hash, model_hash
+from asymswap.sources import builders
+from asymswap.sources.references import Request
+from asymswap.spec import Site
+from asymswap.training.data import LabelledImages, Part, open_data
+from asymswap.training.evaluate import evaluate
+
+PEERS = Path(__file__).with_name("peers")
+ORDERS = ("vertical-first", "horizontal-first")
+CALIBRATION_OPTIONS = {field.name for field in fields(asymswap.Calibration)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the tables. `run` for ours; a peer has a `script`, the `packages` it needs, perhaps a `variant`."""
+
+    title: str
+    labels: bool = False
+    seeded: bool = False
+    run: Callable[[Bench, float, int], asymswap.Conversion] | None = None
+    script: str = ""
+    variant: str = ""
+    packages: tuple[str, ...] = ()
+    keeps_scores: bool = False
+
+
+class Bench:
+    """The network and the images of this run."""
+
+    def __init__(self, wanted: argparse.Namespace) -> None:
+        self.wanted = wanted
+        self.opened: Opened = open_model(wanted.model, Request(wanted.arch, None, {}, False))
+        self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
+        self.test = in_memory(self._open("test"), None if wanted.test_images is None else wanted.test_images)
+        self.train = self._open("train")
+        self.original = evaluate(self.opened.model, self.test).top1
+        self._sites: list[Site] | None = None
+
+    def _open(self, part: Part) -> LabelledImages:
+        return open_data(self.wanted.data, self.opened.source.preprocessing, part)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What all results of one file have in common."""
+        source = self.opened.source
+        return {
+            "network": source.origin.reference,
+            "weights": source.weights,
+            "model": model_hash(self.opened.model),
+            "macs": self.macs,
+            "original": self.original,
+            "test": f"{len(self.test)} images of {len(self.test.classes)} classes",
+            "train": f"{len(self.train)} images",
+            "calibration_images": self.wanted.calibration_images,
+        }
+
+    def convert(self, recipe: str, overrides: Mapping[str, Any], calibration: Any = None) -> asymswap.Conversion:
+        """Convert the model, read anew from its file."""
+        wanted = self.wanted
+        return asymswap.convert(wanted.model, recipe, overrides=overrides, calibration=calibration, arch=wanted.arch)
+
+    def calibration(self, seed: int, **options: Any) -> asymswap.Calibration:
+        """The calibration images of a seed."""
+        return asymswap.Calibration(
+            **{"data": self.wanted.data, "images": self.wanted.calibration_images, "seed": seed, **options}
+        )
+
+    def sites(self) -> list[Site]:
+        """The convs that recipe 3x3-only swaps."""
+        if self._sites is None:
+            rows = asymswap.candidates(self.wanted.model, recipe="3x3-only", arch=self.wanted.arch).rows
+            self._sites = [row.site for row in rows if row.reason is None]
+        return self._sites
+
+
+def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> LabelledImages:
+    """All images, or so many drawn as calibration draws them, decoded once."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = range(len(data)) if count is None else order[:count]
+    images, labels = zip(*(data.images[index] for index in chosen), strict=True)
+    return replace(data, images=TensorDataset(torch.stack(images), torch.tensor(labels)))
+
+
+def uniform(bench: Bench, budget: float, _: int) -> asymswap.Conversion:
+    """Every 3x3 conv at the same ratio, the largest at which the whole model keeps the budget."""
+
+    def macs_at(ratio: float) -> float:
+        spared = 0
+        for site in bench.sites():
+            costs = [
+                [
+                    cost
+                    for rank in range(1, full_rank(site.conv, order) + 1)
+                    if (cost := pair_cost(site, rank, order).macs) <= ratio * site.cost.macs
+                ]
+                for order in ORDERS
+            ]
+            # The order is chosen by the error, so it may be the dearer of the two.
+            spared += site.cost.macs - max((max(some) for some in costs if some), default=site.cost.macs)
+        return bench.macs - spared
+
+    low, high = 0.0, 1.0
+    for _step in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs_at(middle) <= budget * bench.macs else (low, middle)
+    return bench.convert("3x3-only", {"ratio": low})
+
+
+def lagrangian(bench: Bench, budget: float, _: int) -> asymswap.Conversion:
+    """Ranks that change the weights least."""
+    return bench.convert("half-macs", {"budget.macs": budget})
+
+
+def one_pass(bench: Bench, budget: float, seed: int) -> asymswap.Conversion:
+    """Every conv solved on the original network's evidence."""
+    return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=False))
+
+
+def layer_by_layer(bench: Bench, budget: float, seed: int) -> asymswap.Conversion:
+    """Then anew, each on what it gets from the converted ones before it."""
+    return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=True))
+
+
+def polish_option(wanted: argparse.Namespace) -> tuple[str, float]:
+    """How long to polish, as Calibration takes it."""
+    if wanted.polish_minutes is not None:
+        return "polish_minutes", wanted.polish_minutes
+    return "polish_steps", wanted.polish_steps
+
+
+def without_option(wanted: argparse.Namespace) -> str | None:
+    """Why polishing is left out, if it is."""
+    name, _ = polish_option(wanted)
+    if name in CALIBRATION_OPTIONS:
+        return None
+    return f"skipped: {METHODS['polish'].title}, for asymswap {asymswap.__version__} has no option {name}"
+
+
+def polished(bench: Bench, budget: float, seed: int) -> asymswap.Conversion:
+    """Then trained to answer as the original does."""
+    wanted = bench.wanted
+    options: dict[str, Any] = dict([polish_option(wanted)])
+    options["polish_images" if "polish_images" in CALIBRATION_OPTIONS else "images"] = wanted.polish_images
+    return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=True, **options))
+
+
+AIMET = {"script": "aimet_svd.py", "packages": ("aimet-torch==2.42.0",), "labels": True, "keeps_scores": True}
+TUCKER = {"script": "tucker.py", "packages": ("tensorly==0.10.0", "tensorly-torch==0.5.0")}
+METHODS = {
+    "uniform": Method("weights-only SVD, uniform ranks", run=uniform),
+    "lagrangian": Method("weights-only SVD, Lagrangian ranks", run=lagrangian),
+    "one-pass": Method("calibrated, one pass", seeded=True, run=one_pass),
+    "sequential": Method("calibrated, layer by layer", seeded=True, run=layer_by_layer),
+    "polish": Method("calibrated + polish", seeded=True, run=polished),
+    "aimet": Method("AIMET spatial SVD, auto mode", **AIMET),
+    "aimet-bn": Method("AIMET spatial SVD, auto mode + BN re-estimation", variant="+ BN re-estimation", **AIMET),
+    "tucker": Method("tensorly-torch, Tucker", **TUCKER),
+    "tucker-bn": Method("tensorly-torch, Tucker + BN re-estimation", variant="+ BN re-estimation", **TUCKER),
+    "pruning": Method("Torch-Pruning + BN re-estimation", script="pruning.py", packages=("torch-pruning==1.6.1",)),
+}
+
+
+class Book:
+    """The results so far, in a file: an entry for each method, budget and seed."""
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"setting": setting, "machine": machine(), "entries": {}}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in setting if found["setting"].get(key) != setting[key]]
+            if other:
+                sys.exit(f"error: {path} holds results of another {other[0]}; give another --out, or remove it")
+            self.data["entries"] = found["entries"]
+
+    @staticmethod
+    def key(method: str, budget: float, seed: int) -> str:
+        return f"{method}|{budget:g}|{seed}"
+
+    def get(self, method: str, budget: float, seed: int) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.data["entries"].get(self.key(method, budget, seed))
+        return found
+
+    def lacks(self, method: str, budget: float, seed: int) -> bool:
+        """Whether this is still to be done."""
+        found = self.get(method, budget, seed)
+        return found is None or "failed" in found
+
+    def put(self, method: str, budget: float, seed: int, entry: dict[str, Any]) -> None:
+        """Note a result, in the file as well."""
+        entry["load_after"] = round(os.getloadavg()[0], 2)
+        self.data["entries"][self.key(method, budget, seed)] = entry
+        write_json(self.path, self.data)
+        what = f"failed: {entry['failed']}" if "failed" in entry else f"{100 * entry['top1']:.2f} %"
+        took = f", {entry['seconds']:.1f} s" if "seconds" in entry else ""
+        print(f"{METHODS[method].title}, {budget:g}, seed {seed}: {what}{took} (load {entry['load']})", flush=True)
+
+
+def run_ours(bench: Bench, book: Book, name: str, budget: float, seed: int) -> None:
+    """One conversion, timed, and its accuracy."""
+    method = METHODS[name]
+    assert method.run is not None
+    entry: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        conversion = method.run(bench, budget, seed)
+    except asymswap.AsymswapError as error:
+        entry["failed"] = str(error)
+    else:
+        entry["seconds"] = round(time.perf_counter() - wall, 3)
+        entry["cpu_seconds"] = round(time.process_time() - cpu, 3)
+        entry["threads"] = torch.get_num_threads()
+        entry["stages"] = conversion.report.seconds
+        if name == "polish":
+            option, value = polish_option(bench.wanted)
+            entry["note"] = f"{option} {value:g} on {bench.wanted.polish_images} images"
+        entry["macs"] = count_costs(conversion.model, bench.opened.example()).total.macs / bench.macs
+        entry["top1"] = evaluate(conversion.model, bench.test).top1
+        if conversion.report.calibration is not None:
+            entry["images"] = conversion.report.calibration.sha256
+    book.put(name, budget, seed, entry)
+
+
+class Peers:
+    """The peers' environment, and what is handed to their scripts."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.folder: Path = bench.wanted.peer_env
+        self.python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self._refused: dict[tuple[str, ...], str | None] = {}
+        self._bundle: str | None = None
+        self.images = ""
+        self._work = tempfile.TemporaryDirectory()
+
+    def prepare(self, method: Method) -> str | None:
+        """Make the environment and install what the method needs, where that is not done yet; the reason if not."""
+        if method.packages not in self._refused:
+            self._refused[method.packages] = self._install(method.packages) or self._write_bundle()
+        return self._refused[method.packages]
+
+    def _install(self, packages: Sequence[str]) -> str | None:
+        check = (
+            "import sys, importlib.metadata as m; "
+            "sys.exit(any(m.version(p.split('==')[0]) != p.split('==')[1] for p in sys.argv[1:]))"
+        )
+        if not self.python.exists():
+            print(f"making the peers' environment {self.folder}", flush=True)
+            venv.create(self.folder, with_pip=True)
+        elif subprocess.run([self.python, "-c", check, *packages], capture_output=True).returncode == 0:
+            return None
+        print(f"installing {', '.join(packages)}", flush=True)
+        ours = [
+            f"{name}=={version.partition('+')[0]}" for name, version in machine().items() if name.startswith("torch")
+        ]
+        command = [self.python, "-m", "pip", "install", "--quiet", *packages, *ours]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return None if done.returncode == 0 else f"{packages[0]} cannot be installed: {last_line(done.stderr)}"
+
+    def _write_bundle(self) -> str | None:
+        if self._bundle is not None:
+            return None
+        bench = self.bench
+        origin = bench.opened.source.origin
+        reference = origin.reference.partition("@")[0]
+        if builders.canonical(reference) is None:
+            return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"
+        chosen = in_memory(bench.train, bench.wanted.calibration_images, bench.wanted.seeds[0])
+        self.images = images_hash(lambda: iter([chosen.images.tensors[0]]))
+        self._bundle = str(Path(self._work.name) / "bundle.pt")
+        torch.save(
+            {
+                "reference": reference,
+                "arguments": dict(origin.arguments),
+                "state_dict": bench.opened.model.state_dict(),
+                "calibration": chosen.images.tensors,
+                "test": bench.test.images.tensors,
+            },
+            self._bundle,
+        )
+        return None
+
+    def scores(self) -> Path:
+        """Where a peer keeps what it learned of this network on these images, whatever the budget."""
+        mark = f"{self.bench.setting['model'][:12]}-{self.images[:12]}"
+        return self.folder.with_name(f"{self.folder.name}-scores-{mark}.pkl")
+
+    def run(self, book: Book, script: str, budget: float) -> None:
+        """One run of a script, which gives a row for each of its variants."""
+        seed = self.bench.wanted.seeds[0]
+        names = [name for name, method in METHODS.items() if method.script == script]
+        method = METHODS[names[0]]
+        entry: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
+        reason = self.prepare(method)
+        rows: dict[str, Any] = {}
+        if reason is None:
+            rows, reason = self._call(method, budget)
+        for name in names:
+            row = rows.get(METHODS[name].variant)
+            if row is None:
+                book.put(name, budget, seed, {**entry, "failed": reason or "it gave no result"})
+            else:
+                macs = row.pop("macs") / self.bench.macs
+                book.put(name, budget, seed, {**entry, **row, "macs": macs, "images": self.images})
+
+    def _call(self, method: Method, budget: float) -> tuple[dict[str, Any], str | None]:
+        out = Path(self._work.name) / "rows.json"
+        out.unlink(missing_ok=True)
+        command = [str(self.python.absolute()), str(PEERS / method.script), str(self._bundle), str(budget), str(out)]
+        if method.keeps_scores and self.bench.wanted.reuse_scores:
+            command += ["--scores", str(self.scores().absolute())]
+        reason = None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.bench.wanted.peer_timeout)
+            if done.returncode < 0:
+                reason = f"killed by signal {-done.returncode}"
+            elif done.returncode:
+                reason = last_line(done.stderr)
+        except subprocess.TimeoutExpired as error:
+            reason = f"not done after {error.timeout:.0f} s"
+        rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+        return {row["variant"]: row for row in rows}, reason
+
+
+def last_line(text: str) -> str:
+    """What a program said last."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")[:300]
+
+
+def run_all(bench: Bench, book: Book) -> None:
+    """Everything that is still lacking, budget by budget."""
+    wanted = bench.wanted
+    peers = Peers(bench)
+    first, *rest = wanted.seeds
+    ours = [name for name in wanted.methods if METHODS[name].run is not None]
+    missing = without_option(wanted)
+    if missing is not None and "polish" in ours:
+        ours.remove("polish")
+        print(missing)
+    for budget in wanted.budgets:
+        for name in ours:
+            if book.lacks(name, budget, first):
+                run_ours(bench, book, name, budget, first)
+        scripts = dict.fromkeys(METHODS[name].script for name in wanted.methods if METHODS[name].script)
+        for script in scripts:
+            names = [name for name, method in METHODS.items() if method.script == script]
+            if any(book.lacks(name, budget, first) for name in names):
+                peers.run(book, script, budget)
+        for seed in rest:
+            for name in ours:
+                if METHODS[name].seeded and book.lacks(name, budget, seed):
+                    run_ours(bench, book, name, budget, seed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a budget: means over the seeds, or the reason why there are none."""
+
+    top1: float | None = None
+    macs: float | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    load: float | None = None
+    spread: float = 0.0
+    seeds: int = 0
+    failed: str = ""
+
+
+def cell(book: Book, name: str, budget: float, seeds: Sequence[int]) -> Cell | None:
+    """None where nothing was tried."""
+    found = [entry for seed in seeds if (entry := book.get(name, budget, seed)) is not None]
+    done = [entry for entry in found if "failed" not in entry]
+    if not done:
+        return Cell(failed=found[0]["failed"]) if found else None
+    means = {key: mean(entry[key] for entry in done) for key in ("top1", "macs", "seconds", "cpu_seconds", "load")}
+    accuracies = [entry["top1"] for entry in done]
+    return Cell(**means, spread=max(accuracies) - min(accuracies), seeds=len(done))
+
+
+def grid(book: Book, wanted: argparse.Namespace, show: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of one table: methods by budgets."""
+    budgets = sorted(wanted.budgets, reverse=True)
+    rows = []
+    for name in shown(book):
+        method = METHODS[name]
+        cells = [cell(book, name, budget, wanted.seeds) for budget in budgets]
+        texts = ["-" if one is None else "failed" if one.failed else show(one) for one in cells]
+        rows.append([method.title, "yes" if method.labels else "no", *texts])
+    return ["method", "labels", *(f"{budget:g}" for budget in budgets)], rows
+
+
+def shown(book: Book) -> list[str]:
+    """The methods of which there is anything to show."""
+    tried = {key.partition("|")[0] for key in book.data["entries"]}
+    return [name for name in METHODS if name in tried]
+
+
+def as_accuracy(one: Cell) -> str:
+    assert one.top1 is not None
+    return f"{100 * one.top1:.2f}" + (f" ±{50 * one.spread:.2f}" if one.seeds > 1 else "")
+
+
+def as_seconds(one: Cell) -> str:
+    assert one.seconds is not None
+    return f"{one.seconds:.1f}"
+
+
+def as_cpu_seconds(one: Cell) -> str:
+    assert one.cpu_seconds is not None
+    return f"{one.cpu_seconds:.1f}"
+
+
+def as_macs(one: Cell) -> str:
+    assert one.macs is not None
+    return f"{one.macs:.3f}"
+
+
+def as_load(one: Cell) -> str:
+    assert one.load is not None
+    return f"{one.load:.1f}"
+
+
+TABLES = {
+    "Top-1 accuracy in %": as_accuracy,
+    "Seconds": as_seconds,
+    "Processor seconds": as_cpu_seconds,
+    "MACs really kept": as_macs,
+    "Load average of the machine when it began": as_load,
+}
+
+
+def against_aimet(book: Book, wanted: argparse.Namespace) -> list[str]:
+    """How many times faster than AIMET's auto mode, budget by budget."""
+    lines = []
+    for budget in sorted(wanted.budgets, reverse=True):
+        aimet = cell(book, "aimet", budget, wanted.seeds)
+        if aimet is None or aimet.seconds is None or aimet.cpu_seconds is None:
+            continue
+        for name in ("one-pass", "sequential", "polish"):
+            ours = cell(book, name, budget, wanted.seeds)
+            if ours is not None and ours.seconds and ours.cpu_seconds:
+                wall, cpu = aimet.seconds / ours.seconds, aimet.cpu_seconds / ours.cpu_seconds
+                lines.append(
+                    f"At {budget:g}, {METHODS[name].title}: {wall:.1f} x less time, {cpu:.1f} x less processor time"
+                )
+    return lines
+
+
+def failures(book: Book, wanted: argparse.Namespace) -> list[str]:
+    """One line for each method and reason, and one where the peers had other images than we."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name in shown(book):
+        for budget in sorted(wanted.budgets, reverse=True):
+            one = cell(book, name, budget, wanted.seeds)
+            if one is not None and one.failed:
+                reasons.setdefault((METHODS[name].title, one.failed), []).append(f"{budget:g}")
+    lines = [f"{title} at {', '.join(budgets)} failed: {reason}" for (title, reason), budgets in reasons.items()]
+    first = wanted.seeds[0]
+    hashes = {
+        entry["images"]
+        for name in METHODS
+        for budget in wanted.budgets
+        if name != "polish"  # it may have more
+        if (entry := book.get(name, budget, first)) is not None and "images" in entry
+    }
+    return lines if len(hashes) < 2 else [*lines, "the calibration images were not the same for all: these tables lie"]
+
+
+def remarks(book: Book, wanted: argparse.Namespace) -> list[str]:
+    """What the entries say of themselves, one line for each method and note; what failed, and what was left out."""
+    notes: dict[tuple[str, str], list[str]] = {}
+    for name in shown(book):
+        method = METHODS[name]
+        for budget in sorted(wanted.budgets, reverse=True):
+            entry = book.get(name, budget, wanted.seeds[0])
+            if entry is not None and entry.get("note") and not method.variant:
+                notes.setdefault((method.title, entry["note"]), []).append(f"{budget:g}")
+            one = cell(book, name, budget, wanted.seeds)
+            if method.seeded and one is not None and one.seeds:
+                notes.setdefault((method.title, f"{one.seeds} draw{'s' * (one.seeds > 1)} of images"), []).append(
+                    f"{budget:g}"
+                )
+    lines = [f"{title} at {', '.join(budgets)}: {note}" for (title, note), budgets in notes.items()]
+    missing = without_option(wanted)
+    return [*lines, *failures(book, wanted), *([] if missing is None else [missing])]
+
+
+def print_tables(book: Book, wanted: argparse.Namespace) -> None:
+    """Everything, for the terminal."""
+    for title, show in TABLES.items():
+        print(f"\n{title}, by MACs kept\n{table(*grid(book, wanted, show))}")
+    print("", *against_aimet(book, wanted), *remarks(book, wanted), sep="\n")
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", "---", *("---:" for _ in columns[2:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
+
+
+def markdown(book: Book, wanted: argparse.Namespace) -> str:
+    """The document."""
+    setting, on = book.data["setting"], book.data["machine"]
+    versions = {"asymswap": on["asymswap"], "torch": on["torch"], "torchvision": on["torchvision"]}
+    threads: set[int] = set()
+    for entry in book.data["entries"].values():
+        versions |= entry.get("versions", {})
+        if "threads" in entry:
+            threads.add(entry["threads"])
+    lines = [
+        "# Accuracy over MACs kept",
+        "",
+        "<!-- Written by benchmarks/accuracy_at_budget.py; change that, not this. -->",
+        "",
+        f"Network `{setting['network']}` ({setting['weights']}; {setting['macs'] / 1e6:.1f} MMACs), "
+        f"{100 * setting['original']:.2f} % as it is, on {setting['test']}. Calibration images: "
+        f"{setting['calibration_images']} of the training part's {setting['train']}; where they were drawn several "
+        "times, the mean and half of the range. No fine-tuning with labels anywhere.",
+        "",
+        f"Machine: {on['cores']} cores ({on['processor']}), {' or '.join(map(str, sorted(threads)))} threads, Python "
+        f"{on['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        "",
+        "All methods got the same weights and were measured on the same images; the peers, which ran once, got the "
+        "first draw. AIMET needs labels: its evaluation callback got the calibration images with theirs.",
+    ]
+    for title, show in TABLES.items():
+        lines += ["", f"## {title}", "", markdown_table(*grid(book, wanted, show))]
+        if title == "Seconds":
+            lines += [
+                "",
+                "Of the method alone, at the load that the last table shows: ours with loading the model, decoding the "
+                "images and measuring for the report, the peers' with model and images in memory.",
+                "",
+                *(f"- {line}" for line in against_aimet(book, wanted)),
+            ]
+    lines += ["", "## What was used", "", *(f"- {line}" for line in remarks(book, wanted))]
+    lines += [
+        "- asymswap: recipe `3x3-only` with one ratio for all (uniform ranks), else `half-macs` with the budget set.",
+        '- tensorly-torch: `FactorizedConv` with `implementation="factorized"` on the same convs, one fraction of both '
+        "channel ranks for all; the spatial modes keep full rank.",
+        "- Torch-Pruning: global ranking; of four variants the one that agrees best with the original on the "
+        "calibration images.",
+        "- BN re-estimation: mean and variance of every batch norm from the calibration images in the compressed "
+        "network.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(book: Book, wanted: argparse.Namespace) -> str:
+    """Draw the picture; returns what there is to say about it."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return f"no picture {wanted.picture}: it needs matplotlib (pip install matplotlib)"
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    budgets = sorted(wanted.budgets)
+    axes.axhline(100 * book.data["setting"]["original"], color="black", linewidth=0.8, linestyle=":", label="original")
+    for name in shown(book):
+        cells = [cell(book, name, budget, wanted.seeds) for budget in budgets]
+        points = [(one.macs, 100 * one.top1) for one in cells if one is not None and one.top1 is not None]
+        if points:
+            ours = METHODS[name].run is not None
+            style = {"marker": "o", "linewidth": 2} if ours else {"marker": "x", "linewidth": 1, "linestyle": "--"}
+            axes.plot(*zip(*points, strict=True), label=METHODS[name].title, **style)
+    axes.set_xlabel("MACs kept")
+    axes.set_ylabel("top-1 accuracy in %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    wanted.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(wanted.picture, dpi=150)
+    return f"picture: {wanted.picture}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits-resnet", help="a reference or a file")
+    parser.add_argument("--arch", help="the network of a file that holds weights only")
+    parser.add_argument("--data", default="digits", help="digits, or a folder with train and test")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    parser.add_argument("--calibration-images", type=int, default=512)
+    parser.add_argument("--test-images", type=int, help="measure on so many of the test images only")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--polish-steps", type=int, default=500)
+    parser.add_argument("--polish-minutes", type=float, help="instead of steps")
+    parser.add_argument("--polish-images", type=int, default=5000)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)}"
+    )
+    parser.add_argument("--peer-env", type=Path, default=Path("build/peers/env"))
+    parser.add_argument("--peer-timeout", type=float, default=3600, help="seconds for one peer at one budget")
+    parser.add_argument(
+        "--reuse-scores",
+        action="store_true",
+        help="measure AIMET's accuracies of single layers once for all budgets (their time is counted)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/accuracy_at_budget.json"))
+    parser.add_argument("--markdown", type=Path, help="write the tables here, too")
+    parser.add_argument("--picture", type=Path, default=Path("build/accuracy_at_budget.png"), help=".png or .svg")
+    return parser.parse_args()
+
+
+def main() -> None:
+    wanted = parse()
+    bench = Bench(wanted)
+    book = Book(wanted.out, bench.setting)
+    run_all(bench, book)
+    print_tables(book, wanted)
+    if wanted.markdown is not None:
+        wanted.markdown.parent.mkdir(parents=True, exist_ok=True)
+        wanted.markdown.write_text(markdown(book, wanted), encoding="utf-8")
+    print("", draw(book, wanted), sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except asymswap.AsymswapError as error:
+        sys.exit(f"error: {error}")

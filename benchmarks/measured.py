@@ -1,0 +1,159 @@
+"""What the benchmarks share: commands run in processes of their own, timed, with their peak memory, and tables of it.
+
+Nothing here imports torch: what a process inherits from its parent would count as memory of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ASYMSWAP = str(Path(sys.executable).with_name("asymswap"))
+"""The command, as it is installed beside this interpreter."""
+
+
+QUIET = 0.15
+"""A run counts as undisturbed where other processes kept less than this many cores busy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished process: exit code, wall time, largest resident memory, and what it wrote.
+
+    `others` is how many cores other processes kept busy meanwhile.
+    """
+
+    code: int
+    seconds: float
+    peak_mb: float
+    others: float
+    out: str
+    err: str
+
+
+def run(command: Sequence[str], folder: Path | None = None, timeout: float | None = None, **environment: str) -> Run:
+    """Run a command to its end, or kill it after `timeout` seconds, when its exit code is -9."""
+    everything = {**os.environ, **environment}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start, busy = time.perf_counter(), _busy_seconds()
+        process = subprocess.Popen(
+            command, cwd=folder, env=everything, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+        deadline = None if timeout is None else start + timeout
+        pid = 0
+        while pid == 0:
+            # Without a deadline this blocks; with one the end is seen some 20 ms late.
+            pid, status, usage = os.wait4(process.pid, 0 if deadline is None else os.WNOHANG)
+            if pid == 0:
+                time.sleep(0.02)
+                if deadline is not None and time.perf_counter() > deadline:
+                    process.kill()
+                    deadline = None
+        seconds = time.perf_counter() - start
+        others = max(0.0, _busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        return Run(process.returncode, seconds, usage.ru_maxrss * 1024 / 1e6, others, out.read(), err.read())
+
+
+def run_well(command: Sequence[str], folder: Path | None = None) -> Run:
+    """Run a command that must succeed."""
+    done = run(command, folder)
+    if done.code:
+        sys.exit(f"{' '.join(command)} ended with {done.code}:\n{done.err}")
+    return done
+
+
+def interleaved(commands: dict[str, Sequence[str]], rounds: int, folder: Path | None = None) -> dict[str, list[Run]]:
+    """Run all commands in turn until each has `rounds` runs, after one round that only warms the disk's cache up.
+
+    In turn, so that whatever else the machine does falls upon all of them alike. Runs that other processes disturbed
+    are done again, up to ten times as many in all; if that is not enough, the least disturbed ones are taken.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for number in range(10 * rounds + 1):
+        for name, command in commands.items():
+            done = run_well(command, folder)
+            if number:
+                runs[name].append(done)
+        if all(sum(done.others < QUIET for done in each) >= rounds for each in runs.values()):
+            break
+    return {name: sorted(each, key=lambda done: max(done.others, QUIET))[:rounds] for name, each in runs.items()}
+
+
+def summary(runs: Sequence[Run]) -> dict[str, float]:
+    """Minimum and median wall time, and the largest peak memory."""
+    seconds = [done.seconds for done in runs]
+    return {
+        "min_s": round(min(seconds), 3),
+        "median_s": round(statistics.median(seconds), 3),
+        "peak_mb": round(max(done.peak_mb for done in runs)),
+        "others": round(max(done.others for done in runs), 2),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: cores, the processor, and versions."""
+    names = ("asymswap", "torch", "torchvision")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def machine_text() -> str:
+    """The same as one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
+def disturbance(found: dict[str, dict[str, float]]) -> str:
+    """A line that says whether the machine was quiet enough for the times to mean something."""
+    most = max(each["others"] for each in found.values())
+    verdict = "undisturbed" if most < QUIET else "DISTURBED: the times are too long"
+    return f"other processes kept at most {most:.2f} cores busy: {verdict}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table: the first column to the left, the others to the right."""
+    widths = [max(len(row[n]) for row in (columns, *rows)) for n in range(len(columns))]
+    return "\n".join(_line(row, widths) for row in (columns, *rows))
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(row, widths, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, and the folders above it, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together have been busy since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
