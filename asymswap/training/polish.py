@@ -1,8 +1,8 @@
 """Label-free polish: the converted network learns from the original's outputs, on unlabelled images.
 
-The student sees what the teacher sees: randomly mirrored and shifted images, and mixtures of two (Beyer et al., 2022:
-a consistent teacher). Batch norms keep their statistics. Some images are held back; the weights that are kept are those
-with the least divergence on them, which may be the ones that it began with: it never ends worse than that.
+The student sees what the teacher sees, each batch mirrored or not (Beyer et al., 2022: a consistent teacher). Batch
+norms keep their statistics. Some images are held back; the weights that are kept are those with the least divergence
+on them, which may be the ones that it began with: it never ends worse than that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from asymswap.errors import AsymswapError
 from asymswap.spec import Progress, silent
 from asymswap.tensors import eval_mode, list_tensors
 
-_LEARNING_RATE = 1e-3
+_LEARNING_RATE = 3e-4
 _BATCH = 128
 _CHECKS = 20
 _WARM_UP = 0.05
@@ -124,17 +124,8 @@ def _divergence_on(original: nn.Module, converted: nn.Module, images: Tensor) ->
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches without end: mirrored or not, shifted by up to an eighth of the size, half of them mixed with others."""
+    """Batches without end, in a new order at every round, half of them mirrored."""
     while True:
         for chosen in torch.randperm(len(images), generator=generator).split(_BATCH):
-            batch = images[chosen]
-            if float(torch.rand(1, generator=generator)) < 0.5:
-                batch = batch.flip(3)
-            reach = max(1, min(batch.shape[2:]) // 8)
-            dy, dx = (int(torch.randint(-reach, reach + 1, (1,), generator=generator)) for _ in range(2))
-            batch = torch.roll(F.pad(batch, (reach,) * 4, mode="replicate"), (dy, dx), (2, 3))
-            batch = batch[:, :, reach:-reach, reach:-reach]
-            if float(torch.rand(1, generator=generator)) < 0.5:
-                share = torch.rand(len(batch), 1, 1, 1, generator=generator, dtype=torch.float32).to(batch)
-                batch = share * batch + (1 - share) * batch.flip(0)
-            yield batch
+            mirrored = float(torch.rand(1, generator=generator)) < 0.5
+            yield images[chosen].flip(3) if mirrored else images[chosen]
