@@ -1,0 +1,126 @@
+"""What loading the package costs, and which part may know which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "asymswap"
+
+# Ground floor first: a file imports only from its own layer or from those before it. `asymswap` itself (the version and
+# the lazy public names) may be imported by all, and stands above all that it names lazily.
+LAYERS = (
+    ("errors",),
+    ("spec",),
+    ("tensors", "output"),
+    ("factorize",),
+    ("kinds",),
+    ("sources",),
+    ("graph",),
+    ("planning",),
+    ("checkpoint",),
+    ("opening",),
+    ("measure",),
+    ("training",),
+    ("calibrate",),
+    ("reporting",),
+    ("deploy",),
+    ("summary",),
+    ("api",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of everything that a file imports, also inside of functions and for type checkers alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parts_imported(path: Path) -> set[str]:
+    names = [name.split(".") for name in imported(path)]
+    own = {name[1] for name in names if name[0] == "asymswap" and len(name) > 1}
+    return own - {"__version__"}
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_its_own_layer_or_from_below(path: Path) -> None:
+    own = FLOOR[part_of(path)]
+    above = {name for name in parts_imported(path) if FLOOR[name] > own}
+    assert not above, f"{part_of(path)} must not know {sorted(above)}"
+
+
+def test_every_part_of_the_package_has_a_layer() -> None:
+    assert {part_of(path) for path in FILES} <= FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "reporting"], ids=lambda path: path.name)
+def test_reporting_takes_numbers_and_text_only(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"torch", "torchvision", "numpy"}
+
+
+def test_reporting_loads_without_torch() -> None:
+    modules = [f"asymswap.reporting.{path.stem}" for path in (PACKAGE / "reporting").glob("*.py")]
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules!r}]; print('torch' in sys.modules)"
+    assert run_python(code) == "False\n"
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    code = "import sys; import asymswap; asymswap.AsymswapError; print({'torch', 'rich', 'pydantic'} & {*sys.modules})"
+    assert run_python(code) == "set()\n"
+
+
+def test_the_public_names_load_when_they_are_used() -> None:
+    code = "import sys; from asymswap import convert; print(convert.__module__, 'torch' in sys.modules)"
+    assert run_python(code) == "asymswap.api True\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]], ids=" ".join)
+def test_what_needs_no_model_never_loads_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from asymswap.cli.main import main
+sys.argv = ["asymswap", *{arguments!r}]
+try:
+    main()
+except SystemExit as stop:
+    print(stop.code, "torch" in sys.modules)
+"""
+    assert run_python(code).splitlines()[-1] == "0 False"
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    import asymswap
+
+    with pytest.raises(AttributeError, match="module 'asymswap' has no attribute 'covnert'"):
+        asymswap.covnert  # noqa: B018
+
+
+def test_the_public_names_can_all_be_had() -> None:
+    import asymswap
+
+    assert dir(asymswap) == sorted(asymswap.__all__)
+    assert all(getattr(asymswap, name) is not None for name in asymswap.__all__)
