@@ -28,7 +28,7 @@ from asymswap.calibrate import Calibration, Gathered, Polished, gather_evidence,
 from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoint
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Inputs, Trace, describe, trace
-from asymswap.measure.cost import count_costs
+from asymswap.measure.cost import Costs, count_costs
 from asymswap.measure.fidelity import measure_fidelity, probe
 from asymswap.opening import Opened, open_model
 from asymswap.output import check_output
@@ -147,65 +147,30 @@ def convert(
     clock = _Clock()
     replay = plan if isinstance(plan, Plan) or plan is None else plan_from_json(plan, "the given plan")
     text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
-    wanted = parse_recipe(text, where, overrides) if recipe is not None else None
+    wanted = parse_recipe(text, where, overrides) if recipe is not None else replay
+    assert wanted is not None
     opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
-
-    traced = trace(opened.model, opened.example())
-    names = [site.name for site in traced.sites]
-    before = count_costs(opened.model, opened.example(), names)
-    clock.stop("trace")
-    gathered = None
-    if calibration is not None:
-        gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted, replay), calibration, progress)
-        clock.stop("calibrate")
-    evidence = {} if gathered is None else gathered.by_site
-    if replay is not None:
-        settled = check_replay(opened.model, traced.sites, replay)
-    else:
-        assert wanted is not None
-        settled = make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence)
-    clock.stop("plan")
-    converted = apply_plan(opened.model, settled, progress, evidence)
-    sequential = False
-    if gathered is not None and calibration is not None:
-        sequential = refine_sequentially(opened, traced, converted, settled, gathered, calibration, progress)
-    clock.stop("convert")
-
-    polished = None
-    if calibration is not None and calibration.polishes:
-        polished = polish(opened, converted, calibration, progress)
-        clock.stop("polish")
-
-    inputs, probe_text = _probe(opened, gathered, seed)
-    report = make_report(
-        opened,
-        traced,
-        settled,
-        where if recipe is None else str(recipe),
-        str(wanted.budget) if wanted is not None and wanted.budget is not None else None,
-        (before, count_costs(converted, opened.example(), names)),
-        measure_fidelity(opened.model, converted, settled, inputs),
-        probe_text,
-        (state_bytes(opened.model), state_bytes(converted)),
+    done = _carry_out(opened, wanted, calibration, clock, progress)
+    report = replace(
+        _report(opened, done, where if recipe is None else str(recipe), wanted, seed),
+        calibration=_calibration_row(done, data),
     )
     clock.stop("measure")
-    if gathered is not None:
-        report = replace(report, calibration=_calibration_row(gathered, sequential, polished, data))
     if data is not None:
-        report = replace(report, accuracy=_accuracy(opened.model, converted, data, progress))
+        report = replace(report, accuracy=_accuracy(opened.model, done.model, data, progress))
         clock.stop("evaluate")
     report = replace(report, seconds=clock.seconds)
     header = Header(
         origin=opened.source.origin,
-        plans=(*opened.plans, settled),
+        plans=(*opened.plans, done.plan),
         preprocessing=opened.source.preprocessing,
         provenance=_provenance(report, text, overrides or {}, seed),
         skeleton=opened.source.skeleton,
     )
-    return Conversion(converted, settled, report, header)
+    return Conversion(done.model, done.plan, report, header)
 
 
 def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Report:
@@ -269,15 +234,74 @@ def _accuracy(original: nn.Module, converted: nn.Module, data: Any, progress: Pr
             progress(stage, done, total)
 
         results.append(evaluate(model, data, progress=step))
-    return AccuracyRow(data.description, results[0].images, results[0].top1, results[1].top1)
+    scored, classes = results[0].scores, len(data.classes)
+    note = "" if scored == classes else f"the model scores {scored} classes, the data has {classes}: do they agree?"
+    return AccuracyRow(data.description, results[0].images, results[0].top1, results[1].top1, note)
 
 
-def _sites_to_learn(opened: Opened, traced: Trace, recipe: Recipe | None, replay: Plan | None) -> list[Site]:
+@dataclass(frozen=True)
+class _Done:
+    """What a conversion has come to before it is measured."""
+
+    model: nn.Module
+    plan: Plan
+    traced: Trace
+    before: Costs
+    gathered: Gathered | None
+    sequential: bool
+    polished: Polished | None
+
+
+def _carry_out(
+    opened: Opened, wanted: Recipe | Plan, calibration: Calibration | None, clock: _Clock, progress: Progress
+) -> _Done:
+    """Trace, calibrate, plan and convert."""
+    traced = trace(opened.model, opened.example())
+    before = count_costs(opened.model, opened.example(), [site.name for site in traced.sites])
+    clock.stop("trace")
+    gathered, sequential, polished = None, False, None
+    if calibration is not None:
+        gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted), calibration, progress)
+        clock.stop("calibrate")
+    evidence = {} if gathered is None else gathered.by_site
+    if isinstance(wanted, Plan):
+        plan = check_replay(opened.model, traced.sites, wanted)
+    else:
+        plan = make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence)
+    clock.stop("plan")
+    converted = apply_plan(opened.model, plan, progress, evidence)
+    if gathered is not None and calibration is not None:
+        sequential = refine_sequentially(opened, traced, converted, plan, gathered, calibration, progress)
+    clock.stop("convert")
+    if calibration is not None and calibration.polishes:
+        polished = polish(opened, converted, calibration, progress)
+        clock.stop("polish")
+    return _Done(converted, plan, traced, before, gathered, sequential, polished)
+
+
+def _sites_to_learn(opened: Opened, traced: Trace, wanted: Recipe | Plan) -> list[Site]:
     """The sites of which evidence is needed: all that the recipe or the plan may swap."""
-    if recipe is not None:
-        return matched_sites(opened.model, traced.sites, recipe)
-    swapped = set() if replay is None else {swap.site for swap in replay.swaps}
+    if not isinstance(wanted, Plan):
+        return matched_sites(opened.model, traced.sites, wanted)
+    swapped = {swap.site for swap in wanted.swaps}
     return [site for site in traced.sites if site.name in swapped and site.calls]
+
+
+def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, seed: int) -> Report:
+    """Measure what has changed."""
+    inputs, probe_text = _probe(opened, done.gathered, seed)
+    names = [site.name for site in done.traced.sites]
+    return make_report(
+        opened,
+        done.traced,
+        done.plan,
+        recipe,
+        None if isinstance(wanted, Plan) or wanted.budget is None else str(wanted.budget),
+        (done.before, count_costs(done.model, opened.example(), names)),
+        measure_fidelity(opened.model, done.model, done.plan, inputs),
+        probe_text,
+        (state_bytes(opened.model), state_bytes(done.model)),
+    )
 
 
 def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs, str]:
@@ -288,7 +312,10 @@ def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs
     return inputs, f"{len(inputs[0])} random images (seed {seed})"
 
 
-def _calibration_row(gathered: Gathered, sequential: bool, polished: Polished | None, data: Any) -> CalibrationRow:
+def _calibration_row(done: _Done, data: Any) -> CalibrationRow | None:
+    gathered, polished = done.gathered, done.polished
+    if gathered is None:
+        return None
     notes = list(gathered.notes)
     if polished is not None:
         notes.append(
@@ -298,7 +325,7 @@ def _calibration_row(gathered: Gathered, sequential: bool, polished: Polished | 
     if data is not None and data.description == gathered.description:
         notes.append("calibrated and evaluated on the same images: the accuracy is too good to be trusted")
     summary = gathered.summary
-    return CalibrationRow(summary.data, summary.images, summary.sha256, summary.seed, sequential, tuple(notes))
+    return CalibrationRow(summary.data, summary.images, summary.sha256, summary.seed, done.sequential, tuple(notes))
 
 
 def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _fine_print(report: Report) -> list[str]:
     if report.budget is not None:
         lines.append(f"Budget: {report.budget}.")
     if report.accuracy is not None:
-        lines.append(f"Top-1 on {report.accuracy.data}.")
+        lines.append(f"Top-1 on {report.accuracy.data}." + (f" {report.accuracy.note}" if report.accuracy.note else ""))
     if report.calibration is not None:
         row = report.calibration
         how = "layer by layer" if row.sequential else "in one pass"

@@ -17,11 +17,15 @@ from asymswap.training.data import LabelledImages
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The fraction `top1` of images whose highest score is their class's, the counts behind it, and the wall time."""
+    """The fraction `top1` of images whose highest score is their class's, the counts behind it, and the wall time.
+
+    `scores` is how many classes the model has, which may be more than the data's.
+    """
 
     top1: float
     correct: int
     images: int
+    scores: int
     seconds: float
 
 
@@ -44,16 +48,17 @@ def evaluate(
     device, dtype = _placement(model)
     # A generator of its own: the loader would otherwise draw from the global one and change what is random afterwards.
     loader = DataLoader(data.images, batch_size, generator=torch.Generator())
-    correct = done = 0
+    correct = done = classes = 0
     start = time.perf_counter()
     with eval_mode(model), torch.inference_mode():
         for images, labels in loader:
             scores = _check_scores(model(images.to(device, dtype)), data)
+            classes = scores.shape[1]
             correct += int((scores.argmax(1).cpu() == labels).sum())
             done += len(labels)
             if progress is not None:
                 progress(done, total)
-    return Accuracy(correct / total, correct, total, time.perf_counter() - start)
+    return Accuracy(correct / total, correct, total, classes, time.perf_counter() - start)
 
 
 def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
