@@ -1,0 +1,198 @@
+"""Every torchvision classifier: what asymswap sees in it, and whether it can be converted at full rank.
+
+    python benchmarks/zoo.py [--models resnet18 vgg16] [--out build/zoo.json] [--markdown docs/zoo.md]
+
+For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
+and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
+ones too, by a pair that must compute the same. One process a model, so that peak memory is that model's; models that
+are in the JSON already are skipped (those that failed are tried again, as are those named by --models).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measured import QUIET, machine, machine_text, run, run_well, table, write_json
+
+RECIPE = "all-spatial"
+FULL_RANK = {"energy": 1.0, "allow_growth": True}
+SAME = 1e-3  # two random images whose outputs differ by less than this are said to have the same
+COLUMNS = ["model", "read by", "convs", "candidates", "MACs held", "swapped", "layer", "output", "seconds", "peak MB"]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """What is told of one model; runs in a process of its own."""
+    import torch
+
+    import asymswap
+
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    found = asymswap.candidates(name, weights="none")
+    middle = time.perf_counter()
+    conversion = asymswap.convert(name, RECIPE, overrides=FULL_RANK, weights="none")
+    end = time.perf_counter()
+    report = conversion.report
+    return {
+        "traced_by": found.traced_by,
+        "input": found.input,
+        "macs": found.total.macs,
+        "params": found.total.params,
+        "convs": len(found.rows),
+        "candidates": sum(row.reason is None for row in found.rows),
+        "macs_held": found.held.macs / found.total.macs,
+        "swapped": len(report.swapped),
+        "kept": sorted({row.reason for row in report.sites if row.action == "keep"}),
+        "layer_difference": max(row.output_error for row in report.swapped),
+        "output_difference": report.output.relative,
+        "output": describe_output(conversion, found.input),
+        "seconds": {"candidates": round(middle - start, 2), "convert": round(end - middle, 2)},
+    }
+
+
+def describe_output(conversion: Any, about: str) -> str:
+    """Whether the random network's own output is worth comparing: `usable`, or how it is degenerate."""
+    import torch
+
+    size = [int(side) for side in about.removeprefix("an input of ").split("x")]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        one, other = conversion.model.eval()(torch.randn(2, *size[1:], generator=generator)).double()
+    if not bool(torch.isfinite(one).all()):
+        return "not finite"
+    if float(one.norm()) == 0:
+        return "all zeros"
+    # Biases may drown what is left of the input after many layers of random weights.
+    return "usable" if float((one - other).norm() / one.norm()) > SAME else "hardly moved by the input"
+
+
+def measure_apart(name: str, timeout: float) -> dict[str, Any]:
+    """The same in a process of its own, with its peak memory, or why it failed."""
+    # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
+    done = run([sys.executable, __file__, "--worker", name], timeout=timeout, OMP_WAIT_POLICY="PASSIVE")
+    peak = {"peak_mb": round(done.peak_mb), "others": round(done.others, 2)}
+    if done.code == 0:
+        return {**json.loads(done.out.splitlines()[-1]), **peak}
+    last = (done.err.strip().splitlines() or ["no message"])[-1]
+    return {"failed": f"killed after {done.seconds:.0f} s" if done.code == -9 else last, **peak}
+
+
+def classifiers() -> list[str]:
+    """torchvision's own list; asked for in another process, to keep torch out of this one."""
+    code = "from torchvision import models; print(*models.list_models(models))"
+    return run_well([sys.executable, "-c", code]).out.split()
+
+
+def cells(name: str, row: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return [name, f"failed: {row['failed']}", *[""] * (len(COLUMNS) - 3), f"{row['peak_mb']}"]
+    output = f"{row['output_difference']:.0e}" + ("" if row["output"] == "usable" else " (*)")
+    return [
+        name,
+        row["traced_by"],
+        f"{row['convs']}",
+        f"{row['candidates']}",
+        f"{100 * row['macs_held']:.1f} %",
+        f"{row['swapped']}",
+        f"{row['layer_difference']:.0e}",
+        output,
+        f"{sum(row['seconds'].values()):.1f}",
+        f"{row['peak_mb']}",
+    ]
+
+
+def totals(rows: dict[str, Any]) -> list[str]:
+    """What all rows together say."""
+    good = {name: row for name, row in rows.items() if "failed" not in row}
+    lines = [f"{len(good)} of {len(rows)} models were read and converted at full rank; {len(rows) - len(good)} failed."]
+    if not good:
+        return lines
+    swapped, convs = (sum(row[key] for row in good.values()) for key in ("swapped", "convs"))
+    lines.append(f"Of their {convs:,} Conv2d, {swapped:,} were swapped.")
+    left = {reason for row in good.values() for reason in row["kept"]} - {"no rule matches"}
+    lines.append(f"Kept, beside those of one row or column: {'; '.join(sorted(left)) or 'none'}.")
+    for key, what in (("layer_difference", "a layer's"), ("output_difference", "a whole model's")):
+        worst = max(good, key=lambda name: good[name][key] if math.isfinite(good[name][key]) else -1.0)
+        lines.append(f"Greatest relative difference of {what} output: {good[worst][key]:.1e} ({worst}).")
+    for kind in sorted({row["output"] for row in good.values()} - {"usable"}):
+        names = [name for name, row in good.items() if row["output"] == kind]
+        lines.append(f"(*) With random weights the output is of little use, for it is {kind}: {', '.join(names)}.")
+    seconds = [sum(row["seconds"][step] for row in good.values()) for step in ("candidates", "convert")]
+    lines.append(f"Time: {seconds[0]:.0f} s for candidates, {seconds[1]:.0f} s for convert, models built in both.")
+    disturbed = sum(row["others"] >= QUIET for row in good.values())
+    if disturbed:
+        lines[-1] += f" Other programs were busy while {disturbed} of the models were measured, which takes longer."
+    largest = max(good, key=lambda name: good[name]["peak_mb"])
+    lines.append(f"Most memory: {good[largest]['peak_mb']:,} MB ({largest}).")
+    return lines
+
+
+EXPLANATION = """\
+Each model has random weights (seed 0). `candidates` lists its convs: how many are candidates, and what share of the
+model's MACs they hold. `convert` by the recipe `all-spatial` with `energy = 1` and `allow_growth = true` then swaps
+every conv with a kernel of more than one row and column by a pair of full rank, which must compute the same. Layer,
+output: the greatest relative difference of a swapped layer's output, and that of the whole model's. Seconds: both
+commands, without importing torch. Peak memory: that of the whole process.""".splitlines()
+
+
+def markdown(data: dict[str, Any]) -> str:
+    rows = [cells(name, row) for name, row in data["models"].items()]
+    facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
+    lines = [
+        "# Every torchvision classifier, converted at full rank",
+        "",
+        "Written by `python benchmarks/zoo.py --markdown docs/zoo.md`.",
+        "",
+        *(f"- {line}" for line in totals(data["models"])),
+        f"- Machine: {facts}.",
+        "",
+        *EXPLANATION,
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict[str, Any]:
+    """Measure what the JSON lacks, and write it after each model."""
+    data = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"models": {}}
+    data["machine"] = machine()
+    for number, name in enumerate(names, start=1):
+        if name in data["models"] and not again and "failed" not in data["models"][name]:
+            continue
+        data["models"][name] = measure_apart(name, timeout)
+        write_json(out, {**data, "models": dict(sorted(data["models"].items()))})
+        print(f"{number}/{len(names)} {'  '.join(cells(name, data['models'][name]))}", file=sys.stderr)
+    return {**data, "models": dict(sorted(data["models"].items()))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
+    parser.add_argument("--out", type=Path, default=Path("build/zoo.json"))
+    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.worker:
+        print(json.dumps(measure(wanted.worker)))
+        return
+    data = survey(wanted.models or classifiers(), bool(wanted.models), wanted.out, wanted.timeout)
+    shown = table(COLUMNS, [cells(name, row) for name, row in data["models"].items()])
+    print(machine_text(), "", *totals(data["models"]), "", shown, sep="\n")
+    if wanted.markdown:
+        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
