@@ -182,8 +182,9 @@ def _limit(
     least = untouched + least_cost(points)
     if least > budget.fraction * whole:
         share = matched_before / of(total)
+        what = "MACs" if measure == "macs" else "parameters"
         raise RecipeError(
-            f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's {measure}, "
+            f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's {what}, "
             f"and at rank 1 everywhere {least / whole:.3f} is left; ask for at least {_round_up(least / whole)}"
             + (", or match more convs" if budget.over == "model" else "")
         )

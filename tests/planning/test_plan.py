@@ -84,7 +84,7 @@ def test_more_budget_is_never_worse(resnet: nn.Module, traced: Trace) -> None:
 
 def test_unreachable_budget_tells_the_lowest(resnet: nn.Module, traced: Trace) -> None:
     text = (
-        r"holds? .* of the model's macs, and at rank 1 everywhere (0\.\d+) is left; ask for at least (0\.\d+), or match"
+        r"holds? .* of the model's MACs, and at rank 1 everywhere (0\.\d+) is left; ask for at least (0\.\d+), or match"
     )
     with pytest.raises(RecipeError, match=text) as caught:
         planned(resnet, traced, DENSE, "[budget]\nmacs = 0.01\n")
