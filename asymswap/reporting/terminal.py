@@ -135,7 +135,9 @@ def _swaps(report: Report, width: int) -> Table:
 
 
 def _swap_cells(row: SiteRow, wide: bool, mixed: bool) -> list[str]:
-    cells = [row.site, row.conv, *([row.kind or ""] if mixed else []), words.settings(row.settings)]
+    # Names of layers need the room at 80 columns more than what is only switched on.
+    told = {key: value for key, value in row.settings.items() if wide or value is not True}
+    cells = [row.site, row.conv, *([row.kind or ""] if mixed else []), words.settings(told)]
     cells.append(f"{words.count(row.before.macs)} -> {words.count(row.after.macs)}")
     if wide:
         cells.append(f"{words.count(row.before.params)} -> {words.count(row.after.params)}")
