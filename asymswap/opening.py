@@ -90,7 +90,10 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
     header = stored.header
-    given = None if request.arch is None else build_architecture(request.arch, request.arguments)
+    # The same factory named again is called as it was when the checkpoint was made.
+    stored_arguments = header.origin.arguments if request.arch == header.origin.reference else {}
+    arguments = {**stored_arguments, **request.arguments}
+    given = None if request.arch is None else build_architecture(request.arch, arguments)
     return Source(
         model=restore(stored, str(path), given),
         origin=header.origin,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """The console for results; without a terminal as wide as a complete table needs."""
+    """The console for results; where nothing says how wide, as wide as a complete table needs."""
     from rich.console import Console
 
     screen = Console()
-    return screen if screen.is_terminal else Console(width=max(screen.width, 120))
+    told = screen.is_terminal or "COLUMNS" in os.environ
+    return screen if told else Console(width=max(screen.width, 120))
 
 
 def show(view: RenderableType, screen: Console) -> None:

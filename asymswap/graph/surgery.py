@@ -36,8 +36,9 @@ def take_over_(replacement: nn.Module, conv: nn.Conv2d) -> nn.Module:
     """Give a replacement, in place, the conv's device, mode and trainability, and its memory format; returns it."""
     replacement.to(conv.weight.device)
     replacement.train(conv.training)
-    for parameter in replacement.parameters():
-        parameter.requires_grad_(conv.weight.requires_grad)
+    for name, parameter in replacement.named_parameters():
+        own = conv.bias if name.rpartition(".")[2] == "bias" and conv.bias is not None else conv.weight
+        parameter.requires_grad_(own.requires_grad)
     if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
         replacement.to(memory_format=torch.channels_last)
     return replacement

@@ -401,3 +401,18 @@ def test_python_m_is_the_command(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert json.loads(done.stdout)["model"]["reference"] == "digits-resnet"
     assert [path.name for path in tmp_path.iterdir()] == ["digits-resnet.asym.pt"]
+
+
+def test_a_factory_named_again_is_called_as_before(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are in the checkpoint; a subclass of its own keeps the model from being stored as a skeleton."""
+    (tmp_path / "nets_of_mine.py").write_text(
+        "from torch import nn\n\n\nclass Own(nn.Conv2d):\n    pass\n\n\ndef make(width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(1, width, 3), nn.Conv2d(width, width, 3), Own(width, 1, 1))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    size = ("--input", "1x16x16")
+    recipe = ("--recipe", "all-spatial", "--set", "rank=2")
+    assert run("convert", "nets_of_mine:make", "--arg", "width=12", *recipe, "-o", "a.pt", *size).code == 0
+    outcome = run("candidates", "a.pt", "--arch", "nets_of_mine:make", "--json", *size)
+    assert outcome.code == 0, outcome.err
+    assert 12 in {site["conv"]["in_channels"] for site in json.loads(outcome.out)["sites"]}

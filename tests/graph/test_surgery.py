@@ -63,7 +63,7 @@ def test_a_name_that_is_no_conv() -> None:
 
 def test_a_replacement_takes_over_mode_trainability_and_memory_format() -> None:
     conv = nn.Conv2d(8, 8, 3).eval().to(memory_format=torch.channels_last)
-    conv.weight.requires_grad_(False)
+    conv.requires_grad_(False)
     new = take_over_(nn.Sequential(nn.Conv2d(8, 4, (3, 1)), nn.Conv2d(4, 8, (1, 3))), conv)
     assert not any(module.training for module in new.modules())
     assert not any(parameter.requires_grad for parameter in new.parameters())
@@ -76,3 +76,14 @@ def test_a_model_with_weight_norm_elsewhere_is_swapped_and_still_runs() -> None:
     x = torch.randn(1, 4, 8, 8)
     swapped = swap(model, {"0": model[0]})
     assert torch.equal(swapped(x), model(x))
+
+
+def test_a_frozen_bias_stays_frozen_beside_weights_that_train() -> None:
+    conv = nn.Conv2d(8, 8, 3)
+    conv.bias.requires_grad_(False)
+    new = take_over_(nn.Sequential(nn.Conv2d(8, 4, (3, 1), bias=False), nn.Conv2d(4, 8, (1, 3))), conv)
+    assert {name: p.requires_grad for name, p in new.named_parameters()} == {
+        "0.weight": True,
+        "1.weight": True,
+        "1.bias": False,
+    }
