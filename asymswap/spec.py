@@ -179,7 +179,6 @@ class Plan:
     swaps: tuple[Swap, ...]
     keeps: tuple[Keep, ...] = ()
     multiplier: float | None = None
-    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)

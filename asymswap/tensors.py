@@ -64,7 +64,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     """The first parameter or buffer that holds a NaN or an infinity, and which of the two; None where there is none."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        # The extremes carry a NaN or an infinity along, and need no tensor of the same size to hold the answers.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             return name, "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
     return None
 

@@ -76,16 +76,18 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
 def error(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor) -> Tensor:
     """The expected weighted squared error of a pair, for each group."""
     gap = problem.w_GOKM - torch.einsum("gokr,grm->gokm", h_GOKR, v_GRM)
-    flat = gap.flatten(2)
-    size = flat.shape[2]
-    return torch.einsum("goa,gab,gpb,gop->g", flat, problem.s_GKMKM.reshape(-1, size, size), flat, problem.p_GOO)
+    return _energy(problem, gap)
 
 
 def total(problem: Problem) -> Tensor:
     """The weighted energy of the output itself, for each group: what the error is relative to."""
-    flat = problem.w_GOKM.flatten(2)
-    size = flat.shape[2]
-    return torch.einsum("goa,gab,gpb,gop->g", flat, problem.s_GKMKM.reshape(-1, size, size), flat, problem.p_GOO)
+    return _energy(problem, problem.w_GOKM)
+
+
+def _energy(problem: Problem, kernel_GOKM: Tensor) -> Tensor:
+    flat = kernel_GOKM.flatten(2)
+    s_GDD = problem.s_GKMKM.flatten(3).flatten(1, 2)
+    return torch.einsum("goa,gab,gpb,gop->g", flat, s_GDD, flat, problem.p_GOO)
 
 
 def factors(problem: Problem, rank: int, rounds: int = _ROUNDS) -> tuple[Tensor, Tensor]:

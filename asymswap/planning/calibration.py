@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from asymswap.errors import SourceError
 from asymswap.factorize.evidence import Evidence
+from asymswap.graph.trace import conv_hooks
 from asymswap.output import whole_file
-from asymswap.spec import ConvSpec, Progress, Site, silent
+from asymswap.spec import Progress, Site, silent
 from asymswap.tensors import eval_mode, list_tensors
 
 Batches = Callable[[], Iterable[Tensor]]
@@ -42,7 +43,6 @@ _SAMPLES_PER_DIMENSION = 16
 class PatchSums:
     """Running sums of one conv's patches, and of their products with the wanted output, in float64."""
 
-    conv: ConvSpec
     patches: int = 0
     sum_GD: Any = 0.0
     gram_GDD: Any = 0.0
@@ -51,6 +51,8 @@ class PatchSums:
 
     def add(self, patches_GDN: Tensor, wanted_GON: Tensor | None = None) -> None:
         """Add N patches, and the outputs that are wanted of them; raises ValueError where they are not finite."""
+        # Products of half precision would overflow, or drown in rounding, before they reach the float64 sums.
+        patches_GDN = _at_least_float32(patches_GDN)
         gram_GDD = patches_GDN @ patches_GDN.mT
         if not bool(torch.isfinite(gram_GDD).all()):
             raise ValueError("not finite")
@@ -58,6 +60,7 @@ class PatchSums:
         self.sum_GD = self.sum_GD + patches_GDN.sum(2).to(torch.float64)
         self.gram_GDD = self.gram_GDD + gram_GDD.to(torch.float64)
         if wanted_GON is not None:
+            wanted_GON = _at_least_float32(wanted_GON)
             self.sum_GO = self.sum_GO + wanted_GON.sum(2).to(torch.float64)
             self.cross_GOD = self.cross_GOD + (wanted_GON @ patches_GDN.mT).to(torch.float64)
 
@@ -98,13 +101,18 @@ def _pass(
     progress: Progress,
     stage: tuple[int, int],
 ) -> dict[str, Evidence]:
-    sums = {site.name: PatchSums(site.conv) for site in sites}
+    sums = {site.name: PatchSums() for site in sites}
     weights: dict[str, Any] = {site.name: 0.0 for site in sites}
     positions = {site.name: positions_for(site, images) for site in sites}
     generator = torch.Generator().manual_seed(seed)
     done = 0
 
-    def see(name: str, conv: nn.Conv2d, seen: Tensor, output: Tensor) -> None:
+    convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
+
+    def see(name: str, seen: Tensor, output: Tensor) -> None:
+        if name not in convs:
+            return
+        conv = convs[name]
         with torch.no_grad():
             at = choose_positions(output.shape[-2:], positions[name], generator)
             try:
@@ -119,19 +127,14 @@ def _pass(
         if output.requires_grad:
             output.register_hook(back)
 
-    with eval_mode(model), _frozen(model), _site_hooks(model, sites, see):
+    with eval_mode(model), _frozen(model), conv_hooks(model, see):
         for batch in batches():
             # A copy that is no leaf: the model may change its input in place.
             output = model(batch.clone().requires_grad_(True) * 1)
             _surprise(output, generator).backward()
             done += len(batch)
             progress("calibrating", done + stage[0] * images, stage[1] * images)
-    return {
-        site.name: _evidence(
-            cast(nn.Conv2d, model.get_submodule(site.name)), sums[site.name], weights[site.name] / done
-        )
-        for site in sites
-    }
+    return {name: _evidence(conv, sums[name], weights[name] / done) for name, conv in convs.items()}
 
 
 def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Any) -> Evidence:
@@ -178,9 +181,13 @@ def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor
 
 def _output_gram(gradient_NCHW: Tensor, groups: int) -> Tensor:
     """The second moment of the gradient, summed over images and pixels: (G, O, O)."""
-    g = gradient_NCHW.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+    g = _at_least_float32(gradient_NCHW).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
     gram_GOO: Tensor = (g.mT @ g).to(torch.float64)
     return gram_GOO
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _surprise(output: Any, generator: torch.Generator) -> Tensor:
@@ -231,22 +238,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _site_hooks(model: nn.Module, sites: Sequence[Site], see: Callable[[str, nn.Conv2d, Tensor, Tensor], None]) -> Any:
-    handles = []
-    for site in sites:
-
-        def hook(conv: Any, args: Any, kwargs: Any, output: Tensor, name: str = site.name) -> None:
-            see(name, conv, args[0] if args else kwargs["input"], output)
-
-        handles.append(model.get_submodule(site.name).register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

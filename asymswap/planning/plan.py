@@ -91,9 +91,12 @@ def make_plan(
         for done, item in enumerate(left_open, start=1 + len(fixed)):
             curves.append(item.options())
             progress("factorising", done, len(matched))
-        spent_elsewhere = sum((costs[name] for name in costs), start=Cost(0, 0))
-        limit = _limit(recipe.budget, matched, left_open, spent_elsewhere, total, curves)
-        multiplier = _share(recipe.budget, left_open, curves, limit, swaps, keeps)
+        points = [_points(item, c, recipe.budget.measure) for item, c in zip(left_open, curves, strict=True)]
+        spent_elsewhere = sum(costs.values(), start=Cost(0, 0))
+        limit = _limit(recipe.budget, matched, spent_elsewhere, total, least_cost(points))
+        allocation = allocate(points, limit)
+        multiplier = allocation.multiplier
+        _share(left_open, curves, allocation.chosen, swaps, keeps)
     return Plan(
         swaps=tuple(swaps[site.name] for site in sites if site.name in swaps),
         keeps=tuple(keeps[site.name] for site in sites if site.name in keeps),
@@ -164,12 +167,11 @@ def _no_gain(number: int, option: Option, old: Cost) -> str:
 def _limit(
     budget: Budget,
     matched: Sequence[_Matched],
-    left_open: Sequence[_Matched],
     spent_elsewhere: Cost,
     total: Cost,
-    curves: Sequence[Sequence[Option]],
+    cheapest: int,
 ) -> int:
-    """What the open sites may cost together; raises RecipeError where even their cheapest options cost more."""
+    """What the open sites may cost together; raises RecipeError where that is less than their `cheapest` options."""
     measure = budget.measure
 
     def of(cost: Cost) -> int:
@@ -178,8 +180,7 @@ def _limit(
     matched_before = sum(of(item.site.cost) for item in matched)
     whole = matched_before if budget.over == "matched" else of(total)
     untouched = whole - matched_before + of(spent_elsewhere)
-    points = [_points(item, curve, measure) for item, curve in zip(left_open, curves, strict=True)]
-    least = untouched + least_cost(points)
+    least = untouched + cheapest
     if least > budget.fraction * whole:
         share = matched_before / of(total)
         what = "MACs" if measure == "macs" else "parameters"
@@ -198,23 +199,19 @@ def _points(item: _Matched, options: Sequence[Option], measure: str) -> list[Poi
 
 
 def _share(
-    budget: Budget,
     left_open: Sequence[_Matched],
     curves: Sequence[Sequence[Option]],
-    limit: int,
+    chosen: Sequence[int],
     swaps: dict[str, Swap],
     keeps: dict[str, Keep],
-) -> float:
-    """Choose an option for every open site, add it to `swaps` or `keeps`, and return the multiplier."""
-    points = [_points(item, curve, budget.measure) for item, curve in zip(left_open, curves, strict=True)]
-    allocation = allocate(points, limit)
-    for item, curve, index in zip(left_open, curves, allocation.chosen, strict=True):
+) -> None:
+    """Add what was chosen for every open site to `swaps` or `keeps`."""
+    for item, curve, index in zip(left_open, curves, chosen, strict=True):
         if index < len(curve):
             swaps[item.site.name] = item.swap(curve[index])
         else:
             reason = "the budget is better spent elsewhere" if curve else "no rank saves anything"
             keeps[item.site.name] = Keep(item.site.name, f"rule {item.number}, but {reason}")
-    return allocation.multiplier
 
 
 def _positions(sites: Sequence[Site]) -> Iterator[tuple[str, Position]]:

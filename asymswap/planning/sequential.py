@@ -36,7 +36,7 @@ def images_that_fit(model: nn.Module, example: Tensor, memory_gib: float) -> int
     walk = _Walk(graph, root, root)
     with torch.no_grad():
         for node in walk.order:
-            env[node] = walk.run(node, root, env, (example.to("meta"),))
+            env[node] = walk.run(node, root, env, example.to("meta"))
             for gone in walk.last_used.get(node, ()):
                 env.pop(gone, None)
             held = sum(
@@ -66,22 +66,21 @@ def refine_(
     walk = _Walk(graph, root, model)
     by_name = {site.name: site for site in sites}
     swaps = {swap.site: swap for swap in plan.swaps if len(by_name[swap.site].calls) == 1}
-    originals: list[Env] = []
-    changed: list[Env] = []
-    inputs = [batch.clone() for batch in batches]
-    originals, changed = [{} for _ in inputs], [{} for _ in inputs]
+    inputs = list(batches)
+    originals: list[Env] = [{} for _ in inputs]
+    changed: list[Env] = [{} for _ in inputs]
     used: dict[str, Evidence] = {}
     generator = torch.Generator().manual_seed(seed)
     images = sum(len(batch) for batch in inputs)
     with eval_mode(model, converted), torch.inference_mode():
         for node in walk.order:
             for env, batch in zip(originals, inputs, strict=True):
-                env[node] = walk.run(node, model, env, (batch.clone(),))
+                env[node] = walk.run(node, model, env, batch)
             name = walk.site_of(node, swaps)
             if name is not None:
                 site = by_name[name]
                 at_most = positions_for(site, images)
-                sums = PatchSums(site.conv)
+                sums = PatchSums()
                 for original, env in zip(originals, changed, strict=True):
                     _add(walk, node, sums, original, env, at_most, generator)
                 used[name] = _sequential_evidence(evidence[name], sums)
@@ -91,7 +90,7 @@ def refine_(
                 kinds.load(swap.kind).init_(converted.get_submodule(name), conv, settings, used[name])
                 progress("solving layer by layer", len(used), len(swaps))
             for env, batch in zip(changed, inputs, strict=True):
-                env[node] = walk.run(node, converted, env, (batch.clone(),))
+                env[node] = walk.run(node, converted, env, batch)
             for env in (*originals, *changed):
                 for gone in walk.last_used.get(node, ()):
                     env.pop(gone, None)
@@ -157,12 +156,13 @@ class _Walk:
         """The name of the swapped site that a node calls."""
         return str(node.target) if node.op == "call_module" and str(node.target) in names else None
 
-    def run(self, node: fx.Node, model: nn.Module, env: Env, inputs: tuple[Any, ...]) -> Any:
-        """The value of one node, with the modules of `model`."""
+    def run(self, node: fx.Node, model: nn.Module, env: Env, images: Tensor) -> Any:
+        """The value of one node, with the modules of `model`; the images are the model's first argument."""
         args: Any = fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "placeholder":
-            return inputs[0] if not env else (node.args[0] if node.args else None)
+            # A copy, since a model may change its input in place.
+            return images.clone() if not env else (node.args[0] if node.args else None)
         if node.op == "get_attr":
             return _attribute(model, self._root, str(node.target))
         if node.op == "call_module":

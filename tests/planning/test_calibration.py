@@ -17,6 +17,7 @@ from asymswap.planning import calibration
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.calibration import (
     EvidenceSummary,
+    PatchSums,
     choose_positions,
     gather,
     load_evidence,
@@ -245,3 +246,14 @@ def test_a_file_that_is_no_evidence(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="cannot read the evidence"):
         load_evidence(tmp_path / "x")
+
+
+def test_half_precision_is_summed_in_more(net: nn.Module, images: Tensor) -> None:
+    """Patches whose products would overflow float16 give the moments of the same numbers in float32."""
+    sums = {dtype: PatchSums() for dtype in (torch.float16, torch.float32)}
+    patches = (100 * images[:8].flatten(2)).to(torch.float16)
+    for dtype, one in sums.items():
+        one.add(patches.to(dtype))
+    half, single = (one.moments()[1] for one in sums.values())
+    assert torch.equal(half, single)
+    assert bool(torch.isfinite(half).all())
