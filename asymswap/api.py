@@ -26,6 +26,7 @@ from torch import nn
 import asymswap
 from asymswap.calibrate import Calibration, Gathered, Polished, gather_evidence, polish, refine_sequentially
 from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoint
+from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Inputs, Trace, describe, trace
 from asymswap.measure.cost import Costs, count_costs
@@ -139,8 +140,8 @@ def convert(
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
     `calibration` names images, without labels, on which ranks and weights are chosen: far more accurate than the
-    weights alone. `evaluate` is a data reference on whose test part both models' accuracy is measured; `seed` that of
-    the probe batch.
+    weights alone; where it names a team of processes, all must call alike, and all get the same result. `evaluate` is a
+    data reference on whose test part both models' accuracy is measured; `seed` that of the probe batch.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
@@ -154,15 +155,17 @@ def convert(
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
     done = _carry_out(opened, wanted, calibration, clock, progress)
-    report = replace(
-        _report(opened, done, where if recipe is None else str(recipe), wanted, seed),
-        calibration=_calibration_row(done, data),
-    )
-    clock.stop("measure")
-    if data is not None:
-        report = replace(report, accuracy=_accuracy(opened.model, done.model, data, progress))
-        clock.stop("evaluate")
-    report = replace(report, seconds=clock.seconds)
+
+    def measured() -> Report:
+        name = where if recipe is None else str(recipe)
+        report = replace(_report(opened, done, name, wanted, seed), calibration=_calibration_row(done, data))
+        clock.stop("measure")
+        if data is not None:
+            report = replace(report, accuracy=_accuracy(opened.model, done.model, data, progress))
+            clock.stop("evaluate")
+        return replace(report, seconds=clock.seconds)
+
+    report = _team(calibration).first(measured)
     header = Header(
         origin=opened.source.origin,
         plans=(*opened.plans, done.plan),
@@ -264,19 +267,28 @@ def _carry_out(
         gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted), calibration, progress)
         clock.stop("calibrate")
     evidence = {} if gathered is None else gathered.by_site
-    if isinstance(wanted, Plan):
-        plan = check_replay(opened.model, traced.sites, wanted)
-    else:
-        plan = make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence)
+
+    def planned() -> Plan:
+        if isinstance(wanted, Plan):
+            return check_replay(opened.model, traced.sites, wanted)
+        return make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence)
+
+    team = _team(calibration)
+    plan = team.first(planned)
     clock.stop("plan")
     converted = apply_plan(opened.model, plan, progress, evidence)
     if gathered is not None and calibration is not None:
         sequential = refine_sequentially(opened, traced, converted, plan, gathered, calibration, progress)
     clock.stop("convert")
     if calibration is not None and calibration.polishes:
-        polished = polish(opened, converted, calibration, progress)
+        polished = team.first(lambda: polish(opened, converted, calibration, progress))
+        team.follow_(converted)
         clock.stop("polish")
     return _Done(converted, plan, traced, before, gathered, sequential, polished)
+
+
+def _team(calibration: Calibration | None) -> Team:
+    return ALONE if calibration is None else calibration.team
 
 
 def _sites_to_learn(opened: Opened, traced: Trace, wanted: Recipe | Plan) -> list[Site]:

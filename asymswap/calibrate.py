@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import Trace
@@ -23,7 +24,7 @@ from asymswap.planning.calibration import (
     model_hash,
     save_evidence,
 )
-from asymswap.planning.sequential import images_that_fit, refine_
+from asymswap.planning.sequential import refine_
 from asymswap.spec import Plan, Progress, Site, silent
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.polish import Polish, Polished, polish_
@@ -31,14 +32,15 @@ from asymswap.training.polish import Polish, Polished, polish_
 __all__ = ["Calibration", "Gathered", "Polished", "gather_evidence", "polish", "refine_sequentially"]
 
 _HELD_BACK = 32
-_FEWEST_FOR_SEQUENTIAL = 16
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What the user wants: `data` is a data reference, `evidence` a file to read or, with data, to write.
 
-    `sequential` is None where it is up to us: done where the model traces whole and the images fit into `memory_gib`.
+    `sequential` is None where it is up to us: done where the model traces whole. In a `team` of several processes, each
+    looks at its share of the images; all must call alike. `memory_gib` bounds what each keeps of covariances, and of
+    activations.
     `polish_steps` or `polish_minutes` let the converted network learn from the original's outputs afterwards, on up to
     `polish_images` images of the same data.
     """
@@ -52,6 +54,7 @@ class Calibration:
     polish_steps: int | None = None
     polish_minutes: float | None = None
     polish_images: int = 5000
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         if self.data is None and self.evidence is None:
@@ -110,13 +113,13 @@ def gather_evidence(
             images.count,
             memory_gib=wanted.memory_gib,
             seed=wanted.seed,
+            team=wanted.team,
             progress=progress,
         )
-        summary = EvidenceSummary(
-            str(wanted.data), images.count, images_hash(images.batches), wanted.seed, model_hash(opened.model)
-        )
+        digest = images_hash(images.batches, wanted.team)
+        summary = EvidenceSummary(str(wanted.data), images.count, digest, wanted.seed, model_hash(opened.model))
         gathered = Gathered(found, summary)
-        if wanted.evidence is not None:
+        if wanted.evidence is not None and wanted.team.leads:
             check_output(wanted.evidence, force=False)
             save_evidence(wanted.evidence, found, summary)
     if images is not None:
@@ -139,31 +142,26 @@ def refine_sequentially(
     if wanted.sequential is False or not plan.swaps:
         return False
     reason = None
-    fitting = 0
     if gathered.batches is None:
         reason = "the images are not given, only their evidence"
     elif traced.by != "torch.fx":
         reason = f"the model was read by {traced.by}, not as one graph"
-    else:
-        fitting = images_that_fit(opened.model, next(iter(gathered.batches()))[:1], wanted.memory_gib)
-        if fitting < min(_FEWEST_FOR_SEQUENTIAL, wanted.images):
-            reason = f"only {fitting} images fit into {wanted.memory_gib:g} GiB"
     if reason is not None or gathered.batches is None:
         if wanted.sequential:
             raise AsymswapError(f"--sequential cannot be done: {reason}")
         gathered.notes.append(f"not refined layer by layer: {reason}")
         return False
-    if fitting < gathered.summary.images:
-        gathered.notes.append(f"refined layer by layer on {fitting} images: more do not fit into the memory limit")
-    images = _first(gathered.batches(), fitting)
     refine_(
         opened.model,
         converted,
         traced.sites,
         plan,
         gathered.by_site,
-        images,
+        gathered.batches,
+        gathered.summary.images,
+        memory_gib=wanted.memory_gib,
         seed=wanted.seed,
+        team=wanted.team,
         progress=progress,
     )
     return True
@@ -171,49 +169,49 @@ def refine_sequentially(
 
 def polish(opened: Opened, converted: nn.Module, wanted: Calibration, progress: Progress = silent) -> Polished:
     """Let the converted network learn, in place, from the original's outputs on images of the calibration data."""
-    images = _Images(str(wanted.data), opened, replace(wanted, images=wanted.polish_images))
-    every = torch.cat(list(images.batches()))
+    images = _Images(str(wanted.data), opened, replace(wanted, images=wanted.polish_images, team=ALONE))
+    every = torch.cat([batch for _, batch in images.batches()])
     how = Polish(wanted.polish_steps, wanted.polish_minutes)
     return polish_(opened.model, converted, every, how, seed=wanted.seed, progress=progress)
 
 
 class _Images:
-    """The chosen images of a data reference, in the same order and batches every time, and some more held back."""
+    """The chosen images of a data reference, in the same order and batches every time, and some more held back.
+
+    In a team these are the batches that fall to this process.
+    """
 
     def __init__(self, reference: str, opened: Opened, wanted: Calibration) -> None:
         self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train")
         self.description = self.data.description
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(wanted.seed)).tolist()
         self.count = min(wanted.images, len(order))
-        self._chosen = order[: self.count]
-        self._dtype = opened.dtype()
         height, width = opened.source.preprocessing.size
-        self._batch = max(4, min(128, 2**20 // (height * width)))
+        size = max(4, min(128, 2**20 // (height * width)))
+        self._batches = list(wanted.team.share(_batched(order[: self.count], size)))
+        self._dtype = opened.dtype()
         # Where all images were asked for, none is left to be held back: the report says which were probed.
         self.held_back = self._load(order[self.count : self.count + _HELD_BACK] or order[:_HELD_BACK])
-        self._kept: list[Tensor] | None = [] if self.count * self.held_back[0].numel() * 4 < 2**30 else None
+        small = self.count * self.held_back[0].numel() * 4 < 2**30
+        self._kept: dict[int, Tensor] | None = {} if small else None
 
-    def batches(self) -> Iterator[Tensor]:
-        """Batches of preprocessed images; decoded once where they all fit into a GiB."""
-        if self._kept:
-            yield from self._kept
-            return
-        for start in range(0, self.count, self._batch):
-            batch = self._load(self._chosen[start : start + self._batch])
-            if self._kept is not None:
-                self._kept.append(batch)
-            yield batch
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Batches of preprocessed images with their numbers; decoded once where they all fit into a GiB."""
+        for number, chosen in self._batches:
+            if self._kept is None:
+                yield number, self._load(chosen)
+                continue
+            if number not in self._kept:
+                self._kept[number] = self._load(chosen)
+            yield number, self._kept[number]
 
     def _load(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self.data.images[index][0] for index in indices]).to(self._dtype)
 
 
-def _first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    for batch in batches:
-        if count <= 0:
-            return
-        yield batch[:count]
-        count -= len(batch)
+def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Runs of `size` items, the last of what is left."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _thin(found: Mapping[str, Evidence], sites: Sequence[Site]) -> Iterator[str]:

@@ -305,7 +305,7 @@ class Peers:
         if builders.canonical(reference) is None:
             return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"
         chosen = in_memory(bench.train, bench.wanted.calibration_images, bench.wanted.seeds[0])
-        self.images = images_hash(lambda: iter([chosen.images.tensors[0]]))
+        self.images = images_hash(lambda: iter([(0, chosen.images.tensors[0])]))
         self._bundle = str(Path(self._work.name) / "bundle.pt")
         torch.save(
             {

@@ -94,6 +94,7 @@ def convert(
     Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
     """
     from asymswap.cli import screen
+    from asymswap.distributed import joined
     from asymswap.errors import AsymswapError, OutputError
     from asymswap.output import check_output, write_text
     from asymswap.reporting import files
@@ -116,7 +117,7 @@ def convert(
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: --set, --macs and --params go with --recipe; edit the plan instead")
 
-    with screen.progress(quiet) as step:
+    with joined() as team, screen.progress(quiet or not team.leads) as step:
         from asymswap import api
         from asymswap.checkpoint import check_suffix
 
@@ -135,9 +136,12 @@ def convert(
                 polish_steps=steps,
                 polish_minutes=minutes,
                 polish_images=polish_images,
+                team=team,
             )
         elif polish is not None or sequential:
             raise AsymswapError("--polish and --sequential need images: give --calibrate DATA")
+        elif team.size > 1:
+            raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
         conversion = api.convert(
             model,
             recipe,
@@ -153,9 +157,11 @@ def convert(
             seed=seed,
             progress=step,
         )
-        if not dry_run:
+        if not dry_run and team.leads:
             step("writing", 0, 1)
             api.save(conversion, target, force=force)
+    if not team.leads:
+        return
     result = conversion.report
     try:
         if write_plan is not None:

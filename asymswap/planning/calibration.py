@@ -8,8 +8,10 @@ gradient is summed too. See `asymswap.factorize.evidence` for what these are.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,15 +24,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asymswap.distributed import ALONE, Team
 from asymswap.errors import SourceError
 from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import conv_hooks
 from asymswap.output import whole_file
 from asymswap.spec import Progress, Site, silent
-from asymswap.tensors import eval_mode, list_tensors
+from asymswap.tensors import eval_mode, generator_for, list_tensors
 
-Batches = Callable[[], Iterable[Tensor]]
-"""Makes a fresh iterator over the same batches of images (N, C, H, W) at every call."""
+Batches = Callable[[], Iterable[tuple[int, Tensor]]]
+"""Makes a fresh iterator over the same batches of images (N, C, H, W) and their numbers at every call.
+
+Several processes have different ones of the batches. What is drawn for a batch depends on its number alone, so that it
+does not matter which process it is in.
+"""
 
 _POSITIONS = 64
 """Positions of a feature map that are looked at in each image, at least, where it has so many."""
@@ -39,15 +46,22 @@ _SAMPLES_PER_DIMENSION = 16
 """Patches, at least, for each row of a covariance, where the images have so many."""
 
 
-@dataclass
 class PatchSums:
-    """Running sums of one conv's patches, and of their products with the wanted output, in float64."""
+    """Running sums of one conv's patches, and of their products with the wanted output, in float64.
 
-    patches: int = 0
-    sum_GD: Any = 0.0
-    gram_GDD: Any = 0.0
-    cross_GOD: Any = 0.0
-    sum_GO: Any = 0.0
+    The products are there only for a conv whose output is `wanted`.
+    """
+
+    def __init__(self, conv: nn.Conv2d, wanted: bool = False) -> None:
+        groups, device = conv.groups, conv.weight.device
+        outputs, length = conv.out_channels // groups, conv.weight[0].numel()
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+
+        self.patches = 0
+        self.sum_GD, self.gram_GDD = zeros(length), zeros(length, length)
+        self.sum_GO, self.cross_GOD = (zeros(outputs), zeros(outputs, length)) if wanted else (zeros(0), zeros(0, 0))
 
     def add(self, patches_GDN: Tensor, wanted_GON: Tensor | None = None) -> None:
         """Add N patches, and the outputs that are wanted of them; raises ValueError where they are not finite."""
@@ -57,12 +71,18 @@ class PatchSums:
         if not bool(torch.isfinite(gram_GDD).all()):
             raise ValueError("not finite")
         self.patches += patches_GDN.shape[2]
-        self.sum_GD = self.sum_GD + patches_GDN.sum(2).to(torch.float64)
-        self.gram_GDD = self.gram_GDD + gram_GDD.to(torch.float64)
+        self.sum_GD += patches_GDN.sum(2)
+        self.gram_GDD += gram_GDD
         if wanted_GON is not None:
             wanted_GON = _at_least_float32(wanted_GON)
-            self.sum_GO = self.sum_GO + wanted_GON.sum(2).to(torch.float64)
-            self.cross_GOD = self.cross_GOD + (wanted_GON @ patches_GDN.mT).to(torch.float64)
+            self.sum_GO += wanted_GON.sum(2)
+            self.cross_GOD += wanted_GON @ patches_GDN.mT
+
+    def meet(self, team: Team) -> None:
+        """Add up what all processes have seen."""
+        self.patches = int(team.sum(torch.tensor(self.patches)))
+        for name in ("sum_GD", "gram_GDD", "sum_GO", "cross_GOD"):
+            setattr(self, name, team.sum(getattr(self, name)))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the patches."""
@@ -78,9 +98,12 @@ def gather(
     *,
     memory_gib: float = 4.0,
     seed: int = 0,
+    team: Team = ALONE,
     progress: Progress = silent,
 ) -> dict[str, Evidence]:
     """Evidence of the given sites from all batches, which hold `images` images; the model is unchanged.
+
+    In a team each process has its share of the batches and gets the evidence from all of them.
 
     The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
     SourceError for activations that are not finite, naming the first layer.
@@ -88,7 +111,11 @@ def gather(
     groups = list(_groups(sites, memory_gib * 2**30))
     found: dict[str, Evidence] = {}
     for number, group in enumerate(groups):
-        found |= _pass(model, group, batches, images, seed, progress, (number, len(groups)))
+
+        def step(done: int, number: int = number) -> None:
+            progress("calibrating", done + number * images, len(groups) * images)
+
+        found |= _pass(model, group, batches, images, seed, team, step)
     return found
 
 
@@ -98,22 +125,24 @@ def _pass(
     batches: Batches,
     images: int,
     seed: int,
-    progress: Progress,
-    stage: tuple[int, int],
+    team: Team,
+    step: Callable[[int], None],
 ) -> dict[str, Evidence]:
-    sums = {site.name: PatchSums() for site in sites}
-    weights: dict[str, Any] = {site.name: 0.0 for site in sites}
-    positions = {site.name: positions_for(site, images) for site in sites}
-    generator = torch.Generator().manual_seed(seed)
-    done = 0
-
     convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
+    sums = {name: PatchSums(conv) for name, conv in convs.items()}
+    weights = {name: _no_weight(conv) for name, conv in convs.items()}
+    positions = {site.name: positions_for(site, images) for site in sites}
+    # The number of the batch that is on its way, and how often each conv has run on it.
+    number = 0
+    runs: Counter[str] = Counter()
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
         if name not in convs:
             return
         conv = convs[name]
+        runs[name] += 1
         with torch.no_grad():
+            generator = generator_for(seed, name, number, runs[name])
             at = choose_positions(output.shape[-2:], positions[name], generator)
             try:
                 sums[name].add(patches_of(conv, seen.detach(), at))
@@ -122,28 +151,38 @@ def _pass(
                 raise SourceError(f"the input of {name} is not finite on the calibration images; {advice}") from None
 
         def back(gradient: Tensor) -> None:
-            weights[name] = weights[name] + _output_gram(gradient, conv.groups)
+            weights[name] += _output_gram(gradient, conv.groups)
 
         if output.requires_grad:
             output.register_hook(back)
 
+    done = 0
     with eval_mode(model), _frozen(model), conv_hooks(model, see):
-        for batch in batches():
+        for number, batch in batches():
+            runs.clear()
             # A copy that is no leaf: the model may change its input in place.
             output = model(batch.clone().requires_grad_(True) * 1)
-            _surprise(output, generator).backward()
+            _surprise(output, generator_for(seed, "labels", number)).backward()
             done += len(batch)
-            progress("calibrating", done + stage[0] * images, stage[1] * images)
-    return {name: _evidence(conv, sums[name], weights[name] / done) for name, conv in convs.items()}
+            step(min(team.size * done, images))
+    for one in sums.values():
+        one.meet(team)
+    return {name: _evidence(conv, sums[name], team.sum(weights[name]) / images) for name, conv in convs.items()}
 
 
-def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Any) -> Evidence:
+def _no_weight(conv: nn.Conv2d) -> Tensor:
+    outputs = conv.out_channels // conv.groups
+    return torch.zeros(conv.groups, outputs, outputs, dtype=torch.float64, device=conv.weight.device)
+
+
+def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Tensor) -> Evidence:
     mean_GD, cov_GDD = sums.moments()
     kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
     wanted_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
     if conv.bias is not None:
         wanted_GO = wanted_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
-    weight = weight_GOO if isinstance(weight_GOO, Tensor) and bool(torch.isfinite(weight_GOO).all()) else None
+    known = bool(torch.isfinite(weight_GOO).all()) and bool(weight_GOO.any())
+    weight = weight_GOO if known else None
     return Evidence(mean_GD, cov_GDD, kernel_GOD, wanted_GO, weight, sums.patches)
 
 
@@ -251,12 +290,11 @@ class EvidenceSummary:
     model: str = field(default="")
 
 
-def images_hash(batches: Batches) -> str:
-    """SHA-256 over the pixels of all images as the network sees them."""
-    digest = hashlib.sha256()
-    for batch in batches():
-        digest.update(batch.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def images_hash(batches: Batches, team: Team = ALONE) -> str:
+    """SHA-256 over the SHA-256 of every image's pixels, as the network sees them, in their order."""
+    own = [(number, [hashlib.sha256(_bytes(image)).digest() for image in batch]) for number, batch in batches()]
+    every = sorted(itertools.chain.from_iterable(team.gather(own)))
+    return hashlib.sha256(b"".join(itertools.chain.from_iterable(digests for _, digests in every))).hexdigest()
 
 
 def model_hash(model: nn.Module) -> str:
@@ -264,8 +302,12 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def save_evidence(path: Path, found: Mapping[str, Evidence], summary: EvidenceSummary) -> None:

@@ -1,49 +1,34 @@
 """Layer after layer: each replacement is solved for the input that it will really get.
 
-The original and the converted network walk through the traced graph side by side, all images at once, so that one
-pass is enough for all layers. At each swapped site the patches come from the converted network as it is so far, and
-the wanted output from the original one (Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see
-factorize.evidence). Where a conv ends the branch of a residual sum, the output is wanted such that the *sum* comes
-out right: what the shortcut has gone wrong so far is wanted of the branch on top.
+The original and the converted network walk through the traced graph side by side. At each swapped site the patches come
+from the converted network as it is so far, and the wanted output from the original one (Zhang, Zou, He and Sun, 2015,
+section 3.3, in closed form; see factorize.evidence). Where a conv ends the branch of a residual sum, the output is
+wanted such that the *sum* comes out right: what the shortcut has gone wrong so far is wanted of the branch on top.
 
-Only what later nodes still need is kept of the activations.
+Of the activations only what later nodes still need is kept. Where those of all images fit into the memory limit, they
+are kept at every site, and one pass over the images does for all layers. Where they do not, as in the first layers of
+large networks, the images walk again from the last site at which they fitted, or from the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from asymswap import kinds
+from asymswap.distributed import ALONE, Team
 from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import meta_graph, node_operation, shared_graph
-from asymswap.planning.calibration import PatchSums, choose_positions, outputs_at, patches_of, positions_for
-from asymswap.spec import Plan, Progress, Site, silent
-from asymswap.tensors import eval_mode, list_tensors
+from asymswap.planning.calibration import Batches, PatchSums, choose_positions, outputs_at, patches_of, positions_for
+from asymswap.spec import Plan, Progress, Site, Swap, silent
+from asymswap.tensors import eval_mode, generator_for, list_tensors
 
 Env = dict[fx.Node, Any]
-
-
-def images_that_fit(model: nn.Module, example: Tensor, memory_gib: float) -> int:
-    """How many images can walk through both networks at once within the memory; `example` is one of them, 1xCxHxW."""
-    graph, root = meta_graph(model)
-    largest = held = 0
-    env: Env = {}
-    walk = _Walk(graph, root, root)
-    with torch.no_grad():
-        for node in walk.order:
-            env[node] = walk.run(node, root, env, example.to("meta"))
-            for gone in walk.last_used.get(node, ()):
-                env.pop(gone, None)
-            held = sum(
-                tensor.numel() * tensor.element_size() for value in env.values() for tensor in list_tensors(value)
-            )
-            largest = max(largest, held)
-    return max(1, int(memory_gib * 2**30 / (2 * max(largest, 1))))
 
 
 def refine_(
@@ -52,65 +37,138 @@ def refine_(
     sites: Sequence[Site],
     plan: Plan,
     evidence: Mapping[str, Evidence],
-    batches: Iterable[Tensor],
+    batches: Batches,
+    images: int,
     *,
+    memory_gib: float = 4.0,
     seed: int = 0,
+    team: Team = ALONE,
     progress: Progress = silent,
 ) -> dict[str, Evidence]:
     """Solve every replacement in `converted` anew, in place, in the order in which the sites run.
 
-    The model must trace whole. A conv that runs more than once in a forward pass keeps its one-pass solution, since its
-    later inputs are not known yet when it is needed first. Returns the evidence that each was solved with.
+    The model must trace whole; `images` is how many the batches of all processes hold. A conv that runs more than once
+    in a forward pass keeps its one-pass solution, since its later inputs are not known yet when it is needed first.
+    Returns the evidence that each was solved with.
     """
-    graph, root = shared_graph(model)
-    walk = _Walk(graph, root, model)
     by_name = {site.name: site for site in sites}
     swaps = {swap.site: swap for swap in plan.swaps if len(by_name[swap.site].calls) == 1}
-    inputs = list(batches)
-    originals: list[Env] = [{} for _ in inputs]
-    changed: list[Env] = [{} for _ in inputs]
     used: dict[str, Evidence] = {}
-    generator = torch.Generator().manual_seed(seed)
-    images = sum(len(batch) for batch in inputs)
+    walk = _walk_of(model)
+    bytes_of_image = _held(model, next(iter(batches()))[1][:1])
+    limit = memory_gib * 2**30 * team.size
+    kept: _Start | _Kept = _Start(batches)
     with eval_mode(model, converted), torch.inference_mode():
-        for node in walk.order:
-            for env, batch in zip(originals, inputs, strict=True):
-                env[node] = walk.run(node, model, env, batch)
+        for stop, node in enumerate(walk.order):
             name = walk.site_of(node, swaps)
-            if name is not None:
-                site = by_name[name]
-                at_most = positions_for(site, images)
-                sums = PatchSums()
-                for original, env in zip(originals, changed, strict=True):
-                    _add(walk, node, sums, original, env, at_most, generator)
-                used[name] = _sequential_evidence(evidence[name], sums)
-                swap = swaps[name]
-                settings = kinds.parse_settings(swap.kind, swap.settings)
-                conv = cast(nn.Conv2d, model.get_submodule(name))
-                kinds.load(swap.kind).init_(converted.get_submodule(name), conv, settings, used[name])
-                progress("solving layer by layer", len(used), len(swaps))
-            for env, batch in zip(changed, inputs, strict=True):
-                env[node] = walk.run(node, converted, env, batch)
-            for env in (*originals, *changed):
-                for gone in walk.last_used.get(node, ()):
-                    env.pop(gone, None)
+            if name is None:
+                continue
+            keep = images * bytes_of_image[stop] <= limit
+            sums = PatchSums(cast(nn.Conv2d, walk.module(node)), wanted=True)
+            most = positions_for(by_name[name], images)
+            here: list[_Pair] = []
+            for pair in kept.take() if keep else kept.copies():
+                walk.advance(pair, stop, model, converted)
+                _add(walk, node, sums, pair, most, generator_for(seed, name, pair.number))
+                here += [pair] * keep
+            kept = _Kept(here) if keep else kept
+            sums.meet(team)
+            used[name] = _sequential_evidence(evidence[name], sums)
+            _solve_(converted.get_submodule(name), cast(nn.Conv2d, walk.module(node)), swaps[name], used[name], team)
+            progress("solving layer by layer", len(used), len(swaps))
     return used
 
 
-def _add(
-    walk: _Walk, node: fx.Node, sums: PatchSums, original: Env, env: Env, at_most: int, generator: torch.Generator
-) -> None:
+def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, evidence: Evidence, team: Team) -> None:
+    settings = kinds.parse_settings(swap.kind, swap.settings)
+    kinds.load(swap.kind).init_(module, conv, settings, evidence)
+    team.follow_(module)
+
+
+@dataclass
+class _Pair:
+    """Both networks' values for one batch, somewhere on their way.
+
+    The original has run up to the node at `position`, that one included; the converted one up to the node before it,
+    since that at `position` may be a replacement that is still to be solved.
+    """
+
+    number: int
+    images: Tensor
+    position: int = -1
+    original: Env = field(default_factory=dict)
+    converted: Env = field(default_factory=dict)
+
+
+class _Start:
+    """The pairs of all batches before the first node."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def copies(self) -> Iterator[_Pair]:
+        """A pair for each batch."""
+        return (_Pair(number, images) for number, images in self._batches())
+
+    take = copies
+
+
+class _Kept:
+    """The pairs of all batches at one site."""
+
+    def __init__(self, pairs: list[_Pair]) -> None:
+        self._pairs = pairs
+
+    def take(self) -> Iterator[_Pair]:
+        """The pairs themselves, one after the other; none is left."""
+        while self._pairs:
+            yield self._pairs.pop(0)
+
+    def copies(self) -> Iterator[_Pair]:
+        """Copies of the pairs: what walks on may change its values in place."""
+        return (copy.deepcopy(pair, {id(node): node for node in _nodes(pair)}) for pair in self._pairs)
+
+
+def _nodes(pair: _Pair) -> list[fx.Node]:
+    return [*pair.original, *pair.converted]
+
+
+def _held(model: nn.Module, example: Tensor) -> list[int]:
+    """For each node, the bytes that a pair of one image holds there, the image itself (1xCxHxW) included."""
+    graph, root = meta_graph(model)
+    walk = _Walk(graph, root, root)
+    env: Env = {}
+    held = []
+    with torch.no_grad():
+        for position, node in enumerate(walk.order):
+            before = _bytes(env)
+            env[node] = walk.run(node, root, env, example.to("meta"))
+            held.append(before + _bytes(env) + _bytes({node: example}))
+            walk.forget(env, position)
+    return held
+
+
+def _bytes(env: Env) -> int:
+    return sum(tensor.numel() * tensor.element_size() for value in env.values() for tensor in list_tensors(value))
+
+
+def _walk_of(model: nn.Module) -> _Walk:
+    graph, root = shared_graph(model)
+    return _Walk(graph, root, model)
+
+
+def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, at_most: int, generator: torch.Generator) -> None:
     """Add one batch: the patches of the converted network and the wanted outputs."""
     conv = cast(nn.Conv2d, walk.module(node))
     source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
-    wanted = original[node]
+    wanted = pair.original[node]
     residual = walk.residuals.get(node)
     if residual is not None:
-        gap = original[residual.other] - env[residual.other]
+        gap = pair.original[residual.other] - pair.converted[residual.other]
         if gap.shape == wanted.shape:
             wanted = wanted + gap * residual.inverse_scale[None, :, None, None].to(gap)
     at = choose_positions(wanted.shape[-2:], at_most, generator)
-    sums.add(patches_of(conv, env[source], at), outputs_at(wanted, conv.groups, at))
+    sums.add(patches_of(conv, pair.converted[source], at), outputs_at(wanted, conv.groups, at))
 
 
 def _sequential_evidence(one_pass: Evidence, sums: PatchSums) -> Evidence:
@@ -142,11 +200,30 @@ class _Walk:
         self.residuals: dict[fx.Node, _Residual] = {node: value for node, value in found.items() if value is not None}
         self.order = self._schedule(list(graph.nodes))
         place = {node: number for number, node in enumerate(self.order)}
-        self.last_used: dict[fx.Node, list[fx.Node]] = {}
+        self._last_read: list[list[fx.Node]] = [[] for _ in self.order]
         for node in self.order:
             readers = [*node.users, *(conv for conv, residual in self.residuals.items() if residual.other is node)]
-            last = max(readers, key=place.__getitem__, default=node)
-            self.last_used.setdefault(last, []).append(node)
+            self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
+
+    def advance(self, pair: _Pair, stop: int, model: nn.Module, converted: nn.Module) -> None:
+        """Walk on to the node at position `stop`."""
+        for position in range(pair.position, stop):
+            # What the original has of the node where it stands is still read there: it is forgotten on leaving.
+            if position >= 0:
+                self._step(pair.converted, position, converted, pair.images)
+                self.forget(pair.original, position)
+                self.forget(pair.converted, position)
+            self._step(pair.original, position + 1, model, pair.images)
+        pair.position = stop
+
+    def _step(self, env: Env, position: int, model: nn.Module, images: Tensor) -> None:
+        node = self.order[position]
+        env[node] = self.run(node, model, env, images)
+
+    def forget(self, env: Env, position: int) -> None:
+        """Drop the values that no node after that position reads."""
+        for gone in self._last_read[position]:
+            env.pop(gone, None)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls."""

@@ -1,0 +1,109 @@
+"""Several processes that work on one conversion, as `torchrun` starts them: who has which batches, and sums of all.
+
+torch is loaded where there are several only: the command line asks here before it shows its first progress bar.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=1)
+"""How long a process waits for the others: a polish of hours is done by the first one alone."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's number among `size` of them; a team of one, the default, does nothing and needs nothing.
+
+    Every process must make the same calls in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
+        """Of all items every `size`-th, with its number."""
+        return ((number, item) for number, item in enumerate(items) if number % self.size == self.rank)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors of one shape, the same bits for every process."""
+        if self.size == 1:
+            return tensor
+        from torch import distributed as dist
+
+        total = tensor.detach().cpu().contiguous().clone()
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process, which alone does it; where it fails, all do."""
+        if self.size == 1:
+            return work()
+        from torch import distributed as dist
+
+        box: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.leads:
+            try:
+                box[0] = (work(), None)
+            except Exception as error:
+                box[0] = (None, error)
+        dist.broadcast_object_list(box, src=0)
+        result, failure = box[0]
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]  # it is what work returned
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of their numbers."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed as dist
+
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]  # each process has filled in its own
+
+    def follow_(self, module: nn.Module) -> None:
+        """Give the module, in place, the parameters and buffers that it has in the first process."""
+        if self.size == 1:
+            return
+        from torch import distributed as dist
+
+        for tensor in module.state_dict().values():
+            sent = tensor.detach().cpu().contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)
+
+
+ALONE = Team()
+
+
+@contextmanager
+def joined() -> Iterator[Team]:
+    """The team that `torchrun` has started this process in, while the block lasts; a team of one without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
