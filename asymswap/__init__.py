@@ -12,12 +12,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asymswap.api import Calibration, Conversion, candidates, convert, load, plan, save
+    from asymswap.api import Calibration, Conversion, Timing, candidates, convert, load, plan, save
     from asymswap.errors import AsymswapError
 
-__all__ = ["AsymswapError", "Calibration", "Conversion", "__version__", "candidates", "convert", "load", "plan", "save"]
+__all__ = [
+    "AsymswapError",
+    "Calibration",
+    "Conversion",
+    "Timing",
+    "__version__",
+    "candidates",
+    "convert",
+    "load",
+    "plan",
+    "save",
+]
 
-_HOMES = dict.fromkeys(("Calibration", "Conversion", "candidates", "convert", "load", "plan", "save"), "asymswap.api")
+_HOMES = dict.fromkeys(
+    ("Calibration", "Conversion", "Timing", "candidates", "convert", "load", "plan", "save"), "asymswap.api"
+)
 _HOMES["AsymswapError"] = "asymswap.errors"
 
 

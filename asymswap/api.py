@@ -29,21 +29,22 @@ from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoin
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Inputs, Trace, describe, trace
+from asymswap.latency_budget import Timing, plan_in_time
 from asymswap.measure.cost import Costs, count_costs
 from asymswap.measure.fidelity import measure_fidelity, probe
 from asymswap.opening import Opened, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
-from asymswap.planning.plan import check_replay, make_plan, matched_sites, plan_from_json
+from asymswap.planning.plan import check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
-from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, Report, to_json
+from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, to_json
 from asymswap.sources.references import Request
 from asymswap.spec import Candidate, Cost, Plan, Progress, Site, silent
 from asymswap.summary import make_report, state_bytes
 from asymswap.tensors import first_not_finite
 
-__all__ = ["Calibration", "Candidates", "Conversion", "candidates", "convert", "load", "plan", "save"]
+__all__ = ["Calibration", "Candidates", "Conversion", "Timing", "candidates", "convert", "load", "plan", "save"]
 
 Model = str | Path | nn.Module
 
@@ -134,6 +135,7 @@ def convert(
     trust_pickle: bool = False,
     input_size: tuple[int, int, int] | None = None,
     evaluate: str | None = None,
+    timing: Timing | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Conversion:
@@ -141,7 +143,8 @@ def convert(
 
     `calibration` names images, without labels, on which ranks and weights are chosen: far more accurate than the
     weights alone; where it names a team of processes, all must call alike, and all get the same result. `evaluate` is a
-    data reference on whose test part both models' accuracy is measured; `seed` that of the probe batch.
+    data reference on whose test part both models' accuracy is measured; `timing` says how latency is measured under a
+    budget of it; `seed` is that of the probe batch.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
@@ -154,11 +157,12 @@ def convert(
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
-    done = _carry_out(opened, wanted, calibration, clock, progress)
+    done = _carry_out(opened, wanted, calibration, timing or Timing(), clock, progress)
 
     def measured() -> Report:
         name = where if recipe is None else str(recipe)
-        report = replace(_report(opened, done, name, wanted, seed), calibration=_calibration_row(done, data))
+        report = _report(opened, done, name, wanted, seed)
+        report = replace(report, latency=done.latency, calibration=_calibration_row(done, data))
         clock.stop("measure")
         if data is not None:
             report = replace(report, accuracy=_accuracy(opened.model, done.model, data, progress))
@@ -253,10 +257,16 @@ class _Done:
     gathered: Gathered | None
     sequential: bool
     polished: Polished | None
+    latency: LatencyRow | None
 
 
 def _carry_out(
-    opened: Opened, wanted: Recipe | Plan, calibration: Calibration | None, clock: _Clock, progress: Progress
+    opened: Opened,
+    wanted: Recipe | Plan,
+    calibration: Calibration | None,
+    timing: Timing,
+    clock: _Clock,
+    progress: Progress,
 ) -> _Done:
     """Trace, calibrate, plan and convert."""
     traced = trace(opened.model, opened.example())
@@ -268,13 +278,16 @@ def _carry_out(
         clock.stop("calibrate")
     evidence = {} if gathered is None else gathered.by_site
 
-    def planned() -> Plan:
+    def planned() -> tuple[Plan, LatencyRow | None]:
         if isinstance(wanted, Plan):
-            return check_replay(opened.model, traced.sites, wanted)
-        return make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence)
+            return check_replay(opened.model, traced.sites, wanted), None
+        if wanted.budget is None or wanted.budget.latency is None:
+            return make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence), None
+        choices = find_choices(opened.model, traced.sites, wanted, progress, evidence)
+        return plan_in_time(opened.model, opened.example(), choices, timing, progress)
 
     team = _team(calibration)
-    plan = team.first(planned)
+    plan, latency = team.first(planned)
     clock.stop("plan")
     converted = apply_plan(opened.model, plan, progress, evidence)
     if gathered is not None and calibration is not None:
@@ -284,7 +297,7 @@ def _carry_out(
         polished = team.first(lambda: polish(opened, converted, calibration, progress))
         team.follow_(converted)
         clock.stop("polish")
-    return _Done(converted, plan, traced, before, gathered, sequential, polished)
+    return _Done(converted, plan, traced, before, gathered, sequential, polished, latency)
 
 
 def _team(calibration: Calibration | None) -> Team:

@@ -12,6 +12,7 @@ from asymswap.graph.trace import Trace
 from asymswap.measure.cost import Costs
 from asymswap.measure.fidelity import Fidelity
 from asymswap.opening import Opened
+from asymswap.planning.plan import combined_error
 from asymswap.reporting.report import FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.spec import Cost, Keep, Plan, Site, Swap
 
@@ -56,10 +57,16 @@ def make_report(
         before=before.total,
         after=after.total,
         output=OutputChange(fidelity.output.relative, fidelity.output.largest, probe_text),
+        predicted_error=_predicted(plan),
         multiplier=plan.multiplier,
         weights_bytes=weights_bytes,
         files=files,
     )
+
+
+def _predicted(plan: Plan) -> float | None:
+    errors = [swap.predicted for swap in plan.swaps if swap.predicted is not None]
+    return combined_error(errors) if errors and len(errors) == len(plan.swaps) else None
 
 
 def state_bytes(model: nn.Module) -> int:

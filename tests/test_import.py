@@ -29,6 +29,7 @@ LAYERS = (
     ("training",),
     ("calibrate",),
     ("reporting",),
+    ("latency_budget",),
     ("deploy",),
     ("summary",),
     ("api",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,13 @@ from asymswap.cli import options as o
 _CHANGE = "What to do"
 _RESULT = "Result"
 _DATA = "Calibration (no labels needed)"
+
+
+class MemoryFormat(StrEnum):
+    """Orders of an image batch's numbers in memory."""
+
+    channels_last = "channels-last"
+    contiguous = "contiguous"
 
 
 def convert(
@@ -28,6 +36,17 @@ def convert(
     params: Annotated[
         float | None, typer.Option(help="Keep at most this fraction of its parameters.", rich_help_panel=_CHANGE)
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="Keep at most this fraction of its latency on this machine.", rich_help_panel=_CHANGE),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Save what can be saved at this predicted error of all layers.", rich_help_panel=_CHANGE),
+    ] = None,
+    memory_format: Annotated[
+        MemoryFormat, typer.Option(help="In which latency is measured.", rich_help_panel=_CHANGE)
+    ] = MemoryFormat.channels_last,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,12 +129,13 @@ def convert(
         files.check_suffix(report)
         if report == write_plan:
             raise AsymswapError(f"--report and --write-plan both name {report}; give them two files")
-    if macs is not None and params is not None:
-        raise AsymswapError("a budget is one of --macs and --params; give one of them")
-    overrides = o.parse_pairs("--set", settings)
-    overrides |= {f"budget.{name}": value for name, value in (("macs", macs), ("params", params)) if value is not None}
+    budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
+    given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
+    if len(given) > 1:
+        raise AsymswapError("a budget is one of --macs, --params, --latency and --max-error; give one of them")
+    overrides = o.parse_pairs("--set", settings) | given
     if plan is not None and overrides:
-        raise AsymswapError("a plan is settled: --set, --macs and --params go with --recipe; edit the plan instead")
+        raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
     with joined() as team, screen.progress(quiet or not team.leads) as step:
         from asymswap import api
@@ -154,6 +174,7 @@ def convert(
             trust_pickle=trust_pickle,
             input_size=o.parse_input_size(input_size),
             evaluate=evaluate,
+            timing=api.Timing(memory_format.value),
             seed=seed,
             progress=step,
         )

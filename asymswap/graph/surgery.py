@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ from asymswap.graph.sites import find_convs
 from asymswap.tensors import loose_tensors
 
 
-def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:
     """A deep copy of the model in which each named Conv2d is the given module instead; the model stays unchanged.
+
+    With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed.
 
     A conv that is registered under several names is swapped under all of them, by one and the same module; the weights
     of swapped convs are not copied. Every other module keeps its class, name, hooks and mode. Raises PlanError for a
@@ -29,6 +32,8 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     memo: dict[int, Any] = {id(convs[name][0]): module for name, module in replacements.items()}
     # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it anew.
     memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
+    if share:
+        memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
 
 

@@ -45,6 +45,9 @@ class Settings(KindSettings):
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm."""
 
+    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """A budget chooses ranks among the multiples of this number, and 1, 2, 4 … below it; see `_multiple` for `auto`."""
+
     bias: bool = False
     """Give the second conv a bias even where the conv has none; calibration corrects the output's mean by it."""
 
@@ -69,8 +72,13 @@ def refuse(conv: ConvSpec) -> str | None:
 
 
 def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
-    """Every rank of every order that the settings allow, whatever it costs."""
-    return [option for order in _orders(settings) for option in _curve(site, conv, order, settings, evidence)]
+    """The ranks of every order that the settings allow, whatever they cost."""
+    every: list[Option] = []
+    for order in _orders(settings):
+        curve = _curve(site, conv, order, settings, evidence)
+        step = _multiple(curve, site) if settings.multiple == "auto" else settings.multiple
+        every += [option for option in curve if _is_round(option.settings["rank"], step) or option is curve[-1]]
+    return every
 
 
 def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
@@ -233,6 +241,21 @@ def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, eviden
         for rank, (error, loss) in enumerate(zip(errors, losses, strict=True), start=1)
         if rank <= full_rank(site.conv, order)
     ]
+
+
+def _multiple(curve: Sequence[Option], site: Site) -> int:
+    """The largest of 16, 8, 4 and 2 that leaves six ranks below the break-even, else one.
+
+    Processors work on 16 channels at once (AVX-512), or on 8 or 4: a pair of rank 65 takes as long as one of rank 80.
+    Six ranks to choose from cost no accuracy that could be measured (docs/calibration.md).
+    """
+    paying = sum(option.cost.macs < site.cost.macs for option in curve)
+    return next((step for step in (16, 8, 4, 2) if 6 * step <= paying), 1)
+
+
+def _is_round(rank: int, step: int) -> bool:
+    """Whether it is a multiple of the step, or below it a power of two: the cheapest ranks stay within reach."""
+    return rank % step == 0 or (rank < step and rank.bit_count() == 1)
 
 
 def _spoilt(errors: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from asymswap import kinds
 from asymswap.errors import PlanError, RecipeError, near_names
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import Kind, KindSettings
-from asymswap.planning.budget import Point, allocate, least_cost
+from asymswap.planning.budget import Allocation, Point, allocate, least_cost
+from asymswap.planning.prices import Counted, Prices
 from asymswap.planning.recipe import Budget, Position, Recipe, Rule
 from asymswap.spec import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
 
@@ -51,6 +52,26 @@ def saves(new: Cost, old: Cost) -> bool:
     return new != old and new.macs <= old.macs and new.params <= old.params
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What a recipe leaves to be chosen: the sites of which a budget sets the size, each with its `curve` of options.
+
+    Everything else is decided: `fixed` says what the rules with sizes of their own come to, `keeps` what stays.
+    """
+
+    sites: Sequence[Site]
+    recipe: Recipe
+    left_open: Sequence[_Matched]
+    curves: Mapping[str, Sequence[Option]]
+    fixed: Mapping[str, tuple[Swap | Keep, Option | None]]
+    keeps: Mapping[str, Keep]
+
+    @property
+    def named_options(self) -> Mapping[str, tuple[str, Sequence[Option]]]:
+        """Kind and options of each open site."""
+        return {item.site.name: (item.kind_name, self.curves[item.site.name]) for item in self.left_open}
+
+
 def make_plan(
     model: nn.Module,
     sites: Sequence[Site],
@@ -59,12 +80,27 @@ def make_plan(
     progress: Progress = silent,
     evidence: Mapping[str, Evidence] | None = None,
 ) -> Plan:
-    """Decide about every site, settle all settings, and share the budget, if there is one.
+    """Decide about every site, settle all settings, and share the budget of MACs, parameters or error, if there is one.
 
     `total` is the cost of the whole model; `evidence` is that of each site, where there is some. Nothing is changed.
     Raises RecipeError for a rule that matches nothing, a setting that a matched conv cannot have, or a budget that
     cannot be reached.
     """
+    choices = find_choices(model, sites, recipe, progress, evidence)
+    measure = "macs" if recipe.budget is None else recipe.budget.measure
+    if measure == "latency":
+        raise RecipeError("a budget of latency needs measuring: use asymswap.convert")
+    return choose(choices, Counted(measure, total))
+
+
+def find_choices(
+    model: nn.Module,
+    sites: Sequence[Site],
+    recipe: Recipe,
+    progress: Progress = silent,
+    evidence: Mapping[str, Evidence] | None = None,
+) -> Choices:
+    """Decide all that does not depend on the budget; raises RecipeError as `make_plan` does."""
     matched: list[_Matched] = []
     keeps: dict[str, Keep] = {}
     for site, index in zip(sites, find_rule(sites, recipe).values(), strict=True):
@@ -73,35 +109,82 @@ def make_plan(
             keeps[site.name] = decision
         else:
             matched.append(decision)
-    fixed = [item for item in matched if not item.rule.leaves_size_open]
-    left_open = [item for item in matched if item.rule.leaves_size_open]
-    swaps: dict[str, Swap] = {}
-    costs: dict[str, Cost] = {}
-    for done, item in enumerate(fixed, start=1):
-        result, cost = _settle(item)
-        costs[item.site.name] = cost
-        if isinstance(result, Swap):
-            swaps[item.site.name] = result
+    fixed: dict[str, tuple[Swap | Keep, Option | None]] = {}
+    curves: dict[str, Sequence[Option]] = {}
+    for done, item in enumerate(matched, start=1):
+        if item.rule.leaves_size_open:
+            curves[item.site.name] = item.options()
         else:
-            keeps[item.site.name] = result
+            fixed[item.site.name] = _settle(item)
         progress("factorising", done, len(matched))
+    left_open = [item for item in matched if item.rule.leaves_size_open]
+    return Choices(sites, recipe, left_open, curves, fixed, keeps)
+
+
+def choose(
+    choices: Choices, prices: Prices, fraction: float | None = None, undone: Mapping[str, str] | None = None
+) -> Plan:
+    """Share the budget by the given prices, if there is one.
+
+    `fraction` takes the place of the budget's own; sites in `undone` are kept, for the reasons given there. Raises
+    RecipeError for a budget that cannot be reached.
+    """
+    swaps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Swap)}
+    keeps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Keep)}
+    keeps |= choices.keeps
     multiplier = None
-    if recipe.budget is not None and left_open:
-        curves = []
-        for done, item in enumerate(left_open, start=1 + len(fixed)):
-            curves.append(item.options())
-            progress("factorising", done, len(matched))
-        points = [_points(item, c, recipe.budget.measure) for item, c in zip(left_open, curves, strict=True)]
-        spent_elsewhere = sum(costs.values(), start=Cost(0, 0))
-        limit = _limit(recipe.budget, matched, spent_elsewhere, total, least_cost(points))
-        allocation = allocate(points, limit)
+    budget = choices.recipe.budget
+    items = [item for item in choices.left_open if item.site.name not in (undone or {})]
+    if budget is not None and choices.left_open:
+        curves = [choices.curves[item.site.name] for item in items]
+        points = [_points(item, curve, prices) for item, curve in zip(items, curves, strict=True)]
+        if budget.max_error is None:
+            limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
+            allocation = allocate(points, limit)
+        else:
+            others = [option.error for _, option in choices.fixed.values() if option is not None]
+            allocation = _within_error(points, curves, budget.max_error, others)
         multiplier = allocation.multiplier
-        _share(left_open, curves, allocation.chosen, swaps, keeps)
+        _share(items, curves, allocation.chosen, swaps, keeps)
+    for item in choices.left_open:
+        if item.site.name in (undone or {}):
+            keeps[item.site.name] = Keep(item.site.name, f"rule {item.number}, but {(undone or {})[item.site.name]}")
     return Plan(
-        swaps=tuple(swaps[site.name] for site in sites if site.name in swaps),
-        keeps=tuple(keeps[site.name] for site in sites if site.name in keeps),
+        swaps=tuple(swaps[site.name] for site in choices.sites if site.name in swaps),
+        keeps=tuple(keeps[site.name] for site in choices.sites if site.name in keeps),
         multiplier=multiplier,
     )
+
+
+def combined_error(errors: Iterable[float]) -> float:
+    """What relative errors of single layers come to together: sqrt(1 - product of (1 - error^2)).
+
+    Of each layer's energy the share 1 - error^2 is right; the product of the shares is what a budget keeps large
+    (Zhang, Zou, He and Sun, 2015, section 3.4).
+    """
+    return math.sqrt(max(0.0, 1 - math.prod(1 - min(error, 1.0) ** 2 for error in errors)))
+
+
+def _within_error(
+    points: Sequence[Sequence[Point]], curves: Sequence[Sequence[Option]], most: float, others: Sequence[float]
+) -> Allocation:
+    """The cheapest allocation found whose errors, and the squared ones of `others`, come to at most `most` together."""
+
+    def error_of(allocation: Allocation) -> float:
+        pairs = zip(curves, allocation.chosen, strict=True)
+        squares = [curve[index].error for curve, index in pairs if index < len(curve)]
+        return combined_error(math.sqrt(square) for square in (*others, *squares))
+
+    low, high = least_cost(points), sum(curve[-1].cost for curve in points)
+    best = allocate(points, high)
+    while low < high:
+        middle = (low + high) // 2
+        found = allocate(points, middle)
+        if error_of(found) <= most:
+            best, high = found, middle
+        else:
+            low = middle + 1
+    return best
 
 
 def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
@@ -147,15 +230,15 @@ def _decide(
     return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence)
 
 
-def _settle(item: _Matched) -> tuple[Swap | Keep, Cost]:
-    """What a rule with a size of its own makes of a site, and what the site costs then."""
+def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
+    """What a rule with a size of its own makes of a site, and by which option if it is swapped."""
     try:
         option = item.kind.settle(item.site, item.conv, item.settings, item.evidence)
     except RecipeError as error:
         raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
     if item.settings.allow_growth or saves(option.cost, item.site.cost):
-        return item.swap(option), option.cost
-    return Keep(item.site.name, _no_gain(item.number, option, item.site.cost)), item.site.cost
+        return item.swap(option), option
+    return Keep(item.site.name, _no_gain(item.number, option, item.site.cost)), None
 
 
 def _no_gain(number: int, option: Option, old: Cost) -> str:
@@ -165,37 +248,35 @@ def _no_gain(number: int, option: Option, old: Cost) -> str:
 
 
 def _limit(
-    budget: Budget,
-    matched: Sequence[_Matched],
-    spent_elsewhere: Cost,
-    total: Cost,
-    cheapest: int,
+    choices: Choices, budget: Budget, prices: Prices, fraction: float, undone: Mapping[str, str], cheapest: int
 ) -> int:
     """What the open sites may cost together; raises RecipeError where that is less than their `cheapest` options."""
-    measure = budget.measure
-
-    def of(cost: Cost) -> int:
-        return int(getattr(cost, measure))
-
-    matched_before = sum(of(item.site.cost) for item in matched)
-    whole = matched_before if budget.over == "matched" else of(total)
-    untouched = whole - matched_before + of(spent_elsewhere)
+    by_name = {site.name: site for site in choices.sites}
+    names = [*choices.fixed, *choices.curves]
+    matched_before = sum(prices.keep(by_name[name]) for name in names)
+    settled = sum(prices.keep(by_name[name]) for name in undone)
+    for name, (result, option) in choices.fixed.items():
+        if isinstance(result, Swap) and option is not None:
+            settled += prices.option(by_name[name], result.kind, option)
+        else:
+            settled += prices.keep(by_name[name])
+    whole = matched_before if budget.over == "matched" else prices.total
+    untouched = whole - matched_before + settled
     least = untouched + cheapest
-    if least > budget.fraction * whole:
-        share = matched_before / of(total)
-        what = "MACs" if measure == "macs" else "parameters"
+    if least > fraction * whole:
+        share = matched_before / prices.total
         raise RecipeError(
-            f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's {what}, "
-            f"and at rank 1 everywhere {least / whole:.3f} is left; ask for at least {_round_up(least / whole)}"
-            + (", or match more convs" if budget.over == "model" else "")
+            f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's "
+            f"{prices.what}, and with the smallest swap everywhere {least / whole:.3f} is left; ask for at least "
+            f"{_round_up(least / whole)}" + (", or match more convs" if budget.over == "model" else "")
         )
-    return int(budget.fraction * whole) - untouched
+    return int(fraction * whole) - untouched
 
 
-def _points(item: _Matched, options: Sequence[Option], measure: str) -> list[Point]:
+def _points(item: _Matched, options: Sequence[Option], prices: Prices) -> list[Point]:
     """The options as points, and keeping the site as the last of them."""
-    points = [Point(getattr(option.cost, measure), option.loss) for option in options]
-    return [*points, Point(getattr(item.site.cost, measure), 0.0)]
+    points = [Point(prices.option(item.site, item.kind_name, option), option.loss) for option in options]
+    return [*points, Point(prices.keep(item.site), 0.0)]
 
 
 def _share(

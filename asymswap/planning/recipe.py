@@ -201,32 +201,51 @@ class Rule(_Strict):
         return self.swap is not None and bool(kinds.load(self.swap["kind"]).SIZES) and self.size is None
 
 
-class Budget(_Strict):
-    """The fraction of the MACs or parameters that may be left, of the model or of the matched convs."""
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
-    macs: Annotated[float, Field(gt=0, le=1)] | None = None
-    params: Annotated[float, Field(gt=0, le=1)] | None = None
+
+class Budget(_Strict):
+    """What may be left, of the model or of the matched convs: a fraction of the MACs, the parameters or the latency.
+
+    Or, with `max_error`, how large the error of all layers together may become, for as few MACs as that takes.
+    """
+
+    macs: Fraction | None = None
+    params: Fraction | None = None
+    latency: Fraction | None = None
+    max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     over: Literal["model", "matched"] = "model"
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("a budget needs either macs or params")
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a budget needs one of {', '.join(BUDGETS)}" + (f", not {' and '.join(given)}" * bool(given))
+            )
         return self
 
     @property
-    def measure(self) -> Literal["macs", "params"]:
-        """Which of the two costs is bounded."""
-        return "macs" if self.macs is not None else "params"
+    def measure(self) -> Literal["macs", "params", "latency"]:
+        """Which cost is bounded, or made as low as the error allows."""
+        if self.latency is not None:
+            return "latency"
+        return "params" if self.params is not None else "macs"
 
     @property
     def fraction(self) -> float:
-        """The bound."""
-        return self.macs or self.params or 1.0
+        """The bound on it."""
+        return self.macs or self.params or self.latency or 1.0
 
     def __str__(self) -> str:
+        if self.max_error is not None:
+            return f"a predicted error of all layers together of at most {self.max_error:g}"
         what = "the matched convs'" if self.over == "matched" else "the model's"
-        return f"{self.fraction:g} of {what} {'MACs' if self.measure == 'macs' else 'parameters'}"
+        return f"{self.fraction:g} of {what} {_MEASURES[self.measure]}"
+
+
+BUDGETS = ("macs", "params", "latency", "max_error")
+_MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 class Recipe(_Strict):
@@ -307,7 +326,7 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
 def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Put `--set` and budget options into a recipe that has been read but not checked.
 
-    `budget.macs`, `budget.params` and `budget.over` change the budget, of which one measure is left; any other key
+    `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key
     goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
     size, and of the budget where no rule is left for it. Raises RecipeError for a key that no rule takes.
     """
@@ -320,7 +339,7 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     for key, wanted in overrides.items():
         if key.startswith("budget."):
             part = key.removeprefix("budget.")
-            kept = {} if part in ("macs", "params") else dict(budget or {})
+            kept = {} if part in BUDGETS else dict(budget or {})
             budget = {**kept, part: wanted}
         else:
             _override_rules(rules, key, wanted)

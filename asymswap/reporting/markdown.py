@@ -31,6 +31,9 @@ def to_markdown(report: Report) -> str:
             words.share(report.after.params, report.before.params),
         ],
     ]
+    if report.latency is not None:
+        was, now = report.latency.before, report.latency.after
+        head.append(["latency", f"{1e3 * was:.2f} ms", f"{1e3 * now:.2f} ms", words.share(now, was)])
     if report.accuracy is not None:
         acc = report.accuracy
         points = f"{100 * (acc.after - acc.before):+.2f} points"
@@ -42,6 +45,7 @@ def to_markdown(report: Report) -> str:
         f"Output of the whole model: {words.error(output.relative)} relative difference, "
         f"{output.largest:.3g} at most, on {output.probe}",
         *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
+        *_predicted(report),
         *_calibration(report),
         *model.notes,
         *(f"File {file.path}: {words.size(file.bytes)}" for file in report.files),
@@ -62,6 +66,13 @@ def to_markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _predicted(report: Report) -> list[str]:
+    lines = [] if report.latency is None else words.latency(report.latency)
+    if report.predicted_error is None:
+        return lines
+    return [f"Predicted error of all layers together: {words.error(report.predicted_error)}", *lines]
 
 
 def _calibration(report: Report) -> list[str]:

@@ -70,6 +70,24 @@ class CalibrationRow:
 
 
 @dataclass(frozen=True)
+class LatencyRow:
+    """Seconds of one forward pass before and after, measured in turn on `machine`, the minimum of several rounds.
+
+    `wanted` is the fraction that was asked for; `undone` names the convs whose swaps were measured to be slower than
+    the conv itself, and were taken back.
+    """
+
+    before: float
+    after: float
+    memory_format: str
+    batch: int
+    threads: int
+    machine: str
+    wanted: float | None = None
+    undone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class FileRow:
     """A file read or written, and its size in bytes; `path` is None where nothing was written."""
 
@@ -94,7 +112,8 @@ class ModelRow:
 class Report:
     """Everything that a conversion has to say.
 
-    `rest` is the cost of everything outside of the sites, so that the totals are the sums of the rows and it.
+    `rest` is the cost of everything outside of the sites, so that the totals are the sums of the rows and it;
+    `predicted_error` is what the predicted errors of all swapped sites come to: sqrt(1 - product of (1 - error^2)).
     """
 
     asymswap: str
@@ -107,7 +126,9 @@ class Report:
     before: Cost
     after: Cost
     output: OutputChange
+    predicted_error: float | None = None
     multiplier: float | None = None
+    latency: LatencyRow | None = None
     calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
     weights_bytes: tuple[int, int] = (0, 0)

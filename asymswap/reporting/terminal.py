@@ -109,6 +109,9 @@ def _headline(report: Report) -> Table:
             words.share(report.weights_bytes[1], report.weights_bytes[0]),
         ),
     ]
+    if report.latency is not None:
+        was, now = report.latency.before, report.latency.after
+        rows.append(("latency", f"{1e3 * was:.3g} ms", f"{1e3 * now:.3g} ms", f"{100 * now / was:.1f} %"))
     if report.accuracy is not None:
         acc = report.accuracy
         change = f"{100 * (acc.after - acc.before):+.2f} points"
@@ -156,6 +159,10 @@ def _fine_print(report: Report) -> list[str]:
         lines.append("(Output) error: relative change of the layer's own output, on the original's input to it.")
     if report.budget is not None:
         lines.append(f"Budget: {report.budget}.")
+    if report.predicted_error is not None:
+        lines.append(f"Predicted error of all layers together: {words.error(report.predicted_error)}.")
+    if report.latency is not None:
+        lines += words.latency(report.latency)
     if report.accuracy is not None:
         lines.append(f"Top-1 on {report.accuracy.data}." + (f" {report.accuracy.note}" if report.accuracy.note else ""))
     if report.calibration is not None:

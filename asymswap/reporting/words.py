@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from asymswap.reporting.report import SiteRow
+from asymswap.reporting.report import LatencyRow, SiteRow
 
 
 def count(value: float) -> str:
@@ -54,6 +54,23 @@ def settings(values: Mapping[str, Any]) -> str:
         else:
             parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
     return ", ".join(parts)
+
+
+def latency(row: LatencyRow) -> list[str]:
+    """How latency was measured, and what came of it beside the figures."""
+    threads = f"{row.threads} thread" + "s" * (row.threads != 1)
+    lines = [
+        f"Latency: batch {row.batch}, {row.memory_format}, {threads} of {row.machine}; both networks in turn, the "
+        "minimum of all rounds."
+    ]
+    if row.undone:
+        lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(row.undone)}.")
+    if row.wanted is not None and row.after > row.wanted * row.before:
+        lines.append(
+            f"The latency measured is above the budget of {row.wanted:g}: the machine is noisy, or the convs matched "
+            "cannot bring it about."
+        )
+    return lines
 
 
 def kept(rows: Iterable[SiteRow]) -> list[str]:
