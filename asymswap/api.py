@@ -227,8 +227,12 @@ def _check_finite(opened: Opened) -> None:
 
 def _open_data(reference: str, opened: Opened) -> Any:
     from asymswap.training.data import open_data
+    from asymswap.training.evaluate import check_classifier
 
-    return open_data(reference, opened.source.preprocessing, "test")
+    data = open_data(reference, opened.source.preprocessing, "test")
+    # Now, and not when the conversion has been made.
+    check_classifier(opened.model, data)
+    return data
 
 
 def _accuracy(original: nn.Module, converted: nn.Module, data: Any, progress: Progress) -> AccuracyRow:

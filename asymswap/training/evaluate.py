@@ -42,9 +42,7 @@ def evaluate(
     Raises:
         SourceError: the data is empty, or the model does not return scores for all of its classes.
     """
-    total = len(data)
-    if total == 0:
-        raise SourceError(f"there is nothing to evaluate on: {data.description}")
+    total = _count(data)
     device, dtype = _placement(model)
     # A generator of its own: the loader would otherwise draw from the global one and change what is random afterwards.
     loader = DataLoader(data.images, batch_size, generator=torch.Generator())
@@ -59,6 +57,20 @@ def evaluate(
             if progress is not None:
                 progress(done, total)
     return Accuracy(correct / total, correct, total, classes, time.perf_counter() - start)
+
+
+def check_classifier(model: nn.Module, data: LabelledImages) -> None:
+    """Raise what `evaluate` would raise, from the first image alone."""
+    _count(data)
+    device, dtype = _placement(model)
+    with eval_mode(model), torch.inference_mode():
+        _check_scores(model(data.images[0][0][None].to(device, dtype)), data)
+
+
+def _count(data: LabelledImages) -> int:
+    if len(data) == 0:
+        raise SourceError(f"there is nothing to evaluate on: {data.description}")
+    return len(data)
 
 
 def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
