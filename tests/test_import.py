@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "asymswap"
 LAYERS = (
     ("errors",),
     ("spec",),
-    ("tensors", "output", "distributed"),
+    ("tensors", "output", "distributed", "strips"),
     ("factorize",),
     ("kinds",),
     ("sources",),

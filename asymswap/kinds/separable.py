@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize import covariance, svd
 from asymswap.factorize.evidence import Evidence
+from asymswap.factorize.loss import loss
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
 
@@ -223,22 +224,19 @@ def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, eviden
     bias = settings.bias or (evidence is not None and not site.conv.bias)
     if evidence is None:
         errors = _left(svd.energies(svd.as_matrix(conv.weight, conv.groups, vertical_first)))
-        losses = _spoilt(errors)
     else:
         problem = covariance.arrange(evidence, site.conv.kernel, vertical_first)
         plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
         errors = _left(covariance.spectrum(plain)[1])
-        losses = _spoilt(errors)
-        if evidence.weight_GOO is not None:
-            # Half the weighted error is K-FAC's estimate of the divergence. Its geometric mean with the loss of the
-            # layer alone ranks layers better than either does (docs/calibration.md).
-            weighted = covariance.spectrum(problem)[1]
-            divergence = 0.5 * float(weighted.sum())
-            losses = [math.sqrt(one * divergence * other) for one, other in zip(losses, _left(weighted), strict=True)]
+    divergences: Sequence[float | None] = [None] * len(errors)
+    if evidence is not None and evidence.weight_GOO is not None:
+        weighted = covariance.spectrum(problem)[1]
+        whole = 0.5 * float(weighted.sum())
+        divergences = [whole * left for left in _left(weighted)]
     extra = {"bias": True} if bias and not site.conv.bias else {}
     return [
-        Option({"rank": rank, "order": order, **extra}, pair_cost(site, rank, order, bias), error, loss)
-        for rank, (error, loss) in enumerate(zip(errors, losses, strict=True), start=1)
+        Option({"rank": rank, "order": order, **extra}, pair_cost(site, rank, order, bias), error, loss(error, nats))
+        for rank, (error, nats) in enumerate(zip(errors, divergences, strict=True), start=1)
         if rank <= full_rank(site.conv, order)
     ]
 
@@ -256,16 +254,6 @@ def _multiple(curve: Sequence[Option], site: Site) -> int:
 def _is_round(rank: int, step: int) -> bool:
     """Whether it is a multiple of the step, or below it a power of two: the cheapest ranks stay within reach."""
     return rank % step == 0 or (rank < step and rank.bit_count() == 1)
-
-
-def _spoilt(errors: Sequence[float]) -> list[float]:
-    """What a layer's relative error costs the network: the logarithm of the energy that is kept, without its sign.
-
-    Summed over layers that is the product of what each keeps, as in Zhang, Zou, He and Sun, 2015, section 3.4. For
-    small errors it is the error itself; but no budget may save by spoiling one layer altogether, as sums of errors
-    would.
-    """
-    return [-math.log1p(-min(error, 1 - 1e-12)) for error in errors]
 
 
 def _left(energy_GK: Tensor) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,11 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Case:
-    """Any conv with more than one row and column of taps."""
+def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32, sides: Sequence[int] = (2, 3, 4, 5)) -> Case:
+    """Any conv with more than one row and column of taps; `sides` are those that its kernel may have."""
     groups = draw(st.integers(1, 3))
     group_in, group_out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    kernel = (draw(st.integers(2, 5)), draw(st.integers(2, 5)))
+    kernel = (draw(st.sampled_from(sides)), draw(st.sampled_from(sides)))
     dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     padding = draw(st.one_of(st.sampled_from(["same", "valid"]), st.tuples(st.integers(0, 3), st.integers(0, 3))))
     stride = (1, 1) if padding == "same" else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))

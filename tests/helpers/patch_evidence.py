@@ -1,0 +1,41 @@
+"""Evidence of one conv from every patch of an input, and the patches themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from conv_cases import Case
+from torch import Tensor
+
+from asymswap.factorize.evidence import Evidence
+from asymswap.planning.calibration import PatchSums, choose_positions, patches_of
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The evidence, and the patches (G, D, N) that it was gathered from, in float64."""
+
+    evidence: Evidence
+    patches_GDN: Tensor
+
+
+def see_all(case: Case, weighted: bool = False) -> Seen:
+    """Look at every pixel of the conv's output on the case's input; `weighted` adds random output gradients."""
+    conv = case.conv
+    with torch.no_grad():
+        y = conv(case.x)
+        at = choose_positions(y.shape[-2:], y.shape[-2] * y.shape[-1], torch.Generator().manual_seed(0))
+        patches = patches_of(conv, case.x, at).to(torch.float64)
+        sums = PatchSums()
+        sums.add(patches)
+        mean, covariance = sums.moments()
+        kernel = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
+        wanted = torch.einsum("god,gd->go", kernel, mean)
+        if conv.bias is not None:
+            wanted = wanted + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
+        weight = None
+        if weighted:
+            slopes = torch.randn(conv.groups, 20, kernel.shape[1], dtype=torch.float64)
+            weight = slopes.mT @ slopes / 20
+    return Seen(Evidence(mean, covariance, kernel, wanted, weight, sums.patches), patches)
