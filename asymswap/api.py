@@ -41,7 +41,7 @@ from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, to_json
 from asymswap.sources.references import Request
 from asymswap.spec import Candidate, Cost, Plan, Progress, Site, silent
-from asymswap.summary import make_report, state_bytes
+from asymswap.summary import check_promises, make_report, state_bytes
 from asymswap.tensors import first_not_finite
 
 __all__ = ["Calibration", "Candidates", "Conversion", "Timing", "candidates", "convert", "load", "plan", "save"]
@@ -136,6 +136,7 @@ def convert(
     input_size: tuple[int, int, int] | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
+    allow_drift: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Conversion:
@@ -144,7 +145,8 @@ def convert(
     `calibration` names images, without labels, on which ranks and weights are chosen: far more accurate than the
     weights alone; where it names a team of processes, all must call alike, and all get the same result. `evaluate` is a
     data reference on whose test part both models' accuracy is measured; `timing` says how latency is measured under a
-    budget of it; `seed` is that of the probe batch.
+    budget of it; `seed` is that of the probe batch. A kind that promises to preserve the function is held to it on the
+    probe batch, unless `allow_drift`.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
@@ -162,6 +164,8 @@ def convert(
     def measured() -> Report:
         name = where if recipe is None else str(recipe)
         report = _report(opened, done, name, wanted, seed)
+        if not allow_drift:
+            check_promises(report, opened.dtype())
         report = replace(report, latency=done.latency, calibration=_calibration_row(done, data))
         clock.stop("measure")
         if data is not None:
@@ -274,7 +278,8 @@ def _carry_out(
 ) -> _Done:
     """Trace, calibrate, plan and convert."""
     traced = trace(opened.model, opened.example())
-    before = count_costs(opened.model, opened.example(), [site.name for site in traced.sites])
+    norms = {near.name for site in traced.sites for near in site.after or () if near.op == "batch_norm" and near.alone}
+    before = count_costs(opened.model, opened.example(), [*(site.name for site in traced.sites), *norms])
     clock.stop("trace")
     gathered, sequential, polished = None, False, None
     if calibration is not None:
@@ -348,8 +353,8 @@ def _calibration_row(done: _Done, data: Any) -> CalibrationRow | None:
     notes = list(gathered.notes)
     if polished is not None:
         notes.append(
-            f"polished for {polished.steps} steps on {polished.images} images: divergence on held-back ones "
-            f"{polished.before:.4f} -> {polished.after:.4f} (the weights of step {polished.kept_step})"
+            f"polished for {polished.steps} steps on {polished.images} images: difference of the outputs on held-back "
+            f"ones {polished.before:.4f} -> {polished.after:.4f} (the weights of step {polished.kept_step})"
         )
     if data is not None and data.description == gathered.description:
         notes.append("calibrated and evaluated on the same images: the accuracy is too good to be trusted")

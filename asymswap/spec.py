@@ -107,12 +107,14 @@ class Neighbour:
     """A node beside a conv in the fx graph.
 
     `op` is a canonical name (`batch_norm`, `relu`, `add`, `concat`, `conv`, `input` …), `name` the module's or node's
-    own name; `direct` is False where a batch norm stands between the conv and this node.
+    own name; `direct` is False where a batch norm stands between the conv and this node. `alone` is True where it is
+    known that the module runs once in a forward pass, so that it sees this conv and nothing else.
     """
 
     op: str
     name: str
     direct: bool = True
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Swap:
     """One site of a plan that is replaced: by which kind, with which fully settled settings, and why.
 
     `predicted` is the relative error that was expected when it was planned: of the kernel, or with calibration of the
-    layer's output.
+    layer's output. `absorbs` is the batch norm that the replacement takes over, and that becomes an identity.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -158,6 +160,7 @@ class Swap:
     settings: Mapping[str, Any]
     reason: str = ""
     predicted: float | None = None
+    absorbs: str | None = None
 
 
 @dataclass(frozen=True)

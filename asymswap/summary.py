@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 import asymswap
 from asymswap import kinds
+from asymswap.errors import AsymswapError
 from asymswap.graph.trace import Trace
 from asymswap.measure.cost import Costs
 from asymswap.measure.fidelity import Fidelity
 from asymswap.opening import Opened
 from asymswap.planning.plan import combined_error
+from asymswap.reporting import words
 from asymswap.reporting.report import FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.spec import Cost, Keep, Plan, Site, Swap
 
@@ -32,10 +35,7 @@ def make_report(
     before, after = costs
     entries: dict[str, Swap | Keep] = {keep.site: keep for keep in plan.keeps}
     entries |= {swap.site: swap for swap in plan.swaps}
-    rows = tuple(
-        _row(site, entries[site.name], before.by_name[site.name], after.by_name[site.name], fidelity)
-        for site in traced.sites
-    )
+    rows = tuple(_row(site, entries[site.name], before, after.by_name[site.name], fidelity) for site in traced.sites)
     source = opened.source
     files = () if source.file is None else (FileRow(str(source.file), source.file.stat().st_size),)
     return Report(
@@ -64,6 +64,38 @@ def make_report(
     )
 
 
+_PROMISED = 1e-4
+"""Relative change of an output up to which it counts as preserved; where the dtype is coarser, its own steps count."""
+
+
+def check_promises(report: Report, dtype: torch.dtype) -> None:
+    """Raise AsymswapError where a kind has not kept what it promises, or all of them together have not."""
+    allowed = max(_PROMISED, 8 * torch.finfo(dtype).eps)
+    for row in report.swapped:
+        if row.exact and row.output_error is not None and not row.output_error <= allowed:
+            raise AsymswapError(
+                f"{row.kind} promises to preserve {row.site}, but its output has changed by {row.output_error:.1e} "
+                f"(allowed {allowed:.0e}); keep it by a rule, or say --allow-drift"
+            )
+    if report.swapped and all(row.exact for row in report.swapped) and not report.output.relative <= 10 * allowed:
+        raise AsymswapError(
+            f"every swap promises to preserve the function, but the model's output has changed by "
+            f"{report.output.relative:.1e}; say --allow-drift to have it nevertheless"
+        )
+
+
+def _in_short(swap: Swap) -> str:
+    """The settings that are not what the kind has by itself, or its name where there are none."""
+    fields = kinds.load(swap.kind).Settings.model_fields
+    told = {key: value for key, value in swap.settings.items() if value != fields[key].default}
+    return words.settings(told if told.keys() - {"bias"} else {swap.kind: True, **told})
+
+
+def promises(site: Site, swap: Swap) -> bool:
+    """Whether the swap's kind promises that nothing changes at this site."""
+    return kinds.load(swap.kind).preserves(site.conv, kinds.parse_settings(swap.kind, swap.settings))
+
+
 def _predicted(plan: Plan) -> float | None:
     errors = [swap.predicted for swap in plan.swaps if swap.predicted is not None]
     return combined_error(errors) if errors and len(errors) == len(plan.swaps) else None
@@ -75,9 +107,12 @@ def state_bytes(model: nn.Module) -> int:
     return sum(getattr(t, "numel", int)() * getattr(t, "element_size", int)() for t in state.values())
 
 
-def _row(site: Site, entry: Swap | Keep, before: Cost, after: Cost, fidelity: Fidelity) -> SiteRow:
+def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> SiteRow:
     swap = entry if isinstance(entry, Swap) else None
     error = fidelity.site_outputs.get(site.name)
+    if swap is not None and swap.absorbs is not None:
+        # What the batch norm cost stays with the rest of the model, so that the sums come out right.
+        after -= before.by_name[swap.absorbs]
     return SiteRow(
         site=site.name,
         conv=site.conv.describe(),
@@ -85,12 +120,15 @@ def _row(site: Site, entry: Swap | Keep, before: Cost, after: Cost, fidelity: Fi
         calls=len(site.calls),
         action="swap" if swap else "keep",
         kind=swap.kind if swap else None,
+        becomes="" if swap is None else _in_short(swap),
         settings=dict(swap.settings) if swap else {},
         reason=entry.reason,
-        before=before,
+        before=before.by_name[site.name],
         after=after,
         predicted_error=swap.predicted if swap else None,
         kernel_error=fidelity.kernels.get(site.name),
         output_error=error.relative if error else None,
         output_largest=error.largest if error else None,
+        exact=None if swap is None else promises(site, swap),
+        absorbs=None if swap is None else swap.absorbs,
     )

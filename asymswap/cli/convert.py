@@ -67,6 +67,14 @@ def convert(
     report: Annotated[
         Path | None, typer.Option(help="Write the report to this .json or .md file.", rich_help_panel=_RESULT)
     ] = None,
+    allow_drift: Annotated[
+        bool,
+        typer.Option(
+            "--allow-drift",
+            help="Write the model even where a kind has not preserved what it promises to.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = False,
     evaluate: Annotated[
         str | None,
         typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=_RESULT),
@@ -175,6 +183,7 @@ def convert(
             input_size=o.parse_input_size(input_size),
             evaluate=evaluate,
             timing=api.Timing(memory_format.value),
+            allow_drift=allow_drift,
             seed=seed,
             progress=step,
         )

@@ -11,25 +11,24 @@ import torch
 from torch import nn
 
 from asymswap.errors import PlanError, near_names
-from asymswap.graph.sites import find_convs
 from asymswap.tensors import loose_tensors
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:
-    """A deep copy of the model in which each named Conv2d is the given module instead; the model stays unchanged.
+    """A deep copy of the model in which each named module is the given one instead; the model stays unchanged.
 
     With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed.
 
-    A conv that is registered under several names is swapped under all of them, by one and the same module; the weights
-    of swapped convs are not copied. Every other module keeps its class, name, hooks and mode. Raises PlanError for a
-    name that is no Conv2d of the model, before anything is copied.
+    A module that is registered under several names is swapped under all of them, by one and the same module; the
+    weights of what is swapped are not copied. Every other module keeps its class, name, hooks and mode. Raises
+    PlanError for a name that is no module of the model, before anything is copied.
     """
-    convs = find_convs(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in replacements:
-        if name not in convs:
-            raise PlanError(f"the model has no Conv2d named {name!r}{near_names(name, convs)}")
-    # deepcopy asks its memo first: whoever refers to the conv, by whatever path, gets the replacement.
-    memo: dict[int, Any] = {id(convs[name][0]): module for name, module in replacements.items()}
+        if name not in modules:
+            raise PlanError(f"the model has no module named {name!r}{near_names(name, modules)}")
+    # deepcopy asks its memo first: whoever refers to the module, by whatever path, gets the replacement.
+    memo: dict[int, Any] = {id(modules[name]): new for name, new in replacements.items()}
     # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it anew.
     memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     if share:
@@ -37,13 +36,21 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
     return copy.deepcopy(model, memo)
 
 
-def take_over_(replacement: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Give a replacement, in place, the conv's device, mode and trainability, and its memory format; returns it."""
+def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None = None) -> nn.Module:
+    """Give a replacement, in place, the conv's device, mode and trainability, and its memory format; returns it.
+
+    `norm` is a batch norm that it has taken over, whose mode and trainability its own batch norms get.
+    """
     replacement.to(conv.weight.device)
     replacement.train(conv.training)
     for name, parameter in replacement.named_parameters():
         own = conv.bias if name.rpartition(".")[2] == "bias" and conv.bias is not None else conv.weight
         parameter.requires_grad_(own.requires_grad)
+    if norm is not None:
+        for part in replacement.modules():
+            if isinstance(part, nn.modules.batchnorm._NormBase):
+                part.train(norm.training)
+                part.requires_grad_(all(parameter.requires_grad for parameter in norm.parameters()))
     if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
         replacement.to(memory_format=torch.channels_last)
     return replacement

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -147,6 +147,7 @@ def _read_graphs(model: nn.Module, parts: dict[str, fx.Graph]) -> tuple[dict[str
     read_elsewhere: set[str] = set()
     for prefix, graph in parts.items():
         root = model.get_submodule(prefix)
+        runs = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
         for node in graph.nodes:
             if node.op == "get_attr":
                 owner = str(node.target).rpartition(".")[0]
@@ -156,21 +157,32 @@ def _read_graphs(model: nn.Module, parts: dict[str, fx.Graph]) -> tuple[dict[str
             before, after = found.get(name, ((), ()))
             # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
             seams = {"input", "output"} if prefix else set()
-            feeds = tuple(n for n in _walk(root, node, forward=False) if n.op not in seams)
-            follows = tuple(n for n in _walk(root, node, forward=True) if n.op not in seams)
+            feeds, follows = (
+                tuple(_named_from(prefix, n) for n in _walk(root, runs, node, forward) if n.op not in seams)
+                for forward in (False, True)
+            )
             found[name] = (_merge(before, feeds), _merge(after, follows))
     return found, read_elsewhere
 
 
-def _walk(root: nn.Module, node: fx.Node, forward: bool, direct: bool = True) -> Iterator[Neighbour]:
-    """The nodes beside `node`; through a batch norm also those behind it."""
+def _walk(
+    root: nn.Module, runs: Mapping[int, int], node: fx.Node, forward: bool, direct: bool = True
+) -> Iterator[Neighbour]:
+    """The nodes beside `node`; through a batch norm also those behind it. `runs` counts each module's, by its id."""
     for other in node.users if forward else node.all_input_nodes:
-        neighbour = Neighbour(
-            node_operation(root, other), str(other.target if other.op == "call_module" else other.name)
-        )
-        yield neighbour if direct else Neighbour(neighbour.op, neighbour.name, direct=False)
-        if neighbour.op in ("batch_norm", "identity"):
-            yield from _walk(root, other, forward, direct=False)
+        operation = node_operation(root, other)
+        if other.op == "call_module":
+            name = str(other.target)
+            yield Neighbour(operation, name, direct, alone=runs[id(root.get_submodule(name))] == 1)
+        else:
+            yield Neighbour(operation, other.name, direct)
+        if operation in ("batch_norm", "identity"):
+            yield from _walk(root, runs, other, forward, direct=False)
+
+
+def _named_from(prefix: str, neighbour: Neighbour) -> Neighbour:
+    """A neighbour within a part of the model by its name in the whole, where more may run it than the part shows."""
+    return neighbour if not prefix else replace(neighbour, name=f"{prefix}.{neighbour.name}", alone=False)
 
 
 def node_operation(root: nn.Module, node: fx.Node) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from asymswap.errors import RecipeError, near_names
-from asymswap.spec import ConvSpec, Option, Site
+from asymswap.spec import ConvSpec, Cost, Option, Site
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,7 @@ class KindSettings(BaseModel):
 
 
 class Kind(Protocol):
-    """What a kind's file must hold."""
+    """What a kind's file must hold; `Absorbing` says what it may hold beyond that."""
 
     Settings: type[KindSettings]
     """The settings; the fields are the keys of `swap = { kind = …, … }` in a recipe."""
@@ -45,6 +45,12 @@ class Kind(Protocol):
 
     def refuse(self, conv: ConvSpec) -> str | None:
         """The reason why this kind cannot replace such a conv, or None where it can."""
+
+    def preserves(self, conv: ConvSpec, settings: Any) -> bool:
+        """Whether the replacement of these settled settings is promised to compute the very function of the conv."""
+
+    def cost(self, site: Site, settings: Any) -> Cost:
+        """MACs over all calls and parameters of the replacement of these settled settings, by formula alone."""
 
     def options(self, site: Site, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> Sequence[Option]:
         """All sizes that a budget may choose from, within the settings; costs are those of `build`'s result."""
@@ -67,6 +73,20 @@ class Kind(Protocol):
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
         """The one conv that computes the same as the replacement, or None where there is none."""
+
+
+@runtime_checkable
+class Absorbing(Protocol):
+    """What a kind holds as well whose replacement may take over a batch norm that follows the conv."""
+
+    def absorbs(self, site: Site, settings: Any) -> str | None:
+        """The name of the batch norm that it would take over at this site, or None."""
+
+    def adopt(self, settings: Any, norm: nn.Module) -> KindSettings | None:
+        """The settings with this batch norm's constants in them, or None where it cannot be taken over.
+
+        `init_` then gets the batch norm as the argument `norm`.
+        """
 
 
 def names() -> list[str]:

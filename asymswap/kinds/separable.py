@@ -28,6 +28,8 @@ from asymswap.spec import ConvSpec, Cost, Option, Site, Size
 SIZES = ("rank", "ratio", "energy")
 PRESERVES = "the function, as well as the rank allows; exactly at full rank"
 
+_UNSETTLED = "kind 'separable' needs a settled rank and order, not {}"
+
 Order = Literal["vertical-first", "horizontal-first"]
 
 
@@ -102,12 +104,22 @@ def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence |
     return min(equal, key=lambda option: (option.cost.macs, option.cost.params))
 
 
+def preserves(conv: ConvSpec, settings: Settings) -> bool:
+    """At full rank."""
+    return settings.order != "auto" and settings.rank == full_rank(conv, settings.order)
+
+
+def cost(site: Site, settings: Settings) -> Cost:
+    """MACs over all calls and parameters of the settled pair."""
+    if settings.rank is None or settings.order == "auto":
+        raise PlanError(_UNSETTLED.format(settings.model_dump(exclude_none=True)))
+    return pair_cost(site, settings.rank, settings.order, settings.bias)
+
+
 def build(conv: ConvSpec, settings: Settings) -> nn.Sequential:
     """An `nn.Sequential` of two convs named `vertical` and `horizontal`, in the order in which they run."""
     if settings.rank is None or settings.order == "auto":
-        raise PlanError(
-            f"kind 'separable' needs a settled rank and order, not {settings.model_dump(exclude_none=True)}"
-        )
+        raise PlanError(_UNSETTLED.format(settings.model_dump(exclude_none=True)))
     middle = conv.groups * settings.rank
     ends = [(conv.in_channels, middle, False), (middle, conv.out_channels, conv.bias or settings.bias)]
     pair = nn.Sequential()

@@ -49,13 +49,15 @@ def measure_fidelity(original: nn.Module, converted: nn.Module, plan: Plan, inpu
     """Run both models on the same inputs in eval mode and compare; both are unchanged afterwards.
 
     At each swapped site the replacement sees the very input that the original conv sees, so that a site's error is its
-    own and not what came before it.
+    own and not what came before it. Where it has taken over a batch norm, the output is that of conv and batch norm.
     """
     sums = {swap.site: _Sums() for swap in plan.swaps}
+    norms = {swap.site: original.get_submodule(swap.absorbs) for swap in plan.swaps if swap.absorbs is not None}
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
         if name in sums:
-            sums[name].add(output, converted.get_submodule(name)(seen))
+            wanted = norms[name](output) if name in norms else output
+            sums[name].add(wanted, converted.get_submodule(name)(seen))
 
     with eval_mode(original, converted), torch.no_grad():
         with conv_hooks(original, see):
@@ -97,6 +99,9 @@ def _energy(tensor: Tensor) -> float:
 def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Any:
     convs: dict[str, nn.Conv2d] = {name: conv for name, (conv, _) in find_convs(original).items()}
     for swap in plan.swaps:
+        if swap.absorbs is not None:
+            # Its kernel holds the batch norm's scale, and cannot be compared with the conv's.
+            continue
         kind, conv = kinds.load(swap.kind), convs[swap.site]
         settings = kinds.parse_settings(swap.kind, swap.settings)
         fused = kind.fuse(converted.get_submodule(swap.site), read_conv(conv), settings)

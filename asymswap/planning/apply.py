@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,40 +22,69 @@ def apply_plan(
     """A deep copy of the model with the plan's swaps in it, initialised from the weights and, where there is some, from
     the evidence of their sites; the model is unchanged."""
     found = evidence or {}
-    replacements: dict[str, nn.Module] = {}
-    for done, (entry, conv, settings, replacement) in enumerate(_built(model, plan), start=1):
-        kinds.load(entry.kind).init_(replacement, conv, settings, found.get(entry.site))
-        replacements[entry.site] = take_over_(replacement, conv)
-        progress("converting", done, len(plan.swaps))
-    return swap(model, replacements)
+
+    def start(built: Built) -> None:
+        init_swapped_(built, found.get(built.entry.site))
+        progress("converting", built.number, len(plan.swaps))
+
+    return _apply(model, plan, start)
 
 
 def apply_structure(model: nn.Module, plan: Plan) -> nn.Module:
     """The same with unset weights in the replacements, for loading a state dict into it."""
-    return swap(model, {entry.site: take_over_(new, conv) for entry, conv, _, new in _built(model, plan)})
+    return _apply(model, plan, lambda _: None)
 
 
 def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
     """The same with random weights in the replacements, which shares all others with the model: for being timed."""
     generator = torch.Generator().manual_seed(0)
-    replacements = {}
-    for entry, conv, _, replacement in _built(model, plan):
-        for name, tensor in replacement.state_dict().items():
+
+    def start(built: Built) -> None:
+        for name, tensor in built.replacement.state_dict().items():
             # Values neither grow nor vanish on their way through the network, where they would slow down arithmetic.
             if tensor.dim() > 1:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5)
             else:
                 tensor.fill_(name.endswith(("weight", "running_var")))
-        replacements[entry.site] = take_over_(replacement, conv)
-    return swap(model, replacements, share=True)
+
+    return _apply(model, plan, start, share=True)
 
 
-def _built(model: nn.Module, plan: Plan) -> Iterator[tuple[Swap, nn.Conv2d, kinds.KindSettings, nn.Module]]:
-    """Each swap of the plan with its conv, its settings and its replacement, whose weights are unset."""
+@dataclass(frozen=True)
+class Built:
+    """A swap that is being carried out: what stands in the model, and what takes its place."""
+
+    entry: Swap
+    conv: nn.Conv2d
+    norm: nn.Module | None
+    kind: kinds.Kind
+    settings: kinds.KindSettings
+    replacement: nn.Module
+    number: int = 0
+
+
+def init_swapped_(built: Built, evidence: Evidence | None) -> None:
+    """Set the weights of a replacement, in place."""
+    absorbed = {} if built.norm is None else {"norm": built.norm}
+    built.kind.init_(built.replacement, built.conv, built.settings, evidence, **absorbed)
+
+
+def _apply(model: nn.Module, plan: Plan, start: Callable[[Built], None], share: bool = False) -> nn.Module:
+    """Build all replacements, let `start` give them their weights, and swap them in."""
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
-    for entry in plan.swaps:
+    norms = dict(model.named_modules())
+    replacements: dict[str, nn.Module] = {}
+    for number, entry in enumerate(plan.swaps, start=1):
         conv = convs.get(entry.site)
         if conv is None:
             raise PlanError(f"the model has no Conv2d named {entry.site!r}{near_names(entry.site, convs)}")
-        settings = kinds.parse_settings(entry.kind, entry.settings)
-        yield entry, conv, settings, kinds.load(entry.kind).build(read_conv(conv), settings)
+        if entry.absorbs is not None and entry.absorbs not in norms:
+            raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
+        kind, settings = kinds.load(entry.kind), kinds.parse_settings(entry.kind, entry.settings)
+        norm = None if entry.absorbs is None else norms[entry.absorbs]
+        built = Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings), number)
+        start(built)
+        replacements[entry.site] = take_over_(built.replacement, conv, norm)
+        if entry.absorbs is not None:
+            replacements[entry.absorbs] = nn.Identity()
+    return swap(model, replacements, share)

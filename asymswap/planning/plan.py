@@ -34,6 +34,7 @@ class _Matched:
     kind: Kind
     settings: KindSettings
     evidence: Evidence | None
+    absorbs: str | None = None
 
     def options(self) -> list[Option]:
         """The sizes that pay, or all of them where the recipe wants growth."""
@@ -42,9 +43,15 @@ class _Matched:
 
     def swap(self, option: Option) -> Swap:
         """The plan's entry for this option."""
-        extra = {"allow_growth": True} if self.settings.allow_growth else {}
-        settings = {**option.settings, **extra}
-        return Swap(self.site.name, self.kind_name, settings, f"rule {self.number}", math.sqrt(option.error))
+        settings = {**option.settings, **_growth(self.settings)}
+        predicted = math.sqrt(option.error)
+        return Swap(self.site.name, self.kind_name, settings, f"rule {self.number}", predicted, self.absorbs)
+
+
+def _growth(settings: KindSettings) -> dict[str, bool]:
+    """The setting that allows growth, where it is not what the kind has by itself."""
+    usual = type(settings).model_fields["allow_growth"].default
+    return {} if settings.allow_growth == usual else {"allow_growth": settings.allow_growth}
 
 
 def saves(new: Cost, old: Cost) -> bool:
@@ -112,12 +119,12 @@ def find_choices(
     fixed: dict[str, tuple[Swap | Keep, Option | None]] = {}
     curves: dict[str, Sequence[Option]] = {}
     for done, item in enumerate(matched, start=1):
-        if item.rule.leaves_size_open:
+        if recipe.budget is not None and item.rule.leaves_choice:
             curves[item.site.name] = item.options()
         else:
             fixed[item.site.name] = _settle(item)
         progress("factorising", done, len(matched))
-    left_open = [item for item in matched if item.rule.leaves_size_open]
+    left_open = [item for item in matched if item.site.name in curves]
     return Choices(sites, recipe, left_open, curves, fixed, keeps)
 
 
@@ -227,7 +234,18 @@ def _decide(
         return Keep(site.name, f"rule {number}, but {reason}")
     settings = kinds.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
-    return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence)
+    settings, absorbs = _adopt(model, site, kind, settings)
+    return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence, absorbs)
+
+
+def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
+    """The settings, and the batch norm that the kind takes over at this site, if there is one that can be."""
+    name = kind.absorbs(site, settings) if isinstance(kind, kinds.Absorbing) else None
+    alone = any(neighbour.name == name and neighbour.alone for neighbour in site.after or ())
+    if name is None or not alone or not isinstance(kind, kinds.Absorbing):
+        return settings, None
+    adopted = kind.adopt(settings, model.get_submodule(name))
+    return (settings, None) if adopted is None else (adopted, name)
 
 
 def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
@@ -371,8 +389,10 @@ def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
             option = kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), settings)
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r}: {error}") from None
-        extra = {"allow_growth": True} if settings.allow_growth else {}
-        swaps.append(dataclasses.replace(swap, settings={**option.settings, **extra}))
+        absorbs = _adopt(model, site, kind, settings)[1] if swap.absorbs is not None else None
+        if absorbs != swap.absorbs:
+            raise PlanError(f"the plan cannot swap {swap.site!r}: it takes over {swap.absorbs!r}, which cannot be")
+        swaps.append(dataclasses.replace(swap, settings={**option.settings, **_growth(settings)}))
     given = {keep.site: keep for keep in plan.keeps}
     for name in given:
         if name not in by_name:

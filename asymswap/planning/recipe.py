@@ -196,9 +196,16 @@ class Rule(_Strict):
         return next((name for name in kinds.load(self.swap["kind"]).SIZES if name in self.swap), None)
 
     @property
-    def leaves_size_open(self) -> bool:
+    def lacks_size(self) -> bool:
         """Whether the rule swaps and says no size, although its kind has one."""
         return self.swap is not None and bool(kinds.load(self.swap["kind"]).SIZES) and self.size is None
+
+    @property
+    def leaves_choice(self) -> bool:
+        """Whether a budget has something to choose: the size, or for a kind without one whether to swap at all."""
+        if self.swap is None or self.size is not None:
+            return False
+        return self.lacks_size or not kinds.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
 
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -257,12 +264,12 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
-        is_open = [number for number, rule in enumerate(self.rules, start=1) if rule.leaves_size_open]
-        if is_open and self.budget is None:
-            kind = (self.rules[is_open[0] - 1].swap or {})["kind"]
+        lacking = [number for number, rule in enumerate(self.rules, start=1) if rule.lacks_size]
+        if lacking and self.budget is None:
+            kind = (self.rules[lacking[0] - 1].swap or {})["kind"]
             sizes = " or ".join(kinds.load(kind).SIZES)
-            raise ValueError(f"rule {is_open[0]} says no size: give {sizes}, or the recipe a [budget]")
-        if self.budget is not None and not is_open:
+            raise ValueError(f"rule {lacking[0]} says no size: give {sizes}, or the recipe a [budget]")
+        if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
             raise ValueError("the [budget] has nothing to choose: every rule says its own size; remove one of the two")
         return self
 

@@ -48,11 +48,12 @@ def refine_(
     """Solve every replacement in `converted` anew, in place, in the order in which the sites run.
 
     The model must trace whole; `images` is how many the batches of all processes hold. A conv that runs more than once
-    in a forward pass keeps its one-pass solution, since its later inputs are not known yet when it is needed first.
+    in a forward pass keeps its one-pass solution, since its later inputs are not known yet when it is needed first;
+    what is promised to preserve the conv's function is left alone.
     Returns the evidence that each was solved with.
     """
     by_name = {site.name: site for site in sites}
-    swaps = {swap.site: swap for swap in plan.swaps if len(by_name[swap.site].calls) == 1}
+    swaps = {swap.site: swap for swap in plan.swaps if _can_refine(swap, by_name[swap.site])}
     used: dict[str, Evidence] = {}
     walk = _walk_of(model)
     bytes_of_image = _held(model, next(iter(batches()))[1][:1])
@@ -77,6 +78,12 @@ def refine_(
             _solve_(converted.get_submodule(name), cast(nn.Conv2d, walk.module(node)), swaps[name], used[name], team)
             progress("solving layer by layer", len(used), len(swaps))
     return used
+
+
+def _can_refine(swap: Swap, site: Site) -> bool:
+    """Whether its input is known in time, and its function is not promised to be that of the conv as it is."""
+    kind = kinds.load(swap.kind)
+    return len(site.calls) == 1 and not kind.preserves(site.conv, kinds.parse_settings(swap.kind, swap.settings))
 
 
 def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, evidence: Evidence, team: Team) -> None:

@@ -16,9 +16,11 @@ SCHEMA = 1
 class SiteRow:
     """One conv of the original model: what it was, what became of it, what both cost, and what the change did.
 
-    `action` is `swap` or `keep`; `predicted_error` is what the plan expected (of the output with calibration, of the
-    kernel without); `kernel_error` is the Frobenius norm of the kernel's change over that of the kernel,
-    `output_error` the same of the layer's output on the probe batch.
+    `action` is `swap` or `keep`; `becomes` says the settings in short, what is usual left out; `predicted_error` is
+    what the plan expected (of the output with calibration, of the kernel without); `kernel_error` is the Frobenius norm
+    of the kernel's change over that of the kernel, `output_error` the same of the layer's output on the probe batch.
+    `exact` says whether the kind promises to preserve the function there; `absorbs` names a batch norm that the
+    replacement holds now, whose parameters are not counted in `after`.
     """
 
     site: str
@@ -27,6 +29,7 @@ class SiteRow:
     calls: int
     action: str
     kind: str | None
+    becomes: str
     settings: Mapping[str, Any]
     reason: str
     before: Cost
@@ -35,6 +38,8 @@ class SiteRow:
     kernel_error: float | None = None
     output_error: float | None = None
     output_largest: float | None = None
+    exact: bool | None = None
+    absorbs: str | None = None
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,9 @@ def _swaps(report: Report, width: int) -> Table:
 
 
 def _swap_cells(row: SiteRow, wide: bool, mixed: bool) -> list[str]:
-    # Names of layers need the room at 80 columns more than what is only switched on.
-    told = {key: value for key, value in row.settings.items() if wide or value is not True}
-    cells = [row.site, row.conv, *([row.kind or ""] if mixed else []), words.settings(told)]
+    # Names of layers need the room at 80 columns more than the second conv's bias does.
+    becomes = row.becomes if wide else row.becomes.removesuffix(", bias")
+    cells = [row.site, row.conv, *([row.kind or ""] if mixed else []), becomes]
     cells.append(f"{words.count(row.before.macs)} -> {words.count(row.after.macs)}")
     if wide:
         cells.append(f"{words.count(row.before.params)} -> {words.count(row.after.params)}")

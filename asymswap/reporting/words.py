@@ -32,6 +32,8 @@ def error(value: float | None) -> str:
     """A relative error: small ones as a power, others as a percentage."""
     if value is None:
         return "-"
+    if value == 0:
+        return "0"
     return f"{value:.0e}" if value < 1e-3 else percent(value)
 
 

