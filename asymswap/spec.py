@@ -2,9 +2,10 @@
 
 Conventions, stated once for the whole package:
 
-- one **MAC** is one multiply-add of a convolution, a linear layer or a matrix product; **FLOPs = 2 x MACs**.
-Additions of
-  biases, normalisation, activations, pooling and interpolation are not counted;
+- one **MAC** is one multiply-add of a convolution, a linear layer or a matrix product; **FLOPs = 2 x MACs**. Additions
+  of biases, normalisation, activations, pooling and interpolation of feature maps are not counted;
+- a deformable convolution also samples between pixels: 4 MACs for each sample (every channel of the input at every tap
+  of every pixel of the output), 5 where a mask scales it;
 - costs are those of one forward pass in eval mode on one input (batch 1);
 - sizes are (height, width) in pixels, kernels (height, width) in taps.
 """

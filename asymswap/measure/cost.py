@@ -1,9 +1,9 @@
 """MACs and parameters of a whole model, counted on meta tensors.
 
-The convention is that of `asymswap.spec`: convolutions (transposed ones too), linear layers and matrix products,
-attention included, counted by formula from shapes while the model runs on meta tensors, one input, eval mode. Nothing
-is computed, and functional calls are seen as well as modules. Not counted: additions of biases, normalisation,
-activations, pooling, interpolation.
+The convention is that of `asymswap.spec`: convolutions (transposed and deformable ones too), linear layers and matrix
+products, attention included, counted by formula from shapes while the model runs on meta tensors, one input, eval mode.
+Nothing is computed, and functional calls are seen as well as modules. Not counted: additions of biases, normalisation,
+activations, pooling, interpolation of feature maps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,6 +81,13 @@ def _convolution(x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> in
     return walked.shape[0] * math.prod(walked.shape[2:]) * math.prod(weight.shape)
 
 
+def _deform_conv(x: Tensor, weight: Tensor, offset: Tensor, *others: Any) -> int:
+    # Each sample is a weighted sum of four pixels of the input, and with a mask it is scaled once more.
+    use_mask = bool(others[-1])
+    samples = x.shape[1] * math.prod(weight.shape[2:])
+    return offset.shape[0] * math.prod(offset.shape[2:]) * (math.prod(weight.shape) + samples * (4 + use_mask))
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
     *batch, rows, depth = query.shape
     return math.prod(batch) * rows * key.shape[-2] * (depth + value.shape[-1])
@@ -90,6 +98,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.bmm: _matmul,
     aten.addmm: _added_matmul,
     aten.baddbmm: _added_matmul,
+    torch.ops.torchvision.deform_conv2d: _deform_conv,
     aten._scaled_dot_product_flash_attention: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_efficient_attention: _attention,

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from conv_cases import Case, cases
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import models
+from torchvision import models, ops
 
 from asymswap.graph.trace import trace
 from asymswap.measure.cost import count_costs
@@ -52,6 +55,40 @@ def test_all_operators_are_counted_as_torch_counts_them() -> None:
     assert costs.by_name["line"].macs == 2 * (2 * pixels * 6 * 5)
     assert costs.by_name["up"].macs == 2 * 25 * 4 * 3 * 9
     assert costs.by_name["line"].params == 35
+
+
+class Deformable(nn.Module):
+    """A grouped deformable conv with two groups of offsets and masks or none, between convs that torch counts."""
+
+    def __init__(self, with_mask: bool) -> None:
+        super().__init__()
+        self.with_mask = with_mask
+        self.predictor = nn.Conv2d(4, 2 * 3 * 6, (2, 3), stride=2)
+        self.moved = ops.DeformConv2d(4, 8, (2, 3), stride=2, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, mask = self.predictor(x).split([24, 12], 1)
+        y: Tensor = self.moved(x, offset, mask if self.with_mask else None)
+        return y
+
+
+@pytest.mark.parametrize(("with_mask", "macs_per_sample"), [(False, 4), (True, 5)])
+def test_deformable_convs_are_counted_with_their_samples(with_mask: bool, macs_per_sample: int) -> None:
+    """Products as torch's counter counts them, once it is told that they are those of a conv; samples by hand."""
+
+    def products(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return int(2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight))
+
+    model, x = Deformable(with_mask).eval(), torch.randn(3, 4, 9, 8)
+    formulas = {torch.ops.torchvision.deform_conv2d: products}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
+        y = model(x)
+    assert y.shape == (3, 8, 4, 3)
+    costs = count_costs(model, (x,), ["predictor", "moved"])
+    samples = 3 * 4 * 3 * 4 * 6  # images, output pixels, channels, taps
+    assert costs.total.flops == counter.get_total_flops() + 2 * macs_per_sample * samples
+    assert costs.by_name["moved"].macs == 3 * 12 * 8 * 2 * 6 + macs_per_sample * samples
+    assert costs.by_name["moved"] + costs.by_name["predictor"] == costs.total
 
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v3_small", "squeezenet1_1", "vit_b_32"])
