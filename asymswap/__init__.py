@@ -12,26 +12,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asymswap.api import Calibration, Conversion, Timing, candidates, convert, load, plan, save
+    from asymswap.api import (
+        Calibration,
+        Conversion,
+        Fusion,
+        Timing,
+        candidates,
+        convert,
+        fuse,
+        load,
+        plan,
+        save,
+        save_fused,
+    )
     from asymswap.errors import AsymswapError
 
 __all__ = [
     "AsymswapError",
     "Calibration",
     "Conversion",
+    "Fusion",
     "Timing",
     "__version__",
     "candidates",
     "convert",
+    "fuse",
     "load",
     "plan",
     "save",
+    "save_fused",
 ]
 
-_HOMES = dict.fromkeys(
-    ("Calibration", "Conversion", "Timing", "candidates", "convert", "load", "plan", "save"), "asymswap.api"
-)
-_HOMES["AsymswapError"] = "asymswap.errors"
+_HOMES = dict.fromkeys(__all__, "asymswap.api") | {"AsymswapError": "asymswap.errors"}
+del _HOMES["__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The public verbs: candidates, plan, convert, save, load.
+"""The public verbs: candidates, plan, convert, save, load, fuse, save_fused.
 
 A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
 that several verbs share:
@@ -24,27 +24,50 @@ import torchvision
 from torch import nn
 
 import asymswap
-from asymswap.calibrate import Calibration, Gathered, Polished, gather_evidence, polish, refine_sequentially
-from asymswap.checkpoint import Header, read_checkpoint, restore, save_checkpoint
+from asymswap.calibrate import (
+    Calibration,
+    Gathered,
+    Polished,
+    gather_evidence,
+    polish,
+    refine_sequentially,
+    some_images,
+)
+from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_checkpoint, save_state
+from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Inputs, Trace, describe, trace
 from asymswap.latency_budget import Timing, plan_in_time
 from asymswap.measure.cost import Costs, count_costs
-from asymswap.measure.fidelity import measure_fidelity, probe
-from asymswap.opening import Opened, open_model
+from asymswap.measure.fidelity import compare_outputs, measure_fidelity, probe
+from asymswap.opening import Opened, model_dtype, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.plan import check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
-from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, to_json
-from asymswap.sources.references import Request
+from asymswap.reporting.fusion import FusionReport, FusionRow
+from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
+from asymswap.sources.references import Request, build_architecture, rebuild
 from asymswap.spec import Candidate, Cost, Plan, Progress, Site, silent
 from asymswap.summary import check_promises, make_report, state_bytes
 from asymswap.tensors import first_not_finite
 
-__all__ = ["Calibration", "Candidates", "Conversion", "Timing", "candidates", "convert", "load", "plan", "save"]
+__all__ = [
+    "Calibration",
+    "Candidates",
+    "Conversion",
+    "Fusion",
+    "Timing",
+    "candidates",
+    "convert",
+    "fuse",
+    "load",
+    "plan",
+    "save",
+    "save_fused",
+]
 
 Model = str | Path | nn.Module
 
@@ -207,6 +230,88 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     path = Path(path)
     return restore(read_checkpoint(path), str(path), model)
+
+
+@dataclass
+class Fusion:
+    """A model whose replacements have been fused, and what was done; `save_fused` writes it."""
+
+    model: nn.Module
+    report: FusionReport
+    header: Header = field(repr=False)
+
+
+def fuse(
+    checkpoint: str | Path | Conversion,
+    *,
+    separable: bool = False,
+    max_offset: float | None = None,
+    data: str | None = None,
+    model: nn.Module | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Fusion:
+    """Turn the replacements of a converted model back into ordinary convs that compute the same in eval mode.
+
+    By default those are fused whose one conv costs no more: acb and the static offset kinds. `separable` fuses pairs
+    and crosses too; `max_offset` leaves out predicted offsets that stay below so many pixels on `data` (or on random
+    images), which changes the function: by how much is told. `model` (or `arch`) is the unconverted model, of any
+    weights, where only you can build it. Raises AsymswapError where nothing can be fused, where the model is in train
+    mode, and where the fused model does not compute the same.
+    """
+    stored, label = _stored(checkpoint)
+    if model is None and arch is not None:
+        model = build_architecture(arch, arguments or {})
+    original = model if model is not None else rebuild(stored.header.origin, stored.header.skeleton)
+    converted = checkpoint.model if isinstance(checkpoint, Conversion) else restore(stored, label, original)
+    if converted.training:
+        raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
+    preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
+    if data is None:
+        (images,), about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
+    else:
+        images, about = some_images(data, preprocessing, dtype, seed)
+    plans = stored.header.plans
+    wanted = Wanted(separable, max_offset, images)
+    fused = fuse_model(converted, original, plans, (images[:1],), wanted, progress)
+    rows = tuple(FusionRow(**vars(site)) for site in fused.sites)
+    if all(row.outcome == "left" for row in rows):
+        reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
+        raise AsymswapError(f"{label} has nothing to fuse ({reasons})")
+    gap = compare_outputs(converted, fused.model, (images,))
+    if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
+        raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
+    costs = [count_costs(one, (images[:1],)).total for one in (converted, fused.model)]
+    origin = stored.header.origin.reference
+    report = FusionReport(label, origin, rows, costs[0], costs[1], gap.relative, gap.largest, about, fused.as_before)
+    provenance = {**stored.header.provenance, "fused": plain(report)}
+    return Fusion(fused.model, report, replace(stored.header, plans=fused.plans, provenance=provenance))
+
+
+def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:
+    """Write a fused model as an asymswap checkpoint, or as the plain state dict of the unconverted architecture."""
+    path = Path(path)
+    check_output(path, force)
+    if as_original and not fusion.report.as_original:
+        left = next(row for row in fusion.report.sites if row.outcome != "fused")
+        raise AsymswapError(
+            f"the state dict does not fit {fusion.report.origin}: {left.site} ({left.kind}) is {left.outcome}"
+            + (f", {left.reason}" if left.reason else "")
+        )
+    if as_original:
+        save_state(path, fusion.model)
+    else:
+        save_checkpoint(path, fusion.model, fusion.header)
+    fusion.report = replace(fusion.report, files=(FileRow(str(path), path.stat().st_size),))
+    return fusion.report
+
+
+def _stored(checkpoint: str | Path | Conversion) -> tuple[Stored, str]:
+    if isinstance(checkpoint, Conversion):
+        return Stored(checkpoint.header, {}), checkpoint.report.model.reference
+    return read_checkpoint(Path(checkpoint)), str(checkpoint)
 
 
 class _Clock:

@@ -25,7 +25,7 @@ from asymswap.planning.calibration import (
     save_evidence,
 )
 from asymswap.planning.sequential import refine_
-from asymswap.spec import Plan, Progress, Site, silent
+from asymswap.spec import Plan, Preprocessing, Progress, Site, silent
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.polish import Polish, Polished, polish_
 
@@ -173,6 +173,14 @@ def polish(opened: Opened, converted: nn.Module, wanted: Calibration, progress: 
     every = torch.cat([batch for _, batch in images.batches()])
     how = Polish(wanted.polish_steps, wanted.polish_minutes)
     return polish_(opened.model, converted, every, how, seed=wanted.seed, progress=progress)
+
+
+def some_images(reference: str, preprocessing: Preprocessing, dtype: torch.dtype, seed: int) -> tuple[Tensor, str]:
+    """Up to 32 images of a data reference's test part, and what they are, for comparing outputs on."""
+    data = open_data(reference, preprocessing, "test")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:_HELD_BACK]
+    images = torch.stack([data.images[index][0] for index in order]).to(dtype)
+    return images, f"{len(images)} images of {reference} (seed {seed})"
 
 
 class _Images:

@@ -6,7 +6,7 @@ in its metadata. The header is JSON text:
     format         1; a reader refuses a higher number
     origin         how the unconverted model is built: a model reference and its arguments
     skeleton       its structure (zlib, base64), where no reference can build it; see asymswap.sources.skeleton
-    plans          every conversion that the model went through, in order, fully settled
+    plans          every conversion that the model went through, in order, fully settled; none once all is fused
     preprocessing  how an image becomes its input
     aliases        keys of the state dict that are the same tensor as another key (safetensors only)
     provenance     source file and its SHA-256, recipe text, versions, report
@@ -24,10 +24,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -83,6 +83,16 @@ def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
     else:
         text = _header_text(header, {})
         _write(path, lambda draft: _save_zip({"asymswap": text, "state_dict": state}, draft))
+
+
+def save_state(path: Path, model: nn.Module) -> None:
+    """Write a plain state dict, which needs nothing of asymswap to be loaded; the suffix chooses the form."""
+    check_suffix(path)
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    if path.suffix == ".safetensors":
+        _write(path, lambda draft: save_file(_without_aliases(state)[0], draft))
+    else:
+        _write(path, lambda draft: _save_zip(state, draft))
 
 
 def stored_in(raw: RawFile, label: str) -> Stored | None:
@@ -190,7 +200,7 @@ class _HeaderData:
 
     format: Literal[1]
     origin: Origin
-    plans: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    plans: list[dict[str, Any]]
     preprocessing: Preprocessing
     provenance: dict[str, Any]
     skeleton: str | None = None

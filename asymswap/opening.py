@@ -46,7 +46,12 @@ class Opened:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and so of the input."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return model_dtype(self.model)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def open_model(

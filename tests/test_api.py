@@ -359,7 +359,7 @@ class TestReport:
 
 def test_the_budget_over_the_model_is_met() -> None:
     report = asymswap.convert("digits-resnet", "half-macs", overrides={"budget.macs": 0.6}).report
-    assert 0.58 < report.after.macs / report.before.macs <= 0.6
+    assert 0.59 < report.after.macs / report.before.macs <= 0.6
 
 
 def test_a_conv_that_never_runs_costs_parameters_but_no_macs() -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import candidates, convert, recipes, show
+from asymswap.cli import candidates, convert, fuse, recipes, show
 from asymswap.cli.failures import reporting_errors
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert.convert, candidates.candidates, recipes.recipes, show.show):
+for command in (convert.convert, candidates.candidates, recipes.recipes, show.show, fuse.fuse):
     app.command()(reporting_errors(command))
 
 

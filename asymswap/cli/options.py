@@ -90,17 +90,20 @@ def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
     return pairs
 
 
-def default_output(reference: str) -> Path:
-    """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before."""
+def default_output(reference: str, mark: str = "asym") -> Path:
+    """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before.
+
+    With another mark, that one takes the place of `asym`.
+    """
     # A file may have an @ in its name, where a reference has it before its weights.
     name = reference if os.path.exists(reference) else reference.partition("@")[0]  # noqa: PTH110 (never raises)
     stem = Path(name.rpartition(":")[2]).name
     for suffix in (".gz", ".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".pickle", ".torch"):
         stem = stem.removesuffix(suffix)
-    base, dot, mark = stem.rpartition(".")
-    if dot and mark.startswith("asym") and (mark[4:].isdecimal() or mark == "asym"):
-        return Path(f"{base}.asym{int(mark[4:] or 1) + 1}.pt")
-    return Path(f"{stem}.asym.pt")
+    base, dot, old = stem.rpartition(".")
+    if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):
+        return Path(f"{base}.asym{int(old[4:] or 1) + 1}.pt" if mark == "asym" else f"{base}.{mark}.pt")
+    return Path(f"{stem}.{mark}.pt")
 
 
 def _value(text: str) -> Any:

@@ -22,11 +22,14 @@ def show(
     """
     from asymswap.checkpoint import header_to_json, read_checkpoint
     from asymswap.cli import screen
+    from asymswap.errors import CheckpointError
     from asymswap.planning.plan import plan_text
     from asymswap.reporting.show import show_view
 
     with screen.progress(quiet=json or plan):
         header = read_checkpoint(checkpoint).header
+    if plan and not header.plans:
+        raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
     if plan:
         typer.echo(plan_text(header.plans[-1]), nl=False)
     elif json:

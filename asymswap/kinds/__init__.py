@@ -17,7 +17,7 @@ from asymswap.errors import RecipeError, near_names
 from asymswap.spec import ConvSpec, Cost, Option, Site
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from asymswap.factorize.evidence import Evidence
 
@@ -32,7 +32,7 @@ class KindSettings(BaseModel):
 
 
 class Kind(Protocol):
-    """What a kind's file must hold; `Absorbing` says what it may hold beyond that."""
+    """What a kind's file must hold; `Absorbing` and `Sampling` say what it may hold beyond that."""
 
     Settings: type[KindSettings]
     """The settings; the fields are the keys of `swap = { kind = …, … }` in a recipe."""
@@ -87,6 +87,17 @@ class Absorbing(Protocol):
 
         `init_` then gets the batch norm as the argument `norm`.
         """
+
+
+@runtime_checkable
+class Sampling(Protocol):
+    """What a kind holds as well whose replacement computes from its input where its taps are."""
+
+    def largest_offset(self, module: nn.Module, x: Tensor) -> float:
+        """How many pixels a tap is moved by at most, on these inputs (N, C, H, W) of the replacement."""
+
+    def without_offsets(self, module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
+        """The conv that the replacement is when no tap moves."""
 
 
 def names() -> list[str]:

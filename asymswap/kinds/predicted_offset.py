@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torchvision import ops
 
+from asymswap import strips
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
@@ -182,25 +183,24 @@ def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | N
     deformable = cast(PredictedOffsetConv2d, module)
     if any(bool(parameter.any()) for parameter in deformable.predictor.parameters()):
         return None
-    fused: nn.Conv2d = nn.utils.skip_init(
-        nn.Conv2d,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=deformable.bias is not None,
-        padding_mode=conv.padding_mode,
-        dtype=deformable.weight.dtype,
-        device=deformable.weight.device,
-    )
+    return without_offsets(module, conv)
+
+
+def largest_offset(module: nn.Module, x: Tensor) -> float:
+    """The largest offset along an axis, in pixels, that the predictor gives for inputs (N, C, H, W)."""
     with torch.no_grad():
-        fused.weight.copy_(deformable.weight)
-        if fused.bias is not None:
-            fused.bias.copy_(cast(Tensor, deformable.bias))
-    return fused
+        return float(cast(PredictedOffsetConv2d, module).predict_offsets(x).abs().max())
+
+
+def without_offsets(module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
+    """The conv with the replacement's weights; a mask, which is near one where offsets are near zero, is left out."""
+    deformable = cast(PredictedOffsetConv2d, module)
+    plain = strips.new_conv(conv, deformable.weight.dtype, deformable.weight.device)
+    with torch.no_grad():
+        plain.weight.copy_(deformable.weight)
+        if plain.bias is not None:
+            plain.bias.copy_(cast(Tensor, deformable.bias))
+    return plain
 
 
 def _predicted_channels(conv: ConvSpec, mask: bool, offset_groups: int) -> int:

@@ -26,6 +26,9 @@ from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
 
 SIZES = ("rank", "ratio", "energy")
+_SMALL = 10_000_000
+"""MACs of a conv below which its time is not that of its arithmetic."""
+
 PRESERVES = "the function, as well as the rank allows; exactly at full rank"
 
 _UNSETTLED = "kind 'separable' needs a settled rank and order, not {}"
@@ -254,11 +257,14 @@ def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, eviden
 
 
 def _multiple(curve: Sequence[Option], site: Site) -> int:
-    """The largest of 16, 8, 4 and 2 that leaves six ranks below the break-even, else one.
+    """The largest of 16, 8, 4 and 2 that leaves six ranks below the break-even; one for small convs.
 
     Processors work on 16 channels at once (AVX-512), or on 8 or 4: a pair of rank 65 takes as long as one of rank 80.
-    Six ranks to choose from cost no accuracy that could be measured (docs/calibration.md).
+    The time of small convs does not depend on their rank, so that rounding would cost accuracy for nothing
+    (docs/calibration.md).
     """
+    if site.cost.macs < _SMALL:
+        return 1
     paying = sum(option.cost.macs < site.cost.macs for option in curve)
     return next((step for step in (16, 8, 4, 2) if 6 * step <= paying), 1)
 

@@ -63,14 +63,24 @@ def measure_fidelity(original: nn.Module, converted: nn.Module, plan: Plan, inpu
         with conv_hooks(original, see):
             before = original(*inputs)
         after = converted(*inputs)
-    whole = _Sums()
-    for one, other in zip(list_tensors(before), list_tensors(after), strict=True):
-        whole.add(one, other)
     return Fidelity(
-        output=whole.difference(),
+        output=_difference(before, after),
         site_outputs={name: total.difference() for name, total in sums.items()},
         kernels=dict(_kernel_errors(original, converted, plan)),
     )
+
+
+def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs) -> Difference:
+    """Run both models on the same inputs in eval mode and compare all outputs; both are unchanged afterwards."""
+    with eval_mode(one, other), torch.no_grad():
+        return _difference(one(*inputs), other(*inputs))
+
+
+def _difference(before: Any, after: Any) -> Difference:
+    whole = _Sums()
+    for one, other in zip(list_tensors(before), list_tensors(after), strict=True):
+        whole.add(one, other)
+    return whole.difference()
 
 
 class _Sums:

@@ -214,3 +214,19 @@ def test_both_convs_share_the_scale() -> None:
     pair, _ = convert(case, rank=5)
     first, second = (module.weight.detach() for module in pair.children())
     assert float(first.norm()) == pytest.approx(float(second.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "step"),
+    [(64, 56, 8), (128, 28, 16), (512, 14, 16), (16, 112, 2), (64, 8, 1), (16, 32, 1)],
+)
+def test_a_budget_chooses_round_ranks_of_large_convs_only(channels: int, size: int, step: int) -> None:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    site = Site("conv", read_conv(conv), (Call((size, size), (size, size)),))
+    wish = {"order": "vertical-first"}
+    ranks = {option.settings["rank"] for option in separable.options(site, conv, parse_settings("separable", wish))}
+    full = 3 * channels
+    assert {rank for rank in ranks if rank >= step} == {*range(step, full + 1, step), full}
+    assert {rank for rank in ranks if rank < step} == {rank for rank in (1, 2, 4, 8) if rank < step}
+    every = separable.options(site, conv, parse_settings("separable", {**wish, "multiple": 1}))
+    assert len(every) == full

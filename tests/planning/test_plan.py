@@ -57,7 +57,7 @@ def test_budgets_are_kept_and_used_up(
 
     left = spent(after) / spent(before)
     assert left <= fraction
-    assert left > fraction - 0.015  # smaller than one step of the ranks
+    assert left > fraction - 0.01  # smaller than one step of a rank
 
 
 def test_a_plan_tells_of_every_site_once(resnet: nn.Module, traced: Trace) -> None:

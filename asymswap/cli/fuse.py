@@ -1,0 +1,69 @@
+"""`asymswap fuse`: replacements back into ordinary convs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asymswap.cli import options as o
+
+
+def fuse(
+    checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="[default: <stem>.fused.pt]", show_default=False)
+    ] = None,
+    separable: Annotated[
+        bool, typer.Option("--separable", help="Fuse pairs and crosses too, whose one conv costs more.")
+    ] = False,
+    max_offset: Annotated[
+        float | None,
+        typer.Option(help="Leave out predicted offsets that stay below so many pixels; the difference is told."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images on which offsets and outputs are compared. [default: random ones]")
+    ] = None,
+    as_original: Annotated[
+        bool, typer.Option("--as-original", help="Write a plain state_dict that fits the unconverted model.")
+    ] = False,
+    arch: o.Arch = None,
+    arguments: o.Arguments = None,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Turn acb and offset kinds back into ordinary convs that compute the same.
+
+    Example: asymswap fuse model.asym.pt --as-original -o model.pt
+    """
+    from asymswap.cli import screen
+    from asymswap.output import check_output
+
+    target = output or o.default_output(str(checkpoint), "fused")
+    check_output(target, force)
+    with screen.progress(quiet) as step:
+        from asymswap import api
+        from asymswap.checkpoint import check_suffix
+
+        check_suffix(target)
+        fusion = api.fuse(
+            checkpoint,
+            separable=separable,
+            max_offset=max_offset,
+            data=data,
+            arch=arch,
+            arguments=o.parse_pairs("--arg", arguments),
+            progress=step,
+        )
+        report = api.save_fused(fusion, target, as_original=as_original, force=force)
+    if json:
+        from asymswap.reporting.report import plain
+
+        screen.print_json(plain(report))
+    elif not quiet:
+        from asymswap.reporting.fusion import fusion_view
+
+        screen.show(fusion_view(report), screen.console())

@@ -1,0 +1,1 @@
+"""The way out: converted models back as ordinary ones."""

@@ -1,0 +1,77 @@
+"""What fusing a converted model has done: numbers and text, and how they are shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from asymswap.reporting import words
+from asymswap.reporting.report import FileRow
+from asymswap.reporting.terminal import table
+from asymswap.spec import Cost
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One replacement: `fused` to the original form of conv, `resized` to one conv of another, or `left` and why."""
+
+    site: str
+    kind: str
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Everything that fusing has to say; costs and outputs are those of the converted and of the fused model.
+
+    `relative` and `largest` are the difference of the outputs on `probe`; `as_original` says whether the state dict
+    fits the unconverted model again.
+    """
+
+    model: str
+    origin: str
+    sites: tuple[FusionRow, ...]
+    before: Cost
+    after: Cost
+    relative: float
+    largest: float
+    probe: str
+    as_original: bool
+    files: tuple[FileRow, ...] = ()
+
+
+def fusion_view(report: FusionReport) -> RenderableType:
+    """What was fused, what was left and why, and how the outputs compare."""
+    done = Counter((row.kind, row.outcome) for row in report.sites)
+    parts: list[RenderableType] = [Text(f"{report.model}: {_sum(report)}", style="bold"), Text("")]
+    rows = [(name, words.count(a), words.count(b), words.share(b, a)) for name, a, b in _figures(report)]
+    parts += [table([("", "left"), ("before", "right"), ("after", "right"), ("left", "right")], rows), Text("")]
+    parts += [Text(f"{number} {kind}: {outcome}") for (kind, outcome), number in sorted(done.items())]
+    reasons = Counter((row.outcome, row.reason) for row in report.sites if row.reason)
+    parts += [Text(f"  {outcome}, {number} x: {reason}") for (outcome, reason), number in reasons.most_common()]
+    fits = "fits" if report.as_original else "does not fit"
+    parts += [
+        Text(""),
+        Text(
+            f"Outputs: {words.error(report.relative)} relative difference, {report.largest:.3g} at most, on "
+            f"{report.probe}.",
+            style="dim",
+        ),
+        Text(f"The state dict {fits} {report.origin} as it was before it was converted.", style="dim"),
+    ]
+    parts += [Text(f"{file.path}: {words.size(file.bytes)}.", style="dim") for file in report.files]
+    return Group(*parts)
+
+
+def _sum(report: FusionReport) -> str:
+    fused = sum(row.outcome != "left" for row in report.sites)
+    return f"{fused} of {len(report.sites)} replacements fused"
+
+
+def _figures(report: FusionReport) -> list[tuple[str, int, int]]:
+    before, after = report.before, report.after
+    return [("MACs", before.macs, after.macs), ("parameters", before.params, after.params)]
