@@ -60,7 +60,7 @@ def open_model(
     input_size: tuple[int, int, int] | None = None,
     progress: Progress = silent,
 ) -> Opened:
-    """Open any model; `input_size` is (channels, height, width).
+    """Open any model, one that is read or built in eval mode; `input_size` is (channels, height, width).
 
     Raises SourceError where it cannot be had, and TraceError where it has no Conv2d.
     """
@@ -73,6 +73,7 @@ def open_model(
             source, plans = _open_file(Path(reference), request, progress)
         else:
             source = open_reference(reference, request)
+        source.model.eval()
     if not any(isinstance(module, nn.Conv2d) for module in source.model.modules()):
         raise TraceError(f"{reference} has no Conv2d, so there is nothing to swap")
     if input_size is not None:

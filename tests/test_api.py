@@ -62,6 +62,9 @@ SITE_KEYS = {
     "kernel_error",
     "output_error",
     "output_largest",
+    "becomes",
+    "exact",
+    "absorbs",
 }
 
 

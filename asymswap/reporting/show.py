@@ -32,6 +32,12 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
         rows = [(swap["site"], swap["kind"], words.settings(swap["settings"])) for swap in swaps]
         if rows:
             parts += [Text(""), table([("Layer", "fold"), ("Kind", "left"), ("Settings", "left")], rows)]
+    fused = provenance.get("fused")
+    if isinstance(fused, Mapping):
+        rows = [(row["site"], row["kind"], row["outcome"]) for row in fused["sites"]]
+        done = sum(outcome != "left" for _, _, outcome in rows)
+        parts += [Text(""), Text(f"Fused: {done} of {len(rows)} replacements"), Text("")]
+        parts.append(table([("Layer", "fold"), ("Was", "left"), ("Became", "left")], rows))
     return Group(*parts)
 
 

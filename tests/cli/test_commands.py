@@ -23,7 +23,7 @@ from asymswap.planning.recipe import shipped_names
 from asymswap.sources.networks import BUILDERS
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-COMMANDS = ("convert", "candidates", "recipes", "show")
+COMMANDS = ("convert", "candidates", "recipes", "show", "fuse")
 CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
 
 
