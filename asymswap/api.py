@@ -28,9 +28,9 @@ from asymswap.calibrate import (
     Calibration,
     Gathered,
     Polished,
+    convert_on,
     gather_evidence,
     polish,
-    refine_sequentially,
     some_images,
 )
 from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_checkpoint, save_state
@@ -403,9 +403,10 @@ def _carry_out(
     team = _team(calibration)
     plan, latency = team.first(planned)
     clock.stop("plan")
-    converted = apply_plan(opened.model, plan, progress, evidence)
     if gathered is not None and calibration is not None:
-        sequential = refine_sequentially(opened, traced, converted, plan, gathered, calibration, progress)
+        converted, sequential = convert_on(opened, traced, plan, gathered, calibration, progress)
+    else:
+        converted = apply_plan(opened.model, plan, progress)
     clock.stop("convert")
     if calibration is not None and calibration.polishes:
         polished = team.first(lambda: polish(opened, converted, calibration, progress))

@@ -15,6 +15,7 @@ from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import Trace
 from asymswap.opening import Opened
 from asymswap.output import check_output
+from asymswap.planning.apply import apply_plan
 from asymswap.planning.calibration import (
     Batches,
     EvidenceSummary,
@@ -24,12 +25,12 @@ from asymswap.planning.calibration import (
     model_hash,
     save_evidence,
 )
-from asymswap.planning.sequential import refine_
+from asymswap.planning.sequential import refinable, refine_
 from asymswap.spec import Plan, Preprocessing, Progress, Site, silent
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.polish import Polish, Polished, polish_
 
-__all__ = ["Calibration", "Gathered", "Polished", "gather_evidence", "polish", "refine_sequentially"]
+__all__ = ["Calibration", "Gathered", "Polished", "convert_on", "gather_evidence", "polish", "some_images"]
 
 _HELD_BACK = 32
 
@@ -129,28 +130,22 @@ def gather_evidence(
     return gathered
 
 
-def refine_sequentially(
+def convert_on(
     opened: Opened,
     traced: Trace,
-    converted: nn.Module,
     plan: Plan,
     gathered: Gathered,
     wanted: Calibration,
     progress: Progress = silent,
-) -> bool:
-    """Solve the replacements anew layer by layer, in place, where that is wanted and can be; says whether it was."""
-    if wanted.sequential is False or not plan.swaps:
-        return False
-    reason = None
-    if gathered.batches is None:
-        reason = "the images are not given, only their evidence"
-    elif traced.by != "torch.fx":
-        reason = f"the model was read by {traced.by}, not as one graph"
-    if reason is not None or gathered.batches is None:
-        if wanted.sequential:
-            raise AsymswapError(f"--sequential cannot be done: {reason}")
-        gathered.notes.append(f"not refined layer by layer: {reason}")
-        return False
+) -> tuple[nn.Module, bool]:
+    """The converted model, its replacements solved layer by layer where that is wanted and can be; and whether it was.
+
+    Raises AsymswapError where it is wanted and cannot be.
+    """
+    names = refinable(traced.sites, plan) if _goes_layer_by_layer(traced, gathered, wanted) else set()
+    converted = apply_plan(opened.model, plan, progress, gathered.by_site, unset=names)
+    if not names or gathered.batches is None:
+        return converted, False
     refine_(
         opened.model,
         converted,
@@ -164,7 +159,23 @@ def refine_sequentially(
         team=wanted.team,
         progress=progress,
     )
-    return True
+    return converted, True
+
+
+def _goes_layer_by_layer(traced: Trace, gathered: Gathered, wanted: Calibration) -> bool:
+    if wanted.sequential is False:
+        return False
+    reason = None
+    if gathered.batches is None:
+        reason = "the images are not given, only their evidence"
+    elif traced.by != "torch.fx":
+        reason = f"the model was read by {traced.by}, not as one graph"
+    if reason is None:
+        return True
+    if wanted.sequential:
+        raise AsymswapError(f"--sequential cannot be done: {reason}")
+    gathered.notes.append(f"not refined layer by layer: {reason}")
+    return False
 
 
 def polish(opened: Opened, converted: nn.Module, wanted: Calibration, progress: Progress = silent) -> Polished:

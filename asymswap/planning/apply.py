@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +17,22 @@ from asymswap.spec import Plan, Progress, Swap, silent
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, progress: Progress = silent, evidence: Mapping[str, Evidence] | None = None
+    model: nn.Module,
+    plan: Plan,
+    progress: Progress = silent,
+    evidence: Mapping[str, Evidence] | None = None,
+    unset: Set[str] = frozenset(),
 ) -> nn.Module:
     """A deep copy of the model with the plan's swaps in it, initialised from the weights and, where there is some, from
-    the evidence of their sites; the model is unchanged."""
+    the evidence of their sites; the model is unchanged.
+
+    Replacements at the sites in `unset` are left for others to initialise.
+    """
     found = evidence or {}
 
     def start(built: Built) -> None:
-        init_swapped_(built, found.get(built.entry.site))
+        if built.entry.site not in unset:
+            init_swapped_(built, found.get(built.entry.site))
         progress("converting", built.number, len(plan.swaps))
 
     return _apply(model, plan, start)

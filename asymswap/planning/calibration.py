@@ -39,7 +39,7 @@ Several processes have different ones of the batches. What is drawn for a batch 
 does not matter which process it is in.
 """
 
-_POSITIONS = 64
+_POSITIONS = 32
 """Positions of a feature map that are looked at in each image, at least, where it has so many."""
 
 _SAMPLES_PER_DIMENSION = 16

@@ -53,7 +53,8 @@ def refine_(
     Returns the evidence that each was solved with.
     """
     by_name = {site.name: site for site in sites}
-    swaps = {swap.site: swap for swap in plan.swaps if _can_refine(swap, by_name[swap.site])}
+    wanted = refinable(sites, plan)
+    swaps = {swap.site: swap for swap in plan.swaps if swap.site in wanted}
     used: dict[str, Evidence] = {}
     walk = _walk_of(model)
     bytes_of_image = _held(model, next(iter(batches()))[1][:1])
@@ -80,10 +81,15 @@ def refine_(
     return used
 
 
-def _can_refine(swap: Swap, site: Site) -> bool:
-    """Whether its input is known in time, and its function is not promised to be that of the conv as it is."""
-    kind = kinds.load(swap.kind)
-    return len(site.calls) == 1 and not kind.preserves(site.conv, kinds.parse_settings(swap.kind, swap.settings))
+def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
+    """The swapped sites that `refine_` solves: whose input is known in time, and whose function is not promised."""
+    by_name = {site.name: site for site in sites}
+    found = set()
+    for swap in plan.swaps:
+        site, settings = by_name[swap.site], kinds.parse_settings(swap.kind, swap.settings)
+        if len(site.calls) == 1 and not kinds.load(swap.kind).preserves(site.conv, settings):
+            found.add(swap.site)
+    return found
 
 
 def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, evidence: Evidence, team: Team) -> None:
