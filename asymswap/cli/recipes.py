@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asymswap.cli import options as o
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from asymswap.planning.recipe import About
 
 
 def recipes(
@@ -23,7 +29,6 @@ def recipes(
     """
     from asymswap.cli import screen
     from asymswap.planning import recipe as r
-    from asymswap.reporting.terminal import table
 
     if schema:
         screen.print_json(r.json_schema())
@@ -39,9 +44,36 @@ def recipes(
             budget = f", budget {checked.budget}" if checked.budget else ""
             typer.echo(f"{recipe} is a valid recipe: {rules}{budget}.")
     else:
-        listed = {name: r.parse_recipe(*r.read_recipe_text(name)).summary for name in r.shipped_names()}
+        listed = {name: r.read_about(name) for name in r.shipped_names()}
         if json:
-            screen.print_json([{"name": name, "summary": summary} for name, summary in listed.items()])
+            screen.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         else:
-            console = screen.console()
-            screen.show(table([("Recipe", "left"), ("What it does", "fold")], listed.items()), console)
+            screen.show(_listing(listed), screen.console())
+
+
+_FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}
+
+
+def _listing(recipes: Mapping[str, About]) -> RenderableType:
+    """The recipes group by group, in columns that run through all groups."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from asymswap.planning.recipe import GROUPS
+    from asymswap.reporting.terminal import table
+
+    name_width, function_width = max(map(len, recipes)), max(map(len, _FUNCTION.values()))
+    titles = ("Recipe".ljust(name_width), "Function".ljust(function_width), "What it does")
+    parts: list[RenderableType] = [table(list(zip(titles, _SIDES, strict=True)), [])]
+    for group in GROUPS:
+        rows = [
+            (name.ljust(name_width), _FUNCTION[about.preserves or "nothing"].ljust(function_width), about.summary)
+            for name, about in recipes.items()
+            if about.group == group
+        ]
+        parts += [Text(f"\n{group}", style="bold"), table([("", side) for side in _SIDES], rows)]
+    note = "Function: whether the network, before it is trained again, computes what it did."
+    return Group(*parts, Text(f"\n{note}", style="dim"))
+
+
+_SIDES = ("left", "left", "fold")

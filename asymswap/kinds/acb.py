@@ -94,9 +94,9 @@ def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence 
 
 def settle(
     site: Site,
-    conv: nn.Conv2d,  # noqa: ARG001 - the contract's arguments
+    conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,  # noqa: ARG001
+    evidence: Evidence | None = None,
 ) -> Option:
     """The settings as they are, with the constants of the batch norms where there are some."""
     constants = {"eps": settings.eps, "momentum": settings.momentum} if settings.bn == "branch" else {}

@@ -41,7 +41,7 @@ def refuse(conv: ConvSpec) -> str | None:
     return strips.refuse(conv)
 
 
-def preserves(conv: ConvSpec, settings: Settings) -> bool:  # noqa: ARG001 - the contract's arguments
+def preserves(conv: ConvSpec, settings: Settings) -> bool:
     """Never: the taps off the cross are lost."""
     return False
 
@@ -122,7 +122,7 @@ def init_(
             vertical.bias.copy_(_bias(conv, found, evidence))
 
 
-def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:  # noqa: ARG001 - the contract's arguments
+def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
     """One k x k conv of the original fields, zero off the cross, with the cross's bias."""
     vertical, horizontal = _strips(module)
     own = vertical.weight

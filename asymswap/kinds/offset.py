@@ -9,8 +9,6 @@ The built kernel has no dilation: one of dilation d and limit L covers d*(k - 1)
 axis, and costs as many MACs; a 3 x 3 kernel becomes 5 x 5 with L = 1, and one of dilation 12 becomes 27 x 27.
 """
 
-# ruff: noqa: ARG001 - every kind's functions take what the contract of kinds gives them
-
 from __future__ import annotations
 
 import math

@@ -111,7 +111,7 @@ def refuse(conv: ConvSpec) -> str | None:
     return None
 
 
-def preserves(conv: ConvSpec, settings: Settings) -> bool:  # noqa: ARG001  (of every kind's contract)
+def preserves(conv: ConvSpec, settings: Settings) -> bool:
     """True: a predictor of zeros moves nothing."""
     return True
 
@@ -142,9 +142,9 @@ def options(
 
 def settle(
     site: Site,
-    conv: nn.Conv2d,  # noqa: ARG001  (of every kind's contract, and so is the evidence)
+    conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,  # noqa: ARG001
+    evidence: Evidence | None = None,
 ) -> Option:
     """The settings as they are; raises RecipeError where the channels do not divide into the offset groups."""
     problem = _uneven(site.conv, settings)
@@ -165,8 +165,8 @@ def build(conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
 def init_(
     module: nn.Module,
     conv: nn.Conv2d,
-    settings: Settings,  # noqa: ARG001  (of every kind's contract, and so is the evidence)
-    evidence: Evidence | None = None,  # noqa: ARG001
+    settings: Settings,
+    evidence: Evidence | None = None,
 ) -> None:
     """The conv's own weights and a predictor of zeros; evidence has nothing to add to an exact replacement."""
     deformable = cast(PredictedOffsetConv2d, module)
@@ -178,7 +178,7 @@ def init_(
             parameter.zero_()
 
 
-def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:  # noqa: ARG001
+def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
     """The conv with the replacement's weights while its predictor is still zero; None once it has learned anything."""
     deformable = cast(PredictedOffsetConv2d, module)
     if any(bool(parameter.any()) for parameter in deformable.predictor.parameters()):

@@ -4,8 +4,6 @@ The weights could express the factors too. They are for training few parameters:
 kh*kw numbers a conv say where each tap looks and how much it counts. Everything else is that of `offset`.
 """
 
-# ruff: noqa: ARG001 - every kind's functions take what the contract of kinds gives them
-
 from __future__ import annotations
 
 import math

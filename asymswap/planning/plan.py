@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import Kind, KindSettings
 from asymswap.planning.budget import Allocation, Point, allocate, least_cost
 from asymswap.planning.prices import Counted, Prices
-from asymswap.planning.recipe import Budget, Position, Recipe, Rule
+from asymswap.planning.recipe import Budget, Recipe, Rule
 from asymswap.spec import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
 
 
@@ -201,20 +201,15 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     """
     if any(rule.match.needs_graph for rule in recipe.rules) and all(site.after is None for site in sites):
         raise RecipeError("followed_by and preceded_by need a model that torch.fx can trace, and this one is not")
-    positions = dict(_positions(sites))
-    fitting = {
-        site.name: [n for n, rule in enumerate(recipe.rules) if rule.match.holds(site, positions[site.name])]
-        for site in sites
-    }
-    spoken_of = {number for numbers in fitting.values() for number in numbers}
+    found = [rule.match.find(sites) for rule in recipe.rules]
     for number, rule in enumerate(recipe.rules):
-        if number not in spoken_of:
+        if not found[number]:
             wanted = rule.match.model_dump(exclude_unset=True, mode="json")
             raise RecipeError(
                 f"rule {number + 1} matches none of the model's {len(sites)} Conv2d ({_flat(wanted)}); "
                 f"`asymswap candidates MODEL` lists them"
             )
-    return {name: numbers[0] if numbers else None for name, numbers in fitting.items()}
+    return {site.name: next((n for n, names in enumerate(found) if site.name in names), None) for site in sites}
 
 
 def _decide(
@@ -311,15 +306,6 @@ def _share(
         else:
             reason = "the budget is better spent elsewhere" if curve else "no rank saves anything"
             keeps[item.site.name] = Keep(item.site.name, f"rule {item.number}, but {reason}")
-
-
-def _positions(sites: Sequence[Site]) -> Iterator[tuple[str, Position]]:
-    running = [site.name for site in sites if site.calls]
-    for site in sites:
-        if running and site.name == running[0]:
-            yield site.name, "first"
-        else:
-            yield site.name, "last" if running and site.name == running[-1] else "inner"
 
 
 def _flat(value: Any) -> str:

@@ -13,17 +13,22 @@
 The first rule whose `match` a conv meets decides about it. Sizes are written "3x3", or 3 for both sides; a list means
 any of them; a range { min = …, max = … } includes its ends, and for sizes holds for both sides. Globs match whole
 names.
+
+A stage is made of the convs whose output has the same number of pixels; sizes count at which a kernel of more than one
+tap runs, among the convs that `names` and `exclude` leave. `stage = "last"` is the smallest of them (the bottom of a
+U-Net), "first" the largest, "inner" all between; where there is but one size, it is first and last at once.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -67,6 +72,9 @@ Grouping = Literal["dense", "grouped", "depthwise"]
 Groupings = Annotated[tuple[Grouping, ...], BeforeValidator(_as_tuple)]
 Position = Literal["first", "inner", "last"]
 Positions = Annotated[tuple[Position, ...], BeforeValidator(_as_tuple)]
+Group = Literal["Smaller and faster", "Stronger in training, same cost afterwards", "Learned sampling"]
+GROUPS: tuple[str, ...] = get_args(Group)
+Preserves = Literal["exactly", "approximately", "nothing"]
 
 
 class _Strict(BaseModel):
@@ -132,17 +140,25 @@ class Match(_Strict):
     out_channels: Numbers | None = None
     feature_map: Sizes | None = None
     position: Positions | None = None
+    stage: Positions | None = None
     macs: Numbers | None = None
     params: Numbers | None = None
     followed_by: Words | None = None
     preceded_by: Words | None = None
 
-    def holds(self, site: Site, position: Position) -> bool:
-        """Whether the rule speaks of this site, which is the `first`, an `inner` or the `last` one."""
+    def find(self, sites: Sequence[Site]) -> set[str]:
+        """The names of those sites of a model, given in run order, that the rule speaks of."""
+        positions = _positions(sites)
+        stages = _stages([site for site in sites if self._is_named(site)])
+        return {
+            site.name for site in sites if self.holds(site, positions[site.name], stages.get(site.name, frozenset()))
+        }
+
+    def holds(self, site: Site, position: Position, stages: Set[Position] = frozenset()) -> bool:
+        """Whether the rule speaks of this site, at this place among all sites and in these stages."""
         conv = site.conv
         return (
-            any(fnmatch.fnmatchcase(site.name, glob) for glob in self.names)
-            and not any(fnmatch.fnmatchcase(site.name, glob) for glob in self.exclude)
+            self._is_named(site)
             and _size_holds(self.kernel, conv.kernel)
             and _size_holds(self.stride, conv.stride)
             and _size_holds(self.dilation, conv.dilation)
@@ -151,10 +167,16 @@ class Match(_Strict):
             and (self.out_channels is None or self.out_channels.holds(conv.out_channels))
             and (self.feature_map is None or _size_holds(self.feature_map, site.feature_map))
             and (self.position is None or position in self.position)
+            and (self.stage is None or not stages.isdisjoint(self.stage))
             and (self.macs is None or self.macs.holds(site.cost.macs))
             and (self.params is None or self.params.holds(site.cost.params))
             and _neighbour_holds(self.followed_by, site.after)
             and _neighbour_holds(self.preceded_by, site.before)
+        )
+
+    def _is_named(self, site: Site) -> bool:
+        return any(fnmatch.fnmatchcase(site.name, glob) for glob in self.names) and not any(
+            fnmatch.fnmatchcase(site.name, glob) for glob in self.exclude
         )
 
     @property
@@ -255,10 +277,18 @@ BUDGETS = ("macs", "params", "latency", "max_error")
 _MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
-class Recipe(_Strict):
-    """A whole recipe."""
+class About(_Strict):
+    """What a recipe says of itself, for people; `group` is where `asymswap recipes` lists it."""
 
     summary: str = ""
+    group: Group | None = None
+    preserves: Preserves | None = None
+    """How well the converted network, before any training, does what the original did."""
+
+
+class Recipe(About):
+    """A whole recipe."""
+
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     budget: Budget | None = None
 
@@ -272,6 +302,30 @@ class Recipe(_Strict):
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
             raise ValueError("the [budget] has nothing to choose: every rule says its own size; remove one of the two")
         return self
+
+
+def _positions(sites: Sequence[Site]) -> dict[str, Position]:
+    """Where each site is among those that run; whatever never runs is `inner`."""
+    running = [site.name for site in sites if site.calls]
+    found: dict[str, Position] = dict.fromkeys((site.name for site in sites), "inner")
+    if running:
+        found |= {running[-1]: "last", running[0]: "first"}
+    return found
+
+
+def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
+    """The stages of each site that has one: whatever runs at no spatial conv's size (squeeze and excitation) has none.
+
+    Of a site that runs several times, as the heads of detection models do, the first call counts.
+    """
+    pixels = {site.name: math.prod(site.calls[0].output) for site in sites if site.calls}
+    sizes = {pixels[site.name] for site in sites if site.calls and site.conv.kernel != (1, 1)}
+    ends: dict[Position, int] = {"first": max(sizes, default=0), "last": min(sizes, default=0)}
+    return {
+        name: {end for end, extreme in ends.items() if size == extreme} or {"inner"}
+        for name, size in pixels.items()
+        if size in sizes
+    }
 
 
 def _size_holds(wanted: SizeRange | tuple[Size, ...] | None, size: Size | None) -> bool:
@@ -297,6 +351,12 @@ def shipped_folder() -> Path:
 def shipped_names() -> list[str]:
     """The names of the shipped recipes, sorted."""
     return sorted(path.stem for path in shipped_folder().glob("*.toml"))
+
+
+def read_about(name: str) -> About:
+    """What a shipped recipe says of itself. Its rules are not checked: their kinds would load torch."""
+    value = tomllib.loads(read_recipe_text(name)[0])
+    return About.model_validate({key: value[key] for key in About.model_fields if key in value})
 
 
 def read_recipe_text(reference: str) -> tuple[str, str]:

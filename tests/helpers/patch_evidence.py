@@ -27,7 +27,7 @@ def see_all(case: Case, weighted: bool = False) -> Seen:
         y = conv(case.x)
         at = choose_positions(y.shape[-2:], y.shape[-2] * y.shape[-1], torch.Generator().manual_seed(0))
         patches = patches_of(conv, case.x, at).to(torch.float64)
-        sums = PatchSums()
+        sums = PatchSums(conv)
         sums.add(patches)
         mean, covariance = sums.moments()
         kernel = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))

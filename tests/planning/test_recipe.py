@@ -8,7 +8,16 @@ import pytest
 
 from asymswap import kinds
 from asymswap.errors import RecipeError
-from asymswap.planning.recipe import Match, json_schema, parse_recipe, read_recipe_text, shipped_folder, shipped_names
+from asymswap.planning.plan import find_rule
+from asymswap.planning.recipe import (
+    Match,
+    json_schema,
+    parse_recipe,
+    read_about,
+    read_recipe_text,
+    shipped_folder,
+    shipped_names,
+)
 from asymswap.spec import Call, ConvSpec, Neighbour, Site
 
 BASE = """
@@ -31,11 +40,14 @@ def test_shipped_recipes_are_valid_and_say_when_to_use_them(name: str) -> None:
     text, where = read_recipe_text(name)
     recipe = parse_recipe(text, where)
     assert 20 <= len(recipe.summary) <= 100
+    assert recipe.group is not None
+    assert recipe.preserves is not None
+    assert read_about(name).model_dump() == recipe.model_dump(include={"summary", "group", "preserves"})
     assert text.startswith("# ")
     assert sum(line.startswith("#") for line in text.splitlines()) >= 3
 
 
-def test_the_five_recipes_are_there() -> None:
+def test_the_recipes_are_found_beside_the_package() -> None:
     assert {"3x3-only", "large-kernels", "inception-7x7", "all-spatial", "half-macs"} <= set(shipped_names())
     assert shipped_folder().name == "recipes"
 
@@ -85,6 +97,110 @@ def test_a_glob_is_of_whole_names_and_layer_1_is_not_layer_10() -> None:
     assert match.holds(site("layers.1.conv"), "inner")
     assert not match.holds(site("layers.10.conv"), "inner")
     assert not match.holds(site("xlayers.1.conv"), "inner")
+
+
+def staged(name: str, pixels: tuple[int, int], kernel: int = 3, runs: bool = True) -> Site:
+    calls = (Call((9, 9), pixels), Call((9, 9), (1, 1)))
+    return site(name, calls if runs else (), kernel=(kernel, kernel))
+
+
+NETWORK = [
+    staged("stem", (32, 16)),
+    staged("body.a", (16, 8)),
+    staged("body.squeeze", (1, 1), kernel=1),
+    staged("body.turned", (8, 16)),
+    staged("body.point", (8, 4), kernel=1),
+    staged("body.b", (8, 4)),
+    staged("head.up", (16, 8)),
+    staged("head.aux", (1, 1), runs=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("match", "found"),
+    [
+        ({"stage": "first"}, {"stem"}),
+        ({"stage": "inner"}, {"body.a", "body.turned", "head.up"}),
+        ({"stage": "last"}, {"body.point", "body.b"}),
+        ({"stage": "last", "kernel": "3x3"}, {"body.b"}),
+        ({"stage": ["first", "last"], "kernel": 3}, {"stem", "body.b"}),
+        ({"stage": "last", "kernel": "5x5"}, set()),
+        ({"stage": "last", "exclude": "body.b"}, {"body.a", "body.turned", "head.up"}),
+        ({"stage": "last", "names": "head.*"}, {"head.up"}),
+        ({"stage": "first", "names": "head.*"}, {"head.up"}),
+        ({"stage": "inner", "names": "head.*"}, set()),
+        ({"stage": "last", "names": "*.squeeze"}, set()),
+        ({"position": "first"}, {"stem"}),
+        ({"position": "last"}, {"head.up"}),
+    ],
+    ids=str,
+)
+def test_stages_are_those_of_the_named_part_by_the_pixels_of_its_outputs(match: Any, found: set[str]) -> None:
+    assert Match.model_validate(match).find(NETWORK) == found
+
+
+def test_a_stage_that_is_none() -> None:
+    text = BASE.replace('groups = "dense"', 'stage = "lst"')
+    with pytest.raises(RecipeError, match=r"rule 1 match\.stage: Input should be 'first', 'inner' or 'last'"):
+        parse_recipe(text, "r")
+
+
+FORMS = [
+    site("stem", (Call((64, 64), (32, 32)),), in_channels=3, kernel=(7, 7), stride=(2, 2)),
+    site("early", (Call((32, 32), (32, 32)),)),
+    site("wide", (Call((32, 32), (32, 32)),), groups=32, kernel=(7, 7), out_channels=32),
+    site("point", (Call((32, 32), (32, 32)),), kernel=(1, 1)),
+    site("patches", (Call((32, 32), (8, 8)),), kernel=(4, 4), stride=(4, 4)),
+    site("dilated", (Call((8, 8), (8, 8)),), dilation=(2, 2)),
+    site("late", (Call((8, 8), (8, 8)),)),
+    site("depthwise", (Call((8, 8), (8, 8)),), groups=32, out_channels=32),
+    site("five", (Call((8, 8), (8, 8)),), kernel=(5, 5)),
+]
+SPOKEN_OF = {
+    "3x3-only": {"separable": ["early", "dilated", "late"]},
+    "half-macs": {"separable": ["early", "patches", "dilated", "late", "five"]},
+    "inception-7x7": {"separable": ["stem"]},
+    "large-kernels": {"separable": ["stem", "five"]},
+    "all-spatial": {
+        "separable": ["stem", "early", "wide", "patches", "dilated", "late", "depthwise", "five"],
+    },
+    "acnet": {"acb": ["stem", "early", "wide", "dilated", "late", "depthwise", "five"]},
+    "acnet-branch-bn": {"acb": ["stem", "early", "wide", "dilated", "late", "depthwise", "five"]},
+    "strip-large-kernels": {"cross": ["stem", "wide", "five"]},
+    "offset": {"offset": ["early", "wide", "patches", "late", "depthwise", "five"]},
+    "weighted-offset": {"weighted-offset": ["early", "wide", "patches", "late", "depthwise", "five"]},
+    "deformable-last-stage": {"predicted-offset": ["dilated", "late"]},
+    "mixed": {"predicted-offset": ["dilated", "late"], "separable": ["early"]},
+}
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_readme_names_every_shipped_recipe(name: str) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"`{name}`" in readme.read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("name", SPOKEN_OF)
+def test_which_convs_a_shipped_recipe_swaps_by_which_kind(name: str) -> None:
+    recipe = parse_recipe(*read_recipe_text(name))
+    found: dict[str, list[str]] = {}
+    for each, (spoken, number) in zip(FORMS, find_rule(FORMS, recipe).items(), strict=True):
+        kind = "" if number is None else (recipe.rules[number].swap or {})["kind"]
+        if kind and kinds.load(kind).refuse(each.conv) is None:
+            found.setdefault(kind, []).append(spoken)
+    assert found == SPOKEN_OF[name]
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_shipped_recipe_promises_what_its_kinds_do(name: str) -> None:
+    recipe = parse_recipe(*read_recipe_text(name))
+    promises = []
+    for rule in recipe.rules:
+        wish = rule.swap_settings | ({"rank": 1, "order": "vertical-first"} if rule.lacks_size or rule.size else {})
+        wish = {key: value for key, value in wish.items() if key not in ("ratio", "energy")}
+        kind = kinds.load((rule.swap or {})["kind"])
+        promises.append(kind.preserves(FORMS[1].conv, kinds.parse_settings((rule.swap or {})["kind"], wish)))
+    assert all(promises) == (recipe.preserves == "exactly")
 
 
 def test_a_conv_that_never_runs_has_no_feature_map() -> None:
