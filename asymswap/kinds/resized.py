@@ -43,8 +43,8 @@ class Settings(KindSettings):
     allow_growth: bool = True
     """Swap although the new conv costs more, which is its nature."""
 
-    kernel: Taps
-    """Its size, such as "5x5": on each axis larger than the conv's by an even number of taps."""
+    kernel: Taps | None = None
+    """Its size, such as "5x5": on each axis larger than the conv's by an even number of taps; by itself by two."""
 
     dilation: Taps | None = None
     """Pixels between its taps; by itself those of the conv."""
@@ -67,7 +67,6 @@ def refuse(conv: ConvSpec) -> str | None:
 
 def preserves(conv: ConvSpec, settings: Settings) -> bool:
     """Always: the new taps are zero."""
-    del conv, settings
     return True
 
 
@@ -83,11 +82,11 @@ def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence 
 
 def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
     """All fields of the new conv; raises RecipeError for a size that the conv cannot grow to."""
-    del conv, evidence
-    growth = [new - old for new, old in zip(settings.kernel, site.conv.kernel, strict=True)]
+    kernel = _kernel(site.conv, settings)
+    growth = [new - old for new, old in zip(kernel, site.conv.kernel, strict=True)]
     given = settings.dilation is not None or settings.padding is not None
     if not given and any(extra < 0 or extra % 2 for extra in growth):
-        old, new = ("x".join(map(str, size)) for size in (site.conv.kernel, settings.kernel))
+        old, new = ("x".join(map(str, size)) for size in (site.conv.kernel, kernel))
         raise RecipeError(f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis")
     new_conv = resized(site.conv, settings)
     padding = new_conv.padding if isinstance(new_conv.padding, str) else list(new_conv.padding)
@@ -98,9 +97,13 @@ def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence |
 
 def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     """The fields of the new conv."""
-    dilation = settings.dilation or conv.dilation
-    padding = settings.padding if settings.padding is not None else _padding(conv, settings.kernel)
-    return replace(conv, kernel=settings.kernel, dilation=dilation, padding=padding, bias=conv.bias or settings.bias)
+    kernel, dilation = _kernel(conv, settings), settings.dilation or conv.dilation
+    padding = settings.padding if settings.padding is not None else _padding(conv, kernel)
+    return replace(conv, kernel=kernel, dilation=dilation, padding=padding, bias=conv.bias or settings.bias)
+
+
+def _kernel(conv: ConvSpec, settings: Settings) -> Size:
+    return settings.kernel or (conv.kernel[0] + 2, conv.kernel[1] + 2)
 
 
 def _padding(conv: ConvSpec, kernel: Size) -> Size | str:
@@ -121,7 +124,6 @@ def build(conv: ConvSpec, settings: Settings) -> nn.Conv2d:
 
 def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
     """The conv's own taps in the middle of zeros."""
-    del settings, evidence
     new = cast(nn.Conv2d, module)
     rows, columns = (
         slice((large - small) // 2, (large + small) // 2)
@@ -136,5 +138,4 @@ def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evid
 
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
     """It is an ordinary conv already."""
-    del conv, settings
     return cast(nn.Conv2d, module)
