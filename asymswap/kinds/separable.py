@@ -2,24 +2,44 @@
 
 The first conv carries the stride, padding and dilation of its own axis, the second those of the other; groups are
 solved group by group, and the rank R is that of one group; both convs keep the padding mode, the bias stays on the
-second. Nothing stands between the two, so that the pair is exact at full rank: without a bias on the first conv,
-padding its output by zeros is the same as padding its input. Mathematics and papers: `asymswap.factorize.svd` for the
-weights alone, `asymswap.factorize.covariance` for calibration data.
+second. With nothing between the two the pair is exact at full rank: without a bias on the first conv, padding its
+output by zeros is the same as padding its input. Mathematics and papers: `asymswap.factorize.svd` for the weights
+alone, `asymswap.factorize.covariance` for calibration data.
+
+A batch norm, a ReLU or both can stand between (Inception: Szegedy et al., 2016; ERFNet: Romera et al., 2018), for a
+network that is trained on. They start as near to nothing as they can:
+
+- The batch norm has the mean and variance of the first conv's output as its statistics, and a weight and bias that
+  undo them. In eval mode it passes everything on, so that the pair computes what it would without it, at the borders
+  too; in train mode it does so as far as a batch has these statistics. They come from the evidence, else from the
+  assumption of white inputs: then eval mode is just as exact, but train mode rescales.
+- The ReLU gets every channel raised by what brings three deviations below its mean above zero (by the batch norm's
+  bias or else the first conv's), and the second conv's bias takes that away again. What lies lower is cut. Zeros that
+  the second conv would pad were not raised: where it pads zeros, the first conv pads in its place, on both axes, and
+  walks over that many pixels more. (A batch norm then sees the padding in train mode, of which the patches tell only
+  in part.) For `same` padding that is not alike on both sides no conv can do that: there the borders come out wrong.
+
+At the usual padding a smaller shift would be a compromise between what is cut and what the borders lose. On
+digits-resnet at a quarter of its MACs, those for the padding counted, calibrated in one pass on 256 images, top-1 is
+94 % with no ReLU, 92 % with one, and 68 % at the usual padding with the best shift (1.5 deviations); at half of the
+MACs without calibration it is 98, 97 and 81 %. On two other draws of the images no ReLU has 96 % and one 90 %.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Annotated, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from asymswap import strips
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize import covariance, svd
+from asymswap.factorize import covariance, middle, svd
 from asymswap.factorize.evidence import Evidence
 from asymswap.factorize.loss import loss
 from asymswap.kinds import KindSettings
@@ -29,11 +49,19 @@ SIZES = ("rank", "ratio", "energy")
 _SMALL = 10_000_000
 """MACs of a conv below which its time is not that of its arithmetic."""
 
-PRESERVES = "the function, as well as the rank allows; exactly at full rank"
+PRESERVES = "the function, as well as the rank allows; exactly at full rank, in eval mode, unless a ReLU stands between"
 
 _UNSETTLED = "kind 'separable' needs a settled rank and order, not {}"
 
+_DEVIATIONS = 3.0
+"""What is so far below a channel's mean still passes the ReLU.
+
+On digits-resnet at a quarter of its MACs, calibrated in one pass, three draws of the images, the output's error is
+0.58 at 2 deviations, 0.54 at 2.5, 0.52 at 3 and 0.52 at 4, with no ReLU 0.40.
+"""
+
 Order = Literal["vertical-first", "horizontal-first"]
+Between = Literal["none", "relu", "bn", "bn-relu"]
 
 
 class Settings(KindSettings):
@@ -56,6 +84,12 @@ class Settings(KindSettings):
 
     bias: bool = False
     """Give the second conv a bias even where the conv has none; calibration corrects the output's mean by it."""
+
+    between: Between = "none"
+    """What stands between the two convs: nothing, a ReLU, a batch norm, or a batch norm and a ReLU.
+
+    The errors by which ranks are chosen are those of the pair without it. A ReLU implies `bias`.
+    """
 
     @model_validator(mode="after")
     def _one_size(self) -> Settings:
@@ -108,46 +142,60 @@ def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence |
 
 
 def preserves(conv: ConvSpec, settings: Settings) -> bool:
-    """At full rank."""
-    return settings.order != "auto" and settings.rank == full_rank(conv, settings.order)
+    """At full rank where no ReLU stands between; only a batch norm in half precision rounds more than is promised."""
+    if settings.order == "auto" or settings.rank != full_rank(conv, settings.order) or _rectifies(settings.between):
+        return False
+    return settings.between == "none" or conv.dtype in ("float32", "float64")
 
 
 def cost(site: Site, settings: Settings) -> Cost:
     """MACs over all calls and parameters of the settled pair."""
     if settings.rank is None or settings.order == "auto":
         raise PlanError(_UNSETTLED.format(settings.model_dump(exclude_none=True)))
-    return pair_cost(site, settings.rank, settings.order, settings.bias)
+    return pair_cost(site, settings.rank, settings.order, settings.bias, settings.between)
 
 
 def build(conv: ConvSpec, settings: Settings) -> nn.Sequential:
-    """An `nn.Sequential` of two convs named `vertical` and `horizontal`, in the order in which they run."""
+    """An `nn.Sequential` of two convs named `vertical` and `horizontal`, in the order in which they run.
+
+    Between them stand `norm` and `relu` where they are wanted.
+    """
     if settings.rank is None or settings.order == "auto":
         raise PlanError(_UNSETTLED.format(settings.model_dump(exclude_none=True)))
-    middle = conv.groups * settings.rank
-    ends = [(conv.in_channels, middle, False), (middle, conv.out_channels, conv.bias or settings.bias)]
-    pair = nn.Sequential()
-    for (inputs, outputs, bias), vertical in zip(ends, _axes(settings.order), strict=True):
-        module = nn.utils.skip_init(
-            nn.Conv2d,
-            inputs,
-            outputs,
-            _along(conv.kernel, vertical),
+    channels, rectified = conv.groups * settings.rank, _rectifies(settings.between)
+    ends = [
+        (conv.in_channels, channels, settings.between == "relu"),
+        (channels, conv.out_channels, conv.bias or settings.bias or rectified),
+    ]
+    halves: list[tuple[str, nn.Module]] = []
+    paddings = _paddings(conv, settings.order, settings.between)
+    for (inputs, outputs, bias), vertical, padding in zip(ends, _axes(settings.order), paddings, strict=True):
+        half = replace(
+            conv,
+            in_channels=inputs,
+            out_channels=outputs,
+            kernel=_along(conv.kernel, vertical),
             stride=_along(conv.stride, vertical),
-            padding=conv.padding if isinstance(conv.padding, str) else _along(conv.padding, vertical, rest=0),
+            padding=padding,
             dilation=_along(conv.dilation, vertical),
-            groups=conv.groups,
             bias=bias,
-            padding_mode=conv.padding_mode,
-            dtype=getattr(torch, conv.dtype),
         )
-        pair.add_module("vertical" if vertical else "horizontal", module)
-    return pair
+        halves.append(("vertical" if vertical else "horizontal", strips.new_conv(half)))
+    between: list[tuple[str, nn.Module]] = []
+    if settings.between in ("bn", "bn-relu"):
+        between.append(("norm", nn.BatchNorm2d(channels, dtype=getattr(torch, conv.dtype))))
+    if rectified:
+        between.append(("relu", nn.ReLU()))
+    return nn.Sequential(OrderedDict([halves[0], *between, halves[1]]))
 
 
 def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
-    """The best pair of each group, by truncated SVD of the kernel or on the evidence, the scale shared evenly."""
+    """The best pair of each group, by truncated SVD of the kernel or on the evidence, the scale shared evenly.
+
+    What stands between the two starts as the head of this file tells.
+    """
     assert settings.rank is not None
-    first, second = _pair(module)
+    parts = _parts(module)
     vertical_first = settings.order == "vertical-first"
     kernel = cast(Size, conv.kernel_size)
     if evidence is None:
@@ -156,44 +204,81 @@ def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evid
     else:
         a_GAR, b_GRB = covariance.factors(covariance.arrange(evidence, kernel, vertical_first), settings.rank)
     weights = svd.as_kernels(a_GAR, b_GRB, kernel, vertical_first)
+    bias_O = _bias(conv, weights, settings, evidence)
     with torch.no_grad():
-        for half, weight in zip((first, second), weights, strict=True):
+        for half, weight in zip((parts.first, parts.second), weights, strict=True):
             half.weight.copy_(weight)
-        if second.bias is not None:
-            second.bias.copy_(_bias(conv, weights, settings, evidence))
+        if settings.between != "none":
+            shift_GR = _init_between_(parts, conv, weights[0], settings, evidence)
+            bias_O = bias_O - middle.carried(shift_GR, weights[1])
+        if parts.second.bias is not None:
+            parts.second.bias.copy_(bias_O)
+
+
+def _init_between_(
+    parts: _Parts, conv: nn.Conv2d, first_OIHW: Tensor, settings: Settings, evidence: Evidence | None
+) -> Tensor:
+    """Let the batch norm pass on what it gets, and the ReLU as much as it can; returns by how much that is shifted."""
+    if evidence is None:
+        moments = middle.white(first_OIHW, conv.groups)
+    else:
+        moments = middle.seen(evidence, first_OIHW, cast(Size, conv.kernel_size), _read_taps(parts.first, conv))
+    shift_GR = moments.shift(_DEVIATIONS if _rectifies(settings.between) else None)
+    if parts.norm is None:
+        assert parts.first.bias is not None
+        parts.first.bias.copy_(shift_GR.flatten())
+        return shift_GR
+    norm, mean, variance = parts.norm, *_statistics(parts.norm)
+    mean.copy_(moments.mean_GR.flatten())
+    variance.copy_(moments.variance_GR.flatten())
+    # From the statistics as they are stored, rounded: what one does the other undoes.
+    norm.weight.copy_((variance.to(torch.float64) + norm.eps).sqrt())
+    norm.bias.copy_(mean.to(shift_GR) + shift_GR.flatten())
+    return shift_GR
+
+
+def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
+    """The taps of the second conv through which the first one's output map is seen best.
+
+    Those that see no padding of the second conv, or the least: it is no output of the first. Where the first pads in
+    its place, all of them.
+    """
+    axis = 1 if first.kernel_size[1] == 1 else 0
+    taps = range(conv.kernel_size[axis])
+    if not isinstance(first.padding, str) and first.padding[axis]:
+        return list(taps)
+    before, after = _margin(conv.padding, cast(Size, conv.kernel_size), cast(Size, conv.dilation), axis)
+    step = conv.dilation[axis]
+    outside = [max(before - step * tap, 0) + max(after - step * (taps[-1] - tap), 0) for tap in taps]
+    return [tap for tap in taps if outside[tap] == min(outside)]
 
 
 def _bias(conv: nn.Conv2d, weights: tuple[Tensor, Tensor], settings: Settings, evidence: Evidence | None) -> Tensor:
     """The conv's own bias, or with evidence the one that gives the output its wanted mean."""
     if evidence is None:
-        return torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
+        return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     kernel = svd.compose(*weights, conv.groups, settings.order == "vertical-first")
     seen = torch.einsum("god,gd->go", kernel.flatten(1).unflatten(0, (conv.groups, -1)), evidence.mean_GD)
     return (evidence.target_mean_GO - seen).flatten()
 
 
-def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-    """One k x k conv of the original fields whose kernel is the product of the pair's, with the pair's bias."""
-    first, second = _pair(module)
-    fused: nn.Conv2d = nn.utils.skip_init(
-        nn.Conv2d,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=second.bias is not None,
-        padding_mode=conv.padding_mode,
-        dtype=first.weight.dtype,
-        device=first.weight.device,
-    )
-    weights = (first.weight.to(torch.float64), second.weight.to(torch.float64))
+def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
+    """One k x k conv of the original fields whose kernel is the product of the pair's, with the pair's bias.
+
+    A batch norm between is folded into it. None with a ReLU between, or where the batch norm shifts what it passes on
+    (as it does once it is trained) and zeros are padded behind it: the borders do not get what the rest gets.
+    """
+    parts = _parts(module)
+    folded = None if _rectifies(settings.between) else _fold(parts, conv, settings)
+    if folded is None:
+        return None
+    own = parts.second.weight
+    fused = strips.new_conv(replace(conv, bias=folded.bias_O is not None), own.dtype, own.device)
+    second = own.to(torch.float64)
     with torch.no_grad():
-        fused.weight.copy_(svd.compose(*weights, conv.groups, settings.order == "vertical-first"))
+        fused.weight.copy_(svd.compose(folded.first_OIHW, second, conv.groups, settings.order == "vertical-first"))
         if fused.bias is not None:
-            fused.bias.copy_(cast(Tensor, second.bias))
+            fused.bias.copy_(cast(Tensor, folded.bias_O))
     return fused
 
 
@@ -204,19 +289,56 @@ def full_rank(conv: ConvSpec, order: Order) -> int:
     return min(conv.group_in * along, conv.group_out * across)
 
 
-def pair_cost(site: Site, rank: int, order: Order, bias: bool = False) -> Cost:
-    """MACs over all calls and parameters of the pair, from the formula alone; `bias` is the setting of that name."""
+def pair_cost(site: Site, rank: int, order: Order, bias: bool = False, between: Between = "none") -> Cost:
+    """MACs over all calls and parameters of the pair, from the formula alone.
+
+    `bias` and `between` are the settings of these names.
+    """
     conv = site.conv
     vertical = order == "vertical-first"
     along, across = conv.kernel if vertical else conv.kernel[::-1]
-    middle = conv.groups * rank
-    first, second = middle * conv.group_in * along, conv.out_channels * rank * across
+    channels = conv.groups * rank
+    first, second = channels * conv.group_in * along, conv.out_channels * rank * across
+    more = 2 * _early_padding(conv, order, between)
     macs = 0
     for call in site.calls:
         # The first conv has walked its own axis only: the other one still has its input size.
-        between = (call.output[0], call.input[1]) if vertical else (call.input[0], call.output[1])
-        macs += call.batch * (first * math.prod(between) + second * math.prod(call.output))
-    return Cost(macs, first + second + conv.out_channels * (conv.bias or bias))
+        walked = (call.output[0], call.input[1] + more) if vertical else (call.input[0] + more, call.output[1])
+        macs += call.batch * (first * math.prod(walked) + second * math.prod(call.output))
+    held = {"none": 0, "relu": channels, "bn": 2 * channels, "bn-relu": 2 * channels}[between]
+    return Cost(macs, first + second + held + conv.out_channels * (conv.bias or bias or _rectifies(between)))
+
+
+def _rectifies(between: Between) -> bool:
+    """Whether a ReLU stands between the two convs."""
+    return between in ("relu", "bn-relu")
+
+
+def _early_padding(conv: ConvSpec, order: Order, between: Between) -> int:
+    """How many pixels the first conv pads on either side of the axis of the second, in its place."""
+    margins = [_margin(conv.padding, conv.kernel, conv.dilation, axis) for axis in (0, 1)]
+    can = all(before == after for before, after in margins)
+    needed = _rectifies(between) and conv.padding_mode == "zeros"
+    return margins[1 if order == "vertical-first" else 0][0] if needed and can else 0
+
+
+def _paddings(conv: ConvSpec, order: Order, between: Between) -> tuple[Size | str, Size | str]:
+    """The padding of the first and of the second conv."""
+    if _early_padding(conv, order, between):
+        rows, columns = (_margin(conv.padding, conv.kernel, conv.dilation, axis)[0] for axis in (0, 1))
+        return (rows, columns), (0, 0)
+    if isinstance(conv.padding, str):
+        return conv.padding, conv.padding
+    first, second = (_along(conv.padding, vertical, rest=0) for vertical in _axes(order))
+    return first, second
+
+
+def _margin(padding: Sequence[int] | str, kernel: Size, dilation: Size, axis: int) -> Size:
+    """How many pixels a conv adds before and after its input along one axis."""
+    if not isinstance(padding, str):
+        return (padding[axis], padding[axis])
+    total = dilation[axis] * (kernel[axis] - 1) if padding == "same" else 0
+    return (total // 2, total - total // 2)
 
 
 def _orders(settings: Settings) -> tuple[Order, ...]:
@@ -248,9 +370,12 @@ def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, eviden
         weighted = covariance.spectrum(problem)[1]
         whole = 0.5 * float(weighted.sum())
         divergences = [whole * left for left in _left(weighted)]
-    extra = {"bias": True} if bias and not site.conv.bias else {}
+    extra: dict[str, Any] = {"bias": True} if bias and not site.conv.bias else {}
+    if settings.between != "none":
+        extra["between"] = settings.between
+    costs = [pair_cost(site, rank, order, bias, settings.between) for rank in range(1, len(errors) + 1)]
     return [
-        Option({"rank": rank, "order": order, **extra}, pair_cost(site, rank, order, bias), error, loss(error, nats))
+        Option({"rank": rank, "order": order, **extra}, costs[rank - 1], error, loss(error, nats))
         for rank, (error, nats) in enumerate(zip(errors, divergences, strict=True), start=1)
         if rank <= full_rank(site.conv, order)
     ]
@@ -296,10 +421,60 @@ def _unmet(site: Site, settings: Settings) -> str:
     if settings.rank is not None:
         most = max(full_rank(site.conv, order) for order in _orders(settings))
         return f"rank = {settings.rank} is above the full rank {most}"
-    least = min(pair_cost(site, 1, order).macs for order in _orders(settings)) / max(site.cost.macs, 1)
-    return f"ratio = {settings.ratio} cannot be met: rank 1 keeps {least:.3f} of the MACs already"
+    least = min(pair_cost(site, 1, order, between=settings.between).macs for order in _orders(settings))
+    kept = least / max(site.cost.macs, 1)
+    return f"ratio = {settings.ratio} cannot be met: rank 1 keeps {kept:.3f} of the MACs already"
 
 
-def _pair(module: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
-    first, second = module.children()
-    return cast(nn.Conv2d, first), cast(nn.Conv2d, second)
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of a pair that hold numbers."""
+
+    first: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+    second: nn.Conv2d
+
+
+def _parts(module: nn.Module) -> _Parts:
+    first, *between, second = module.children()
+    norm = next((part for part in between if isinstance(part, nn.BatchNorm2d)), None)
+    return _Parts(cast(nn.Conv2d, first), norm, cast(nn.Conv2d, second))
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The running mean and variance, the tensors themselves."""
+    return cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The factor and the shift of a batch norm in eval mode, in float64; a shift that is mere rounding is zero."""
+    mean, variance = (tensor.to(torch.float64) for tensor in _statistics(norm))
+    bias = norm.bias.detach().to(torch.float64)
+    scale = norm.weight.detach().to(torch.float64) / (variance + norm.eps).sqrt()
+    shift = bias - mean * scale
+    rounding = 4 * torch.finfo(norm.weight.dtype).eps * (bias.abs() + (mean * scale).abs())
+    return scale, torch.where(shift.abs() > rounding, shift, 0.0)
+
+
+class _Folded(NamedTuple):
+    """The first conv's weight with a batch norm's factor in it, the second's bias with its shift; in float64."""
+
+    first_OIHW: Tensor
+    bias_O: Tensor | None
+
+
+def _fold(parts: _Parts, conv: ConvSpec, settings: Settings) -> _Folded | None:
+    """The batch norm folded into the convs beside it, or None where the borders would not get what they get now."""
+    first = parts.first.weight.detach().to(torch.float64)
+    bias_O = None if parts.second.bias is None else parts.second.bias.detach().to(torch.float64)
+    if parts.norm is None:
+        return _Folded(first, bias_O)
+    scale_R, shift_R = _affine(parts.norm)
+    first = first * scale_R[:, None, None, None]
+    if not bool(shift_R.any()):
+        return _Folded(first, bias_O)
+    axis = 1 if settings.order == "vertical-first" else 0
+    if conv.padding_mode == "zeros" and any(_margin(conv.padding, conv.kernel, conv.dilation, axis)):
+        return None
+    shift_O = middle.carried(shift_R.unflatten(0, (conv.groups, -1)), parts.second.weight)
+    return _Folded(first, shift_O if bias_O is None else bias_O + shift_O)
