@@ -135,9 +135,7 @@ def test_a_promise_that_is_broken_is_an_error_unless_drift_is_allowed(
             module.square.conv.weight.mul_(1.01)
 
     monkeypatch.setattr(kinds.load("acb"), "init_", init_)
-    with pytest.raises(
-        AsymswapError, match=r"acb promises to preserve plain, but .* has changed by \d\.\de-03"
-    ):
+    with pytest.raises(AsymswapError, match=r"acb promises to preserve plain, but .* has changed by \d\.\de-03"):
         asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10))
     drifted = asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10), allow_drift=True)
     assert drifted.report.sites[0].exact
