@@ -251,10 +251,13 @@ class RankCost:
 class Candidate:
     """A site with what `separable` could save there, or the reason why it is no candidate.
 
-    `break_even` is the largest rank that still saves something, `half` half of that rank.
+    `break_even` is the largest rank that still saves something, `half` half of that rank. Where a recipe asks for
+    another `kind`, `becomes` is what the replacement costs, if that is known without the weights.
     """
 
     site: Site
     reason: str | None = None
     break_even: RankCost | None = None
     half: RankCost | None = None
+    kind: str = "separable"
+    becomes: Cost | None = None

@@ -11,7 +11,7 @@ from asymswap.cli import options as o
 
 def candidates(
     model: o.Model,
-    recipe: Annotated[str | None, typer.Option(help="Only what this recipe would swap is a candidate.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Candidates are what this recipe would swap.")] = None,
     weights: o.Weights = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from asymswap import kinds
 from asymswap.kinds import separable
 from asymswap.planning.plan import find_rule, saves
 from asymswap.planning.recipe import Recipe
@@ -15,22 +17,30 @@ _ORDERS: tuple[separable.Order, ...] = ("vertical-first", "horizontal-first")
 def find_candidates(sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
     """Every site, in order; with a recipe, only those are candidates that one of its rules swaps."""
     rules = find_rule(sites, recipe) if recipe is not None else {}
-    found = []
-    for site in sites:
-        reason = site.refusal or separable.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
-        if reason is None and recipe is not None:
-            number = rules[site.name]
-            if number is None or recipe.rules[number].swap is None:
-                reason = "no rule matches" if number is None else f"rule {number + 1} keeps it"
-        best = None if reason else _break_even(site)
-        if reason is None and (best is None or best.rank == 1):
-            # One column of weights for each input channel is no approximation that anybody keeps.
-            reason = "even rank 1 saves nothing" if best is None else "only rank 1 would save anything"
-        if reason is not None or best is None:
-            found.append(Candidate(site, reason))
-        else:
-            found.append(Candidate(site, None, best, _at(site, best.rank // 2, best.order)))
-    return found
+    return [_candidate(site, recipe, rules.get(site.name)) for site in sites]
+
+
+def _candidate(site: Site, recipe: Recipe | None, number: int | None) -> Candidate:
+    swap: Mapping[str, Any] = {"kind": "separable"}
+    if recipe is not None:
+        if number is None:
+            return Candidate(site, "no rule matches")
+        if recipe.rules[number].swap is None:
+            return Candidate(site, f"rule {number + 1} keeps it")
+        swap = recipe.rules[number].swap or swap
+    name = swap["kind"]
+    kind = kinds.load(name)
+    reason = site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
+    if reason is not None:
+        return Candidate(site, reason, kind=name)
+    if name != "separable":
+        wish = kinds.parse_settings(name, {key: value for key, value in swap.items() if key != "kind"})
+        return Candidate(site, kind=name, becomes=None if kind.SIZES else kind.cost(site, wish))
+    best = _break_even(site)
+    if best is None or best.rank == 1:
+        # One column of weights for each input channel is no approximation that anybody keeps.
+        return Candidate(site, "even rank 1 saves nothing" if best is None else "only rank 1 would save anything")
+    return Candidate(site, None, best, _at(site, best.rank // 2, best.order))
 
 
 def _break_even(site: Site) -> RankCost | None:

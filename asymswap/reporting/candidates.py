@@ -41,6 +41,8 @@ def _row(row: Candidate) -> dict[str, Any]:
         "reason": row.reason,
         "break_even": _at(row.break_even),
         "half": _at(row.half),
+        "kind": row.kind,
+        "becomes": None if row.becomes is None else plain(row.becomes),
     }
 
 

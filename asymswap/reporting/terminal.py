@@ -12,6 +12,9 @@ from asymswap.reporting import words
 from asymswap.reporting.report import Report, SiteRow
 from asymswap.spec import Candidate, Cost
 
+_LEAST = 12
+"""Columns of text that may break its lines keep at least so many characters."""
+
 WIDE = 110
 """From this many columns on, tables show everything."""
 
@@ -24,6 +27,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text
         result.add_column(
             title,
             justify="right" if side == "right" else "left",
+            min_width=_LEAST if side == "fold" else None,
             no_wrap=side != "fold",
             overflow="fold" if side == "fold" else "ellipsis",
         )
@@ -81,6 +85,11 @@ def _candidate_cells(row: Candidate, total: Cost, wide: bool) -> list[str | Text
     ]
     if wide:
         cells += [words.count(cost.params), "x".join(map(str, site.feature_map)) if site.feature_map else "-"]
+    if row.becomes is not None:
+        text = f"{row.kind}: {words.share(row.becomes.macs, cost.macs)}"
+        return [*cells, "-", text + " of the MACs" * wide]
+    if row.reason is None and row.half is None:
+        return [*cells, "-", row.kind]
     if row.break_even is None or row.half is None:
         return [*cells, "-", Text(row.reason or "", style="dim")]
     saved = words.share(cost.macs - row.half.cost.macs, cost.macs)
@@ -126,9 +135,7 @@ def _figures(name: str, before: int, after: int) -> Sequence[str]:
 def _swaps(report: Report, width: int) -> Table:
     wide = width >= WIDE
     mixed = len(report.preserves) > 1
-    columns = [("Layer", "fold"), ("Conv", "left")]
-    columns += [("Kind", "left")] if mixed else []
-    columns += [("Becomes", "left"), ("MACs", "right")]
+    columns = [("Layer", "fold"), ("Conv", "left"), ("Becomes", "fold" if mixed else "left"), ("MACs", "right")]
     columns += (
         [("Parameters", "right"), ("Kernel error", "right"), ("Output error", "right")]
         if wide
@@ -140,7 +147,9 @@ def _swaps(report: Report, width: int) -> Table:
 def _swap_cells(row: SiteRow, wide: bool, mixed: bool) -> list[str]:
     # Names of layers need the room at 80 columns more than the second conv's bias does.
     becomes = row.becomes if wide else row.becomes.removesuffix(", bias")
-    cells = [row.site, row.conv, *([row.kind or ""] if mixed else []), becomes]
+    if mixed and row.kind is not None and not becomes.startswith(row.kind):
+        becomes = f"{row.kind}: {becomes}"
+    cells = [row.site, row.conv, becomes]
     cells.append(f"{words.count(row.before.macs)} -> {words.count(row.after.macs)}")
     if wide:
         cells.append(f"{words.count(row.before.params)} -> {words.count(row.after.params)}")

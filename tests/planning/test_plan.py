@@ -13,6 +13,7 @@ from asymswap.kinds import separable
 from asymswap.measure.cost import count_costs
 from asymswap.opening import open_model
 from asymswap.planning.apply import apply_plan
+from asymswap.planning.candidates import find_candidates
 from asymswap.planning.plan import check_replay, combined_error, make_plan, plan_from_json, plan_text
 from asymswap.planning.recipe import parse_recipe
 from asymswap.sources.networks import BUILDERS
@@ -218,3 +219,18 @@ def test_more_error_never_costs_more_macs(digits: nn.Module) -> None:
     costs = [count_costs(apply_plan(digits, plan), inputs).total.macs for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.7 * costs[0]
+
+
+def test_candidates_of_other_kinds_tell_what_the_replacement_costs(resnet: nn.Module, traced: Trace) -> None:
+    rules = '[[rules]]\nmatch = { names = "layer1.*" }\nswap = { kind = "acb" }\n' + DENSE
+    rows = {
+        row.site.name: row for row in find_candidates(traced.sites, parse_recipe(rules + "[budget]\nmacs=0.9", "r"))
+    }
+    one = rows["layer1.0.conv1"]
+    assert (one.kind, one.reason, one.half) == ("acb", None, None)
+    assert one.becomes is not None
+    assert one.becomes.macs == pytest.approx(one.site.cost.macs * 15 / 9)
+    other = rows["layer2.0.conv2"]
+    assert other.becomes is None
+    assert other.half is not None
+    assert rows["conv1"].reason == "no rule matches"
