@@ -62,7 +62,8 @@ def candidates_view(
     wide = width >= WIDE
     columns = [("Layer", "fold"), ("Conv", "left"), ("MACs", "right"), ("Share", "right")]
     columns += [("Params", "right"), ("Map", "right")] if wide else []
-    columns += [("Even at", "right"), ("Half of it saves", "fold")]
+    pairs = any(row.half is not None for row in rows)
+    columns += [("Even at", "right"), ("Half of it saves" if pairs else "Becomes", "fold")]
     parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows)), Text("")]
     parts += [
         Text(line, style="dim")

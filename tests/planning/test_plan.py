@@ -223,9 +223,8 @@ def test_more_error_never_costs_more_macs(digits: nn.Module) -> None:
 
 def test_candidates_of_other_kinds_tell_what_the_replacement_costs(resnet: nn.Module, traced: Trace) -> None:
     rules = '[[rules]]\nmatch = { names = "layer1.*" }\nswap = { kind = "acb" }\n' + DENSE
-    rows = {
-        row.site.name: row for row in find_candidates(traced.sites, parse_recipe(rules + "[budget]\nmacs=0.9", "r"))
-    }
+    recipe = parse_recipe(rules + "[budget]\nmacs = 0.9\n", "r")
+    rows = {row.site.name: row for row in find_candidates(traced.sites, recipe)}
     one = rows["layer1.0.conv1"]
     assert (one.kind, one.reason, one.half) == ("acb", None, None)
     assert one.becomes is not None
