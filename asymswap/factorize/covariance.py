@@ -22,6 +22,7 @@ for two kernels.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ from asymswap.factorize import svd
 from asymswap.factorize.evidence import Evidence
 from asymswap.tensors import one_thread
 
-_STEPS = 10
-_ROUNDS = 4
+_STEPS = 3
+_ROUNDS = 3
 _LARGE = 2000
-"""Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
+"""Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy; and two
+rounds of two steps are enough, which come within one part in two hundred of the error of many."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Problem:
     w_GOKM: Tensor
     s_GKMKM: Tensor
     p_GOO: Tensor
+
+    @cached_property
+    def tap_covariance(self) -> Tensor:
+        """The covariance of one tap's inputs, averaged over the taps."""
+        return torch.einsum("gkmkn->gmn", self.s_GKMKM) / self.w_GOKM.shape[2]
+
+    @cached_property
+    def moved_kernel(self) -> Tensor:
+        """The kernel times the covariance, W S."""
+        return torch.einsum("gokm,gkmln->goln", self.w_GOKM, self.s_GKMKM)
 
 
 def arrange(evidence: Evidence, kernel: tuple[int, int], vertical_first: bool) -> Problem:
@@ -66,11 +78,25 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
     The sum of what is left out estimates the error of a rank from above, and closely: it is exact where S is the same
     for all taps and has no correlation between them.
     """
-    root, inverse = _roots(torch.einsum("gkmkn->gmn", problem.s_GKMKM) / problem.w_GOKM.shape[2])
-    gram = torch.einsum("gokm,gop,gpkn->gmn", problem.w_GOKM, problem.p_GOO, problem.w_GOKM)
+    factor_GMM = _cholesky(problem.tap_covariance)
     with one_thread():
-        energy, vectors = torch.linalg.eigh(root @ gram @ root)
-    return (inverse @ vectors.flip(-1)).mT, energy.flip(-1).clamp_min(0.0)
+        energy, vectors = torch.linalg.eigh(_whitened(problem, factor_GMM))
+    start_GMM = torch.linalg.solve_triangular(factor_GMM.mT, vectors.flip(-1), upper=True)
+    return start_GMM.mT, energy.flip(-1).clamp_min(0.0)
+
+
+def energies(problem: Problem) -> Tensor:
+    """The energies of `spectrum` alone, which take a third of the time."""
+    with one_thread():
+        energy: Tensor = torch.linalg.eigvalsh(_whitened(problem, _cholesky(problem.tap_covariance)))
+    return energy.flip(-1).clamp_min(0.0)
+
+
+def _whitened(problem: Problem, factor_GMM: Tensor) -> Tensor:
+    """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""
+    gram = torch.einsum("gokm,gop,gpkn->gmn", problem.w_GOKM, problem.p_GOO, problem.w_GOKM)
+    white_GMM: Tensor = factor_GMM.mT @ gram @ factor_GMM
+    return white_GMM
 
 
 def error(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor) -> Tensor:
@@ -90,23 +116,23 @@ def _energy(problem: Problem, kernel_GOKM: Tensor) -> Tensor:
     return torch.einsum("goa,gab,gpb,gop->g", flat, s_GDD, flat, problem.p_GOO)
 
 
-def factors(problem: Problem, rank: int, rounds: int = _ROUNDS) -> tuple[Tensor, Tensor]:
+def factors(problem: Problem, rank: int, rounds: int | None = None, steps: int | None = None) -> tuple[Tensor, Tensor]:
     """The best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly between the two.
 
     Never worse than the truncated SVD of the kernel, which is tried too.
     """
     if problem.w_GOKM.shape[2:].numel() > _LARGE:
-        return _factors(problem, rank, rounds)
+        return _factors(problem, rank, 2 if rounds is None else rounds, 2 if steps is None else steps)
     with one_thread():
-        return _factors(problem, rank, rounds)
+        return _factors(problem, rank, _ROUNDS if rounds is None else rounds, _STEPS if steps is None else steps)
 
 
-def _factors(problem: Problem, rank: int, rounds: int) -> tuple[Tensor, Tensor]:
+def _factors(problem: Problem, rank: int, rounds: int, steps: int) -> tuple[Tensor, Tensor]:
     starts = [spectrum(problem)[0][:, :rank], _svd_start(problem.w_GOKM, rank)]
     solved = [(v, solve_second(problem, v)) for v in starts]
     v, h = min(solved, key=lambda pair: float(error(problem, *pair).sum()))
     for _ in range(rounds):
-        v = _orthonormal(improve_first(problem, v, h))
+        v = _orthonormal(improve_first(problem, v, h, steps))
         h = solve_second(problem, v)
     scale_GR = (h.square().sum((1, 2)).sqrt() / v.norm(dim=2).clamp_min(1e-300)).clamp_min(1e-150).sqrt()
     second = (h / scale_GR[:, None, None, :]).permute(0, 3, 1, 2).flatten(2)
@@ -120,7 +146,7 @@ def solve_second(problem: Problem, v_GRM: Tensor) -> Tensor:
     seen = torch.einsum("gkmln,grn->gkmlr", problem.s_GKMKM, v_GRM)
     gram = torch.einsum("gkmlr,gsm->gkslr", seen, v_GRM).reshape(groups, taps * rank, taps * rank)
     gram = gram + 1e-12 * torch.diag_embed(gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, taps * rank))
-    right = torch.einsum("gokm,gkmlr->golr", problem.w_GOKM, seen).flatten(2)
+    right = torch.einsum("golm,grm->golr", problem.moved_kernel, v_GRM).flatten(2)
     h_GOL: Tensor = torch.linalg.solve(gram, right.mT).mT
     return h_GOL.reshape(groups, outputs, taps, rank)
 
@@ -128,21 +154,26 @@ def solve_second(problem: Problem, v_GRM: Tensor) -> Tensor:
 def improve_first(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor, steps: int = _STEPS) -> Tensor:
     """A better first conv for a given second one.
 
-    Conjugate gradients on sum_kl H_k' P H_l V S_lk = sum_k H_k' P (W S)_k.
+    Conjugate gradients on sum_kl H_k' P H_l V S_lk = sum_k H_k' P (W S)_k, preconditioned by what the operator would be
+    if all taps had the average covariance and nothing in common: (sum_k H_k' P H_k) V S_mean.
     """
     weighted = torch.einsum("gop,gpkr->gokr", problem.p_GOO, h_GOKR)
     gram = torch.einsum("gokr,gols->gkrls", weighted, h_GOKR)
-    wanted = torch.einsum("gokm,gkmln->goln", problem.w_GOKM, problem.s_GKMKM)
-    right = torch.einsum("gokr,gokm->grm", weighted, wanted)
+    right = torch.einsum("gokr,gokm->grm", weighted, problem.moved_kernel)
+    left_GRR = _cholesky(torch.einsum("gkrks->grs", gram))
+    right_GMM = _cholesky(problem.tap_covariance)
 
     def apply(v: Tensor) -> Tensor:
         moved = torch.einsum("gkrls,gsn->gkrln", gram, v)
         return torch.einsum("gkrln,glnkm->grm", moved, problem.s_GKMKM)
 
+    def precondition(v: Tensor) -> Tensor:
+        return torch.cholesky_solve(torch.cholesky_solve(v, left_GRR).mT, right_GMM).mT
+
     residual = right - apply(v_GRM)
-    direction = residual
-    square = residual.square().sum((1, 2), keepdim=True)
-    enough = 1e-20 * right.square().sum((1, 2), keepdim=True)
+    direction = precondition(residual)
+    square = (residual * direction).sum((1, 2), keepdim=True)
+    enough = 1e-20 * (right * precondition(right)).sum((1, 2), keepdim=True)
     for _ in range(steps):
         if bool((square <= enough).all()):
             break
@@ -151,10 +182,18 @@ def improve_first(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor, steps: int = 
         step = torch.where(curvature > 0, square / curvature.clamp_min(1e-300), 0.0)
         v_GRM = v_GRM + step * direction
         residual = residual - step * image
-        new = residual.square().sum((1, 2), keepdim=True)
-        direction = residual + torch.where(square > 0, new / square.clamp_min(1e-300), 0.0) * direction
+        better = precondition(residual)
+        new = (residual * better).sum((1, 2), keepdim=True)
+        direction = better + torch.where(square > 0, new / square.clamp_min(1e-300), 0.0) * direction
         square = new
     return v_GRM
+
+
+def _cholesky(a_GMM: Tensor) -> Tensor:
+    """The lower factor of a positive semidefinite matrix, made definite by a little of its mean diagonal."""
+    shift = 1e-10 * a_GMM.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-290)
+    factor: Tensor = torch.linalg.cholesky(a_GMM + torch.diag_embed(shift.expand(-1, a_GMM.shape[1])))
+    return factor
 
 
 def _svd_start(w_GOKM: Tensor, rank: int) -> Tensor:
@@ -167,13 +206,3 @@ def _orthonormal(v_GRM: Tensor) -> Tensor:
     """The same span by orthonormal rows: rows that grew alike would make the next least squares ill-conditioned."""
     q_GMR: Tensor = torch.linalg.qr(v_GRM.mT).Q
     return q_GMR.mT
-
-
-def _roots(a_GMM: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a positive definite matrix, and its inverse."""
-    with one_thread():
-        energy, vectors = torch.linalg.eigh(a_GMM)
-    energy = energy.clamp_min(energy[:, -1:] * 1e-12).clamp_min(1e-300)
-    half = vectors * energy.sqrt()[:, None, :]
-    inverse = vectors * energy.rsqrt()[:, None, :]
-    return half @ vectors.mT, inverse @ vectors.mT

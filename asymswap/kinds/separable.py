@@ -364,10 +364,10 @@ def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, eviden
     else:
         problem = covariance.arrange(evidence, site.conv.kernel, vertical_first)
         plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
-        errors = _left(covariance.spectrum(plain)[1])
+        errors = _left(covariance.energies(plain))
     divergences: Sequence[float | None] = [None] * len(errors)
     if evidence is not None and evidence.weight_GOO is not None:
-        weighted = covariance.spectrum(problem)[1]
+        weighted = covariance.energies(problem)
         whole = 0.5 * float(weighted.sum())
         divergences = [whole * left for left in _left(weighted)]
     extra: dict[str, Any] = {"bias": True} if bias and not site.conv.bias else {}

@@ -42,8 +42,12 @@ does not matter which process it is in.
 _POSITIONS = 32
 """Positions of a feature map that are looked at in each image, at least, where it has so many."""
 
-_SAMPLES_PER_DIMENSION = 16
+_SAMPLES_PER_DIMENSION = 8
 """Patches, at least, for each row of a covariance, where the images have so many."""
+
+
+_BLOCK = 256
+"""Rows of a gram that are multiplied at once."""
 
 
 class PatchSums:
@@ -67,12 +71,15 @@ class PatchSums:
         """Add N patches, and the outputs that are wanted of them; raises ValueError where they are not finite."""
         # Products of half precision would overflow, or drown in rounding, before they reach the float64 sums.
         patches_GDN = _at_least_float32(patches_GDN)
-        gram_GDD = patches_GDN @ patches_GDN.mT
-        if not bool(torch.isfinite(gram_GDD).all()):
+        sum_GD = patches_GDN.sum(2)
+        if not bool(torch.isfinite(sum_GD).all()):
             raise ValueError("not finite")
         self.patches += patches_GDN.shape[2]
-        self.sum_GD += patches_GDN.sum(2)
-        self.gram_GDD += gram_GDD
+        self.sum_GD += sum_GD
+        # The gram is symmetrical: what is right of the blocks on its diagonal is left out.
+        for start in range(0, patches_GDN.shape[1], _BLOCK):
+            end = start + _BLOCK
+            self.gram_GDD[:, start:end, :end] += patches_GDN[:, start:end] @ patches_GDN[:, :end].mT
         if wanted_GON is not None:
             wanted_GON = _at_least_float32(wanted_GON)
             self.sum_GO += wanted_GON.sum(2)
@@ -87,7 +94,9 @@ class PatchSums:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the patches."""
         mean_GD: Tensor = self.sum_GD / self.patches
-        return mean_GD, self.gram_GDD / self.patches - mean_GD[:, :, None] * mean_GD[:, None, :]
+        lower_GDD = self.gram_GDD.tril()
+        gram_GDD = lower_GDD + lower_GDD.tril(-1).mT
+        return mean_GD, gram_GDD / self.patches - mean_GD[:, :, None] * mean_GD[:, None, :]
 
 
 def gather(

@@ -185,11 +185,17 @@ class Match(_Strict):
         return self.followed_by is not None or self.preceded_by is not None
 
 
+def _one_kind(value: Any) -> Any:
+    if isinstance(value, list) or (isinstance(value, dict) and isinstance(value.get("kind"), list)):
+        raise ValueError("a rule swaps by one kind; write a rule for each, the first that matches a conv decides")
+    return value
+
+
 class Rule(_Strict):
     """One rule: the convs that it speaks of, and what they become; or that they stay as they are."""
 
     match: Match = Match()
-    swap: dict[str, Any] | None = None
+    swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = None
     keep: Literal[True] | None = None
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from asymswap.errors import AsymswapError
 from asymswap.spec import Progress, silent
 from asymswap.tensors import eval_mode, list_tensors
 
-_LEARNING_RATE = 1e-3
+_LEARNING_RATE = 2e-3
 _BATCH = 128
 _CHECKS = 20
 _WARM_UP = 0.05

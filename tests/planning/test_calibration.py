@@ -224,7 +224,7 @@ def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: 
                 sums.append(one.n2(one.a2(torch.relu(one.n1(one.a1(x))))) + x)
         return float((sums[0] - sums[1]).norm() / sums[0].norm())
 
-    assert block_error(aware) < 0.9 * block_error(unaware)
+    assert block_error(aware) < 0.95 * block_error(unaware)
 
 
 @pytest.mark.parametrize("memory", [0.0, 1.3e-3, 2e-3])
