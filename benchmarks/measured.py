@@ -29,13 +29,14 @@ QUIET = 0.15
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: exit code, wall time, largest resident memory, and what it wrote.
+    """One finished process: exit code, wall time, processor time, largest resident memory, and what it wrote.
 
     `others` is how many cores other processes kept busy meanwhile.
     """
 
     code: int
     seconds: float
+    cpu_seconds: float
     peak_mb: float
     others: float
     out: str
@@ -61,11 +62,13 @@ def run(command: Sequence[str], folder: Path | None = None, timeout: float | Non
                     process.kill()
                     deadline = None
         seconds = time.perf_counter() - start
-        others = max(0.0, _busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
+        cpu_seconds = usage.ru_utime + usage.ru_stime
+        others = max(0.0, _busy_seconds() - busy - cpu_seconds) / seconds
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        return Run(process.returncode, seconds, usage.ru_maxrss * 1024 / 1e6, others, out.read(), err.read())
+        peak_mb = usage.ru_maxrss * 1024 / 1e6
+        return Run(process.returncode, seconds, cpu_seconds, peak_mb, others, out.read(), err.read())
 
 
 def run_well(command: Sequence[str], folder: Path | None = None) -> Run:
@@ -136,6 +139,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = zip(row, widths, strict=True)
     return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same in Markdown; `left` columns are set to the left."""
+    rule = ["---"] * left + ["---:"] * (len(columns) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
+
+
+def read_json(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run wrote there, or `empty` where there was none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
 
 
 def write_json(path: Path, value: Any) -> None:

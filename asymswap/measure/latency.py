@@ -9,6 +9,8 @@ of the caches, both of which make a difference.
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,11 +37,13 @@ class Timed:
     """Seconds of one forward pass, of the named modules in it, all their runs in the pass together, and of the rest.
 
     Each is a minimum of its own: where the machine is never quiet for a whole pass, `sum_of_parts` is below `whole`.
+    `median` is that of the whole pass over all rounds.
     """
 
     whole: float
     modules: Mapping[str, float]
     rest: float
+    median: float = math.nan
 
     @property
     def sum_of_parts(self) -> float:
@@ -59,7 +63,7 @@ def time_models(
 
     `names` are modules that all models have. Weights and inputs are taken as they are: see `in_format`.
     """
-    best = {key: _Minimum() for key in models}
+    best = {key: _Rounds() for key in models}
     start = time.perf_counter()
     with eval_mode(*models.values()), torch.inference_mode():
         for number in range(-_WARM_UPS, rounds):
@@ -70,17 +74,20 @@ def time_models(
             progress("timing", number + _WARM_UPS + 1, rounds + _WARM_UPS)
             if number >= _FEWEST and time.perf_counter() - start > _MOST_SECONDS:
                 break
-    return {key: Timed(minimum.whole, minimum.modules, minimum.rest) for key, minimum in best.items()}
+    return {key: rounds.timed() for key, rounds in best.items()}
 
 
 @dataclass
-class _Minimum:
-    whole: float = float("inf")
+class _Rounds:
+    wholes: list[float] = field(default_factory=list)
     rest: float = float("inf")
     modules: dict[str, float] = field(default_factory=dict)
 
+    def timed(self) -> Timed:
+        return Timed(min(self.wholes), self.modules, self.rest, statistics.median(self.wholes))
+
     def take(self, timed: Timed) -> None:
-        self.whole = min(self.whole, timed.whole)
+        self.wholes.append(timed.whole)
         self.rest = min(self.rest, timed.rest)
         for name, seconds in timed.modules.items():
             self.modules[name] = min(seconds, self.modules.get(name, seconds))

@@ -55,6 +55,12 @@ def test_modules_and_the_rest_have_minima_of_their_own(clock: Clock) -> None:
     assert found.sum_of_parts == 6
 
 
+def test_the_median_is_that_of_the_whole_pass_without_the_warm_ups(clock: Clock) -> None:
+    model = nn.Sequential(Work(clock, 90, 90, 90, 4, 8, 5))
+    found = time_models({"m": model}, X, ["0"], rounds=3)["m"]
+    assert (found.whole, found.median) == (4, 5)
+
+
 def test_a_module_that_runs_twice_counts_twice(clock: Clock) -> None:
     work = Work(clock, 2)
     model = nn.Sequential(work, nn.Identity(), work)
