@@ -66,7 +66,7 @@ NETWORKS = {
     "cifar:densenet121": Network(train=32, size=32),
     "cifar:se-resnet18": Network(train=32, size=32),
 }
-STEPS, BATCH, RATE, CLASSES = 20, 4, 0.01, 10
+STEPS, BATCH, RATE, CLASSES = 20, 4, 0.001, 10
 ROUNDS = 10
 COLUMNS = [
     "kind",
@@ -198,12 +198,16 @@ class Bench:
         return (swap(model, fused) if count == len(fused) else None), count
 
 
+def norm(tensors: Sequence[Any]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+
+
 def difference(before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
-    """Norm of the difference over that of the first, and the largest one."""
-    gaps = [(one.double() - other.double()) for one, other in zip(before, after, strict=True)]
-    energy = sum(float(one.double().square().sum()) for one in before)
+    """Norm of the difference over that of the larger of the two, and the largest single one."""
+    gaps = [one.double() - other.double() for one, other in zip(before, after, strict=True)]
+    whole = max(norm(before), norm(after))
     return {
-        "relative": (sum(float(gap.square().sum()) for gap in gaps) / energy) ** 0.5 if energy else float("nan"),
+        "relative": norm(gaps) / whole if whole else 0.0,
         "largest": max(float(gap.abs().max()) for gap in gaps),
     }
 
@@ -373,10 +377,11 @@ half of the MACs of these convs, `predicted-offset` has one offset group; everyt
 - latency: x the original's, one image of 224 x 224 (CIFAR networks: 32 x 32), channels_last, networks in turn, the
   minimum of {ROUNDS} rounds or of half a minute of them.
 - at conversion, largest: the network's outputs against the original's, relative (norm over norm) and the largest
-  absolute difference, on two random images.
+  absolute difference, on two random images. Random kernels have no structure that `separable` or `cross` could keep.
 - loss: before the first and the last of {STEPS} training steps (SGD, rate {RATE}, momentum 0.9, {BATCH} images over and
   over, {{sides}}); no gradient: parameters of the replacements that never got one.
-- after training: how far the outputs have moved from those at conversion, relative.
+- after training: how far the outputs, in eval mode, have moved from those at conversion, relative to the larger of the
+  two; batch norms' statistics have moved as well.
 - fused: outputs of the trained network with every replacement fused to one conv against those without, relative; `-`
   where a kind has no such conv once it is trained."""
 
