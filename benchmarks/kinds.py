@@ -418,12 +418,12 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_markdown(path: Path, text: str) -> None:
-    """Put the text into a page that exists, from the marker on."""
-    kept, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
+def page_head(path: Path) -> str:
+    """The page up to the marker."""
+    kept, marker, _ = path.read_text(encoding="utf-8").partition(MARKER) if path.exists() else ("", "", "")
     if not marker:
-        sys.exit(f"error: {path} has no line {MARKER!r}")
-    path.write_text(kept + text, encoding="utf-8")
+        sys.exit(f"error: {path} is no page with the line {MARKER!r}")
+    return kept
 
 
 def parse() -> argparse.Namespace:
@@ -449,8 +449,8 @@ def main() -> None:
         machine_text(), "", table(COLUMNS, [[kind, name, *cells(row)] for name, kind, row in ordered(data)]), sep="\n"
     )
     print("", *findings(data), sep="\n")
-    if wanted.markdown:
-        write_markdown(wanted.markdown, markdown(data))
+    if wanted.markdown is not None:
+        wanted.markdown.write_text(head + markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":
