@@ -356,12 +356,11 @@ def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
     odd = []
     for name, kind, row in done:
         training = row["training"]
+        first, *_, last = training["losses"]
         if training["unreached"]:
             odd.append(f"{kind} in {name}: {', '.join(training['unreached'][:3])} … never got a gradient.")
-        if not training["losses"][-1] < training["losses"][0]:
-            odd.append(
-                f"{kind} in {name}: the loss did not fall ({training['losses'][0]} -> {training['losses'][-1]})."
-            )
+        if not last < first:
+            odd.append(f"{kind} in {name}: the loss did not fall ({first:.2f} -> {last:.2f}).")
         if not row["moved"]["relative"] > 0:
             odd.append(f"{kind} in {name}: the outputs did not change.")
     yield from odd or [f"In all {before} the loss fell, every new parameter got a gradient, and the outputs changed."]
@@ -444,6 +443,7 @@ def main() -> None:
     if wanted.worker:
         print(json.dumps(work(wanted.worker, wanted.kinds, wanted.threads)))
         return
+    head = "" if wanted.markdown is None else page_head(wanted.markdown)
     data = survey(wanted)
     print(
         machine_text(), "", table(COLUMNS, [[kind, name, *cells(row)] for name, kind, row in ordered(data)]), sep="\n"
