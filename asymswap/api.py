@@ -47,7 +47,7 @@ from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.plan import check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
-from asymswap.reporting.fusion import FusionReport, FusionRow
+from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
 from asymswap.sources.references import Request, build_architecture, rebuild
 from asymswap.spec import Candidate, Cost, Plan, Progress, Site, silent
@@ -276,7 +276,7 @@ def fuse(
     plans = stored.header.plans
     wanted = Wanted(separable, max_offset, images)
     fused = fuse_model(converted, original, plans, (images[:1],), wanted, progress)
-    rows = tuple(FusionRow(**vars(site)) for site in fused.sites)
+    rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
         raise AsymswapError(f"{label} has nothing to fuse ({reasons})")

@@ -19,20 +19,11 @@ from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Inputs, trace
 from asymswap.planning.apply import apply_structure
+from asymswap.reporting.fusion import FusionRow
 from asymswap.spec import ConvSpec, Neighbour, Plan, Progress, Swap, silent
 from asymswap.tensors import eval_mode, meta_copy
 
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class FusedSite:
-    """What became of one replacement: `fused`, `resized` (one conv of another kernel size) or `left`, and why."""
-
-    site: str
-    kind: str
-    outcome: str
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class Fused:
 
     model: nn.Module
     plans: tuple[Plan, ...]
-    sites: tuple[FusedSite, ...]
+    sites: tuple[FusionRow, ...]
 
     @property
     def as_before(self) -> bool:
@@ -78,7 +69,7 @@ def fuse_model(
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))
     offsets = _largest_offsets(model, plans, wanted)
-    sites: list[FusedSite] = []
+    sites: list[FusionRow] = []
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
     for plan, before in reversed(list(zip(plans, structures, strict=False))):
@@ -113,13 +104,13 @@ class _Here:
 class _Result:
     """What became of one replacement, the modules to put in, and the swap that stays in the plan."""
 
-    site: FusedSite
+    site: FusionRow
     modules: Mapping[str, nn.Module]
     stays: Swap | None
 
 
 def _leave(entry: Swap, reason: str) -> _Result:
-    return _Result(FusedSite(entry.site, entry.kind, "left", reason), {}, entry)
+    return _Result(FusionRow(entry.site, entry.kind, "left", reason), {}, entry)
 
 
 def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
@@ -148,7 +139,7 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
         if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
             modules[here.norm] = _take_bias(fused, norm)
     if read_conv(fused) == conv:
-        return _Result(FusedSite(entry.site, entry.kind, "fused", reason), modules, None)
+        return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
     return _resized(entry, fused, conv, modules)
 
 
@@ -160,7 +151,7 @@ def _resized(entry: Swap, fused: nn.Conv2d, conv: ConvSpec, modules: Mapping[str
     bias = {"bias": True} if now.bias and not conv.bias else {}
     stays = Swap(entry.site, "resized", {**fields, **bias}, f"fused from {entry.kind}")
     what = f"one {now.describe()}" + (" with a bias" if bias else "")
-    return _Result(FusedSite(entry.site, entry.kind, "resized", what), modules, stays)
+    return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
 
 
 def norm_behind(readers: Sequence[Neighbour] | None) -> str | None:
