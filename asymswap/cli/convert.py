@@ -55,7 +55,9 @@ def convert(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="[default: <stem>.asym.pt]", rich_help_panel=_RESULT, show_default=False),
+        typer.Option(
+            "-o", "--output", help="The file to write.", rich_help_panel=_RESULT, show_default="<stem>.asym.pt"
+        ),
     ] = None,
     force: o.Force = False,
     dry_run: Annotated[
@@ -88,9 +90,9 @@ def convert(
         bool | None,
         typer.Option(
             "--sequential/--no-sequential",
-            help="Solve layer by layer on what each really gets. [default: where the model traces whole]",
+            help="Solve layer by layer on what each really gets.",
             rich_help_panel=_DATA,
-            show_default=False,
+            show_default="where the model traces whole",
         ),
     ] = None,
     evidence: Annotated[

@@ -13,7 +13,7 @@ from asymswap.cli import options as o
 def fuse(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="[default: <stem>.fused.pt]", show_default=False)
+        Path | None, typer.Option("-o", "--output", help="The file to write.", show_default="<stem>.fused.pt")
     ] = None,
     separable: Annotated[
         bool, typer.Option("--separable", help="Fuse pairs and crosses too, whose one conv costs more.")
@@ -23,7 +23,7 @@ def fuse(
         typer.Option(help="Leave out predicted offsets that stay below so many pixels; the difference is told."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Images on which offsets and outputs are compared. [default: random ones]")
+        str | None, typer.Option(help="Images on which offsets and outputs are compared.", show_default="random ones")
     ] = None,
     as_original: Annotated[
         bool, typer.Option("--as-original", help="Write a plain state_dict that fits the unconverted model.")

@@ -27,9 +27,9 @@ Arch = Annotated[
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="Name of published weights, none for random ones, or a state_dict file. [default: the builder's DEFAULT]",
+        help="Name of published weights, none for random ones, or a state_dict file.",
         rich_help_panel=_MODEL,
-        show_default=False,
+        show_default="the builder's DEFAULT",
     ),
 ]
 Arguments = Annotated[

@@ -421,3 +421,8 @@ def test_a_factory_named_again_is_called_as_before(run: Any, tmp_path: Path, mon
     outcome = run("candidates", "a.pt", "--arch", "nets_of_mine:make", "--json", *size)
     assert outcome.code == 0, outcome.err
     assert 12 in {site["conv"]["in_channels"] for site in json.loads(outcome.out)["sites"]}
+
+
+@pytest.mark.parametrize(("name", "text"), [("convert", "(<stem>.asym.pt)"), ("fuse", "(<stem>.fused.pt)")])
+def test_help_names_the_default_output(command: Command, name: str, text: str) -> None:
+    assert text in command(name, "--help").out
