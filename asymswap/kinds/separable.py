@@ -382,7 +382,7 @@ def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, eviden
 
 
 def _multiple(curve: Sequence[Option], site: Site) -> int:
-    """The largest of 16, 8, 4 and 2 that leaves six ranks below the break-even; one for small convs.
+    """The largest of 16, 8, 4 and 2 that leaves five ranks below the break-even; one for small convs.
 
     Processors work on 16 channels at once (AVX-512), or on 8 or 4: a pair of rank 65 takes as long as one of rank 80.
     The time of small convs does not depend on their rank, so that rounding would cost accuracy for nothing
@@ -391,7 +391,7 @@ def _multiple(curve: Sequence[Option], site: Site) -> int:
     if site.cost.macs < _SMALL:
         return 1
     paying = sum(option.cost.macs < site.cost.macs for option in curve)
-    return next((step for step in (16, 8, 4, 2) if 6 * step <= paying), 1)
+    return next((step for step in (16, 8, 4, 2) if 5 * step <= paying), 1)
 
 
 def _is_round(rank: int, step: int) -> bool:

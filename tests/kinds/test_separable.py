@@ -218,7 +218,7 @@ def test_both_convs_share_the_scale() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "size", "step"),
-    [(64, 56, 8), (128, 28, 16), (512, 14, 16), (16, 112, 2), (64, 8, 1), (16, 32, 1)],
+    [(64, 56, 16), (128, 28, 16), (512, 14, 16), (16, 112, 4), (64, 8, 1), (16, 32, 1)],
 )
 def test_a_budget_chooses_round_ranks_of_large_convs_only(channels: int, size: int, step: int) -> None:
     conv = nn.Conv2d(channels, channels, 3, padding=1)
