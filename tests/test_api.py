@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import asymswap
+from asymswap.errors import AsymswapError
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.kinds import separable
@@ -471,3 +473,14 @@ def test_a_pair_at_stride_two_costs_what_its_walk_says() -> None:
     site = Site("conv", conv, (Call((10, 12), (5, 6)),))
     macs = 4 * 8 * 3 * (5 * 12) + 16 * 4 * 3 * (5 * 6)
     assert separable.pair_cost(site, 4, "vertical-first") == Cost(macs, 4 * 8 * 3 + 16 * 4 * 3 + 16)
+
+
+def test_data_that_does_not_fit_is_told_before_the_work_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(11):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "photos" / str(number) / "x.png")
+    monkeypatch.setattr("asymswap.api._carry_out", lambda *_: pytest.fail("the conversion was begun"))
+    with pytest.raises(AsymswapError, match=r"the model scores 10 classes, but the data has 11"):
+        asymswap.convert("digits-resnet", "3x3-only", evaluate=str(tmp_path / "photos"))
