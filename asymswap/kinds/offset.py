@@ -108,6 +108,10 @@ def _grown(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Si
     return taps.grow(w_OIHW.to(share_TYX.dtype), share_TYX).to(w_OIHW.dtype)
 
 
+_WIDEST = 31
+"""Pixels that a conv's taps may span. The built kernel has no holes, and costs far more than a dilated conv."""
+
+
 def refuse(conv: ConvSpec) -> str | None:
     """Offsets need zeros beyond the border, more than one tap, and real weights.
 
@@ -118,6 +122,9 @@ def refuse(conv: ConvSpec) -> str | None:
         return "a 1x1 kernel has a single tap, whose offset could only shift the whole feature map"
     if conv.padding_mode != "zeros":
         return f"a tap with an offset reaches beyond the {conv.padding_mode} padding, where nothing is defined"
+    widest = max(step * (taps - 1) + 1 for step, taps in zip(conv.dilation, conv.kernel, strict=True))
+    if widest > _WIDEST:
+        return f"its taps span {widest} pixels, and one ordinary kernel would have to hold all that is between them"
     if conv.dtype not in ("float64", "float32", "float16", "bfloat16"):
         return f"{conv.dtype} weights cannot be interpolated"
     return None

@@ -281,7 +281,9 @@ def _limit(
         raise RecipeError(
             f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's "
             f"{prices.what}, and with the smallest swap everywhere {least / whole:.3f} is left; ask for at least "
-            f"{_round_up(least / whole)}" + (", or match more convs" if budget.over == "model" else "")
+            f"{_round_up(least / whole)}"
+            + (", or match more convs" if budget.over == "model" else "")
+            + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
         )
     return int(fraction * whole) - untouched
 

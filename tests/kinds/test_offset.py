@@ -431,3 +431,12 @@ def test_settings_out_of_range(kind_name: str, wish: dict[str, object], text: st
 def test_a_limit_may_be_a_whole_number_and_growth_is_allowed(kind_name: str) -> None:
     settled = cast(Settings, kinds.parse_settings(kind_name, {"limit": 2}))
     assert (settled.limit, settled.allow_growth) == (2.0, True)
+
+
+def test_a_conv_with_wide_holes_is_refused() -> None:
+    """Built without its holes, the 3x3 conv of DeepLab's dilation 36 would have 75x75 taps."""
+    spec = read_conv(nn.Conv2d(4, 4, 3, dilation=36, padding=36))
+    assert kinds.load("offset").refuse(spec) == (
+        "its taps span 73 pixels, and one ordinary kernel would have to hold all that is between them"
+    )
+    assert kinds.load("offset").refuse(read_conv(nn.Conv2d(4, 4, 3, dilation=12))) is None
