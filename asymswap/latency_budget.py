@@ -252,6 +252,7 @@ def _machine() -> dict[str, Any]:
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "waiting": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
         "torch": torch.__version__,
         "system": platform.system(),
     }

@@ -545,9 +545,11 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         versions |= entry.get("versions", {})
         if "threads" in entry:
             threads.add(entry["threads"])
+    beside = wanted.markdown is not None and wanted.picture.parent == wanted.markdown.parent
     lines = [
         "# Accuracy over MACs kept",
         "",
+        *([f"![Top-1 accuracy over the MACs kept]({wanted.picture.name})", ""] if beside else []),
         "<!-- Written by benchmarks/accuracy_at_budget.py; change that, not this. -->",
         "",
         f"Network `{setting['network']}` ({setting['weights']}; {setting['macs'] / 1e6:.1f} MMACs), "

@@ -1,7 +1,7 @@
 """Latency at half of the MACs, and under a budget of latency: original and converted networks timed in turn.
 
     python benchmarks/latency_at_budget.py [--models resnet18 vgg16] [--threads 2] [--rounds 40]
-        [--wait-policy passive] [--out build/latency_at_budget.json] [--markdown docs/latency.md]
+        [--wait-policy active] [--out build/latency_at_budget.json] [--markdown docs/latency.md]
 
 Random weights (seed 0), which do not matter for the time; 224x224, batch 1. For each network one process, in which the
 original and its conversions by the recipe half-macs run in turn: with ranks rounded to what processors like, which is
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18", "vgg16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--wait-policy", choices=("passive", "active"), default="passive")
+    parser.add_argument("--wait-policy", choices=("passive", "active"), default="active")
     parser.add_argument("--out", type=Path, default=Path("build/latency_at_budget.json"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -426,3 +426,22 @@ def test_a_factory_named_again_is_called_as_before(run: Any, tmp_path: Path, mon
 @pytest.mark.parametrize(("name", "text"), [("convert", "(<stem>.asym.pt)"), ("fuse", "(<stem>.fused.pt)")])
 def test_help_names_the_default_output(command: Command, name: str, text: str) -> None:
     assert text in command(name, "--help").out
+
+
+@pytest.mark.parametrize(("arguments", "policy"), [(["--latency", "0.6"], None), (["--macs", "0.6"], "PASSIVE")])
+def test_waiting_threads_sleep_unless_latency_is_measured(
+    arguments: list[str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def app() -> None:
+        seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        raise SystemExit
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr("asymswap.cli.main.app", app)
+    monkeypatch.setattr(sys, "argv", ["asymswap", "convert", "x", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert seen == [policy]
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
