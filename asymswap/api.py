@@ -383,7 +383,7 @@ def _carry_out(
 ) -> _Done:
     """Trace, calibrate, plan and convert."""
     traced = trace(opened.model, opened.example())
-    norms = {near.name for site in traced.sites for near in site.after or () if near.op == "batch_norm" and near.alone}
+    norms = [site.norm_behind for site in traced.sites if site.norm_behind is not None]
     before = count_costs(opened.model, opened.example(), [*(site.name for site in traced.sites), *norms])
     clock.stop("trace")
     gathered, sequential, polished = None, False, None

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def plan_in_time(
     for _ in range(_ATTEMPTS):
         plan = choose(choices, prices, fraction, undone)
         before, after = _measure(original, plan, inputs, timing, progress)
-        slower = list(_slower(plan, before, after))
+        # What a rule has asked for by its size, or to make the network stronger, is not the budget's to take back.
+        slower = [(name, reason) for name, reason in _slower(plan, before, after) if name in choices.curves]
         ratio = after.whole / before.whole
         if not slower and (best is None or ratio < best[0]):
             best = ratio, plan, _row(before, after, timing, budget.fraction, undone)
@@ -97,7 +98,7 @@ def _measure(
     return found["original"], found["converted"]
 
 
-def _slower(plan: Plan, before: Timed, after: Timed) -> Any:
+def _slower(plan: Plan, before: Timed, after: Timed) -> Iterator[tuple[str, str]]:
     """The swapped convs that have become slower, with the reason for keeping them."""
     for swap in plan.swaps:
         was, now = before.modules[swap.site], after.modules[swap.site]

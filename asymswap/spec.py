@@ -141,6 +141,13 @@ class Site:
         return Cost(self.conv.macs_per_pixel() * pixels, self.conv.params)
 
     @property
+    def norm_behind(self) -> str | None:
+        """The batch norm that alone reads the conv and reads nothing else, if there is one."""
+        direct = [neighbour for neighbour in self.after or () if neighbour.direct]
+        alone = len(direct) == 1 and direct[0].op == "batch_norm" and direct[0].alone
+        return direct[0].name if alone else None
+
+    @property
     def feature_map(self) -> Size | None:
         """Size of the input feature map of the first call; None where the conv is never called."""
         return self.calls[0].input if self.calls else None

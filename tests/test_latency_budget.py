@@ -94,6 +94,21 @@ def test_swaps_that_are_slower_when_measured_are_taken_back_and_told(machine: An
     assert isinstance(conversion.model.get_submodule("layer2.1.conv1"), nn.Conv2d)
 
 
+def test_what_a_rule_has_asked_for_is_not_taken_back(machine: Any, tmp_path: Path) -> None:
+    machine()
+    (tmp_path / "r.toml").write_text(
+        '[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "acb" }\n'
+        '[[rules]]\nmatch = { kernel = "3x3", in_channels = { min = 8 } }\nswap = { kind = "separable" }\n'
+        "[budget]\nlatency = 0.9\n"
+    )
+    conversion = asymswap.convert("digits-resnet", tmp_path / "r.toml")
+    row = conversion.report.latency
+    assert row is not None
+    assert row.undone == ()
+    assert row.after / row.before <= 0.9
+    assert conversion.plan.swaps[0].kind == "acb"
+
+
 def test_the_table_is_kept_and_used_again(machine: Any, tmp_path: Path) -> None:
     first = machine()
     plan = convert(0.8).plan

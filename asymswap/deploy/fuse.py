@@ -20,7 +20,7 @@ from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Inputs, trace
 from asymswap.planning.apply import apply_structure
 from asymswap.reporting.fusion import FusionRow
-from asymswap.spec import ConvSpec, Neighbour, Plan, Progress, Swap, silent
+from asymswap.spec import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.tensors import eval_mode, meta_copy
 
 _BATCH = 32
@@ -73,14 +73,14 @@ def fuse_model(
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
     for plan, before in reversed(list(zip(plans, structures, strict=False))):
-        readers = {site.name: site.after for site in trace(before, example).sites}
+        norms = {site.name: site.norm_behind for site in trace(before, example).sites}
         later = [entry.site for other in left for entry in other.swaps]
         results = []
         for entry in plan.swaps:
             if any(name.startswith(f"{entry.site}.") for name in later):
                 results.append(_leave(entry, "a later conversion has changed its insides"))
             else:
-                here = _Here(model, before, norm_behind(readers[entry.site]), offsets.get(entry.site))
+                here = _Here(model, before, norms[entry.site], offsets.get(entry.site))
                 results.append(_fuse_site(entry, here, wanted))
             progress("fusing", len(sites) + len(results), total)
         model = swap(model, {name: new for result in results for name, new in result.modules.items()})
@@ -152,13 +152,6 @@ def _resized(entry: Swap, fused: nn.Conv2d, conv: ConvSpec, modules: Mapping[str
     stays = Swap(entry.site, "resized", {**fields, **bias}, f"fused from {entry.kind}")
     what = f"one {now.describe()}" + (" with a bias" if bias else "")
     return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
-
-
-def norm_behind(readers: Sequence[Neighbour] | None) -> str | None:
-    """The batch norm that alone reads a conv and reads nothing else, if there is one."""
-    direct = [neighbour for neighbour in readers or () if neighbour.direct]
-    alone = len(direct) == 1 and direct[0].op == "batch_norm" and direct[0].alone
-    return direct[0].name if alone else None
 
 
 def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) -> dict[str, float]:

@@ -106,12 +106,9 @@ def settle(
 def absorbs(site: Site, settings: Settings) -> str | None:
     """The name of the batch norm that alone reads the conv, and that `bn = "branch"` takes over; None otherwise.
 
-    Whether it can be is for `adopt` to say, and whether it reads nothing else is to be seen in the graph.
+    Whether it can be is for `adopt` to say.
     """
-    readers = [neighbour for neighbour in site.after or () if neighbour.direct]
-    if settings.bn == "branch" and len(readers) == 1 and readers[0].op == "batch_norm":
-        return readers[0].name
-    return None
+    return site.norm_behind if settings.bn == "branch" else None
 
 
 def adopt(settings: Settings, norm: nn.Module) -> Settings | None:

@@ -30,9 +30,10 @@ def apply_plan(
     """
     found = evidence or {}
 
-    def start(built: Built) -> None:
+    def start(built: _Built) -> None:
         if built.entry.site not in unset:
-            init_swapped_(built, found.get(built.entry.site))
+            absorbed = {} if built.norm is None else {"norm": built.norm}
+            built.kind.init_(built.replacement, built.conv, built.settings, found.get(built.entry.site), **absorbed)
         progress("converting", built.number, len(plan.swaps))
 
     return _apply(model, plan, start)
@@ -47,7 +48,7 @@ def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
     """The same with random weights in the replacements, which shares all others with the model: for being timed."""
     generator = torch.Generator().manual_seed(0)
 
-    def start(built: Built) -> None:
+    def start(built: _Built) -> None:
         for name, tensor in built.replacement.state_dict().items():
             # Values neither grow nor vanish on their way through the network, where they would slow down arithmetic.
             if tensor.dim() > 1:
@@ -59,7 +60,7 @@ def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Built:
+class _Built:
     """A swap that is being carried out: what stands in the model, and what takes its place."""
 
     entry: Swap
@@ -71,13 +72,7 @@ class Built:
     number: int = 0
 
 
-def init_swapped_(built: Built, evidence: Evidence | None) -> None:
-    """Set the weights of a replacement, in place."""
-    absorbed = {} if built.norm is None else {"norm": built.norm}
-    built.kind.init_(built.replacement, built.conv, built.settings, evidence, **absorbed)
-
-
-def _apply(model: nn.Module, plan: Plan, start: Callable[[Built], None], share: bool = False) -> nn.Module:
+def _apply(model: nn.Module, plan: Plan, start: Callable[[_Built], None], share: bool = False) -> nn.Module:
     """Build all replacements, let `start` give them their weights, and swap them in."""
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
     norms = dict(model.named_modules())
@@ -90,7 +85,7 @@ def _apply(model: nn.Module, plan: Plan, start: Callable[[Built], None], share: 
             raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
         kind, settings = kinds.load(entry.kind), kinds.parse_settings(entry.kind, entry.settings)
         norm = None if entry.absorbs is None else norms[entry.absorbs]
-        built = Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings), number)
+        built = _Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings), number)
         start(built)
         replacements[entry.site] = take_over_(built.replacement, conv, norm)
         if entry.absorbs is not None:

@@ -235,11 +235,10 @@ def _decide(
 
 def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
     """The settings, and the batch norm that the kind takes over at this site, if there is one that can be."""
-    name = kind.absorbs(site, settings) if isinstance(kind, kinds.Absorbing) else None
-    alone = any(neighbour.name == name and neighbour.alone for neighbour in site.after or ())
-    if name is None or not alone or not isinstance(kind, kinds.Absorbing):
+    if not isinstance(kind, kinds.Absorbing):
         return settings, None
-    adopted = kind.adopt(settings, model.get_submodule(name))
+    name = kind.absorbs(site, settings)
+    adopted = None if name is None else kind.adopt(settings, model.get_submodule(name))
     return (settings, None) if adopted is None else (adopted, name)
 
 
