@@ -15,6 +15,7 @@ from asymswap.sources.files import sha256
 from asymswap.sources.references import (
     Request,
     Source,
+    about_trust,
     build_architecture,
     describe_module,
     is_file_reference,
@@ -23,6 +24,7 @@ from asymswap.sources.references import (
     read_raw,
 )
 from asymswap.sources.state import find_weights
+from asymswap.sources.steady import unchanged
 from asymswap.spec import Plan, Preprocessing, Progress, silent
 
 
@@ -82,14 +84,14 @@ def open_model(
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
-    raw = read_raw(path, request.trust_pickle)
-    stored = stored_in(raw, str(path))
-    if stored is not None:
-        return _open_converted(path, stored, request), stored.header.plans
-    source = open_loaded(path, find_weights(raw.value, str(path)), request, progress)
-    if request.trust_pickle:
-        source = replace(source, notes=(*source.notes, "read with --trust-pickle: code in the file may have been run"))
-    return source, ()
+    with unchanged(path):
+        raw = read_raw(path, request.trust_pickle)
+        stored = stored_in(raw, str(path))
+        if stored is not None:
+            source, plans = _open_converted(path, stored, request), stored.header.plans
+        else:
+            source, plans = open_loaded(path, find_weights(raw.value, str(path)), request, progress), ()
+    return replace(source, notes=(*about_trust(path, raw, request), *source.notes)), plans
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:

@@ -63,7 +63,7 @@ def test_whole_file_appears_only_at_the_end(tmp_path: Path) -> None:
     path.write_text("old")
     with whole_file(path) as draft:
         draft.write_text("new")
-        assert draft.parent == path.parent
+        assert draft.parent.parent == path.parent
         assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "new"

@@ -28,7 +28,8 @@ from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, sha256, sniff
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Found, State, compare, find_weights, load_state_
-from asymswap.sources.unpickle import import_from_here, load_object
+from asymswap.sources.steady import unchanged
+from asymswap.sources.unpickle import import_from_here, load_told
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
 FILE_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch")
@@ -85,17 +86,22 @@ def open_reference(reference: str, request: Request) -> Source:
 
 @dataclass(frozen=True)
 class RawFile:
-    """What a model file holds, before anything is made of it; `metadata` is that of a safetensors file."""
+    """What a model file holds, before anything is made of it; `metadata` is that of a safetensors file.
+
+    `executed`: it was unpickled without restriction, so that code in it was run.
+    """
 
     value: Any
     metadata: Mapping[str, str] = field(default_factory=dict)
+    executed: bool = False
 
 
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
     """Read a model file; raises SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
     if kind is not FileKind.SAFETENSORS:
-        return RawFile(load_object(path, kind, trust_pickle, str(path)))
+        loaded = load_told(path, kind, trust_pickle, str(path))
+        return RawFile(loaded.value, executed=loaded.executed)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -104,9 +110,13 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         raise SourceError(f"{path} is cut off or damaged: {error}") from None
 
 
-def read_weights(path: Path, trust_pickle: bool) -> Found:
-    """The state dict or module in a model file."""
-    return find_weights(read_raw(path, trust_pickle).value, str(path))
+def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
+    """What `--trust-pickle` came to, for the report; nothing where it was not said."""
+    if not request.trust_pickle:
+        return ()
+    if raw.executed:
+        return (f"code in {path.name} was executed to read it (--trust-pickle)",)
+    return (f"--trust-pickle was not needed: nothing in {path.name} was executed",)
 
 
 def open_loaded(path: Path, found: Found, request: Request, progress: Progress = silent) -> Source:
@@ -193,11 +203,14 @@ def _open_factory(reference: str, request: Request) -> Source:
 
 def _fill_from_file(reference: str, request: Request) -> Source:
     path = Path(str(request.weights))
-    found = read_weights(path, request.trust_pickle)
-    if isinstance(found.value, nn.Module):
-        raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
-    source = _fill(reference, found.value, request, str(path), silent)
-    return replace(source, file=path, sha256=sha256(path), weights=f"file {path.name}")
+    with unchanged(path):
+        raw = read_raw(path, request.trust_pickle)
+        found = find_weights(raw.value, str(path))
+        if isinstance(found.value, nn.Module):
+            raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
+        source = _fill(reference, found.value, request, str(path), silent)
+        notes = (*about_trust(path, raw, request), *source.notes)
+        return replace(source, notes=notes, file=path, sha256=sha256(path), weights=f"file {path.name}")
 
 
 def _fill(reference: str, state: State, request: Request, label: str, progress: Progress) -> Source:

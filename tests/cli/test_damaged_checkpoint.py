@@ -60,7 +60,7 @@ HEADERS: dict[str, tuple[Callable[[Stored], object], str]] = {
     "number": (lambda h: 3, r"x\.pt is damaged: its asymswap header or state_dict is not what it should be"),
     "list": (lambda h: [], r"x\.pt has a damaged header: "),
     "unknown key": (lambda h: {**h, "extra": 1}, r"x\.pt has a damaged header: unknown key 'extra'"),
-    "plans": (lambda h: {**h, "plans": None}, r"x\.pt has a damaged header: plans: Input should be a valid list"),
+    "plans": (lambda h: {**h, "plans": None}, r"x\.pt has a damaged header: plans: Input should be a valid array"),
     "no plan": (lambda h: {**h, "plans": [{}]}, r"the plan in x\.pt is not a plan: swaps: Field required"),
     "kind": (lambda h: {**h, "plans": [other_kind(h)]}, r"the plan in x\.pt, .*: unknown kind 'sparabel'"),
     "base64": (lambda h: {**h, "skeleton": "!"}, r"x\.pt has a damaged structure: Only base64 data is allowed"),
