@@ -536,7 +536,9 @@ def _rebuilt_with_attributes(checker: _Checker, args: tuple[Any, ...]) -> bool:
 
 
 def _is_tensor_state(state: Any) -> bool:
-    """Attributes that a tensor does not have by itself."""
+    """Attributes that a tensor does not have by itself; two dicts of them where its class has slots."""
+    if isinstance(state, tuple):
+        return len(state) == 2 and all(map(_is_tensor_state, state)) and not any(isinstance(s, tuple) for s in state)
     pairs = [] if state is None else _pairs(state)
     return pairs is not None and all(_is_word(key) and not hasattr(Tensor, key) for key, _ in pairs)
 

@@ -33,7 +33,9 @@ from typing import Any
 HANG_SECONDS = 10.0
 """Of processor time; a machine that others keep busy must not make a case a hang."""
 
-_KILLED_AFTER = 60.0
+_KILLED_AFTER = 600.0
+"""Seconds that a worker is given even where the machine is too busy to let it compute."""
+
 _ADDRESS_SPACE = 3 * 2**30
 """Bytes that a worker may take on top of what it has to begin with."""
 
@@ -767,7 +769,7 @@ class _Worker:
     def __init__(self) -> None:
         self._process: Any = None
         self._pipe: Any = None
-        self._started = 0.0
+        self._started = self._busy = 0.0
 
     def start(self, case: Case) -> None:
         if self._process is None:
@@ -778,7 +780,7 @@ class _Worker:
             theirs.close()
             # Loading torch is no part of the first case.
             self._pipe.recv()
-        self._started = time.monotonic()
+        self._started, self._busy = time.monotonic(), _cpu_seconds(self._process.pid)
         self._pipe.send(case)
 
     def ending(self, wait: float) -> Ending | None:
@@ -789,10 +791,11 @@ class _Worker:
         except (EOFError, OSError):
             self.close()
             return Ending(None, err="the worker died")
-        if time.monotonic() - self._started < _KILLED_AFTER:
+        busy, waited = _cpu_seconds(self._process.pid) - self._busy, time.monotonic() - self._started
+        if busy < 2 * HANG_SECONDS and waited < _KILLED_AFTER:
             return None
         self.close()
-        return Ending(None, err="the worker was killed", seconds=_KILLED_AFTER)
+        return Ending(None, err="the worker was killed", seconds=max(busy, waited))
 
     def close(self) -> None:
         if self._process is not None:
@@ -800,6 +803,15 @@ class _Worker:
             self._process.join()
             self._pipe.close()
         self._process = None
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Processor time that a process has taken, as Linux tells it; 0 once it has died."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(pipe: Connection) -> None:
