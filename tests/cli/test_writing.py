@@ -126,7 +126,7 @@ def test_report_that_fails_after_the_model_is_told_of_both(run: Any, monkeypatch
     write_text = Path.write_text
 
     def fail(path: Path, *arguments: Any, **options: Any) -> int:
-        if "r.json" in path.name:
+        if "r.json" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_text(path, *arguments, **options)
 
