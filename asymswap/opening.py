@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from asymswap.checkpoint import Stored, restore, stored_in
-from asymswap.errors import SourceError, TraceError
+from asymswap.errors import AsymswapError, SourceError, TraceError
 from asymswap.graph.trace import Inputs
 from asymswap.sources.files import sha256
 from asymswap.sources.references import (
+    RawFile,
     Request,
     Source,
     about_trust,
@@ -86,12 +87,22 @@ def open_model(
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
     with unchanged(path):
         raw = read_raw(path, request.trust_pickle)
-        stored = stored_in(raw, str(path))
-        if stored is not None:
-            source, plans = _open_converted(path, stored, request), stored.header.plans
-        else:
-            source, plans = open_loaded(path, find_weights(raw.value, str(path)), request, progress), ()
-    return replace(source, notes=(*about_trust(path, raw, request), *source.notes)), plans
+        told = about_trust(path, raw, request)
+        try:
+            source, plans = _open_raw(path, raw, request, progress)
+        except AsymswapError as error:
+            if not raw.executed:
+                raise
+            # What was run was run, whatever came of it.
+            raise SourceError(f"{error}; {told[0]}") from error
+    return replace(source, notes=(*told, *source.notes)), plans
+
+
+def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+    stored = stored_in(raw, str(path))
+    if stored is not None:
+        return _open_converted(path, stored, request), stored.header.plans
+    return open_loaded(path, find_weights(raw.value, str(path)), request, progress), ()
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:

@@ -52,6 +52,7 @@ def measure(folder: Path, kills: int, seed: int, tell: Callable[[str], object] =
     """Kill so many processes; count what they left, and list what they must not have left."""
     rng = random.Random(seed)
     whole, written = _undisturbed(folder, NAMES[0])
+    (folder / NAMES[0]).unlink()
     ends: Counter[str] = Counter()
     drafts, faults = 0, []
     for number in range(kills):

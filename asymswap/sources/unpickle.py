@@ -191,7 +191,9 @@ def _load_trusting(file: Path | BinaryIO, label: str) -> Any:
             f"{label} needs code that cannot be imported here: {_last_words(error)}; run asymswap in its project"
         ) from error
     except Exception as error:
-        raise SourceError(f"{label} cannot be unpickled: {_last_words(error)}") from error
+        raise SourceError(
+            f"{label} cannot be unpickled: {_last_words(error)}; code in it may have been executed (--trust-pickle)"
+        ) from error
 
 
 def import_from_here() -> None:

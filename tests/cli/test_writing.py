@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,29 @@ def test_full_disk(name: str, existing: bool, refusal: Refusal) -> None:
     with files_of_at_most(50_000):
         said = refusal(*CONVERT, "-o", name, "--force")
     assert re.fullmatch(rf"cannot write {re.escape(name)}: .*File too large.*", said)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        place.rmdir()
+        pytest.skip("only root may mount a disk, and not everywhere")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+    place.rmdir()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_really_full_disk(name: str, small_disk: Path, run: Any) -> None:
+    outcome = run(*CONVERT, "-o", small_disk / name)
+    expected = rf"error: cannot write .*/disk/{re.escape(name)}: .*(No space left on device|os error 28).*\n"
+    assert outcome.code == 1
+    assert re.fullmatch(expected, outcome.err), outcome.err
+    assert list(small_disk.iterdir()) == []
 
 
 def test_full_disk_at_the_report(run: Any) -> None:

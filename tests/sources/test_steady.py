@@ -154,6 +154,13 @@ def test_the_report_says_whether_code_was_executed(
         assert expected.lower() in " ".join(run(*arguments, *options, "--force").out.split()).lower()
 
 
+@pytest.mark.parametrize("content", [{"x": slice(1)}, {"weight": torch.ones(1), "x": slice(1)}])
+def test_a_file_that_is_of_no_use_once_it_has_run_is_told_of_too(content: object, refusal: Refusal) -> None:
+    torch.save(content, "x.pt")
+    said = refusal("candidates", "x.pt", "--trust-pickle")
+    assert re.search(r"holds no state_dict: .*; code in x\.pt was executed to read it \(--trust-pickle\)$", said)
+
+
 def test_the_library_says_so_too(model: Path) -> None:
     conversion = asymswap.convert(model, "3x3-only", arch="digits-resnet", trust_pickle=True)
     assert "--trust-pickle was not needed: nothing in x.pt was executed" in conversion.report.model.notes
