@@ -407,8 +407,12 @@ class _Checker:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a module may have this name: torch writes names into the Python code that it generates, as they are."""
-    return name.isprintable() and not set("\"'\\.") & set(name)
+    """Whether a module may have this name.
+
+    torch writes names into the Python code that it generates, as they are; and a child called `__deepcopy__` is what
+    copying calls.
+    """
+    return name.isprintable() and not set("\"'\\.") & set(name) and not name.startswith("__")
 
 
 @functools.cache

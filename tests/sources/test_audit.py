@@ -157,6 +157,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "number for a weight": (lambda: module(_parameters={"0": 3}), "has other things than such in the _parameters of"),
     "code for a name": (lambda: named('0"), print("x'), r"has .* for a name in the _modules of"),
     "path for a name": (lambda: named("a.b"), r"has .* for a name in the _modules of"),
+    "method for a name": (lambda: named("__deepcopy__"), r"has .* for a name in the _modules of"),
     "control for a name": (lambda: named("\x1b[2J"), r"has .* for a name in the _modules of"),
     "partial of numbers": (lambda: module(norm=functools.partial(nn.ReLU, True)), "fills a functools.partial in"),
     "partial of layers": (lambda: module(n=functools.partial(nn.ReLU, x=[nn.ReLU()])), "fills a functools.partial"),
@@ -273,6 +274,7 @@ def test_what_is_refused_can_be_trusted_and_is_told_of() -> None:
     [
         *(("conv1", True), ("0", True), ("a b-c/d", True), ("größe", True)),
         *(('a"b', False), ("a'b", False), ("a\\b", False), ("a.b", False), ("a\nb", False), ("\x07", False)),
+        ("__deepcopy__", False),
     ],
 )
 def test_names_of_modules(name: str, safe: bool) -> None:
