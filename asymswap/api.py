@@ -4,7 +4,8 @@ A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists alr
 that several verbs share:
 
 - `weights`, `arch`, `arguments`, `trust_pickle`: as `--weights`, `--arch`, `--arg` and `--trust-pickle`;
-- `input_size`: (channels, height, width) of one image, where the model's own is not known;
+- `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
+  frames, height, width);
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
@@ -37,10 +38,11 @@ from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_c
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.graph.trace import Inputs, Trace, describe, trace
+from asymswap.graph.trace import Trace, trace
+from asymswap.inputs import Inputs, describe, example, probe
 from asymswap.latency_budget import Timing, plan_in_time
-from asymswap.measure.cost import Costs, count_costs
-from asymswap.measure.fidelity import compare_outputs, measure_fidelity, probe
+from asymswap.measure.cost import Costs, count_costs, count_swapped
+from asymswap.measure.fidelity import compare_outputs, compared_parts, measure_fidelity
 from asymswap.opening import Opened, model_dtype, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
@@ -107,7 +109,7 @@ def candidates(
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
@@ -133,7 +135,7 @@ def plan(
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
@@ -156,7 +158,7 @@ def convert(
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
@@ -270,20 +272,21 @@ def fuse(
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
     preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
     if data is None:
-        (images,), about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
+        inputs, about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
     else:
         images, about = some_images(data, preprocessing, dtype, seed)
+        inputs = (images,)
     plans = stored.header.plans
-    wanted = Wanted(separable, max_offset, images)
-    fused = fuse_model(converted, original, plans, (images[:1],), wanted, progress)
+    fused = fuse_model(converted, original, plans, Wanted(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
         raise AsymswapError(f"{label} has nothing to fuse ({reasons})")
-    gap = compare_outputs(converted, fused.model, (images,))
+    one = example(preprocessing, dtype)
+    gap = compare_outputs(converted, fused.model, inputs, compared_parts(trace(converted, one)))
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
-    costs = [count_costs(one, (images[:1],)).total for one in (converted, fused.model)]
+    costs = [count_costs(model, one).total for model in (converted, fused.model)]
     origin = stored.header.origin.reference
     report = FusionReport(label, origin, rows, costs[0], costs[1], gap.relative, gap.largest, about, fused.as_before)
     provenance = {**stored.header.provenance, "fused": plain(report)}
@@ -430,15 +433,21 @@ def _sites_to_learn(opened: Opened, traced: Trace, wanted: Recipe | Plan) -> lis
 def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, seed: int) -> Report:
     """Measure what has changed."""
     inputs, probe_text = _probe(opened, done.gathered, seed)
-    names = [site.name for site in done.traced.sites]
+    sites = done.traced.sites
+    parts = compared_parts(done.traced)
+    if done.traced.on_meta:
+        after = count_costs(done.model, opened.example(), [site.name for site in sites])
+    else:
+        after = count_swapped(done.before, done.model, sites)
+        probe_text += f", compared at the outputs of {len(parts)} parts"
     return make_report(
         opened,
         done.traced,
         done.plan,
         recipe,
         None if isinstance(wanted, Plan) or wanted.budget is None else str(wanted.budget),
-        (done.before, count_costs(done.model, opened.example(), names)),
-        measure_fidelity(opened.model, done.model, done.plan, inputs),
+        (done.before, after),
+        measure_fidelity(opened.model, done.model, done.plan, inputs, parts),
         probe_text,
         (state_bytes(opened.model), state_bytes(done.model)),
     )

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from asymswap.checkpoint import Stored, restore, stored_in
-from asymswap.errors import SourceError, TraceError
-from asymswap.graph.trace import Inputs
+from asymswap.errors import SourceError
+from asymswap.inputs import Inputs
+from asymswap.inputs import example as make_example
 from asymswap.sources.files import sha256
 from asymswap.sources.references import (
     Request,
@@ -41,8 +42,7 @@ class Opened:
 
     def example(self) -> Inputs:
         """One input of the right size and dtype, on the meta device: enough to trace and to count."""
-        preprocessing = self.source.preprocessing
-        return (torch.empty(1, preprocessing.channels, *preprocessing.size, dtype=self.dtype(), device="meta"),)
+        return make_example(self.source.preprocessing, self.dtype())
 
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and so of the input."""
@@ -57,12 +57,12 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def open_model(
     model: str | Path | nn.Module,
     request: Request,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Opened:
     """Open any model, one that is read or built in eval mode; `input_size` is (channels, height, width).
 
-    Raises SourceError where it cannot be had, and TraceError where it has no Conv2d.
+    For clips, `input_size` has the frames behind the channels. Raises SourceError where the model cannot be had.
     """
     plans: tuple[Plan, ...] = ()
     if isinstance(model, nn.Module):
@@ -74,8 +74,6 @@ def open_model(
         else:
             source = open_reference(reference, request)
         source.model.eval()
-    if not any(isinstance(module, nn.Conv2d) for module in source.model.modules()):
-        raise TraceError(f"{reference} has no Conv2d, so there is nothing to swap")
     if input_size is not None:
         source = replace(source, preprocessing=_resized(source.preprocessing, input_size))
     return Opened(source, plans, reference)
@@ -112,9 +110,12 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     )
 
 
-def _resized(preprocessing: Preprocessing, input_size: tuple[int, int, int]) -> Preprocessing:
-    channels, *size = input_size
-    resized = replace(preprocessing, size=(size[0], size[1]), resize=None)
+def _resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:
+    channels, *frames, height, width = input_size
+    if len(frames) != (preprocessing.form == "clips"):
+        wanted = "channels x frames x height x width" if preprocessing.form == "clips" else "channels x height x width"
+        raise SourceError(f"--input {'x'.join(map(str, input_size))} does not suit: one input is {wanted}")
+    resized = replace(preprocessing, size=(height, width), resize=None, frames=frames[0] if frames else 1)
     if channels == preprocessing.channels:
         return resized
     return replace(resized, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "asymswap"
 LAYERS = (
     ("errors",),
     ("spec",),
-    ("tensors", "output", "distributed", "strips"),
+    ("tensors", "output", "distributed", "strips", "inputs"),
     ("factorize",),
     ("kinds",),
     ("sources",),

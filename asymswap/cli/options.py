@@ -56,15 +56,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 
-def parse_input_size(text: str | None) -> tuple[int, int, int] | None:
-    """Read `3x224x224`; raises AsymswapError for anything else."""
+def parse_input_size(text: str | None) -> tuple[int, ...] | None:
+    """Read `3x224x224`, or `3x16x112x112` for clips; raises AsymswapError for anything else."""
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
-    channels, height, width = (int(part) for part in parts)
-    return channels, height, width
+    return tuple(int(part) for part in parts)
 
 
 def parse_polish(text: str | None) -> tuple[int | None, float | None]:

@@ -39,6 +39,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text
 def report_view(report: Report, width: int) -> RenderableType:
     """The whole report: headline figures, what was done to each conv, what was kept and why, and the fine print."""
     parts: list[RenderableType] = [Text(_title(report), style="bold"), Text(""), _headline(report), Text("")]
+    parts += [Text(line, style="yellow") for line in words.nothing_swapped(report)]
     if report.swapped:
         parts += [_swaps(report, width), Text("")]
     kept = words.kept(report.sites)
@@ -56,15 +57,19 @@ def candidates_view(
     share = held.macs / total.macs if total.macs else 0.0
     verdict = f"{reference}: {number} of {len(rows)} convs are candidates; they hold {words.percent(share)} of the MACs"
     verdict += f" and {words.share(held.params, total.params)} of the parameters"
+    if not rows:
+        verdict = f"{reference} has no Conv2d: there is nothing to swap"
     parts: list[RenderableType] = [Text(verdict, style="bold")]
-    if share < 0.05:
+    if rows and share < 0.05:
         parts.append(Text("Little can be gained here.", style="yellow"))
     wide = width >= WIDE
     columns = [("Layer", "fold"), ("Conv", "left"), ("MACs", "right"), ("Share", "right")]
     columns += [("Params", "right"), ("Map", "right")] if wide else []
     pairs = any(row.half is not None for row in rows)
     columns += [("Even at", "right"), ("Half of it saves" if pairs else "Becomes", "fold")]
-    parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows)), Text("")]
+    if rows:
+        parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows))]
+    parts.append(Text(""))
     parts += [
         Text(line, style="dim")
         for line in (

@@ -315,11 +315,8 @@ def _preprocessing(full: str, model: nn.Module) -> Preprocessing:
 
 
 def _assumed_preprocessing(model: nn.Module) -> Preprocessing:
-    """224 x 224 and ImageNet's statistics, as most networks take; `--input` says otherwise."""
-    image_size = getattr(model, "image_size", None)
-    side = image_size if isinstance(image_size, int) else 224
-    imagenet = Preprocessing(3, (side, side), torchvision_models.IMAGENET_MEAN, torchvision_models.IMAGENET_STD)
-    return _with_channels(imagenet, _input_channels(model))
+    """Mostly 224 x 224 and ImageNet's statistics, as most networks take; `--input` says otherwise."""
+    return _with_channels(torchvision_models.assumed_preprocessing(model), _input_channels(model))
 
 
 def _with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:

@@ -16,7 +16,7 @@ from torchvision import models
 
 from asymswap.errors import SourceError, near_names
 from asymswap.sources.state import State
-from asymswap.spec import Preprocessing
+from asymswap.spec import InputForm, Preprocessing, Size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -102,8 +102,46 @@ def _fetch(name: str, weights: Any) -> Path:
     return cached
 
 
+_FRAMES = 16
+"""Of a clip: as many as the published video networks were trained on, and the least that some of them take."""
+
+_FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "image-pair", "video": "clips"}
+"""What the models of torchvision's packages take, where it is not a batch of images."""
+
+
+def input_form(model: nn.Module) -> InputForm:
+    """What the forward of one of torchvision's models takes; a batch of images for any other."""
+    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
+    return _FORMS.get(package, "images")
+
+
+def assumed_preprocessing(model: nn.Module) -> Preprocessing:
+    """What a model of which nothing else is known most likely takes, by its class and its attributes."""
+    form = input_form(model)
+    if form == "image-list":
+        # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
+        return Preprocessing(3, _detection_size(model), (0.0,) * 3, (1.0,) * 3, form=form)
+    if form == "image-pair":
+        return Preprocessing(3, (256, 256), (0.5,) * 3, (0.5,) * 3, form=form)
+    side = getattr(model, "image_size", None)
+    size = (side, side) if isinstance(side, int) else (224, 224)
+    return Preprocessing(3, size, IMAGENET_MEAN, IMAGENET_STD, form=form, frames=_FRAMES if form == "clips" else 1)
+
+
+def _detection_size(model: nn.Module) -> Size:
+    transform = getattr(model, "transform", None)
+    fixed = getattr(transform, "fixed_size", None)
+    if fixed is not None:
+        return int(fixed[1]), int(fixed[0])
+    side = int(getattr(transform, "min_size", (800,))[-1])
+    return side, side
+
+
 def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
     """How the weights' own transforms prepare an image; for random weights, those of the default weights."""
+    assumed = assumed_preprocessing(model)
+    if assumed.form in ("image-list", "image-pair"):
+        return assumed
     weights = _weights(name, weights_name or "DEFAULT")
     transforms = weights.transforms()
     sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
@@ -119,6 +157,8 @@ def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Prep
         std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
         resize=resize,
         interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
+        form=assumed.form,
+        frames=assumed.frames,
     )
 
 
