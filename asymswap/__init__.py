@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         save_fused,
     )
     from asymswap.errors import AsymswapError
+    from asymswap.tradeoff import sweep
 
 __all__ = [
     "AsymswapError",
@@ -41,9 +42,13 @@ __all__ = [
     "plan",
     "save",
     "save_fused",
+    "sweep",
 ]
 
-_HOMES = dict.fromkeys(__all__, "asymswap.api") | {"AsymswapError": "asymswap.errors"}
+_HOMES = dict.fromkeys(__all__, "asymswap.api") | {
+    "AsymswapError": "asymswap.errors",
+    "sweep": "asymswap.tradeoff",
+}
 del _HOMES["__version__"]
 
 

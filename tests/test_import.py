@@ -31,7 +31,7 @@ LAYERS = (
     ("reporting",),
     ("latency_budget",),
     ("deploy",),
-    ("summary",),
+    ("summary", "tradeoff"),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from asymswap.cli import calibration as c
 from asymswap.cli import options as o
 
 _CHANGE = "What to do"
 _RESULT = "Result"
-_DATA = "Calibration (no labels needed)"
 
 
 class MemoryFormat(StrEnum):
@@ -81,33 +81,13 @@ def convert(
         str | None,
         typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=_RESULT),
     ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(help="Choose ranks and weights on images: digits or a folder of images.", rich_help_panel=_DATA),
-    ] = None,
-    calibration_images: Annotated[int, typer.Option(help="How many of them.", rich_help_panel=_DATA)] = 512,
-    sequential: Annotated[
-        bool | None,
-        typer.Option(
-            "--sequential/--no-sequential",
-            help="Solve layer by layer on what each really gets.",
-            rich_help_panel=_DATA,
-            show_default="where the model traces whole",
-        ),
-    ] = None,
-    evidence: Annotated[
-        Path | None,
-        typer.Option(help="File of what calibration learned: read if it exists, else written.", rich_help_panel=_DATA),
-    ] = None,
-    polish: Annotated[
-        str | None,
-        typer.Option(
-            help="Then learn from the original's outputs for so many steps (500) or minutes (5min).",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    polish_images: Annotated[int, typer.Option(help="On how many images, at most.", rich_help_panel=_DATA)] = 5000,
-    calibration_memory: Annotated[float, typer.Option(help="Memory limit in GiB.", rich_help_panel=_DATA)] = 4.0,
+    calibrate: c.Calibrate = None,
+    calibration_images: c.Images = 512,
+    sequential: c.Sequential = None,
+    evidence: c.EvidenceFile = None,
+    polish: c.Polish = None,
+    polish_images: c.PolishImages = 5000,
+    calibration_memory: c.Memory = 4.0,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
     weights: o.Weights = None,
     arch: o.Arch = None,
@@ -153,31 +133,22 @@ def convert(
 
         if not dry_run:
             check_suffix(target)
-        calibration = None
-        if calibrate is not None or evidence is not None:
-            steps, minutes = o.parse_polish(polish)
-            calibration = api.Calibration(
-                data=calibrate,
-                images=calibration_images,
-                evidence=evidence,
-                sequential=sequential,
-                memory_gib=calibration_memory,
-                seed=seed,
-                polish_steps=steps,
-                polish_minutes=minutes,
-                polish_images=polish_images,
-                team=team,
-            )
-        elif polish is not None or sequential:
-            raise AsymswapError("--polish and --sequential need images: give --calibrate DATA")
-        elif team.size > 1:
-            raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
         conversion = api.convert(
             model,
             recipe,
             plan=None if plan is None else _read_plan(plan),
             overrides=overrides,
-            calibration=calibration,
+            calibration=c.wanted(
+                calibrate,
+                calibration_images,
+                evidence,
+                sequential,
+                polish,
+                polish_images,
+                calibration_memory,
+                seed,
+                team,
+            ),
             weights=weights,
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
