@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         save,
         save_fused,
     )
+    from asymswap.deploy.offsets import offsets
     from asymswap.errors import AsymswapError
     from asymswap.tradeoff import sweep
 
@@ -39,6 +40,7 @@ __all__ = [
     "convert",
     "fuse",
     "load",
+    "offsets",
     "plan",
     "save",
     "save_fused",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOMES = dict.fromkeys(__all__, "asymswap.api") | {
     "AsymswapError": "asymswap.errors",
+    "offsets": "asymswap.deploy.offsets",
     "sweep": "asymswap.tradeoff",
 }
 del _HOMES["__version__"]

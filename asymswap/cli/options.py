@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tomllib
@@ -87,6 +88,20 @@ def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
             raise AsymswapError(f"{option} {text!r} is not key=value")
         pairs[key.strip()] = _value(value.strip())
     return pairs
+
+
+PICTURES = (".svg", ".png")
+
+
+def check_picture(option: str, path: Path, force: bool) -> None:
+    """Raise AsymswapError where a picture cannot be drawn into that file, before any work is done for it."""
+    from asymswap.output import check_output
+
+    if path.suffix not in PICTURES:
+        raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
+    check_output(path, force)
 
 
 def default_output(reference: str, mark: str = "asym") -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,16 @@ from asymswap.cli import options as o
 def show(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan of the last conversion as JSON.")] = False,
+    offsets: Annotated[
+        bool, typer.Option("--offsets", help="Tell where the taps of offset kinds have gone, layer by layer.")
+    ] = False,
+    draw: Annotated[Path | None, typer.Option(help="With --offsets: draw them into this .svg or .png file.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With --offsets: images to predict them on.", show_default="random ones")
+    ] = None,
+    arch: o.Arch = None,
+    arguments: o.Arguments = None,
+    force: o.Force = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -26,6 +36,9 @@ def show(
     from asymswap.planning.plan import plan_text
     from asymswap.reporting.show import show_view
 
+    if draw is not None or data is not None or offsets:
+        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), force, json)
+        return
     with screen.progress(quiet=json or plan):
         header = read_checkpoint(checkpoint).header
     if plan and not header.plans:
@@ -37,3 +50,30 @@ def show(
     else:
         console = screen.console()
         screen.show(show_view(str(checkpoint), header_to_json(header)), console)
+
+
+def _show_offsets(
+    checkpoint: Path,
+    picture: Path | None,
+    data: str | None,
+    arch: str | None,
+    arguments: dict[str, Any],
+    force: bool,
+    json: bool,
+) -> None:
+    from asymswap.cli import screen
+    from asymswap.output import write_bytes
+
+    if picture is not None:
+        o.check_picture("--draw", picture, force)
+    with screen.progress(quiet=json):
+        from asymswap.deploy.offsets import offsets
+        from asymswap.reporting import offsets as shown
+
+        report = offsets(checkpoint, data=data, arch=arch, arguments=arguments)
+    if picture is not None:
+        write_bytes(picture, shown.draw(report, picture.suffix[1:]))
+    if json:
+        screen.print_json(shown.to_json(report))
+    else:
+        screen.show(shown.offsets_view(report), screen.console())

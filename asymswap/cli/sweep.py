@@ -14,7 +14,7 @@ from asymswap.cli import options as o
 from asymswap.errors import AsymswapError
 
 _BUDGET, _DATA = "Budgets", "Data"
-_REPORTS = (".md", ".svg", ".png")
+_REPORTS = (".md", *o.PICTURES)
 
 
 def sweep(
@@ -164,15 +164,13 @@ def _read(path: Path) -> Any:
 
 
 def _check_report(path: Path, force: bool) -> None:
-    import importlib.util
-
     from asymswap.output import check_output
 
-    check_output(path, force)
     if path.suffix not in _REPORTS:
         raise AsymswapError(f"--report {path}: the file must end in {', '.join(_REPORTS[:-1])} or {_REPORTS[-1]}")
-    if path.suffix != ".md" and importlib.util.find_spec("matplotlib") is None:
-        raise AsymswapError(f"--report {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
+    if path.suffix in o.PICTURES:
+        o.check_picture("--report", path, force)
+    check_output(path, force)
 
 
 def _write_report(path: Path, result: Any) -> None:
