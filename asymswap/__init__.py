@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         save,
         save_fused,
     )
+    from asymswap.deploy.export import export
     from asymswap.deploy.offsets import offsets
     from asymswap.errors import AsymswapError
     from asymswap.tradeoff import sweep
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "candidates",
     "convert",
+    "export",
     "fuse",
     "load",
     "offsets",
@@ -49,6 +51,7 @@ __all__ = [
 
 _HOMES = dict.fromkeys(__all__, "asymswap.api") | {
     "AsymswapError": "asymswap.errors",
+    "export": "asymswap.deploy.export",
     "offsets": "asymswap.deploy.offsets",
     "sweep": "asymswap.tradeoff",
 }

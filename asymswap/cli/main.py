@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import candidates, convert, fuse, recipes, show, sweep
+from asymswap.cli import candidates, convert, export, fuse, recipes, show, sweep
 from asymswap.cli.failures import reporting_errors
 
 app = typer.Typer(
@@ -19,7 +19,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert.convert, candidates.candidates, recipes.recipes, show.show, fuse.fuse, sweep.sweep):
+for command in (
+    convert.convert,
+    candidates.candidates,
+    recipes.recipes,
+    show.show,
+    fuse.fuse,
+    export.export,
+    sweep.sweep,
+):
     app.command()(reporting_errors(command))
 
 
