@@ -120,9 +120,9 @@ def test_what_computes_something_else_is_not_written(tmp_path: Path, monkeypatch
     real = torch.export.export
 
     def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        model.fc.bias.data += 1.0
+        model.linear.bias.data += 1.0
         program = real(model, *args, **kwargs)
-        model.fc.bias.data -= 2.0
+        model.linear.bias.data -= 2.0
         return program
 
     monkeypatch.setattr(exporting.torch.export, "export", wrong)
