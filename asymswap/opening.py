@@ -11,7 +11,7 @@ from torch import nn
 from asymswap.checkpoint import Stored, restore, stored_in
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import Inputs
-from asymswap.sources.files import sha256
+from asymswap.sources.files import resolve, sha256
 from asymswap.sources.references import (
     Request,
     Source,
@@ -21,8 +21,8 @@ from asymswap.sources.references import (
     open_loaded,
     open_reference,
     read_raw,
+    weights_in,
 )
-from asymswap.sources.state import find_weights
 from asymswap.spec import Plan, Preprocessing, Progress, silent
 
 
@@ -82,11 +82,12 @@ def open_model(
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+    path = resolve(path)
     raw = read_raw(path, request.trust_pickle)
     stored = stored_in(raw, str(path))
     if stored is not None:
         return _open_converted(path, stored, request), stored.header.plans
-    source = open_loaded(path, find_weights(raw.value, str(path)), request, progress)
+    source = open_loaded(path, weights_in(path, raw, request), request, progress)
     if request.trust_pickle:
         source = replace(source, notes=(*source.notes, "read with --trust-pickle: code in the file may have been run"))
     return source, ()
@@ -95,6 +96,8 @@ def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
+    if request.key is not None:
+        raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
     header = stored.header
     # The same factory named again is called as it was when the checkpoint was made.
     stored_arguments = header.origin.arguments if request.arch == header.origin.reference else {}
