@@ -12,6 +12,9 @@ from asymswap.sources.state import State, compare
 from asymswap.sources.views import View, views
 from asymswap.spec import Progress
 
+# Known networks of others that have the very keys and shapes of one here, and another function.
+_TWINS = {"torchvision:resnet50": ", as timm's resnetblur50 has"}
+
 
 @dataclass(frozen=True)
 class Identified:
@@ -25,7 +28,7 @@ class Identified:
         """What was concluded and that it may be wrong, for the report."""
         note = (
             f"architecture taken from keys and shapes: {self.reference} (--arch names another); a variant that "
-            f"computes differently can have the same, as timm's resnetblur50 has those of resnet50"
+            f"computes differently can have the same{_TWINS.get(self.reference, '')}"
         )
         return (*self.view.notes(), note)
 

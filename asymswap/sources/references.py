@@ -354,7 +354,7 @@ def _about_inputs(full: str, arguments: Mapping[str, Any], published: Published 
         known = f"known by its SHA-256 as torchvision's {published.weights} of {published.model}"
         return (f"{known}{', which sets ' if set_so else ''}{set_so}",)
     if torchvision_models.transforms_input(full.removeprefix("torchvision:")) and "transform_input" not in arguments:
-        return ("transform_input is off; weights that descend from torchvision's want --arg transform_input=true",)
+        return ("set --arg transform_input=true for weights that descend from torchvision's; it is off here",)
     return ()
 
 

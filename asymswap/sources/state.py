@@ -40,9 +40,10 @@ def find_weights(value: Any, label: str, key: str | None = None) -> Found:
 
     Where several are inside and no key is given, a note names the others. Raises SourceError where there is none.
     """
-    found = list(_candidates(value, "", 0))
-    if key is not None:
-        return _chosen(found, key, label)
+    inside = value if key is None else _at(value, key)
+    found = list(_candidates(inside, key or "", 0))
+    if not found and key is not None:
+        return _behind(list(_candidates(value, "", 0)), key, label)
     if found:
         others = [other.key for other in found[1:] if not _shared(other.value, found[0].value)]
         note = f"other weights in {label}: {_listed(others)} (--key chooses)"
@@ -51,6 +52,18 @@ def find_weights(value: Any, label: str, key: str | None = None) -> Found:
         raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
     keys = ", ".join(str(name) for name in list(value)[:6]) or "nothing"
     raise SourceError(f"{label} holds no state_dict: looked under {', '.join(NESTS)}; it holds {keys}")
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a dotted path of nested dicts, whose keys may have dots themselves; None where nothing does."""
+    if not isinstance(value, Mapping):
+        return None
+    names = [name for name in value if isinstance(name, str) and f"{path}.".startswith(f"{name}.")]
+    for name in sorted(names, key=len, reverse=True):
+        found = value[name] if name == path else _at(value[name], path[len(name) + 1 :])
+        if found is not None:
+            return found
+    return None
 
 
 def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
@@ -92,22 +105,19 @@ def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
     return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
 
 
-def _chosen(found: list[Found], key: str, label: str) -> Found:
-    """What stands under a key: a state dict of its own, or the part of one whose keys begin so."""
+def _behind(found: list[Found], key: str, label: str) -> Found:
+    """The part of a state dict whose keys begin with what a path ends in; raises SourceError where none does."""
     for one in found:
-        if one.key == key:
-            return one
         inside = f"{one.key}." if one.key else ""
         if isinstance(one.value, dict) and key.startswith(inside):
             prefix = key.removeprefix(inside) + "."
             part = {name.removeprefix(prefix): t for name, t in one.value.items() if name.startswith(prefix)}
             if part:
                 return Found(strip_prefixes(part), key)
-    below = [one for one in found if one.key.startswith(f"{key}.")]
-    if below:
-        return below[0]
-    known = [one.key for one in found if one.key] + [prefix for one in found for prefix in _prefixes(one)]
-    hint = near_names(key, known) or (f"; it has {_listed(known)}" if known else "; it has no keys to choose from")
+    keys = [one.key for one in found if one.key]
+    known = keys + [prefix for one in found for prefix in _prefixes(one)]
+    all_of_them = f"; it has {_listed(known)}" if known else "; it has no keys to choose from"
+    hint = near_names(key, keys) or near_names(key, known) or all_of_them
     raise SourceError(f"{label} has no state_dict under --key {key!r}{hint}")
 
 

@@ -109,6 +109,7 @@ def several() -> dict[str, Any]:
     return {
         "state_dict": one, "state_dict_ema": behind("module.", two), "models": {"teacher": three},
         "same": one, "both": behind("student.", two) | behind("teacher.", three), "means": {"a": torch.ones(3)},
+        "meta.net": {"b": three}, "rng": one | {"x": torch.ones(1)},
     }  # fmt: skip
 
 
@@ -121,6 +122,8 @@ def several() -> dict[str, Any]:
         ("models", 2),
         ("models.teacher", 2),
         ("both.student", 1),
+        ("meta.net", 2),
+        ("meta.net.b", 2),
         ("both.teacher", 2),
     ],
 )

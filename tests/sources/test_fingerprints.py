@@ -199,7 +199,7 @@ def test_published_weights_set_what_they_were_trained_with(
     unknown = open_model(tmp_path / "x.pt", Request(**given))  # type: ignore[arg-type]
     assert unknown.source.origin.arguments == {}
     assert (
-        "transform_input is off; weights that descend from torchvision's want --arg transform_input=true"
+        "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
         in unknown.source.notes
     )
     known = Published("googlenet", "IMAGENET1K_V1", {"transform_input": True})
@@ -212,13 +212,28 @@ def test_published_weights_set_what_they_were_trained_with(
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", torchvision_models.classifiers())
-def test_a_state_dict_and_a_module_of_every_classifier_open(name: str, tmp_path: Path) -> None:
-    """Small files: every tensor is one number, repeated, so that only the shapes are real."""
-    model = on_meta(f"torchvision:{name}", {}).to_empty(device="cpu")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+@pytest.fixture
+def cheap_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built to be filled stays on the meta device."""
+    real = builders.build
+
+    def build(reference: str, arguments: Any) -> torch.nn.Module:
+        with builders._EmptyOnMeta():
+            return real(reference, arguments)
+
+    monkeypatch.setattr(builders, "build", build)
+
+
+@each_classifier
+def test_a_state_dict_and_a_module_of_every_classifier_open(name: str, tmp_path: Path, cheap_builds: None) -> None:
+    """The files are small: every tensor is one number, repeated, so that only the shapes are real."""
+    model = on_meta(f"torchvision:{name}", {}).to_empty(device="meta")
+    for parent in model.modules():
+        for store in (parent._parameters, parent._buffers):
+            for key, tensor in store.items():
+                if tensor is not None:
+                    one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    store[key] = torch.nn.Parameter(one) if store is parent._parameters else one
     torch.save(model.state_dict(), tmp_path / "state.pt")
     torch.save(model, tmp_path / "module.pt")
     assert open_model(tmp_path / "state.pt", Request()).source.origin.reference == f"torchvision:{name}"
