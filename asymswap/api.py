@@ -3,7 +3,7 @@
 A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
 that several verbs share:
 
-- `weights`, `arch`, `arguments`, `trust_pickle`: as `--weights`, `--arch`, `--arg` and `--trust-pickle`;
+- `weights`, `arch`, `arguments`, `key`, `trust_pickle`: as `--weights`, `--arch`, `--arg`, `--key`, `--trust-pickle`;
 - `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
   frames, height, width);
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
@@ -108,13 +108,14 @@ def candidates(
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
     wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     traced = trace(opened.model, opened.example())
     return Candidates(
         reference=opened.reference,
@@ -134,13 +135,14 @@ def plan(
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     wanted = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     _check_finite(opened)
     traced = trace(opened.model, opened.example())
     total = count_costs(opened.model, opened.example()).total
@@ -157,6 +159,7 @@ def convert(
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
     input_size: tuple[int, ...] | None = None,
     evaluate: str | None = None,
@@ -180,7 +183,7 @@ def convert(
     text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
     wanted = parse_recipe(text, where, overrides) if recipe is not None else replay
     assert wanted is not None
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")

@@ -12,7 +12,7 @@ from asymswap.checkpoint import Stored, restore, stored_in
 from asymswap.errors import SourceError
 from asymswap.inputs import Inputs
 from asymswap.inputs import example as make_example
-from asymswap.sources.files import sha256
+from asymswap.sources.files import resolve, sha256
 from asymswap.sources.references import (
     Request,
     Source,
@@ -22,8 +22,8 @@ from asymswap.sources.references import (
     open_loaded,
     open_reference,
     read_raw,
+    weights_in,
 )
-from asymswap.sources.state import find_weights
 from asymswap.spec import Plan, Preprocessing, Progress, silent
 
 
@@ -80,11 +80,12 @@ def open_model(
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+    path = resolve(path)
     raw = read_raw(path, request.trust_pickle)
     stored = stored_in(raw, str(path))
     if stored is not None:
         return _open_converted(path, stored, request), stored.header.plans
-    source = open_loaded(path, find_weights(raw.value, str(path)), request, progress)
+    source = open_loaded(path, weights_in(path, raw, request), request, progress)
     if request.trust_pickle:
         source = replace(source, notes=(*source.notes, "read with --trust-pickle: code in the file may have been run"))
     return source, ()
@@ -93,6 +94,8 @@ def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
+    if request.key is not None:
+        raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
     header = stored.header
     # The same factory named again is called as it was when the checkpoint was made.
     stored_arguments = header.origin.arguments if request.arch == header.origin.reference else {}

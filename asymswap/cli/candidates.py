@@ -14,6 +14,7 @@ def candidates(
     recipe: Annotated[str | None, typer.Option(help="Candidates are what this recipe would swap.")] = None,
     weights: o.Weights = None,
     arch: o.Arch = None,
+    key: o.Key = None,
     arguments: o.Arguments = None,
     input_size: o.InputSize = None,
     trust_pickle: o.TrustPickle = False,
@@ -36,6 +37,7 @@ def candidates(
             recipe=recipe,
             weights=weights,
             arch=arch,
+            key=key,
             arguments=o.parse_pairs("--arg", arguments),
             trust_pickle=trust_pickle,
             input_size=o.parse_input_size(input_size),
@@ -46,6 +48,13 @@ def candidates(
         return
     console = screen.console()
     view = terminal.candidates_view(
-        found.reference, found.rows, found.total, found.held, found.traced_by, found.input, console.width
+        found.reference,
+        found.rows,
+        found.total,
+        found.held,
+        found.traced_by,
+        found.input,
+        console.width,
+        found.notes,
     )
     screen.show(view, console)

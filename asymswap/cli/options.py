@@ -25,6 +25,14 @@ Arch = Annotated[
     str | None,
     typer.Option(help="The architecture of a state_dict file, such as resnet18.", rich_help_panel=_MODEL),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Which state_dict of the file, such as state_dict_ema; a dotted path.",
+        rich_help_panel=_MODEL,
+        show_default="the likeliest",
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -111,8 +119,11 @@ def default_output(reference: str, mark: str = "asym") -> Path:
     """
     # A file may have an @ in its name, where a reference has it before its weights.
     name = reference if os.path.exists(reference) else reference.partition("@")[0]  # noqa: PTH110 (never raises)
-    stem = Path(name.rpartition(":")[2]).name
-    for suffix in (".gz", ".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".pickle", ".torch"):
+    stem = Path(name.rpartition(":")[2]).name or "model"
+    for suffix in (
+        ".json", ".index", ".gz", ".tar", ".pt", ".pt2", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl",
+        ".pickle", ".torch",
+    ):  # fmt: skip
         stem = stem.removesuffix(suffix)
     base, dot, old = stem.rpartition(".")
     if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):

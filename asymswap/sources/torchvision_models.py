@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,44 @@ def names() -> list[str]:
 def classifiers() -> list[str]:
     """The names of the image classifiers among them."""
     return list(models.list_models(models))
+
+
+def task(name: str) -> str:
+    """What a network is for, as torchvision's packages say: classification, segmentation, detection, video …"""
+    parts: list[str] = models.get_model_builder(name).__module__.split(".")
+    return parts[2] if len(parts) > 3 else "classification"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
+
+    model: str
+    weights: str
+    arguments: Mapping[str, Any]
+
+
+def published(digest: str) -> Published | None:
+    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
+    return _published().get(digest[:8])
+
+
+@functools.cache
+def _published() -> dict[str, Published]:
+    found: dict[str, Published] = {}
+    for name in names():
+        for weights in models.get_model_weights(name):
+            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
+            if digits and not name.startswith("quantized_"):
+                # The heads that torchvision drops from its pretrained models are in their files.
+                arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
+                found.setdefault(digits[1][:8], Published(name, weights.name, arguments))
+    return found
+
+
+def transforms_input(name: str) -> bool:
+    """Whether the model has the switch that torchvision turns on with its published weights alone."""
+    return name in ("googlenet", "inception_v3")
 
 
 def with_current_keys(state: State) -> State:
