@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         save,
         save_fused,
     )
+    from asymswap.comparison import compare
     from asymswap.errors import AsymswapError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Timing",
     "__version__",
     "candidates",
+    "compare",
     "convert",
     "fuse",
     "load",
@@ -43,7 +45,10 @@ __all__ = [
     "save_fused",
 ]
 
-_HOMES = dict.fromkeys(__all__, "asymswap.api") | {"AsymswapError": "asymswap.errors"}
+_HOMES = dict.fromkeys(__all__, "asymswap.api") | {
+    "AsymswapError": "asymswap.errors",
+    "compare": "asymswap.comparison",
+}
 del _HOMES["__version__"]
 
 

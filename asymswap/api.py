@@ -37,6 +37,8 @@ from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_c
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
+from asymswap.graph.flow import read_flow
+from asymswap.graph.nodes import NodeGraph
 from asymswap.graph.trace import Inputs, Trace, describe, trace
 from asymswap.latency_budget import Timing, plan_in_time
 from asymswap.measure.cost import Costs, count_costs
@@ -82,6 +84,7 @@ class Candidates:
     rows: tuple[Candidate, ...]
     total: Cost
     notes: tuple[str, ...] = ()
+    flow: NodeGraph | None = None
 
     @property
     def held(self) -> Cost:
@@ -108,9 +111,13 @@ def candidates(
     arguments: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     input_size: tuple[int, int, int] | None = None,
+    with_flow: bool = False,
     progress: Progress = silent,
 ) -> Candidates:
-    """List every Conv2d with what `separable` would save there, or why it is no candidate."""
+    """List every Conv2d with what `separable` would save there, or why it is no candidate.
+
+    `with_flow` adds the graph of the model's operations, to be drawn.
+    """
     wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
     opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
     traced = trace(opened.model, opened.example())
@@ -121,6 +128,7 @@ def candidates(
         rows=tuple(find_candidates(traced.sites, wanted)),
         total=count_costs(opened.model, opened.example()).total,
         notes=opened.source.notes,
+        flow=read_flow(opened.model) if with_flow else None,
     )
 
 

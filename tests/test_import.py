@@ -32,6 +32,7 @@ LAYERS = (
     ("latency_budget",),
     ("deploy",),
     ("summary",),
+    ("comparison",),
     ("api",),
     ("cli",),
     ("__main__",),
