@@ -248,7 +248,7 @@ def _on_data(opened: Sequence[Opened], reference: str, wanted: int | None, seed:
             for number, (tally, why) in enumerate(zip(tallies, refusals, strict=True))
         ],
         notes=[
-            [f"no accuracy: {why}"] * (why is not None) + [tally.note] * (tally.note is not None)
+            [*([] if why is None else [f"no accuracy: {why}"]), *([] if tally.note is None else [tally.note])]
             for tally, why in zip(tallies, refusals, strict=True)
         ],
         data=data[0].description,
@@ -295,4 +295,5 @@ def mcnemar(gained: int, lost: int) -> float:
     """The two-sided p-value of McNemar's exact test: `gained` and `lost` of one fair coin's throws."""
     throws = gained + lost
     tail = sum(math.comb(throws, heads) for heads in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**throws)
+    ways: int = 2**throws
+    return min(1.0, 2 * tail / ways)

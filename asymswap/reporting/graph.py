@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from asymswap.errors import OutputError
@@ -16,6 +16,7 @@ from asymswap.spec import Candidate, Cost
 
 SUFFIXES = (".svg", ".dot")
 _STEPS = 2
+_LINES = 6
 _SECONDS = 120.0
 
 
@@ -37,16 +38,19 @@ def graph_text(path: Path, graph: NodeGraph, rows: Sequence[Candidate], total: C
 
 
 def to_dot(graph: NodeGraph, rows: Sequence[Candidate], total: Cost) -> str:
-    """The graph in graphviz's language: candidates, what stands next to them, and how much lies between."""
+    """The graph in graphviz's language: the candidates and what stands within a few steps of one.
+
+    Operations that follow each other without a fork are one box, and so count as one step.
+    """
     by_name = {row.site.name: row for row in rows}
     chosen = {node.key for node in graph.nodes if (row := by_name.get(node.conv or "")) and row.reason is None}
-    shown = _near(graph, chosen)
-    # Every hidden node goes by the name of the heap that it is drawn in.
-    heap_of = _heaps(graph, shown)
-    lines = [_node(node, by_name, total) for node in graph.nodes if node.key in shown]
-    lines += [_heap(name, members) for name, members in _members(graph, heap_of)]
-    ends = ((heap_of.get(one, one), heap_of.get(other, other)) for one, other in graph.edges)
-    lines += [f"{_quoted(one)} -> {_quoted(other)};" for one, other in dict.fromkeys(ends) if one != other]
+    boxes = _boxes(graph, chosen)
+    box_of = {node.key: box[0].key for box in boxes for node in box}
+    ends = ((box_of[one], box_of[other]) for one, other in graph.edges)
+    arrows = [(one, other) for one, other in dict.fromkeys(ends) if one != other]
+    near = _near(arrows, chosen)
+    lines = [_box(box, by_name, total, box[0].key in chosen) for box in boxes if box[0].key in near]
+    lines += dict.fromkeys(line for arrow in arrows for line in _arrow(*arrow, near))
     font = 'fontname="Helvetica,Arial,sans-serif", fontsize=11'
     head = [
         "digraph model {",
@@ -58,10 +62,27 @@ def to_dot(graph: NodeGraph, rows: Sequence[Candidate], total: Cost) -> str:
     return "\n".join([*head, *lines, "}", ""])
 
 
-def _near(graph: NodeGraph, chosen: Collection[str]) -> set[str]:
-    """The chosen nodes and all within a few steps of one."""
-    beside: dict[str, set[str]] = defaultdict(set)
+def _boxes(graph: NodeGraph, chosen: Collection[str]) -> list[list[Node]]:
+    """The nodes in their order; one joins the box of the node before it where neither forks, nor is chosen."""
+    feeds: dict[str, list[str]] = defaultdict(list)
+    follows: dict[str, list[str]] = defaultdict(list)
     for one, other in graph.edges:
+        feeds[other].append(one)
+        follows[one].append(other)
+    boxes: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        before = feeds[node.key]
+        joins = len(before) == 1 and len(follows[before[0]]) == 1 and not {node.key, before[0]} & set(chosen)
+        box = boxes[before[0]] if joins else []
+        box.append(node)
+        boxes[node.key] = box
+    return [box for key, box in boxes.items() if box[0].key == key]
+
+
+def _near(arrows: Iterable[tuple[str, str]], chosen: Collection[str]) -> set[str]:
+    """The chosen boxes and all within a few steps of one."""
+    beside: dict[str, set[str]] = defaultdict(set)
+    for one, other in arrows:
         beside[one].add(other)
         beside[other].add(one)
     near = set(chosen)
@@ -70,58 +91,42 @@ def _near(graph: NodeGraph, chosen: Collection[str]) -> set[str]:
     return near
 
 
-def _heaps(graph: NodeGraph, shown: Collection[str]) -> dict[str, str]:
-    """For every node that is not shown, the key of the first of those that it hangs together with."""
-    heap_of = {node.key: node.key for node in graph.nodes if node.key not in shown}
-
-    def root(key: str) -> str:
-        while heap_of[key] != key:
-            key = heap_of[key]
-        return key
-
-    order = {node.key: number for number, node in enumerate(graph.nodes)}
-    for one, other in graph.edges:
-        if one in heap_of and other in heap_of:
-            first, second = sorted((root(one), root(other)), key=order.__getitem__)
-            heap_of[second] = first
-    return {key: root(key) for key in heap_of}
+def _arrow(one: str, other: str, near: Collection[str]) -> list[str]:
+    """What is drawn of an arrow: where it leaves what is shown it comes from, or goes to, three dots."""
+    if one not in near and other not in near:
+        return []
+    if one in near and other in near:
+        return [f"{_quoted(one)} -> {_quoted(other)};"]
+    dots = f"{other} before" if other in near else f"{one} after"
+    ends = (dots, other) if other in near else (one, dots)
+    return [f'{_quoted(dots)} [label="…", shape=plaintext, style=""];', " -> ".join(map(_quoted, ends)) + ";"]
 
 
-def _members(graph: NodeGraph, heap_of: Mapping[str, str]) -> Iterator[tuple[str, list[Node]]]:
-    heaps: dict[str, list[Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.key in heap_of:
-            heaps[heap_of[node.key]].append(node)
-    yield from heaps.items()
-
-
-def _node(node: Node, by_name: Mapping[str, Candidate], total: Cost) -> str:
-    row = by_name.get(node.conv or "")
-    if row is None:
-        label = [node.operation] if node.name == node.operation else [node.operation, node.name]
-        return f"{_quoted(node.key)} [label={_lines(label)}];"
-    share = words.share(row.site.cost.macs, total.macs)
-    label = [node.name, row.site.conv.describe(), f"{share} of the MACs"]
-    if row.reason is not None:
-        return f"{_quoted(node.key)} [label={_lines(label)}];"
+def _box(box: Sequence[Node], by_name: Mapping[str, Candidate], total: Cost, chosen: bool) -> str:
+    said = [_said(node, by_name) for node in box]
+    if len(said) > _LINES:
+        half = _LINES // 2
+        said = [*said[:half], f"… {len(said) - 2 * half} more", *said[-half:]]
+    if not chosen:
+        return f"{_quoted(box[0].key)} [label={_lines(said)}];"
+    row = by_name[box[0].conv or ""]
+    said += [
+        f"{words.share(row.site.cost.macs, total.macs)} of the MACs",
+        "candidate" if row.kind == "separable" else f"candidate: {row.kind}",
+    ]
     blue = COLOURS["kind0"][0]
-    label.append("candidate" if row.kind == "separable" else f"candidate: {row.kind}")
-    return f'{_quoted(node.key)} [label={_lines(label)}, fillcolor="#dce8f8", color="{blue}", penwidth=2];'
+    return f'{_quoted(box[0].key)} [label={_lines(said)}, fillcolor="#dce8f8", color="{blue}", penwidth=2];'
 
 
-def _heap(name: str, members: Sequence[Node]) -> str:
-    kinds = ", ".join(f"{count} {operation}" for operation, count in _commonest(members))
-    number = len(members)
-    label = [members[0].operation, members[0].name] if number == 1 else [f"{number} more operations", kinds]
-    return f'{_quoted(name)} [label={_lines(label)}, style="rounded,dashed", fontcolor="{COLOURS["soft"][0]}"];'
-
-
-def _commonest(members: Iterable[Node]) -> list[tuple[str, int]]:
-    return Counter(node.operation for node in members).most_common(3)
+def _said(node: Node, by_name: Mapping[str, Candidate]) -> str:
+    row = by_name.get(node.conv or "")
+    if row is not None:
+        return f"{node.name}  {row.site.conv.describe()}"
+    return node.operation if node.name == node.operation else f"{node.operation}  {node.name}"
 
 
 def _lines(lines: Iterable[str]) -> str:
-    return _quoted("\n".join(dict.fromkeys(lines)))
+    return _quoted("\n".join(lines))
 
 
 def _quoted(text: str) -> str:

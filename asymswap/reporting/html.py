@@ -114,7 +114,8 @@ def _verdict(report: Report) -> str:
         "parameters left",
         f"output changed by {words.error(report.output.relative)} on {report.output.probe}",
     ]
-    return "; ".join(parts) + "."
+    # A number and its sign belong on one line.
+    return f"{'; '.join(parts)}.".replace(" %", "\u00a0%")
 
 
 def _figures(report: Report) -> list[Figure]:
@@ -136,7 +137,7 @@ def _figures(report: Report) -> list[Figure]:
         figures.append(Figure("Latency", f"{words.share(now, was)} left", remark, was, now, said))
     if report.accuracy is not None:
         acc = report.accuracy
-        said = (f"{acc.before:.2%}", f"{acc.after:.2%}")
+        said = (f"{100 * acc.before:.2f} %", f"{100 * acc.after:.2f} %")
         change = f"{100 * (acc.after - acc.before):+.2f} points"
         figures.append(Figure("Top-1 accuracy", change, f"{acc.images:,} images", acc.before, acc.after, said))
     return figures
@@ -155,7 +156,7 @@ def _pair(figure: Figure) -> Markup:
     most = 1.0 if figure.name == "Top-1 accuracy" else max(figure.before, figure.after)
     bars = [
         element("rect", x=0, y=y, width=100 * max(0.0, value) / most if most else 0.0, height=8, class_=css)
-        for y, value, css in ((0, figure.before, "f-edge"), (12, figure.after, "f-accent"))
+        for y, value, css in ((1, figure.before, "f-before s-edge"), (11, figure.after, "f-accent s-accent"))
     ]
     label = f"{figure.name}: {figure.numbers[0]} before, {figure.numbers[1]} after"
     picture = element(

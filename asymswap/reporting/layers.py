@@ -19,7 +19,7 @@ from asymswap.reporting.drawing import (
 
 _LEFT, _RIGHT, _TOP = 58.0, 14.0, 8.0
 _TITLE, _PANEL, _GAP = 22.0, 112.0, 12.0
-_NARROWEST, _WIDEST, _FULL = 13.0, 72.0, 1000.0
+_NARROWEST, _WIDEST, _FULL = 13.0, 96.0, 1040.0
 _LONGEST_LABEL, _CHARACTER = 24, 5.6
 
 
