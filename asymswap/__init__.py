@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from asymswap.comparison import compare
     from asymswap.errors import AsymswapError
+    from asymswap.reports import write_report
 
 __all__ = [
     "AsymswapError",
@@ -43,11 +44,13 @@ __all__ = [
     "plan",
     "save",
     "save_fused",
+    "write_report",
 ]
 
 _HOMES = dict.fromkeys(__all__, "asymswap.api") | {
     "AsymswapError": "asymswap.errors",
     "compare": "asymswap.comparison",
+    "write_report": "asymswap.reports",
 }
 del _HOMES["__version__"]
 

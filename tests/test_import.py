@@ -34,6 +34,7 @@ LAYERS = (
     ("summary",),
     ("comparison",),
     ("api",),
+    ("reports",),
     ("cli",),
     ("__main__",),
 )

@@ -130,7 +130,6 @@ def convert(
     from asymswap.errors import AsymswapError, OutputError
     from asymswap.output import check_output, write_text
     from asymswap.reporting import files
-    from asymswap.reporting.making import read_making
 
     target = output or o.default_output(model)
     if (recipe is None) == (plan is None):
@@ -200,14 +199,15 @@ def convert(
     if not team.leads:
         return
     result = conversion.report
+    from asymswap.reports import write_report
+
     try:
         if write_plan is not None:
             from asymswap.planning.plan import plan_text
 
             write_text(write_plan, plan_text(conversion.plan))
         if report is not None:
-            making = read_making(conversion.header.provenance, "the conversion")
-            write_text(report, files.report_text(result, making, report))
+            write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
     _print(result, json, quiet)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from asymswap.cli import options as o
-
-if TYPE_CHECKING:
-    from asymswap.checkpoint import Header
 
 
 def show(
@@ -29,7 +26,7 @@ def show(
     """
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
-    from asymswap.output import check_output
+    from asymswap.output import check_output, write_text
     from asymswap.reporting import files
 
     if report is not None:
@@ -42,7 +39,9 @@ def show(
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
     if report is not None:
-        _write_report(header, checkpoint, report)
+        from asymswap.reports import stored_report_text
+
+        write_text(report, stored_report_text(header, checkpoint, report))
     if plan:
         from asymswap.planning.plan import plan_text
 
@@ -54,23 +53,3 @@ def show(
 
         console = screen.console()
         screen.show(show_view(str(checkpoint), header_to_json(header)), console)
-
-
-def _write_report(header: Header, checkpoint: Path, path: Path) -> None:
-    from dataclasses import replace
-
-    from asymswap.errors import CheckpointError
-    from asymswap.output import write_text
-    from asymswap.reporting import files
-    from asymswap.reporting.making import read_making, read_report
-    from asymswap.reporting.report import FileRow
-
-    told = read_report(header.provenance, str(checkpoint))
-    told = replace(told, files=(*told.files, FileRow(str(checkpoint), checkpoint.stat().st_size)))
-    making = read_making(header.provenance, str(checkpoint))
-    try:
-        text = files.report_text(told, making, path)
-    except (ArithmeticError, ValueError) as error:
-        # The numbers are the file's, and nobody has vouched for them.
-        raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None
-    write_text(path, text)

@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+import asymswap
 from asymswap.checkpoint import read_checkpoint, restore, save_checkpoint
 from asymswap.cli.commandline import repeatable
+from asymswap.errors import AsymswapError
 
 Run = Callable[..., Any]
 Refusal = Callable[..., str]
@@ -72,6 +74,20 @@ class TestHtml:
     def test_another_ending(self, refusal: Refusal, converted: Path) -> None:
         expected = "--report r.htm: the file must end in .html, .json or .md; did you mean .html?"
         assert refusal("show", converted, "--report", "r.htm") == expected
+
+
+class TestFromPython:
+    def test_a_conversion_and_its_checkpoint_tell_the_same(self, run: Run) -> None:
+        conversion = asymswap.convert("digits-resnet", "3x3-only")
+        asymswap.write_report(conversion, "r.html")
+        page = Path("r.html").read_text()
+        assert layers_of(page) == [row.site for row in conversion.report.sites]
+        assert "<h3>Command</h3>" not in page
+        asymswap.save(conversion, "x.pt")
+        with pytest.raises(AsymswapError, match=r"r\.html exists already"):
+            asymswap.write_report("x.pt", "r.html")
+        asymswap.write_report("x.pt", "r.html", force=True)
+        assert layers_of(Path("r.html").read_text()) == layers_of(page)
 
 
 class TestCheckpointsOfOthers:
