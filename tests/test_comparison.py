@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,13 @@ class TestCommand:
     def test_threads_are_told(self, run: Callable[..., Any]) -> None:
         found = json.loads(run("compare", DIGITS, DIGITS, "--threads", "2", "--json", *self.QUICK).out)
         assert found["timing"]["threads"] == 2
+
+    def test_it_is_timed_with_threads_that_wait_awake(
+        self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        assert run("compare", DIGITS, DIGITS, "--no-latency").code == 0
+        assert "OMP_WAIT_POLICY" not in os.environ
 
     def test_two_forms_at_once(self, refusal: Callable[..., str]) -> None:
         assert "give one of them" in refusal("compare", DIGITS, DIGITS, "--json", "--markdown")
