@@ -110,8 +110,8 @@ def _verdict(report: Report) -> str:
     before, after = report.before, report.after
     parts = [
         f"{len(report.swapped)} of {len(report.sites)} convolutions swapped",
-        f"{words.share(after.macs, before.macs)} of the MACs and {words.share(after.params, before.params)} of the "
-        "parameters left",
+        f"the model needs {words.share(after.macs, before.macs)} of its MACs and "
+        f"{words.share(after.params, before.params)} of its parameters",
         f"output changed by {words.error(report.output.relative)} on {report.output.probe}",
     ]
     # A number and its sign belong on one line.
@@ -128,13 +128,14 @@ def _figures(report: Report) -> list[Figure]:
     ]
     if bytes_before:
         sizes = (words.size(bytes_before), words.size(bytes_after))
-        left = f"{words.share(bytes_after, bytes_before)} left"
-        figures.append(Figure("Weights in bytes", left, "", bytes_before, bytes_after, sizes))
+        figures.append(
+            Figure("Weights in bytes", _left(bytes_after, bytes_before), "", bytes_before, bytes_after, sizes)
+        )
     if report.latency is not None:
         was, now = report.latency.before, report.latency.after
         said = (f"{1e3 * was:.3g} ms", f"{1e3 * now:.3g} ms")
         remark = f"batch {report.latency.batch}, {report.latency.memory_format}"
-        figures.append(Figure("Latency", f"{words.share(now, was)} left", remark, was, now, said))
+        figures.append(Figure("Latency", _left(now, was), remark, was, now, said))
     if report.accuracy is not None:
         acc = report.accuracy
         said = (f"{100 * acc.before:.2f} %", f"{100 * acc.after:.2f} %")
@@ -145,7 +146,12 @@ def _figures(report: Report) -> list[Figure]:
 
 def _counted(name: str, before: int, after: int, remark: str = "") -> Figure:
     numbers = (words.count(before), words.count(after))
-    return Figure(name, f"{words.share(after, before)} left", remark, before, after, numbers)
+    return Figure(name, _left(after, before), remark, before, after, numbers)
+
+
+def _left(after: float, before: float) -> str:
+    more = after > before > 0
+    return f"{words.percent(after / before - 1)} more" if more else f"{words.share(after, before)} left"
 
 
 def _pair(figure: Figure) -> Markup:

@@ -187,7 +187,7 @@ class TestFigures:
         told = report(site(0, after=Cost(20_000_000, 80_000)), rest=Cost(0, 0))
         first = page(told).all("svg", class_="pair")[0]
         assert [float(bar.attributes["width"]) for bar in first.all("rect")] == [50, 100]
-        assert "MACs200.0 % left" in "".join(page(told).all("li", class_="figure")[0].text.split("\n"))
+        assert "MACs100.0 % more" in "".join(page(told).all("li", class_="figure")[0].text.split("\n"))
 
 
 class TestPicture:
