@@ -38,6 +38,8 @@ from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_c
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
+from asymswap.graph.flow import read_flow
+from asymswap.graph.nodes import NodeGraph
 from asymswap.graph.trace import Trace, trace
 from asymswap.inputs import Inputs, describe, example, probe
 from asymswap.latency_budget import Timing, plan_in_time
@@ -84,6 +86,7 @@ class Candidates:
     rows: tuple[Candidate, ...]
     total: Cost
     notes: tuple[str, ...] = ()
+    flow: NodeGraph | None = None
 
     @property
     def held(self) -> Cost:
@@ -111,9 +114,13 @@ def candidates(
     key: str | None = None,
     trust_pickle: bool = False,
     input_size: tuple[int, ...] | None = None,
+    with_flow: bool = False,
     progress: Progress = silent,
 ) -> Candidates:
-    """List every Conv2d with what `separable` would save there, or why it is no candidate."""
+    """List every Conv2d with what `separable` would save there, or why it is no candidate.
+
+    `with_flow` adds the graph of the model's operations, to be drawn.
+    """
     wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
     opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     traced = trace(opened.model, opened.example())
@@ -124,6 +131,7 @@ def candidates(
         rows=tuple(find_candidates(traced.sites, wanted)),
         total=count_costs(opened.model, opened.example()).total,
         notes=opened.source.notes,
+        flow=read_flow(opened.model) if with_flow else None,
     )
 
 

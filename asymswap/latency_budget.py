@@ -124,7 +124,7 @@ def _row(before: Timed, after: Timed, timing: Timing, wanted: float, undone: Map
         memory_format=timing.memory_format,
         batch=timing.batch,
         threads=torch.get_num_threads(),
-        machine=_machine()["processor"],
+        machine=machine()["processor"],
         wanted=wanted,
         undone=tuple(undone),
     )
@@ -158,7 +158,7 @@ class _Table:
     """Seconds of convs and of their options, by their form and not by their name."""
 
     def __init__(self, timing: Timing) -> None:
-        self._machine = {**_machine(), "memory_format": timing.memory_format, "batch": timing.batch}
+        self._machine = {**machine(), "memory_format": timing.memory_format, "batch": timing.batch}
         mark = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
         self._path = (timing.cache or _cache_folder()) / f"latency-{mark}.json"
         self._rounds = timing.rounds
@@ -252,7 +252,7 @@ def _option_key(kind: str, settings: Mapping[str, Any]) -> str:
     return f"{kind} {json.dumps(dict(settings), sort_keys=True)}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What measured times depend on beside the work."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

@@ -32,7 +32,9 @@ LAYERS = (
     ("latency_budget",),
     ("deploy",),
     ("summary", "tradeoff"),
+    ("comparison",),
     ("api",),
+    ("reports",),
     ("cli",),
     ("__main__",),
 )

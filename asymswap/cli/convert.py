@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ import typer
 
 from asymswap.cli import calibration as c
 from asymswap.cli import options as o
+from asymswap.cli.commandline import repeatable
 
 _CHANGE = "What to do"
 _RESULT = "Result"
@@ -67,7 +70,7 @@ def convert(
         Path | None, typer.Option(help="Write the plan to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report to this .json or .md file.", rich_help_panel=_RESULT)
+        Path | None, typer.Option(help="Write the report to this .html, .json or .md file.", rich_help_panel=_RESULT)
     ] = None,
     allow_drift: Annotated[
         bool,
@@ -162,22 +165,31 @@ def convert(
             seed=seed,
             progress=step,
         )
+        conversion.header = _with_command(conversion.header)
         if not dry_run and team.leads:
             step("writing", 0, 1)
             api.save(conversion, target, force=force)
     if not team.leads:
         return
     result = conversion.report
+    from asymswap.reports import write_report
+
     try:
         if write_plan is not None:
             from asymswap.planning.plan import plan_text
 
             write_text(write_plan, plan_text(conversion.plan))
         if report is not None:
-            write_text(report, files.report_text(result, report))
+            write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
     _print(result, json, quiet)
+
+
+def _with_command(header: Any) -> Any:
+    """The header, telling by which command line the checkpoint came to be."""
+    provenance = {**header.provenance, "command": repeatable(sys.argv)}
+    return replace(header, provenance=provenance)
 
 
 def _read_plan(path: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import candidates, convert, export, fuse, recipes, show, sweep
+from asymswap.cli import candidates, compare, convert, export, fuse, recipes, show, sweep
 from asymswap.cli.failures import reporting_errors
 
 app = typer.Typer(
@@ -24,9 +24,10 @@ for command in (
     candidates.candidates,
     recipes.recipes,
     show.show,
+    compare.compare,
+    sweep.sweep,
     fuse.fuse,
     export.export,
-    sweep.sweep,
 ):
     app.command()(reporting_errors(command))
 
@@ -53,7 +54,8 @@ def main() -> NoReturn:
     # torch's threads, which start with its import, would otherwise wait for each other awake: where another program
     # keeps one core busy, converting a ResNet-50 then takes twice as long, and a DenseNet-121 thirty times.
     # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
-    if not any(argument.startswith("--latency") for argument in sys.argv):
+    timed = sys.argv[1:2] == ["compare"] or any(argument.startswith("--latency") for argument in sys.argv)
+    if not timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
     raise AssertionError("unreachable")

@@ -22,32 +22,47 @@ def show(
     ] = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report of the last conversion to this .html, .json or .md file.")
+    ] = None,
     force: o.Force = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Tell what was done to a converted model, from which source, with which result.
 
-    Example: asymswap show resnet18.asym.pt
+    Example: asymswap show resnet18.asym.pt --report resnet18.html
     """
-    from asymswap.checkpoint import header_to_json, read_checkpoint
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
-    from asymswap.planning.plan import plan_text
-    from asymswap.reporting.show import show_view
+    from asymswap.output import check_output, write_text
+    from asymswap.reporting import files
 
     if draw is not None or data is not None or offsets:
         _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), force, json)
         return
+    if report is not None:
+        check_output(report, force)
+        files.check_suffix(report)
     with screen.progress(quiet=json or plan):
+        from asymswap.checkpoint import header_to_json, read_checkpoint
+
         header = read_checkpoint(checkpoint).header
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
+    if report is not None:
+        from asymswap.reports import stored_report_text
+
+        write_text(report, stored_report_text(header, checkpoint, report))
     if plan:
+        from asymswap.planning.plan import plan_text
+
         typer.echo(plan_text(header.plans[-1]), nl=False)
     elif json:
         screen.print_json(header_to_json(header))
     else:
+        from asymswap.reporting.show import show_view
+
         console = screen.console()
         screen.show(show_view(str(checkpoint), header_to_json(header)), console)
 

@@ -65,7 +65,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             if not find_convs(model):
                 raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
             raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(error)}") from error
-    parts = dict(_graphs(skeleton, ""))
+    parts = traceable_parts(skeleton)
     neighbours, read_elsewhere = _read_graphs(skeleton, parts)
     return Trace(make_sites(model, calls, neighbours, read_elsewhere), tuple(parts), on_meta)
 
@@ -73,7 +73,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
     """Every Conv2d of a model with its neighbours but without calls: nothing is run, and weights may be unset."""
     skeleton = meta_copy(model).eval()
-    return make_sites(model, {}, *_read_graphs(skeleton, dict(_graphs(skeleton, ""))))
+    return make_sites(model, {}, *_read_graphs(skeleton, traceable_parts(skeleton)))
 
 
 @contextmanager
@@ -132,6 +132,14 @@ class _Tracer(fx.Tracer):
             # Some of "torchvision.ops" are containers (SqueezeExcitation): those are walked through to their convs.
             return not any(isinstance(child, nn.Conv2d) for child in m.modules())
         return super().is_leaf_module(m, module_qualified_name)
+
+
+def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
+    """The graph of the whole model by the name "", or those of its largest traceable parts that hold a conv.
+
+    The model must be one that may be changed, in eval mode: tracing leaves constants in some.
+    """
+    return dict(_graphs(model, ""))
 
 
 def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:
