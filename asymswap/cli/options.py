@@ -107,9 +107,14 @@ def check_picture(option: str, path: Path, force: bool) -> None:
 
     if path.suffix not in PICTURES:
         raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
+    check_matplotlib(option, path)
+    check_output(path, force)
+
+
+def check_matplotlib(option: str, path: Path) -> None:
+    """Raise AsymswapError where the library that draws curves is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
-    check_output(path, force)
 
 
 def default_output(reference: str, mark: str = "asym") -> Path:

@@ -14,7 +14,7 @@ from asymswap.cli import options as o
 from asymswap.errors import AsymswapError
 
 _BUDGET, _DATA = "Budgets", "Data"
-_REPORTS = (".md", *o.PICTURES)
+_REPORTS = (".html", ".md", *o.PICTURES)
 
 
 def sweep(
@@ -51,7 +51,7 @@ def sweep(
         ),
     ] = None,
     report: Annotated[
-        list[Path] | None, typer.Option(help="Also write .md, .svg or .png; may be given several times.")
+        list[Path] | None, typer.Option(help="Also write .html, .md, .svg or .png; may be given several times.")
     ] = None,
     weights: o.Weights = None,
     arch: o.Arch = None,
@@ -170,16 +170,16 @@ def _check_report(path: Path, force: bool) -> None:
 
     if path.suffix not in _REPORTS:
         raise AsymswapError(f"--report {path}: the file must end in {', '.join(_REPORTS[:-1])} or {_REPORTS[-1]}")
-    if path.suffix in o.PICTURES:
-        o.check_picture("--report", path, force)
+    if path.suffix != ".md":
+        o.check_matplotlib("--report", path)
     check_output(path, force)
 
 
 def _write_report(path: Path, result: Any) -> None:
     from asymswap.output import write_bytes, write_text
-    from asymswap.reporting.tradeoff import draw, to_markdown
+    from asymswap.reporting.tradeoff import draw, to_html, to_markdown
 
-    if path.suffix == ".md":
-        write_text(path, to_markdown(result))
+    if path.suffix in (".md", ".html"):
+        write_text(path, to_markdown(result) if path.suffix == ".md" else to_html(result))
     else:
         write_bytes(path, draw(result, path.suffix[1:]))

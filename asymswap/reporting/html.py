@@ -1,23 +1,19 @@
 """A report as one HTML page that needs nothing beside it: no network, no font, no script of others.
 
-Everything in it comes from the report's rows; the template escapes whatever it is given, and the page's own policy lets
-no script run but the one it was written with.
+Everything in it comes from the report's rows.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from asymswap.reporting import words
-from asymswap.reporting.drawing import clean, element, mark, markup, variables
-from asymswap.reporting.drawing import svg_style as picture_style
+from asymswap.reporting.drawing import element, mark, markup
 from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
 from asymswap.reporting.making import Making
+from asymswap.reporting.pages import render
 from asymswap.reporting.report import Report, SiteRow
 
 if TYPE_CHECKING:
@@ -59,23 +55,12 @@ class Layer:
 
 def to_html(report: Report, making: Making) -> str:
     """The whole report as the text of an HTML file."""
-    import jinja2
     from markupsafe import Markup
 
-    def shown(value: Any) -> Any:
-        return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("asymswap.reporting", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=shown,
-    )
     kinds = list(dict.fromkeys(row.kind for row in report.swapped if row.kind is not None))
-    style, script = variables() + picture_style() + _asset("report.css"), _asset("report.js")
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
+        "report.js",
         report=report,
         making=making,
         words=words,
@@ -91,19 +76,7 @@ def to_html(report: Report, making: Making) -> str:
         kept=words.kept(report.sites),
         settings=_source_facts(report),
         making_facts=_making_facts(report, making),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
     )
-
-
-def _asset(name: str) -> str:
-    return resources.files("asymswap.reporting").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _verdict(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
+from asymswap.reporting.pages import render
 from asymswap.reporting.report import SCHEMA, plain
 from asymswap.reporting.terminal import table
 from asymswap.spec import Cost
@@ -206,6 +208,19 @@ def to_markdown(sweep: Tradeoff) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def to_html(sweep: Tradeoff) -> str:
+    """The advice, the curve and the table as one page that needs nothing beside it; needs matplotlib."""
+    picture = "data:image/svg+xml;base64," + base64.b64encode(draw(sweep, "svg")).decode()
+    return render(
+        "sweep.html.j2",
+        sweep=sweep,
+        picture=picture,
+        columns=COLUMNS,
+        rows=sweep_rows(sweep),
+        lines=fine_print(sweep),
+    )
 
 
 def draw(sweep: Tradeoff, form: str) -> bytes:

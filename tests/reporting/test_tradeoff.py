@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import xml.etree.ElementTree as ET
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymswap.reporting.tradeoff import Point, Tradeoff, draw, from_json, to_json, to_markdown
+from asymswap.reporting.tradeoff import Point, Tradeoff, draw, from_json, to_html, to_json, to_markdown
 from asymswap.spec import Cost
 
 BEFORE = Cost(1000, 500)
@@ -90,6 +91,18 @@ def test_tables_hold_every_point_and_say_what_was_not_met() -> None:
     assert "| a | 0.5 | 500 (50.0 %) | 300 (60.0 %) | 89.5 % | -0.50 | advised |" in text
     assert "| a | 0.1 | - | - | - | - | not met |" in text
     assert "- a at 0.1: it is out of reach." in text
+
+
+def test_the_page_holds_the_advice_and_every_point() -> None:
+    pytest.importorskip("matplotlib")
+    sweep = make([Point("<b>a</b>", 0.5, Cost(500, 300), 0.895), Point("a", 0.1, failed="it is out of reach")])
+    page = to_html(sweep)
+    assert html.escape(sweep.advice()) in page
+    assert "&lt;b&gt;a&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert "it is out of reach" in page
+    assert page.count("<tr>") == 4
+    assert "http://" not in page.replace("http://www.w3.org", "")
 
 
 @pytest.mark.parametrize("form", ["svg", "png"])
