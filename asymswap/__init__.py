@@ -25,7 +25,12 @@ if TYPE_CHECKING:
         save,
         save_fused,
     )
+    from asymswap.comparison import compare
+    from asymswap.deploy.export import export
+    from asymswap.deploy.offsets import offsets
     from asymswap.errors import AsymswapError
+    from asymswap.reports import write_report
+    from asymswap.tradeoff import sweep
 
 __all__ = [
     "AsymswapError",
@@ -35,15 +40,27 @@ __all__ = [
     "Timing",
     "__version__",
     "candidates",
+    "compare",
     "convert",
+    "export",
     "fuse",
     "load",
+    "offsets",
     "plan",
     "save",
     "save_fused",
+    "sweep",
+    "write_report",
 ]
 
-_HOMES = dict.fromkeys(__all__, "asymswap.api") | {"AsymswapError": "asymswap.errors"}
+_HOMES = dict.fromkeys(__all__, "asymswap.api") | {
+    "AsymswapError": "asymswap.errors",
+    "compare": "asymswap.comparison",
+    "export": "asymswap.deploy.export",
+    "offsets": "asymswap.deploy.offsets",
+    "sweep": "asymswap.tradeoff",
+    "write_report": "asymswap.reports",
+}
 del _HOMES["__version__"]
 
 

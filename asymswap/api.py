@@ -3,8 +3,9 @@
 A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
 that several verbs share:
 
-- `weights`, `arch`, `arguments`, `trust_pickle`: as `--weights`, `--arch`, `--arg` and `--trust-pickle`;
-- `input_size`: (channels, height, width) of one image, where the model's own is not known;
+- `weights`, `arch`, `arguments`, `key`, `trust_pickle`: as `--weights`, `--arch`, `--arg`, `--key`, `--trust-pickle`;
+- `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
+  frames, height, width);
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
@@ -37,10 +38,13 @@ from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_c
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.graph.trace import Inputs, Trace, describe, trace
+from asymswap.graph.flow import read_flow
+from asymswap.graph.nodes import NodeGraph
+from asymswap.graph.trace import Trace, trace
+from asymswap.inputs import Inputs, describe, example, probe
 from asymswap.latency_budget import Timing, plan_in_time
-from asymswap.measure.cost import Costs, count_costs
-from asymswap.measure.fidelity import compare_outputs, measure_fidelity, probe
+from asymswap.measure.cost import Costs, count_costs, count_swapped
+from asymswap.measure.fidelity import compare_outputs, compared_parts, measure_fidelity
 from asymswap.opening import Opened, model_dtype, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
@@ -82,6 +86,7 @@ class Candidates:
     rows: tuple[Candidate, ...]
     total: Cost
     notes: tuple[str, ...] = ()
+    flow: NodeGraph | None = None
 
     @property
     def held(self) -> Cost:
@@ -106,13 +111,18 @@ def candidates(
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
+    with_flow: bool = False,
     progress: Progress = silent,
 ) -> Candidates:
-    """List every Conv2d with what `separable` would save there, or why it is no candidate."""
+    """List every Conv2d with what `separable` would save there, or why it is no candidate.
+
+    `with_flow` adds the graph of the model's operations, to be drawn.
+    """
     wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     traced = trace(opened.model, opened.example())
     return Candidates(
         reference=opened.reference,
@@ -121,6 +131,7 @@ def candidates(
         rows=tuple(find_candidates(traced.sites, wanted)),
         total=count_costs(opened.model, opened.example()).total,
         notes=opened.source.notes,
+        flow=read_flow(opened.model) if with_flow else None,
     )
 
 
@@ -132,13 +143,14 @@ def plan(
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     wanted = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     _check_finite(opened)
     traced = trace(opened.model, opened.example())
     total = count_costs(opened.model, opened.example()).total
@@ -155,8 +167,9 @@ def convert(
     weights: str | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
@@ -178,7 +191,7 @@ def convert(
     text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
     wanted = parse_recipe(text, where, overrides) if recipe is not None else replay
     assert wanted is not None
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle), input_size, progress)
+    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
@@ -270,20 +283,21 @@ def fuse(
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
     preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
     if data is None:
-        (images,), about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
+        inputs, about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
     else:
         images, about = some_images(data, preprocessing, dtype, seed)
+        inputs = (images,)
     plans = stored.header.plans
-    wanted = Wanted(separable, max_offset, images)
-    fused = fuse_model(converted, original, plans, (images[:1],), wanted, progress)
+    fused = fuse_model(converted, original, plans, Wanted(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
         raise AsymswapError(f"{label} has nothing to fuse ({reasons})")
-    gap = compare_outputs(converted, fused.model, (images,))
+    one = example(preprocessing, dtype)
+    gap = compare_outputs(converted, fused.model, inputs, compared_parts(trace(converted, one)))
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
-    costs = [count_costs(one, (images[:1],)).total for one in (converted, fused.model)]
+    costs = [count_costs(model, one).total for model in (converted, fused.model)]
     origin = stored.header.origin.reference
     report = FusionReport(label, origin, rows, costs[0], costs[1], gap.relative, gap.largest, about, fused.as_before)
     provenance = {**stored.header.provenance, "fused": plain(report)}
@@ -430,15 +444,21 @@ def _sites_to_learn(opened: Opened, traced: Trace, wanted: Recipe | Plan) -> lis
 def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, seed: int) -> Report:
     """Measure what has changed."""
     inputs, probe_text = _probe(opened, done.gathered, seed)
-    names = [site.name for site in done.traced.sites]
+    sites = done.traced.sites
+    parts = compared_parts(done.traced)
+    if done.traced.on_meta:
+        after = count_costs(done.model, opened.example(), [site.name for site in sites])
+    else:
+        after = count_swapped(done.before, done.model, sites)
+        probe_text += f", compared at the outputs of {len(parts)} parts"
     return make_report(
         opened,
         done.traced,
         done.plan,
         recipe,
         None if isinstance(wanted, Plan) or wanted.budget is None else str(wanted.budget),
-        (done.before, count_costs(done.model, opened.example(), names)),
-        measure_fidelity(opened.model, done.model, done.plan, inputs),
+        (done.before, after),
+        measure_fidelity(opened.model, done.model, done.plan, inputs, parts),
         probe_text,
         (state_bytes(opened.model), state_bytes(done.model)),
     )

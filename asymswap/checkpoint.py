@@ -143,6 +143,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
             difference = compare(base, stored.state)
     except AsymswapError as error:
         how = "load it with asymswap.load(path, model=…) or give --arch"
+        how = how if model is None else "the model given is not the one that was converted"
         raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")

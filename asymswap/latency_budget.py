@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from asymswap.errors import OutputError
-from asymswap.graph.trace import Inputs
+from asymswap.inputs import Inputs
 from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
 from asymswap.output import write_text
 from asymswap.planning.apply import apply_random
@@ -67,25 +67,35 @@ def plan_in_time(
     undone: dict[str, str] = {}
     fraction = budget.fraction
     best: tuple[float, Plan, LatencyRow] | None = None
+    tried: Plan | None = None
     for _ in range(_ATTEMPTS):
         plan = choose(choices, prices, fraction, undone)
+        if plan == tried:
+            break
+        tried = plan
         before, after = _measure(original, plan, inputs, timing, progress)
         # What a rule has asked for by its size, or to make the network stronger, is not the budget's to take back.
         slower = [(name, reason) for name, reason in _slower(plan, before, after) if name in choices.curves]
         ratio = after.whole / before.whole
-        if not slower and (best is None or ratio < best[0]):
+        if not slower and (best is None or _suits(ratio, budget.fraction) > _suits(best[0], budget.fraction)):
             best = ratio, plan, _row(before, after, timing, budget.fraction, undone)
-        if not slower and ratio <= budget.fraction:
+        if not slower and (1 - 2 * _NOISE) * budget.fraction <= ratio <= budget.fraction:
             break
         undone |= dict(slower)
         # A little below what is wanted: noise would otherwise make the next plan miss it as narrowly.
-        fraction *= 1.0 if slower else (1 - _NOISE / 2) * budget.fraction / ratio
+        if not slower:
+            fraction = min(1.0, fraction * (1 - _NOISE / 2) * budget.fraction / ratio)
     if best is None:
         # Every attempt found another swap to take back: the last one was not measured without it.
         plan = choose(choices, prices, fraction, undone)
         before, after = _measure(original, plan, inputs, timing, progress)
         return plan, _row(before, after, timing, budget.fraction, undone)
     return best[1], best[2]
+
+
+def _suits(ratio: float, wanted: float) -> tuple[bool, float]:
+    """How well a measured ratio suits: best is one within the budget that uses most of it, else the nearest above."""
+    return ratio <= wanted, ratio if ratio <= wanted else -ratio
 
 
 def _measure(
@@ -114,7 +124,7 @@ def _row(before: Timed, after: Timed, timing: Timing, wanted: float, undone: Map
         memory_format=timing.memory_format,
         batch=timing.batch,
         threads=torch.get_num_threads(),
-        machine=_machine()["processor"],
+        machine=machine()["processor"],
         wanted=wanted,
         undone=tuple(undone),
     )
@@ -148,7 +158,7 @@ class _Table:
     """Seconds of convs and of their options, by their form and not by their name."""
 
     def __init__(self, timing: Timing) -> None:
-        self._machine = {**_machine(), "memory_format": timing.memory_format, "batch": timing.batch}
+        self._machine = {**machine(), "memory_format": timing.memory_format, "batch": timing.batch}
         mark = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
         self._path = (timing.cache or _cache_folder()) / f"latency-{mark}.json"
         self._rounds = timing.rounds
@@ -242,7 +252,7 @@ def _option_key(kind: str, settings: Mapping[str, Any]) -> str:
     return f"{kind} {json.dumps(dict(settings), sort_keys=True)}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What measured times depend on beside the work."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

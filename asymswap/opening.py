@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from asymswap.checkpoint import Stored, restore, stored_in
-from asymswap.errors import AsymswapError, SourceError, TraceError
-from asymswap.graph.trace import Inputs
-from asymswap.sources.files import sha256
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.inputs import Inputs
+from asymswap.inputs import example as make_example
+from asymswap.sources.files import resolve, sha256
 from asymswap.sources.references import (
     RawFile,
     Request,
@@ -23,8 +24,9 @@ from asymswap.sources.references import (
     open_loaded,
     open_reference,
     read_raw,
+    weights_in,
 )
-from asymswap.sources.state import find_weights
+from asymswap.sources.shards import files_of
 from asymswap.sources.steady import unchanged
 from asymswap.spec import Plan, Preprocessing, Progress, silent
 
@@ -44,8 +46,7 @@ class Opened:
 
     def example(self) -> Inputs:
         """One input of the right size and dtype, on the meta device: enough to trace and to count."""
-        preprocessing = self.source.preprocessing
-        return (torch.empty(1, preprocessing.channels, *preprocessing.size, dtype=self.dtype(), device="meta"),)
+        return make_example(self.source.preprocessing, self.dtype())
 
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and so of the input."""
@@ -60,12 +61,12 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def open_model(
     model: str | Path | nn.Module,
     request: Request,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Opened:
     """Open any model, one that is read or built in eval mode; `input_size` is (channels, height, width).
 
-    Raises SourceError where it cannot be had, and TraceError where it has no Conv2d.
+    For clips, `input_size` has the frames behind the channels. Raises SourceError where the model cannot be had.
     """
     plans: tuple[Plan, ...] = ()
     if isinstance(model, nn.Module):
@@ -77,15 +78,14 @@ def open_model(
         else:
             source = open_reference(reference, request)
         source.model.eval()
-    if not any(isinstance(module, nn.Conv2d) for module in source.model.modules()):
-        raise TraceError(f"{reference} has no Conv2d, so there is nothing to swap")
     if input_size is not None:
         source = replace(source, preprocessing=_resized(source.preprocessing, input_size))
     return Opened(source, plans, reference)
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
-    with unchanged(path):
+    path = resolve(path)
+    with unchanged(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
         told = about_trust(path, raw, request)
         try:
@@ -102,12 +102,14 @@ def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) ->
     stored = stored_in(raw, str(path))
     if stored is not None:
         return _open_converted(path, stored, request), stored.header.plans
-    return open_loaded(path, find_weights(raw.value, str(path)), request, progress), ()
+    return open_loaded(path, weights_in(path, raw, request), request, progress), ()
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
+    if request.key is not None:
+        raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
     header = stored.header
     # The same factory named again is called as it was when the checkpoint was made.
     stored_arguments = header.origin.arguments if request.arch == header.origin.reference else {}
@@ -125,9 +127,12 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     )
 
 
-def _resized(preprocessing: Preprocessing, input_size: tuple[int, int, int]) -> Preprocessing:
-    channels, *size = input_size
-    resized = replace(preprocessing, size=(size[0], size[1]), resize=None)
+def _resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:
+    channels, *frames, height, width = input_size
+    if len(frames) != (preprocessing.form == "clips"):
+        wanted = "channels x frames x height x width" if preprocessing.form == "clips" else "channels x height x width"
+        raise SourceError(f"--input {'x'.join(map(str, input_size))} does not suit: one input is {wanted}")
+    resized = replace(preprocessing, size=(height, width), resize=None, frames=frames[0] if frames else 1)
     if channels == preprocessing.channels:
         return resized
     return replace(resized, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)

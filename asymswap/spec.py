@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 Size = tuple[int, int]
 
@@ -195,11 +195,16 @@ class Plan:
     multiplier: float | None = None
 
 
+InputForm = Literal["images", "image-list", "image-pair", "clips"]
+"""What a forward takes: N x C x H x W, a list of C x H x W, two times N x C x H x W, or N x C x frames x H x W."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised per channel.
 
     `resize` is the length of the shorter side before the crop, None where the image is resized to `size` at once.
+    `form` says what the network's forward takes; `frames` is how many images a clip has.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -210,6 +215,13 @@ class Preprocessing:
     std: tuple[float, ...]
     resize: int | None = None
     interpolation: str = "bilinear"
+    form: InputForm = "images"
+    frames: int = 1
+
+    def describe(self) -> str:
+        """The size of one input: `3x224x224`, `3x16x112x112` for a clip."""
+        frames = (self.frames,) if self.form == "clips" else ()
+        return "x".join(map(str, (self.channels, *frames, *self.size)))
 
 
 @dataclass(frozen=True)

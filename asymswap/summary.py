@@ -45,7 +45,7 @@ def make_report(
             origin=source.origin.reference,
             weights=source.weights,
             traced_by=traced.by,
-            input="x".join(map(str, (source.preprocessing.channels, *source.preprocessing.size))),
+            input=source.preprocessing.describe(),
             sha256=source.sha256,
             notes=source.notes,
         ),

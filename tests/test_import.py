@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "asymswap"
 LAYERS = (
     ("errors",),
     ("spec",),
-    ("tensors", "output", "distributed", "strips"),
+    ("tensors", "output", "distributed", "strips", "inputs"),
     ("factorize",),
     ("kinds",),
     ("sources",),
@@ -31,8 +31,10 @@ LAYERS = (
     ("reporting",),
     ("latency_budget",),
     ("deploy",),
-    ("summary",),
+    ("summary", "tradeoff"),
+    ("comparison",),
     ("api",),
+    ("reports",),
     ("cli",),
     ("__main__",),
 )

@@ -82,6 +82,13 @@ def test_less_is_planned_where_the_table_was_too_hopeful(machine: Any) -> None:
     assert row.after / row.before <= 0.75
 
 
+def test_more_is_planned_where_the_table_was_too_gloomy(machine: Any) -> None:
+    machine(optimism=1.3)
+    row = convert(0.75).report.latency
+    assert row is not None
+    assert 0.72 < row.after / row.before <= 0.75
+
+
 def test_swaps_that_are_slower_when_measured_are_taken_back_and_told(machine: Any) -> None:
     machine(slow={"layer2.1.conv1": 30.0})
     conversion = convert(0.85)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asymswap.cli import options as o
 
+if TYPE_CHECKING:
+    from asymswap.api import Candidates
+
+_PICTURES = "Pictures"
+
 
 def candidates(
     model: o.Model,
     recipe: Annotated[str | None, typer.Option(help="Candidates are what this recipe would swap.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw each conv's share of MACs and parameters (.svg).", rich_help_panel=_PICTURES),
+    ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the graph around the candidates (.svg, by graphviz; or .dot).", rich_help_panel=_PICTURES
+        ),
+    ] = None,
+    force: o.Force = False,
     weights: o.Weights = None,
     arch: o.Arch = None,
+    key: o.Key = None,
     arguments: o.Arguments = None,
     input_size: o.InputSize = None,
     trust_pickle: o.TrustPickle = False,
@@ -26,6 +44,7 @@ def candidates(
     """
     from asymswap.cli import screen
 
+    _check_pictures(plot, graph, force)
     with screen.progress(quiet=json) as step:
         from asymswap import api
         from asymswap.reporting import terminal
@@ -36,16 +55,56 @@ def candidates(
             recipe=recipe,
             weights=weights,
             arch=arch,
+            key=key,
             arguments=o.parse_pairs("--arg", arguments),
             trust_pickle=trust_pickle,
             input_size=o.parse_input_size(input_size),
+            with_flow=graph is not None,
             progress=step,
         )
+    _write_pictures(found, plot, graph)
     if json:
         screen.print_json(to_json(found.reference, found.rows, found.total, found.traced_by, found.input, found.notes))
         return
     console = screen.console()
     view = terminal.candidates_view(
-        found.reference, found.rows, found.total, found.held, found.traced_by, found.input, console.width
+        found.reference,
+        found.rows,
+        found.total,
+        found.held,
+        found.traced_by,
+        found.input,
+        console.width,
+        found.notes,
     )
     screen.show(view, console)
+
+
+def _check_pictures(plot: Path | None, graph: Path | None, force: bool) -> None:
+    """Refuse what cannot be drawn or written, before any work is done."""
+    from asymswap.errors import AsymswapError
+    from asymswap.output import check_output
+    from asymswap.reporting.candidates import check_plot_file
+    from asymswap.reporting.graph import check_graph_file
+
+    for path, check in ((plot, check_plot_file), (graph, check_graph_file)):
+        if path is not None:
+            check_output(path, force)
+            check(path)
+    if plot is not None and plot == graph:
+        raise AsymswapError(f"--plot and --graph both name {plot}; give them two files")
+
+
+def _write_pictures(found: Candidates, plot: Path | None, graph: Path | None) -> None:
+    from asymswap.output import write_text
+    from asymswap.reporting.candidates import to_picture
+    from asymswap.reporting.graph import graph_text
+
+    # Both are drawn before either is written, so that a failure leaves nothing behind.
+    texts = {}
+    if graph is not None and found.flow is not None:
+        texts[graph] = graph_text(graph, found.flow, found.rows, found.total)
+    if plot is not None:
+        texts[plot] = to_picture(found.reference, found.rows, found.total)
+    for path, text in texts.items():
+        write_text(path, text)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from asymswap.cli import calibration as c
 from asymswap.cli import options as o
+from asymswap.cli.commandline import repeatable
 
 _CHANGE = "What to do"
 _RESULT = "Result"
-_DATA = "Calibration (no labels needed)"
 
 
 class MemoryFormat(StrEnum):
@@ -67,7 +70,7 @@ def convert(
         Path | None, typer.Option(help="Write the plan to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report to this .json or .md file.", rich_help_panel=_RESULT)
+        Path | None, typer.Option(help="Write the report to this .html, .json or .md file.", rich_help_panel=_RESULT)
     ] = None,
     allow_drift: Annotated[
         bool,
@@ -81,36 +84,17 @@ def convert(
         str | None,
         typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=_RESULT),
     ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(help="Choose ranks and weights on images: digits or a folder of images.", rich_help_panel=_DATA),
-    ] = None,
-    calibration_images: Annotated[int, typer.Option(help="How many of them.", rich_help_panel=_DATA)] = 512,
-    sequential: Annotated[
-        bool | None,
-        typer.Option(
-            "--sequential/--no-sequential",
-            help="Solve layer by layer on what each really gets.",
-            rich_help_panel=_DATA,
-            show_default="where the model traces whole",
-        ),
-    ] = None,
-    evidence: Annotated[
-        Path | None,
-        typer.Option(help="File of what calibration learned: read if it exists, else written.", rich_help_panel=_DATA),
-    ] = None,
-    polish: Annotated[
-        str | None,
-        typer.Option(
-            help="Then learn from the original's outputs for so many steps (500) or minutes (5min).",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    polish_images: Annotated[int, typer.Option(help="On how many images, at most.", rich_help_panel=_DATA)] = 5000,
-    calibration_memory: Annotated[float, typer.Option(help="Memory limit in GiB.", rich_help_panel=_DATA)] = 4.0,
+    calibrate: c.Calibrate = None,
+    calibration_images: c.Images = 512,
+    sequential: c.Sequential = None,
+    evidence: c.EvidenceFile = None,
+    polish: c.Polish = None,
+    polish_images: c.PolishImages = 5000,
+    calibration_memory: c.Memory = 4.0,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
     weights: o.Weights = None,
     arch: o.Arch = None,
+    key: o.Key = None,
     arguments: o.Arguments = None,
     input_size: o.InputSize = None,
     trust_pickle: o.TrustPickle = False,
@@ -153,33 +137,25 @@ def convert(
 
         if not dry_run:
             check_suffix(target)
-        calibration = None
-        if calibrate is not None or evidence is not None:
-            steps, minutes = o.parse_polish(polish)
-            calibration = api.Calibration(
-                data=calibrate,
-                images=calibration_images,
-                evidence=evidence,
-                sequential=sequential,
-                memory_gib=calibration_memory,
-                seed=seed,
-                polish_steps=steps,
-                polish_minutes=minutes,
-                polish_images=polish_images,
-                team=team,
-            )
-        elif polish is not None or sequential:
-            raise AsymswapError("--polish and --sequential need images: give --calibrate DATA")
-        elif team.size > 1:
-            raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
         conversion = api.convert(
             model,
             recipe,
             plan=None if plan is None else _read_plan(plan),
             overrides=overrides,
-            calibration=calibration,
+            calibration=c.wanted(
+                calibrate,
+                calibration_images,
+                evidence,
+                sequential,
+                polish,
+                polish_images,
+                calibration_memory,
+                seed,
+                team,
+            ),
             weights=weights,
             arch=arch,
+            key=key,
             arguments=o.parse_pairs("--arg", arguments),
             trust_pickle=trust_pickle,
             input_size=o.parse_input_size(input_size),
@@ -189,22 +165,31 @@ def convert(
             seed=seed,
             progress=step,
         )
+        conversion.header = _with_command(conversion.header)
         if not dry_run and team.leads:
             step("writing", 0, 1)
             api.save(conversion, target, force=force)
     if not team.leads:
         return
     result = conversion.report
+    from asymswap.reports import write_report
+
     try:
         if write_plan is not None:
             from asymswap.planning.plan import plan_text
 
             write_text(write_plan, plan_text(conversion.plan))
         if report is not None:
-            write_text(report, files.report_text(result, report))
+            write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
     _print(result, json, quiet)
+
+
+def _with_command(header: Any) -> Any:
+    """The header, telling by which command line the checkpoint came to be."""
+    provenance = {**header.provenance, "command": repeatable(sys.argv)}
+    return replace(header, provenance=provenance)
 
 
 def _read_plan(path: Path) -> Any:

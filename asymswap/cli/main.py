@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import candidates, convert, fuse, recipes, show
+from asymswap.cli import candidates, compare, convert, export, fuse, recipes, show, sweep
 from asymswap.cli.failures import reporting_errors
 
 app = typer.Typer(
@@ -19,7 +19,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert.convert, candidates.candidates, recipes.recipes, show.show, fuse.fuse):
+for command in (
+    convert.convert,
+    candidates.candidates,
+    recipes.recipes,
+    show.show,
+    compare.compare,
+    sweep.sweep,
+    fuse.fuse,
+    export.export,
+):
     app.command()(reporting_errors(command))
 
 
@@ -45,7 +54,8 @@ def main() -> NoReturn:
     # torch's threads, which start with its import, would otherwise wait for each other awake: where another program
     # keeps one core busy, converting a ResNet-50 then takes twice as long, and a DenseNet-121 thirty times.
     # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
-    if not any(argument.startswith("--latency") for argument in sys.argv):
+    timed = sys.argv[1:2] == ["compare"] or any(argument.startswith("--latency") for argument in sys.argv)
+    if not timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
     raise AssertionError("unreachable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tomllib
@@ -23,6 +24,14 @@ Model = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(help="The architecture of a state_dict file, such as resnet18.", rich_help_panel=_MODEL),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Which state_dict of the file, such as state_dict_ema; a dotted path.",
+        rich_help_panel=_MODEL,
+        show_default="the likeliest",
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -56,15 +65,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 
-def parse_input_size(text: str | None) -> tuple[int, int, int] | None:
-    """Read `3x224x224`; raises AsymswapError for anything else."""
+def parse_input_size(text: str | None) -> tuple[int, ...] | None:
+    """Read `3x224x224`, or `3x16x112x112` for clips; raises AsymswapError for anything else."""
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
-    channels, height, width = (int(part) for part in parts)
-    return channels, height, width
+    return tuple(int(part) for part in parts)
 
 
 def parse_polish(text: str | None) -> tuple[int | None, float | None]:
@@ -90,6 +98,25 @@ def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
     return pairs
 
 
+PICTURES = (".svg", ".png")
+
+
+def check_picture(option: str, path: Path, force: bool) -> None:
+    """Raise AsymswapError where a picture cannot be drawn into that file, before any work is done for it."""
+    from asymswap.output import check_output
+
+    if path.suffix not in PICTURES:
+        raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
+    check_matplotlib(option, path)
+    check_output(path, force)
+
+
+def check_matplotlib(option: str, path: Path) -> None:
+    """Raise AsymswapError where the library that draws curves is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
+
+
 def default_output(reference: str, mark: str = "asym") -> Path:
     """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before.
 
@@ -97,8 +124,11 @@ def default_output(reference: str, mark: str = "asym") -> Path:
     """
     # A file may have an @ in its name, where a reference has it before its weights.
     name = reference if os.path.exists(reference) else reference.partition("@")[0]  # noqa: PTH110 (never raises)
-    stem = Path(name.rpartition(":")[2]).name
-    for suffix in (".gz", ".tar", ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl", ".pickle", ".torch"):
+    stem = Path(name.rpartition(":")[2]).name or "model"
+    for suffix in (
+        ".json", ".index", ".gz", ".tar", ".pt", ".pt2", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl",
+        ".pickle", ".torch",
+    ):  # fmt: skip
         stem = stem.removesuffix(suffix)
     base, dot, old = stem.rpartition(".")
     if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):

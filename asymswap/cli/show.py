@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,31 +13,86 @@ from asymswap.cli import options as o
 def show(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan of the last conversion as JSON.")] = False,
+    offsets: Annotated[
+        bool, typer.Option("--offsets", help="Tell where the taps of offset kinds have gone, layer by layer.")
+    ] = False,
+    draw: Annotated[Path | None, typer.Option(help="With --offsets: draw them into this .svg or .png file.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With --offsets: images to predict them on.", show_default="random ones")
+    ] = None,
+    arch: o.Arch = None,
+    arguments: o.Arguments = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report of the last conversion to this .html, .json or .md file.")
+    ] = None,
+    force: o.Force = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Tell what was done to a converted model, from which source, with which result.
 
-    Example: asymswap show resnet18.asym.pt
+    Example: asymswap show resnet18.asym.pt --report resnet18.html
     """
-    from asymswap.checkpoint import header_to_json, read_checkpoint
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
-    from asymswap.planning.plan import plan_text
-    from asymswap.reporting.show import show_view
+    from asymswap.output import check_output, write_text
+    from asymswap.reporting import files
 
+    if draw is not None or data is not None or offsets:
+        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), force, json)
+        return
+    if report is not None:
+        check_output(report, force)
+        files.check_suffix(report)
     with screen.progress(quiet=json or plan):
+        from asymswap.checkpoint import header_to_json, read_checkpoint
+
         header = read_checkpoint(checkpoint).header
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
+    if report is not None:
+        from asymswap.reports import stored_report_text
+
+        write_text(report, stored_report_text(header, checkpoint, report))
     if plan:
+        from asymswap.planning.plan import plan_text
+
         typer.echo(plan_text(header.plans[-1]), nl=False)
     elif json:
         screen.print_json(header_to_json(header))
     else:
+        from asymswap.reporting.show import show_view
+
         try:
             view = show_view(str(checkpoint), header_to_json(header))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             # What a checkpoint tells of how it came to be is free text to all but this command.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
         screen.show(view, screen.console())
+
+
+def _show_offsets(
+    checkpoint: Path,
+    picture: Path | None,
+    data: str | None,
+    arch: str | None,
+    arguments: dict[str, Any],
+    force: bool,
+    json: bool,
+) -> None:
+    from asymswap.cli import screen
+    from asymswap.output import write_bytes
+
+    if picture is not None:
+        o.check_picture("--draw", picture, force)
+    with screen.progress(quiet=json):
+        from asymswap.deploy.offsets import offsets
+        from asymswap.reporting import offsets as shown
+
+        report = offsets(checkpoint, data=data, arch=arch, arguments=arguments)
+    if picture is not None:
+        write_bytes(picture, shown.draw(report, picture.suffix[1:]))
+    if json:
+        screen.print_json(shown.to_json(report))
+    else:
+        screen.show(shown.offsets_view(report), screen.console())

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from asymswap import kinds
 from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import swap
-from asymswap.graph.trace import Inputs, trace
+from asymswap.graph.trace import read_structure
+from asymswap.inputs import Inputs
 from asymswap.planning.apply import apply_structure
 from asymswap.reporting.fusion import FusionRow
 from asymswap.spec import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.tensors import eval_mode, meta_copy
-
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -45,25 +44,24 @@ class Wanted:
     """Which replacements to fuse beside those that fuse exactly and grow no cost by it.
 
     `separable`: pairs and crosses as well, whose one conv costs more. `max_offset`: predicted offsets that stay below
-    so many pixels on `images` are left out.
+    so many pixels on `inputs` are left out.
     """
 
     separable: bool = False
     max_offset: float | None = None
-    images: Tensor | None = None
+    inputs: Inputs | None = None
 
 
 def fuse_model(
     model: nn.Module,
     original: nn.Module,
     plans: Sequence[Plan],
-    example: Inputs,
     wanted: Wanted,
     progress: Progress = silent,
 ) -> Fused:
     """Fuse what can be fused in a copy of the converted `model`, in eval mode.
 
-    `original` is the unconverted model, of any weights, and `example` one input: only structure and sizes count.
+    `original` is the unconverted model, of any weights: only its structure counts.
     """
     structures = [meta_copy(original)]
     for plan in plans:
@@ -73,7 +71,7 @@ def fuse_model(
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
     for plan, before in reversed(list(zip(plans, structures, strict=False))):
-        norms = {site.name: site.norm_behind for site in trace(before, example).sites}
+        norms = {site.name: site.norm_behind for site in read_structure(before)}
         later = [entry.site for other in left for entry in other.swaps]
         results = []
         for entry in plan.swaps:
@@ -156,7 +154,7 @@ def _resized(entry: Swap, fused: nn.Conv2d, conv: ConvSpec, modules: Mapping[str
 
 def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) -> dict[str, float]:
     """The largest offset that each predictor gives on the images, in pixels."""
-    if wanted.max_offset is None or wanted.images is None:
+    if wanted.max_offset is None or wanted.inputs is None:
         return {}
     found: dict[str, float] = {}
     handles = []
@@ -170,8 +168,7 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) ->
             handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see))
     try:
         with eval_mode(model), torch.no_grad():
-            for batch in wanted.images.split(_BATCH):
-                model(batch)
+            model(*wanted.inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,18 +21,29 @@ from torch import Tensor, fx, nn
 from asymswap.errors import TraceError
 from asymswap.graph.sites import Neighbours, find_convs, make_sites
 from asymswap.graph.vocabulary import canonical
+from asymswap.inputs import Inputs, describe, with_values
 from asymswap.spec import Call, Neighbour, Site
-from asymswap.tensors import copy_with, list_tensors, map_tensors, meta_copy, to_meta
-
-Inputs = tuple[Any, ...]
+from asymswap.tensors import copy_with, meta_copy, to_meta
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What was read of a model, and by which way: `torch.fx`, `torch.fx in N parts` or `forward hooks`."""
+    """What was read of a model: its sites, and the modules that torch.fx could trace (`""` is the whole model).
+
+    `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them.
+    """
 
     sites: tuple[Site, ...]
-    by: str
+    parts: tuple[str, ...] = ("",)
+    on_meta: bool = True
+
+    @property
+    def by(self) -> str:
+        """By which way it was read: `torch.fx`, `torch.fx in N parts` or `forward hooks`."""
+        if self.parts == ("",):
+            return "torch.fx"
+        parts = f"torch.fx in {len(self.parts)} part" + "s" * (len(self.parts) != 1)
+        return parts if self.parts else "forward hooks"
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
@@ -42,32 +53,27 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     where the model cannot take them.
     """
     skeleton = meta_copy(model).eval()
+    on_meta = True
     try:
         calls = _run(skeleton, to_meta(inputs))
-    except Exception as on_meta:
+    except Exception as error:
         # Some models look at values (detection, data-dependent control flow): these are run for real, on a copy.
+        on_meta = False
         try:
-            calls = _run(copy.deepcopy(model).eval(), map_tensors(inputs, _real))
+            calls = _run(copy.deepcopy(model).eval(), with_values(inputs))
         except Exception:
-            raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(on_meta)}") from on_meta
-    parts = dict(_graphs(skeleton, ""))
-    by = f"torch.fx in {len(parts)} parts" if parts else "forward hooks"
-    if parts.keys() == {""}:
-        by = "torch.fx"
+            if not find_convs(model):
+                raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
+            raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(error)}") from error
+    parts = traceable_parts(skeleton)
     neighbours, read_elsewhere = _read_graphs(skeleton, parts)
-    return Trace(make_sites(model, calls, neighbours, read_elsewhere), by)
+    return Trace(make_sites(model, calls, neighbours, read_elsewhere), tuple(parts), on_meta)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Random numbers in the place of a tensor without any."""
-    if not tensor.is_meta:
-        return tensor
-    return torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
-
-
-def describe(inputs: Inputs) -> str:
-    """The inputs' sizes for a message: `an input of 1x3x224x224`."""
-    return "an input of " + ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
+def read_structure(model: nn.Module) -> tuple[Site, ...]:
+    """Every Conv2d of a model with its neighbours but without calls: nothing is run, and weights may be unset."""
+    skeleton = meta_copy(model).eval()
+    return make_sites(model, {}, *_read_graphs(skeleton, traceable_parts(skeleton)))
 
 
 @contextmanager
@@ -126,6 +132,14 @@ class _Tracer(fx.Tracer):
             # Some of "torchvision.ops" are containers (SqueezeExcitation): those are walked through to their convs.
             return not any(isinstance(child, nn.Conv2d) for child in m.modules())
         return super().is_leaf_module(m, module_qualified_name)
+
+
+def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
+    """The graph of the whole model by the name "", or those of its largest traceable parts that hold a conv.
+
+    The model must be one that may be changed, in eval mode: tracing leaves constants in some.
+    """
+    return dict(_graphs(model, ""))
 
 
 def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:

@@ -32,7 +32,7 @@ class KindSettings(BaseModel):
 
 
 class Kind(Protocol):
-    """What a kind's file must hold; `Absorbing` and `Sampling` say what it may hold beyond that."""
+    """What a kind's file must hold; `Absorbing`, `Moving` and `Sampling` say what it may hold beyond that."""
 
     Settings: type[KindSettings]
     """The settings; the fields are the keys of `swap = { kind = …, … }` in a recipe."""
@@ -86,6 +86,17 @@ class Absorbing(Protocol):
         """The settings with this batch norm's constants in them, or None where it cannot be taken over.
 
         `init_` then gets the batch norm as the argument `norm`.
+        """
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """What a kind holds as well whose taps leave their places."""
+
+    def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
+        """How far each tap is from its place, (S, T, 2): S samples, one where the input x (N, C, H, W) does not matter.
+
+        Taps row by row, offsets (down, right) in pixels of the input.
         """
 
 

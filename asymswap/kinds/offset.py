@@ -180,6 +180,12 @@ def _wanted_bias(evidence: Evidence) -> Tensor:
     return (evidence.target_mean_GO - seen_GO).flatten()
 
 
+def tap_offsets(module: nn.Module, x: Tensor) -> Tensor:
+    """The offsets (1, T, 2), whatever the input."""
+    with torch.no_grad():
+        return cast(OffsetConv2d, module).offsets()[None]
+
+
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
     """One conv with the built kernel, cut to the pixels that taps touch; the original's fields where none has moved.
 

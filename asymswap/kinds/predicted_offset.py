@@ -192,6 +192,14 @@ def largest_offset(module: nn.Module, x: Tensor) -> float:
         return float(cast(PredictedOffsetConv2d, module).predict_offsets(x).abs().max())
 
 
+def tap_offsets(module: nn.Module, x: Tensor) -> Tensor:
+    """The offsets (S, T, 2) that the predictor gives for inputs (N, C, H, W): for each image, group and pixel."""
+    deformable = cast(PredictedOffsetConv2d, module)
+    with torch.no_grad():
+        predicted_NGTCHW: Tensor = deformable.predict_offsets(x).unflatten(1, (deformable.offset_groups, -1, 2))
+    return predicted_NGTCHW.permute(0, 1, 4, 5, 2, 3).flatten(0, 3)
+
+
 def without_offsets(module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
     """The conv with the replacement's weights; a mask, which is near one where offsets are near zero, is left out."""
     deformable = cast(PredictedOffsetConv2d, module)

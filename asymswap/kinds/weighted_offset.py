@@ -13,7 +13,7 @@ from torch import nn
 
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import offset
-from asymswap.kinds.offset import SIZES, OffsetConv2d, Settings, fuse, init_, preserves, refuse
+from asymswap.kinds.offset import SIZES, OffsetConv2d, Settings, fuse, init_, preserves, refuse, tap_offsets
 from asymswap.spec import ConvSpec, Cost, Option, Site
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "preserves",
     "refuse",
     "settle",
+    "tap_offsets",
 ]
 
 PRESERVES = "the function, exactly: every offset starts at zero, every tap's factor at one"

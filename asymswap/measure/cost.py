@@ -8,6 +8,7 @@ activations, pooling, interpolation of feature maps.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asymswap.graph.trace import Inputs
-from asymswap.spec import Cost
+from asymswap.inputs import Inputs, with_values
+from asymswap.spec import Cost, Site
 from asymswap.tensors import meta_copy, to_meta
 
 aten = torch.ops.aten
@@ -38,13 +39,40 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
 
     `names` are modules of the model whose share is counted too; of one that runs several times, all runs are summed.
     """
-    skeleton = meta_copy(model).eval()
+    wanted = list(names)
+    try:
+        return _count(meta_copy(model).eval(), to_meta(inputs), wanted)
+    except Exception:
+        # What looks at values, as detection does, needs some; what fails for another reason fails again.
+        return _count(copy.deepcopy(model).eval(), with_values(inputs), wanted)
+
+
+def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:
+    """The cost after a conversion, each site's at the sizes that its calls had before.
+
+    For models in which it depends on values what runs, so that two runs cannot be compared. `before` is the cost of
+    all sites before.
+    """
+    after = {site.name: _count_calls(converted.get_submodule(site.name), site) for site in sites}
+    saved = sum(before.by_name[name].macs - cost.macs for name, cost in after.items())
+    return Costs(Cost(before.total.macs - saved, _params(converted)), after)
+
+
+def _count_calls(module: nn.Module, site: Site) -> Cost:
+    skeleton, dtype = meta_copy(module).eval(), getattr(torch, site.conv.dtype)
+    sizes = [(call.batch, site.conv.in_channels, *call.input) for call in site.calls]
+    runs = [_count(skeleton, (torch.empty(size, dtype=dtype, device="meta"),), []) for size in sizes]
+    return Cost(sum(run.total.macs for run in runs), _params(skeleton))
+
+
+def _count(skeleton: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
+    """The cost of a model that may be run and given hooks."""
     macs = dict.fromkeys(names, 0)
     counter = _Counter()
     for name in macs:
         _watch(skeleton.get_submodule(name), name, macs, counter)
     with torch.no_grad(), counter:
-        skeleton(*to_meta(inputs))
+        skeleton(*inputs)
     by_name = {name: Cost(macs[name], _params(skeleton.get_submodule(name))) for name in macs}
     return Costs(Cost(counter.macs, _params(skeleton)), by_name)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from asymswap import kinds
 from asymswap.graph.sites import find_convs, read_conv
-from asymswap.graph.trace import Inputs, conv_hooks
-from asymswap.spec import Plan, Preprocessing
-from asymswap.tensors import eval_mode, list_tensors
+from asymswap.graph.trace import Trace, conv_hooks
+from asymswap.inputs import Inputs
+from asymswap.spec import Plan
+from asymswap.tensors import eval_mode, list_tensors, map_tensors
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,31 @@ class Fidelity:
     kernels: Mapping[str, float]
 
 
-def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, seed: int = 0) -> Inputs:
-    """Random inputs, normal with mean 0 and deviation 1 as normalised images nearly are, the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = torch.randn(images, preprocessing.channels, *preprocessing.size, generator=generator)
-    return (batch.to(dtype),)
+WHOLE = ("",)
+"""The parts of a model whose outputs are compared: the model itself, by the name that torch has for it."""
 
 
-def measure_fidelity(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Inputs) -> Fidelity:
+def compared_parts(traced: Trace) -> tuple[str, ...]:
+    """The parts whose outputs tell whether two versions of a model compute the same.
+
+    What depends on values (which boxes a detector keeps) jumps where scores are close, so that the final outputs of two
+    equal networks may differ: there, the parts that torch.fx could read are compared, and the convs outside of them.
+    """
+    if traced.on_meta:
+        return WHOLE
+    inside = tuple(f"{part}." if part else "" for part in traced.parts)
+    outside = [site.name for site in traced.sites if not f"{site.name}.".startswith(inside)]
+    return (*traced.parts, *outside)
+
+
+def measure_fidelity(
+    original: nn.Module, converted: nn.Module, plan: Plan, inputs: Inputs, parts: Sequence[str] = WHOLE
+) -> Fidelity:
     """Run both models on the same inputs in eval mode and compare; both are unchanged afterwards.
 
     At each swapped site the replacement sees the very input that the original conv sees, so that a site's error is its
     own and not what came before it. Where it has taken over a batch norm, the output is that of conv and batch norm.
+    So does each of the `parts`, whose outputs together are the model's.
     """
     sums = {swap.site: _Sums() for swap in plan.swaps}
     norms = {swap.site: original.get_submodule(swap.absorbs) for swap in plan.swaps if swap.absorbs is not None}
@@ -59,28 +74,51 @@ def measure_fidelity(original: nn.Module, converted: nn.Module, plan: Plan, inpu
             wanted = norms[name](output) if name in norms else output
             sums[name].add(wanted, converted.get_submodule(name)(seen))
 
-    with eval_mode(original, converted), torch.no_grad():
-        with conv_hooks(original, see):
-            before = original(*inputs)
-        after = converted(*inputs)
+    whole = _Sums()
+    comparing = _compared(original, converted, parts, whole)
+    with eval_mode(original, converted), torch.no_grad(), conv_hooks(original, see), comparing:
+        original(*inputs)
     return Fidelity(
-        output=_difference(before, after),
+        output=whole.difference(),
         site_outputs={name: total.difference() for name, total in sums.items()},
         kernels=dict(_kernel_errors(original, converted, plan)),
     )
 
 
-def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs) -> Difference:
-    """Run both models on the same inputs in eval mode and compare all outputs; both are unchanged afterwards."""
-    with eval_mode(one, other), torch.no_grad():
-        return _difference(one(*inputs), other(*inputs))
+def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Sequence[str] = WHOLE) -> Difference:
+    """Compare the outputs of both models on the same inputs, or those of their parts, in eval mode.
 
-
-def _difference(before: Any, after: Any) -> Difference:
+    Each part of `other` gets the very input that the part of `one` gets. Both are unchanged afterwards.
+    """
     whole = _Sums()
-    for one, other in zip(list_tensors(before), list_tensors(after), strict=True):
-        whole.add(one, other)
+    with eval_mode(one, other), torch.no_grad(), _compared(one, other, parts, whole):
+        one(*inputs)
     return whole.difference()
+
+
+@contextmanager
+def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: _Sums) -> Iterator[None]:
+    """While open, whatever a part of `one` computes is compared with what that of `other` makes of the same input."""
+    handles = []
+    for name in parts:
+        counterpart = other.get_submodule(name)
+        results: list[Any] = []
+
+        def run(_: nn.Module, args: Any, kwargs: Any, part: nn.Module = counterpart, made: list[Any] = results) -> None:
+            # On copies: a part may write into what it is given.
+            made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
+
+        def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
+            for mine, its in zip(list_tensors(output), list_tensors(made.pop()), strict=True):
+                sums.add(mine, its)
+
+        module = one.get_submodule(name)
+        handles += [module.register_forward_pre_hook(run, with_kwargs=True), module.register_forward_hook(compare)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Sums:

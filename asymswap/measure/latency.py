@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from asymswap.graph.trace import Inputs
+from asymswap.inputs import Inputs
 from asymswap.spec import Progress, silent
 from asymswap.tensors import eval_mode, map_tensors
 

@@ -199,11 +199,13 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
 
     Raises RecipeError for a rule that matches no site at all, or asks for neighbours where nothing was traced.
     """
-    if any(rule.match.needs_graph for rule in recipe.rules) and all(site.after is None for site in sites):
+    if sites and any(rule.match.needs_graph for rule in recipe.rules) and all(site.after is None for site in sites):
         raise RecipeError("followed_by and preceded_by need a model that torch.fx can trace, and this one is not")
     found = [rule.match.find(sites) for rule in recipe.rules]
     for number, rule in enumerate(recipe.rules):
-        if not found[number]:
+        if not found[number] and not rule.optional:
+            if not sites:
+                raise RecipeError("the model has no Conv2d, so there is nothing to swap")
             wanted = rule.match.model_dump(exclude_unset=True, mode="json")
             raise RecipeError(
                 f"rule {number + 1} matches none of the model's {len(sites)} Conv2d ({_flat(wanted)}); "

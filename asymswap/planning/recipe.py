@@ -193,11 +193,15 @@ def _one_kind(value: Any) -> Any:
 
 
 class Rule(_Strict):
-    """One rule: the convs that it speaks of, and what they become; or that they stay as they are."""
+    """One rule: the convs that it speaks of, and what they become; or that they stay as they are.
+
+    That it matches no conv at all is an error, unless it is `optional`, as in recipes that are made for any network.
+    """
 
     match: Match = Match()
     swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = None
     keep: Literal[True] | None = None
+    optional: bool = False
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:

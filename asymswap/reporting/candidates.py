@@ -1,11 +1,16 @@
-"""The list of candidates as JSON."""
+"""The list of candidates as JSON, and as a picture."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from asymswap.errors import OutputError
+from asymswap.reporting import words
+from asymswap.reporting.drawing import svg_file
+from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
 from asymswap.reporting.report import SCHEMA, plain
 from asymswap.spec import Candidate, Cost, RankCost
 
@@ -50,3 +55,49 @@ def _at(value: RankCost | None) -> dict[str, Any] | None:
     if value is None:
         return None
     return {**{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+
+
+def check_plot_file(path: Path) -> None:
+    """Raise OutputError for an ending other than .svg."""
+    if path.suffix != ".svg":
+        raise OutputError(f"--plot {path}: the file must end in .svg")
+
+
+def to_picture(reference: str, rows: Sequence[Candidate], total: Cost) -> str:
+    """Every conv's share of the model's MACs and parameters, in order, the candidates marked, as an SVG file."""
+    kinds = list(dict.fromkeys(row.kind for row in rows if row.reason is None))
+    columns = [
+        Column(row.site.name, _lines(row, total), kinds.index(row.kind) if row.reason is None else None) for row in rows
+    ]
+    shares = [(_part(row.site.cost.macs, total.macs), _part(row.site.cost.params, total.params)) for row in rows]
+    panels = [
+        Panel(f"Share of the {what}", words.percent, tuple(Bar(front=share[number]) for share in shares))
+        for number, what in enumerate(("MACs", "parameters"))
+    ]
+    held = sum((row.site.cost for row in rows if row.reason is None), start=Cost(0, 0))
+    convs = sum((row.site.cost for row in rows), start=Cost(0, 0))
+    rest = total - convs
+    heading = [
+        f"{reference}: {sum(row.reason is None for row in rows)} of {len(rows)} convs are candidates",
+        f"They hold {words.share(held.macs, total.macs)} of the MACs and {words.share(held.params, total.params)} of "
+        f"the parameters; what is no conv holds {words.share(rest.macs, total.macs)} and "
+        f"{words.share(rest.params, total.params)}.",
+    ]
+    names = ["candidate" if kind == "separable" else f"candidate: {kind}" for kind in kinds]
+    return svg_file(draw_layers(columns, panels, " ".join(heading), heading, [*names, "no candidate"]))
+
+
+def _part(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _lines(row: Candidate, total: Cost) -> tuple[str, ...]:
+    site = row.site
+    size = "" if site.feature_map is None else f" at {site.feature_map[0]}x{site.feature_map[1]}"
+    return (
+        site.name,
+        f"{site.conv.describe()}{size}",
+        f"{words.share(site.cost.macs, total.macs)} of the MACs, {words.share(site.cost.params, total.params)} of the "
+        "parameters",
+        f"candidate: {row.kind}" if row.reason is None else f"no candidate: {row.reason}",
+    )

@@ -45,6 +45,7 @@ def to_markdown(report: Report) -> str:
         f"Output of the whole model: {words.error(output.relative)} relative difference, "
         f"{output.largest:.3g} at most, on {output.probe}",
         *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
+        *words.nothing_swapped(report),
         *_predicted(report),
         *_calibration(report),
         *model.notes,

@@ -39,6 +39,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text
 def report_view(report: Report, width: int) -> RenderableType:
     """The whole report: headline figures, what was done to each conv, what was kept and why, and the fine print."""
     parts: list[RenderableType] = [Text(_title(report), style="bold"), Text(""), _headline(report), Text("")]
+    parts += [Text(line, style="yellow") for line in words.nothing_swapped(report)]
     if report.swapped:
         parts += [_swaps(report, width), Text("")]
     kept = words.kept(report.sites)
@@ -49,28 +50,40 @@ def report_view(report: Report, width: int) -> RenderableType:
 
 
 def candidates_view(
-    reference: str, rows: Sequence[Candidate], total: Cost, held: Cost, traced_by: str, about: str, width: int
+    reference: str,
+    rows: Sequence[Candidate],
+    total: Cost,
+    held: Cost,
+    traced_by: str,
+    about: str,
+    width: int,
+    notes: Sequence[str] = (),
 ) -> RenderableType:
     """What the candidates hold, first of all; then every conv with what `separable` would save, or why it is none."""
     number = sum(row.reason is None for row in rows)
     share = held.macs / total.macs if total.macs else 0.0
     verdict = f"{reference}: {number} of {len(rows)} convs are candidates; they hold {words.percent(share)} of the MACs"
     verdict += f" and {words.share(held.params, total.params)} of the parameters"
+    if not rows:
+        verdict = f"{reference} has no Conv2d: there is nothing to swap"
     parts: list[RenderableType] = [Text(verdict, style="bold")]
-    if share < 0.05:
+    if rows and share < 0.05:
         parts.append(Text("Little can be gained here.", style="yellow"))
     wide = width >= WIDE
     columns = [("Layer", "fold"), ("Conv", "left"), ("MACs", "right"), ("Share", "right")]
     columns += [("Params", "right"), ("Map", "right")] if wide else []
     pairs = any(row.half is not None for row in rows)
     columns += [("Even at", "right"), ("Half of it saves" if pairs else "Becomes", "fold")]
-    parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows)), Text("")]
+    if rows:
+        parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows))]
+    parts.append(Text(""))
     parts += [
         Text(line, style="dim")
         for line in (
             f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
             f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
             "Even at: the largest rank of a separable pair that still saves something.",
+            *(f"{note[0].upper()}{note[1:]}." for note in notes),
         )
     ]
     return Group(*parts)

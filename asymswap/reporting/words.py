@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from asymswap.reporting.report import LatencyRow, SiteRow
+from asymswap.reporting.report import LatencyRow, Report, SiteRow
 
 
 def count(value: float) -> str:
@@ -73,6 +73,15 @@ def latency(row: LatencyRow) -> list[str]:
             "cannot bring it about."
         )
     return lines
+
+
+def nothing_swapped(report: Report) -> list[str]:
+    """One line that says so and why, where a conversion has changed nothing."""
+    if report.swapped:
+        return []
+    if not report.sites:
+        return [f"Nothing was swapped: {report.model.reference} has no Conv2d."]
+    return [f"Nothing was swapped; `asymswap candidates {report.model.reference}` tells what each conv would save."]
 
 
 def kept(rows: Iterable[SiteRow]) -> list[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import SourceError
-from asymswap.sources import networks, torchvision_models
-from asymswap.sources.state import State, compare
+from asymswap.sources import fingerprints, networks, torchvision_models
+from asymswap.sources.state import Difference, State, compare
 
 DIGITS = "digits-resnet"
 
@@ -43,10 +44,17 @@ def near(reference: str) -> str:
 
 
 def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network of a full reference, with random weights; raises SourceError for arguments that it does not take."""
+    """The network of a full reference, with random weights; raises SourceError for arguments that it does not take.
+
+    torchvision's networks take `in_channels` here too: their first conv is then made anew.
+    """
     try:
         if reference.startswith("torchvision:"):
-            return torchvision_models.build(reference.removeprefix("torchvision:"), arguments)
+            own = {key: value for key, value in arguments.items() if key != "in_channels"}
+            model = torchvision_models.build(reference.removeprefix("torchvision:"), own)
+            if "in_channels" in arguments:
+                _set_channels_(model, reference, arguments["in_channels"])
+            return model
         return _build_own(reference, arguments)
     except SourceError:
         raise
@@ -66,20 +74,55 @@ def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     return builder(**arguments)
 
 
-def build_to_fit(reference: str, arguments: Mapping[str, Any], state: State) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a full reference with the class count and input channels that a state dict shows.
+def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
+    """Give the network another number of input channels: its first conv becomes one of those, with random weights."""
+    name, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+    task = torchvision_models.task(reference.removeprefix("torchvision:"))
+    if conv is None or task not in ("classification", "segmentation"):
+        raise SourceError(f"{reference} does not take 'in_channels'; its input has the channels of an image")
+    if type(channels) is not int or channels < 1 or channels % conv.groups:
+        raise SourceError(f"{reference} cannot have in_channels={channels!r}; give a whole number from 1 on")
+    if channels == conv.in_channels:
+        return
+    other = nn.Conv2d(
+        channels, conv.out_channels, cast(Any, conv.kernel_size), cast(Any, conv.stride), cast(Any, conv.padding),
+        cast(Any, conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
+    )  # fmt: skip
+    model.set_submodule(name, other)
 
-    Returns it with the arguments that were used; whether the state fits in all other respects is for `compare` to say.
+
+def fit(reference: str, arguments: Mapping[str, Any], state: State) -> tuple[dict[str, Any], Difference]:
+    """The arguments, class count and input channels as a state dict shows them among them, and how it differs then.
+
+    The network is built without weights. Raises SourceError where it does not take the given arguments.
     """
-    model = build(reference, arguments)
-    guess = {**_guess(model, state), **arguments}
-    if guess == dict(arguments):
-        return model, guess
-    try:
-        other = build(reference, guess)
-    except SourceError:
-        return model, dict(arguments)
-    return (model, dict(arguments)) if compare(other, state) else (other, guess)
+    match = fingerprints.match_of(reference, fingerprints.shapes_of(state))
+    if match is not None:
+        guess = {**match.arguments, **arguments}
+        return guess, compare(on_meta(reference, guess), state)
+    # What has been edited, so that its keys are not the table's, may still be explained by the arguments alone.
+    plain = on_meta(reference, arguments)
+    guess = {**_guess(plain, state), **arguments}
+    if guess != dict(arguments):
+        try:
+            difference = compare(on_meta(reference, guess), state)
+        except SourceError:
+            difference = None
+        if difference is not None and not difference:
+            return guess, difference
+    return dict(arguments), compare(plain, state)
+
+
+def on_meta(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network of a full reference with its weights on the meta device: enough to compare keys and shapes."""
+    # Ssdlite runs itself while it is built, which needs numbers.
+    with nullcontext() if "ssdlite" in reference else _EmptyOnMeta():
+        return build(reference, arguments)
+
+
+def shapes(reference: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes of a network's state dict, counters of batches left out; it is built without weights."""
+    return fingerprints.shapes_of(on_meta(reference, arguments).state_dict())
 
 
 def nearest(state: State, progress: Callable[[int, int], None]) -> list[tuple[float, str]]:
@@ -87,7 +130,7 @@ def nearest(state: State, progress: Callable[[int, int], None]) -> list[tuple[fl
 
     Likeness is the number of common (key, shape) pairs over that of all. The networks are built without weights.
     """
-    own = {(key, tuple(tensor.shape)) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    own = set(fingerprints.shapes_of(state).items())
     references = [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
     references += [f"torchvision:{name}" for name in torchvision_models.classifiers()]
     found = []
@@ -113,9 +156,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @functools.cache
 def _shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
-    with _EmptyOnMeta():
-        state = build(reference, {}).state_dict()
-    return frozenset((k, tuple(t.shape)) for k, t in state.items() if not k.endswith("num_batches_tracked"))
+    return frozenset(shapes(reference, {}).items())
 
 
 def _guess(model: nn.Module, state: State) -> dict[str, Any]:

@@ -19,13 +19,25 @@ class FileKind(Enum):
     TORCH = "a torch.save file"
     LEGACY = "a torch.save file of the old form"
     SAFETENSORS = "a safetensors file"
+    TORCHSCRIPT = "a TorchScript archive"
+    EXPORTED = "a torch.export archive"
+    SHARDS = "an index of shards"
+
+
+def resolve(path: Path) -> Path:
+    """The file that is meant: of a folder with one index of shards in it the index, else the path itself."""
+    try:
+        indices = sorted(path.glob("*.index.json")) if path.is_dir() else []
+    except OSError:
+        return path
+    return indices[0] if len(indices) == 1 else path
 
 
 def sniff(path: Path) -> FileKind:
     """The kind of a model file; raises SourceError, saying what it is and what to do, where it is none that we read."""
     try:
         if path.is_dir():
-            raise SourceError(f"{path} is a folder; give the checkpoint file in it")
+            raise SourceError(f"{path} is a folder; give the checkpoint file in it{_files_in(path)}")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
@@ -43,6 +55,8 @@ def sniff(path: Path) -> FileKind:
         if int.from_bytes(head[:8], "little") + 8 > size:
             raise SourceError(f"{path} is cut off: its safetensors header is longer than the file; download it again")
         return FileKind.SAFETENSORS
+    if path.suffix == ".json" and head.lstrip()[:1] == b"{":
+        return FileKind.SHARDS
     raise SourceError(f"{path} is {_guess(head)}, not a checkpoint; give a .pt, .pth or .safetensors file")
 
 
@@ -70,21 +84,30 @@ def _sniff_zip(path: Path) -> FileKind:
         ) from None
     inner = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
-        raise SourceError(
-            f"{path} is a TorchScript archive, which is code; save its weights with "
-            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt') and give them with --arch"
-        )
-    if "archive_format" in inner or any(name.endswith("models/model.json") for name in names):
-        raise SourceError(
-            f"{path} is a torch.export archive (.pt2), whose graph is fixed; save its weights with "
-            f"torch.save(torch.export.load({str(path)!r}).state_dict, 'weights.pt') and give them with --arch"
-        )
+        return FileKind.TORCHSCRIPT
+    # The first as torch has written it since 2.5, the last as it did before.
+    if {"archive_format", "serialized_exported_program.json"} & {*inner, *names}:
+        return FileKind.EXPORTED
+    if any(name.endswith("models/model.json") for name in names):
+        return FileKind.EXPORTED
     if "data.pkl" in inner:
         return FileKind.TORCH
     raise SourceError(
         f"{path} is a zip archive of something else (it holds {names[0] if names else 'nothing'}); "
         f"give a .pt, .pth or .safetensors file"
     )
+
+
+def _files_in(folder: Path) -> str:
+    """Which files of a folder may be meant, for a message."""
+    if (folder / ".metadata").exists() and any(folder.glob("*.distcp")):
+        return (
+            ", which torch.distributed.checkpoint wrote in parts; join them with "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`"
+        )
+    endings = (".index.json", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+    found = sorted(path.name for path in folder.iterdir() if path.name.endswith(endings))
+    return f": {', '.join(found[:4])}" + (f" and {len(found) - 4} more" if len(found) > 4 else "") if found else ""
 
 
 def _guess(head: bytes) -> str:

@@ -6,7 +6,7 @@
 | `cifar:resnet20` | a network of CIFAR size from `asymswap.sources.networks` |
 | `digits-resnet` | the trained network that ships with asymswap |
 | `package.module:factory` | a callable of the user's own that returns a module; it is imported and called |
-| a file | a state dict or training checkpoint (with `--arch`), or a pickled module |
+| a file | a state dict, a training checkpoint, a pickled module, an archive that holds weights, an index of shards |
 """
 
 from __future__ import annotations
@@ -24,15 +24,34 @@ from torch import nn
 
 from asymswap.errors import SourceError, near_names
 from asymswap.sources import builders, networks, torchvision_models
+from asymswap.sources.archives import read_described, read_exported, read_torchscript, states_of_modules
 from asymswap.sources.builders import DIGITS
-from asymswap.sources.files import FileKind, exists, sha256, sniff
+from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
+from asymswap.sources.identify import identify, nearest
+from asymswap.sources.inert import wants_code
+from asymswap.sources.shards import files_of, fingerprint, read_shards
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
-from asymswap.sources.state import Found, State, compare, find_weights, load_state_
+from asymswap.sources.state import Difference, Found, State, compare, find_weights, load_state_
 from asymswap.sources.steady import unchanged
-from asymswap.sources.unpickle import import_from_here, load_told
+from asymswap.sources.torchvision_models import Published
+from asymswap.sources.unpickle import import_from_here, load_object, load_told, refused_globals
+from asymswap.sources.views import View, views
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
-FILE_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch")
+FILE_SUFFIXES = (
+    ".pt",
+    ".pth",
+    ".th",
+    ".ckpt",
+    ".bin",
+    ".safetensors",
+    ".tar",
+    ".pkl",
+    ".pickle",
+    ".pt2",
+    ".torch",
+    ".json",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Request:
     weights: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trust_pickle: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,8 @@ def open_reference(reference: str, request: Request) -> Source:
     """The model that a reference other than a file names, with weights; raises SourceError where it cannot be had."""
     if request.arch is not None:
         raise SourceError(f"--arch goes with a file, and {reference!r} names a network itself")
+    if request.key is not None and not _is_weights_file(str(request.weights)):
+        raise SourceError(f"--key goes with a file, and {reference!r} names a network; give --weights FILE with it")
     name, _, weights_name = reference.partition("@")
     if weights_name and request.weights:
         raise SourceError(f"{reference!r} names weights and --weights {request.weights} others; give one of them")
@@ -86,22 +108,46 @@ def open_reference(reference: str, request: Request) -> Source:
 
 @dataclass(frozen=True)
 class RawFile:
-    """What a model file holds, before anything is made of it; `metadata` is that of a safetensors file.
+    """What a model file holds, before anything is made of it.
 
-    `executed`: it was unpickled without restriction, so that code in it was run.
+    `metadata` is that of a safetensors file; `notes` say what of the file was left unread; `refusal` is why modules in
+    it could not be loaded, where they are there as records alone (see `asymswap.sources.inert`). `executed`: something
+    was unpickled without restriction, so that code in it was run.
     """
 
     value: Any
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    refusal: SourceError | None = None
     executed: bool = False
 
 
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
     """Read a model file; raises SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
-    if kind is not FileKind.SAFETENSORS:
+    if kind is FileKind.SAFETENSORS:
+        return _read_safetensors(path)
+    if kind is FileKind.TORCHSCRIPT:
+        note = "weights taken out of a TorchScript archive, whose code was not executed"
+        return RawFile(read_torchscript(path), notes=(note,))
+    if kind is FileKind.EXPORTED:
+        state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label))
+        return RawFile(state, notes=("weights taken out of a torch.export archive, whose graph was not read",))
+    if kind is FileKind.SHARDS:
+        executed: list[bool] = []
+        value = read_shards(path, lambda shard: _read_shard(shard, trust_pickle, executed))
+        return RawFile(value, executed=any(executed))
+    try:
         loaded = load_told(path, kind, trust_pickle, str(path))
         return RawFile(loaded.value, executed=loaded.executed)
+    except SourceError as error:
+        described = _describe(path, error) if kind is FileKind.TORCH and not trust_pickle else None
+        if described is None:
+            raise
+        return described
+
+
+def _read_safetensors(path: Path) -> RawFile:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -119,11 +165,50 @@ def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
     return (f"--trust-pickle was not needed: nothing in {path.name} was executed",)
 
 
+def _read_shard(path: Path, trust_pickle: bool, executed: list[bool]) -> Any:
+    if sniff(path) is FileKind.SHARDS:
+        raise SourceError(f"{path} is an index of shards that an index names; give that one")
+    raw = read_raw(path, trust_pickle)
+    executed.append(raw.executed)
+    return raw.value
+
+
+def _describe(path: Path, refusal: SourceError) -> RawFile | None:
+    """The weights of a file that the unpickler refused for its classes alone; None where it would have run code."""
+    with path.open("rb") as file:
+        foreign = refused_globals(file, str(path))
+    if not foreign or any(wants_code(name) for name in foreign):
+        return None
+    more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+    note = f"left unread, being outside of the allowlist: {', '.join(foreign[:3])}{more}"
+    return RawFile(read_described(path), notes=(note,), refusal=refusal)
+
+
+def weights_in(path: Path, raw: RawFile, request: Request, arch_known: bool = False) -> Found:
+    """The state dict or module in what was read of a file: the likeliest, or that under `--key`.
+
+    A module of a class that cannot be loaded is taken as its state dict where the architecture is known otherwise.
+    """
+    value, notes = raw.value, raw.notes
+    if raw.refusal is not None:
+        arch_known = arch_known or request.arch is not None
+        value, modules = states_of_modules(value) if arch_known else (value, ())
+        notes += tuple(f"weights taken out of a {name}, whose code was not executed" for name in modules)
+    try:
+        found = find_weights(value, str(path), request.key)
+    except SourceError as error:
+        # Where nothing is there but what could not be loaded, the reason for that is the better message.
+        raise (raw.refusal or error) from None
+    return replace(found, notes=notes + found.notes)
+
+
 def open_loaded(path: Path, found: Found, request: Request, progress: Progress = silent) -> Source:
     """The model of a file that has been read: a module as it is, or a state dict put into its architecture."""
     notes: tuple[str, ...] = (f"weights taken from {found.key!r} in {path.name}",) if found.key else ()
+    notes += found.notes
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
+    digest = fingerprint_of(path)
     if isinstance(found.value, nn.Module):
         try:
             source = describe_module(found.value, f"file {path.name}")
@@ -132,13 +217,25 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
             raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
         if request.arch is not None:
             notes += (f"--arch {request.arch} was not needed: {path.name} holds the whole module",)
-        return replace(source, notes=notes + source.notes, file=path, sha256=sha256(path))
-    arch = request.arch
-    if arch is None:
-        arch = _identify(path, found.value, progress)
-        notes += (f"architecture taken from keys and shapes: {arch} (--arch names another)",)
-    source = _fill(_architecture(arch), found.value, request, str(path), progress)
-    return replace(source, notes=notes + source.notes, file=path, sha256=sha256(path), weights=f"file {path.name}")
+        return replace(source, notes=notes + source.notes, file=path, sha256=digest)
+    published = torchvision_models.published(digest)
+    if request.arch is not None:
+        reference, state = _architecture(request.arch), found.value
+    elif published is not None:
+        reference, state = f"torchvision:{published.model}", found.value
+    else:
+        identified = identify(found.value, str(path), progress)
+        reference, state = identified.reference, identified.view.state
+        notes += identified.notes()
+        # What the builder takes is left to the user, where they have said it.
+        request = replace(request, arguments={**identified.arguments, **request.arguments})
+    source = _fill(reference, state, request, str(path), progress, published)
+    return replace(source, notes=notes + source.notes, file=path, sha256=digest, weights=f"file {path.name}")
+
+
+def fingerprint_of(path: Path) -> str:
+    """The SHA-256 of a file, or of all files that an index of shards names."""
+    return fingerprint(path) if sniff(path) is FileKind.SHARDS else sha256(path)
 
 
 def describe_module(model: nn.Module, weights: str) -> Source:
@@ -202,69 +299,84 @@ def _open_factory(reference: str, request: Request) -> Source:
 
 
 def _fill_from_file(reference: str, request: Request) -> Source:
-    path = Path(str(request.weights))
-    with unchanged(path):
+    path = resolve(Path(str(request.weights)))
+    with unchanged(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
-        found = find_weights(raw.value, str(path))
+        found = weights_in(path, raw, request, arch_known=True)
         if isinstance(found.value, nn.Module):
             raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
-        source = _fill(reference, found.value, request, str(path), silent)
-        notes = (*about_trust(path, raw, request), *source.notes)
-        return replace(source, notes=notes, file=path, sha256=sha256(path), weights=f"file {path.name}")
+        digest = fingerprint_of(path)
+        source = _fill(reference, found.value, request, str(path), silent, torchvision_models.published(digest))
+    notes = (*about_trust(path, raw, request), *found.notes, *source.notes)
+    return replace(source, notes=notes, file=path, sha256=digest, weights=f"file {path.name}")
 
 
-def _fill(reference: str, state: State, request: Request, label: str, progress: Progress) -> Source:
-    """The network of a reference with a state dict loaded strictly; class count and input channels follow the state."""
+def _fill(
+    reference: str, state: State, request: Request, label: str, progress: Progress, published: Published | None = None
+) -> Source:
+    """The network of a reference with a state dict loaded strictly; class count and input channels follow the state.
+
+    `published` says which of torchvision's files it comes from, where it does.
+    """
     full = builders.canonical(reference)
-    if full is None:
-        model, arguments = _call_factory(reference, request.arguments), dict(request.arguments)
-    else:
+    if full is None or published is None or full != f"torchvision:{published.model}":
+        published = None
+    if full is not None:
         state = torchvision_models.with_current_keys(state)
-        model, arguments = builders.build_to_fit(full, request.arguments, state)
-    difference = compare(model, state)
-    if difference:
-        raise SourceError(f"{label} does not fit {reference}: {difference}{_hint(state, reference, progress)}")
+    arguments = {**({} if published is None else published.arguments), **request.arguments}
+    model, arguments, view = _fitting(reference, state, arguments, label, progress)
     try:
-        load_state_(model, state)
+        load_state_(model, view.state)
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
     if full is None:
-        return replace(describe_module(model, label), origin=Origin(reference, arguments))
-    return Source(model, Origin(full, arguments), _preprocessing(full, model), label)
+        source = describe_module(model, label)
+        return replace(source, origin=Origin(reference, arguments), notes=view.notes() + source.notes)
+    notes = view.notes() + _about_inputs(full, arguments, published)
+    preprocessing = _preprocessing(full, model, None if published is None else published.weights)
+    return Source(model, Origin(full, arguments), preprocessing, label, notes)
+
+
+def _fitting(
+    reference: str, state: State, arguments: Mapping[str, Any], label: str, progress: Progress
+) -> tuple[nn.Module, dict[str, Any], View]:
+    """The network, the arguments that it was built with, and the state dict without what stands before its keys.
+
+    Raises SourceError where no such view of the state dict fits.
+    """
+    full = builders.canonical(reference)
+    made = _call_factory(reference, arguments) if full is None else None
+    most, closest = -1, Difference((), (), ())
+    for view in views(state):
+        used = dict(arguments)
+        if made is not None:
+            difference = compare(made, view.state)
+        else:
+            used, difference = builders.fit(str(full), arguments, view.state)
+        if not difference:
+            return made if made is not None else builders.build(str(full), used), used, view
+        alike = len(view.state) - len(difference.unexpected) - len(difference.shapes)
+        if alike > most:
+            most, closest = alike, difference
+    raise SourceError(f"{label} does not fit {reference}: {closest}{_hint(state, reference, progress)}")
+
+
+def _about_inputs(full: str, arguments: Mapping[str, Any], published: Published | None) -> tuple[str, ...]:
+    """What the report says of the switch that torchvision's published weights turn on, and a file does not speak of."""
+    if published is not None:
+        set_so = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
+        known = f"known by its SHA-256 as torchvision's {published.weights} of {published.model}"
+        return (f"{known}{', which sets ' if set_so else ''}{set_so}",)
+    if torchvision_models.transforms_input(full.removeprefix("torchvision:")) and "transform_input" not in arguments:
+        return ("set --arg transform_input=true for weights that descend from torchvision's; it is off here",)
+    return ()
 
 
 def _hint(state: State, reference: str, progress: Progress) -> str:
-    likeness, best = builders.nearest(state, lambda done, total: progress("looking for the architecture", done, total))[
-        0
-    ]
+    likeness, best, _ = nearest(state, progress)
     if likeness == 0 or best == builders.canonical(reference):
         return ""
     return f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
-
-
-def _identify(path: Path, state: State, progress: Progress) -> str:
-    """The one known architecture that a state dict fits; raises SourceError where there is none or more than one."""
-    state = torchvision_models.with_current_keys(state)
-    ranked = builders.nearest(state, lambda done, total: progress("looking for the architecture", done, total))
-    fitting = []
-    for likeness, reference in ranked[:6]:
-        if likeness < 0.5:
-            break
-        model, arguments = builders.build_to_fit(reference, {}, state)
-        if not compare(model, state):
-            # Another class count is a worse fit than the very same shapes.
-            fitting.append((bool(arguments), reference))
-    best = [reference for other_size, reference in fitting if other_size == min(fitting)[0]]
-    if len(best) == 1:
-        return best[0]
-    if best:
-        raise SourceError(f"{path} holds a state_dict that fits {', '.join(best)}; choose with --arch")
-    likeness, reference = ranked[0]
-    difference = compare(builders.build(reference, {}), state)
-    raise SourceError(
-        f"{path} holds a state_dict of an unknown architecture; name it with --arch; nearest known: {reference} "
-        f"({likeness:.0%} of keys and shapes; {difference})"
-    )
 
 
 def _architecture(reference: str) -> str:
@@ -320,19 +432,17 @@ def _is_weights_file(text: str) -> bool:
     return exists(path) or path.suffix in FILE_SUFFIXES or "/" in text
 
 
-def _preprocessing(full: str, model: nn.Module) -> Preprocessing:
+def _preprocessing(full: str, model: nn.Module, weights: str | None = None) -> Preprocessing:
     if full.startswith("torchvision:"):
-        return torchvision_models.preprocessing(full.removeprefix("torchvision:"), model, None)
+        own = torchvision_models.preprocessing(full.removeprefix("torchvision:"), model, weights)
+        return _with_channels(own, _input_channels(model))
     own = networks.DIGITS_PREPROCESSING if full == DIGITS else networks.CIFAR_PREPROCESSING
     return _with_channels(own, _input_channels(model))
 
 
 def _assumed_preprocessing(model: nn.Module) -> Preprocessing:
-    """224 x 224 and ImageNet's statistics, as most networks take; `--input` says otherwise."""
-    image_size = getattr(model, "image_size", None)
-    side = image_size if isinstance(image_size, int) else 224
-    imagenet = Preprocessing(3, (side, side), torchvision_models.IMAGENET_MEAN, torchvision_models.IMAGENET_STD)
-    return _with_channels(imagenet, _input_channels(model))
+    """Mostly 224 x 224 and ImageNet's statistics, as most networks take; `--input` says otherwise."""
+    return _with_channels(torchvision_models.assumed_preprocessing(model), _input_channels(model))
 
 
 def _with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:

@@ -2,67 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, near_names
 
 State = dict[str, Tensor]
 
 NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "model_ema", "network", "params")
 """Keys under which training scripts store the weights, the likeliest first."""
 
+# What DataParallel and torch.compile put before all keys, and wrappers that stand anywhere in a key.
 _PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What holds tensors by name as well, and is no network.
+_NO_NETWORKS = ("optim", "lr_sched", "sched", "scaler", "callback", "loop", "message_hub", "meta", "metric", "rng")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DEEPEST = 4
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint file holds: a state dict or a whole module, and the key under which it was found."""
+    """What a checkpoint file holds: a state dict or a whole module, the key under which it was found, and notes."""
 
     value: State | nn.Module
     key: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def find_weights(value: Any, label: str) -> Found:
-    """The state dict or module inside of a loaded checkpoint; raises SourceError where there is none."""
-    found = _search(value, "")
-    if found is not None:
-        return found
+def find_weights(value: Any, label: str, key: str | None = None) -> Found:
+    """The state dict or module inside of a loaded checkpoint: the likeliest, or that under `key`, a dotted path.
+
+    Where several are inside and no key is given, a note names the others. Raises SourceError where there is none.
+    """
+    inside = value if key is None else _at(value, key)
+    found = list(_candidates(inside, key or "", 0))
+    if not found and key is not None:
+        return _behind(list(_candidates(value, "", 0)), key, label)
+    if found:
+        others = [other.key for other in found[1:] if not _shared(other.value, found[0].value)]
+        note = f"other weights in {label}: {_listed(others)} (--key chooses)"
+        return replace(found[0], notes=(note,) if others else ())
     if not isinstance(value, Mapping):
         raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
     keys = ", ".join(str(name) for name in list(value)[:6]) or "nothing"
     raise SourceError(f"{label} holds no state_dict: looked under {', '.join(NESTS)}; it holds {keys}")
 
 
-def _search(value: Any, key: str) -> Found | None:
-    if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return Found(value.module, key)
-    if isinstance(value, nn.Module):
-        return Found(value, key)
-    if not isinstance(value, Mapping) or not value:
+def _at(value: Any, path: str) -> Any:
+    """What stands at a dotted path of nested dicts, whose keys may have dots themselves; None where nothing does."""
+    if not isinstance(value, Mapping):
         return None
-    if all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items()):
-        return Found(strip_prefixes(dict(value)), key)
-    nested = (_search(value[name], f"{key}.{name}" if key else name) for name in NESTS if name in value)
-    return next((found for found in nested if found is not None), None)
+    names = [name for name in value if isinstance(name, str) and f"{path}.".startswith(f"{name}.")]
+    for name in sorted(names, key=len, reverse=True):
+        found = value[name] if name == path else _at(value[name], path[len(name) + 1 :])
+        if found is not None:
+            return found
+    return None
+
+
+def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
+    """Every state dict and module in nested dicts, the likeliest first."""
+    if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        yield Found(value.module, key)
+    elif isinstance(value, nn.Module):
+        yield Found(value, key)
+    elif isinstance(value, Mapping) and (state := _as_state(value)):
+        yield Found(strip_prefixes(state), key)
+    elif isinstance(value, Mapping) and depth < _DEEPEST:
+        names = [name for name in NESTS if name in value]
+        names += [name for name in value if name not in NESTS and isinstance(name, str) and _may_hold_network(name)]
+        for name in names:
+            below = _candidates(value[name], f"{key}.{name}" if key else name, depth + 1)
+            yield from (found for found in below if name in NESTS or _has_kernels(found.value))
+
+
+def _as_state(value: Mapping[Any, Any]) -> State:
+    """The mapping as a state dict, without what modules store beside tensors; empty where it is none."""
+    kept = {name: item for name, item in value.items() if not str(name).endswith("_extra_state")}
+    all_tensors = all(isinstance(name, str) and isinstance(item, Tensor) for name, item in kept.items())
+    return dict(kept) if all_tensors else {}
+
+
+def _may_hold_network(name: str) -> bool:
+    return not name.lower().startswith(_NO_NETWORKS)
+
+
+def _has_kernels(value: State | nn.Module) -> bool:
+    """Whether this can be a network, and not some statistics by name."""
+    return isinstance(value, nn.Module) or any(tensor.ndim >= 2 for tensor in value.values())
+
+
+def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
+    """Whether two finds are one and the same, stored under two names."""
+    if isinstance(one, nn.Module) or isinstance(other, nn.Module):
+        return one is other
+    return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
+
+
+def _behind(found: list[Found], key: str, label: str) -> Found:
+    """The part of a state dict whose keys begin with what a path ends in; raises SourceError where none does."""
+    for one in found:
+        inside = f"{one.key}." if one.key else ""
+        if isinstance(one.value, dict) and key.startswith(inside):
+            prefix = key.removeprefix(inside) + "."
+            part = {name.removeprefix(prefix): t for name, t in one.value.items() if name.startswith(prefix)}
+            if part:
+                return Found(strip_prefixes(part), key)
+    keys = [one.key for one in found if one.key]
+    known = keys + [prefix for one in found for prefix in _prefixes(one)]
+    all_of_them = f"; it has {_listed(known)}" if known else "; it has no keys to choose from"
+    hint = near_names(key, keys) or near_names(key, known) or all_of_them
+    raise SourceError(f"{label} has no state_dict under --key {key!r}{hint}")
+
+
+def _prefixes(found: Found) -> list[str]:
+    """The first parts of a state dict's keys, as paths."""
+    if isinstance(found.value, nn.Module):
+        return []
+    firsts = dict.fromkeys(name.partition(".")[0] for name in found.value if "." in name)
+    return [f"{found.key}.{first}" if found.key else first for first in firsts]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def strip_prefixes(state: State) -> State:
-    """Remove what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put before every key.
+    """Remove what DataParallel (`module.`), torch.compile (`_orig_mod.`) and FSDP put into every key.
 
     An `AveragedModel`, as moving averages are kept, is a `module.` too, with a counter `n_averaged` beside it.
     """
+    unwrapped = {_unwrapped(key): tensor for key, tensor in state.items()}
+    # Where keys would fall together they are no wrappers but names of the network's own.
+    state = unwrapped if len(unwrapped) == len(state) else state
     while True:
         keys = [key for key in state if key != "n_averaged"]
         prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
         if prefix is None:
             return state
         state = {key.removeprefix(prefix): state[key] for key in keys}
+
+
+def _unwrapped(key: str) -> str:
+    for wrapper in _WRAPPERS:
+        key = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", key)
+    return key
 
 
 @dataclass(frozen=True)

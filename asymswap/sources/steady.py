@@ -1,4 +1,4 @@
-"""A file that stays the same while it is read, so that what is told of it is true of what was loaded."""
+"""Files that stay the same while they are read, so that what is told of them is true of what was loaded."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from asymswap.errors import AsymswapError, SourceError
 
 
 @contextmanager
-def unchanged(path: Path) -> Iterator[None]:
-    """Raise SourceError where the file is written to, cut off or replaced while the block runs.
+def unchanged(*paths: Path) -> Iterator[None]:
+    """Raise SourceError where one of the files is written to, cut off or replaced while the block runs.
 
-    That goes before what the block itself finds wrong with the file, which may come of the change.
+    That goes before what the block itself finds wrong with a file, which may come of the change.
     """
-    before = _state(path)
+    before = {path: _state(path) for path in paths}
     try:
         yield
     except AsymswapError as error:
-        if _state(path) != before:
-            raise _changed(path) from error
+        _check(before, error)
         raise
-    if _state(path) != before:
-        raise _changed(path)
+    _check(before, None)
 
 
-def _changed(path: Path) -> SourceError:
-    return SourceError(f"{path} was changed while it was being read; run again when nothing writes to it")
+def _check(before: dict[Path, tuple[int, ...] | None], cause: AsymswapError | None) -> None:
+    for path, state in before.items():
+        if _state(path) != state:
+            raise SourceError(
+                f"{path} was changed while it was being read; run again when nothing writes to it"
+            ) from cause
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

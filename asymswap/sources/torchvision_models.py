@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torchvision import models
 
 from asymswap.errors import SourceError, near_names
 from asymswap.sources.state import State
-from asymswap.spec import Preprocessing
+from asymswap.spec import InputForm, Preprocessing, Size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -37,6 +39,44 @@ def names() -> list[str]:
 def classifiers() -> list[str]:
     """The names of the image classifiers among them."""
     return list(models.list_models(models))
+
+
+def task(name: str) -> str:
+    """What a network is for, as torchvision's packages say: classification, segmentation, detection, video …"""
+    parts: list[str] = models.get_model_builder(name).__module__.split(".")
+    return parts[2] if len(parts) > 3 else "classification"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
+
+    model: str
+    weights: str
+    arguments: Mapping[str, Any]
+
+
+def published(digest: str) -> Published | None:
+    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
+    return _published().get(digest[:8])
+
+
+@functools.cache
+def _published() -> dict[str, Published]:
+    found: dict[str, Published] = {}
+    for name in names():
+        for weights in models.get_model_weights(name):
+            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
+            if digits and not name.startswith("quantized_"):
+                # The heads that torchvision drops from its pretrained models are in their files.
+                arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
+                found.setdefault(digits[1][:8], Published(name, weights.name, arguments))
+    return found
+
+
+def transforms_input(name: str) -> bool:
+    """Whether the model has the switch that torchvision turns on with its published weights alone."""
+    return name in ("googlenet", "inception_v3")
 
 
 def with_current_keys(state: State) -> State:
@@ -102,8 +142,46 @@ def _fetch(name: str, weights: Any) -> Path:
     return cached
 
 
+_FRAMES = 16
+"""Of a clip: as many as the published video networks were trained on, and the least that some of them take."""
+
+_FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "image-pair", "video": "clips"}
+"""What the models of torchvision's packages take, where it is not a batch of images."""
+
+
+def input_form(model: nn.Module) -> InputForm:
+    """What the forward of one of torchvision's models takes; a batch of images for any other."""
+    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
+    return _FORMS.get(package, "images")
+
+
+def assumed_preprocessing(model: nn.Module) -> Preprocessing:
+    """What a model of which nothing else is known most likely takes, by its class and its attributes."""
+    form = input_form(model)
+    if form == "image-list":
+        # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
+        return Preprocessing(3, _detection_size(model), (0.0,) * 3, (1.0,) * 3, form=form)
+    if form == "image-pair":
+        return Preprocessing(3, (256, 256), (0.5,) * 3, (0.5,) * 3, form=form)
+    side = getattr(model, "image_size", None)
+    size = (side, side) if isinstance(side, int) else (224, 224)
+    return Preprocessing(3, size, IMAGENET_MEAN, IMAGENET_STD, form=form, frames=_FRAMES if form == "clips" else 1)
+
+
+def _detection_size(model: nn.Module) -> Size:
+    transform = getattr(model, "transform", None)
+    fixed = getattr(transform, "fixed_size", None)
+    if fixed is not None:
+        return int(fixed[1]), int(fixed[0])
+    side = int(getattr(transform, "min_size", (800,))[-1])
+    return side, side
+
+
 def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
     """How the weights' own transforms prepare an image; for random weights, those of the default weights."""
+    assumed = assumed_preprocessing(model)
+    if assumed.form in ("image-list", "image-pair"):
+        return assumed
     weights = _weights(name, weights_name or "DEFAULT")
     transforms = weights.transforms()
     sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
@@ -119,6 +197,8 @@ def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Prep
         std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
         resize=resize,
         interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
+        form=assumed.form,
+        frames=assumed.frames,
     )
 
 

@@ -59,6 +59,9 @@ def open_data(reference: str, preprocessing: Preprocessing, part: Part) -> Label
 
 
 def _check(preprocessing: Preprocessing) -> None:
+    if preprocessing.form != "images":
+        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
+        raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
     channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
     if channels not in _PIL_MODES:
         raise SourceError(

@@ -23,7 +23,7 @@ from asymswap.planning.recipe import GROUPS, shipped_names
 from asymswap.sources.networks import BUILDERS
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-COMMANDS = ("convert", "candidates", "recipes", "show", "fuse")
+COMMANDS = ("convert", "candidates", "recipes", "show", "compare", "fuse")
 CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
 
 

@@ -91,7 +91,7 @@ class Branching(nn.Module):
 
 def test_what_does_not_trace_whole_is_traced_in_parts() -> None:
     result = trace(Branching(), (torch.zeros(1, 3, 8, 8),))
-    assert result.by == "torch.fx in 1 parts"
+    assert result.by == "torch.fx in 1 part"
     (site,) = result.sites
     assert [n.op for n in site.after or ()] == ["batch_norm", "relu"]
     assert site.before == ()  # what feeds the part is outside of it, and so unknown

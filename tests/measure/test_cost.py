@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models, ops
 
+import asymswap
 from asymswap.graph.trace import trace
-from asymswap.measure.cost import count_costs
+from asymswap.measure.cost import count_costs, count_swapped
 from asymswap.sources import networks
 
 
@@ -112,3 +113,33 @@ def test_totals_of_torchvision_models(name: str) -> None:
 def test_totals_of_cifar_networks_are_the_published_ones(name: str, macs: float) -> None:
     total = count_costs(networks.BUILDERS[name](), (torch.empty(1, 3, 32, 32),)).total
     assert total.macs == pytest.approx(macs, rel=2e-3)
+
+
+def test_the_cost_after_a_swap_is_that_of_a_whole_run() -> None:
+    """Site by site at the sizes of before, and counted on the converted network: two ways to one number."""
+    model = models.resnet18()
+    conversion = asymswap.convert(model, "3x3-only", input_size=(3, 64, 64))
+    image = (torch.empty(1, 3, 64, 64, device="meta"),)
+    sites = trace(model, image).sites
+    names = [site.name for site in sites]
+    before, after = count_costs(model, image, names), count_costs(conversion.model, image, names)
+    by_calls = count_swapped(before, conversion.model, sites)
+    assert by_calls.total == after.total != before.total
+    assert by_calls.by_name == after.by_name
+
+
+class Looks(nn.Module):
+    """What it does depends on the values that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x)[:, :3]) if float(x.max()) > 0 else x
+
+
+def test_a_model_that_looks_at_values_is_counted_with_some() -> None:
+    model = Looks()
+    counted = count_costs(model, (torch.empty(1, 3, 8, 8, device="meta"),), ["conv"])
+    assert counted.total.macs == counted.by_name["conv"].macs == 2 * 8 * 8 * 4 * 3 * 9

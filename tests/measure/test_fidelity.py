@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asymswap.measure.fidelity import measure_fidelity, probe
+from asymswap.inputs import probe
+from asymswap.measure.fidelity import measure_fidelity
 from asymswap.planning.apply import apply_plan
 from asymswap.spec import Plan, Preprocessing, Swap
 

@@ -1,6 +1,7 @@
-"""Every torchvision classifier: what asymswap sees in it, and whether it can be converted at full rank.
+"""Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
 
-    python benchmarks/zoo.py [--models resnet18 vgg16] [--out build/zoo.json] [--markdown docs/zoo.md]
+    python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out build/coverage.json]
+        [--markdown docs/coverage.md]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
 and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
@@ -23,6 +24,7 @@ from measured import QUIET, machine, machine_text, run, run_well, table, write_j
 
 RECIPE = "all-spatial"
 FULL_RANK = {"energy": 1.0, "allow_growth": True}
+TIMM = Path(__file__).with_name("timm_cnns.txt")
 SAME = 1e-3  # two random images whose outputs differ by less than this are said to have the same
 COLUMNS = ["model", "read by", "convs", "candidates", "MACs held", "swapped", "layer", "output", "seconds", "peak MB"]
 
@@ -47,24 +49,35 @@ def measure(name: str) -> dict[str, Any]:
         "params": found.total.params,
         "convs": len(found.rows),
         "candidates": sum(row.reason is None for row in found.rows),
-        "macs_held": found.held.macs / found.total.macs,
+        "macs_held": found.held.macs / found.total.macs if found.total.macs else 0.0,
+        "refused": sorted({row.reason for row in found.rows if row.site.refusal is not None}),
         "swapped": len(report.swapped),
         "kept": sorted({row.reason for row in report.sites if row.action == "keep"}),
-        "layer_difference": max(row.output_error for row in report.swapped),
+        "layer_difference": max((row.output_error for row in report.swapped), default=0.0),
         "output_difference": report.output.relative,
-        "output": describe_output(conversion, found.input),
+        "output": describe_output(conversion),
         "seconds": {"candidates": round(middle - start, 2), "convert": round(end - middle, 2)},
     }
 
 
-def describe_output(conversion: Any, about: str) -> str:
+def describe_output(conversion: Any) -> str:
     """Whether the random network's own output is worth comparing: `usable`, or how it is degenerate."""
     import torch
 
-    size = [int(side) for side in about.removeprefix("an input of ").split("x")]
-    generator = torch.Generator().manual_seed(0)
+    from asymswap.inputs import probe
+    from asymswap.opening import model_dtype
+    from asymswap.tensors import list_tensors
+
+    preprocessing, model = conversion.header.preprocessing, conversion.model.eval()
+    if preprocessing.form == "image-list":
+        # What a detector keeps is no measure; the outputs of its parts are compared, and those were not zero.
+        return "usable" if conversion.report.output.largest > 0 else "all zeros"
+    outputs = []
     with torch.no_grad():
-        one, other = conversion.model.eval()(torch.randn(2, *size[1:], generator=generator)).double()
+        for seed in (0, 1):
+            made = list_tensors(model(*probe(preprocessing, model_dtype(model), images=1, seed=seed)))
+            outputs.append(torch.cat([tensor.double().flatten() for tensor in made]))
+    one, other = outputs
     if not bool(torch.isfinite(one).all()):
         return "not finite"
     if float(one.norm()) == 0:
@@ -84,10 +97,10 @@ def measure_apart(name: str, timeout: float) -> dict[str, Any]:
     return {"failed": f"killed after {done.seconds:.0f} s" if done.code == -9 else last, **peak}
 
 
-def classifiers() -> list[str]:
-    """torchvision's own list; asked for in another process, to keep torch out of this one."""
-    code = "from torchvision import models; print(*models.list_models(models))"
-    return run_well([sys.executable, "-c", code]).out.split()
+def every_model() -> list[str]:
+    """torchvision's builders by its own list, asked for in another process to keep torch out of this one; timm's."""
+    code = "from torchvision import models; print(*models.list_models())"
+    return run_well([sys.executable, "-c", code]).out.split() + [f"timm:{name}" for name in TIMM.read_text().split()]
 
 
 def cells(name: str, row: dict[str, Any]) -> list[str]:
@@ -108,16 +121,34 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
+def by_package(rows: dict[str, Any]) -> dict[str, list[str]]:
+    """The models of torchvision and of timm."""
+    found: dict[str, list[str]] = {"torchvision": [], "timm": []}
+    for name in rows:
+        found["timm" if name.startswith("timm:") else "torchvision"].append(name)
+    return {package: names for package, names in found.items() if names}
+
+
 def totals(rows: dict[str, Any]) -> list[str]:
     """What all rows together say."""
     good = {name: row for name, row in rows.items() if "failed" not in row}
-    lines = [f"{len(good)} of {len(rows)} models were read and converted at full rank; {len(rows) - len(good)} failed."]
+    lines = []
+    for package, names in by_package(rows).items():
+        failed = [name for name in names if name not in good]
+        line = f"{package}: {len(names) - len(failed)} of {len(names)} read and converted at full rank"
+        lines.append(line + (f"; failed: {', '.join(failed)}." if failed else "."))
     if not good:
         return lines
     swapped, convs = (sum(row[key] for row in good.values()) for key in ("swapped", "convs"))
     lines.append(f"Of their {convs:,} Conv2d, {swapped:,} were swapped.")
-    left = {reason for row in good.values() for reason in row["kept"]} - {"no rule matches"}
-    lines.append(f"Kept, beside those of one row or column: {'; '.join(sorted(left)) or 'none'}.")
+    prefix = "rule 1, but "
+    for reason in sorted({reason for row in good.values() for reason in row["kept"] if reason.startswith(prefix)}):
+        names = [name for name, row in good.items() if reason in row["kept"]]
+        lines.append(
+            f"Kept, for it {reason.removeprefix(prefix)}: in {', '.join(names[:8])}{' and more' * (len(names) > 8)}."
+        )
+    none = [name for name, row in good.items() if not row["convs"]]
+    lines.append(f"Without any Conv2d, so that nothing can be swapped: {', '.join(none) or 'none'}.")
     for key, what in (("layer_difference", "a layer's"), ("output_difference", "a whole model's")):
         worst = max(good, key=lambda name: good[name][key] if math.isfinite(good[name][key]) else -1.0)
         lines.append(f"Greatest relative difference of {what} output: {good[worst][key]:.1e} ({worst}).")
@@ -146,9 +177,9 @@ def markdown(data: dict[str, Any]) -> str:
     rows = [cells(name, row) for name, row in data["models"].items()]
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     lines = [
-        "# Every torchvision classifier, converted at full rank",
+        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank",
         "",
-        "Written by `python benchmarks/zoo.py --markdown docs/zoo.md`.",
+        "Written by `python benchmarks/coverage.py --markdown docs/coverage.md`.",
         "",
         *(f"- {line}" for line in totals(data["models"])),
         f"- Machine: {facts}.",
@@ -179,7 +210,7 @@ def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
-    parser.add_argument("--out", type=Path, default=Path("build/zoo.json"))
+    parser.add_argument("--out", type=Path, default=Path("build/coverage.json"))
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -187,7 +218,7 @@ def main() -> None:
     if wanted.worker:
         print(json.dumps(measure(wanted.worker)))
         return
-    data = survey(wanted.models or classifiers(), bool(wanted.models), wanted.out, wanted.timeout)
+    data = survey(wanted.models or every_model(), bool(wanted.models), wanted.out, wanted.timeout)
     shown = table(COLUMNS, [cells(name, row) for name, row in data["models"].items()])
     print(machine_text(), "", *totals(data["models"]), "", shown, sep="\n")
     if wanted.markdown:

@@ -1,0 +1,97 @@
+"""`asymswap compare`: models beside each other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from asymswap.cli import options as o
+from asymswap.cli.convert import MemoryFormat
+
+_LATENCY = "Latency"
+_OUTPUTS = "Outputs and accuracy"
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Names, pkg.mod:factory, or files of any kind; the others are compared with the first.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare outputs and accuracy on digits or a folder of class folders.",
+            rich_help_panel=_OUTPUTS,
+            show_default="outputs on random images",
+        ),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="On so many of them.", rich_help_panel=_OUTPUTS, show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the images' choice.", rich_help_panel=_OUTPUTS)] = 0,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Time all models in turn.", rich_help_panel=_LATENCY)
+    ] = True,
+    memory_format: Annotated[
+        MemoryFormat, typer.Option(help="Order of the numbers in memory.", rich_help_panel=_LATENCY)
+    ] = MemoryFormat.channels_last,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=_LATENCY)] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, at most.", rich_help_panel=_LATENCY)] = 20,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of a forward pass.", rich_help_panel=_LATENCY, show_default="torch's own"),
+    ] = None,
+    weights: o.Weights = None,
+    arch: o.Arch = None,
+    arguments: o.Arguments = None,
+    key: o.Key = None,
+    input_size: o.InputSize = None,
+    trust_pickle: o.TrustPickle = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compare models: parameters, MACs, size, latency, outputs, accuracy.
+
+    Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits
+    """
+    from asymswap.cli import screen
+    from asymswap.errors import AsymswapError
+
+    if json and markdown:
+        raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+    with screen.progress(quiet=json or markdown) as step:
+        import torch
+
+        from asymswap.comparison import compare as beside
+        from asymswap.latency_budget import Timing
+        from asymswap.reporting import comparison as views
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        found = beside(
+            models,
+            data=data,
+            images=images,
+            weights=weights,
+            arch=arch,
+            arguments=o.parse_pairs("--arg", arguments),
+            key=key,
+            trust_pickle=trust_pickle,
+            input_size=o.parse_input_size(input_size),
+            timing=Timing(memory_format.value, batch, rounds) if latency else None,
+            seed=seed,
+            progress=step,
+        )
+    if json:
+        screen.print_json(views.comparison_to_json(found))
+    elif markdown:
+        typer.echo(views.comparison_to_markdown(found), nl=False)
+    else:
+        console = screen.console()
+        screen.show(views.comparison_view(found, console.width), console)

@@ -1,0 +1,301 @@
+"""Models beside each other: what each costs on its own, and how it differs from the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import asymswap
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.inputs import probe
+from asymswap.latency_budget import Timing, machine
+from asymswap.measure.cost import count_costs
+from asymswap.measure.latency import in_format, inputs_like, time_models
+from asymswap.opening import Opened, open_model
+from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, OutputGap, Seconds, TimingRow
+from asymswap.sources.references import Request, is_file_reference
+from asymswap.spec import Progress, silent
+from asymswap.summary import state_bytes
+from asymswap.tensors import eval_mode, list_tensors, map_tensors
+from asymswap.training.data import LabelledImages, open_data
+from asymswap.training.evaluate import check_classifier
+
+Model = str | Path | nn.Module
+
+
+def compare(
+    models: Sequence[Model],
+    *,
+    data: str | None = None,
+    images: int | None = None,
+    weights: str | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    trust_pickle: bool = False,
+    input_size: tuple[int, ...] | None = None,
+    timing: Timing | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Comparison:
+    """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
+
+    With `data`, a data reference, outputs and accuracy are those on its test part, or on `images` of them, each model
+    with its own preprocessing; without, outputs are compared on random inputs. `arch` is that of the state-dict files
+    among the models, `weights` those of the references. `timing` says how latency is measured; without one it is not.
+
+    Raises AsymswapError where there are fewer than two models, or one of them cannot be opened.
+    """
+    if len(models) < 2:
+        raise AsymswapError(f"compare takes two models or more, not {len(models)}")
+    if images is not None and images < 1:
+        raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
+    _check_fit(models, arch, weights)
+    opened = []
+    for model in models:
+        file = not isinstance(model, nn.Module) and is_file_reference(str(model))
+        request = Request(
+            arch if file else None, None if file else weights, arguments or {}, trust_pickle, key if file else None
+        )
+        opened.append(open_model(model, request, input_size, progress))
+    rows = [_row(one) for one in opened]
+    timed = None if timing is None else _times(opened, timing, progress)
+    outcome = _on_random(opened, seed) if data is None else _on_data(opened, data, images, seed, progress)
+    return Comparison(
+        asymswap=asymswap.__version__,
+        models=tuple(
+            replace(
+                row,
+                latency=None if timed is None else timed[number],
+                gap=outcome.gaps[number],
+                accuracy=outcome.accuracies[number],
+                notes=(*row.notes, *outcome.notes[number]),
+            )
+            for number, row in enumerate(rows)
+        ),
+        outputs_on=outcome.on,
+        data=outcome.data,
+        images=outcome.images,
+        timing=None if timing is None else _timing_row(timing),
+    )
+
+
+def _check_fit(models: Sequence[Model], arch: str | None, weights: str | None) -> None:
+    names = [str(model) for model in models if not isinstance(model, nn.Module)]
+    files = [name for name in names if is_file_reference(name)]
+    if arch is not None and not files:
+        raise AsymswapError(f"--arch {arch} goes with a file, and none of the models is one")
+    if weights is not None and len(files) == len(names):
+        raise AsymswapError(f"--weights {weights} goes with a reference, and all models are files with their own")
+
+
+def _row(opened: Opened) -> ComparedRow:
+    source = opened.source
+    return ComparedRow(
+        model=opened.reference,
+        origin=source.origin.reference,
+        weights=source.weights,
+        input=source.preprocessing.describe(),
+        cost=count_costs(opened.model, opened.example()).total,
+        weights_bytes=state_bytes(opened.model),
+        file_bytes=None if source.file is None else source.file.stat().st_size,
+        notes=(*source.notes, *(("its weights are random",) if source.weights == "random" else ())),
+    )
+
+
+class _Ready(nn.Module):
+    """A model with the inputs that it is timed on, so that models of several input sizes take turns."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._inputs = inputs
+
+    def forward(self) -> Any:
+        return self.model(*self._inputs)
+
+
+def _times(opened: Sequence[Opened], timing: Timing, progress: Progress) -> list[Seconds]:
+    ready: dict[str, nn.Module] = {}
+    for number, one in enumerate(opened):
+        inputs = inputs_like(one.example(), timing.memory_format, timing.batch)
+        ready[str(number)] = _Ready(in_format(one.model, timing.memory_format), inputs)
+    found = time_models(ready, (), rounds=timing.rounds, progress=progress)
+    return [Seconds(found[key].whole, found[key].median) for key in ready]
+
+
+def _timing_row(timing: Timing) -> TimingRow:
+    return TimingRow(
+        memory_format=timing.memory_format,
+        batch=timing.batch,
+        threads=torch.get_num_threads(),
+        machine=machine()["processor"],
+        rounds=timing.rounds,
+    )
+
+
+@dataclass
+class _Outcome:
+    """What running the models has shown, one entry a model."""
+
+    on: str
+    gaps: list[OutputGap | None]
+    accuracies: list[Accuracy | None]
+    notes: list[list[str]]
+    data: str | None = None
+    images: int | None = None
+
+
+@dataclass
+class _Tally:
+    """What is counted of one model beside the first, batch by batch."""
+
+    squares: float = 0.0
+    energy: float = 0.0
+    largest: float = 0.0
+    agreed: int = 0
+    right: int = 0
+    gained: int = 0
+    lost: int = 0
+    seen: int = 0
+    note: str | None = None
+
+    def add_outputs(self, first: Any, own: Any) -> None:
+        """Take in both models' outputs of a batch."""
+        pairs = list(zip(list_tensors(first), list_tensors(own), strict=False))
+        before, after = (tuple("x".join(map(str, t.shape[1:])) for t in list_tensors(x)) for x in (first, own))
+        if before != after:
+            said = (", ".join(shapes) or "nothing" for shapes in (after, before))
+            self.note = "its outputs ({}) cannot be compared with the first's ({})".format(*said)
+            return
+        for one, other in pairs:
+            dtype = torch.promote_types(one.dtype, torch.float32)
+            gap = other.to(dtype) - one.to(dtype)
+            self.squares += float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
+            self.energy += float(torch.linalg.vector_norm(one.to(dtype), dtype=torch.float64)) ** 2
+            self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
+
+    def gap(self, scores: bool) -> OutputGap | None:
+        """The difference over all batches."""
+        if self.note is not None:
+            return None
+        relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
+        return OutputGap(relative, self.largest, self.agreed / self.seen if scores and self.seen else None)
+
+
+def _on_random(opened: Sequence[Opened], seed: int) -> _Outcome:
+    """The outputs on two random inputs, of those models that take the first's."""
+    count = 2
+    first = opened[0]
+    outcome = _Outcome(f"{count} random images (seed {seed})", [], [None] * len(opened), [[] for _ in opened])
+    (images,) = probe(first.source.preprocessing, first.dtype(), images=count, seed=seed)
+    reference = _run(first, images)
+    for number, one in enumerate(opened):
+        tally = _Tally()
+        if _size(one) != _size(first):
+            tally.note = f"it takes {_size(one)}, so its outputs cannot be compared with the first's; give --input"
+        else:
+            tally.add_outputs(reference, reference if number == 0 else _run(one, images))
+        outcome.gaps.append(None if number == 0 else tally.gap(scores=False))
+        outcome.notes[number] += [] if tally.note is None else [tally.note]
+    return outcome
+
+
+def _size(opened: Opened) -> str:
+    size = opened.source.preprocessing
+    return "x".join(map(str, (size.channels, *size.size)))
+
+
+def _run(opened: Opened, images: Tensor) -> Any:
+    """The model's outputs in eval mode, on the processor."""
+    device = next((parameter.device for parameter in opened.model.parameters()), images.device)
+    with eval_mode(opened.model), torch.inference_mode():
+        return map_tensors(opened.model(images.to(device, opened.dtype())), lambda tensor: tensor.cpu())
+
+
+def _on_data(opened: Sequence[Opened], reference: str, wanted: int | None, seed: int, progress: Progress) -> _Outcome:
+    """One pass of all models through the same images, each with its own preprocessing."""
+    data = [open_data(reference, one.source.preprocessing, "test") for one in opened]
+    refusals = [_refusal(one.model, images) for one, images in zip(opened, data, strict=True)]
+    tallies = [_Tally() for _ in opened]
+    total = min(wanted or len(data[0]), len(data[0]))
+    for done, labels, outputs in _batches(opened, data, total, seed):
+        answers = [None if why else output.argmax(1) for output, why in zip(outputs, refusals, strict=True)]
+        for tally, output, own in zip(tallies, outputs, answers, strict=True):
+            tally.add_outputs(outputs[0], output)
+            tally.seen += len(labels)
+            if own is None:
+                continue
+            right = own == labels
+            tally.right += int(right.sum())
+            if answers[0] is not None:
+                also = answers[0] == labels
+                tally.agreed += int((own == answers[0]).sum())
+                tally.gained += int((right & ~also).sum())
+                tally.lost += int((also & ~right).sum())
+        progress("running all models", done, total)
+    scored = [why is None and refusals[0] is None for why in refusals]
+    return _Outcome(
+        on=f"{total:,} images of {reference}",
+        gaps=[None, *(tally.gap(scores) for tally, scores in zip(tallies[1:], scored[1:], strict=True))],
+        accuracies=[
+            _accuracy(tally, why, number, scored[number])
+            for number, (tally, why) in enumerate(zip(tallies, refusals, strict=True))
+        ],
+        notes=[
+            [*([] if why is None else [f"no accuracy: {why}"]), *([] if tally.note is None else [tally.note])]
+            for tally, why in zip(tallies, refusals, strict=True)
+        ],
+        data=data[0].description,
+        images=total if total < len(data[0]) else None,
+    )
+
+
+def _batches(
+    opened: Sequence[Opened], data: Sequence[LabelledImages], total: int, seed: int
+) -> Iterator[tuple[int, Tensor, list[Any]]]:
+    """How many images are done, their labels, and all models' outputs, batch by batch."""
+    order = sorted(torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed)).tolist()[:total])
+    largest = max(math.prod(one.source.preprocessing.size) for one in opened)
+    batch = max(4, min(128, 2**20 // largest))
+    # A generator of its own: the loader would otherwise draw from the global one.
+    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in data]
+    done = 0
+    for together in zip(*loaders, strict=True):
+        labels = together[0][1]
+        done += len(labels)
+        outputs = [_run(one, images) for one, (images, _) in zip(opened, together, strict=True)]
+        yield done, labels, outputs
+
+
+def _refusal(model: nn.Module, data: LabelledImages) -> str | None:
+    """Why the model's accuracy on the data cannot be told, if it cannot."""
+    try:
+        check_classifier(model, data)
+    except SourceError as error:
+        return str(error)
+    return None
+
+
+def _accuracy(tally: _Tally, refusal: str | None, number: int, paired: bool) -> Accuracy | None:
+    if refusal is not None:
+        return None
+    top1 = tally.right / tally.seen
+    if number == 0 or not paired:
+        return Accuracy(top1)
+    return Accuracy(top1, tally.gained, tally.lost, mcnemar(tally.gained, tally.lost))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The two-sided p-value of McNemar's exact test: `gained` and `lost` of one fair coin's throws."""
+    throws = gained + lost
+    tail = sum(math.comb(throws, heads) for heads in range(min(gained, lost) + 1))
+    ways: int = 2**throws
+    return min(1.0, 2 * tail / ways)

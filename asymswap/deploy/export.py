@@ -1,0 +1,285 @@
+"""A converted model as a file that other programs run: ONNX, torch.export's .pt2, or a plain state dict.
+
+Every file is run beside the model in PyTorch before it takes its place on the disk: what computes something else is
+never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from asymswap.checkpoint import read_checkpoint, restore, save_state
+from asymswap.deploy.fuse import Wanted, fuse_model
+from asymswap.errors import AsymswapError, OutputError
+from asymswap.inputs import Inputs, describe, probe
+from asymswap.opening import model_dtype
+from asymswap.output import check_output, whole_file
+from asymswap.reporting.export import Check, ExportReport
+from asymswap.reporting.report import FileRow
+from asymswap.sources.references import build_architecture, rebuild
+from asymswap.spec import Preprocessing, Progress, silent
+from asymswap.tensors import list_tensors
+
+Form = Literal["onnx", "pt2", "state-dict"]
+SUFFIXES: dict[Form, tuple[str, ...]] = {
+    "onnx": (".onnx",),
+    "pt2": (".pt2",),
+    "state-dict": (".pt", ".pth", ".safetensors"),
+}
+_SAME = 1e-4
+_NEEDED = {"onnx": (1, 17), "onnxscript": (0, 7, 1), "onnxruntime": (1, 25)}
+"""Versions from which deformable convs are written and run on the processor."""
+
+_OPSET = 20
+
+
+def export(
+    checkpoint: str | Path,
+    path: str | Path,
+    *,
+    form: Form | None = None,
+    fuse: bool = True,
+    dynamic_size: bool = False,
+    model: nn.Module | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Write a converted model as ONNX, as .pt2 or as a plain state dict, and run what was written beside PyTorch.
+
+    `form` follows the file's ending where it is not given. What fuses exactly is fused before, unless `fuse` is False.
+    The batch may have any size, with `dynamic_size` height and width too. `model` (or `arch`) is the unconverted model
+    where only you can build it. Raises AsymswapError where it cannot be exported, or computes something else.
+    """
+    path = Path(path)
+    form = form or _form_of(path)
+    if path.suffix not in SUFFIXES[form]:
+        raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
+    check_output(path, force)
+    versions = _check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
+    work = _read(checkpoint, fuse, model, arch, arguments or {}, progress)
+    progress("exporting", 0, 1)
+    checks: tuple[Check, ...] = ()
+    dynamic: tuple[str, ...] = ()
+    if form == "state-dict":
+        _write_state(work, path)
+    else:
+        write = _write_onnx if form == "onnx" else _write_pt2
+        with whole_file(path) as draft:
+            checks, dynamic = write(work, draft, dynamic_size, seed)
+    progress("exporting", 1, 1)
+    return ExportReport(
+        model=str(checkpoint),
+        form=form,
+        runner={"onnx": "ONNX Runtime", "pt2": "torch.export", "state-dict": "none"}[form],
+        fused=work.fused,
+        checks=checks,
+        dynamic=dynamic,
+        opset=_OPSET if form == "onnx" else None,
+        files=(FileRow(str(path), path.stat().st_size),),
+        versions=versions,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The model to be written, in eval mode, and what it takes."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    fused: int
+    as_original: bool
+    origin: str
+
+    def inputs(self, images: int, seed: int, size: tuple[int, int] | None = None) -> Inputs:
+        preprocessing = self.preprocessing
+        if size is not None:
+            preprocessing = Preprocessing(preprocessing.channels, size, preprocessing.mean, preprocessing.std)
+        return probe(preprocessing, model_dtype(self.model), images, seed)
+
+
+def _form_of(path: Path) -> Form:
+    for form, suffixes in SUFFIXES.items():
+        if path.suffix in suffixes:
+            return form
+    endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+    raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
+
+
+def _read(
+    checkpoint: str | Path,
+    fuse: bool,
+    model: nn.Module | None,
+    arch: str | None,
+    arguments: Mapping[str, Any],
+    progress: Progress,
+) -> _Work:
+    stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
+    if model is None and arch is not None:
+        model = build_architecture(arch, arguments)
+    original = model if model is not None else rebuild(stored.header.origin, stored.header.skeleton)
+    converted = restore(stored, label, original)
+    preprocessing, plans = stored.header.preprocessing, stored.header.plans
+    if preprocessing.form == "image-list":
+        raise AsymswapError(
+            f"{label} takes lists of images and keeps a number of boxes that depends on them: "
+            f"export its backbone from Python with torch.onnx.export"
+        )
+    if not fuse:
+        return _Work(converted, preprocessing, 0, not any(plan.swaps for plan in plans), stored.header.origin.reference)
+    result = fuse_model(converted, original, plans, Wanted(), progress)
+    fused = sum(row.outcome != "left" for row in result.sites)
+    return _Work(result.model, preprocessing, fused, result.as_before, stored.header.origin.reference)
+
+
+def _write_onnx(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    import onnx
+    import onnxruntime
+
+    inputs = work.inputs(2, seed)
+    shapes, names = _dynamic(inputs, dynamic_size)
+    with _quiet(), _failing_clearly("ONNX"):
+        program = torch.onnx.export(
+            work.model,
+            inputs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[f"input_{number}" for number in range(len(inputs))] if len(inputs) > 1 else ["input"],
+            opset_version=_OPSET,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(draft))
+        onnx.checker.check_model(str(draft), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
+    keys = [item.name for item in session.get_inputs()]
+
+    def run(given: Inputs) -> Sequence[Tensor]:
+        values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(given), strict=True)}
+        return [torch.as_tensor(value) for value in session.run(None, values)]
+
+    return _compare(work, run, dynamic_size, seed, "ONNX Runtime"), names
+
+
+def _write_pt2(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    inputs = work.inputs(2, seed)
+    shapes, names = _dynamic(inputs, dynamic_size)
+    with _quiet(), _failing_clearly("torch.export"):
+        program = torch.export.export(work.model, inputs, dynamic_shapes=shapes)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        draft.write_bytes(buffer.getvalue())
+        loaded = torch.export.load(io.BytesIO(draft.read_bytes())).module()
+
+    def run(given: Inputs) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return list_tensors(loaded(*given))
+
+    return _compare(work, run, dynamic_size, seed, "the exported program"), names
+
+
+def _write_state(work: _Work, path: Path) -> None:
+    if not work.as_original:
+        raise AsymswapError(
+            f"a plain state_dict is one that {work.origin} loads, and some replacements do not fuse to its convs; "
+            f"export to onnx or pt2, or use asymswap.load"
+        )
+    save_state(path, work.model)
+
+
+def _dynamic(inputs: Inputs, dynamic_size: bool) -> tuple[tuple[dict[int, Any], ...], tuple[str, ...]]:
+    """What may vary of every input, for torch.export, and its names; all inputs vary alike."""
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    names: tuple[str, ...] = ("batch",)
+    if dynamic_size:
+        last = list_tensors(inputs)[0].dim() - 1
+        dims |= {last - 1: torch.export.Dim.AUTO, last: torch.export.Dim.AUTO}
+        names += ("height", "width")
+    return tuple(dims for _ in inputs), names
+
+
+def _compare(
+    work: _Work, run: Callable[[Inputs], Sequence[Tensor]], dynamic_size: bool, seed: int, runner: str
+) -> tuple[Check, ...]:
+    """Run the written file on several batches, and sizes; raises AsymswapError where it computes something else."""
+    height, width = work.preprocessing.size
+    sizes = [None, (height * 3 // 2, width * 5 // 4)] if dynamic_size else [None]
+    checks = []
+    for images, size in ((1, None), *((3, size) for size in sizes)):
+        inputs = work.inputs(images, seed, size)
+        with torch.no_grad():
+            wanted = list_tensors(work.model(*inputs))
+        found = run(inputs)
+        largest, scale = 0.0, 0.0
+        for one, other in zip(wanted, found, strict=True):
+            largest = max(largest, float((one.double() - other.double()).abs().max()))
+            scale = max(scale, float(one.double().abs().max()))
+        check = Check(describe(inputs).removeprefix("an input of "), largest, _SAME * max(1.0, scale))
+        if not largest <= check.allowed or not math.isfinite(largest):
+            raise AsymswapError(
+                f"{runner} computes something else than PyTorch on {check.inputs}: {largest:.1e} at most, where "
+                f"{check.allowed:.0e} are allowed; nothing was written"
+            )
+        checks.append(check)
+    return tuple(checks)
+
+
+def _check_versions() -> tuple[str, ...]:
+    """Raise AsymswapError where what ONNX needs is missing or too old; else the names and versions."""
+    found = []
+    for name, needed in _NEEDED.items():
+        try:
+            version = importlib.import_module(name).__version__
+        except ImportError:
+            raise AsymswapError(f"ONNX needs {name}; pip install 'asymswap[onnx]'") from None
+        if _numbers(version) < needed:
+            wanted = ".".join(map(str, needed))
+            raise AsymswapError(f"{name} {version} is too old for ONNX, which needs {wanted}; pip install -U {name}")
+        found.append(f"{name} {version}")
+    return tuple(found)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")[:3]
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters talk about their own insides; what matters is told by the checks afterwards."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _failing_clearly(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (AsymswapError, OSError):
+        raise
+    except Exception as error:
+        # An exporter may fail in any of its many passes, with any error.
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise AsymswapError(f"{what} cannot express this model: {reason} (--debug shows where)") from error

@@ -1,0 +1,95 @@
+"""Where the taps of a converted model's layers are, read from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymswap import kinds
+from asymswap.calibrate import some_images
+from asymswap.checkpoint import read_checkpoint, restore
+from asymswap.errors import AsymswapError
+from asymswap.inputs import Inputs, probe
+from asymswap.opening import model_dtype
+from asymswap.reporting.offsets import OffsetReport, OffsetRow
+from asymswap.sources.references import build_architecture
+from asymswap.spec import Plan, Swap
+from asymswap.tensors import eval_mode
+
+
+def offsets(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    model: nn.Module | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> OffsetReport:
+    """Where the taps of a converted model have gone, layer by layer.
+
+    What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`)
+    is the unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
+    """
+    stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
+    if model is None and arch is not None:
+        model = build_architecture(arch, arguments or {})
+    converted = restore(stored, label, model)
+    preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
+    if data is None:
+        inputs, about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
+    else:
+        images, about = some_images(data, preprocessing, dtype, seed)
+        inputs = (images,)
+    rows = read_offsets(converted, stored.header.plans, inputs)
+    if not rows:
+        moving = [name for name in kinds.names() if isinstance(kinds.load(name), kinds.Moving)]
+        raise AsymswapError(f"{label} has no layer whose taps move; the kinds {', '.join(moving)} have such taps")
+    return OffsetReport(label, rows, about)
+
+
+def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:
+    """The offsets of every layer whose kind moves taps, in the order of the plans; the model is run on the inputs.
+
+    A layer that a later conversion has changed, or that was fused, is left out, and so is one that never runs.
+    """
+    found: dict[str, OffsetRow] = {}
+    handles = []
+    modules = dict(model.named_modules())
+    for swap in (swap for plan in plans for swap in plan.swaps):
+        kind, module = kinds.load(swap.kind), modules.get(swap.site)
+        if module is None or not isinstance(kind, kinds.Moving):
+            continue
+
+        def see(module: nn.Module, args: Any, swap: Swap = swap, kind: kinds.Moving = kind) -> None:
+            found[swap.site] = _row(swap, module, kind.tap_offsets(module, args[0]))
+
+        handles.append(module.register_forward_pre_hook(see))
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [swap.site for plan in plans for swap in plan.swaps]
+    return tuple(found[site] for site in order if site in found)
+
+
+def _row(swap: Swap, module: Any, offsets_ST2: Tensor) -> OffsetRow:
+    double_ST2 = offsets_ST2.double()
+    mean_T2, spread_T2 = double_ST2.mean(0), double_ST2.std(0, correction=0)
+    limit = swap.settings.get("limit")
+    return OffsetRow(
+        site=swap.site,
+        kind=swap.kind,
+        kernel=module.conv.kernel,
+        dilation=module.conv.dilation,
+        mean=tuple((down, right) for down, right in mean_T2.tolist()),
+        spread=tuple((down, right) for down, right in spread_T2.tolist()),
+        largest=float(torch.linalg.vector_norm(double_ST2, dim=-1).max()),
+        limit=None if limit is None else float(limit),
+    )

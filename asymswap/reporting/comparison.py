@@ -1,0 +1,223 @@
+"""Models beside each other: numbers and text, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from asymswap.reporting import words
+from asymswap.reporting.report import SCHEMA, plain
+from asymswap.reporting.terminal import WIDE, table
+from asymswap.spec import Cost
+
+
+@dataclass(frozen=True)
+class OutputGap:
+    """How far a model's outputs are from those of the first, relative and at most.
+
+    `agreement` is the fraction of images whose highest score is the same class's; None where outputs are no scores.
+    """
+
+    relative: float
+    largest: float
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 as a fraction; how many images only this model gets right, and how many only the first does.
+
+    `p_value` is that of McNemar's exact test: how likely so uneven a split is between two equally good models.
+    """
+
+    top1: float
+    gained: int | None = None
+    lost: int | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """One forward pass: the minimum of all rounds, and the median."""
+
+    minimum: float
+    median: float
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One model: what it is and what it costs, and how it differs from the first.
+
+    `weights_bytes` are those of its tensors, `file_bytes` those of the file that it came from, where it did.
+    """
+
+    model: str
+    origin: str
+    weights: str
+    input: str
+    cost: Cost
+    weights_bytes: int
+    file_bytes: int | None = None
+    latency: Seconds | None = None
+    gap: OutputGap | None = None
+    accuracy: Accuracy | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TimingRow:
+    """How latency was measured: all models in turn."""
+
+    memory_format: str
+    batch: int
+    threads: int
+    machine: str
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is known of the models, the first of which the others are compared with.
+
+    `outputs_on` says on what the outputs were compared, `data` on which images accuracy was measured.
+    """
+
+    asymswap: str
+    models: tuple[ComparedRow, ...]
+    outputs_on: str
+    data: str | None = None
+    images: int | None = None
+    timing: TimingRow | None = None
+
+
+def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as plain data."""
+    return {"schema": SCHEMA, **plain(comparison)}
+
+
+Say = Callable[[ComparedRow, ComparedRow], str]
+"""What a column says of a model, the first being given too."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    say: Say
+    shown: Callable[[Comparison], bool] = lambda _: True
+    wide: bool = False
+
+
+def _ratio(value: Callable[[ComparedRow], float | None]) -> Say:
+    def say(row: ComparedRow, first: ComparedRow) -> str:
+        part, whole = value(row), value(first)
+        return "-" if part is None or whole is None else words.share(part, whole)
+
+    return say
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{1e3 * value:.3g}"
+
+
+def _timed(comparison: Comparison) -> bool:
+    return comparison.timing is not None
+
+
+def _evaluated(comparison: Comparison) -> bool:
+    return comparison.data is not None
+
+
+def _agreed(comparison: Comparison) -> bool:
+    return any(row.gap is not None and row.gap.agreement is not None for row in comparison.models)
+
+
+def _minimum(row: ComparedRow) -> float | None:
+    return None if row.latency is None else row.latency.minimum
+
+
+_COLUMNS = (
+    _Column("MACs", lambda row, _: words.count(row.cost.macs)),
+    _Column("of 1st", _ratio(lambda row: row.cost.macs), wide=True),
+    _Column("Params", lambda row, _: words.count(row.cost.params)),
+    _Column("of 1st", _ratio(lambda row: row.cost.params), wide=True),
+    _Column("Weights", lambda row, _: words.size(row.weights_bytes), wide=True),
+    _Column(
+        "File",
+        lambda row, _: "-" if row.file_bytes is None else words.size(row.file_bytes),
+        lambda c: any(row.file_bytes is not None for row in c.models),
+    ),
+    _Column("ms", lambda row, _: _milliseconds(_minimum(row)), _timed),
+    _Column(
+        "Median", lambda row, _: _milliseconds(None if row.latency is None else row.latency.median), _timed, wide=True
+    ),
+    _Column("of 1st", _ratio(_minimum), _timed, wide=True),
+    _Column("Output", lambda row, _: "-" if row.gap is None else words.error(row.gap.relative)),
+    _Column(
+        "Agree",
+        lambda row, _: "-" if row.gap is None or row.gap.agreement is None else words.percent(row.gap.agreement),
+        _agreed,
+        wide=True,
+    ),
+    _Column("Top-1", lambda row, _: "-" if row.accuracy is None else f"{100 * row.accuracy.top1:.2f} %", _evaluated),
+)
+
+
+def _columns(comparison: Comparison, wide: bool) -> list[_Column]:
+    return [column for column in _COLUMNS if column.shown(comparison) and (wide or not column.wide)]
+
+
+def _cells(row: ComparedRow, comparison: Comparison, wide: bool) -> list[str]:
+    first = comparison.models[0]
+    return [row.model, *(column.say(row, first) for column in _columns(comparison, wide))]
+
+
+def comparison_view(comparison: Comparison, width: int) -> RenderableType:
+    """A line for each model, and the fine print below."""
+    wide = width >= WIDE
+    titles = [("Model", "fold"), *((column.title, "right") for column in _columns(comparison, wide))]
+    rows = [_cells(row, comparison, wide) for row in comparison.models]
+    lines = [Text(line, style="dim") for line in _fine_print(comparison)]
+    return Group(table(titles, rows), Text(""), *lines)
+
+
+def comparison_to_markdown(comparison: Comparison) -> str:
+    """The whole table and the fine print, to be pasted into a pull request."""
+    titles = ["Model", *(column.title for column in _columns(comparison, wide=True))]
+    titles = [{"ms": "ms (minimum)", "Median": "ms (median)"}.get(title, title) for title in titles]
+    lines = [titles, ["---", *("---:" for _ in titles[1:])]]
+    lines += [[f"`{row.model}`", *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
+    made = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([*made, "", *(f"- {line}" for line in _fine_print(comparison)), ""])
+
+
+def _fine_print(comparison: Comparison) -> list[str]:
+    first = comparison.models[0]
+    lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
+    timing = comparison.timing
+    if timing is not None:
+        threads = f"{timing.threads} thread" + "s" * (timing.threads != 1)
+        lines.append(
+            f"ms: one forward pass, batch {timing.batch}, {timing.memory_format}, {threads} of {timing.machine}; all "
+            f"models in turn, {timing.rounds} rounds at most, their minimum."
+        )
+    if comparison.data is not None:
+        lines.append(
+            f"Top-1 on {comparison.data}" + (f", {comparison.images:,} of them." if comparison.images else ".")
+        )
+    for row in comparison.models[1:]:
+        accuracy = row.accuracy
+        if accuracy is not None and accuracy.p_value is not None:
+            lines.append(
+                f"{row.model} alone is right on {accuracy.gained} images, {first.model} alone on {accuracy.lost} "
+                f"(McNemar's exact test: p = {accuracy.p_value:.2g})."
+            )
+    sizes = dict.fromkeys(row.input for row in comparison.models)
+    if len(sizes) > 1:
+        lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in comparison.models) + ".")
+    lines += [f"{row.model}: {note}." for row in comparison.models for note in row.notes]
+    lines.append("MACs of one forward pass, batch 1; FLOPs are 2 x MACs. Of 1st: what is left of the first model's.")
+    return lines

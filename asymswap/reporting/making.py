@@ -1,0 +1,57 @@
+"""How a conversion was made, beside what it did: kept in the checkpoint, and read back from it with the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from asymswap.errors import CheckpointError
+from asymswap.reporting.fusion import FusionRow
+from asymswap.reporting.report import Report
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Making:
+    """The recipe's text, what was changed of it, the command line and versions; what was fused since, if anything.
+
+    `command` is empty where the conversion was asked for from Python.
+    """
+
+    recipe: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    command: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[FusionRow, ...] = ()
+
+
+def read_making(provenance: Mapping[str, Any], label: str) -> Making:
+    """What a checkpoint's provenance tells of how it was made; raises CheckpointError where it is damaged."""
+    fused = provenance.get("fused")
+    known = {
+        key: provenance[key] for key in ("recipe", "overrides", "seed", "command", "versions") if key in provenance
+    }
+    if isinstance(fused, Mapping):
+        known["fused"] = fused.get("sites", [])
+    return _checked(Making, known, label)
+
+
+def read_report(provenance: Mapping[str, Any], label: str) -> Report:
+    """The report in a checkpoint's provenance; raises CheckpointError where there is none, or it is damaged."""
+    if "report" not in provenance:
+        raise CheckpointError(f"{label} holds no report; convert the model again to have one")
+    return _checked(Report, provenance["report"], label)
+
+
+def _checked(form: type[T], data: Any, label: str) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(form).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{label} has a damaged {form.__name__.lower()}: {where}: {first['msg']}") from None

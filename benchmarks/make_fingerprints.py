@@ -1,0 +1,104 @@
+"""Writes asymswap/sources/fingerprints.tsv: what the state dicts of the known networks look like.
+
+Every network is built without weights, and built again with another number of classes (of input channels, of pixels):
+the sizes that change are those that follow the argument. `--check` compares instead of writing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torchvision
+
+from asymswap.errors import SourceError
+from asymswap.sources import builders
+from asymswap.sources.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash, to_line
+
+OUT = Path(__file__).parents[1] / "asymswap" / "sources" / "fingerprints.tsv"
+
+# Numbers that no network has by default and that share no divisor with each other.
+CLASSES, CHANNELS = (11, 13), 5
+
+
+def references() -> list[str]:
+    """All known networks but the quantisable ones, which compute what their namesakes do and have the same keys."""
+    return [name for name in builders.known_references() if not name.startswith("torchvision:quantized_")]
+
+
+def forms(reference: str) -> list[dict[str, Any]]:
+    """The arguments that change which keys a network has: auxiliary heads, there or not."""
+    base = builders.shapes(reference, {})
+    found: list[dict[str, Any]] = [{}]
+    for arguments in ({"aux_logits": False}, {"aux_loss": True}):
+        shapes = shapes_or_none(reference, arguments)
+        if shapes is not None and shapes.keys() != base.keys():
+            found.append(arguments)
+    return found
+
+
+def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | None:
+    """The shapes of a network, or None where it does not take the arguments."""
+    try:
+        return builders.shapes(reference, arguments)
+    except SourceError:
+        return None
+
+
+def fingerprint(reference: str, arguments: dict[str, Any]) -> Fingerprint:
+    """What one form of a network looks like."""
+    base = builders.shapes(reference, arguments)
+    entry = Fingerprint(reference, arguments, keys_hash(base), "")
+    some, others = (shapes_or_none(reference, {**arguments, "num_classes": n}) for n in CLASSES)
+    if some is not None and others is not None and some.keys() == others.keys() == base.keys():
+        free = tuple(
+            Free(key, axis, (b - a) // (CLASSES[1] - CLASSES[0]))
+            for key in base
+            for axis, (a, b) in enumerate(zip(some[key], others[key], strict=True))
+            if a != b
+        )
+        if free and all(some[one.key][one.axis] == one.times * CLASSES[0] for one in free):
+            count = base[free[0].key][free[0].axis] // free[0].times
+            entry = dataclasses.replace(entry, classes=free, default_classes=count)
+    entry = with_stem(entry, base, shapes_or_none(reference, {**arguments, "in_channels": CHANNELS}))
+    if reference.startswith("torchvision:vit_"):
+        position = "encoder.pos_embedding"
+        entry = dataclasses.replace(entry, position=position, default_positions=base[position][1])
+    return dataclasses.replace(entry, shapes=shapes_hash(base, free_sizes(entry)))
+
+
+def with_stem(entry: Fingerprint, base: Shapes, other: Shapes | None) -> Fingerprint:
+    """The fingerprint with the one weight that follows the input's channels, where there is one."""
+    changed = [key for key in base if other is not None and other[key] != base[key]]
+    if len(changed) != 1:
+        return entry
+    return dataclasses.replace(entry, stem=changed[0], default_channels=base[changed[0]][1])
+
+
+def text() -> str:
+    """The whole table."""
+    lines = [to_line(fingerprint(reference, arguments)) for reference in references() for arguments in forms(reference)]
+    head = f"# made by benchmarks/make_fingerprints.py with torchvision {torchvision.__version__.partition('+')[0]}"
+    columns = "# reference, arguments, keys, shapes, classes, their number, stem, its channels, positions, their number"
+    return "\n".join([head, columns, *lines]) + "\n"
+
+
+def main() -> int:
+    """Write the table, or say whether it is current."""
+    warnings.simplefilter("ignore")
+    made = text()
+    if "--check" in sys.argv[1:]:
+        current = OUT.exists() and OUT.read_text(encoding="utf-8") == made
+        print(f"{OUT} is {'current' if current else 'out of date'}")
+        return 0 if current else 1
+    OUT.write_text(made, encoding="utf-8")
+    print(f"{len(made.splitlines()) - 2} fingerprints of {len(references())} networks -> {OUT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

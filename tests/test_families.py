@@ -1,0 +1,186 @@
+"""Networks that take other things than a batch of images, or give other things than scores: all of torchvision's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+import asymswap
+from asymswap.inputs import Inputs, probe
+from asymswap.sources import torchvision_models
+from asymswap.sources.builders import build
+from asymswap.spec import Preprocessing
+from asymswap.tensors import list_tensors, map_tensors
+
+FULL_RANK = {"energy": 1.0, "allow_growth": True}
+CLASSIFIERS = models.list_models(models)
+OTHERS = [name for name in models.list_models() if name not in CLASSIFIERS]
+QUICK = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "lraspp_mobilenet_v3_large",
+    "quantized_mobilenet_v2",
+    "r3d_18",
+    "raft_small",
+    "ssdlite320_mobilenet_v3_large",
+}
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OTHERS]
+
+
+def convert(name: str) -> asymswap.Conversion:
+    torch.manual_seed(0)
+    return asymswap.convert(name, "all-spatial", weights="none", overrides=FULL_RANK)
+
+
+def training_inputs(name: str, preprocessing: Preprocessing) -> Inputs:
+    """What a network is trained on: for detectors, with boxes, labels, masks and keypoints."""
+    inputs = probe(preprocessing, torch.float32)
+    if preprocessing.form != "image-list":
+        return inputs
+    height, width = preprocessing.size
+    target: dict[str, Tensor] = {
+        "boxes": torch.tensor([[0.1 * width, 0.2 * height, 0.7 * width, 0.8 * height]]),
+        "labels": torch.tensor([1]),
+    }
+    if name.startswith("maskrcnn"):
+        target["masks"] = torch.ones(1, height, width, dtype=torch.uint8)
+    if name.startswith("keypointrcnn"):
+        target["keypoints"] = torch.rand(1, 17, 3) * torch.tensor([width, height, 1.0])
+    return (*inputs, [target, target])
+
+
+def form_of(value: Any) -> Any:
+    """The types in a nested value, and the sizes of the tensors in it."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return type(value), {key: form_of(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value), [form_of(item) for item in value]
+    return type(value)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_of_any_family_is_read_and_converted(name: str) -> None:
+    found = asymswap.candidates(name, weights="none")
+    conversion = convert(name)
+    report = conversion.report
+    original = build(f"torchvision:{name}", {})
+    convs = [each for each, module in original.named_modules() if isinstance(module, nn.Conv2d)]
+
+    assert {row.site.name for row in found.rows} == set(convs) == {row.site for row in report.sites}
+    assert bool(report.swapped) == any(original.get_submodule(each).weight[0, 0].numel() > 3 for each in convs)
+    assert report.output.relative < 1e-4
+    assert all(row.output_error < 1e-4 for row in report.swapped)
+    before = report.rest.macs + sum(row.before.macs for row in report.sites)
+    after = report.rest.macs + sum(row.after.macs for row in report.sites)
+    assert (before, after) == (report.before.macs, report.after.macs)
+    swapped = tuple(f"{row.site}." for row in report.swapped)
+    untouched = [key for key in original.state_dict() if not key.startswith(swapped)]
+    assert [key for key in conversion.model.state_dict() if not key.startswith(swapped)] == untouched
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_it_trains_as_before(name: str) -> None:
+    """The losses of detectors, auxiliary outputs and lists of flows come out as the original's do."""
+    conversion = convert(name)
+    torch.manual_seed(0)
+    original = build(f"torchvision:{name}", {}).train()
+    inputs = training_inputs(name, conversion.header.preprocessing)
+    with torch.no_grad():
+        wanted = form_of(original(*inputs))
+    output = conversion.model.train()(*inputs)
+    assert form_of(output) == wanted
+    floats = [tensor for tensor in list_tensors(output) if tensor.is_floating_point()]
+    sum(tensor.sum() for tensor in floats).backward()  # type: ignore[union-attr]
+    for row in conversion.report.swapped[:3]:
+        gradients = [parameter.grad for parameter in conversion.model.get_submodule(row.site).parameters()]
+        assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def test_the_report_says_how_a_detector_was_read_and_compared() -> None:
+    report = convert("ssdlite320_mobilenet_v3_large").report
+    assert report.model.traced_by == "torch.fx in 13 parts"
+    assert report.output.probe == "2 random images (seed 0), compared at the outputs of 13 parts"
+    assert report.model.input == "3x320x320"
+
+
+def test_a_changed_detector_is_told_by_its_parts() -> None:
+    """The comparison can fail: pairs of rank 1 do not compute the same."""
+    torch.manual_seed(0)
+    overrides = {"rank": 1, "allow_growth": True}
+    report = asymswap.convert("raft_small", "all-spatial", weights="none", overrides=overrides).report
+    assert report.output.relative > 0.01
+    torch.manual_seed(0)
+    detector = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    report = asymswap.convert(detector, "all-spatial", weights="none", overrides=overrides).report
+    assert report.output.relative > 0.01
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "raft_small", "r3d_18"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_written_computes_the_same_in_another_process(name: str, suffix: str, tmp_path: Path) -> None:
+    conversion = convert(name)
+    asymswap.save(conversion, tmp_path / f"model{suffix}")
+    inputs = probe(conversion.header.preprocessing, torch.float32, images=1)
+    with torch.no_grad():
+        wanted = list_tensors(conversion.model(*inputs))
+    torch.save(map_tensors(inputs, Tensor.clone), tmp_path / "inputs.pt")
+    code = f"""
+import asymswap, torch
+from asymswap.tensors import list_tensors
+model = asymswap.load({str(tmp_path / f"model{suffix}")!r})
+with torch.no_grad():
+    torch.save(list_tensors(model(*torch.load({str(tmp_path / "inputs.pt")!r}))), {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    found = torch.load(tmp_path / "out.pt")
+    assert len(found) == len(wanted)
+    # The other process may have another number of threads, which sum in another order.
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_pickled_detector_is_known_by_its_class(tmp_path: Path) -> None:
+    torch.save(build("torchvision:ssdlite320_mobilenet_v3_large", {}), tmp_path / "detector.pt")
+    found = asymswap.candidates(tmp_path / "detector.pt")
+    assert found.input == "an input of 3x320x320"
+    assert len(found.rows) == 98
+
+
+def test_clips_have_frames() -> None:
+    found = asymswap.candidates("r3d_18", weights="none", input_size=(3, 8, 64, 64))
+    assert found.input == "an input of 1x3x8x64x64"
+    assert found.rows == ()
+    with pytest.raises(asymswap.AsymswapError, match="--input 3x64x64 does not suit: one input is channels x frames x"):
+        asymswap.candidates("r3d_18", weights="none", input_size=(3, 64, 64))
+    with pytest.raises(asymswap.AsymswapError, match="--input 3x8x64x64 does not suit: one input is channels x height"):
+        asymswap.candidates("resnet18", weights="none", input_size=(3, 8, 64, 64))
+
+
+def test_data_is_for_networks_that_take_single_images() -> None:
+    with pytest.raises(asymswap.AsymswapError, match="this network takes lists of images; data can be given to"):
+        asymswap.convert(
+            "ssdlite320_mobilenet_v3_large",
+            "3x3-only",
+            weights="none",
+            calibration=asymswap.Calibration(data="digits"),
+        )
+
+
+def test_every_form_has_a_preprocessing() -> None:
+    """The families take what torchvision's own documentation says."""
+    forms = {name: torchvision_models.assumed_preprocessing(build(f"torchvision:{name}", {})).form for name in QUICK}
+    assert forms == {
+        "fasterrcnn_mobilenet_v3_large_320_fpn": "image-list",
+        "lraspp_mobilenet_v3_large": "images",
+        "quantized_mobilenet_v2": "images",
+        "r3d_18": "clips",
+        "raft_small": "image-pair",
+        "ssdlite320_mobilenet_v3_large": "image-list",
+    }
