@@ -553,11 +553,27 @@ def _trap_pickles() -> Iterator[tuple[str, bytes]]:
     yield "an INST", b"\x80\x02(X\x0c\x00\x00\x00touch sprungiposix\nsystem\n."
     yield "protocol 4", b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + touch + b"\x85R."
     yield "an OBJ", b"\x80\x02(cposix\nsystem\n" + touch + b"o."
-    yield "tuples in tuples", b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"Ns."
-    yield "lists in lists", b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b"."
-    yield "itself", b"\x80\x02}q\x00" + _text("model") + b"h\x00s."
+    nested = {
+        "tuples in tuples": b")" + b"\x85" * 200_000 + b"Ns",
+        "lists in lists": _text("model") + b"](" * 50_000 + b"e" * 50_000 + b"s",
+        "itself": _text("model") + b"h\x00s",
+    }
+    for name, items in nested.items():
+        yield name, b"\x80\x02}q\x00" + items + b"."
+        # A class of the user's own, whose weights are read all the same.
+        yield f"{name}, beside a class", b"\x80\x02}q\x00" + _text("x") + b"cuser.net\nNet\n)\x81s" + items + b"."
     laughs = b"".join(b"]q" + bytes([n + 1]) + b"(" + (b"h" + bytes([n])) * 9 + b"e" for n in range(60))
     yield "a billion laughs", b"\x80\x02]q\x00" + laughs + b"."
+    nest = b"".join(
+        b"}q"
+        + bytes([n + 1])
+        + b"("
+        + b"".join(_text(key) + b"h" + bytes([n]) for key in ("model", "net", "ema"))
+        + b"u"
+        for n in range(60)
+    )
+    yield "nests in nests", b"\x80\x02}q\x00" + nest + b"."
+    yield "nests in nests, beside a class", b"\x80\x02}q\x00" + nest + _text("x") + b"cuser.net\nNet\n)\x81s."
     yield (
         "a name that is code",
         _module_named('0"), getattr(__import__("os"), "system")("touch sprung"), getattr(self, "0'),
