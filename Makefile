@@ -15,7 +15,7 @@ test: $(READY)
 	$(RUN)/python -m pytest
 
 test-fast: $(READY)
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow and not exhaustive"
 
 lint: $(READY)
 	$(RUN)/ruff check .
