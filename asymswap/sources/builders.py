@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from asymswap.errors import SourceError
 from asymswap.sources import networks, torchvision_models
 from asymswap.sources.state import State, compare
+from asymswap.tensors import allocated, list_tensors
 
 DIGITS = "digits-resnet"
 
@@ -58,6 +59,26 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
 
 
+def build_unset(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The same network with unset weights, to load a state dict into: no memory is taken before that is done.
+
+    The random numbers of others are not touched. Raises SourceError as `build` does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with _EmptyOnMeta():
+                model = build(reference, arguments)
+        except Exception:
+            # Some run themselves while they are built (ssdlite), which needs numbers.
+            return build(reference, arguments)
+        stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        every = (tensor for module in model.modules() for tensor in list_tensors(dict(vars(module))))
+        if any(tensor.is_meta and id(tensor) not in stored for tensor in every):
+            # What no state dict brings has to be computed.
+            return build(reference, arguments)
+        return allocated(model)
+
+
 def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix("cifar:")]
     unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
@@ -69,14 +90,15 @@ def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
 def build_to_fit(reference: str, arguments: Mapping[str, Any], state: State) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a full reference with the class count and input channels that a state dict shows.
 
-    Returns it with the arguments that were used; whether the state fits in all other respects is for `compare` to say.
+    Returns it, with unset weights, and the arguments that were used; whether the state fits in all other respects is
+    for `compare` to say.
     """
-    model = build(reference, arguments)
+    model = build_unset(reference, arguments)
     guess = {**_guess(model, state), **arguments}
     if guess == dict(arguments):
         return model, guess
     try:
-        other = build(reference, guess)
+        other = build_unset(reference, guess)
     except SourceError:
         return model, dict(arguments)
     return (model, dict(arguments)) if compare(other, state) else (other, guess)
