@@ -25,8 +25,8 @@ SOURCES = {
     "safetensors, written as such": ["state.safetensors", "--arch", NAME, "-o", "out.safetensors"],
     "asymswap checkpoint": ["half.asym.pt"],
 }
-PROMISED = 2.2
-"""Times the weights, over what the imports take."""
+ONCE = 1.6
+"""Times the weights, over what the imports take: 1.2 is measured. What is promised, 2.2, would hide a second copy."""
 
 
 # Between the tests and what they measure: a process starts with the peak of whoever starts it.
@@ -91,4 +91,4 @@ def test_peak_of_a_conversion(source: str, prepared: Prepared) -> None:
     command = ["-m", "asymswap", "convert", *SOURCES[source], "--recipe", "3x3-only", "--input", "3x64x64", "--force"]
     over = peak(prepared.folder, *command) - prepared.floor
     assert over > 0.9 * prepared.weights, "that cannot be: the weights are not even there once"
-    assert over < PROMISED * prepared.weights
+    assert over < ONCE * prepared.weights
