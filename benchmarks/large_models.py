@@ -198,9 +198,9 @@ def totals(data: dict[str, Any]) -> list[str]:
     if rows:
         worst = max(rows, key=over.__getitem__)
         lines.append(f"Most: {over[worst]:.2f} x the weights ({worst[0]}, {worst[1]}).")
-    for name, source in rows:
-        if said := data["models"][name]["rows"][source]["said"]:
-            lines.append(f"{name} ({source}) is not converted, the command says why: {said}")
+    for name in dict.fromkeys(name for name, _ in rows):
+        said = {row["said"] for row in data["models"][name]["rows"].values()} - {""}
+        lines += [f"{name} is opened, and not converted; the command says why: `{one}`" for one in sorted(said)]
     if any(data["models"][name]["rows"][source]["others"] >= QUIET for name, source in rows):
         lines.append("Other programs were busy meanwhile: the seconds are too long. Memory does not depend on that.")
     return lines
