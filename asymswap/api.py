@@ -420,7 +420,8 @@ def _carry_out(
     if gathered is not None and calibration is not None:
         converted, sequential = convert_on(opened, traced, plan, gathered, calibration, progress)
     else:
-        converted = apply_plan(opened.model, plan, progress)
+        # Weights that stay as they are need not be held twice where nobody else holds the original.
+        converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
     clock.stop("convert")
     if calibration is not None and calibration.polishes:
         polished = team.first(lambda: polish(opened, converted, calibration, progress))

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from asymswap import kinds
 from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError
+from asymswap.graph.surgery import swap
 from asymswap.output import whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
@@ -129,9 +130,10 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     """
     header = stored.header
     try:
-        base = model if model is not None else rebuild(header.origin, header.skeleton)
+        base = rebuild(header.origin, header.skeleton) if model is None else model
         for plan in header.plans:
-            base = apply_structure(base, plan)
+            base = apply_structure(base, plan, share=base is not model)
+        base = swap(base, {}) if base is model else base
     except AsymswapError as error:
         how = "load it with asymswap.load(path, model=…) or give --arch"
         how = how if model is None else "the model given is not the one that was converted"
@@ -140,7 +142,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
     try:
-        load_state_(base, stored.state)
+        load_state_(base, stored.state, take=model is None)
     except SourceError as error:
         raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()

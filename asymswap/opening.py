@@ -110,6 +110,7 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
         skeleton=header.skeleton,
         file=path,
         sha256=sha256(path),
+        private=True,
     )
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from asymswap.errors import SourceError
 from asymswap.sources import fingerprints, networks, torchvision_models
 from asymswap.sources.state import Difference, State, compare
+from asymswap.tensors import allocated, list_tensors
 
 DIGITS = "digits-resnet"
 
@@ -64,6 +65,26 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
+
+
+def build_unset(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The same network with unset weights, to load a state dict into: no memory is taken before that is done.
+
+    The random numbers of others are not touched. Raises SourceError as `build` does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with _EmptyOnMeta():
+                model = build(reference, arguments)
+        except Exception:
+            # Some run themselves while they are built (ssdlite), which needs numbers.
+            return build(reference, arguments)
+        stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        every = (tensor for module in model.modules() for tensor in list_tensors(dict(vars(module))))
+        if any(tensor.is_meta and id(tensor) not in stored for tensor in every):
+            # What no state dict brings has to be computed.
+            return build(reference, arguments)
+        return allocated(model)
 
 
 def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -66,7 +66,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Source:
-    """A model with its weights, and all that is known about where it came from."""
+    """A model with its weights, and all that is known about where it came from.
+
+    `private`: no code but ours, torch's and torchvision's made it, so that nobody else holds it or its tensors.
+    """
 
     model: nn.Module
     origin: Origin
@@ -76,6 +79,7 @@ class Source:
     skeleton: bytes | None = None
     file: Path | None = None
     sha256: str | None = None
+    private: bool = False
 
 
 def is_file_reference(reference: str) -> bool:
@@ -143,7 +147,8 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
 
 def _read_safetensors(path: Path) -> RawFile:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
+        with safetensors.safe_open(path, framework="pt", backend="pread") as file:
             metadata = file.metadata() or {}
             return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -205,6 +210,7 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
             raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
         if request.arch is not None:
             notes += (f"--arch {request.arch} was not needed: {path.name} holds the whole module",)
+        source = replace(source, private=not request.trust_pickle)
         return replace(source, notes=notes + source.notes, file=path, sha256=digest)
     published = torchvision_models.published(digest)
     if request.arch is not None:
@@ -246,7 +252,7 @@ def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
     full = builders.canonical(origin.reference)
     if full is None:
         raise SourceError(f"it was built by {origin.reference}, which is code of yours")
-    return builders.build(full, origin.arguments)
+    return builders.build_unset(full, origin.arguments)
 
 
 def build_architecture(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -262,7 +268,7 @@ def _open_known(full: str, request: Request) -> Source:
     if full == DIGITS and not random:
         if request.weights not in (None, "DEFAULT") or request.arguments:
             raise SourceError(f"{DIGITS} has one set of weights; use --weights none to change its arguments")
-        source = _fill(full, load_file(networks.DIGITS_WEIGHTS), request, DIGITS, silent)
+        source = _fill(full, load_file(networks.DIGITS_WEIGHTS, backend="pread"), request, DIGITS, silent)
         return replace(source, weights="shipped, trained on scikit-learn's digits")
     if full.startswith("torchvision:") and not random:
         name = full.removeprefix("torchvision:")
@@ -272,11 +278,12 @@ def _open_known(full: str, request: Request) -> Source:
         # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
         skeleton = None if name in torchvision_models.classifiers() else to_skeleton(model)
         preprocessing = torchvision_models.preprocessing(name, model, weights)
-        return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton)
+        return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton, private=True)
     if not random:
         raise SourceError(f"{full} has no published weights; use --weights FILE, or --weights none for random ones")
     model = builders.build(full, request.arguments)
-    return Source(model, Origin(full, dict(request.arguments)), _preprocessing(full, model), "random")
+    origin = Origin(full, dict(request.arguments))
+    return Source(model, origin, _preprocessing(full, model), "random", private=True)
 
 
 def _open_factory(reference: str, request: Request) -> Source:
@@ -312,7 +319,9 @@ def _fill(
     arguments = {**({} if published is None else published.arguments), **request.arguments}
     model, arguments, view = _fitting(reference, state, arguments, label, progress)
     try:
-        load_state_(model, view.state)
+        # The user's own code may keep what it has built or read, and views of it.
+        private = full is not None and not request.trust_pickle
+        load_state_(model, view.state, take=private)
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
     if full is None:
@@ -320,7 +329,7 @@ def _fill(
         return replace(source, origin=Origin(reference, arguments), notes=view.notes() + source.notes)
     notes = view.notes() + _about_inputs(full, arguments, published)
     preprocessing = _preprocessing(full, model, None if published is None else published.weights)
-    return Source(model, Origin(full, arguments), preprocessing, label, notes)
+    return Source(model, Origin(full, arguments), preprocessing, label, notes, private=private)
 
 
 def _fitting(
@@ -340,7 +349,7 @@ def _fitting(
         else:
             used, difference = builders.fit(str(full), arguments, view.state)
         if not difference:
-            return made if made is not None else builders.build(str(full), used), used, view
+            return made if made is not None else builders.build_unset(str(full), used), used, view
         alike = len(view.state) - len(difference.unexpected) - len(difference.shapes)
         if alike > most:
             most, closest = alike, difference
