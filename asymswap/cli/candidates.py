@@ -17,6 +17,7 @@ def candidates(
     arguments: o.Arguments = None,
     input_size: o.InputSize = None,
     trust_pickle: o.TrustPickle = False,
+    trust_code: o.TrustCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -38,6 +39,7 @@ def candidates(
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
             trust_pickle=trust_pickle,
+            trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
             progress=step,
         )
@@ -46,6 +48,6 @@ def candidates(
         return
     console = screen.console()
     view = terminal.candidates_view(
-        found.reference, found.rows, found.total, found.held, found.traced_by, found.input, console.width
+        found.reference, found.rows, found.total, found.held, found.traced_by, found.input, found.notes, console.width
     )
     screen.show(view, console)

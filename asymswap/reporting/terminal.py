@@ -49,7 +49,14 @@ def report_view(report: Report, width: int) -> RenderableType:
 
 
 def candidates_view(
-    reference: str, rows: Sequence[Candidate], total: Cost, held: Cost, traced_by: str, about: str, width: int
+    reference: str,
+    rows: Sequence[Candidate],
+    total: Cost,
+    held: Cost,
+    traced_by: str,
+    about: str,
+    notes: Sequence[str],
+    width: int,
 ) -> RenderableType:
     """What the candidates hold, first of all; then every conv with what `separable` would save, or why it is none."""
     number = sum(row.reason is None for row in rows)
@@ -71,6 +78,7 @@ def candidates_view(
             f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
             f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
             "Even at: the largest rank of a separable pair that still saves something.",
+            *(f"{note[0].upper()}{note[1:]}." for note in notes),
         )
     ]
     return Group(*parts)

@@ -5,30 +5,30 @@
 | `resnet18`, `torchvision:resnet18`, `torchvision:resnet18@IMAGENET1K_V1` | a torchvision builder, and its weights |
 | `cifar:resnet20` | a network of CIFAR size from `asymswap.sources.networks` |
 | `digits-resnet` | the trained network that ships with asymswap |
+| `timm:resnet50`, `timm:resnet50@a1_in1k` | a model of timm, where that is installed, and its weights |
 | `package.module:factory` | a callable of the user's own that returns a module; it is imported and called |
+| `path/to/net.py:Net` | the same in a Python file, which is run; see asymswap.sources.factories |
 | a file | a state dict or training checkpoint (with `--arch`), or a pickled module |
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 from safetensors.torch import load_file
 from torch import nn
 
-from asymswap.errors import SourceError, near_names
-from asymswap.sources import builders, networks, torchvision_models
+from asymswap.errors import SourceError
+from asymswap.sources import builders, factories, networks, timm_models, torchvision_models
 from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, sha256, sniff
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Found, State, compare, find_weights, load_state_
-from asymswap.sources.unpickle import import_from_here, load_object
+from asymswap.sources.unpickle import load_object
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
 FILE_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch")
@@ -42,6 +42,7 @@ class Request:
     weights: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trust_pickle: bool = False
+    trust_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Source:
 
 def is_file_reference(reference: str) -> bool:
     """Whether a reference means a file: it exists and names no known network, or it looks like a path."""
-    if builders.canonical(reference.partition("@")[0]) is not None:
+    if builders.canonical(reference.partition("@")[0]) is not None or factories.names_python_file(reference):
         return False
     path = Path(reference)
     return exists(path) or path.suffix in FILE_SUFFIXES or "/" in reference or "\\" in reference
@@ -70,6 +71,8 @@ def open_reference(reference: str, request: Request) -> Source:
     """The model that a reference other than a file names, with weights; raises SourceError where it cannot be had."""
     if request.arch is not None:
         raise SourceError(f"--arch goes with a file, and {reference!r} names a network itself")
+    if factories.names_python_file(reference):
+        return _open_factory(reference, request)
     name, _, weights_name = reference.partition("@")
     if weights_name and request.weights:
         raise SourceError(f"{reference!r} names weights and --weights {request.weights} others; give one of them")
@@ -77,9 +80,9 @@ def open_reference(reference: str, request: Request) -> Source:
     full = builders.canonical(name)
     if full is not None:
         return _open_known(full, request)
-    if ":" in name and not name.startswith(("cifar:", "torchvision:")):
+    if factories.names_code(name):
         return _open_factory(name, request)
-    hint = builders.near(name) or "; known are torchvision's names, cifar:…, digits-resnet, module:factory"
+    hint = _like(name) or "; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory"
     raise SourceError(f"no model {reference!r}, and no such file{hint}")
 
 
@@ -137,8 +140,13 @@ def describe_module(model: nn.Module, weights: str) -> Source:
     skeleton = to_skeleton(model)
     if skeleton is not None:
         return Source(model, Origin(f"skeleton:{name}"), _assumed_preprocessing(model), weights, (), skeleton)
-    note = f"{name} is not made of allowlisted classes alone: load the result with asymswap.load(path, model=…)"
-    return Source(model, Origin(f"class:{name}"), _assumed_preprocessing(model), weights, (note,))
+    origin = builders.origin_of_timm(model)
+    if origin is not None:
+        return Source(model, origin, timm_models.preprocessing(model, origin.arguments), weights)
+    note = f"load the result with asymswap.load(path, model=…), for {name} is not made of allowlisted classes alone"
+    known = timm_models.made_by_timm(model) is not None
+    preprocessing = timm_models.preprocessing(model, {}) if known else _assumed_preprocessing(model)
+    return Source(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
 
 
 def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
@@ -154,10 +162,12 @@ def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
     return builders.build(full, origin.arguments)
 
 
-def build_architecture(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network that the user named by `--arch`, unfilled; a factory of theirs is imported and called."""
+def build_architecture(reference: str, arguments: Mapping[str, Any], trust_code: bool = False) -> nn.Module:
+    """The network that the user named by `--arch`, unfilled; code of theirs is run, a file only with `trust_code`."""
     full = _architecture(reference)
-    return _call_factory(full, arguments) if builders.canonical(full) is None else builders.build(full, arguments)
+    if builders.canonical(full) is None:
+        return factories.call_factory(full, arguments, trust_code)
+    return builders.build(full, arguments)
 
 
 def _open_known(full: str, request: Request) -> Source:
@@ -178,17 +188,51 @@ def _open_known(full: str, request: Request) -> Source:
         skeleton = None if name in torchvision_models.classifiers() else to_skeleton(model)
         preprocessing = torchvision_models.preprocessing(name, model, weights)
         return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton)
+    if full.startswith(timm_models.PREFIX):
+        return _open_timm(full.removeprefix(timm_models.PREFIX), request)
     if not random:
         raise SourceError(f"{full} has no published weights; use --weights FILE, or --weights none for random ones")
     model = builders.build(full, request.arguments)
     return Source(model, Origin(full, dict(request.arguments)), _preprocessing(full, model), "random")
 
 
+def _open_timm(name: str, request: Request) -> Source:
+    """A model of timm with published weights, or with `--weights none` with random ones."""
+    architecture, tag = timm_models.split(name)
+    remarks: tuple[str, ...] = ()
+    if request.weights == "none":
+        model, weights = timm_models.build(name, request.arguments), "random"
+    else:
+        named = None if request.weights in (None, "DEFAULT") else request.weights
+        if tag is not None and named not in (None, tag):
+            raise SourceError(f"timm:{name} names weights and --weights {named} others; give one of them")
+        name = ".".join(filter(None, (architecture, named or tag)))
+        model, weights, remarks = timm_models.build_pretrained(name, request.arguments)
+    return _timm_source(model, name, request.arguments, weights, remarks)
+
+
+def _timm_source(
+    model: nn.Module, name: str, arguments: Mapping[str, Any], weights: str, notes: tuple[str, ...] = ()
+) -> Source:
+    # Another version of timm may no longer know the tag: what is stored is what follows from it.
+    arguments = timm_models.settled(name, arguments)
+    origin = Origin(timm_models.PREFIX + timm_models.split(name)[0], arguments)
+    return Source(model, origin, timm_models.preprocessing(model, arguments), weights, notes)
+
+
 def _open_factory(reference: str, request: Request) -> Source:
     if request.weights not in (None, "none"):
         return _fill_from_file(reference, request)
-    source = describe_module(_call_factory(reference, request.arguments), f"as {reference} made them")
-    return replace(source, origin=Origin(reference, dict(request.arguments)))
+    model = factories.call_factory(reference, request.arguments, request.trust_code)
+    return _describe_built(model, reference, request.arguments, f"as {reference} made them")
+
+
+def _describe_built(model: nn.Module, reference: str, arguments: Mapping[str, Any], weights: str) -> Source:
+    """A Source for what the user's own code has built; what timm can build again needs that code no more."""
+    source = describe_module(model, weights)
+    if not source.origin.reference.startswith(timm_models.PREFIX):
+        source = replace(source, origin=Origin(reference, dict(arguments)))
+    return replace(source, notes=(*factories.how_built(reference), *source.notes))
 
 
 def _fill_from_file(reference: str, request: Request) -> Source:
@@ -204,10 +248,13 @@ def _fill(reference: str, state: State, request: Request, label: str, progress: 
     """The network of a reference with a state dict loaded strictly; class count and input channels follow the state."""
     full = builders.canonical(reference)
     if full is None:
-        model, arguments = _call_factory(reference, request.arguments), dict(request.arguments)
+        arguments = dict(request.arguments)
+        model = factories.call_factory(reference, arguments, request.trust_code)
     else:
         state = torchvision_models.with_current_keys(state)
         model, arguments = builders.build_to_fit(full, request.arguments, state)
+        if full.startswith(timm_models.PREFIX):
+            state = timm_models.with_current_keys(state, model)
     difference = compare(model, state)
     if difference:
         raise SourceError(f"{label} does not fit {reference}: {difference}{_hint(state, reference, progress)}")
@@ -216,7 +263,9 @@ def _fill(reference: str, state: State, request: Request, label: str, progress: 
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
     if full is None:
-        return replace(describe_module(model, label), origin=Origin(reference, arguments))
+        return _describe_built(model, reference, arguments, label)
+    if full.startswith(timm_models.PREFIX):
+        return _timm_source(model, full.removeprefix(timm_models.PREFIX), arguments, label)
     return Source(model, Origin(full, arguments), _preprocessing(full, model), label)
 
 
@@ -258,48 +307,16 @@ def _architecture(reference: str) -> str:
     """The full form of what `--arch` says: a known network or a factory."""
     full = builders.canonical(reference)
     if full is not None:
-        return full
-    if ":" in reference and not reference.startswith(("cifar:", "torchvision:")):
+        return full.replace("@", ".") if full.startswith(timm_models.PREFIX) else full
+    if factories.names_code(reference):
         return reference
-    hint = builders.near(reference) or "; try resnet18 or cifar:resnet20"
+    hint = _like(reference) or "; try resnet18 or cifar:resnet20"
     raise SourceError(f"--arch {reference!r} names no known architecture{hint}")
 
 
-def _call_factory(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Import and call the user's own factory: the one place where their code runs, because they named it."""
-    factory = _import_factory(reference)
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}") from None
-    try:
-        model = factory(**arguments)
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{reference} failed: {_told(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _import_factory(reference: str) -> Callable[..., Any]:
-    name, _, attribute = reference.partition(":")
-    import_from_here()
-    try:
-        module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise SourceError(f"cannot import {name!r} of {reference!r}: no module named {error.name!r}") from None
-        raise SourceError(f"cannot import {name!r} of {reference!r}: {_told(error)}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise SourceError(f"{name} has no callable {attribute!r}{hint}")
-    return cast(Callable[..., Any], factory)
-
-
-def _told(error: BaseException) -> str:
-    """What the user's own code raised, for a message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (--debug shows where)"
+def _like(name: str) -> str:
+    """For a message: timm's model of that very name, or known references that come close to it."""
+    return timm_models.exact_hint(name) or builders.near(name)
 
 
 def _is_weights_file(text: str) -> bool:
