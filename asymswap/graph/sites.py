@@ -11,22 +11,23 @@ from asymswap.spec import Call, ConvSpec, Neighbour, Site
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
-_RUN_TIME_PADDING = "computes its padding at run time, from the size of its input"
-_STANDARDISED = "standardises its weights at every run"
+_RUN_TIME_PADDING = "padding computed at run time"
+_STANDARDISED = "weights standardised at every run"
+_SCALED = "weights standardised and scaled at every run"
 # What the subclasses of Conv2d in use compute that a plain one does not, by the names of their classes.
 _SUBCLASSES = {
     "Conv2dSame": _RUN_TIME_PADDING,
     "Conv2dSameExport": _RUN_TIME_PADDING,
     "Conv2dDynamicSamePadding": _RUN_TIME_PADDING,
-    "Conv2dStaticSamePadding": "pads its input by itself, and unevenly",
+    "Conv2dStaticSamePadding": "uneven padding of its own",
     "StdConv2d": _STANDARDISED,
-    "StdConv2dSame": f"{_STANDARDISED}, and {_RUN_TIME_PADDING}",
-    "ScaledStdConv2d": f"{_STANDARDISED} and scales them by a learned gain",
-    "ScaledStdConv2dSame": f"{_STANDARDISED}, scales them by a learned gain, and {_RUN_TIME_PADDING}",
+    "StdConv2dSame": f"{_STANDARDISED}, {_RUN_TIME_PADDING}",
+    "ScaledStdConv2d": _SCALED,
+    "ScaledStdConv2dSame": f"{_SCALED}, {_RUN_TIME_PADDING}",
     "ConvWS2d": _STANDARDISED,
     "ConvAWS2d": _STANDARDISED,
-    "ParametrizedConv2d": "computes its weights anew at every run (weight_norm, spectral_norm or your own)",
-    "LazyConv2d": "has no weights before the model has run once",
+    "ParametrizedConv2d": "weights computed anew at every run (weight_norm, spectral_norm or your own)",
+    "LazyConv2d": "no weights before the model has run once",
 }
 _SHARES = "shares its weights with "
 
@@ -97,7 +98,7 @@ def make_sites(
 def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
     """Why nobody may swap this module, whatever the kind."""
     if type(conv) is not nn.Conv2d:
-        return f"is a {type(conv).__name__}, a subclass of Conv2d that {_what_it_computes(type(conv))}"
+        return f"is a {type(conv).__name__}{_what_it_computes(type(conv))}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
@@ -125,7 +126,8 @@ def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
 def _what_it_computes(cls: type[nn.Conv2d]) -> str:
     """What sets a subclass apart, as far as it, or what it derives from, is known."""
     names = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
-    return next((_SUBCLASSES[name] for name in names if name in _SUBCLASSES), "may compute something else")
+    known = next((_SUBCLASSES[name] for name in names if name in _SUBCLASSES), None)
+    return ", a subclass of Conv2d that may compute something else" if known is None else f": {known}"
 
 
 def _memory(parameter: nn.Parameter) -> int:

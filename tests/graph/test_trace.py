@@ -12,7 +12,7 @@ from torchvision.models import googlenet, resnet18
 
 import asymswap
 from asymswap.errors import TraceError
-from asymswap.graph.trace import trace
+from asymswap.graph.trace import NORM_ACT, meta_graph, node_operation, trace
 from asymswap.spec import Call, Site
 
 
@@ -161,11 +161,11 @@ def with_weight_norm() -> nn.Module:
     ("make", "reason"),
     [
         (lambda: nn.Sequential(Own(4, 4, 3)), "is a Own, a subclass of Conv2d that may compute something else"),
-        (lambda: nn.Sequential(StdConv2d(4, 4, 3)), "is a StdConv2d, .* that standardises its weights at every run$"),
-        (lambda: nn.Sequential(OwnStandardised(4, 4, 3)), "is a OwnStandardised, .* that standardises its weights at"),
+        (lambda: nn.Sequential(StdConv2d(4, 4, 3)), "is a StdConv2d: weights standardised at every run$"),
+        (lambda: nn.Sequential(OwnStandardised(4, 4, 3)), "is a OwnStandardised: weights standardised at"),
         (
             lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))),
-            "is a ParametrizedConv2d, .* that computes its weights anew at every run",
+            "is a ParametrizedConv2d: weights computed anew at every run",
         ),
         (with_weight_norm, "has hooks"),
         (tied, "shares its weights with 1"),
@@ -228,6 +228,21 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_not_looked_through() -> None:
     first, _ = between(NormAct(4, None))
     assert [n.op for n in first.after or ()] == ["batch_norm", "norm_act"]
     assert first.norm_behind is None
+
+
+@pytest.mark.parametrize(
+    ("norm", "operation"),
+    [
+        (nn.BatchNorm2d(4), "batch_norm"),
+        (NormAct(4, nn.Identity()), "batch_norm"),
+        (NormAct(4, nn.ReLU()), NORM_ACT),
+        (NormAct(4, None), NORM_ACT),
+    ],
+)
+def test_only_what_is_linear_is_called_a_batch_norm(norm: nn.Module, operation: str) -> None:
+    """Calibration undoes the scale of what goes by that name."""
+    graph, root = meta_graph(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    assert [node_operation(root, node) for node in graph.nodes] == ["input", "conv", operation, "output"]
 
 
 @pytest.mark.parametrize("make", [lambda: NormAct(4, nn.ReLU()), lambda: NormAct(4, nn.Identity())])
