@@ -15,7 +15,7 @@ test: $(READY)
 	$(RUN)/python -m pytest
 
 test-fast: $(READY)
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow and not exhaustive"
 
 # Thousands of damaged and hostile files, and a hundred killed processes: half an hour, and docs/robustness.md.
 fuzz: $(READY)

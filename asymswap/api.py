@@ -3,7 +3,8 @@
 A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
 that several verbs share:
 
-- `weights`, `arch`, `arguments`, `key`, `trust_pickle`: as `--weights`, `--arch`, `--arg`, `--key`, `--trust-pickle`;
+- `weights`, `arch`, `arguments`, `key`, `trust_pickle`, `trust_code`: as `--weights`, `--arch`, `--arg`, `--key`,
+  `--trust-pickle` and `--trust-code`;
 - `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
   frames, height, width);
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
@@ -45,7 +46,7 @@ from asymswap.inputs import Inputs, describe, example, probe
 from asymswap.latency_budget import Timing, plan_in_time
 from asymswap.measure.cost import Costs, count_costs, count_swapped
 from asymswap.measure.fidelity import compare_outputs, compared_parts, measure_fidelity
-from asymswap.opening import Opened, model_dtype, open_model
+from asymswap.opening import Opened, build_named, model_dtype, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
@@ -53,8 +54,9 @@ from asymswap.planning.plan import check_replay, find_choices, make_plan, matche
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
-from asymswap.sources.references import Request, build_architecture, rebuild
-from asymswap.spec import Candidate, Cost, Plan, Progress, Site, silent
+from asymswap.sources import builders
+from asymswap.sources.references import Request, rebuild
+from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
 from asymswap.summary import check_promises, make_report, state_bytes
 from asymswap.tensors import first_not_finite
 
@@ -113,6 +115,7 @@ def candidates(
     arguments: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     with_flow: bool = False,
     progress: Progress = silent,
@@ -122,7 +125,9 @@ def candidates(
     `with_flow` adds the graph of the model's operations, to be drawn.
     """
     wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
+    opened = open_model(
+        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+    )
     traced = trace(opened.model, opened.example())
     return Candidates(
         reference=opened.reference,
@@ -130,7 +135,7 @@ def candidates(
         input=describe(opened.example()),
         rows=tuple(find_candidates(traced.sites, wanted)),
         total=count_costs(opened.model, opened.example()).total,
-        notes=opened.source.notes,
+        notes=opened.source.notes + traced.notes,
         flow=read_flow(opened.model) if with_flow else None,
     )
 
@@ -145,12 +150,15 @@ def plan(
     arguments: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     wanted = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
+    opened = open_model(
+        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+    )
     _check_finite(opened)
     traced = trace(opened.model, opened.example())
     total = count_costs(opened.model, opened.example()).total
@@ -169,6 +177,7 @@ def convert(
     arguments: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
@@ -191,7 +200,9 @@ def convert(
     text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
     wanted = parse_recipe(text, where, overrides) if recipe is not None else replay
     assert wanted is not None
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
+    opened = open_model(
+        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+    )
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
@@ -214,7 +225,7 @@ def convert(
         origin=opened.source.origin,
         plans=(*opened.plans, done.plan),
         preprocessing=opened.source.preprocessing,
-        provenance=_provenance(report, text, overrides or {}, seed),
+        provenance=_provenance(report, text, overrides or {}, seed, opened.source.origin),
         skeleton=opened.source.skeleton,
     )
     return Conversion(done.model, done.plan, report, header)
@@ -263,6 +274,7 @@ def fuse(
     model: nn.Module | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Fusion:
@@ -275,8 +287,8 @@ def fuse(
     mode, and where the fused model does not compute the same.
     """
     stored, label = _stored(checkpoint)
-    if model is None and arch is not None:
-        model = build_architecture(arch, arguments or {})
+    if model is None:
+        model = build_named(stored.header.origin, Request(arch, arguments=arguments or {}, trust_code=trust_code))
     original = model if model is not None else rebuild(stored.header.origin, stored.header.skeleton)
     converted = checkpoint.model if isinstance(checkpoint, Conversion) else restore(stored, label, original)
     if converted.training:
@@ -420,7 +432,8 @@ def _carry_out(
     if gathered is not None and calibration is not None:
         converted, sequential = convert_on(opened, traced, plan, gathered, calibration, progress)
     else:
-        converted = apply_plan(opened.model, plan, progress)
+        # Weights that stay as they are need not be held twice where nobody else holds the original.
+        converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
     clock.stop("convert")
     if calibration is not None and calibration.polishes:
         polished = team.first(lambda: polish(opened, converted, calibration, progress))
@@ -488,7 +501,7 @@ def _calibration_row(done: _Done, data: Any) -> CalibrationRow | None:
     return CalibrationRow(summary.data, summary.images, summary.sha256, summary.seed, done.sequential, tuple(notes))
 
 
-def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed: int, origin: Origin) -> dict[str, Any]:
     """What the checkpoint tells of how it came to be; wall times are left out, so that equal runs write equal files."""
     data = to_json(replace(report, seconds={}))
     return {
@@ -496,6 +509,7 @@ def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed:
             "asymswap": asymswap.__version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
+            **builders.versions(origin),
         },
         "recipe": recipe,
         "overrides": dict(overrides),

@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from asymswap import kinds
 from asymswap.errors import CONTROL, AsymswapError, CheckpointError, OutputError, PlanError, SourceError
+from asymswap.graph.surgery import swap
 from asymswap.output import whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
@@ -137,9 +138,10 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     try:
         difference = _try_without_memory(stored, model)
         if not difference:
-            base = model if model is not None else rebuild(header.origin, header.skeleton)
+            base = rebuild(header.origin, header.skeleton) if model is None else model
             for plan in header.plans:
-                base = apply_structure(base, plan)
+                base = apply_structure(base, plan, share=base is not model)
+            base = swap(base, {}) if base is model else base
             difference = compare(base, stored.state)
     except AsymswapError as error:
         how = "load it with asymswap.load(path, model=…) or give --arch"
@@ -148,7 +150,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
     try:
-        load_state_(base, stored.state)
+        load_state_(base, stored.state, take=model is None)
     except SourceError as error:
         raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()

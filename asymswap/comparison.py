@@ -40,6 +40,7 @@ def compare(
     arguments: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     timing: Timing | None = None,
     seed: int = 0,
@@ -62,7 +63,12 @@ def compare(
     for model in models:
         file = not isinstance(model, nn.Module) and is_file_reference(str(model))
         request = Request(
-            arch if file else None, None if file else weights, arguments or {}, trust_pickle, key if file else None
+            arch if file else None,
+            None if file else weights,
+            arguments or {},
+            trust_pickle,
+            key if file else None,
+            trust_code,
         )
         opened.append(open_model(model, request, input_size, progress))
     rows = [_row(one) for one in opened]

@@ -12,6 +12,7 @@ from asymswap.checkpoint import Stored, restore, stored_in
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs
 from asymswap.inputs import example as make_example
+from asymswap.sources.factories import how_built, same_callable
 from asymswap.sources.files import resolve, sha256
 from asymswap.sources.references import (
     RawFile,
@@ -28,7 +29,7 @@ from asymswap.sources.references import (
 )
 from asymswap.sources.shards import files_of
 from asymswap.sources.steady import unchanged
-from asymswap.spec import Plan, Preprocessing, Progress, silent
+from asymswap.spec import Origin, Plan, Preprocessing, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -111,20 +112,28 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     if request.key is not None:
         raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
     header = stored.header
-    # The same factory named again is called as it was when the checkpoint was made.
-    stored_arguments = header.origin.arguments if request.arch == header.origin.reference else {}
-    arguments = {**stored_arguments, **request.arguments}
-    given = None if request.arch is None else build_architecture(request.arch, arguments)
     return Source(
-        model=restore(stored, str(path), given),
+        model=restore(stored, str(path), build_named(header.origin, request)),
         origin=header.origin,
         preprocessing=header.preprocessing,
         weights=f"file {path.name}",
-        notes=(f"{path.name} was converted before: {len(header.plans)} x",),
+        notes=(f"{path.name} was converted before: {len(header.plans)} x", *how_built(request.arch or "")),
         skeleton=header.skeleton,
         file=path,
         sha256=sha256(path),
+        private=True,
     )
+
+
+def build_named(origin: Origin, request: Request) -> nn.Module | None:
+    """The unconverted model of a checkpoint as `--arch` names it, if it does.
+
+    The same callable named again is called as it was when the checkpoint was made.
+    """
+    if request.arch is None:
+        return None
+    stored = origin.arguments if same_callable(request.arch, origin.reference) else {}
+    return build_architecture(request.arch, {**stored, **request.arguments}, request.trust_code)
 
 
 def _resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:

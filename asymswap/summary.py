@@ -47,7 +47,7 @@ def make_report(
             traced_by=traced.by,
             input=source.preprocessing.describe(),
             sha256=source.sha256,
-            notes=source.notes,
+            notes=source.notes + traced.notes,
         ),
         recipe=recipe,
         budget=budget,

@@ -62,6 +62,16 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy_with(model, every, lambda tensor: tensor.to("meta"))
 
 
+def allocated(model: nn.Module) -> nn.Module:
+    """A deep copy with unset memory on the CPU for every parameter and buffer on the meta device.
+
+    The system hands memory out as it is written to: what gets its numbers from a file by taking its tensors over never
+    takes any.
+    """
+    ghosts = [tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_meta]
+    return copy_with(model, ghosts, lambda tensor: torch.empty_like(tensor, device="cpu"))
+
+
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     """The first parameter or buffer that holds a NaN or an infinity, and which of the two; None where there is none."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

@@ -47,6 +47,7 @@ def sweep(
     arguments: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
@@ -63,7 +64,9 @@ def sweep(
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
-    opened = open_model(model, Request(arch, weights, arguments or {}, trust_pickle, key), input_size, progress)
+    opened = open_model(
+        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+    )
     images = open_data(data, opened.source.preprocessing, "test")
     check_classifier(opened.model, images)
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, data, measure, calibration)

@@ -30,7 +30,7 @@ QUICK = {
     "raft_small",
     "ssdlite320_mobilenet_v3_large",
 }
-EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OTHERS]
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in OTHERS]
 
 
 def convert(name: str) -> asymswap.Conversion:

@@ -35,6 +35,7 @@ def candidates(
     arguments: o.Arguments = None,
     input_size: o.InputSize = None,
     trust_pickle: o.TrustPickle = False,
+    trust_code: o.TrustCode = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -58,6 +59,7 @@ def candidates(
             key=key,
             arguments=o.parse_pairs("--arg", arguments),
             trust_pickle=trust_pickle,
+            trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
             with_flow=graph is not None,
             progress=step,

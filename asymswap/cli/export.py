@@ -35,6 +35,7 @@ def export(
     ] = False,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
+    trust_code: o.TrustCode = False,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -60,6 +61,7 @@ def export(
             dynamic_size=dynamic_size,
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
+            trust_code=trust_code,
             force=force,
             progress=step,
         )

@@ -30,6 +30,7 @@ def fuse(
     ] = False,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
+    trust_code: o.TrustCode = False,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -56,6 +57,7 @@ def fuse(
             data=data,
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
+            trust_code=trust_code,
             progress=step,
         )
         report = api.save_fused(fusion, target, as_original=as_original, force=force)

@@ -18,12 +18,15 @@ _MODEL = "Model"
 Model = Annotated[
     str,
     typer.Argument(
-        help="A name (resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, or a file.", show_default=False
+        help="A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file.",
+        show_default=False,
     ),
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(help="The architecture of a state_dict file, such as resnet18.", rich_help_panel=_MODEL),
+    typer.Option(
+        help="The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", rich_help_panel=_MODEL
+    ),
 ]
 Key = Annotated[
     str | None,
@@ -56,6 +59,14 @@ TrustPickle = Annotated[
     typer.Option(
         "--trust-pickle",
         help="Unpickle classes outside of the allowlist. This may run any code that the file holds.",
+        rich_help_panel=_MODEL,
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run the Python file of a net.py:Net. It may do whatever you may do on this machine.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -122,8 +133,9 @@ def default_output(reference: str, mark: str = "asym") -> Path:
 
     With another mark, that one takes the place of `asym`.
     """
-    # A file may have an @ in its name, where a reference has it before its weights.
-    name = reference if os.path.exists(reference) else reference.partition("@")[0]  # noqa: PTH110 (never raises)
+    # A path may have an @ in it, where a reference has it before its weights.
+    path = os.path.exists(reference) or ".py:" in reference.lower()  # noqa: PTH110 (never raises)
+    name = reference if path else reference.partition("@")[0]
     stem = Path(name.rpartition(":")[2]).name or "model"
     for suffix in (
         ".json", ".index", ".gz", ".tar", ".pt", ".pt2", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl",

@@ -22,6 +22,7 @@ def show(
     ] = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
+    trust_code: o.TrustCode = False,
     report: Annotated[
         Path | None, typer.Option(help="Write the report of the last conversion to this .html, .json or .md file.")
     ] = None,
@@ -39,7 +40,7 @@ def show(
     from asymswap.reporting import files
 
     if draw is not None or data is not None or offsets:
-        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), force, json)
+        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), trust_code, force, json)
         return
     if report is not None:
         check_output(report, force)
@@ -77,6 +78,7 @@ def _show_offsets(
     data: str | None,
     arch: str | None,
     arguments: dict[str, Any],
+    trust_code: bool,
     force: bool,
     json: bool,
 ) -> None:
@@ -89,7 +91,7 @@ def _show_offsets(
         from asymswap.deploy.offsets import offsets
         from asymswap.reporting import offsets as shown
 
-        report = offsets(checkpoint, data=data, arch=arch, arguments=arguments)
+        report = offsets(checkpoint, data=data, arch=arch, arguments=arguments, trust_code=trust_code)
     if picture is not None:
         write_bytes(picture, shown.draw(report, picture.suffix[1:]))
     if json:

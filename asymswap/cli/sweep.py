@@ -59,6 +59,7 @@ def sweep(
     key: o.Key = None,
     input_size: o.InputSize = None,
     trust_pickle: o.TrustPickle = False,
+    trust_code: o.TrustCode = False,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -112,6 +113,7 @@ def sweep(
             arguments=o.parse_pairs("--arg", arguments),
             key=key,
             trust_pickle=trust_pickle,
+            trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
             progress=step,
         )

@@ -24,11 +24,11 @@ from asymswap.checkpoint import read_checkpoint, restore, save_state
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.errors import AsymswapError, OutputError
 from asymswap.inputs import Inputs, describe, probe
-from asymswap.opening import model_dtype
+from asymswap.opening import build_named, model_dtype
 from asymswap.output import check_output, whole_file
 from asymswap.reporting.export import Check, ExportReport
 from asymswap.reporting.report import FileRow
-from asymswap.sources.references import build_architecture, rebuild
+from asymswap.sources.references import Request, rebuild
 from asymswap.spec import Preprocessing, Progress, silent
 from asymswap.tensors import list_tensors
 
@@ -55,6 +55,7 @@ def export(
     model: nn.Module | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
     force: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -71,7 +72,9 @@ def export(
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
     versions = _check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
-    work = _read(checkpoint, fuse, model, arch, arguments or {}, progress)
+    work = _read(
+        checkpoint, fuse, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code), progress
+    )
     progress("exporting", 0, 1)
     checks: tuple[Check, ...] = ()
     dynamic: tuple[str, ...] = ()
@@ -124,13 +127,12 @@ def _read(
     checkpoint: str | Path,
     fuse: bool,
     model: nn.Module | None,
-    arch: str | None,
-    arguments: Mapping[str, Any],
+    request: Request,
     progress: Progress,
 ) -> _Work:
     stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
-    if model is None and arch is not None:
-        model = build_architecture(arch, arguments)
+    if model is None:
+        model = build_named(stored.header.origin, request)
     original = model if model is not None else rebuild(stored.header.origin, stored.header.skeleton)
     converted = restore(stored, label, original)
     preprocessing, plans = stored.header.preprocessing, stored.header.plans

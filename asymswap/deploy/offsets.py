@@ -14,9 +14,9 @@ from asymswap.calibrate import some_images
 from asymswap.checkpoint import read_checkpoint, restore
 from asymswap.errors import AsymswapError
 from asymswap.inputs import Inputs, probe
-from asymswap.opening import model_dtype
+from asymswap.opening import build_named, model_dtype
 from asymswap.reporting.offsets import OffsetReport, OffsetRow
-from asymswap.sources.references import build_architecture
+from asymswap.sources.references import Request
 from asymswap.spec import Plan, Swap
 from asymswap.tensors import eval_mode
 
@@ -28,6 +28,7 @@ def offsets(
     model: nn.Module | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
     seed: int = 0,
 ) -> OffsetReport:
     """Where the taps of a converted model have gone, layer by layer.
@@ -36,8 +37,9 @@ def offsets(
     is the unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
     """
     stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
-    if model is None and arch is not None:
-        model = build_architecture(arch, arguments or {})
+    if model is None:
+        request = Request(arch=arch, arguments=arguments or {}, trust_code=trust_code)
+        model = build_named(stored.header.origin, request)
     converted = restore(stored, label, model)
     preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
     if data is None:

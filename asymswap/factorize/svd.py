@@ -27,9 +27,11 @@ from asymswap.tensors import one_thread
 
 def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
     """Arrange a kernel as one float64 matrix m_GAB a group, whose rank-R products are separable pairs."""
-    w_GOIHW: Tensor = w_OIHW.detach().to(torch.float64).reshape(groups, -1, *w_OIHW.shape[1:])
+    w_GOIHW: Tensor = w_OIHW.detach().reshape(groups, -1, *w_OIHW.shape[1:])
     along_across = (3, 1, 4) if vertical_first else (4, 1, 3)
-    m_GAB: Tensor = w_GOIHW.permute(0, 2, *along_across).flatten(3).flatten(1, 2)
+    # Arranged and widened in one step: large kernels need no second copy in float64.
+    arranged = w_GOIHW.permute(0, 2, *along_across).to(torch.float64, memory_format=torch.contiguous_format)
+    m_GAB: Tensor = arranged.flatten(3).flatten(1, 2)
     return m_GAB
 
 

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
 from asymswap.spec import Call, ConvSpec, Neighbour, Site
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
+
+_RUN_TIME_PADDING = "padding computed at run time"
+_STANDARDISED = "weights standardised at every run"
+_SCALED = "weights standardised and scaled at every run"
+# What the subclasses of Conv2d in use compute that a plain one does not, by the names of their classes.
+_SUBCLASSES = {
+    "Conv2dSame": _RUN_TIME_PADDING,
+    "Conv2dSameExport": _RUN_TIME_PADDING,
+    "Conv2dDynamicSamePadding": _RUN_TIME_PADDING,
+    "Conv2dStaticSamePadding": "uneven padding of its own",
+    "StdConv2d": _STANDARDISED,
+    "StdConv2dSame": f"{_STANDARDISED}, {_RUN_TIME_PADDING}",
+    "ScaledStdConv2d": _SCALED,
+    "ScaledStdConv2dSame": f"{_SCALED}, {_RUN_TIME_PADDING}",
+    "ConvWS2d": _STANDARDISED,
+    "ConvAWS2d": _STANDARDISED,
+    "ParametrizedConv2d": "weights computed anew at every run (weight_norm, spectral_norm or your own)",
+    "LazyConv2d": "no weights before the model has run once",
+}
+_SHARES = "shares its weights with "
 
 
 def read_conv(conv: nn.Conv2d) -> ConvSpec:
@@ -55,7 +75,7 @@ def make_sites(
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(name)
+            owners[_memory(parameter)].append(name)
     order = [name for name in calls if name in convs] + [name for name in convs if name not in calls]
     sites = []
     for name in order:
@@ -78,17 +98,43 @@ def make_sites(
 def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
     """Why nobody may swap this module, whatever the kind."""
     if type(conv) is not nn.Conv2d:
-        return f"is a {type(conv).__name__}, a subclass of Conv2d that may compute something else"
+        return f"is a {type(conv).__name__}{_what_it_computes(type(conv))}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
         return "has hooks (weight_norm, spectral_norm or your own), which a swap would drop"
-    others = [owner for parameter in conv.parameters() for owner in owners[id(parameter)] if owner != name]
+    others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
     if others:
-        return f"shares its weights with {others[0]}"
+        return f"{_SHARES}{others[0]}"
     if name in read_elsewhere:
         return "has parameters that the model reads without calling it"
     return None
+
+
+def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
+    """What is to be told of convs that share their weights with another layer: nothing where there are none."""
+    refusals = [(site.name, site.refusal or "") for site in sites]
+    tied = [(name, reason.removeprefix(_SHARES)) for name, reason in refusals if reason.startswith(_SHARES)]
+    if not tied:
+        return ()
+    told = ", ".join(f"{name} with {other}" for name, other in tied[:4])
+    more = f" and {len(tied) - 4} more" if len(tied) > 4 else ""
+    what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"
+    return (f"{what} with another layer, and nothing is swapped there: {told}{more}",)
+
+
+def _what_it_computes(cls: type[nn.Conv2d]) -> str:
+    """What sets a subclass apart, as far as it, or what it derives from, is known."""
+    names = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
+    known = next((_SUBCLASSES[name] for name in names if name in _SUBCLASSES), None)
+    return ", a subclass of Conv2d that may compute something else" if known is None else f": {known}"
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """What tells a parameter's numbers from those of others; where it has none yet, the parameter itself."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    return parameter.data_ptr()
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

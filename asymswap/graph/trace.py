@@ -19,23 +19,29 @@ import torch
 from torch import Tensor, fx, nn
 
 from asymswap.errors import TraceError
-from asymswap.graph.sites import Neighbours, find_convs, make_sites
+from asymswap.graph.functional import FunctionCalls, watch_functions
+from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
 from asymswap.inputs import Inputs, describe, with_values
 from asymswap.spec import Call, Neighbour, Site
 from asymswap.tensors import copy_with, meta_copy, to_meta
+
+NORM_ACT = "batch_norm_act"
+"""What a node is that normalises and then does something else, in one module."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """What was read of a model: its sites, and the modules that torch.fx could trace (`""` is the whole model).
 
-    `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them.
+    `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them. `notes` tell of
+    convolutions that can't be swapped for reasons that lie outside of a site.
     """
 
     sites: tuple[Site, ...]
     parts: tuple[str, ...] = ("",)
     on_meta: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def by(self) -> str:
@@ -55,19 +61,21 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     skeleton = meta_copy(model).eval()
     on_meta = True
     try:
-        calls = _run(skeleton, to_meta(inputs))
+        calls, functions = _run(skeleton, to_meta(inputs))
     except Exception as error:
         # Some models look at values (detection, data-dependent control flow): these are run for real, on a copy.
         on_meta = False
         try:
-            calls = _run(copy.deepcopy(model).eval(), with_values(inputs))
+            calls, functions = _run(copy.deepcopy(model).eval(), with_values(inputs))
         except Exception:
             if not find_convs(model):
                 raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
             raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(error)}") from error
     parts = traceable_parts(skeleton)
     neighbours, read_elsewhere = _read_graphs(skeleton, parts)
-    return Trace(make_sites(model, calls, neighbours, read_elsewhere), tuple(parts), on_meta)
+    read_elsewhere |= {name.rpartition(".")[0] for name in functions.weights}
+    sites = make_sites(model, calls, neighbours, read_elsewhere)
+    return Trace(sites, tuple(parts), on_meta, tied_note(sites) + functions.note())
 
 
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
@@ -93,7 +101,7 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
             handle.remove()
 
 
-def _run(model: nn.Module, inputs: Inputs) -> dict[str, list[Call]]:
+def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[str, list[Call]], FunctionCalls]:
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
@@ -101,9 +109,9 @@ def _run(model: nn.Module, inputs: Inputs) -> dict[str, list[Call]]:
         height, width = seen.shape[-2:]
         calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch))
 
-    with torch.no_grad(), conv_hooks(model, see):
+    with torch.no_grad(), conv_hooks(model, see), watch_functions(model) as functions:
         model(*inputs)
-    return dict(calls)
+    return dict(calls), functions
 
 
 def shared_graph(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
@@ -185,11 +193,16 @@ def _walk(
     """The nodes beside `node`; through a batch norm also those behind it. `runs` counts each module's, by its id."""
     for other in node.users if forward else node.all_input_nodes:
         operation = node_operation(root, other)
-        if other.op == "call_module":
+        if other.op != "call_module":
+            yield Neighbour(operation, other.name, direct)
+        elif operation == NORM_ACT:
+            # Two operations in one module: in their order, and nothing that could be taken over.
+            name, parts = str(other.target), ["batch_norm", _activation(root.get_submodule(str(other.target)))]
+            for place, part in enumerate(parts if forward else reversed(parts)):
+                yield Neighbour(part, name, direct and place == 0)
+        else:
             name = str(other.target)
             yield Neighbour(operation, name, direct, alone=runs[id(root.get_submodule(name))] == 1)
-        else:
-            yield Neighbour(operation, other.name, direct)
         if operation in ("batch_norm", "identity"):
             yield from _walk(root, runs, other, forward, direct=False)
 
@@ -205,10 +218,25 @@ def node_operation(root: nn.Module, node: fx.Node) -> str:
         module = root.get_submodule(str(node.target))
         if isinstance(module, nn.Conv2d):
             return "conv"
-        return "batch_norm" if isinstance(module, nn.modules.batchnorm._NormBase) else canonical(type(module).__name__)
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            return "batch_norm" if _activation(module) == "identity" else NORM_ACT
+        return canonical(type(module).__name__)
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
     return canonical(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name))
+
+
+def _activation(module: nn.Module) -> str:
+    """What a batch norm's class does beside normalising: `identity` for torch's own, which do nothing.
+
+    timm's BatchNormAct2d applies its `act` as well, which may be an identity, too. Of other classes with a forward of
+    their own nothing is known: they are named for what they are.
+    """
+    forwards = {cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)}
+    if type(module).forward in forwards:
+        return "identity"
+    act = getattr(module, "act", None)
+    return canonical(type(act if isinstance(act, nn.Module) else module).__name__)
 
 
 def _conv_name(root: nn.Module, target: str, first_names: dict[int, str]) -> str | None:

@@ -22,11 +22,13 @@ def apply_plan(
     progress: Progress = silent,
     evidence: Mapping[str, Evidence] | None = None,
     unset: Set[str] = frozenset(),
+    share: bool = False,
 ) -> nn.Module:
     """A deep copy of the model with the plan's swaps in it, initialised from the weights and, where there is some, from
     the evidence of their sites; the model is unchanged.
 
-    Replacements at the sites in `unset` are left for others to initialise.
+    Replacements at the sites in `unset` are left for others to initialise. With `share` what is not swapped has the
+    model's own parameters and buffers: for a model that nobody uses afterwards.
     """
     found = evidence or {}
 
@@ -36,12 +38,12 @@ def apply_plan(
             built.kind.init_(built.replacement, built.conv, built.settings, found.get(built.entry.site), **absorbed)
         progress("converting", built.number, len(plan.swaps))
 
-    return _apply(model, plan, start)
+    return _apply(model, plan, start, share)
 
 
-def apply_structure(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_structure(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
     """The same with unset weights in the replacements, for loading a state dict into it."""
-    return _apply(model, plan, lambda _: None)
+    return _apply(model, plan, lambda _: None, share)
 
 
 def apply_random(model: nn.Module, plan: Plan) -> nn.Module:

@@ -1,4 +1,7 @@
-"""The networks that can be built from a reference alone, without running anybody's code: torchvision's and our own."""
+"""The networks that can be built from a reference alone, without running the user's code.
+
+They are torchvision's, our own, and timm's where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,27 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import SourceError
-from asymswap.sources import fingerprints, networks, torchvision_models
+from asymswap.sources import fingerprints, networks, timm_models, torchvision_models
 from asymswap.sources.state import Difference, State, compare
+from asymswap.spec import Origin
+from asymswap.tensors import allocated, list_tensors
 
 DIGITS = "digits-resnet"
 
 
 def known_references() -> list[str]:
-    """Every reference that names a network, in its full form."""
+    """Every reference that names a network which needs no further package, in its full form."""
     own = [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
     return own + [f"torchvision:{name}" for name in torchvision_models.names()]
 
 
 def canonical(reference: str) -> str | None:
-    """The full form of a reference to a known network (`resnet18` is `torchvision:resnet18`), or None for others."""
+    """The full form of a reference to a known network (`resnet18` is `torchvision:resnet18`), or None for others.
+
+    What follows `timm:` is taken as it is: whether it names a model is for timm to say, which takes seconds to load.
+    """
+    if reference.startswith(timm_models.PREFIX):
+        return reference
     if reference == DIGITS or (reference.startswith("cifar:") and reference[6:] in networks.BUILDERS):
         return reference
     name = reference.removeprefix("torchvision:")
@@ -55,6 +65,8 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
             if "in_channels" in arguments:
                 _set_channels_(model, reference, arguments["in_channels"])
             return model
+        if reference.startswith(timm_models.PREFIX):
+            return timm_models.build(reference.removeprefix(timm_models.PREFIX), arguments)
         return _build_own(reference, arguments)
     except SourceError:
         raise
@@ -64,6 +76,26 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
+
+
+def build_unset(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The same network with unset weights, to load a state dict into: no memory is taken before that is done.
+
+    The random numbers of others are not touched. Raises SourceError as `build` does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with _EmptyOnMeta():
+                model = build(reference, arguments)
+        except Exception:
+            # Some run themselves while they are built (ssdlite), which needs numbers.
+            return build(reference, arguments)
+        stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        every = (tensor for module in model.modules() for tensor in list_tensors(dict(vars(module))))
+        if any(tensor.is_meta and id(tensor) not in stored for tensor in every):
+            # What no state dict brings has to be computed.
+            return build(reference, arguments)
+        return allocated(model)
 
 
 def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -102,7 +134,7 @@ def fit(reference: str, arguments: Mapping[str, Any], state: State) -> tuple[dic
         return guess, compare(on_meta(reference, guess), state)
     # What has been edited, so that its keys are not the table's, may still be explained by the arguments alone.
     plain = on_meta(reference, arguments)
-    guess = {**_guess(plain, state), **arguments}
+    guess = {**_guess(reference, plain, state), **arguments}
     if guess != dict(arguments):
         try:
             difference = compare(on_meta(reference, guess), state)
@@ -159,7 +191,47 @@ def _shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     return frozenset(shapes(reference, {}).items())
 
 
-def _guess(model: nn.Module, state: State) -> dict[str, Any]:
+def versions(origin: Origin) -> dict[str, str]:
+    """The versions of further packages that are needed to build a network again."""
+    return {"timm": timm_models.version()} if origin.reference.startswith(timm_models.PREFIX) else {}
+
+
+def origin_of_timm(model: nn.Module) -> Origin | None:
+    """From what timm builds this very structure again, where the module is one that timm has built; None otherwise."""
+    name = timm_models.made_by_timm(model)
+    arguments = None if name is None else timm_models.arguments_of(model)
+    if name is None or arguments is None:
+        return None
+    reference, arguments = f"{timm_models.PREFIX}{name}", timm_models.settled(name, arguments)
+    try:
+        with _EmptyOnMeta():
+            again = build(reference, arguments)
+    except SourceError:
+        return None
+    return Origin(reference, arguments) if _same_structure(model, again) else None
+
+
+def _same_structure(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models agree in all but their weights: names and classes, attributes, shapes."""
+    first, second = (dict(model.named_modules(remove_duplicate=False)) for model in (one, other))
+    if first.keys() != second.keys() or compare(one, other.state_dict()):
+        return False
+    return all(
+        type(module) is type(second[name])
+        and vars(module).keys() == vars(second[name]).keys()
+        and _plain_attributes(module) == _plain_attributes(second[name])
+        for name, module in first.items()
+    )
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, str]:
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        name: repr(value) for name, value in vars(module).items() if name != "training" and isinstance(value, plain)
+    }
+
+
+def _guess(reference: str, model: nn.Module, state: State) -> dict[str, Any]:
     """Arguments that would explain how the state differs from the network as it is built by default."""
     difference = compare(model, state)
     classes = {have[0] for _, have, want in difference.shapes if have and have[1:] == want[1:]}
@@ -172,8 +244,12 @@ def _guess(model: nn.Module, state: State) -> dict[str, Any]:
     if len(classes) == 1:
         guess["num_classes"] = classes.pop()
     if len(channels) == 1:
-        guess["in_channels"] = channels.pop()
+        guess["in_chans" if reference.startswith(timm_models.PREFIX) else "in_channels"] = channels.pop()
     if difference.missing and all(key.lower().startswith("aux") for key in difference.missing):
         # torchvision drops the auxiliary heads of its own pretrained models.
         guess["aux_logits"] = False
+    heads = timm_models.classifier_of(model)
+    if heads and difference.missing and all(key.rpartition(".")[0] in heads for key in difference.missing):
+        # A backbone, as timm writes it for those who want its features.
+        guess["num_classes"] = 0
     return guess

@@ -5,25 +5,25 @@
 | `resnet18`, `torchvision:resnet18`, `torchvision:resnet18@IMAGENET1K_V1` | a torchvision builder, and its weights |
 | `cifar:resnet20` | a network of CIFAR size from `asymswap.sources.networks` |
 | `digits-resnet` | the trained network that ships with asymswap |
+| `timm:resnet50`, `timm:resnet50@a1_in1k` | a model of timm, where that is installed, and its weights |
 | `package.module:factory` | a callable of the user's own that returns a module; it is imported and called |
+| `path/to/net.py:Net` | the same in a Python file, which is run; see asymswap.sources.factories |
 | a file | a state dict, a training checkpoint, a pickled module, an archive that holds weights, an index of shards |
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 from safetensors.torch import load_file
 from torch import nn
 
-from asymswap.errors import SourceError, near_names
-from asymswap.sources import builders, networks, torchvision_models
+from asymswap.errors import SourceError
+from asymswap.sources import builders, factories, networks, timm_models, torchvision_models
 from asymswap.sources.archives import read_described, read_exported, read_torchscript, states_of_modules
 from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
@@ -34,7 +34,7 @@ from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Difference, Found, State, compare, find_weights, load_state_
 from asymswap.sources.steady import unchanged
 from asymswap.sources.torchvision_models import Published
-from asymswap.sources.unpickle import import_from_here, load_object, load_told, refused_globals
+from asymswap.sources.unpickle import load_object, load_told, refused_globals
 from asymswap.sources.views import View, views
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
@@ -63,11 +63,15 @@ class Request:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trust_pickle: bool = False
     key: str | None = None
+    trust_code: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model with its weights, and all that is known about where it came from."""
+    """A model with its weights, and all that is known about where it came from.
+
+    `private`: no code but ours, torch's and torchvision's made it, so that nobody else holds it or its tensors.
+    """
 
     model: nn.Module
     origin: Origin
@@ -77,11 +81,12 @@ class Source:
     skeleton: bytes | None = None
     file: Path | None = None
     sha256: str | None = None
+    private: bool = False
 
 
 def is_file_reference(reference: str) -> bool:
     """Whether a reference means a file: it exists and names no known network, or it looks like a path."""
-    if builders.canonical(reference.partition("@")[0]) is not None:
+    if builders.canonical(reference.partition("@")[0]) is not None or factories.names_python_file(reference):
         return False
     path = Path(reference)
     return exists(path) or path.suffix in FILE_SUFFIXES or "/" in reference or "\\" in reference
@@ -93,6 +98,8 @@ def open_reference(reference: str, request: Request) -> Source:
         raise SourceError(f"--arch goes with a file, and {reference!r} names a network itself")
     if request.key is not None and not _is_weights_file(str(request.weights)):
         raise SourceError(f"--key goes with a file, and {reference!r} names a network; give --weights FILE with it")
+    if factories.names_python_file(reference):
+        return _open_factory(reference, request)
     name, _, weights_name = reference.partition("@")
     if weights_name and request.weights:
         raise SourceError(f"{reference!r} names weights and --weights {request.weights} others; give one of them")
@@ -100,9 +107,9 @@ def open_reference(reference: str, request: Request) -> Source:
     full = builders.canonical(name)
     if full is not None:
         return _open_known(full, request)
-    if ":" in name and not name.startswith(("cifar:", "torchvision:")):
+    if factories.names_code(name):
         return _open_factory(name, request)
-    hint = builders.near(name) or "; known are torchvision's names, cifar:…, digits-resnet, module:factory"
+    hint = _like(name) or "; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory"
     raise SourceError(f"no model {reference!r}, and no such file{hint}")
 
 
@@ -149,7 +156,8 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
 
 def _read_safetensors(path: Path) -> RawFile:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
+        with safetensors.safe_open(path, framework="pt", backend="pread") as file:
             metadata = file.metadata() or {}
             return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -217,6 +225,7 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
             raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
         if request.arch is not None:
             notes += (f"--arch {request.arch} was not needed: {path.name} holds the whole module",)
+        source = replace(source, private=not request.trust_pickle)
         return replace(source, notes=notes + source.notes, file=path, sha256=digest)
     published = torchvision_models.published(digest)
     if request.arch is not None:
@@ -244,8 +253,13 @@ def describe_module(model: nn.Module, weights: str) -> Source:
     skeleton = to_skeleton(model)
     if skeleton is not None:
         return Source(model, Origin(f"skeleton:{name}"), _assumed_preprocessing(model), weights, (), skeleton)
-    note = f"{name} is not made of allowlisted classes alone: load the result with asymswap.load(path, model=…)"
-    return Source(model, Origin(f"class:{name}"), _assumed_preprocessing(model), weights, (note,))
+    origin = builders.origin_of_timm(model)
+    if origin is not None:
+        return Source(model, origin, timm_models.preprocessing(model, origin.arguments), weights)
+    note = f"load the result with asymswap.load(path, model=…), for {name} is not made of allowlisted classes alone"
+    known = timm_models.made_by_timm(model) is not None
+    preprocessing = timm_models.preprocessing(model, {}) if known else _assumed_preprocessing(model)
+    return Source(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
 
 
 def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
@@ -258,13 +272,15 @@ def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
     full = builders.canonical(origin.reference)
     if full is None:
         raise SourceError(f"it was built by {origin.reference}, which is code of yours")
-    return builders.build(full, origin.arguments)
+    return builders.build_unset(full, origin.arguments)
 
 
-def build_architecture(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network that the user named by `--arch`, unfilled; a factory of theirs is imported and called."""
+def build_architecture(reference: str, arguments: Mapping[str, Any], trust_code: bool = False) -> nn.Module:
+    """The network that the user named by `--arch`, unfilled; code of theirs is run, a file only with `trust_code`."""
     full = _architecture(reference)
-    return _call_factory(full, arguments) if builders.canonical(full) is None else builders.build(full, arguments)
+    if builders.canonical(full) is None:
+        return factories.call_factory(full, arguments, trust_code)
+    return builders.build(full, arguments)
 
 
 def _open_known(full: str, request: Request) -> Source:
@@ -274,7 +290,7 @@ def _open_known(full: str, request: Request) -> Source:
     if full == DIGITS and not random:
         if request.weights not in (None, "DEFAULT") or request.arguments:
             raise SourceError(f"{DIGITS} has one set of weights; use --weights none to change its arguments")
-        source = _fill(full, load_file(networks.DIGITS_WEIGHTS), request, DIGITS, silent)
+        source = _fill(full, load_file(networks.DIGITS_WEIGHTS, backend="pread"), request, DIGITS, silent)
         return replace(source, weights="shipped, trained on scikit-learn's digits")
     if full.startswith("torchvision:") and not random:
         name = full.removeprefix("torchvision:")
@@ -284,18 +300,53 @@ def _open_known(full: str, request: Request) -> Source:
         # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
         skeleton = None if name in torchvision_models.classifiers() else to_skeleton(model)
         preprocessing = torchvision_models.preprocessing(name, model, weights)
-        return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton)
+        return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton, private=True)
+    if full.startswith(timm_models.PREFIX):
+        return _open_timm(full.removeprefix(timm_models.PREFIX), request)
     if not random:
         raise SourceError(f"{full} has no published weights; use --weights FILE, or --weights none for random ones")
     model = builders.build(full, request.arguments)
-    return Source(model, Origin(full, dict(request.arguments)), _preprocessing(full, model), "random")
+    origin = Origin(full, dict(request.arguments))
+    return Source(model, origin, _preprocessing(full, model), "random", private=True)
+
+
+def _open_timm(name: str, request: Request) -> Source:
+    """A model of timm with published weights, or with `--weights none` with random ones."""
+    architecture, tag = timm_models.split(name)
+    remarks: tuple[str, ...] = ()
+    if request.weights == "none":
+        model, weights = timm_models.build(name, request.arguments), "random"
+    else:
+        named = None if request.weights in (None, "DEFAULT") else request.weights
+        if tag is not None and named not in (None, tag):
+            raise SourceError(f"timm:{name} names weights and --weights {named} others; give one of them")
+        name = ".".join(filter(None, (architecture, named or tag)))
+        model, weights, remarks = timm_models.build_pretrained(name, request.arguments)
+    return _timm_source(model, name, request.arguments, weights, remarks)
+
+
+def _timm_source(
+    model: nn.Module, name: str, arguments: Mapping[str, Any], weights: str, notes: tuple[str, ...] = ()
+) -> Source:
+    # Another version of timm may no longer know the tag: what is stored is what follows from it.
+    arguments = timm_models.settled(name, arguments)
+    origin = Origin(timm_models.PREFIX + timm_models.split(name)[0], arguments)
+    return Source(model, origin, timm_models.preprocessing(model, arguments), weights, notes)
 
 
 def _open_factory(reference: str, request: Request) -> Source:
     if request.weights not in (None, "none"):
         return _fill_from_file(reference, request)
-    source = describe_module(_call_factory(reference, request.arguments), f"as {reference} made them")
-    return replace(source, origin=Origin(reference, dict(request.arguments)))
+    model = factories.call_factory(reference, request.arguments, request.trust_code)
+    return _describe_built(model, reference, request.arguments, f"as {reference} made them")
+
+
+def _describe_built(model: nn.Module, reference: str, arguments: Mapping[str, Any], weights: str) -> Source:
+    """A Source for what the user's own code has built; what timm can build again needs that code no more."""
+    source = describe_module(model, weights)
+    if not source.origin.reference.startswith(timm_models.PREFIX):
+        source = replace(source, origin=Origin(reference, dict(arguments)))
+    return replace(source, notes=(*factories.how_built(reference), *source.notes))
 
 
 def _fill_from_file(reference: str, request: Request) -> Source:
@@ -324,37 +375,45 @@ def _fill(
     if full is not None:
         state = torchvision_models.with_current_keys(state)
     arguments = {**({} if published is None else published.arguments), **request.arguments}
-    model, arguments, view = _fitting(reference, state, arguments, label, progress)
+    model, arguments, view = _fitting(reference, state, arguments, request, label, progress)
     try:
-        load_state_(model, view.state)
+        # The user's own code may keep what it has built or read, and views of it.
+        private = full is not None and not request.trust_pickle
+        load_state_(model, view.state, take=private)
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
     if full is None:
-        source = describe_module(model, label)
-        return replace(source, origin=Origin(reference, arguments), notes=view.notes() + source.notes)
+        source = _describe_built(model, reference, arguments, label)
+        return replace(source, notes=view.notes() + source.notes)
+    if full.startswith(timm_models.PREFIX):
+        source = _timm_source(model, full.removeprefix(timm_models.PREFIX), arguments, label, view.notes())
+        return replace(source, private=private)
     notes = view.notes() + _about_inputs(full, arguments, published)
     preprocessing = _preprocessing(full, model, None if published is None else published.weights)
-    return Source(model, Origin(full, arguments), preprocessing, label, notes)
+    return Source(model, Origin(full, arguments), preprocessing, label, notes, private=private)
 
 
 def _fitting(
-    reference: str, state: State, arguments: Mapping[str, Any], label: str, progress: Progress
+    reference: str, state: State, arguments: Mapping[str, Any], request: Request, label: str, progress: Progress
 ) -> tuple[nn.Module, dict[str, Any], View]:
     """The network, the arguments that it was built with, and the state dict without what stands before its keys.
 
     Raises SourceError where no such view of the state dict fits.
     """
     full = builders.canonical(reference)
-    made = _call_factory(reference, arguments) if full is None else None
+    made = factories.call_factory(reference, arguments, request.trust_code) if full is None else None
     most, closest = -1, Difference((), (), ())
     for view in views(state):
         used = dict(arguments)
+        if full is not None and full.startswith(timm_models.PREFIX):
+            plain = builders.on_meta(full, arguments)
+            view = replace(view, state=timm_models.with_current_keys(view.state, plain))
         if made is not None:
             difference = compare(made, view.state)
         else:
             used, difference = builders.fit(str(full), arguments, view.state)
         if not difference:
-            return made if made is not None else builders.build(str(full), used), used, view
+            return made if made is not None else builders.build_unset(str(full), used), used, view
         alike = len(view.state) - len(difference.unexpected) - len(difference.shapes)
         if alike > most:
             most, closest = alike, difference
@@ -383,48 +442,16 @@ def _architecture(reference: str) -> str:
     """The full form of what `--arch` says: a known network or a factory."""
     full = builders.canonical(reference)
     if full is not None:
-        return full
-    if ":" in reference and not reference.startswith(("cifar:", "torchvision:")):
+        return full.replace("@", ".") if full.startswith(timm_models.PREFIX) else full
+    if factories.names_code(reference):
         return reference
-    hint = builders.near(reference) or "; try resnet18 or cifar:resnet20"
+    hint = _like(reference) or "; try resnet18 or cifar:resnet20"
     raise SourceError(f"--arch {reference!r} names no known architecture{hint}")
 
 
-def _call_factory(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Import and call the user's own factory: the one place where their code runs, because they named it."""
-    factory = _import_factory(reference)
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}") from None
-    try:
-        model = factory(**arguments)
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{reference} failed: {_told(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _import_factory(reference: str) -> Callable[..., Any]:
-    name, _, attribute = reference.partition(":")
-    import_from_here()
-    try:
-        module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            raise SourceError(f"cannot import {name!r} of {reference!r}: no module named {error.name!r}") from None
-        raise SourceError(f"cannot import {name!r} of {reference!r}: {_told(error)}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise SourceError(f"{name} has no callable {attribute!r}{hint}")
-    return cast(Callable[..., Any], factory)
-
-
-def _told(error: BaseException) -> str:
-    """What the user's own code raised, for a message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (--debug shows where)"
+def _like(name: str) -> str:
+    """For a message: timm's model of that very name, or known references that come close to it."""
+    return timm_models.exact_hint(name) or builders.near(name)
 
 
 def _is_weights_file(text: str) -> bool:

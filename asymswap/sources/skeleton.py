@@ -7,7 +7,6 @@ state dict on the meta device, and it is read through the restricted unpickler l
 from __future__ import annotations
 
 import io
-import itertools
 import pickle
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError
 from asymswap.sources.files import FileKind
 from asymswap.sources.unpickle import is_allowed_module, is_plain, load_object
-from asymswap.tensors import copy_with
+from asymswap.tensors import allocated, copy_with
 
 
 def to_skeleton(model: nn.Module) -> bytes | None:
@@ -40,5 +39,4 @@ def from_skeleton(data: bytes) -> nn.Module:
     )
     if not isinstance(module, nn.Module):
         raise SourceError(f"the checkpoint's stored structure is a {type(module).__name__}, not a module")
-    ghosts = [t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_meta]
-    return copy_with(module, ghosts, lambda tensor: torch.empty_like(tensor, device="cpu"))
+    return allocated(module)

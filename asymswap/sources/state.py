@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -193,10 +194,12 @@ def compare(model: nn.Module, state: State) -> Difference:
     )
 
 
-def load_state_(model: nn.Module, state: State) -> None:
+def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties.
 
-    Raises SourceError, before anything is changed, for tensors that are no weights to compute with.
+    With `take` the state's tensors become the model's own instead of being copied, wherever nothing else could notice:
+    for a model and a state that nobody else holds. Raises SourceError, before anything is changed, for tensors that are
+    no weights to compute with.
     """
     # Under every name, for a tied tensor has several.
     tensors = {
@@ -207,12 +210,30 @@ def load_state_(model: nn.Module, state: State) -> None:
         reason = _refuse(tensor, tensors[key])
         if reason:
             raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")
+    heirs = defaultdict[int, set[int]](set)
+    for key, tensor in state.items():
+        heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
     with torch.no_grad():
         for key, tensor in state.items():
             own = tensors[key]
+            if take and len(heirs[tensor.untyped_storage().data_ptr()]) == 1 and _can_become(tensor, own):
+                own.data = tensor.detach()
+                continue
             if own.dtype != tensor.dtype and own.is_floating_point():
-                own.data = own.data.to(tensor.dtype)
+                own.data = torch.empty_like(own, dtype=tensor.dtype)
             own.copy_(tensor)
+        for key in tensors.keys() - state.keys():
+            # Old files lack these counters, and the model's own memory may be unset.
+            if key.endswith("num_batches_tracked"):
+                tensors[key].zero_()
+
+
+def _can_become(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of a file can take the place of the model's `own`, so that only its numbers are others."""
+    # A part of a larger memory would keep all of it alive, and be written with all of it.
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    alike = tensor.stride() == own.stride() and tensor.device == own.device and own.is_floating_point()
+    return whole and alike and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _refuse(tensor: Tensor, own: Tensor) -> str | None:

@@ -256,7 +256,7 @@ MODELS = {
     "resnet19": r"no model 'resnet19', and no such file; did you mean resnet18, ",
     "cifar:resent20": r"no model 'cifar:resent20', and no such file; did you mean cifar:resnet20, ",
     "resnet20": r"no model 'resnet20', and no such file; did you mean cifar:resnet20, ",
-    "nothing-like-it": r"no such file; known are torchvision's names, cifar:…, digits-resnet, module:factory",
+    "nothing-like-it": r"no such file; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory",
     "cifar:resnet20": r"has no published weights; use --weights FILE, or --weights none for random ones",
     "resnet18@IMAGENET1K_V9": r"torchvision's resnet18 has no weights 'IMAGENET1K_V9'.*; did you mean IMAGENET1K_V1\?",
     "digits-resnet@V1": r"digits-resnet has one set of weights",

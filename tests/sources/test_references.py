@@ -314,5 +314,7 @@ def test_near_names_of_every_known_reference(reference: str) -> None:
 
 def test_far_names_give_no_hint() -> None:
     assert near("qqqq") == ""
-    with pytest.raises(SourceError, match=r"no model 'qqqq', and no such file; known are torchvision's names, cifar:…"):
+    with pytest.raises(
+        SourceError, match=r"no model 'qqqq', and no such file; known are torchvision's names, timm:…, cifar:…"
+    ):
         open_reference("qqqq", Request())

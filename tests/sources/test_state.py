@@ -174,3 +174,11 @@ def test_what_cannot_be_computed_with_is_refused_before_anything_changes(
     with pytest.raises(SourceError, match=expected):
         load_state_(model, {**state, "0.weight": change(state["0.weight"])})
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_counters_that_an_old_file_lacks_start_at_zero() -> None:
+    model = nn.BatchNorm2d(3)
+    model.num_batches_tracked.fill_(12345)
+    state = {key: tensor.clone() for key, tensor in nn.BatchNorm2d(3).state_dict().items() if "num_batches" not in key}
+    load_state_(model, state)
+    assert int(model.num_batches_tracked) == 0
