@@ -10,6 +10,7 @@ whole model; at last one process is let run, and must write the output and leave
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ from robustness import write_page
 
 CONVERT = ("resnet18", "--weights", "none", "--recipe", "all-spatial", "--set", "rank=4", "--input", "3x32x32")
 NAMES = ("out.pt", "out.safetensors")
+MOMENTS = ("anywhere", "while writing")
 
 
 def main() -> None:
@@ -49,41 +51,41 @@ def main() -> None:
 
 
 def measure(folder: Path, kills: int, seed: int, tell: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
-    """Kill so many processes; count what they left, and list what they must not have left."""
+    """Kill so many processes; count what they left, and list what they must not have left.
+
+    One that had ended before it was killed is no kill, and tells that they are faster than was thought.
+    """
     rng = random.Random(seed)
-    whole, written = _undisturbed(folder, NAMES[0])
+    longest = dict(zip(MOMENTS, _undisturbed(folder, NAMES[0]), strict=True))
     (folder / NAMES[0]).unlink()
     ends: Counter[str] = Counter()
     drafts, faults = 0, []
-    for number in range(kills):
-        name = NAMES[number % 2]
-        output = folder / name
+    while ends.total() < kills:
+        moment, name = MOMENTS[ends.total() // 2 % 2], NAMES[ends.total() % 2]
+        output, wait = folder / name, rng.uniform(0, longest[moment])
         process = _start(folder, name)
-        if number % 4 < 2:
-            moment, wait = "anywhere", rng.uniform(0, whole)
-            _sleep(process, wait)
-        else:
-            moment, wait = "while writing", rng.uniform(0, written)
+        if moment == MOMENTS[1]:
             _until_draft(process, folder)
-            _sleep(process, wait)
+        start = time.perf_counter()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
         process.send_signal(signal.SIGKILL)
-        code = process.wait()
+        killed = process.wait() == -signal.SIGKILL
         left = [path.name for path in folder.iterdir() if path.name.endswith(".part")]
-        drafts += bool(left)
-        if code != -signal.SIGKILL:
-            end = "had ended before"
-        elif output.exists():
-            end = "output whole"
-        else:
-            end = "output absent"
+        end = "output whole" if output.exists() else "output absent"
         if output.exists() and not _loads(output):
-            end, _ = "OUTPUT HALF", faults.append(f"kill {number} ({moment}, {wait:.3f} s): {name} does not load")
+            end = "OUTPUT HALF"
+            faults.append(f"{moment}, {wait:.3f} s: {name} does not load")
         strange = {path.name for path in folder.iterdir()} - {name, *left}
         if strange:
-            faults.append(f"kill {number} ({moment}, {wait:.3f} s) left {strange}")
-        ends[f"{moment}: {end}"] += 1
-        tell(f"{number + 1}/{kills} {moment} after {wait:.3f} s: {end}, drafts left: {left or 'none'}")
+            faults.append(f"{moment}, {wait:.3f} s: left {strange}")
         output.unlink(missing_ok=True)
+        if killed:
+            drafts += bool(left)
+            ends[f"{moment}: {end}"] += 1
+            tell(f"{ends.total()}/{kills} {moment}, after {wait:.3f} s: {end}, drafts left: {left or 'none'}")
+        else:
+            longest[moment] = min(longest[moment], time.perf_counter() - start)
     for name in NAMES:
         _undisturbed(folder, name)
         (folder / name).unlink()
@@ -109,13 +111,6 @@ def _undisturbed(folder: Path, name: str) -> tuple[float, float]:
         sys.exit(f"a run that was not killed ended with {process.returncode}")
     end = time.perf_counter()
     return end - start, end - draft
-
-
-def _sleep(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def _until_draft(process: subprocess.Popen[bytes], folder: Path) -> None:
