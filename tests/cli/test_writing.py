@@ -147,14 +147,14 @@ def test_full_disk_at_the_report(run: Any) -> None:
 
 
 def test_report_that_fails_after_the_model_is_told_of_both(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
     def fail(path: Path, *arguments: Any, **options: Any) -> int:
         if "r.json" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write_text(path, *arguments, **options)
+        return write_bytes(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     outcome = run(*CONVERT, "-o", "x.pt", "--report", "r.json")
     expected = "cannot write r.json: No space left on device; but the model was written to x.pt"
     assert (outcome.code, outcome.err) == (1, f"error: {expected}\n")
