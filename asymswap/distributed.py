@@ -94,15 +94,20 @@ ALONE = Team()
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
-    """The team that `torchrun` has started this process in, while the block lasts; a team of one without it."""
+def joined(gpus: bool = False) -> Iterator[Team]:
+    """The team that `torchrun` has started this process in, while the block lasts; a team of one without it.
+
+    `gpus` says that tensors on GPUs are exchanged too, where there are any.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield ALONE
         return
+    import torch
     from torch import distributed as dist
 
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=_PATIENCE)
     try:
         yield Team(dist.get_rank(), size)
     finally:

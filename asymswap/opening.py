@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Stored, restore, stored_in
+from asymswap.checkpoint import Header, Stored, restore, stored_in
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import Inputs
 from asymswap.sources.files import sha256
@@ -28,11 +30,15 @@ from asymswap.spec import Plan, Preprocessing, Progress, silent
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with its origin, the conversions that it has been through already, and what it takes as input."""
+    """A model with its origin, the conversions that it has been through already, and what it takes as input.
+
+    `provenance` is what an asymswap checkpoint tells of itself.
+    """
 
     source: Source
     plans: tuple[Plan, ...]
     reference: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -64,32 +70,34 @@ def open_model(
 
     Raises SourceError where it cannot be had, and TraceError where it has no Conv2d.
     """
-    plans: tuple[Plan, ...] = ()
+    header: Header | None = None
     if isinstance(model, nn.Module):
         source, reference = describe_module(model, "as given"), type(model).__name__
     else:
         reference = str(model)
         if is_file_reference(reference):
-            source, plans = _open_file(Path(reference), request, progress)
+            source, header = _open_file(Path(reference), request, progress)
         else:
             source = open_reference(reference, request)
         source.model.eval()
     if not any(isinstance(module, nn.Conv2d) for module in source.model.modules()):
         raise TraceError(f"{reference} has no Conv2d, so there is nothing to swap")
     if input_size is not None:
-        source = replace(source, preprocessing=_resized(source.preprocessing, input_size))
-    return Opened(source, plans, reference)
+        source = replace(source, preprocessing=resized(source.preprocessing, input_size))
+    if header is None:
+        return Opened(source, (), reference)
+    return Opened(source, header.plans, reference, header.provenance)
 
 
-def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:
     raw = read_raw(path, request.trust_pickle)
     stored = stored_in(raw, str(path))
     if stored is not None:
-        return _open_converted(path, stored, request), stored.header.plans
+        return _open_converted(path, stored, request), stored.header
     source = open_loaded(path, find_weights(raw.value, str(path)), request, progress)
     if request.trust_pickle:
         source = replace(source, notes=(*source.notes, "read with --trust-pickle: code in the file may have been run"))
-    return source, ()
+    return source, None
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
@@ -112,7 +120,8 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     )
 
 
-def _resized(preprocessing: Preprocessing, input_size: tuple[int, int, int]) -> Preprocessing:
+def resized(preprocessing: Preprocessing, input_size: tuple[int, int, int]) -> Preprocessing:
+    """The same preprocessing to another size: (channels, height, width)."""
     channels, *size = input_size
     resized = replace(preprocessing, size=(size[0], size[1]), resize=None)
     if channels == preprocessing.channels:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import candidates, convert, fuse, recipes, show
+from asymswap.cli import candidates, convert, evaluate, finetune, fuse, options, recipes, show
 from asymswap.cli.failures import reporting_errors
 
 app = typer.Typer(
@@ -19,7 +19,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert.convert, candidates.candidates, recipes.recipes, show.show, fuse.fuse):
+for command in (
+    convert.convert,
+    candidates.candidates,
+    recipes.recipes,
+    show.show,
+    fuse.fuse,
+    finetune.finetune,
+    evaluate.evaluate,
+):
     app.command()(reporting_errors(command))
 
 
@@ -47,5 +55,5 @@ def main() -> NoReturn:
     # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
     if not any(argument.startswith("--latency") for argument in sys.argv):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    app(options.fill_in(sys.argv[1:]))
     raise AssertionError("unreachable")
