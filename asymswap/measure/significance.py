@@ -31,4 +31,4 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
         term = term * (images - number) // (number + 1)
         total += term
     # Whole numbers until here: the quotient is rounded once.
-    return min(1.0, 2 * total / 2**images)
+    return min(1.0, 2 * total / (1 << images))

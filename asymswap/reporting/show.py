@@ -45,7 +45,8 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
 
 def _training(record: Mapping[str, Any]) -> str:
     """One fine-tuning in a sentence."""
-    text = f"{record['epochs']} epochs ({record['steps']} steps) on {record['data']}"
+    epochs, steps = record["epochs"], record["steps"]
+    text = f"{epochs} epoch{'s' * (epochs != 1)} ({steps} step{'s' * (steps != 1)}) on {record['data']}"
     if record.get("teacher"):
         text += f", taught by {record['teacher']}"
     before, best = record["scores"]["before"], record["scores"]["best"]

@@ -103,7 +103,7 @@ def _collate(samples: Sequence[Any]) -> Batch | SourceError:
     for sample in samples:
         if isinstance(sample, SourceError):
             return sample
-    images, labels, skipped = default_collate(samples)
+    images, labels, skipped = default_collate(list(samples))
     return Batch(images, labels, int(skipped.sum()))
 
 

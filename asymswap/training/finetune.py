@@ -101,7 +101,7 @@ class Trainer:
 
     def __init__(self, work: Work) -> None:
         self.work, self.settings, self.team = work, work.settings, work.team
-        self.accelerator = make_accelerator(self.settings)
+        self.accelerator = make_accelerator(self.settings, self.team)
         self.progress = Progress()
         self.best: Mapping[str, Tensor] | None = None
         device = self.accelerator.device
@@ -118,7 +118,7 @@ class Trainer:
             self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
         self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, self.settings))
         if work.objective.teacher is not None:
-            work.objective.teacher.model.to(device, memory_format=torch.channels_last)
+            work.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
         self.mix = Mixing(work.presets, work.classes)
         self._prepare_data()
         self._dtype = placement(raw)[1]
@@ -385,7 +385,7 @@ class Trainer:
             self.best = self.team.first(lambda: read_checkpoint(folder.best).state)
 
 
-def make_accelerator(settings: Training) -> Any:
+def make_accelerator(settings: Training, team: Team) -> Any:
     """accelerate's Accelerator of the settings; raises AsymswapError for a precision that the device does not have."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -393,8 +393,10 @@ def make_accelerator(settings: Training) -> Any:
     # One process may train several times, and accelerate keeps the first run's precision for good.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "no" if settings.precision == "fp32" else settings.precision
+    # Several processes without GPUs would each train by itself if accelerate were not told that this is meant.
+    cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
     try:
-        accelerator = Accelerator(mixed_precision=precision, cpu=settings.cpu)
+        accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise AsymswapError(
@@ -403,6 +405,11 @@ def make_accelerator(settings: Training) -> Any:
     if precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in fp32 without a word.
         raise AsymswapError("--precision fp16 needs a GPU; use bf16 or fp32")
+    if accelerator.num_processes != team.size:
+        raise AsymswapError(
+            f"{team.size} processes train, but {accelerator.num_processes} were started; call finetune with the team of "
+            "asymswap.distributed.joined()"
+        )
     return accelerator
 
 

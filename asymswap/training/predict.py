@@ -112,7 +112,8 @@ def predict(
     if not parts and team.size == 1:
         raise SourceError(f"no image can be read of {data.description}; --strict names the first that cannot")
     columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
-    return Predictions(*columns, scores=scores, seconds=seconds, unreadable=unreadable)
+    numbers, labels, guesses, ranks, losses = columns
+    return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
 
 
 def _judge(scores_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ def open_parts(
     part stays unseen. Raises SourceError for what cannot be trained on.
     """
     train = open_data(reference, preprocessing, "train", download=download)
+    _check_every_class(train)
     fraction = _fraction(validation)
     if validation is None and train.has_val:
         parts = Parts(train, open_part(reference, preprocessing, "val"))
@@ -43,7 +44,7 @@ def open_parts(
         parts = Parts(train, open_data(reference, preprocessing, "test", download=download))
     else:
         parts = Parts(train, open_data(str(validation), preprocessing, "test"))
-    _check_classes(parts)
+    _check_same_classes(parts)
     return parts
 
 
@@ -87,8 +88,7 @@ def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int],
     return [index for index in range(len(labels)) if index not in held], sorted(held)
 
 
-def _check_classes(parts: Parts) -> None:
-    train, other = parts.train, parts.validation
+def _check_every_class(train: LabelledImages) -> None:
     assert train.pictures is not None
     counts = Counter(train.pictures.labels)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
@@ -97,6 +97,10 @@ def _check_classes(parts: Parts) -> None:
             f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
             "add some, or remove the class"
         )
+
+
+def _check_same_classes(parts: Parts) -> None:
+    train, other = parts.train, parts.validation
     if other is not None and other.classes != train.classes:
         raise SourceError(
             f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "

@@ -20,7 +20,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
         total = gradient.clone()
         dist.all_reduce(total)
         return total
@@ -72,7 +72,8 @@ class SharedBatchNorm(_BatchNorm):
 def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with its batch norms replaced, in place, by ones that share statistics."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
     if type(model) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         assert isinstance(model, _BatchNorm)
         return SharedBatchNorm(model)
