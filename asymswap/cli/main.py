@@ -55,5 +55,6 @@ def main() -> NoReturn:
     # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
     if not any(argument.startswith("--latency") for argument in sys.argv):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app(options.fill_in(sys.argv[1:]))
+    sys.argv[1:] = options.fill_in(sys.argv[1:])
+    app()
     raise AssertionError("unreachable")
