@@ -105,9 +105,14 @@ def joined(gpus: bool = False) -> Iterator[Team]:
         return
     import torch
     from torch import distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=_PATIENCE)
+    # torchrun keeps one store for all its attempts: the addresses of processes that died would still stand in it.
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if both else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Team(dist.get_rank(), size)
     finally:

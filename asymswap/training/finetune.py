@@ -156,8 +156,14 @@ class Trainer:
             self.work.watcher.begin(
                 Outset(self.epochs, self.steps, self.progress.step, len(self.work.parts.train), self.progress.before)
             )
-            while not self.progress.done:
-                self._epoch()
+            try:
+                while not self.progress.done:
+                    self._epoch()
+            except (RuntimeError, MemoryError, ValueError) as error:
+                understood = self._understood(error)
+                if understood is None:
+                    raise
+                raise understood from error
             if self.work.folder is not None and self.team.leads:
                 self.work.folder.close()
         return self.progress
@@ -235,17 +241,14 @@ class Trainer:
         settings, progress = self.settings, self.progress
         seed_(settings.seed, "step", progress.step, self.team.rank)
         rate = set_rate_(self.optimizer, rate_at(progress.step, self.steps, settings))
-        try:
-            for number, batch in enumerate(group, start=1):
-                alone = nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner)
-                with alone:
-                    self._learn(batch, size)
-            if settings.clip is not None:
-                self.accelerator.clip_grad_norm_(self.raw.parameters(), settings.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        except (RuntimeError, MemoryError, ValueError) as error:
-            raise self._understood(error) from error
+        for number, batch in enumerate(group, start=1):
+            alone = nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner)
+            with alone:
+                self._learn(batch, size)
+        if settings.clip is not None:
+            self.accelerator.clip_grad_norm_(self.raw.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.raw)
         return rate
@@ -294,7 +297,7 @@ class Trainer:
             f"{what} (epoch {self.progress.epoch + 1}, --lr {self.settings.base_lr:g}): stopped{good}; try {advice}"
         )
 
-    def _understood(self, error: Exception) -> Exception:
+    def _understood(self, error: Exception) -> AsymswapError | None:
         """An error of torch in the user's words, where it is one that they can do something about."""
         text, settings = str(error), self.settings
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
@@ -308,7 +311,12 @@ class Trainer:
                 f"a batch norm got a single image: {len(self.work.parts.train)} images at --batch-size "
                 f"{settings.batch_size} leave batches that are too small; give a larger --batch-size"
             )
-        return error
+        if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
+            return AsymswapError(
+                "another process of the run has died, and without it none goes on; --resume does, and torchrun "
+                "--max-restarts 3 by itself"
+            )
+        return None
 
     def _validate(self, model: nn.Module) -> Scores | None:
         data = self.work.parts.validation
@@ -407,8 +415,8 @@ def make_accelerator(settings: Training, team: Team) -> Any:
         raise AsymswapError("--precision fp16 needs a GPU; use bf16 or fp32")
     if accelerator.num_processes != team.size:
         raise AsymswapError(
-            f"{team.size} processes train, but {accelerator.num_processes} were started; call finetune with the team of "
-            "asymswap.distributed.joined()"
+            f"{accelerator.num_processes} processes were started and {team.size} of them train together; call finetune "
+            "with the team of asymswap.distributed.joined()"
         )
     return accelerator
 
