@@ -110,7 +110,8 @@ def joined(gpus: bool = False) -> Iterator[Team]:
     both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
     # torchrun keeps one store for all its attempts: the addresses of processes that died would still stand in it.
     store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
     backend = "cpu:gloo,cuda:nccl" if both else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
