@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast fuzz lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -16,6 +16,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(RUN)/python -m pytest -m "not slow and not exhaustive"
+
+# Thousands of damaged and hostile files, and a hundred killed processes: half an hour, and docs/robustness.md.
+fuzz: $(READY)
+	$(RUN)/python benchmarks/fuzz.py --markdown docs/robustness.md
+	$(RUN)/python benchmarks/kill.py --markdown docs/robustness.md
 
 lint: $(READY)
 	$(RUN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +104,11 @@ def gather_evidence(
         lacking = [site.name for site in sites if site.name not in found]
         if lacking:
             raise SourceError(f"the evidence {wanted.evidence} lacks {lacking[0]}; gather it anew under another name")
+        for site in sites:
+            conv = site.conv
+            shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
+            if found[site.name].target_GOD.shape != shape:
+                raise SourceError(f"the evidence {wanted.evidence} does not fit {site.name} ({conv.describe()})")
         gathered = Gathered(found, summary, notes=[f"evidence read from {wanted.evidence}"])
     else:
         if images is None:

@@ -12,7 +12,8 @@ in its metadata. The header is JSON text:
     provenance     source file and its SHA-256, recipe text, versions, report
 
 Loading builds the unconverted model, carries out the plans without initialising anything, and loads the state dict
-strictly.
+strictly. The header is believed in nothing: all this is tried on the meta device first, so that no memory is taken for
+sizes that the state dict does not have.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,20 +33,24 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from asymswap import kinds
-from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError
+from asymswap.errors import CONTROL, AsymswapError, CheckpointError, OutputError, PlanError, SourceError
 from asymswap.graph.surgery import swap
 from asymswap.output import whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
 from asymswap.sources.references import RawFile, read_raw, rebuild
-from asymswap.sources.state import State, compare, load_state_
+from asymswap.sources.state import Difference, State, compare, load_state_
 from asymswap.spec import STRICT, Origin, Plan, Preprocessing
+from asymswap.tensors import meta_copy
 
 FORMAT = 1
 SUFFIXES = (".pt", ".pth", ".safetensors")
 _LARGEST_SKELETON = 64 * 2**20
+_LARGEST_INPUT = 2**27
+"""Numbers in one input: 11,000 x 4,000 pixels of three channels, half a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +136,17 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     """
     header = stored.header
     try:
-        base = rebuild(header.origin, header.skeleton) if model is None else model
-        for plan in header.plans:
-            base = apply_structure(base, plan, share=base is not model)
-        base = swap(base, {}) if base is model else base
+        difference = _try_without_memory(stored, model)
+        if not difference:
+            base = rebuild(header.origin, header.skeleton) if model is None else model
+            for plan in header.plans:
+                base = apply_structure(base, plan, share=base is not model)
+            base = swap(base, {}) if base is model else base
+            difference = compare(base, stored.state)
     except AsymswapError as error:
         how = "load it with asymswap.load(path, model=…) or give --arch"
         how = how if model is None else "the model given is not the one that was converted"
         raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
-    difference = compare(base, stored.state)
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
     try:
@@ -146,6 +154,41 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     except SourceError as error:
         raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """While it lasts, what the given functions of torch make is on the meta device."""
+
+    def __init__(self, *functions: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.functions:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
+    """How the state dict differs from the model that the header speaks of, found without memory for that model.
+
+    None where that cannot be found out so. Raises AsymswapError where the model cannot be rebuilt.
+    """
+    try:
+        # Sizes worked out with tensors, as RegNet's are, stay real.
+        with _WithoutMemory(torch.empty, torch.empty_like):
+            base = rebuild(stored.header.origin, stored.header.skeleton) if model is None else meta_copy(model)
+    except Exception:
+        # Some networks run themselves while they are built; what else may be wrong shows when it is done for real.
+        return None
+    try:
+        with _WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
+            for plan in stored.header.plans:
+                base = apply_structure(base, plan)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"its plan asks for what cannot be built ({' '.join(str(error).split())[:160]})") from None
+    return compare(base, stored.state)
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:
@@ -219,7 +262,10 @@ def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
         newer = isinstance(written, dict) and isinstance(written.get("format"), int) and written["format"] > FORMAT
         if newer:
             raise CheckpointError(f"{label} is of format {written['format']}, newer than {FORMAT}; upgrade asymswap")
-        data = _HEADER.validate_python(written)
+        if not _is_printable(written):
+            raise ValueError("control characters, which a terminal would obey")
+        data = _HEADER.validate_json(text)
+        _check_input(data.preprocessing)
     except ValidationError as error:
         raise CheckpointError(f"{label} has a damaged header: {kinds.validation_text(error)}") from None
     except (ValueError, RecursionError) as error:
@@ -230,6 +276,24 @@ def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
         raise CheckpointError(str(error)) from None
     skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
     return Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), data.aliases
+
+
+def _is_printable(value: Any) -> bool:
+    """Whether no text in it would move the cursor or change how a terminal shows what follows."""
+    if isinstance(value, str):
+        return CONTROL.search(value) is None
+    if isinstance(value, dict):
+        return all(map(_is_printable, value.keys())) and all(map(_is_printable, value.values()))
+    return not isinstance(value, list) or all(map(_is_printable, value))
+
+
+def _check_input(preprocessing: Preprocessing) -> None:
+    """Raise ValueError for an input of no image."""
+    channels, size = preprocessing.channels, preprocessing.size
+    if min(channels, *size) < 1 or channels * math.prod(size) > _LARGEST_INPUT:
+        raise ValueError(f"preprocessing: no image has {channels} channels of {size[0]}x{size[1]} pixels")
+    if not channels == len(preprocessing.mean) == len(preprocessing.std):
+        raise ValueError(f"preprocessing: a mean and a deviation are needed for each of {channels} channels")
 
 
 def _unpack(text: str, label: str) -> bytes:

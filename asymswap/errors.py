@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys instead of showing them; line ends and tabs are none of them."""
+
+_LONGEST_NAME = 200
 
 
 class AsymswapError(Exception):
@@ -36,5 +42,7 @@ class OutputError(AsymswapError):
 
 def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
     """Say which of `known` come close to `name`: `"; did you mean a, b?"`, or nothing where none does."""
-    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    # What is much longer is no slip of the pen, and comparing it takes long.
+    near = [other for other in known if len(other) <= _LONGEST_NAME]
+    close = difflib.get_close_matches(name, near, n=most, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
     return f"; did you mean {', '.join(close)}?" if close else ""

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from asymswap.checkpoint import Header, Stored, restore, stored_in
-from asymswap.errors import SourceError
+from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs
 from asymswap.inputs import example as make_example
 from asymswap.sources.factories import how_built, same_callable
 from asymswap.sources.files import resolve, sha256
 from asymswap.sources.references import (
+    RawFile,
     Request,
     Source,
+    about_trust,
     build_architecture,
     describe_module,
     is_file_reference,
@@ -27,6 +29,8 @@ from asymswap.sources.references import (
     read_raw,
     weights_in,
 )
+from asymswap.sources.shards import files_of
+from asymswap.sources.steady import unchanged
 from asymswap.spec import Origin, Plan, Preprocessing, Progress, silent
 
 
@@ -90,14 +94,24 @@ def open_model(
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:
     path = resolve(path)
-    raw = read_raw(path, request.trust_pickle)
+    with unchanged(*files_of(path)):
+        raw = read_raw(path, request.trust_pickle)
+        told = about_trust(path, raw, request)
+        try:
+            source, header = _open_raw(path, raw, request, progress)
+        except AsymswapError as error:
+            if not raw.executed:
+                raise
+            # What was run was run, whatever came of it.
+            raise SourceError(f"{error}; {told[0]}") from error
+    return replace(source, notes=(*told, *source.notes)), header
+
+
+def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) -> tuple[Source, Header | None]:
     stored = stored_in(raw, str(path))
     if stored is not None:
         return _open_converted(path, stored, request), stored.header
-    source = open_loaded(path, weights_in(path, raw, request), request, progress)
-    if request.trust_pickle:
-        source = replace(source, notes=(*source.notes, "read with --trust-pickle: code in the file may have been run"))
-    return source, None
+    return open_loaded(path, weights_in(path, raw, request), request, progress), None
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:

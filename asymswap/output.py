@@ -1,14 +1,30 @@
-"""Writing files so that there is never half a file, and never one lost that the user did not mean to lose."""
+"""Writing files so that there is never half a file, and never one lost that the user did not mean to lose.
+
+A file is written into a folder of its own beside its target, `.NAME.XXXXXXXX.part`, and renamed from there. Whatever
+goes wrong, the folder is removed; only a process that is killed, or a computer that loses its power, leaves one behind.
+Its writer holds a lock in it for as long as it lives, so that whoever next writes a file to the same place can tell
+that nobody writes there any more, and removes it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from asymswap.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: nothing is removed there but what a process itself has left.
+    fcntl = None  # type: ignore[assignment]
+
+_DRAFT = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.part", re.DOTALL)
+_LOCK = "lock"
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -33,23 +49,21 @@ def check_output(path: Path, force: bool) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` at the end, or vanishes at any error."""
-    # The name must not grow too long with what is added, nor be that of another draft for the same file.
-    draft = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
+    """A temporary path to write to; it takes the place of `path` at the end, or vanishes at any error."""
     try:
-        draft.touch(exist_ok=False)
-        mode = draft.stat().st_mode
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        # Some writers put a file of their own there, which only its owner may read.
-        draft.chmod(mode)
-        draft.replace(path)
+        _remove_abandoned(path.parent)
+        with _draft_folder(path) as folder:
+            draft = folder / "draft"
+            draft.touch(exist_ok=False)
+            mode = draft.stat().st_mode
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            # Some writers put a file of their own there, which only its owner may read.
+            draft.chmod(mode)
+            draft.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,3 +75,34 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file, or nothing."""
     with whole_file(path) as draft:
         draft.write_bytes(data)
+
+
+@contextmanager
+def _draft_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, on the same disk, that is gone in the end; its lock is held meanwhile."""
+    # The name must not grow too long with what is added, nor be that of another draft for the same file.
+    folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
+    folder.mkdir(mode=0o700)
+    try:
+        with (folder / "unlocked").open("w") as lock:
+            if fcntl is not None:
+                # A disk of the network may know no locks: then nobody removes what is left on it.
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            # Only now: nobody else sees it without its lock.
+            (folder / "unlocked").rename(folder / _LOCK)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove the draft folders in a place whose writers have died; whatever cannot be removed stays."""
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        for folder in [entry for entry in place.iterdir() if _DRAFT.fullmatch(entry.name)]:
+            # Without a lock file it is only just being made, or is none of ours.
+            with suppress(OSError), (folder / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)

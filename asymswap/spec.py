@@ -19,8 +19,11 @@ from typing import Any, ClassVar, Literal
 
 Size = tuple[int, int]
 
-STRICT = {"extra": "forbid"}
-"""What pydantic is told about those of them that are read from files: an unknown key is an error."""
+STRICT = {"extra": "forbid", "strict": True}
+"""What pydantic is told about those of them that are read from files.
+
+An unknown key is an error, and no number is guessed from text.
+"""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +67,7 @@ def test_whole_file_appears_only_at_the_end(tmp_path: Path) -> None:
     path.write_text("old")
     with whole_file(path) as draft:
         draft.write_text("new")
-        assert draft.parent == path.parent
+        assert draft.parent.parent == path.parent
         assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "new"
@@ -112,6 +116,66 @@ def test_two_drafts_of_one_file_do_not_meet(tmp_path: Path) -> None:
         one.write_text("one")
         other.write_text("other")
     assert path.read_text() == "one"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from asymswap.output import whole_file
+
+with whole_file(Path(sys.argv[1])) as draft:
+    draft.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def left_by_a_killed_process(path: Path) -> Path:
+    """The draft folder of a process that was killed while it wrote."""
+    done = subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (folder,) = path.parent.glob(".*.part")
+    assert (folder / "draft").read_text() == "half"
+    assert not path.exists()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.txt", "other.txt"])
+def test_what_a_killed_process_left_is_removed_by_the_next(name: str, tmp_path: Path) -> None:
+    left_by_a_killed_process(tmp_path / "a.txt")
+    write_text(tmp_path / name, "x")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_what_is_still_being_written_is_left_alone(tmp_path: Path) -> None:
+    abandoned = left_by_a_killed_process(tmp_path / "a.txt")
+    with whole_file(tmp_path / "b.txt") as draft:
+        assert not abandoned.exists()
+        write_text(tmp_path / "c.txt", "x")
+        draft.write_text("y")
+    assert (tmp_path / "b.txt").read_text() == "y"
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
+    kept = [
+        tmp_path / name for name in (".a.txt.0123abcd.part", ".a.txt.part", "a.txt.0123abcd.part", ".b.0123abcz.part")
+    ]
+    for folder in kept:
+        folder.mkdir()
+    for folder in kept[1:]:
+        (folder / "lock").touch()
+    (tmp_path / ".file.01234567.part").touch()
+    write_text(tmp_path / "a.txt", "x")
+    assert all(folder.is_dir() for folder in kept)
+    assert (tmp_path / ".file.01234567.part").is_file()
+
+
+def test_a_disk_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_text(tmp_path / "a.txt", "x")
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
+_LONGEST = 2000
+"""Of an error's text: enough for the mistakes of a recipe; a file may hold names of any length."""
 
 
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -37,9 +39,12 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _line(error: Exception) -> str:
-    from asymswap.errors import AsymswapError
+    from asymswap.errors import CONTROL, AsymswapError
 
-    text = " ".join(str(error).split())
+    # Names out of a file may hold what a terminal would obey.
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(str(error).split()))
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}…"
     if isinstance(error, AsymswapError):
         return text
     # torch has no error of its own for this.

@@ -64,8 +64,12 @@ def show(
     else:
         from asymswap.reporting.show import show_view
 
-        console = screen.console()
-        screen.show(show_view(str(checkpoint), header_to_json(header)), console)
+        try:
+            view = show_view(str(checkpoint), header_to_json(header))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            # What a checkpoint tells of how it came to be is free text to all but this command.
+            raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
+        screen.show(view, screen.console())
 
 
 def _show_offsets(

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import safetensors
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +29,9 @@ from asymswap.distributed import ALONE, Team
 from asymswap.errors import SourceError
 from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import conv_hooks
+from asymswap.kinds import validation_text
 from asymswap.output import whole_file
-from asymswap.spec import Progress, Site, silent
+from asymswap.spec import STRICT, Progress, Site, silent
 from asymswap.tensors import eval_mode, generator_for, list_tensors
 
 Batches = Callable[[], Iterable[tuple[int, Tensor]]]
@@ -292,11 +294,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 class EvidenceSummary:
     """What evidence was made of, so that it can be made again: the data, how many images, their hash, and the seed."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     data: str
     images: int
     sha256: str
     seed: int
     model: str = field(default="")
+
+
+_SUMMARY = TypeAdapter(EvidenceSummary)
 
 
 def images_hash(batches: Batches, team: Team = ALONE) -> str:
@@ -326,8 +333,18 @@ def save_evidence(path: Path, found: Mapping[str, Evidence], summary: EvidenceSu
         parts = {key: value for key, value in vars(evidence).items() if isinstance(value, Tensor)}
         tensors |= {f"{name}/{key}": value.contiguous() for key, value in parts.items()}
         tensors[f"{name}/patches"] = torch.tensor(evidence.patches)
+    told = {**vars(summary), "tensors": _tensors_hash(tensors)}
     with whole_file(path) as draft:
-        save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(vars(summary))})
+        save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(told)})
+
+
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values: a flipped bit of a covariance would show nowhere else."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(_bytes(tensors[key]))
+    return digest.hexdigest()
 
 
 def load_evidence(path: Path) -> tuple[dict[str, Evidence], EvidenceSummary]:
@@ -338,19 +355,40 @@ def load_evidence(path: Path) -> tuple[dict[str, Evidence], EvidenceSummary]:
             if text is None:
                 raise SourceError(f"{path} holds no evidence; --evidence names a file that a calibration wrote")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        summary = EvidenceSummary(**json.loads(text))
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+        told = json.loads(text)
+        # Files of the first version carry no hash.
+        if told.pop("tensors", None) not in (None, _tensors_hash(tensors)):
+            raise ValueError("its numbers are not those that were written")
+        summary = _SUMMARY.validate_json(json.dumps(told))
+        names = sorted({key.rpartition("/")[0] for key in tensors})
+        return {name: _read_evidence(name, tensors) for name in names}, summary
+    except ValidationError as error:
+        raise SourceError(f"cannot read the evidence {path}: {validation_text(error)}") from None
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SourceError(f"cannot read the evidence {path}: {' '.join(str(error).split())}") from None
-    names = sorted({key.rpartition("/")[0] for key in tensors})
-    found = {
-        name: Evidence(
-            mean_GD=tensors[f"{name}/mean_GD"],
-            cov_GDD=tensors[f"{name}/cov_GDD"],
-            target_GOD=tensors[f"{name}/target_GOD"],
-            target_mean_GO=tensors[f"{name}/target_mean_GO"],
-            weight_GOO=tensors.get(f"{name}/weight_GOO"),
-            patches=int(tensors[f"{name}/patches"]),
-        )
-        for name in names
-    }
-    return found, summary
+
+
+def _read_evidence(name: str, tensors: Mapping[str, Tensor]) -> Evidence:
+    """The evidence of one site; raises ValueError where its parts do not fit each other."""
+
+    def part(key: str, *shape: int) -> Tensor:
+        tensor = tensors.get(f"{name}/{key}")
+        if tensor is None or tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}/{key} is missing, or is no tensor of finite float64 numbers")
+        if tensor.shape != shape if shape else tensor.dim() != 3:
+            raise ValueError(f"{name}/{key} has the shape {tuple(tensor.shape)}, which does not fit the rest")
+        return tensor
+
+    target_GOD = part("target_GOD")
+    groups, outputs, length = target_GOD.shape
+    patches = tensors.get(f"{name}/patches")
+    if patches is None or patches.shape != () or patches.is_floating_point() or int(patches) < 1:
+        raise ValueError(f"{name}/patches is no number of patches")
+    return Evidence(
+        mean_GD=part("mean_GD", groups, length),
+        cov_GDD=part("cov_GDD", groups, length, length),
+        target_GOD=target_GOD,
+        target_mean_GO=part("target_mean_GO", groups, outputs),
+        weight_GOO=part("weight_GOO", groups, outputs, outputs) if f"{name}/weight_GOO" in tensors else None,
+        patches=int(patches),
+    )

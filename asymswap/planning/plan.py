@@ -334,11 +334,16 @@ def plan_text(plan: Plan) -> str:
 
 
 def plan_from_json(value: Any, where: str) -> Plan:
-    """Check plan data that came from outside, down to each kind's settings; raises PlanError in one line."""
+    """Check plan data that came from outside, down to each kind's settings; raises PlanError in one line.
+
+    `value` is JSON text, or what such text stands for.
+    """
     try:
-        plan = _PLAN.validate_json(value) if isinstance(value, str | bytes) else _PLAN.validate_python(value)
+        plan = _PLAN.validate_json(value if isinstance(value, str | bytes) else json.dumps(value))
     except ValidationError as error:
         raise PlanError(f"{where} is not a plan: {kinds.validation_text(error, _PLAN_KEYS)}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"{where} is not a plan: {error}") from None
     seen: set[str] = set()
     for name in [swap.site for swap in plan.swaps] + [keep.site for keep in plan.keeps]:
         if name in seen:

@@ -22,10 +22,12 @@ U-Net), "first" the largest, "inner" all between; where there is but one size, i
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import os
+import re
 import tomllib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -65,7 +67,8 @@ def _check_word(word: str) -> str:
 
 
 Pair = Annotated[Size, BeforeValidator(_as_size), Field(json_schema_extra={"type": ["string", "integer"]})]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Glob = Annotated[str, Field(max_length=1000)]
+Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), Field(max_length=10_000)]
 Word = Annotated[str, Field(json_schema_extra={"enum": sorted(vocabulary.WORDS)}), BeforeValidator(_check_word)]
 Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple)]
 Grouping = Literal["dense", "grouped", "depthwise"]
@@ -130,8 +133,8 @@ Numbers = Annotated[Range, BeforeValidator(_as_range)]
 class Match(_Strict):
     """What a conv must be for a rule to speak of it; what is not said does not matter."""
 
-    names: Texts = ("*",)
-    exclude: Texts = ()
+    names: Globs = ("*",)
+    exclude: Globs = ()
     kernel: Sizes | None = None
     stride: Sizes | None = None
     dilation: Sizes | None = None
@@ -175,9 +178,7 @@ class Match(_Strict):
         )
 
     def _is_named(self, site: Site) -> bool:
-        return any(fnmatch.fnmatchcase(site.name, glob) for glob in self.names) and not any(
-            fnmatch.fnmatchcase(site.name, glob) for glob in self.exclude
-        )
+        return _matches(self.names)(site.name) and not _matches(self.exclude)(site.name)
 
     @property
     def needs_graph(self) -> bool:
@@ -283,6 +284,9 @@ class Budget(_Strict):
         return f"{self.fraction:g} of {what} {_MEASURES[self.measure]}"
 
 
+_LARGEST, _LONGEST_KEY = 2**20, 100
+_STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
+
 BUDGETS = ("macs", "params", "latency", "max_error")
 _MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
@@ -299,7 +303,7 @@ class About(_Strict):
 class Recipe(About):
     """A whole recipe."""
 
-    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=1000)]
     budget: Budget | None = None
 
     @model_validator(mode="after")
@@ -312,6 +316,14 @@ class Recipe(About):
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
             raise ValueError("the [budget] has nothing to choose: every rule says its own size; remove one of the two")
         return self
+
+
+@functools.cache
+def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether any glob matches a name; what Python makes of a glob never goes back over what a `*` has taken."""
+    plain = {glob for glob in globs if not set("*?[") & set(glob)}
+    patterns = [re.compile(fnmatch.translate(glob)) for glob in globs if glob not in plain]
+    return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
 
 
 def _positions(sites: Sequence[Site]) -> dict[str, Position]:
@@ -389,15 +401,28 @@ def read_recipe_text(reference: str) -> tuple[str, str]:
 
 def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Check a recipe's text, with the user's overrides put in (see `override`); raises RecipeError in one line."""
+    _check_size(text, where)
     try:
         value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         end = f"at line {max(text.rstrip().count(chr(10)) + 1, 1)}, the end of the document"
         raise RecipeError(f"{where}: not valid TOML: {str(error).replace('at end of document', end)}") from None
+    except (ValueError, RecursionError) as error:
+        # Of numbers with thousands of digits, and of lists in lists in lists.
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
     try:
         return Recipe.model_validate(override(value, overrides or {}))
     except ValidationError as error:
         raise RecipeError(f"{where}: {kinds.validation_text(error, _keys_at(error))}") from None
+
+
+def _check_size(text: str, where: str) -> None:
+    """Raise RecipeError for what is no recipe, and would take long to read: a key takes its length squared."""
+    if len(text) > _LARGEST:
+        raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > _LONGEST_KEY and _STRING.sub("", line).count(".") > _LONGEST_KEY:
+            raise RecipeError(f"{where}: line {number} has a key of more than {_LONGEST_KEY} parts")
 
 
 def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

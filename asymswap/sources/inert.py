@@ -44,6 +44,9 @@ _DTYPES = {
 }
 
 
+_MOST_IN_A_KEY = 100
+
+
 class MalformedError(Exception):
     """The bytes are no pickle, or one that no writer of checkpoints makes; the text says why."""
 
@@ -240,7 +243,7 @@ class _Machine:
         self.stack.append(_paired(self._since_mark()))
 
     def _frozenset(self, _: None) -> None:
-        self.stack.append(set(self._since_mark()))
+        self.stack.append(set(_flat(self._since_mark())))
 
     def _append(self, _: None) -> None:
         self._extend([self.stack.pop()])
@@ -254,7 +257,7 @@ class _Machine:
 
     def _additems(self, _: None) -> None:
         values = self._since_mark()
-        self.stack[-1].update(values)
+        self.stack[-1].update(_flat(values))
 
     def _setitem(self, _: None) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -301,7 +304,17 @@ def _named(module: str, name: str) -> Name:
 
 
 def _paired(flat: list[Any]) -> dict[Any, Any]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+    return dict(zip(_flat(flat[::2]), flat[1::2], strict=True))
+
+
+def _flat(keys: list[Any]) -> list[Any]:
+    """The same keys; raises MalformedError for tuples in tuples in tuples: their hash would overflow the stack."""
+    inside = [key for key in keys if isinstance(key, tuple)]
+    for _ in range(_MOST_IN_A_KEY + len(keys)):
+        if not inside:
+            return keys
+        inside += [part for part in inside.pop() if isinstance(part, tuple)]
+    raise MalformedError("a key is nested too deeply")
 
 
 def _called(what: Any, arguments: Any) -> Any:
@@ -313,7 +326,7 @@ def _called(what: Any, arguments: Any) -> Any:
         case ("collections.OrderedDict", ()):
             return {}
         case ("collections.OrderedDict", (list(pairs),)):
-            return dict(pairs)
+            return dict(zip(_flat([key for key, _ in pairs]), [value for _, value in pairs], strict=True))
         case ("builtins.set" | "builtins.frozenset", (list(values),)):
             return set(values)
         case ("torch.Size", (tuple(size),)):

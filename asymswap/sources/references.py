@@ -29,11 +29,12 @@ from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
 from asymswap.sources.identify import identify, nearest
 from asymswap.sources.inert import wants_code
-from asymswap.sources.shards import fingerprint, read_shards
+from asymswap.sources.shards import files_of, fingerprint, read_shards
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Difference, Found, State, compare, find_weights, load_state_
+from asymswap.sources.steady import unchanged
 from asymswap.sources.torchvision_models import Published
-from asymswap.sources.unpickle import load_object, refused_globals
+from asymswap.sources.unpickle import load_object, load_told, refused_globals
 from asymswap.sources.views import View, views
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
@@ -117,13 +118,15 @@ class RawFile:
     """What a model file holds, before anything is made of it.
 
     `metadata` is that of a safetensors file; `notes` say what of the file was left unread; `refusal` is why modules in
-    it could not be loaded, where they are there as records alone (see `asymswap.sources.inert`).
+    it could not be loaded, where they are there as records alone (see `asymswap.sources.inert`). `executed`: something
+    was unpickled without restriction, so that code in it was run.
     """
 
     value: Any
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refusal: SourceError | None = None
+    executed: bool = False
 
 
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
@@ -138,9 +141,12 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label))
         return RawFile(state, notes=("weights taken out of a torch.export archive, whose graph was not read",))
     if kind is FileKind.SHARDS:
-        return RawFile(read_shards(path, lambda shard: _read_shard(shard, trust_pickle)))
+        executed: list[bool] = []
+        value = read_shards(path, lambda shard: _read_shard(shard, trust_pickle, executed))
+        return RawFile(value, executed=any(executed))
     try:
-        return RawFile(load_object(path, kind, trust_pickle, str(path)))
+        loaded = load_told(path, kind, trust_pickle, str(path))
+        return RawFile(loaded.value, executed=loaded.executed)
     except SourceError as error:
         described = _describe(path, error) if kind is FileKind.TORCH and not trust_pickle else None
         if described is None:
@@ -158,10 +164,21 @@ def _read_safetensors(path: Path) -> RawFile:
         raise SourceError(f"{path} is cut off or damaged: {error}") from None
 
 
-def _read_shard(path: Path, trust_pickle: bool) -> Any:
+def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
+    """What `--trust-pickle` came to, for the report; nothing where it was not said."""
+    if not request.trust_pickle:
+        return ()
+    if raw.executed:
+        return (f"code in {path.name} was executed to read it (--trust-pickle)",)
+    return (f"--trust-pickle was not needed: nothing in {path.name} was executed",)
+
+
+def _read_shard(path: Path, trust_pickle: bool, executed: list[bool]) -> Any:
     if sniff(path) is FileKind.SHARDS:
         raise SourceError(f"{path} is an index of shards that an index names; give that one")
-    return read_raw(path, trust_pickle).value
+    raw = read_raw(path, trust_pickle)
+    executed.append(raw.executed)
+    return raw.value
 
 
 def _describe(path: Path, refusal: SourceError) -> RawFile | None:
@@ -173,11 +190,6 @@ def _describe(path: Path, refusal: SourceError) -> RawFile | None:
     more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
     note = f"left unread, being outside of the allowlist: {', '.join(foreign[:3])}{more}"
     return RawFile(read_described(path), notes=(note,), refusal=refusal)
-
-
-def read_weights(path: Path, request: Request) -> Found:
-    """The state dict or module in a model file."""
-    return weights_in(path, read_raw(path, request.trust_pickle), request, arch_known=True)
 
 
 def weights_in(path: Path, raw: RawFile, request: Request, arch_known: bool = False) -> Found:
@@ -339,12 +351,14 @@ def _describe_built(model: nn.Module, reference: str, arguments: Mapping[str, An
 
 def _fill_from_file(reference: str, request: Request) -> Source:
     path = resolve(Path(str(request.weights)))
-    found = read_weights(path, request)
-    if isinstance(found.value, nn.Module):
-        raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
-    digest = fingerprint_of(path)
-    source = _fill(reference, found.value, request, str(path), silent, torchvision_models.published(digest))
-    notes = found.notes + source.notes
+    with unchanged(*files_of(path)):
+        raw = read_raw(path, request.trust_pickle)
+        found = weights_in(path, raw, request, arch_known=True)
+        if isinstance(found.value, nn.Module):
+            raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
+        digest = fingerprint_of(path)
+        source = _fill(reference, found.value, request, str(path), silent, torchvision_models.published(digest))
+    notes = (*about_trust(path, raw, request), *found.notes, *source.notes)
     return replace(source, notes=notes, file=path, sha256=digest, weights=f"file {path.name}")
 
 

@@ -38,6 +38,14 @@ def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
     return state
 
 
+def files_of(path: Path) -> list[Path]:
+    """The file itself, and those that it names where it is an index of shards that can be read."""
+    try:
+        return [path, *_files(path, _weight_map(path))] if path.suffix == ".json" else [path]
+    except (SourceError, OSError):
+        return [path]
+
+
 def fingerprint(index: Path) -> str:
     """One SHA-256 for all files: that of the index's own and of its files' SHA-256, by name, as hexadecimal text."""
     each = [sha256(index), *(sha256(path) for path in _files(index, _weight_map(index)))]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.sources.files import FileKind
-from asymswap.sources.unpickle import is_allowed_module, load_object, refused_globals
+from asymswap.sources.unpickle import is_allowed_module, is_plain, load_object
 from asymswap.tensors import allocated, copy_with
 
 
@@ -29,7 +29,7 @@ def to_skeleton(model: nn.Module) -> bytes | None:
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
         # Hooks and other attributes of the user's own may not even be picklable.
         return None
-    return None if refused_globals(buffer, "the model's structure") else buffer.getvalue()
+    return buffer.getvalue() if is_plain(buffer, "the model's structure") else None
 
 
 def from_skeleton(data: bytes) -> nn.Module:

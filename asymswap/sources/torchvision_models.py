@@ -233,7 +233,7 @@ def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     """Weights are chosen by their own option: as an argument they could make a stored reference download something."""
     for key in arguments:
-        if key in ("weights", "weights_backbone", "progress", "pretrained"):
+        if key in ("weights", "weights_backbone", "progress", "pretrained", "pretrained_backbone"):
             raise SourceError(f"{key!r} is not an argument for torchvision's {name}; choose weights with --weights")
 
 

@@ -3,43 +3,42 @@
 `allowlist.txt` (made by benchmarks/make_allowlist.py) names the nn.Module classes of torch.nn and torchvision. A
 handful of other globals is allowed because real checkpoints hold them and calling them runs no code of the file: see
 `_HARMLESS` and `_HELPERS`. Nothing else is ever looked up, let alone called, unless the user says `--trust-pickle`.
+What is done with the allowed names, and how much a file claims to hold, is checked before by `asymswap.sources.audit`.
 """
 
 from __future__ import annotations
 
-import _compat_pickle
 import argparse
 import functools
 import importlib
 import io
+import itertools
 import pathlib
 import pickle
 import pickletools
 import sys
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import nn
 
 from asymswap.errors import SourceError
+from asymswap.sources.audit import Odd, Old, Rules, audit, global_name
 from asymswap.sources.files import FileKind
+from asymswap.sources.plain_numpy import Array, DType, array, scalar
+from asymswap.sources.zipped import LARGEST_PICKLE, read_contents
 
 # Of pickle's protocols; torch's restricted unpickler knows none of the operations that the fourth added.
 _NEWEST_READABLE = 3
 
-# The functions by which numpy's scalars and arrays are pickled; where numpy keeps them depends on its version.
-_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-
-# Each makes a plain object of its arguments. A `partial` is only ever called by a module's own forward, and what it
-# calls came through this same list.
+# Each makes a plain object of its arguments; paths are text, and never opened. What stands for numpy's own makes arrays
+# of numbers alone. A `partial` makes a layer, if anything calls it: see `audit`.
 _HARMLESS: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
     "collections.OrderedDict": OrderedDict,
@@ -47,12 +46,14 @@ _HARMLESS: dict[str, Any] = {
     "pathlib.PosixPath": pathlib.PurePosixPath,
     "pathlib.PurePosixPath": pathlib.PurePosixPath,
     "pathlib.WindowsPath": pathlib.PureWindowsPath,
-    "numpy.dtype": np.dtype,
-    "numpy.ndarray": np.ndarray,
-    "numpy.core.multiarray.scalar": _SCALAR,
-    "numpy._core.multiarray.scalar": _SCALAR,
-    "numpy.core.multiarray._reconstruct": _ARRAY,
-    "numpy._core.multiarray._reconstruct": _ARRAY,
+    "pathlib.PureWindowsPath": pathlib.PureWindowsPath,
+    "numpy.dtype": DType,
+    "numpy.ndarray": Array,
+    # Where numpy keeps these two depends on its version.
+    "numpy.core.multiarray.scalar": scalar,
+    "numpy._core.multiarray.scalar": scalar,
+    "numpy.core.multiarray._reconstruct": array,
+    "numpy._core.multiarray._reconstruct": array,
 }
 # What torchvision's detectors and RAFT keep beside modules: holders of a few numbers, and functions of tensors alone.
 _HELPERS = {
@@ -64,26 +65,46 @@ _HELPERS = {
     "torchvision.models.optical_flow.raft._pass_through_h",
     "torchvision.ops.boxes.box_iou",
 }
-_NUMPY_DTYPES = [type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a file holds, and whether it was unpickled without restriction, so that code in it ran."""
+
+    value: Any
+    executed: bool = False
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a pickle asks for: the names of its globals, and the highest protocol that it is written in."""
+    """What a pickle asks for: the names of its globals, the highest protocol that it is written in, and what is odd.
 
-    names: frozenset[str]
-    protocol: int
+    `odd` says what of it torch.save does not write; it is not looked for where the rest is a reason to refuse already.
+    """
+
+    names: frozenset[str] = frozenset()
+    protocol: int = 0
+    odd: str = ""
 
     @property
     def refused(self) -> list[str]:
         return sorted(self.names - allowed_names())
 
+    @property
+    def plain(self) -> bool:
+        return not self.refused and self.protocol <= _NEWEST_READABLE and not self.odd
+
 
 def load_object(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str) -> Any:
-    """What torch.save wrote into a file, on the CPU.
+    """What torch.save wrote into a file, on the CPU; see `load_told`."""
+    return load_told(file, kind, trust_pickle, label).value
 
-    Raises SourceError where the file is damaged, or where it names something outside of the allowlist and the user has
-    not said `--trust-pickle`. With `trust_pickle`, Python code of the file may run.
+
+def load_told(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str) -> Loaded:
+    """What torch.save wrote into a file, on the CPU, and whether code in the file ran for it.
+
+    Raises SourceError where the file is damaged, or where it cannot be read without running code and the user has not
+    said `--trust-pickle`. With `trust_pickle`, Python code of the file may run.
     """
     needs = _read_needs(file, kind, label)
     if not trust_pickle:
@@ -91,13 +112,13 @@ def load_object(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label
     with warnings.catch_warnings():
         # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
         warnings.simplefilter("ignore")
-        if needs.refused or needs.protocol > _NEWEST_READABLE:
-            return _load_trusting(file, label)
+        if not needs.plain:
+            return Loaded(_load_trusting(file, label), executed=True)
         try:
-            return _load_restricted(file, needs, label)
+            return Loaded(_load_restricted(file, needs, label))
         except pickle.UnpicklingError as error:
             if trust_pickle:
-                return _load_trusting(file, label)
+                return Loaded(_load_trusting(file, label), executed=True)
             raise SourceError(
                 f"{label} was refused by torch's restricted unpickler ({_last_words(error)}); save model.state_dict() "
                 f"instead and give it with --arch, or, if you trust the file, use --trust-pickle"
@@ -109,11 +130,22 @@ def refused_globals(file: BinaryIO, label: str) -> list[str]:
     return _read_needs(file, FileKind.TORCH, label).refused
 
 
+def is_plain(file: BinaryIO, label: str) -> bool:
+    """Whether a torch.save file of the zip form can be loaded without trusting it."""
+    return _read_needs(file, FileKind.TORCH, label).plain
+
+
+@functools.cache
+def module_names() -> frozenset[str]:
+    """The classes of allowlist.txt."""
+    text = resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8")
+    return frozenset(text.split())
+
+
 @functools.cache
 def allowed_names() -> frozenset[str]:
     """Every global that a file may name: torch's safe ones, the two lists above, the classes of allowlist.txt."""
-    text = resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8")
-    return frozenset(text.split()) | frozenset(_HARMLESS) | _HELPERS | _torch_safe()
+    return module_names() | frozenset(_HARMLESS) | _HELPERS | _torch_safe()
 
 
 def is_allowed_module(model: nn.Module) -> bool:
@@ -134,6 +166,8 @@ def _check_needs(needs: _Needs, label: str) -> None:
             f"{label} is written in pickle protocol {needs.protocol}, which cannot be read safely; nothing of it was "
             f"executed; save it again with torch.save's own protocol, or, if you trust the file, use --trust-pickle"
         )
+    if needs.odd:
+        raise SourceError(f"{label} {needs.odd}; nothing of it was executed; {instead}")
 
 
 def _load_restricted(file: Path | BinaryIO, needs: _Needs, label: str) -> Any:
@@ -157,7 +191,9 @@ def _load_trusting(file: Path | BinaryIO, label: str) -> Any:
             f"{label} needs code that cannot be imported here: {_last_words(error)}; run asymswap in its project"
         ) from error
     except Exception as error:
-        raise SourceError(f"{label} cannot be unpickled: {_last_words(error)}") from error
+        raise SourceError(
+            f"{label} cannot be unpickled: {_last_words(error)}; code in it may have been executed (--trust-pickle)"
+        ) from error
 
 
 def import_from_here() -> None:
@@ -168,19 +204,24 @@ def import_from_here() -> None:
 
 def _allowed(wanted: Iterable[str], label: str) -> list[Any]:
     """The objects behind the wanted names, in the form that torch's unpickler asks for."""
-    pairs: list[Any] = list(_NUMPY_DTYPES)
+    pairs: list[Any] = []
     for name in wanted:
         if name in _HARMLESS:
             pairs.append((_HARMLESS[name], name))
         elif name not in _torch_safe():
-            module, _, attribute = name.rpartition(".")
-            try:
-                pairs.append(getattr(importlib.import_module(module), attribute))
-            except (ImportError, AttributeError):
-                raise SourceError(
-                    f"{label} needs {name}, which the installed torch and torchvision lack; install a version with it"
-                ) from None
+            pairs.append(_look_up(label, name))
     return pairs
+
+
+def _look_up(label: str, name: str) -> Any:
+    """The object behind a name of the allowlist."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise SourceError(
+            f"{label} needs {name}, which the installed torch and torchvision lack; install a version with it"
+        ) from None
 
 
 @functools.cache
@@ -194,12 +235,17 @@ def _read_needs(file: Path | BinaryIO, kind: FileKind, label: str) -> _Needs:
     """What the pickle in a file asks for, read without executing it."""
     try:
         if kind is FileKind.TORCH:
-            with zipfile.ZipFile(file) as archive:
-                inner = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
-                return _scan(io.BytesIO(archive.read(inner)), pickles=1)
-        with Path(str(file)).open("rb") as stream:
-            # A legacy file is five pickles in a row: magic, protocol, system, the object, the storage keys.
-            return _scan(stream, pickles=5)
+            contents = read_contents(file)
+            return _examine([io.BytesIO(contents.pickle)], contents.storage_bytes, contents.size, label)
+        path = Path(str(file))
+        with path.open("rb") as stream:
+            head = io.BytesIO(stream.read(LARGEST_PICKLE))
+        # A legacy file is five pickles in a row: magic, protocol, system, the object, the storage keys.
+        return _examine(itertools.repeat(head, 5), None, path.stat().st_size, label)
+    except Odd as error:
+        return _Needs(odd=str(error) if isinstance(error, Old) else f"{error}, which torch.save never writes")
+    except SourceError:
+        raise
     except Exception as error:
         raise SourceError(f"{label} is cut off or damaged: {_last_words(error)}") from None
     finally:
@@ -207,15 +253,26 @@ def _read_needs(file: Path | BinaryIO, kind: FileKind, label: str) -> _Needs:
             file.seek(0)
 
 
-def _scan(stream: BinaryIO, pickles: int) -> _Needs:
+def _examine(
+    streams: Iterable[BinaryIO], storage_bytes: Mapping[str, int] | None, total_bytes: int, label: str
+) -> _Needs:
+    """The names and the protocol of pickles, and what is odd in them where those are no reason to refuse them."""
+    streams = list(streams)
+    needs = _scan(streams)
+    if needs.plain:
+        for stream in streams:
+            stream.seek(0)
+        rules = Rules(module_names(), _HELPERS, functools.partial(_look_up, label), storage_bytes, total_bytes)
+        audit(streams, rules)
+    return needs
+
+
+def _scan(streams: Iterable[BinaryIO]) -> _Needs:
     names, protocol = set(), 0
-    for _ in range(pickles):
+    for stream in streams:
         for op, argument, _position in pickletools.genops(stream):
             if op.name in ("GLOBAL", "INST"):
-                module, _, name = str(argument).partition(" ")
-                # Protocol 2 writes the names of Python 2, as torch's unpickler knows too.
-                module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-                names.add(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
+                names.add(global_name(str(argument)))
             written = argument if op.name == "PROTO" and isinstance(argument, int) else op.proto
             protocol = max(protocol, written)
     return _Needs(frozenset(names), protocol)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 import asymswap
 from asymswap.errors import CheckpointError
@@ -51,6 +52,11 @@ def packed(value: object) -> str:
     return base64.b64encode(zlib.compress(buffer.getvalue())).decode()
 
 
+def huge() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Conv2d(10**6, 10**6, 3)
+
+
 # What is wrong with the header, so that the file cannot even be shown.
 HEADERS: dict[str, tuple[Callable[[Stored], object], str]] = {
     "newer": (lambda h: {**h, "format": 2}, r"x\.pt is of format 2, newer than 1; upgrade asymswap"),
@@ -60,7 +66,7 @@ HEADERS: dict[str, tuple[Callable[[Stored], object], str]] = {
     "number": (lambda h: 3, r"x\.pt is damaged: its asymswap header or state_dict is not what it should be"),
     "list": (lambda h: [], r"x\.pt has a damaged header: "),
     "unknown key": (lambda h: {**h, "extra": 1}, r"x\.pt has a damaged header: unknown key 'extra'"),
-    "plans": (lambda h: {**h, "plans": None}, r"x\.pt has a damaged header: plans: Input should be a valid list"),
+    "plans": (lambda h: {**h, "plans": None}, r"x\.pt has a damaged header: plans: Input should be a valid array"),
     "no plan": (lambda h: {**h, "plans": [{}]}, r"the plan in x\.pt is not a plan: swaps: Field required"),
     "kind": (lambda h: {**h, "plans": [other_kind(h)]}, r"the plan in x\.pt, .*: unknown kind 'sparabel'"),
     "base64": (lambda h: {**h, "skeleton": "!"}, r"x\.pt has a damaged structure: Only base64 data is allowed"),
@@ -71,6 +77,22 @@ HEADERS: dict[str, tuple[Callable[[Stored], object], str]] = {
 def other_kind(header: Stored) -> Stored:
     swaps = [{**swap, "kind": "sparabel"} for swap in header["plans"][0]["swaps"]]
     return {**header["plans"][0], "swaps": swaps}
+
+
+def preprocessing(**changes: object) -> Callable[[Stored], object]:
+    return lambda header: {**header, "preprocessing": {**header["preprocessing"], **changes}}
+
+
+# Numbers are not guessed from text, and nothing is believed that no image has.
+HEADERS |= {
+    "text for a number": (preprocessing(channels="1"), r"damaged header: preprocessing\.channels: Input should be a"),
+    "fraction": (preprocessing(size=[8.5, 8]), r"preprocessing\.size: Input should be a valid integer"),
+    "huge input": (preprocessing(size=[10**6, 10**6]), r"no image has 1 channels of 1000000x1000000 pixels"),
+    "no input": (preprocessing(size=[0, 8]), r"no image has 1 channels of 0x8 pixels"),
+    "means": (preprocessing(mean=[]), r"a mean and a deviation are needed for each of 1 channels"),
+    "control": (lambda h: {**h, "provenance": {"recipe": ["\x1b[2J"]}}, r"control characters, which a termi"),
+    "control key": (lambda h: {**h, "provenance": {"\x9b": 1}}, r"control characters, which a terminal would obey"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -108,6 +130,27 @@ ORIGINS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "structure": ({"skeleton": packed({"a": 1})}, r"the checkpoint's stored structure is a dict, not a module"),
     "trap": ({"skeleton": packed(Trap())}, r"the checkpoint's stored structure .* needs posix\.system, outside of the"),
+}  # fmt: skip
+
+
+def ranked(rank: int, **settings: object) -> list[Stored]:
+    return [{"swaps": [{"site": "conv1", "kind": "separable", "settings": {"rank": rank, **settings}}]}]
+
+
+VERTICAL = {"order": "vertical-first"}
+ORIGINS |= {
+    "rank": ({"plans": ranked(10**9, **VERTICAL)}, r"does not fit digits-resnet: missing: conv1\.vertical"),
+    "rank of a batch norm": ({"plans": ranked(10**9, between="bn", **VERTICAL)}, r"does not fit digits-resnet: miss"),
+    "rank beyond numbers": ({"plans": ranked(10**18, **VERTICAL)}, r"rebuilt: its plan asks for what cannot be built"),
+    "classes": (
+        {"origin": {"reference": "digits-resnet", "arguments": {"num_classes": 10**10}}},
+        r"does not fit digits-resnet: linear\.weight is 10x48, the model's 10000000000x48",
+    ),
+    "structure of terabytes": ({"skeleton": packed(huge()), "plans": []}, r"not fit digits-resnet: missing: weight"),
+    "backbone": (
+        {"origin": {"reference": "torchvision:fcn_resnet50", "arguments": {"pretrained_backbone": True}}},
+        r"'pretrained_backbone' is not an argument for torchvision's fcn_resnet50",
+    ),
 }  # fmt: skip
 
 
@@ -150,6 +193,25 @@ def test_damaged_safetensors(change: Stored, expected: str, stored: Stored, refu
     text = json.dumps({**stored["header"], **change})
     save_file(stored["state_dict"], "x.safetensors", metadata={"asymswap": text})
     assert re.search(expected, refusal("candidates", "x.safetensors"))
+
+
+@pytest.mark.parametrize("report", [3, {"model": 3, "before": 1, "after": 2, "output": 3}, {"model": {}, "before": 1}])
+def test_provenance_of_another_making(report: object, stored: Stored, run: Any) -> None:
+    write({**stored["header"], "provenance": {"report": report, "versions": {"torch": "1"}}}, stored["state_dict"])
+    outcome = run("show", "x.pt")
+    told = outcome.err.startswith("error: x.pt has a damaged provenance (") and outcome.err.endswith(
+        "--json prints it\n"
+    )
+    assert outcome.code == 0 or (outcome.code == 1 and told)
+    assert json.loads(run("show", "x.pt", "--json").out)["provenance"]["report"] == report
+
+
+def test_nothing_in_an_error_commands_the_terminal(stored: Stored, refusal: Refusal) -> None:
+    torch.save({"\x1b]0;title\x07": torch.ones(1), "x" * 5000: torch.ones(1)}, "x.pt")
+    said = refusal("candidates", "x.pt", "--arch", "digits-resnet")
+    assert r"\x1b]0;title\x07" in said
+    assert said.isprintable()
+    assert len(said) <= 2001
 
 
 def test_show_wants_a_checkpoint(stored: Stored, refusal: Refusal) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,29 @@ def test_full_disk(name: str, existing: bool, refusal: Refusal) -> None:
     assert re.fullmatch(rf"cannot write {re.escape(name)}: .*File too large.*", said)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        place.rmdir()
+        pytest.skip("only root may mount a disk, and not everywhere")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+    place.rmdir()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_really_full_disk(name: str, small_disk: Path, run: Any) -> None:
+    outcome = run(*CONVERT, "-o", small_disk / name)
+    expected = rf"error: cannot write .*/disk/{re.escape(name)}: .*(No space left on device|os error 28).*\n"
+    assert outcome.code == 1
+    assert re.fullmatch(expected, outcome.err), outcome.err
+    assert list(small_disk.iterdir()) == []
+
+
 def test_full_disk_at_the_report(run: Any) -> None:
     with files_of_at_most(400_000):
         outcome = run(*CONVERT, "-o", "x.pt", "--report", "r.json", "--write-plan", "p.json")
@@ -126,7 +150,7 @@ def test_report_that_fails_after_the_model_is_told_of_both(run: Any, monkeypatch
     write_text = Path.write_text
 
     def fail(path: Path, *arguments: Any, **options: Any) -> int:
-        if "r.json" in path.name:
+        if "r.json" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_text(path, *arguments, **options)
 

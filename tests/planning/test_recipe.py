@@ -35,6 +35,53 @@ def site(name: str = "layer1.conv", calls: tuple[Call, ...] = (Call((28, 30), (2
     return Site(name, ConvSpec(**fields), calls, before=(Neighbour("max_pool", "pool"),), after=after)
 
 
+@pytest.mark.parametrize(
+    "glob", ["*a" * 300 + "b", "*?" * 300 + "b", "[a-z]*" * 150 + "!", "*" * 999 + "b", "*[!b]" * 199 + "b"]
+)
+def test_globs_do_not_go_back_over_what_they_have_taken(glob: str) -> None:
+    """With backtracking, each of these would take longer than the universe has been there."""
+    assert not Match(names=(glob,)).find([site("a" * 300)])
+
+
+@pytest.mark.parametrize(
+    ("names", "exclude", "found"),
+    [
+        (("*",), (), {"a", "a.b", "[x]"}),
+        (("a",), (), {"a"}),
+        (("a*", "none"), ("*b",), {"a"}),
+        (("[[]x]",), (), {"[x]"}),
+        (("[x]",), (), set()),
+        ((), (), set()),
+    ],
+)
+def test_globs_and_plain_names(names: tuple[str, ...], exclude: tuple[str, ...], found: set[str]) -> None:
+    assert Match(names=names, exclude=exclude).find([site("a"), site("a.b"), site("[x]")]) == found
+
+
+RULE = "[[rules]]\nswap = { kind = 'separable', rank = 1 }\n"
+UNTRUSTED = {
+    "long": (RULE + "#" * 2**20, r"r\.toml has 1,048,6\d\d characters, more than 1,048,576: is it a recipe\?"),
+    "key": (RULE + ".".join("a" * 100_000) + " = 1", r"line 3 has a key of more than 100 parts"),
+    "nested": ("rules = " + "[" * 100_000, r"not valid TOML: maximum recursion depth exceeded"),
+    "digits": ("rules = " + "9" * 5000, r"not valid TOML: Exceeds the limit \(4300 digits\)"),
+    "glob": (RULE + "match.names = '" + "*" * 1001 + "'", r"match\.names: String should have at most 1000 characters"),
+    "globs": (RULE + f"match.names = {['a'] * 10_001}", r"match\.names: .* at most 10000 items"),
+    "rules": (RULE * 1001, r"rules: .* at most 1000 items"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRUSTED)
+def test_recipes_that_would_take_forever_are_refused(name: str) -> None:
+    text, expected = UNTRUSTED[name]
+    with pytest.raises(RecipeError, match=expected):
+        parse_recipe(text, "r.toml")
+
+
+def test_dots_within_names_are_no_long_keys() -> None:
+    names = [f"layer{n}.0.conv1" for n in range(200)]
+    assert parse_recipe(RULE + f"match.names = {names}", "r").rules[0].match.names == tuple(names)
+
+
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_recipes_are_valid_and_say_when_to_use_them(name: str) -> None:
     text, where = read_recipe_text(name)

@@ -72,7 +72,7 @@ def test_loaded_modules_compute_the_same(
 
 
 def test_a_module_of_the_old_form_says_what_to_do(tmp_path: Path) -> None:
-    expected = r"refused by torch's restricted unpickler .*; save model\.state_dict\(\) instead .* --trust-pickle"
+    expected = r"holds a module and its source code.*; save model\.state_dict\(\) instead .* --trust-pickle"
     with pytest.raises(SourceError, match=expected):
         load(plain(), tmp_path / "x.pt", legacy=True)
     assert isinstance(load(plain(), tmp_path / "x.pt", legacy=True, trust=True), nn.Sequential)

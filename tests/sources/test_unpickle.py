@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from asymswap.errors import SourceError
-from asymswap.sources import unpickle
+from asymswap.sources import plain_numpy, unpickle
 from asymswap.sources.files import FileKind
 from asymswap.sources.unpickle import allowed_names, load_object
 
@@ -67,12 +67,12 @@ def test_other_allowed_globals_are_data_or_compute_on_tensors_alone() -> None:
         argparse.Namespace,
         collections.OrderedDict,
         functools.partial,
-        np.dtype,
-        np.ndarray,
+        plain_numpy.Array,
+        plain_numpy.DType,
+        plain_numpy.array,
+        plain_numpy.scalar,
         pathlib.PurePosixPath,
         pathlib.PureWindowsPath,
-        type(np.float64(0)).__reduce__(np.float64(0))[0],
-        np.zeros(0).__reduce__()[0],
     }
     assert set(unpickle._HARMLESS.values()) == data
     for name in unpickle._HELPERS:
@@ -191,8 +191,9 @@ def test_trust_does_not_help_where_the_code_is_missing(tmp_path: Path, monkeypat
 
 def test_a_class_that_this_torchvision_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "torchvision.models.resnet.NewBlock"
-    monkeypatch.setattr(unpickle, "allowed_names", lambda: frozenset([name]))
-    write_pickle(b"\x80\x02ctorchvision.models.resnet\nNewBlock\n.", tmp_path / "x.pt")
+    for names in ("allowed_names", "module_names"):
+        monkeypatch.setattr(unpickle, names, lambda: frozenset([name]))
+    write_pickle(b"\x80\x02ctorchvision.models.resnet\nNewBlock\n)\x81.", tmp_path / "x.pt")
     with pytest.raises(SourceError, match=rf"x\.pt needs {name}, which the installed torch and torchvision lack"):
         load_object(tmp_path / "x.pt", FileKind.TORCH, False, "x.pt")
 

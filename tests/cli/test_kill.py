@@ -1,0 +1,20 @@
+"""A few of the killed processes of benchmarks/kill.py."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_leaves_its_output_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    kill = importlib.import_module("kill")
+    found = kill.measure(tmp_path, kills=6, seed=0)
+    assert found["faults"] == []
+    assert sum(found["ends"].values()) == 6
