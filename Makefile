@@ -12,10 +12,10 @@ demo: $(READY)
 	cd build/demo && ../../$(RUN)/asymswap convert digits-resnet --recipe 3x3-only --evaluate digits
 
 test: $(READY)
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(READY)
-	$(RUN)/python -m pytest -m "not slow and not exhaustive"
+	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
 
 # Thousands of damaged and hostile files, and a hundred killed processes: half an hour, and docs/robustness.md.
 fuzz: $(READY)

@@ -1,4 +1,4 @@
-"""The public verbs: candidates, plan, convert, save, load, fuse, save_fused.
+"""The public verbs: candidates, plan, convert, save, load, fuse, save_fused, finetune, evaluate.
 
 A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
 that several verbs share:
@@ -39,6 +39,8 @@ from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_c
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
+from asymswap.evaluation import evaluate
+from asymswap.finetuning import FineTuned, finetune
 from asymswap.graph.flow import read_flow
 from asymswap.graph.nodes import NodeGraph
 from asymswap.graph.trace import Trace, trace
@@ -59,15 +61,20 @@ from asymswap.sources.references import Request, rebuild
 from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
 from asymswap.summary import check_promises, make_report, state_bytes
 from asymswap.tensors import first_not_finite
+from asymswap.training.settings import Training
 
 __all__ = [
     "Calibration",
     "Candidates",
     "Conversion",
+    "FineTuned",
     "Fusion",
     "Timing",
+    "Training",
     "candidates",
     "convert",
+    "evaluate",
+    "finetune",
     "fuse",
     "load",
     "plan",

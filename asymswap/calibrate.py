@@ -194,7 +194,7 @@ def polish(opened: Opened, converted: nn.Module, wanted: Calibration, progress: 
 
 def some_images(reference: str, preprocessing: Preprocessing, dtype: torch.dtype, seed: int) -> tuple[Tensor, str]:
     """Up to 32 images of a data reference's test part, and what they are, for comparing outputs on."""
-    data = open_data(reference, preprocessing, "test")
+    data = open_data(reference, preprocessing, "test", unlabelled=True)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:_HELD_BACK]
     images = torch.stack([data.images[index][0] for index in order]).to(dtype)
     return images, f"{len(images)} images of {reference} (seed {seed})"
@@ -207,7 +207,7 @@ class _Images:
     """
 
     def __init__(self, reference: str, opened: Opened, wanted: Calibration) -> None:
-        self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train")
+        self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train", unlabelled=True)
         self.description = self.data.description
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(wanted.seed)).tolist()
         self.count = min(wanted.images, len(order))

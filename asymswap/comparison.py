@@ -18,6 +18,7 @@ from asymswap.inputs import probe
 from asymswap.latency_budget import Timing, machine
 from asymswap.measure.cost import count_costs
 from asymswap.measure.latency import in_format, inputs_like, time_models
+from asymswap.measure.significance import mcnemar_exact
 from asymswap.opening import Opened, open_model
 from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, OutputGap, Seconds, TimingRow
 from asymswap.sources.references import Request, is_file_reference
@@ -296,12 +297,4 @@ def _accuracy(tally: _Tally, refusal: str | None, number: int, paired: bool) -> 
     top1 = tally.right / tally.seen
     if number == 0 or not paired:
         return Accuracy(top1)
-    return Accuracy(top1, tally.gained, tally.lost, mcnemar(tally.gained, tally.lost))
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """The two-sided p-value of McNemar's exact test: `gained` and `lost` of one fair coin's throws."""
-    throws = gained + lost
-    tail = sum(math.comb(throws, heads) for heads in range(min(gained, lost) + 1))
-    ways: int = 2**throws
-    return min(1.0, 2 * tail / ways)
+    return Accuracy(top1, tally.gained, tally.lost, mcnemar_exact(tally.gained, tally.lost))

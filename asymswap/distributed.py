@@ -94,15 +94,26 @@ ALONE = Team()
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
-    """The team that `torchrun` has started this process in, while the block lasts; a team of one without it."""
+def joined(gpus: bool = False) -> Iterator[Team]:
+    """The team that `torchrun` has started this process in, while the block lasts; a team of one without it.
+
+    `gpus` says that tensors on GPUs are exchanged too, where there are any.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield ALONE
         return
+    import torch
     from torch import distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
+    # torchrun keeps one store for all its attempts: the addresses of processes that died would still stand in it.
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
+    backend = "cpu:gloo,cuda:nccl" if both else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Team(dist.get_rank(), size)
     finally:

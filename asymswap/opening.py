@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Stored, restore, stored_in
+from asymswap.checkpoint import Header, Stored, restore, stored_in
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs
 from asymswap.inputs import example as make_example
@@ -34,11 +36,15 @@ from asymswap.spec import Origin, Plan, Preprocessing, Progress, silent
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with its origin, the conversions that it has been through already, and what it takes as input."""
+    """A model with its origin, the conversions that it has been through already, and what it takes as input.
+
+    `provenance` is what an asymswap checkpoint tells of itself.
+    """
 
     source: Source
     plans: tuple[Plan, ...]
     reference: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -69,41 +75,43 @@ def open_model(
 
     For clips, `input_size` has the frames behind the channels. Raises SourceError where the model cannot be had.
     """
-    plans: tuple[Plan, ...] = ()
+    header: Header | None = None
     if isinstance(model, nn.Module):
         source, reference = describe_module(model, "as given"), type(model).__name__
     else:
         reference = str(model)
         if is_file_reference(reference):
-            source, plans = _open_file(Path(reference), request, progress)
+            source, header = _open_file(Path(reference), request, progress)
         else:
             source = open_reference(reference, request)
         source.model.eval()
     if input_size is not None:
-        source = replace(source, preprocessing=_resized(source.preprocessing, input_size))
-    return Opened(source, plans, reference)
+        source = replace(source, preprocessing=resized(source.preprocessing, input_size))
+    if header is None:
+        return Opened(source, (), reference)
+    return Opened(source, header.plans, reference, header.provenance)
 
 
-def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:
     path = resolve(path)
     with unchanged(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
         told = about_trust(path, raw, request)
         try:
-            source, plans = _open_raw(path, raw, request, progress)
+            source, header = _open_raw(path, raw, request, progress)
         except AsymswapError as error:
             if not raw.executed:
                 raise
             # What was run was run, whatever came of it.
             raise SourceError(f"{error}; {told[0]}") from error
-    return replace(source, notes=(*told, *source.notes)), plans
+    return replace(source, notes=(*told, *source.notes)), header
 
 
-def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) -> tuple[Source, tuple[Plan, ...]]:
+def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) -> tuple[Source, Header | None]:
     stored = stored_in(raw, str(path))
     if stored is not None:
-        return _open_converted(path, stored, request), stored.header.plans
-    return open_loaded(path, weights_in(path, raw, request), request, progress), ()
+        return _open_converted(path, stored, request), stored.header
+    return open_loaded(path, weights_in(path, raw, request), request, progress), None
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
@@ -136,7 +144,8 @@ def build_named(origin: Origin, request: Request) -> nn.Module | None:
     return build_architecture(request.arch, {**stored, **request.arguments}, request.trust_code)
 
 
-def _resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:
+def resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:
+    """The same preprocessing to another size: (channels, height, width), or (channels, frames, height, width)."""
     channels, *frames, height, width = input_size
     if len(frames) != (preprocessing.form == "clips"):
         wanted = "channels x frames x height x width" if preprocessing.form == "clips" else "channels x height x width"

@@ -32,7 +32,7 @@ LAYERS = (
     ("latency_budget",),
     ("deploy",),
     ("summary", "tradeoff"),
-    ("comparison",),
+    ("comparison", "finetuning", "evaluation"),
     ("api",),
     ("reports",),
     ("cli",),
@@ -118,7 +118,7 @@ except SystemExit as stop:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     import asymswap
 
-    with pytest.raises(AttributeError, match="module 'asymswap' has no attribute 'covnert'"):
+    with pytest.raises(AttributeError, match=r"module 'asymswap' has no attribute 'covnert'"):
         asymswap.covnert  # noqa: B018
 
 

@@ -8,7 +8,19 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import candidates, compare, convert, export, fuse, recipes, show, sweep
+from asymswap.cli import (
+    candidates,
+    compare,
+    convert,
+    evaluate,
+    export,
+    finetune,
+    fuse,
+    options,
+    recipes,
+    show,
+    sweep,
+)
 from asymswap.cli.failures import reporting_errors
 
 app = typer.Typer(
@@ -26,6 +38,8 @@ for command in (
     show.show,
     compare.compare,
     sweep.sweep,
+    finetune.finetune,
+    evaluate.evaluate,
     fuse.fuse,
     export.export,
 ):
@@ -57,5 +71,6 @@ def main() -> NoReturn:
     timed = sys.argv[1:2] == ["compare"] or any(argument.startswith("--latency") for argument in sys.argv)
     if not timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.argv[1:] = options.fill_in(sys.argv[1:])
     app()
     raise AssertionError("unreachable")

@@ -74,6 +74,42 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and print no report.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file.",
+        show_default=False,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Of the images' channels, as 0.5,0.5,0.5; with --std.", show_default="the model's own"),
+]
+Std = Annotated[str | None, typer.Option(help="The same.", show_default="the model's own")]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        help="What is validated on: a part of the images (0.1), test, none, or other data.",
+        show_default="the folder val, else 0.1",
+    ),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="An image that cannot be read is an error, and not skipped.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data where torchvision can.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+
+
+_MAY_STAND_ALONE = {"--distill": "original"}
+
+
+def fill_in(arguments: list[str]) -> list[str]:
+    """The arguments with the value of each option that may stand without one."""
+    result = []
+    for place, argument in enumerate(arguments):
+        result.append(argument)
+        alone = place + 1 == len(arguments) or arguments[place + 1].startswith("-")
+        if alone and argument in _MAY_STAND_ALONE:
+            result.append(_MAY_STAND_ALONE[argument])
+    return result
 
 
 def parse_input_size(text: str | None) -> tuple[int, ...] | None:
@@ -84,6 +120,16 @@ def parse_input_size(text: str | None) -> tuple[int, ...] | None:
     if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
     return tuple(int(part) for part in parts)
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Read `0.5,0.5,0.5`; raises AsymswapError for anything else."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise AsymswapError(f"{option} {text!r} is no list of numbers, such as 0.5,0.5,0.5") from None
 
 
 def parse_polish(text: str | None) -> tuple[int | None, float | None]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from asymswap.spec import Progress
+    from asymswap.training.rows import EpochRow, Outset, StepRow, Watcher
 
 
 def console() -> Console:
@@ -57,3 +58,60 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
             bars.update(task, description=stage, completed=done, total=total)
 
         yield step
+
+
+@contextmanager
+def training(quiet: bool) -> Iterator[Watcher]:
+    """What a run tells while it lasts, on stderr: a line for each epoch, and in a terminal a live one for the steps."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    screen = Console(stderr=True)
+    live = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[words]}"),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=quiet or not screen.is_terminal,
+    )
+    with live:
+        yield _Shown(live, screen, quiet)
+
+
+class _Shown:
+    """The watcher that shows a run."""
+
+    def __init__(self, live: Any, screen: Console, quiet: bool) -> None:
+        self._live, self._screen, self._quiet = live, screen, quiet
+        self._task = live.add_task("loading", total=None, words="")
+        self._epochs = 0
+
+    def begin(self, outset: Outset) -> None:
+        """Say how long it will be, and where it begins."""
+        self._epochs = outset.epochs
+        self._live.update(self._task, description="epoch 1", completed=outset.done, total=outset.steps)
+        if outset.done:
+            self._say(f"resumed after {outset.done} of {outset.steps} steps")
+        elif outset.before is not None:
+            self._say(f"before: validation {100 * outset.before.top1:.2f} %, loss {outset.before.loss:.4f}")
+
+    def step(self, row: StepRow) -> None:
+        """Move the bar."""
+        from asymswap.reporting.training import step_words
+
+        text = f"epoch {row.epoch}/{self._epochs}"
+        self._live.update(self._task, description=text, completed=row.step, words=step_words(row))
+
+    def epoch(self, row: EpochRow) -> None:
+        """Add a line."""
+        from asymswap.reporting.training import epoch_line
+
+        self._say(epoch_line(row, self._epochs))
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            # Through a pipe a line stays a line, however long it is.
+            self._screen.print(text, highlight=False, markup=False, soft_wrap=True)

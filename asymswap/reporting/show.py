@@ -38,7 +38,21 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
         done = sum(outcome != "left" for _, _, outcome in rows)
         parts += [Text(""), Text(f"Fused: {done} of {len(rows)} replacements"), Text("")]
         parts.append(table([("Layer", "fold"), ("Was", "left"), ("Became", "left")], rows))
+    for number, record in enumerate(provenance.get("training", []), start=1):
+        parts += [Text(""), Text(f"Training {number}: {_training(record)}")]
     return Group(*parts)
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    """One fine-tuning in a sentence."""
+    epochs, steps = record["epochs"], record["steps"]
+    text = f"{epochs} epoch{'s' * (epochs != 1)} ({steps} step{'s' * (steps != 1)}) on {record['data']}"
+    if record.get("teacher"):
+        text += f", taught by {record['teacher']}"
+    before, best = record["scores"]["before"], record["scores"]["best"]
+    if before and best:
+        text += f"; validation top-1 {before['top1']:.2%} -> {best['top1']:.2%} (epoch {record['best_epoch']})"
+    return text
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -43,14 +43,14 @@ def evaluate(
         SourceError: the data is empty, or the model does not return scores for all of its classes.
     """
     total = _count(data)
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     # A generator of its own: the loader would otherwise draw from the global one and change what is random afterwards.
     loader = DataLoader(data.images, batch_size, generator=torch.Generator())
     correct = done = classes = 0
     start = time.perf_counter()
     with eval_mode(model), torch.inference_mode():
         for images, labels in loader:
-            scores = _check_scores(model(images.to(device, dtype)), data)
+            scores = check_scores(model(images.to(device, dtype)), data)
             classes = scores.shape[1]
             correct += int((scores.argmax(1).cpu() == labels).sum())
             done += len(labels)
@@ -62,9 +62,9 @@ def evaluate(
 def check_classifier(model: nn.Module, data: LabelledImages) -> None:
     """Raise what `evaluate` would raise, from the first image alone."""
     _count(data)
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     with eval_mode(model), torch.inference_mode():
-        _check_scores(model(data.images[0][0][None].to(device, dtype)), data)
+        check_scores(model(data.images[0][0][None].to(device, dtype)), data)
 
 
 def _count(data: LabelledImages) -> int:
@@ -73,14 +73,16 @@ def _count(data: LabelledImages) -> int:
     return len(data)
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a model's parameters are, and in which dtype."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
     return torch.device("cpu"), torch.float32
 
 
-def _check_scores(output: object, data: LabelledImages) -> Tensor:
+def check_scores(output: object, data: LabelledImages) -> Tensor:
+    """The output itself, if it is class scores for the data's classes at least; raises SourceError otherwise."""
     if not isinstance(output, Tensor):
         raise SourceError(
             f"the model returns a {type(output).__name__}, not a tensor of class scores; give a classifier"

@@ -180,7 +180,8 @@ NETWORK = [
         ({"position": "first"}, {"stem"}),
         ({"position": "last"}, {"head.up"}),
     ],
-    ids=str,
+    # Sets have no order of their own, and several workers must give every test the same name.
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_stages_are_those_of_the_named_part_by_the_pixels_of_its_outputs(match: Any, found: set[str]) -> None:
     assert Match.model_validate(match).find(NETWORK) == found

@@ -160,7 +160,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("digit", r"data 'digit' is neither a known name nor an existing folder; did you mean digits\?"),
         ("no/such", "data 'no/such' is neither .* folder; give digits, or a folder that holds one folder of images"),
-        ("file.npy", "data '.*file.npy' is a file; give digits, or a folder"),
+        ("file.txt", "data '.*file.txt' is a file; give digits, or a folder"),
         ("empty", "data folder '.*empty' holds no class folders; put each class's images into its own folder"),
         ("bare", "class folders of '.*bare' hold no images; known are .jpg"),
         ("half", "holds train, but no folder test or val that holds class folders; add it, or give the folder"),
@@ -169,7 +169,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, text: str) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("file.npy").touch()
+    Path("file.txt").touch()
     for folder in ("empty", "bare/a", "half/train/a", "odd/train/a", "odd/train/b", "odd/test/a", "odd/test/c"):
         Path(folder).mkdir(parents=True)
     with pytest.raises(SourceError, match=text) as caught:

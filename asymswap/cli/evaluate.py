@@ -1,0 +1,76 @@
+"""`asymswap evaluate`: how good classifiers are, and how sure that is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from asymswap.cli import options as o
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Names, pkg.mod:factory, or files; others are compared with the first.")
+    ],
+    data: o.Data,
+    part: Annotated[str, typer.Option(help="test, validation (what finetune holds back) or train.")] = "test",
+    validation: o.Validation = None,
+    batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 256,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    confusions: Annotated[int, typer.Option(help="How many confused pairs of classes are told.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the validation part.")] = 0,
+    cpu: o.Cpu = False,
+    strict: o.Strict = False,
+    download: o.Download = False,
+    weights: o.Weights = None,
+    arch: o.Arch = None,
+    arguments: o.Arguments = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    input_size: o.InputSize = None,
+    key: o.Key = None,
+    trust_pickle: o.TrustPickle = False,
+    trust_code: o.TrustCode = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure accuracy, per class too, and tell whether models really differ.
+
+    Example: asymswap evaluate model.pt model.asym.pt --data photos/
+    """
+    from asymswap.cli import screen
+
+    with screen.progress(quiet=json) as step:
+        from asymswap import api
+        from asymswap.reporting.evaluation import evaluation_view
+        from asymswap.reporting.report import plain
+
+        report = api.evaluate(
+            models,
+            data,
+            part=part,
+            validation=validation,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            confusions=confusions,
+            strict=strict,
+            download=download,
+            device="cpu" if cpu else None,
+            weights=weights,
+            arch=arch,
+            arguments=o.parse_pairs("--arg", arguments),
+            mean=o.parse_numbers("--mean", mean),
+            std=o.parse_numbers("--std", std),
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+            input_size=o.parse_input_size(input_size),
+            progress=step,
+        )
+    if json:
+        screen.print_json(plain(report))
+        return
+    console = screen.console()
+    screen.show(evaluation_view(report, console.width), console)

@@ -1,0 +1,99 @@
+"""What a training run has come to: numbers and text, and how they are shown, at its end and line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from asymswap.reporting import words
+from asymswap.reporting.report import FileRow
+from asymswap.reporting.terminal import table
+from asymswap.training.rows import EpochRow, Scores, StepRow
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Everything that a training run has to say.
+
+    `before`, `best` and `last` are scores on the validation images: of the weights that it began with, of those that
+    were kept, and of the last epoch; None where nothing was validated. `total` and `trained` count parameters;
+    `settings` is what makes the run what it is.
+    """
+
+    model: str
+    data: str
+    validation: str | None
+    classes: tuple[str, ...]
+    settings: Mapping[str, Any]
+    teacher: str | None
+    epochs: int
+    steps: int
+    best_epoch: int
+    before: Scores | None
+    best: Scores | None
+    last: Scores | None
+    trained: int
+    total: int
+    device: str
+    files: tuple[FileRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def training_view(report: TrainingReport) -> RenderableType:
+    """Scores before and after, what was trained on what, and the files."""
+    parts: list[RenderableType] = [Text(_title(report), style="bold"), Text("")]
+    if report.before is not None and report.best is not None and report.last is not None:
+        columns = [("on validation images", "left"), ("before", "right"), ("kept", "right"), ("last epoch", "right")]
+        scores = (report.before, report.best, report.last)
+        rows: list[Sequence[str]] = [
+            ("top-1", *(f"{100 * one.top1:.2f} %" for one in scores)),
+            ("loss", *(f"{one.loss:.4f}" for one in scores)),
+        ]
+        parts += [table(columns, rows), Text("")]
+    parts += [Text(line, style="dim") for line in _fine_print(report)]
+    return Group(*parts)
+
+
+def _title(report: TrainingReport) -> str:
+    kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
+    return f"{report.model}: trained for {_count(report.epochs, 'epoch')}, {_count(report.steps, 'step')}; {kept}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _fine_print(report: TrainingReport) -> list[str]:
+    settings = report.settings
+    lines = [f"Trained on {report.data}."]
+    lines += [f"Validated on {report.validation}."] if report.validation else ["Not validated."]
+    lines.append(
+        f"{settings['optimizer']}, learning rate {settings['lr']:g}, batch {settings['batch_size']}, "
+        f"{settings['precision']}, on {report.device}; {words.count(report.trained)} of {words.count(report.total)} "
+        f"parameters trained; seed {settings['seed']}."
+    )
+    if report.teacher is not None:
+        lines.append(f"Taught by {report.teacher}.")
+    lines += [f"{note[0].upper()}{note[1:]}." for note in report.notes]
+    lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
+    lines.append(f"Time: {report.seconds:.1f} s.")
+    return lines
+
+
+def epoch_line(row: EpochRow, epochs: int) -> str:
+    """One epoch in a line of 80 columns."""
+    text = f"epoch {row.epoch}/{epochs}: loss {row.train.loss:.4f}, top-1 {100 * row.train.top1:.1f} %"
+    if row.validation is not None:
+        text += f"; validation {100 * row.validation.top1:.2f} %{' (best)' if row.best else ''}"
+    text += f"; {row.images_per_second:.0f} images/s"
+    return text + (f"; {row.skipped} unreadable skipped" if row.skipped else "")
+
+
+def step_words(row: StepRow) -> str:
+    """How the epoch goes, in a few words."""
+    return f"loss {row.train.loss:.3f}  top-1 {100 * row.train.top1:.1f} %  {row.images_per_second:.0f} img/s"

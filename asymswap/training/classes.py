@@ -1,0 +1,66 @@
+"""Whether a model's classes are the data's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from asymswap.errors import SourceError
+from asymswap.spec import Origin
+from asymswap.tensors import eval_mode
+from asymswap.training.data import LabelledImages
+from asymswap.training.evaluate import check_scores, placement
+
+
+def check_class_count(model: nn.Module, data: LabelledImages) -> int:
+    """How many classes the model scores; raises SourceError where the data has others, or it is no classifier."""
+    assert data.preprocessing is not None
+    pre = data.preprocessing
+    device, dtype = placement(model)
+    with eval_mode(model), torch.inference_mode():
+        scores = check_scores(model(torch.zeros(1, pre.channels, *pre.size, device=device, dtype=dtype)), data)
+    if scores.shape[1] != len(data.classes):
+        raise SourceError(
+            f"the model scores {scores.shape[1]} classes, but the data has {len(data.classes)} ({data.description}); "
+            "give data of all of the model's classes, or a model for these"
+        )
+    return scores.shape[1]
+
+
+def known_classes(provenance: Mapping[str, Any], origin: Origin) -> tuple[str, ...]:
+    """The names of the model's classes in order, as far as its checkpoint tells them or its weights do; else none."""
+    training = provenance.get("training")
+    if isinstance(training, Sequence) and training and isinstance(training[-1], Mapping):
+        return tuple(map(str, training[-1].get("classes", ())))
+    report = provenance.get("report")
+    weights = report.get("model", {}).get("weights") if isinstance(report, Mapping) else None
+    return published_classes(origin.reference, str(weights))
+
+
+def published_classes(reference: str, weights: str) -> tuple[str, ...]:
+    """The names that torchvision gives the classes of published weights; none for others."""
+    if not reference.startswith("torchvision:"):
+        return ()
+    from torchvision import models
+
+    try:
+        found = models.get_model_weights(reference.removeprefix("torchvision:"))[weights]
+    except (KeyError, ValueError):
+        return ()
+    return tuple(found.meta.get("categories", ()))
+
+
+def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
+    """Raise SourceError where a class of the data bears the name of another class of the model."""
+    numbers = {name: number for number, name in enumerate(known)}
+    if len(numbers) != len(known):
+        return
+    for number, name in enumerate(data.classes):
+        if numbers.get(name, number) != number:
+            raise SourceError(
+                f"class {name!r} is number {number} of the data and number {numbers[name]} of the model "
+                f"({data.description}); name the data's classes so that they sort as the model's"
+            )

@@ -1,0 +1,97 @@
+"""The network that a converted one learns from: by default the original, found by what the checkpoint tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asymswap.checkpoint import Header, read_checkpoint
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.opening import Opened, open_model
+from asymswap.sources import builders
+from asymswap.sources.files import sha256
+from asymswap.sources.references import Request
+from asymswap.spec import Swap
+from asymswap.training.distill import Teacher
+
+ORIGINAL = "original"
+_GIVE = "give the teacher: --distill REF"
+
+
+def find_teacher(header: Header, wanted: str, student_names: set[str]) -> Teacher:
+    """The teacher that `wanted` names, a model reference or `original`, in eval mode.
+
+    Raises SourceError where it cannot be had, or where a file is no longer what it was when it was converted.
+    """
+    opened = _open_original(header) if wanted == ORIGINAL else _open_named(wanted)
+    known = {name for name, _ in opened.model.named_modules()}
+    swaps = [swap for plan in header.plans for swap in plan.swaps]
+    layers = {swap.site: _standing_for(swap) for swap in swaps if swap.site in student_names}
+    return Teacher(
+        opened.model.eval().requires_grad_(False),
+        opened.reference,
+        {mine: theirs for mine, theirs in layers.items() if theirs in known},
+    )
+
+
+def _standing_for(swap: Swap) -> str:
+    """The module of the original whose output the replacement gives."""
+    return swap.absorbs or swap.site
+
+
+def _open_named(reference: str) -> Opened:
+    try:
+        return open_model(reference, Request())
+    except AsymswapError as error:
+        raise SourceError(f"the teacher {reference} cannot be used: {error}") from None
+
+
+def _open_original(header: Header) -> Opened:
+    reference, request = _recorded(header)
+    try:
+        return open_model(reference, request)
+    except AsymswapError as error:
+        raise SourceError(f"the original {reference} cannot be fetched ({error}); {_GIVE}") from None
+
+
+def _recorded(header: Header) -> tuple[str, Request]:
+    """How the original was opened when it was converted, and so can be opened again."""
+    report: Mapping[str, Any] = header.provenance.get("report", {})
+    model: Mapping[str, Any] = report.get("model", {}) if isinstance(report, Mapping) else {}
+    reference, weights = model.get("reference"), str(model.get("weights"))
+    if not isinstance(reference, str) or weights == "as given":
+        raise SourceError(f"the checkpoint does not tell which model it was made of; {_GIVE}")
+    origin, arguments = header.origin.reference, dict(header.origin.arguments)
+    whole = origin.startswith(("skeleton:", "class:"))
+    if not whole and builders.canonical(origin) is None:
+        # Code that a file names is not run; what the user names is.
+        raise SourceError(f"the original was built by {origin}, which is code of yours; {_GIVE}")
+    if model.get("sha256"):
+        path = _same_file(report, model)
+        if reference != str(path):
+            return origin, Request(weights=str(path), arguments=arguments)
+        return reference, Request() if whole or _is_ours(path) else Request(origin, arguments=arguments)
+    if weights == "random":
+        raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
+    return origin, Request(weights=weights, arguments=arguments) if origin.startswith("torchvision:") else Request()
+
+
+def _same_file(report: Mapping[str, Any], model: Mapping[str, Any]) -> Path:
+    """The file that was converted; raises SourceError where it is gone or has changed."""
+    files = report.get("files") or [{"path": model["reference"]}]
+    path = Path(str(files[0]["path"]))
+    if not path.is_file():
+        raise SourceError(f"the original {path} is not there any more; {_GIVE}")
+    if sha256(path) != model["sha256"]:
+        raise SourceError(f"{path} is not the file any more that was converted (its SHA-256 differs); {_GIVE}")
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is an asymswap checkpoint, which tells its architecture itself."""
+    try:
+        read_checkpoint(path)
+    except AsymswapError:
+        return False
+    return True

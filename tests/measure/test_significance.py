@@ -1,0 +1,56 @@
+"""Intervals and tests, against sums done by hand and against SciPy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from asymswap.measure.significance import mcnemar_exact, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 1, 1.0),
+        (0, 5, 2 / 32),
+        # 10 discordant images, 2 of the fewer: (1 + 10 + 45) / 1024, twice.
+        (2, 8, 112 / 1024),
+        (8, 2, 112 / 1024),
+        (5, 5, 1.0),
+    ],
+)
+def test_mcnemar_by_hand(first: int, second: int, p: float) -> None:
+    assert mcnemar_exact(first, second) == pytest.approx(p, rel=1e-15)
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_mcnemar_is_the_binomial_test(first: int, second: int) -> None:
+    expected = stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
+    assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+
+def test_mcnemar_of_many_images_neither_overflows_nor_takes_long() -> None:
+    assert mcnemar_exact(10_000, 10_000) == 1.0
+    assert mcnemar_exact(9_800, 10_200) == pytest.approx(stats.binomtest(9_800, 20_000, 0.5).pvalue, rel=1e-9)
+    assert mcnemar_exact(0, 20_000) == 0.0
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_against_scipy(counts: tuple[int, int]) -> None:
+    right, images = counts
+    low, high = wilson_interval(right, images)
+    expected = stats.binomtest(right, images).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= low <= right / images <= high <= 1
+
+
+def test_wilson_by_hand() -> None:
+    # Of 10 images all right: the lower end is n / (n + z^2).
+    z2 = 1.959963984540054**2
+    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + z2), 1.0))
+    assert math.isclose(wilson_interval(0, 10)[1], z2 / (10 + z2))
