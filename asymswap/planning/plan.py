@@ -379,6 +379,9 @@ def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
         if reason is not None:
             raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r}, but it {reason}")
         settings = kinds.parse_settings(swap.kind, swap.settings)
+        if kind.SIZES and all(getattr(settings, size) is None for size in kind.SIZES):
+            sizes = ", ".join(kind.SIZES)
+            raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r} and says no size; give one of {sizes}")
         try:
             option = kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), settings)
         except RecipeError as error:

@@ -345,6 +345,10 @@ PLANS: dict[str, tuple[object, str]] = {
     "kind": ({"swaps": [swapped(kind="separabel")]}, r"unknown kind 'separabel'; did you mean separable\?"),
     "setting": ({"swaps": [swapped(settings={"rnak": 4})]}, r"unknown key 'rnak'; did you mean rank\?"),
     "rank": ({"swaps": [swapped(settings={"rank": 0})]}, r"site 'layer1\.0\.conv1': .*rank: Input should be greater"),
+    "no size": (
+        {"swaps": [swapped(settings={"order": "vertical-first"})]},
+        r"swaps 'layer1\.0\.conv1' by 'separable' and says no size; give one of rank, ratio, energy",
+    ),
     "full rank": ({"swaps": [swapped(settings={"rank": 999})]}, r"rank = 999 is above the full rank 72"),
     "site": ({"swaps": [swapped(site="layer1.0.conv3")]}, r"'layer1\.0\.conv3', which the model lacks; did you mean"),
     "twice": ({"swaps": [swapped(), swapped()]}, r"plan\.json speaks of 'layer1\.0\.conv1' twice"),
