@@ -39,8 +39,8 @@ KILL = """
 ## Killed at random moments
 
 `asymswap convert` of a ResNet-18 was killed (SIGKILL) {kills} times: half of the times anywhere between start and end,
-half of them after the draft of the output had appeared, within the time that writing takes; the output was a `.pt` and
-a `.safetensors` file in turn. Afterwards it was absent, or loaded as a whole model.
+half of them after the draft of the output had appeared, within the time that writing it took before; the output was a
+`.pt` and a `.safetensors` file in turn. Afterwards it was absent, or loaded as a whole model.
 
 {table}
 
