@@ -50,11 +50,9 @@ class RunFolder:
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
     def begin(self, step: int, identity: Mapping[str, Any]) -> None:
-        """Make the folder, or drop what was told of steps after this one, which will be done again, and half a file."""
+        """Make the folder, or drop what was told of steps after this one, which will be done again."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for draft in self.folder.glob(".*.part"):
-                draft.unlink()
             told = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         except OSError as error:
             raise OutputError(f"cannot write to the run's folder {self.folder}: {error.strerror or error}") from None
