@@ -289,9 +289,10 @@ def _is_printable(value: Any) -> bool:
 
 def _check_input(preprocessing: Preprocessing) -> None:
     """Raise ValueError for an input of no image."""
-    channels, size = preprocessing.channels, preprocessing.size
-    if min(channels, *size) < 1 or channels * math.prod(size) > _LARGEST_INPUT:
-        raise ValueError(f"preprocessing: no image has {channels} channels of {size[0]}x{size[1]} pixels")
+    channels, frames, size = preprocessing.channels, preprocessing.frames, preprocessing.size
+    if min(channels, frames, *size) < 1 or channels * frames * math.prod(size) > _LARGEST_INPUT:
+        clip = f" in {frames} frames" if frames != 1 else ""
+        raise ValueError(f"preprocessing: no image has {channels} channels of {size[0]}x{size[1]} pixels{clip}")
     if not channels == len(preprocessing.mean) == len(preprocessing.std):
         raise ValueError(f"preprocessing: a mean and a deviation are needed for each of {channels} channels")
 

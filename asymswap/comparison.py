@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Subset
 
 import asymswap
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.inputs import probe
+from asymswap.inputs import Inputs, probe
 from asymswap.latency_budget import Timing, machine
 from asymswap.measure.cost import count_costs
+from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import in_format, inputs_like, time_models
 from asymswap.measure.significance import mcnemar_exact
 from asymswap.opening import Opened, open_model
@@ -26,7 +27,7 @@ from asymswap.spec import Progress, silent
 from asymswap.summary import state_bytes
 from asymswap.tensors import eval_mode, list_tensors, map_tensors
 from asymswap.training.data import LabelledImages, open_data
-from asymswap.training.evaluate import check_classifier
+from asymswap.training.evaluate import check_classifier, placement
 
 Model = str | Path | nn.Module
 
@@ -164,9 +165,7 @@ class _Outcome:
 class _Tally:
     """What is counted of one model beside the first, batch by batch."""
 
-    squares: float = 0.0
-    energy: float = 0.0
-    largest: float = 0.0
+    outputs: Sums = field(default_factory=Sums)
     agreed: int = 0
     right: int = 0
     gained: int = 0
@@ -176,25 +175,21 @@ class _Tally:
 
     def add_outputs(self, first: Any, own: Any) -> None:
         """Take in both models' outputs of a batch."""
-        pairs = list(zip(list_tensors(first), list_tensors(own), strict=False))
-        before, after = (tuple("x".join(map(str, t.shape[1:])) for t in list_tensors(x)) for x in (first, own))
+        ones, others = list_tensors(first), list_tensors(own)
+        before, after = (tuple("x".join(map(str, t.shape[1:])) for t in tensors) for tensors in (ones, others))
         if before != after:
             said = (", ".join(shapes) or "nothing" for shapes in (after, before))
             self.note = "its outputs ({}) cannot be compared with the first's ({})".format(*said)
             return
-        for one, other in pairs:
-            dtype = torch.promote_types(one.dtype, torch.float32)
-            gap = other.to(dtype) - one.to(dtype)
-            self.squares += float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
-            self.energy += float(torch.linalg.vector_norm(one.to(dtype), dtype=torch.float64)) ** 2
-            self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
+        for one, other in zip(ones, others, strict=True):
+            self.outputs.add(one, other)
 
     def gap(self, scores: bool) -> OutputGap | None:
         """The difference over all batches."""
         if self.note is not None:
             return None
-        relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
-        return OutputGap(relative, self.largest, self.agreed / self.seen if scores and self.seen else None)
+        gap = self.outputs.difference()
+        return OutputGap(gap.relative, gap.largest, self.agreed / self.seen if scores and self.seen else None)
 
 
 def _on_random(opened: Sequence[Opened], seed: int) -> _Outcome:
@@ -202,29 +197,28 @@ def _on_random(opened: Sequence[Opened], seed: int) -> _Outcome:
     count = 2
     first = opened[0]
     outcome = _Outcome(f"{count} random images (seed {seed})", [], [None] * len(opened), [[] for _ in opened])
-    (images,) = probe(first.source.preprocessing, first.dtype(), images=count, seed=seed)
-    reference = _run(first, images)
+    wanted = first.source.preprocessing
+    inputs = probe(wanted, first.dtype(), images=count, seed=seed)
+    reference = _run(first, inputs)
     for number, one in enumerate(opened):
-        tally = _Tally()
-        if _size(one) != _size(first):
-            tally.note = f"it takes {_size(one)}, so its outputs cannot be compared with the first's; give --input"
-        else:
-            tally.add_outputs(reference, reference if number == 0 else _run(one, images))
+        tally, own = _Tally(), one.source.preprocessing
+        if (own.form, own.describe()) != (wanted.form, wanted.describe()):
+            tally.note = f"it takes {own.describe()}, so its outputs cannot be compared with the first's; give --input"
+        elif own.form == "image-list" and number:
+            tally.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
+        elif number:
+            tally.add_outputs(reference, _run(one, inputs))
         outcome.gaps.append(None if number == 0 else tally.gap(scores=False))
         outcome.notes[number] += [] if tally.note is None else [tally.note]
     return outcome
 
 
-def _size(opened: Opened) -> str:
-    size = opened.source.preprocessing
-    return "x".join(map(str, (size.channels, *size.size)))
-
-
-def _run(opened: Opened, images: Tensor) -> Any:
+def _run(opened: Opened, inputs: Inputs) -> Any:
     """The model's outputs in eval mode, on the processor."""
-    device = next((parameter.device for parameter in opened.model.parameters()), images.device)
+    device, dtype = placement(opened.model)
     with eval_mode(opened.model), torch.inference_mode():
-        return map_tensors(opened.model(images.to(device, opened.dtype())), lambda tensor: tensor.cpu())
+        placed = map_tensors(inputs, lambda tensor: tensor.to(device, dtype))
+        return map_tensors(opened.model(*placed), lambda tensor: tensor.cpu())
 
 
 def _on_data(opened: Sequence[Opened], reference: str, wanted: int | None, seed: int, progress: Progress) -> _Outcome:
@@ -278,7 +272,7 @@ def _batches(
     for together in zip(*loaders, strict=True):
         labels = together[0][1]
         done += len(labels)
-        outputs = [_run(one, images) for one, (images, _) in zip(opened, together, strict=True)]
+        outputs = [_run(one, (images,)) for one, (images, _) in zip(opened, together, strict=True)]
         yield done, labels, outputs
 
 

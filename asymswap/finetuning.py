@@ -18,13 +18,14 @@ import asymswap
 from asymswap.checkpoint import Header, check_suffix, read_checkpoint, restore, save_checkpoint
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import CheckpointError
-from asymswap.opening import resized
+from asymswap.opening import build_named, resized
 from asymswap.output import check_output
 from asymswap.reporting.report import FileRow
 from asymswap.reporting.training import TrainingReport
 from asymswap.sources.files import sha256
-from asymswap.sources.references import build_architecture, describe_module
+from asymswap.sources.references import Request, describe_module
 from asymswap.sources.state import load_state_
+from asymswap.sources.steady import unchanged
 from asymswap.tensors import first_not_finite
 from asymswap.training.augment import presets_for
 from asymswap.training.classes import check_class_count, check_class_names, known_classes
@@ -67,6 +68,7 @@ def finetune(
     model: nn.Module | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -85,8 +87,7 @@ def finetune(
     target, folder = _places(output, run)
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
-    base = model if model is not None or arch is None else build_architecture(arch, arguments or {})
-    opened = _open(checkpoint, base)
+    opened = _open(checkpoint, model, Request(arch, arguments=arguments or {}, trust_code=trust_code))
     opened = replace(opened, header=_prepared(opened.header, input_size, mean, std))
     parts = _open_parts(data, opened.header, settings, download, team)
     classes = _check_data(opened, parts)
@@ -142,11 +143,13 @@ class _Opened:
     sha256: str | None = None
 
 
-def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None) -> _Opened:
+def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None, request: Request) -> _Opened:
     if isinstance(checkpoint, str | Path):
         path = Path(checkpoint)
-        stored = read_checkpoint(path)
-        found = _Opened(restore(stored, str(path), base), stored.header, str(path), sha256(path))
+        with unchanged(path):
+            stored, digest = read_checkpoint(path), sha256(path)
+        base = base if base is not None else build_named(stored.header.origin, request)
+        found = _Opened(restore(stored, str(path), base), stored.header, str(path), digest)
     elif isinstance(checkpoint, nn.Module):
         source = describe_module(checkpoint, "as given")
         header = Header(source.origin, (), source.preprocessing, skeleton=source.skeleton)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import asymswap
+from asymswap.deploy.export import _Work
 from asymswap.inputs import Inputs, probe
 from asymswap.sources import torchvision_models
 from asymswap.sources.builders import build
@@ -184,3 +185,34 @@ def test_every_form_has_a_preprocessing() -> None:
         "raft_small": "image-pair",
         "ssdlite320_mobilenet_v3_large": "image-list",
     }
+
+
+def test_models_of_every_form_can_stand_beside_each_other(tmp_path: Path) -> None:
+    for name in ("raft_small", "r3d_18", "ssdlite320_mobilenet_v3_large"):
+        torch.save(build(f"torchvision:{name}", {}), tmp_path / f"{name}.pt")
+        same = asymswap.compare([tmp_path / f"{name}.pt"] * 2)
+        second = same.models[1]
+        if name.startswith("ssdlite"):
+            assert second.gap is None
+            assert "which boxes it keeps jumps where scores are close, so its outputs are not compared" in second.notes
+        else:
+            assert second.gap is not None
+            assert second.gap.relative == 0
+    mixed = asymswap.compare([tmp_path / "raft_small.pt", tmp_path / "r3d_18.pt"])
+    assert "it takes 3x16x224x224, so its outputs cannot be compared with the first's; give --input" in (
+        mixed.models[1].notes
+    )
+
+
+def test_what_is_shown_of_a_clip_has_its_frames(tmp_path: Path, run: Any) -> None:
+    asymswap.save(convert("r3d_18"), tmp_path / "clips.pt")
+    assert "3x16x112x112, mean 0.43216" in run("show", "clips.pt").out
+
+
+@pytest.mark.parametrize("form", ["images", "image-pair", "clips"])
+def test_an_export_of_any_size_keeps_the_form(form: Any) -> None:
+    preprocessing = Preprocessing(3, (8, 8), (0.5,) * 3, (0.5,) * 3, form=form, frames=4 if form == "clips" else 1)
+    work = _Work(nn.Conv2d(3, 3, 1), preprocessing, 0, False, "x")
+    plain, resized = work.inputs(2, seed=0), work.inputs(2, seed=0, size=(12, 10))
+    assert [tensor.shape[:-2] for tensor in resized] == [tensor.shape[:-2] for tensor in plain]
+    assert all(tensor.shape[-2:] == (12, 10) for tensor in resized)

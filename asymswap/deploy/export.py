@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,9 +109,7 @@ class _Work:
     origin: str
 
     def inputs(self, images: int, seed: int, size: tuple[int, int] | None = None) -> Inputs:
-        preprocessing = self.preprocessing
-        if size is not None:
-            preprocessing = Preprocessing(preprocessing.channels, size, preprocessing.mean, preprocessing.std)
+        preprocessing = self.preprocessing if size is None else replace(self.preprocessing, size=size)
         return probe(preprocessing, model_dtype(self.model), images, seed)
 
 

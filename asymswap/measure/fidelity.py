@@ -66,7 +66,7 @@ def measure_fidelity(
     own and not what came before it. Where it has taken over a batch norm, the output is that of conv and batch norm.
     So does each of the `parts`, whose outputs together are the model's.
     """
-    sums = {swap.site: _Sums() for swap in plan.swaps}
+    sums = {swap.site: Sums() for swap in plan.swaps}
     norms = {swap.site: original.get_submodule(swap.absorbs) for swap in plan.swaps if swap.absorbs is not None}
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
@@ -74,7 +74,7 @@ def measure_fidelity(
             wanted = norms[name](output) if name in norms else output
             sums[name].add(wanted, converted.get_submodule(name)(seen))
 
-    whole = _Sums()
+    whole = Sums()
     comparing = _compared(original, converted, parts, whole)
     with eval_mode(original, converted), torch.no_grad(), conv_hooks(original, see), comparing:
         original(*inputs)
@@ -90,14 +90,14 @@ def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Seq
 
     Each part of `other` gets the very input that the part of `one` gets. Both are unchanged afterwards.
     """
-    whole = _Sums()
+    whole = Sums()
     with eval_mode(one, other), torch.no_grad(), _compared(one, other, parts, whole):
         one(*inputs)
     return whole.difference()
 
 
 @contextmanager
-def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: _Sums) -> Iterator[None]:
+def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums) -> Iterator[None]:
     """While open, whatever a part of `one` computes is compared with what that of `other` makes of the same input."""
     handles = []
     for name in parts:
@@ -121,13 +121,14 @@ def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: _Sum
             handle.remove()
 
 
-class _Sums:
+class Sums:
     """Squared differences and squared values summed in float64, over any number of tensors."""
 
     def __init__(self) -> None:
         self.squares = self.energy = self.largest = 0.0
 
     def add(self, one: Tensor, other: Tensor) -> None:
+        """Take in two tensors of one shape, the second compared with the first."""
         # Subtracting close numbers loses nothing, so the tensors' own precision will do; only the sums need more.
         dtype = torch.promote_types(one.dtype, torch.float32)
         gap = other.to(dtype) - one.to(dtype)
@@ -136,6 +137,7 @@ class _Sums:
         self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
 
     def difference(self) -> Difference:
+        """What all of them come to."""
         relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
         return Difference(relative, self.largest)
 
@@ -154,6 +156,6 @@ def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Any
         settings = kinds.parse_settings(swap.kind, swap.settings)
         fused = kind.fuse(converted.get_submodule(swap.site), read_conv(conv), settings)
         if fused is not None and fused.weight.shape == conv.weight.shape:
-            sums = _Sums()
+            sums = Sums()
             sums.add(conv.weight.detach(), fused.weight.detach())
             yield swap.site, sums.difference().relative

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.terminal import table
+from asymswap.spec import Preprocessing
 
 
 def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
@@ -17,7 +18,7 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
     provenance, origin, pre = header["provenance"], header["origin"], header["preprocessing"]
     report = provenance.get("report", {})
     arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
-    size = "x".join(map(str, (pre["channels"], *pre["size"])))
+    size = Preprocessing(**pre).describe()
     facts = [
         ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
         ("input", f"{size}, mean {_numbers(pre['mean'])}, std {_numbers(pre['std'])}"),

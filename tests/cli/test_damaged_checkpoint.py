@@ -88,6 +88,8 @@ HEADERS |= {
     "text for a number": (preprocessing(channels="1"), r"damaged header: preprocessing\.channels: Input should be a"),
     "fraction": (preprocessing(size=[8.5, 8]), r"preprocessing\.size: Input should be a valid integer"),
     "huge input": (preprocessing(size=[10**6, 10**6]), r"no image has 1 channels of 1000000x1000000 pixels"),
+    "endless clip": (preprocessing(form="clips", frames=10**9), r"1 channels of 8x8 pixels in 1000000000 frames"),
+    "no clip": (preprocessing(form="clips", frames=0), r"1 channels of 8x8 pixels in 0 frames"),
     "no input": (preprocessing(size=[0, 8]), r"no image has 1 channels of 0x8 pixels"),
     "means": (preprocessing(mean=[]), r"a mean and a deviation are needed for each of 1 channels"),
     "control": (lambda h: {**h, "provenance": {"recipe": ["\x1b[2J"]}}, r"control characters, which a termi"),

@@ -490,3 +490,34 @@ def test_classes_that_do_not_match(start: Start, tmp_path: Path) -> None:
         AsymswapError, match=r"class '1' is number 0 of the data and number 1 of the model .*; name the"
     ):
         asymswap.finetune((start / "out.pt"), str(tmp_path / "d.pt"), Training(steps=1), model=Net())
+
+
+NET_FILE = """
+from torch import nn
+
+def make(channels):
+    body = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 8, 3, padding=1))
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+class Net(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.body = make(channels)
+
+    def forward(self, x):
+        return self.body(x)
+"""
+
+
+def test_a_network_of_the_users_file_is_built_as_it_was_when_it_was_converted(tmp_path: Path, digits: str) -> None:
+    (tmp_path / "net.py").write_text(NET_FILE)
+    reference = f"{tmp_path / 'net.py'}:Net"
+    conversion = asymswap.convert(
+        reference, "acnet", arguments={"channels": 6}, input_size=(1, 8, 8), trust_code=True, weights="none"
+    )
+    asymswap.save(conversion, tmp_path / "x.pt")
+    with pytest.raises(asymswap.AsymswapError, match="--trust-code"):
+        asymswap.finetune(tmp_path / "x.pt", digits, Training(steps=1), arch=reference)
+    # The number of channels is the checkpoint's to tell.
+    tuned = asymswap.finetune(tmp_path / "x.pt", digits, Training(steps=1), arch=reference, trust_code=True)
+    assert [key for key, _ in tuned.model.named_parameters()] == [key for key, _ in conversion.model.named_parameters()]
