@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
-import asymswap
 from asymswap.calibrate import (
     Calibration,
     Gathered,
@@ -33,9 +31,9 @@ from asymswap.calibrate import (
     convert_on,
     gather_evidence,
     polish,
-    some_images,
+    some_inputs,
 )
-from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_checkpoint, save_state
+from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_checkpoint, save_state, versions
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
@@ -56,7 +54,6 @@ from asymswap.planning.plan import check_replay, find_choices, make_plan, matche
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
-from asymswap.sources import builders
 from asymswap.sources.references import Request, rebuild
 from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
 from asymswap.summary import check_promises, make_report, state_bytes
@@ -301,11 +298,7 @@ def fuse(
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
     preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
-    if data is None:
-        inputs, about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
-    else:
-        images, about = some_images(data, preprocessing, dtype, seed)
-        inputs = (images,)
+    inputs, about = some_inputs(data, preprocessing, dtype, seed)
     plans = stored.header.plans
     fused = fuse_model(converted, original, plans, Wanted(separable, max_offset, inputs), progress)
     rows = fused.sites
@@ -369,7 +362,7 @@ def _check_finite(opened: Opened) -> None:
 
 def _open_data(reference: str, opened: Opened) -> Any:
     from asymswap.training.data import open_data
-    from asymswap.training.evaluate import check_classifier
+    from asymswap.training.predict import check_classifier
 
     data = open_data(reference, opened.source.preprocessing, "test")
     # Now, and not when the conversion has been made.
@@ -512,12 +505,7 @@ def _provenance(report: Report, recipe: str, overrides: Mapping[str, Any], seed:
     """What the checkpoint tells of how it came to be; wall times are left out, so that equal runs write equal files."""
     data = to_json(replace(report, seconds={}))
     return {
-        "versions": {
-            "asymswap": asymswap.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            **builders.versions(origin),
-        },
+        "versions": versions(origin),
         "recipe": recipe,
         "overrides": dict(overrides),
         "seed": seed,

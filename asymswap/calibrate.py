@@ -14,6 +14,7 @@ from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import Trace
+from asymswap.inputs import Inputs, probe
 from asymswap.opening import Opened
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
@@ -31,7 +32,7 @@ from asymswap.spec import Plan, Preprocessing, Progress, Site, silent
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.polish import Polish, Polished, polish_
 
-__all__ = ["Calibration", "Gathered", "Polished", "convert_on", "gather_evidence", "polish", "some_images"]
+__all__ = ["Calibration", "Gathered", "Polished", "convert_on", "gather_evidence", "polish", "some_inputs"]
 
 _HELD_BACK = 32
 
@@ -192,12 +193,19 @@ def polish(opened: Opened, converted: nn.Module, wanted: Calibration, progress: 
     return polish_(opened.model, converted, every, how, seed=wanted.seed, progress=progress)
 
 
-def some_images(reference: str, preprocessing: Preprocessing, dtype: torch.dtype, seed: int) -> tuple[Tensor, str]:
-    """Up to 32 images of a data reference's test part, and what they are, for comparing outputs on."""
-    data = open_data(reference, preprocessing, "test", unlabelled=True)
+def some_inputs(
+    reference: str | None, preprocessing: Preprocessing, dtype: torch.dtype, seed: int
+) -> tuple[Inputs, str]:
+    """Inputs to compare outputs on, and what they are: up to 32 images of a reference's test part, or 8 random ones.
+
+    Raises SourceError for data that cannot be used.
+    """
+    if reference is None:
+        return probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
+    data = open_data(reference, preprocessing, "test")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:_HELD_BACK]
     images = torch.stack([data.images[index][0] for index in order]).to(dtype)
-    return images, f"{len(images)} images of {reference} (seed {seed})"
+    return (images,), f"{len(images)} images of {reference} (seed {seed})"
 
 
 class _Images:

@@ -29,22 +29,24 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torchvision
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+import asymswap
 from asymswap import kinds
 from asymswap.errors import CONTROL, AsymswapError, CheckpointError, OutputError, PlanError, SourceError
 from asymswap.graph.surgery import swap
 from asymswap.output import whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
+from asymswap.sources import builders
 from asymswap.sources.references import RawFile, read_raw, rebuild
 from asymswap.sources.state import Difference, State, compare, load_state_
 from asymswap.spec import STRICT, Origin, Plan, Preprocessing
-from asymswap.tensors import meta_copy
+from asymswap.tensors import WithoutMemory, meta_copy
 
 FORMAT = 1
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -70,6 +72,12 @@ class Stored:
 
     header: Header
     state: State
+
+
+def versions(origin: Origin) -> dict[str, str]:
+    """The versions of all that a checkpoint of this origin was made with, for its provenance."""
+    own = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return own | builders.versions(origin)
 
 
 def check_suffix(path: Path) -> None:
@@ -156,20 +164,6 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     return base.eval()
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """While it lasts, what the given functions of torch make is on the meta device."""
-
-    def __init__(self, *functions: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.functions = functions
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self.functions:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
 def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
     """How the state dict differs from the model that the header speaks of, found without memory for that model.
 
@@ -177,13 +171,13 @@ def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference |
     """
     try:
         # Sizes worked out with tensors, as RegNet's are, stay real.
-        with _WithoutMemory(torch.empty, torch.empty_like):
+        with WithoutMemory(torch.empty, torch.empty_like):
             base = rebuild(stored.header.origin, stored.header.skeleton) if model is None else meta_copy(model)
     except Exception:
         # Some networks run themselves while they are built; what else may be wrong shows when it is done for real.
         return None
     try:
-        with _WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
+        with WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
             for plan in stored.header.plans:
                 base = apply_structure(base, plan)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:

@@ -27,7 +27,7 @@ from asymswap.spec import Progress, silent
 from asymswap.summary import state_bytes
 from asymswap.tensors import eval_mode, list_tensors, map_tensors
 from asymswap.training.data import LabelledImages, open_data
-from asymswap.training.evaluate import check_classifier, placement
+from asymswap.training.predict import check_classifier, placement
 
 Model = str | Path | nn.Module
 

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torchvision
 from torch import nn
 
-import asymswap
-from asymswap.checkpoint import Header, check_suffix, read_checkpoint, restore, save_checkpoint
+from asymswap.checkpoint import Header, check_suffix, read_checkpoint, restore, save_checkpoint, versions
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import CheckpointError
 from asymswap.opening import build_named, resized
@@ -262,11 +260,7 @@ def _header(
         "steps": progress.step,
         "best_epoch": progress.best_epoch,
         "scores": {name: None if found is None else asdict(found) for name, found in scores.items()},
-        "versions": {
-            "asymswap": asymswap.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": versions(opened.header.origin),
     }
     before = opened.header.provenance.get("training", [])
     return replace(opened.header, provenance={**opened.header.provenance, "training": [*before, record]})

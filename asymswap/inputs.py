@@ -41,9 +41,14 @@ def with_values(inputs: Inputs) -> Inputs:
     return filled
 
 
+def sizes(inputs: Inputs) -> str:
+    """The inputs' sizes: `1x3x224x224`, several with commas between."""
+    return ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
+
+
 def describe(inputs: Inputs) -> str:
-    """The inputs' sizes for a message: `an input of 1x3x224x224`."""
-    return "an input of " + ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
+    """The inputs for a message: `an input of 1x3x224x224`."""
+    return f"an input of {sizes(inputs)}"
 
 
 def _make(preprocessing: Preprocessing, count: int, make: Callable[..., Tensor]) -> Inputs:

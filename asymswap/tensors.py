@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -72,6 +73,24 @@ def allocated(model: nn.Module) -> nn.Module:
     return copy_with(model, ghosts, lambda tensor: torch.empty_like(tensor, device="cpu"))
 
 
+class WithoutMemory(TorchFunctionMode):
+    """While it lasts, what the given functions of torch make is on the meta device.
+
+    `torch.device("meta")` would take everything, and some networks compute their sizes with tensors. With `torch.empty`
+    it takes all weights of layers, and nothing else.
+    """
+
+    def __init__(self, *functions: Callable[..., Any]) -> None:
+        super().__init__()
+        self._functions = functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._functions:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     """The first parameter or buffer that holds a NaN or an infinity, and which of the two; None where there is none."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -83,10 +102,15 @@ def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def number_for(*words: object) -> int:
+    """A number of 63 bits that depends on the words alone."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def generator_for(*words: object) -> torch.Generator:
     """Random numbers that depend on the words alone: not on what was drawn before, nor on who else draws."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(number_for(*words))
 
 
 @contextmanager

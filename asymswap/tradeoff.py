@@ -25,7 +25,8 @@ from asymswap.reporting.tradeoff import Point, Tradeoff
 from asymswap.sources.references import Request
 from asymswap.spec import Cost, Plan, Progress, silent
 from asymswap.training.data import LabelledImages, open_data
-from asymswap.training.evaluate import check_classifier, evaluate
+from asymswap.training.evaluate import evaluate
+from asymswap.training.predict import check_classifier
 
 Measure = Literal["macs", "params"]
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

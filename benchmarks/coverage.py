@@ -50,7 +50,6 @@ def measure(name: str) -> dict[str, Any]:
         "convs": len(found.rows),
         "candidates": sum(row.reason is None for row in found.rows),
         "macs_held": found.held.macs / found.total.macs if found.total.macs else 0.0,
-        "refused": sorted({row.reason for row in found.rows if row.site.refusal is not None}),
         "swapped": len(report.swapped),
         "kept": sorted({row.reason for row in report.sites if row.action == "keep"}),
         "layer_difference": max((row.output_error for row in report.swapped), default=0.0),

@@ -11,7 +11,7 @@ from torchvision import models
 from asymswap.graph.trace import trace
 from asymswap.measure.cost import count_costs
 from asymswap.sources import torchvision_models
-from asymswap.sources.builders import _EmptyOnMeta
+from asymswap.tensors import WithoutMemory
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ NAMES = models.list_models(models)
 
 def build(name: str) -> nn.Module:
     """The network in eval mode, its weights on the meta device: the largest would hold 2.5 GB."""
-    with _EmptyOnMeta():
+    with WithoutMemory(torch.empty):
         return torchvision_models.build(name, {}).eval().to("meta")
 
 

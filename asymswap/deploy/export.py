@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from asymswap.checkpoint import read_checkpoint, restore, save_state
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.errors import AsymswapError, OutputError
-from asymswap.inputs import Inputs, describe, probe
+from asymswap.inputs import Inputs, probe, sizes
 from asymswap.opening import build_named, model_dtype
 from asymswap.output import check_output, whole_file
 from asymswap.reporting.export import Check, ExportReport
@@ -219,9 +219,9 @@ def _compare(
 ) -> tuple[Check, ...]:
     """Run the written file on several batches, and sizes; raises AsymswapError where it computes something else."""
     height, width = work.preprocessing.size
-    sizes = [None, (height * 3 // 2, width * 5 // 4)] if dynamic_size else [None]
+    tried = [None, (height * 3 // 2, width * 5 // 4)] if dynamic_size else [None]
     checks = []
-    for images, size in ((1, None), *((3, size) for size in sizes)):
+    for images, size in ((1, None), *((3, size) for size in tried)):
         inputs = work.inputs(images, seed, size)
         with torch.no_grad():
             wanted = list_tensors(work.model(*inputs))
@@ -230,7 +230,7 @@ def _compare(
         for one, other in zip(wanted, found, strict=True):
             largest = max(largest, float((one.double() - other.double()).abs().max()))
             scale = max(scale, float(one.double().abs().max()))
-        check = Check(describe(inputs).removeprefix("an input of "), largest, _SAME * max(1.0, scale))
+        check = Check(sizes(inputs), largest, _SAME * max(1.0, scale))
         if not largest <= check.allowed or not math.isfinite(largest):
             raise AsymswapError(
                 f"{runner} computes something else than PyTorch on {check.inputs}: {largest:.1e} at most, where "

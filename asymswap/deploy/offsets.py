@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from asymswap import kinds
-from asymswap.calibrate import some_images
+from asymswap.calibrate import some_inputs
 from asymswap.checkpoint import read_checkpoint, restore
 from asymswap.errors import AsymswapError
-from asymswap.inputs import Inputs, probe
+from asymswap.inputs import Inputs
 from asymswap.opening import build_named, model_dtype
 from asymswap.reporting.offsets import OffsetReport, OffsetRow
 from asymswap.sources.references import Request
@@ -42,11 +42,7 @@ def offsets(
         model = build_named(stored.header.origin, request)
     converted = restore(stored, label, model)
     preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
-    if data is None:
-        inputs, about = probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
-    else:
-        images, about = some_images(data, preprocessing, dtype, seed)
-        inputs = (images,)
+    inputs, about = some_inputs(data, preprocessing, dtype, seed)
     rows = read_offsets(converted, stored.header.plans, inputs)
     if not rows:
         moving = [name for name in kinds.names() if isinstance(kinds.load(name), kinds.Moving)]

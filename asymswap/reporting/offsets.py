@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.report import SCHEMA, plain
 from asymswap.reporting.terminal import table
 from asymswap.spec import Size
@@ -113,23 +114,13 @@ def _arrow(offset: Offset) -> str:
 
 def draw(report: OffsetReport, form: str) -> bytes:
     """A grid for each layer: its taps as they were, and where they are, as an SVG or PNG picture; needs matplotlib."""
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     across = min(4, max(1, len(report.rows)))
     down = max(1, math.ceil(len(report.rows) / across))
-    figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.6 * across, 2.8 * down)
     figure.suptitle(report.model)
     for number, row in enumerate(report.rows, start=1):
         _draw_layer(figure.add_subplot(down, across, number), row)
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "asymswap", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    return buffer.getvalue()
+    return picture_of(figure, form)
 
 
 def _draw_layer(axes: Any, row: OffsetRow) -> None:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
+from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.pages import render
 from asymswap.reporting.report import SCHEMA, plain
 from asymswap.reporting.terminal import table
@@ -225,14 +226,7 @@ def to_html(sweep: Tradeoff) -> str:
 
 def draw(sweep: Tradeoff, form: str) -> bytes:
     """The curve of each recipe, the Pareto front and the advice, as an SVG or PNG picture; needs matplotlib."""
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
     for number, recipe in enumerate(dict.fromkeys(point.recipe for point in sweep.measured)):
         _draw_recipe(axes, sweep, [point for point in sweep.measured if point.recipe == recipe], recipe, number)
@@ -257,11 +251,7 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     axes.grid(alpha=0.3)
     if sweep.measured:
         axes.legend(loc="lower right")
-    buffer = io.BytesIO()
-    # Without the date, and with names that are not random, equal sweeps make equal pictures.
-    with rc_context({"svg.hashsalt": "asymswap", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    return buffer.getvalue()
+    return picture_of(figure, form)
 
 
 def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], recipe: str, number: int) -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import SourceError
 from asymswap.sources import fingerprints, networks, timm_models, torchvision_models
 from asymswap.sources.state import Difference, State, compare
 from asymswap.spec import Origin
-from asymswap.tensors import allocated, list_tensors
+from asymswap.tensors import WithoutMemory, allocated, list_tensors
 
 DIGITS = "digits-resnet"
 
@@ -78,24 +76,33 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
 
 
-def build_unset(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The same network with unset weights, to load a state dict into: no memory is taken before that is done.
+def on_meta(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network of a full reference with its weights on the meta device: enough to compare keys and shapes.
 
-    The random numbers of others are not touched. Raises SourceError as `build` does.
+    Some run themselves while they are built (ssdlite), which needs numbers: these have theirs. The random numbers of
+    others are not touched. Raises SourceError as `build` does.
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with _EmptyOnMeta():
-                model = build(reference, arguments)
+            with WithoutMemory(torch.empty):
+                return build(reference, arguments)
         except Exception:
-            # Some run themselves while they are built (ssdlite), which needs numbers.
+            # What is wrong with the arguments is wrong again.
             return build(reference, arguments)
-        stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-        every = (tensor for module in model.modules() for tensor in list_tensors(dict(vars(module))))
-        if any(tensor.is_meta and id(tensor) not in stored for tensor in every):
-            # What no state dict brings has to be computed.
+
+
+def build_unset(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The same network with unset weights, to load a state dict into: no memory is taken before that is done."""
+    model = on_meta(reference, arguments)
+    stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    every = [tensor for module in model.modules() for tensor in list_tensors(dict(vars(module)))]
+    if not any(tensor.is_meta for tensor in every):
+        return model
+    if any(tensor.is_meta and id(tensor) not in stored for tensor in every):
+        # What no state dict brings has to be computed.
+        with torch.random.fork_rng(devices=[]):
             return build(reference, arguments)
-        return allocated(model)
+    return allocated(model)
 
 
 def _build_own(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -145,13 +152,6 @@ def fit(reference: str, arguments: Mapping[str, Any], state: State) -> tuple[dic
     return dict(arguments), compare(plain, state)
 
 
-def on_meta(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network of a full reference with its weights on the meta device: enough to compare keys and shapes."""
-    # Ssdlite runs itself while it is built, which needs numbers.
-    with nullcontext() if "ssdlite" in reference else _EmptyOnMeta():
-        return build(reference, arguments)
-
-
 def shapes(reference: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of a network's state dict, counters of batches left out; it is built without weights."""
     return fingerprints.shapes_of(on_meta(reference, arguments).state_dict())
@@ -173,19 +173,6 @@ def nearest(state: State, progress: Callable[[int, int], None]) -> list[tuple[fl
     return sorted(found, key=lambda item: (-item[0], item[1]))
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Puts what `torch.empty` makes, and so all weights, on the meta device; sizes worked out with tensors stay real.
-
-    `torch.device("meta")` would take the latter as well, and torchvision's RegNets compute their widths with tensors.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
 @functools.cache
 def _shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     return frozenset(shapes(reference, {}).items())
@@ -204,8 +191,7 @@ def origin_of_timm(model: nn.Module) -> Origin | None:
         return None
     reference, arguments = f"{timm_models.PREFIX}{name}", timm_models.settled(name, arguments)
     try:
-        with _EmptyOnMeta():
-            again = build(reference, arguments)
+        again = on_meta(reference, arguments)
     except SourceError:
         return None
     return Origin(reference, arguments) if _same_structure(model, again) else None

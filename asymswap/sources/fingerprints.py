@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -83,24 +83,22 @@ def free_sizes(entry: Fingerprint) -> dict[tuple[str, int], int]:
 
 def matches(shapes: Shapes) -> list[Match]:
     """Every known network that these shapes fit, those that need the fewest arguments first."""
-    found = []
-    for entry in table().get(keys_hash(shapes), ()):
-        if shapes_hash(shapes, free_sizes(entry)) == entry.shapes:
-            arguments = _read_off(entry, shapes)
-            if arguments is not None:
-                found.append(Match(entry.reference, {**entry.arguments, **arguments}))
+    found = list(_fitting(shapes))
     fewest = min((len(match.arguments) for match in found), default=0)
     return [match for match in found if len(match.arguments) == fewest]
 
 
 def match_of(reference: str, shapes: Shapes) -> Match | None:
     """How these shapes fit a given network, or None where they do not."""
+    return next((match for match in _fitting(shapes) if match.reference == reference), None)
+
+
+def _fitting(shapes: Shapes) -> Iterator[Match]:
     for entry in table().get(keys_hash(shapes), ()):
-        if entry.reference == reference and shapes_hash(shapes, free_sizes(entry)) == entry.shapes:
+        if shapes_hash(shapes, free_sizes(entry)) == entry.shapes:
             arguments = _read_off(entry, shapes)
             if arguments is not None:
-                return Match(reference, {**entry.arguments, **arguments})
-    return None
+                yield Match(entry.reference, {**entry.arguments, **arguments})
 
 
 @functools.cache

@@ -8,7 +8,6 @@ stands in the file.
 
 from __future__ import annotations
 
-import _compat_pickle
 import pickletools
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
+
+from asymswap.sources.audit import global_name
 
 # A file that names one of these wants more than to store something, and is not read at all.
 _STORING = {
@@ -115,12 +116,6 @@ def read(stream: BinaryIO) -> Any:
     raise MalformedError("it ends too soon")
 
 
-def names_in(value: Any) -> set[str]:
-    """The names of everything that was named in what was read."""
-    parts = list(walk(value))
-    return {part.name for part in parts if isinstance(part, Record)} | {p.full for p in parts if isinstance(p, Name)}
-
-
 def walk(value: Any) -> Iterator[Any]:
     """Everything inside of a value, each object once."""
     seen: set[int] = set()
@@ -170,7 +165,7 @@ class _Machine:
         elif op in _FIXED:
             self.stack.append(_FIXED[op]())
         elif op in ("GLOBAL", "INST"):
-            name = _named(*str(argument).split(" ", 1))
+            name = Name(global_name(str(argument)))
             self.stack.append(name if op == "GLOBAL" else _called(name, self._since_mark()))
         else:
             act = getattr(self, f"_{op.lower()}", None)
@@ -295,12 +290,6 @@ class _Machine:
                 self.stack.append(StorageRef(key, _DTYPES[full.rpartition(".")[2]], count))
             case other:
                 self.stack.append(Record("a storage of another kind", (other,)))
-
-
-def _named(module: str, name: str) -> Name:
-    """A global under its name of today: the first protocols write those of Python 2."""
-    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-    return Name(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
 
 
 def _paired(flat: list[Any]) -> dict[Any, Any]:

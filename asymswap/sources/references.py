@@ -402,11 +402,12 @@ def _fitting(
     """
     full = builders.canonical(reference)
     made = factories.call_factory(reference, arguments, request.trust_code) if full is None else None
+    of_timm = full is not None and full.startswith(timm_models.PREFIX)
+    plain = builders.on_meta(str(full), arguments) if of_timm else None
     most, closest = -1, Difference((), (), ())
     for view in views(state):
         used = dict(arguments)
-        if full is not None and full.startswith(timm_models.PREFIX):
-            plain = builders.on_meta(full, arguments)
+        if plain is not None:
             view = replace(view, state=timm_models.with_current_keys(view.state, plain))
         if made is not None:
             difference = compare(made, view.state)

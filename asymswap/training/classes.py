@@ -12,7 +12,7 @@ from asymswap.errors import SourceError
 from asymswap.spec import Origin
 from asymswap.tensors import eval_mode
 from asymswap.training.data import LabelledImages
-from asymswap.training.evaluate import check_scores, placement
+from asymswap.training.predict import check_scores, placement
 
 
 def check_class_count(model: nn.Module, data: LabelledImages) -> int:

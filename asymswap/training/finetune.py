@@ -26,9 +26,8 @@ from asymswap.tensors import first_not_finite
 from asymswap.training.augment import Mixing, training_transform
 from asymswap.training.batches import Batch, Reader, Schedule, TrainingImages
 from asymswap.training.distill import Objective
-from asymswap.training.evaluate import placement
 from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
-from asymswap.training.predict import predict
+from asymswap.training.predict import placement, predict
 from asymswap.training.randomness import kept, seed_
 from asymswap.training.rows import EpochRow, Outset, Scores, StepRow, Watcher
 from asymswap.training.run_folder import RunFolder

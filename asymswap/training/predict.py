@@ -17,7 +17,6 @@ from asymswap.distributed import ALONE, Team
 from asymswap.errors import SourceError
 from asymswap.tensors import eval_mode
 from asymswap.training.data import LabelledImages
-from asymswap.training.evaluate import check_scores, placement
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def predict(
     Raises SourceError where there is no image, where the model is no classifier of these classes, and with `strict`
     where an image cannot be read.
     """
-    if len(data) == 0:
-        raise SourceError(f"there is nothing to evaluate on: {data.description}")
+    _check_any(data)
     chosen = range(team.rank, len(data), team.size)
     # A generator of its own: the loader would otherwise draw from the global one and change what is random afterwards.
     loader: Iterable[Any] = DataLoader(
@@ -125,3 +123,42 @@ def _judge(scores_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]
     ranks = torch.where((ranks == 0) & (guesses != labels_N), 1, ranks)
     losses = F.cross_entropy(scores_NC, labels_N, reduction="none").double()
     return guesses, ranks, losses
+
+
+def check_classifier(model: nn.Module, data: LabelledImages) -> None:
+    """Raise what `predict` would raise, from the first image alone."""
+    _check_any(data)
+    device, dtype = placement(model)
+    with eval_mode(model), torch.inference_mode():
+        check_scores(model(data.images[0][0][None].to(device, dtype)), data)
+
+
+def _check_any(data: LabelledImages) -> None:
+    if len(data) == 0:
+        raise SourceError(f"there is nothing to evaluate on: {data.description}")
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a model's parameters are, and in which dtype."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def check_scores(output: object, data: LabelledImages) -> Tensor:
+    """The output itself, if it is class scores for the data's classes at least; raises SourceError otherwise."""
+    if not isinstance(output, Tensor):
+        raise SourceError(
+            f"the model returns a {type(output).__name__}, not a tensor of class scores; give a classifier"
+        )
+    if output.ndim != 2:
+        raise SourceError(
+            f"the model returns a tensor of shape {tuple(output.shape)}, not images x class scores; give a classifier"
+        )
+    if output.shape[1] < len(data.classes):
+        raise SourceError(
+            f"the model scores {output.shape[1]} classes, but the data has {len(data.classes)} ({data.description}); "
+            "give data with the model's classes"
+        )
+    return output

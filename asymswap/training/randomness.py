@@ -6,7 +6,6 @@ they come, or how often the run was interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-
-def number_for(*words: object) -> int:
-    """A number of 63 bits that depends on the words alone."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from asymswap.tensors import number_for
 
 
 def seed_(*words: object) -> None:

@@ -43,8 +43,9 @@ def test_nothing_beats_the_front_and_all_else_is_beaten(found: list[Point]) -> N
 
     for point in sweep.measured:
         beaten = any(beats(other, point) for other in sweep.measured)
-        equal = any((p.cost, p.accuracy) == (point.cost, point.accuracy) for p in front)
-        assert beaten or equal or any(p.cost.macs == point.cost.macs for p in front if p.cost and point.cost)
+        assert point.cost is not None
+        equal = any((p.cost.macs, p.accuracy) == (point.cost.macs, point.accuracy) for p in front if p.cost)
+        assert beaten or equal
     assert not any(beats(other, point) for other in sweep.measured for point in front)
 
 

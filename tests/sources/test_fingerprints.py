@@ -21,7 +21,7 @@ from asymswap.sources.identify import identify
 from asymswap.sources.references import Request
 from asymswap.sources.torchvision_models import Published
 from asymswap.spec import Origin, silent
-from asymswap.tensors import meta_copy
+from asymswap.tensors import WithoutMemory, meta_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,7 +219,7 @@ def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builders.build
 
     def build(reference: str, arguments: Any) -> torch.nn.Module:
-        with builders._EmptyOnMeta():
+        with WithoutMemory(torch.empty):
             return real(reference, arguments)
 
     monkeypatch.setattr(builders, "build", build)

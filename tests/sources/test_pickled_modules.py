@@ -14,12 +14,11 @@ from torchvision import models
 
 from asymswap.errors import SourceError
 from asymswap.sources import torchvision_models
-from asymswap.sources.builders import _EmptyOnMeta
 from asymswap.sources.files import FileKind
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import find_weights
 from asymswap.sources.unpickle import is_allowed_module, load_object
-from asymswap.tensors import meta_copy
+from asymswap.tensors import WithoutMemory, meta_copy
 
 SMALL = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"]
 # The quantisable ones hold stubs of torch.ao, which nobody would convert after quantising.
@@ -46,7 +45,7 @@ def load(value: object, path: Path, *, legacy: bool = False, trust: bool = False
 def test_torchvisions_modules_load(name: str) -> None:
     # On the meta device the structure is pickled without the weights: a few kilobytes for each of them. Ssdlite runs
     # itself while it is built, which needs numbers.
-    with nullcontext() if name.startswith("ssdlite") else _EmptyOnMeta():
+    with nullcontext() if name.startswith("ssdlite") else WithoutMemory(torch.empty):
         model = meta_copy(torchvision_models.build(name, {}))
     buffer = io.BytesIO()
     torch.save(model, buffer)

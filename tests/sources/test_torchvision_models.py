@@ -19,9 +19,10 @@ from torchvision.models._api import WeightsEnum
 from asymswap.errors import SourceError
 from asymswap.opening import open_model
 from asymswap.sources import torchvision_models
-from asymswap.sources.builders import _EmptyOnMeta, build
+from asymswap.sources.builders import build
 from asymswap.sources.references import Request, Source, open_reference, rebuild
 from asymswap.spec import Origin
+from asymswap.tensors import WithoutMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +130,7 @@ def test_origins_build_the_same_structure_for_all_weights(reference: str) -> Non
             source = open_reference(f"torchvision:{reference}", Request())
         assert structure(rebuild(source.origin, source.skeleton)) == structure(source.model)
         return
-    with as_if_downloaded(), _EmptyOnMeta():
+    with as_if_downloaded(), WithoutMemory(torch.empty):
         source = open_reference(f"torchvision:{reference}", Request())
     assert structure(rebuilt_on_meta(source)) == structure(source.model)
 
@@ -137,13 +138,13 @@ def test_origins_build_the_same_structure_for_all_weights(reference: str) -> Non
 def rebuilt_on_meta(source: Source) -> nn.Module:
     if source.skeleton is not None:
         return rebuild(source.origin, source.skeleton)
-    with _EmptyOnMeta():
+    with WithoutMemory(torch.empty):
         return rebuild(source.origin, None)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_weights_change_in_other_than_classifiers_is_stored(name: str) -> None:
-    with as_if_downloaded(), _EmptyOnMeta():
+    with as_if_downloaded(), WithoutMemory(torch.empty):
         source = open_reference(name, Request())
     assert structure(rebuilt_on_meta(source)) == structure(source.model)
 
@@ -262,14 +263,14 @@ def test_arguments_that_no_builder_takes(reference: str, arguments: dict[str, An
     ],
 )
 def test_images_are_prepared_as_the_weights_say(name: str, weights: str, size: int, resize: int) -> None:
-    with as_if_downloaded(), _EmptyOnMeta():
+    with as_if_downloaded(), WithoutMemory(torch.empty):
         preprocessing = open_reference(f"{name}@{weights}", Request()).preprocessing
     assert (preprocessing.size, preprocessing.resize, preprocessing.channels) == ((size, size), resize, 3)
     assert preprocessing.mean == torchvision_models.IMAGENET_MEAN
 
 
 def test_a_vision_transformer_of_another_size_says_so() -> None:
-    with _EmptyOnMeta():
+    with WithoutMemory(torch.empty):
         source = open_reference("vit_b_16", Request(weights="none", arguments={"image_size": 64}))
     assert (source.preprocessing.size, source.preprocessing.resize) == ((64, 64), None)
 
@@ -297,7 +298,7 @@ def test_published_densenets_load_from_their_files(request_: Request, tmp_path: 
 
 
 def test_published_vision_transformers_have_old_keys_too() -> None:
-    with _EmptyOnMeta():
+    with WithoutMemory(torch.empty):
         state = build("torchvision:vit_b_16", {}).state_dict()
     old = {key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for key, t in state.items()}
     assert old.keys() != state.keys()
@@ -306,6 +307,6 @@ def test_published_vision_transformers_have_old_keys_too() -> None:
 
 @pytest.mark.parametrize("name", random.Random(0).sample(torchvision_models.classifiers(), 10))
 def test_current_keys_stay(name: str) -> None:
-    with _EmptyOnMeta():
+    with WithoutMemory(torch.empty):
         state = build(f"torchvision:{name}", {}).state_dict()
     assert list(torchvision_models.with_current_keys(state)) == list(state)
