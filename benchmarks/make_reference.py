@@ -57,10 +57,17 @@ over = "model"
 How a value is written:
 
 - **size**: `"3x5"` (height x width), `3` for both sides, or a list of these, of which any will do;
-- **range**: `{{ min = 16, max = 64 }}`, ends included, either of them alone; for sizes it holds for both sides; a number
-  stands for itself;
+- **range**: `{{ min = 16, max = 64 }}`, ends included, either of them alone; for sizes it holds for both sides; a
+  number stands for itself;
 - **words**: one, or a list of which any will do;
 - **globs**: match whole names: `layer1.*` is not `layer10.conv`.
+
+What a recipe would do to a network is seen without doing it, and can be changed by hand and replayed:
+
+```bash
+asymswap convert digits-resnet --recipe 3x3-only --dry-run --write-plan plan.json
+asymswap convert digits-resnet --plan plan.json
+```
 
 From the command line, `--set rank=8` changes a setting of every rule whose kind has it, and `--macs`, `--params`,
 `--latency` and `--max-error` take the place of the budget.
@@ -69,9 +76,9 @@ From the command line, `--set rank=8` changes a setting of every rule whose kind
 RECIPES_MIDDLE = """\
 ## `swap`
 
-`kind` names one of the kinds that follow ([their mathematics](kinds.md)); every other key is a setting of it. A rule with
-one of `rank`, `ratio` and `energy` says its own size, and without any of them a budget is needed, which chooses. A swap
-that costs more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
+`kind` names one of the kinds that follow ([their mathematics](kinds.md)); every other key is a setting of it. A rule
+with one of `rank`, `ratio` and `energy` says its own size, and without any of them a budget is needed, which chooses. A
+swap that costs more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
 """
 
 COMMANDS_HEAD = """\
