@@ -33,75 +33,82 @@ def script(name: str) -> ModuleType:
     return module
 
 
-class TestTheWheel:
-    """Built once, installed beside nothing; other packages are those of this interpreter."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("release")
 
-    pytestmark = pytest.mark.slow
 
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("release")
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
+    return script("release_check")
 
-    @pytest.fixture(scope="class")
-    def release(self) -> ModuleType:
-        return script("release_check")
 
-    @pytest.fixture(scope="class")
-    def built(self, folder: Path, release: ModuleType) -> tuple[Path, Path]:
-        built = release.build(folder)
-        return built.wheel, built.sdist
+@pytest.fixture(scope="module")
+def built(folder: Path, release: ModuleType) -> tuple[Path, Path]:
+    built = release.build(folder)
+    return built.wheel, built.sdist
 
-    @pytest.fixture(scope="class")
-    def programs(self, folder: Path, release: ModuleType, built: tuple[Path, Path]) -> Path:
-        found: Path = release.install(built[0], folder / "environment", borrow=True)
-        return found
 
-    def call(self, *command: object, cwd: Path) -> str:
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run([*map(str, command)], cwd=cwd, env=kept, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+@pytest.fixture(scope="module")
+def programs(folder: Path, release: ModuleType, built: tuple[Path, Path]) -> Path:
+    found: Path = release.install(built[0], folder / "environment", borrow=True)
+    return found
 
-    def test_it_holds_the_package_the_recipes_and_the_weights(self, built: tuple[Path, Path]) -> None:
-        with zipfile.ZipFile(built[0]) as archive:
-            names = {*archive.namelist()}
-            (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-            assert f"\nVersion: {asymswap.__version__}\n" in archive.read(metadata).decode()
-        assert {f"asymswap/recipes/{name}.toml" for name in shipped_names()} <= names
-        own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "asymswap").rglob("*") if path.is_file()}
-        assert {name for name in own if "__pycache__" not in name} <= names
-        assert {"asymswap/py.typed", "asymswap/sources/networks/digits-resnet.safetensors"} <= names
-        assert {name.partition("/")[0].partition("-")[0] for name in names} == {"asymswap"}
 
-    def test_the_sdist_holds_what_it_takes_to_test_and_to_document(self, built: tuple[Path, Path]) -> None:
-        with tarfile.open(built[1]) as archive:
-            names = {name.partition("/")[2] for name in archive.getnames()}
-        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-        if tracked.returncode:
-            pytest.skip("not a git checkout")
-        missing = {*tracked.stdout.split()} - names
-        assert missing <= {".gitignore"}
+def call(*command: object, cwd: Path) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=kept, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
-    def test_the_command_converts_from_it(self, programs: Path, tmp_path: Path) -> None:
-        where = self.call(programs / "python", "-c", "import asymswap; print(asymswap.__file__)", cwd=tmp_path)
-        assert where.startswith(str(programs.parent))
-        assert self.call(programs / "asymswap", "--version", cwd=tmp_path) == f"asymswap {asymswap.__version__}\n"
-        printed = self.call(programs / "asymswap", "convert", "digits-resnet", "--recipe", "3x3-only", cwd=tmp_path)
-        assert "8 of 9 convs swapped" in printed
-        code = "import asymswap; print(type(asymswap.load('digits-resnet.asym.pt').layer1[0].conv1).__name__)"
-        assert self.call(programs / "python", "-c", code, cwd=tmp_path) == "Sequential\n"
 
-    def test_its_types_reach_those_who_use_it(self, programs: Path, tmp_path: Path) -> None:
-        (tmp_path / "use.py").write_text(
-            'import asymswap\n\nreveal_type(asymswap.load("x.pt"))\nasymswap.load(path=3)\n', encoding="utf-8"
-        )
-        python = f"--python-executable={programs / 'python'}"
-        command = [sys.executable, "-m", "mypy", "--strict", python, "--no-incremental", "use.py"]
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-        done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, check=False)
-        assert 'Revealed type is "torch.nn.modules.module.Module"' in done.stdout
-        assert re.search(r'use\.py:4: error: Argument "path" to "load" has incompatible type "int"', done.stdout)
-        assert "import-untyped" not in done.stdout
+@pytest.mark.slow
+def test_it_holds_the_package_the_recipes_and_the_weights(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[0]) as archive:
+        names = {*archive.namelist()}
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        assert f"\nVersion: {asymswap.__version__}\n" in archive.read(metadata).decode()
+    assert {f"asymswap/recipes/{name}.toml" for name in shipped_names()} <= names
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "asymswap").rglob("*") if path.is_file()}
+    assert {name for name in own if "__pycache__" not in name} <= names
+    assert {"asymswap/py.typed", "asymswap/sources/networks/digits-resnet.safetensors"} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"asymswap"}
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_it_takes_to_test_and_to_document(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    missing = {*tracked.stdout.split()} - names
+    assert missing <= {".gitignore"}
+
+
+@pytest.mark.slow
+def test_the_command_converts_from_it(programs: Path, tmp_path: Path) -> None:
+    where = call(programs / "python", "-c", "import asymswap; print(asymswap.__file__)", cwd=tmp_path)
+    assert where.startswith(str(programs.parent))
+    assert call(programs / "asymswap", "--version", cwd=tmp_path) == f"asymswap {asymswap.__version__}\n"
+    printed = call(programs / "asymswap", "convert", "digits-resnet", "--recipe", "3x3-only", cwd=tmp_path)
+    assert "7 of 9 convs swapped" in printed
+    code = "import asymswap; print(type(asymswap.load('digits-resnet.asym.pt').layer1[0].conv1).__name__)"
+    assert call(programs / "python", "-c", code, cwd=tmp_path) == "Sequential\n"
+
+
+@pytest.mark.slow
+def test_its_types_reach_those_who_use_it(programs: Path, tmp_path: Path) -> None:
+    (tmp_path / "use.py").write_text(
+        'import asymswap\n\nreveal_type(asymswap.load("x.pt"))\nasymswap.load(path=3)\n', encoding="utf-8"
+    )
+    python = f"--python-executable={programs / 'python'}"
+    command = [sys.executable, "-m", "mypy", "--strict", python, "--no-incremental", "use.py"]
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, check=False)
+    assert 'Revealed type is "torch.nn.modules.module.Module"' in done.stdout
+    assert re.search(r'use\.py:4: error: Argument "path" to "load" has incompatible type "int"', done.stdout)
+    assert "import-untyped" not in done.stdout
 
 
 def test_the_version_stands_in_one_place() -> None:
