@@ -96,7 +96,12 @@ def finetune(
     presets = presets_for(data) if settings.augment is None else settings.augment
     identity = _identity(settings, presets, data, opened, parts, team)
     objective = Objective(
-        settings.label_smoothing, teacher, settings.distill_weight, settings.temperature, settings.distill_features
+        settings.label_smoothing,
+        teacher,
+        settings.distill_weight,
+        settings.distill_loss,
+        settings.temperature,
+        settings.distill_features,
     )
 
     def header(progress: Progress) -> Header:

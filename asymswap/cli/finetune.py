@@ -103,6 +103,12 @@ def finetune(
     distill_weight: Annotated[
         float, typer.Option(help="The teacher's part of the loss.", rich_help_panel=_TEACHER)
     ] = 0.9,
+    distill_loss: Annotated[
+        str,
+        typer.Option(
+            help="kl, of class probabilities, or mse, of the scores before the softmax.", rich_help_panel=_TEACHER
+        ),
+    ] = "kl",
     temperature: Annotated[
         float, typer.Option(help="Class scores are divided by this.", rich_help_panel=_TEACHER)
     ] = 4.0,
@@ -184,6 +190,7 @@ def finetune(
             augment=None if augment is None else parse_presets(augment),
             distill=distill,
             distill_weight=distill_weight,
+            distill_loss=distill_loss,
             temperature=temperature,
             distill_features=distill_features,
             validation=validation,

@@ -1,9 +1,10 @@
-"""What a network is taught by: labels, another network's class probabilities, and the outputs of its layers.
+"""What a network is taught by: labels, another network's class probabilities or scores, and its layers' outputs.
 
 Distillation of class probabilities follows Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
-temperature, and the divergence is multiplied by its square. A converted network has what others lack: layers that stand
-for layers of its teacher. Their outputs are compared too where that is wanted (Romero et al., 2015, without a
-regressor, since the shapes are the same).
+temperature, and the divergence is multiplied by its square. Of a network that is sure of what it was trained on the
+scores before the softmax tell more: their squared difference (Ba and Caruana, 2014). A converted network has what
+others lack: layers that stand for layers of its teacher. Their outputs are compared too where that is wanted (Romero et
+al., 2015, without a regressor, since the shapes are the same).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Objective:
     label_smoothing: float = 0.0
     teacher: Teacher | None = None
     weight: float = 0.9
+    compare: str = "kl"
     temperature: float = 4.0
     features: float = 0.0
 
@@ -62,12 +64,17 @@ class Objective:
                 f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
                 f"{scores.shape[1]}; give --distill a teacher of the same classes"
             )
-        loss = self.weight * divergence(target, scores, self.temperature)
+        loss = self.weight * self._by_teacher(target, scores)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * self._by_labels(output, labels)
         if self.features:
             loss = loss + self.features * len(images) * feature_error(taught, learned, wanted)
         return loss, scores
+
+    def _by_teacher(self, target: Tensor, scores: Tensor) -> Tensor:
+        if self.compare == "mse":
+            return (scores.float() - target.float()).square().mean(1).sum()
+        return divergence(target, scores, self.temperature)
 
     def _by_labels(self, output: object, labels: Tensor) -> Tensor:
         total = torch.zeros(())

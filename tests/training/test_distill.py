@@ -65,6 +65,14 @@ def test_both_parts_and_the_features_add_up() -> None:
     assert not student.layer._forward_hooks
 
 
+def test_scores_may_be_compared_instead_of_probabilities() -> None:
+    """Scores 1, 2, -1 instead of 0.5, 2.5, 0: squares 0.25, 0.25 and 1, whose mean is 0.5, for each of two images."""
+    student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", {})
+    loss, scores = Objective(0.0, teacher, weight=0.8, compare="mse").loss(student, student, IMAGES, LABELS)
+    expected = 0.8 * 2 * 0.5 + 0.2 * F.cross_entropy(scores, LABELS, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
 def test_a_student_that_agrees_has_nothing_to_learn() -> None:
     student = Scores(1.0, 2.0)
     teacher = Teacher(Scores(1.0, 2.0), "twin", {"layer": "layer"})
