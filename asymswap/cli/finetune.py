@@ -65,6 +65,10 @@ def finetune(
     train: Annotated[
         str, typer.Option(help="all, new (the replaced layers) or bn (the batch norms).", rich_help_panel=_LENGTH)
     ] = "all",
+    freeze_bn: Annotated[
+        bool,
+        typer.Option("--freeze-bn", help="Batch norms keep and use their statistics.", rich_help_panel=_LENGTH),
+    ] = False,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without a better one.", rich_help_panel=_LENGTH)
     ] = None,
@@ -114,7 +118,9 @@ def finetune(
     ] = 4.0,
     distill_features: Annotated[
         float,
-        typer.Option(help="Add so much times the error of the swapped layers' outputs.", rich_help_panel=_TEACHER),
+        typer.Option(
+            help="Add so much times the error of the outputs of blocks with swapped layers.", rich_help_panel=_TEACHER
+        ),
     ] = 0.0,
     output: Annotated[
         Path | None,
@@ -187,6 +193,7 @@ def finetune(
             precision=precision,
             ema=ema,
             train=train,
+            freeze_bn=freeze_bn,
             augment=None if augment is None else parse_presets(augment),
             distill=distill,
             distill_weight=distill_weight,
