@@ -84,7 +84,7 @@ def finetune(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="none, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
+            help="none, flip, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
             show_default="what suits the data",
             rich_help_panel=_DATA,
         ),
