@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from asymswap.reporting.report import LatencyRow, Report, SiteRow
+from asymswap.spec import Ratio
 
 
 def count(value: float) -> str:
@@ -26,6 +27,30 @@ def share(part: float, whole: float) -> str:
 def percent(fraction: float) -> str:
     """A fraction as a percentage with one digit."""
     return f"{100 * fraction:.1f} %"
+
+
+def time_share(ratio: Ratio | None) -> str:
+    """A ratio of times as a percentage, with a question mark where it cannot be told from 1."""
+    return "-" if ratio is None else percent(ratio.value) + (" ?" if not ratio.told else "")
+
+
+def doubts(model: str, first: str, ratio: Ratio | None) -> list[str]:
+    """What a measured ratio of times does not tell."""
+    if ratio is None:
+        return []
+    between = f"{ratio.low:.2f} to {ratio.high:.2f} of it with 95 % confidence"
+    if ratio.vague:
+        more = "give it more rounds, or a quiet machine"
+        return [f"The machine was too busy to tell {model}'s time from {first}'s: {between}; {more}."]
+    if not ratio.told:
+        return [f"{model}'s time cannot be told from {first}'s: {between}."]
+    return []
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds with three digits, without the unit."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".removesuffix(".")
 
 
 def error(value: float | None) -> str:

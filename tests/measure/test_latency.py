@@ -76,8 +76,10 @@ def test_models_take_turns(clock: Clock) -> None:
         return module
 
     time_models({"a": noted("a"), "b": noted("b")}, X, rounds=3)
-    assert order[:4] == ["a", "b", "a", "b"]
-    assert order.count("a") == order.count("b") == 3 + latency._WARM_UPS
+    rounds = ["".join(order[at : at + 2]) for at in range(0, len(order), 2)]
+    assert len(rounds) == 3 + latency._WARM_UPS
+    # Neither always comes behind the other.
+    assert set(rounds) == {"ab", "ba"}
 
 
 def test_long_runs_are_cut_short(clock: Clock) -> None:
