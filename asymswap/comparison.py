@@ -17,7 +17,8 @@ from asymswap.inputs import Inputs, probe
 from asymswap.latency_budget import Timing
 from asymswap.measure.cost import count_costs
 from asymswap.measure.fidelity import Sums
-from asymswap.measure.latency import forward, in_format, inputs_like, machine, ratio_of, seconds_of, take_turns
+from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
+from asymswap.measure.machine import machine
 from asymswap.measure.significance import mcnemar_exact
 from asymswap.opening import Model, Opened, open_together
 from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow

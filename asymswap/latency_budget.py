@@ -21,7 +21,8 @@ from torch import nn
 
 from asymswap.errors import OutputError
 from asymswap.inputs import Inputs
-from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, machine, time_models
+from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
+from asymswap.measure.machine import machine
 from asymswap.output import write_text
 from asymswap.planning.apply import apply_random
 from asymswap.planning.plan import Choices, choose

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -77,9 +74,9 @@ def take_turns(
                         found[key].append(passes)
                 spent = time.perf_counter() - start
                 done = number + _WARM_UPS + 1
-                within = max(_WARM_UPS + _FEWEST + 1, math.ceil(seconds * done / spent)) if spent else done
+                within = max(_WARM_UPS + _FEWEST, math.ceil(seconds * done / spent)) if spent else done
                 progress("timing", done, max(done, min(rounds + _WARM_UPS, within)))
-                if number >= _FEWEST and spent > seconds:
+                if number + 1 >= _FEWEST and spent > seconds:
                     break
     finally:
         torch.set_num_threads(threads)
@@ -233,20 +230,3 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
 
     made: Inputs = map_tensors(tuple(item * batch if isinstance(item, list) else item for item in example), fill)
     return made
-
-
-def machine() -> dict[str, Any]:
-    """What measured times depend on beside the work."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }

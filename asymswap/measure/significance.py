@@ -45,9 +45,11 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     than six values it is all of their range, which holds it less surely: five do with 94 %.
     """
     ordered, number = sorted(values), len(values)
-    below, place = 1, 0
+    place, term, below = 0, 1, 1
     # Between the values at these places from both ends it lies, unless at most `place` of them lie on one side of it.
-    while 2 * (below + math.comb(number, place + 1)) / (1 << number) <= 1 - confidence:
+    while True:
+        term = term * (number - place) // (place + 1)
+        below += term
+        if 2 * below / (1 << number) > 1 - confidence:
+            return ordered[place], ordered[number - 1 - place]
         place += 1
-        below += math.comb(number, place)
-    return ordered[place], ordered[number - 1 - place]

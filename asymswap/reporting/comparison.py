@@ -187,8 +187,7 @@ def comparison_to_markdown(comparison: Comparison) -> str:
     titles = [{"ms": "ms (minimum)", "Median": "ms (median)"}.get(title, title) for title in titles]
     lines = [titles, ["---", *("---:" for _ in titles[1:])]]
     lines += [[f"`{row.model}`", *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
-    made = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([*made, "", *(f"- {line}" for line in _fine_print(comparison)), ""])
+    return "\n".join([*words.markdown_table(lines), "", *(f"- {line}" for line in _fine_print(comparison)), ""])
 
 
 def _fine_print(comparison: Comparison) -> list[str]:
@@ -201,8 +200,7 @@ def _fine_print(comparison: Comparison) -> list[str]:
             f"ms: one forward pass, batch {timing.batch}, {timing.memory_format}, {threads} of {timing.machine}; all "
             f"models in turn, {timing.rounds} rounds at most, their minimum. Of 1st: the median of the rounds' ratios."
         )
-        for row in comparison.models[1:]:
-            lines += words.doubts(row.model, first.model, row.latency_ratio)
+        lines += words.doubts(first.model, ((row.model, row.latency_ratio) for row in comparison.models[1:]))
     if comparison.data is not None:
         lines.append(
             f"Top-1 on {comparison.data}" + (f", {comparison.images:,} of them." if comparison.images else ".")

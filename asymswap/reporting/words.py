@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from asymswap.reporting.report import LatencyRow, Report, SiteRow
@@ -34,17 +34,22 @@ def time_share(ratio: Ratio | None) -> str:
     return "-" if ratio is None else percent(ratio.value) + (" ?" if not ratio.told else "")
 
 
-def doubts(model: str, first: str, ratio: Ratio | None) -> list[str]:
-    """What a measured ratio of times does not tell."""
-    if ratio is None:
-        return []
-    between = f"{ratio.low:.2f} to {ratio.high:.2f} of it with 95 % confidence"
-    if ratio.vague:
-        more = "give it more rounds, or a quiet machine"
-        return [f"The machine was too busy to tell {model}'s time from {first}'s: {between}; {more}."]
-    if not ratio.told:
-        return [f"{model}'s time cannot be told from {first}'s: {between}."]
-    return []
+def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str]:
+    """What ratios of times to that of the model `first` do not tell; each is given with what it is the time of."""
+    vague: list[str] = []
+    untold: list[str] = []
+    for who, ratio in measured:
+        if ratio is not None and (ratio.vague or not ratio.told):
+            (vague if ratio.vague else untold).append(f"{who} {ratio.low:.2f} to {ratio.high:.2f}")
+    lines = []
+    if vague:
+        lines.append(
+            f"The machine was too busy to tell times to within 5 %; more rounds would, or a quiet machine. Of the time "
+            f"of {first}, with 95 % confidence: {'; '.join(vague)}."
+        )
+    if untold:
+        lines.append(f"Not told from {first}, or within 2 % of its time (95 % confidence): {'; '.join(untold)}.")
+    return lines
 
 
 def milliseconds(seconds: float) -> str:
@@ -68,6 +73,11 @@ def size(value: int) -> str:
         if value >= scale:
             return f"{value / scale:.1f} {unit}"
     return f"{value} B"
+
+
+def markdown_table(lines: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of cells, the second of which says how columns are aligned, as a table in Markdown."""
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def settings(values: Mapping[str, Any]) -> str:
