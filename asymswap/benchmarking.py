@@ -16,7 +16,7 @@ import asymswap
 from asymswap.deploy.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
 from asymswap.errors import AsymswapError, near_names
 from asymswap.inputs import Inputs
-from asymswap.measure.cost import count_costs
+from asymswap.measure.cost import cost_of, count_costs
 from asymswap.measure.latency import (
     MemoryFormat,
     Passes,
@@ -137,7 +137,7 @@ def _row(opened: Opened) -> BenchmarkedModel:
         origin=source.origin.reference,
         weights=source.weights,
         input=source.preprocessing.describe(),
-        cost=count_costs(opened.model, opened.example()).total,
+        cost=cost_of(opened),
         notes=source.notes,
     )
 

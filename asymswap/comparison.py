@@ -15,7 +15,7 @@ import asymswap
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs, probe
 from asymswap.latency_budget import Timing
-from asymswap.measure.cost import count_costs
+from asymswap.measure.cost import cost_of
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
 from asymswap.measure.machine import machine
@@ -94,7 +94,7 @@ def _row(opened: Opened) -> ComparedRow:
         origin=source.origin.reference,
         weights=source.weights,
         input=source.preprocessing.describe(),
-        cost=count_costs(opened.model, opened.example()).total,
+        cost=cost_of(opened),
         weights_bytes=state_bytes(opened.model),
         file_bytes=None if source.file is None else source.file.stat().st_size,
         notes=(*source.notes, *(("its weights are random",) if source.weights == "random" else ())),

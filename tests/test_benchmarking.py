@@ -16,7 +16,7 @@ import asymswap
 from asymswap import benchmarking
 from asymswap.benchmarking import shared_layers
 from asymswap.deploy import onnx_files
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, TraceError
 from asymswap.measure import latency
 from asymswap.reporting.benchmark import Benchmark, Result, benchmark_to_json
 
@@ -205,6 +205,13 @@ class TestFailures:
     def test_wrong_settings(self, options: dict[str, Any], said: str, one_thread: None) -> None:
         with pytest.raises(AsymswapError, match=said):
             asymswap.benchmark([DIGITS], **options)
+
+    def test_an_input_that_a_model_does_not_take(self) -> None:
+        said = r"^digits-resnet does not run on an input of 1x3x8x8: Given groups=1.*; give another --input$"
+        with pytest.raises(TraceError, match=said):
+            asymswap.benchmark([DIGITS], input_size=(3, 8, 8))
+        with pytest.raises(TraceError, match=said):
+            asymswap.compare([DIGITS, DIGITS], input_size=(3, 8, 8))
 
     def test_no_model(self) -> None:
         with pytest.raises(AsymswapError, match="benchmark takes one model or more"):
