@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast fuzz lint format clean
+.PHONY: demo test test-fast test-minimal test-newest fuzz docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -22,6 +22,29 @@ fuzz: $(READY)
 	$(RUN)/python benchmarks/fuzz.py --markdown docs/robustness.md
 	$(RUN)/python benchmarks/kill.py --markdown docs/robustness.md
 
+# The site, in site/: pages made from code first, then everything, without a warning.
+docs: $(READY)
+	$(RUN)/python benchmarks/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+# Wheel and sdist in build/release/, and every command of README and tutorial from the wheel in a new environment.
+release-check: $(READY)
+	$(RUN)/python .ci/release_check.py
+
+# What pyproject.toml allows, at its oldest and at its newest. Old releases meet newer ones of what they need themselves,
+# which warns them of what they do: that is no fault of ours.
+test-minimal:
+	mkdir -p build && $(PYTHON) .ci/lower_bounds.py > build/lower_bounds.txt
+	$(PYTHON) -m venv build/minimal
+	build/minimal/bin/python -m pip install --quiet --constraint build/lower_bounds.txt --editable '.[demo,dev,tensorboard]'
+	build/minimal/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive" \
+		-W ignore::DeprecationWarning -W ignore::FutureWarning
+
+test-newest:
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,dev,tensorboard]'
+	build/newest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
+
 lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -32,9 +55,9 @@ format: $(READY)
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
 
 $(READY): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev,docs]'
 	touch $@

@@ -14,6 +14,7 @@ from asymswap.checkpoint import Header, Stored, restore, stored_in
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs
 from asymswap.inputs import example as make_example
+from asymswap.sources.builders import canonical
 from asymswap.sources.factories import how_built, same_callable
 from asymswap.sources.files import resolve, sha256
 from asymswap.sources.references import (
@@ -165,11 +166,12 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
 def build_named(origin: Origin, request: Request) -> nn.Module | None:
     """The unconverted model of a checkpoint as `--arch` names it, if it does.
 
-    The same callable named again is called as it was when the checkpoint was made.
+    The same network or callable named again is built as it was when the checkpoint was made.
     """
     if request.arch is None:
         return None
-    stored = origin.arguments if same_callable(request.arch, origin.reference) else {}
+    same = canonical(request.arch) == origin.reference or same_callable(request.arch, origin.reference)
+    stored = origin.arguments if same else {}
     return build_architecture(request.arch, {**stored, **request.arguments}, request.trust_code)
 
 

@@ -22,9 +22,11 @@ from asymswap.errors import AsymswapError
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.kinds import separable
+from asymswap.opening import open_model
 from asymswap.planning.plan import plan_text
 from asymswap.reporting.report import Report, to_json
 from asymswap.sources.networks import BUILDERS
+from asymswap.sources.references import Request
 from asymswap.spec import Call, Cost, Plan, Site
 
 REPORT_KEYS = {
@@ -484,3 +486,15 @@ def test_data_that_does_not_fit_is_told_before_the_work_is_done(
     monkeypatch.setattr("asymswap.api._carry_out", lambda *_: pytest.fail("the conversion was begun"))
     with pytest.raises(AsymswapError, match=r"the model scores 10 classes, but the data has 11"):
         asymswap.convert("digits-resnet", "3x3-only", evaluate=str(tmp_path / "photos"))
+
+
+def test_naming_the_architecture_of_a_converted_model_builds_it_as_it_was(tmp_path: Path) -> None:
+    """Its number of classes is among the arguments that the checkpoint holds; `--arg` still overrides them."""
+    conversion = asymswap.convert(
+        "squeezenet1_1", "3x3-only", weights="none", arguments={"num_classes": 7}, input_size=(3, 64, 64)
+    )
+    asymswap.save(conversion, tmp_path / "x.pt")
+    opened = open_model(tmp_path / "x.pt", Request(arch="squeezenet1_1"))
+    assert opened.model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    with pytest.raises(AsymswapError, match="7x512"):
+        open_model(tmp_path / "x.pt", Request(arch="squeezenet1_1", arguments={"num_classes": 8}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,3 +128,10 @@ def test_the_public_names_can_all_be_had() -> None:
 
     assert dir(asymswap) == sorted(asymswap.__all__)
     assert all(getattr(asymswap, name) is not None for name in asymswap.__all__)
+
+
+def test_the_architecture_page_has_these_layers() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
+    assert [int(floor) for floor, _ in rows] == [*range(1, len(LAYERS) + 1)]
+    assert [set(re.findall(r"`(\w+)`", parts)) for _, parts in rows] == [set(names) for names in LAYERS]

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from asymswap.errors import RecipeError, near_names
 from asymswap.spec import ConvSpec, Cost, Option, Site
@@ -22,10 +22,16 @@ if TYPE_CHECKING:
     from asymswap.factorize.evidence import Evidence
 
 
+SIZE_SCHEMA = WithJsonSchema(
+    {"title": "Size", "anyOf": [{"type": "string", "pattern": "^[0-9]+x[0-9]+$"}, {"type": "integer"}]}
+)
+"""What the JSON Schema of recipes says of a size: "3x5", or 3 for both sides."""
+
+
 class KindSettings(BaseModel):
     """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     allow_growth: bool = False
     """Swap even where the replacement has more MACs or parameters than the original conv."""

@@ -89,11 +89,15 @@ def _bounded(raw_T2: Tensor, limit: float) -> Tensor:
     return limit * torch.tanh(raw_T2 / limit)
 
 
+# Asked once: torch.compile of torch 2.9 cannot trace the question.
+_WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
+
+
 @fx.wrap
 def _built_kernel(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Size, limit: float) -> Tensor:
     """The grown kernel, computed in float32 at least, in the dtype of the weights; to torch.fx one step."""
     device = w_OIHW.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
         # The convolution may run in half precision, but its taps would lose their places.
         with torch.autocast(device, enabled=False):
             return _grown(w_OIHW, raw_T2, factor_T, dilation, limit)

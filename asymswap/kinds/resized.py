@@ -16,7 +16,7 @@ from torch import nn
 from asymswap import strips
 from asymswap.errors import RecipeError
 from asymswap.factorize.evidence import Evidence
-from asymswap.kinds import KindSettings
+from asymswap.kinds import SIZE_SCHEMA, KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
 
 SIZES = ()
@@ -33,8 +33,9 @@ def _as_pair(value: Any) -> Any:
 
 
 Side = Annotated[int, Field(ge=1)]
-Taps = Annotated[tuple[Side, Side], BeforeValidator(_as_pair)]
-Padding = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | str, BeforeValidator(_as_pair)]
+Taps = Annotated[tuple[Side, Side], BeforeValidator(_as_pair), SIZE_SCHEMA]
+Pixels = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], SIZE_SCHEMA]
+Padding = Annotated[Pixels | str, BeforeValidator(_as_pair)]
 
 
 class Settings(KindSettings):

@@ -80,7 +80,10 @@ class Settings(KindSettings):
     """The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm."""
 
     multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """A budget chooses ranks among the multiples of this number, and 1, 2, 4 … below it; see `_multiple` for `auto`."""
+    """A budget chooses ranks among the multiples of this number, and 1, 2, 4 … below it.
+
+    `auto`: 16, 8, 4, 2 or 1, by the conv's size.
+    """
 
     bias: bool = False
     """Give the second conv a bias even where the conv has none; calibration corrects the output's mean by it."""

@@ -32,7 +32,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from asymswap import kinds
 from asymswap.errors import RecipeError, near_names
@@ -41,7 +52,7 @@ from asymswap.spec import Site, Size
 
 
 def _as_size(value: Any) -> Any:
-    """Read "3x5", 3 or [3, 5] as (height, width)."""
+    """Read "3x5" or 3 as (height, width)."""
     if isinstance(value, str):
         parts = value.split("x")
         if len(parts) == 2 and all(part.isdecimal() for part in parts):
@@ -66,29 +77,47 @@ def _check_word(word: str) -> str:
     return word
 
 
-Pair = Annotated[Size, BeforeValidator(_as_size), Field(json_schema_extra={"type": ["string", "integer"]})]
+class _OrOne:
+    """Says in the JSON Schema that one item may stand for a list of one."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        several = handler(schema)
+        return {"anyOf": [several["items"], several]}
+
+
+class _OrNumber:
+    """Says in the JSON Schema that a number may stand for a range."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "number"}, handler(schema)]}
+
+
+Pair = Annotated[Size, BeforeValidator(_as_size), kinds.SIZE_SCHEMA]
 Glob = Annotated[str, Field(max_length=1000)]
-Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), Field(max_length=10_000)]
+Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), Field(max_length=10_000), _OrOne()]
 Word = Annotated[str, Field(json_schema_extra={"enum": sorted(vocabulary.WORDS)}), BeforeValidator(_check_word)]
-Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple)]
+Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple), _OrOne()]
 Grouping = Literal["dense", "grouped", "depthwise"]
-Groupings = Annotated[tuple[Grouping, ...], BeforeValidator(_as_tuple)]
+Groupings = Annotated[tuple[Grouping, ...], BeforeValidator(_as_tuple), _OrOne()]
 Position = Literal["first", "inner", "last"]
-Positions = Annotated[tuple[Position, ...], BeforeValidator(_as_tuple)]
+Positions = Annotated[tuple[Position, ...], BeforeValidator(_as_tuple), _OrOne()]
 Group = Literal["Smaller and faster", "Stronger in training, same cost afterwards", "Learned sampling"]
 GROUPS: tuple[str, ...] = get_args(Group)
 Preserves = Literal["exactly", "approximately", "nothing"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Range(_Strict):
     """A range of numbers, both ends included."""
 
     min: Annotated[float, Field(strict=True)] | None = None
+    """The smallest number that is in it."""
+
     max: Annotated[float, Field(strict=True)] | None = None
+    """The largest number that is in it."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Range:
@@ -105,7 +134,10 @@ class SizeRange(_Strict):
     """A range of (height, width) pairs; it holds where both sides lie in it."""
 
     min: Pair | None = None
+    """No side is below this one."""
+
     max: Pair | None = None
+    """No side is above this one."""
 
     def holds(self, size: Size) -> bool:
         """Whether both sides lie in the range."""
@@ -122,32 +154,62 @@ def _as_range(value: Any) -> Any:
     return {"min": value, "max": value} if exact else value
 
 
-AnyOf = Annotated[tuple[Pair, ...], BeforeValidator(_as_tuple)]
+AnyOf = Annotated[tuple[Pair, ...], BeforeValidator(_as_tuple), _OrOne()]
 Sizes = Annotated[
     Annotated[SizeRange, Tag("range")] | Annotated[AnyOf, Tag("any of")],
     Discriminator(_sizes_form),
 ]
-Numbers = Annotated[Range, BeforeValidator(_as_range)]
+Numbers = Annotated[Range, BeforeValidator(_as_range), _OrNumber()]
 
 
 class Match(_Strict):
     """What a conv must be for a rule to speak of it; what is not said does not matter."""
 
     names: Globs = ("*",)
+    """Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."""
+
     exclude: Globs = ()
+    """Globs of names that are left out."""
+
     kernel: Sizes | None = None
+    """Size of the kernel."""
+
     stride: Sizes | None = None
+    """Stride, in the form of a size."""
+
     dilation: Sizes | None = None
+    """Dilation, in the form of a size."""
+
     groups: Groupings | None = None
+    """`dense` (one group), `depthwise` (a group for each input channel) or `grouped` (any other number)."""
+
     in_channels: Numbers | None = None
+    """Input channels, of all groups together."""
+
     out_channels: Numbers | None = None
+    """Output channels, of all groups together."""
+
     feature_map: Sizes | None = None
+    """Height and width of the output where the conv runs first."""
+
     position: Positions | None = None
+    """`first` and `last` of all convs in the order in which they run, `inner` for the others."""
+
     stage: Positions | None = None
+    """Of the convs that `names` and `exclude` leave: those with the largest outputs are the `first` stage, those with
+    the smallest the `last`, all between are `inner`."""
+
     macs: Numbers | None = None
+    """Multiply-adds of the conv in one forward pass, over all its calls."""
+
     params: Numbers | None = None
+    """Parameters of the conv."""
+
     followed_by: Words | None = None
+    """Operations of which one reads the conv's output; a batch norm between them is looked through."""
+
     preceded_by: Words | None = None
+    """Operations of which one makes the conv's input, likewise."""
 
     def find(self, sites: Sequence[Site]) -> set[str]:
         """The names of those sites of a model, given in run order, that the rule speaks of."""
@@ -199,9 +261,16 @@ class Rule(_Strict):
     """
 
     match: Match = Match()
+    """Which convs the rule speaks of; without it, all."""
+
     swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = None
+    """What they become: a kind and its settings."""
+
     keep: Literal[True] | None = None
+    """They stay as they are, in the place of `swap`."""
+
     optional: bool = False
+    """It is no error if no conv matches."""
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:
@@ -251,10 +320,19 @@ class Budget(_Strict):
     """
 
     macs: Fraction | None = None
+    """At most this fraction of the multiply-adds is left."""
+
     params: Fraction | None = None
+    """At most this fraction of the parameters is left."""
+
     latency: Fraction | None = None
+    """At most this fraction of the time of a forward pass on this machine is left."""
+
     max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The predicted relative error of all layers together, for as few MACs as that takes."""
+
     over: Literal["model", "matched"] = "model"
+    """Of what the fraction is taken: of the whole model, or of the convs that rules with a swap match."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:
@@ -295,7 +373,11 @@ class About(_Strict):
     """What a recipe says of itself, for people; `group` is where `asymswap recipes` lists it."""
 
     summary: str = ""
+    """What the recipe does, in one sentence."""
+
     group: Group | None = None
+    """Where `asymswap recipes` lists it."""
+
     preserves: Preserves | None = None
     """How well the converted network, before any training, does what the original did."""
 
@@ -304,7 +386,10 @@ class Recipe(About):
     """A whole recipe."""
 
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=1000)]
+    """The first rule that matches a conv decides about it."""
+
     budget: Budget | None = None
+    """What may be left; it chooses the sizes that the rules do not say."""
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
@@ -503,5 +588,6 @@ def json_schema() -> dict[str, Any]:
         settings["required"] = ["kind"]
         settings["title"] = name
         swaps.append(settings)
-    schema["$defs"]["Rule"]["properties"]["swap"] = {"oneOf": swaps}
+    swap = schema["$defs"]["Rule"]["properties"]["swap"]
+    schema["$defs"]["Rule"]["properties"]["swap"] = {"description": swap["description"], "oneOf": swaps}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

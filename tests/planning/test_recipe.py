@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from asymswap import kinds
@@ -353,3 +355,50 @@ def test_rules_that_are_no_rules(text: str, told: str) -> None:
 def test_a_name_that_no_file_can_have() -> None:
     with pytest.raises(RecipeError, match=r"no recipe 'aaaa.*; known: "):
         read_recipe_text("a" * 300)
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_schema_takes_every_shipped_recipe(name: str) -> None:
+    jsonschema.validate(tomllib.loads(read_recipe_text(name)[0]), json_schema(), jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize(
+    ("match", "fits"),
+    [
+        ('kernel = "3x3"', True),
+        ('kernel = ["3x3", 5]', True),
+        ('kernel = ["3x3", [1, 7]]', False),
+        ('kernel = { min = "2x2", max = 7 }', True),
+        ('kernel = "3by3"', False),
+        ("in_channels = 64", True),
+        ("in_channels = { min = 16 }", True),
+        ('in_channels = "many"', False),
+        ('names = "layer4.*"', True),
+        ('names = ["layer3.*", "layer4.*"]', True),
+        ('groups = ["dense", "depthwise"]', True),
+        ('groups = "dence"', False),
+        ('followed_by = "activation"', True),
+        ('followed_by = "reloo"', False),
+        ('kernal = "3x3"', False),
+    ],
+)
+def test_the_schema_takes_what_recipes_may_say_and_no_more(match: str, fits: bool) -> None:
+    text = f'[[rules]]\nmatch = {{ {match} }}\nswap = {{ kind = "separable", rank = 4 }}\n'
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(tomllib.loads(text)) is fits
+    if fits:
+        parse_recipe(text, "a test")
+    else:
+        with pytest.raises(RecipeError):
+            parse_recipe(text, "a test")
+
+
+def test_every_field_of_the_schema_says_what_it_is_for() -> None:
+    schema = json_schema()
+    tables = [schema, *schema["$defs"].values(), *schema["$defs"]["Rule"]["properties"]["swap"]["oneOf"]]
+    silent = [
+        (table["title"], name)
+        for table in tables
+        for name, part in table["properties"].items()
+        if "description" not in part and name != "kind"
+    ]
+    assert silent == []

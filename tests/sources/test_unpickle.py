@@ -38,6 +38,10 @@ def load(value: Any, path: Path, *, legacy: bool = False, trust: bool = False, p
     return load_object(path, FileKind.LEGACY if legacy else FileKind.TORCH, trust, path.name)
 
 
+# The list is that of this version; an older torch has fewer classes, none of which a file can then need.
+OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+
+
 def resolve(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
@@ -45,12 +49,17 @@ def resolve(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ALLOWLIST)
 def test_the_allowlist_holds_modules_that_run_no_code_of_the_file(name: str) -> None:
-    found = resolve(name)
+    try:
+        found = resolve(name)
+    except AttributeError:
+        assert OLDER
+        pytest.skip("this torch has no such class yet")
     assert issubclass(found, nn.Module)
     assert not issubclass(found, fx.GraphModule | torch.jit.ScriptModule)
     assert f"{found.__module__}.{found.__qualname__}" == name
 
 
+@pytest.mark.skipif(OLDER, reason="an older torch has fewer classes")
 def test_the_allowlist_is_what_the_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("make_allowlist", ROOT / "benchmarks" / "make_allowlist.py")
     assert spec is not None

@@ -1,0 +1,309 @@
+"""Writes docs/recipes.md and docs/commands.md: what recipes may say, and what every command takes.
+
+The first comes from the JSON Schema (`asymswap recipes --schema`) and the shipped recipes, the second from the command
+line itself. `--check` compares instead of writing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from typer.models import ArgumentInfo
+
+from asymswap import kinds
+from asymswap.cli.main import app
+from asymswap.planning.recipe import GROUPS, json_schema, read_about, read_recipe_text, shipped_names
+
+DOCS = Path(__file__).parents[1] / "docs"
+WRITTEN = "<!-- Written by benchmarks/make_reference.py; change that, or what it reads, not this. -->"
+
+Schema = Mapping[str, Any]
+
+RECIPES_HEAD = """\
+# Recipes
+
+{written}
+
+A recipe is a TOML file. It says which convs are swapped (`match`), what they become (`swap`), and what the result may
+cost (`[budget]`). It is data: nothing in it is executed, and a key that nobody knows is an error, with near names.
+
+```bash
+asymswap recipes                      # those that come with asymswap
+asymswap recipes 3x3-only > my.toml   # one of them as a start for your own
+asymswap recipes my.toml              # is it one?
+asymswap recipes --schema             # the JSON Schema from which this page is made, for your editor
+```
+
+```toml
+# mine.toml
+summary = "Dense 3x3 convs of the last two stages become pairs; the model keeps 70 % of its MACs"
+
+[[rules]]
+match = {{ names = ["layer3.*", "layer4.*"], kernel = "3x3", groups = "dense", in_channels = {{ min = 64 }} }}
+swap = {{ kind = "separable", order = "auto" }}
+
+[budget]
+macs = 0.7
+over = "model"
+```
+
+How a value is written:
+
+- **size**: `"3x5"` (height x width), `3` for both sides, or a list of these, of which any will do;
+- **range**: `{{ min = 16, max = 64 }}`, ends included, either of them alone; for sizes it holds for both sides; a
+  number stands for itself;
+- **words**: one, or a list of which any will do;
+- **globs**: match whole names: `layer1.*` is not `layer10.conv`.
+
+What a recipe would do to a network is seen without doing it, and can be changed by hand and replayed:
+
+```bash
+asymswap convert digits-resnet --recipe 3x3-only --dry-run --write-plan plan.json
+asymswap convert digits-resnet --plan plan.json
+```
+
+From the command line, `--set rank=8` changes a setting of every rule whose kind has it, and `--macs`, `--params`,
+`--latency` and `--max-error` take the place of the budget.
+"""
+
+RECIPES_MIDDLE = """\
+## `swap`
+
+`kind` names one of the kinds that follow ([their mathematics](kinds.md)); every other key is a setting of it. A rule
+with one of `rank`, `ratio` and `energy` says its own size, and without any of them a budget is needed, which chooses. A
+swap that costs more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
+"""
+
+COMMANDS_HEAD = """\
+# Commands
+
+{written}
+
+Exit codes: 0 done; 1 it cannot be done: one line `error: …` on stderr says what, which, the value and what to do, and
+nothing is written; 2 wrong usage; 130 after Ctrl-C. No file is overwritten without `--force`. `asymswap COMMAND --help`
+prints what follows here.
+"""
+
+
+def recipes_page() -> str:
+    """What recipes may say, from the schema, and those that there are."""
+    schema = json_schema()
+    parts = schema["$defs"]
+    rule = parts["Rule"]["properties"]
+    text = [
+        RECIPES_HEAD.format(written=WRITTEN),
+        "## The file",
+        fields(schema, skip=("rules", "budget")) + "\n" + fields(schema, only=("rules", "budget"), head=False),
+        "## `[[rules]]`",
+        paragraph(parts["Rule"]),
+        fields(parts["Rule"]),
+        "## `match`",
+        paragraph(parts["Match"]),
+        fields(parts["Match"]),
+        "The operations of `followed_by` and `preceded_by`: "
+        + words(parts["Match"]["properties"]["followed_by"])
+        + ".",
+        "## `[budget]`",
+        paragraph(parts["Budget"]),
+        fields(parts["Budget"]),
+        RECIPES_MIDDLE,
+    ]
+    for swap in rule["swap"]["oneOf"]:
+        kind = kinds.load(swap["title"])
+        text += [f"### `{swap['title']}`", f"Keeps {kind.PRESERVES}.", fields(swap, skip=("kind",))]
+    text += ["## The recipes that come with asymswap", *shipped()]
+    return "\n\n".join(part.strip("\n") for part in text) + "\n"
+
+
+def shipped() -> Iterator[str]:
+    """Each shipped recipe, group by group, with its own text."""
+    for group in GROUPS:
+        yield f"### {group}"
+        for name in shipped_names():
+            about = read_about(name)
+            if about.group == group:
+                yield f"#### `{name}`\n\n{about.summary}.\n\n```toml\n{read_recipe_text(name)[0].strip()}\n```"
+
+
+def paragraph(schema: Schema) -> str:
+    """What a schema says of itself, its lines joined within a paragraph."""
+    return inspect.cleandoc(schema["description"])
+
+
+def fields(schema: Schema, skip: tuple[str, ...] = (), only: tuple[str, ...] = (), head: bool = True) -> str:
+    """A table of the keys: values, default, meaning."""
+    rows = [
+        f"| `{name}` | {cell(values(part))} | {default(part, name in schema.get('required', ()))} | {meaning(part)} |"
+        for name, part in schema["properties"].items()
+        if name not in skip and (not only or name in only)
+    ]
+    return "\n".join((["| key | values | default | meaning |", "| --- | --- | --- | --- |"] if head else []) + rows)
+
+
+def meaning(part: Schema) -> str:
+    """The description in one line."""
+    if "description" not in part:
+        raise SystemExit(f"a field without a docstring: {part}")
+    return cell(" ".join(part["description"].split()))
+
+
+def cell(text: str) -> str:
+    """Text that cannot end a table's cell."""
+    return text.replace("|", "\\|")
+
+
+def default(part: Schema, required: bool) -> str:
+    """What holds where the key is not given."""
+    value = part.get("default")
+    if required:
+        return "must be given"
+    if value is None or value == "" or value == [] or isinstance(value, dict):
+        return ""
+    return f"`{toml(value)}`"
+
+
+def toml(value: Any) -> str:
+    """A value as it is written in a recipe."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else f"{value:g}"
+
+
+def values(part: Schema) -> str:
+    """What may be given, in a few words."""
+    if "$ref" in part:
+        name = str(part["$ref"]).rpartition("/")[2]
+        return {"Match": "[`match`](#match)", "Budget": "[`[budget]`](#budget)", "SizeRange": "range of sizes"}.get(
+            name, name.lower()
+        )
+    if part.get("title") == "Size":
+        return "size"
+    if "oneOf" in part and all("kind" in each.get("properties", {}) for each in part["oneOf"]):
+        return "[`swap`](#swap)"
+    if "anyOf" in part or "oneOf" in part:
+        choices = [each for each in part.get("anyOf", part.get("oneOf")) if each != {"type": "null"}]
+        return " or ".join(dict.fromkeys(map(values, choices)))
+    if "const" in part:
+        return f"`{toml(part['const'])}`"
+    if "enum" in part:
+        return ", ".join(f"`{toml(each)}`" for each in part["enum"]) if len(part["enum"]) < 9 else "word"
+    return plain(part)
+
+
+def plain(part: Schema) -> str:
+    """What a type without choices takes."""
+    kind = str(part["type"])
+    if kind == "array":
+        return "list of these" if "$ref" not in part["items"] else "tables"
+    if kind in ("number", "integer"):
+        return ("whole number" if kind == "integer" else "number") + bounds(part)
+    return {"boolean": "`true`, `false`", "string": "text"}[kind]
+
+
+def bounds(part: Schema) -> str:
+    """Between what a number lies."""
+    low = [f"at least {part['minimum']:g}"] if "minimum" in part else []
+    low += [f"above {part['exclusiveMinimum']:g}"] if "exclusiveMinimum" in part else []
+    high = [f"at most {part['maximum']:g}"] if "maximum" in part else []
+    high += [f"below {part['exclusiveMaximum']:g}"] if "exclusiveMaximum" in part else []
+    return ", ".join(["", *low, *high])
+
+
+def words(part: Schema) -> str:
+    """All words of a list, in code."""
+    return ", ".join(f"`{word}`" for each in part["anyOf"] for word in each.get("enum", ()))
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options, as `--help` has them."""
+    text = [COMMANDS_HEAD.format(written=WRITTEN)]
+    for registered in app.registered_commands:
+        command = inspect.unwrap(cast(Callable[..., None], registered.callback))
+        about, _, example = inspect.cleandoc(command.__doc__ or "").partition("Example: ")
+        text += [f"## `asymswap {command.__name__}`", " ".join(about.split())]
+        text += [f"Example: `{example.strip()}`"] if example else []
+        panels: dict[str, list[str]] = {}
+        for option in map(Parameter, *zip(*typing.get_type_hints(command, include_extras=True).items(), strict=True)):
+            if option.name != "return":
+                given = inspect.signature(command).parameters[option.name].default
+                panels.setdefault(option.info.rich_help_panel or "", []).append(option.row(given))
+        for panel, rows in panels.items():
+            text += [f"**{panel}**"] if panel else []
+            text += ["\n".join(["| option | value | default | what |", "| --- | --- | --- | --- |", *rows])]
+    return "\n\n".join(part.strip("\n") for part in text) + "\n"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a command's function: its name and its annotation, from which Typer makes the option."""
+
+    name: str
+    hint: Any
+
+    @property
+    def info(self) -> Any:
+        """What Typer is told of it."""
+        return self.hint.__metadata__[0]
+
+    @property
+    def taken(self) -> tuple[type, ...]:
+        """The types of its value."""
+        plain = typing.get_args(self.hint)[0]
+        parts = typing.get_args(plain) or (plain,)
+        return tuple(part for part in parts if part is not type(None))
+
+    def row(self, given: Any) -> str:
+        """Its line of the table."""
+        argument = isinstance(self.info, ArgumentInfo)
+        # With Annotated, the first name stands where a default value would.
+        given_names = (self.info.default, *(self.info.param_decls or ()))
+        names = [name for name in given_names if isinstance(name, str) and name.startswith("-")]
+        plain = self.name.replace("_", "-")
+        names = names or ([f"--{plain}", f"--no-{plain}"] if self.taken == (bool,) else [f"--{plain}"])
+        shown = f"{self.name.upper()}" if argument else ", ".join(f"`{each}`" for each in names)
+        return f"| {shown} | {self.value()} | {self.default(given)} | {cell(' '.join(self.info.help.split()))} |"
+
+    def value(self) -> str:
+        """What may be given, in a word."""
+        (kind, *_) = self.taken
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return ", ".join(f"`{choice.value}`" for choice in kind)
+        words = {bool: "", int: "whole number", float: "number", Path: "file", str: "text"}
+        return words.get(kind, "text, several times")
+
+    def default(self, given: Any) -> str:
+        """What holds where it is not given."""
+        if given is inspect.Parameter.empty:
+            return "must be given"
+        if isinstance(self.info.show_default, str):
+            return f"`{self.info.show_default}`" if "<" in self.info.show_default else self.info.show_default
+        return "" if given is None or given is False else f"`{getattr(given, 'value', given)}`"
+
+
+PAGES = {"recipes.md": recipes_page, "commands.md": commands_page}
+
+
+def main() -> None:
+    """Write the pages, or with `--check` say which are not what they would be."""
+    stale = []
+    for name, make in PAGES.items():
+        path, text = DOCS / name, make()
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    if stale:
+        raise SystemExit(f"out of date: {', '.join(stale)}; run benchmarks/make_reference.py")
+
+
+if __name__ == "__main__":
+    main()
