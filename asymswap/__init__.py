@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         save,
         save_fused,
     )
+    from asymswap.benchmarking import benchmark
     from asymswap.comparison import compare
     from asymswap.deploy.export import export
     from asymswap.deploy.offsets import offsets
@@ -45,6 +46,7 @@ __all__ = [
     "Timing",
     "Training",
     "__version__",
+    "benchmark",
     "candidates",
     "compare",
     "convert",
@@ -63,6 +65,7 @@ __all__ = [
 
 _HOMES = dict.fromkeys(__all__, "asymswap.api") | {
     "AsymswapError": "asymswap.errors",
+    "benchmark": "asymswap.benchmarking",
     "compare": "asymswap.comparison",
     "export": "asymswap.deploy.export",
     "offsets": "asymswap.deploy.offsets",

@@ -42,7 +42,7 @@ from asymswap.graph.surgery import swap
 from asymswap.output import whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
-from asymswap.sources import builders
+from asymswap.sources import builders, files
 from asymswap.sources.references import RawFile, read_raw, rebuild
 from asymswap.sources.state import Difference, State, compare, load_state_
 from asymswap.spec import STRICT, Origin, Plan, Preprocessing
@@ -129,7 +129,9 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
 
 
 def read_checkpoint(path: Path) -> Stored:
-    """Read an asymswap checkpoint; raises CheckpointError where the file is something else."""
+    """Read an asymswap checkpoint; raises CheckpointError where the file is missing or something else."""
+    if not files.exists(path):
+        raise CheckpointError(f"no file {path}; give an asymswap checkpoint, as `asymswap convert` writes them")
     stored = stored_in(read_raw(path, trust_pickle=False), str(path))
     if stored is None:
         raise CheckpointError(f"{path} is not an asymswap checkpoint; `asymswap convert` writes them")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,21 +14,20 @@ from torch.utils.data import DataLoader, Subset
 import asymswap
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs, probe
-from asymswap.latency_budget import Timing, machine
-from asymswap.measure.cost import count_costs
+from asymswap.latency_budget import Timing
+from asymswap.measure.cost import cost_of
 from asymswap.measure.fidelity import Sums
-from asymswap.measure.latency import in_format, inputs_like, time_models
+from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
+from asymswap.measure.machine import machine
 from asymswap.measure.significance import mcnemar_exact
-from asymswap.opening import Opened, open_model
-from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, OutputGap, Seconds, TimingRow
-from asymswap.sources.references import Request, is_file_reference
-from asymswap.spec import Progress, silent
+from asymswap.opening import Model, Opened, open_together
+from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
+from asymswap.sources.references import Request
+from asymswap.spec import Progress, Ratio, Seconds, silent
 from asymswap.summary import state_bytes
 from asymswap.tensors import eval_mode, list_tensors, map_tensors
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.predict import check_classifier, placement
-
-Model = str | Path | nn.Module
 
 
 def compare(
@@ -60,19 +58,12 @@ def compare(
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
         raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
-    _check_fit(models, arch, weights)
-    opened = []
-    for model in models:
-        file = not isinstance(model, nn.Module) and is_file_reference(str(model))
-        request = Request(
-            arch if file else None,
-            None if file else weights,
-            arguments or {},
-            trust_pickle,
-            key if file else None,
-            trust_code,
-        )
-        opened.append(open_model(model, request, input_size, progress))
+    opened = open_together(
+        models,
+        Request(arch, weights, arguments or {}, trust_pickle, key, trust_code),
+        input_size,
+        progress,
+    )
     rows = [_row(one) for one in opened]
     timed = None if timing is None else _times(opened, timing, progress)
     outcome = _on_random(opened, seed) if data is None else _on_data(opened, data, images, seed, progress)
@@ -81,7 +72,8 @@ def compare(
         models=tuple(
             replace(
                 row,
-                latency=None if timed is None else timed[number],
+                latency=None if timed is None else timed[number][0],
+                latency_ratio=None if timed is None else timed[number][1],
                 gap=outcome.gaps[number],
                 accuracy=outcome.accuracies[number],
                 notes=(*row.notes, *outcome.notes[number]),
@@ -95,15 +87,6 @@ def compare(
     )
 
 
-def _check_fit(models: Sequence[Model], arch: str | None, weights: str | None) -> None:
-    names = [str(model) for model in models if not isinstance(model, nn.Module)]
-    files = [name for name in names if is_file_reference(name)]
-    if arch is not None and not files:
-        raise AsymswapError(f"--arch {arch} goes with a file, and none of the models is one")
-    if weights is not None and len(files) == len(names):
-        raise AsymswapError(f"--weights {weights} goes with a reference, and all models are files with their own")
-
-
 def _row(opened: Opened) -> ComparedRow:
     source = opened.source
     return ComparedRow(
@@ -111,32 +94,23 @@ def _row(opened: Opened) -> ComparedRow:
         origin=source.origin.reference,
         weights=source.weights,
         input=source.preprocessing.describe(),
-        cost=count_costs(opened.model, opened.example()).total,
+        cost=cost_of(opened),
         weights_bytes=state_bytes(opened.model),
         file_bytes=None if source.file is None else source.file.stat().st_size,
         notes=(*source.notes, *(("its weights are random",) if source.weights == "random" else ())),
     )
 
 
-class _Ready(nn.Module):
-    """A model with the inputs that it is timed on, so that models of several input sizes take turns."""
-
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self._inputs = inputs
-
-    def forward(self) -> Any:
-        return self.model(*self._inputs)
-
-
-def _times(opened: Sequence[Opened], timing: Timing, progress: Progress) -> list[Seconds]:
-    ready: dict[str, nn.Module] = {}
-    for number, one in enumerate(opened):
-        inputs = inputs_like(one.example(), timing.memory_format, timing.batch)
-        ready[str(number)] = _Ready(in_format(one.model, timing.memory_format), inputs)
-    found = time_models(ready, (), rounds=timing.rounds, progress=progress)
-    return [Seconds(found[key].whole, found[key].median) for key in ready]
+def _times(opened: Sequence[Opened], timing: Timing, progress: Progress) -> list[tuple[Seconds, Ratio | None]]:
+    turns = {
+        number: forward(
+            in_format(one.model, timing.memory_format).eval(),
+            inputs_like(one.example(), timing.memory_format, timing.batch),
+        )
+        for number, one in enumerate(opened)
+    }
+    found = take_turns(turns, rounds=timing.rounds, progress=progress)
+    return [(seconds_of(own), ratio_of(own, found[0]) if number else None) for number, own in found.items()]
 
 
 def _timing_row(timing: Timing) -> TimingRow:

@@ -92,11 +92,16 @@ def finetune(
     settings = replace(settings, workers=_workers(settings, parts))
     teacher = None
     if settings.distill is not None:
-        teacher = find_teacher(opened.header, settings.distill, {name for name, _ in opened.model.named_modules()})
+        teacher = find_teacher(opened.header, settings.distill, opened.model)
     presets = presets_for(data) if settings.augment is None else settings.augment
     identity = _identity(settings, presets, data, opened, parts, team)
     objective = Objective(
-        settings.label_smoothing, teacher, settings.distill_weight, settings.temperature, settings.distill_features
+        settings.label_smoothing,
+        teacher,
+        settings.distill_weight,
+        settings.distill_loss,
+        settings.temperature,
+        settings.distill_features,
     )
 
     def header(progress: Progress) -> Header:

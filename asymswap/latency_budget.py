@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from asymswap.errors import OutputError
 from asymswap.inputs import Inputs
 from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
+from asymswap.measure.machine import machine
 from asymswap.output import write_text
 from asymswap.planning.apply import apply_random
 from asymswap.planning.plan import Choices, choose
@@ -250,23 +250,6 @@ def _form(site: Site) -> str:
 
 def _option_key(kind: str, settings: Mapping[str, Any]) -> str:
     return f"{kind} {json.dumps(dict(settings), sort_keys=True)}"
-
-
-def machine() -> dict[str, Any]:
-    """What measured times depend on beside the work."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }
 
 
 def _cache_folder() -> Path:

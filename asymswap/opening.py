@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from asymswap.sources.shards import files_of
 from asymswap.sources.steady import unchanged
 from asymswap.spec import Origin, Plan, Preprocessing, Progress, silent
 
+Model = str | Path | nn.Module
+"""A reference, a file, or a module that exists already."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -61,13 +64,39 @@ class Opened:
         return model_dtype(self.model)
 
 
+def open_together(
+    models: Sequence[Model],
+    request: Request,
+    input_size: tuple[int, ...] | None = None,
+    progress: Progress = silent,
+) -> list[Opened]:
+    """Open several models by one request: its `arch` and `key` are the files' among them, its `weights` the others'.
+
+    Raises AsymswapError where one of these suits none of the models, and where one of them cannot be had.
+    """
+    names = [str(model) for model in models if not isinstance(model, nn.Module)]
+    files = [name for name in names if is_file_reference(name)]
+    if request.arch is not None and not files:
+        raise AsymswapError(f"--arch {request.arch} goes with a file, and none of the models is one")
+    if request.weights is not None and len(files) == len(names):
+        raise AsymswapError(
+            f"--weights {request.weights} goes with a reference, and all models are files with their own"
+        )
+    opened = []
+    for model in models:
+        file = not isinstance(model, nn.Module) and is_file_reference(str(model))
+        own = replace(request, weights=None) if file else replace(request, arch=None, key=None)
+        opened.append(open_model(model, own, input_size, progress))
+    return opened
+
+
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def open_model(
-    model: str | Path | nn.Module,
+    model: Model,
     request: Request,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,

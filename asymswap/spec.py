@@ -252,6 +252,44 @@ class Origin:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """One forward pass: the minimum and the median of all passes.
+
+    `spread` is the distance of the quartiles of the rounds over their median; each round has several passes where they
+    are short, the fastest of which counts here.
+    """
+
+    minimum: float
+    median: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The time of one model over another's: the median over the rounds of the ratio within a round.
+
+    `low` and `high` enclose the true median with 95 % confidence, or as much of it as the rounds allow.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def told(self) -> bool:
+        """Whether the two can be told apart: 1 lies outside, and what lies between is not as small as 2 %.
+
+        So much two copies of one model may differ for as long as a process lives, by where in memory they came to lie.
+        """
+        return not self.low <= 1 <= self.high and abs(self.value - 1) >= 0.02
+
+    @property
+    def vague(self) -> bool:
+        """Whether the machine was too busy to say it to within five per cent."""
+        return self.high - self.low > 0.1 * self.value
+
+
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the steps done and the steps in all."""
 

@@ -480,6 +480,9 @@ def test_another_file_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(nn.Conv2d(1, 1, 1).state_dict(), tmp_path / "plain.pt")
     with pytest.raises(CheckpointError, match="is not an asymswap checkpoint; `asymswap convert` writes them"):
         asymswap.load(tmp_path / "plain.pt")
+    # Neither is a model's name.
+    with pytest.raises(CheckpointError, match="no file digits-resnet; give an asymswap checkpoint, as `asymswap conv"):
+        asymswap.load("digits-resnet")
 
 
 def test_an_ending_that_means_no_form_is_refused(small: Path, tmp_path: Path) -> None:

@@ -25,13 +25,12 @@ from asymswap.reporting.comparison import (
     ComparedRow,
     Comparison,
     OutputGap,
-    Seconds,
     TimingRow,
     comparison_to_json,
     comparison_to_markdown,
 )
 from asymswap.sources.references import Request
-from asymswap.spec import Cost
+from asymswap.spec import Cost, Ratio, Seconds
 from asymswap.training.data import open_data
 from asymswap.training.evaluate import evaluate
 
@@ -175,6 +174,10 @@ class TestOnRandomImages:
         for row in found.models:
             assert row.latency is not None
             assert 0 < row.latency.minimum <= row.latency.median
+        assert found.models[0].latency_ratio is None
+        ratio = found.models[1].latency_ratio
+        assert ratio is not None
+        assert 0 < ratio.low <= ratio.value <= ratio.high
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -207,10 +210,12 @@ def test_what_cannot_be_compared(models: list[str], options: dict[str, Any], err
 
 
 def made() -> Comparison:
-    first = ComparedRow("a|b", "x", "y", "3x8x8", Cost(1000, 200), 800, 900, Seconds(0.002, 0.003), None, Accuracy(0.9))
+    first = ComparedRow(
+        "a|b", "x", "y", "3x8x8", Cost(1000, 200), 800, 900, Seconds(0.002, 0.003, 0.1), accuracy=Accuracy(0.9)
+    )
     second = ComparedRow(
-        "b.pt", "x", "y", "3x8x8", Cost(500, 50), 200, None, Seconds(0.001, 0.0015), OutputGap(0.05, 1.0, 0.97),
-        Accuracy(0.88, 3, 23, 0.0001), ("a note",),
+        "b.pt", "x", "y", "3x8x8", Cost(500, 50), 200, None, Seconds(0.001, 0.0015, 0.1), Ratio(0.52, 0.5, 0.53),
+        OutputGap(0.05, 1.0, 0.97), Accuracy(0.88, 3, 23, 0.0001), ("a note",),
     )  # fmt: skip
     timing = TimingRow("channels-last", 1, 2, "Some Processor", 20)
     return Comparison("0.1.0", (first, second), "100 images of photos", "photos: 100 images", None, timing)
@@ -223,9 +228,11 @@ class TestViews:
             "| Model | MACs | of 1st | Params | of 1st | Weights | File | ms (minimum) | ms (median) | of 1st | Output "
             "| Agree | Top-1 |"
         )
-        assert lines[2].startswith("| `a\\|b` | 1 k | 100.0 % | 200 | 100.0 % | 800 B | 900 B | 2 | 3 | 100.0 % | - ")
+        assert lines[2].startswith(
+            "| `a\\|b` | 1 k | 100.0 % | 200 | 100.0 % | 800 B | 900 B | 2.00 | 3.00 | 100.0 % | - "
+        )
         assert lines[3] == (
-            "| `b.pt` | 500 | 50.0 % | 50 | 25.0 % | 200 B | - | 1 | 1.5 | 50.0 % | 5.0 % | 97.0 % | 88.00 % |"
+            "| `b.pt` | 500 | 50.0 % | 50 | 25.0 % | 200 B | - | 1.00 | 1.50 | 52.0 % | 5.0 % | 97.0 % | 88.00 % |"
         )
         text = "\n".join(lines)
         for words in ("2 threads of Some Processor", "channels-last", "their minimum", "p = 0.0001", "b.pt: a note."):
@@ -235,7 +242,8 @@ class TestViews:
         data = json.loads(json.dumps(comparison_to_json(made())))
         assert data["schema"] == 1
         assert data["models"][1]["cost"] == {"macs": 500, "flops": 1000, "params": 50}
-        assert data["models"][1]["latency"] == {"minimum": 0.001, "median": 0.0015}
+        assert data["models"][1]["latency"] == {"minimum": 0.001, "median": 0.0015, "spread": 0.1}
+        assert data["models"][1]["latency_ratio"] == {"value": 0.52, "low": 0.5, "high": 0.53}
         assert data["models"][1]["accuracy"]["p_value"] == 0.0001
         assert data["timing"]["threads"] == 2
 

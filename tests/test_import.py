@@ -33,7 +33,7 @@ LAYERS = (
     ("latency_budget",),
     ("deploy",),
     ("summary", "tradeoff"),
-    ("comparison", "finetuning", "evaluation"),
+    ("comparison", "benchmarking", "finetuning", "evaluation"),
     ("api",),
     ("reports",),
     ("cli",),

@@ -65,6 +65,10 @@ def finetune(
     train: Annotated[
         str, typer.Option(help="all, new (the replaced layers) or bn (the batch norms).", rich_help_panel=_LENGTH)
     ] = "all",
+    freeze_bn: Annotated[
+        bool,
+        typer.Option("--freeze-bn", help="Batch norms keep and use their statistics.", rich_help_panel=_LENGTH),
+    ] = False,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without a better one.", rich_help_panel=_LENGTH)
     ] = None,
@@ -80,7 +84,7 @@ def finetune(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="none, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
+            help="none, flip, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
             show_default="what suits the data",
             rich_help_panel=_DATA,
         ),
@@ -103,12 +107,20 @@ def finetune(
     distill_weight: Annotated[
         float, typer.Option(help="The teacher's part of the loss.", rich_help_panel=_TEACHER)
     ] = 0.9,
+    distill_loss: Annotated[
+        str,
+        typer.Option(
+            help="kl, of class probabilities, or mse, of the scores before the softmax.", rich_help_panel=_TEACHER
+        ),
+    ] = "kl",
     temperature: Annotated[
         float, typer.Option(help="Class scores are divided by this.", rich_help_panel=_TEACHER)
     ] = 4.0,
     distill_features: Annotated[
         float,
-        typer.Option(help="Add so much times the error of the swapped layers' outputs.", rich_help_panel=_TEACHER),
+        typer.Option(
+            help="Add so much times the error of the outputs of blocks with swapped layers.", rich_help_panel=_TEACHER
+        ),
     ] = 0.0,
     output: Annotated[
         Path | None,
@@ -181,9 +193,11 @@ def finetune(
             precision=precision,
             ema=ema,
             train=train,
+            freeze_bn=freeze_bn,
             augment=None if augment is None else parse_presets(augment),
             distill=distill,
             distill_weight=distill_weight,
+            distill_loss=distill_loss,
             temperature=temperature,
             distill_features=distill_features,
             validation=validation,

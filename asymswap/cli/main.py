@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 
 from asymswap.cli import (
+    benchmark,
     candidates,
     compare,
     convert,
@@ -42,6 +43,7 @@ for command in (
     evaluate.evaluate,
     fuse.fuse,
     export.export,
+    benchmark.benchmark,
 ):
     app.command()(reporting_errors(command))
 
@@ -68,7 +70,9 @@ def main() -> NoReturn:
     # torch's threads, which start with its import, would otherwise wait for each other awake: where another program
     # keeps one core busy, converting a ResNet-50 then takes twice as long, and a DenseNet-121 thirty times.
     # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
-    timed = sys.argv[1:2] == ["compare"] or any(argument.startswith("--latency") for argument in sys.argv)
+    timed = sys.argv[1:2] in (["compare"], ["benchmark"]) or any(
+        argument.startswith("--latency") for argument in sys.argv
+    )
     if not timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.argv[1:] = options.fill_in(sys.argv[1:])

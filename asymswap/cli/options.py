@@ -132,6 +132,14 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         raise AsymswapError(f"{option} {text!r} is no list of numbers, such as 0.5,0.5,0.5") from None
 
 
+def parse_counts(option: str, text: str) -> tuple[int, ...]:
+    """Read `1,8`, numbers of at least 1; raises AsymswapError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise AsymswapError(f"{option} {text!r} is no list of whole numbers from 1, such as 1,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 def parse_polish(text: str | None) -> tuple[int | None, float | None]:
     """Read `500` as steps and `5min` as minutes; raises AsymswapError for anything else."""
     if text is None:

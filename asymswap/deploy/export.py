@@ -6,13 +6,9 @@ never written.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import io
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +18,8 @@ from torch import Tensor, nn
 
 from asymswap.checkpoint import read_checkpoint, restore, save_state
 from asymswap.deploy.fuse import Wanted, fuse_model
+from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
+from asymswap.deploy.programs import failing_clearly, quiet
 from asymswap.errors import AsymswapError, OutputError
 from asymswap.inputs import Inputs, probe, sizes
 from asymswap.opening import build_named, model_dtype
@@ -39,10 +37,6 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
     "state-dict": (".pt", ".pth", ".safetensors"),
 }
 _SAME = 1e-4
-_NEEDED = {"onnx": (1, 17), "onnxscript": (0, 7, 1), "onnxruntime": (1, 25)}
-"""Versions from which deformable convs are written and run on the processor."""
-
-_OPSET = 20
 
 
 def export(
@@ -71,7 +65,7 @@ def export(
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
-    versions = _check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
+    versions = check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
     work = _read(
         checkpoint, fuse, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code), progress
     )
@@ -92,7 +86,7 @@ def export(
         fused=work.fused,
         checks=checks,
         dynamic=dynamic,
-        opset=_OPSET if form == "onnx" else None,
+        opset=OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
     )
@@ -147,32 +141,13 @@ def _read(
 
 
 def _write_onnx(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    import onnx
-    import onnxruntime
-
     inputs = work.inputs(2, seed)
     shapes, names = _dynamic(inputs, dynamic_size)
-    with _quiet(), _failing_clearly("ONNX"):
-        program = torch.onnx.export(
-            work.model,
-            inputs,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=[f"input_{number}" for number in range(len(inputs))] if len(inputs) > 1 else ["input"],
-            opset_version=_OPSET,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(draft))
-        onnx.checker.check_model(str(draft), full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
-    keys = [item.name for item in session.get_inputs()]
+    write_onnx(work.model, inputs, shapes, draft)
+    session = open_session(draft)
 
     def run(given: Inputs) -> Sequence[Tensor]:
-        values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(given), strict=True)}
-        return [torch.as_tensor(value) for value in session.run(None, values)]
+        return [torch.as_tensor(value) for value in session.run(None, feed(session, given))]
 
     return _compare(work, run, dynamic_size, seed, "ONNX Runtime"), names
 
@@ -180,7 +155,7 @@ def _write_onnx(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tupl
 def _write_pt2(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     inputs = work.inputs(2, seed)
     shapes, names = _dynamic(inputs, dynamic_size)
-    with _quiet(), _failing_clearly("torch.export"):
+    with quiet(), failing_clearly("torch.export"):
         program = torch.export.export(work.model, inputs, dynamic_shapes=shapes)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
@@ -238,48 +213,3 @@ def _compare(
             )
         checks.append(check)
     return tuple(checks)
-
-
-def _check_versions() -> tuple[str, ...]:
-    """Raise AsymswapError where what ONNX needs is missing or too old; else the names and versions."""
-    found = []
-    for name, needed in _NEEDED.items():
-        try:
-            version = importlib.import_module(name).__version__
-        except ImportError:
-            raise AsymswapError(f"ONNX needs {name}; pip install 'asymswap[onnx]'") from None
-        if _numbers(version) < needed:
-            wanted = ".".join(map(str, needed))
-            raise AsymswapError(f"{name} {version} is too old for ONNX, which needs {wanted}; pip install -U {name}")
-        found.append(f"{name} {version}")
-    return tuple(found)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")[:3]
-    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters talk about their own insides; what matters is told by the checks afterwards."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-@contextlib.contextmanager
-def _failing_clearly(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (AsymswapError, OSError):
-        raise
-    except Exception as error:
-        # An exporter may fail in any of its many passes, with any error.
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise AsymswapError(f"{what} cannot express this model: {reason} (--debug shows where)") from error

@@ -19,7 +19,9 @@ import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asymswap.inputs import Inputs, with_values
+from asymswap.errors import TraceError
+from asymswap.inputs import Inputs, describe, with_values
+from asymswap.opening import Opened
 from asymswap.spec import Cost, Site
 from asymswap.tensors import meta_copy, to_meta
 
@@ -45,6 +47,18 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
     except Exception:
         # What looks at values, as detection does, needs some; what fails for another reason fails again.
         return _count(copy.deepcopy(model).eval(), with_values(inputs), wanted)
+
+
+def cost_of(opened: Opened) -> Cost:
+    """The whole cost of an opened model; raises TraceError where it does not run on an input of its size."""
+    try:
+        return count_costs(opened.model, opened.example()).total
+    except Exception as error:
+        # What a network says about an input that it does not take is its own.
+        about, reason = describe(opened.example()), " ".join(str(error).split())[:200]
+        raise TraceError(
+            f"{opened.reference} does not run on {about}: {reason or type(error).__name__}; give another --input"
+        ) from error
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:

@@ -1,27 +1,29 @@
-"""How long models and their convs take on this machine: interleaved, the minimum of several rounds.
+"""How long models and their convs take on this machine: in turn, the minimum and the median of several rounds.
 
 Other programs can only make a run longer, so that the minimum is the best estimate of what the work itself takes; and
-as the models run in turn, a slow spell of the machine falls upon all of them alike. Convs are timed where they stand,
-inside of the running model: with the input that was just computed, and with weights that other layers have pushed out
-of the caches, both of which make a difference.
+as the models run in turn, a slow spell of the machine falls upon all of them alike, and hardly changes the ratio of two
+of them within a round. Convs are timed where they stand, inside of the running model: with the input that was just
+computed, and with weights that other layers have pushed out of the caches, both of which make a difference.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from asymswap.inputs import Inputs
-from asymswap.spec import Progress, silent
+from asymswap.measure.significance import median_interval
+from asymswap.spec import Progress, Ratio, Seconds, silent
 from asymswap.tensors import eval_mode, map_tensors
 
 MemoryFormat = Literal["channels-last", "contiguous"]
@@ -30,6 +32,102 @@ _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous
 _WARM_UPS = 3
 _FEWEST = 5
 _MOST_SECONDS = 30.0
+_TURN = 0.02
+"""Seconds that one turn lasts at least: of small models it holds many passes."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn(Generic[T]):
+    """What is run when a model's turn comes: one forward pass, which is measured by itself, on so many threads.
+
+    `pool` names those who compute: the threads of one library wait for work awake for a while, and slow down another's.
+    """
+
+    measure: Callable[[], T]
+    threads: int | None = None
+    pool: str = "torch"
+
+
+def take_turns(
+    turns: Mapping[Any, Turn[T]], *, rounds: int, seconds: float = _MOST_SECONDS, progress: Progress = silent
+) -> dict[Any, list[list[T]]]:
+    """Run all in turn, round after round: for each of them, its passes of every round.
+
+    The order is another one in every round, so that none always follows the same other one. There are `rounds` of
+    them, but at least five where they would take longer than `seconds`, the rounds that warm up not counted. Threads
+    are as before in the end.
+    """
+    found: dict[Any, list[list[T]]] = {key: [] for key in turns}
+    # Whoever comes after another library's threads, or after another number of them, must wake up its own.
+    settle = len({(turn.threads, turn.pool) for turn in turns.values()}) > 1
+    order, shuffle = list(turns), random.Random(0).shuffle
+    threads, start = torch.get_num_threads(), time.perf_counter()
+    try:
+        with torch.inference_mode():
+            for number in range(-_WARM_UPS, rounds):
+                shuffle(order)
+                for key in order:
+                    passes = _one_turn(turns[key], settle)
+                    if number >= 0:
+                        found[key].append(passes)
+                spent = time.perf_counter() - start
+                done = number + _WARM_UPS + 1
+                within = max(_WARM_UPS + _FEWEST, math.ceil(seconds * done / spent)) if spent else done
+                progress("timing", done, max(done, min(rounds + _WARM_UPS, within)))
+                if number + 1 >= _FEWEST and spent > seconds:
+                    break
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _one_turn(turn: Turn[T], settle: bool) -> list[T]:
+    if turn.threads is not None and turn.threads != torch.get_num_threads():
+        torch.set_num_threads(turn.threads)
+    if settle:
+        turn.measure()
+    passes: list[T] = []
+    start = time.perf_counter()
+    while not passes or time.perf_counter() - start < _TURN:
+        passes.append(turn.measure())
+    return passes
+
+
+def forward(model: nn.Module, inputs: Inputs) -> Turn[float]:
+    """A turn of the model as it is, in PyTorch; it must be in eval mode."""
+    return Turn(stopwatch(lambda: model(*inputs)))
+
+
+def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
+    """The same as something that tells how many seconds it took."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return measure
+
+
+Passes = Sequence[Sequence[float]]
+"""Seconds of the passes of every round."""
+
+
+def seconds_of(rounds: Passes) -> Seconds:
+    """All rounds of one model in three numbers."""
+    every = [seconds for passes in rounds for seconds in passes]
+    best = [min(passes) for passes in rounds]
+    quartiles = statistics.quantiles(best, method="inclusive") if len(best) > 1 else [best[0]] * 3
+    middle = statistics.median(best)
+    return Seconds(min(every), statistics.median(every), (quartiles[2] - quartiles[0]) / middle if middle else 0.0)
+
+
+def ratio_of(rounds: Passes, first: Passes) -> Ratio:
+    """The time of one model over another's that took turns with it."""
+    ratios = [min(own) / min(other) for own, other in zip(rounds, first, strict=True)]
+    return Ratio(statistics.median(ratios), *median_interval(ratios))
 
 
 @dataclass(frozen=True)
@@ -53,44 +151,36 @@ class Timed:
 
 def time_models(
     models: Mapping[str, nn.Module],
-    inputs: Inputs,
+    inputs: Inputs | Mapping[str, Inputs],
     names: Sequence[str] = (),
     *,
     rounds: int = 20,
+    seconds: float = _MOST_SECONDS,
     progress: Progress = silent,
 ) -> dict[str, Timed]:
-    """Time all models on the same inputs, in turn, in eval mode; the minimum of `rounds`, or of 30 s of rounds.
+    """Time all models and the named modules in them, in turn, in eval mode: `rounds`, or as many as `seconds` allow.
 
-    `names` are modules that all models have. Weights and inputs are taken as they are: see `in_format`.
+    `names` are modules that all models have. Weights and inputs, the same for all models or a mapping with those of
+    each, are taken as they are: see `in_format`.
     """
-    best = {key: _Rounds() for key in models}
-    start = time.perf_counter()
-    with eval_mode(*models.values()), torch.inference_mode():
-        for number in range(-_WARM_UPS, rounds):
-            for key, model in models.items():
-                timed = _time_once(model, inputs, names)
-                if number >= 0:
-                    best[key].take(timed)
-            progress("timing", number + _WARM_UPS + 1, rounds + _WARM_UPS)
-            if number >= _FEWEST and time.perf_counter() - start > _MOST_SECONDS:
-                break
-    return {key: rounds.timed() for key, rounds in best.items()}
+    given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
+
+    def turn(model: nn.Module, own: Inputs) -> Turn[Timed]:
+        return Turn(lambda: _time_once(model, own, names))
+
+    turns = {key: turn(model, given[key]) for key, model in models.items()}
+    with eval_mode(*models.values()):
+        found = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
+    return {key: _best([timed for passes in rounds for timed in passes]) for key, rounds in found.items()}
 
 
-@dataclass
-class _Rounds:
-    wholes: list[float] = field(default_factory=list)
-    rest: float = float("inf")
-    modules: dict[str, float] = field(default_factory=dict)
-
-    def timed(self) -> Timed:
-        return Timed(min(self.wholes), self.modules, self.rest, statistics.median(self.wholes))
-
-    def take(self, timed: Timed) -> None:
-        self.wholes.append(timed.whole)
-        self.rest = min(self.rest, timed.rest)
-        for name, seconds in timed.modules.items():
-            self.modules[name] = min(seconds, self.modules.get(name, seconds))
+def _best(passes: Sequence[Timed]) -> Timed:
+    return Timed(
+        min(timed.whole for timed in passes),
+        {name: min(timed.modules[name] for timed in passes) for name in passes[0].modules},
+        min(timed.rest for timed in passes),
+        statistics.median(timed.whole for timed in passes),
+    )
 
 
 def _time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
@@ -129,13 +219,14 @@ def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:
-    """Random inputs of the example's sizes and dtypes in that memory format; `batch` of them where they are images."""
+    """Random inputs of the example's sizes and dtypes in that memory format, `batch` images, pairs or clips of them."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
-        shape = (batch, *tensor.shape[1:]) if tensor.dim() == 4 else tensor.shape
+        # The images of a list have no batch dimension.
+        shape = (batch, *tensor.shape[1:]) if tensor.dim() >= 4 else tensor.shape
         made = torch.randn(shape, generator=generator).to(tensor.dtype)
         return made.contiguous(memory_format=_FORMATS[memory_format]) if made.dim() == 4 else made
 
-    made: Inputs = map_tensors(example, fill)
+    made: Inputs = map_tensors(tuple(item * batch if isinstance(item, list) else item for item in example), fill)
     return made

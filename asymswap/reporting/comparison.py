@@ -12,7 +12,7 @@ from rich.text import Text
 from asymswap.reporting import words
 from asymswap.reporting.report import SCHEMA, plain
 from asymswap.reporting.terminal import WIDE, table
-from asymswap.spec import Cost
+from asymswap.spec import Cost, Ratio, Seconds
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,6 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """One forward pass: the minimum of all rounds, and the median."""
-
-    minimum: float
-    median: float
-
-
-@dataclass(frozen=True)
 class ComparedRow:
     """One model: what it is and what it costs, and how it differs from the first.
 
@@ -63,6 +55,7 @@ class ComparedRow:
     weights_bytes: int
     file_bytes: int | None = None
     latency: Seconds | None = None
+    latency_ratio: Ratio | None = None
     gap: OutputGap | None = None
     accuracy: Accuracy | None = None
     notes: tuple[str, ...] = ()
@@ -119,8 +112,8 @@ def _ratio(value: Callable[[ComparedRow], float | None]) -> Say:
     return say
 
 
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{1e3 * value:.3g}"
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else words.milliseconds(seconds)
 
 
 def _timed(comparison: Comparison) -> bool:
@@ -154,7 +147,7 @@ _COLUMNS = (
     _Column(
         "Median", lambda row, _: _milliseconds(None if row.latency is None else row.latency.median), _timed, wide=True
     ),
-    _Column("of 1st", _ratio(_minimum), _timed, wide=True),
+    _Column("of 1st", lambda row, first: _time_ratio(row, row is first), _timed, wide=True),
     _Column("Output", lambda row, _: "-" if row.gap is None else words.error(row.gap.relative)),
     _Column(
         "Agree",
@@ -164,6 +157,10 @@ _COLUMNS = (
     ),
     _Column("Top-1", lambda row, _: "-" if row.accuracy is None else f"{100 * row.accuracy.top1:.2f} %", _evaluated),
 )
+
+
+def _time_ratio(row: ComparedRow, is_first: bool) -> str:
+    return words.percent(1) if is_first else words.time_share(row.latency_ratio)
 
 
 def _columns(comparison: Comparison, wide: bool) -> list[_Column]:
@@ -190,8 +187,7 @@ def comparison_to_markdown(comparison: Comparison) -> str:
     titles = [{"ms": "ms (minimum)", "Median": "ms (median)"}.get(title, title) for title in titles]
     lines = [titles, ["---", *("---:" for _ in titles[1:])]]
     lines += [[f"`{row.model}`", *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
-    made = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([*made, "", *(f"- {line}" for line in _fine_print(comparison)), ""])
+    return "\n".join([*words.markdown_table(lines), "", *(f"- {line}" for line in _fine_print(comparison)), ""])
 
 
 def _fine_print(comparison: Comparison) -> list[str]:
@@ -202,8 +198,9 @@ def _fine_print(comparison: Comparison) -> list[str]:
         threads = f"{timing.threads} thread" + "s" * (timing.threads != 1)
         lines.append(
             f"ms: one forward pass, batch {timing.batch}, {timing.memory_format}, {threads} of {timing.machine}; all "
-            f"models in turn, {timing.rounds} rounds at most, their minimum."
+            f"models in turn, {timing.rounds} rounds at most, their minimum. Of 1st: the median of the rounds' ratios."
         )
+        lines += words.doubts(first.model, ((row.model, row.latency_ratio) for row in comparison.models[1:]))
     if comparison.data is not None:
         lines.append(
             f"Top-1 on {comparison.data}" + (f", {comparison.images:,} of them." if comparison.images else ".")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from asymswap.reporting.report import LatencyRow, Report, SiteRow
+from asymswap.spec import Ratio
 
 
 def count(value: float) -> str:
@@ -28,6 +29,35 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def time_share(ratio: Ratio | None) -> str:
+    """A ratio of times as a percentage, with a question mark where it cannot be told from 1."""
+    return "-" if ratio is None else percent(ratio.value) + (" ?" if not ratio.told else "")
+
+
+def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str]:
+    """What ratios of times to that of the model `first` do not tell; each is given with what it is the time of."""
+    vague: list[str] = []
+    untold: list[str] = []
+    for who, ratio in measured:
+        if ratio is not None and (ratio.vague or not ratio.told):
+            (vague if ratio.vague else untold).append(f"{who} {ratio.low:.2f} to {ratio.high:.2f}")
+    lines = []
+    if vague:
+        lines.append(
+            f"The machine was too busy to tell times to within 5 %; more rounds would, or a quiet machine. Of the time "
+            f"of {first}, with 95 % confidence: {'; '.join(vague)}."
+        )
+    if untold:
+        lines.append(f"Not told from {first}, or within 2 % of its time (95 % confidence): {'; '.join(untold)}.")
+    return lines
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds with three digits, without the unit."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".removesuffix(".")
+
+
 def error(value: float | None) -> str:
     """A relative error: small ones as a power, others as a percentage."""
     if value is None:
@@ -43,6 +73,11 @@ def size(value: int) -> str:
         if value >= scale:
             return f"{value / scale:.1f} {unit}"
     return f"{value} B"
+
+
+def markdown_table(lines: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of cells, the second of which says how columns are aligned, as a table in Markdown."""
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def settings(values: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from asymswap.errors import SourceError, near_names
 from asymswap.spec import Preprocessing
 from asymswap.training.data import geometry, to_input
 
-PRESETS = ("none", "crop", "flip-crop", "randaugment")
+PRESETS = ("none", "flip", "crop", "flip-crop", "randaugment")
 MIXES = ("mixup", "cutmix")
 _BORDER = 8
 """Small pictures are shifted by up to this part of their sides: one eighth, 4 of CIFAR's 32 pixels."""
@@ -37,10 +37,9 @@ def presets_for(reference: str) -> tuple[str, ...]:
 
 def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:
     """The transform from a picture to a network's input, at random as the presets say."""
-    if not set(presets) & {"crop", "flip-crop", "randaugment"}:
-        return v2.Compose([*geometry(preprocessing), *to_input(preprocessing)])
-    steps = _cropped(preprocessing)
-    if "crop" not in presets:
+    cropped = {"crop", "flip-crop", "randaugment"} & set(presets)
+    steps = _cropped(preprocessing) if cropped else list(geometry(preprocessing))
+    if {"flip", "flip-crop", "randaugment"} & set(presets):
         steps.append(v2.RandomHorizontalFlip())
     if "randaugment" in presets:
         steps.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR))

@@ -1,14 +1,15 @@
-"""What a network is taught by: labels, another network's class probabilities, and the outputs of its layers.
+"""What a network is taught by: labels, another network's class probabilities or scores, and its layers' outputs.
 
 Distillation of class probabilities follows Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
-temperature, and the divergence is multiplied by its square. A converted network has what others lack: layers that stand
-for layers of its teacher. Their outputs are compared too where that is wanted (Romero et al., 2015, without a
-regressor, since the shapes are the same).
+temperature, and the divergence is multiplied by its square. Of a network that is sure of what it was trained on the
+scores before the softmax tell more: their squared difference (Ba and Caruana, 2014). A converted network has what
+others lack: blocks that stand for blocks of its teacher. Their outputs are compared too where that is wanted (Romero et
+al., 2015, without a regressor, since the shapes are the same).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymswap.errors import SourceError
+from asymswap.tensors import list_tensors
 
 _AUXILIARY = 0.3
 """The weight of auxiliary classifiers' losses (Szegedy et al., 2015)."""
@@ -24,11 +26,11 @@ _AUXILIARY = 0.3
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network to learn from, what it is, and which layer of the student stands for which of its own."""
+    """A network to learn from, what it is, and the blocks that student and teacher both have: see `blocks_around`."""
 
     model: nn.Module
     description: str
-    layers: Mapping[str, str]
+    blocks: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Objective:
     label_smoothing: float = 0.0
     teacher: Teacher | None = None
     weight: float = 0.9
+    compare: str = "kl"
     temperature: float = 4.0
     features: float = 0.0
 
@@ -49,12 +52,11 @@ class Objective:
         if self.teacher is None:
             output = runner(images)
             return self._by_labels(output, labels), main_scores(output)
-        wanted = self.teacher.layers if self.features else {}
-        teaching, learning = list(wanted.values()), list(wanted)
+        blocks = self.teacher.blocks if self.features else []
         # A copy: a model may change its input in place.
-        with torch.no_grad(), caught(self.teacher.model, teaching) as taught:
+        with torch.no_grad(), caught(self.teacher.model, blocks) as taught:
             target = main_scores(self.teacher.model(images.clone()))
-        with caught(student, learning) as learned:
+        with caught(student, blocks) as learned:
             output = runner(images)
         scores = main_scores(output)
         if target.shape != scores.shape:
@@ -62,12 +64,20 @@ class Objective:
                 f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
                 f"{scores.shape[1]}; give --distill a teacher of the same classes"
             )
-        loss = self.weight * divergence(target, scores, self.temperature)
+        loss = self.weight * self._by_teacher(target, scores)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * self._by_labels(output, labels)
         if self.features:
-            loss = loss + self.features * len(images) * feature_error(taught, learned, wanted)
+            error = feature_error(taught, learned)
+            if error is None:
+                raise SourceError("--distill-features finds no block of the same output in the teacher; leave it out")
+            loss = loss + self.features * len(images) * error
         return loss, scores
+
+    def _by_teacher(self, target: Tensor, scores: Tensor) -> Tensor:
+        if self.compare == "mse":
+            return len(scores) * difference(target, scores)
+        return divergence(target, scores, self.temperature)
 
     def _by_labels(self, output: object, labels: Tensor) -> Tensor:
         total = torch.zeros(())
@@ -83,16 +93,53 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
     return F.kl_div(given, wanted, reduction="sum", log_target=True) * temperature**2
 
 
-def feature_error(taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], pairs: Mapping[str, str]) -> Tensor:
-    """The squared error of the layers' outputs relative to the teacher's own variance, the mean over all layers."""
+def difference(teacher: object, student: object) -> Tensor:
+    """The squared difference of all outputs relative to the teacher's own squares."""
+    gaps, wholes = [], []
+    for one, other in zip(list_tensors(teacher), list_tensors(student), strict=True):
+        if one.is_floating_point():
+            gaps.append((other.float() - one.float()).square().sum())
+            wholes.append(one.float().square().sum())
+    return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)
+
+
+def feature_error(taught: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor | None:
+    """The squared error of the blocks' outputs relative to the teacher's own variance, the mean over all blocks.
+
+    None where no block gave both an output of the same shape.
+    """
     errors = []
-    for mine, theirs in pairs.items():
-        target, output = taught[theirs].float(), learned[mine].float()
-        if target.shape == output.shape:
-            errors.append((output - target).square().mean() / target.var().clamp_min(1e-12))
-    if not errors:
-        raise SourceError("--distill-features finds no layer of the same output in the teacher; leave it out")
-    return torch.stack(errors).mean()
+    for name, target in taught.items():
+        output = learned.get(name)
+        if output is not None and target.shape == output.shape:
+            errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
+    return torch.stack(errors).mean() if errors else None
+
+
+def blocks_around(names: Iterable[str], *models: nn.Module) -> list[str]:
+    """The innermost blocks, known to all models, in which the named layers stand: what their outputs are used for.
+
+    A residual block's sum is what the next one sees, while the outputs of single convs are scaled and shifted before
+    anybody sees them. A layer that stands in nothing but lists of layers counts as its own block.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        for block in (*parents, name):
+            if all(_is_block(model, block) for model in models):
+                found[block] = None
+                break
+    return list(found)
+
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _is_block(model: nn.Module, name: str) -> bool:
+    try:
+        return not isinstance(model.get_submodule(name), _LISTS)
+    except AttributeError:
+        return False
 
 
 def all_scores(output: object) -> list[Tensor]:
@@ -114,13 +161,14 @@ def main_scores(output: object) -> Tensor:
 
 
 @contextmanager
-def caught(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What the named modules return while the block lasts, the last time each is called."""
+def caught(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What the named modules return, where that is a tensor, while this lasts, the last time that each is called."""
     outputs: dict[str, Tensor] = {}
 
     def catch(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:  # noqa: ARG001
-            outputs[name] = output
+        def hook(module: nn.Module, inputs: object, output: object) -> None:  # noqa: ARG001
+            if isinstance(output, Tensor):
+                outputs[name] = output
 
         return model.get_submodule(name).register_forward_hook(hook)
 

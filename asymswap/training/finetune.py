@@ -111,7 +111,7 @@ class Trainer:
         if self.team.size > 1 and self.settings.sync_bn:
             raw = share_statistics(raw, device)
         self.raw = raw
-        self._still = frozen_norms(raw, self.settings.train, work.replacements)
+        self._still = frozen_norms(raw, self.settings, work.replacements)
         self.average = None
         if self.settings.ema is not None:
             self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)

@@ -31,11 +31,13 @@ def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) ->
         raise AsymswapError(f"--train {what} has nothing to train: the model has no {lacking}; use --train all")
 
 
-def frozen_norms(model: nn.Module, what: str, replacements: Iterable[str]) -> list[nn.Module]:
+def frozen_norms(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
     """The batch norms whose statistics must not change either."""
     new = tuple(replacements)
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    return [module for name, module in norms if what == "new" and not _within(name, new)]
+    return [
+        module for name, module in norms if settings.freeze_bn or (settings.train == "new" and not _within(name, new))
+    ]
 
 
 def _within(name: str, roots: tuple[str, ...]) -> bool:

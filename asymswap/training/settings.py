@@ -14,6 +14,7 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "precision": ("fp32", "bf16", "fp16"),
     "train": ("all", "new", "bn"),
+    "distill_loss": ("kl", "mse"),
 }
 _ABOVE_ZERO = ("epochs", "steps", "batch_size", "accumulate", "lr", "clip", "temperature", "patience", "save_every")
 _NOT_BELOW_ZERO = ("momentum", "weight_decay", "offset_lr_scale", "warmup", "distill_features", "workers")
@@ -34,9 +35,13 @@ class Training:
       learning rate is `offset_lr_scale` of the others';
     - `schedule`: `cosine` or `constant`, after a linear warm-up over the part `warmup` of all steps;
     - `train`: `all`, the `new` layers only, or `bn`, the batch norms only; what is not trained does not change;
+    - `freeze_bn`: batch norms use the running statistics that they have, and keep them: what a converted network was
+      fitted to, where there are few epochs; their weights are trained as `train` says;
     - `augment`: presets of `asymswap.training.augment`; None for what suits the data;
-    - `distill`: `original`, or a model reference; its class probabilities at `temperature` have the part
-      `distill_weight` of the loss, and `distill_features` adds that times the error of the swapped layers' outputs;
+    - `distill`: `original`, or a model reference; it has the part `distill_weight` of the loss: by `distill_loss` the
+      divergence (`kl`) of the class probabilities at `temperature`, or the squared difference (`mse`) of the class
+      scores, relative to the teacher's; `distill_features` adds that times the error of the outputs of the blocks with
+      swapped layers, relative to the teacher's variance;
     - `ema`: the decay of a moving average of the weights, which is then what is validated and kept;
     - `validation`: see `asymswap.training.split.open_parts`; `patience`: so many epochs without a better one end it;
     - `sync_bn`: processes share the statistics of batch norms, so that several give what one does;
@@ -61,9 +66,11 @@ class Training:
     precision: str = "fp32"
     ema: float | None = None
     train: str = "all"
+    freeze_bn: bool = False
     augment: tuple[str, ...] | None = None
     distill: str | None = None
     distill_weight: float = 0.9
+    distill_loss: str = "kl"
     temperature: float = 4.0
     distill_features: float = 0.0
     validation: str | None = None

@@ -6,38 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.opening import Opened, open_model
 from asymswap.sources import builders
 from asymswap.sources.files import sha256
 from asymswap.sources.references import Request
-from asymswap.spec import Swap
-from asymswap.training.distill import Teacher
+from asymswap.training.distill import Teacher, blocks_around
 
 ORIGINAL = "original"
 _GIVE = "give the teacher: --distill REF"
 
 
-def find_teacher(header: Header, wanted: str, student_names: set[str]) -> Teacher:
+def find_teacher(header: Header, wanted: str, student: nn.Module) -> Teacher:
     """The teacher that `wanted` names, a model reference or `original`, in eval mode.
 
     Raises SourceError where it cannot be had, or where a file is no longer what it was when it was converted.
     """
     opened = _open_original(header) if wanted == ORIGINAL else _open_named(wanted)
-    known = {name for name, _ in opened.model.named_modules()}
-    swaps = [swap for plan in header.plans for swap in plan.swaps]
-    layers = {swap.site: _standing_for(swap) for swap in swaps if swap.site in student_names}
-    return Teacher(
-        opened.model.eval().requires_grad_(False),
-        opened.reference,
-        {mine: theirs for mine, theirs in layers.items() if theirs in known},
-    )
-
-
-def _standing_for(swap: Swap) -> str:
-    """The module of the original whose output the replacement gives."""
-    return swap.absorbs or swap.site
+    sites = [swap.site for plan in header.plans for swap in plan.swaps]
+    teacher = opened.model.eval().requires_grad_(False)
+    return Teacher(teacher, opened.reference, blocks_around(sites, student, teacher))
 
 
 def _open_named(reference: str) -> Opened:

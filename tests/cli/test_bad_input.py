@@ -77,7 +77,7 @@ def save_graph_module() -> None:
 
 
 NOT_CHECKPOINTS: dict[str, tuple[Callable[[], object], str]] = {
-    "missing": (lambda: None, r"no file model\.pt; give a path that exists or a model reference such as resnet18"),
+    "missing": (lambda: None, r"no file model\.pt; give (a path that exists or a model|an asymswap checkpoint)"),
     "folder": (lambda: Path(MODEL).mkdir(), r"model\.pt is a folder; give the checkpoint file in it"),
     "empty": (lambda: Path(MODEL).touch(), r"model\.pt is empty \(0 bytes\); write or download it again"),
     "text": (lambda: Path(MODEL).write_text("my notes\n"), r"model\.pt is text, not a checkpoint; give a \.pt"),

@@ -102,6 +102,7 @@ def test_bad_input(run: Run, refusal: Run, start: Path) -> None:
             (start, *SHORT, "--distill", "digits-resnt"),
             "the teacher digits-resnt cannot be used: .*did you mean digits-res",
         ),
+        ((start, *SHORT, "--distill-loss", "mae"), "--distill-loss 'mae' is unknown; choose kl, mse"),
         ((start, *SHORT, "--train", "old"), "--train 'old' is unknown; choose all, new, bn"),
         ((start, *SHORT, "-o", "x.txt"), "x.txt must end in .pt, .pth, .safetensors"),
         ((start, *SHORT, "-o", start), "exists already; give another name with -o, or --force to replace it"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from asymswap.measure.significance import mcnemar_exact, wilson_interval
+from asymswap.measure.significance import mcnemar_exact, median_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_mcnemar_by_hand(first: int, second: int, p: float) -> None:
 @given(st.integers(0, 3000), st.integers(0, 3000))
 def test_mcnemar_is_the_binomial_test(first: int, second: int) -> None:
     expected = stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
-    assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-200)  # where SciPy gives 0
 
 
 def test_mcnemar_of_many_images_neither_overflows_nor_takes_long() -> None:
@@ -54,3 +54,21 @@ def test_wilson_by_hand() -> None:
     z2 = 1.959963984540054**2
     assert wilson_interval(10, 10) == pytest.approx((10 / (10 + z2), 1.0))
     assert math.isclose(wilson_interval(0, 10)[1], z2 / (10 + z2))
+
+
+@settings(deadline=None)
+@given(st.integers(6, 2000), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_the_interval_of_a_median_is_the_shortest_that_is_sure_enough(number: int, confidence: float) -> None:
+    """The median lies outside of the k-th values from both ends when at most k - 1 coins fall on one side."""
+    low, high = median_interval([float(value) for value in range(number)], confidence)
+    assert low + high == number - 1
+    covers = [1 - 2 * stats.binom.cdf(place, number, 0.5) for place in (int(low), int(low) + 1)]
+    assert covers[0] >= confidence - 1e-9 or low == 0
+    assert covers[1] < confidence + 1e-9 or low + 1 > high - 1
+
+
+def test_the_interval_of_a_median_sorts_and_takes_all_of_few() -> None:
+    assert median_interval([5.0, 1.0, 3.0]) == (1.0, 5.0)
+    assert median_interval([2.0]) == (2.0, 2.0)
+    # Of 20 values, by the tables of the sign test, those in the places 6 and 15.
+    assert median_interval([float(value) for value in range(20, 0, -1)]) == (6.0, 15.0)

@@ -118,13 +118,13 @@ def test_presets_do_what_they_say() -> None:
     """A ramp, of which one sees whether it was mirrored, and by how far it was shifted."""
     pictures = InMemory((torch.arange(8.0) / 8).expand(1, 1, 8, 8), [0], 1)
     slopes: dict[str, set[int]] = {}
-    for preset in ("none", "crop", "flip-crop"):
+    for preset in ("none", "flip", "crop", "flip-crop"):
         images = TrainingImages(pictures, training_transform(GREY, (preset,)), 0, False)
         rows = [images[epoch, 0][0][0, 4] for epoch in range(40)]
         slopes[preset] = {int(torch.sign(row[4] - row[3])) for row in rows}
         shifts = {round(float(row[4] * 8)) for row in rows}
-        assert len(shifts) == {"none": 1, "crop": 3, "flip-crop": 6}[preset] or preset == "flip-crop"
-    assert slopes == {"none": {1}, "crop": {1}, "flip-crop": {1, -1}}
+        assert len(shifts) == {"none": 1, "flip": 2, "crop": 3, "flip-crop": 6}[preset] or preset == "flip-crop"
+    assert slopes == {"none": {1}, "flip": {1, -1}, "crop": {1}, "flip-crop": {1, -1}}
     assert presets_for("digits") == presets_for("mnist:x") == ("crop",)
     assert presets_for("photos") == ("flip-crop",)
 
@@ -147,8 +147,8 @@ def test_mixed_batches_have_shares_of_classes() -> None:
     ("text", "said"),
     [
         ("flipcrop", r"no augmentation 'flipcrop'; did you mean flip-crop"),
-        ("xyz", "no augmentation 'xyz'; known: none, crop, flip-crop, randaugment, mixup, cutmix"),
-        ("crop,flip-crop", "--augment crop,flip-crop: give one of none, crop"),
+        ("xyz", "no augmentation 'xyz'; known: none, flip, crop, flip-crop, randaugment, mixup, cutmix"),
+        ("crop,flip-crop", "--augment crop,flip-crop: give one of none, flip, crop"),
     ],
 )
 def test_presets_that_are_none(text: str, said: str) -> None:

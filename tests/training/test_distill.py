@@ -14,7 +14,7 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import SourceError
 from asymswap.sources.networks import digits_resnet
-from asymswap.training.distill import Objective, Teacher, all_scores, divergence
+from asymswap.training.distill import Objective, Teacher, all_scores, blocks_around, divergence
 from asymswap.training.teacher import ORIGINAL, find_teacher
 
 
@@ -52,7 +52,7 @@ def test_divergence_by_hand() -> None:
 
 def test_both_parts_and_the_features_add_up() -> None:
     student, master = Scores(1.0, 2.0, -1.0), Scores(0.5, 2.5, 0.0)
-    teacher = Teacher(master, "master", {"layer": "layer"})
+    teacher = Teacher(master, "master", ["layer"])
     objective = Objective(0.0, teacher, weight=0.75, temperature=2.0, features=3.0)
     loss, scores = objective.loss(student, student, IMAGES, LABELS)
     target = master(IMAGES)
@@ -65,9 +65,17 @@ def test_both_parts_and_the_features_add_up() -> None:
     assert not student.layer._forward_hooks
 
 
+def test_scores_may_be_compared_instead_of_probabilities() -> None:
+    """Scores 1, 2, -1 instead of 0.5, 2.5, 0: squares 0.25, 0.25 and 1 beside 0.25 and 6.25, for each of two images."""
+    student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", [])
+    loss, scores = Objective(0.0, teacher, weight=0.8, compare="mse").loss(student, student, IMAGES, LABELS)
+    expected = 0.8 * 2 * 1.5 / 6.5 + 0.2 * F.cross_entropy(scores, LABELS, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
 def test_a_student_that_agrees_has_nothing_to_learn() -> None:
     student = Scores(1.0, 2.0)
-    teacher = Teacher(Scores(1.0, 2.0), "twin", {"layer": "layer"})
+    teacher = Teacher(Scores(1.0, 2.0), "twin", ["layer"])
     loss, _ = Objective(0.0, teacher, weight=1.0, features=1.0).loss(student, student, IMAGES, LABELS)
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
 
@@ -88,11 +96,11 @@ def test_auxiliary_classifiers_count_a_little() -> None:
 def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
     with pytest.raises(SourceError, match=r"returns tensors of shape \(2, 3, 4\), not images x class scores"):
         all_scores(torch.zeros(2, 3, 4))
-    student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", {})
+    student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", [])
     with pytest.raises(SourceError, match=r"the teacher wide scores 3 classes, the model 2; give --distill a teacher"):
         Objective(0.0, teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
-    with pytest.raises(SourceError, match=r"--distill-features finds no layer of the same output in the teacher"):
-        Objective(0.0, Teacher(Scores(1.0, 2.0), "same", {}), features=1.0).loss(
+    with pytest.raises(SourceError, match=r"--distill-features finds no block of the same output in the teacher"):
+        Objective(0.0, Teacher(Scores(1.0, 2.0), "same", []), features=1.0).loss(
             student, student, IMAGES, torch.tensor([0, 1])
         )
 
@@ -102,14 +110,25 @@ def stored(tmp_path: Path, reference: Any, **options: Any) -> Any:
     return read_checkpoint(tmp_path / "x.asym.pt").header
 
 
-NAMES = {"layer1.0.conv1", "fc"}
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)])
+
+
+def test_blocks_are_the_innermost_modules_that_are_no_lists() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.Conv2d(1, 1, 1)), Block(), Block())
+    names = ["0", "1.0", "2.convs.0", "2.convs.1", "3.convs.0", "4"]
+    assert blocks_around(names, model) == ["0", "1.0", "2", "3"]
+    # What the other lacks cannot be compared.
+    assert blocks_around(names, model, model[:3]) == ["0", "1.0", "2"]
 
 
 def test_the_original_of_a_name(tmp_path: Path) -> None:
     header = stored(tmp_path, "digits-resnet")
-    teacher = find_teacher(header, ORIGINAL, NAMES)
+    teacher = find_teacher(header, ORIGINAL, digits_resnet())
     assert teacher.description == "digits-resnet"
-    assert teacher.layers == {"layer1.0.conv1": "layer1.0.conv1"}
+    assert teacher.blocks == ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
@@ -120,24 +139,26 @@ def test_the_original_of_a_file_must_be_the_file_that_was_converted(tmp_path: Pa
     torch.save(model.state_dict(), path)
     for options in ({"arch": "digits-resnet"}, {}):
         header = stored(tmp_path, path, **options) if options else stored(tmp_path, "digits-resnet", weights=str(path))
-        teacher = find_teacher(header, ORIGINAL, NAMES)
+        teacher = find_teacher(header, ORIGINAL, digits_resnet())
         for key, tensor in teacher.model.state_dict().items():
             assert torch.equal(tensor, model.state_dict()[key])
     torch.save(digits_resnet().state_dict(), path)
     with pytest.raises(SourceError, match=r"mine.pt is not the file any more that was converted .its SHA-256 differs"):
-        find_teacher(header, ORIGINAL, NAMES)
+        find_teacher(header, ORIGINAL, digits_resnet())
     path.unlink()
     with pytest.raises(SourceError, match=r"mine.pt is not there any more; give the teacher: --distill REF"):
-        find_teacher(header, ORIGINAL, NAMES)
+        find_teacher(header, ORIGINAL, digits_resnet())
 
 
 def test_originals_that_cannot_be_fetched(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"the original digits-resnet had random weights, which are not kept"):
-        find_teacher(stored(tmp_path, "digits-resnet", weights="none"), ORIGINAL, NAMES)
+        find_teacher(stored(tmp_path, "digits-resnet", weights="none"), ORIGINAL, digits_resnet())
     with pytest.raises(SourceError, match=r"does not tell which model it was made of; give the teacher: --distill REF"):
-        find_teacher(asymswap.convert(digits_resnet(), "3x3-only", input_size=(1, 8, 8)).header, ORIGINAL, NAMES)
+        find_teacher(
+            asymswap.convert(digits_resnet(), "3x3-only", input_size=(1, 8, 8)).header, ORIGINAL, digits_resnet()
+        )
     with pytest.raises(SourceError, match=r"the teacher digit-resnet cannot be used: no model 'digit-resnet'"):
-        find_teacher(stored(tmp_path, "digits-resnet"), "digit-resnet", NAMES)
+        find_teacher(stored(tmp_path, "digits-resnet"), "digit-resnet", digits_resnet())
 
 
 def test_code_that_a_checkpoint_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +172,6 @@ def test_code_that_a_checkpoint_names_is_not_run(tmp_path: Path, monkeypatch: py
 
     before = len(user_code.runs)
     with pytest.raises(SourceError, match=r"the original was built by user_code:net, which is code of yours"):
-        find_teacher(header, ORIGINAL, NAMES)
+        find_teacher(header, ORIGINAL, digits_resnet())
     assert len(user_code.runs) == before
-    assert find_teacher(header, "user_code:net", NAMES).description == "user_code:net"
+    assert find_teacher(header, "user_code:net", digits_resnet()).description == "user_code:net"

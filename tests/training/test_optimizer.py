@@ -56,7 +56,7 @@ def test_new_layers_alone(tmp_path: Any) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == any(name.startswith(f"{site}.") for site in sites), name
     norms = dict(model.named_modules())
-    still = frozen_norms(model, "new", sites)
+    still = frozen_norms(model, Training(train="new"), sites)
     assert norms["layer2.0.bn1"] in still
     assert not any(module in still for name, module in norms.items() if name.startswith(sites[0]))
 
@@ -67,7 +67,9 @@ def test_batch_norms_alone(tmp_path: Any) -> None:
     norms = {id(p) for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()}
     assert norms
     assert all(parameter.requires_grad == (id(parameter) in norms) for parameter in model.parameters())
-    assert frozen_norms(model, "bn", []) == []
+    assert frozen_norms(model, Training(train="bn"), []) == []
+    all_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert frozen_norms(model, Training(freeze_bn=True), []) == all_norms
 
 
 def test_nothing_to_train() -> None:

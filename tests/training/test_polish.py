@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from asymswap.errors import AsymswapError
 from asymswap.planning.apply import apply_plan
 from asymswap.spec import Plan, Swap
-from asymswap.training.polish import Polish, _augmented, difference, polish_
+from asymswap.training.distill import difference
+from asymswap.training.polish import Polish, _augmented, polish_
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,37 @@
+"""What makes programs out of models (exporters, compilers): kept quiet, and failing in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+from asymswap.errors import AsymswapError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters talk about their own insides; what matters is told by the checks afterwards."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def failing_clearly(what: str) -> Iterator[None]:
+    """Raise AsymswapError where `what` fails, with its reason on one line."""
+    try:
+        yield
+    except (AsymswapError, OSError):
+        raise
+    except Exception as error:
+        # An exporter may fail in any of its many passes, with any error.
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise AsymswapError(f"{what} cannot express this model: {reason} (--debug shows where)") from error
