@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast fuzz lint format clean
+.PHONY: demo test test-fast screens gallery fuzz lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo

@@ -71,6 +71,9 @@ def main() -> NoReturn:
     timed = sys.argv[1:2] == ["compare"] or any(argument.startswith("--latency") for argument in sys.argv)
     if not timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("NO_COLOR"):
+        # Typer's help would keep bold and dim.
+        os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
     sys.argv[1:] = options.fill_in(sys.argv[1:])
     app()
     raise AssertionError("unreachable")

@@ -19,7 +19,9 @@ _REPORTS = (".html", ".md", *o.PICTURES)
 
 def sweep(
     model: o.Model,
-    recipe: Annotated[list[str], typer.Option(help="A recipe's name or file; several are compared.")],
+    recipe: Annotated[
+        list[str], typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
+    ],
     evaluate: Annotated[
         str, typer.Option(help="Labelled images on which accuracy is measured.", rich_help_panel=_DATA)
     ],
@@ -48,10 +50,12 @@ def sweep(
             "--output",
             help="JSON to write after each point, and to go on with.",
             show_default="<stem>.sweep.json",
+            rich_help_panel=o.RESULT,
         ),
     ] = None,
     report: Annotated[
-        list[Path] | None, typer.Option(help="Also write .html, .md, .svg or .png; may be given several times.")
+        list[Path] | None,
+        typer.Option(help="Also write .html, .md, .svg or .png; may be given several times.", rich_help_panel=o.RESULT),
     ] = None,
     weights: o.Weights = None,
     arch: o.Arch = None,

@@ -184,8 +184,9 @@ def fine_print(sweep: Tradeoff) -> list[str]:
 
 def sweep_view(sweep: Tradeoff) -> RenderableType:
     """The table for a terminal, the advice first."""
+    advice = sweep.advice()
     return Group(
-        Text(f"{sweep.model}: {sweep.advice()}", style="bold"),
+        Text(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
         Text(""),
         table(COLUMNS, sweep_rows(sweep)),
         Text(""),
