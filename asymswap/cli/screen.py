@@ -63,7 +63,7 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
             if stage != stages[-1]:
                 # Else the time left would be told by the stage before, and as none where that had as many steps.
                 stages.append(stage)
-                bars.reset(task, total=total)
+                bars.reset(task, total=total, completed=done, description=stage)
             bars.update(task, description=stage, completed=done, total=total)
 
         yield step

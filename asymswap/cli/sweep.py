@@ -33,7 +33,7 @@ def sweep(
         str | None, typer.Option(help="Fractions of the parameters instead.", rich_help_panel=_BUDGET)
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
+        float, typer.Option(min=0, help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
     ] = 1.0,
     calibrate: c.Calibrate = None,
     calibration_images: c.Images = 512,
@@ -81,8 +81,8 @@ def sweep(
     measure, budgets = _budgets(macs, params)
     for path in report or []:
         _check_report(path, force)
-    known = None if force else _read(target)
     check_output(target, force=True)
+    known = None if force else _read(target)
     with screen.progress(quiet) as step:
         from asymswap.output import write_text
         from asymswap.reporting import tradeoff as shown

@@ -36,6 +36,7 @@ def test_a_sweep_writes_its_json_and_its_reports_and_goes_on(tmp_path: Path) -> 
         (("--macs", "0.5", "--params", "0.5"), "budgets are of --macs or of --params; give one of them"),
         (("--report", "s.pdf"), "--report s.pdf: the file must end in .html, .md, .svg or .png"),
         (("-o", "other.json"), "other.json is no sweep to go on with"),
+        (("-o", "."), "error: . is a folder; give a file name in it"),
         (("--polish", "10"), "--polish and --sequential need images: give --calibrate DATA"),
     ],
 )
