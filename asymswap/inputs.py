@@ -15,7 +15,7 @@ Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
 
 PORTION = 3 * 224 * 224
-"""Numbers in the inputs of one forward pass where that can be chosen: one image of the usual size, or many small ones."""
+"""Numbers in the inputs of one forward pass where that can be chosen: an image of the usual size, many small ones."""
 
 
 def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:

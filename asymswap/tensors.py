@@ -77,8 +77,8 @@ def allocated(model: nn.Module) -> nn.Module:
 def _unset(ghost: Tensor) -> Tensor:
     """A tensor like it on the CPU, in memory of its own from the system.
 
-    Not from malloc: once it is given a block of megabytes back, it takes all that are smaller from its heap, and feature
-    maps of ever other sizes leave holes there, in a DenseNet as large as its weights.
+    Not from malloc: once it is given a block of megabytes back, it takes all smaller ones from its heap, where feature
+    maps of ever other sizes leave holes, in a DenseNet as large as its weights.
     """
     size = ghost.untyped_storage().nbytes()
     nothing = torch.empty_like(ghost.new_empty(0), device="cpu")

@@ -1,12 +1,13 @@
 """Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
 
     python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out build/coverage.json]
-        [--markdown docs/coverage.md]
+        [--markdown docs/coverage.md [--files build/files.json]]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
 and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
 ones too, by a pair that must compute the same. One process a model, so that peak memory is that model's; models that
-are in the JSON already are skipped (those that failed are tried again, as are those named by --models).
+are in the JSON already are skipped (those that failed are tried again, as are those named by --models). The page has a
+second part, on files, where benchmarks/files.py has left its results.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measured import QUIET, machine, machine_text, run, run_well, table, write_json
+import files
+from measured import QUIET, machine, machine_text, markdown_table, read_json, run, run_well, table, write_json
 
 RECIPE = "all-spatial"
 FULL_RANK = {"energy": 1.0, "allow_growth": True}
@@ -172,24 +174,28 @@ output: the greatest relative difference of a swapped layer's output, and that o
 commands, without importing torch. Peak memory: that of the whole process.""".splitlines()
 
 
-def markdown(data: dict[str, Any]) -> str:
+def markdown(data: dict[str, Any], of_files: dict[str, Any]) -> str:
+    """The page: totals of both parts, the models, and the files where there are results of them."""
     rows = [cells(name, row) for name, row in data["models"].items()]
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     lines = [
-        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank",
+        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank; every classifier's files",
         "",
         "Written by `python benchmarks/coverage.py --markdown docs/coverage.md`.",
         "",
         *(f"- {line}" for line in totals(data["models"])),
+        *(f"- {line}" for line in files.totals(of_files)),
         f"- Machine: {facts}.",
+        "",
+        "## Models",
         "",
         *EXPLANATION,
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        markdown_table(COLUMNS, rows, left=2),
         "",
     ]
+    if of_files["models"]:
+        lines.append(files.section(of_files))
     return "\n".join(lines)
 
 
@@ -211,6 +217,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
     parser.add_argument("--out", type=Path, default=Path("build/coverage.json"))
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--files", type=Path, default=Path("build/files.json"), help="results of benchmarks/files.py")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
@@ -221,7 +228,8 @@ def main() -> None:
     shown = table(COLUMNS, [cells(name, row) for name, row in data["models"].items()])
     print(machine_text(), "", *totals(data["models"]), "", shown, sep="\n")
     if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+        of_files = read_json(wanted.files, {"models": {}})
+        wanted.markdown.write_text(markdown(data, of_files), encoding="utf-8")
 
 
 if __name__ == "__main__":
