@@ -13,12 +13,9 @@ those named by --models). The page has a second part, on files, where benchmarks
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import importlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import files
-from measured import QUIET, apart, machine, machine_text, markdown_table, read_json, run_well, table, write_json
+from measured import (
+    QUIET,
+    apart,
+    import_everything,
+    machine,
+    machine_text,
+    markdown_table,
+    read_json,
+    run_well,
+    table,
+    write_json,
+)
 
 RECIPE = "all-spatial"
 FULL_RANK = {"energy": 1.0, "allow_growth": True}
@@ -191,15 +199,6 @@ def markdown(data: dict[str, Any], of_files: dict[str, Any]) -> str:
     if of_files["models"]:
         lines.append(files.section(of_files))
     return "\n".join(lines)
-
-
-def import_everything() -> None:
-    """What every model needs, before the first of them is measured; timm is told of by its own models if it lacks."""
-    # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    for module in ("torch", "torchvision", "asymswap.api", "timm"):
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(module)
 
 
 def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict[str, Any]:

@@ -6,8 +6,9 @@ For each classifier with random weights (seed 0): its state_dict by torch.save, 
 
     asymswap convert FILE.pt --recipe 3x3-only
 
-in a process of its own. Then, in another process, what was written is loaded and compared, tensor by tensor and at the
-output, with a conversion of the very module in memory, whose architecture needed no guess. The files are made in
+in a process of its own. Then, in another process, forked off one that has done nothing but the imports, what was
+written is loaded and compared, tensor by tensor and at the output, with a conversion of the very module in memory,
+whose architecture needed no guess. The files are made in
 --folder, each model's when its turn comes, and deleted after it: room for four times the largest model's weights is
 needed there (regnet_y_128gf: 2.6 GB), and as much memory. Models that are in the JSON already are skipped, unless
 --again, or they failed. benchmarks/coverage.py puts the results on the page docs/coverage.md.
@@ -16,15 +17,28 @@ needed there (regnet_y_128gf: 2.6 GB), and as much memory. Models that are in th
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from measured import ASYMSWAP, machine, machine_text, markdown_table, read_json, run, run_well, table, write_json
+from measured import (
+    ASYMSWAP,
+    apart,
+    import_everything,
+    machine,
+    machine_text,
+    markdown_table,
+    read_json,
+    run,
+    run_well,
+    table,
+    write_json,
+)
 
 RECIPE = "3x3-only"
+TIMEOUT = 1800.0
 KINDS = {"state dict": "state.pt", "pickled module": "module.pt"}
 STRUCTURE = "skeleton:"
 """What a checkpoint says of a module that was pickled: its structure is stored, by the name of its class."""
@@ -32,8 +46,8 @@ STRUCTURE = "skeleton:"
 COLUMNS = ["model", "file", "exit", "taken for", "swapped", "tensors", "output", "seconds", "peak MB"]
 
 
-def prepare(name: str, folder: Path) -> None:
-    """Write both files of a model; runs in a process of its own."""
+def prepare(name: str, folder: Path) -> dict[str, Any]:
+    """Write both files of a model."""
     import torch
     from torchvision import models
 
@@ -41,10 +55,11 @@ def prepare(name: str, folder: Path) -> None:
     model = models.get_model(name, weights=None)
     torch.save(model.state_dict(), folder / KINDS["state dict"])
     torch.save(model, folder / KINDS["pickled module"])
+    return {}
 
 
-def check(folder: Path) -> None:
-    """Print how each result in the folder differs from a conversion in memory; runs in a process of its own."""
+def check(folder: Path) -> dict[str, Any]:
+    """How each result in the folder differs from a conversion in memory."""
     import torch
 
     import asymswap
@@ -74,7 +89,7 @@ def check(folder: Path) -> None:
                 "output": gap(output, model(*inputs)),
             }
             del model, state
-    print(json.dumps(found))
+    return found
 
 
 def gap(one: Any, other: Any) -> float:
@@ -94,7 +109,9 @@ def result(file: str) -> str:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Both files of a model: made, converted, compared."""
-    run_well([sys.executable, __file__, "--prepare", name, "--folder", str(folder)])
+    made = apart(functools.partial(prepare, name, folder), TIMEOUT)
+    if "failed" in made:
+        sys.exit(f"{name} could not be prepared: {made['failed']}")
     rows: dict[str, Any] = {}
     for kind, file in KINDS.items():
         done = run([ASYMSWAP, "convert", file, "--recipe", RECIPE], folder)
@@ -105,7 +122,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             "peak_mb": round(done.peak_mb),
             "others": round(done.others, 2),
         }
-    found = json.loads(run_well([sys.executable, __file__, "--check", "--folder", str(folder)]).out.splitlines()[-1])
+    found = apart(functools.partial(check, folder), TIMEOUT)
+    if "failed" in found:
+        sys.exit(f"what was made of {name} could not be compared: {found['failed']}")
     return {kind: {**row, **found.get(kind, {})} for kind, row in rows.items()}
 
 
@@ -121,6 +140,7 @@ def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
     """Measure what the JSON lacks, and write it after each model."""
     data = read_json(wanted.out, {"models": {}})
     data["machine"] = machine()
+    import_everything()
     for number, name in enumerate(names, start=1):
         rows = data["models"].get(name)
         if rows and not wanted.again and all(good(name, row) for row in rows.values()):
@@ -216,20 +236,10 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again what is in the JSON")
     parser.add_argument("--out", type=Path, default=Path("build/files.json"))
     parser.add_argument("--folder", type=Path, default=Path("build/files"))
-    parser.add_argument("--prepare", help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
-    if wanted.prepare:
-        prepare(wanted.prepare, wanted.folder)
-        return
-    if wanted.check:
-        check(wanted.folder)
-        return
-    names = wanted.models
-    if names is None:
-        # Asked for in another process, to keep torch out of this one.
-        code = "from torchvision import models; print(*models.list_models(models))"
-        names = run_well([sys.executable, "-c", code]).out.split()
+    # Asked for in another process, to keep torch out of this one until the environment is set.
+    code = "from torchvision import models; print(*models.list_models(models))"
+    names = wanted.models or run_well([sys.executable, "-c", code]).out.split()
     data = survey(names, wanted)
     shown = table(COLUMNS, [cells(*row) for row in every_row(data)])
     print(machine_text(), "", *totals(data), "", shown, sep="\n")

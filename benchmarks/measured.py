@@ -1,10 +1,12 @@
 """What the benchmarks share: commands run in processes of their own, timed, with their peak memory, and tables of it.
 
-Nothing here imports torch: what a process inherits from its parent would count as memory of its own.
+Nothing here imports torch unasked: what a process inherits from its parent would count as memory of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -111,6 +113,15 @@ def apart(work: Callable[[], Any], timeout: float) -> dict[str, Any]:
         found = json.loads(answer.read()) if code == 0 else {"failed": f"ended by {code} after {seconds:.0f} s"}
     others = max(0.0, _busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
     return {**found, "peak_mb": round(usage.ru_maxrss * 1024 / 1e6), "others": round(others, 2)}
+
+
+def import_everything() -> None:
+    """Import what every fork of this process needs; timm too, where it is installed."""
+    # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    for module in ("torch", "torchvision", "asymswap.api", "timm"):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
 
 
 def interleaved(commands: dict[str, Sequence[str]], rounds: int, folder: Path | None = None) -> dict[str, list[Run]]:
