@@ -25,12 +25,12 @@ GIVEN = {"resnet20.pt": "resnet20", "cifar10": "cifar"}
 
 def commands(page: str) -> list[list[str]]:
     """The command lines of a page, in order, as lists of words."""
-    return [shlex.split(line) for line in re.findall(r"^    (asymswap .+)$", page, re.MULTILINE)]
+    return [shlex.split(line) for line in re.findall(r"^(asymswap .+)$", page, re.MULTILINE)]
 
 
 def files(page: str) -> dict[str, str]:
-    """The files that stand in a page, by name: a code block below a line that says what it is called."""
-    return dict(re.findall(r"^`([\w.-]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    """The files that stand in a page, by name: code blocks whose first line says what they are called."""
+    return dict(re.findall(r"^```toml\n# ([\w.-]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
 
 
 def pictures(page: str) -> list[str]:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,8 @@ from screens import Screen, masked, on_terminal, read_screen, same
 import asymswap
 from asymswap.checkpoint import read_checkpoint, save_checkpoint
 from asymswap.cli.main import app, main
-from asymswap.reporting.comparison import Seconds
+from asymswap.measure.latency import Timed
+from asymswap.spec import Ratio, Seconds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MADE_BY = GOLDEN / "made-by.txt"
@@ -49,6 +50,7 @@ RESULTS = {
     "show-offsets": "show moved.pt --offsets",
     "compare": "compare digits-resnet digits.pt --data digits --images 100",
     "compare-three": "compare digits-resnet digits.pt twice.pt --no-latency",
+    "benchmark": "benchmark digits-resnet digits.pt --threads 1 --layers 3",
     "sweep": "sweep digits-resnet --recipe half-macs --recipe last.toml --macs 0.6,0.4,0.1 --evaluate digits",
     "evaluate": "evaluate digits-resnet digits.pt --data digits",
     "finetune": "finetune digits.pt --data digits --steps 8 --workers 0 --cpu",
@@ -137,9 +139,33 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     monkeypatch.setattr(typer.rich_utils, "MAX_WIDTH", None)
     # What the machine tells, where it would change how tables and lines are set.
     monkeypatch.setattr("asymswap.comparison.machine", lambda: {"processor": "a processor"})
-    times = [Seconds(0.001, 0.00125), Seconds(0.0005, 0.000625), Seconds(0.0004, 0.0005)]
+    times = [
+        (Seconds(0.001, 0.00125, 0.01), None),
+        (Seconds(0.0005, 0.000625, 0.02), Ratio(0.5, 0.49, 0.52)),
+        (Seconds(0.0004, 0.0005, 0.03), Ratio(0.4, 0.36, 0.43)),
+    ]
     monkeypatch.setattr("asymswap.comparison._times", lambda opened, timing, progress: times[: len(opened)])
+    monkeypatch.setattr("asymswap.benchmarking.machine", lambda: {"processor": "a processor", "cores": 2})
+    monkeypatch.setattr("asymswap.benchmarking.take_turns", _turns)
+    monkeypatch.setattr("asymswap.benchmarking.time_models", _layers)
     return Show(monkeypatch)
+
+
+def _turns(turns: Iterable[tuple[int, int]], *, rounds: int, **_: object) -> dict[tuple[int, int], list[list[float]]]:
+    """The later the model and the setting, the faster; even rounds take a hundredth more."""
+    return {
+        (model, setting): [[1.01 ** (number % 2) * 1e-3 / (1 + model + setting / 4)] for number in range(rounds)]
+        for model, setting in turns
+    }
+
+
+def _layers(models: Iterable[str], inputs: object, names: Iterable[str], **_: object) -> dict[str, Timed]:
+    """The later the layer, the longer it takes; the last model's take half of it."""
+    layers = {name: 1e-5 * number for number, name in enumerate(names, start=1)}
+    return {
+        key: Timed(1.0, {name: one / part for name, one in layers.items()}, 1e-4, 1.0)
+        for part, key in enumerate(models, start=1)
+    }
 
 
 @pytest.fixture
