@@ -137,6 +137,8 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(typer.rich_utils, "FORCE_TERMINAL", None)
     monkeypatch.setattr(typer.rich_utils, "MAX_WIDTH", None)
+    # Else a help would call the command by the name of what runs the tests.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", "", raising=False)
     # What the machine tells, where it would change how tables and lines are set.
     monkeypatch.setattr("asymswap.comparison.machine", lambda: {"processor": "a processor"})
     times = [
@@ -191,6 +193,7 @@ def check_layout(screen: Screen) -> None:
     assert "…" not in screen.text.replace("net.py:Net …", "")
     assert "━" not in screen.text
     assert "loading" not in screen.text
+    assert "pytest" not in screen.text
 
 
 @pytest.mark.parametrize("width", WIDTHS)
