@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-minimal test-newest fuzz docs release-check lint format clean
+.PHONY: demo test test-fast test-minimal test-newest screens gallery fuzz docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -16,6 +16,16 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
+
+# What every command shows in a terminal, recorded again in tests/golden; read the difference before you keep it.
+screens: $(READY)
+	$(RUN)/python -m pytest tests/cli/test_screens.py -q --record-screens
+	git diff --stat -- tests/golden
+
+# The pictures of docs/gallery.md, by the commands that stand there. Those of CIFAR-10 need a folder with the folders
+# train and test of class folders, and a ResNet-20 trained on it: make gallery CIFAR=cifar10/ RESNET20=resnet20.pt
+gallery: $(READY)
+	$(RUN)/python benchmarks/gallery.py $(if $(CIFAR),--cifar '$(CIFAR)') $(if $(RESNET20),--resnet20 '$(RESNET20)')
 
 # Thousands of damaged and hostile files, and a hundred killed processes: half an hour, and docs/robustness.md.
 fuzz: $(READY)

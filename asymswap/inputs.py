@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from asymswap.tensors import list_tensors, map_tensors
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
+
+PORTION = 3 * 224 * 224
+"""Numbers in the inputs of one forward pass where that can be chosen: an image of the usual size, many small ones."""
 
 
 def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:
@@ -39,6 +42,18 @@ def with_values(inputs: Inputs) -> Inputs:
 
     filled: Inputs = map_tensors(inputs, fill)
     return filled
+
+
+def portions(inputs: Inputs) -> Iterator[Inputs]:
+    """The same inputs in order, as few at a time as hold PORTION numbers, and at least one.
+
+    For feature maps are what a small network takes most memory for.
+    """
+    count = len(inputs[0])
+    each = sum(tensor.numel() for tensor in list_tensors(inputs)) // count
+    step = max(1, PORTION // max(1, each))
+    for start in range(0, count, step):
+        yield tuple(argument[start : start + step] for argument in inputs)
 
 
 def sizes(inputs: Inputs) -> str:

@@ -144,6 +144,10 @@ def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) ->
     return open_loaded(path, weights_in(path, raw, request), request, progress), None
 
 
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
 def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
@@ -155,7 +159,7 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
         origin=header.origin,
         preprocessing=header.preprocessing,
         weights=f"file {path.name}",
-        notes=(f"{path.name} was converted before: {len(header.plans)} x", *how_built(request.arch or "")),
+        notes=(f"converted before, {_times(len(header.plans))}", *how_built(request.arch or "")),
         skeleton=header.skeleton,
         file=path,
         sha256=sha256(path),

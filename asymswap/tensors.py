@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,7 +71,24 @@ def allocated(model: nn.Module) -> nn.Module:
     takes any.
     """
     ghosts = [tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_meta]
-    return copy_with(model, ghosts, lambda tensor: torch.empty_like(tensor, device="cpu"))
+    return copy_with(model, ghosts, _unset)
+
+
+def _unset(ghost: Tensor) -> Tensor:
+    """A tensor like it on the CPU, in memory of its own from the system.
+
+    Not from malloc: once it is given a block of megabytes back, it takes all smaller ones from its heap, where feature
+    maps of ever other sizes leave holes, in a DenseNet as large as its weights.
+    """
+    size = ghost.untyped_storage().nbytes()
+    nothing = torch.empty_like(ghost.new_empty(0), device="cpu")
+    if not size or nothing.is_meta:  # WithoutMemory is at work
+        return torch.empty_like(ghost, device="cpu")
+    try:
+        memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{size} bytes cannot be had") from error
+    return torch.frombuffer(memory, dtype=ghost.dtype).as_strided(ghost.shape, ghost.stride())
 
 
 class WithoutMemory(TorchFunctionMode):

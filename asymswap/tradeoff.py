@@ -77,6 +77,7 @@ def sweep(
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = {name: [budget for budget in budgets if (name, budget) not in done] for name in parsed}
     bench.gather([recipe for name, recipe in parsed.items() if lacking[name]])
+    bench.points_to_come = sum(map(len, lacking.values()))
     for name, recipe in parsed.items():
         for point in bench.points(name, recipe, lacking[name]):
             result = replace(result.with_point(point), notes=bench.notes())
@@ -128,6 +129,9 @@ class _Bench:
         self._traced: Trace = trace(opened.model, opened.example())
         self._before = count_costs(opened.model, opened.example()).total
         self._gathered: Gathered | None = None
+        self.points_to_come = 0
+        self._taken: list[float] = []
+        self._doing = ""
 
     def unchanged(self, setting: Mapping[str, Any]) -> Tradeoff:
         """The sweep without a point yet."""
@@ -172,8 +176,16 @@ class _Bench:
         choices = find_choices(self._opened.model, self._traced.sites, recipe, self._progress, evidence)
         for budget in budgets:
             start = time.perf_counter()
+            self._doing = self._place(budget)
             point = self._point(name, choices, budget)
-            yield replace(point, seconds=round(time.perf_counter() - start, 2))
+            self._taken.append(time.perf_counter() - start)
+            yield replace(point, seconds=round(self._taken[-1], 2))
+
+    def _place(self, budget: float) -> str:
+        """Which point is being measured, and how long all will take if they take as long as those before."""
+        done, total = len(self._taken), self.points_to_come
+        left = round((total - done) * sum(self._taken) / done) if done else None
+        return f"{budget:g} ({done + 1} of {total}" + (")" if left is None else f", {left // 60}:{left % 60:02} left)")
 
     def _point(self, name: str, choices: Choices, budget: float) -> Point:
         assert choices.recipe.budget is not None
@@ -189,21 +201,24 @@ class _Bench:
             recipe=name,
             budget=budget,
             cost=self._cost(converted),
-            accuracy=evaluate(converted, self._images, progress=self._step(f"evaluating at {budget:g}")).top1,
+            accuracy=evaluate(converted, self._images, progress=self._step("evaluating")).top1,
             predicted=combined_error(errors) if len(errors) == len(plan.swaps) else None,
             swapped=len(plan.swaps),
         )
 
     def _convert(self, plan: Plan) -> nn.Module:
         if self._gathered is None or self._calibration is None:
-            return apply_plan(self._opened.model, plan, self._progress)
-        converted, _ = convert_on(self._opened, self._traced, plan, self._gathered, self._calibration, self._progress)
+            return apply_plan(self._opened.model, plan, self._tell)
+        converted, _ = convert_on(self._opened, self._traced, plan, self._gathered, self._calibration, self._tell)
         if self._calibration.polishes:
-            polish(self._opened, converted, self._calibration, self._progress)
+            polish(self._opened, converted, self._calibration, self._tell)
         return converted
 
     def _cost(self, converted: nn.Module) -> Cost:
         return count_costs(converted, self._opened.example()).total
 
     def _step(self, stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: self._progress(stage, done, total)
+        return lambda done, total: self._tell(stage, done, total)
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        self._progress(f"{self._doing}: {stage}" if self._doing else stage, done, total)

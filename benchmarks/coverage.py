@@ -1,17 +1,19 @@
 """Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
 
     python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out build/coverage.json]
-        [--markdown docs/coverage.md]
+        [--markdown docs/coverage.md [--files build/files.json]]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
 and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
-ones too, by a pair that must compute the same. One process a model, so that peak memory is that model's; models that
-are in the JSON already are skipped (those that failed are tried again, as are those named by --models).
+ones too, by a pair that must compute the same. One process a model, forked off one that has done the imports, so that
+peak memory is that model's; models that are in the JSON already are skipped (those that failed are tried again, as are
+those named by --models). The page has a second part, on files, where benchmarks/files.py has left its results.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -20,7 +22,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measured import QUIET, machine, machine_text, run, run_well, table, write_json
+import files
+from measured import (
+    QUIET,
+    apart,
+    import_everything,
+    machine,
+    machine_text,
+    markdown_table,
+    read_json,
+    run_well,
+    table,
+    write_json,
+)
 
 RECIPE = "all-spatial"
 FULL_RANK = {"energy": 1.0, "allow_growth": True}
@@ -30,7 +44,7 @@ COLUMNS = ["model", "read by", "convs", "candidates", "MACs held", "swapped", "l
 
 
 def measure(name: str) -> dict[str, Any]:
-    """What is told of one model; runs in a process of its own."""
+    """What is told of one model."""
     import torch
 
     import asymswap
@@ -83,17 +97,6 @@ def describe_output(conversion: Any) -> str:
         return "all zeros"
     # Biases may drown what is left of the input after many layers of random weights.
     return "usable" if float((one - other).norm() / one.norm()) > SAME else "hardly moved by the input"
-
-
-def measure_apart(name: str, timeout: float) -> dict[str, Any]:
-    """The same in a process of its own, with its peak memory, or why it failed."""
-    # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
-    done = run([sys.executable, __file__, "--worker", name], timeout=timeout, OMP_WAIT_POLICY="PASSIVE")
-    peak = {"peak_mb": round(done.peak_mb), "others": round(done.others, 2)}
-    if done.code == 0:
-        return {**json.loads(done.out.splitlines()[-1]), **peak}
-    last = (done.err.strip().splitlines() or ["no message"])[-1]
-    return {"failed": f"killed after {done.seconds:.0f} s" if done.code == -9 else last, **peak}
 
 
 def every_model() -> list[str]:
@@ -169,27 +172,32 @@ Each model has random weights (seed 0). `candidates` lists its convs: how many a
 model's MACs they hold. `convert` by the recipe `all-spatial` with `energy = 1` and `allow_growth = true` then swaps
 every conv with a kernel of more than one row and column by a pair of full rank, which must compute the same. Layer,
 output: the greatest relative difference of a swapped layer's output, and that of the whole model's. Seconds: both
-commands, without importing torch. Peak memory: that of the whole process.""".splitlines()
+commands, without the imports. Peak memory: that of a process forked off one that has done the imports, whose data count
+in it, while libraries count as far as the model uses them.""".splitlines()
 
 
-def markdown(data: dict[str, Any]) -> str:
+def markdown(data: dict[str, Any], of_files: dict[str, Any]) -> str:
+    """The page: totals of both parts, the models, and the files where there are results of them."""
     rows = [cells(name, row) for name, row in data["models"].items()]
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     lines = [
-        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank",
+        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank; every classifier's files",
         "",
         "Written by `python benchmarks/coverage.py --markdown docs/coverage.md`.",
         "",
         *(f"- {line}" for line in totals(data["models"])),
+        *(f"- {line}" for line in files.totals(of_files)),
         f"- Machine: {facts}.",
+        "",
+        "## Models",
         "",
         *EXPLANATION,
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        markdown_table(COLUMNS, rows, left=2),
         "",
     ]
+    if of_files["models"]:
+        lines.append(files.section(of_files))
     return "\n".join(lines)
 
 
@@ -197,12 +205,13 @@ def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict
     """Measure what the JSON lacks, and write it after each model."""
     data = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"models": {}}
     data["machine"] = machine()
+    import_everything()
     for number, name in enumerate(names, start=1):
         if name in data["models"] and not again and "failed" not in data["models"][name]:
             continue
-        data["models"][name] = measure_apart(name, timeout)
+        data["models"][name] = apart(functools.partial(measure, name), timeout)
         write_json(out, {**data, "models": dict(sorted(data["models"].items()))})
-        print(f"{number}/{len(names)} {'  '.join(cells(name, data['models'][name]))}", file=sys.stderr)
+        print(f"{number}/{len(names)} {'  '.join(cells(name, data['models'][name]))}", file=sys.stderr, flush=True)
     return {**data, "models": dict(sorted(data["models"].items()))}
 
 
@@ -211,17 +220,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
     parser.add_argument("--out", type=Path, default=Path("build/coverage.json"))
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--files", type=Path, default=Path("build/files.json"), help="results of benchmarks/files.py")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
-    if wanted.worker:
-        print(json.dumps(measure(wanted.worker)))
-        return
     data = survey(wanted.models or every_model(), bool(wanted.models), wanted.out, wanted.timeout)
     shown = table(COLUMNS, [cells(name, row) for name, row in data["models"].items()])
     print(machine_text(), "", *totals(data["models"]), "", shown, sep="\n")
     if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+        of_files = read_json(wanted.files, {"models": {}})
+        wanted.markdown.write_text(markdown(data, of_files), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
 """What the benchmarks share: commands run in processes of their own, timed, with their peak memory, and tables of it.
 
-Nothing here imports torch: what a process inherits from its parent would count as memory of its own.
+Nothing here imports torch unasked: what a process inherits from its parent would count as memory of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,48 @@ def run_well(command: Sequence[str], folder: Path | None = None) -> Run:
     if done.code:
         sys.exit(f"{' '.join(command)} ended with {done.code}:\n{done.err}")
     return done
+
+
+def apart(work: Callable[[], Any], timeout: float) -> dict[str, Any]:
+    """What `work` returns (a dict for JSON), done in a fork of this process, with the fork's peak memory.
+
+    For many small pieces of work that need the same imports: these are done once, by this process, and count in every
+    peak. It must not have run any of torch's parallel code. Where the fork fails, `failed` says how.
+    """
+    start, busy = time.perf_counter(), _busy_seconds()
+    with tempfile.TemporaryFile("w+") as answer:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                made = work()
+            except BaseException as error:
+                made = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            answer.write(json.dumps(made))
+            answer.flush()
+            os._exit(0)
+        done, status, usage = 0, 0, None
+        while done == 0:
+            done, status, usage = os.wait4(pid, os.WNOHANG)
+            if done == 0:
+                time.sleep(0.02)
+                if time.perf_counter() > start + timeout:
+                    os.kill(pid, signal.SIGKILL)
+        assert usage is not None
+        seconds = time.perf_counter() - start
+        answer.seek(0)
+        code = os.waitstatus_to_exitcode(status)
+        found = json.loads(answer.read()) if code == 0 else {"failed": f"ended by {code} after {seconds:.0f} s"}
+    others = max(0.0, _busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
+    return {**found, "peak_mb": round(usage.ru_maxrss * 1024 / 1e6), "others": round(others, 2)}
+
+
+def import_everything() -> None:
+    """Import what every fork of this process needs; timm too, where it is installed."""
+    # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    for module in ("torch", "torchvision", "asymswap.api", "timm"):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
 
 
 def interleaved(commands: dict[str, Sequence[str]], rounds: int, folder: Path | None = None) -> dict[str, list[Run]]:

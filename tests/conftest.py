@@ -17,6 +17,11 @@ if WORKERS > 1:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that test_screens.py is about."""
+    parser.addoption("--record-screens", action="store_true", help="record the screens in tests/golden again")
+
+
 class Outcome(NamedTuple):
     """How a command ended and what it printed."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from asymswap.inputs import describe, example, probe, with_values
+import asymswap.inputs
+from asymswap.inputs import PORTION, describe, example, portions, probe, with_values
 from asymswap.spec import InputForm, Preprocessing
 from asymswap.tensors import list_tensors
 
@@ -58,6 +61,25 @@ def test_the_example_is_one_input_without_values(form: InputForm, text: str) -> 
 def test_the_two_images_of_a_pair_differ() -> None:
     first, second = with_values(example(preprocessing("image-pair"), torch.float32))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("most", [0, 1, 3, 100])
+def test_portions_are_the_same_inputs_a_few_at_a_time(form: InputForm, most: int, monkeypatch: Any) -> None:
+    inputs = probe(preprocessing(form), torch.float32, images=7)
+    numbers = sum(tensor.numel() for tensor in list_tensors(inputs)) // 7
+    monkeypatch.setattr(asymswap.inputs, "PORTION", most * numbers)
+    made = list(portions(inputs))
+    assert [len(portion[0]) for portion in made] == {0: [1] * 7, 1: [1] * 7, 3: [3, 3, 1], 100: [7]}[most]
+    for position, whole in enumerate(inputs):
+        parts = [portion[position] for portion in made]
+        assert all(isinstance(part, type(whole)) for part in parts)
+        assert torch.equal(torch.cat([torch.stack(list(part)) for part in parts]), torch.stack(list(whole)))
+
+
+def test_a_portion_is_one_image_of_the_usual_size_or_many_small_ones() -> None:
+    assert next(portions((torch.empty(8, 3, 224, 224, device="meta"),)))[0].shape[0] == 1
+    assert next(portions((torch.empty(64, 3, 32, 32, device="meta"),)))[0].shape[0] == PORTION // (3 * 32 * 32) == 49
 
 
 def test_an_input_is_described_in_short() -> None:

@@ -12,20 +12,20 @@ from asymswap.cli import options as o
 if TYPE_CHECKING:
     from asymswap.api import Candidates
 
-_PICTURES = "Pictures"
-
 
 def candidates(
     model: o.Model,
-    recipe: Annotated[str | None, typer.Option(help="Candidates are what this recipe would swap.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Candidates are what this recipe would swap.", autocompletion=o.complete_recipe)
+    ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw each conv's share of MACs and parameters (.svg).", rich_help_panel=_PICTURES),
+        typer.Option(help="Draw each conv's share of MACs and parameters (.svg).", rich_help_panel=o.RESULT),
     ] = None,
     graph: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the graph around the candidates (.svg, by graphviz; or .dot).", rich_help_panel=_PICTURES
+            help="Draw the graph around the candidates (.svg, by graphviz; or .dot).", rich_help_panel=o.RESULT
         ),
     ] = None,
     force: o.Force = False,
@@ -37,6 +37,7 @@ def candidates(
     trust_pickle: o.TrustPickle = False,
     trust_code: o.TrustCode = False,
     json: o.Json = False,
+    quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """List every Conv2d: what a separable pair would save there, or why it is no candidate.
@@ -46,7 +47,7 @@ def candidates(
     from asymswap.cli import screen
 
     _check_pictures(plot, graph, force)
-    with screen.progress(quiet=json) as step:
+    with screen.progress(quiet) as step:
         from asymswap import api
         from asymswap.reporting import terminal
         from asymswap.reporting.candidates import to_json
@@ -67,6 +68,8 @@ def candidates(
     _write_pictures(found, plot, graph)
     if json:
         screen.print_json(to_json(found.reference, found.rows, found.total, found.traced_by, found.input, found.notes))
+        return
+    if quiet:
         return
     console = screen.console()
     view = terminal.candidates_view(

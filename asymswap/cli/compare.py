@@ -38,7 +38,12 @@ def compare(
         bool, typer.Option("--latency/--no-latency", help="Time all models in turn.", rich_help_panel=_LATENCY)
     ] = True,
     memory_format: Annotated[
-        MemoryFormat, typer.Option(help="Order of the numbers in memory.", rich_help_panel=_LATENCY)
+        MemoryFormat,
+        typer.Option(
+            help="Order of the numbers in memory: channels-last or contiguous.",
+            metavar="ORDER",
+            rich_help_panel=_LATENCY,
+        ),
     ] = MemoryFormat.channels_last,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=_LATENCY)] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, at most.", rich_help_panel=_LATENCY)] = 20,
@@ -55,6 +60,7 @@ def compare(
     trust_code: o.TrustCode = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
     json: o.Json = False,
+    quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Compare models: parameters, MACs, size, latency, outputs, accuracy.
@@ -66,7 +72,7 @@ def compare(
 
     if json and markdown:
         raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
-    with screen.progress(quiet=json or markdown) as step:
+    with screen.progress(quiet) as step:
         import torch
 
         from asymswap.comparison import compare as beside
@@ -94,6 +100,6 @@ def compare(
         screen.print_json(views.comparison_to_json(found))
     elif markdown:
         typer.echo(views.comparison_to_markdown(found), nl=False)
-    else:
+    elif not quiet:
         console = screen.console()
         screen.show(views.comparison_view(found, console.width), console)

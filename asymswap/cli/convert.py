@@ -15,7 +15,6 @@ from asymswap.cli import options as o
 from asymswap.cli.commandline import repeatable
 
 _CHANGE = "What to do"
-_RESULT = "Result"
 
 
 class MemoryFormat(StrEnum):
@@ -28,7 +27,10 @@ class MemoryFormat(StrEnum):
 def convert(
     model: o.Model,
     recipe: Annotated[
-        str | None, typer.Option(help="Name of a shipped recipe, or a .toml file.", rich_help_panel=_CHANGE)
+        str | None,
+        typer.Option(
+            help="Name of a shipped recipe, or a .toml file.", rich_help_panel=_CHANGE, autocompletion=o.complete_recipe
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Replay a plan (JSON) instead of a recipe.", rich_help_panel=_CHANGE)
@@ -48,7 +50,10 @@ def convert(
         typer.Option(help="Save what can be saved at this predicted error of all layers.", rich_help_panel=_CHANGE),
     ] = None,
     memory_format: Annotated[
-        MemoryFormat, typer.Option(help="In which latency is measured.", rich_help_panel=_CHANGE)
+        MemoryFormat,
+        typer.Option(
+            help="In which latency is measured: channels-last or contiguous.", metavar="ORDER", rich_help_panel=_CHANGE
+        ),
     ] = MemoryFormat.channels_last,
     settings: Annotated[
         list[str] | None,
@@ -59,30 +64,30 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The file to write.", rich_help_panel=_RESULT, show_default="<stem>.asym.pt"
+            "-o", "--output", help="The file to write.", rich_help_panel=o.RESULT, show_default="<stem>.asym.pt"
         ),
     ] = None,
     force: o.Force = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan, measure and report, but write no model.", rich_help_panel=_RESULT)
+        bool, typer.Option("--dry-run", help="Plan, measure and report, but write no model.", rich_help_panel=o.RESULT)
     ] = False,
     write_plan: Annotated[
-        Path | None, typer.Option(help="Write the plan to this JSON file.", rich_help_panel=_RESULT)
+        Path | None, typer.Option(help="Write the plan to this JSON file.", rich_help_panel=o.RESULT)
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report to this .html, .json or .md file.", rich_help_panel=_RESULT)
+        Path | None, typer.Option(help="Write the report to this .html, .json or .md file.", rich_help_panel=o.RESULT)
     ] = None,
     allow_drift: Annotated[
         bool,
         typer.Option(
             "--allow-drift",
             help="Write the model even where a kind has not preserved what it promises to.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=o.RESULT,
         ),
     ] = False,
     evaluate: Annotated[
         str | None,
-        typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=_RESULT),
+        typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=o.RESULT),
     ] = None,
     calibrate: c.Calibrate = None,
     calibration_images: c.Images = 512,

@@ -14,12 +14,14 @@ def evaluate(
         list[str], typer.Argument(help="Names, pkg.mod:factory, or files; others are compared with the first.")
     ],
     data: o.Data,
-    part: Annotated[str, typer.Option(help="test, validation (what finetune holds back) or train.")] = "test",
+    part: Annotated[
+        str, typer.Option(help="test, validation (what finetune holds back) or train.", rich_help_panel=o.IMAGES)
+    ] = "test",
     validation: o.Validation = None,
     batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 256,
-    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that read images.", rich_help_panel=o.IMAGES)] = 0,
     confusions: Annotated[int, typer.Option(help="How many confused pairs of classes are told.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the validation part.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the validation part.", rich_help_panel=o.IMAGES)] = 0,
     cpu: o.Cpu = False,
     strict: o.Strict = False,
     download: o.Download = False,
@@ -33,6 +35,7 @@ def evaluate(
     trust_pickle: o.TrustPickle = False,
     trust_code: o.TrustCode = False,
     json: o.Json = False,
+    quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Measure accuracy, per class too, and tell whether models really differ.
@@ -41,7 +44,7 @@ def evaluate(
     """
     from asymswap.cli import screen
 
-    with screen.progress(quiet=json) as step:
+    with screen.progress(quiet) as step:
         from asymswap import api
         from asymswap.reporting.evaluation import evaluation_view
         from asymswap.reporting.report import plain
@@ -71,6 +74,8 @@ def evaluate(
         )
     if json:
         screen.print_json(plain(report))
+        return
+    if quiet:
         return
     console = screen.console()
     screen.show(evaluation_view(report, console.width), console)

@@ -22,10 +22,19 @@ class Form(StrEnum):
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     to: Annotated[
-        Form | None, typer.Option(help="What to write.", show_default="by the file's ending, or onnx")
+        Form | None,
+        typer.Option(
+            help="What to write: onnx, pt2 or state-dict.",
+            metavar="FORM",
+            show_default="by the file's ending, or onnx",
+            rich_help_panel=o.RESULT,
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file to write.", show_default="<stem>.onnx or .pt2")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The file to write.", show_default="<stem>.onnx or .pt2", rich_help_panel=o.RESULT
+        ),
     ] = None,
     fuse: Annotated[
         bool, typer.Option("--fuse/--no-fuse", help="Fuse before what becomes an ordinary conv exactly.")
@@ -50,7 +59,7 @@ def export(
 
     target = output or _default(checkpoint, to or Form.onnx)
     check_output(target, force)
-    with screen.progress(quiet or json) as step:
+    with screen.progress(quiet) as step:
         from asymswap.deploy.export import export as run
 
         report = run(

@@ -11,9 +11,7 @@ import typer
 from asymswap.cli import options as o
 
 _LENGTH = "How long, and how"
-_DATA = "Images"
 _TEACHER = "Distillation"
-_RESULT = "Result"
 
 
 def finetune(
@@ -86,13 +84,13 @@ def finetune(
         typer.Option(
             help="none, flip, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
             show_default="what suits the data",
-            rich_help_panel=_DATA,
+            rich_help_panel=o.IMAGES,
         ),
     ] = None,
     validation: o.Validation = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that read images.", show_default="by the cores", rich_help_panel=_DATA),
+        typer.Option(help="Processes that read images.", show_default="by the cores", rich_help_panel=o.IMAGES),
     ] = None,
     strict: o.Strict = False,
     download: o.Download = False,
@@ -129,7 +127,7 @@ def finetune(
             "--output",
             help="The checkpoint to write.",
             show_default="<stem>.tuned.pt",
-            rich_help_panel=_RESULT,
+            rich_help_panel=o.RESULT,
         ),
     ] = None,
     run: Annotated[
@@ -137,14 +135,14 @@ def finetune(
         typer.Option(
             help="Folder of the run: state, best and last checkpoint, metrics.",
             show_default="beside the output, .run",
-            rich_help_panel=_RESULT,
+            rich_help_panel=o.RESULT,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run was interrupted.", rich_help_panel=_RESULT)
+        bool, typer.Option("--resume", help="Go on where the run was interrupted.", rich_help_panel=o.RESULT)
     ] = False,
     save_every: Annotated[
-        int | None, typer.Option(help="Save after so many steps, not only epochs.", rich_help_panel=_RESULT)
+        int | None, typer.Option(help="Save after so many steps, not only epochs.", rich_help_panel=o.RESULT)
     ] = None,
     force: o.Force = False,
     cpu: o.Cpu = False,

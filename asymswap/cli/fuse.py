@@ -13,7 +13,10 @@ from asymswap.cli import options as o
 def fuse(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file to write.", show_default="<stem>.fused.pt")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The file to write.", show_default="<stem>.fused.pt", rich_help_panel=o.RESULT
+        ),
     ] = None,
     separable: Annotated[
         bool, typer.Option("--separable", help="Fuse pairs and crosses too, whose one conv costs more.")
@@ -26,7 +29,12 @@ def fuse(
         str | None, typer.Option(help="Images on which offsets and outputs are compared.", show_default="random ones")
     ] = None,
     as_original: Annotated[
-        bool, typer.Option("--as-original", help="Write a plain state_dict that fits the unconverted model.")
+        bool,
+        typer.Option(
+            "--as-original",
+            help="Write a plain state_dict that fits the unconverted model.",
+            rich_help_panel=o.RESULT,
+        ),
     ] = False,
     arch: o.Arch = None,
     arguments: o.Arguments = None,

@@ -75,6 +75,9 @@ def main() -> NoReturn:
     )
     if not timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("NO_COLOR"):
+        # Typer's help would keep bold and dim.
+        os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
     sys.argv[1:] = options.fill_in(sys.argv[1:])
     app()
     raise AssertionError("unreachable")

@@ -14,6 +14,8 @@ import typer
 from asymswap.errors import AsymswapError
 
 _MODEL = "Model"
+IMAGES, RESULT = "Images", "Result"
+"""Groups of a help text that several commands have."""
 
 Model = Annotated[
     str,
@@ -22,6 +24,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The shipped recipes that begin so, for the shell; where none does, it offers files."""
+    from asymswap.planning.recipe import shipped_names
+
+    return [name for name in shipped_names() if name.startswith(incomplete)]
+
+
 Arch = Annotated[
     str | None,
     typer.Option(
@@ -73,28 +84,39 @@ TrustCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and print no report.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=RESULT)]
 Data = Annotated[
     str,
     typer.Option(
         help="digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file.",
         show_default=False,
+        rich_help_panel=IMAGES,
     ),
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(help="Of the images' channels, as 0.5,0.5,0.5; with --std.", show_default="the model's own"),
+    typer.Option(
+        help="Of the images' channels, as 0.5,0.5,0.5; with --std.",
+        show_default="the model's own",
+        rich_help_panel=IMAGES,
+    ),
 ]
-Std = Annotated[str | None, typer.Option(help="The same.", show_default="the model's own")]
+Std = Annotated[str | None, typer.Option(help="The same.", show_default="the model's own", rich_help_panel=IMAGES)]
 Validation = Annotated[
     str | None,
     typer.Option(
         help="What is validated on: a part of the images (0.1), test, none, or other data.",
         show_default="the folder val, else 0.1",
+        rich_help_panel=IMAGES,
     ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="An image that cannot be read is an error, and not skipped.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch the data where torchvision can.")]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="An image that cannot be read is an error, and not skipped.", rich_help_panel=IMAGES),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch the data where torchvision can.", rich_help_panel=IMAGES)
+]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
 
 

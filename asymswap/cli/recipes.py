@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 def recipes(
     recipe: Annotated[
-        str | None, typer.Argument(help="A name to show, or a .toml file to check.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="A name to show, or a .toml file to check.", show_default=False, autocompletion=o.complete_recipe
+        ),
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json: o.Json = False,
+    quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """List the recipes that come with asymswap, show one, or check a file.
@@ -39,7 +43,7 @@ def recipes(
             screen.print_json(checked.model_dump(mode="json", exclude_none=True))
         elif recipe in r.shipped_names():
             typer.echo(text, nl=False)
-        else:
+        elif not quiet:
             rules = f"{len(checked.rules)} rule" + ("s" if len(checked.rules) > 1 else "")
             budget = f", budget {checked.budget}" if checked.budget else ""
             typer.echo(f"{recipe} is a valid recipe: {rules}{budget}.")
@@ -47,7 +51,7 @@ def recipes(
         listed = {name: r.read_about(name) for name in r.shipped_names()}
         if json:
             screen.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
-        else:
+        elif not quiet:
             screen.show(_listing(listed), screen.console())
 
 

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 def console() -> Console:
     """The console for results; where nothing says how wide, as wide as a complete table needs."""
+    screen = _console()
+    told = screen.is_terminal or "COLUMNS" in os.environ
+    return screen if told else _console(width=max(screen.width, 120))
+
+
+def _console(**options: Any) -> Console:
+    """A console that honours NO_COLOR to the letter: rich itself would leave out colours, and keep bold and dim."""
     from rich.console import Console
 
-    screen = Console()
-    told = screen.is_terminal or "COLUMNS" in os.environ
-    return screen if told else Console(width=max(screen.width, 120))
+    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto", **options)
 
 
 def show(view: RenderableType, screen: Console) -> None:
@@ -37,10 +42,9 @@ def print_json(value: Any) -> None:
 @contextmanager
 def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
     """Bars on stderr for as long as the block lasts, one a stage; nothing where stderr is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    screen = Console(stderr=True)
+    screen = _console(stderr=True)
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -53,8 +57,13 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
     )
     with bars:
         task = bars.add_task(first, total=None)
+        stages = [first]
 
         def step(stage: str, done: int, total: int) -> None:
+            if stage != stages[-1]:
+                # Else the time left would be told by the stage before, and as none where that had as many steps.
+                stages.append(stage)
+                bars.reset(task, total=total, completed=done, description=stage)
             bars.update(task, description=stage, completed=done, total=total)
 
         yield step
@@ -63,10 +72,9 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
 @contextmanager
 def training(quiet: bool) -> Iterator[Watcher]:
     """What a run tells while it lasts, on stderr: a line for each epoch, and in a terminal a live one for the steps."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    screen = Console(stderr=True)
+    screen = _console(stderr=True)
     live = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),

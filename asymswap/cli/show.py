@@ -9,25 +9,38 @@ import typer
 
 from asymswap.cli import options as o
 
+_OFFSETS = "Offsets"
+
 
 def show(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan of the last conversion as JSON.")] = False,
     offsets: Annotated[
-        bool, typer.Option("--offsets", help="Tell where the taps of offset kinds have gone, layer by layer.")
+        bool,
+        typer.Option(
+            "--offsets", help="Tell where the taps of offset kinds have gone, layer by layer.", rich_help_panel=_OFFSETS
+        ),
     ] = False,
-    draw: Annotated[Path | None, typer.Option(help="With --offsets: draw them into this .svg or .png file.")] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(help="Draw them into this .svg or .png file.", rich_help_panel=_OFFSETS),
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="With --offsets: images to predict them on.", show_default="random ones")
+        str | None,
+        typer.Option(help="Images to predict them on.", show_default="random ones", rich_help_panel=_OFFSETS),
     ] = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
     trust_code: o.TrustCode = False,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report of the last conversion to this .html, .json or .md file.")
+        Path | None,
+        typer.Option(
+            help="Write the report of the last conversion to this .html, .json or .md file.", rich_help_panel=o.RESULT
+        ),
     ] = None,
     force: o.Force = False,
     json: o.Json = False,
+    quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Tell what was done to a converted model, from which source, with which result.
@@ -40,12 +53,12 @@ def show(
     from asymswap.reporting import files
 
     if draw is not None or data is not None or offsets:
-        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), trust_code, force, json)
+        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), trust_code, force, json, quiet)
         return
     if report is not None:
         check_output(report, force)
         files.check_suffix(report)
-    with screen.progress(quiet=json or plan):
+    with screen.progress(quiet):
         from asymswap.checkpoint import header_to_json, read_checkpoint
 
         header = read_checkpoint(checkpoint).header
@@ -61,7 +74,7 @@ def show(
         typer.echo(plan_text(header.plans[-1]), nl=False)
     elif json:
         screen.print_json(header_to_json(header))
-    else:
+    elif not quiet:
         from asymswap.reporting.show import show_view
 
         try:
@@ -81,13 +94,14 @@ def _show_offsets(
     trust_code: bool,
     force: bool,
     json: bool,
+    quiet: bool,
 ) -> None:
     from asymswap.cli import screen
     from asymswap.output import write_bytes
 
     if picture is not None:
         o.check_picture("--draw", picture, force)
-    with screen.progress(quiet=json):
+    with screen.progress(quiet):
         from asymswap.deploy.offsets import offsets
         from asymswap.reporting import offsets as shown
 
@@ -96,5 +110,5 @@ def _show_offsets(
         write_bytes(picture, shown.draw(report, picture.suffix[1:]))
     if json:
         screen.print_json(shown.to_json(report))
-    else:
+    elif not quiet:
         screen.show(shown.offsets_view(report), screen.console())

@@ -19,7 +19,9 @@ _REPORTS = (".html", ".md", *o.PICTURES)
 
 def sweep(
     model: o.Model,
-    recipe: Annotated[list[str], typer.Option(help="A recipe's name or file; several are compared.")],
+    recipe: Annotated[
+        list[str], typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
+    ],
     evaluate: Annotated[
         str, typer.Option(help="Labelled images on which accuracy is measured.", rich_help_panel=_DATA)
     ],
@@ -31,7 +33,7 @@ def sweep(
         str | None, typer.Option(help="Fractions of the parameters instead.", rich_help_panel=_BUDGET)
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
+        float, typer.Option(min=0, help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
     ] = 1.0,
     calibrate: c.Calibrate = None,
     calibration_images: c.Images = 512,
@@ -48,10 +50,12 @@ def sweep(
             "--output",
             help="JSON to write after each point, and to go on with.",
             show_default="<stem>.sweep.json",
+            rich_help_panel=o.RESULT,
         ),
     ] = None,
     report: Annotated[
-        list[Path] | None, typer.Option(help="Also write .html, .md, .svg or .png; may be given several times.")
+        list[Path] | None,
+        typer.Option(help="Also write .html, .md, .svg or .png; may be given several times.", rich_help_panel=o.RESULT),
     ] = None,
     weights: o.Weights = None,
     arch: o.Arch = None,
@@ -77,8 +81,8 @@ def sweep(
     measure, budgets = _budgets(macs, params)
     for path in report or []:
         _check_report(path, force)
-    known = None if force else _read(target)
     check_output(target, force=True)
+    known = None if force else _read(target)
     with screen.progress(quiet) as step:
         from asymswap.output import write_text
         from asymswap.reporting import tradeoff as shown

@@ -151,9 +151,15 @@ def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
             lines.append(f"unknown key {key!r}{' in ' + owner if owner else ''}{hint}")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            value = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            told = item["type"] != "missing" and not isinstance(item["input"], dict)
+            value = f" (got {_shortened(item['input'])})" if told else ""
             lines.append(f"{where}: {message}{value}" if where else message)
     return "; ".join(lines)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… of {len(text):,} characters"
 
 
 def _place(loc: Sequence[int | str]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asymswap import kinds
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.trace import Trace, conv_hooks
-from asymswap.inputs import Inputs
+from asymswap.inputs import Inputs, portions
 from asymswap.spec import Plan
 from asymswap.tensors import eval_mode, list_tensors, map_tensors
 
@@ -77,7 +77,8 @@ def measure_fidelity(
     whole = Sums()
     comparing = _compared(original, converted, parts, whole)
     with eval_mode(original, converted), torch.no_grad(), conv_hooks(original, see), comparing:
-        original(*inputs)
+        for portion in portions(inputs):
+            original(*portion)
     return Fidelity(
         output=whole.difference(),
         site_outputs={name: total.difference() for name, total in sums.items()},
@@ -92,7 +93,8 @@ def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Seq
     """
     whole = Sums()
     with eval_mode(one, other), torch.no_grad(), _compared(one, other, parts, whole):
-        one(*inputs)
+        for portion in portions(inputs):
+            one(*portion)
     return whole.difference()
 
 

@@ -178,7 +178,8 @@ def comparison_view(comparison: Comparison, width: int) -> RenderableType:
     titles = [("Model", "fold"), *((column.title, "right") for column in _columns(comparison, wide))]
     rows = [_cells(row, comparison, wide) for row in comparison.models]
     lines = [Text(line, style="dim") for line in _fine_print(comparison)]
-    return Group(table(titles, rows), Text(""), *lines)
+    # Twelve columns of figures leave the names of the models too little with two blanks between them.
+    return Group(table(titles, rows, gap=1 if wide else 2), Text(""), *lines)
 
 
 def comparison_to_markdown(comparison: Comparison) -> str:

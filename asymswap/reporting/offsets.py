@@ -132,7 +132,7 @@ def _draw_layer(axes: Any, row: OffsetRow) -> None:
         if max(tall, wide) > 0:
             axes.errorbar(end_x, end_y, yerr=tall, xerr=wide, color="tab:orange", linewidth=1)
     axes.scatter([x for _, x in ends], [y for y, _ in ends], s=16, color="tab:blue", zorder=3)
-    reach = max(1.0, row.largest)
+    reach = max(0.2, row.largest)
     axes.set_xlim(-0.5 - reach, max(x for _, x in places) + 0.5 + reach)
     axes.set_ylim(max(y for y, _ in places) + 0.5 + reach, -0.5 - reach)
     axes.set_aspect("equal")

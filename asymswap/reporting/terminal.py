@@ -19,9 +19,9 @@ WIDE = 110
 """From this many columns on, tables show everything."""
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]]) -> Table:
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], gap: int = 2) -> Table:
     """A plain table of (title, side) columns; the side is `left`, `right`, or `fold` for text that may break lines."""
-    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    result = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     result.show_header = any(title for title, _ in columns)
     for title, side in columns:
         result.add_column(
@@ -71,9 +71,9 @@ def candidates_view(
         parts.append(Text("Little can be gained here.", style="yellow"))
     wide = width >= WIDE
     columns = [("Layer", "fold"), ("Conv", "left"), ("MACs", "right"), ("Share", "right")]
-    columns += [("Params", "right"), ("Map", "right")] if wide else []
+    columns += [("Params", "right"), ("Map", "right"), ("Even at", "right")] if wide else []
     pairs = any(row.half is not None for row in rows)
-    columns += [("Even at", "right"), ("Half of it saves" if pairs else "Becomes", "fold")]
+    columns.append(("Half of it saves" if pairs and wide else "Saves" if pairs else "Becomes", "fold"))
     if rows:
         parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows))]
     parts.append(Text(""))
@@ -82,11 +82,20 @@ def candidates_view(
         for line in (
             f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
             f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
-            "Even at: the largest rank of a separable pair that still saves something.",
+            *(_legend(wide) if pairs else ()),
             *(f"{note[0].upper()}{note[1:]}." for note in notes),
         )
     ]
     return Group(*parts)
+
+
+def _legend(wide: bool) -> Sequence[str]:
+    if not wide:
+        return ["Saves: by a separable pair of half the rank up to which one saves anything, of the conv's MACs."]
+    return [
+        "Even at: the largest rank of a separable pair that still saves something. Half of it saves: so much of the "
+        "conv's MACs / parameters."
+    ]
 
 
 def _candidate_cells(row: Candidate, total: Cost, wide: bool) -> list[str | Text]:
@@ -99,18 +108,22 @@ def _candidate_cells(row: Candidate, total: Cost, wide: bool) -> list[str | Text
     ]
     if wide:
         cells += [words.count(cost.params), "x".join(map(str, site.feature_map)) if site.feature_map else "-"]
+        cells.append("-" if row.break_even is None or row.becomes is not None else f"{row.break_even.rank}")
+    return [*cells, _outlook(row, wide)]
+
+
+def _outlook(row: Candidate, wide: bool) -> str | Text:
+    """What could become of a conv, or why nothing."""
+    cost = row.site.cost
     if row.becomes is not None:
-        text = f"{row.kind}: {words.share(row.becomes.macs, cost.macs)}"
-        return [*cells, "-", text + " of the MACs" * wide]
-    if row.reason is None and row.half is None:
-        return [*cells, "-", row.kind]
-    if row.break_even is None or row.half is None:
-        return [*cells, "-", Text(row.reason or "", style="dim")]
+        return f"{row.kind}: costs {words.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
+    if row.reason is not None:
+        return Text(row.reason, style="dim")
+    if row.half is None:
+        return row.kind
     saved = words.share(cost.macs - row.half.cost.macs, cost.macs)
     text = f"rank {row.half.rank}: {saved}"
-    if wide:
-        text += f" of MACs, {words.share(cost.params - row.half.cost.params, cost.params)} of parameters"
-    return [*cells, f"{row.break_even.rank}", text]
+    return text + f" / {words.share(cost.params - row.half.cost.params, cost.params)}" * wide
 
 
 def _title(report: Report) -> str:

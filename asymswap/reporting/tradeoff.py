@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,14 +179,28 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     measure = "MACs" if sweep.measure == "macs" else "parameters"
     lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in sweep.notes]
-    lines += [f"{point.recipe} at {point.budget:g}: {point.failed}." for point in sweep.points if point.failed]
+    return lines + _failures(sweep)
+
+
+def _failures(sweep: Tradeoff) -> list[str]:
+    """Why budgets were not met; those of a recipe for which the reason differs in its figures alone share a line."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in sweep.points:
+        if point.failed is not None:
+            groups.setdefault((point.recipe, re.sub(r"\d[\d.]*", "", point.failed)), []).append(point)
+    lines = []
+    for (recipe, _), points in groups.items():
+        *most, last = [f"{point.budget:g}" for point in points]
+        budgets = f"{', '.join(most)} and {last}" if most else last
+        lines.append(f"{recipe} at {budgets}: {points[0].failed}.")
     return lines
 
 
 def sweep_view(sweep: Tradeoff) -> RenderableType:
     """The table for a terminal, the advice first."""
+    advice = sweep.advice()
     return Group(
-        Text(f"{sweep.model}: {sweep.advice()}", style="bold"),
+        Text(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
         Text(""),
         table(COLUMNS, sweep_rows(sweep)),
         Text(""),
@@ -231,16 +246,22 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     for number, recipe in enumerate(dict.fromkeys(point.recipe for point in sweep.measured)):
         _draw_recipe(axes, sweep, [point for point in sweep.measured if point.recipe == recipe], recipe, number)
     across = axes.get_yaxis_transform()
-    for top, text, style in (
-        (sweep.accuracy, "unchanged", "-"),
-        (sweep.accuracy - sweep.tolerance, f"{100 * sweep.tolerance:g} less", ":"),
+    for top, text, style, side in (
+        (sweep.accuracy, "unchanged", "-", "bottom"),
+        (sweep.accuracy - sweep.tolerance, f"{100 * sweep.tolerance:g} less", ":", "top"),
     ):
         axes.axhline(100 * top, color="0.4", linewidth=1, linestyle=style)
-        axes.text(0.01, 100 * top, text, transform=across, color="0.3", va="bottom")
+        axes.text(0.01, 100 * top, text, transform=across, color="0.3", va=side)
     if sweep.advised is not None:
         at = (sweep.share(_cost(sweep.advised)), 100 * (sweep.advised.accuracy or 0.0))
         axes.plot(*at, marker="o", markersize=13, markerfacecolor="none", markeredgecolor="black", linestyle="")
-        axes.annotate(f"advised: {sweep.advised.budget:g}", at, textcoords="offset points", xytext=(10, -16))
+        # The words stand below the curve, which falls to the left; they need room on the right, and ground of their own
+        # where it rises again.
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+        words_at = {"textcoords": "offset points", "xytext": (4, -32)}
+        axes.annotate(f"advised: {sweep.advised.budget:g}", at, bbox=ground, zorder=9, **words_at)
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, max(right, at[0] + 0.25 * (right - left)))
     if len(sweep.front) > 1:
         shares = [sweep.share(_cost(point)) for point in sweep.front]
         tops = [100 * (point.accuracy or 0.0) for point in sweep.front]
@@ -257,4 +278,6 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
 def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], recipe: str, number: int) -> None:
     shares = [sweep.share(_cost(point)) for point in points]
     tops = [100 * (point.accuracy or 0.0) for point in points]
-    axes.plot(shares, tops, marker="os^Dv<>"[number % 7], label=recipe)
+    # Each thinner than the one before: where recipes come to the same, all of them are seen.
+    thick = 1.5 + 2.5 / (1 + 2 * number)
+    axes.plot(shares, tops, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1, label=recipe)

@@ -361,7 +361,7 @@ class _Checker:
             raise Odd(f"makes a {thing.name} in another way")
         for state in thing.states:
             pairs = _pairs(state)
-            if pairs is None or not all(isinstance(key, str) and not key.startswith("__") for key, _ in pairs):
+            if pairs is None or not all(_may_be_filled(key, value) for key, value in pairs):
                 raise Odd(f"fills a {thing.name} in another way")
             if is_module:
                 for key, value in pairs:
@@ -444,6 +444,12 @@ def _pairs(value: Any) -> list[tuple[Any, Any]] | None:
     if not all(len(pair) == 2 for pair in given):
         return None
     return [*((key, item) for key, item in given), *zip(value.items[::2], value.items[1::2], strict=True)]
+
+
+def _may_be_filled(key: Any, value: Any) -> bool:
+    # torch.jit.script leaves an empty `__overloads__` on every module that it has been given.
+    plain = isinstance(key, str) and not key.startswith("__")
+    return plain or (key == "__overloads__" and _pairs(value) == [])
 
 
 def _listed(value: Any) -> Sequence[Any] | None:

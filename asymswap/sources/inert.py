@@ -27,7 +27,10 @@ _STORING = {
     "_codecs": ("encode",),
 }  # fmt: skip
 _STORING_MODULES = ("argparse", "collections", "datetime", "decimal", "fractions", "pathlib", "uuid", "zoneinfo")
-_RUNS_CODE = ("torch.fx.graph_module.", "torch.jit.", "torch.package.", "torch.utils.cpp_extension.", "torch.hub.")
+_RUNS_CODE = (
+    "torch.fx.graph_module.", "torch.jit.", "torch.package.", "torch.utils.cpp_extension.", "torch.hub.",
+    "torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save",
+)  # fmt: skip
 
 _DTYPES = {
     "DoubleStorage": torch.float64,

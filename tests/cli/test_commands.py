@@ -449,3 +449,35 @@ def test_waiting_threads_sleep_unless_latency_is_measured(
         main()
     assert seen == [policy]
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("typed", "place", "offered"),
+    [
+        ("asymswap con", 1, ["convert"]),
+        ("asymswap convert x --max", 3, ["--max-error"]),
+        ("asymswap convert x --recipe half", 4, ["half-macs"]),
+        ("asymswap recipes acnet-", 2, ["acnet-branch-bn"]),
+        ("asymswap export x --to p", 4, ["pt2"]),
+        ("asymswap convert x --recipe mine", 4, []),
+    ],
+)
+def test_the_shell_completes(typed: str, place: int, offered: list[str]) -> None:
+    """As the script of --show-completion asks; where nothing is offered, bash takes files."""
+    done = installed({"_ASYMSWAP_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(place)})
+    assert done.stdout.split() == offered, done.stderr
+
+
+def installed(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command called by its name, as an installed one is."""
+    code = "import sys; sys.argv[0] = 'asymswap'; from asymswap.cli.main import main; main()"
+    line = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        line, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_the_script_of_completion_is_told() -> None:
+    text = installed({}, "--show-completion", "bash").stdout
+    assert "_ASYMSWAP_COMPLETE=complete_bash" in text
+    assert "-F _asymswap_completion asymswap" in text

@@ -20,7 +20,7 @@ def test_a_sweep_writes_its_json_and_its_reports_and_goes_on(tmp_path: Path) -> 
     pytest.importorskip("matplotlib")
     done = run(tmp_path, "--macs", "0.5", "--report", "s.md", "--report", "s.svg", "--report", "s.html")
     assert done.returncode == 0, done.stderr
-    assert "Advised:" in done.stdout or "Every budget loses" in done.stdout
+    assert "advised: 0.5, the last" in done.stdout or "every budget loses" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-resnet.sweep.json", "s.html", "s.md", "s.svg"]
     again = run(tmp_path, "--macs", "0.6,0.5", "--json")
     assert again.returncode == 0, again.stderr
@@ -36,6 +36,7 @@ def test_a_sweep_writes_its_json_and_its_reports_and_goes_on(tmp_path: Path) -> 
         (("--macs", "0.5", "--params", "0.5"), "budgets are of --macs or of --params; give one of them"),
         (("--report", "s.pdf"), "--report s.pdf: the file must end in .html, .md, .svg or .png"),
         (("-o", "other.json"), "other.json is no sweep to go on with"),
+        (("-o", "."), "error: . is a folder; give a file name in it"),
         (("--polish", "10"), "--polish and --sequential need images: give --calibrate DATA"),
     ],
 )

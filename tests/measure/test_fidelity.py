@@ -27,12 +27,17 @@ class Net(nn.Module):
         return {"y": y, "z": self.two(y)}
 
 
-def test_errors_are_those_computed_by_hand() -> None:
+@pytest.mark.parametrize("portion", [1, 2, 5])
+def test_errors_are_those_computed_by_hand(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asymswap.inputs.PORTION", portion * 3 * 8 * 8)
     model = Net().train()
     plan = Plan((swap_of("one", 4), swap_of("two", 5)))
     converted = apply_plan(model, plan)
-    inputs = (torch.randn(2, 3, 8, 8),)
-    fidelity = measure_fidelity(model, converted, plan, inputs)
+    inputs = (torch.randn(5, 3, 8, 8),)
+    batches: list[int] = []
+    with model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0]))):
+        fidelity = measure_fidelity(model, converted, plan, inputs)
+    assert batches == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[portion]
     with torch.no_grad():
         a = model.one(inputs[0])
         expected = float((converted.one(inputs[0]) - a).norm() / a.norm())

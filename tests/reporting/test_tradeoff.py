@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymswap.reporting.tradeoff import Point, Tradeoff, draw, from_json, to_html, to_json, to_markdown
+from asymswap.reporting.tradeoff import Point, Tradeoff, draw, fine_print, from_json, to_html, to_json, to_markdown
 from asymswap.spec import Cost
 
 BEFORE = Cost(1000, 500)
@@ -118,3 +119,38 @@ def test_pictures_are_made_and_equal_sweeps_make_equal_ones(form: str) -> None:
     else:
         assert picture.startswith(b"\x89PNG")
     draw(make([]), form)
+
+
+@pytest.mark.parametrize("advised", [0.3, 0.5, 0.9])
+def test_the_advice_stands_inside_of_the_frame(advised: float) -> None:
+    pytest.importorskip("matplotlib")
+    budgets = (0.9, 0.5, 0.3)
+    points = [Point("a", cost, Cost(int(1000 * cost), 300), 0.895 if cost >= advised else 0.5) for cost in budgets]
+    picture = ET.fromstring(draw(make(points), "svg"))
+    (words,) = [found for found in picture.iter() if found.text == f"advised: {advised}"]
+    start = float(words.get("x", "0"))
+    frame = next(group for group in picture.iter() if group.get("id") == "patch_2")
+    edge = max(float(x) for x in re.findall(r"[ML] ([\d.]+) ", next(iter(frame)).get("d", "")))
+    assert start + 70 < edge  # points; the words take some 65 of them
+
+
+def test_budgets_that_fail_for_one_reason_share_a_line() -> None:
+    failures = [Point("a", budget, failed=f"the budget of {budget:g} is out of reach") for budget in (0.4, 0.2, 0.1)]
+    lines = fine_print(
+        make(
+            [
+                *failures,
+                Point("b", 0.4, failed="the budget of 0.4 is out of reach"),
+                Point("b", 0.9, Cost(900, 450), 0.9),
+            ]
+        )
+    )
+    assert [line for line in lines if "reach" in line] == [
+        "a at 0.4, 0.2 and 0.1: the budget of 0.4 is out of reach.",
+        "b at 0.4: the budget of 0.4 is out of reach.",
+    ]
+    other = fine_print(make([failures[0], Point("a", 0.2, failed="it is something else")]))
+    assert [line for line in other if line.startswith("a at")] == [
+        "a at 0.4: the budget of 0.4 is out of reach.",
+        "a at 0.2: it is something else.",
+    ]

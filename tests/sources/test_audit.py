@@ -151,6 +151,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "another method": (lambda: module(_call_impl=nn.ReLU), "puts another _call_impl into a"),
     "compiled": (lambda: compiled(), "puts another _compiled_call_impl into a"),
     "dunder": (lambda: module(__deepcopy__=nn.ReLU), r"fills a torch\.nn.*Sequential in another way"),
+    "overloads": (lambda: module(__overloads__={"forward": ["f"]}), r"fills a torch\.nn.*Sequential in another way"),
     "hook": (lambda: module(_forward_hooks=OrderedDict({1: nn.ReLU()})), "has hooks on a"),
     "hook of the weights": (lambda: module(_state_dict_hooks=OrderedDict({1: nn.ReLU})), "has hooks on a"),
     "class for a child": (lambda: module(_modules={"0": nn.ReLU}), "has other things than such in the _modules of"),
@@ -197,6 +198,16 @@ def test_modules_of_another_making_are_refused(name: str) -> None:
 def test_whole_models_come_through(build: Callable[..., nn.Module]) -> None:
     with torch.device("meta"):
         model = build()
+    assert repr(load(saved(model))) == repr(model)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is:FutureWarning", "ignore:.torch.jit.script. is:DeprecationWarning"
+)
+def test_a_module_that_has_been_scripted_before_comes_through() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    torch.jit.script(model)
+    assert vars(model)["__overloads__"] == {}, "then this test is of no use"
     assert repr(load(saved(model))) == repr(model)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError
 from asymswap.sources import torchvision_models
 from asymswap.sources.builders import build, build_unset, known_references
-from asymswap.tensors import list_tensors
+from asymswap.tensors import WithoutMemory, allocated, list_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +45,40 @@ def test_all_but_the_weights_is_there(reference: str) -> None:
     for name, tensors in rest_of(unset).items():
         assert len(tensors) == len(wanted[name])
         assert all(torch.equal(one, other) for one, other in zip(tensors, wanted[name], strict=True)), name
+
+
+LAYOUTS = {
+    "plain": torch.empty(3, 4, device="meta", dtype=torch.bfloat16),
+    "a number": torch.empty((), device="meta", dtype=torch.int64),
+    "nothing": torch.empty(0, 3, device="meta"),
+    "channels last": torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last),
+    "flags": torch.empty(3, device="meta", dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_is_given_in_the_layout_and_can_be_written(layout: str) -> None:
+    module = nn.Module()
+    module.register_buffer("ghost", LAYOUTS[layout])
+    made: Any = allocated(module).ghost
+    ghost = LAYOUTS[layout]
+    assert (made.shape, made.stride(), made.dtype) == (ghost.shape, ghost.stride(), ghost.dtype)
+    assert made.device.type == "cpu"
+    assert bool((made.fill_(1) == 1).all())
+    # What is stored of it is its own numbers.
+    assert made.untyped_storage().nbytes() == made.numel() * made.element_size()
+
+
+def test_where_memory_must_not_be_taken_none_is() -> None:
+    layer = nn.Linear(3, 4, device="meta")
+    with WithoutMemory(torch.empty, torch.empty_like):
+        assert all(tensor.is_meta for tensor in allocated(layer).parameters())
+    assert not any(tensor.is_meta for tensor in allocated(layer).parameters())
+
+
+def test_more_memory_than_there_is_cannot_be_had() -> None:
+    with pytest.raises(MemoryError, match=r"^4611686018427387904 bytes cannot be had$"):
+        allocated(nn.Linear(2**40, 2**20, bias=False, device="meta"))
 
 
 @pytest.mark.slow

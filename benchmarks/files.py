@@ -1,0 +1,249 @@
+"""A file of each of torchvision's classifiers, converted by the shortest command there is.
+
+    python benchmarks/files.py [--models resnet18 vgg16] [--again] [--out build/files.json] [--folder build/files]
+
+For each classifier with random weights (seed 0): its state_dict by torch.save, and `torch.save(model)`. Of both,
+
+    asymswap convert FILE.pt --recipe 3x3-only
+
+in a process of its own. Then, in another process, forked off one that has done nothing but the imports, what was
+written is loaded and compared, tensor by tensor and at the output, with a conversion of the very module in memory,
+whose architecture needed no guess. The files are made in
+--folder, each model's when its turn comes, and deleted after it: room for four times the largest model's weights is
+needed there (regnet_y_128gf: 2.6 GB), and as much memory. Models that are in the JSON already are skipped, unless
+--again, or they failed. benchmarks/coverage.py puts the results on the page docs/coverage.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from measured import (
+    ASYMSWAP,
+    apart,
+    import_everything,
+    machine,
+    machine_text,
+    markdown_table,
+    read_json,
+    run,
+    run_well,
+    table,
+    write_json,
+)
+
+RECIPE = "3x3-only"
+TIMEOUT = 1800.0
+KINDS = {"state dict": "state.pt", "pickled module": "module.pt"}
+STRUCTURE = "skeleton:"
+"""What a checkpoint says of a module that was pickled: its structure is stored, by the name of its class."""
+
+COLUMNS = ["model", "file", "exit", "taken for", "swapped", "tensors", "output", "seconds", "peak MB"]
+
+
+def prepare(name: str, folder: Path) -> dict[str, Any]:
+    """Write both files of a model."""
+    import torch
+    from torchvision import models
+
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None)
+    torch.save(model.state_dict(), folder / KINDS["state dict"])
+    torch.save(model, folder / KINDS["pickled module"])
+    return {}
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """How each result in the folder differs from a conversion in memory."""
+    import torch
+
+    import asymswap
+    from asymswap.checkpoint import read_checkpoint
+    from asymswap.inputs import probe
+
+    # Our own file; a class needs no guess.
+    original = torch.load(folder / KINDS["pickled module"], weights_only=False)
+    wanted = asymswap.convert(original.eval(), RECIPE)
+    inputs = probe(wanted.header.preprocessing, torch.float32, images=1, seed=1)
+    tensors = wanted.model.state_dict()
+    with torch.no_grad():
+        output = wanted.model(*inputs)
+        found = {}
+        for kind, file in KINDS.items():
+            path = folder / result(file)
+            if not path.exists():
+                continue
+            header, model = read_checkpoint(path).header, asymswap.load(path)
+            state = model.state_dict()
+            found[kind] = {
+                "taken_for": header.origin.reference,
+                "class": f"{type(original).__module__}.{type(original).__qualname__}",
+                "swapped": sum(len(plan.swaps) for plan in header.plans),
+                "same_keys": list(state) == list(tensors),
+                "tensors": max(gap(tensor, state[key]) for key, tensor in tensors.items() if key in state),
+                "output": gap(output, model(*inputs)),
+            }
+            del model, state
+    return found
+
+
+def gap(one: Any, other: Any) -> float:
+    """The largest difference of two tensors, relative to the first's largest value."""
+    if one.shape != other.shape:
+        return float("inf")
+    if not one.numel():
+        return 0.0
+    most = float((one.double() - other.double()).abs().max())
+    return most / float(one.double().abs().max()) if most else 0.0
+
+
+def result(file: str) -> str:
+    """The name that the command gives to what it makes of a file."""
+    return f"{Path(file).stem}.asym.pt"
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Both files of a model: made, converted, compared."""
+    made = apart(functools.partial(prepare, name, folder), TIMEOUT)
+    if "failed" in made:
+        sys.exit(f"{name} could not be prepared: {made['failed']}")
+    rows: dict[str, Any] = {}
+    for kind, file in KINDS.items():
+        done = run([ASYMSWAP, "convert", file, "--recipe", RECIPE], folder)
+        rows[kind] = {
+            "exit": done.code,
+            "said": (done.err.strip().splitlines() or [""])[-1][:300],
+            "seconds": round(done.seconds, 2),
+            "peak_mb": round(done.peak_mb),
+            "others": round(done.others, 2),
+        }
+    found = apart(functools.partial(check, folder), TIMEOUT)
+    if "failed" in found:
+        sys.exit(f"what was made of {name} could not be compared: {found['failed']}")
+    return {kind: {**row, **found.get(kind, {})} for kind, row in rows.items()}
+
+
+def good(name: str, row: dict[str, Any]) -> bool:
+    """Whether a file was taken for what it is, and became what the module in memory becomes."""
+    if row["exit"] or "taken_for" not in row:
+        return False
+    same = row["same_keys"] and row["tensors"] <= 1e-5 and row["output"] <= 1e-4
+    return bool(same) and row["taken_for"] in (f"torchvision:{name}", f"{STRUCTURE}{row['class']}")
+
+
+def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the JSON lacks, and write it after each model."""
+    data = read_json(wanted.out, {"models": {}})
+    data["machine"] = machine()
+    import_everything()
+    for number, name in enumerate(names, start=1):
+        rows = data["models"].get(name)
+        if rows and not wanted.again and all(good(name, row) for row in rows.values()):
+            continue
+        folder = (wanted.folder / name).resolve()
+        folder.mkdir(parents=True)
+        try:
+            data["models"][name] = measure(name, folder)
+        finally:
+            shutil.rmtree(folder)
+        data["models"] = dict(sorted(data["models"].items()))
+        write_json(wanted.out, data)
+        for kind, row in data["models"][name].items():
+            print(f"{number}/{len(names)}", "  ".join(cells(name, kind, row)), file=sys.stderr, flush=True)
+    return data
+
+
+def cells(name: str, kind: str, row: dict[str, Any]) -> list[str]:
+    found = "taken_for" in row
+    return [
+        name,
+        kind,
+        f"{row['exit']}" + (f": {row['said']}" if row["exit"] else ""),
+        taken_for(row["taken_for"]) if found else "",
+        f"{row['swapped']}" if found else "",
+        ("other keys" if not row["same_keys"] else f"{row['tensors']:.0e}" if row["tensors"] else "equal")
+        if found
+        else "",
+        (f"{row['output']:.0e}" if row["output"] else "equal") if found else "",
+        f"{row['seconds']:.1f}",
+        f"{row['peak_mb']}",
+    ]
+
+
+def taken_for(reference: str) -> str:
+    if reference.startswith(STRUCTURE):
+        return f"its class, {reference.rpartition('.')[2]}"
+    return reference.removeprefix("torchvision:")
+
+
+def every_row(data: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(name, kind, row) for name, rows in data["models"].items() for kind, row in rows.items()]
+
+
+def totals(data: dict[str, Any]) -> list[str]:
+    """What all rows together say."""
+    rows = every_row(data)
+    if not rows:
+        return []
+    lines = []
+    for kind in KINDS:
+        names = [name for name, one, _ in rows if one == kind]
+        failed = [name for name, one, row in rows if one == kind and not good(name, row)]
+        line = f"`asymswap convert FILE.pt --recipe {RECIPE}` of a {kind}: {len(names) - len(failed)} of {len(names)}"
+        line += " classifiers of torchvision taken for what they are, converted, and loaded again"
+        lines.append(line + (f"; not so: {', '.join(failed)}." if failed else "."))
+    loaded = [(name, row) for name, _, row in rows if "taken_for" in row]
+    for key, what in (("tensors", "a tensor"), ("output", "the output")):
+        worst, row = max(loaded, key=lambda pair: pair[1][key])
+        equal = sum(not row[key] for _, row in loaded)
+        lines.append(
+            f"Against a conversion of the module in memory, {what} differs by at most {row[key]:.1e} ({worst}); "
+            f"it is equal to the bit in {equal} of {len(loaded)}."
+        )
+    none = sorted({name for name, row in loaded if not row["swapped"]})
+    lines.append(
+        f"{len(none)} classifiers have no conv that {RECIPE} speaks of: said, exit code 0, written as they were."
+    )
+    return lines
+
+
+def section(data: dict[str, Any]) -> str:
+    """The part of docs/coverage.md that tells of files."""
+    shown = markdown_table(COLUMNS, [cells(*row) for row in every_row(data)], left=4)
+    facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
+    return f"""## Files of torchvision's classifiers
+
+Written by `python benchmarks/files.py`. Each classifier with random weights (seed 0) as a state_dict and as a
+`torch.save(model)`; `asymswap convert FILE.pt --recipe {RECIPE}`, with no other flag, in a process of its own; what it
+wrote is loaded in another process and compared with a conversion of the module in memory, whose architecture needed no
+guess. Tensors, output: the largest difference relative to the largest value, of any tensor and of the output for one
+random image. Seconds and peak memory: those of the command.
+
+Machine: {facts}.
+
+{shown}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--again", action="store_true", help="measure again what is in the JSON")
+    parser.add_argument("--out", type=Path, default=Path("build/files.json"))
+    parser.add_argument("--folder", type=Path, default=Path("build/files"))
+    wanted = parser.parse_args()
+    # Asked for in another process, to keep torch out of this one until the environment is set.
+    code = "from torchvision import models; print(*models.list_models(models))"
+    names = wanted.models or run_well([sys.executable, "-c", code]).out.split()
+    data = survey(names, wanted)
+    shown = table(COLUMNS, [cells(*row) for row in every_row(data)])
+    print(machine_text(), "", *totals(data), "", shown, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
