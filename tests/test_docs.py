@@ -24,7 +24,15 @@ from asymswap.cli.main import main
 ALL = [block for page in PAGES for block in blocks(page)]
 WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL, "python") for b in blocks(page))]
 # Those whose examples convert a ResNet-18, download nothing, and take longest.
-SLOW = {"README.md", "reports.md", "models.md", "tutorial.md", "after-conversion.md", "finetuning.md"}
+SLOW = {
+    "README.md",
+    "benchmarking.md",
+    "reports.md",
+    "models.md",
+    "tutorial.md",
+    "after-conversion.md",
+    "finetuning.md",
+}
 
 Capture = pytest.CaptureFixture[str]
 

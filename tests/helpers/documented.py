@@ -12,6 +12,7 @@ The blocks of a page run in turn, in one folder, with the files of `prepared.py`
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import tomllib
@@ -115,11 +116,11 @@ def inline_options(page: Path) -> Iterator[str]:
         yield from re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", span)
 
 
-def known_options() -> set[str]:
+@functools.cache
+def known_options() -> frozenset[str]:
     """Every long option of every command."""
-    return {name for command in _group().commands.values() for part in command.params for name in _names(part)} | (
-        _FURTHER
-    )
+    every = (part for command in _group().commands.values() for part in command.params)
+    return frozenset(name for part in every for name in _names(part)) | _FURTHER
 
 
 def check(block: Block) -> None:

@@ -66,10 +66,13 @@ def _readme(folder: Path) -> None:
 
 
 def _after_conversion(folder: Path) -> None:
-    model = _cifar(folder)
+    _cifar(folder)
     _photos(folder)
     _convert(folder, "model.asym.pt", str(folder / "model.pt"), "weighted-offset", arch="cifar:resnet20")
-    del model
+
+
+def _benchmarking(folder: Path) -> None:
+    _convert(folder, "digits-resnet.asym.pt", "digits-resnet", "half-macs")
 
 
 def _calibration(folder: Path) -> None:
@@ -124,6 +127,7 @@ def _reports(folder: Path) -> None:
 _FILES = {
     "README.md": _readme,
     "after-conversion.md": _after_conversion,
+    "benchmarking.md": _benchmarking,
     "calibration.md": _calibration,
     "checkpoints.md": _checkpoints,
     "finetuning.md": _finetuning,
