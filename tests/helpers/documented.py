@@ -161,7 +161,7 @@ def _names(part: Any) -> list[str]:
 
 
 def _check_command(words: list[str], block: Block) -> None:
-    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+    while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=\S+", words[0]):
         words = words[1:]
     program, arguments = words[0], words[1:]
     if program == "asymswap":
