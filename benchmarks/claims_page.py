@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,10 +167,13 @@ def _verdicts(book: Book, wanted: Mapping[str, Any], of: Callable[[Result], floa
     for data in wanted["data"]:
         for way in wanted["ways"]:
             for kind in _kinds(wanted):
-                found = difference(book.pairs(data=data, way=way, kind=kind), of)
+                pairs = book.pairs(data=data, way=way, kind=kind)
+                found = difference(pairs, of)
                 if found is not None:
-                    rows.append([TITLES[data], way, kind, str(found.pairs), str(found), found.verdict])
-    return markdown_table(["data", "how", "kind", "pairs", "points (95 %)", "verdict"], rows, left=3)
+                    counts = Counter(one.network for one, _ in pairs)
+                    of_which = ", ".join(f"{network} {count}" for network, count in counts.items())
+                    rows.append([TITLES[data], way, kind, of_which, str(found), found.verdict])
+    return markdown_table(["data", "how", "kind", "pairs", "points (95 %)", "verdict"], rows, left=4)
 
 
 def _summary(book: Book, wanted: Mapping[str, Any], of: Callable[[Result], float]) -> str:
@@ -321,7 +324,8 @@ def _tables(book: Book, data: str, way: str, wanted: Mapping[str, Any], picture:
             "",
             f"![Accuracy over epochs: {title}]({picture})",
             "",
-            "Lines are means over the seeds, bands reach from the lowest to the highest; epoch 0 is before training.",
+            "Lines are means over the seeds, bands reach from the lowest to the highest. Epoch 0 is before "
+            "training, and may lie below the frame.",
             "",
             markdown_table(COLUMNS, rows, left=2),
             "",
@@ -375,6 +379,7 @@ def _draw(book: Book, data: str, way: str, wanted: Mapping[str, Any], target: Pa
     figure = Figure(figsize=(4 * max(2, len(networks)), 4), layout="constrained")
     every = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
+    floor = 100.0
     for axes, network in zip(every, networks, strict=True):
         for number, kind in enumerate(wanted["kinds"]):
             curves = [one.found["top1"] for one in book.some(data=data, way=way, network=network, kind=kind)]
@@ -384,6 +389,7 @@ def _draw(book: Book, data: str, way: str, wanted: Mapping[str, Any], target: Pa
             style = {"color": "black" if kind == PLAIN else f"C{number - 1}", "linewidth": 2 if kind == PLAIN else 1.2}
             (line,) = axes.plot([100 * mean(point) for point in points], label=kind, **style)
             low, high = ([100 * end(point) for point in points] for end in (min, max))
+            floor = min([floor, *low[1:]])
             axes.fill_between(range(len(points)), low, high, color=style["color"], alpha=0.1, linewidth=0)
             handles[kind] = line
         axes.set_title(network)
@@ -391,6 +397,8 @@ def _draw(book: Book, data: str, way: str, wanted: Mapping[str, Any], target: Pa
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     every[0].set_ylabel("top-1 accuracy in %")
+    # From the first epoch's end on: what chance has made before would leave the rest no room.
+    every[0].set_ylim(bottom=floor - 2)
     figure.legend(
         handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=6, fontsize="small"
     )
