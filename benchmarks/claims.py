@@ -7,7 +7,7 @@ Every kind in three networks, (a) trained from scratch: a network with random we
 (b) converted from the trained plain network of the same seed, then fine-tuned; beside the plain network, trained
 equally long on the same images in the same order. All with asymswap's own `convert`, `finetune`, `evaluate` and `fuse`.
 
-Each seed is trained in a process of its own (on digits all kinds of a network and seed in one, for there the imports
+Each seed is trained in a process of its own (on digits all kinds of a network, way and seed in one, for there the imports
 would take longer than the training), one at a time, and each result is a file below --out as soon as it is there:
 what is there is not done again, so that the command goes on where it was interrupted. The most telling runs come first.
 `--minutes` ends it after the run that is being made then; `--markdown` and the pictures are made of what there is.
@@ -330,16 +330,13 @@ def kept_bytes(model: Any, setting: Setting) -> int:
 def wanted_runs(wanted: argparse.Namespace) -> Iterator[Run]:
     """All of them, the most telling first: the first network from scratch, then converted, then the others.
 
-    The kind whose training takes longest by far comes at the end.
+    On large images the kind whose training takes longest by far comes at the end.
     """
+    slow = ["predicted-offset"]
     for data in wanted.data:
-        if SETTINGS[data].together:
-            for fields in itertools.product(wanted.networks, wanted.seeds, wanted.ways, wanted.kinds):
-                network, seed, way, kind = fields
-                yield Run(data, network, way, kind, seed)
-            continue
-        for slow in (False, True):
-            kinds = [kind for kind in wanted.kinds if (kind == "predicted-offset") == slow]
+        late = [] if SETTINGS[data].together else [kind for kind in wanted.kinds if kind in slow]
+        early = [kind for kind in wanted.kinds if kind not in late]
+        for kinds in (early, late):
             for network, way, seed, kind in itertools.product(wanted.networks, wanted.ways, wanted.seeds, kinds):
                 yield Run(data, network, way, kind, seed)
 
@@ -369,7 +366,7 @@ def main() -> None:
 
 def _processes(runs: Sequence[Run]) -> Iterator[list[Run]]:
     """The runs of each process, in order."""
-    shared = itertools.groupby(runs, lambda run: (run.data, run.network, run.seed))
+    shared = itertools.groupby(runs, lambda run: (run.data, run.network, run.way, run.seed))
     for _, group in shared:
         some = list(group)
         if SETTINGS[some[0].data].together:
