@@ -7,8 +7,8 @@ Every kind in three networks, (a) trained from scratch: a network with random we
 (b) converted from the trained plain network of the same seed, then fine-tuned; beside the plain network, trained
 equally long on the same images in the same order. All with asymswap's own `convert`, `finetune`, `evaluate` and `fuse`.
 
-Each seed is trained in a process of its own (on digits all kinds of a network, way and seed in one, for there the imports
-would take longer than the training), one at a time, and each result is a file below --out as soon as it is there:
+Each seed is trained in a process of its own, one at a time (on digits all kinds of a network, way and seed in one, for
+there the imports would take longer than the training), and each result is a file below --out as soon as it is there:
 what is there is not done again, so that the command goes on where it was interrupted. The most telling runs come first.
 `--minutes` ends it after the run that is being made then; `--markdown` and the pictures are made of what there is.
 """

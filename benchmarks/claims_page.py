@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from measured import markdown_table
@@ -236,25 +236,22 @@ def _inference(book: Book) -> str:
     if not pairs:
         return "\n".join([*lines, "Not measured yet."])
     fused = [one.found["fused"] for one, _ in pairs]
-    # A bias a conv is what a fused block has and a conv before a batch norm has not.
-    extra = [one.found["fused"]["params"] - plain.found["params"] for one, plain in pairs]
+    macs = _range([one.found["fused"]["macs"] / plain.found["macs"] for one, plain in pairs])
+    params = _range([one.found["fused"]["params"] / plain.found["params"] for one, plain in pairs])
+    before, after = ([one["ms"][form] / one["ms"]["plain"] for one in fused] for form in ("converted", "fused"))
+    changed = max(one["output_change"] for one in fused)
+    agreement = 100 * min(one["agreement"] for one in fused)
+    moved = 100 * max(abs(one["top1"] - one["top1_before"]) for one in fused)
+    fitting = sum(one["as_original"] for one in fused)
     lines.append(
-        f"{len(pairs)} trained networks were fused back. MACs of the fused over the plain network: "
-        f"{_range([one.found['fused']['macs'] / plain.found['macs'] for one, plain in pairs])}; parameters more than "
-        f"it: {min(extra)} to {max(extra)}; outputs changed by at most "
-        f"{max(one['output_change'] for one in fused):.1e} of their size; on the test images the fused network gives "
-        f"the same class for {100 * min(one['agreement'] for one in fused):.2f} % or more, and its accuracy differs "
-        f"by at most {100 * max(abs(one['top1'] - one['top1_before']) for one in fused):.2f} points. "
-        f"{sum(one['as_original'] for one in fused)} of them fit the plain network's own state dict. Time of a batch "
-        "of 32, as a median of the ratios to the plain network timed in turn with it: "
-        f"{_median([one['ms']['converted'] / one['ms']['plain'] for one in fused]):.2f} before it is fused, "
-        f"{_median([one['ms']['fused'] / one['ms']['plain'] for one in fused]):.2f} after."
+        f"{len(pairs)} trained networks were fused back and measured again. Of the plain network's MACs they have {macs}, "
+        f"of its parameters {params} (fused convs have a bias where no batch norm follows that could hold it); "
+        f"{fitting} of them fit its own state dict. Their outputs are those of the unfused ones but for {changed:.1e} of "
+        f"their size, their classes on the test images the same for at least {agreement:.2f} %, their accuracies within "
+        f"{moved:.2f} points. Time of a batch of 32, each timed in turn with the plain network: {median(before):.2f} of it "
+        f"before fusing, {median(after):.2f} after (medians of the networks)."
     )
     return "\n".join(lines)
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _setting(book: Book, wanted: Mapping[str, Any]) -> str:
