@@ -244,12 +244,11 @@ def _inference(book: Book) -> str:
     moved = 100 * max(abs(one["top1"] - one["top1_before"]) for one in fused)
     fitting = sum(one["as_original"] for one in fused)
     lines.append(
-        f"{len(pairs)} trained networks were fused back and measured again. Of the plain network's MACs they have {macs}, "
-        f"of its parameters {params} (fused convs have a bias where no batch norm follows that could hold it); "
-        f"{fitting} of them fit its own state dict. Their outputs are those of the unfused ones but for {changed:.1e} of "
-        f"their size, their classes on the test images the same for at least {agreement:.2f} %, their accuracies within "
-        f"{moved:.2f} points. Time of a batch of 32, each timed in turn with the plain network: {median(before):.2f} of it "
-        f"before fusing, {median(after):.2f} after (medians of the networks)."
+        f"{len(pairs)} trained networks were fused back and measured again. Of the plain network's MACs they have "
+        f"{macs}, of its parameters {params}; {fitting} of them fit its own state dict. Their outputs are those of the "
+        f"unfused ones but for {changed:.1e} of their size, their classes on the test images the same for at least "
+        f"{agreement:.2f} %, their accuracies within {moved:.2f} points. Time of a batch of 32, each timed beside "
+        f"the plain network: {median(before):.2f} of it before fusing, {median(after):.2f} after (medians)."
     )
     return "\n".join(lines)
 
