@@ -219,7 +219,7 @@ def _check_launched(arguments: list[str], block: Block) -> None:
 
 def _check_targets(targets: list[str]) -> None:
     known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    for target in targets:
+    for target in (each for each in targets if "=" not in each):
         if target not in known:
             raise ValueError(f"the Makefile has no {target!r}; it has {', '.join(known)}")
 
