@@ -176,7 +176,7 @@ def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
         "",
         "All networks and seeds of one kind together; each run is compared with the plain network of its own seed. "
         "Differences are in points of accuracy, with Student's 95 % interval over the pairs. *Holds* and *does not "
-        f"hold* take at least {ENOUGH} pairs and a paired t-test that stays below 0.05 when it is corrected for all the "
+        f"hold* take at least {ENOUGH} pairs and a paired t-test that stays below 0.05 once corrected for all the "
         "tests of this page (Holm); *leans* says that it does so only uncorrected, which with so many tests happens by "
         "chance too; all else is *not decided*. The intervals are about other seeds: the test images are always the "
         "same (360 of digits, one of which is 0.28 points), and the networks are these.",
