@@ -57,6 +57,7 @@ class Setting:
     """How all networks are trained on some data, which `images` says in words."""
 
     images: str
+    test: int
     size: tuple[int, int, int]
     epochs: dict[str, int]
     lr: dict[str, float]
@@ -70,6 +71,7 @@ class Setting:
 SETTINGS = {
     "digits": Setting(
         images="scikit-learn's digits, 1,437 images to train on and 360 to test",
+        test=360,
         size=(1, 8, 8),
         epochs={"scratch": 6, "converted": 3},
         lr={"scratch": 2e-3, "converted": 1e-3},
@@ -81,6 +83,7 @@ SETTINGS = {
     ),
     "cifar10": Setting(
         images="10,000 images to train on and 2,000 to test",
+        test=2000,
         size=(3, 32, 32),
         epochs={"scratch": 5, "converted": 3},
         lr={"scratch": 3e-3, "converted": 1e-3},

@@ -14,9 +14,9 @@ from scipy import stats
 
 # For what it imports of its own folder.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from claims_page import Book, Result, difference, write_page
+from claims_page import Book, Difference, Result, difference, verdicts, write_page
 
-PERCENT = st.floats(0, 100, allow_nan=False)
+PERCENT = st.integers(0, 1000).map(lambda right: right / 10)
 
 
 def result(kind: str, seed: int, *top1: float, network: str = "resnet18") -> Result:
@@ -44,9 +44,7 @@ def test_the_interval_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]
     test = stats.ttest_rel([a for a, _ in pairs], [b for _, b in pairs])
     interval = test.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-6)
-    if abs(test.pvalue - 0.05) > 1e-6:
-        decided = test.pvalue < 0.05
-        assert found.verdict == (("holds" if found.mean > 0 else "does not hold") if decided else "not decided")
+    assert found.p == pytest.approx(test.pvalue, rel=1e-6, abs=1e-9)
 
 
 def test_two_pairs_decide_nothing_however_far_apart() -> None:
@@ -54,8 +52,25 @@ def test_two_pairs_decide_nothing_however_far_apart() -> None:
     found = difference(runs, lambda one: one.final)
     assert found is not None
     assert found.low > 0
-    assert found.verdict == "not decided"
+    assert verdicts([found]) == ["not decided"]
     assert difference([], lambda one: one.final) is None
+
+
+def test_what_many_tests_let_happen_by_chance_only_leans() -> None:
+    def told(*ps: float) -> list[str]:
+        return verdicts([Difference(9, 1.0 if n % 2 == 0 else -1.0, -5.0, 5.0, p) for n, p in enumerate(ps)])
+
+    assert told(0.04) == ["holds"]
+    assert told(0.04, 0.03, 0.5) == ["not decided, leans to yes", "not decided, leans to no", "not decided"]
+    # Holm's steps: 3 x 0.01, then 2 x 0.02, then 0.04.
+    assert told(0.02, 0.01, 0.04) == ["holds", "does not hold", "holds"]
+
+
+def test_equal_differences_of_one_image_decide_nothing() -> None:
+    runs = [(result("acb", n, 0.0, 0.9), result("plain", n, 0.0, 0.91)) for n in range(3)]
+    found = difference(runs, lambda one: one.final, grain=1.0)
+    assert found is not None
+    assert found.low < 0 < found.high
 
 
 def test_a_run_is_compared_with_the_plain_network_of_its_own_seed_and_network() -> None:
@@ -79,7 +94,8 @@ def test_the_page_says_what_is_missing_and_reads_what_is_there(tmp_path: Path) -
         content = dict(result(kind, 0, *curve).found)
         (folder / f"se-resnet18-scratch-{kind}-0.json").write_text(json.dumps(content))
     setting = SimpleNamespace(
-        size=(1, 8, 8), images="few", epochs={"scratch": 2, "converted": 1}, lr={"scratch": 1.0, "converted": 1.0},
+        size=(1, 8, 8), images="few", test=360, epochs={"scratch": 2, "converted": 1},
+        lr={"scratch": 1.0, "converted": 1.0},
         batch=2, precision="fp32",
     )  # fmt: skip
     wanted = {
