@@ -53,7 +53,7 @@ def _existing(entry: Any) -> Any:
     return entry if there or inside not in COMING else None
 
 
-COMING = {"claims.md", "performance.md"}
+COMING = {"performance.md"}
 
 
 def _turned(text: str, folder: str) -> str:

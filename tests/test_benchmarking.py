@@ -245,18 +245,16 @@ class TestLayers:
                 return super().forward(x)
 
         first = nn.Sequential(Slow(4, 3, 8, 1), Slow(6, 8, 8, 1), Slow(1, 8, 4, 1))
-        # Half of the MACs in the middle, and in the last: one takes a pair for it, which has no name in the first.
+        # A pair at half of the MACs takes the place of the second, nearly as slow; the third is faster by itself.
         pair = nn.Sequential(Slow(2, 8, 2, 1), Slow(3.5, 2, 8, 1))
         other = nn.Sequential(Slow(4, 3, 8, 1), pair, Slow(0.5, 8, 4, 1))
         found = run(first, other, batches=[2], layers=True)
         rows = found.layers[0].rows
-        assert [(row.layer, row.first, row.own) for row in rows] == [("1", 6, 5.5), ("0", 4, 4), ("2", 1, 0.5)] or [
-            row.layer for row in rows
-        ] == ["1", "2", "0"]
+        assert [(row.layer, row.first, row.own) for row in rows] == [("1", 6, 5.5), ("2", 1, 0.5), ("0", 4, 4)]
         assert rows[0].first_macs == 2 * 64 * 64
         assert rows[0].macs == 2 * 32 * 64
         assert rows[0].excess == pytest.approx(5.5 - 3)
-        assert [abs(row.excess) for row in rows] == sorted((abs(row.excess) for row in rows), reverse=True)
+        assert rows[1].excess == pytest.approx(-0.5)
         total = sum(row.macs for row in rows) + found.layers[0].rest.macs
         assert total == 2 * found.models[1].cost.macs
 

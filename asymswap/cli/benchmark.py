@@ -82,6 +82,7 @@ def benchmark(
     trust_code: o.TrustCode = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
     json: o.Json = False,
+    quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Time models in PyTorch, torch.compile and ONNX Runtime, all in turn, and set time beside MACs.
@@ -96,7 +97,7 @@ def benchmark(
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
     size = o.parse_input_size(input_size)
-    with screen.progress(quiet=json or markdown) as step:
+    with screen.progress(quiet) as step:
         from asymswap.benchmarking import FORMATS
         from asymswap.benchmarking import benchmark as run
         from asymswap.reporting import benchmark as views
@@ -124,6 +125,6 @@ def benchmark(
         screen.print_json(views.benchmark_to_json(found))
     elif markdown:
         typer.echo(views.benchmark_to_markdown(found, layers), nl=False)
-    else:
+    elif not quiet:
         console = screen.console()
         screen.show(views.benchmark_view(found, console.width, layers), console)

@@ -3,9 +3,8 @@
 The student sees what the teacher sees, each image mirrored or not and shifted a little (Beyer et al., 2022: a
 consistent teacher and augmented images, for as long as it takes). What is made small is the squared difference of the
 outputs, of class scores before the softmax (Ba and Caruana, 2014): a network is so sure of the images that it was
-trained on that the probabilities themselves tell next to nothing; and so are the differences of the outputs of the
-blocks in which layers were swapped (Romero et al., 2015). Batch norms keep their statistics. Some images are held back;
-the weights that are kept are those whose outputs differ least on them, which may be the ones that it began with: it
+trained on that the probabilities themselves tell next to nothing. Batch norms keep their statistics. Some images are
+held back; the weights that are kept are those that differ least on them, which may be the ones that it began with: it
 never ends worse than that.
 """
 
@@ -14,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +23,12 @@ from torch.nn import functional as F
 from asymswap.errors import AsymswapError
 from asymswap.spec import Progress, silent
 from asymswap.tensors import eval_mode
-from asymswap.training.distill import blocks_around, caught, difference, feature_error
+from asymswap.training.distill import difference
 
 _LEARNING_RATE = 2e-3
 _BATCH = 128
 _CHECKS = 20
 _WARM_UP = 0.05
-_FEATURES = 0.5
-"""The weight of the blocks' outputs beside that of the whole."""
 _SHIFT = 8
 """Images are shifted by up to this part of their sides: one eighth."""
 
@@ -78,7 +75,6 @@ def polish_(
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not trainable:
         raise AsymswapError("there is nothing to polish: every parameter of the model is frozen")
-    blocks = blocks_around(_swapped(teacher, student), teacher, student)
     with eval_mode(teacher, student):
         held_out = _HeldOut(teacher, held)
         before = best = held_out.difference(student)
@@ -95,40 +91,22 @@ def polish_(
                 next_check += 1 / _CHECKS
             if part >= 1:
                 break
-            _step(teacher, student, blocks, batch, optimizer, part)
+            _step(teacher, student, batch, optimizer, part)
             done += 1
             progress("polishing", min(1000, int(1000 * part)), 1000)
     converted.load_state_dict(kept)
     return Polished(done, kept_step, before, best, len(images), time.perf_counter() - start)
 
 
-def _swapped(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """The modules that are another in the student."""
-    there = dict(student.named_modules())
-    return [name for name, module in teacher.named_modules() if name in there and type(there[name]) is not type(module)]
-
-
-def _step(
-    teacher: nn.Module,
-    student: nn.Module,
-    blocks: Sequence[str],
-    batch: Tensor,
-    optimizer: torch.optim.Optimizer,
-    part: float,
-) -> None:
+def _step(teacher: nn.Module, student: nn.Module, batch: Tensor, optimizer: torch.optim.Optimizer, part: float) -> None:
     rate = min(1.0, part / _WARM_UP) if part < _WARM_UP else 0.5 * (1 + math.cos(math.pi * part))
     for group in optimizer.param_groups:
         group["lr"] = _LEARNING_RATE * max(rate, 0.01)
-    with torch.no_grad(), caught(teacher, blocks) as taught:
+    with torch.no_grad():
         # A copy: a model may change its input in place.
         wanted = teacher(batch.clone())
-    with caught(student, blocks) as learned:
-        loss = difference(wanted, student(batch))
-    error = feature_error(taught, learned)
-    if error is not None:
-        loss = loss + _FEATURES * error
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    difference(wanted, student(batch)).backward()
     nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
 

@@ -58,6 +58,7 @@ QUIET = [
     "show digits-resnet.asym.pt --report r.html",
     "show offset.pt --offsets",
     "compare digits-resnet digits-resnet.asym.pt --no-latency",
+    "benchmark digits-resnet --rounds 1 --layers 0",
     "sweep digits-resnet --recipe half-macs --macs 0.5 --evaluate digits",
     "evaluate digits-resnet --data digits",
     "finetune digits-resnet.asym.pt --data digits --steps 1 --workers 0 --cpu",

@@ -36,8 +36,14 @@ LANGUAGES = (*SHELL, "python", "toml", "text", "mermaid")
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
-# Options that the text names and no command has: those of all commands, of timm's script, of our benchmarks.
-_FURTHER = {"--help", "--version", "--num-classes", "--input-size", "--check"}
+# Options that the text names and no command has: those of all commands and of our benchmarks, of accelerate's launcher,
+# and of the scripts of timm and torchvision.
+_FURTHER = {
+    *("--help", "--version", "--check", "--multi_gpu", "--num_processes"),
+    *("--num-classes", "--input-size", "--crop-pct", "--grad-checkpointing", "--torchscript"),
+    *("--head-init-scale", "--head-init-bias"),
+    *("--train-crop-size", "--val-resize-size", "--val-crop-size", "--norm-weight-decay"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def inline_options(page: Path) -> Iterator[str]:
     """The options that a page's text names between backticks."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     for span in _INLINE.findall(text):
-        yield from re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", span)
+        yield from re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", span)
 
 
 @functools.cache
@@ -161,7 +167,7 @@ def _names(part: Any) -> list[str]:
 
 
 def _check_command(words: list[str], block: Block) -> None:
-    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+    while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=\S+", words[0]):
         words = words[1:]
     program, arguments = words[0], words[1:]
     if program == "asymswap":

@@ -1,0 +1,431 @@
+"""Do asymmetric convolutions converge faster, recognise better, and need fewer parameters and less computation?
+
+    python benchmarks/claims.py [--data digits] [--cifar10 DATA] [--networks …] [--kinds …] [--ways scratch converted]
+        [--seeds 0 1 2] [--minutes M] [--out build/claims] [--markdown docs/claims.md]
+
+Every kind in three networks, (a) trained from scratch: a network with random weights is converted, then trained, and
+(b) converted from the trained plain network of the same seed, then fine-tuned; beside the plain network, trained
+equally long on the same images in the same order. All with asymswap's own `convert`, `finetune`, `evaluate` and `fuse`.
+
+Each seed is trained in a process of its own, one at a time (on digits all kinds of a network, way and seed in one, for
+there the imports would take longer than the training), and each result is a file below --out as soon as it is there:
+what is there is not done again, so that the command goes on where it was interrupted. The most telling runs come first.
+`--minutes` ends it after the run that is being made then; `--markdown` and the pictures are made of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claims_page import write_page
+from measured import machine, write_json
+
+NETWORKS = ("resnet18", "se-resnet18", "densenet")
+KINDS = ("plain", "separable", "acb", "offset", "weighted-offset", "predicted-offset")
+WAYS = ("scratch", "converted")
+FUSED = ("acb", "offset", "weighted-offset")
+
+RULE = "[[rules]]\nmatch = {{ kernel = '3x3', position = ['inner', 'last']{more} }}\nswap = {{ {swap} }}\n"
+RECIPES = {
+    "separable": RULE.format(more="", swap="kind = 'separable', ratio = 0.5"),
+    "acb": RULE.format(more="", swap="kind = 'acb', bn = 'branch'"),
+    "offset": RULE.format(more="", swap="kind = 'offset'"),
+    "weighted-offset": RULE.format(more="", swap="kind = 'weighted-offset'"),
+    # As detectors have it, where feature maps are small: its backward pass takes 100 ns a sample on a CPU, so that all
+    # convs of a network would take an hour an epoch.
+    "predicted-offset": RULE.format(more=", feature_map = '4x4'", swap="kind = 'predicted-offset'"),
+}
+# AdamW moves a parameter by its rate at most in a step: at the rate of the weights, offsets would not get anywhere.
+OFFSET_SCALE = {"offset": 10.0, "weighted-offset": 10.0, "predicted-offset": 1.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How all networks are trained on some data, which `images` says in words."""
+
+    images: str
+    test: int
+    size: tuple[int, int, int]
+    epochs: dict[str, int]
+    lr: dict[str, float]
+    batch: int
+    precision: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    together: bool
+
+
+SETTINGS = {
+    "digits": Setting(
+        images="scikit-learn's digits, 1,437 images to train on and 360 to test",
+        test=360,
+        size=(1, 8, 8),
+        epochs={"scratch": 6, "converted": 3},
+        lr={"scratch": 2e-3, "converted": 1e-3},
+        batch=128,
+        precision="fp32",
+        mean=(0.3054,),
+        std=(0.3761,),
+        together=True,
+    ),
+    "cifar10": Setting(
+        images="10,000 images to train on and 2,000 to test",
+        test=2000,
+        size=(3, 32, 32),
+        epochs={"scratch": 5, "converted": 3},
+        lr={"scratch": 3e-3, "converted": 1e-3},
+        batch=128,
+        precision="bf16",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        together=False,
+    ),
+}
+
+ABOUT = (
+    "Networks: `cifar:resnet18`, `cifar:se-resnet18` and `cifar:densenet` made narrow "
+    "(benchmarks/claims_networks.py): the ResNets have 8, 16, 32 and 64 channels, an eighth of their width, "
+    "squeeze-and-excitation by 4; the DenseNet has growth 8 and four blocks of three layers.",
+    "Every 3x3 conv but the first is replaced; by `predicted-offset` only those whose input is 4x4 (as detectors "
+    "have it, at the end of the network on CIFAR-10, in its middle on digits): its backward pass is a hundred times "
+    "that of a conv here.",
+    "`separable` at half of each conv's MACs; `acb` with a batch norm a branch, as in ACNet, its strips beginning "
+    "without effect; offsets learn at ten times the rate of the weights, else AdamW would not let them get anywhere "
+    "in so few steps; predictors at that of the weights.",
+    "From scratch: a network with random weights of the seed is converted, then trained. Converted: the plain "
+    "network that was trained from scratch with this seed is converted, `separable` and `acb` with 256 of its "
+    "training images (no labels), then fine-tuned; the plain network is fine-tuned beside it, too.",
+    "Accuracy is measured on the test part at each epoch's end; nothing is chosen by it: the last epoch counts.",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    data: str
+    network: str
+    way: str
+    kind: str
+    seed: int
+
+    @property
+    def stem(self) -> Path:
+        """Where its files are, below the output folder."""
+        return Path(self.data) / f"{self.network}-{self.way}-{self.kind}-{self.seed}"
+
+
+class Bench:
+    """Where results are, and from what images."""
+
+    def __init__(self, out: Path, reference: str) -> None:
+        self.out, self.reference = out, reference
+
+    def result(self, run: Run) -> Path:
+        """The file of a result."""
+        return (self.out / run.stem).with_suffix(".json")
+
+    def weights(self, run: Run) -> Path:
+        """The checkpoint of a plain network, from which others are converted."""
+        return (self.out / run.stem).with_suffix(".pt")
+
+    def train(self, run: Run) -> None:
+        """Convert, train, measure, and write the result."""
+        import torch
+
+        import asymswap
+
+        setting = SETTINGS[run.data]
+        code = {"arguments": {"in_channels": setting.size[0]}, "trust_code": True}
+        network = f"{Path(__file__).with_name('claims_networks.py')}:{run.network.replace('-', '_')}"
+        start = time.process_time()
+        torch.manual_seed(run.seed)
+        model = self._start(run, network, code)
+        converted = time.process_time() - start
+        watcher = Stopwatch()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tuned = asymswap.finetune(
+                model, self.reference, self._training(run), run=folder, input_size=setting.size, mean=setting.mean,
+                std=setting.std, watcher=watcher, arch=None if not isinstance(model, Path) else network,
+                arguments=code["arguments"], trust_code=True,
+            )  # fmt: skip
+            # The weights of the last epoch: the best are chosen by the images that they are measured on here.
+            trained = asymswap.load(folder / "last.pt", model=_built(network, code))
+            after = self._measured(run, folder / "last.pt", trained, network, code)
+            if run.kind == "plain" and run.way == "scratch":
+                self.weights(run).parent.mkdir(parents=True, exist_ok=True)
+                self.weights(run).write_bytes((folder / "last.pt").read_bytes())
+        assert tuned.report.before is not None
+        curve = [tuned.report.before, *watcher.scores]
+        result = {
+            "top1": [scores.top1 for scores in curve],
+            "loss": [scores.loss for scores in curve],
+            "train_loss": watcher.train_losses,
+            "cpu_seconds_per_epoch": watcher.seconds,
+            "convert_cpu_seconds": converted,
+            **after,
+            "machine": machine(),
+        }
+        write_json(self.result(run), result)
+        print(
+            f"{run.stem}: {100 * result['top1'][-1]:.2f} % after {len(watcher.scores)} epochs, "
+            f"{min(watcher.seconds):.1f} processor seconds an epoch",
+            flush=True,
+        )
+
+    def _start(self, run: Run, network: str, code: dict[str, Any]) -> Any:
+        """What is trained: a module, a conversion, or the file of the plain network."""
+        import asymswap
+
+        if run.way == "converted":
+            source: Any = self.weights(Run(run.data, run.network, "scratch", "plain", run.seed))
+        else:
+            source = _built(network, code)
+        if run.kind == "plain":
+            return source
+        options: dict[str, Any] = {}
+        if run.way == "converted":
+            options = {"arch": network, **code}
+            if run.kind in ("separable", "acb"):
+                # Without labels; for the pairs' weights, and for the statistics of new batch norms.
+                options["calibration"] = asymswap.Calibration(self.reference, images=256, seed=run.seed)
+        with tempfile.TemporaryDirectory() as name:
+            recipe = Path(name) / "recipe.toml"
+            recipe.write_text(RECIPES[run.kind], encoding="utf-8")
+            return asymswap.convert(source, recipe, input_size=SETTINGS[run.data].size, seed=run.seed, **options)
+
+    def _training(self, run: Run) -> Any:
+        import asymswap
+
+        setting = SETTINGS[run.data]
+        return asymswap.Training(
+            epochs=setting.epochs[run.way],
+            lr=setting.lr[run.way],
+            batch_size=setting.batch,
+            precision=setting.precision,
+            augment=("none",),
+            offset_lr_scale=OFFSET_SCALE.get(run.kind, 0.1),
+            validation="test",
+            seed=run.seed,
+        )
+
+    def _measured(self, run: Run, path: Path, model: Any, network: str, code: dict[str, Any]) -> dict[str, Any]:
+        """Cost and memory, offsets where there are some, and the same of the fused network where there is one."""
+        import torch
+
+        import asymswap
+        from asymswap.measure.cost import count_costs
+
+        setting = SETTINGS[run.data]
+        cost = count_costs(model, (torch.empty(1, *setting.size, device="meta"),)).total
+        found: dict[str, Any] = {"params": cost.params, "macs": cost.macs, "memory": kept_bytes(model, setting)}
+        if run.kind in OFFSET_SCALE:
+            rows = asymswap.offsets(path, data=self.reference, arch=network, **code).rows
+            taps = [tap for row in rows for tap in row.mean]
+            found["offset"] = sum((down**2 + right**2) ** 0.5 for down, right in taps) / len(taps)
+            found["largest_offset"] = max(row.largest for row in rows)
+        if run.kind in FUSED:
+            found["fused"] = self._fused(run, path, model, network, code)
+        return found
+
+    def _fused(self, run: Run, path: Path, model: Any, network: str, code: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        import asymswap
+        from asymswap.measure.latency import time_models
+
+        setting = SETTINGS[run.data]
+        fusion = asymswap.fuse(path, arch=network, **code)
+        report = asymswap.evaluate(
+            [model, fusion.model], self.reference, input_size=setting.size, mean=setting.mean, std=setting.std
+        )
+        first, second = report.models
+        assert second.against_first is not None
+        timed = time_models(
+            {"converted": model, "fused": fusion.model, "plain": _built(network, code).eval()},
+            (torch.randn(32, *setting.size, generator=torch.Generator().manual_seed(0)),),
+        )
+        return {
+            "params": fusion.report.after.params,
+            "macs": fusion.report.after.macs,
+            "top1": second.top1,
+            "top1_before": first.top1,
+            "agreement": second.against_first.agreement,
+            "output_change": fusion.report.relative,
+            "as_original": fusion.report.as_original,
+            "ms": {name: 1000 * one.whole for name, one in timed.items()},
+        }
+
+
+class Stopwatch:
+    """Processor seconds of each epoch's training, without its validation, and how the epochs came out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.scores: list[Any] = []
+        self.train_losses: list[float] = []
+        self._start = self._last = 0.0
+
+    def begin(self, outset: Any) -> None:  # noqa: ARG002  # a Watcher's
+        """Training begins."""
+        self._start = time.process_time()
+
+    def step(self, row: Any) -> None:  # noqa: ARG002
+        """A step is done."""
+        self._last = time.process_time()
+
+    def epoch(self, row: Any) -> None:
+        """An epoch is done and validated."""
+        self.seconds.append(self._last - self._start)
+        self.scores.append(row.validation)
+        self.train_losses.append(row.train.loss)
+        self._start = time.process_time()
+
+
+def _built(network: str, code: dict[str, Any]) -> Any:
+    """The plain network, with weights from the current seed."""
+    from asymswap.sources.references import build_architecture
+
+    return build_architecture(network, code["arguments"], trust_code=True)
+
+
+def kept_bytes(model: Any, setting: Setting) -> int:
+    """Bytes that one training step holds: what autograd keeps of a batch, and weights, gradients and AdamW's moments.
+
+    Counted, not measured, in float32: the resident memory of the process is mostly that of its imports.
+    """
+    import torch
+
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[Any] = []
+    images = torch.randn(setting.batch, *setting.size)
+    # A copy: a step in train mode changes the running statistics.
+    model = copy.deepcopy(model).train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    del output
+    return sum(storages.values()) + 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def wanted_runs(wanted: argparse.Namespace) -> Iterator[Run]:
+    """All of them, the most telling first: the first network from scratch, then converted, then the others.
+
+    On large images the kind whose training takes longest by far comes at the end.
+    """
+    slow = ["predicted-offset"]
+    for data in wanted.data:
+        late = [] if SETTINGS[data].together else [kind for kind in wanted.kinds if kind in slow]
+        early = [kind for kind in wanted.kinds if kind not in late]
+        for kinds in (early, late):
+            for network, way, seed, kind in itertools.product(wanted.networks, wanted.ways, wanted.seeds, kinds):
+                yield Run(data, network, way, kind, seed)
+
+
+def main() -> None:
+    wanted = parse()
+    references = {"digits": "digits", "cifar10": wanted.cifar10}
+    end = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
+    if wanted.run is not None:
+        for fields in json.loads(wanted.run):
+            run = Run(**fields)
+            if time.monotonic() < end:
+                Bench(wanted.out, references[run.data]).train(run)
+        return
+    if "cifar10" in wanted.data and wanted.minutes != 0:
+        wanted.cifar10 = packed(wanted.cifar10, wanted.out)
+    runs = list(wanted_runs(wanted))
+    for group in _processes(runs):
+        lacking = [run for run in group if not Bench(wanted.out, "").result(run).exists()]
+        if lacking and time.monotonic() < end:
+            _in_a_process(lacking, wanted, end)
+    done = sum(Bench(wanted.out, "").result(run).exists() for run in runs)
+    print(f"{done} of {len(runs)} runs are there")
+    if wanted.markdown is not None:
+        write_page(wanted.markdown, wanted.out, vars(wanted) | {"settings": SETTINGS, "about": ABOUT})
+
+
+def _processes(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """The runs of each process, in order."""
+    shared = itertools.groupby(runs, lambda run: (run.data, run.network, run.way, run.seed))
+    for _, group in shared:
+        some = list(group)
+        if SETTINGS[some[0].data].together:
+            yield some
+        else:
+            yield from ([run] for run in some)
+
+
+def _in_a_process(runs: Sequence[Run], wanted: argparse.Namespace, end: float) -> None:
+    command = [sys.executable, __file__, "--out", str(wanted.out), "--run", json.dumps([vars(run) for run in runs])]
+    command += ["--cifar10", str(wanted.cifar10)]
+    if math.isfinite(end):
+        command += ["--minutes", str((end - time.monotonic()) / 60)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(wanted.threads)}, check=False)
+    if done.returncode:
+        sys.exit(f"{runs[0].stem} ended with {done.returncode}")
+
+
+def packed(reference: str, out: Path) -> str:
+    """The images of a folder decoded once, as a file of tensors; other references as they are."""
+    if not Path(reference).is_dir():
+        return reference
+    target = out / "cifar10.npz"
+    if not target.exists():
+        import numpy as np
+
+        from asymswap.sources.networks import CIFAR_PREPROCESSING
+        from asymswap.training.data import open_data
+
+        arrays: dict[str, Any] = {}
+        for part in ("train", "test"):
+            data = open_data(reference, CIFAR_PREPROCESSING, part)
+            assert data.pictures is not None
+            pictures = [np.asarray(data.pictures.picture(number)) for number in range(len(data))]
+            arrays |= {f"images_{part}": np.stack(pictures), f"labels_{part}": np.array(data.pictures.labels)}
+            arrays["classes"] = np.array(data.classes)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(target, **arrays)
+    return str(target)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=SETTINGS, default=["digits"])
+    parser.add_argument("--cifar10", default="cifar10:build", help="a data reference: cifar10:PATH, or a folder")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many; 0: only make the page")
+    parser.add_argument("--out", type=Path, default=Path("build/claims"))
+    parser.add_argument("--markdown", type=Path, help="write the page here, and its pictures beside it")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""docs/claims.md and its pictures, made of the results that benchmarks/claims.py has written until now."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from measured import markdown_table
+
+PLAIN = "plain"
+TITLES = {"digits": "Digits", "cifar10": "CIFAR-10"}
+WAY_TITLES = {"scratch": "trained from scratch", "converted": "converted from the trained plain network"}
+ENOUGH = 3
+"""Fewer pairs than these decide nothing."""
+
+INTRODUCTION = """\
+# The claims made for asymmetric convolutions
+
+<!-- Written by benchmarks/claims.py; change that (or claims_page.py beside it), not this. -->
+
+The article that this project starts from says of asymmetric convolutions in ResNets, DenseNets and SE networks that
+they converge faster, recognise better, and need fewer parameters and less computation. Here each kind is held to that,
+by `asymswap.convert`, `finetune`, `evaluate` and `fuse` themselves, beside the plain network of the same seed: equally
+many epochs, the same images in the same order, the same settings.
+
+All numbers are of **narrow networks, few epochs and few images**, which is what two cores can train many times. What is
+decided here is decided for that setting alone; what is not may show at full size.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run: what it was, and what its file holds."""
+
+    data: str
+    network: str
+    way: str
+    kind: str
+    seed: int
+    found: Mapping[str, Any]
+
+    @property
+    def final(self) -> float:
+        """Accuracy in % after the last epoch."""
+        return 100 * float(self.found["top1"][-1])
+
+    @property
+    def speed(self) -> float:
+        """Accuracy in %, averaged over the ends of all epochs: the area below the curve."""
+        return 100 * mean(self.found["top1"][1:])
+
+
+class Book:
+    """All results that there are."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.results = {(one.data, one.network, one.way, one.kind, one.seed): one for one in results}
+
+    def some(self, **wanted: Any) -> list[Result]:
+        """Those whose fields are these, by seed."""
+        chosen = [one for one in self.results.values() if all(getattr(one, key) == wanted[key] for key in wanted)]
+        return sorted(chosen, key=lambda one: (one.network, one.seed))
+
+    def pairs(self, **wanted: Any) -> list[tuple[Result, Result]]:
+        """Each of those with the plain network that it must be compared with, where that is there."""
+        found = []
+        for one in self.some(**wanted):
+            plain = self.results.get((one.data, one.network, one.way, PLAIN, one.seed))
+            if plain is not None:
+                found.append((one, plain))
+        return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference to the plain network over pairs of runs, in points, its 95 % interval and p (paired t)."""
+
+    pairs: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        if self.pairs < 2:
+            return f"{self.mean:+.2f}"
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def difference(
+    pairs: Sequence[tuple[Result, Result]], of: Callable[[Result], float], grain: float = 0.0
+) -> Difference | None:
+    """How much more the first of each pair has than the second.
+
+    `grain` is what one test image counts: the deviation over the pairs is not taken for less, for a few differences
+    that happen to be equal do not make an accuracy finer than that.
+    """
+    from scipy import stats
+
+    gaps = [of(one) - of(plain) for one, plain in pairs]
+    if not gaps:
+        return None
+    count, middle = len(gaps), mean(gaps)
+    if count == 1:
+        return Difference(1, middle, -math.inf, math.inf, 1.0)
+    error = max(stdev(gaps), grain) / count**0.5
+    half = float(stats.t.ppf(0.975, count - 1)) * error
+    p = 2 * float(stats.t.sf(abs(middle) / error, count - 1)) if error else float(middle == 0)
+    return Difference(count, middle, middle - half, middle + half, p)
+
+
+def verdicts(found: Sequence[Difference]) -> list[str]:
+    """What may be said of "better than plain": the tests of all together err in one page of twenty (Holm, 1979)."""
+    told = []
+    corrected: dict[int, float] = {}
+    largest = 0.0
+    for place, number in enumerate(sorted(range(len(found)), key=lambda n: found[n].p)):
+        largest = max(largest, (len(found) - place) * found[number].p)
+        corrected[number] = largest
+    for number, one in enumerate(found):
+        if one.pairs < ENOUGH or one.p >= 0.05:
+            told.append("not decided")
+        elif corrected[number] >= 0.05:
+            told.append(f"not decided, leans to {'yes' if one.mean > 0 else 'no'}")
+        else:
+            told.append("holds" if one.mean > 0 else "does not hold")
+    return told
+
+
+def write_page(page: Path, out: Path, wanted: Mapping[str, Any]) -> None:
+    """Write the page and its pictures; `wanted` names data, networks, kinds, ways, seeds and the settings."""
+    book = Book(read(out))
+    runs = math.prod(len(wanted[name]) for name in ("data", "networks", "ways", "kinds", "seeds"))
+    state = f"**{len(book.results)} of {runs} runs are done**; see [what is missing](#what-is-missing).\n"
+    parts = [
+        INTRODUCTION,
+        state,
+        _claims(book, wanted),
+        _inference(book),
+        _setting(book, wanted),
+        _missing(book, wanted),
+    ]
+    for data in wanted["data"]:
+        for way in wanted["ways"]:
+            if book.some(data=data, way=way):
+                picture = page.with_name(f"claims-{data}-{way}.svg")
+                _draw(book, data, way, wanted, picture)
+                parts.append(_tables(book, data, way, wanted, picture.name))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def read(out: Path) -> list[Result]:
+    """Every result below the folder; a file's name says of what run it is."""
+    found = []
+    for path in sorted(out.glob("*/*.json")):
+        name = re.fullmatch(r"(.+)-(scratch|converted)-(.+)-(\d+)", path.stem)
+        if name is not None:
+            network, way, kind, seed = name.groups()
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found.append(Result(path.parent.name, network, way, kind, int(seed), content))
+    return found
+
+
+def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
+    lines = [
+        "## The claims",
+        "",
+        "All networks and seeds of one kind together; each run is compared with the plain network of its own seed. "
+        "Differences are in points of accuracy, with Student's 95 % interval over the pairs. *Holds* and *does not "
+        f"hold* take at least {ENOUGH} pairs and a paired t-test that stays below 0.05 once corrected for all the "
+        "tests of this page (Holm); *leans* says that it does so only uncorrected, which with so many tests happens by "
+        "chance too; all else is *not decided*. The intervals are about other seeds: the test images are always the "
+        "same (360 of digits, one of which is 0.28 points), and the networks are these.",
+    ]
+    rows = _judged(book, wanted)
+    for claim, about in (
+        ("They converge faster", "averaged over the ends of all epochs"),
+        ("They recognise better", LAST),
+    ):
+        mine = [row for row in rows if row.claim == claim]
+        columns = ["data", "how", "kind", "pairs", "points (95 %)", "p", "verdict"]
+        cells = [[TITLES[r.data], r.way, r.kind, r.of_which, str(r.found), f"{r.found.p:.3f}", r.verdict] for r in mine]
+        lines += ["", f"### {claim}", "", _summary(mine), "", f"Difference in accuracy {about}:", ""]
+        lines += [markdown_table(columns, cells, left=4)]
+    return "\n".join([*lines, "", "### They need fewer parameters and less computation", "", _costs(book, wanted)])
+
+
+LAST = "after the last epoch"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One line of the tables of the claims."""
+
+    claim: str
+    data: str
+    way: str
+    kind: str
+    of_which: str
+    found: Difference
+    verdict: str = ""
+
+
+def _judged(book: Book, wanted: Mapping[str, Any]) -> list[Judged]:
+    """All comparisons of which there is at least one pair, judged together."""
+    rows = []
+    claims: dict[str, Callable[[Result], float]] = {
+        "They converge faster": lambda one: one.speed,
+        "They recognise better": lambda one: one.final,
+    }
+    for (claim, of), data, way, kind in itertools.product(
+        claims.items(), wanted["data"], wanted["ways"], _kinds(wanted)
+    ):
+        pairs = book.pairs(data=data, way=way, kind=kind)
+        found = difference(pairs, of, 100 / wanted["settings"][data].test)
+        if found is not None:
+            counts = Counter(one.network for one, _ in pairs)
+            of_which = ", ".join(f"{network} {count}" for network, count in counts.items())
+            rows.append(Judged(claim, data, way, kind, of_which, found))
+    told = verdicts([row.found for row in rows])
+    return [replace(row, verdict=verdict) for row, verdict in zip(rows, told, strict=True)]
+
+
+def _kinds(wanted: Mapping[str, Any]) -> list[str]:
+    return [kind for kind in wanted["kinds"] if kind != PLAIN]
+
+
+def _summary(rows: Sequence[Judged]) -> str:
+    """One paragraph for each verdict: which kinds got it, and where."""
+    by_verdict: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        by_verdict[row.verdict].append(f"`{row.kind}` on {TITLES[row.data]}, {row.way}: {row.found}")
+    told = [f"**{name.capitalize()}**: {'; '.join(by_verdict[name])}." for name in sorted(by_verdict)]
+    return "\n\n".join(told or ["**Not decided**: nothing is measured yet."])
+
+
+def _costs(book: Book, wanted: Mapping[str, Any]) -> str:
+    """What the kinds cost of the plain network's parameters and MACs, which no seed changes."""
+    rows, fewer, more = [], [], []
+    for kind in _kinds(wanted):
+        cells: dict[str, list[float]] = defaultdict(list)
+        for one, plain in book.pairs(kind=kind):
+            for form, cost in (("trained", one.found), ("fused", one.found.get("fused", one.found))):
+                for name in ("params", "macs"):
+                    cells[f"{form} {name}"].append(cost[name] / plain.found[name])
+        if not cells:
+            continue
+        rows.append(
+            [f"`{kind}`", *(_range(cells[f"{a} {b}"]) for a in ("trained", "fused") for b in ("params", "macs"))]
+        )
+        ends = [cells["fused params"], cells["fused macs"]]
+        (fewer if all(max(values) < 1 for values in ends) else more).append(f"`{kind}`")
+    text = markdown_table(
+        ["kind", "parameters, in training", "MACs, in training", "parameters, deployed", "MACs, deployed"], rows
+    )
+    verdict = []
+    if fewer:
+        verdict.append(f"**Holds** for {', '.join(fewer)}.")
+    if more:
+        verdict.append(f"**Does not hold** for {', '.join(more)}, which cost as much as the plain network or more.")
+    return (
+        "As fractions of the plain network's, smallest and largest of all networks and data. *In training* is the "
+        "converted network, which for the offset kinds counts building their kernels, once a batch whatever its "
+        "size; *deployed* is what `asymswap fuse` makes of it, where it makes anything.\n\n"
+        f"{text}\n\n{' '.join(verdict)} `separable` was told to keep half of the MACs of the convs that it replaces "
+        "(`ratio = 0.5`), so this holds because it was asked for; what it costs in accuracy is above."
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _inference(book: Book) -> str:
+    """acb must cost nothing at inference: the fused networks beside the plain ones."""
+    lines = ["", "## `acb`, fused", ""]
+    pairs = [(one, plain) for one, plain in book.pairs(kind="acb") if "fused" in one.found]
+    if not pairs:
+        return "\n".join([*lines, "Not measured yet."])
+    fused = [one.found["fused"] for one, _ in pairs]
+    macs = _range([one.found["fused"]["macs"] / plain.found["macs"] for one, plain in pairs])
+    params = _range([one.found["fused"]["params"] / plain.found["params"] for one, plain in pairs])
+    before, after = ([one["ms"][form] / one["ms"]["plain"] for one in fused] for form in ("converted", "fused"))
+    changed = max(one["output_change"] for one in fused)
+    agreement = 100 * min(one["agreement"] for one in fused)
+    moved = 100 * max(abs(one["top1"] - one["top1_before"]) for one in fused)
+    fitting = sum(one["as_original"] for one in fused)
+    lines.append(
+        f"{len(pairs)} trained networks were fused back and measured again. Of the plain network's MACs they have "
+        f"{macs}, of its parameters {params}; {fitting} of them fit its own state dict. Their outputs are those of the "
+        f"unfused ones but for {changed:.1e} of their size, their classes on the test images the same for at least "
+        f"{agreement:.2f} %, their accuracies within {moved:.2f} points. Time of a batch of 32, each timed beside "
+        f"the plain network: {median(before):.2f} of it before fusing, {median(after):.2f} after (medians)."
+    )
+    return "\n".join(lines)
+
+
+def _setting(book: Book, wanted: Mapping[str, Any]) -> str:
+    lines = ["", "## What was trained", ""]
+    lines += [f"- {line}" for line in wanted["about"]]
+    for data in wanted["data"]:
+        setting = wanted["settings"][data]
+        sizes = []
+        for network in wanted["networks"]:
+            plain = book.some(data=data, network=network, kind=PLAIN)
+            if plain:
+                found = plain[0].found
+                sizes.append(f"{network} {found['params']:,} parameters and {found['macs'] / 1e6:.2f} MMACs")
+        side = "x".join(map(str, setting.size))
+        lines.append(
+            f"- {TITLES[data]}, {side}: {setting.images}; {setting.epochs['scratch']} epochs from scratch at a rate "
+            f"of up to {setting.lr['scratch']:g}, {setting.epochs['converted']} after conversion at "
+            f"{setting.lr['converted']:g}; AdamW, cosine, batches of {setting.batch}, {setting.precision}, no "
+            f"augmentation. Plain networks: {'; '.join(sizes) or 'none yet'}."
+        )
+    machines = {json.dumps(one.found["machine"]) for one in book.results.values()}
+    for text in sorted(machines):
+        lines.append("- Machine: " + ", ".join(f"{key} {value}" for key, value in json.loads(text).items()) + ".")
+    return "\n".join(lines)
+
+
+def _missing(book: Book, wanted: Mapping[str, Any]) -> str:
+    lines, all_runs = [], 0
+    for data in wanted["data"]:
+        for network in wanted["networks"]:
+            for way in wanted["ways"]:
+                gaps = []
+                for kind in wanted["kinds"]:
+                    there = {one.seed for one in book.some(data=data, network=network, way=way, kind=kind)}
+                    lacking = [seed for seed in wanted["seeds"] if seed not in there]
+                    all_runs += len(wanted["seeds"])
+                    if lacking:
+                        gaps.append(kind if len(lacking) == len(wanted["seeds"]) else f"{kind} (seeds {lacking})")
+                if len(gaps) == len(wanted["kinds"]) and not any("seeds" in gap for gap in gaps):
+                    gaps = ["everything"]
+                if gaps:
+                    lines.append(f"- {TITLES[data]}, {network}, {way}: {', '.join(gaps)}")
+    head = f"{len(book.results)} of {all_runs} runs are done"
+    if not lines:
+        return f"\n## What is missing\n\nNothing: {head}."
+    return "\n".join(["", "## What is missing", "", f"{head}. The same command makes the others:", "", *lines])
+
+
+COLUMNS = [
+    "network", "kind", "seeds", "final accuracy in %", "points over plain", "epochs to plain's final", "parameters",
+    "MMACs", "deployed MMACs", "s/epoch", "MB", "offset",
+]  # fmt: skip
+
+
+def _tables(book: Book, data: str, way: str, wanted: Mapping[str, Any], picture: str) -> str:
+    rows = []
+    for network in wanted["networks"]:
+        for kind in wanted["kinds"]:
+            found = book.some(data=data, network=network, way=way, kind=kind)
+            if found:
+                rows.append([network, kind, *_cells(book, found, 100 / wanted["settings"][data].test)])
+    title = f"{TITLES[data]}, {WAY_TITLES[way]}"
+    return "\n".join(
+        [
+            "",
+            f"## {title}",
+            "",
+            f"![Accuracy over epochs: {title}]({picture})",
+            "",
+            "Lines are means over the seeds, bands reach from the lowest to the highest. Epoch 0 is before "
+            "training, and may lie below the frame.",
+            "",
+            markdown_table(COLUMNS, rows, left=2),
+            "",
+            "Final accuracy with the standard deviation over the seeds; *points* with the 95 % interval over pairs; "
+            "*epochs* is the first, seed by seed, at which the accuracy is at least that which the plain network of "
+            "the seed ends with (- for never, 0 for before training); *s/epoch* are processor seconds of one epoch's "
+            "training on one thread, of its fastest epoch; *MB* is what one step keeps: activations of a batch, "
+            "weights, gradients, AdamW's moments, counted in float32; *offset* is the mean distance that taps have "
+            "moved, in pixels.",
+        ]
+    )
+
+
+def _cells(book: Book, found: Sequence[Result], grain: float) -> list[str]:
+    first = found[0].found
+    finals = [one.final for one in found]
+    spread = f" ± {stdev(finals):.2f}" if len(finals) > 1 else ""
+    pairs = [pair for one in found for pair in book.pairs(**{k: getattr(one, k) for k in _FIELDS})]
+    gap = difference(pairs, lambda one: one.final, grain)
+    offsets = [one.found["offset"] for one in found if "offset" in one.found]
+    return [
+        str(len(found)),
+        f"{mean(finals):.2f}{spread}",
+        "" if found[0].kind == PLAIN else "-" if gap is None else str(gap),
+        " ".join(_reached(*pair) for pair in pairs) or "-",
+        f"{first['params']:,}",
+        f"{first['macs'] / 1e6:.2f}",
+        f"{first.get('fused', first)['macs'] / 1e6:.2f}",
+        f"{mean(min(one.found['cpu_seconds_per_epoch']) for one in found):.1f}",
+        f"{first['memory'] / 1e6:.0f}",
+        f"{mean(offsets):.2f}" if offsets else "",
+    ]
+
+
+_FIELDS = ("data", "network", "way", "kind", "seed")
+
+
+def _reached(one: Result, plain: Result) -> str:
+    """The first epoch at which a run is as good as the plain network ends."""
+    aim = plain.found["top1"][-1]
+    return next((str(epoch) for epoch, top1 in enumerate(one.found["top1"]) if top1 >= aim), "-")
+
+
+def _draw(book: Book, data: str, way: str, wanted: Mapping[str, Any], target: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    matplotlib.rcParams["svg.hashsalt"] = "claims"  # the same picture from the same numbers
+    networks = [network for network in wanted["networks"] if book.some(data=data, way=way, network=network)]
+    figure = Figure(figsize=(4 * max(2, len(networks)), 4), layout="constrained")
+    every = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
+    handles: dict[str, Any] = {}
+    floor = 100.0
+    for axes, network in zip(every, networks, strict=True):
+        for number, kind in enumerate(wanted["kinds"]):
+            curves = [one.found["top1"] for one in book.some(data=data, way=way, network=network, kind=kind)]
+            if not curves:
+                continue
+            points = list(zip(*curves, strict=True))
+            style = {"color": "black" if kind == PLAIN else f"C{number - 1}", "linewidth": 2 if kind == PLAIN else 1.2}
+            (line,) = axes.plot([100 * mean(point) for point in points], label=kind, **style)
+            low, high = ([100 * end(point) for point in points] for end in (min, max))
+            floor = min([floor, *low[1:]])
+            axes.fill_between(range(len(points)), low, high, color=style["color"], alpha=0.1, linewidth=0)
+            handles[kind] = line
+        axes.set_title(network)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    every[0].set_ylabel("top-1 accuracy in %")
+    # From the first epoch's end on: what chance has made before would leave the rest no room.
+    every[0].set_ylim(bottom=floor - 2)
+    figure.legend(
+        handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=6, fontsize="small"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, metadata={"Date": None})
