@@ -202,7 +202,7 @@ def some_inputs(
     """
     if reference is None:
         return probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
-    data = open_data(reference, preprocessing, "test")
+    data = open_data(reference, preprocessing, "test", unlabelled=True)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:_HELD_BACK]
     images = torch.stack([data.images[index][0] for index in order]).to(dtype)
     return (images,), f"{len(images)} images of {reference} (seed {seed})"

@@ -14,12 +14,16 @@ from typing import Any
 
 import documented
 import pytest
+import torch
 from documented import PAGES, ROOT, Block, blocks, check
 from prepared import prepare, yours
 
 import asymswap
 from asymswap import kinds
 from asymswap.cli.main import main
+from asymswap.sources.networks import DIGITS_PREPROCESSING
+from asymswap.training.data import open_data
+from asymswap.training.evaluate import evaluate
 
 ALL = [block for page in PAGES for block in blocks(page)]
 WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL, "python") for b in blocks(page))]
@@ -53,6 +57,22 @@ def test_examples_are_fenced(page: Path) -> None:
     """An indented block would be seen by nobody here."""
     text = documented._FENCE.sub("", page.read_text(encoding="utf-8"))
     assert [line for line in text.splitlines() if line.startswith(("    asymswap", "    make ", "    python"))] == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_ten_line_loop_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare("finetuning.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    test = open_data("digits", DIGITS_PREPROCESSING, "test")
+    before = evaluate(asymswap.load("model.asym.pt"), test).top1
+    (loop,) = [block.text for block in ALL if "for images, labels in loader" in block.text]
+    scope: dict[str, Any] = {}
+    exec(compile(yours("finetuning.md"), "prepared.py", "exec"), scope)
+    exec(compile(loop, "finetuning.md", "exec"), scope)
+    tuned = asymswap.load("model.asym.pt")
+    tuned.load_state_dict(torch.load("tuned.pt", weights_only=True))
+    assert before < 0.7
+    assert evaluate(tuned, test).top1 > 0.9
 
 
 @pytest.mark.usefixtures("one_thread", "own_kinds")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from asymswap.checkpoint import read_checkpoint, restore, save_state
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
-from asymswap.deploy.programs import failing_clearly, quiet
+from asymswap.deploy.programs import SAME, failing_clearly, gap, quiet
 from asymswap.errors import AsymswapError, OutputError
 from asymswap.inputs import Inputs, probe, sizes
 from asymswap.opening import build_named, model_dtype
@@ -36,7 +36,6 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
     "pt2": (".pt2",),
     "state-dict": (".pt", ".pth", ".safetensors"),
 }
-_SAME = 1e-4
 
 
 def export(
@@ -203,9 +202,9 @@ def _compare(
         found = run(inputs)
         largest, scale = 0.0, 0.0
         for one, other in zip(wanted, found, strict=True):
-            largest = max(largest, float((one.double() - other.double()).abs().max()))
-            scale = max(scale, float(one.double().abs().max()))
-        check = Check(sizes(inputs), largest, _SAME * max(1.0, scale))
+            apart, greatest = gap(one, other)
+            largest, scale = max(largest, apart), max(scale, greatest)
+        check = Check(sizes(inputs), largest, SAME * max(1.0, scale))
         if not largest <= check.allowed or not math.isfinite(largest):
             raise AsymswapError(
                 f"{runner} computes something else than PyTorch on {check.inputs}: {largest:.1e} at most, where "

@@ -1,4 +1,4 @@
-"""What makes programs out of models (exporters, compilers): kept quiet, and failing in one line."""
+"""What makes programs out of models (exporters, compilers): kept quiet, failing in one line, and held to PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from asymswap.errors import AsymswapError
+
+SAME = 1e-4
+"""How far a program's outputs may be from PyTorch's, relative to the largest number among them, or to 1."""
+
+
+def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """The largest difference of two outputs of one shape, and the largest number of the first; 0 of empty ones."""
+    if not wanted.numel():
+        return 0.0, 0.0
+    exact = wanted.double()
+    return float((exact - found.double()).abs().max()), float(exact.abs().max())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asymswap.deploy.onnx_files import check_versions, feed, open_session, write_onnx
-from asymswap.deploy.programs import failing_clearly, quiet
+from asymswap.deploy.programs import SAME, failing_clearly, gap, quiet
 from asymswap.errors import AsymswapError
 from asymswap.inputs import Inputs
 from asymswap.reporting.benchmark import TITLES
@@ -74,10 +74,9 @@ def session_on(path: Path, inputs: Inputs, threads: int) -> Run:
 def check_same(found: Any, wanted: Any, runtime: Runtime) -> None:
     """Raise AsymswapError where a runtime has computed something else than PyTorch: its time would be worth nothing."""
     for one, other in zip(list_tensors(wanted), list_tensors(found), strict=True):
-        scale = max(1.0, float(one.double().abs().max())) if one.numel() else 1.0
+        largest, scale = gap(one, other)
         precision = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
-        allowed = max(1e-4, 8 * precision) * scale
-        largest = float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+        allowed = max(SAME, 8 * precision) * max(1.0, scale)
         if not largest <= allowed or not math.isfinite(largest):
             raise AsymswapError(
                 f"{TITLES[runtime]} computes something else than PyTorch: {largest:.1e} at most, where {allowed:.0e} "

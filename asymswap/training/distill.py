@@ -9,7 +9,7 @@ al., 2015, without a regressor, since the shapes are the same).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,11 +26,11 @@ _AUXILIARY = 0.3
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network to learn from, what it is, and the blocks that student and teacher both have: see `blocks_around`."""
+    """A network to learn from, what it is, and which block of the student stands for which of its own."""
 
     model: nn.Module
     description: str
-    blocks: Sequence[str]
+    blocks: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Objective:
         if self.teacher is None:
             output = runner(images)
             return self._by_labels(output, labels), main_scores(output)
-        blocks = self.teacher.blocks if self.features else []
+        blocks = self.teacher.blocks if self.features else {}
         # A copy: a model may change its input in place.
-        with torch.no_grad(), caught(self.teacher.model, blocks) as taught:
+        with torch.no_grad(), caught(self.teacher.model, blocks.values()) as taught:
             target = main_scores(self.teacher.model(images.clone()))
         with caught(student, blocks) as learned:
             output = runner(images)
@@ -68,7 +68,7 @@ class Objective:
         if self.weight < 1:
             loss = loss + (1 - self.weight) * self._by_labels(output, labels)
         if self.features:
-            error = feature_error(taught, learned)
+            error = feature_error(taught, learned, blocks)
             if error is None:
                 raise SourceError("--distill-features finds no block of the same output in the teacher; leave it out")
             loss = loss + self.features * len(images) * error
@@ -103,43 +103,20 @@ def difference(teacher: object, student: object) -> Tensor:
     return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)
 
 
-def feature_error(taught: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> Tensor | None:
+def feature_error(
+    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
+) -> Tensor | None:
     """The squared error of the blocks' outputs relative to the teacher's own variance, the mean over all blocks.
 
-    None where no block gave both an output of the same shape.
+    `blocks` says which of the teacher's stands for each of the student's. None where no two have given outputs of the
+    same shape.
     """
     errors = []
-    for name, target in taught.items():
-        output = learned.get(name)
-        if output is not None and target.shape == output.shape:
+    for mine, theirs in blocks.items():
+        target, output = taught.get(theirs), learned.get(mine)
+        if target is not None and output is not None and target.shape == output.shape:
             errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
     return torch.stack(errors).mean() if errors else None
-
-
-def blocks_around(names: Iterable[str], *models: nn.Module) -> list[str]:
-    """The innermost blocks, known to all models, in which the named layers stand: what their outputs are used for.
-
-    A residual block's sum is what the next one sees, while the outputs of single convs are scaled and shifted before
-    anybody sees them. A layer that stands in nothing but lists of layers counts as its own block.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
-        for block in (*parents, name):
-            if all(_is_block(model, block) for model in models):
-                found[block] = None
-                break
-    return list(found)
-
-
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _is_block(model: nn.Module, name: str) -> bool:
-    try:
-        return not isinstance(model.get_submodule(name), _LISTS)
-    except AttributeError:
-        return False
 
 
 def all_scores(output: object) -> list[Tensor]:
@@ -161,7 +138,7 @@ def main_scores(output: object) -> Tensor:
 
 
 @contextmanager
-def caught(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """What the named modules return, where that is a tensor, while this lasts, the last time that each is called."""
     outputs: dict[str, Tensor] = {}
 

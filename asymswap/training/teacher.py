@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from asymswap.opening import Opened, open_model
 from asymswap.sources import builders
 from asymswap.sources.files import sha256
 from asymswap.sources.references import Request
-from asymswap.training.distill import Teacher, blocks_around
+from asymswap.spec import Swap
+from asymswap.training.distill import Teacher
 
 ORIGINAL = "original"
 _GIVE = "give the teacher: --distill REF"
@@ -26,9 +27,37 @@ def find_teacher(header: Header, wanted: str, student: nn.Module) -> Teacher:
     Raises SourceError where it cannot be had, or where a file is no longer what it was when it was converted.
     """
     opened = _open_original(header) if wanted == ORIGINAL else _open_named(wanted)
-    sites = [swap.site for plan in header.plans for swap in plan.swaps]
+    swaps = [swap for plan in header.plans for swap in plan.swaps]
     teacher = opened.model.eval().requires_grad_(False)
-    return Teacher(teacher, opened.reference, blocks_around(sites, student, teacher))
+    return Teacher(teacher, opened.reference, blocks_around(swaps, student, teacher))
+
+
+def blocks_around(swaps: Iterable[Swap], student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+    """The innermost blocks in which swapped layers stand, each with the teacher's that has the same output.
+
+    A residual block's sum is what the next one sees, while the outputs of single convs are scaled and shifted before
+    anybody sees them. A layer that stands in nothing but lists of layers counts as its own block; where it has taken
+    over the batch norm behind it, its output is that of the teacher's batch norm.
+    """
+    found: dict[str, str] = {}
+    for swap in swaps:
+        parents = (swap.site.rsplit(".", depth)[0] for depth in range(1, swap.site.count(".") + 1))
+        pairs = [*((parent, parent) for parent in parents), (swap.site, swap.absorbs or swap.site)]
+        for mine, theirs in pairs:
+            if _is_block(student, mine) and _is_block(teacher, theirs):
+                found[mine] = theirs
+                break
+    return found
+
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _is_block(model: nn.Module, name: str) -> bool:
+    try:
+        return not isinstance(model.get_submodule(name), _LISTS)
+    except AttributeError:
+        return False
 
 
 def _open_named(reference: str) -> Opened:

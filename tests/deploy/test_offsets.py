@@ -63,6 +63,14 @@ def test_predicted_offsets_are_read_on_inputs(tmp_path: Path) -> None:
     assert report.probe == "32 images of digits (seed 0)"
 
 
+def test_outputs_are_compared_on_images_without_labels_too(tmp_path: Path) -> None:
+    torch.save(torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "images.pt")
+    data = str(tmp_path / "images.pt")
+    asymswap.save(asymswap.convert("digits-resnet", "offset"), tmp_path / "x.pt")
+    assert asymswap.offsets(tmp_path / "x.pt", data=data).probe == f"5 images of {data} (seed 0)"
+    assert asymswap.fuse(tmp_path / "x.pt", data=data).report.probe == f"5 images of {data} (seed 0)"
+
+
 def test_the_view_names_layers_in_which_nothing_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 

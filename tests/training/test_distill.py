@@ -14,8 +14,9 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import SourceError
 from asymswap.sources.networks import digits_resnet
-from asymswap.training.distill import Objective, Teacher, all_scores, blocks_around, divergence
-from asymswap.training.teacher import ORIGINAL, find_teacher
+from asymswap.spec import Swap
+from asymswap.training.distill import Objective, Teacher, all_scores, caught, divergence, feature_error
+from asymswap.training.teacher import ORIGINAL, blocks_around, find_teacher
 
 
 class Scores(nn.Module):
@@ -52,7 +53,7 @@ def test_divergence_by_hand() -> None:
 
 def test_both_parts_and_the_features_add_up() -> None:
     student, master = Scores(1.0, 2.0, -1.0), Scores(0.5, 2.5, 0.0)
-    teacher = Teacher(master, "master", ["layer"])
+    teacher = Teacher(master, "master", {"layer": "layer"})
     objective = Objective(0.0, teacher, weight=0.75, temperature=2.0, features=3.0)
     loss, scores = objective.loss(student, student, IMAGES, LABELS)
     target = master(IMAGES)
@@ -67,7 +68,7 @@ def test_both_parts_and_the_features_add_up() -> None:
 
 def test_scores_may_be_compared_instead_of_probabilities() -> None:
     """Scores 1, 2, -1 instead of 0.5, 2.5, 0: squares 0.25, 0.25 and 1 beside 0.25 and 6.25, for each of two images."""
-    student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", [])
+    student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", {})
     loss, scores = Objective(0.0, teacher, weight=0.8, compare="mse").loss(student, student, IMAGES, LABELS)
     expected = 0.8 * 2 * 1.5 / 6.5 + 0.2 * F.cross_entropy(scores, LABELS, reduction="sum")
     torch.testing.assert_close(loss, expected)
@@ -75,7 +76,7 @@ def test_scores_may_be_compared_instead_of_probabilities() -> None:
 
 def test_a_student_that_agrees_has_nothing_to_learn() -> None:
     student = Scores(1.0, 2.0)
-    teacher = Teacher(Scores(1.0, 2.0), "twin", ["layer"])
+    teacher = Teacher(Scores(1.0, 2.0), "twin", {"layer": "layer"})
     loss, _ = Objective(0.0, teacher, weight=1.0, features=1.0).loss(student, student, IMAGES, LABELS)
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
 
@@ -96,11 +97,11 @@ def test_auxiliary_classifiers_count_a_little() -> None:
 def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
     with pytest.raises(SourceError, match=r"returns tensors of shape \(2, 3, 4\), not images x class scores"):
         all_scores(torch.zeros(2, 3, 4))
-    student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", [])
+    student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", {})
     with pytest.raises(SourceError, match=r"the teacher wide scores 3 classes, the model 2; give --distill a teacher"):
         Objective(0.0, teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
     with pytest.raises(SourceError, match=r"--distill-features finds no block of the same output in the teacher"):
-        Objective(0.0, Teacher(Scores(1.0, 2.0), "same", []), features=1.0).loss(
+        Objective(0.0, Teacher(Scores(1.0, 2.0), "same", {}), features=1.0).loss(
             student, student, IMAGES, torch.tensor([0, 1])
         )
 
@@ -118,17 +119,34 @@ class Block(nn.Module):
 
 def test_blocks_are_the_innermost_modules_that_are_no_lists() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.Conv2d(1, 1, 1)), Block(), Block())
-    names = ["0", "1.0", "2.convs.0", "2.convs.1", "3.convs.0", "4"]
-    assert blocks_around(names, model) == ["0", "1.0", "2", "3"]
+    swaps = [Swap(name, "separable", {}) for name in ("0", "1.0", "2.convs.0", "2.convs.1", "3.convs.0", "4")]
+    assert blocks_around(swaps, model, model) == {name: name for name in ("0", "1.0", "2", "3")}
     # What the other lacks cannot be compared.
-    assert blocks_around(names, model, model[:3]) == ["0", "1.0", "2"]
+    assert blocks_around(swaps, model, model[:3]) == {name: name for name in ("0", "1.0", "2")}
+
+
+def test_a_layer_that_has_taken_over_a_batch_norm_gives_what_that_gives() -> None:
+    teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    nn.init.uniform_(teacher[1].weight)
+    conversion = asymswap.convert(
+        teacher, "acnet-branch-bn", overrides={"allow_growth": True}, input_size=(2, 8, 8), seed=0
+    )
+    blocks = blocks_around(conversion.plan.swaps, conversion.model, teacher)
+    assert blocks == {"0": "1"}
+    images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), caught(teacher, blocks.values()) as taught, caught(conversion.model, blocks) as learned:
+        teacher(images.clone())
+        conversion.model.eval()(images.clone())
+    error = feature_error(taught, learned, blocks)
+    assert error is not None
+    assert float(error) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_original_of_a_name(tmp_path: Path) -> None:
     header = stored(tmp_path, "digits-resnet")
     teacher = find_teacher(header, ORIGINAL, digits_resnet())
     assert teacher.description == "digits-resnet"
-    assert teacher.blocks == ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]
+    assert teacher.blocks == {name: name for name in ("layer1.0", "layer1.1", "layer2.0", "layer2.1")}
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 

@@ -97,6 +97,18 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return dict(read_checkpoint(path).state)
 
 
+def test_frozen_batch_norms_keep_their_statistics_and_nothing_else(start: Start) -> None:
+    before = weights(start.path)
+    start.train("free.pt")
+    start.train("frozen.pt", dataclasses.replace(SHORT, freeze_bn=True))
+    statistics = [key for key in before if "running_" in key]
+    assert statistics
+    free, frozen = weights(start / "free.pt"), weights(start / "frozen.pt")
+    assert all(torch.equal(before[key], frozen[key]) for key in statistics)
+    assert not any(torch.equal(before[key], free[key]) for key in statistics)
+    assert not any(torch.equal(before[key], frozen[key]) for key in ("body.0.weight", "body.1.weight", "head.weight"))
+
+
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
