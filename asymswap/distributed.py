@@ -5,12 +5,14 @@ torch is loaded where there are several only: the command line asks here before 
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,14 +95,33 @@ class Team:
 ALONE = Team()
 
 
+def in_team() -> bool:
+    """Whether `torchrun` has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def end_process(code: str | int | None) -> NoReturn:
+    """End this process with what `SystemExit` was given, after its exit handlers, but without Python's own teardown.
+
+    torch's DistributedDataParallel never lets go of its process group, destroyed or not: the threads of the group
+    outlive both (torch 2.14). One that drops a tensor while Python is torn down aborts the process, and torchrun then
+    counts a training as failed whose results are all written. `multiprocessing` ends its processes like this too.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)  # noqa: T201  # as Python itself does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 @contextmanager
 def joined(gpus: bool = False) -> Iterator[Team]:
     """The team that `torchrun` has started this process in, while the block lasts; a team of one without it.
 
     `gpus` says that tensors on GPUs are exchanged too, where there are any.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if not in_team():
         yield ALONE
         return
     import torch

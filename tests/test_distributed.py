@@ -70,3 +70,26 @@ def test_a_process_by_itself_is_a_team_of_one() -> None:
         assert list(team.share("abc")) == [(0, "a"), (1, "b"), (2, "c")]
         assert team.first(lambda: 3) == 3
         assert team.gather("x") == ["x"]
+
+
+ENDING = """
+import atexit, sys
+from asymswap.distributed import end_process
+
+class Remains:
+    def __del__(self):
+        print("torn down")
+
+remains = Remains()
+atexit.register(print, "exit handler")
+sys.stdout.write("buffered ")
+end_process({code!r})
+"""
+
+
+@pytest.mark.parametrize(("code", "returned"), [(None, 0), (0, 0), (1, 1), (130, 130), ("what failed", 1)])
+def test_a_process_of_a_team_ends_without_the_teardown_of_python(code: object, returned: int) -> None:
+    """Threads of torch's process groups outlive the training, and abort the process if they run during it."""
+    ending = subprocess.run([sys.executable, "-c", ENDING.format(code=code)], capture_output=True, text=True)
+    assert (ending.returncode, ending.stdout) == (returned, "buffered exit handler\n")
+    assert ending.stderr == ("what failed\n" if code == "what failed" else "")

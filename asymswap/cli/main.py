@@ -23,6 +23,7 @@ from asymswap.cli import (
     sweep,
 )
 from asymswap.cli.failures import reporting_errors
+from asymswap.distributed import end_process, in_team
 
 app = typer.Typer(
     name="asymswap",
@@ -79,5 +80,10 @@ def main() -> NoReturn:
         # Typer's help would keep bold and dim.
         os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
     sys.argv[1:] = options.fill_in(sys.argv[1:])
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        if in_team():
+            end_process(done.code)
+        raise
     raise AssertionError("unreachable")
