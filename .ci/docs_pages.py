@@ -25,12 +25,6 @@ _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
-def on_config(config: Any) -> Any:
-    """Leave out of the navigation what is not written yet: figures that a benchmark still has to make."""
-    config.nav = [entry for entry in map(_existing, config.nav) if entry]
-    return config
-
-
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages from beside the folder."""
     for source, page in PAGES.items():
@@ -42,18 +36,6 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of a page of docs/."""
     return markdown if page.file.src_uri in PAGES.values() else _turned(markdown, "docs")
-
-
-def _existing(entry: Any) -> Any:
-    """A part of the navigation, without pages that are nowhere."""
-    ((title, inside),) = entry.items()
-    if isinstance(inside, list):
-        return {title: [each for each in map(_existing, inside) if each]}
-    there = inside in PAGES.values() or (ROOT / "docs" / inside).exists()
-    return entry if there or inside not in COMING else None
-
-
-COMING = {"performance.md"}
 
 
 def _turned(text: str, folder: str) -> str:

@@ -1,0 +1,156 @@
+"""What using asymswap costs beside its targets: start-up, the commands of the first minute, converting over its floor.
+
+    python benchmarks/performance.py [--runs 5] [--out build/performance.json] [--markdown docs/performance.md]
+
+Each command is a process of its own, in turn with the others, with the files in the disk's cache; runs that other
+processes disturbed are done again. The floor of a conversion is what any such program has to do: import torch and
+torchvision, build the same network with random weights (vgg16: 138 M parameters, 553 MB in float32), save its state
+dict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measured import (
+    ASYMSWAP,
+    disturbance,
+    interleaved,
+    machine,
+    machine_text,
+    markdown_table,
+    run_well,
+    summary,
+    table,
+    write_json,
+)
+
+PASS, IMPORT, TORCH = "python -c pass", "import asymswap", "import torch, torchvision"
+HELP, RECIPES = "asymswap --help", "asymswap recipes"
+CANDIDATES = "asymswap candidates resnet18 --weights none"
+DEMO = "asymswap convert digits-resnet --recipe 3x3-only --evaluate digits --force"
+STATE_DICT = "asymswap convert resnet18.pt --recipe 3x3-only --force"
+CONVERT = "asymswap convert vgg16 --weights none --recipe 3x3-only --force"
+FLOOR = "build vgg16, save its state dict"
+MODEL_MB = 138_357_544 * 4 / 1e6
+"""VGG-16 in float32."""
+
+SAVE = "import torch, torchvision; torch.save(torchvision.models.{name}(weights=None).state_dict(), '{file}')"
+SCRIPTS = {PASS: "pass", IMPORT: IMPORT, TORCH: TORCH, FLOOR: SAVE.format(name="vgg16", file="floor.pt")}
+COMMANDS = [PASS, IMPORT, HELP, RECIPES, TORCH, CANDIDATES, DEMO, STATE_DICT, FLOOR, CONVERT]
+COLUMNS = ["command", "min s", "median s", "peak MB"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure, what it may be at most, and what it is measured in."""
+
+    name: str
+    value: float
+    most: float
+    unit: str
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.value <= self.most else "missed"
+
+    def cells(self) -> list[str]:
+        return [self.name, f"{self.value:.2f} {self.unit}", f"{self.most:g} {self.unit}", self.verdict]
+
+
+def split(command: str) -> list[str]:
+    """The command as a process is given it."""
+    if command in SCRIPTS:
+        return [sys.executable, "-c", SCRIPTS[command]]
+    return [ASYMSWAP, *command.split()[1:]]
+
+
+def targets(found: dict[str, dict[str, float]]) -> Iterator[Target]:
+    median = {command: each["median_s"] for command, each in found.items()}
+    peak = {command: each["peak_mb"] for command, each in found.items()}
+    yield Target("`asymswap --help`", median[HELP], 0.2, "s")
+    yield Target("`asymswap recipes`", median[RECIPES], 0.5, "s")
+    yield Target(
+        "`candidates resnet18` over importing torch and torchvision", median[CANDIDATES] / median[TORCH], 1.3, "x"
+    )
+    yield Target("the README's first command", median[DEMO], 60, "s")
+    yield Target("a bare state dict of a ResNet-18, converted", median[STATE_DICT], 60, "s")
+    yield Target("`convert vgg16`, seconds over the floor", median[CONVERT] - median[FLOOR], 8, "s")
+    models = (peak[CONVERT] - peak[FLOOR]) / MODEL_MB
+    yield Target("`convert vgg16`, peak memory over the floor's, in models", models, 2, "x")
+
+
+TARGETS = ["what", "measured", "at most", ""]
+ELSEWHERE = [
+    ["accuracy at a budget, and the time it takes, beside AIMET and others", "[accuracy](accuracy.md)"],
+    ["latency beside MACs", "[latency](latency.md)"],
+    ["memory: at most what importing takes, and 2.2 x the weights", "[large models](large-models.md)"],
+    ["every builder of torchvision, a hundred CNNs of timm", "[coverage](coverage.md)"],
+    ["damaged and hostile files, killed processes", "[robustness](robustness.md)"],
+    ["fine-tuning within a point of the original", "[fine-tuning](finetuning.md)"],
+    ["what each kind of replacement costs", "[kinds](kinds.md)"],
+]
+
+
+def markdown(found: dict[str, dict[str, float]], runs: int) -> str:
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python benchmarks/performance.py --markdown docs/performance.md`.",
+        "",
+        "What asymswap costs beside what it was meant to cost at most. Seconds are medians.",
+        "",
+        markdown_table(TARGETS, [target.cells() for target in targets(found)]),
+        "",
+        f"From these, {runs} runs each, in turn, every one a process of its own. The floor of `convert vgg16` is what",
+        "any such program has to do, in Python: import torch and torchvision, build the network, save its state dict.",
+        "Of `resnet18.pt`, a state dict, nothing is said but its name.",
+        "",
+        markdown_table(COLUMNS, rows(found, "`")),
+        "",
+        f"- {disturbance(found).capitalize()}.",
+        f"- Machine: {machine_text()}.",
+        "",
+        "Measured elsewhere, beside targets of their own:",
+        "",
+        markdown_table(["what", "where"], ELSEWHERE, left=2),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def rows(found: dict[str, dict[str, float]], quote: str = "") -> list[list[str]]:
+    return [
+        [f"{quote}{command}{quote}", f"{each['min_s']:.3f}", f"{each['median_s']:.3f}", f"{each['peak_mb']:.0f}"]
+        for command, each in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("build/performance.json"))
+    parser.add_argument("--markdown", type=Path, help="write this page as well")
+    wanted = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run_well([sys.executable, "-c", SAVE.format(name="resnet18", file="resnet18.pt")], Path(folder))
+        runs = interleaved({command: split(command) for command in COMMANDS}, wanted.runs, Path(folder))
+    found = {command: summary(each) for command, each in runs.items()}
+    judged: dict[str, Any] = {
+        target.name: {"measured": target.value, "at most": target.most} for target in targets(found)
+    }
+    print(machine_text(), "", table(COLUMNS, rows(found)), "", disturbance(found), "", sep="\n")
+    print(table(TARGETS, [target.cells() for target in targets(found)]))
+    write_json(wanted.out, {"machine": machine(), "runs": wanted.runs, "commands": found, "targets": judged})
+    if wanted.markdown:
+        wanted.markdown.write_text(markdown(found, wanted.runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
