@@ -1,13 +1,14 @@
 """Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
 
-    python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out build/coverage.json]
-        [--markdown docs/coverage.md [--files build/files.json]]
+    python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out benchmarks/results/coverage.json]
+        [--markdown docs/coverage.md [--files benchmarks/results/files.json]]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
 and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
 ones too, by a pair that must compute the same. One process a model, forked off one that has done the imports, so that
 peak memory is that model's; models that are in the JSON already are skipped (those that failed are tried again, as are
-those named by --models). The page has a second part, on files, where benchmarks/files.py has left its results.
+those named by --models). The JSON is kept in the repository, for all of it takes hours. The page has a second part, on
+files, where benchmarks/files.py has left its results.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from measured import (
     markdown_table,
     read_json,
     run_well,
+    state,
+    states,
     table,
     write_json,
 )
@@ -164,6 +167,7 @@ def totals(rows: dict[str, Any]) -> list[str]:
         lines[-1] += f" Other programs were busy while {disturbed} of the models were measured, which takes longer."
     largest = max(good, key=lambda name: good[name]["peak_mb"])
     lines.append(f"Most memory: {good[largest]['peak_mb']:,} MB ({largest}).")
+    lines.append(f"Measured with {states([*rows.values()])}.")
     return lines
 
 
@@ -205,11 +209,12 @@ def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict
     """Measure what the JSON lacks, and write it after each model."""
     data = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"models": {}}
     data["machine"] = machine()
+    measured_with = state()
     import_everything()
     for number, name in enumerate(names, start=1):
         if name in data["models"] and not again and "failed" not in data["models"][name]:
             continue
-        data["models"][name] = apart(functools.partial(measure, name), timeout)
+        data["models"][name] = {**apart(functools.partial(measure, name), timeout), "state": measured_with}
         write_json(out, {**data, "models": dict(sorted(data["models"].items()))})
         print(f"{number}/{len(names)} {'  '.join(cells(name, data['models'][name]))}", file=sys.stderr, flush=True)
     return {**data, "models": dict(sorted(data["models"].items()))}
@@ -218,9 +223,11 @@ def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
-    parser.add_argument("--out", type=Path, default=Path("build/coverage.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/coverage.json"))
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
-    parser.add_argument("--files", type=Path, default=Path("build/files.json"), help="results of benchmarks/files.py")
+    parser.add_argument(
+        "--files", type=Path, default=Path("benchmarks/results/files.json"), help="results of benchmarks/files.py"
+    )
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
     wanted = parser.parse_args()
     data = survey(wanted.models or every_model(), bool(wanted.models), wanted.out, wanted.timeout)

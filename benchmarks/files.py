@@ -1,6 +1,7 @@
 """A file of each of torchvision's classifiers, converted by the shortest command there is.
 
-    python benchmarks/files.py [--models resnet18 vgg16] [--again] [--out build/files.json] [--folder build/files]
+    python benchmarks/files.py [--models resnet18 vgg16] [--again] [--out benchmarks/results/files.json]
+        [--folder build/files]
 
 For each classifier with random weights (seed 0): its state_dict by torch.save, and `torch.save(model)`. Of both,
 
@@ -33,6 +34,8 @@ from measured import (
     read_json,
     run,
     run_well,
+    state,
+    states,
     table,
     write_json,
 )
@@ -140,6 +143,7 @@ def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
     """Measure what the JSON lacks, and write it after each model."""
     data = read_json(wanted.out, {"models": {}})
     data["machine"] = machine()
+    measured_with = state()
     import_everything()
     for number, name in enumerate(names, start=1):
         rows = data["models"].get(name)
@@ -148,9 +152,10 @@ def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
         folder = (wanted.folder / name).resolve()
         folder.mkdir(parents=True)
         try:
-            data["models"][name] = measure(name, folder)
+            rows = measure(name, folder)
         finally:
             shutil.rmtree(folder)
+        data["models"][name] = {kind: {**row, "state": measured_with} for kind, row in rows.items()}
         data["models"] = dict(sorted(data["models"].items()))
         write_json(wanted.out, data)
         for kind, row in data["models"][name].items():
@@ -209,6 +214,7 @@ def totals(data: dict[str, Any]) -> list[str]:
     lines.append(
         f"{len(none)} classifiers have no conv that {RECIPE} speaks of: said, exit code 0, written as they were."
     )
+    lines.append(f"Measured with {states([row for _, _, row in rows])}.")
     return lines
 
 
@@ -234,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--again", action="store_true", help="measure again what is in the JSON")
-    parser.add_argument("--out", type=Path, default=Path("build/files.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/files.json"))
     parser.add_argument("--folder", type=Path, default=Path("build/files"))
     wanted = parser.parse_args()
     # Asked for in another process, to keep torch out of this one until the environment is set.

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,19 @@ def machine() -> dict[str, Any]:
 def machine_text() -> str:
     """The same as one line."""
     return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
+def state() -> str:
+    """The commit that is measured, and on what, as one line: kept with each row of results that take several days."""
+    root = Path(__file__).parents[1]
+    described = run_well(["git", "describe", "--always", "--dirty", "--abbrev=7"], root).out.strip()
+    return f"{described} on {_processor()}"
+
+
+def states(rows: Sequence[dict[str, Any]]) -> str:
+    """With which states the rows were measured, and how many with each."""
+    counted = Counter(row["state"] for row in rows)
+    return "; ".join(f"{name}: {number} rows" for name, number in counted.most_common())
 
 
 def disturbance(found: dict[str, dict[str, float]]) -> str:
