@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-minimal test-newest screens gallery fuzz docs release-check lint format clean
+.PHONY: demo test test-fast test-exhaustive test-minimal test-newest screens gallery fuzz docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -16,6 +16,10 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
+
+# Every model of torchvision, where `make test` takes one of each family.
+test-exhaustive: $(READY)
+	$(RUN)/python -m pytest -n auto --dist worksteal -m exhaustive
 
 # What every command shows in a terminal, recorded again in tests/golden; read the difference before you keep it.
 screens: $(READY)

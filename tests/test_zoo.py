@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import one_of_each_family
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -12,8 +13,6 @@ from asymswap.graph.trace import trace
 from asymswap.measure.cost import count_costs
 from asymswap.sources import torchvision_models
 from asymswap.tensors import WithoutMemory
-
-pytestmark = pytest.mark.slow
 
 NAMES = models.list_models(models)
 
@@ -34,7 +33,7 @@ def test_there_are_as_many_as_ever() -> None:
     assert len(NAMES) >= 80
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", one_of_each_family(NAMES))
 def test_costs_and_convs_are_those_that_torch_finds(name: str) -> None:
     model = build(name)
     preprocessing = torchvision_models.preprocessing(name, model, None)

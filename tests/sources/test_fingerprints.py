@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from families import one_of_each_family
 from torch import Tensor
 
 from asymswap.errors import SourceError
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_fingerprints.py"
 SOME = ["resnet18", "googlenet", "vit_b_16", "squeezenet1_0", "densenet121", "mobilenet_v3_small", "regnet_y_400mf"]
 OTHERS = [name for name in torchvision_models.classifiers() if name not in SOME]
-each_classifier = pytest.mark.parametrize("name", [*SOME, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+each_classifier = pytest.mark.parametrize("name", [*SOME, *one_of_each_family(OTHERS)])
 
 
 def script() -> ModuleType:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import one_of_each_family
 from torch import nn
 from torchvision import models
 
@@ -22,8 +23,8 @@ from asymswap.tensors import WithoutMemory, meta_copy
 
 SMALL = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"]
 # The quantisable ones hold stubs of torch.ao, which nobody would convert after quantising.
-SLOW = [name for name in torchvision_models.names() if name not in SMALL and not name.startswith("quantized")]
-each_torchvision = pytest.mark.parametrize("name", [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+OTHERS = [name for name in torchvision_models.names() if name not in SMALL and not name.startswith("quantized")]
+each_torchvision = pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(OTHERS)])
 
 
 class Mine(nn.Sequential):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import one_of_each_family
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models._api import WeightsEnum
@@ -52,10 +53,6 @@ MEDIUM = [
 ]
 DEFAULT = [*references(["googlenet", "inception_v3", "resnet18"]), *SWAG]
 REST = [reference for reference in references(torchvision_models.names()) if reference not in DEFAULT]
-
-
-def slow(values: list[str]) -> list[Any]:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @contextmanager
@@ -106,7 +103,7 @@ def structure(model: nn.Module) -> Any:
     return state, lines, fields
 
 
-@pytest.mark.parametrize("name", [*SMALL, *slow(MEDIUM)])
+@pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(MEDIUM)])
 def test_weights_come_from_the_cache_and_the_origin_builds_the_same(
     name: str, cache: Callable[[str, State], Path]
 ) -> None:
@@ -122,7 +119,7 @@ def test_weights_come_from_the_cache_and_the_origin_builds_the_same(
         assert torch.equal(again.eval()(x), source.model.eval()(x))
 
 
-@pytest.mark.parametrize("reference", [*DEFAULT, *slow(REST)])
+@pytest.mark.parametrize("reference", [*DEFAULT, *one_of_each_family(REST)])
 def test_origins_build_the_same_structure_for_all_weights(reference: str) -> None:
     # ssdlite runs itself while it is built, which needs numbers.
     if "ssdlite" in reference:

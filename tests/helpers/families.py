@@ -1,0 +1,29 @@
+"""Tests over every model of torchvision: `make test` runs one of each family, `pytest -m exhaustive` the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from torchvision import models
+
+
+def one_of_each_family(references: Iterable[str]) -> list[Any]:
+    """The references (NAME, NAME@WEIGHTS, torchvision:NAME, or others) as parameters, most of them marked exhaustive.
+
+    A family is what one file of torchvision builds; its first reference is marked slow. Others than torchvision's are
+    families of their own.
+    """
+    met: set[str] = set()
+    found = []
+    for reference in references:
+        family = _family(reference)
+        found.append(pytest.param(reference, marks=pytest.mark.exhaustive if family in met else pytest.mark.slow))
+        met.add(family)
+    return found
+
+
+def _family(reference: str) -> str:
+    name = reference.removeprefix("torchvision:").partition("@")[0]
+    return models.get_model_builder(name).__module__ if name in models.list_models() else reference
