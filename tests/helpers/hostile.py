@@ -70,13 +70,13 @@ class Ending:
     grown_mb: float = 0.0
 
 
-def verdict(case: Case, ending: Ending) -> str:
-    """One of VERDICTS."""
+def verdict(case: Case, ending: Ending, patience: float = HANG_SECONDS) -> str:
+    """One of VERDICTS; `patience` is how many seconds of processor time are a hang."""
     if ending.code is None:
         return "hang" if ending.seconds >= HANG_SECONDS else "crash"
     if ending.deeds or SPRUNG in ending.left:
         return "code executed"
-    if ending.seconds >= HANG_SECONDS:
+    if ending.seconds >= patience:
         return "hang"
     if ending.code == 0:
         wanted = {"y.pt"} if "-o" in case.arguments else set()
