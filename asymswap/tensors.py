@@ -6,13 +6,20 @@ import copy
 import hashlib
 import itertools
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+_AT_ONCE = 4
+"""Items that `side_by_side` has at work at most: each layer holds copies of its covariance while it is solved."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -157,3 +164,27 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def side_by_side(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], step: Callable[[int], None] = lambda _: None
+) -> list[_Result]:
+    """`function` of every item, in their order; as many at once as torch has threads, at most four, on one thread each.
+
+    Many eigensolvers on a thread each take half the time of one after the other on two, and every result is the same to
+    the bit however many there are. `step` is told how many are done. The first exception, in the order of the items,
+    is raised once those at work have ended; what was not begun is left. The function runs in other threads: it must not
+    draw from torch's global generator, nor count on a mode (`torch.no_grad`) that was set here.
+    """
+    results: list[_Result] = []
+    workers = min(torch.get_num_threads(), _AT_ONCE)
+    with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in futures:
+                results.append(future.result())
+                step(len(results))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results

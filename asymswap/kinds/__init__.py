@@ -38,7 +38,10 @@ class KindSettings(BaseModel):
 
 
 class Kind(Protocol):
-    """What a kind's file must hold; `Absorbing`, `Moving` and `Sampling` say what it may hold beyond that."""
+    """What a kind's file must hold; `Absorbing`, `Moving` and `Sampling` say what it may hold beyond that.
+
+    `options`, `settle` and `init_` run for several convs at once (`asymswap.tensors.side_by_side`).
+    """
 
     Settings: type[KindSettings]
     """The settings; the fields are the keys of `swap = { kind = …, … }` in a recipe."""

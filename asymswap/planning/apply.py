@@ -14,6 +14,7 @@ from asymswap.factorize.evidence import Evidence
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap, take_over_
 from asymswap.spec import Plan, Progress, Swap, silent
+from asymswap.tensors import generator_for, side_by_side
 
 
 def apply_plan(
@@ -36,21 +37,20 @@ def apply_plan(
         if built.entry.site not in unset:
             absorbed = {} if built.norm is None else {"norm": built.norm}
             built.kind.init_(built.replacement, built.conv, built.settings, found.get(built.entry.site), **absorbed)
-        progress("converting", built.number, len(plan.swaps))
 
-    return _apply(model, plan, start, share)
+    return _apply(model, plan, start, share, lambda done: progress("converting", done, len(plan.swaps)))
 
 
 def apply_structure(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
     """The same with unset weights in the replacements, for loading a state dict into it."""
-    return _apply(model, plan, lambda _: None, share)
+    return _apply(model, plan, share=share)
 
 
 def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
     """The same with random weights in the replacements, which shares all others with the model: for being timed."""
-    generator = torch.Generator().manual_seed(0)
 
     def start(built: _Built) -> None:
+        generator = generator_for(built.entry.site)
         for name, tensor in built.replacement.state_dict().items():
             # Values neither grow nor vanish on their way through the network, where they would slow down arithmetic.
             if tensor.dim() > 1:
@@ -71,15 +71,20 @@ class _Built:
     kind: kinds.Kind
     settings: kinds.KindSettings
     replacement: nn.Module
-    number: int = 0
 
 
-def _apply(model: nn.Module, plan: Plan, start: Callable[[_Built], None], share: bool = False) -> nn.Module:
-    """Build all replacements, let `start` give them their weights, and swap them in."""
+def _apply(
+    model: nn.Module,
+    plan: Plan,
+    start: Callable[[_Built], None] | None = None,
+    share: bool = False,
+    step: Callable[[int], None] = lambda _: None,
+) -> nn.Module:
+    """Build all replacements, let `start` give them their weights, some at once, and swap them in."""
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
     norms = dict(model.named_modules())
-    replacements: dict[str, nn.Module] = {}
-    for number, entry in enumerate(plan.swaps, start=1):
+    every: list[_Built] = []
+    for entry in plan.swaps:
         conv = convs.get(entry.site)
         if conv is None:
             raise PlanError(f"the model has no Conv2d named {entry.site!r}{near_names(entry.site, convs)}")
@@ -87,9 +92,12 @@ def _apply(model: nn.Module, plan: Plan, start: Callable[[_Built], None], share:
             raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
         kind, settings = kinds.load(entry.kind), kinds.parse_settings(entry.kind, entry.settings)
         norm = None if entry.absorbs is None else norms[entry.absorbs]
-        built = _Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings), number)
-        start(built)
-        replacements[entry.site] = take_over_(built.replacement, conv, norm)
-        if entry.absorbs is not None:
-            replacements[entry.absorbs] = nn.Identity()
+        every.append(_Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings)))
+    if start is not None:
+        side_by_side(start, every, step)
+    replacements: dict[str, nn.Module] = {}
+    for built in every:
+        replacements[built.entry.site] = take_over_(built.replacement, built.conv, built.norm)
+        if built.entry.absorbs is not None:
+            replacements[built.entry.absorbs] = nn.Identity()
     return swap(model, replacements, share)

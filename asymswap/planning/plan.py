@@ -20,6 +20,7 @@ from asymswap.planning.budget import Allocation, Point, allocate, least_cost
 from asymswap.planning.prices import Counted, Prices
 from asymswap.planning.recipe import Budget, Recipe, Rule
 from asymswap.spec import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
+from asymswap.tensors import side_by_side
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,24 @@ def find_choices(
             keeps[site.name] = decision
         else:
             matched.append(decision)
-    fixed: dict[str, tuple[Swap | Keep, Option | None]] = {}
-    curves: dict[str, Sequence[Option]] = {}
-    for done, item in enumerate(matched, start=1):
-        if recipe.budget is not None and item.rule.leaves_choice:
-            curves[item.site.name] = item.options()
-        else:
-            fixed[item.site.name] = _settle(item)
+    decided: list[_Matched] = []
+    left_open: list[_Matched] = []
+    for item in matched:
+        (left_open if recipe.budget is not None and item.rule.leaves_choice else decided).append(item)
+
+    def step(done: int) -> None:
         progress("factorising", done, len(matched))
-    left_open = [item for item in matched if item.site.name in curves]
-    return Choices(sites, recipe, left_open, curves, fixed, keeps)
+
+    settled = side_by_side(_settle, decided, step)
+    curves = side_by_side(_Matched.options, left_open, lambda done: step(len(decided) + done))
+    return Choices(
+        sites,
+        recipe,
+        left_open,
+        curves={item.site.name: curve for item, curve in zip(left_open, curves, strict=True)},
+        fixed={item.site.name: result for item, result in zip(decided, settled, strict=True)},
+        keeps=keeps,
+    )
 
 
 def choose(

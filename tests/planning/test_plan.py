@@ -233,3 +233,18 @@ def test_candidates_of_other_kinds_tell_what_the_replacement_costs(resnet: nn.Mo
     assert other.becomes is None
     assert other.half is not None
     assert rows["conv1"].reason == "no rule matches"
+
+
+def test_the_same_bits_on_one_thread_and_on_two(resnet: nn.Module, traced: Trace) -> None:
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            plan = planned(resnet, traced, "[[rules]]\nswap = { kind = 'separable' }\n", "[budget]\nmacs = 0.5\n")
+            found.append((plan, apply_plan(resnet, plan).state_dict()))
+    finally:
+        torch.set_num_threads(threads)
+    (plan, state), (other_plan, other_state) = found
+    assert plan == other_plan
+    assert all(torch.equal(tensor, other_state[key]) for key, tensor in state.items())

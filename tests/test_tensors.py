@@ -1,0 +1,74 @@
+"""Computations side by side on several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from asymswap.tensors import side_by_side
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[int]:
+    """Torch has three threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_order_of_the_items_and_steps_are_told() -> None:
+    steps: list[int] = []
+    assert side_by_side(lambda item: item**2, range(20), steps.append) == [item**2 for item in range(20)]
+    assert steps == list(range(1, 21))
+    assert side_by_side(lambda item: item, []) == []
+
+
+def test_as_many_are_at_work_as_torch_has_threads(threads: int) -> None:
+    meeting = threading.Barrier(threads, timeout=60)
+    side_by_side(lambda _: meeting.wait(), range(threads))
+
+
+def test_each_has_one_thread_of_torch_and_the_rest_is_as_before(threads: int) -> None:
+    assert set(side_by_side(lambda _: torch.get_num_threads(), range(12))) == {1}
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(lambda item: 1 // item, [0])
+    assert torch.get_num_threads() == threads
+
+
+def test_the_first_exception_in_the_items_order_is_raised_and_the_rest_is_left() -> None:
+    begun: list[int] = []
+    failed = threading.Event()
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            failed.set()
+            raise ValueError(item)
+        if item == 0:
+            assert failed.wait(60)
+            raise KeyError(item)
+        failed.wait(60)
+
+    with pytest.raises(KeyError):
+        side_by_side(work, range(10_000))
+    assert len(begun) < 10_000
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    matrices = [torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (90, 300)]
+
+    def solve(a: Tensor) -> Tensor:
+        return torch.linalg.eigh(a @ a.mT).eigenvectors
+
+    found = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.append(side_by_side(solve, matrices))
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
