@@ -1,16 +1,18 @@
 """Do asymmetric convolutions converge faster, recognise better, and need fewer parameters and less computation?
 
-    python benchmarks/claims.py [--data digits] [--cifar10 DATA] [--networks …] [--kinds …] [--ways scratch converted]
-        [--seeds 0 1 2] [--minutes M] [--out build/claims] [--markdown docs/claims.md]
+    python benchmarks/claims.py [--data digits cifar10] [--cifar10 DATA] [--networks …] [--kinds …] [--ways …]
+        [--minutes M] [--out benchmarks/results/claims.json] [--work build/claims] [--markdown docs/claims.md]
 
 Every kind in three networks, (a) trained from scratch: a network with random weights is converted, then trained, and
 (b) converted from the trained plain network of the same seed, then fine-tuned; beside the plain network, trained
 equally long on the same images in the same order. All with asymswap's own `convert`, `finetune`, `evaluate` and `fuse`.
 
 Each seed is trained in a process of its own, one at a time (on digits all kinds of a network, way and seed in one, for
-there the imports would take longer than the training), and each result is a file below --out as soon as it is there:
-what is there is not done again, so that the command goes on where it was interrupted. The most telling runs come first.
-`--minutes` ends it after the run that is being made then; `--markdown` and the pictures are made of what there is.
+there the imports would take longer than the training), and each result is in --out as soon as it is there: what is
+there is not done again, so that the command goes on where it was interrupted; that file is kept in the repository. The
+trained plain networks, from which others are converted, are below --work; where one is needed that is not there, it is
+trained again. `--minutes` ends the command after the run that is being made then; `--markdown` and the pictures are
+made of what there is.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claims_page import write_page
-from measured import machine, write_json
+from claims_page import read, write_page
+from measured import read_json, state, write_json
 
 NETWORKS = ("resnet18", "se-resnet18", "densenet")
 KINDS = ("plain", "separable", "acb", "offset", "weighted-offset", "predicted-offset")
@@ -66,6 +68,7 @@ class Setting:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     together: bool
+    seeds: int
 
 
 SETTINGS = {
@@ -73,25 +76,27 @@ SETTINGS = {
         images="scikit-learn's digits, 1,437 images to train on and 360 to test",
         test=360,
         size=(1, 8, 8),
-        epochs={"scratch": 6, "converted": 3},
+        epochs={"scratch": 10, "converted": 5},
         lr={"scratch": 2e-3, "converted": 1e-3},
         batch=128,
         precision="fp32",
         mean=(0.3054,),
         std=(0.3761,),
         together=True,
+        seeds=5,
     ),
     "cifar10": Setting(
-        images="10,000 images to train on and 2,000 to test",
+        images="10,000 images to train on and 2,000 to test, made half as wide and high by averaging",
         test=2000,
-        size=(3, 32, 32),
+        size=(3, 16, 16),
         epochs={"scratch": 5, "converted": 3},
         lr={"scratch": 3e-3, "converted": 1e-3},
         batch=128,
-        precision="bf16",
+        precision="fp32",
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         together=False,
+        seeds=3,
     ),
 }
 
@@ -100,8 +105,7 @@ ABOUT = (
     "(benchmarks/claims_networks.py): the ResNets have 8, 16, 32 and 64 channels, an eighth of their width, "
     "squeeze-and-excitation by 4; the DenseNet has growth 8 and four blocks of three layers.",
     "Every 3x3 conv but the first is replaced; by `predicted-offset` only those whose input is 4x4 (as detectors "
-    "have it, at the end of the network on CIFAR-10, in its middle on digits): its backward pass is a hundred times "
-    "that of a conv here.",
+    "have it, in the second half of the network): its backward pass is a hundred times that of a conv here.",
     "`separable` at half of each conv's MACs; `acb` with a batch norm a branch, as in ACNet, its strips beginning "
     "without effect; offsets learn at ten times the rate of the weights, else AdamW would not let them get anywhere "
     "in so few steps; predictors at that of the weights.",
@@ -123,24 +127,31 @@ class Run:
     seed: int
 
     @property
-    def stem(self) -> Path:
-        """Where its files are, below the output folder."""
-        return Path(self.data) / f"{self.network}-{self.way}-{self.kind}-{self.seed}"
+    def name(self) -> str:
+        """Its key among the results."""
+        return f"{self.data}/{self.network}-{self.way}-{self.kind}-{self.seed}"
+
+    @property
+    def plain(self) -> Run:
+        """The training of the plain network from scratch, with this seed."""
+        return Run(self.data, self.network, "scratch", "plain", self.seed)
 
 
 class Bench:
-    """Where results are, and from what images."""
+    """Where results are, where networks are, and from what images."""
 
-    def __init__(self, out: Path, reference: str) -> None:
-        self.out, self.reference = out, reference
+    def __init__(self, out: Path, work: Path, references: Mapping[str, str]) -> None:
+        self.out, self.work, self.references = out, work, references
 
-    def result(self, run: Run) -> Path:
-        """The file of a result."""
-        return (self.out / run.stem).with_suffix(".json")
+    def lacking(self, runs: Sequence[Run]) -> set[Run]:
+        """Those that have no result, and the plain networks that these need and that are not there."""
+        done = {Run(one.data, one.network, one.way, one.kind, one.seed) for one in read(self.out)}
+        lacking = set(runs) - done
+        return lacking | {run.plain for run in lacking if run.way == "converted" and not self.weights(run).exists()}
 
     def weights(self, run: Run) -> Path:
-        """The checkpoint of a plain network, from which others are converted."""
-        return (self.out / run.stem).with_suffix(".pt")
+        """The checkpoint of the plain network of its seed, from which others are converted."""
+        return self.work / f"{run.plain.name}.pt"
 
     def train(self, run: Run) -> None:
         """Convert, train, measure, and write the result."""
@@ -159,10 +170,18 @@ class Bench:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tuned = asymswap.finetune(
-                model, self.reference, self._training(run), run=folder, input_size=setting.size, mean=setting.mean,
-                std=setting.std, watcher=watcher, arch=None if not isinstance(model, Path) else network,
-                arguments=code["arguments"], trust_code=True,
-            )  # fmt: skip
+                model,
+                self.references[run.data],
+                self._training(run),
+                run=folder,
+                input_size=setting.size,
+                mean=setting.mean,
+                std=setting.std,
+                watcher=watcher,
+                arch=None if not isinstance(model, Path) else network,
+                arguments=code["arguments"],
+                trust_code=True,
+            )
             # The weights of the last epoch: the best are chosen by the images that they are measured on here.
             trained = asymswap.load(folder / "last.pt", model=_built(network, code))
             after = self._measured(run, folder / "last.pt", trained, network, code)
@@ -178,11 +197,12 @@ class Bench:
             "cpu_seconds_per_epoch": watcher.seconds,
             "convert_cpu_seconds": converted,
             **after,
-            "machine": machine(),
+            "state": state(),
         }
-        write_json(self.result(run), result)
+        results = read_json(self.out, {})
+        write_json(self.out, {**results, run.name: result})
         print(
-            f"{run.stem}: {100 * result['top1'][-1]:.2f} % after {len(watcher.scores)} epochs, "
+            f"{run.name}: {100 * result['top1'][-1]:.2f} % after {len(watcher.scores)} epochs, "
             f"{min(watcher.seconds):.1f} processor seconds an epoch",
             flush=True,
         )
@@ -192,7 +212,7 @@ class Bench:
         import asymswap
 
         if run.way == "converted":
-            source: Any = self.weights(Run(run.data, run.network, "scratch", "plain", run.seed))
+            source: Any = self.weights(run)
         else:
             source = _built(network, code)
         if run.kind == "plain":
@@ -202,7 +222,7 @@ class Bench:
             options = {"arch": network, **code}
             if run.kind in ("separable", "acb"):
                 # Without labels; for the pairs' weights, and for the statistics of new batch norms.
-                options["calibration"] = asymswap.Calibration(self.reference, images=256, seed=run.seed)
+                options["calibration"] = asymswap.Calibration(self.references[run.data], images=256, seed=run.seed)
         with tempfile.TemporaryDirectory() as name:
             recipe = Path(name) / "recipe.toml"
             recipe.write_text(RECIPES[run.kind], encoding="utf-8")
@@ -234,7 +254,7 @@ class Bench:
         cost = count_costs(model, (torch.empty(1, *setting.size, device="meta"),)).total
         found: dict[str, Any] = {"params": cost.params, "macs": cost.macs, "memory": kept_bytes(model, setting)}
         if run.kind in OFFSET_SCALE:
-            rows = asymswap.offsets(path, data=self.reference, arch=network, **code).rows
+            rows = asymswap.offsets(path, data=self.references[run.data], arch=network, **code).rows
             taps = [tap for row in rows for tap in row.mean]
             found["offset"] = sum((down**2 + right**2) ** 0.5 for down, right in taps) / len(taps)
             found["largest_offset"] = max(row.largest for row in rows)
@@ -251,7 +271,11 @@ class Bench:
         setting = SETTINGS[run.data]
         fusion = asymswap.fuse(path, arch=network, **code)
         report = asymswap.evaluate(
-            [model, fusion.model], self.reference, input_size=setting.size, mean=setting.mean, std=setting.std
+            [model, fusion.model],
+            self.references[run.data],
+            input_size=setting.size,
+            mean=setting.mean,
+            std=setting.std,
         )
         first, second = report.models
         assert second.against_first is not None
@@ -331,38 +355,36 @@ def kept_bytes(model: Any, setting: Setting) -> int:
 
 
 def wanted_runs(wanted: argparse.Namespace) -> Iterator[Run]:
-    """All of them, the most telling first: the first network from scratch, then converted, then the others.
-
-    On large images the kind whose training takes longest by far comes at the end.
-    """
+    """All of them; on large images the kind whose training takes longest by far comes at the end."""
     slow = ["predicted-offset"]
     for data in wanted.data:
         late = [] if SETTINGS[data].together else [kind for kind in wanted.kinds if kind in slow]
         early = [kind for kind in wanted.kinds if kind not in late]
         for kinds in (early, late):
-            for network, way, seed, kind in itertools.product(wanted.networks, wanted.ways, wanted.seeds, kinds):
+            seeds = range(SETTINGS[data].seeds)
+            for network, seed, way, kind in itertools.product(wanted.networks, seeds, wanted.ways, kinds):
                 yield Run(data, network, way, kind, seed)
 
 
 def main() -> None:
     wanted = parse()
-    references = {"digits": "digits", "cifar10": wanted.cifar10}
     end = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
+    if wanted.run is None and "cifar10" in wanted.data and wanted.minutes != 0:
+        wanted.cifar10 = packed(wanted.cifar10, wanted.work)
+    bench = Bench(wanted.out, wanted.work, {"digits": "digits", "cifar10": wanted.cifar10})
     if wanted.run is not None:
         for fields in json.loads(wanted.run):
-            run = Run(**fields)
             if time.monotonic() < end:
-                Bench(wanted.out, references[run.data]).train(run)
+                bench.train(Run(**fields))
         return
-    if "cifar10" in wanted.data and wanted.minutes != 0:
-        wanted.cifar10 = packed(wanted.cifar10, wanted.out)
     runs = list(wanted_runs(wanted))
     for group in _processes(runs):
-        lacking = [run for run in group if not Bench(wanted.out, "").result(run).exists()]
-        if lacking and time.monotonic() < end:
-            _in_a_process(lacking, wanted, end)
-    done = sum(Bench(wanted.out, "").result(run).exists() for run in runs)
-    print(f"{done} of {len(runs)} runs are there")
+        lacking = bench.lacking(group)
+        # A plain network comes before what is converted from it.
+        ordered = sorted(lacking, key=lambda run: (run != run.plain, group.index(run) if run in group else -1))
+        if ordered and time.monotonic() < end:
+            _in_a_process(ordered, wanted, end)
+    print(f"{len(set(runs) - bench.lacking(runs))} of {len(runs)} runs are there")
     if wanted.markdown is not None:
         write_page(wanted.markdown, wanted.out, vars(wanted) | {"settings": SETTINGS, "about": ABOUT})
 
@@ -379,22 +401,24 @@ def _processes(runs: Sequence[Run]) -> Iterator[list[Run]]:
 
 
 def _in_a_process(runs: Sequence[Run], wanted: argparse.Namespace, end: float) -> None:
-    command = [sys.executable, __file__, "--out", str(wanted.out), "--run", json.dumps([vars(run) for run in runs])]
-    command += ["--cifar10", str(wanted.cifar10)]
+    command = [sys.executable, __file__, "--out", str(wanted.out), "--work", str(wanted.work)]
+    command += ["--cifar10", str(wanted.cifar10), "--run", json.dumps([vars(run) for run in runs])]
     if math.isfinite(end):
         command += ["--minutes", str((end - time.monotonic()) / 60)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(wanted.threads)}, check=False)
     if done.returncode:
-        sys.exit(f"{runs[0].stem} ended with {done.returncode}")
+        sys.exit(f"{runs[0].name} ended with {done.returncode}")
 
 
-def packed(reference: str, out: Path) -> str:
-    """The images of a folder decoded once, as a file of tensors; other references as they are."""
+def packed(reference: str, work: Path) -> str:
+    """The images of a folder decoded once, in the setting's size, as a file of tensors; others as they are."""
     if not Path(reference).is_dir():
         return reference
-    target = out / "cifar10.npz"
+    _, height, width = SETTINGS["cifar10"].size
+    target = work / f"cifar10-{height}x{width}.npz"
     if not target.exists():
         import numpy as np
+        from PIL import Image
 
         from asymswap.sources.networks import CIFAR_PREPROCESSING
         from asymswap.training.data import open_data
@@ -403,8 +427,9 @@ def packed(reference: str, out: Path) -> str:
         for part in ("train", "test"):
             data = open_data(reference, CIFAR_PREPROCESSING, part)
             assert data.pictures is not None
-            pictures = [np.asarray(data.pictures.picture(number)) for number in range(len(data))]
-            arrays |= {f"images_{part}": np.stack(pictures), f"labels_{part}": np.array(data.pictures.labels)}
+            pictures = [data.pictures.picture(number) for number in range(len(data))]
+            small = [np.asarray(picture.resize((width, height), Image.Resampling.BOX)) for picture in pictures]
+            arrays |= {f"images_{part}": np.stack(small), f"labels_{part}": np.array(data.pictures.labels)}
             arrays["classes"] = np.array(data.classes)
         target.parent.mkdir(parents=True, exist_ok=True)
         np.savez(target, **arrays)
@@ -413,15 +438,15 @@ def packed(reference: str, out: Path) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=SETTINGS, default=["digits"])
+    parser.add_argument("--data", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--cifar10", default="cifar10:build", help="a data reference: cifar10:PATH, or a folder")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--minutes", type=float, help="begin no run after so many; 0: only make the page")
-    parser.add_argument("--out", type=Path, default=Path("build/claims"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims.json"))
+    parser.add_argument("--work", type=Path, default=Path("build/claims"), help="where networks and images are kept")
     parser.add_argument("--markdown", type=Path, help="write the page here, and its pictures beside it")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from measured import markdown_table
+from measured import markdown_table, read_json, states
 
 PLAIN = "plain"
 TITLES = {"digits": "Digits", "cifar10": "CIFAR-10"}
@@ -136,9 +135,10 @@ def verdicts(found: Sequence[Difference]) -> list[str]:
 
 
 def write_page(page: Path, out: Path, wanted: Mapping[str, Any]) -> None:
-    """Write the page and its pictures; `wanted` names data, networks, kinds, ways, seeds and the settings."""
+    """Write the page and its pictures; `wanted` names data, networks, kinds, ways and the settings."""
     book = Book(read(out))
-    runs = math.prod(len(wanted[name]) for name in ("data", "networks", "ways", "kinds", "seeds"))
+    seeds = sum(wanted["settings"][data].seeds for data in wanted["data"])
+    runs = seeds * math.prod(len(wanted[name]) for name in ("networks", "ways", "kinds"))
     state = f"**{len(book.results)} of {runs} runs are done**; see [what is missing](#what-is-missing).\n"
     parts = [
         INTRODUCTION,
@@ -159,14 +159,13 @@ def write_page(page: Path, out: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def read(out: Path) -> list[Result]:
-    """Every result below the folder; a file's name says of what run it is."""
+    """Every result in the file; its key says of what run it is."""
     found = []
-    for path in sorted(out.glob("*/*.json")):
-        name = re.fullmatch(r"(.+)-(scratch|converted)-(.+)-(\d+)", path.stem)
+    for key, content in read_json(out, {}).items():
+        name = re.fullmatch(r"([^/]+)/(.+)-(scratch|converted)-(.+)-(\d+)", key)
         if name is not None:
-            network, way, kind, seed = name.groups()
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Result(path.parent.name, network, way, kind, int(seed), content))
+            data, network, way, kind, seed = name.groups()
+            found.append(Result(data, network, way, kind, int(seed), content))
     return found
 
 
@@ -179,7 +178,7 @@ def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
         f"hold* take at least {ENOUGH} pairs and a paired t-test that stays below 0.05 once corrected for all the "
         "tests of this page (Holm); *leans* says that it does so only uncorrected, which with so many tests happens by "
         "chance too; all else is *not decided*. The intervals are about other seeds: the test images are always the "
-        "same (360 of digits, one of which is 0.28 points), and the networks are these.",
+        "same (360 of digits, one of which is 0.28 points; 2,000 of CIFAR-10), and the networks are these.",
     ]
     rows = _judged(book, wanted)
     for claim, about in (
@@ -323,24 +322,23 @@ def _setting(book: Book, wanted: Mapping[str, Any]) -> str:
             f"{setting.lr['converted']:g}; AdamW, cosine, batches of {setting.batch}, {setting.precision}, no "
             f"augmentation. Plain networks: {'; '.join(sizes) or 'none yet'}."
         )
-    machines = {json.dumps(one.found["machine"]) for one in book.results.values()}
-    for text in sorted(machines):
-        lines.append("- Machine: " + ", ".join(f"{key} {value}" for key, value in json.loads(text).items()) + ".")
+    lines.append(f"- Measured with {states([one.found for one in book.results.values()])}.")
     return "\n".join(lines)
 
 
 def _missing(book: Book, wanted: Mapping[str, Any]) -> str:
     lines, all_runs = [], 0
     for data in wanted["data"]:
+        seeds = range(wanted["settings"][data].seeds)
         for network in wanted["networks"]:
             for way in wanted["ways"]:
                 gaps = []
                 for kind in wanted["kinds"]:
                     there = {one.seed for one in book.some(data=data, network=network, way=way, kind=kind)}
-                    lacking = [seed for seed in wanted["seeds"] if seed not in there]
-                    all_runs += len(wanted["seeds"])
+                    lacking = [seed for seed in seeds if seed not in there]
+                    all_runs += len(seeds)
                     if lacking:
-                        gaps.append(kind if len(lacking) == len(wanted["seeds"]) else f"{kind} (seeds {lacking})")
+                        gaps.append(kind if len(lacking) == len(seeds) else f"{kind} (seeds {lacking})")
                 if len(gaps) == len(wanted["kinds"]) and not any("seeds" in gap for gap in gaps):
                     gaps = ["everything"]
                 if gaps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ def result(kind: str, seed: int, *top1: float, network: str = "resnet18") -> Res
         "params": 10 if kind == "plain" else 5,
         "macs": 10,
         "memory": 1,
-        "machine": {"cores": 2},
+        "state": "abc on a machine",
     }
     return Result("digits", network, "scratch", kind, seed, found)
 
@@ -86,23 +87,26 @@ def test_a_run_is_compared_with_the_plain_network_of_its_own_seed_and_network() 
 
 
 def test_the_page_says_what_is_missing_and_reads_what_is_there(tmp_path: Path) -> None:
-    import json
-
-    folder = tmp_path / "out" / "digits"
-    folder.mkdir(parents=True)
-    for kind, curve in (("plain", (0.1, 0.5, 0.8)), ("weighted-offset", (0.1, 0.8, 0.75))):
-        content = dict(result(kind, 0, *curve).found)
-        (folder / f"se-resnet18-scratch-{kind}-0.json").write_text(json.dumps(content))
+    curves = {"plain": (0.1, 0.5, 0.8), "weighted-offset": (0.1, 0.8, 0.75)}
+    out = tmp_path / "claims.json"
+    out.write_text(
+        json.dumps(
+            {
+                f"digits/se-resnet18-scratch-{kind}-0": dict(result(kind, 0, *curve).found)
+                for kind, curve in curves.items()
+            }
+        )
+    )
     setting = SimpleNamespace(
         size=(1, 8, 8), images="few", test=360, epochs={"scratch": 2, "converted": 1},
         lr={"scratch": 1.0, "converted": 1.0},
-        batch=2, precision="fp32",
+        batch=2, precision="fp32", seeds=1,
     )  # fmt: skip
     wanted = {
         "data": ["digits"], "networks": ["se-resnet18"], "kinds": ["plain", "weighted-offset", "acb"],
-        "ways": ["scratch"], "seeds": [0], "settings": {"digits": setting}, "about": [],
+        "ways": ["scratch"], "settings": {"digits": setting}, "about": [],
     }  # fmt: skip
-    write_page(tmp_path / "page" / "claims.md", tmp_path / "out", wanted)
+    write_page(tmp_path / "page" / "claims.md", out, wanted)
     text = (tmp_path / "page" / "claims.md").read_text()
     assert "2 of 3 runs are done" in text
     assert "- Digits, se-resnet18, scratch: acb" in text
