@@ -1,12 +1,13 @@
 """What calibration costs: seconds of each stage and peak memory, by the number of images, and whether that is linear.
 
     python benchmarks/calibration_cost.py [--models resnet18 resnet50 vgg16] [--images 128 256 512 1024 2048]
-        [--ways "one pass" "layer by layer"] [--out build/calibration_cost.json] [--markdown docs/calibration-cost.md]
+        [--ways "one pass" "layer by layer"] [--out benchmarks/results/calibration_cost.json]
+        [--markdown docs/calibration-cost.md]
 
 Each is `asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run`
 in a process of its own, with the default memory limit of 4 GiB; one pass is with `--no-sequential`. ResNet-50 keeps
-0.75 of its MACs, since its spatial convs hold too few of them for half. What is in the JSON is not done again, but for
-runs that failed.
+0.75 of its MACs, since its spatial convs hold too few of them for half. What is in the JSON, which is kept in the
+repository, is not done again, but for runs that failed.
 
 The images are random, of three sizes of detail, 256 x 256, in PPM files, which need no decoding; made for each start of
 this script in a temporary folder, always the same ones.
@@ -27,7 +28,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from measured import ASYMSWAP, QUIET, machine, machine_text, markdown_table, read_json, run, table, write_json
+from measured import ASYMSWAP, QUIET, machine_text, markdown_table, read_json, run, state, states, table, write_json
 from PIL import Image
 
 MACS = {"resnet50": 0.75}
@@ -102,6 +103,7 @@ def measure(model: str, way: str, images: int, folder: Path, timeout: float) -> 
         "processor": round(done.cpu_seconds, 2),
         "peak_mb": round(done.peak_mb),
         "others": round(done.others, 2),
+        "state": state(),
     }
     if done.code:
         last = (done.err.strip().splitlines() or ["no message"])[-1]
@@ -124,7 +126,7 @@ def key_of(model: str, way: str, images: int) -> str:
 
 def survey(wanted: argparse.Namespace) -> dict[str, Any]:
     """Measure what the JSON lacks, the cheapest first, and write it after each run."""
-    data = {**read_json(wanted.out, {"runs": {}}), "machine": machine(), "threads": threads()}
+    data = {**read_json(wanted.out, {"runs": {}}), "threads": threads()}
     lacking = [
         (model, way, images)
         for images in sorted(wanted.images)
@@ -239,7 +241,6 @@ with many the activations of more layers exceed the memory limit.""".splitlines(
 
 
 def markdown(data: dict[str, Any]) -> str:
-    facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     rows = [[model, way, f"{images}", *cells(row)] for model, way, images, row in known(data)]
     text = [
         "# What calibration costs",
@@ -247,7 +248,7 @@ def markdown(data: dict[str, Any]) -> str:
         "Written by `python benchmarks/calibration_cost.py --markdown docs/calibration-cost.md`.",
         "",
         *(f"- {line}" for line in findings(data)),
-        f"- Machine: {facts}, {data['threads']} threads.",
+        f"- Measured with {states(list(data['runs'].values()))}; {data['threads']} threads.",
         "",
         *EXPLANATION,
         "",
@@ -269,7 +270,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--timeout", type=float, default=7200, help="seconds that one run may take")
-    parser.add_argument("--out", type=Path, default=Path("build/calibration_cost.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/calibration_cost.json"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
     return parser.parse_args()
 
