@@ -125,7 +125,7 @@ def test_a_changed_detector_is_told_by_its_parts() -> None:
 
 
 @pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "raft_small", "r3d_18"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", pytest.param(".safetensors", marks=pytest.mark.exhaustive)])
 def test_what_is_written_computes_the_same_in_another_process(name: str, suffix: str, tmp_path: Path) -> None:
     conversion = convert(name)
     asymswap.save(conversion, tmp_path / f"model{suffix}")

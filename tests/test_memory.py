@@ -25,6 +25,7 @@ SOURCES = {
     "safetensors, written as such": ["state.safetensors", "--arch", NAME, "-o", "out.safetensors"],
     "asymswap checkpoint": ["half.asym.pt"],
 }
+QUICK = ("reference", "state dict, identified", "safetensors", "asymswap checkpoint")
 ONCE = 1.6
 """Times the weights, over what the imports take: 1.2 is measured. What is promised, 2.2, would hide a second copy."""
 
@@ -86,7 +87,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(folder, int(done.stdout), peak(folder, "-c", IMPORTS))
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in SOURCES]
+)
 def test_peak_of_a_conversion(source: str, prepared: Prepared) -> None:
     command = ["-m", "asymswap", "convert", *SOURCES[source], "--recipe", "3x3-only", "--input", "3x64x64", "--force"]
     over = peak(prepared.folder, *command) - prepared.floor

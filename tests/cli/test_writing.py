@@ -185,7 +185,15 @@ def test_writer_that_stops_halfway(
 
 def started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "asymswap", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has told them to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.mark.parametrize("command", [("convert", "slow:net", "--recipe", "all-spatial"), ("candidates", "slow:net")])

@@ -53,7 +53,7 @@ def test_every_classifier_is_told_whatever_its_classes_and_channels(name: str) -
         assert (found.reference, found.arguments, found.view.prefix) == (reference, arguments, "")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_table_is_current() -> None:
     made = script().text()
     shipped = script().OUT.read_text(encoding="utf-8")
