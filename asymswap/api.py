@@ -1,4 +1,4 @@
-"""The public verbs: candidates, plan, convert, save, load, fuse, save_fused, finetune, evaluate.
+"""The public verbs that open, change and write models; compare, benchmark, export and sweep have files of their own.
 
 A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
 that several verbs share:
@@ -16,7 +16,8 @@ All raise AsymswapError, with a one-line reason, for what cannot be done.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from asymswap.finetuning import FineTuned, finetune
 from asymswap.graph.flow import read_flow
 from asymswap.graph.nodes import NodeGraph
 from asymswap.graph.trace import Trace, trace
-from asymswap.inputs import Inputs, describe, example, probe
+from asymswap.inputs import Inputs, describe, example, portions, probe
 from asymswap.latency_budget import Timing, plan_in_time
 from asymswap.measure.cost import Costs, count_costs, count_swapped
 from asymswap.measure.fidelity import compare_outputs, compared_parts, measure_fidelity
@@ -57,7 +58,7 @@ from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, Late
 from asymswap.sources.references import Request, rebuild
 from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
 from asymswap.summary import check_promises, make_report, state_bytes
-from asymswap.tensors import first_not_finite
+from asymswap.tensors import eval_mode, first_not_finite
 from asymswap.training.settings import Training
 
 __all__ = [
@@ -459,11 +460,15 @@ def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, see
     inputs, probe_text = _probe(opened, done.gathered, seed)
     sites = done.traced.sites
     parts = compared_parts(done.traced)
-    if done.traced.on_meta:
-        after = count_costs(done.model, opened.example(), [site.name for site in sites])
-    else:
-        after = count_swapped(done.before, done.model, sites)
-        probe_text += f", compared at the outputs of {len(parts)} parts"
+    with _of_the_converted_model():
+        if done.traced.on_meta:
+            after = count_costs(done.model, opened.example(), [site.name for site in sites])
+        else:
+            after = count_swapped(done.before, done.model, sites)
+            probe_text += f", compared at the outputs of {len(parts)} parts"
+            with eval_mode(done.model), torch.no_grad():
+                done.model(*next(iter(portions(inputs))))
+        fidelity = measure_fidelity(opened.model, done.model, done.plan, inputs, parts)
     return make_report(
         opened,
         done.traced,
@@ -471,10 +476,22 @@ def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, see
         recipe,
         None if isinstance(wanted, Plan) or wanted.budget is None else str(wanted.budget),
         (done.before, after),
-        measure_fidelity(opened.model, done.model, done.plan, inputs, parts),
+        fidelity,
         probe_text,
         (state_bytes(opened.model), state_bytes(done.model)),
     )
+
+
+@contextmanager
+def _of_the_converted_model() -> Iterator[None]:
+    """Raise AsymswapError where the model cannot run with its replacements, which lack what a Conv2d has beside."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise AsymswapError(
+            f"the converted model does not run ({error}): its code asks a conv for more than its output; keep that "
+            "conv by a rule with keep = true"
+        ) from error
 
 
 def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs, str]:

@@ -7,14 +7,14 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 import asymswap
 from asymswap.deploy.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
-from asymswap.errors import AsymswapError, near_names
+from asymswap.errors import AsymswapError, check_choice, near_names
 from asymswap.inputs import Inputs
 from asymswap.measure.cost import cost_of, count_costs
 from asymswap.measure.latency import (
@@ -70,6 +70,8 @@ def benchmark(
 
     Raises AsymswapError where a model cannot be opened, and where nothing at all can be run.
     """
+    if dtype is not None:
+        check_choice("the dtype", dtype, get_args(Dtype))
     settings = _settings(runtimes, batches, threads or (torch.get_num_threads(),), memory_formats)
     if not models:
         raise AsymswapError("benchmark takes one model or more")

@@ -29,6 +29,7 @@ from asymswap.planning.calibration import (
 )
 from asymswap.planning.sequential import refinable, refine_
 from asymswap.spec import Plan, Preprocessing, Progress, Site, silent
+from asymswap.tensors import seeded
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.polish import Polish, Polished, polish_
 
@@ -203,7 +204,7 @@ def some_inputs(
     if reference is None:
         return probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
     data = open_data(reference, preprocessing, "test", unlabelled=True)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()[:_HELD_BACK]
+    order = torch.randperm(len(data), generator=seeded(seed)).tolist()[:_HELD_BACK]
     images = torch.stack([data.images[index][0] for index in order]).to(dtype)
     return (images,), f"{len(images)} images of {reference} (seed {seed})"
 
@@ -217,7 +218,7 @@ class _Images:
     def __init__(self, reference: str, opened: Opened, wanted: Calibration) -> None:
         self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train", unlabelled=True)
         self.description = self.data.description
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(wanted.seed)).tolist()
+        order = torch.randperm(len(self.data), generator=seeded(wanted.seed)).tolist()
         self.count = min(wanted.images, len(order))
         height, width = opened.source.preprocessing.size
         size = max(4, min(128, 2**20 // (height * width)))

@@ -25,7 +25,7 @@ from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, Out
 from asymswap.sources.references import Request
 from asymswap.spec import Progress, Ratio, Seconds, silent
 from asymswap.summary import state_bytes
-from asymswap.tensors import eval_mode, list_tensors, map_tensors
+from asymswap.tensors import eval_mode, list_tensors, map_tensors, seeded
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.predict import check_classifier, placement
 
@@ -237,7 +237,7 @@ def _batches(
     opened: Sequence[Opened], data: Sequence[LabelledImages], total: int, seed: int
 ) -> Iterator[tuple[int, Tensor, list[Any]]]:
     """How many images are done, their labels, and all models' outputs, batch by batch."""
-    order = sorted(torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed)).tolist()[:total])
+    order = sorted(torch.randperm(len(data[0]), generator=seeded(seed)).tolist()[:total])
     largest = max(math.prod(one.source.preprocessing.size) for one in opened)
     batch = max(4, min(128, 2**20 // largest))
     # A generator of its own: the loader would otherwise draw from the global one.

@@ -116,6 +116,19 @@ def end_process(code: str | int | None) -> NoReturn:
 
 
 @contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """What libraries print meanwhile goes to stderr: gloo tells on stdout whom it has met (torch 2.9)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
 def joined(gpus: bool = False) -> Iterator[Team]:
     """The team that `torchrun` has started this process in, while the block lasts; a team of one without it.
 
@@ -134,7 +147,8 @@ def joined(gpus: bool = False) -> Iterator[Team]:
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
     backend = "cpu:gloo,cuda:nccl" if both else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    with _stdout_as_stderr():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Team(dist.get_rank(), size)
     finally:

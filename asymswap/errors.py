@@ -40,6 +40,14 @@ class OutputError(AsymswapError):
     """A file cannot be written where the user asked for it."""
 
 
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise AsymswapError where a value is none of those that are known."""
+    names = list(known)
+    if value not in names:
+        hint = near_names(str(value), names) or f"; choose {', '.join(names)}"
+        raise AsymswapError(f"{what} {value!r} is unknown{hint}")
+
+
 def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
     """Say which of `known` come close to `name`: `"; did you mean a, b?"`, or nothing where none does."""
     # What is much longer is no slip of the pen, and comparing it takes long.

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import AsymswapError, SourceError, near_names
+from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.significance import mcnemar_exact, wilson_interval
-from asymswap.opening import Opened, open_model
+from asymswap.opening import Opened, open_together
 from asymswap.reporting.evaluation import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
 from asymswap.sources.references import Request
 from asymswap.spec import Preprocessing, Progress, silent
@@ -55,8 +55,7 @@ def evaluate(
     and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
-    if part not in PARTS:
-        raise AsymswapError(f"--part {part!r} is unknown{near_names(part, PARTS) or '; choose ' + ', '.join(PARTS)}")
+    check_choice("--part", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("--batch-size must be above 0, --confusions and --workers at least 0")
     wanted = [models] if isinstance(models, str | Path | nn.Module) else list(models)
@@ -65,7 +64,7 @@ def evaluate(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     request = Request(arch, weights, arguments or {}, trust_pickle, key, trust_code)
     # All are opened, and checked, before the first is measured.
-    opened = [open_model(one, request, input_size, progress) for one in wanted]
+    opened = open_together(wanted, request, input_size, progress)
     prepared = [with_statistics(one.source.preprocessing, mean, std) for one in opened]
     images = [_open(preprocessing, data, part, validation, seed, download) for preprocessing in prepared]
     for one, mine in zip(opened, images, strict=True):

@@ -125,6 +125,9 @@ def finetune(
         write=write,
     )
     trainer = Trainer(work)
+    if folder is not None and force and not resume:
+        # Not sooner: the run may be what this one begins with, and what is asked for may be impossible.
+        team.first(folder.clear)
     progress = trainer.run(resume)
     assert trainer.best is not None
     result = _with_weights(opened.model, trainer.best)
@@ -205,14 +208,12 @@ def _places(output: str | Path | None, run: str | Path | None) -> tuple[Path | N
 
 
 def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:
-    """Raise AsymswapError where something would be overwritten, and clear what may be."""
+    """Raise AsymswapError where something would be overwritten that nobody said may be."""
     if target is not None:
         check_suffix(target)
         # A finished run that is resumed writes its result anew.
         check_output(target, force or (resume and folder.exists))
     check_folder(folder, resume, force)
-    if force and not resume:
-        folder.clear()
 
 
 def _open_parts(data: str, header: Header, settings: Training, download: bool, team: Team) -> Parts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asymswap.spec import Preprocessing
-from asymswap.tensors import list_tensors, map_tensors
+from asymswap.tensors import list_tensors, map_tensors, seeded
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
@@ -28,7 +28,7 @@ def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, see
 
     Networks that take lists of images normalise by themselves: theirs are uniform between 0 and 1.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     draw = torch.rand if preprocessing.form == "image-list" else torch.randn
     return _make(preprocessing, images, lambda *shape: draw(*shape, generator=generator).to(dtype))
 

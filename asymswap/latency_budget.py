@@ -14,12 +14,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from asymswap.errors import OutputError
+from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.inputs import Inputs
 from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
 from asymswap.measure.machine import machine
@@ -48,6 +48,12 @@ class Timing:
     batch: int = 1
     rounds: int = 20
     cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise AsymswapError for what cannot be measured."""
+        check_choice("the memory format", self.memory_format, get_args(MemoryFormat))
+        if self.batch < 1 or self.rounds < 1:
+            raise AsymswapError(f"batches of {self.batch} in {self.rounds} rounds measure nothing; give 1 or more")
 
 
 def plan_in_time(

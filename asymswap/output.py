@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +45,17 @@ def check_output(path: Path, force: bool) -> None:
         raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"the folder {folder} cannot be written to; give another with -o")
+
+
+def check_distinct(files: Mapping[str, Path | None]) -> None:
+    """Raise OutputError where two options name one file; `files` are paths by the option that names them."""
+    named: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        other = named.setdefault(path.resolve(), option)
+        if other != option:
+            raise OutputError(f"{other} and {option} both name {path}; give them two files")
 
 
 @contextmanager

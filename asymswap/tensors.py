@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from asymswap.errors import AsymswapError
+
 _AT_ONCE = 4
 """Items that `side_by_side` has at work at most: each layer holds copies of its covariance while it is solved."""
 
@@ -136,6 +138,14 @@ def number_for(*words: object) -> int:
 def generator_for(*words: object) -> torch.Generator:
     """Random numbers that depend on the words alone: not on what was drawn before, nor on who else draws."""
     return torch.Generator().manual_seed(number_for(*words))
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers by a seed that was given; raises AsymswapError where torch takes none so large."""
+    try:
+        return torch.Generator().manual_seed(seed)
+    except ValueError:
+        raise AsymswapError(f"the seed {seed} is out of range; give one from 0 to {2**63 - 1}") from None
 
 
 @contextmanager

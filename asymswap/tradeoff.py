@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from asymswap.calibrate import Calibration, Gathered, convert_on, gather_evidence, polish
-from asymswap.errors import AsymswapError, RecipeError
+from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.graph.trace import Trace, trace
 from asymswap.measure.cost import count_costs
 from asymswap.opening import Opened, open_model
@@ -60,6 +60,7 @@ def sweep(
     `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
     budget that a recipe cannot reach is a point that says so.
     """
+    check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]
     if wrong or not budgets:
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")

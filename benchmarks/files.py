@@ -150,7 +150,7 @@ def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
         if rows and not wanted.again and all(good(name, row) for row in rows.values()):
             continue
         folder = (wanted.folder / name).resolve()
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             rows = measure(name, folder)
         finally:

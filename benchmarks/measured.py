@@ -5,9 +5,9 @@ Nothing here imports torch unasked: what a process inherits from its parent woul
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -93,13 +93,14 @@ def apart(work: Callable[[], Any], timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as answer:
         pid = os.fork()
         if pid == 0:
+            # Whatever happens, the fork does not go on with what its parent does.
+            code = 1
             try:
-                made = work()
-            except BaseException as error:
-                made = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            answer.write(json.dumps(made))
-            answer.flush()
-            os._exit(0)
+                answer.write(_told(work))
+                answer.flush()
+                code = 0
+            finally:
+                os._exit(code)
         done, status, usage = 0, 0, None
         while done == 0:
             done, status, usage = os.wait4(pid, os.WNOHANG)
@@ -116,13 +117,21 @@ def apart(work: Callable[[], Any], timeout: float) -> dict[str, Any]:
     return {**found, "peak_mb": round(usage.ru_maxrss * 1024 / 1e6), "others": round(others, 2)}
 
 
+def _told(work: Callable[[], Any]) -> str:
+    try:
+        return json.dumps(work())
+    except BaseException as error:
+        return json.dumps({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+
 def import_everything() -> None:
     """Import what every fork of this process needs; timm too, where it is installed."""
     # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    for module in ("torch", "torchvision", "asymswap.api", "timm"):
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(module)
+    for module in ("torch", "torchvision", "asymswap.api"):
+        importlib.import_module(module)
+    if importlib.util.find_spec("timm") is not None:
+        importlib.import_module("timm")
 
 
 def interleaved(commands: dict[str, Sequence[str]], rounds: int, folder: Path | None = None) -> dict[str, list[Run]]:

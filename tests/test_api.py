@@ -498,3 +498,56 @@ def test_naming_the_architecture_of_a_converted_model_builds_it_as_it_was(tmp_pa
     assert opened.model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
     with pytest.raises(AsymswapError, match="7x512"):
         open_model(tmp_path / "x.pt", Request(arch="squeezenet1_1", arguments={"num_classes": 8}))
+
+
+class Asking(nn.Module):
+    """Code that asks a conv for more than its output."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.more = nn.Conv2d(32, 32, 3, padding=1)
+        self.traceable = traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        return self.more(self.conv(x)) * self.more.out_channels
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool) -> None:
+    said = r"the converted model does not run \(.*'out_channels'\): its code asks a conv for more than its output"
+    with pytest.raises(AsymswapError, match=said):
+        asymswap.convert(Asking(traceable), "3x3-only", input_size=(3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: asymswap.convert("digits-resnet", "3x3-only", input_size=(8, 8)), "--input 8x8 does not suit"),
+        (lambda: asymswap.convert("digits-resnet", "3x3-only", input_size=(1, -1, 8)), "--input 1x-1x8 does not suit"),
+        (lambda: asymswap.export("x.pt", "y.onnx", form="tflite"), "the form 'tflite' is unknown; choose onnx, pt2"),
+        (lambda: asymswap.benchmark(["digits-resnet"], dtype="float8"), "the dtype 'float8' is unknown; did you mean"),
+        (
+            lambda: asymswap.sweep("digits-resnet", ["half-macs"], "digits", measure="latency"),
+            "the measure 'latency' is unknown; choose macs, params",
+        ),
+        (lambda: asymswap.Timing(rounds=0), "batches of 1 in 0 rounds measure nothing"),
+        (lambda: asymswap.Timing(memory_format="nchw"), "the memory format 'nchw' is unknown; choose channels-last"),
+    ],
+)
+def test_arguments_that_no_option_would_take(call: Any, said: str) -> None:
+    with pytest.raises(AsymswapError, match=said):
+        call()
+
+
+def test_models_and_files_are_evaluated_together(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from asymswap.sources.networks import DIGITS_WEIGHTS
+
+    torch.save(load_file(DIGITS_WEIGHTS), tmp_path / "x.pt")
+    report = asymswap.evaluate(["digits-resnet", tmp_path / "x.pt"], "digits", arch="digits-resnet")
+    assert report.models[1].against_first is not None
+    assert report.models[1].against_first.agreement == 1.0

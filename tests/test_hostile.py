@@ -20,16 +20,19 @@ def sound() -> dict[str, bytes]:
     return hostile.sound_files()
 
 
+PATIENCE = 60.0
+"""A process that loads a library or a table for its first file takes 15 s of a slow processor shared with others."""
+
+
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    with Workers(1) as started:
+    with Workers(1, PATIENCE) as started:
         yield started
 
 
 def faults(workers: Workers, cases: list[Case]) -> list[str]:
     """What ended as nothing may, told so that it can be made again."""
-    # A process that loads a library or a table for its first file takes 15 s of a slow processor shared with others.
-    ends = [(case, ending, verdict(case, ending, patience=60)) for case, ending in workers.run(cases)]
+    ends = [(case, ending, verdict(case, ending, PATIENCE)) for case, ending in workers.run(cases)]
     assert len(ends) == len(cases)
     return [f"{how}: {case}: {ending}" for case, ending, how in ends if how not in (ACCEPTED, REFUSED, MEMORY)]
 

@@ -115,7 +115,7 @@ def convert(
     from asymswap.cli import screen
     from asymswap.distributed import joined
     from asymswap.errors import AsymswapError, OutputError
-    from asymswap.output import check_output, write_text
+    from asymswap.output import check_distinct, check_output, write_text
     from asymswap.reporting import files
 
     target = output or o.default_output(model)
@@ -127,8 +127,9 @@ def convert(
         check_output(path, force)
     if report is not None:
         files.check_suffix(report)
-        if report == write_plan:
-            raise AsymswapError(f"--report and --write-plan both name {report}; give them two files")
+    check_distinct(
+        {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan, "--evidence": evidence}
+    )
     budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
     given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
     if len(given) > 1:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -66,15 +70,23 @@ def _root(
     pass
 
 
+def _budgets_latency(arguments: Sequence[str]) -> bool:
+    """Whether a command is given a budget of latency: by an option, a setting, or a recipe of the user's own."""
+    if any(argument.startswith(("--latency", "budget.latency", "--set=budget.latency")) for argument in arguments):
+        return True
+    recipes = [value for option, value in itertools.pairwise(arguments) if option == "--recipe"]
+    recipes += [argument.removeprefix("--recipe=") for argument in arguments if argument.startswith("--recipe=")]
+    with suppress(OSError, ValueError):
+        return any("latency" in Path(name).read_text(encoding="utf-8") for name in recipes if name.endswith(".toml"))
+    return False
+
+
 def main() -> NoReturn:
     """Run the command line: exit code 0 when done, 1 for what cannot be done, 2 for wrong usage, 130 for Ctrl-C."""
     # torch's threads, which start with its import, would otherwise wait for each other awake: where another program
     # keeps one core busy, converting a ResNet-50 then takes twice as long, and a DenseNet-121 thirty times.
     # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
-    timed = sys.argv[1:2] in (["compare"], ["benchmark"]) or any(
-        argument.startswith("--latency") for argument in sys.argv
-    )
-    if not timed:
+    if sys.argv[1:2] not in (["compare"], ["benchmark"]) and not _budgets_latency(sys.argv[1:]):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("NO_COLOR"):
         # Typer's help would keep bold and dim.

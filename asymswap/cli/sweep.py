@@ -75,13 +75,15 @@ def sweep(
     """
     from asymswap.cli import screen
     from asymswap.distributed import ALONE
-    from asymswap.output import check_output
+    from asymswap.output import check_distinct, check_output
 
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     measure, budgets = _budgets(macs, params)
     for path in report or []:
         _check_report(path, force)
     check_output(target, force=True)
+    # A file that is named twice is written twice, with the same in it.
+    check_distinct({"-o": target, **{f"--report {path}": path for path in set(report or [])}})
     known = None if force else _read(target)
     with screen.progress(quiet) as step:
         from asymswap.output import write_text

@@ -20,7 +20,7 @@ from asymswap.checkpoint import read_checkpoint, restore, save_state
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
 from asymswap.deploy.programs import SAME, failing_clearly, gap, quiet
-from asymswap.errors import AsymswapError, OutputError
+from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.inputs import Inputs, probe, sizes
 from asymswap.opening import build_named, model_dtype
 from asymswap.output import check_output, whole_file
@@ -61,6 +61,7 @@ def export(
     """
     path = Path(path)
     form = form or _form_of(path)
+    check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ SUFFIXES = (".npy", ".npz", ".pt", ".pth")
 
 _IMAGES = ("images", "x", "data")
 _LABELS = ("labels", "y", "targets")
+_MOST_CLASSES = 1_000_000
 _HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes or floats from 0 to 1) and 'labels' (N)"
 
 
@@ -53,7 +55,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise SourceError(f"data {path} cannot be read (it is damaged, or holds more than tensors); {_HOW}") from None
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"data {path} cannot be read ({reason}); {_HOW}") from None
     if isinstance(value, Tensor):
@@ -97,10 +99,15 @@ def _as_images(images: Tensor, path: Path) -> Tensor:
 
 def _as_labels(labels: Tensor, count: int, path: Path) -> list[int]:
     labels = labels.reshape(-1) if labels.numel() == count else labels
+    if not (labels.is_floating_point() or labels.is_complex()):
+        # Of the larger unsigned ones torch knows no minimum.
+        labels = labels.to(torch.int64)
     if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or int(labels.min()) < 0:
         raise SourceError(
             f"data {path} has labels of shape {tuple(labels.shape)} and {labels.dtype} for {count} images; "
             "give one whole number from 0 on for each"
         )
+    if int(labels.max()) >= _MOST_CLASSES:
+        raise SourceError(f"data {path} has a label {int(labels.max())}, which is no number of a class; {_HOW}")
     numbers: list[int] = labels.tolist()
     return numbers

@@ -198,10 +198,12 @@ class Trainer:
             self._look()
             self._tell(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
         if due and not last:
+            self._check_weights()
             self._save()
 
     def _end_epoch(self, rate: float, speed: float, seconds: float) -> None:
         progress = self.progress
+        self._check_weights()
         validation = self._validate(self.kept_model)
         better = validation is None or progress.best is None or _beats(validation, progress.best)
         progress.last = validation
@@ -224,7 +226,6 @@ class Trainer:
         patience = self.settings.patience
         progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
         progress.start_epoch()
-        self._check_weights()
         self._tell(row)
         if better:
             self.best = {key: value.detach().cpu().clone() for key, value in self.kept_model.state_dict().items()}
@@ -349,7 +350,6 @@ class Trainer:
 
     def _save(self, better: bool = False) -> None:
         """Save what the next step depends on; at the end of an epoch the checkpoints too, and before it."""
-        self._check_weights()
         folder, progress = self.work.folder, self.progress
         if folder is None:
             return

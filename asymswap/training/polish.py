@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from asymswap.errors import AsymswapError
 from asymswap.spec import Progress, silent
-from asymswap.tensors import eval_mode
+from asymswap.tensors import eval_mode, seeded
 from asymswap.training.distill import difference
 
 _LEARNING_RATE = 2e-3
@@ -64,7 +64,7 @@ def polish_(
 ) -> Polished:
     """Train `converted`, in place, to give the outputs of `original` on the images (N, C, H, W)."""
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     order = torch.randperm(len(images), generator=generator)
     back = max(1, min(512, len(images) // 8))
     held, seen = images[order[:back]], images[order[back:]]

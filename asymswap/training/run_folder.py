@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -45,9 +44,13 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a former run has left."""
+        if not self.exists:
+            return
+        # TensorBoard's are first: a run of which the others are left is still one.
+        for path in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
+            path.unlink(missing_ok=True)
         for path in (self.state, self.best, self.last, self.metrics):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
     def begin(self, step: int, identity: Mapping[str, Any]) -> None:
         """Make the folder, or drop what was told of steps after this one, which will be done again."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from asymswap.errors import AsymswapError, near_names
+from asymswap.errors import AsymswapError, check_choice
 
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
@@ -86,10 +86,7 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                value = getattr(self, name)
-                hint = near_names(str(value), choices) or f"; choose {', '.join(choices)}"
-                raise AsymswapError(f"{_option(name)} {value!r} is unknown{hint}")
+            check_choice(_option(name), getattr(self, name), choices)
         for name in _ABOVE_ZERO + _NOT_BELOW_ZERO + _FRACTIONS:
             self._check_number(name)
         if self.epochs is not None and self.steps is not None:

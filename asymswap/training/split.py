@@ -76,10 +76,13 @@ def _held_back(train: LabelledImages, fraction: float, seed: int) -> Parts:
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers of those that stay, and of `fraction` of each class, rounded, chosen by the seed; both in order."""
+    """The numbers of those that stay, and of `fraction` of each class, rounded, chosen by the seed; both in order.
+
+    Of each class one stays at least.
+    """
     generator = generator_for(seed, "validation")
     order = torch.randperm(len(labels), generator=generator).tolist()
-    left = {label: round(fraction * count) for label, count in Counter(labels).items()}
+    left = {label: min(round(fraction * count), count - 1) for label, count in Counter(labels).items()}
     held = set()
     for index in order:
         if left[labels[index]] > 0:

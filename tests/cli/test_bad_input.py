@@ -224,6 +224,7 @@ def test_wrong_recipe(name: str, refusal: Refusal) -> None:
         assert re.search(expected, refusal("candidates", "digits-resnet", "--recipe", "r.toml"))
 
 
+SWEEP = ("sweep", "digits-resnet", "--recipe", "half-macs", "--evaluate", "digits")
 USAGE = {
     "no recipe": ((*CONVERT[:2],), r"give --recipe or --plan; `asymswap recipes` lists the recipes"),
     "unknown recipe": ((*CONVERT[:3], "3x3-onli"), r"no recipe '3x3-onli'; did you mean 3x3-only\?"),
@@ -235,7 +236,19 @@ USAGE = {
     "unreachable": ((*CONVERT, "--macs", "0.001"), r"cannot be reached: .* 0\.\d+ is left; ask for at least 0\.\d+"),
     "report": ((*CONVERT, "--report", "r.txt"), r"--report r\.txt: the file must end in \.html, \.json or \.md"),
     "ending": ((*CONVERT, "-o", "x.onnx"), r"x\.onnx must end in \.pt, \.pth, \.safetensors"),
-    "one file": ((*CONVERT, "--report", "r.json", "--write-plan", "r.json"), r"both name r\.json; give them two files"),
+    "one file": (
+        (*CONVERT, "--report", "r.json", "--write-plan", "./r.json"),
+        r"--report and --write-plan both name .*r\.json; give them two files",
+    ),
+    "plan over model": (
+        (*CONVERT, "-o", "x.pt", "--write-plan", "x.pt"),
+        r"-o and --write-plan both name x\.pt; give them two files",
+    ),
+    "sweep over itself": (
+        (*SWEEP, "-o", "s.html", "--report", "s.html"),
+        r"-o and --report s\.html both name s\.html; give them two files",
+    ),
+    "seed": ((*CONVERT, "--seed", "99999999999999999999"), r"the seed 9{20} is out of range; give one from 0 to \d+"),
     "data": ((*CONVERT, "--evaluate", "digts"), r"data 'digts' is neither a known name nor an existing folder"),
     "arch": ((*CONVERT, "--arch", "resnet18"), r"--arch goes with a file, and 'digits-resnet' names a network itself"),
     "plan": ((*CONVERT[:2], "--plan", "no.json"), r"cannot read the plan no\.json: No such file or directory"),

@@ -432,10 +432,23 @@ def test_help_names_the_default_output(command: Command, name: str, text: str) -
     assert text in command(name, "--help").out
 
 
-@pytest.mark.parametrize(("arguments", "policy"), [(["--latency", "0.6"], None), (["--macs", "0.6"], "PASSIVE")])
+@pytest.mark.parametrize(
+    ("arguments", "policy"),
+    [
+        (["--latency", "0.6"], None),
+        (["--set", "budget.latency=0.6"], None),
+        (["--recipe", "timed.toml"], None),
+        (["--recipe", "counted.toml"], "PASSIVE"),
+        (["--recipe", "gone.toml"], "PASSIVE"),
+        (["--macs", "0.6"], "PASSIVE"),
+    ],
+)
 def test_waiting_threads_sleep_unless_latency_is_measured(
-    arguments: list[str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], policy: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("timed.toml").write_text("[budget]\nlatency = 0.6\n")
+    Path("counted.toml").write_text("[budget]\nmacs = 0.6\n")
     seen: list[str | None] = []
 
     def app() -> None:

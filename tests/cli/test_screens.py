@@ -208,7 +208,7 @@ def test_results(name: str, width: int, show: Show, recorded: Recorded) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors(name: str, width: int, show: Show, recorded: Recorded) -> None:
+def test_errors(name: str, width: int, show: Show, recorded: Recorded, request: pytest.FixtureRequest) -> None:
     line, code = ERRORS[name]
     screen, ended = show(line, width)
     assert ended == code, screen.text
@@ -216,6 +216,8 @@ def test_errors(name: str, width: int, show: Show, recorded: Recorded) -> None:
         # One line for programs to find; the terminal breaks it where it must.
         assert screen.text.startswith("error: ")
         assert not screen.styles
+    else:
+        _skip_other_layouts(request)
     recorded(name, width, line, screen.text)
 
 
@@ -226,18 +228,18 @@ def test_helps(name: str, width: int, show: Show, recorded: Recorded, request: p
     assert code == 0
     check_layout(screen)
     assert ("Try: asymswap " if name == "help" else "Example: asymswap ") in screen.text
-    layout = _layout_of_help()
-    if request.config.getoption("--record-screens"):
-        MADE_BY.write_text(layout, encoding="utf-8")
-    if MADE_BY.read_text(encoding="utf-8") != layout:
-        pytest.skip(f"helps were recorded with {MADE_BY.read_text().strip()}, and here is {layout.strip()}")
+    _skip_other_layouts(request)
     recorded(name, width, HELPS[name], screen.text)
 
 
-def _layout_of_help() -> str:
-    """What draws the boxes and names the types of a help, another way in another version."""
+def _skip_other_layouts(request: pytest.FixtureRequest) -> None:
+    """What typer and rich print themselves, helps and errors of usage, looks another way in another version of them."""
     versions = {name: importlib.metadata.version(name).split(".")[:2] for name in ("typer", "rich")}
-    return ", ".join(f"{name} {'.'.join(version)}" for name, version in versions.items()) + "\n"
+    layout = ", ".join(f"{name} {'.'.join(version)}" for name, version in versions.items()) + "\n"
+    if request.config.getoption("--record-screens"):
+        MADE_BY.write_text(layout, encoding="utf-8")
+    if MADE_BY.read_text(encoding="utf-8") != layout:
+        pytest.skip(f"this was recorded with {MADE_BY.read_text().strip()}, and here is {layout.strip()}")
 
 
 def test_nothing_is_recorded_that_no_test_reads() -> None:

@@ -73,7 +73,7 @@ class Ending:
 def verdict(case: Case, ending: Ending, patience: float = HANG_SECONDS) -> str:
     """One of VERDICTS; `patience` is how many seconds of processor time are a hang."""
     if ending.code is None:
-        return "hang" if ending.seconds >= HANG_SECONDS else "crash"
+        return "hang" if ending.seconds >= patience else "crash"
     if ending.deeds or SPRUNG in ending.left:
         return "code executed"
     if ending.seconds >= patience:
@@ -746,10 +746,10 @@ def _inline(value: Any) -> str:
 
 
 class Workers:
-    """Processes that run one case after another; each is replaced when it dies, and killed when it takes too long."""
+    """Processes that run one case after another; each is replaced when it dies, and killed after twice `patience`."""
 
-    def __init__(self, count: int = 1) -> None:
-        self._workers = [_Worker() for _ in range(count)]
+    def __init__(self, count: int = 1, patience: float = HANG_SECONDS) -> None:
+        self._workers = [_Worker(2 * patience) for _ in range(count)]
 
     def run(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Ending]]:
         """How each case ended, in whatever order they do."""
@@ -782,7 +782,8 @@ class Workers:
 
 
 class _Worker:
-    def __init__(self) -> None:
+    def __init__(self, most_seconds: float) -> None:
+        self._most_seconds = most_seconds
         self._process: Any = None
         self._pipe: Any = None
         self._started = self._busy = 0.0
@@ -808,7 +809,7 @@ class _Worker:
             self.close()
             return Ending(None, err="the worker died")
         busy, waited = _cpu_seconds(self._process.pid) - self._busy, time.monotonic() - self._started
-        if busy < 2 * HANG_SECONDS and waited < _KILLED_AFTER:
+        if busy < self._most_seconds and waited < _KILLED_AFTER:
             return None
         self.close()
         return Ending(None, err="the worker was killed", seconds=max(busy, waited))

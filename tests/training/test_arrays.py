@@ -102,6 +102,29 @@ def test_what_is_no_images(tmp_path: Path, name: str, capsys: pytest.CaptureFixt
     assert "run!" not in capsys.readouterr().out
 
 
+def test_labels_of_any_whole_type(tmp_path: Path) -> None:
+    for kind in ("uint8", "uint16", "int32", "uint64"):
+        np.savez(tmp_path / "a.npz", images=pixels(3), labels=np.array([1, 0, 2], dtype=kind))
+        data = open_data(str(tmp_path / "a.npz"), COLOUR, "train")
+        assert [data.images[index][1] for index in range(3)] == [1, 0, 2]
+
+
+def test_a_label_that_is_no_number_of_a_class(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=pixels(2), labels=np.array([1, 2**40]))
+    with pytest.raises(SourceError, match="has a label 1099511627776, which is no number of a class"):
+        open_data(str(tmp_path / "a.npz"), COLOUR, "train")
+
+
+def test_a_compressed_file_whose_bits_are_flipped(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=pixels(50), labels=np.arange(50))
+    whole = bytearray((tmp_path / "a.npz").read_bytes())
+    for place in range(60, 400):
+        whole[place] ^= 255
+    (tmp_path / "a.npz").write_bytes(whole)
+    with pytest.raises(SourceError, match=r"a\.npz cannot be read"):
+        open_data(str(tmp_path / "a.npz"), COLOUR, "train")
+
+
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.pt"])
 def test_damaged_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"nothing of the kind")

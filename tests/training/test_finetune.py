@@ -444,8 +444,15 @@ def test_a_run_is_resumed_as_it_was_begun(start: Start) -> None:
     (start / "out.pt").unlink()
     assert start.train("out.pt", Training(steps=2), resume=True).report.steps == 2
     assert (start / "out.pt").read_bytes() == before
+    with pytest.raises(AsymswapError, match="no-such-data"):
+        asymswap.finetune(start / "out.pt", "no-such-data", output=start / "out.pt", force=True)
+    assert (start / "out.run" / "best.pt").exists()
+    mine = start / "out.run" / "tensorboard" / "mine.txt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.touch()
     start.train("out.pt", Training(steps=1), force=True)
     assert (start / "out.pt").read_bytes() != before
+    assert mine.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"nothing"])
