@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import WIDE, table
+from asymswap.reporting.terminal import WIDE, table, written
 from asymswap.spec import Cost, Ratio, Seconds
 
 TITLES = {"eager": "PyTorch", "compile": "torch.compile", "onnx": "ONNX Runtime"}
@@ -128,20 +128,20 @@ def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> Rendera
     wide = width >= WIDE
     parts: list[RenderableType] = []
     if len(benchmark.models) == 1:
-        title = Text(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
+        title = written(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
         parts += [title, _table(benchmark, benchmark.results, "Setting", wide), Text("")]
     else:
         for number, setting in enumerate(benchmark.settings):
             results = [result for result in benchmark.results if result.setting == number]
             if all(result.seconds is None for result in results):
                 continue
-            title = Text(", ".join(_words(setting)), style="bold")
+            title = written(", ".join(_words(setting)), style="bold")
             parts += [title, _table(benchmark, results, "Model", wide), Text("")]
     for lines, style in ((_warnings(benchmark), "yellow"), (list(_advice(benchmark)), "")):
-        parts += [Text(line, style=style) for line in lines] + [Text("")] * bool(lines)
+        parts += [written(line, style=style) for line in lines] + [Text("")] * bool(lines)
     for one in benchmark.layers if layers else ():
-        parts += [Text(_layers_title(benchmark, one), style="bold"), _layers_table(one, layers), Text("")]
-    parts += [Text(line, style="dim") for line in _fine_print(benchmark)]
+        parts += [written(_layers_title(benchmark, one), style="bold"), _layers_table(one, layers), Text("")]
+    parts += [written(line, style="dim") for line in _fine_print(benchmark)]
     return Group(*parts)
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import WIDE, table
+from asymswap.reporting.terminal import WIDE, table, written
 from asymswap.spec import Cost, Ratio, Seconds
 
 
@@ -177,7 +177,7 @@ def comparison_view(comparison: Comparison, width: int) -> RenderableType:
     wide = width >= WIDE
     titles = [("Model", "fold"), *((column.title, "right") for column in _columns(comparison, wide))]
     rows = [_cells(row, comparison, wide) for row in comparison.models]
-    lines = [Text(line, style="dim") for line in _fine_print(comparison)]
+    lines = [written(line, style="dim") for line in _fine_print(comparison)]
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
     return Group(table(titles, rows, gap=1 if wide else 2), Text(""), *lines)
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import table
+from asymswap.reporting.terminal import table, written
 from asymswap.spec import Size
 
 STILL = 0.05
@@ -75,7 +75,7 @@ def offsets_view(report: OffsetReport) -> RenderableType:
             f"{row.average:.2f} px",
             f"{row.largest:.2f} px",
             "-" if row.limit is None else f"{row.limit:g} px",
-            "\n".join(arrows(row)),
+            Text("\n".join(arrows(row))),
         ]
         for row in report.rows
     ]
@@ -86,11 +86,11 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     return Group(
-        Text(f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can", style="bold"),
+        written(f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can", style="bold"),
         Text(""),
         table(columns, rows),
         Text(""),
-        *(Text(line, style="dim") for line in lines),
+        *(written(line, style="dim") for line in lines),
     )
 
 

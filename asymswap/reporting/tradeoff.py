@@ -15,7 +15,7 @@ from asymswap.reporting import words
 from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.pages import render
 from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import table
+from asymswap.reporting.terminal import table, written
 from asymswap.spec import Cost
 
 
@@ -200,11 +200,11 @@ def sweep_view(sweep: Tradeoff) -> RenderableType:
     """The table for a terminal, the advice first."""
     advice = sweep.advice()
     return Group(
-        Text(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
+        written(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
         Text(""),
         table(COLUMNS, sweep_rows(sweep)),
         Text(""),
-        *(Text(line, style="dim") for line in fine_print(sweep)),
+        *(written(line, style="dim") for line in fine_print(sweep)),
     )
 
 
