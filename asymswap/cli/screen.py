@@ -38,8 +38,10 @@ def show(view: RenderableType, screen: Console) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON for programs: always the same layout, no colour."""
-    print(json.dumps(value, indent=2))  # noqa: T201
+    """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
+    from asymswap.reporting.report import plain
+
+    print(json.dumps(plain(value), indent=2, allow_nan=False))  # noqa: T201
 
 
 @contextmanager

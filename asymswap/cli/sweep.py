@@ -90,7 +90,7 @@ def sweep(
         from asymswap.tradeoff import sweep as run
 
         def write(result: shown.Tradeoff) -> None:
-            write_text(target, jsonlib.dumps(shown.to_json(result), indent=2) + "\n")
+            write_text(target, jsonlib.dumps(shown.to_json(result), indent=2, allow_nan=False) + "\n")
 
         result = run(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,7 +154,11 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs."""
+    """Dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs.
+
+    A number that is infinite or undefined, such as a change relative to an output of zeros, is None: JSON has no word
+    for it, and writes null.
+    """
     if isinstance(value, Cost):
         return {"macs": value.macs, "flops": value.flops, "params": value.params}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -162,4 +167,4 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
