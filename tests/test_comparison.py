@@ -26,9 +26,9 @@ from asymswap.reporting.comparison import (
     Comparison,
     OutputGap,
     TimingRow,
-    comparison_to_json,
     comparison_to_markdown,
 )
+from asymswap.reporting.report import to_json
 from asymswap.sources.builders import build
 from asymswap.sources.references import Request
 from asymswap.spec import Cost, Ratio, Seconds
@@ -240,7 +240,7 @@ class TestViews:
             assert words in text
 
     def test_json_has_every_number(self) -> None:
-        data = json.loads(json.dumps(comparison_to_json(made())))
+        data = json.loads(json.dumps(to_json(made())))
         assert data["schema"] == 1
         assert data["models"][1]["cost"] == {"macs": 500, "flops": 1000, "params": 50}
         assert data["models"][1]["latency"] == {"minimum": 0.001, "median": 0.0015, "spread": 0.1}

@@ -101,6 +101,7 @@ def benchmark(
         from asymswap.benchmarking import FORMATS
         from asymswap.benchmarking import benchmark as run
         from asymswap.reporting import benchmark as views
+        from asymswap.reporting.report import to_json
 
         found = run(
             models,
@@ -122,7 +123,7 @@ def benchmark(
             progress=step,
         )
     if json:
-        screen.print_json(views.benchmark_to_json(found))
+        screen.print_json(to_json(found))
     elif markdown:
         typer.echo(views.benchmark_to_markdown(found, layers), nl=False)
     elif not quiet:

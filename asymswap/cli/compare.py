@@ -78,6 +78,7 @@ def compare(
         from asymswap.comparison import compare as beside
         from asymswap.latency_budget import Timing
         from asymswap.reporting import comparison as views
+        from asymswap.reporting.report import to_json
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -97,7 +98,7 @@ def compare(
             progress=step,
         )
     if json:
-        screen.print_json(views.comparison_to_json(found))
+        screen.print_json(to_json(found))
     elif markdown:
         typer.echo(views.comparison_to_markdown(found), nl=False)
     elif not quiet:

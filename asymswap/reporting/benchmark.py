@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.report import SCHEMA, plain
 from asymswap.reporting.terminal import WIDE, table, written
 from asymswap.spec import Cost, Ratio, Seconds
 
@@ -116,11 +114,6 @@ class Benchmark:
     rounds: int
     others: float | None
     versions: tuple[str, ...]
-
-
-def benchmark_to_json(benchmark: Benchmark) -> dict[str, Any]:
-    """The benchmark as plain data."""
-    return {"schema": SCHEMA, **plain(benchmark)}
 
 
 def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.report import SCHEMA, plain
 from asymswap.reporting.terminal import WIDE, table, written
 from asymswap.spec import Cost, Ratio, Seconds
 
@@ -85,11 +83,6 @@ class Comparison:
     data: str | None = None
     images: int | None = None
     timing: TimingRow | None = None
-
-
-def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain data."""
-    return {"schema": SCHEMA, **plain(comparison)}
 
 
 Say = Callable[[ComparedRow, ComparedRow], str]

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting.figures import new_figure, picture_of
-from asymswap.reporting.report import SCHEMA, plain
+from asymswap.reporting.report import plain
+from asymswap.reporting.report import to_json as whole
 from asymswap.reporting.terminal import table, written
 from asymswap.spec import Size
 
@@ -61,7 +62,7 @@ class OffsetReport:
 def to_json(report: OffsetReport) -> dict[str, Any]:
     """Everything as plain data, with what follows from it."""
     rows = [{**plain(row), "average": row.average, "still": row.still} for row in report.rows]
-    return {"schema": SCHEMA, **plain(report), "rows": rows}
+    return whole(report, rows=rows)
 
 
 def offsets_view(report: OffsetReport) -> RenderableType:

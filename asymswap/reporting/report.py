@@ -147,10 +147,9 @@ class Report:
         return tuple(row for row in self.sites if row.action == "swap")
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain data; every cost carries its FLOPs beside its MACs."""
-    data = plain(report)
-    return {"schema": SCHEMA, **data}
+def to_json(report: Any, **more: Any) -> dict[str, Any]:
+    """What a command has to say as plain data, with the number of its form; `more` is what follows from it."""
+    return {"schema": SCHEMA, **plain(report), **more}
 
 
 def plain(value: Any) -> Any:

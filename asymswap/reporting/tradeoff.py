@@ -14,7 +14,8 @@ from rich.text import Text
 from asymswap.reporting import words
 from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.pages import render
-from asymswap.reporting.report import SCHEMA, plain
+from asymswap.reporting.report import plain
+from asymswap.reporting.report import to_json as whole
 from asymswap.reporting.terminal import table, written
 from asymswap.spec import Cost
 
@@ -119,7 +120,7 @@ def to_json(sweep: Tradeoff) -> dict[str, Any]:
         }
         for point in sweep.points
     ]
-    return {"schema": SCHEMA, **plain(sweep), "points": points, "advice": sweep.advice()}
+    return whole(sweep, points=points, advice=sweep.advice())
 
 
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
