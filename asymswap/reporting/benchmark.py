@@ -146,17 +146,25 @@ def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
     lines = [titles, [*["---"] * 5, *["---:"] * len(columns)]]
     for result in shown:
         setting, cells = benchmark.settings[result.setting], _cells(benchmark, result)
-        about = [f"`{benchmark.models[result.model].model}`", TITLES[setting.runtime], f"{setting.batch}"]
+        about = [words.markdown_code(benchmark.models[result.model].model), TITLES[setting.runtime], f"{setting.batch}"]
         about += [f"{setting.threads}", setting.memory_format or "-"]
         lines.append([*about, *(cells[title] for title in columns)])
     text = [*words.markdown_table(lines), ""]
-    text += [f"**{line}**\n" for line in _warnings(benchmark)]
-    text += [f"{line}\n" for line in _advice(benchmark)]
+    text += [f"**{words.markdown_text(line)}**\n" for line in _warnings(benchmark)]
+    text += [f"{words.markdown_text(line)}\n" for line in _advice(benchmark)]
     for one in benchmark.layers if layers else ():
         heads = [[*_LAYER_TITLES], ["---", *["---:"] * (len(_LAYER_TITLES) - 1)]]
-        rows = [[f"`{cells[0]}`" if known else cells[0], *cells[1:]] for cells, known in _layer_cells(one, layers)]
-        text += [f"{_layers_title(benchmark, one)}:", "", *words.markdown_table([*heads, *rows]), ""]
-    return "\n".join([*text, *(f"- {line}" for line in _fine_print(benchmark)), ""])
+        rows = [
+            [words.markdown_code(cells[0]) if known else cells[0], *cells[1:]]
+            for cells, known in _layer_cells(one, layers)
+        ]
+        text += [
+            f"{words.markdown_text(_layers_title(benchmark, one))}:",
+            "",
+            *words.markdown_table([*heads, *rows]),
+            "",
+        ]
+    return "\n".join([*text, *(f"- {words.markdown_text(line)}" for line in _fine_print(benchmark)), ""])
 
 
 def _words(setting: Setting) -> list[str]:

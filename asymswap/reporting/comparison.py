@@ -180,8 +180,9 @@ def comparison_to_markdown(comparison: Comparison) -> str:
     titles = ["Model", *(column.title for column in _columns(comparison, wide=True))]
     titles = [{"ms": "ms (minimum)", "Median": "ms (median)"}.get(title, title) for title in titles]
     lines = [titles, ["---", *("---:" for _ in titles[1:])]]
-    lines += [[f"`{row.model}`", *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
-    return "\n".join([*words.markdown_table(lines), "", *(f"- {line}" for line in _fine_print(comparison)), ""])
+    lines += [[words.markdown_code(row.model), *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
+    notes = (f"- {words.markdown_text(line)}" for line in _fine_print(comparison))
+    return "\n".join([*words.markdown_table(lines), "", *notes, ""])
 
 
 def _fine_print(comparison: Comparison) -> list[str]:

@@ -211,17 +211,17 @@ def sweep_view(sweep: Tradeoff) -> RenderableType:
 
 def to_markdown(sweep: Tradeoff) -> str:
     """The table in Markdown."""
+    text = words.markdown_text
+    head = [title or "note" for title, _ in COLUMNS]
     sides = ["---" if side in ("left", "fold") else "---:" for _, side in COLUMNS]
     lines = [
-        f"# {sweep.model}: accuracy over budgets",
+        f"# {text(sweep.model)}: accuracy over budgets",
         "",
-        sweep.advice(),
+        text(sweep.advice()),
         "",
-        "| " + " | ".join(title or "note" for title, _ in COLUMNS) + " |",
-        "| " + " | ".join(sides) + " |",
-        *("| " + " | ".join(row) + " |" for row in sweep_rows(sweep)),
+        *words.markdown_table([head, sides, *(list(map(text, row)) for row in sweep_rows(sweep))]),
         "",
-        *(f"- {line}" for line in fine_print(sweep)),
+        *(f"- {text(line)}" for line in fine_print(sweep)),
         "",
     ]
     return "\n".join(lines)

@@ -95,6 +95,13 @@ def test_tables_hold_every_point_and_say_what_was_not_met() -> None:
     assert "- a at 0.1: it is out of reach." in text
 
 
+def test_names_are_no_markdown() -> None:
+    sweep = make([Point("a|<b>*c*\n# d", 0.5, Cost(500, 300), 0.895)])
+    lines = to_markdown(sweep).splitlines()
+    assert [line for line in lines if line.startswith("#")] == [f"# {sweep.model}: accuracy over budgets"]
+    assert r"| a\|\<b>\*c\* # d | 0.5 | 500 (50.0 %) |" in "\n".join(lines)
+
+
 def test_the_page_holds_the_advice_and_every_point() -> None:
     pytest.importorskip("matplotlib")
     sweep = make([Point("<b>a</b>", 0.5, Cost(500, 300), 0.895), Point("a", 0.1, failed="it is out of reach")])
