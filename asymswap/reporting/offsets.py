@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from asymswap.reporting.drawing import clean
 from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.report import plain
 from asymswap.reporting.report import to_json as whole
@@ -118,7 +119,7 @@ def draw(report: OffsetReport, form: str) -> bytes:
     across = min(4, max(1, len(report.rows)))
     down = max(1, math.ceil(len(report.rows) / across))
     figure = new_figure(2.6 * across, 2.8 * down)
-    figure.suptitle(report.model)
+    figure.suptitle(clean(report.model), parse_math=False)
     for number, row in enumerate(report.rows, start=1):
         _draw_layer(figure.add_subplot(down, across, number), row)
     return picture_of(figure, form)
@@ -137,7 +138,7 @@ def _draw_layer(axes: Any, row: OffsetRow) -> None:
     axes.set_xlim(-0.5 - reach, max(x for _, x in places) + 0.5 + reach)
     axes.set_ylim(max(y for y, _ in places) + 0.5 + reach, -0.5 - reach)
     axes.set_aspect("equal")
-    axes.set_title(f"{row.site}\n{row.kind}" + (", still" if row.still else ""), fontsize=8)
+    axes.set_title(f"{clean(row.site)}\n{row.kind}" + (", still" if row.still else ""), fontsize=8, parse_math=False)
     axes.tick_params(labelsize=6)
     axes.grid(alpha=0.3)
 

@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.figures import new_figure, picture_of
+from asymswap.reporting.drawing import clean
+from asymswap.reporting.figures import legend_of, new_figure, picture_of
 from asymswap.reporting.pages import render
 from asymswap.reporting.report import plain
 from asymswap.reporting.report import to_json as whole
@@ -244,8 +245,10 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     """The curve of each recipe, the Pareto front and the advice, as an SVG or PNG picture; needs matplotlib."""
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
+    named = []
     for number, recipe in enumerate(dict.fromkeys(point.recipe for point in sweep.measured)):
-        _draw_recipe(axes, sweep, [point for point in sweep.measured if point.recipe == recipe], recipe, number)
+        points = [point for point in sweep.measured if point.recipe == recipe]
+        named.append((_draw_recipe(axes, sweep, points, number), recipe))
     across = axes.get_yaxis_transform()
     for top, text, style, side in (
         (sweep.accuracy, "unchanged", "-", "bottom"),
@@ -266,19 +269,21 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     if len(sweep.front) > 1:
         shares = [sweep.share(_cost(point)) for point in sweep.front]
         tops = [100 * (point.accuracy or 0.0) for point in sweep.front]
-        axes.plot(shares, tops, color="0.75", linewidth=6, alpha=0.6, zorder=0, label="Pareto front")
+        (front,) = axes.plot(shares, tops, color="0.75", linewidth=6, alpha=0.6, zorder=0)
+        named.append((front, "Pareto front"))
     axes.set_xlabel(f"{'MACs' if sweep.measure == 'macs' else 'parameters'} left, as a fraction")
     axes.set_ylabel("top-1 accuracy in %")
-    axes.set_title(sweep.model)
+    axes.set_title(clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)
-    if sweep.measured:
-        axes.legend(loc="lower right")
+    if named:
+        legend_of(axes, named, "lower right")
     return picture_of(figure, form)
 
 
-def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], recipe: str, number: int) -> None:
+def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], number: int) -> Any:
     shares = [sweep.share(_cost(point)) for point in points]
     tops = [100 * (point.accuracy or 0.0) for point in points]
     # Each thinner than the one before: where recipes come to the same, all of them are seen.
     thick = 1.5 + 2.5 / (1 + 2 * number)
-    axes.plot(shares, tops, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1, label=recipe)
+    (line,) = axes.plot(shares, tops, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1)
+    return line

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -126,6 +127,15 @@ def test_pictures_are_made_and_equal_sweeps_make_equal_ones(form: str) -> None:
     else:
         assert picture.startswith(b"\x89PNG")
     draw(make([]), form)
+
+
+def test_names_are_no_formulas_and_none_is_hidden() -> None:
+    pytest.importorskip("matplotlib")
+    points = [Point("_mine.toml", 0.5, Cost(500, 300), 0.895), Point("b$_$.toml", 0.4, Cost(400, 300), 0.8)]
+    sweep = replace(make(points), model="net$_$\x1b.pt")
+    texts = "".join(ET.fromstring(draw(sweep, "svg")).itertext())
+    assert all(name in texts for name in ("net$_$\ufffd.pt", "_mine.toml", "b$_$.toml", "Pareto front"))
+    draw(sweep, "png")
 
 
 @pytest.mark.parametrize("advised", [0.3, 0.5, 0.9])
