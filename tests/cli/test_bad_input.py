@@ -245,6 +245,9 @@ USAGE = {
     "argument": ((*CONVERT, "--weights", "none", "--arg", "classes=3"), r"does not take 'classes'; it takes"),
     "value": ((*CONVERT, "--weights", "none", "--arg", "num_classes=-1"), r"does not take \{'num_classes': -1\}: "),
     "too long": (("candidates", "x" * 300), r"no model 'x+', and no such file"),
+    "offsets and report": (("show", "m.pt", "--offsets", "--report", "r.md"), "--report tells of the conversion, "),
+    "draw and plan": (("show", "m.pt", "--draw", "o.svg", "--plan"), "--plan tells of the conversion, --off"),
+    "data and report": (("show", "m.pt", "--data", "digits", "--report", "r.md"), "--report tells of"),
     "long output": ((*CONVERT, "-o", "x" * 300 + ".pt"), r"cannot be the name of a file: File name too long"),
 }  # fmt: skip
 
