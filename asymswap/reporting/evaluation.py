@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from asymswap.reporting import words
 from asymswap.reporting.terminal import WIDE, table, written
 
 _CLASSES_SHOWN = 20
@@ -170,7 +171,7 @@ def _fine_print(report: EvaluationReport) -> Sequence[str]:
     if len(report.models) > 1:
         lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
     lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading the images.")
-    return [*lines, *(f"{note[0].upper()}{note[1:]}." for note in report.notes)]
+    return [*lines, *map(words.sentence, report.notes)]
 
 
 def _name(report: EvaluationReport, number: int) -> str:

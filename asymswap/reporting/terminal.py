@@ -89,7 +89,7 @@ def candidates_view(
             f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
             f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
             *(_legend(wide) if pairs else ()),
-            *(f"{note[0].upper()}{note[1:]}." for note in notes),
+            *map(words.sentence, notes),
         )
     ]
     return Group(*parts)
@@ -211,9 +211,9 @@ def _fine_print(report: Report) -> list[str]:
         row = report.calibration
         how = "layer by layer" if row.sequential else "in one pass"
         lines.append(f"Calibrated {how} on {row.images} unlabelled images of {row.data} (seed {row.seed}).")
-        lines += [f"{note[0].upper()}{note[1:]}." for note in row.notes]
+        lines += map(words.sentence, row.notes)
     lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
-    lines += [f"{note[0].upper()}{note[1:]}." for note in model.notes]
+    lines += map(words.sentence, model.notes)
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
     total = sum(report.seconds.values())
     lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")

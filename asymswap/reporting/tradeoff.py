@@ -180,7 +180,7 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     """How the figures came about, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
     lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
-    lines += [f"{note[0].upper()}{note[1:]}." for note in sweep.notes]
+    lines += map(words.sentence, sweep.notes)
     return lines + _failures(sweep)
 
 

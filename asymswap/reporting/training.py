@@ -79,7 +79,7 @@ def _fine_print(report: TrainingReport) -> list[str]:
     )
     if report.teacher is not None:
         lines.append(f"Taught by {report.teacher}.")
-    lines += [f"{note[0].upper()}{note[1:]}." for note in report.notes]
+    lines += map(words.sentence, report.notes)
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
     lines.append(f"Time: {report.seconds:.1f} s.")
     return lines

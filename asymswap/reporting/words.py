@@ -77,6 +77,11 @@ def size(value: int) -> str:
     return f"{value} B"
 
 
+def sentence(note: str) -> str:
+    """A note, which begins small and ends without a full stop, as a sentence."""
+    return f"{note[:1].upper()}{note[1:]}."
+
+
 _MARKUP = re.compile(r"[\\`*\[]|<(?=[A-Za-z/!?])")
 
 
