@@ -287,7 +287,7 @@ def _making_facts(report: Report, making: Making) -> list[tuple[str, str]]:
         ("Budget", report.budget or ""),
         ("Seed", "" if making.seed is None else str(making.seed)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *(("File", f"{file.path}: {words.size(file.bytes)}") for file in report.files if file.path is not None),
+        *(("File", f"{file.path}: {words.size(file.bytes)}") for file in report.files),
         ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
     ]
     return [(name, value) for name, value in facts if value]

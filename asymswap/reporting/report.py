@@ -95,9 +95,9 @@ class LatencyRow:
 
 @dataclass(frozen=True)
 class FileRow:
-    """A file read or written, and its size in bytes; `path` is None where nothing was written."""
+    """A file read or written, and its size in bytes."""
 
-    path: str | None
+    path: str
     bytes: int
 
 
