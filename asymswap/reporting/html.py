@@ -15,6 +15,7 @@ from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
 from asymswap.reporting.making import Making
 from asymswap.reporting.pages import render
 from asymswap.reporting.report import Report, SiteRow
+from asymswap.spec import MACS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -64,6 +65,7 @@ def to_html(report: Report, making: Making) -> str:
         report=report,
         making=making,
         words=words,
+        macs=MACS,
         title=f"{report.model.reference} by {report.recipe}",
         verdict=_verdict(report),
         figures=_figures(report),

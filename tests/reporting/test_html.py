@@ -254,6 +254,11 @@ class TestSections:
 
 
 class TestAlone:
+    def test_what_a_mac_is_stands_as_it_is_counted(self) -> None:
+        page = to_html(like_resnet50(), MAKING)
+        for counted in ("FLOPs are 2 x MACs", "interpolation of feature maps", "4 MACs for each sample"):
+            assert page.count(counted) == 1
+
     def test_it_is_small(self) -> None:
         assert len(to_html(like_resnet50(), MAKING).encode()) < 300_000
 
