@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from asymswap.cli import options as o
-from asymswap.cli.convert import MemoryFormat
 
 _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
@@ -55,7 +54,7 @@ def benchmark(
         ),
     ] = None,
     memory_format: Annotated[
-        list[MemoryFormat] | None,
+        list[o.MemoryFormat] | None,
         typer.Option(
             help="Order of the numbers in memory; may be given twice.", rich_help_panel=_SETTINGS, show_default="both"
         ),

@@ -58,7 +58,7 @@ def show(
         _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), trust_code, force, json, quiet)
         return
     if report is not None:
-        check_output(report, force)
+        check_output(report, force, "--report")
         files.check_suffix(report)
     with screen.progress(quiet):
         from asymswap.checkpoint import header_to_json, read_checkpoint

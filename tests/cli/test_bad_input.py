@@ -248,6 +248,9 @@ USAGE = {
     "offsets and report": (("show", "m.pt", "--offsets", "--report", "r.md"), "--report tells of the conversion, "),
     "draw and plan": (("show", "m.pt", "--draw", "o.svg", "--plan"), "--plan tells of the conversion, --off"),
     "data and report": (("show", "m.pt", "--data", "digits", "--report", "r.md"), "--report tells of"),
+    "report exists": ((*CONVERT, "--report", __file__), r"exists already; give another name with --report, or --force"),
+    "plan exists": ((*CONVERT, "--write-plan", __file__), r"already; give another name with --write-plan, or --force"),
+    "plot exists": (("candidates", "digits-resnet", "--plot", __file__), r"give another name with --plot, or --force"),
     "long output": ((*CONVERT, "-o", "x" * 300 + ".pt"), r"cannot be the name of a file: File name too long"),
 }  # fmt: skip
 
