@@ -70,7 +70,7 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     """A row a layer with an arrow for each tap, and the layers in which nothing has moved."""
     columns = [("Layer", "fold"), ("Kind", "left"), ("Mean", "right"), ("Largest", "right"), ("Limit", "right")]
     columns.append(("Taps", "left"))
-    rows = [
+    rows: list[list[str | Text]] = [
         [
             row.site,
             row.kind,
