@@ -129,7 +129,7 @@ def gather_evidence(
         summary = EvidenceSummary(str(wanted.data), images.count, digest, wanted.seed, model_hash(opened.model))
         gathered = Gathered(found, summary)
         if wanted.evidence is not None and wanted.team.leads:
-            check_output(wanted.evidence, force=False)
+            check_output(wanted.evidence, force=False, option="--evidence")
             save_evidence(wanted.evidence, found, summary)
     if images is not None:
         gathered.batches, gathered.held_back = images.batches, images.held_back

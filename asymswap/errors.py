@@ -9,6 +9,10 @@ from collections.abc import Iterable
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal obeys instead of showing them; line ends and tabs are none of them."""
 
+BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that reorder how the text beside them is read."""
+
+_OBEYED = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{BIDIRECTIONAL}]")
 _LONGEST_NAME = 200
 
 
@@ -46,6 +50,16 @@ def check_choice(what: str, value: object, known: Iterable[str]) -> None:
     if value not in names:
         hint = near_names(str(value), names) or f"; choose {', '.join(names)}"
         raise AsymswapError(f"{what} {value!r} is unknown{hint}")
+
+
+def visible(text: str) -> str:
+    """The text with every character that a terminal obeys as its escape, such as `\\x1b`; line ends are among them.
+
+    Names in a model file or a data set come from anybody: printed as they are, they could colour, move or hide the
+    lines beside them. Halves of surrogate pairs, which stand for bytes of a file's name that are no text, cannot be
+    printed at all.
+    """
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def near_names(name: str, known: Iterable[str], most: int = 3) -> str:

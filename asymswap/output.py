@@ -27,8 +27,8 @@ _DRAFT = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.part", re.DOTALL)
 _LOCK = "lock"
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Raise OutputError where a file cannot be written, before any work is done for it."""
+def check_output(path: Path, force: bool, option: str = "-o") -> None:
+    """Raise OutputError where a file cannot be written, before any work is done for it; `option` is what named it."""
     folder = path.parent
     try:
         if path.is_dir():
@@ -36,7 +36,7 @@ def check_output(path: Path, force: bool) -> None:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is a device or a pipe, which a file would take the place of; give another name")
         if path.exists() and not force:
-            raise OutputError(f"{path} exists already; give another name with -o, or --force to replace it")
+            raise OutputError(f"{path} exists already; give another name with {option}, or --force to replace it")
     except OSError as error:
         raise OutputError(f"{path} cannot be the name of a file: {error.strerror}") from None
     if not folder.exists():
@@ -44,7 +44,7 @@ def check_output(path: Path, force: bool) -> None:
     if not folder.is_dir():
         raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} cannot be written to; give another with -o")
+        raise OutputError(f"the folder {folder} cannot be written to; give another with {option}")
 
 
 def check_distinct(files: Mapping[str, Path | None]) -> None:

@@ -21,7 +21,7 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
     CheckpointError where the checkpoint holds no report, or a damaged one.
     """
     path = Path(path)
-    check_output(path, force)
+    check_output(path, force, "--report")
     check_suffix(path)
     if isinstance(of, Conversion):
         text = report_text(of.report, read_making(of.header.provenance, "the conversion"), path)

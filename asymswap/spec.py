@@ -2,11 +2,7 @@
 
 Conventions, stated once for the whole package:
 
-- one **MAC** is one multiply-add of a convolution, a linear layer or a matrix product; **FLOPs = 2 x MACs**. Additions
-  of biases, normalisation, activations, pooling and interpolation of feature maps are not counted;
-- a deformable convolution also samples between pixels: 4 MACs for each sample (every channel of the input at every tap
-  of every pixel of the output), 5 where a mask scales it;
-- costs are those of one forward pass in eval mode on one input (batch 1);
+- what a MAC is, and what is not counted, says `MACS`, which reports show too;
 - sizes are (height, width) in pixels, kernels (height, width) in taps.
 """
 
@@ -18,6 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Size = tuple[int, int]
+
+MACS = (
+    "One MAC is one multiply-add of a convolution, a linear layer or a matrix product, in one forward pass in eval "
+    "mode on one input (batch 1); FLOPs are 2 x MACs. Additions of biases, normalisation, activations, pooling and "
+    "interpolation of feature maps are not counted. A deformable convolution also samples between pixels: 4 MACs for "
+    "each sample (every channel of the input at every tap of every pixel of the output), 5 where a mask scales it."
+)
 
 STRICT = {"extra": "forbid", "strict": True}
 """What pydantic is told about those of them that are read from files.

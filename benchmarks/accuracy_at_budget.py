@@ -24,13 +24,13 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from measured import machine, table, write_json
+from measured import machine, markdown_table, table, write_json
 from torch.utils.data import TensorDataset
 
 import asymswap
@@ -46,7 +46,6 @@ from asymswap.training.evaluate import evaluate
 
 PEERS = Path(__file__).with_name("peers")
 ORDERS = ("vertical-first", "horizontal-first")
-CALIBRATION_OPTIONS = {field.name for field in fields(asymswap.Calibration)}
 
 
 @dataclass(frozen=True)
@@ -167,19 +166,10 @@ def polish_option(wanted: argparse.Namespace) -> tuple[str, float]:
     return "polish_steps", wanted.polish_steps
 
 
-def without_option(wanted: argparse.Namespace) -> str | None:
-    """Why polishing is left out, if it is."""
-    name, _ = polish_option(wanted)
-    if name in CALIBRATION_OPTIONS:
-        return None
-    return f"skipped: {METHODS['polish'].title}, for asymswap {asymswap.__version__} has no option {name}"
-
-
 def polished(bench: Bench, budget: float, seed: int) -> asymswap.Conversion:
     """Then trained to answer as the original does."""
     wanted = bench.wanted
-    options: dict[str, Any] = dict([polish_option(wanted)])
-    options["polish_images" if "polish_images" in CALIBRATION_OPTIONS else "images"] = wanted.polish_images
+    options = {**dict([polish_option(wanted)]), "polish_images": wanted.polish_images}
     return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=True, **options))
 
 
@@ -372,10 +362,6 @@ def run_all(bench: Bench, book: Book) -> None:
     peers = Peers(bench)
     first, *rest = wanted.seeds
     ours = [name for name in wanted.methods if METHODS[name].run is not None]
-    missing = without_option(wanted)
-    if missing is not None and "polish" in ours:
-        ours.remove("polish")
-        print(missing)
     for budget in wanted.budgets:
         for name in ours:
             if book.lacks(name, budget, first):
@@ -520,8 +506,7 @@ def remarks(book: Book, wanted: argparse.Namespace) -> list[str]:
                     f"{budget:g}"
                 )
     lines = [f"{title} at {', '.join(budgets)}: {note}" for (title, note), budgets in notes.items()]
-    missing = without_option(wanted)
-    return [*lines, *failures(book, wanted), *([] if missing is None else [missing])]
+    return [*lines, *failures(book, wanted)]
 
 
 def print_tables(book: Book, wanted: argparse.Namespace) -> None:
@@ -529,11 +514,6 @@ def print_tables(book: Book, wanted: argparse.Namespace) -> None:
     for title, show in TABLES.items():
         print(f"\n{title}, by MACs kept\n{table(*grid(book, wanted, show))}")
     print("", *against_aimet(book, wanted), *remarks(book, wanted), sep="\n")
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", "---", *("---:" for _ in columns[2:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
 
 
 def markdown(book: Book, wanted: argparse.Namespace) -> str:
@@ -564,7 +544,7 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         "first draw. AIMET needs labels: its evaluation callback got the calibration images with theirs.",
     ]
     for title, show in TABLES.items():
-        lines += ["", f"## {title}", "", markdown_table(*grid(book, wanted, show))]
+        lines += ["", f"## {title}", "", markdown_table(*grid(book, wanted, show), left=2)]
         if title == "Seconds":
             lines += [
                 "",

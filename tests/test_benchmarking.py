@@ -18,7 +18,8 @@ from asymswap.benchmarking import shared_layers
 from asymswap.deploy import onnx_files
 from asymswap.errors import AsymswapError, TraceError
 from asymswap.measure import latency
-from asymswap.reporting.benchmark import Benchmark, Result, benchmark_to_json
+from asymswap.reporting.benchmark import Benchmark, Result
+from asymswap.reporting.report import to_json
 
 DIGITS = "digits-resnet"
 
@@ -146,9 +147,7 @@ class TestFigures:
         assert run(Work(clock, constant(1)), rounds=1).dtype == "float32"
 
     def test_json_has_every_number(self, clock: Clock) -> None:
-        data = json.loads(
-            json.dumps(benchmark_to_json(run(Work(clock, constant(2)), Work(clock, constant(1)), rounds=5)))
-        )
+        data = json.loads(json.dumps(to_json(run(Work(clock, constant(2)), Work(clock, constant(1)), rounds=5))))
         assert data["schema"] == 1
         assert data["results"][1]["ratio"] == {"value": 0.5, "low": 0.5, "high": 0.5}
         assert data["results"][1]["rounds"] == [1.0] * 5

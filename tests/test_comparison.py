@@ -26,9 +26,10 @@ from asymswap.reporting.comparison import (
     Comparison,
     OutputGap,
     TimingRow,
-    comparison_to_json,
     comparison_to_markdown,
 )
+from asymswap.reporting.report import to_json
+from asymswap.sources.builders import build
 from asymswap.sources.references import Request
 from asymswap.spec import Cost, Ratio, Seconds
 from asymswap.training.data import open_data
@@ -239,7 +240,7 @@ class TestViews:
             assert words in text
 
     def test_json_has_every_number(self) -> None:
-        data = json.loads(json.dumps(comparison_to_json(made())))
+        data = json.loads(json.dumps(to_json(made())))
         assert data["schema"] == 1
         assert data["models"][1]["cost"] == {"macs": 500, "flops": 1000, "params": 50}
         assert data["models"][1]["latency"] == {"minimum": 0.001, "median": 0.0015, "spread": 0.1}
@@ -266,6 +267,19 @@ class TestCommand:
         assert data["timing"] is None
         assert 0.49 < data["models"][1]["cost"]["macs"] / data["models"][0]["cost"]["macs"] <= 0.5
         assert run(*line, "--markdown").out.startswith("| Model | MACs | of 1st |")
+
+    def test_what_is_relative_to_zeros_is_null(self, run: Callable[..., Any], tmp_path: Path) -> None:
+        state = build(DIGITS, {}).state_dict()
+        torch.save(state, tmp_path / "rnd.pt")
+        torch.save({key: torch.zeros_like(tensor) for key, tensor in state.items()}, tmp_path / "zero.pt")
+        line = ("compare", "zero.pt", "rnd.pt", "--arch", DIGITS, "--no-latency", "--json")
+
+        def refuse(word: str) -> None:
+            raise AssertionError(f"{word} is no JSON")
+
+        data = json.loads(run(*line).out, parse_constant=refuse)
+        assert data["models"][1]["gap"]["relative"] is None
+        assert data["models"][1]["gap"]["largest"] > 0
 
     def test_threads_are_told(self, run: Callable[..., Any]) -> None:
         found = json.loads(run("compare", DIGITS, DIGITS, "--threads", "2", "--json", *self.QUICK).out)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import asymswap
 from asymswap import tradeoff
+from asymswap.cli.main import app
 from asymswap.cli.sweep import parse_fractions
 from asymswap.reporting.tradeoff import Tradeoff
 
@@ -120,6 +122,15 @@ def test_budgets_are_fractions(budgets: list[float]) -> None:
 )
 def test_budgets_are_read(text: str, expected: list[float]) -> None:
     assert parse_fractions("--macs", text) == expected
+
+
+def test_the_budgets_that_help_names_are_those_taken_without_any() -> None:
+    (shown,) = (
+        parameter.show_default
+        for parameter in typer.main.get_command(app).commands["sweep"].params  # type: ignore[attr-defined]
+        if parameter.name == "macs"
+    )
+    assert parse_fractions("--macs", shown) == list(tradeoff.BUDGETS)
 
 
 @pytest.mark.parametrize(

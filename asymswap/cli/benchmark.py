@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from asymswap.cli import options as o
-from asymswap.cli.convert import MemoryFormat
 
 _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
@@ -55,7 +54,7 @@ def benchmark(
         ),
     ] = None,
     memory_format: Annotated[
-        list[MemoryFormat] | None,
+        list[o.MemoryFormat] | None,
         typer.Option(
             help="Order of the numbers in memory; may be given twice.", rich_help_panel=_SETTINGS, show_default="both"
         ),
@@ -101,6 +100,7 @@ def benchmark(
         from asymswap.benchmarking import FORMATS
         from asymswap.benchmarking import benchmark as run
         from asymswap.reporting import benchmark as views
+        from asymswap.reporting.report import to_json
 
         found = run(
             models,
@@ -122,7 +122,7 @@ def benchmark(
             progress=step,
         )
     if json:
-        screen.print_json(views.benchmark_to_json(found))
+        screen.print_json(to_json(found))
     elif markdown:
         typer.echo(views.benchmark_to_markdown(found, layers), nl=False)
     elif not quiet:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asymswap.cli.options import parse_polish
+from asymswap.cli.options import DATA_FORMS, parse_polish
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ PANEL = "Calibration (no labels needed)"
 
 Calibrate = Annotated[
     str | None,
-    typer.Option(help="Choose ranks and weights on images: digits or a folder of images.", rich_help_panel=PANEL),
+    typer.Option(
+        help=f"Choose ranks and weights on images: any folder of them, {DATA_FORMS}",
+        rich_help_panel=PANEL,
+    ),
 ]
 Images = Annotated[int, typer.Option("--calibration-images", help="How many of them.", rich_help_panel=PANEL)]
 Sequential = Annotated[

@@ -92,9 +92,9 @@ def _check_pictures(plot: Path | None, graph: Path | None, force: bool) -> None:
     from asymswap.reporting.candidates import check_plot_file
     from asymswap.reporting.graph import check_graph_file
 
-    for path, check in ((plot, check_plot_file), (graph, check_graph_file)):
+    for option, path, check in (("--plot", plot, check_plot_file), ("--graph", graph, check_graph_file)):
         if path is not None:
-            check_output(path, force)
+            check_output(path, force, option)
             check(path)
     if plot is not None and plot == graph:
         raise AsymswapError(f"--plot and --graph both name {plot}; give them two files")

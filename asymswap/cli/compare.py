@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from asymswap.cli import options as o
-from asymswap.cli.convert import MemoryFormat
 
 _LATENCY = "Latency"
 _OUTPUTS = "Outputs and accuracy"
@@ -25,7 +24,7 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Compare outputs and accuracy on digits or a folder of class folders.",
+            help=f"Compare outputs and accuracy on {o.DATA_FORMS}",
             rich_help_panel=_OUTPUTS,
             show_default="outputs on random images",
         ),
@@ -38,13 +37,13 @@ def compare(
         bool, typer.Option("--latency/--no-latency", help="Time all models in turn.", rich_help_panel=_LATENCY)
     ] = True,
     memory_format: Annotated[
-        MemoryFormat,
+        o.MemoryFormat,
         typer.Option(
             help="Order of the numbers in memory: channels-last or contiguous.",
             metavar="ORDER",
             rich_help_panel=_LATENCY,
         ),
-    ] = MemoryFormat.channels_last,
+    ] = o.MemoryFormat.channels_last,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.", rich_help_panel=_LATENCY)] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, at most.", rich_help_panel=_LATENCY)] = 20,
     threads: Annotated[
@@ -78,6 +77,7 @@ def compare(
         from asymswap.comparison import compare as beside
         from asymswap.latency_budget import Timing
         from asymswap.reporting import comparison as views
+        from asymswap.reporting.report import to_json
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -97,7 +97,7 @@ def compare(
             progress=step,
         )
     if json:
-        screen.print_json(views.comparison_to_json(found))
+        screen.print_json(to_json(found))
     elif markdown:
         typer.echo(views.comparison_to_markdown(found), nl=False)
     elif not quiet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +14,6 @@ from asymswap.cli import options as o
 from asymswap.cli.commandline import repeatable
 
 _CHANGE = "What to do"
-
-
-class MemoryFormat(StrEnum):
-    """Orders of an image batch's numbers in memory."""
-
-    channels_last = "channels-last"
-    contiguous = "contiguous"
 
 
 def convert(
@@ -50,11 +42,11 @@ def convert(
         typer.Option(help="Save what can be saved at this predicted error of all layers.", rich_help_panel=_CHANGE),
     ] = None,
     memory_format: Annotated[
-        MemoryFormat,
+        o.MemoryFormat,
         typer.Option(
             help="In which latency is measured: channels-last or contiguous.", metavar="ORDER", rich_help_panel=_CHANGE
         ),
-    ] = MemoryFormat.channels_last,
+    ] = o.MemoryFormat.channels_last,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,7 +79,7 @@ def convert(
     ] = False,
     evaluate: Annotated[
         str | None,
-        typer.Option(help="Measure accuracy on digits or a folder of class folders.", rich_help_panel=o.RESULT),
+        typer.Option(help=f"Measure accuracy on {o.DATA_FORMS}", rich_help_panel=o.RESULT),
     ] = None,
     calibrate: c.Calibrate = None,
     calibration_images: c.Images = 512,
@@ -123,8 +115,9 @@ def convert(
         raise AsymswapError("give --recipe or --plan; `asymswap recipes` lists the recipes that come with asymswap")
     if not dry_run:
         check_output(target, force)
-    for path in filter(None, (report, write_plan)):
-        check_output(path, force)
+    for option, path in (("--report", report), ("--write-plan", write_plan)):
+        if path is not None:
+            check_output(path, force, option)
     if report is not None:
         files.check_suffix(report)
     check_distinct(

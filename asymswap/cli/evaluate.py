@@ -47,7 +47,7 @@ def evaluate(
     with screen.progress(quiet) as step:
         from asymswap import api
         from asymswap.reporting.evaluation import evaluation_view
-        from asymswap.reporting.report import plain
+        from asymswap.reporting.report import to_json
 
         report = api.evaluate(
             models,
@@ -73,7 +73,7 @@ def evaluate(
             progress=step,
         )
     if json:
-        screen.print_json(plain(report))
+        screen.print_json(to_json(report))
         return
     if quiet:
         return

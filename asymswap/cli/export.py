@@ -75,9 +75,9 @@ def export(
             progress=step,
         )
     if json:
-        from asymswap.reporting.report import plain
+        from asymswap.reporting.report import to_json
 
-        screen.print_json(plain(report))
+        screen.print_json(to_json(report))
     elif not quiet:
         from asymswap.reporting.export import export_view
 

@@ -39,12 +39,17 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _line(error: Exception) -> str:
-    from asymswap.errors import CONTROL, AsymswapError
+    from asymswap.errors import visible
 
-    # Names out of a file may hold what a terminal would obey.
-    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(str(error).split()))
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}…"
+    # Names out of a file may hold what a terminal would obey, and line ends.
+    text = visible(" ".join(_text(error).split()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _text(error: Exception) -> str:
+    from asymswap.errors import AsymswapError
+
+    text = str(error)
     if isinstance(error, AsymswapError):
         return text
     # torch has no error of its own for this.

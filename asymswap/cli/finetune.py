@@ -231,10 +231,10 @@ def finetune(
 
 def _print(report: Any, json: bool, quiet: bool) -> None:
     from asymswap.cli import screen
-    from asymswap.reporting.report import plain
+    from asymswap.reporting.report import to_json
     from asymswap.reporting.training import training_view
 
     if json:
-        screen.print_json(plain(report))
+        screen.print_json(to_json(report))
     elif not quiet:
         screen.show(training_view(report), screen.console())

@@ -70,9 +70,9 @@ def fuse(
         )
         report = api.save_fused(fusion, target, as_original=as_original, force=force)
     if json:
-        from asymswap.reporting.report import plain
+        from asymswap.reporting.report import to_json
 
-        screen.print_json(plain(report))
+        screen.print_json(to_json(report))
     elif not quiet:
         from asymswap.reporting.fusion import fusion_view
 

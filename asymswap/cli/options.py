@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import tomllib
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,17 @@ from asymswap.errors import AsymswapError
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
 """Groups of a help text that several commands have."""
+
+DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
+"""The labelled images that every command takes, for the end of a help text."""
+
+
+class MemoryFormat(StrEnum):
+    """Orders of an image batch's numbers in memory."""
+
+    channels_last = "channels-last"
+    contiguous = "contiguous"
+
 
 Model = Annotated[
     str,
@@ -88,7 +100,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that exist."
 Data = Annotated[
     str,
     typer.Option(
-        help="digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file.",
+        help=DATA_FORMS,
         show_default=False,
         rich_help_panel=IMAGES,
     ),
@@ -195,7 +207,7 @@ def check_picture(option: str, path: Path, force: bool) -> None:
     if path.suffix not in PICTURES:
         raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
     check_matplotlib(option, path)
-    check_output(path, force)
+    check_output(path, force, option)
 
 
 def check_matplotlib(option: str, path: Path) -> None:

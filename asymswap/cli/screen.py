@@ -23,10 +23,13 @@ def console() -> Console:
 
 
 def _console(**options: Any) -> Console:
-    """A console that honours NO_COLOR to the letter: rich itself would leave out colours, and keep bold and dim."""
+    """A console that honours NO_COLOR to the letter: rich itself would leave out colours, and keep bold and dim.
+
+    Nor does it make a picture of a name such as `x:bug:y`.
+    """
     from rich.console import Console
 
-    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto", **options)
+    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto", emoji=False, **options)
 
 
 def show(view: RenderableType, screen: Console) -> None:
@@ -35,8 +38,10 @@ def show(view: RenderableType, screen: Console) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON for programs: always the same layout, no colour."""
-    print(json.dumps(value, indent=2))  # noqa: T201
+    """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
+    from asymswap.reporting.report import plain
+
+    print(json.dumps(plain(value), indent=2, allow_nan=False))  # noqa: T201
 
 
 @contextmanager
@@ -44,10 +49,12 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
     """Bars on stderr for as long as the block lasts, one a stage; nothing where stderr is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+    from asymswap.errors import visible
+
     screen = _console(stderr=True)
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -63,8 +70,8 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
             if stage != stages[-1]:
                 # Else the time left would be told by the stage before, and as none where that had as many steps.
                 stages.append(stage)
-                bars.reset(task, total=total, completed=done, description=stage)
-            bars.update(task, description=stage, completed=done, total=total)
+                bars.reset(task, total=total, completed=done, description=visible(stage))
+            bars.update(task, description=visible(stage), completed=done, total=total)
 
         yield step
 
@@ -76,10 +83,10 @@ def training(quiet: bool) -> Iterator[Watcher]:
 
     screen = _console(stderr=True)
     live = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[words]}"),
+        TextColumn("{task.fields[words]}", markup=False),
         TimeRemainingColumn(),
         console=screen,
         transient=True,

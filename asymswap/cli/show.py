@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from asymswap.cli import options as o
+from asymswap.errors import AsymswapError
 
 _OFFSETS = "Offsets"
 
@@ -53,10 +54,11 @@ def show(
     from asymswap.reporting import files
 
     if draw is not None or data is not None or offsets:
+        _check_alone(report, plan)
         _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), trust_code, force, json, quiet)
         return
     if report is not None:
-        check_output(report, force)
+        check_output(report, force, "--report")
         files.check_suffix(report)
     with screen.progress(quiet):
         from asymswap.checkpoint import header_to_json, read_checkpoint
@@ -83,6 +85,15 @@ def show(
             # What a checkpoint tells of how it came to be is free text to all but this command.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
         screen.show(view, screen.console())
+
+
+def _check_alone(report: Path | None, plan: bool) -> None:
+    """Raise AsymswapError for what tells of a conversion beside what tells of offsets."""
+    other = "--report" if report is not None else "--plan" if plan else None
+    if other is not None:
+        raise AsymswapError(
+            f"{other} tells of the conversion, --offsets, --draw and --data of where taps are; ask twice"
+        )
 
 
 def _show_offsets(

@@ -27,10 +27,15 @@ def sweep(
     ],
     macs: Annotated[
         str | None,
-        typer.Option(help="Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", rich_help_panel=_BUDGET),
+        typer.Option(
+            help="Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.",
+            rich_help_panel=_BUDGET,
+            show_default="0.9:0.3:0.1",
+        ),
     ] = None,
     params: Annotated[
-        str | None, typer.Option(help="Fractions of the parameters instead.", rich_help_panel=_BUDGET)
+        str | None,
+        typer.Option(help="Fractions of the parameters instead.", rich_help_panel=_BUDGET),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
@@ -92,7 +97,7 @@ def sweep(
         from asymswap.tradeoff import sweep as run
 
         def write(result: shown.Tradeoff) -> None:
-            write_text(target, jsonlib.dumps(shown.to_json(result), indent=2) + "\n")
+            write_text(target, jsonlib.dumps(shown.to_json(result), indent=2, allow_nan=False) + "\n")
 
         result = run(
             model,
@@ -180,7 +185,7 @@ def _check_report(path: Path, force: bool) -> None:
         raise AsymswapError(f"--report {path}: the file must end in {', '.join(_REPORTS[:-1])} or {_REPORTS[-1]}")
     if path.suffix != ".md":
         o.check_matplotlib("--report", path)
-    check_output(path, force)
+    check_output(path, force, "--report")
 
 
 def _write_report(path: Path, result: Any) -> None:

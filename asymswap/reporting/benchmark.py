@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import WIDE, table
+from asymswap.reporting.terminal import WIDE, table, written
 from asymswap.spec import Cost, Ratio, Seconds
 
 TITLES = {"eager": "PyTorch", "compile": "torch.compile", "onnx": "ONNX Runtime"}
@@ -118,30 +116,25 @@ class Benchmark:
     versions: tuple[str, ...]
 
 
-def benchmark_to_json(benchmark: Benchmark) -> dict[str, Any]:
-    """The benchmark as plain data."""
-    return {"schema": SCHEMA, **plain(benchmark)}
-
-
 def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:
     """A table for each setting, or one of all settings where there is a single model, layers and the fine print."""
     wide = width >= WIDE
     parts: list[RenderableType] = []
     if len(benchmark.models) == 1:
-        title = Text(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
+        title = written(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
         parts += [title, _table(benchmark, benchmark.results, "Setting", wide), Text("")]
     else:
         for number, setting in enumerate(benchmark.settings):
             results = [result for result in benchmark.results if result.setting == number]
             if all(result.seconds is None for result in results):
                 continue
-            title = Text(", ".join(_words(setting)), style="bold")
+            title = written(", ".join(_words(setting)), style="bold")
             parts += [title, _table(benchmark, results, "Model", wide), Text("")]
     for lines, style in ((_warnings(benchmark), "yellow"), (list(_advice(benchmark)), "")):
-        parts += [Text(line, style=style) for line in lines] + [Text("")] * bool(lines)
+        parts += [written(line, style=style) for line in lines] + [Text("")] * bool(lines)
     for one in benchmark.layers if layers else ():
-        parts += [Text(_layers_title(benchmark, one), style="bold"), _layers_table(one, layers), Text("")]
-    parts += [Text(line, style="dim") for line in _fine_print(benchmark)]
+        parts += [written(_layers_title(benchmark, one), style="bold"), _layers_table(one, layers), Text("")]
+    parts += [written(line, style="dim") for line in _fine_print(benchmark)]
     return Group(*parts)
 
 
@@ -153,17 +146,25 @@ def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
     lines = [titles, [*["---"] * 5, *["---:"] * len(columns)]]
     for result in shown:
         setting, cells = benchmark.settings[result.setting], _cells(benchmark, result)
-        about = [f"`{benchmark.models[result.model].model}`", TITLES[setting.runtime], f"{setting.batch}"]
+        about = [words.markdown_code(benchmark.models[result.model].model), TITLES[setting.runtime], f"{setting.batch}"]
         about += [f"{setting.threads}", setting.memory_format or "-"]
         lines.append([*about, *(cells[title] for title in columns)])
     text = [*words.markdown_table(lines), ""]
-    text += [f"**{line}**\n" for line in _warnings(benchmark)]
-    text += [f"{line}\n" for line in _advice(benchmark)]
+    text += [f"**{words.markdown_text(line)}**\n" for line in _warnings(benchmark)]
+    text += [f"{words.markdown_text(line)}\n" for line in _advice(benchmark)]
     for one in benchmark.layers if layers else ():
         heads = [[*_LAYER_TITLES], ["---", *["---:"] * (len(_LAYER_TITLES) - 1)]]
-        rows = [[f"`{cells[0]}`" if known else cells[0], *cells[1:]] for cells, known in _layer_cells(one, layers)]
-        text += [f"{_layers_title(benchmark, one)}:", "", *words.markdown_table([*heads, *rows]), ""]
-    return "\n".join([*text, *(f"- {line}" for line in _fine_print(benchmark)), ""])
+        rows = [
+            [words.markdown_code(cells[0]) if known else cells[0], *cells[1:]]
+            for cells, known in _layer_cells(one, layers)
+        ]
+        text += [
+            f"{words.markdown_text(_layers_title(benchmark, one))}:",
+            "",
+            *words.markdown_table([*heads, *rows]),
+            "",
+        ]
+    return "\n".join([*text, *(f"- {words.markdown_text(line)}" for line in _fine_print(benchmark)), ""])
 
 
 def _words(setting: Setting) -> list[str]:

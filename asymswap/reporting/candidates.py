@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from asymswap.errors import OutputError
 from asymswap.reporting import words
 from asymswap.reporting.drawing import svg_file
 from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
-from asymswap.reporting.report import SCHEMA, plain
-from asymswap.spec import Candidate, Cost, RankCost
+from asymswap.reporting.report import plain
+from asymswap.reporting.report import to_json as whole
+from asymswap.spec import Candidate, Cost
 
 
 def to_json(
@@ -20,21 +20,23 @@ def to_json(
 ) -> dict[str, Any]:
     """Everything that is known of each conv, and the sums over the candidates."""
     held = sum((row.site.cost for row in rows if row.reason is None), start=Cost(0, 0))
-    return {
-        "schema": SCHEMA,
-        "model": reference,
-        "traced_by": traced_by,
-        "input": about,
-        "notes": list(notes),
-        "total": plain(total),
-        "candidates": {
-            "convs": sum(row.reason is None for row in rows),
-            **plain(held),
-            "macs_share": held.macs / total.macs if total.macs else 0.0,
-            "params_share": held.params / total.params if total.params else 0.0,
-        },
-        "sites": [_row(row) for row in rows],
+    found = {
+        "convs": sum(row.reason is None for row in rows),
+        **plain(held),
+        "macs_share": held.macs / total.macs if total.macs else 0.0,
+        "params_share": held.params / total.params if total.params else 0.0,
     }
+    return whole(
+        {
+            "model": reference,
+            "traced_by": traced_by,
+            "input": about,
+            "notes": notes,
+            "total": total,
+            "candidates": found,
+            "sites": [_row(row) for row in rows],
+        }
+    )
 
 
 def _row(row: Candidate) -> dict[str, Any]:
@@ -44,17 +46,11 @@ def _row(row: Candidate) -> dict[str, Any]:
         "cost": plain(row.site.cost),
         "candidate": row.reason is None,
         "reason": row.reason,
-        "break_even": _at(row.break_even),
-        "half": _at(row.half),
+        "break_even": plain(row.break_even),
+        "half": plain(row.half),
         "kind": row.kind,
-        "becomes": None if row.becomes is None else plain(row.becomes),
+        "becomes": plain(row.becomes),
     }
-
-
-def _at(value: RankCost | None) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    return {**{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
 
 
 def check_plot_file(path: Path) -> None:

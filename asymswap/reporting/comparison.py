@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import WIDE, table
+from asymswap.reporting.terminal import WIDE, table, written
 from asymswap.spec import Cost, Ratio, Seconds
 
 
@@ -85,11 +83,6 @@ class Comparison:
     data: str | None = None
     images: int | None = None
     timing: TimingRow | None = None
-
-
-def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain data."""
-    return {"schema": SCHEMA, **plain(comparison)}
 
 
 Say = Callable[[ComparedRow, ComparedRow], str]
@@ -177,7 +170,7 @@ def comparison_view(comparison: Comparison, width: int) -> RenderableType:
     wide = width >= WIDE
     titles = [("Model", "fold"), *((column.title, "right") for column in _columns(comparison, wide))]
     rows = [_cells(row, comparison, wide) for row in comparison.models]
-    lines = [Text(line, style="dim") for line in _fine_print(comparison)]
+    lines = [written(line, style="dim") for line in _fine_print(comparison)]
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
     return Group(table(titles, rows, gap=1 if wide else 2), Text(""), *lines)
 
@@ -187,8 +180,9 @@ def comparison_to_markdown(comparison: Comparison) -> str:
     titles = ["Model", *(column.title for column in _columns(comparison, wide=True))]
     titles = [{"ms": "ms (minimum)", "Median": "ms (median)"}.get(title, title) for title in titles]
     lines = [titles, ["---", *("---:" for _ in titles[1:])]]
-    lines += [[f"`{row.model}`", *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
-    return "\n".join([*words.markdown_table(lines), "", *(f"- {line}" for line in _fine_print(comparison)), ""])
+    lines += [[words.markdown_code(row.model), *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
+    notes = (f"- {words.markdown_text(line)}" for line in _fine_print(comparison))
+    return "\n".join([*words.markdown_table(lines), "", *notes, ""])
 
 
 def _fine_print(comparison: Comparison) -> list[str]:

@@ -7,9 +7,11 @@ colours: `f-NAME` fills and `s-NAME` strokes with one of `COLOURS`.
 from __future__ import annotations
 
 import math
-import unicodedata
+import re
 from collections.abc import Iterable
 from xml.etree import ElementTree
+
+from asymswap.errors import BIDIRECTIONAL
 
 Element = ElementTree.Element
 
@@ -39,17 +41,12 @@ KIND_COLOURS = sum(name.startswith("kind") for name in COLOURS)
 DARK = "@media screen and (prefers-color-scheme: dark)"
 """Where the dark colours hold: never in print."""
 
-_BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_UNCLEAN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
 
 
 def clean(text: str) -> str:
     """The text without characters that XML forbids or that reorder what is read; names come from anybody's files."""
-    return "".join(
-        char
-        if char in "\n\t" or not (char in _BIDI_CONTROLS or unicodedata.category(char) in ("Cc", "Cs"))
-        else "\ufffd"
-        for char in text
-    )
+    return _UNCLEAN.sub("\ufffd", text)
 
 
 def element(tag: str, *children: Element, text: str = "", **attributes: object) -> Element:

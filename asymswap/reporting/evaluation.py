@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from asymswap.reporting.terminal import WIDE, table
+from asymswap.reporting import words
+from asymswap.reporting.terminal import WIDE, table, written
 
 _CLASSES_SHOWN = 20
 """Of more classes, the worst are shown."""
@@ -82,13 +83,13 @@ class EvaluationReport:
 def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
     """The models' scores, how they compare with the first, their classes and their confusions."""
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
-    parts: list[RenderableType] = [Text(f"{report.data}{skipped}", style="bold"), Text("")]
+    parts: list[RenderableType] = [written(f"{report.data}{skipped}", style="bold"), Text("")]
     parts += [_scores(report), Text("")]
     if len(report.models) > 1:
         parts += [_comparison(report), Text("")]
     parts += [_classes(report), Text("")]
     parts += _confusions(report, width)
-    parts += [Text(line, style="dim") for line in _fine_print(report)]
+    parts += [written(line, style="dim") for line in _fine_print(report)]
     return Group(*parts)
 
 
@@ -161,7 +162,7 @@ def _confusions(report: EvaluationReport, width: int) -> list[RenderableType]:
             pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in model.confusions]
             shown = pairs if width >= WIDE else pairs[:5]
             which = f" by {number}" if len(report.models) > 1 else ""
-            lines.append(Text(f"Most confused{which}: {'; '.join(shown)}"))
+            lines.append(written(f"Most confused{which}: {'; '.join(shown)}"))
     return [*lines, Text("")] if lines else []
 
 
@@ -170,7 +171,7 @@ def _fine_print(report: EvaluationReport) -> Sequence[str]:
     if len(report.models) > 1:
         lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
     lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading the images.")
-    return [*lines, *(f"{note[0].upper()}{note[1:]}." for note in report.notes)]
+    return [*lines, *map(words.sentence, report.notes)]
 
 
 def _name(report: EvaluationReport, number: int) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow
-from asymswap.reporting.terminal import table
+from asymswap.reporting.terminal import table, written
 
 
 @dataclass(frozen=True)
@@ -52,4 +52,6 @@ def export_view(report: ExportReport) -> RenderableType:
         *(("against PyTorch", f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
         *(("written", f"{file.path} ({words.size(file.bytes)})") for file in report.files),
     ]
-    return Group(Text(f"{report.model} exported", style="bold"), Text(""), table([("", "left"), ("", "fold")], facts))
+    return Group(
+        written(f"{report.model} exported", style="bold"), Text(""), table([("", "left"), ("", "fold")], facts)
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
+
+from asymswap.reporting.drawing import clean
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -14,6 +17,14 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def legend_of(axes: Any, named: Sequence[tuple[Any, str]], place: str) -> None:
+    """A legend of lines and their names as they are: no `$` in one begins a formula, and no `_` before it hides it."""
+    legend = axes.legend([line for line, _ in named], ["-"] * len(named), loc=place)
+    for text, (_, name) in zip(legend.get_texts(), named, strict=True):
+        text.set_parse_math(False)
+        text.set_text(clean(name))
 
 
 def picture_of(figure: Any, form: str) -> bytes:

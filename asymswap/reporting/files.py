@@ -26,4 +26,6 @@ def report_text(report: Report, making: Making, path: Path) -> str:
         from asymswap.reporting.html import to_html
 
         return to_html(report, making)
-    return to_markdown(report) if path.suffix == ".md" else json.dumps(to_json(report), indent=2) + "\n"
+    return (
+        to_markdown(report) if path.suffix == ".md" else json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    )

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow
-from asymswap.reporting.terminal import table
+from asymswap.reporting.terminal import table, written
 from asymswap.spec import Cost
 
 
@@ -47,23 +47,23 @@ class FusionReport:
 def fusion_view(report: FusionReport) -> RenderableType:
     """What was fused, what was left and why, and how the outputs compare."""
     done = Counter((row.kind, row.outcome) for row in report.sites)
-    parts: list[RenderableType] = [Text(f"{report.model}: {_sum(report)}", style="bold"), Text("")]
+    parts: list[RenderableType] = [written(f"{report.model}: {_sum(report)}", style="bold"), Text("")]
     rows = [(name, words.count(a), words.count(b), words.share(b, a)) for name, a, b in _figures(report)]
     parts += [table([("", "left"), ("before", "right"), ("after", "right"), ("left", "right")], rows), Text("")]
-    parts += [Text(f"{number} {kind}: {outcome}") for (kind, outcome), number in sorted(done.items())]
+    parts += [written(f"{number} {kind}: {outcome}") for (kind, outcome), number in sorted(done.items())]
     reasons = Counter((row.outcome, row.reason) for row in report.sites if row.reason)
-    parts += [Text(f"  {outcome}, {number} x: {reason}") for (outcome, reason), number in reasons.most_common()]
+    parts += [written(f"  {outcome}, {number} x: {reason}") for (outcome, reason), number in reasons.most_common()]
     fits = "fits" if report.as_original else "does not fit"
     parts += [
         Text(""),
-        Text(
+        written(
             f"Outputs: {words.error(report.relative)} relative difference, {report.largest:.3g} at most, on "
             f"{report.probe}.",
             style="dim",
         ),
-        Text(f"The state dict {fits} {report.origin} as it was before it was converted.", style="dim"),
+        written(f"The state dict {fits} {report.origin} as it was before it was converted.", style="dim"),
     ]
-    parts += [Text(f"{file.path}: {words.size(file.bytes)}.", style="dim") for file in report.files]
+    parts += [written(f"{file.path}: {words.size(file.bytes)}.", style="dim") for file in report.files]
     return Group(*parts)
 
 

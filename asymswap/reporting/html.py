@@ -15,6 +15,7 @@ from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
 from asymswap.reporting.making import Making
 from asymswap.reporting.pages import render
 from asymswap.reporting.report import Report, SiteRow
+from asymswap.spec import MACS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -64,6 +65,7 @@ def to_html(report: Report, making: Making) -> str:
         report=report,
         making=making,
         words=words,
+        macs=MACS,
         title=f"{report.model.reference} by {report.recipe}",
         verdict=_verdict(report),
         figures=_figures(report),
@@ -287,7 +289,7 @@ def _making_facts(report: Report, making: Making) -> list[tuple[str, str]]:
         ("Budget", report.budget or ""),
         ("Seed", "" if making.seed is None else str(making.seed)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *(("File", f"{file.path}: {words.size(file.bytes)}") for file in report.files if file.path is not None),
+        *(("File", f"{file.path}: {words.size(file.bytes)}") for file in report.files),
         ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
     ]
     return [(name, value) for name, value in facts if value]

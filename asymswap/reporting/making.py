@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -43,7 +44,16 @@ def read_report(provenance: Mapping[str, Any], label: str) -> Report:
     """The report in a checkpoint's provenance; raises CheckpointError where there is none, or it is damaged."""
     if "report" not in provenance:
         raise CheckpointError(f"{label} holds no report; convert the model again to have one")
-    return _checked(Report, provenance["report"], label)
+    return _checked(Report, _with_numbers(provenance["report"]), label)
+
+
+def _with_numbers(report: Any) -> Any:
+    """The report with a number for what JSON has none for, in the change of the output, which has no None."""
+    output = report.get("output") if isinstance(report, Mapping) else None
+    if not isinstance(output, Mapping):
+        return report
+    missing = {key: math.nan for key in ("relative", "largest") if output.get(key, 0) is None}
+    return {**report, "output": {**output, **missing}}
 
 
 def _checked(form: type[T], data: Any, label: str) -> T:

@@ -37,7 +37,7 @@ def to_markdown(report: Report) -> str:
     if report.accuracy is not None:
         acc = report.accuracy
         points = f"{100 * (acc.after - acc.before):+.2f} points"
-        head.append([f"top-1 on {acc.data}", f"{acc.before:.2%}", f"{acc.after:.2%}", points])
+        head.append([words.markdown_text(f"top-1 on {acc.data}"), f"{acc.before:.2%}", f"{acc.after:.2%}", points])
     facts = [
         f"Recipe: {report.recipe}" + (f", budget {report.budget}" if report.budget else ""),
         f"Weights: {model.weights}" + (f", SHA-256 {model.sha256}" if model.sha256 else ""),
@@ -54,11 +54,12 @@ def to_markdown(report: Report) -> str:
         f"asymswap {report.asymswap}",
     ]
     lines = [
-        f"# {model.reference} converted: {len(report.swapped)} of {len(report.sites)} convs swapped",
+        f"# {words.markdown_text(model.reference)} converted: "
+        f"{len(report.swapped)} of {len(report.sites)} convs swapped",
         "",
         *_table(["", "before", "after", "left"], head),
         "",
-        *(f"- {fact}" for fact in facts),
+        *(f"- {words.markdown_text(fact)}" for fact in facts),
         "",
         *_table(_COLUMNS, [*map(_cells, report.sites), _rest(report), _total(report)]),
         "",
@@ -104,11 +105,11 @@ _COLUMNS = [
 def _cells(row: SiteRow) -> list[str]:
     becomes = f"{row.kind}: {words.settings(row.settings)}" if row.kind else f"kept: {row.reason}"
     return [
-        f"`{row.site}`",
-        row.conv,
+        words.markdown_code(row.site),
+        words.markdown_text(row.conv),
         "x".join(map(str, row.feature_map)) if row.feature_map else "-",
         str(row.calls),
-        becomes,
+        words.markdown_text(becomes),
         f"{row.before.macs:,}",
         f"{row.after.macs:,}",
         f"{row.before.params:,}",

@@ -10,9 +10,11 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from asymswap.reporting.drawing import clean
 from asymswap.reporting.figures import new_figure, picture_of
-from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import table
+from asymswap.reporting.report import plain
+from asymswap.reporting.report import to_json as whole
+from asymswap.reporting.terminal import table, written
 from asymswap.spec import Size
 
 STILL = 0.05
@@ -61,21 +63,21 @@ class OffsetReport:
 def to_json(report: OffsetReport) -> dict[str, Any]:
     """Everything as plain data, with what follows from it."""
     rows = [{**plain(row), "average": row.average, "still": row.still} for row in report.rows]
-    return {"schema": SCHEMA, **plain(report), "rows": rows}
+    return whole(report, rows=rows)
 
 
 def offsets_view(report: OffsetReport) -> RenderableType:
     """A row a layer with an arrow for each tap, and the layers in which nothing has moved."""
     columns = [("Layer", "fold"), ("Kind", "left"), ("Mean", "right"), ("Largest", "right"), ("Limit", "right")]
     columns.append(("Taps", "left"))
-    rows = [
+    rows: list[list[str | Text]] = [
         [
             row.site,
             row.kind,
             f"{row.average:.2f} px",
             f"{row.largest:.2f} px",
             "-" if row.limit is None else f"{row.limit:g} px",
-            "\n".join(arrows(row)),
+            Text("\n".join(arrows(row))),
         ]
         for row in report.rows
     ]
@@ -86,11 +88,11 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     return Group(
-        Text(f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can", style="bold"),
+        written(f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can", style="bold"),
         Text(""),
         table(columns, rows),
         Text(""),
-        *(Text(line, style="dim") for line in lines),
+        *(written(line, style="dim") for line in lines),
     )
 
 
@@ -117,7 +119,7 @@ def draw(report: OffsetReport, form: str) -> bytes:
     across = min(4, max(1, len(report.rows)))
     down = max(1, math.ceil(len(report.rows) / across))
     figure = new_figure(2.6 * across, 2.8 * down)
-    figure.suptitle(report.model)
+    figure.suptitle(clean(report.model), parse_math=False)
     for number, row in enumerate(report.rows, start=1):
         _draw_layer(figure.add_subplot(down, across, number), row)
     return picture_of(figure, form)
@@ -136,7 +138,7 @@ def _draw_layer(axes: Any, row: OffsetRow) -> None:
     axes.set_xlim(-0.5 - reach, max(x for _, x in places) + 0.5 + reach)
     axes.set_ylim(max(y for y, _ in places) + 0.5 + reach, -0.5 - reach)
     axes.set_aspect("equal")
-    axes.set_title(f"{row.site}\n{row.kind}" + (", still" if row.still else ""), fontsize=8)
+    axes.set_title(f"{clean(row.site)}\n{row.kind}" + (", still" if row.still else ""), fontsize=8, parse_math=False)
     axes.tick_params(labelsize=6)
     axes.grid(alpha=0.3)
 

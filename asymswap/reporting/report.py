@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,9 +95,9 @@ class LatencyRow:
 
 @dataclass(frozen=True)
 class FileRow:
-    """A file read or written, and its size in bytes; `path` is None where nothing was written."""
+    """A file read or written, and its size in bytes."""
 
-    path: str | None
+    path: str
     bytes: int
 
 
@@ -146,14 +147,17 @@ class Report:
         return tuple(row for row in self.sites if row.action == "swap")
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain data; every cost carries its FLOPs beside its MACs."""
-    data = plain(report)
-    return {"schema": SCHEMA, **data}
+def to_json(report: Any, **more: Any) -> dict[str, Any]:
+    """What a command has to say as plain data, with the number of its form; `more` is what follows from it."""
+    return {"schema": SCHEMA, **plain(report), **more}
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs."""
+    """Dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs.
+
+    A number that is infinite or undefined, such as a change relative to an output of zeros, is None: JSON has no word
+    for it, and writes null.
+    """
     if isinstance(value, Cost):
         return {"macs": value.macs, "flops": value.flops, "params": value.params}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -162,4 +166,4 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

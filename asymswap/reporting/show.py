@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.terminal import table
+from asymswap.reporting.terminal import table, written
 from asymswap.spec import Preprocessing
 
 
@@ -25,11 +25,11 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
         *_facts(report),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
     ]
-    parts: list[RenderableType] = [Text(path, style="bold"), Text("")]
+    parts: list[RenderableType] = [written(path, style="bold"), Text("")]
     parts.append(table([("", "left"), ("", "fold")], [(name, value) for name, value in facts if value]))
     for number, plan in enumerate(header["plans"], start=1):
         swaps = plan["swaps"]
-        parts += [Text(""), Text(f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept")]
+        parts += [Text(""), written(f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept")]
         rows = [(swap["site"], swap["kind"], words.settings(swap["settings"])) for swap in swaps]
         if rows:
             parts += [Text(""), table([("Layer", "fold"), ("Kind", "left"), ("Settings", "left")], rows)]
@@ -37,10 +37,10 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
     if isinstance(fused, Mapping):
         rows = [(row["site"], row["kind"], row["outcome"]) for row in fused["sites"]]
         done = sum(outcome != "left" for _, _, outcome in rows)
-        parts += [Text(""), Text(f"Fused: {done} of {len(rows)} replacements"), Text("")]
+        parts += [Text(""), written(f"Fused: {done} of {len(rows)} replacements"), Text("")]
         parts.append(table([("Layer", "fold"), ("Was", "left"), ("Became", "left")], rows))
     for number, record in enumerate(provenance.get("training", []), start=1):
-        parts += [Text(""), Text(f"Training {number}: {_training(record)}")]
+        parts += [Text(""), written(f"Training {number}: {_training(record)}")]
     return Group(*parts)
 
 

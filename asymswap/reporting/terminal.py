@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from asymswap.errors import visible
 from asymswap.reporting import words
 from asymswap.reporting.report import Report, SiteRow
 from asymswap.spec import Candidate, Cost
@@ -32,20 +33,25 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text
             overflow="fold" if side == "fold" else "ellipsis",
         )
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*(cell if isinstance(cell, Text) else written(cell) for cell in row))
     return result
+
+
+def written(text: str, style: str = "") -> Text:
+    """Text for a terminal, with nothing in it that the terminal, or rich, would obey."""
+    return Text(visible(text), style)
 
 
 def report_view(report: Report, width: int) -> RenderableType:
     """The whole report: headline figures, what was done to each conv, what was kept and why, and the fine print."""
-    parts: list[RenderableType] = [Text(_title(report), style="bold"), Text(""), _headline(report), Text("")]
-    parts += [Text(line, style="yellow") for line in words.nothing_swapped(report)]
+    parts: list[RenderableType] = [written(_title(report), style="bold"), Text(""), _headline(report), Text("")]
+    parts += [written(line, style="yellow") for line in words.nothing_swapped(report)]
     if report.swapped:
         parts += [_swaps(report, width), Text("")]
     kept = words.kept(report.sites)
     if kept:
-        parts += [Text("Kept: " + "; ".join(kept)), Text("")]
-    parts += [Text(line, style="dim") for line in _fine_print(report)]
+        parts += [written("Kept: " + "; ".join(kept)), Text("")]
+    parts += [written(line, style="dim") for line in _fine_print(report)]
     return Group(*parts)
 
 
@@ -66,7 +72,7 @@ def candidates_view(
     verdict += f" and {words.share(held.params, total.params)} of the parameters"
     if not rows:
         verdict = f"{reference} has no Conv2d: there is nothing to swap"
-    parts: list[RenderableType] = [Text(verdict, style="bold")]
+    parts: list[RenderableType] = [written(verdict, style="bold")]
     if rows and share < 0.05:
         parts.append(Text("Little can be gained here.", style="yellow"))
     wide = width >= WIDE
@@ -78,12 +84,12 @@ def candidates_view(
         parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows))]
     parts.append(Text(""))
     parts += [
-        Text(line, style="dim")
+        written(line, style="dim")
         for line in (
             f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
             f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
             *(_legend(wide) if pairs else ()),
-            *(f"{note[0].upper()}{note[1:]}." for note in notes),
+            *map(words.sentence, notes),
         )
     ]
     return Group(*parts)
@@ -118,7 +124,7 @@ def _outlook(row: Candidate, wide: bool) -> str | Text:
     if row.becomes is not None:
         return f"{row.kind}: costs {words.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
     if row.reason is not None:
-        return Text(row.reason, style="dim")
+        return written(row.reason, style="dim")
     if row.half is None:
         return row.kind
     saved = words.share(cost.macs - row.half.cost.macs, cost.macs)
@@ -205,9 +211,9 @@ def _fine_print(report: Report) -> list[str]:
         row = report.calibration
         how = "layer by layer" if row.sequential else "in one pass"
         lines.append(f"Calibrated {how} on {row.images} unlabelled images of {row.data} (seed {row.seed}).")
-        lines += [f"{note[0].upper()}{note[1:]}." for note in row.notes]
+        lines += map(words.sentence, row.notes)
     lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
-    lines += [f"{note[0].upper()}{note[1:]}." for note in model.notes]
+    lines += map(words.sentence, model.notes)
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
     total = sum(report.seconds.values())
     lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")

@@ -12,10 +12,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from asymswap.reporting import words
-from asymswap.reporting.figures import new_figure, picture_of
+from asymswap.reporting.drawing import clean
+from asymswap.reporting.figures import legend_of, new_figure, picture_of
 from asymswap.reporting.pages import render
-from asymswap.reporting.report import SCHEMA, plain
-from asymswap.reporting.terminal import table
+from asymswap.reporting.report import plain
+from asymswap.reporting.report import to_json as whole
+from asymswap.reporting.terminal import table, written
 from asymswap.spec import Cost
 
 
@@ -119,7 +121,7 @@ def to_json(sweep: Tradeoff) -> dict[str, Any]:
         }
         for point in sweep.points
     ]
-    return {"schema": SCHEMA, **plain(sweep), "points": points, "advice": sweep.advice()}
+    return whole(sweep, points=points, advice=sweep.advice())
 
 
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
@@ -178,7 +180,7 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     """How the figures came about, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
     lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
-    lines += [f"{note[0].upper()}{note[1:]}." for note in sweep.notes]
+    lines += map(words.sentence, sweep.notes)
     return lines + _failures(sweep)
 
 
@@ -200,27 +202,27 @@ def sweep_view(sweep: Tradeoff) -> RenderableType:
     """The table for a terminal, the advice first."""
     advice = sweep.advice()
     return Group(
-        Text(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
+        written(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
         Text(""),
         table(COLUMNS, sweep_rows(sweep)),
         Text(""),
-        *(Text(line, style="dim") for line in fine_print(sweep)),
+        *(written(line, style="dim") for line in fine_print(sweep)),
     )
 
 
 def to_markdown(sweep: Tradeoff) -> str:
     """The table in Markdown."""
+    text = words.markdown_text
+    head = [title or "note" for title, _ in COLUMNS]
     sides = ["---" if side in ("left", "fold") else "---:" for _, side in COLUMNS]
     lines = [
-        f"# {sweep.model}: accuracy over budgets",
+        f"# {text(sweep.model)}: accuracy over budgets",
         "",
-        sweep.advice(),
+        text(sweep.advice()),
         "",
-        "| " + " | ".join(title or "note" for title, _ in COLUMNS) + " |",
-        "| " + " | ".join(sides) + " |",
-        *("| " + " | ".join(row) + " |" for row in sweep_rows(sweep)),
+        *words.markdown_table([head, sides, *(list(map(text, row)) for row in sweep_rows(sweep))]),
         "",
-        *(f"- {line}" for line in fine_print(sweep)),
+        *(f"- {text(line)}" for line in fine_print(sweep)),
         "",
     ]
     return "\n".join(lines)
@@ -243,8 +245,10 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     """The curve of each recipe, the Pareto front and the advice, as an SVG or PNG picture; needs matplotlib."""
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
+    named = []
     for number, recipe in enumerate(dict.fromkeys(point.recipe for point in sweep.measured)):
-        _draw_recipe(axes, sweep, [point for point in sweep.measured if point.recipe == recipe], recipe, number)
+        points = [point for point in sweep.measured if point.recipe == recipe]
+        named.append((_draw_recipe(axes, sweep, points, number), recipe))
     across = axes.get_yaxis_transform()
     for top, text, style, side in (
         (sweep.accuracy, "unchanged", "-", "bottom"),
@@ -265,19 +269,21 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     if len(sweep.front) > 1:
         shares = [sweep.share(_cost(point)) for point in sweep.front]
         tops = [100 * (point.accuracy or 0.0) for point in sweep.front]
-        axes.plot(shares, tops, color="0.75", linewidth=6, alpha=0.6, zorder=0, label="Pareto front")
+        (front,) = axes.plot(shares, tops, color="0.75", linewidth=6, alpha=0.6, zorder=0)
+        named.append((front, "Pareto front"))
     axes.set_xlabel(f"{'MACs' if sweep.measure == 'macs' else 'parameters'} left, as a fraction")
     axes.set_ylabel("top-1 accuracy in %")
-    axes.set_title(sweep.model)
+    axes.set_title(clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)
-    if sweep.measured:
-        axes.legend(loc="lower right")
+    if named:
+        legend_of(axes, named, "lower right")
     return picture_of(figure, form)
 
 
-def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], recipe: str, number: int) -> None:
+def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], number: int) -> Any:
     shares = [sweep.share(_cost(point)) for point in points]
     tops = [100 * (point.accuracy or 0.0) for point in points]
     # Each thinner than the one before: where recipes come to the same, all of them are seen.
     thick = 1.5 + 2.5 / (1 + 2 * number)
-    axes.plot(shares, tops, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1, label=recipe)
+    (line,) = axes.plot(shares, tops, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1)
+    return line

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow
-from asymswap.reporting.terminal import table
+from asymswap.reporting.terminal import table, written
 from asymswap.training.rows import EpochRow, Scores, StepRow
 
 
@@ -46,7 +46,7 @@ class TrainingReport:
 
 def training_view(report: TrainingReport) -> RenderableType:
     """Scores before and after, what was trained on what, and the files."""
-    parts: list[RenderableType] = [Text(_title(report), style="bold"), Text("")]
+    parts: list[RenderableType] = [written(_title(report), style="bold"), Text("")]
     if report.before is not None and report.best is not None and report.last is not None:
         columns = [("on validation images", "left"), ("before", "right"), ("kept", "right"), ("last epoch", "right")]
         scores = (report.before, report.best, report.last)
@@ -55,7 +55,7 @@ def training_view(report: TrainingReport) -> RenderableType:
             ("loss", *(f"{one.loss:.4f}" for one in scores)),
         ]
         parts += [table(columns, rows), Text("")]
-    parts += [Text(line, style="dim") for line in _fine_print(report)]
+    parts += [written(line, style="dim") for line in _fine_print(report)]
     return Group(*parts)
 
 
@@ -79,7 +79,7 @@ def _fine_print(report: TrainingReport) -> list[str]:
     )
     if report.teacher is not None:
         lines.append(f"Taught by {report.teacher}.")
-    lines += [f"{note[0].upper()}{note[1:]}." for note in report.notes]
+    lines += map(words.sentence, report.notes)
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
     lines.append(f"Time: {report.seconds:.1f} s.")
     return lines

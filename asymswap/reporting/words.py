@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from asymswap.errors import visible
 from asymswap.reporting.report import LatencyRow, Report, SiteRow
 from asymswap.spec import Ratio
 
@@ -75,8 +77,30 @@ def size(value: int) -> str:
     return f"{value} B"
 
 
+def sentence(note: str) -> str:
+    """A note, which begins small and ends without a full stop, as a sentence."""
+    return f"{note[:1].upper()}{note[1:]}."
+
+
+_MARKUP = re.compile(r"[\\`*\[]|<(?=[A-Za-z/!?])")
+
+
+def markdown_text(text: str) -> str:
+    """Text as Markdown that shows just it, in one line; names and reasons may come from anybody's file.
+
+    A `<` that begins no tag stays as it is. A `|` matters in tables alone, and `markdown_table` sees to it.
+    """
+    return _MARKUP.sub(r"\\\g<0>", visible(" ".join(text.split())))
+
+
+def markdown_code(text: str) -> str:
+    """A name as code in Markdown, or as plain text where code could not hold it: nothing can be escaped in there."""
+    shown = visible(" ".join(text.split()))
+    return markdown_text(text) if not shown or set(shown) & set("`\\") else f"`{shown}`"
+
+
 def markdown_table(lines: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of cells, the second of which says how columns are aligned, as a table in Markdown."""
+    """Lines of cells in Markdown, the second of which says how columns are aligned, as a table in Markdown."""
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
         path = index.parent / name
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
             raise SourceError(f"{index} names the file {name!r}, which leads out of its folder; nothing of it was read")
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 (no name, however long, makes it raise)
             raise SourceError(f"{index} names {name}, which is not in {index.parent}; download it too")
         found.append(path)
     return found

@@ -152,9 +152,7 @@ class Trainer:
             self._open_folder()
             if self.progress.before is None:
                 self.progress.before = self._validate(self.raw)
-            self.work.watcher.begin(
-                Outset(self.epochs, self.steps, self.progress.step, len(self.work.parts.train), self.progress.before)
-            )
+            self.work.watcher.begin(Outset(self.epochs, self.steps, self.progress.step, self.progress.before))
             try:
                 while not self.progress.done:
                     self._epoch()

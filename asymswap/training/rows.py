@@ -21,7 +21,6 @@ class Outset:
     epochs: int
     steps: int
     done: int
-    images: int
     before: Scores | None
 
 

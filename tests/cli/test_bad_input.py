@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -31,6 +33,7 @@ READERS = {
 each_reader = pytest.mark.parametrize("reader", READERS)
 
 Refusal = Callable[..., str]
+Run = Callable[..., Any]
 State = dict[str, torch.Tensor]
 
 
@@ -255,6 +258,12 @@ USAGE = {
     "argument": ((*CONVERT, "--weights", "none", "--arg", "classes=3"), r"does not take 'classes'; it takes"),
     "value": ((*CONVERT, "--weights", "none", "--arg", "num_classes=-1"), r"does not take \{'num_classes': -1\}: "),
     "too long": (("candidates", "x" * 300), r"no model 'x+', and no such file"),
+    "offsets and report": (("show", "m.pt", "--offsets", "--report", "r.md"), "--report tells of the conversion, "),
+    "draw and plan": (("show", "m.pt", "--draw", "o.svg", "--plan"), "--plan tells of the conversion, --off"),
+    "data and report": (("show", "m.pt", "--data", "digits", "--report", "r.md"), "--report tells of"),
+    "report exists": ((*CONVERT, "--report", __file__), r"exists already; give another name with --report, or --force"),
+    "plan exists": ((*CONVERT, "--write-plan", __file__), r"already; give another name with --write-plan, or --force"),
+    "plot exists": (("candidates", "digits-resnet", "--plot", __file__), r"give another name with --plot, or --force"),
     "long output": ((*CONVERT, "-o", "x" * 300 + ".pt"), r"cannot be the name of a file: File name too long"),
 }  # fmt: skip
 
@@ -374,6 +383,46 @@ def test_wrong_plan(name: str, refusal: Refusal) -> None:
     plan, expected = PLANS[name]
     Path("plan.json").write_text(plan if isinstance(plan, str) else json.dumps(plan))
     assert re.search(expected, refusal("convert", "digits-resnet", "--plan", "plan.json"))
+
+
+NASTY = "a\x1b[31mb\x1b]0;pwn\x07c\x9bd\u202ee x:bug:y [bold]f[/bold]"
+SHOWN = r"a\x1b[31mb\x1b]0;pwn\x07c\x9bd\u202ee x:bug:y [bold]f[/bold]"
+"""What a terminal obeys, and what rich would make of a text; and the same as it may be shown."""
+
+
+def test_class_names_of_a_data_set_do_nothing_to_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    classes = np.array([NASTY, *map(str, range(9))])
+    np.savez("data.npz", images=np.zeros((10, 3, 16, 16), np.float32), labels=np.arange(10), classes=classes)
+    outcome = run("evaluate", "digits-resnet", "--data", "data.npz")
+    assert outcome.code == 0, outcome.err
+    assert SHOWN in outcome.out
+    assert not set("\x1b\x07\x9b\u202e") & set(outcome.out)
+
+
+def test_prefixes_of_keys_do_nothing_to_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    torch.save({f"{NASTY}.{key}": tensor for key, tensor in digits_state().items()}, MODEL)
+    outcome = run("candidates", MODEL, "--arch", "digits-resnet")
+    assert outcome.code == 0, outcome.err
+    assert SHOWN in outcome.out
+    assert not set("\x1b\x07\x9b\u202e") & set(outcome.out)
+
+
+def test_an_index_that_names_what_cannot_be_a_file(refusal: Refusal) -> None:
+    Path("m.index.json").write_text(json.dumps({"weight_map": {"w": f"{NASTY}\n{'x' * 300}".replace("/", "")}}))
+    said = refusal("candidates", "m.index.json")
+    assert said.startswith(f"m.index.json names {SHOWN.replace('/', '')} {'x' * 300}, which is not in")
+
+
+def test_the_names_of_files_that_the_system_refuses_are_escaped_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", f"{NASTY}\nerror: second")
+
+    monkeypatch.setattr("asymswap.api.candidates", refuse)
+    assert run("candidates", "digits-resnet").err == (
+        f"error: the system refused: Input/output error: {SHOWN} error: second\n"
+    )
 
 
 def test_unknown_option_is_wrong_usage(run: Any) -> None:

@@ -34,12 +34,14 @@ def test_a_round_from_conversion_to_a_fused_file(run: Run) -> None:
     tuned = run("finetune", "a.asym.pt", "--data", "digits", "--steps", "4", "--distill", "--json")
     assert tuned.code == 0, tuned.err
     report = json.loads(tuned.out)
-    assert report["teacher"] == "digits-resnet"
+    assert (report["schema"], report["teacher"]) == (1, "digits-resnet")
     assert [Path(row["path"]).name for row in report["files"]] == ["a.tuned.pt", "last.pt"]
     assert run("fuse", "a.tuned.pt", "--as-original", "-o", "plain.pt", "-q").code == 0
     evaluated = run("evaluate", "digits-resnet", "a.tuned.pt", "plain.pt", "--data", "digits", "--json")
     assert evaluated.code == 0, evaluated.err
-    first, tuned_scores, plain = json.loads(evaluated.out)["models"]
+    scores = json.loads(evaluated.out)
+    assert scores["schema"] == 1
+    first, tuned_scores, plain = scores["models"]
     assert min(first["top1"], tuned_scores["top1"]) > 0.97
     assert plain["right"] == tuned_scores["right"]
     assert sum(row["right"] for row in plain["classes"]) == plain["right"]

@@ -56,12 +56,18 @@ def test_a_fused_file_loads_in_a_fresh_process_and_computes_the_same(run: Run, f
 def test_as_original_needs_nothing_of_ours(run: Run, probe: torch.Tensor) -> None:
     path = converted(run, "kind = 'acb', bn = 'branch'")
     data = json.loads(run("fuse", str(path), "--as-original", "-o", "plain.pt", "--json").out)
-    assert data["as_original"] is True
+    assert (data["schema"], data["as_original"]) == (1, True)
     assert {row["outcome"] for row in data["sites"]} == {"fused"}
     model = digits_resnet()
     model.load_state_dict(torch.load("plain.pt", weights_only=True))
     with torch.no_grad():
         assert torch.allclose(model.eval()(probe), asymswap.load(path)(probe), atol=1e-5)
+
+
+def test_an_export_tells_its_form(run: Run) -> None:
+    path = converted(run, "kind = 'acb', bn = 'branch'")
+    data = json.loads(run("export", str(path), "--to", "state-dict", "-o", "plain.pt", "--json").out)
+    assert (data["schema"], data["form"]) == (1, "state-dict")
 
 
 def test_the_screen_tells_what_was_fused_and_what_was_left(run: Run) -> None:

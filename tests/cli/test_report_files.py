@@ -16,6 +16,8 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint, restore, save_checkpoint
 from asymswap.cli.commandline import repeatable
 from asymswap.errors import AsymswapError
+from asymswap.reporting.making import read_report
+from asymswap.reporting.markdown import to_markdown
 
 Run = Callable[..., Any]
 Refusal = Callable[..., str]
@@ -33,6 +35,24 @@ def converted(run: Run) -> Path:
     """The network of the digits, converted with a report of each form."""
     assert run(*CONVERT, "--report", "r.html", "--evaluate", "digits").code == 0
     return Path("digits-resnet.asym.pt")
+
+
+def test_a_checkpoint_writes_no_markup_into_a_markdown_report(run: Run, converted: Path) -> None:
+    nasty = "<script>alert(1)</script>\n\n# heading | `x` ![y](http://z) \x1b[31m"
+    stored = read_checkpoint(converted)
+    report = stored.header.provenance["report"]
+    sites = [{**report["sites"][0], "site": "a`<b>|c", "conv": nasty, "reason": nasty}, *report["sites"][1:]]
+    changed = {**report, "model": {**report["model"], "reference": nasty, "notes": [nasty]}, "sites": sites}
+    text = to_markdown(read_report({"report": changed}, "x.pt"))
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("#")] == lines[:1]
+    assert lines[0].startswith(r"# \<script>alert(1)\</script> # heading | \`x\` !\[y](http://z) \\x1b\[31m converted")
+    # What is left after the escapes is no tag, no code and no link.
+    bare = re.sub(r"\\[\\`*<\[|]", "", text)
+    assert not re.search(r"<[a-z/!?]|\[", bare)
+    rows = [line for line in lines if line.startswith("|")][-len(sites) - 4 :]
+    assert {len(re.sub(r"\\\\|\\\|", "", row).split("|")) for row in rows} == {14}
 
 
 class TestHtml:

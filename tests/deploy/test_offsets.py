@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import asymswap
-from asymswap.reporting.offsets import OffsetRow, arrows, draw, offsets_view, to_json
+from asymswap.reporting.offsets import OffsetReport, OffsetRow, arrows, draw, offsets_view, to_json
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'
 
@@ -115,6 +116,14 @@ def test_the_picture_can_be_drawn(form: str, tmp_path: Path) -> None:
     if form == "svg":
         assert all(row.site in picture.decode() for row in report.rows)
     assert [row["still"] for row in to_json(report)["rows"]] == [True] * len(report.rows)
+
+
+def test_names_in_the_picture_are_no_formulas() -> None:
+    pytest.importorskip("matplotlib")
+    row = OffsetRow("conv$_$\x1b", "offset", (1, 2), (1, 1), ((0.0, 0.0),) * 2, ((0.0, 0.0),) * 2, 1.0)
+    texts = "".join(ElementTree.fromstring(draw(OffsetReport("net$_$.pt", (row,), ""), "svg")).itertext())
+    assert "conv$_$\ufffd" in texts
+    assert "net$_$.pt" in texts
 
 
 def test_what_has_no_such_layer_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from asymswap.errors import CheckpointError
 from asymswap.reporting.fusion import FusionRow
 from asymswap.reporting.html import to_html
 from asymswap.reporting.making import Making, read_making, read_report
-from asymswap.reporting.report import Report, to_json
+from asymswap.reporting.report import OutputChange, Report, to_json
 from asymswap.spec import Cost
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
@@ -253,6 +254,11 @@ class TestSections:
 
 
 class TestAlone:
+    def test_what_a_mac_is_stands_as_it_is_counted(self) -> None:
+        page = to_html(like_resnet50(), MAKING)
+        for counted in ("FLOPs are 2 x MACs", "interpolation of feature maps", "4 MACs for each sample"):
+            assert page.count(counted) == 1
+
     def test_it_is_small(self) -> None:
         assert len(to_html(like_resnet50(), MAKING).encode()) < 300_000
 
@@ -328,6 +334,16 @@ class TestReadBack:
         told = like_resnet50()
         written = json.loads(json.dumps({"report": to_json(told)}))
         assert read_report(written, "x.pt") == told
+
+    def test_numbers_that_are_not_finite_are_null_and_come_back_as_none_of_their_own(self) -> None:
+        told = replace(like_resnet50(), output=OutputChange(math.inf, math.nan, "1 image"), predicted_error=math.inf)
+        data = json.loads(json.dumps(to_json(told), allow_nan=False))
+        assert (data["output"], data["predicted_error"]) == (
+            {"relative": None, "largest": None, "probe": "1 image"}, None,
+        )  # fmt: skip
+        back = read_report({"report": data}, "x.pt")
+        assert math.isnan(back.output.relative)
+        assert "nan % relative difference" in to_html(back, MAKING)
 
     def test_how_it_was_made_comes_back(self) -> None:
         written = {

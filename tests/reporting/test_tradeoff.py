@@ -6,6 +6,7 @@ import html
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -95,6 +96,13 @@ def test_tables_hold_every_point_and_say_what_was_not_met() -> None:
     assert "- a at 0.1: it is out of reach." in text
 
 
+def test_names_are_no_markdown() -> None:
+    sweep = make([Point("a|<b>*c*\n# d", 0.5, Cost(500, 300), 0.895)])
+    lines = to_markdown(sweep).splitlines()
+    assert [line for line in lines if line.startswith("#")] == [f"# {sweep.model}: accuracy over budgets"]
+    assert r"| a\|\<b>\*c\* # d | 0.5 | 500 (50.0 %) |" in "\n".join(lines)
+
+
 def test_the_page_holds_the_advice_and_every_point() -> None:
     pytest.importorskip("matplotlib")
     sweep = make([Point("<b>a</b>", 0.5, Cost(500, 300), 0.895), Point("a", 0.1, failed="it is out of reach")])
@@ -119,6 +127,15 @@ def test_pictures_are_made_and_equal_sweeps_make_equal_ones(form: str) -> None:
     else:
         assert picture.startswith(b"\x89PNG")
     draw(make([]), form)
+
+
+def test_names_are_no_formulas_and_none_is_hidden() -> None:
+    pytest.importorskip("matplotlib")
+    points = [Point("_mine.toml", 0.5, Cost(500, 300), 0.895), Point("b$_$.toml", 0.4, Cost(400, 300), 0.8)]
+    sweep = replace(make(points), model="net$_$\x1b.pt")
+    texts = "".join(ET.fromstring(draw(sweep, "svg")).itertext())
+    assert all(name in texts for name in ("net$_$\ufffd.pt", "_mine.toml", "b$_$.toml", "Pareto front"))
+    draw(sweep, "png")
 
 
 @pytest.mark.parametrize("advised", [0.3, 0.5, 0.9])
