@@ -138,7 +138,9 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         note = "weights taken out of a TorchScript archive, whose code was not executed"
         return RawFile(read_torchscript(path), notes=(note,))
     if kind is FileKind.EXPORTED:
-        state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label))
+        # Whether pickles are trusted or not, those in an archive are read in the restricted way.
+        instead = "save the program's state_dict and give it with --arch"
+        state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label, instead))
         return RawFile(state, notes=("weights taken out of a torch.export archive, whose graph was not read",))
     if kind is FileKind.SHARDS:
         executed: list[bool] = []

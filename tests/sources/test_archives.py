@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError
 from asymswap.sources.archives import read_described, read_exported, read_torchscript, states_of_modules
 from asymswap.sources.files import FileKind, sniff
+from asymswap.sources.references import Request, read_raw, weights_in
 from asymswap.sources.unpickle import load_object
 
 pytestmark = [
@@ -126,6 +127,10 @@ def test_exported_by_older_versions(entry: str, tmp_path: Path) -> None:
     older_export(types.SimpleNamespace(a=1), tmp_path / "z.pt2", entry)
     with pytest.raises(SourceError, match=r"needs types\.SimpleNamespace, outside of the allowlist; nothing of it was"):
         exported(tmp_path / "z.pt2")
+    # Trust changes nothing about it, so that it is not advised either.
+    for trusted in (False, True):
+        with pytest.raises(SourceError, match=r"executed; save the program's state_dict and give it with --arch$"):
+            read_raw(tmp_path / "z.pt2", trusted)
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
