@@ -268,6 +268,32 @@ def test_a_module_of_an_unknown_class_gives_its_weights(tmp_path: Path, monkeypa
     assert value["epoch"] == 3
 
 
+class Loop(Net):
+    """Holds itself."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_modules": {**self._modules, "again": self}}
+
+
+class Hollow(Net):
+    """Lacks what every module has."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_parameters": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(Loop, r"x\.pt is cut off or damaged: a module contains itself"), (Hollow, r"Hollow, outside of the allowlist")],
+)
+def test_a_module_that_is_none_is_refused_in_one_line(kind: type[Net], expected: str, tmp_path: Path) -> None:
+    torch.save({"model": kind()}, tmp_path / "x.pt")
+    raw = read_raw(tmp_path / "x.pt", trust_pickle=False)
+    with pytest.raises(SourceError, match=expected) as caught:
+        weights_in(tmp_path / "x.pt", raw, Request(arch="resnet18"))
+    assert "\n" not in str(caught.value)
+
+
 def test_what_lies_beside_the_weights_is_passed_over(tmp_path: Path) -> None:
     state = net().state_dict()
     optimizer = torch.optim.AdamW(net().parameters()).state_dict()
