@@ -93,7 +93,10 @@ def read_described(path: Path) -> Any:
 
 
 def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
-    """The same with every module that is there as a record replaced by its state dict, and their classes' names."""
+    """The same with every module that is there as a record replaced by its state dict, and their classes' names.
+
+    Raises MalformedError for a module inside of itself, or one named without end.
+    """
     if is_module(value):
         return {name: part for name, part in _module_tensors(value) if isinstance(part, Tensor)}, (value.name,)
     if not isinstance(value, dict):
@@ -105,7 +108,9 @@ def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
 def is_module(value: Any) -> bool:
     """Whether a record has the parts that every nn.Module has."""
     state = value.state if isinstance(value, Record) else None
-    return isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys()
+    return isinstance(state, dict) and all(
+        isinstance(state.get(part), dict) for part in ("_parameters", "_buffers", "_modules")
+    )
 
 
 @contextmanager

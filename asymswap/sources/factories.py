@@ -33,6 +33,9 @@ from asymswap.sources.unpickle import import_from_here
 
 _PREFIXES = ("cifar", "timm", "torchvision")
 
+# What the origin of a whole module begins with: it is written into files, and names no module to import.
+_ORIGINS = ("class", "skeleton")
+
 
 @dataclass(frozen=True)
 class _Code:
@@ -49,7 +52,8 @@ class _Code:
 
 def names_code(reference: str) -> bool:
     """Whether a reference names code that builds a model: `package.module:callable` or `path/to/net.py:callable`."""
-    return names_python_file(reference) or (":" in reference and reference.partition(":")[0] not in _PREFIXES)
+    prefix, colon, _ = reference.partition(":")
+    return names_python_file(reference) or (bool(colon) and prefix not in _PREFIXES + _ORIGINS)
 
 
 def names_python_file(reference: str) -> bool:

@@ -320,7 +320,7 @@ def _called(what: Any, arguments: Any) -> Any:
         case ("collections.OrderedDict", (list(pairs),)):
             return dict(zip(_flat([key for key, _ in pairs]), [value for _, value in pairs], strict=True))
         case ("builtins.set" | "builtins.frozenset", (list(values),)):
-            return set(values)
+            return set(_flat(values))
         case ("torch.Size", (tuple(size),)):
             return size
         case ("torch._utils._rebuild_parameter", (TensorRef() as tensor, *_)):

@@ -28,7 +28,7 @@ from asymswap.sources.archives import read_described, read_exported, read_torchs
 from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
 from asymswap.sources.identify import identify, nearest
-from asymswap.sources.inert import wants_code
+from asymswap.sources.inert import MalformedError, wants_code
 from asymswap.sources.shards import files_of, fingerprint, read_shards
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Difference, Found, State, compare, find_weights, load_state_
@@ -138,7 +138,9 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         note = "weights taken out of a TorchScript archive, whose code was not executed"
         return RawFile(read_torchscript(path), notes=(note,))
     if kind is FileKind.EXPORTED:
-        state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label))
+        # Whether pickles are trusted or not, those in an archive are read in the restricted way.
+        instead = "save the program's state_dict and give it with --arch"
+        state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label, instead))
         return RawFile(state, notes=("weights taken out of a torch.export archive, whose graph was not read",))
     if kind is FileKind.SHARDS:
         executed: list[bool] = []
@@ -200,7 +202,10 @@ def weights_in(path: Path, raw: RawFile, request: Request, arch_known: bool = Fa
     value, notes = raw.value, raw.notes
     if raw.refusal is not None:
         arch_known = arch_known or request.arch is not None
-        value, modules = states_of_modules(value) if arch_known else (value, ())
+        try:
+            value, modules = states_of_modules(value) if arch_known else (value, ())
+        except MalformedError as error:
+            raise SourceError(f"{path} is cut off or damaged: {error}") from None
         notes += tuple(f"weights taken out of a {name}, whose code was not executed" for name in modules)
     try:
         found = find_weights(value, str(path), request.key)

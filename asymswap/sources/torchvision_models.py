@@ -6,7 +6,8 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -17,11 +18,14 @@ from torch import nn
 from torchvision import models
 
 from asymswap.errors import SourceError, near_names
+from asymswap.sources.files import sha256, sniff
 from asymswap.sources.state import State
+from asymswap.sources.unpickle import load_object
 from asymswap.spec import InputForm, Preprocessing, Size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+_DELETE = "delete that file if it is damaged"
 
 # Keys of files that older versions wrote, torchvision's own published ones among them.
 _OLD_KEYS = (
@@ -111,15 +115,15 @@ def build_pretrained(
     weights = _weights(name, weights_name)
     _check_arguments(name, arguments)
     cached = _fetch(name, weights)
+    state = _read(name, cached)
     try:
-        model = models.get_model(name, weights=weights, progress=False, **{**_defaults(name), **arguments})
+        with _given(weights, state):
+            model = models.get_model(name, weights=weights, progress=False, **{**_defaults(name), **arguments})
     except Exception as error:
-        # A damaged file can raise about anything; so can a builder at an argument that it was not made for.
+        # Weights that do not fit can raise about anything; so can a builder at an argument that it was not made for.
         if arguments and isinstance(error, TypeError | ValueError):
             raise SourceError(f"torchvision's {name} does not take {dict(arguments)}: {_reason(error)}") from None
-        raise SourceError(
-            f"cannot load {cached} into {name}: {_reason(error)}; delete that file if it is damaged"
-        ) from None
+        raise SourceError(f"cannot load {cached} into {name}: {_reason(error)}; {_DELETE}") from None
     return model, {**_set_by_weights(name, weights), **arguments}, weights.name
 
 
@@ -140,6 +144,31 @@ def _fetch(name: str, weights: Any) -> Path:
             f"({_reason(error)}); use --weights none for random weights or --weights FILE for a state_dict"
         ) from None
     return cached
+
+
+def _read(name: str, cached: Path) -> Any:
+    """What a file of torch.hub's cache holds, read as any file is; raises SourceError.
+
+    Anybody can write to that folder, and torchvision would unpickle what lies there without restriction.
+    """
+    digits = torch.hub.HASH_REGEX.search(cached.name)
+    try:
+        kind = sniff(cached)
+        if digits and not sha256(cached).startswith(digits[1]):
+            raise SourceError("its SHA-256 is not the one in its name")
+        return load_object(cached, kind, False, "it", "take weights of your own with --weights FILE")
+    except SourceError as error:
+        raise SourceError(f"cannot load {cached} into {name}: {error}; {_DELETE}") from None
+
+
+@contextmanager
+def _given(weights: Any, state: Any) -> Iterator[None]:
+    """While open, torchvision's builder takes this state dict for the weights' own; what they set is left to it."""
+    weights.get_state_dict = lambda **_: state
+    try:
+        yield
+    finally:
+        del weights.get_state_dict
 
 
 _FRAMES = 16

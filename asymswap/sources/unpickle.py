@@ -34,6 +34,8 @@ from asymswap.sources.files import FileKind
 from asymswap.sources.plain_numpy import Array, DType, array, scalar
 from asymswap.sources.zipped import LARGEST_PICKLE, read_contents
 
+_INSTEAD = "save model.state_dict() instead and give it with --arch, or, if you trust the file, use --trust-pickle"
+
 # Of pickle's protocols; torch's restricted unpickler knows none of the operations that the fourth added.
 _NEWEST_READABLE = 3
 
@@ -95,20 +97,20 @@ class _Needs:
         return not self.refused and self.protocol <= _NEWEST_READABLE and not self.odd
 
 
-def load_object(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str) -> Any:
+def load_object(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> Any:
     """What torch.save wrote into a file, on the CPU; see `load_told`."""
-    return load_told(file, kind, trust_pickle, label).value
+    return load_told(file, kind, trust_pickle, label, instead).value
 
 
-def load_told(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str) -> Loaded:
+def load_told(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> Loaded:
     """What torch.save wrote into a file, on the CPU, and whether code in the file ran for it.
 
     Raises SourceError where the file is damaged, or where it cannot be read without running code and the user has not
-    said `--trust-pickle`. With `trust_pickle`, Python code of the file may run.
+    said `--trust-pickle`; `instead` is what it then says to do. With `trust_pickle`, Python code of the file may run.
     """
     needs = _read_needs(file, kind, label)
     if not trust_pickle:
-        _check_needs(needs, label)
+        _check_needs(needs, label, instead)
     with warnings.catch_warnings():
         # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
         warnings.simplefilter("ignore")
@@ -120,8 +122,7 @@ def load_told(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: 
             if trust_pickle:
                 return Loaded(_load_trusting(file, label), executed=True)
             raise SourceError(
-                f"{label} was refused by torch's restricted unpickler ({_last_words(error)}); save model.state_dict() "
-                f"instead and give it with --arch, or, if you trust the file, use --trust-pickle"
+                f"{label} was refused by torch's restricted unpickler ({_last_words(error)}); {instead}"
             ) from None
 
 
@@ -153,9 +154,8 @@ def is_allowed_module(model: nn.Module) -> bool:
     return all(f"{type(m).__module__}.{type(m).__qualname__}" in allowed_names() for m in model.modules())
 
 
-def _check_needs(needs: _Needs, label: str) -> None:
+def _check_needs(needs: _Needs, label: str, instead: str) -> None:
     """Raise SourceError where a pickle cannot be loaded without the user's trust."""
-    instead = "save model.state_dict() instead and give it with --arch, or, if you trust the file, use --trust-pickle"
     if needs.refused:
         shown = ", ".join(needs.refused[:3]) + (f" and {len(needs.refused) - 3} more" if len(needs.refused) > 3 else "")
         raise SourceError(
@@ -163,8 +163,8 @@ def _check_needs(needs: _Needs, label: str) -> None:
         )
     if needs.protocol > _NEWEST_READABLE:
         raise SourceError(
-            f"{label} is written in pickle protocol {needs.protocol}, which cannot be read safely; nothing of it was "
-            f"executed; save it again with torch.save's own protocol, or, if you trust the file, use --trust-pickle"
+            f"{label} is written in pickle protocol {needs.protocol}, not torch.save's own, and cannot be read safely; "
+            f"nothing of it was executed; {instead}"
         )
     if needs.odd:
         raise SourceError(f"{label} {needs.odd}; nothing of it was executed; {instead}")

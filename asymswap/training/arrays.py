@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from asymswap.errors import SourceError
+from asymswap.sources.files import sniff
+from asymswap.sources.unpickle import load_object
 from asymswap.training.pictures import InMemory
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
@@ -52,9 +53,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files}
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise SourceError(f"data {path} cannot be read (it is damaged, or holds more than tensors); {_HOW}") from None
+        value = load_object(path, sniff(path), False, "it", "store tensors alone")
+    except SourceError as error:
+        raise SourceError(f"data {path} cannot be read ({error}); {_HOW}") from None
     except (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"data {path} cannot be read ({reason}); {_HOW}") from None

@@ -1,7 +1,7 @@
 """The folder of a training run: what is needed to go on with it after it was killed at any moment, and what it told.
 
 state.pt       everything that the next step depends on, in one file: written beside itself and renamed, so that
-               there is always a whole one; read with weights_only=True
+               there is always a whole one; read as any file is
 best.pt        the checkpoint of the best epoch so far
 last.pt        the checkpoint of the last epoch
 metrics.jsonl  one line of JSON for every step and every epoch
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,8 +20,10 @@ from typing import Any
 
 import torch
 
-from asymswap.errors import AsymswapError, CheckpointError, OutputError
+from asymswap.errors import AsymswapError, CheckpointError, OutputError, SourceError
 from asymswap.output import whole_file, write_text
+from asymswap.sources.files import sniff
+from asymswap.sources.unpickle import load_object
 from asymswap.training.rows import EpochRow, StepRow
 
 STATE_FORMAT = 1
@@ -92,12 +93,9 @@ class RunFolder:
         if not self.state.exists():
             return None
         try:
-            found = torch.load(self.state, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            # The unpickler's own words are a page, in bold.
-            refused = isinstance(error, pickle.UnpicklingError)
-            reason = "it is no file of tensors" if refused else " ".join(str(error).split())[:160]
-            raise CheckpointError(f"the run's state {self.state} is damaged ({reason}); begin anew: --force") from None
+            found = load_object(self.state, sniff(self.state), False, "it", "no run leaves such a file")
+        except SourceError as error:
+            raise CheckpointError(f"the run's state {self.state} is damaged ({error}); begin anew: --force") from None
         if not isinstance(found, dict) or found.get("asymswap_training") != STATE_FORMAT:
             raise CheckpointError(f"{self.state} is not the state of a run of this version; begin anew: --force")
         return found

@@ -87,8 +87,11 @@ def _recorded(header: Header) -> tuple[str, Request]:
     if not whole and builders.canonical(origin) is None:
         # Code that a file names is not run; what the user names is.
         raise SourceError(f"the original was built by {origin}, which is code of yours; {_GIVE}")
-    if model.get("sha256"):
-        path = _same_file(report, model)
+    path = _same_file(report, model) if model.get("sha256") else None
+    if whole and (path is None or reference != str(path)):
+        # Such an origin is the class of a module that stood in a file whole: by itself it names nothing to open.
+        raise SourceError(f"the checkpoint does not tell which file it was made of; {_GIVE}")
+    if path is not None:
         if reference != str(path):
             return origin, Request(weights=str(path), arguments=arguments)
         return reference, Request() if whole or _is_ours(path) else Request(origin, arguments=arguments)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError
 from asymswap.sources.archives import read_described, read_exported, read_torchscript, states_of_modules
 from asymswap.sources.files import FileKind, sniff
+from asymswap.sources.references import Request, read_raw, weights_in
 from asymswap.sources.unpickle import load_object
 
 pytestmark = [
@@ -126,6 +127,10 @@ def test_exported_by_older_versions(entry: str, tmp_path: Path) -> None:
     older_export(types.SimpleNamespace(a=1), tmp_path / "z.pt2", entry)
     with pytest.raises(SourceError, match=r"needs types\.SimpleNamespace, outside of the allowlist; nothing of it was"):
         exported(tmp_path / "z.pt2")
+    # Trust changes nothing about it, so that it is not advised either.
+    for trusted in (False, True):
+        with pytest.raises(SourceError, match=r"executed; save the program's state_dict and give it with --arch$"):
+            read_raw(tmp_path / "z.pt2", trusted)
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
@@ -261,6 +266,32 @@ def test_a_module_of_an_unknown_class_gives_its_weights(tmp_path: Path, monkeypa
     assert equal(value["model"], model)
     assert value["model"].keys() == model.state_dict().keys()
     assert value["epoch"] == 3
+
+
+class Loop(Net):
+    """Holds itself."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_modules": {**self._modules, "again": self}}
+
+
+class Hollow(Net):
+    """Lacks what every module has."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_parameters": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(Loop, r"x\.pt is cut off or damaged: a module contains itself"), (Hollow, r"Hollow, outside of the allowlist")],
+)
+def test_a_module_that_is_none_is_refused_in_one_line(kind: type[Net], expected: str, tmp_path: Path) -> None:
+    torch.save({"model": kind()}, tmp_path / "x.pt")
+    raw = read_raw(tmp_path / "x.pt", trust_pickle=False)
+    with pytest.raises(SourceError, match=expected) as caught:
+        weights_in(tmp_path / "x.pt", raw, Request(arch="resnet18"))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_lies_beside_the_weights_is_passed_over(tmp_path: Path) -> None:

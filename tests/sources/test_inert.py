@@ -126,6 +126,15 @@ def test_a_memo_of_absurd_size_takes_no_memory() -> None:
     assert inert.read(io.BytesIO(b"]r\xff\xff\xff\x7f.")) == []
 
 
+@pytest.mark.parametrize("name", ["set", "frozenset"])
+def test_a_set_of_tuples_in_tuples_is_not_hashed(name: str) -> None:
+    """Hashing these would overflow the stack, and end the process."""
+    nested = b"N" + b"\x85" * 300_000
+    for content in (b"](" + nested + b"e", b"]" + nested + b"a"):
+        with pytest.raises(MalformedError, match="a key is nested too deeply"):
+            inert.read(io.BytesIO(b"\x80\x02cbuiltins\n" + name.encode() + b"\n" + content + b"\x85R."))
+
+
 @pytest.mark.parametrize(
     ("name", "wants"),
     [

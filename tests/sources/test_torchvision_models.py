@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 import random
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -15,7 +18,6 @@ import torch
 from families import one_of_each_family
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models._api import WeightsEnum
 
 from asymswap.errors import SourceError
 from asymswap.opening import open_model
@@ -60,21 +62,26 @@ def as_if_downloaded() -> Iterator[None]:
     """While open, torchvision builds what it builds for published weights, and none are read or loaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision_models, "_fetch", lambda *_: Path("cached"))
-        patch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: {})
+        patch.setattr(torchvision_models, "_read", lambda *_: {})
         patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
         yield
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, State], Path]:
-    """Put a state dict where torch.hub would keep the default weights of a model."""
+    """Put a state dict where torch.hub would keep the default weights of a model, as if it was what is published."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    # What is published must not be looked up first while a test has its own.
+    torchvision_models.published("")
 
     def put(name: str, state: State) -> Path:
-        url = models.get_model_weights(name)["DEFAULT"].url
-        path = tmp_path / "home" / "hub" / "checkpoints" / url.rpartition("/")[2]
+        weights = models.get_model_weights(name)["DEFAULT"]
+        path = tmp_path / "home" / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, path)
+        digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        path = path.rename(path.with_name(f"{name}-{digits}.pth"))
+        monkeypatch.setattr(weights.value, "url", f"https://download.pytorch.org/models/{path.name}")
         return path
 
     return put
@@ -186,6 +193,37 @@ def test_every_way_to_choose_weights(
 def test_damaged_files_in_the_cache_are_named(change: Any, cache: Callable[[str, State], Path]) -> None:
     path = cache("squeezenet1_1", change({}))
     with pytest.raises(SourceError, match=rf"cannot load {path} into squeezenet1_1: .*; delete that file if it is dam"):
+        open_reference("squeezenet1_1", Request())
+
+
+class Trap:
+    """Unpickled, it would make a file."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch sprung",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_nothing_in_the_cache_is_executed(
+    name: str, legacy: bool, cache: Callable[[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "save", functools.partial(torch.save, _use_new_zipfile_serialization=not legacy))
+    path = cache(name, {"x": Trap()})
+    expected = (
+        rf"cannot load {path} into {name}: it is a pickle that needs posix\.system, .*; delete that file if it is"
+    )
+    with pytest.raises(SourceError, match=expected) as caught:
+        open_reference(name, Request())
+    assert "--trust-pickle" not in str(caught.value)
+    assert not Path("sprung").exists()
+
+
+def test_a_file_in_the_cache_is_the_one_that_its_name_says(cache: Callable[[str, State], Path]) -> None:
+    path = cache("squeezenet1_1", build("torchvision:squeezenet1_1", {}).state_dict())
+    torch.save(build("torchvision:squeezenet1_1", {}).state_dict(), path)
+    with pytest.raises(SourceError, match=rf"cannot load {path} into .*: its SHA-256 is not the one in its name; dele"):
         open_reference("squeezenet1_1", Request())
 
 

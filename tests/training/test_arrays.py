@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +92,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "has a label 2, but names only 2 classes",
     ),
     "a text": ("images", "holds a str; give an .npz or .pt file"),
-    "code": (Evil(), r"cannot be read \(it is damaged, or holds more than tensors\)"),
+    "code": (Evil(), r"cannot be read \(it is a pickle that needs builtins\.print, .*executed"),
 }
 
 
@@ -123,6 +127,21 @@ def test_a_compressed_file_whose_bits_are_flipped(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(whole)
     with pytest.raises(SourceError, match=r"a\.npz cannot be read"):
         open_data(str(tmp_path / "a.npz"), COLOUR, "train")
+
+
+def test_a_key_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -> None:
+    """Hashing it would overflow the stack; run apart, so that it is a failure and not the end of all tests."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}N" + b"\x85" * 300_000 + b"Ns.")
+        archive.writestr("a/version", b"3\n")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom asymswap.errors import SourceError\n"
+        "from asymswap.training.arrays import read_arrays\n"
+        "try:\n    read_arrays(Path(sys.argv[1]), 'test', 3)\nexcept SourceError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert re.fullmatch(r"data .*a\.pt cannot be read \(it is nested more than \d+ levels deep, .*\n", done.stdout)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.pt"])

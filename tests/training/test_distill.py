@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import SourceError
 from asymswap.sources.networks import digits_resnet
-from asymswap.spec import Swap
+from asymswap.sources.references import Request, open_reference
+from asymswap.spec import Origin, Swap
 from asymswap.training.distill import Objective, Teacher, all_scores, caught, divergence, feature_error
 from asymswap.training.teacher import ORIGINAL, blocks_around, find_teacher
 
@@ -193,3 +196,29 @@ def test_code_that_a_checkpoint_names_is_not_run(tmp_path: Path, monkeypatch: py
         find_teacher(header, ORIGINAL, digits_resnet())
     assert len(user_code.runs) == before
     assert find_teacher(header, "user_code:net", digits_resnet()).description == "user_code:net"
+
+
+@pytest.mark.parametrize("kind", ["skeleton", "class"])
+@pytest.mark.parametrize("told", [{}, {"sha256": True}])
+def test_an_origin_that_reads_like_code_is_never_imported(
+    kind: str, told: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a checkpoint could claim it: the origin of a whole module, beside a model's name instead of its file's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path(f"{kind}.py").write_text("from pathlib import Path\nPath('sprung').touch()\nbuild = None\n")
+    weights = tmp_path / "w.pt"
+    torch.save(digits_resnet().state_dict(), weights)
+    model: dict[str, str] = {"reference": "digits-resnet", "weights": "DEFAULT"}
+    if told:
+        model["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    header = replace(
+        stored(tmp_path, "digits-resnet"),
+        origin=Origin(f"{kind}:build"),
+        provenance={"report": {"model": model, "files": [{"path": str(weights)}]}},
+    )
+    with pytest.raises(SourceError, match=r"does not tell which file it was made of; give the teacher: --distill REF"):
+        find_teacher(header, ORIGINAL, digits_resnet())
+    with pytest.raises(SourceError, match=rf"no model '{kind}:build', and no such file"):
+        open_reference(f"{kind}:build", Request())
+    assert not Path("sprung").exists()

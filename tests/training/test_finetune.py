@@ -462,6 +462,11 @@ def test_a_state_that_is_damaged(start: Start, content: bytes) -> None:
     (folder / "state.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the run's state .*state.pt is damaged .*; begin anew: --force"):
         start.train("out.pt", resume=True)
+    torch.save({"asymswap_training": 1, "nn": nn.Conv2d}, folder / "state.pt")
+    with pytest.raises(
+        CheckpointError, match=r"damaged \(it keeps torch\.nn\.\S+\.Conv2d itself as a value, .*; begin an"
+    ):
+        start.train("out.pt", resume=True)
     torch.save({"asymswap_training": 99}, folder / "state.pt")
     with pytest.raises(
         CheckpointError, match=r"state.pt is not the state of a run of this version; begin anew: --force"
