@@ -26,6 +26,7 @@ from torch import Tensor
 from asymswap.errors import SourceError
 from asymswap.sources import inert
 from asymswap.sources.inert import MalformedError, Record, StorageRef, TensorRef
+from asymswap.sources.zipped import LARGEST_PICKLE
 
 State = dict[str, Tensor]
 
@@ -162,7 +163,10 @@ class _Archive:
         return self._infos[name]
 
     def pickle(self) -> Any:
-        return inert.read(io.BytesIO(self.bytes(f"{self._folder}data.pkl")))
+        name = f"{self._folder}data.pkl"
+        if self._info(name).file_size > LARGEST_PICKLE:
+            raise MalformedError(f"entry {name} has more than {LARGEST_PICKLE:,} bytes beside the tensors")
+        return inert.read(io.BytesIO(self.bytes(name)))
 
     def tensor(self, ref: TensorRef) -> Tensor:
         return self._view(f"{self._folder}data/{ref.storage.key}", ref)

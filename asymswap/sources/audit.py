@@ -11,6 +11,7 @@ everything in it that torch.save does not write is a reason to refuse the file.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import pickletools
 import re
@@ -29,9 +30,8 @@ _MOST_PARTS = 20_000_000
 _MOST_EXPANDED = 2**28
 """Elements of all tensors together that have more elements than their storages."""
 
-
-_MOST_OPERATIONS = 4_000_000
-"""Of a pickle beside its tensors; a resnet152 has 10,000, and with its optimizer 40,000."""
+MOST_OPERATIONS = 600_000
+"""Of all pickles in a file; timm's largest networks of convs have 57,000, and 300,000 with averages and optimizer."""
 
 
 class Odd(Exception):  # noqa: N818 - not always an error: with --trust-pickle it is only told
@@ -82,6 +82,17 @@ def global_name(argument: str) -> str:
     return f"{module}.{name}"
 
 
+def operations(streams: Iterable[BinaryIO]) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """The operations of pickles, read in turn, with their arguments; raises Odd for more than a checkpoint needs.
+
+    Each takes time and memory, however few bytes it takes in the file.
+    """
+    for number, (op, argument, _) in enumerate(itertools.chain.from_iterable(map(pickletools.genops, streams))):
+        if number >= MOST_OPERATIONS:
+            raise Odd(f"has more than {MOST_OPERATIONS:,} operations")
+        yield op, argument
+
+
 def audit(streams: Iterable[BinaryIO], rules: Rules) -> None:
     """Raise Odd where pickles, read in turn, do anything that torch.save does not write, or claim what is not there.
 
@@ -108,9 +119,7 @@ class _Machine:
     def run(self, stream: BinaryIO) -> Any:
         """Read one pickle to its end, and give what it makes."""
         self.stack, self.marked, self.memo = [], [], {}
-        for number, (op, argument, _) in enumerate(pickletools.genops(stream)):
-            if number > _MOST_OPERATIONS:
-                raise Odd(f"has more than {_MOST_OPERATIONS:,} operations")
+        for op, argument in operations([stream]):
             if op.name == "STOP":
                 return self.stack.pop()
             if op.name in _PUSHED:

@@ -8,7 +8,6 @@ stands in the file.
 
 from __future__ import annotations
 
-import pickletools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from asymswap.sources.audit import global_name
+from asymswap.sources.audit import Odd, global_name, operations
 
 # A file that names one of these wants more than to store something, and is not read at all.
 _STORING = {
@@ -107,12 +106,14 @@ def read(stream: BinaryIO) -> Any:
     """The object that one pickle describes; raises MalformedError."""
     machine = _Machine()
     try:
-        for op, argument, _position in pickletools.genops(stream):
+        for op, argument in operations([stream]):
             if op.name == "STOP":
                 return machine.stack.pop()
             machine.step(op.name, argument)
     except MalformedError:
         raise
+    except Odd as error:
+        raise MalformedError(f"it {error}") from None
     except Exception as error:
         # A damaged pickle can go wrong in every way that a stack machine knows.
         raise MalformedError(" ".join(str(error).split())[:160] or type(error).__name__) from None

@@ -15,7 +15,6 @@ import io
 import itertools
 import pathlib
 import pickle
-import pickletools
 import sys
 import warnings
 from collections import OrderedDict
@@ -29,7 +28,7 @@ import torch
 from torch import nn
 
 from asymswap.errors import SourceError
-from asymswap.sources.audit import Odd, Old, Rules, audit, global_name
+from asymswap.sources.audit import Odd, Old, Rules, audit, global_name, operations
 from asymswap.sources.files import FileKind
 from asymswap.sources.plain_numpy import Array, DType, array, scalar
 from asymswap.sources.zipped import LARGEST_PICKLE, read_contents
@@ -269,12 +268,11 @@ def _examine(
 
 def _scan(streams: Iterable[BinaryIO]) -> _Needs:
     names, protocol = set(), 0
-    for stream in streams:
-        for op, argument, _position in pickletools.genops(stream):
-            if op.name in ("GLOBAL", "INST"):
-                names.add(global_name(str(argument)))
-            written = argument if op.name == "PROTO" and isinstance(argument, int) else op.proto
-            protocol = max(protocol, written)
+    for op, argument in operations(streams):
+        if op.name in ("GLOBAL", "INST"):
+            names.add(global_name(str(argument)))
+        written = argument if op.name == "PROTO" and isinstance(argument, int) else op.proto
+        protocol = max(protocol, written)
     return _Needs(frozenset(names), protocol)
 
 

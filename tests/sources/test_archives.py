@@ -252,6 +252,13 @@ def test_a_module_in_itself_and_one_named_without_end(tmp_path: Path) -> None:
         read_torchscript(tmp_path / "x.pt")
 
 
+def test_a_pickle_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_traced(net(), tmp_path / "x.pt")
+    monkeypatch.setattr("asymswap.sources.archives.LARGEST_PICKLE", 100)
+    with pytest.raises(SourceError, match=r"entry x/data\.pkl has more than 100 bytes beside the tensors"):
+        read_torchscript(tmp_path / "x.pt")
+
+
 class Mine(Net):
     """A class that the reader is not to import."""
 

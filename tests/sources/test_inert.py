@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymswap.sources import inert
+from asymswap.sources.audit import MOST_OPERATIONS
 from asymswap.sources.inert import MalformedError, Name, Record, wants_code
 
 plain = st.recursive(
@@ -124,6 +125,11 @@ def test_no_pickle(content: bytes, expected: str) -> None:
 
 def test_a_memo_of_absurd_size_takes_no_memory() -> None:
     assert inert.read(io.BytesIO(b"]r\xff\xff\xff\x7f.")) == []
+
+
+def test_more_operations_than_a_checkpoint_needs() -> None:
+    with pytest.raises(MalformedError, match=r"it has more than [\d,]+ operations"):
+        inert.read(io.BytesIO(b"\x80\x02(" + b"]" * MOST_OPERATIONS + b"t."))
 
 
 @pytest.mark.parametrize("name", ["set", "frozenset"])
