@@ -136,7 +136,9 @@ class Sums:
         gap = other.to(dtype) - one.to(dtype)
         self.squares += _energy(gap)
         self.energy += _energy(one.to(dtype))
-        self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
+        largest = float(gap.abs().max()) if gap.numel() else 0.0
+        # Nothing is greater than a NaN: max keeps one that comes first, and passes over one that comes second.
+        self.largest = largest if math.isnan(largest) else max(self.largest, largest)
 
     def difference(self) -> Difference:
         """What all of them come to."""

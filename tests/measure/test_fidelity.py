@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.inputs import probe
-from asymswap.measure.fidelity import measure_fidelity
+from asymswap.measure.fidelity import Sums, measure_fidelity
 from asymswap.planning.apply import apply_plan
 from asymswap.spec import Plan, Preprocessing, Swap
 
@@ -60,6 +60,15 @@ def test_full_rank_moves_nothing() -> None:
     fidelity = measure_fidelity(model, apply_plan(model, plan), plan, (torch.randn(1, 3, 8, 8),))
     assert fidelity.output.relative < 1e-5
     assert all(error < 1e-5 for error in fidelity.kernels.values())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_is_seen_wherever_it_comes(place: int) -> None:
+    sums = Sums()
+    for number in range(3):
+        sums.add(torch.ones(2), torch.tensor([1.0, math.nan if number == place else 2.0]))
+    assert math.isnan(sums.difference().relative)
+    assert math.isnan(sums.difference().largest)
 
 
 def test_the_probe_is_the_same_for_a_seed() -> None:
