@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from asymswap import kinds
 from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import swap
-from asymswap.graph.trace import read_structure
+from asymswap.graph.trace import conv_input, read_structure
 from asymswap.inputs import Inputs
 from asymswap.planning.apply import apply_structure
 from asymswap.reporting.fusion import FusionRow
@@ -162,10 +162,13 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) ->
         kind = kinds.load(entry.kind)
         if isinstance(kind, kinds.Sampling):
 
-            def see(module: nn.Module, args: Any, name: str = entry.site, kind: kinds.Sampling = kind) -> None:
-                found[name] = max(found.get(name, 0.0), kind.largest_offset(module, args[0]))
+            def see(
+                module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: kinds.Sampling = kind
+            ) -> None:
+                largest = kind.largest_offset(module, conv_input(args, kwargs))
+                found[name] = max(found.get(name, 0.0), largest)
 
-            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see))
+            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
     try:
         with eval_mode(model), torch.no_grad():
             model(*wanted.inputs)

@@ -84,6 +84,12 @@ def read_structure(model: nn.Module) -> tuple[Site, ...]:
     return make_sites(model, {}, *_read_graphs(skeleton, traceable_parts(skeleton)))
 
 
+def conv_input(args: Any, kwargs: Any) -> Tensor:
+    """What a conv, or what stands in its place, was called on: its one argument, which may go by its name."""
+    seen: Tensor = args[0] if args else kwargs["input"]
+    return seen
+
+
 @contextmanager
 def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """While open, `see(name, input, output)` is called at every run of every Conv2d."""
@@ -91,7 +97,7 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
     for name, (conv, _) in find_convs(model).items():
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-            see(name, args[0] if args else kwargs["input"], output)
+            see(name, conv_input(args, kwargs), output)
 
         handles.append(conv.register_forward_hook(hook, with_kwargs=True))
     try:

@@ -71,7 +71,10 @@ class Kind(Protocol):
         """
 
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
-        """The replacement's structure for settled settings, its weights unset, drawing no random numbers."""
+        """The replacement's structure for settled settings, its weights unset, drawing no random numbers.
+
+        Its forward calls its argument `input`, as that of `nn.Conv2d` does: a model may pass it by that name.
+        """
 
     def init_(self, module: nn.Module, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> None:
         """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can.

@@ -136,10 +136,10 @@ class AsymmetricBlock(nn.Module):
         self.square, self.vertical, self.horizontal = square, vertical, horizontal
         self.crop = crop
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         rows, columns = self.crop
-        vertical, horizontal = strips.cut(x, (0, columns)), strips.cut(x, (rows, 0))
-        y: Tensor = self.square(x) + self.vertical(vertical) + self.horizontal(horizontal)
+        vertical, horizontal = strips.cut(input, (0, columns)), strips.cut(input, (rows, 0))
+        y: Tensor = self.square(input) + self.vertical(vertical) + self.horizontal(horizontal)
         return y
 
     def extra_repr(self) -> str:

@@ -62,9 +62,9 @@ class OffsetConv2d(nn.Module):
         self.tap_weights = nn.Parameter(torch.empty(count, dtype=dtype)) if weighted else None
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The convolution; its kernel is built anew for each call."""
-        return F.conv2d(x, self.kernel(), self.bias, self.conv.stride, self.padding, groups=self.conv.groups)
+        return F.conv2d(input, self.kernel(), self.bias, self.conv.stride, self.padding, groups=self.conv.groups)
 
     def offsets(self) -> Tensor:
         """The offsets (T, 2) of the taps, row by row: (down, right) in pixels of the input; in float32 at least."""
