@@ -147,8 +147,9 @@ class Sums:
         self.squares = self.energy = self.largest = 0.0
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        """Take in two tensors of one shape, the second compared with the first."""
+        """Take in two tensors of one shape, the second compared with the first; of complex numbers both parts."""
         self.tensors += 1
+        one, other = _real(one), _real(other)
         # Subtracting close numbers loses nothing, so the tensors' own precision will do; only the sums need more.
         dtype = torch.promote_types(one.dtype, torch.float32)
         gap = other.to(dtype) - one.to(dtype)
@@ -162,6 +163,10 @@ class Sums:
         """What all of them come to."""
         relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
         return Difference(relative, self.largest)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _energy(tensor: Tensor) -> float:

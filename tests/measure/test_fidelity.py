@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,23 @@ def test_tensors_within_dataclasses_are_compared() -> None:
     found = compare_outputs(Wrapped(Scores), Wrapped(Scores, 1.5), (X,))
     assert found.relative == pytest.approx(0.5)
     assert found.largest == pytest.approx(2.0)
+
+
+def test_complex_outputs_are_compared_in_both_parts() -> None:
+    def spectrum(x: Tensor) -> Tensor:
+        return torch.fft.fft(x).conj()
+
+    found = compare_outputs(Wrapped(spectrum), Wrapped(spectrum, 1.5), (X,))
+    assert found.relative == pytest.approx(0.5)
+    before, after = np.fft.fft(X.numpy()), np.fft.fft(1.5 * X.numpy())
+    parts = [np.abs((after - before).real).max(), np.abs((after - before).imag).max()]
+    assert found.largest == pytest.approx(max(parts), rel=1e-5)
+
+
+def test_outputs_of_other_shapes_are_not_called_equal() -> None:
+    column = Wrapped(lambda x: torch.ones_like(x[:, :1]))
+    with pytest.raises(AsymswapError, match=r"^outputs of 4x3 cannot be compared with those of 4x1$"):
+        compare_outputs(column, Wrapped(torch.ones_like), (X,))
 
 
 def test_outputs_without_a_tensor_are_an_error() -> None:
