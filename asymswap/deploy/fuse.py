@@ -24,6 +24,9 @@ from asymswap.reporting.fusion import FusionRow
 from asymswap.spec import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.tensors import eval_mode, meta_copy
 
+_WEAKEST = 1e-2
+"""A batch norm's channel that scales by no more than this share of the average one's scale is not divided by."""
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -201,7 +204,9 @@ def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.
         deviation_O = (cast(Tensor, own.running_var).double() + own.eps).sqrt()
         weight_O = own.weight.double() if like.affine else torch.ones_like(deviation_O)
         if like.affine:
-            weak_O = (weight_O / deviation_O).abs() < 1e-2 * (weight_O / deviation_O).abs().mean()
+            own_O = (weight_O / deviation_O).abs()
+            # Not above, rather than below: where all are zero, none is below their average.
+            weak_O = own_O <= _WEAKEST * own_O.mean()
             weight_O = torch.where(weak_O, deviation_O, weight_O)
         scale_O = weight_O / deviation_O
         bias_O = own.bias.double() if like.affine else torch.zeros_like(scale_O)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_batch_norms_come_back_with_the_scale_that_they_had(converted: asymswap.
         assert torch.allclose(new.running_mean[usual], old.running_mean[usual], atol=1e-4)
         conv = fusion.model.get_submodule(swap.site)
         assert torch.allclose(conv.weight[usual], network.get_submodule(swap.site).weight[usual], atol=1e-5)
+
+
+def test_batch_norms_of_weight_zero_come_back(network: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """As `zero_init_residual` leaves them: the last one of every block."""
+    zeroed = copy.deepcopy(network)
+    for name, module in zeroed.named_modules():
+        if name.endswith("bn2"):
+            nn.init.zeros_(module.weight)
+    (tmp_path / "recipe.toml").write_text(recipe_text("acb with norms"))
+    conversion = asymswap.convert(zeroed, tmp_path / "recipe.toml", input_size=(3, 32, 32))
+    assert "layer1.0.bn2" in {swap.absorbs for swap in conversion.plan.swaps}
+    fusion = asymswap.fuse(conversion, model=zeroed)
+    with torch.no_grad():
+        assert torch.allclose(fusion.model(images), zeroed(images), atol=1e-4)
 
 
 @pytest.mark.parametrize("converted", ["separable"], indirect=True)
