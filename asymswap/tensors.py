@@ -82,6 +82,12 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after its forward or backward pass."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(len, hooks))
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose tensors are on the meta device: the structure without the numbers."""
     every = itertools.chain(model.parameters(), model.buffers(), loose_tensors(model))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from torch import nn
 
 from asymswap.spec import Call, ConvSpec, Neighbour, Site
+from asymswap.tensors import has_hooks
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
@@ -101,7 +102,7 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
         return f"is a {type(conv).__name__}{_what_it_computes(type(conv))}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+    if has_hooks(conv):
         return "has hooks (weight_norm, spectral_norm or your own), which a swap would drop"
     others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
     if others:

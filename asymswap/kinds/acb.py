@@ -31,6 +31,7 @@ from asymswap.errors import PlanError
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
+from asymswap.tensors import has_hooks
 
 SIZES = ()
 PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
@@ -119,7 +120,7 @@ def adopt(settings: Settings, norm: nn.Module) -> Settings | None:
     """
     if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or norm.running_var is None:
         return None
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+    if has_hooks(norm):
         return None
     momentum = "cumulative" if norm.momentum is None else norm.momentum
     return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})

@@ -179,6 +179,22 @@ def test_reasons_against_any_swap(make: object, reason: str) -> None:
     assert any(re.search(reason, site.refusal or "") for site in found.values())
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_hooks_of_every_kind_are_a_reason(register: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    assert sites(model, (1, 4, 8, 8))["0"].refusal is None
+    getattr(model[0], register)(lambda *_: None)
+    assert "has hooks" in (sites(model, (1, 4, 8, 8))["0"].refusal or "")
+
+
 class ReadsWeightOf4(ReadsWeight):
     def __init__(self) -> None:
         super().__init__()
