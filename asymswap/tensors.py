@@ -82,6 +82,12 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
+def store_(target: Tensor, numbers: Tensor) -> None:
+    """Copy numbers into a tensor, in place; those beyond the range of its dtype become the last ones within."""
+    limits = torch.finfo(target.dtype)
+    target.copy_(numbers.clamp(limits.min, limits.max))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is called before or after its forward or backward pass."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)

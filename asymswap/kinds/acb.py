@@ -31,7 +31,7 @@ from asymswap.errors import PlanError
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
-from asymswap.tensors import has_hooks
+from asymswap.tensors import has_hooks, store_
 
 SIZES = ()
 PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
@@ -287,8 +287,9 @@ def _init_square_norm_(branch: _Branch, evidence: Evidence | None, norm: nn.Batc
         seen = _moments(branch.conv.weight, branch.conv, evidence, None)
         # Without evidence the mean is taken to be zero, be it what it may.
         bias = branch.conv.bias if evidence is not None else None
-        _tensor(own.running_mean).copy_(seen.mean_O if bias is None else seen.mean_O + _float64(bias))
-        _tensor(own.running_var).copy_(seen.variance_O)
+        store_(_tensor(own.running_mean), seen.mean_O if bias is None else seen.mean_O + _float64(bias))
+        store_(_tensor(own.running_var), seen.variance_O)
+        # From the statistics as they are stored, rounded or cut: what one does the other undoes.
         own.weight.copy_((_float64(own.running_var) + own.eps).sqrt())
         own.bias.copy_(_tensor(own.running_mean))
         return
@@ -305,8 +306,8 @@ def _init_square_norm_(branch: _Branch, evidence: Evidence | None, norm: nn.Batc
 def _init_strip_norm_(branch: _Branch, seen: _Moments, norm: nn.BatchNorm2d | None) -> None:
     """A batch norm without effect, with the statistics that it would have gathered."""
     own = cast(nn.BatchNorm2d, branch.norm)
-    _tensor(own.running_mean).copy_(seen.mean_O)
-    _tensor(own.running_var).copy_(seen.variance_O)
+    store_(_tensor(own.running_mean), seen.mean_O)
+    store_(_tensor(own.running_var), seen.variance_O)
     nn.init.zeros_(own.weight)
     nn.init.zeros_(own.bias)
     if norm is not None:
