@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from asymswap import kinds
 from asymswap.graph.sites import read_conv
-from asymswap.graph.surgery import swap
+from asymswap.graph.surgery import give_back_, swap
 from asymswap.graph.trace import conv_input, read_structure
 from asymswap.inputs import Inputs
 from asymswap.planning.apply import apply_structure
@@ -131,7 +131,7 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
     if fused is None:
         more = "; --max-offset leaves small offsets out" if isinstance(kind, kinds.Sampling) else ""
         return _leave(entry, f"no ordinary conv computes the same{more}")
-    modules: dict[str, nn.Module] = {entry.site: fused}
+    modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
     if entry.absorbs is not None:
         absorbed = cast(nn.BatchNorm2d, here.before.get_submodule(entry.absorbs))
         modules[entry.absorbs] = _put_back(fused, conv, absorbed, module)
@@ -222,4 +222,5 @@ def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.
         if like.affine:
             norm.weight.copy_(weight_O)
             norm.bias.copy_(bias_O)
+    norm.requires_grad_(any(parameter.requires_grad for parameter in own.parameters()))
     return norm.train(own.training)

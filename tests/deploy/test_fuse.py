@@ -114,6 +114,18 @@ def test_batch_norms_of_weight_zero_come_back(network: nn.Module, images: Tensor
         assert torch.allclose(fusion.model(images), zeroed(images), atol=1e-4)
 
 
+@pytest.mark.parametrize("converted", ["acb", "acb with norms", "offset"], indirect=True)
+def test_trainability_and_memory_format_are_carried_over(converted: asymswap.Conversion, network: nn.Module) -> None:
+    trainable = asymswap.fuse(converted, model=network).model
+    assert all(parameter.requires_grad for parameter in trainable.parameters())
+    assert trainable.layer1[0].conv1.weight.is_contiguous()
+    converted.model.requires_grad_(False).to(memory_format=torch.channels_last)
+    frozen = asymswap.fuse(converted, model=network).model
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert frozen.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not frozen.layer1[0].conv1.weight.is_contiguous()
+
+
 @pytest.mark.parametrize("converted", ["separable"], indirect=True)
 def test_what_would_cost_more_is_left_unless_it_is_asked_for(
     converted: asymswap.Conversion, network: nn.Module
