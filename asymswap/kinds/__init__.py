@@ -80,7 +80,8 @@ class Kind(Protocol):
         """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can.
 
         With evidence: as well as it can on the data, and with the target of the evidence in the place of `conv`'s
-        kernel.
+        kernel. Where the function is promised to be preserved, the target is that kernel itself, and kinds that always
+        promise it keep the conv's own weights.
         """
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
