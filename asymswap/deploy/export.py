@@ -1,7 +1,7 @@
 """A converted model as a file that other programs run: ONNX, torch.export's .pt2, or a plain state dict.
 
-Every file is run beside the model in PyTorch before it takes its place on the disk: what computes something else is
-never written.
+Programs (ONNX and .pt2) are run beside the model in PyTorch before they take their place on the disk: what computes
+something else is never written. A state dict computes nothing; it holds the model's own tensors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def export(
     seed: int = 0,
     progress: Progress = silent,
 ) -> ExportReport:
-    """Write a converted model as ONNX, as .pt2 or as a plain state dict, and run what was written beside PyTorch.
+    """Write a converted model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
     `form` follows the file's ending where it is not given. What fuses exactly is fused before, unless `fuse` is False.
     The batch may have any size, with `dynamic_size` height and width too. `model` (or `arch`) is the unconverted model
