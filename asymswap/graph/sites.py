@@ -90,7 +90,7 @@ def make_sites(
                 aliases=aliases,
                 before=before,
                 after=after,
-                refusal=_refusal(name, conv, owners, read_elsewhere),
+                refusal=_refusal(name, conv, owners, read_elsewhere) or _refusal_by_calls(calls.get(name, ())),
             )
         )
     return tuple(sites)
@@ -110,6 +110,13 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
     if name in read_elsewhere:
         return "has parameters that the model reads without calling it"
     return None
+
+
+def _refusal_by_calls(calls: Sequence[Call]) -> str | None:
+    """Why nobody may swap a module that is called so: batch norms and calibration want batches, as some kinds do."""
+    if all(call.batched for call in calls):
+        return None
+    return "is called on one image without a batch (C x H x W); give it 1 x C x H x W"
 
 
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:

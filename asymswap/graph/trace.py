@@ -111,9 +111,10 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[str, list[Call]], Funct
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
-        batch = seen.shape[0] if seen.dim() == 4 else 1
+        batched = seen.dim() == 4
+        batch = seen.shape[0] if batched else 1
         height, width = seen.shape[-2:]
-        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch))
+        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch, batched))
 
     with torch.no_grad(), conv_hooks(model, see), watch_functions(model) as functions:
         model(*inputs)
