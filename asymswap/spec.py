@@ -102,11 +102,15 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a conv during a forward pass: sizes of its input and output feature map, and the images in it."""
+    """One run of a conv during a forward pass: sizes of its input and output feature map, and the images in it.
+
+    `batched` is False where the conv was given one image without a dimension for the batch.
+    """
 
     input: Size
     output: Size
     batch: int = 1
+    batched: bool = True
 
 
 @dataclass(frozen=True)

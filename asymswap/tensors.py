@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import mmap
@@ -25,7 +26,7 @@ _Result = TypeVar("_Result")
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Rebuild lists, tuples and dicts with `change` applied to every tensor in them."""
+    """Rebuild lists, tuples, dicts and dataclasses with `change` applied to every tensor in them."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -34,6 +35,12 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(item, change) for item in value)
+    if _is_record(value):
+        # Not dataclasses.replace: what a dataclass does when it is made may go wrong a second time.
+        changed = copy.copy(value)
+        for name, item in _fields(value).items():
+            object.__setattr__(changed, name, map_tensors(item, change))
+        return changed
     return value
 
 
@@ -42,6 +49,16 @@ def list_tensors(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(value, found.append)
     return found
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """What a dataclass holds, those fields left out that are not set."""
+    names = [field.name for field in dataclasses.fields(record)]
+    return {name: getattr(record, name) for name in names if hasattr(record, name)}
 
 
 def to_meta(value: Any) -> Any:
@@ -65,6 +82,18 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that modules hold as plain attributes, neither parameter nor buffer (weight_norm's weight is one)."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def store_(target: Tensor, numbers: Tensor) -> None:
+    """Copy numbers into a tensor, in place; those beyond the range of its dtype become the last ones within."""
+    limits = torch.finfo(target.dtype)
+    target.copy_(numbers.clamp(limits.min, limits.max))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after its forward or backward pass."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(len, hooks))
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

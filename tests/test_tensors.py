@@ -1,15 +1,16 @@
-"""Computations side by side on several threads."""
+"""Nested tensors, and computations side by side on several threads."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import InitVar, dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from asymswap.tensors import side_by_side
+from asymswap.tensors import list_tensors, map_tensors, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,25 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(3)
     yield 3
     torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    left: Tensor
+    right: list[Tensor]
+    checked: InitVar[bool]
+    name: str = "pair"
+
+    def __post_init__(self, checked: bool) -> None:
+        assert checked
+
+
+def test_dataclasses_are_rebuilt_with_their_tensors_changed() -> None:
+    pair = Pair(torch.ones(2), [torch.zeros(3)], True, "a")
+    changed = map_tensors({"pair": pair}, lambda tensor: tensor + 1)["pair"]
+    assert (changed.left.tolist(), changed.right[0].tolist(), changed.name) == ([2, 2], [1, 1, 1], "a")
+    assert (pair.left.tolist(), pair.right[0].tolist()) == ([1, 1], [0, 0, 0])
+    assert [tensor.numel() for tensor in list_tensors([pair, Pair])] == [2, 3]
 
 
 def test_results_come_in_the_order_of_the_items_and_steps_are_told() -> None:

@@ -1,13 +1,12 @@
 """A converted model as a file that other programs run: ONNX, torch.export's .pt2, or a plain state dict.
 
-Every file is run beside the model in PyTorch before it takes its place on the disk: what computes something else is
-never written.
+Programs (ONNX and .pt2) are run beside the model in PyTorch before they take their place on the disk: what computes
+something else is never written. A state dict computes nothing; it holds the model's own tensors.
 """
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from asymswap.checkpoint import read_checkpoint, restore, save_state
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
-from asymswap.deploy.programs import SAME, failing_clearly, gap, quiet
+from asymswap.deploy.programs import failing_clearly, quiet, widest_gap
 from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.inputs import Inputs, probe, sizes
 from asymswap.opening import build_named, model_dtype
@@ -53,7 +52,7 @@ def export(
     seed: int = 0,
     progress: Progress = silent,
 ) -> ExportReport:
-    """Write a converted model as ONNX, as .pt2 or as a plain state dict, and run what was written beside PyTorch.
+    """Write a converted model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
     `form` follows the file's ending where it is not given. What fuses exactly is fused before, unless `fuse` is False.
     The batch may have any size, with `dynamic_size` height and width too. `model` (or `arch`) is the unconverted model
@@ -199,16 +198,11 @@ def _compare(
     for images, size in ((1, None), *((3, size) for size in tried)):
         inputs = work.inputs(images, seed, size)
         with torch.no_grad():
-            wanted = list_tensors(work.model(*inputs))
-        found = run(inputs)
-        largest, scale = 0.0, 0.0
-        for one, other in zip(wanted, found, strict=True):
-            apart, greatest = gap(one, other)
-            largest, scale = max(largest, apart), max(scale, greatest)
-        check = Check(sizes(inputs), largest, SAME * max(1.0, scale))
-        if not largest <= check.allowed or not math.isfinite(largest):
+            gap = widest_gap(work.model(*inputs), run(inputs))
+        check = Check(sizes(inputs), gap.largest, gap.allowed)
+        if gap.share > 1:
             raise AsymswapError(
-                f"{runner} computes something else than PyTorch on {check.inputs}: {largest:.1e} at most, where "
+                f"{runner} computes something else than PyTorch on {check.inputs}: {check.largest:.1e} at most, where "
                 f"{check.allowed:.0e} are allowed; nothing was written"
             )
         checks.append(check)

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from asymswap import kinds
 from asymswap.graph.sites import read_conv
-from asymswap.graph.surgery import swap
-from asymswap.graph.trace import read_structure
+from asymswap.graph.surgery import give_back_, swap
+from asymswap.graph.trace import conv_input, read_structure
 from asymswap.inputs import Inputs
 from asymswap.planning.apply import apply_structure
 from asymswap.reporting.fusion import FusionRow
 from asymswap.spec import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.tensors import eval_mode, meta_copy
+
+_WEAKEST = 1e-2
+"""A batch norm's channel that scales by no more than this share of the average one's scale is not divided by."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
     if fused is None:
         more = "; --max-offset leaves small offsets out" if isinstance(kind, kinds.Sampling) else ""
         return _leave(entry, f"no ordinary conv computes the same{more}")
-    modules: dict[str, nn.Module] = {entry.site: fused}
+    modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
     if entry.absorbs is not None:
         absorbed = cast(nn.BatchNorm2d, here.before.get_submodule(entry.absorbs))
         modules[entry.absorbs] = _put_back(fused, conv, absorbed, module)
@@ -162,10 +165,13 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) ->
         kind = kinds.load(entry.kind)
         if isinstance(kind, kinds.Sampling):
 
-            def see(module: nn.Module, args: Any, name: str = entry.site, kind: kinds.Sampling = kind) -> None:
-                found[name] = max(found.get(name, 0.0), kind.largest_offset(module, args[0]))
+            def see(
+                module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: kinds.Sampling = kind
+            ) -> None:
+                largest = kind.largest_offset(module, conv_input(args, kwargs))
+                found[name] = max(found.get(name, 0.0), largest)
 
-            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see))
+            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
     try:
         with eval_mode(model), torch.no_grad():
             model(*wanted.inputs)
@@ -198,7 +204,9 @@ def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.
         deviation_O = (cast(Tensor, own.running_var).double() + own.eps).sqrt()
         weight_O = own.weight.double() if like.affine else torch.ones_like(deviation_O)
         if like.affine:
-            weak_O = (weight_O / deviation_O).abs() < 1e-2 * (weight_O / deviation_O).abs().mean()
+            own_O = (weight_O / deviation_O).abs()
+            # Not above, rather than below: where all are zero, none is below their average.
+            weak_O = own_O <= _WEAKEST * own_O.mean()
             weight_O = torch.where(weak_O, deviation_O, weight_O)
         scale_O = weight_O / deviation_O
         bias_O = own.bias.double() if like.affine else torch.zeros_like(scale_O)
@@ -214,4 +222,5 @@ def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.
         if like.affine:
             norm.weight.copy_(weight_O)
             norm.bias.copy_(bias_O)
+    norm.requires_grad_(any(parameter.requires_grad for parameter in own.parameters()))
     return norm.train(own.training)

@@ -13,6 +13,7 @@ from asymswap import kinds
 from asymswap.calibrate import some_inputs
 from asymswap.checkpoint import read_checkpoint, restore
 from asymswap.errors import AsymswapError
+from asymswap.graph.trace import conv_input
 from asymswap.inputs import Inputs
 from asymswap.opening import build_named, model_dtype
 from asymswap.reporting.offsets import OffsetReport, OffsetRow
@@ -63,10 +64,10 @@ def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tup
         if module is None or not isinstance(kind, kinds.Moving):
             continue
 
-        def see(module: nn.Module, args: Any, swap: Swap = swap, kind: kinds.Moving = kind) -> None:
-            found[swap.site] = _row(swap, module, kind.tap_offsets(module, args[0]))
+        def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: kinds.Moving = kind) -> None:
+            found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
 
-        handles.append(module.register_forward_pre_hook(see))
+        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
     try:
         with eval_mode(model), torch.no_grad():
             model(*inputs)

@@ -5,23 +5,53 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from asymswap.errors import AsymswapError
+from asymswap.tensors import list_tensors
 
 SAME = 1e-4
-"""How far a program's outputs may be from PyTorch's, relative to the largest number among them, or to 1."""
+"""How far a program's outputs may be from PyTorch's, relative to the largest number among them, or to 1.
+
+Where eight times the precision of the output's dtype is more, so far.
+"""
 
 
-def gap(wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """The largest difference of two outputs of one shape, and the largest number of the first; 0 of empty ones."""
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference between an output of a program and PyTorch's, and the largest that is allowed."""
+
+    largest: float
+    allowed: float
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of what is allowed; infinite where there is a NaN or an infinity."""
+        return self.largest / self.allowed if math.isfinite(self.largest) else math.inf
+
+
+def widest_gap(wanted: Any, found: Any) -> Gap:
+    """The gap of that output which is farthest from PyTorch's, as a share of what is allowed there."""
+    ours, theirs = list_tensors(wanted), list_tensors(found)
+    if [one.shape for one in ours] != [other.shape for other in theirs]:
+        return Gap(math.inf, SAME)
+    return max(map(_gap, ours, theirs), key=lambda gap: gap.share, default=Gap(0.0, SAME))
+
+
+def _gap(wanted: Tensor, found: Tensor) -> Gap:
     if not wanted.numel():
-        return 0.0, 0.0
+        return Gap(0.0, SAME)
+    precision = torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0.0
     exact = wanted.double()
-    return float((exact - found.double()).abs().max()), float(exact.abs().max())
+    largest, scale = float((exact - found.double()).abs().max()), float(exact.abs().max())
+    return Gap(largest, max(SAME, 8 * precision) * max(1.0, scale))
 
 
 @contextlib.contextmanager

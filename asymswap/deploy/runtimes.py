@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from asymswap.deploy.onnx_files import check_versions, feed, open_session, write_onnx
-from asymswap.deploy.programs import SAME, failing_clearly, gap, quiet
+from asymswap.deploy.programs import failing_clearly, quiet, widest_gap
 from asymswap.errors import AsymswapError
 from asymswap.inputs import Inputs
 from asymswap.reporting.benchmark import TITLES
@@ -73,15 +72,12 @@ def session_on(path: Path, inputs: Inputs, threads: int) -> Run:
 
 def check_same(found: Any, wanted: Any, runtime: Runtime) -> None:
     """Raise AsymswapError where a runtime has computed something else than PyTorch: its time would be worth nothing."""
-    for one, other in zip(list_tensors(wanted), list_tensors(found), strict=True):
-        largest, scale = gap(one, other)
-        precision = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
-        allowed = max(SAME, 8 * precision) * max(1.0, scale)
-        if not largest <= allowed or not math.isfinite(largest):
-            raise AsymswapError(
-                f"{TITLES[runtime]} computes something else than PyTorch: {largest:.1e} at most, where {allowed:.0e} "
-                f"are allowed"
-            )
+    gap = widest_gap(wanted, found)
+    if gap.share > 1:
+        raise AsymswapError(
+            f"{TITLES[runtime]} computes something else than PyTorch: {gap.largest:.1e} at most, where "
+            f"{gap.allowed:.0e} are allowed"
+        )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS = (torch.conv2d, F.conv2d)
-
 
 @dataclass
 class FunctionCalls:
@@ -81,7 +79,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS and self._running and not isinstance(self._running[-1][1], nn.Conv2d):
+        if func is F.conv2d and self._running and not isinstance(self._running[-1][1], nn.Conv2d):
             name, module = self._running[-1]
             self._found.callers[name, type(module).__name__] += 1
             weight: Tensor | None = args[1] if len(args) > 1 else kwargs.get("weight")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from torch import nn
 
 from asymswap.spec import Call, ConvSpec, Neighbour, Site
+from asymswap.tensors import has_hooks
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
@@ -89,7 +90,7 @@ def make_sites(
                 aliases=aliases,
                 before=before,
                 after=after,
-                refusal=_refusal(name, conv, owners, read_elsewhere),
+                refusal=_refusal(name, conv, owners, read_elsewhere) or _refusal_by_calls(calls.get(name, ())),
             )
         )
     return tuple(sites)
@@ -101,7 +102,7 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
         return f"is a {type(conv).__name__}{_what_it_computes(type(conv))}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+    if has_hooks(conv):
         return "has hooks (weight_norm, spectral_norm or your own), which a swap would drop"
     others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
     if others:
@@ -109,6 +110,13 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
     if name in read_elsewhere:
         return "has parameters that the model reads without calling it"
     return None
+
+
+def _refusal_by_calls(calls: Sequence[Call]) -> str | None:
+    """Why nobody may swap a module that is called so: batch norms and calibration want batches, as some kinds do."""
+    if all(call.batched for call in calls):
+        return None
+    return "is called on one image without a batch (C x H x W); give it 1 x C x H x W"
 
 
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asymswap.errors import PlanError, near_names
 from asymswap.tensors import loose_tensors
@@ -51,6 +51,24 @@ def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None =
             if isinstance(part, nn.modules.batchnorm._NormBase):
                 part.train(norm.training)
                 part.requires_grad_(all(parameter.requires_grad for parameter in norm.parameters()))
-    if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
+    if is_channels_last(conv.weight):
         replacement.to(memory_format=torch.channels_last)
     return replacement
+
+
+def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
+    """Give the conv that a replacement was fused to, in place, its trainability and memory format; returns it.
+
+    The conv is trainable where anything of the replacement is: all of it has gone into the one kernel.
+    """
+    parameters = list(replacement.parameters())
+    fused.requires_grad_(any(parameter.requires_grad for parameter in parameters))
+    if any(is_channels_last(parameter) for parameter in parameters):
+        fused.to(memory_format=torch.channels_last)
+    return fused
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor of four dimensions has that memory format, and could not as well have the usual one."""
+    fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return fits and not tensor.is_contiguous()

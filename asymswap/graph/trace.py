@@ -84,6 +84,12 @@ def read_structure(model: nn.Module) -> tuple[Site, ...]:
     return make_sites(model, {}, *_read_graphs(skeleton, traceable_parts(skeleton)))
 
 
+def conv_input(args: Any, kwargs: Any) -> Tensor:
+    """What a conv, or what stands in its place, was called on: its one argument, which may go by its name."""
+    seen: Tensor = args[0] if args else kwargs["input"]
+    return seen
+
+
 @contextmanager
 def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """While open, `see(name, input, output)` is called at every run of every Conv2d."""
@@ -91,7 +97,7 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
     for name, (conv, _) in find_convs(model).items():
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-            see(name, args[0] if args else kwargs["input"], output)
+            see(name, conv_input(args, kwargs), output)
 
         handles.append(conv.register_forward_hook(hook, with_kwargs=True))
     try:
@@ -105,9 +111,10 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[str, list[Call]], Funct
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
-        batch = seen.shape[0] if seen.dim() == 4 else 1
+        batched = seen.dim() == 4
+        batch = seen.shape[0] if batched else 1
         height, width = seen.shape[-2:]
-        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch))
+        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch, batched))
 
     with torch.no_grad(), conv_hooks(model, see), watch_functions(model) as functions:
         model(*inputs)

@@ -58,10 +58,10 @@ WORDS = ACTIVATIONS | OTHERS | {"activation"}
 
 _SAME = {
     "iadd": "add",
-    "add_": "add",
+    "isub": "sub",
     "imul": "mul",
-    "mul_": "mul",
     "truediv": "div",
+    "itruediv": "div",
     "cat": "concat",
     "concatenate": "concat",
     "si_lu": "silu",
@@ -72,7 +72,6 @@ _SAME = {
     "feature_dropout": "dropout",
     "stochastic_depth": "dropout",
     "upsample": "interpolate",
-    "relu_": "relu",
 }
 
 

@@ -71,13 +71,17 @@ class Kind(Protocol):
         """
 
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
-        """The replacement's structure for settled settings, its weights unset, drawing no random numbers."""
+        """The replacement's structure for settled settings, its weights unset, drawing no random numbers.
+
+        Its forward calls its argument `input`, as that of `nn.Conv2d` does: a model may pass it by that name.
+        """
 
     def init_(self, module: nn.Module, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> None:
         """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can.
 
         With evidence: as well as it can on the data, and with the target of the evidence in the place of `conv`'s
-        kernel.
+        kernel. Where the function is promised to be preserved, the target is that kernel itself, and kinds that always
+        promise it keep the conv's own weights.
         """
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:

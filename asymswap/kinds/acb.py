@@ -31,6 +31,7 @@ from asymswap.errors import PlanError
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
+from asymswap.tensors import has_hooks, store_
 
 SIZES = ()
 PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
@@ -119,7 +120,7 @@ def adopt(settings: Settings, norm: nn.Module) -> Settings | None:
     """
     if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or norm.running_var is None:
         return None
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+    if has_hooks(norm):
         return None
     momentum = "cumulative" if norm.momentum is None else norm.momentum
     return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})
@@ -136,10 +137,10 @@ class AsymmetricBlock(nn.Module):
         self.square, self.vertical, self.horizontal = square, vertical, horizontal
         self.crop = crop
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         rows, columns = self.crop
-        vertical, horizontal = strips.cut(x, (0, columns)), strips.cut(x, (rows, 0))
-        y: Tensor = self.square(x) + self.vertical(vertical) + self.horizontal(horizontal)
+        vertical, horizontal = strips.cut(input, (0, columns)), strips.cut(input, (rows, 0))
+        y: Tensor = self.square(input) + self.vertical(vertical) + self.horizontal(horizontal)
         return y
 
     def extra_repr(self) -> str:
@@ -286,8 +287,9 @@ def _init_square_norm_(branch: _Branch, evidence: Evidence | None, norm: nn.Batc
         seen = _moments(branch.conv.weight, branch.conv, evidence, None)
         # Without evidence the mean is taken to be zero, be it what it may.
         bias = branch.conv.bias if evidence is not None else None
-        _tensor(own.running_mean).copy_(seen.mean_O if bias is None else seen.mean_O + _float64(bias))
-        _tensor(own.running_var).copy_(seen.variance_O)
+        store_(_tensor(own.running_mean), seen.mean_O if bias is None else seen.mean_O + _float64(bias))
+        store_(_tensor(own.running_var), seen.variance_O)
+        # From the statistics as they are stored, rounded or cut: what one does the other undoes.
         own.weight.copy_((_float64(own.running_var) + own.eps).sqrt())
         own.bias.copy_(_tensor(own.running_mean))
         return
@@ -304,8 +306,8 @@ def _init_square_norm_(branch: _Branch, evidence: Evidence | None, norm: nn.Batc
 def _init_strip_norm_(branch: _Branch, seen: _Moments, norm: nn.BatchNorm2d | None) -> None:
     """A batch norm without effect, with the statistics that it would have gathered."""
     own = cast(nn.BatchNorm2d, branch.norm)
-    _tensor(own.running_mean).copy_(seen.mean_O)
-    _tensor(own.running_var).copy_(seen.variance_O)
+    store_(_tensor(own.running_mean), seen.mean_O)
+    store_(_tensor(own.running_var), seen.variance_O)
     nn.init.zeros_(own.weight)
     nn.init.zeros_(own.bias)
     if norm is not None:

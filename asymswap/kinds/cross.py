@@ -83,9 +83,9 @@ class Cross(nn.Module):
         self.vertical, self.horizontal = vertical, horizontal
         self.crop = crop
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         rows, columns = self.crop
-        y: Tensor = self.vertical(strips.cut(x, (0, columns))) + self.horizontal(strips.cut(x, (rows, 0)))
+        y: Tensor = self.vertical(strips.cut(input, (0, columns))) + self.horizontal(strips.cut(input, (rows, 0)))
         return y
 
     def extra_repr(self) -> str:

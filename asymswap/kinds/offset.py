@@ -62,9 +62,9 @@ class OffsetConv2d(nn.Module):
         self.tap_weights = nn.Parameter(torch.empty(count, dtype=dtype)) if weighted else None
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The convolution; its kernel is built anew for each call."""
-        return F.conv2d(x, self.kernel(), self.bias, self.conv.stride, self.padding, groups=self.conv.groups)
+        return F.conv2d(input, self.kernel(), self.bias, self.conv.stride, self.padding, groups=self.conv.groups)
 
     def offsets(self) -> Tensor:
         """The offsets (T, 2) of the taps, row by row: (down, right) in pixels of the input; in float32 at least."""
@@ -168,20 +168,15 @@ def build(conv: ConvSpec, settings: Settings) -> OffsetConv2d:
 
 
 def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
-    """The conv's own weights at zero offset; with evidence the target's, and the bias that gives the wanted mean."""
+    """The conv's own weights at zero offset; evidence has nothing to add to an exact replacement."""
     assert isinstance(module, OffsetConv2d)
     with torch.no_grad():
         nn.init.zeros_(module.raw_offsets)
         if module.tap_weights is not None:
             nn.init.ones_(module.tap_weights)
-        module.weight.copy_(conv.weight if evidence is None else evidence.target_GOD.reshape(conv.weight.shape))
+        module.weight.copy_(conv.weight)
         if module.bias is not None:
-            module.bias.copy_(cast(Tensor, conv.bias) if evidence is None else _wanted_bias(evidence))
-
-
-def _wanted_bias(evidence: Evidence) -> Tensor:
-    seen_GO = torch.einsum("god,gd->go", evidence.target_GOD, evidence.mean_GD)
-    return (evidence.target_mean_GO - seen_GO).flatten()
+            module.bias.copy_(cast(Tensor, conv.bias))
 
 
 def tap_offsets(module: nn.Module, x: Tensor) -> Tensor:

@@ -89,9 +89,9 @@ class PredictedOffsetConv2d(nn.Module):
         the taps move on this input."""
         return cast(Tensor, self.predictor(x)).narrow(-3, 0, _predicted_channels(self.conv, False, self.offset_groups))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The output of the conv with every tap moved by its offset."""
-        predicted = self.predictor(x)
+        x, predicted = input, self.predictor(input)
         if any(self.margins):
             x = F.pad(x, self.margins, "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode)
         return _deform_conv2d(

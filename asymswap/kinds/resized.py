@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -35,7 +35,7 @@ def _as_pair(value: Any) -> Any:
 Side = Annotated[int, Field(ge=1)]
 Taps = Annotated[tuple[Side, Side], BeforeValidator(_as_pair), SIZE_SCHEMA]
 Pixels = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], SIZE_SCHEMA]
-Padding = Annotated[Pixels | str, BeforeValidator(_as_pair)]
+Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(_as_pair)]
 
 
 class Settings(KindSettings):
@@ -82,14 +82,11 @@ def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence 
 
 
 def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
-    """All fields of the new conv; raises RecipeError for a size that the conv cannot grow to."""
-    kernel = _kernel(site.conv, settings)
-    growth = [new - old for new, old in zip(kernel, site.conv.kernel, strict=True)]
-    given = settings.dilation is not None or settings.padding is not None
-    if not given and any(extra < 0 or extra % 2 for extra in growth):
-        old, new = ("x".join(map(str, size)) for size in (site.conv.kernel, kernel))
-        raise RecipeError(f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis")
+    """All fields of the new conv; raises RecipeError for those to which the conv cannot grow without a change."""
     new_conv = resized(site.conv, settings)
+    problem = _change(site.conv, new_conv)
+    if problem is not None:
+        raise RecipeError(problem)
     padding = new_conv.padding if isinstance(new_conv.padding, str) else list(new_conv.padding)
     fields = {"kernel": list(new_conv.kernel), "dilation": list(new_conv.dilation), "padding": padding}
     bias = {"bias": True} if settings.bias and not site.conv.bias else {}
@@ -98,24 +95,63 @@ def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence |
 
 def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     """The fields of the new conv."""
-    kernel, dilation = _kernel(conv, settings), settings.dilation or conv.dilation
-    padding = settings.padding if settings.padding is not None else _padding(conv, kernel)
-    return replace(conv, kernel=kernel, dilation=dilation, padding=padding, bias=conv.bias or settings.bias)
+    kernel = settings.kernel or (conv.kernel[0] + 2, conv.kernel[1] + 2)
+    grown = replace(conv, kernel=kernel, dilation=settings.dilation or conv.dilation, bias=conv.bias or settings.bias)
+    return replace(grown, padding=_padding(conv, grown) if settings.padding is None else settings.padding)
 
 
-def _kernel(conv: ConvSpec, settings: Settings) -> Size:
-    return settings.kernel or (conv.kernel[0] + 2, conv.kernel[1] + 2)
-
-
-def _padding(conv: ConvSpec, kernel: Size) -> Size | str:
+def _padding(conv: ConvSpec, grown: ConvSpec) -> Size | str:
+    """What leaves the output where it was."""
     if conv.padding == "same":
         return "same"
-    own = (0, 0) if isinstance(conv.padding, str) else conv.padding
-    rows, columns = (
-        pad + step * (new - old) // 2
-        for pad, step, new, old in zip(own, conv.dilation, kernel, conv.kernel, strict=True)
-    )
+    rows, columns = (margin[0] + extra // 2 for margin, extra in zip(_margins(conv), _growth(conv, grown), strict=True))
     return rows, columns
+
+
+def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
+    """Why the new conv could not compute what the conv does, in words; None where it can."""
+    old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
+    growth = _growth(conv, grown)
+    if any(
+        extra < 0 or extra % (2 * new_step) or (taps > 1 and old_step % new_step)
+        for extra, taps, old_step, new_step in zip(growth, conv.kernel, conv.dilation, grown.dilation, strict=True)
+    ):
+        if grown.dilation == conv.dilation:
+            return f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis"
+        return f"kernel = {new}, dilation = {step}: its taps would not meet those of {old} and dilation {dilation}"
+    wanted = _padding(conv, grown)
+    if grown.padding == "same" and grown.stride != (1, 1):
+        return f'padding = "same": a conv of stride {_text(conv.stride)} cannot have it; give {_text(wanted)}'
+    moved = tuple(
+        (before + extra // 2, after + extra // 2) for (before, after), extra in zip(_margins(conv), growth, strict=True)
+    )
+    if _margins(grown) != moved:
+        return f"padding = {_text(grown.padding)}: the output keeps its size and place with {_text(wanted)} only"
+    return None
+
+
+def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
+    """By how many pixels more the new taps span, along each axis."""
+    rows, columns = (new - old for new, old in zip(_spans(grown), _spans(conv), strict=True))
+    return rows, columns
+
+
+def _spans(conv: ConvSpec) -> Size:
+    rows, columns = (step * (taps - 1) for step, taps in zip(conv.dilation, conv.kernel, strict=True))
+    return rows, columns
+
+
+def _margins(conv: ConvSpec) -> tuple[Size, Size]:
+    """The pixels of padding before and after, along each axis."""
+    if conv.padding == "same":
+        rows, columns = ((span // 2, span - span // 2) for span in _spans(conv))
+        return rows, columns
+    height, width = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    return (height, height), (width, width)
+
+
+def _text(size: Size | str) -> str:
+    return f'"{size}"' if isinstance(size, str) else "x".join(map(str, size))
 
 
 def build(conv: ConvSpec, settings: Settings) -> nn.Conv2d:
@@ -124,17 +160,21 @@ def build(conv: ConvSpec, settings: Settings) -> nn.Conv2d:
 
 
 def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
-    """The conv's own taps in the middle of zeros."""
+    """The conv's own taps in the middle of zeros, and as far apart as they were."""
     new = cast(nn.Conv2d, module)
-    rows, columns = (
-        slice((large - small) // 2, (large + small) // 2)
-        for large, small in zip(new.weight.shape[2:], conv.weight.shape[2:], strict=True)
-    )
+    sizes = (new.kernel_size, new.dilation, conv.kernel_size, conv.dilation)
+    rows, columns = (_places(*axis) for axis in zip(*(cast(Size, size) for size in sizes), strict=True))
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, :, rows, columns] = conv.weight
         if new.bias is not None:
             new.bias.copy_(torch.zeros_like(new.bias) if conv.bias is None else conv.bias)
+
+
+def _places(taps: int, step: int, old_taps: int, old_step: int) -> slice:
+    """Where the old taps are among the new ones, along one axis."""
+    margin = (step * (taps - 1) - old_step * (old_taps - 1)) // (2 * step)
+    return slice(margin, taps - margin, max(1, old_step // step))
 
 
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:

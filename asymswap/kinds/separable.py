@@ -44,6 +44,7 @@ from asymswap.factorize.evidence import Evidence
 from asymswap.factorize.loss import loss
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
+from asymswap.tensors import store_
 
 SIZES = ("rank", "ratio", "energy")
 _SMALL = 10_000_000
@@ -232,9 +233,9 @@ def _init_between_(
         parts.first.bias.copy_(shift_GR.flatten())
         return shift_GR
     norm, mean, variance = parts.norm, *_statistics(parts.norm)
-    mean.copy_(moments.mean_GR.flatten())
-    variance.copy_(moments.variance_GR.flatten())
-    # From the statistics as they are stored, rounded: what one does the other undoes.
+    store_(mean, moments.mean_GR.flatten())
+    store_(variance, moments.variance_GR.flatten())
+    # From the statistics as they are stored, rounded or cut: what one does the other undoes.
     norm.weight.copy_((variance.to(torch.float64) + norm.eps).sqrt())
     norm.bias.copy_(mean.to(shift_GR) + shift_GR.flatten())
     return shift_GR

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from asymswap import kinds
+from asymswap.errors import AsymswapError
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.trace import Trace, conv_hooks
-from asymswap.inputs import Inputs, portions
+from asymswap.inputs import Inputs, portions, sizes
 from asymswap.spec import Plan
 from asymswap.tensors import eval_mode, list_tensors, map_tensors
 
@@ -80,7 +81,7 @@ def measure_fidelity(
         for portion in portions(inputs):
             original(*portion)
     return Fidelity(
-        output=whole.difference(),
+        output=_told(whole, parts),
         site_outputs={name: total.difference() for name, total in sums.items()},
         kernels=dict(_kernel_errors(original, converted, plan)),
     )
@@ -95,7 +96,16 @@ def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Seq
     with eval_mode(one, other), torch.no_grad(), _compared(one, other, parts, whole):
         for portion in portions(inputs):
             one(*portion)
-    return whole.difference()
+    return _told(whole, parts)
+
+
+def _told(sums: Sums, parts: Sequence[str]) -> Difference:
+    if parts and not sums.tensors:
+        raise AsymswapError(
+            "the model gives no tensor that could be compared; let its forward return tensors, or lists, tuples, "
+            "dicts or dataclasses of them"
+        )
+    return sums.difference()
 
 
 @contextmanager
@@ -111,7 +121,13 @@ def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums
             made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
 
         def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
-            for mine, its in zip(list_tensors(output), list_tensors(made.pop()), strict=True):
+            ones, others = list_tensors(output), list_tensors(made.pop())
+            if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
+                raise AsymswapError(
+                    f"outputs of {sizes(others) or 'no tensor'} cannot be compared with those of "
+                    f"{sizes(ones) or 'no tensor'}"
+                )
+            for mine, its in zip(ones, others, strict=True):
                 sums.add(mine, its)
 
         module = one.get_submodule(name)
@@ -124,24 +140,33 @@ def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums
 
 
 class Sums:
-    """Squared differences and squared values summed in float64, over any number of tensors."""
+    """Squared differences and squared values summed in float64, over any number of `tensors`."""
 
     def __init__(self) -> None:
+        self.tensors = 0
         self.squares = self.energy = self.largest = 0.0
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        """Take in two tensors of one shape, the second compared with the first."""
+        """Take in two tensors of one shape, the second compared with the first; of complex numbers both parts."""
+        self.tensors += 1
+        one, other = _real(one), _real(other)
         # Subtracting close numbers loses nothing, so the tensors' own precision will do; only the sums need more.
         dtype = torch.promote_types(one.dtype, torch.float32)
         gap = other.to(dtype) - one.to(dtype)
         self.squares += _energy(gap)
         self.energy += _energy(one.to(dtype))
-        self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
+        largest = float(gap.abs().max()) if gap.numel() else 0.0
+        # Nothing is greater than a NaN: max keeps one that comes first, and passes over one that comes second.
+        self.largest = largest if math.isnan(largest) else max(self.largest, largest)
 
     def difference(self) -> Difference:
         """What all of them come to."""
         relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
         return Difference(relative, self.largest)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _energy(tensor: Tensor) -> float:

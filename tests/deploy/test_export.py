@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import asymswap
 from asymswap.deploy import export as exporting
 from asymswap.deploy import onnx_files
+from asymswap.sources.builders import build
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'
 SWAPS = {
@@ -108,8 +110,6 @@ def test_a_fused_model_becomes_the_originals_state_dict(tmp_path: Path) -> None:
     source = converted(tmp_path, "acb-branch")
     report = asymswap.export(source, tmp_path / "plain.pt", form="state-dict")
     assert report.checks == ()
-    from asymswap.sources.builders import build
-
     original = build("digits-resnet", {}).eval()
     original.load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True))
     images = torch.randn(4, 1, 8, 8)
@@ -133,6 +133,41 @@ def test_what_computes_something_else_is_not_written(tmp_path: Path, monkeypatch
         asymswap.export(source, tmp_path / "model.pt2")
     assert not list(tmp_path.glob("*.pt2"))
     assert not list(tmp_path.glob("*.part"))
+
+
+class _Loaded:
+    """A program that was exported and loaded, whose numbers are spoilt."""
+
+    def __init__(self, program: nn.Module, spoil: Callable[[Tensor], Tensor]) -> None:
+        self._program, self._spoil = program, spoil
+
+    def module(self) -> Callable[[Tensor], Tensor]:
+        return lambda images: self._spoil(self._program(images))
+
+
+def spoil_programs(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]) -> None:
+    """From now on every loaded program gives spoilt numbers."""
+    real = torch.export.load
+    monkeypatch.setattr(exporting.torch.export, "load", lambda file: _Loaded(real(file).module(), spoil))
+
+
+def test_what_gives_nan_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = converted(tmp_path, "separable")
+    spoil_programs(monkeypatch, lambda logits: logits.clone().index_fill_(1, torch.tensor([3]), torch.nan))
+    with pytest.raises(asymswap.AsymswapError, match=r"computes something else than PyTorch on 1x1x8x8: nan at most"):
+        asymswap.export(source, tmp_path / "model.pt2")
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+def test_half_precision_may_round_as_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number below 1 in float16 has a neighbour 5e-4 away: five times what float32 is allowed."""
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(swap=SWAPS["separable"]))
+    network = build("digits-resnet", {}).half()
+    conversion = asymswap.convert(network, tmp_path / "recipe.toml", input_size=(1, 8, 8))
+    asymswap.save(conversion, tmp_path / "model.pt")
+    spoil_programs(monkeypatch, lambda logits: logits + 5e-4)
+    report = asymswap.export(tmp_path / "model.pt", tmp_path / "model.pt2", model=network)
+    assert all(check.largest > 1e-4 for check in report.checks)
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,32 @@ def test_batch_norms_come_back_with_the_scale_that_they_had(converted: asymswap.
         assert torch.allclose(new.running_mean[usual], old.running_mean[usual], atol=1e-4)
         conv = fusion.model.get_submodule(swap.site)
         assert torch.allclose(conv.weight[usual], network.get_submodule(swap.site).weight[usual], atol=1e-5)
+
+
+def test_batch_norms_of_weight_zero_come_back(network: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """As `zero_init_residual` leaves them: the last one of every block."""
+    zeroed = copy.deepcopy(network)
+    for name, module in zeroed.named_modules():
+        if name.endswith("bn2"):
+            nn.init.zeros_(module.weight)
+    (tmp_path / "recipe.toml").write_text(recipe_text("acb with norms"))
+    conversion = asymswap.convert(zeroed, tmp_path / "recipe.toml", input_size=(3, 32, 32))
+    assert "layer1.0.bn2" in {swap.absorbs for swap in conversion.plan.swaps}
+    fusion = asymswap.fuse(conversion, model=zeroed)
+    with torch.no_grad():
+        assert torch.allclose(fusion.model(images), zeroed(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("converted", ["acb", "acb with norms", "offset"], indirect=True)
+def test_trainability_and_memory_format_are_carried_over(converted: asymswap.Conversion, network: nn.Module) -> None:
+    trainable = asymswap.fuse(converted, model=network).model
+    assert all(parameter.requires_grad for parameter in trainable.parameters())
+    assert trainable.layer1[0].conv1.weight.is_contiguous()
+    converted.model.requires_grad_(False).to(memory_format=torch.channels_last)
+    frozen = asymswap.fuse(converted, model=network).model
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert frozen.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not frozen.layer1[0].conv1.weight.is_contiguous()
 
 
 @pytest.mark.parametrize("converted", ["separable"], indirect=True)

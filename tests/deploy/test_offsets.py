@@ -9,9 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import asymswap
-from asymswap.reporting.offsets import OffsetReport, OffsetRow, arrows, draw, offsets_view, to_json
+from asymswap.deploy.offsets import read_offsets
+from asymswap.reporting.offsets import OffsetReport, OffsetRow, arrows, draw, offsets_view
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'
 
@@ -62,6 +64,31 @@ def test_predicted_offsets_are_read_on_inputs(tmp_path: Path) -> None:
     assert row.spread[1][0] > 0.3
     assert row.largest > 0.6
     assert report.probe == "32 images of digits (seed 0)"
+
+
+class Named(nn.Module):
+    """A model that gives its conv the input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(input=x)
+
+
+def test_offsets_are_read_where_a_model_gives_the_input_by_name(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        '[[rules]]\nmatch = { kernel = "3x3" }\nswap = { kind = "predicted-offset" }\n'
+    )
+    network = Named().eval()
+    conversion = asymswap.convert(network, tmp_path / "recipe.toml", input_size=(3, 8, 8))
+    with torch.no_grad():
+        conversion.model.conv.predictor.bias[1] = 0.25  # the first tap, to the right
+    (row,) = read_offsets(conversion.model, (conversion.plan,), (torch.zeros(2, 3, 8, 8),))
+    assert row.mean[0] == pytest.approx((0.0, 0.25))
+    with pytest.raises(asymswap.AsymswapError, match=r"it predicts offsets of up to 0\.25 pixels"):
+        asymswap.fuse(conversion, model=network, max_offset=0.1)
 
 
 def test_outputs_are_compared_on_images_without_labels_too(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def test_a_conv_whose_weight_another_call_uses_is_not_swapped() -> None:
     assert found["other"].refusal is None
 
 
+def test_torch_has_one_conv2d_under_two_names() -> None:
+    assert torch.conv2d is F.conv2d
+
+
 def test_no_hook_stays_behind() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), Blur())
     trace(model, INPUT)

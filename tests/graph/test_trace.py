@@ -179,6 +179,40 @@ def test_reasons_against_any_swap(make: object, reason: str) -> None:
     assert any(re.search(reason, site.refusal or "") for site in found.values())
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_hooks_of_every_kind_are_a_reason(register: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    assert sites(model, (1, 4, 8, 8))["0"].refusal is None
+    getattr(model[0], register)(lambda *_: None)
+    assert "has hooks" in (sites(model, (1, 4, 8, 8))["0"].refusal or "")
+
+
+class OneByOne(nn.Module):
+    """Gives its conv the images of a batch each for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.conv(image) for image in self.first(x).unbind()])
+
+
+def test_convs_of_unbatched_images_are_not_swapped() -> None:
+    found = sites(OneByOne(), (2, 3, 9, 8))
+    assert found["first"].refusal is None
+    assert found["conv"].calls == (Call((7, 6), (5, 4), 1, batched=False),) * 2
+    assert found["conv"].refusal == "is called on one image without a batch (C x H x W); give it 1 x C x H x W"
+
+
 class ReadsWeightOf4(ReadsWeight):
     def __init__(self) -> None:
         super().__init__()

@@ -388,6 +388,18 @@ def test_adopts_batch_norms_with_statistics_only(norm: nn.Module) -> None:
         acb.init_(acb.build(ConvSpec(4, 4, (3, 3)), wanted), nn.Conv2d(4, 4, 3), wanted, norm=norm)
 
 
+def test_variances_beyond_the_range_of_float16_are_undone() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 4, 3, padding=1), 600 * torch.randn(4, 4, 9, 9)
+    evidence = see_all(Case(conv, x)).evidence
+    half = copy.deepcopy(conv).half().eval()
+    block, _ = convert(half, "branch", evidence=evidence)
+    with torch.no_grad():
+        assert float(conv(x).var()) > 65504  # the largest number in float16
+        assert close(block(x.half()).float(), conv(x), tolerance=5e-3)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in block.state_dict().values())
+
+
 def test_adopts_no_hooks() -> None:
     norm = nn.BatchNorm2d(4)
     norm.register_forward_hook(lambda *_: None)

@@ -282,6 +282,13 @@ def test_what_is_promised_to_be_preserved_is(name: str, case: Case, data: st.Dat
 
 
 @property_test(torch.float32)
+def test_the_input_may_be_given_by_its_name(name: str, case: Case, data: st.DataObject) -> None:
+    module = Made(name, case, data).module()
+    with torch.no_grad():
+        assert torch.equal(module(input=case.x), module(case.x))
+
+
+@property_test(torch.float32)
 def test_outputs_have_the_shape_and_are_finite(name: str, case: Case, data: st.DataObject) -> None:
     made = Made(name, case, data, calibrated=data.draw(st.booleans(), label="calibrated"))
     with torch.no_grad():

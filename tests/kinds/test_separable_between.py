@@ -373,6 +373,18 @@ def test_a_relu_fuses_with_nothing(between: str) -> None:
     assert separable.fuse(pair, case.site.conv, settled) is None
 
 
+def test_variances_beyond_the_range_of_float16_are_undone() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 4, 3), 3000 * torch.randn(4, 4, 9, 9)
+    evidence = see(Case(conv, x))
+    half = copy.deepcopy(conv).half().eval()
+    pair, _ = convert(Case(half, x.half()), evidence, rank=12, between="bn")
+    with torch.no_grad():
+        assert float(pair[0](x.half()).float().var((0, 2, 3)).max()) > 65504  # the largest number in float16
+        assert relative(pair(x.half()).float(), conv(x)) < 0.01
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in pair.state_dict().values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("between", BETWEEN)
 def test_half_precision_stays_what_it_is_and_is_not_promised(between: str, dtype: torch.dtype) -> None:
