@@ -300,6 +300,9 @@ def test_mistakes_are_told_in_one_line_with_the_place(old: str, new: str, text: 
         ({"budget.over": "matched"}, {"kind": "separable"}, "0.5 of the matched convs' MACs"),
         ({"rank": 8}, {"kind": "separable", "rank": 8}, "None"),
         ({"rank": 8, "budget.macs": 0.3}, None, None),
+        ({"budget.macs": 0.3, "rank": 8}, None, None),
+        ({"budget.over": "matched", "budget.macs": 0.4}, {"kind": "separable"}, "0.4 of the matched convs' MACs"),
+        ({"budget.macs": 0.4, "budget.over": "matched"}, {"kind": "separable"}, "0.4 of the matched convs' MACs"),
     ],
 )
 def test_overrides(overrides: dict[str, Any], swap: dict[str, Any] | None, budget: str | None) -> None:
@@ -315,6 +318,15 @@ def test_overrides(overrides: dict[str, Any], swap: dict[str, Any] | None, budge
 def test_a_size_given_by_the_user_takes_the_place_of_the_recipes() -> None:
     recipe = parse_recipe(*read_recipe_text("large-kernels"), {"rank": 5})
     assert recipe.rules[0].swap == {"kind": "separable", "rank": 5}
+
+
+@pytest.mark.parametrize(("overrides", "budget"), [({"correlation": 0.3}, "0.9 of the model's MACs"), ({}, "0.9")])
+def test_a_setting_that_is_no_size_leaves_the_budget(overrides: dict[str, Any], budget: str) -> None:
+    """A kind without a size leaves it to the budget whether to swap at all."""
+    cross = '[[rules]]\nmatch = { names = "a" }\nswap = { kind = "cross" }\n[budget]\nmacs = 0.9\n'
+    assert str(parse_recipe(cross, "r", overrides).budget).startswith(budget)
+    both = '[[rules]]\nmatch = { names = "b" }\nswap = { kind = "separable" }\n' + cross
+    assert str(parse_recipe(both, "r", overrides | {"rank": 8}).budget).startswith(budget)
 
 
 def test_an_override_that_no_rule_takes() -> None:
@@ -346,6 +358,7 @@ def test_the_schema_holds_every_kind_and_every_setting() -> None:
     [
         ("rules = 3", "rules: Input should be an object|rule 1: Input should be"),
         ("rules = [3]", "rule 1: Input should be"),
+        (f"budget = 3\n{RULE}", "budget: Input should be"),
         ("", "rules: Field required"),
         ('summary = "x"\nrules = [', r"at line 2, the end of the document"),
     ],
