@@ -161,6 +161,7 @@ def convert_on(
         gathered.by_site,
         gathered.batches,
         gathered.summary.images,
+        opened.example()[0],
         memory_gib=wanted.memory_gib,
         seed=wanted.seed,
         team=wanted.team,

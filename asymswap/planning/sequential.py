@@ -39,6 +39,7 @@ def refine_(
     evidence: Mapping[str, Evidence],
     batches: Batches,
     images: int,
+    example: Tensor,
     *,
     memory_gib: float = 4.0,
     seed: int = 0,
@@ -47,9 +48,10 @@ def refine_(
 ) -> dict[str, Evidence]:
     """Solve every replacement in `converted` anew, in place, in the order in which the sites run.
 
-    The model must trace whole; `images` is how many the batches of all processes hold. A conv that runs more than once
-    in a forward pass keeps its one-pass solution, since its later inputs are not known yet when it is needed first;
-    what is promised to preserve the conv's function is left alone.
+    The model must trace whole; `images` is how many the batches of all processes hold, and `example` one of them
+    (1xCxHxW), of which only the size and the dtype count: a process may have no batch at all.
+    A conv that runs more than once in a forward pass keeps its one-pass solution, since its later inputs are not known
+    yet when it is needed first; what is promised to preserve the conv's function is left alone.
     Returns the evidence that each was solved with.
     """
     by_name = {site.name: site for site in sites}
@@ -57,7 +59,7 @@ def refine_(
     swaps = {swap.site: swap for swap in plan.swaps if swap.site in wanted}
     used: dict[str, Evidence] = {}
     walk = _walk_of(model)
-    bytes_of_image = _held(model, next(iter(batches()))[1][:1])
+    bytes_of_image = _held(model, example)
     limit = memory_gib * 2**30 * team.size
     kept: _Start | _Kept = _Start(batches)
     with eval_mode(model, converted), torch.inference_mode():

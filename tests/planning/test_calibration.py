@@ -184,7 +184,7 @@ def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn
     blind = apply_plan(net, plan_of(net, images, None)[0])
     one_pass = apply_plan(net, plan, evidence=evidence)
     refined = apply_plan(net, plan, evidence=evidence)
-    used = refine_(net, refined, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images))
+    used = refine_(net, refined, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
     assert used.keys() == {swap.site for swap in plan.swaps}
     errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
     assert errors == sorted(errors)
@@ -201,7 +201,7 @@ def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, imag
         )
     )
     converted = apply_plan(net, full, evidence=evidence)
-    refine_(net, converted, sites, full, evidence, lambda: enumerate(images.split(32)), len(images))
+    refine_(net, converted, sites, full, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
     assert output_error(net, converted, images) < 1e-3
 
 
@@ -212,9 +212,9 @@ def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: 
     pair = {"order": "vertical-first", "bias": True}
     plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("a2", "separable", {**pair, "rank": 20})))
     aware, unaware = (apply_plan(net, plan, evidence=evidence) for _ in range(2))
-    refine_(net, aware, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images))
+    refine_(net, aware, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
     alone = replace(plan, swaps=plan.swaps[:1])
-    refine_(net, unaware, sites, alone, evidence, lambda: enumerate(images.split(32)), len(images))
+    refine_(net, unaware, sites, alone, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
 
     def block_error(model: nn.Module) -> float:
         with torch.no_grad():
@@ -236,7 +236,7 @@ def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, imag
     found = []
     for limit in (memory, 4.0):
         converted = apply_plan(net, plan, evidence=evidence)
-        refine_(net, converted, sites, plan, evidence, batches, len(images), memory_gib=limit)
+        refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
         found.append(converted.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[1])
 
@@ -254,8 +254,8 @@ def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> 
     for limit in (4.0, 1.5e-3, 0.0):
         passes.clear()
         converted = apply_plan(net, plan, evidence=evidence)
-        refine_(net, converted, sites, plan, evidence, batches, len(images), memory_gib=limit)
-        needed[limit] = len(passes) - 1  # one looks at the size of the images
+        refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
+        needed[limit] = len(passes)
     # All fits; what is needed at the first swapped conv fits, so that nobody starts from the images.
     assert needed[4.0] == needed[1.5e-3] == 1
     assert needed[0.0] == len(plan.swaps) > 2
