@@ -148,19 +148,18 @@ def choose(
     swaps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Swap)}
     keeps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Keep)}
     keeps |= choices.keeps
-    multiplier = None
+    allocation = None
     budget = choices.recipe.budget
     items = [item for item in choices.left_open if item.site.name not in (undone or {})]
-    if budget is not None and choices.left_open:
-        curves = [choices.curves[item.site.name] for item in items]
-        points = [_points(item, curve, prices) for item, curve in zip(items, curves, strict=True)]
-        if budget.max_error is None:
-            limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
-            allocation = allocate(points, limit)
-        else:
-            others = [option.error for _, option in choices.fixed.values() if option is not None]
-            allocation = _within_error(points, curves, budget.max_error, others)
-        multiplier = allocation.multiplier
+    curves = [choices.curves[item.site.name] for item in items]
+    points = [_points(item, curve, prices) for item, curve in zip(items, curves, strict=True)]
+    if budget is not None and budget.max_error is not None:
+        others = [option.error for _, option in choices.fixed.values() if option is not None]
+        allocation = _within_error(points, curves, budget.max_error, others)
+    elif budget is not None and choices.left_open:
+        limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
+        allocation = allocate(points, limit)
+    if allocation is not None:
         _share(items, curves, allocation.chosen, swaps, keeps)
     for item in choices.left_open:
         if item.site.name in (undone or {}):
@@ -168,7 +167,7 @@ def choose(
     return Plan(
         swaps=tuple(swaps[site.name] for site in choices.sites if site.name in swaps),
         keeps=tuple(keeps[site.name] for site in choices.sites if site.name in keeps),
-        multiplier=multiplier,
+        multiplier=None if allocation is None else allocation.multiplier,
     )
 
 
@@ -184,7 +183,10 @@ def combined_error(errors: Iterable[float]) -> float:
 def _within_error(
     points: Sequence[Sequence[Point]], curves: Sequence[Sequence[Option]], most: float, others: Sequence[float]
 ) -> Allocation:
-    """The cheapest allocation found whose errors, and the squared ones of `others`, come to at most `most` together."""
+    """The cheapest allocation found whose errors, and the squared ones of `others`, come to at most `most` together.
+
+    Raises RecipeError where even the dearest comes to more.
+    """
 
     def error_of(allocation: Allocation) -> float:
         pairs = zip(curves, allocation.chosen, strict=True)
@@ -193,6 +195,12 @@ def _within_error(
 
     low, high = least_cost(points), sum(curve[-1].cost for curve in points)
     best = allocate(points, high)
+    least = error_of(best)
+    if least > most:
+        raise RecipeError(
+            f"max_error = {most:g} cannot be kept: the rules that say their own sizes come to a predicted error of "
+            f"{_round_up(least)} by themselves; give them larger sizes, or the budget a larger max_error"
+        )
     while low < high:
         middle = (low + high) // 2
         found = allocate(points, middle)

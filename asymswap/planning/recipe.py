@@ -341,6 +341,8 @@ class Budget(_Strict):
             raise ValueError(
                 f"a budget needs one of {', '.join(BUDGETS)}" + (f", not {' and '.join(given)}" * bool(given))
             )
+        if self.max_error is not None and "over" in self.model_fields_set:
+            raise ValueError("over says of what a fraction is taken, and max_error is none; remove one of the two")
         return self
 
     @property

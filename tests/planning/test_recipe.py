@@ -276,6 +276,7 @@ def test_a_conv_that_never_runs_has_no_feature_map() -> None:
         ("macs = 0.5", "macs = 1.5", "budget.macs: Input should be less than or equal to 1"),
         ("macs = 0.5", "macs = 0.5\nparams = 0.5", "a budget needs one of macs, params, latency, max_error"),
         ("macs = 0.5", 'over = "model"', "a budget needs one of macs, params, latency, max_error"),
+        ("macs = 0.5", 'max_error = 0.5\nover = "matched"', "over says of what a fraction is taken, and max_error is"),
         ("[budget]", "[budgt]", "unknown key 'budgt'; did you mean budget"),
         ("[budget]\nmacs = 0.5", "", "rule 1 says no size: give rank or ratio or energy, or the recipe a .budget."),
         ('"separable"', '"separable", rank = 4', "budget. has nothing to choose"),
