@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import torch
 from conv_cases import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError
+from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import trace
 from asymswap.measure.cost import count_costs
 from asymswap.planning import calibration
@@ -278,6 +283,60 @@ def test_a_file_that_is_no_evidence(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="cannot read the evidence"):
         load_evidence(tmp_path / "x")
+
+
+EVIDENCE = Evidence(
+    mean_GD=torch.zeros(1, 3, dtype=torch.float64),
+    cov_GDD=torch.eye(3, dtype=torch.float64)[None],
+    target_GOD=torch.ones(1, 2, 3, dtype=torch.float64),
+    target_mean_GO=torch.zeros(1, 2, dtype=torch.float64),
+    weight_GOO=torch.eye(2, dtype=torch.float64)[None],
+    patches=5,
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"patches": 5 + 0j}, "conv/patches is no number of patches"),
+        ({"patches": True}, "conv/patches is no number of patches"),
+        ({"cov_GDD": -EVIDENCE.cov_GDD}, "conv/cov_GDD is not symmetric and positive semidefinite"),
+        ({"cov_GDD": EVIDENCE.cov_GDD - 0.6}, "conv/cov_GDD is not symmetric and positive semidefinite"),
+        ({"cov_GDD": EVIDENCE.cov_GDD + 0.5 * torch.eye(3).roll(1, 1)}, "conv/cov_GDD is not symmetric"),
+        ({"weight_GOO": EVIDENCE.weight_GOO - 0.8}, "conv/weight_GOO is not symmetric and positive semidefinite"),
+    ],
+)
+def test_evidence_that_no_images_can_give(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    summary = EvidenceSummary("images", 5, "0" * 64, 3, "1" * 64)
+    save_evidence(tmp_path / "good", {"conv": EVIDENCE}, summary)
+    assert load_evidence(tmp_path / "good")[0]["conv"].patches == 5
+    save_evidence(tmp_path / "bad", {"conv": replace(EVIDENCE, **changed)}, summary)
+    with pytest.raises(SourceError, match=told):
+        load_evidence(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(("lacking", "told"), [("tensors", "not those that were written"), ("model", "model")])
+def test_evidence_that_does_not_tell_what_it_is_of(tmp_path: Path, lacking: str, told: str) -> None:
+    save_evidence(tmp_path / "e", {"conv": EVIDENCE}, EvidenceSummary("images", 5, "0" * 64, 3, "1" * 64))
+    with safetensors.safe_open(tmp_path / "e", framework="pt") as file:
+        about = json.loads(file.metadata()["asymswap-evidence"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    del about[lacking]
+    save_file(tensors, tmp_path / "e", metadata={"asymswap-evidence": json.dumps(about)})
+    with pytest.raises(SourceError, match=told):
+        load_evidence(tmp_path / "e")
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_single_number_has_a_gradient_too(images: Tensor, last: int) -> None:
+    """A network with one output, whose last batch may hold one image."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    batches = lambda: enumerate(images[: 8 + last].split(8))  # noqa: E731
+    weight = gather(model, spatial(model, images), batches, 8 + last)["0"].weight_GOO
+    assert weight is not None
+    assert bool(weight.isfinite().all())
+    assert bool(weight.any())
 
 
 def test_half_precision_is_summed_in_more(net: nn.Module, images: Tensor) -> None:
