@@ -269,7 +269,7 @@ class Rule(_Strict):
     keep: Literal[True] | None = None
     """They stay as they are, in the place of `swap`."""
 
-    optional: bool = False
+    optional: Annotated[bool, Field(strict=True)] = False
     """It is no error if no conv matches."""
 
     @model_validator(mode="after")
@@ -310,7 +310,7 @@ class Rule(_Strict):
         return self.lacks_size or not kinds.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
 
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 class Budget(_Strict):
@@ -328,7 +328,7 @@ class Budget(_Strict):
     latency: Fraction | None = None
     """At most this fraction of the time of a forward pass on this machine is left."""
 
-    max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     """The predicted relative error of all layers together, for as few MACs as that takes."""
 
     over: Literal["model", "matched"] = "model"
