@@ -190,7 +190,7 @@ class Match(_Strict):
     """Output channels, of all groups together."""
 
     feature_map: Sizes | None = None
-    """Height and width of the output where the conv runs first."""
+    """Height and width of the input where the conv runs first."""
 
     position: Positions | None = None
     """`first` and `last` of all convs in the order in which they run, `inner` for the others."""

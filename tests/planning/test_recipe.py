@@ -256,6 +256,13 @@ def test_a_shipped_recipe_promises_what_its_kinds_do(name: str) -> None:
     assert all(promises) == (recipe.preserves == "exactly")
 
 
+def test_the_feature_map_is_that_of_the_input() -> None:
+    halving = site(calls=(Call((32, 32), (16, 16)),), stride=(2, 2))
+    assert Match(feature_map=((32, 32),)).holds(halving, "inner")
+    assert not Match(feature_map=((16, 16),)).holds(halving, "inner")
+    assert "of the input" in str(Match.model_fields["feature_map"].description)
+
+
 def test_a_conv_that_never_runs_has_no_feature_map() -> None:
     assert not Match.model_validate({"feature_map": {"min": 1}}).holds(site(calls=()), "inner")
 
