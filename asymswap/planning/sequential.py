@@ -30,6 +30,9 @@ from asymswap.tensors import eval_mode, generator_for, list_tensors
 
 Env = dict[fx.Node, Any]
 
+_DAMPING = 0.05
+"""The scale of a batch norm, relative to the average of its channels, below which undoing it stops to grow."""
+
 
 def refine_(
     model: nn.Module,
@@ -275,7 +278,8 @@ class _Walk:
             op = node_operation(self._model, user)
             if op == "add":
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not last]
-                return _Residual(others[0], inverse) if len(others) == 1 else None
+                # With alpha, or with an operand by name, it is no plain sum of the two.
+                return _Residual(others[0], inverse) if len(others) == 1 and not user.kwargs else None
             module = self.module(user)
             if op == "batch_norm" and isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
                 inverse = inverse * _undo(module)
@@ -330,7 +334,7 @@ def _undo(norm: nn.BatchNorm2d) -> Tensor:
     scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.detach()
-    return scale / (scale.square() + (0.05**2) * scale.square().mean())
+    return scale / (scale.square() + _DAMPING**2 * scale.square().mean())
 
 
 def _attribute(model: nn.Module, root: nn.Module, target: str) -> Any:

@@ -232,6 +232,34 @@ def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: 
     assert block_error(aware) < 0.95 * block_error(unaware)
 
 
+class Halved(nn.Module):
+    """A shortcut beside half of a branch, which can be written in two ways."""
+
+    def __init__(self, alpha: bool) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.add(x, self.branch(x), alpha=0.5) if self.alpha else x + 0.5 * self.branch(x)
+
+
+def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
+    found = []
+    pair = {"order": "vertical-first", "bias": True}
+    plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("branch", "separable", {**pair, "rank": 4})))
+    for alpha in (True, False):
+        torch.manual_seed(0)
+        model = Halved(alpha).eval()
+        sites = spatial(model, images)
+        evidence = gather(model, sites, lambda: enumerate(images.split(32)), len(images))
+        converted = apply_plan(model, plan, evidence=evidence)
+        refine_(model, converted, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+        found.append(converted.state_dict())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("memory", [0.0, 1.3e-3, 2e-3])
 def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, images: Tensor, memory: float) -> None:
     """In none, some and most of the layers the activations of all images fit; the model works in place, too."""
