@@ -241,15 +241,18 @@ def _decide(
         return Keep(site.name, f"rule {number} keeps it")
     kind_name = rule.swap["kind"]
     kind = kinds.load(kind_name)
-    reason = site.refusal or kind.refuse(site.conv)
-    if reason is None and not site.calls:
-        reason = "never runs in eval mode"
+    reason = refusal_of(site, kind)
     if reason is not None:
         return Keep(site.name, f"rule {number}, but {reason}")
     settings = kinds.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
     settings, absorbs = _adopt(model, site, kind, settings)
     return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence, absorbs)
+
+
+def refusal_of(site: Site, kind: Kind) -> str | None:
+    """The reason why this kind cannot replace the conv of a site, or None where it can."""
+    return site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
 
 
 def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
@@ -392,9 +395,9 @@ def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
         if site is None:
             raise PlanError(f"the plan swaps {swap.site!r}, which the model lacks{near_names(swap.site, by_name)}")
         kind = kinds.load(swap.kind)
-        reason = site.refusal or kind.refuse(site.conv)
+        reason = refusal_of(site, kind)
         if reason is not None:
-            raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r}, but it {reason}")
+            raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {reason}")
         settings = kinds.parse_settings(swap.kind, swap.settings)
         if kind.SIZES and all(getattr(settings, size) is None for size in kind.SIZES):
             sizes = ", ".join(kind.SIZES)

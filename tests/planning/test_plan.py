@@ -188,6 +188,29 @@ def test_replaying_a_plan_of_another_model(resnet: nn.Module, traced: Trace) -> 
         check_replay(resnet, traced.sites, Plan((Swap("conv1", "separable", {**settings, "rank": 99}),)))
 
 
+class Idle(nn.Module):
+    """Has a conv that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_replaying_a_plan_that_swaps_what_never_runs() -> None:
+    """As a recipe, which keeps it for that reason, a plan does not swap it."""
+    model = Idle().eval()
+    sites = trace(model, INPUTS).sites
+    rules = '[[rules]]\nmatch = {}\nswap = { kind = "separable", rank = 2 }\n'
+    plan = make_plan(model, sites, parse_recipe(rules, "r"), count_costs(model, INPUTS).total)
+    assert plan.keeps == (Keep("unused", "rule 1, but never runs in eval mode"),)
+    swap = Swap("unused", "separable", {"rank": 2, "order": "vertical-first"})
+    with pytest.raises(PlanError, match="cannot swap 'unused' by 'separable': never runs in eval mode"):
+        check_replay(model, sites, Plan((swap,)))
+
+
 def test_replaying_a_plan_that_keeps_what_is_not_there(resnet: nn.Module, traced: Trace) -> None:
     with pytest.raises(PlanError, match="keeps 'cnv1', which the model lacks; did you mean conv1"):
         check_replay(resnet, traced.sites, Plan((), (Keep("cnv1"),)))
