@@ -81,11 +81,15 @@ class Calibration:
 
 @dataclass
 class Gathered:
-    """The evidence of every site, what it was made of, and the images for what comes after."""
+    """The evidence of every site, what it was made of, and the images for what comes after.
+
+    `images` is how many the batches of all processes hold; evidence that was read may be of another number.
+    """
 
     by_site: Mapping[str, Evidence]
     summary: EvidenceSummary
     batches: Batches | None = None
+    images: int = 0
     held_back: Tensor | None = None
     description: str = ""
     notes: list[str] = field(default_factory=list)
@@ -96,7 +100,8 @@ def gather_evidence(
 ) -> Gathered:
     """Evidence of the given sites, from the file where there is one, else from images (and then written to it).
 
-    Raises SourceError where the data or the file cannot be used for this model.
+    Raises SourceError where the data or the file cannot be used for this model, OutputError where the file cannot be
+    written, before anything is gathered.
     """
     images = None if wanted.data is None else _Images(wanted.data, opened, wanted)
     if wanted.evidence is not None and wanted.evidence.exists():
@@ -115,6 +120,9 @@ def gather_evidence(
     else:
         if images is None:
             raise SourceError(f"no evidence file {wanted.evidence}; --calibrate DATA gathers and writes it")
+        if wanted.evidence is not None:
+            target = wanted.evidence
+            wanted.team.first(lambda: check_output(target, force=False))
         found = gather(
             opened.model,
             sites,
@@ -129,10 +137,9 @@ def gather_evidence(
         summary = EvidenceSummary(str(wanted.data), images.count, digest, wanted.seed, model_hash(opened.model))
         gathered = Gathered(found, summary)
         if wanted.evidence is not None and wanted.team.leads:
-            check_output(wanted.evidence, force=False, option="--evidence")
             save_evidence(wanted.evidence, found, summary)
     if images is not None:
-        gathered.batches, gathered.held_back = images.batches, images.held_back
+        gathered.batches, gathered.images, gathered.held_back = images.batches, images.count, images.held_back
         gathered.description = images.description
     gathered.notes += list(_thin(found, sites))
     return gathered
@@ -154,6 +161,8 @@ def convert_on(
     converted = apply_plan(opened.model, plan, progress, gathered.by_site, unset=names)
     if not names or gathered.batches is None:
         return converted, False
+    if gathered.images != gathered.summary.images:
+        gathered.notes.append(f"solved layer by layer on {gathered.images} images")
     refine_(
         opened.model,
         converted,
@@ -161,7 +170,8 @@ def convert_on(
         plan,
         gathered.by_site,
         gathered.batches,
-        gathered.summary.images,
+        gathered.images,
+        opened.example()[0],
         memory_gib=wanted.memory_gib,
         seed=wanted.seed,
         team=wanted.team,

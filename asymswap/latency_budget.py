@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from asymswap.errors import AsymswapError, OutputError, check_choice
+from asymswap.errors import AsymswapError, OutputError, RecipeError, check_choice
 from asymswap.inputs import Inputs
 from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
 from asymswap.measure.machine import machine
@@ -75,7 +75,13 @@ def plan_in_time(
     best: tuple[float, Plan, LatencyRow] | None = None
     tried: Plan | None = None
     for _ in range(_ATTEMPTS):
-        plan = choose(choices, prices, fraction, undone)
+        try:
+            plan = choose(choices, prices, fraction, undone)
+        except RecipeError:
+            # By the table no plan takes as little as is now asked for: an earlier one is as near as we get.
+            if best is None:
+                raise
+            break
         if plan == tried:
             break
         tried = plan

@@ -272,6 +272,10 @@ class Seconds:
     spread: float
 
 
+_TOLD_FROM = 0.02
+_VAGUE_FROM = 0.05
+
+
 @dataclass(frozen=True)
 class Ratio:
     """The time of one model over another's: the median over the rounds of the ratio within a round.
@@ -289,12 +293,12 @@ class Ratio:
 
         So much two copies of one model may differ for as long as a process lives, by where in memory they came to lie.
         """
-        return not self.low <= 1 <= self.high and abs(self.value - 1) >= 0.02
+        return not self.low <= 1 <= self.high and abs(self.value - 1) >= _TOLD_FROM
 
     @property
     def vague(self) -> bool:
         """Whether the machine was too busy to say it to within five per cent."""
-        return self.high - self.low > 0.1 * self.value
+        return self.high - self.low > 2 * _VAGUE_FROM * self.value
 
 
 Progress = Callable[[str, int, int], None]

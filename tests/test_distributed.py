@@ -50,6 +50,15 @@ def test_two_processes_give_the_plan_and_the_weights_of_one(tmp_path: Path) -> N
     assert (tmp_path / "e.safetensors").exists()
 
 
+def test_a_process_without_images_waits_for_the_others(tmp_path: Path) -> None:
+    """Eight digits make one batch, which is the first process's."""
+    options = (*CONVERT, "--calibrate", "digits", "--calibration-images", "8", "--json", "-o", "two.pt")
+    done = torchrun(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout[done.stdout.index("{\n") :])["calibration"]
+    assert (row["images"], row["sequential"]) == (8, True)
+
+
 def test_what_fails_in_the_first_process_ends_all(tmp_path: Path) -> None:
     done = torchrun(tmp_path, *CONVERT[:-1], "0.001", "--calibrate", "digits", "--calibration-images", "8")
     assert done.returncode != 0

@@ -143,6 +143,16 @@ def test_a_latency_out_of_reach_tells_the_lowest(machine: Any) -> None:
         convert(0.1)
 
 
+def test_the_best_so_far_is_kept_where_a_tighter_attempt_is_out_of_reach(machine: Any) -> None:
+    machine(optimism=0.8)
+    with pytest.raises(RecipeError, match=r"ask for at least 0\.\d+") as caught:
+        convert(0.1)
+    least = float(str(caught.value).split("at least ")[1][:5])
+    row = convert(least).report.latency
+    assert row is not None
+    assert row.wanted == least < row.after / row.before
+
+
 def test_a_real_machine_is_measured_too(tmp_path: Path) -> None:
     """A pair of the lowest ranks does a twentieth of the work: nine tenths of the time are always in reach."""
     torch.manual_seed(0)

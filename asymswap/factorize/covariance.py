@@ -34,8 +34,11 @@ from asymswap.tensors import one_thread
 _STEPS = 3
 _ROUNDS = 3
 _LARGE = 2000
-"""Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy; and two
-rounds of two steps are enough, which come within one part in two hundred of the error of many."""
+"""Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
+
+_LARGE_STEPS = 2
+_LARGE_ROUNDS = 2
+"""Enough for one so large: they come within one part in two hundred of the error of many."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,15 @@ def _energy(problem: Problem, kernel_GOKM: Tensor) -> Tensor:
     return torch.einsum("goa,gab,gpb,gop->g", flat, s_GDD, flat, problem.p_GOO)
 
 
-def factors(problem: Problem, rank: int, rounds: int | None = None, steps: int | None = None) -> tuple[Tensor, Tensor]:
+def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     """The best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly between the two.
 
     Never worse than the truncated SVD of the kernel, which is tried too.
     """
     if problem.w_GOKM.shape[2:].numel() > _LARGE:
-        return _factors(problem, rank, 2 if rounds is None else rounds, 2 if steps is None else steps)
+        return _factors(problem, rank, _LARGE_ROUNDS, _LARGE_STEPS)
     with one_thread():
-        return _factors(problem, rank, _ROUNDS if rounds is None else rounds, _STEPS if steps is None else steps)
+        return _factors(problem, rank, _ROUNDS, _STEPS)
 
 
 def _factors(problem: Problem, rank: int, rounds: int, steps: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ def apply_plan(
     the evidence of their sites; the model is unchanged.
 
     Replacements at the sites in `unset` are left for others to initialise. With `share` what is not swapped has the
-    model's own parameters and buffers: for a model that nobody uses afterwards.
+    model's own parameters and buffers: for a model that nobody uses afterwards. Raises PlanError for a site or a batch
+    norm that the model lacks, RecipeError for a kind or a setting that does not exist.
     """
     found = evidence or {}
 
@@ -42,12 +43,15 @@ def apply_plan(
 
 
 def apply_structure(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
-    """The same with unset weights in the replacements, for loading a state dict into it."""
+    """The same with unset weights in the replacements, for loading a state dict into it; raises as `apply_plan`."""
     return _apply(model, plan, share=share)
 
 
 def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
-    """The same with random weights in the replacements, which shares all others with the model: for being timed."""
+    """The same with random weights in the replacements, which shares all others with the model: for being timed.
+
+    Raises as `apply_plan`.
+    """
 
     def start(built: _Built) -> None:
         generator = generator_for(built.entry.site)

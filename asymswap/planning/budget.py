@@ -88,7 +88,8 @@ def _slope(low: Point, high: Point) -> float:
 def _spend_rest(curves: Sequence[Sequence[Point]], chosen: list[int], rest: int) -> None:
     """Move single sites, in place, to the best point that the rest of the budget pays for, the largest gain first."""
     ladders = [_Ladder(curve) for curve in curves]
-    while True:
+    # Where there is no site at all, there is none to move.
+    while curves:
         moves = []
         for site, curve in enumerate(curves):
             now = curve[chosen[site]]

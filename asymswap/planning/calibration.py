@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -47,6 +47,9 @@ _POSITIONS = 32
 _SAMPLES_PER_DIMENSION = 8
 """Patches, at least, for each row of a covariance, where the images have so many."""
 
+
+_ASYMMETRY = 1e-5
+"""What rounding in float32 may make of a symmetric matrix, relative to its norm."""
 
 _BLOCK = 256
 """Rows of a gram that are multiplied at once."""
@@ -244,7 +247,8 @@ def _surprise(output: Any, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient has the second moment of the Fisher information, summed over the images.
 
     Scores of classes (N, classes) stand for a categorical distribution: a label is drawn from it. Any other output
-    stands for a normal one of the deviation that the output itself has.
+    stands for a normal one of the deviation that the output itself has; or, where it never varies, as a single number
+    cannot, of its own size.
     """
     tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not tensors:
@@ -257,7 +261,10 @@ def _surprise(output: Any, generator: torch.Generator) -> Tensor:
     parts = []
     for tensor in tensors:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
-        parts.append((tensor * noise).sum() / tensor.detach().std().clamp_min(1e-12))
+        values = tensor.detach()
+        deviation = values.std(correction=0)
+        scale = torch.where(deviation > 0, deviation, values.abs().mean())
+        parts.append((tensor * noise).sum() / scale.clamp_min(1e-12))
     return torch.stack(parts).sum()
 
 
@@ -300,7 +307,7 @@ class EvidenceSummary:
     images: int
     sha256: str
     seed: int
-    model: str = field(default="")
+    model: str
 
 
 _SUMMARY = TypeAdapter(EvidenceSummary)
@@ -356,8 +363,7 @@ def load_evidence(path: Path) -> tuple[dict[str, Evidence], EvidenceSummary]:
                 raise SourceError(f"{path} holds no evidence; --evidence names a file that a calibration wrote")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         told = json.loads(text)
-        # Files of the first version carry no hash.
-        if told.pop("tensors", None) not in (None, _tensors_hash(tensors)):
+        if told.pop("tensors", None) != _tensors_hash(tensors):
             raise ValueError("its numbers are not those that were written")
         summary = _SUMMARY.validate_json(json.dumps(told))
         names = sorted({key.rpartition("/")[0] for key in tensors})
@@ -382,9 +388,9 @@ def _read_evidence(name: str, tensors: Mapping[str, Tensor]) -> Evidence:
     target_GOD = part("target_GOD")
     groups, outputs, length = target_GOD.shape
     patches = tensors.get(f"{name}/patches")
-    if patches is None or patches.shape != () or patches.is_floating_point() or int(patches) < 1:
+    if patches is None or patches.shape != () or patches.dtype != torch.int64 or int(patches) < 1:
         raise ValueError(f"{name}/patches is no number of patches")
-    return Evidence(
+    found = Evidence(
         mean_GD=part("mean_GD", groups, length),
         cov_GDD=part("cov_GDD", groups, length, length),
         target_GOD=target_GOD,
@@ -392,3 +398,15 @@ def _read_evidence(name: str, tensors: Mapping[str, Tensor]) -> Evidence:
         weight_GOO=part("weight_GOO", groups, outputs, outputs) if f"{name}/weight_GOO" in tensors else None,
         patches=int(patches),
     )
+    _check_moment(f"{name}/cov_GDD", found.cov_GDD, found.ridged())
+    if found.weight_GOO is not None:
+        _check_moment(f"{name}/weight_GOO", found.weight_GOO, found.output_weight())
+    return found
+
+
+def _check_moment(name: str, matrix: Tensor, definite: Tensor) -> None:
+    """Raise ValueError where a matrix is no second moment: `definite` is what is factorised of it."""
+    symmetric = torch.allclose(matrix, matrix.mT, atol=_ASYMMETRY * float(matrix.norm()))
+    factor, failed = torch.linalg.cholesky_ex(definite)
+    if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):
+        raise ValueError(f"{name} is not symmetric and positive semidefinite, as every second moment is")

@@ -7,7 +7,7 @@ from typing import Any
 
 from asymswap import kinds
 from asymswap.kinds import separable
-from asymswap.planning.plan import find_rule, saves
+from asymswap.planning.plan import find_rule, refusal_of, saves
 from asymswap.planning.recipe import Recipe
 from asymswap.spec import Candidate, RankCost, Site
 
@@ -25,12 +25,13 @@ def _candidate(site: Site, recipe: Recipe | None, number: int | None) -> Candida
     if recipe is not None:
         if number is None:
             return Candidate(site, "no rule matches")
-        if recipe.rules[number].swap is None:
+        wanted = recipe.rules[number].swap
+        if wanted is None:
             return Candidate(site, f"rule {number + 1} keeps it")
-        swap = recipe.rules[number].swap or swap
+        swap = wanted
     name = swap["kind"]
     kind = kinds.load(name)
-    reason = site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
+    reason = refusal_of(site, kind)
     if reason is not None:
         return Candidate(site, reason, kind=name)
     if name != "separable":

@@ -148,19 +148,18 @@ def choose(
     swaps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Swap)}
     keeps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Keep)}
     keeps |= choices.keeps
-    multiplier = None
+    allocation = None
     budget = choices.recipe.budget
     items = [item for item in choices.left_open if item.site.name not in (undone or {})]
-    if budget is not None and choices.left_open:
-        curves = [choices.curves[item.site.name] for item in items]
-        points = [_points(item, curve, prices) for item, curve in zip(items, curves, strict=True)]
-        if budget.max_error is None:
-            limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
-            allocation = allocate(points, limit)
-        else:
-            others = [option.error for _, option in choices.fixed.values() if option is not None]
-            allocation = _within_error(points, curves, budget.max_error, others)
-        multiplier = allocation.multiplier
+    curves = [choices.curves[item.site.name] for item in items]
+    points = [_points(item, curve, prices) for item, curve in zip(items, curves, strict=True)]
+    if budget is not None and budget.max_error is not None:
+        others = [option.error for _, option in choices.fixed.values() if option is not None]
+        allocation = _within_error(points, curves, budget.max_error, others)
+    elif budget is not None and choices.left_open:
+        limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
+        allocation = allocate(points, limit)
+    if allocation is not None:
         _share(items, curves, allocation.chosen, swaps, keeps)
     for item in choices.left_open:
         if item.site.name in (undone or {}):
@@ -168,7 +167,7 @@ def choose(
     return Plan(
         swaps=tuple(swaps[site.name] for site in choices.sites if site.name in swaps),
         keeps=tuple(keeps[site.name] for site in choices.sites if site.name in keeps),
-        multiplier=multiplier,
+        multiplier=None if allocation is None else allocation.multiplier,
     )
 
 
@@ -184,7 +183,10 @@ def combined_error(errors: Iterable[float]) -> float:
 def _within_error(
     points: Sequence[Sequence[Point]], curves: Sequence[Sequence[Option]], most: float, others: Sequence[float]
 ) -> Allocation:
-    """The cheapest allocation found whose errors, and the squared ones of `others`, come to at most `most` together."""
+    """The cheapest allocation found whose errors, and the squared ones of `others`, come to at most `most` together.
+
+    Raises RecipeError where even the dearest comes to more.
+    """
 
     def error_of(allocation: Allocation) -> float:
         pairs = zip(curves, allocation.chosen, strict=True)
@@ -193,6 +195,12 @@ def _within_error(
 
     low, high = least_cost(points), sum(curve[-1].cost for curve in points)
     best = allocate(points, high)
+    least = error_of(best)
+    if least > most:
+        raise RecipeError(
+            f"max_error = {most:g} cannot be kept: the rules that say their own sizes come to a predicted error of "
+            f"{_round_up(least)} by themselves; give them larger sizes, or the budget a larger max_error"
+        )
     while low < high:
         middle = (low + high) // 2
         found = allocate(points, middle)
@@ -233,15 +241,18 @@ def _decide(
         return Keep(site.name, f"rule {number} keeps it")
     kind_name = rule.swap["kind"]
     kind = kinds.load(kind_name)
-    reason = site.refusal or kind.refuse(site.conv)
-    if reason is None and not site.calls:
-        reason = "never runs in eval mode"
+    reason = refusal_of(site, kind)
     if reason is not None:
         return Keep(site.name, f"rule {number}, but {reason}")
     settings = kinds.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
     settings, absorbs = _adopt(model, site, kind, settings)
     return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence, absorbs)
+
+
+def refusal_of(site: Site, kind: Kind) -> str | None:
+    """The reason why this kind cannot replace the conv of a site, or None where it can."""
+    return site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
 
 
 def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
@@ -384,9 +395,9 @@ def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
         if site is None:
             raise PlanError(f"the plan swaps {swap.site!r}, which the model lacks{near_names(swap.site, by_name)}")
         kind = kinds.load(swap.kind)
-        reason = site.refusal or kind.refuse(site.conv)
+        reason = refusal_of(site, kind)
         if reason is not None:
-            raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r}, but it {reason}")
+            raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {reason}")
         settings = kinds.parse_settings(swap.kind, swap.settings)
         if kind.SIZES and all(getattr(settings, size) is None for size in kind.SIZES):
             sizes = ", ".join(kind.SIZES)

@@ -190,7 +190,7 @@ class Match(_Strict):
     """Output channels, of all groups together."""
 
     feature_map: Sizes | None = None
-    """Height and width of the output where the conv runs first."""
+    """Height and width of the input where the conv runs first."""
 
     position: Positions | None = None
     """`first` and `last` of all convs in the order in which they run, `inner` for the others."""
@@ -269,7 +269,7 @@ class Rule(_Strict):
     keep: Literal[True] | None = None
     """They stay as they are, in the place of `swap`."""
 
-    optional: bool = False
+    optional: Annotated[bool, Field(strict=True)] = False
     """It is no error if no conv matches."""
 
     @model_validator(mode="after")
@@ -310,7 +310,7 @@ class Rule(_Strict):
         return self.lacks_size or not kinds.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
 
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 class Budget(_Strict):
@@ -328,7 +328,7 @@ class Budget(_Strict):
     latency: Fraction | None = None
     """At most this fraction of the time of a forward pass on this machine is left."""
 
-    max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     """The predicted relative error of all layers together, for as few MACs as that takes."""
 
     over: Literal["model", "matched"] = "model"
@@ -341,6 +341,8 @@ class Budget(_Strict):
             raise ValueError(
                 f"a budget needs one of {', '.join(BUDGETS)}" + (f", not {' and '.join(given)}" * bool(given))
             )
+        if self.max_error is not None and "over" in self.model_fields_set:
+            raise ValueError("over says of what a fraction is taken, and max_error is none; remove one of the two")
         return self
 
     @property
@@ -515,31 +517,32 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
 
     `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key
     goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
-    size, and of the budget where no rule is left for it. Raises RecipeError for a key that no rule takes.
+    size, and of the recipe's budget where no rule is left for it. Settings are put in first, then the last measure,
+    then `over`, in whatever order they are given. Raises RecipeError for a key that no rule takes.
     """
     given = value.get("rules")
-    if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
-        # What is wrong with the rules is told when the whole is checked.
+    budget = value.get("budget")
+    well_formed = isinstance(given, list) and all(isinstance(rule, dict) for rule in given)
+    if not well_formed or not isinstance(budget, dict | None):
+        # What is wrong with the rules, or the budget, is told when the whole is checked.
         return value
     rules = [dict(rule) for rule in given]
-    budget = dict(value["budget"]) if isinstance(value.get("budget"), dict) else None
-    for key, wanted in overrides.items():
-        if key.startswith("budget."):
-            part = key.removeprefix("budget.")
-            kept = {} if part in BUDGETS else dict(budget or {})
-            budget = {**kept, part: wanted}
-        else:
-            _override_rules(rules, key, wanted)
-            if not any(_is_open(rule) for rule in rules):
-                budget = None
+    sized = [_override_rules(rules, key, wanted) for key, wanted in overrides.items() if not key.startswith("budget.")]
+    if any(sized) and not any(_leaves_choice(rule) for rule in rules):
+        budget = None
+    parts = {key.removeprefix("budget."): wanted for key, wanted in overrides.items() if key.startswith("budget.")}
+    # Another measure makes another budget, of which `over` then speaks.
+    for part in sorted(parts, key=lambda part: part not in BUDGETS):
+        budget = {**({} if part in BUDGETS else budget or {}), part: parts[part]}
     changed = {**value, "rules": rules}
     changed.pop("budget", None)
     return changed if budget is None else {**changed, "budget": budget}
 
 
-def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> None:
+def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> bool:
+    """Put a setting into all rules that take it; returns whether it is the size of one of them."""
     known: set[str] = set()
-    taken = False
+    taken = is_size = False
     for rule in rules:
         swap = rule.get("swap")
         if not isinstance(swap, dict) or swap.get("kind") not in kinds.names():
@@ -549,18 +552,19 @@ def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> None:
         if key in kind.Settings.model_fields:
             dropped = kind.SIZES if key in kind.SIZES else ()
             rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: wanted}
-            taken = True
+            taken, is_size = True, is_size or key in kind.SIZES
     if not taken:
         hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
         raise RecipeError(f"--set {key}: no rule of the recipe takes it{hint}")
+    return is_size
 
 
-def _is_open(rule: dict[str, Any]) -> bool:
-    swap = rule.get("swap")
-    if not isinstance(swap, dict) or swap.get("kind") not in kinds.names():
+def _leaves_choice(rule: dict[str, Any]) -> bool:
+    try:
+        return Rule.model_validate(rule).leaves_choice
+    except ValidationError:
+        # What is wrong with it is told when the whole is checked.
         return False
-    sizes = kinds.load(swap["kind"]).SIZES
-    return bool(sizes) and not any(name in swap for name in sizes)
 
 
 def _keys_at(error: ValidationError) -> list[str]:

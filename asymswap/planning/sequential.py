@@ -30,6 +30,9 @@ from asymswap.tensors import eval_mode, generator_for, list_tensors
 
 Env = dict[fx.Node, Any]
 
+_DAMPING = 0.05
+"""The scale of a batch norm, relative to the average of its channels, below which undoing it stops to grow."""
+
 
 def refine_(
     model: nn.Module,
@@ -39,6 +42,7 @@ def refine_(
     evidence: Mapping[str, Evidence],
     batches: Batches,
     images: int,
+    example: Tensor,
     *,
     memory_gib: float = 4.0,
     seed: int = 0,
@@ -47,9 +51,10 @@ def refine_(
 ) -> dict[str, Evidence]:
     """Solve every replacement in `converted` anew, in place, in the order in which the sites run.
 
-    The model must trace whole; `images` is how many the batches of all processes hold. A conv that runs more than once
-    in a forward pass keeps its one-pass solution, since its later inputs are not known yet when it is needed first;
-    what is promised to preserve the conv's function is left alone.
+    The model must trace whole; `images` is how many the batches of all processes hold, and `example` one of them
+    (1xCxHxW), of which only the size and the dtype count: a process may have no batch at all.
+    A conv that runs more than once in a forward pass keeps its one-pass solution, since its later inputs are not known
+    yet when it is needed first; what is promised to preserve the conv's function is left alone.
     Returns the evidence that each was solved with.
     """
     by_name = {site.name: site for site in sites}
@@ -57,7 +62,7 @@ def refine_(
     swaps = {swap.site: swap for swap in plan.swaps if swap.site in wanted}
     used: dict[str, Evidence] = {}
     walk = _walk_of(model)
-    bytes_of_image = _held(model, next(iter(batches()))[1][:1])
+    bytes_of_image = _held(model, example)
     limit = memory_gib * 2**30 * team.size
     kept: _Start | _Kept = _Start(batches)
     with eval_mode(model, converted), torch.inference_mode():
@@ -273,7 +278,8 @@ class _Walk:
             op = node_operation(self._model, user)
             if op == "add":
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not last]
-                return _Residual(others[0], inverse) if len(others) == 1 else None
+                # With alpha, or with an operand by name, it is no plain sum of the two.
+                return _Residual(others[0], inverse) if len(others) == 1 and not user.kwargs else None
             module = self.module(user)
             if op == "batch_norm" and isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
                 inverse = inverse * _undo(module)
@@ -328,7 +334,7 @@ def _undo(norm: nn.BatchNorm2d) -> Tensor:
     scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.detach()
-    return scale / (scale.square() + (0.05**2) * scale.square().mean())
+    return scale / (scale.square() + _DAMPING**2 * scale.square().mean())
 
 
 def _attribute(model: nn.Module, root: nn.Module, target: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import asymswap
+from asymswap.planning.sequential import refine_
 
 Run = Callable[..., Any]
 CONVERT = ("convert", "digits-resnet", "--recipe", "half-macs", "--macs", "0.3", "-o", "out.pt")
@@ -46,6 +47,36 @@ def test_evidence_from_a_file_gives_the_plan_that_it_gave_at_first(run: Run, tmp
     alone = json.loads(run(*CONVERT, "--evidence", "e.safetensors", "--json", "--force").out)
     assert alone["calibration"]["sequential"] is False
     assert "not refined layer by layer: the images are not given" in " ".join(alone["calibration"]["notes"])
+
+
+def test_evidence_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is solved layer by layer is told of the images that are there, not of those that the evidence was of."""
+    told: list[int] = []
+
+    def refine(*arguments: Any, **options: Any) -> Any:
+        told.append(arguments[6])
+        assert sum(len(batch) for _, batch in arguments[5]()) == arguments[6]
+        return refine_(*arguments, **options)
+
+    monkeypatch.setattr("asymswap.calibrate.refine_", refine)
+    evidence = ("--calibrate", "digits", "--evidence", "e.safetensors", "--json", "--dry-run", "--calibration-images")
+    first = json.loads(run(*CONVERT, *evidence, "16").out)
+    again = json.loads(run(*CONVERT, *evidence, "200").out)
+    assert told == [16, 200]
+    assert "layer by layer on" not in " ".join(first["calibration"]["notes"])
+    assert "solved layer by layer on 200 images" in again["calibration"]["notes"]
+
+
+def test_an_evidence_file_that_cannot_be_written_is_told_before_the_pass(
+    refusal: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(*_: Any, **__: Any) -> Any:
+        raise AssertionError("gathered for nothing")
+
+    monkeypatch.setattr("asymswap.calibrate.gather", gather)
+    assert "the folder nowhere does not exist" in refusal(
+        *CONVERT, "--calibrate", "digits", "--evidence", "nowhere/e.safetensors"
+    )
 
 
 def test_predicted_errors_are_near_the_measured_ones(run: Run) -> None:

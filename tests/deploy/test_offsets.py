@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.deploy.offsets import read_offsets
-from asymswap.reporting.offsets import OffsetReport, OffsetRow, arrows, draw, offsets_view
+from asymswap.reporting.offsets import OffsetReport, OffsetRow, arrows, draw, offsets_view, to_json
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'
 

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import torch
 from conv_cases import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError
+from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import trace
 from asymswap.measure.cost import count_costs
 from asymswap.planning import calibration
@@ -184,7 +189,7 @@ def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn
     blind = apply_plan(net, plan_of(net, images, None)[0])
     one_pass = apply_plan(net, plan, evidence=evidence)
     refined = apply_plan(net, plan, evidence=evidence)
-    used = refine_(net, refined, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images))
+    used = refine_(net, refined, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
     assert used.keys() == {swap.site for swap in plan.swaps}
     errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
     assert errors == sorted(errors)
@@ -201,7 +206,7 @@ def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, imag
         )
     )
     converted = apply_plan(net, full, evidence=evidence)
-    refine_(net, converted, sites, full, evidence, lambda: enumerate(images.split(32)), len(images))
+    refine_(net, converted, sites, full, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
     assert output_error(net, converted, images) < 1e-3
 
 
@@ -212,9 +217,9 @@ def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: 
     pair = {"order": "vertical-first", "bias": True}
     plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("a2", "separable", {**pair, "rank": 20})))
     aware, unaware = (apply_plan(net, plan, evidence=evidence) for _ in range(2))
-    refine_(net, aware, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images))
+    refine_(net, aware, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
     alone = replace(plan, swaps=plan.swaps[:1])
-    refine_(net, unaware, sites, alone, evidence, lambda: enumerate(images.split(32)), len(images))
+    refine_(net, unaware, sites, alone, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
 
     def block_error(model: nn.Module) -> float:
         with torch.no_grad():
@@ -227,6 +232,34 @@ def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: 
     assert block_error(aware) < 0.95 * block_error(unaware)
 
 
+class Halved(nn.Module):
+    """A shortcut beside half of a branch, which can be written in two ways."""
+
+    def __init__(self, alpha: bool) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.add(x, self.branch(x), alpha=0.5) if self.alpha else x + 0.5 * self.branch(x)
+
+
+def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
+    found = []
+    pair = {"order": "vertical-first", "bias": True}
+    plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("branch", "separable", {**pair, "rank": 4})))
+    for alpha in (True, False):
+        torch.manual_seed(0)
+        model = Halved(alpha).eval()
+        sites = spatial(model, images)
+        evidence = gather(model, sites, lambda: enumerate(images.split(32)), len(images))
+        converted = apply_plan(model, plan, evidence=evidence)
+        refine_(model, converted, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+        found.append(converted.state_dict())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("memory", [0.0, 1.3e-3, 2e-3])
 def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, images: Tensor, memory: float) -> None:
     """In none, some and most of the layers the activations of all images fit; the model works in place, too."""
@@ -236,7 +269,7 @@ def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, imag
     found = []
     for limit in (memory, 4.0):
         converted = apply_plan(net, plan, evidence=evidence)
-        refine_(net, converted, sites, plan, evidence, batches, len(images), memory_gib=limit)
+        refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
         found.append(converted.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[1])
 
@@ -254,8 +287,8 @@ def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> 
     for limit in (4.0, 1.5e-3, 0.0):
         passes.clear()
         converted = apply_plan(net, plan, evidence=evidence)
-        refine_(net, converted, sites, plan, evidence, batches, len(images), memory_gib=limit)
-        needed[limit] = len(passes) - 1  # one looks at the size of the images
+        refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
+        needed[limit] = len(passes)
     # All fits; what is needed at the first swapped conv fits, so that nobody starts from the images.
     assert needed[4.0] == needed[1.5e-3] == 1
     assert needed[0.0] == len(plan.swaps) > 2
@@ -278,6 +311,60 @@ def test_a_file_that_is_no_evidence(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="cannot read the evidence"):
         load_evidence(tmp_path / "x")
+
+
+EVIDENCE = Evidence(
+    mean_GD=torch.zeros(1, 3, dtype=torch.float64),
+    cov_GDD=torch.eye(3, dtype=torch.float64)[None],
+    target_GOD=torch.ones(1, 2, 3, dtype=torch.float64),
+    target_mean_GO=torch.zeros(1, 2, dtype=torch.float64),
+    weight_GOO=torch.eye(2, dtype=torch.float64)[None],
+    patches=5,
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"patches": 5 + 0j}, "conv/patches is no number of patches"),
+        ({"patches": True}, "conv/patches is no number of patches"),
+        ({"cov_GDD": -EVIDENCE.cov_GDD}, "conv/cov_GDD is not symmetric and positive semidefinite"),
+        ({"cov_GDD": EVIDENCE.cov_GDD - 0.6}, "conv/cov_GDD is not symmetric and positive semidefinite"),
+        ({"cov_GDD": EVIDENCE.cov_GDD + 0.5 * torch.eye(3).roll(1, 1)}, "conv/cov_GDD is not symmetric"),
+        ({"weight_GOO": EVIDENCE.weight_GOO - 0.8}, "conv/weight_GOO is not symmetric and positive semidefinite"),
+    ],
+)
+def test_evidence_that_no_images_can_give(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    summary = EvidenceSummary("images", 5, "0" * 64, 3, "1" * 64)
+    save_evidence(tmp_path / "good", {"conv": EVIDENCE}, summary)
+    assert load_evidence(tmp_path / "good")[0]["conv"].patches == 5
+    save_evidence(tmp_path / "bad", {"conv": replace(EVIDENCE, **changed)}, summary)
+    with pytest.raises(SourceError, match=told):
+        load_evidence(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(("lacking", "told"), [("tensors", "not those that were written"), ("model", "model")])
+def test_evidence_that_does_not_tell_what_it_is_of(tmp_path: Path, lacking: str, told: str) -> None:
+    save_evidence(tmp_path / "e", {"conv": EVIDENCE}, EvidenceSummary("images", 5, "0" * 64, 3, "1" * 64))
+    with safetensors.safe_open(tmp_path / "e", framework="pt") as file:
+        about = json.loads(file.metadata()["asymswap-evidence"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    del about[lacking]
+    save_file(tensors, tmp_path / "e", metadata={"asymswap-evidence": json.dumps(about)})
+    with pytest.raises(SourceError, match=told):
+        load_evidence(tmp_path / "e")
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_single_number_has_a_gradient_too(images: Tensor, last: int) -> None:
+    """A network with one output, whose last batch may hold one image."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    batches = lambda: enumerate(images[: 8 + last].split(8))  # noqa: E731
+    weight = gather(model, spatial(model, images), batches, 8 + last)["0"].weight_GOO
+    assert weight is not None
+    assert bool(weight.isfinite().all())
+    assert bool(weight.any())
 
 
 def test_half_precision_is_summed_in_more(net: nn.Module, images: Tensor) -> None:

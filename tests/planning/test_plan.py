@@ -14,7 +14,16 @@ from asymswap.measure.cost import count_costs
 from asymswap.opening import open_model
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
-from asymswap.planning.plan import check_replay, combined_error, make_plan, plan_from_json, plan_text
+from asymswap.planning.plan import (
+    check_replay,
+    choose,
+    combined_error,
+    find_choices,
+    make_plan,
+    plan_from_json,
+    plan_text,
+)
+from asymswap.planning.prices import Counted
 from asymswap.planning.recipe import parse_recipe
 from asymswap.sources.networks import BUILDERS
 from asymswap.sources.references import Request
@@ -179,6 +188,29 @@ def test_replaying_a_plan_of_another_model(resnet: nn.Module, traced: Trace) -> 
         check_replay(resnet, traced.sites, Plan((Swap("conv1", "separable", {**settings, "rank": 99}),)))
 
 
+class Idle(nn.Module):
+    """Has a conv that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_replaying_a_plan_that_swaps_what_never_runs() -> None:
+    """As a recipe, which keeps it for that reason, a plan does not swap it."""
+    model = Idle().eval()
+    sites = trace(model, INPUTS).sites
+    rules = '[[rules]]\nmatch = {}\nswap = { kind = "separable", rank = 2 }\n'
+    plan = make_plan(model, sites, parse_recipe(rules, "r"), count_costs(model, INPUTS).total)
+    assert plan.keeps == (Keep("unused", "rule 1, but never runs in eval mode"),)
+    swap = Swap("unused", "separable", {"rank": 2, "order": "vertical-first"})
+    with pytest.raises(PlanError, match="cannot swap 'unused' by 'separable': never runs in eval mode"):
+        check_replay(model, sites, Plan((swap,)))
+
+
 def test_replaying_a_plan_that_keeps_what_is_not_there(resnet: nn.Module, traced: Trace) -> None:
     with pytest.raises(PlanError, match="keeps 'cnv1', which the model lacks; did you mean conv1"):
         check_replay(resnet, traced.sites, Plan((), (Keep("cnv1"),)))
@@ -219,6 +251,33 @@ def test_more_error_never_costs_more_macs(digits: nn.Module) -> None:
     costs = [count_costs(apply_plan(digits, plan), inputs).total.macs for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.7 * costs[0]
+
+
+def test_an_error_that_fixed_sizes_exceed_is_refused_with_what_they_come_to(digits: nn.Module) -> None:
+    inputs = (torch.empty(1, 1, 8, 8),)
+    sites, total = trace(digits, inputs).sites, count_costs(digits, inputs).total
+    fixed = '[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "separable", rank = 1 }\n'
+    (alone,) = make_plan(digits, sites, parse_recipe(fixed, "r"), total).swaps
+    assert alone.predicted is not None
+    allowed = fixed + DENSE + "[budget]\nmax_error = "
+    text = r"max_error = 0\.01 cannot be kept: .* predicted error of (0\.\d+) by themselves"
+    with pytest.raises(RecipeError, match=text) as caught:
+        make_plan(digits, sites, parse_recipe(f"{allowed}0.01", "r"), total)
+    least = float(str(caught.value).split("error of ")[1].split()[0])
+    assert least == pytest.approx(alone.predicted, abs=1.1e-3)
+    plan = make_plan(digits, sites, parse_recipe(f"{allowed}{least}", "r"), total)
+    assert combined_error(swap.predicted for swap in plan.swaps if swap.predicted) <= least
+
+
+def test_where_every_open_site_is_undone_only_the_fixed_ones_are_swapped(resnet: nn.Module, traced: Trace) -> None:
+    fixed = '[[rules]]\nmatch = { names = "layer*" }\nswap = { kind = "separable", rank = 1 }\n'
+    left_open = '[[rules]]\nmatch = { names = "conv1" }\nswap = { kind = "separable" }\n'
+    recipe = parse_recipe(f"{fixed}{left_open}[budget]\nmacs = 0.9\n", "r")
+    choices = find_choices(resnet, traced.sites, recipe)
+    total = count_costs(resnet, INPUTS).total
+    plan = choose(choices, Counted("macs", total), undone={"conv1": "it was slower"})
+    assert {swap.site for swap in plan.swaps} == {site.name for site in traced.sites} - {"conv1"}
+    assert plan.keeps == (Keep("conv1", "rule 2, but it was slower"),)
 
 
 def test_candidates_of_other_kinds_tell_what_the_replacement_costs(resnet: nn.Module, traced: Trace) -> None:

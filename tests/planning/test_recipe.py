@@ -256,6 +256,13 @@ def test_a_shipped_recipe_promises_what_its_kinds_do(name: str) -> None:
     assert all(promises) == (recipe.preserves == "exactly")
 
 
+def test_the_feature_map_is_that_of_the_input() -> None:
+    halving = site(calls=(Call((32, 32), (16, 16)),), stride=(2, 2))
+    assert Match(feature_map=((32, 32),)).holds(halving, "inner")
+    assert not Match(feature_map=((16, 16),)).holds(halving, "inner")
+    assert "of the input" in str(Match.model_fields["feature_map"].description)
+
+
 def test_a_conv_that_never_runs_has_no_feature_map() -> None:
     assert not Match.model_validate({"feature_map": {"min": 1}}).holds(site(calls=()), "inner")
 
@@ -274,8 +281,14 @@ def test_a_conv_that_never_runs_has_no_feature_map() -> None:
         ('groups = "dense"', "in_channels = { min = 9, max = 3 }", "min = 9 is above max = 3"),
         ('groups = "dense"', 'followed_by = "batchnorm"', "unknown operation 'batchnorm'; did you mean batch_norm"),
         ("macs = 0.5", "macs = 1.5", "budget.macs: Input should be less than or equal to 1"),
+        ("macs = 0.5", 'macs = "0.5"', "budget.macs: Input should be a valid number"),
+        ("macs = 0.5", "macs = true", "budget.macs: Input should be a valid number"),
+        ("macs = 0.5", 'max_error = "0.5"', "budget.max_error: Input should be a valid number"),
+        ("[budget]", 'optional = "yes"\n[budget]', "rule 1 optional: Input should be a valid boolean"),
+        ("[budget]", "optional = 1\n[budget]", "rule 1 optional: Input should be a valid boolean"),
         ("macs = 0.5", "macs = 0.5\nparams = 0.5", "a budget needs one of macs, params, latency, max_error"),
         ("macs = 0.5", 'over = "model"', "a budget needs one of macs, params, latency, max_error"),
+        ("macs = 0.5", 'max_error = 0.5\nover = "matched"', "over says of what a fraction is taken, and max_error is"),
         ("[budget]", "[budgt]", "unknown key 'budgt'; did you mean budget"),
         ("[budget]\nmacs = 0.5", "", "rule 1 says no size: give rank or ratio or energy, or the recipe a .budget."),
         ('"separable"', '"separable", rank = 4', "budget. has nothing to choose"),
@@ -296,10 +309,14 @@ def test_mistakes_are_told_in_one_line_with_the_place(old: str, new: str, text: 
     [
         ({"order": "vertical-first"}, {"kind": "separable", "order": "vertical-first"}, "0.5 of the model's MACs"),
         ({"budget.macs": 0.3}, {"kind": "separable"}, "0.3 of the model's MACs"),
+        ({"budget.macs": 1}, {"kind": "separable"}, "1 of the model's MACs"),
         ({"budget.params": 0.3}, {"kind": "separable"}, "0.3 of the model's parameters"),
         ({"budget.over": "matched"}, {"kind": "separable"}, "0.5 of the matched convs' MACs"),
         ({"rank": 8}, {"kind": "separable", "rank": 8}, "None"),
         ({"rank": 8, "budget.macs": 0.3}, None, None),
+        ({"budget.macs": 0.3, "rank": 8}, None, None),
+        ({"budget.over": "matched", "budget.macs": 0.4}, {"kind": "separable"}, "0.4 of the matched convs' MACs"),
+        ({"budget.macs": 0.4, "budget.over": "matched"}, {"kind": "separable"}, "0.4 of the matched convs' MACs"),
     ],
 )
 def test_overrides(overrides: dict[str, Any], swap: dict[str, Any] | None, budget: str | None) -> None:
@@ -315,6 +332,15 @@ def test_overrides(overrides: dict[str, Any], swap: dict[str, Any] | None, budge
 def test_a_size_given_by_the_user_takes_the_place_of_the_recipes() -> None:
     recipe = parse_recipe(*read_recipe_text("large-kernels"), {"rank": 5})
     assert recipe.rules[0].swap == {"kind": "separable", "rank": 5}
+
+
+@pytest.mark.parametrize(("overrides", "budget"), [({"correlation": 0.3}, "0.9 of the model's MACs"), ({}, "0.9")])
+def test_a_setting_that_is_no_size_leaves_the_budget(overrides: dict[str, Any], budget: str) -> None:
+    """A kind without a size leaves it to the budget whether to swap at all."""
+    cross = '[[rules]]\nmatch = { names = "a" }\nswap = { kind = "cross" }\n[budget]\nmacs = 0.9\n'
+    assert str(parse_recipe(cross, "r", overrides).budget).startswith(budget)
+    both = '[[rules]]\nmatch = { names = "b" }\nswap = { kind = "separable" }\n' + cross
+    assert str(parse_recipe(both, "r", overrides | {"rank": 8}).budget).startswith(budget)
 
 
 def test_an_override_that_no_rule_takes() -> None:
@@ -346,6 +372,7 @@ def test_the_schema_holds_every_kind_and_every_setting() -> None:
     [
         ("rules = 3", "rules: Input should be an object|rule 1: Input should be"),
         ("rules = [3]", "rule 1: Input should be"),
+        (f"budget = 3\n{RULE}", "budget: Input should be"),
         ("", "rules: Field required"),
         ('summary = "x"\nrules = [', r"at line 2, the end of the document"),
     ],
