@@ -122,7 +122,7 @@ def gather_evidence(
             raise SourceError(f"no evidence file {wanted.evidence}; --calibrate DATA gathers and writes it")
         if wanted.evidence is not None:
             target = wanted.evidence
-            wanted.team.first(lambda: check_output(target, force=False))
+            wanted.team.first(lambda: check_output(target, force=False, option="--evidence"))
         found = gather(
             opened.model,
             sites,

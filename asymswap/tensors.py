@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import AsymswapError
 
-_AT_ONCE = 4
-"""Items that `side_by_side` has at work at most: each layer holds copies of its covariance while it is solved."""
+_AT_ONCE = 2
+"""Items that `side_by_side` has at work: each layer holds float64 copies of its kernel and covariance meanwhile."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -206,24 +206,35 @@ def one_thread() -> Iterator[None]:
 
 
 def side_by_side(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], step: Callable[[int], None] = lambda _: None
+    function: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    step: Callable[[int], None] = lambda _: None,
+    alone: Callable[[_Item], bool] = lambda _: False,
 ) -> list[_Result]:
-    """`function` of every item, in their order; as many at once as torch has threads, at most four, on one thread each.
+    """`function` of every item, in their order; two at once where torch has two threads, each on one thread.
 
-    Many eigensolvers on a thread each take half the time of one after the other on two, and every result is the same to
-    the bit however many there are. `step` is told how many are done. The first exception, in the order of the items,
-    is raised once those at work have ended; what was not begun is left. The function runs in other threads: it must not
-    draw from torch's global generator, nor count on a mode (`torch.no_grad`) that was set here.
+    Eigensolvers on a thread each take little more than half the time of one after the other on two, and every result
+    is the same to the bit however many there are. What `alone` says of an item is that it takes too much memory to have
+    company; these come first. `step` is told how many are done. Of several exceptions the first in this order is raised
+    once those at work have ended; what was not begun is left. The function may run in other threads: it must not draw
+    from torch's global generator, nor count on a mode (`torch.no_grad`) that was set here.
     """
-    results: list[_Result] = []
+    order = sorted(range(len(items)), key=lambda number: not alone(items[number]))
+    results: dict[int, _Result] = {}
     workers = min(torch.get_num_threads(), _AT_ONCE)
     with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(function, item) for item in items]
+        futures: dict[int, Future[_Result]] = {}
         try:
-            for future in futures:
-                results.append(future.result())
+            for number in order:
+                if alone(items[number]):
+                    results[number] = function(items[number])
+                    step(len(results))
+                else:
+                    futures[number] = pool.submit(function, items[number])
+            for number, future in futures.items():
+                results[number] = future.result()
                 step(len(results))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return results
+    return [results[number] for number in range(len(items))]

@@ -280,7 +280,8 @@ module by torch.save; a safetensors file; the result of an earlier conversion of
 - Original and converted model share the weights that no swap touches. Only where we have made the original: a module
   that you give to `asymswap.convert`, or that your own factory makes, is copied, and is never changed by what happens
   to the converted one.
-- Layers are solved one after the other; what a layer needs in float64 goes before the next one comes.
+- Two layers are solved at once, each on one thread; one of over four million weights (a dense 3x3 conv of more than 683
+  channels) alone. What a layer needs in float64 goes before the next one comes.
 - Both forms of checkpoint are written from the tensors where they are.
 - Files are read, not mapped into memory. A mapping would take no less, for the weights are all looked at anyway (for
   NaN, for one), and it would tie the process to a file that others may change: what is cut off while it is mapped ends
@@ -341,9 +342,9 @@ def threads_text(data: dict[str, Any]) -> list[str]:
         "",
         markdown_table(["network", "layers", "way", "min s", "median s"], rows, 1),
         "",
-        "asymswap solves one layer after the other: two at a time hold twice the float64 matrices, eigenvectors and",
-        "workspace of the eigensolver. For the 3072 x 3072 matrices of wide_resnet101_2 these are more than half as",
-        "much as all its weights, and two of them would miss the target.",
+        "Two at a time hold twice the float64 matrices, eigenvectors and workspace of the eigensolver. For the",
+        "3072 x 3072 matrices of wide_resnet101_2 these are more than half as much as all its weights, and two of them",
+        "would miss the target: asymswap solves layers of over four million weights alone.",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 
@@ -15,10 +16,10 @@ from asymswap.tensors import list_tensors, map_tensors, side_by_side
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[int]:
-    """Torch has three threads, whatever the machine has."""
+    """Torch has two threads, whatever the machine has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield 3
+    torch.set_num_threads(2)
+    yield 2
     torch.set_num_threads(before)
 
 
@@ -78,6 +79,22 @@ def test_the_first_exception_in_the_items_order_is_raised_and_the_rest_is_left()
     with pytest.raises(KeyError):
         side_by_side(work, range(10_000))
     assert len(begun) < 10_000
+
+
+def test_what_takes_much_room_comes_first_and_alone() -> None:
+    at_work: list[int] = []
+    company: dict[int, int] = {}
+
+    def work(item: int) -> int:
+        at_work.append(item)
+        time.sleep(0.01)
+        company[item] = len(at_work)
+        at_work.remove(item)
+        return -item
+
+    assert side_by_side(work, range(9), alone=lambda item: item % 3 == 2) == [-item for item in range(9)]
+    assert list(company)[:3] == [2, 5, 8]
+    assert [company[item] for item in (2, 5, 8)] == [1, 1, 1]
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:

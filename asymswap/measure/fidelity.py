@@ -123,10 +123,8 @@ def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums
         def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
             ones, others = list_tensors(output), list_tensors(made.pop())
             if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
-                raise AsymswapError(
-                    f"outputs of {sizes(others) or 'no tensor'} cannot be compared with those of "
-                    f"{sizes(ones) or 'no tensor'}"
-                )
+                told = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
+                raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*told))
             for mine, its in zip(ones, others, strict=True):
                 sums.add(mine, its)
 

@@ -16,6 +16,14 @@ from asymswap.graph.surgery import swap, take_over_
 from asymswap.spec import Plan, Progress, Swap, silent
 from asymswap.tensors import generator_for, side_by_side
 
+_ROOM = 2**22
+"""Numbers of a kernel; a dense 3x3 conv of 683 channels has so many, and its eigensolvers take 200 MB and more."""
+
+
+def takes_room(conv: nn.Conv2d) -> bool:
+    """Whether what a conv is solved in takes so much memory that no other may be solved beside it."""
+    return conv.weight.numel() > _ROOM
+
 
 def apply_plan(
     model: nn.Module,
@@ -98,7 +106,7 @@ def _apply(
         norm = None if entry.absorbs is None else norms[entry.absorbs]
         every.append(_Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings)))
     if start is not None:
-        side_by_side(start, every, step)
+        side_by_side(start, every, step, lambda built: takes_room(built.conv))
     replacements: dict[str, nn.Module] = {}
     for built in every:
         replacements[built.entry.site] = take_over_(built.replacement, built.conv, built.norm)

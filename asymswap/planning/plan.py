@@ -16,6 +16,7 @@ from asymswap import kinds
 from asymswap.errors import PlanError, RecipeError, near_names
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import Kind, KindSettings
+from asymswap.planning.apply import takes_room
 from asymswap.planning.budget import Allocation, Point, allocate, least_cost
 from asymswap.planning.prices import Counted, Prices
 from asymswap.planning.recipe import Budget, Recipe, Rule
@@ -125,8 +126,11 @@ def find_choices(
     def step(done: int) -> None:
         progress("factorising", done, len(matched))
 
-    settled = side_by_side(_settle, decided, step)
-    curves = side_by_side(_Matched.options, left_open, lambda done: step(len(decided) + done))
+    def alone(item: _Matched) -> bool:
+        return takes_room(item.conv)
+
+    settled = side_by_side(_settle, decided, step, alone)
+    curves = side_by_side(_Matched.options, left_open, lambda done: step(len(decided) + done), alone)
     return Choices(
         sites,
         recipe,

@@ -522,8 +522,11 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     """
     given = value.get("rules")
     budget = value.get("budget")
-    well_formed = isinstance(given, list) and all(isinstance(rule, dict) for rule in given)
-    if not well_formed or not isinstance(budget, dict | None):
+    if (
+        not isinstance(given, list)
+        or not all(isinstance(rule, dict) for rule in given)
+        or not isinstance(budget, dict | None)
+    ):
         # What is wrong with the rules, or the budget, is told when the whole is checked.
         return value
     rules = [dict(rule) for rule in given]
