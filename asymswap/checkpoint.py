@@ -74,6 +74,58 @@ class Stored:
     state: State
 
 
+@dataclass(frozen=True)
+class ToldModel:
+    """Which model was converted, as its report says."""
+
+    reference: str = ""
+    weights: str = ""
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ToldFile:
+    """A file of a report."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class ToldReport:
+    """What is read back of a report."""
+
+    model: ToldModel = ToldModel()
+    files: tuple[ToldFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToldTraining:
+    """What is read back of a training."""
+
+    classes: tuple[str, ...] = ()
+    data: str = ""
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a provenance tells, in so far as anything depends on it; what else is in it is for people to read."""
+
+    report: ToldReport = ToldReport()
+    training: tuple[ToldTraining, ...] = ()
+
+
+_TOLD = TypeAdapter(Told)
+
+
+def told(provenance: Mapping[str, Any], label: str) -> Told:
+    """What a checkpoint's provenance tells; raises CheckpointError where it is damaged."""
+    try:
+        return _TOLD.validate_python(dict(provenance))
+    except ValidationError as error:
+        raise CheckpointError(f"{label} has a damaged provenance: {kinds.validation_text(error)}") from None
+
+
 def versions(origin: Origin) -> dict[str, str]:
     """The versions of all that a checkpoint of this origin was made with, for its provenance."""
     own = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}

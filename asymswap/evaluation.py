@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from asymswap.checkpoint import told
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.significance import mcnemar_exact, wilson_interval
 from asymswap.opening import Opened, open_together
@@ -95,7 +96,7 @@ def _open(
 
 
 def _check_names(opened: Opened, images: LabelledImages) -> None:
-    known = known_classes(opened.provenance, opened.source.origin)
+    known = known_classes(told(opened.provenance, opened.reference), opened.source.origin)
     check_class_names(known or published_classes(opened.source.origin.reference, opened.source.weights), images)
 
 
@@ -142,9 +143,8 @@ def _report(
 
 def _seen(opened: Opened, images: LabelledImages) -> list[str]:
     """Say where a model was trained on images of this very description."""
-    training = opened.provenance.get("training") or [{}]
-    data = str(training[-1].get("data", ""))
-    if images.description not in data or str(training[-1].get("validation", "")) == images.description:
+    training = told(opened.provenance, opened.reference).training
+    if not training or images.description not in training[-1].data or training[-1].validation == images.description:
         return []
     return [
         f"{opened.reference} was trained on images of the same place: its accuracy here is too good to be trusted "

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Header, check_suffix, read_checkpoint, restore, save_checkpoint, versions
+from asymswap.checkpoint import Header, check_suffix, read_checkpoint, restore, save_checkpoint, told, versions
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import CheckpointError
 from asymswap.opening import build_named, resized
@@ -229,7 +229,8 @@ def _open_parts(data: str, header: Header, settings: Training, download: bool, t
 
 def _check_data(opened: _Opened, parts: Parts) -> int:
     """How many classes there are; raises SourceError where they are not the model's."""
-    check_class_names(known_classes(opened.header.provenance, opened.header.origin), parts.train)
+    known = known_classes(told(opened.header.provenance, opened.label), opened.header.origin)
+    check_class_names(known, parts.train)
     return check_class_count(opened.model, parts.train)
 
 

@@ -77,11 +77,13 @@ def show(
     elif json:
         screen.print_json(header_to_json(header))
     elif not quiet:
+        from rich.errors import ConsoleError
+
         from asymswap.reporting.show import show_view
 
         try:
             view = show_view(str(checkpoint), header_to_json(header))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
             # What a checkpoint tells of how it came to be is free text to all but this command.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
         screen.show(view, screen.console())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from asymswap.checkpoint import Told
 from asymswap.errors import SourceError
 from asymswap.spec import Origin
 from asymswap.tensors import eval_mode
@@ -30,14 +30,11 @@ def check_class_count(model: nn.Module, data: LabelledImages) -> int:
     return scores.shape[1]
 
 
-def known_classes(provenance: Mapping[str, Any], origin: Origin) -> tuple[str, ...]:
+def known_classes(told: Told, origin: Origin) -> tuple[str, ...]:
     """The names of the model's classes in order, as far as its checkpoint tells them or its weights do; else none."""
-    training = provenance.get("training")
-    if isinstance(training, Sequence) and training and isinstance(training[-1], Mapping):
-        return tuple(map(str, training[-1].get("classes", ())))
-    report = provenance.get("report")
-    weights = report.get("model", {}).get("weights") if isinstance(report, Mapping) else None
-    return published_classes(origin.reference, str(weights))
+    if told.training:
+        return told.training[-1].classes
+    return published_classes(origin.reference, told.report.model.weights)
 
 
 def published_classes(reference: str, weights: str) -> tuple[str, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from asymswap.checkpoint import Header, read_checkpoint
+from asymswap.checkpoint import Header, ToldReport, read_checkpoint, told
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.opening import Opened, open_model
 from asymswap.sources import builders
@@ -77,17 +76,16 @@ def _open_original(header: Header) -> Opened:
 
 def _recorded(header: Header) -> tuple[str, Request]:
     """How the original was opened when it was converted, and so can be opened again."""
-    report: Mapping[str, Any] = header.provenance.get("report", {})
-    model: Mapping[str, Any] = report.get("model", {}) if isinstance(report, Mapping) else {}
-    reference, weights = model.get("reference"), str(model.get("weights"))
-    if not isinstance(reference, str) or weights == "as given":
+    report = told(header.provenance, "the checkpoint").report
+    reference, weights = report.model.reference, report.model.weights
+    if not reference or weights in ("", "as given"):
         raise SourceError(f"the checkpoint does not tell which model it was made of; {_GIVE}")
     origin, arguments = header.origin.reference, dict(header.origin.arguments)
     whole = origin.startswith(("skeleton:", "class:"))
     if not whole and builders.canonical(origin) is None:
         # Code that a file names is not run; what the user names is.
         raise SourceError(f"the original was built by {origin}, which is code of yours; {_GIVE}")
-    path = _same_file(report, model) if model.get("sha256") else None
+    path = _same_file(report) if report.model.sha256 else None
     if whole and (path is None or reference != str(path)):
         # Such an origin is the class of a module that stood in a file whole: by itself it names nothing to open.
         raise SourceError(f"the checkpoint does not tell which file it was made of; {_GIVE}")
@@ -100,13 +98,12 @@ def _recorded(header: Header) -> tuple[str, Request]:
     return origin, Request(weights=weights, arguments=arguments) if origin.startswith("torchvision:") else Request()
 
 
-def _same_file(report: Mapping[str, Any], model: Mapping[str, Any]) -> Path:
+def _same_file(report: ToldReport) -> Path:
     """The file that was converted; raises SourceError where it is gone or has changed."""
-    files = report.get("files") or [{"path": model["reference"]}]
-    path = Path(str(files[0]["path"]))
+    path = Path((report.files[0].path if report.files else None) or report.model.reference)
     if not path.is_file():
         raise SourceError(f"the original {path} is not there any more; {_GIVE}")
-    if sha256(path) != model["sha256"]:
+    if sha256(path) != report.model.sha256:
         raise SourceError(f"{path} is not the file any more that was converted (its SHA-256 differs); {_GIVE}")
     return path
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import asymswap
+from asymswap.checkpoint import told
 from asymswap.errors import CheckpointError
 
 Refusal = Callable[..., str]
@@ -206,6 +207,44 @@ def test_provenance_of_another_making(report: object, stored: Stored, run: Any) 
     )
     assert outcome.code == 0 or (outcome.code == 1 and told)
     assert json.loads(run("show", "x.pt", "--json").out)["provenance"]["report"] == report
+
+
+COSTS = {"macs": 1, "params": 1}
+TOLD = {"model": {"reference": "x", "weights": 5, "sha256": None}, "before": COSTS, "after": COSTS, "recipe": "x",
+        "budget": None, "output": {"relative": 0.1, "probe": "x"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"report": TOLD},
+        {"report": {**TOLD, "model": {**TOLD["model"], "weights": "x"}, "before": {"macs": 10**400, "params": 1}}},  # type: ignore[dict-item]
+        {"fused": {"sites": [{"site": 5, "kind": "x", "outcome": "left"}]}},
+    ],
+)
+def test_what_cannot_be_shown_is_refused(provenance: Stored, stored: Stored, refusal: Refusal) -> None:
+    write({**stored["header"], "provenance": provenance}, stored["state_dict"])
+    assert refusal("show", "x.pt").startswith("x.pt has a damaged provenance (")
+
+
+@pytest.mark.parametrize(
+    ("provenance", "where"),
+    [
+        ({"training": [{"classes": 5}]}, r"training\.classes"),
+        ({"training": 5}, "training"),
+        ({"report": {"model": []}}, r"report\.model"),
+        ({"report": {"model": {"reference": "x", "weights": "x", "sha256": "0"}, "files": 5}}, r"report\.files"),
+    ],
+)
+def test_what_a_provenance_tells_is_checked(provenance: Stored, where: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^x\.pt has a damaged provenance: {where}: Input should be "):
+        told(provenance, "x.pt")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "finetune"])
+def test_commands_that_read_the_provenance(verb: str, stored: Stored, refusal: Refusal) -> None:
+    write({**stored["header"], "provenance": {"report": {"model": []}}}, stored["state_dict"])
+    assert "x.pt has a damaged provenance: report.model: " in refusal(verb, "x.pt", "--data", "digits")
 
 
 def test_nothing_in_an_error_commands_the_terminal(stored: Stored, refusal: Refusal) -> None:
