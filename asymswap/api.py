@@ -138,7 +138,7 @@ def candidates(
         reference=opened.reference,
         traced_by=traced.by,
         input=describe(opened.example()),
-        rows=tuple(find_candidates(traced.sites, wanted)),
+        rows=tuple(find_candidates(opened.model, traced.sites, wanted)),
         total=count_costs(opened.model, opened.example()).total,
         notes=opened.source.notes + traced.notes,
         flow=read_flow(opened.model) if with_flow else None,

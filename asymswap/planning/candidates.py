@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from asymswap import kinds
+from asymswap.errors import RecipeError
 from asymswap.kinds import separable
 from asymswap.planning.plan import find_rule, refusal_of, saves
 from asymswap.planning.recipe import Recipe
@@ -14,13 +17,13 @@ from asymswap.spec import Candidate, RankCost, Site
 _ORDERS: tuple[separable.Order, ...] = ("vertical-first", "horizontal-first")
 
 
-def find_candidates(sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
-    """Every site, in order; with a recipe, only those are candidates that one of its rules swaps."""
+def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
+    """Every site of the model, in order; with a recipe, only those are candidates that one of its rules swaps."""
     rules = find_rule(sites, recipe) if recipe is not None else {}
-    return [_candidate(site, recipe, rules.get(site.name)) for site in sites]
+    return [_candidate(model, site, recipe, rules.get(site.name)) for site in sites]
 
 
-def _candidate(site: Site, recipe: Recipe | None, number: int | None) -> Candidate:
+def _candidate(model: nn.Module, site: Site, recipe: Recipe | None, number: int | None) -> Candidate:
     swap: Mapping[str, Any] = {"kind": "separable"}
     if recipe is not None:
         if number is None:
@@ -36,6 +39,12 @@ def _candidate(site: Site, recipe: Recipe | None, number: int | None) -> Candida
         return Candidate(site, reason, kind=name)
     if name != "separable":
         wish = kinds.parse_settings(name, {key: value for key, value in swap.items() if key != "kind"})
+        # What approximates the conv is settled by its weights, which would take as long as a plan.
+        if kind.preserves(site.conv, wish):
+            try:
+                kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), wish)
+            except RecipeError as error:
+                return Candidate(site, str(error), kind=name)
         return Candidate(site, kind=name, becomes=None if kind.SIZES else kind.cost(site, wish))
     best = _break_even(site)
     if best is None or best.rank == 1:

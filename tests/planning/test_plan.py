@@ -283,7 +283,7 @@ def test_where_every_open_site_is_undone_only_the_fixed_ones_are_swapped(resnet:
 def test_candidates_of_other_kinds_tell_what_the_replacement_costs(resnet: nn.Module, traced: Trace) -> None:
     rules = '[[rules]]\nmatch = { names = "layer1.*" }\nswap = { kind = "acb" }\n' + DENSE
     recipe = parse_recipe(rules + "[budget]\nmacs = 0.9\n", "r")
-    rows = {row.site.name: row for row in find_candidates(traced.sites, recipe)}
+    rows = {row.site.name: row for row in find_candidates(resnet, traced.sites, recipe)}
     one = rows["layer1.0.conv1"]
     assert (one.kind, one.reason, one.half) == ("acb", None, None)
     assert one.becomes is not None
@@ -292,6 +292,17 @@ def test_candidates_of_other_kinds_tell_what_the_replacement_costs(resnet: nn.Mo
     assert other.becomes is None
     assert other.half is not None
     assert rows["conv1"].reason == "no rule matches"
+
+
+def test_what_a_plan_cannot_settle_is_no_candidate(resnet: nn.Module, traced: Trace) -> None:
+    rule = '[[rules]]\nmatch = { names = "conv1" }\nswap = { kind = "predicted-offset", offset_groups = 5 }\n'
+    reason = "offset_groups = 5 does not divide the 3 input channels"
+    with pytest.raises(RecipeError, match=reason):
+        planned(resnet, traced, rule)
+    rows = {row.site.name: row for row in find_candidates(resnet, traced.sites, parse_recipe(rule, "r"))}
+    assert (rows["conv1"].reason, rows["conv1"].becomes) == (reason, None)
+    fitting = parse_recipe(rule.replace("5", "3"), "r")
+    assert find_candidates(resnet, traced.sites, fitting)[0].becomes is not None
 
 
 def test_the_same_bits_on_one_thread_and_on_two(resnet: nn.Module, traced: Trace) -> None:
