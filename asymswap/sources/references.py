@@ -31,7 +31,7 @@ from asymswap.sources.identify import identify, nearest
 from asymswap.sources.inert import MalformedError, wants_code
 from asymswap.sources.shards import files_of, fingerprint, read_shards
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
-from asymswap.sources.state import Difference, Found, State, compare, find_weights, load_state_
+from asymswap.sources.state import Difference, Found, State, check_numbers, compare, find_weights, load_state_
 from asymswap.sources.steady import unchanged
 from asymswap.sources.torchvision_models import Published
 from asymswap.sources.unpickle import load_object, load_told, refused_globals
@@ -224,7 +224,10 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
     digest = fingerprint_of(path)
     if isinstance(found.value, nn.Module):
         try:
+            check_numbers(found.value)
             source = describe_module(found.value, f"file {path.name}")
+        except SourceError as error:
+            raise SourceError(f"{path} cannot be used: {error}") from None
         except (AttributeError, TypeError) as error:
             # Unpickling sets attributes, and builds nothing: what the file lacks is missing from the module.
             raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error

@@ -25,6 +25,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _NO_NETWORKS = ("optim", "lr_sched", "sched", "scaler", "callback", "loop", "message_hub", "meta", "metric", "rng")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DEEPEST = 4
+_SAVE = "save the state_dict of a model in float32, float16 or bfloat16"
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,14 @@ def compare(model: nn.Module, state: State) -> Difference:
     )
 
 
+def check_numbers(model: nn.Module) -> None:
+    """Raise SourceError where a module has weights that are no numbers to compute with."""
+    for key, tensor in model.state_dict().items():
+        reason = _refuse(tensor, tensor) if isinstance(tensor, Tensor) else None
+        if reason:
+            raise SourceError(f"{key!r} {reason}; {_SAVE}")
+
+
 def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties.
 
@@ -209,7 +218,7 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     for key, tensor in state.items():
         reason = _refuse(tensor, tensors[key])
         if reason:
-            raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")
+            raise SourceError(f"{key!r} {reason}; {_SAVE}")
     heirs = defaultdict[int, set[int]](set)
     for key, tensor in state.items():
         heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
@@ -242,7 +251,7 @@ def _refuse(tensor: Tensor, own: Tensor) -> str | None:
         return "is on the meta device and holds no numbers"
     if tensor.layout is not torch.strided:
         return f"is sparse ({tensor.layout})"
-    if own.is_floating_point() and tensor.dtype not in _FLOATS:
+    if tensor.is_quantized or (own.is_floating_point() and tensor.dtype not in _FLOATS):
         return f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
     return None
 

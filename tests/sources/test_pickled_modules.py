@@ -14,8 +14,10 @@ from torch import nn
 from torchvision import models
 
 from asymswap.errors import SourceError
+from asymswap.opening import open_model
 from asymswap.sources import torchvision_models
 from asymswap.sources.files import FileKind
+from asymswap.sources.references import Request
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import find_weights
 from asymswap.sources.unpickle import is_allowed_module, load_object
@@ -29,6 +31,36 @@ each_torchvision = pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(
 
 class Mine(nn.Sequential):
     """A class of the user's own."""
+
+
+def quantised() -> nn.Module:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    module.register_buffer("scale", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    return module
+
+
+def sparse() -> nn.Module:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    module.register_buffer("mask", torch.eye(2).to_sparse())
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3, device="meta")),
+            r"'0\.weight' is on the meta device and holds no num",
+        ),
+        (quantised, r"'scale' is of dtype qint8; save the state_dict of a model in float32"),
+        (sparse, r"'mask' is sparse \(torch\.sparse_coo\); save the state_dict"),
+    ],
+)
+def test_modules_without_numbers_to_compute_with(make: Callable[[], nn.Module], reason: str, tmp_path: Path) -> None:
+    torch.save(make(), tmp_path / "x.pt")
+    with pytest.raises(SourceError, match=rf"x\.pt cannot be used: {reason}"):
+        open_model(tmp_path / "x.pt", Request())
 
 
 def plain() -> nn.Module:
