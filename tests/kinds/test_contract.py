@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from patch_evidence import see_all
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from torch import nn
 
 import asymswap
 from asymswap import kinds
+from asymswap.errors import RecipeError
 from asymswap.graph.sites import read_conv
 from asymswap.kinds import Absorbing, Kind, KindSettings
 from asymswap.measure.cost import count_costs
@@ -202,7 +203,11 @@ class Made:
         self.site = case.site
         self.evidence = see_all(case).evidence if calibrated else None
         wish = data.draw(st.sampled_from(variants(name)), label="settings")
-        options = list(self.kind.options(self.site, case.conv, wish, self.evidence))
+        try:
+            options = list(self.kind.options(self.site, case.conv, wish, self.evidence))
+        except RecipeError:
+            assert wish != self.kind.Settings(), "the settings by default suit every conv that is not refused"
+            reject()
         assert options, "a conv that is not refused has at least one option"
         if only_exact:
             spec = self.site.conv
