@@ -205,6 +205,8 @@ def convert(
     text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
     wanted = parse_recipe(text, where, overrides) if recipe is not None else replay
     assert wanted is not None
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
     opened = open_model(
         model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
     )
@@ -258,6 +260,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Nothing in the file is executed.
     """
     path = Path(path)
+    if model is not None and not isinstance(model, nn.Module):
+        raise AsymswapError(f"model= takes a module, such as Net(), not {model!r}")
     return restore(read_checkpoint(path), str(path), model)
 
 

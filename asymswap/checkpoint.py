@@ -39,7 +39,7 @@ import asymswap
 from asymswap import kinds
 from asymswap.errors import CONTROL, AsymswapError, CheckpointError, OutputError, PlanError, SourceError
 from asymswap.graph.surgery import swap
-from asymswap.output import whole_file
+from asymswap.output import real_cause, whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
 from asymswap.sources import builders, files
@@ -244,9 +244,7 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(draft)
         except (RuntimeError, ValueError, SafetensorError) as error:
-            # torch's and safetensors' writers wrap the system's error, a full disk for one, in their own.
-            cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(" ".join(str(error).split())[:200]) from error
+            raise real_cause(error) from error
 
 
 def _save_zip(value: Any, draft: Path) -> None:

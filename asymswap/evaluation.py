@@ -132,7 +132,7 @@ def _report(
     for one, predictions in zip(opened, found, strict=True):
         if predictions.scores != len(images[0].classes):
             notes.append(
-                f"{one.reference} scores {predictions.scores} classes, the data has {len(images[0].classes)}: "
+                f"the data has {len(images[0].classes)} classes, {one.reference} scores {predictions.scores}: "
                 "do they agree?"
             )
         notes += _seen(one, images[0])

@@ -58,6 +58,14 @@ def check_distinct(files: Mapping[str, Path | None]) -> None:
             raise OutputError(f"{other} and {option} both name {path}; give them two files")
 
 
+def real_cause(error: Exception) -> BaseException:
+    """What has stopped a writer: torch's and safetensors' wrap an error of the system's, or Ctrl-C, in their own."""
+    cause = error.__context__
+    if isinstance(cause, OSError | KeyboardInterrupt):
+        return cause
+    return OSError(" ".join(str(error).split())[:200])
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it takes the place of `path` at the end, or vanishes at any error."""

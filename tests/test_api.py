@@ -533,6 +533,11 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool) -> None:
             lambda: asymswap.sweep("digits-resnet", ["half-macs"], "digits", measure="latency"),
             "the measure 'latency' is unknown; choose macs, params",
         ),
+        (
+            lambda: asymswap.convert("digits-resnet", "half-macs", calibration="digits"),
+            r"calibration= takes asymswap.Calibration\(DATA\), not 'digits'",
+        ),
+        (lambda: asymswap.load("x.pt", model=nn.Conv2d), r"model= takes a module, such as Net\(\), not <class"),
         (lambda: asymswap.Timing(rounds=0), "batches of 1 in 0 rounds measure nothing"),
         (lambda: asymswap.Timing(memory_format="nchw"), "the memory format 'nchw' is unknown; choose channels-last"),
     ],

@@ -84,7 +84,7 @@ def test_top5_of_few_classes_says_nothing(tmp_path: Path) -> None:
 def test_wider_models_are_told_of_and_narrower_ones_refused(data: str, tmp_path: Path) -> None:
     torch.save({"images": torch.rand(2, 1, 7, 7), "labels": torch.tensor([0, 1])}, tmp_path / "few.pt")
     report = evaluate(Reads(0), str(tmp_path / "few.pt"), input_size=(1, 7, 7))
-    assert report.notes == ("Reads scores 7 classes, the data has 2: do they agree?",)
+    assert report.notes == ("the data has 2 classes, Reads scores 7: do they agree?",)
     with pytest.raises(AsymswapError, match=r"the model scores 3 classes, but the data has 7"):
         evaluate(Reads(0), data, input_size=(1, 3, 3))
     with pytest.raises(AsymswapError, match=r"give at least one model to evaluate"):

@@ -111,7 +111,9 @@ def convert(
     from asymswap.reporting import files
 
     target = output or o.default_output(model)
-    if (recipe is None) == (plan is None):
+    if recipe is not None and plan is not None:
+        raise AsymswapError("give either --recipe or --plan, not both")
+    if recipe is None and plan is None:
         raise AsymswapError("give --recipe or --plan; `asymswap recipes` lists the recipes that come with asymswap")
     if not dry_run:
         check_output(target, force)

@@ -384,6 +384,9 @@ class About(_Strict):
     """How well the converted network, before any training, does what the original did."""
 
 
+_NO_CHOICE = "the [budget] has nothing to choose"
+
+
 class Recipe(About):
     """A whole recipe."""
 
@@ -401,7 +404,9 @@ class Recipe(About):
             sizes = " or ".join(kinds.load(kind).SIZES)
             raise ValueError(f"rule {lacking[0]} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
-            raise ValueError("the [budget] has nothing to choose: every rule says its own size; remove one of the two")
+            if any(rule.swap and kinds.load(rule.swap["kind"]).SIZES for rule in self.rules):
+                raise ValueError(f"{_NO_CHOICE}: every rule says its own size; remove one of the two")
+            raise ValueError(f"{_NO_CHOICE}: no rule's kind has sizes; leave the budget out")
         return self
 
 

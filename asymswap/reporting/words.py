@@ -79,7 +79,7 @@ def size(value: int) -> str:
 
 def sentence(note: str) -> str:
     """A note, which begins small and ends without a full stop, as a sentence."""
-    return f"{note[:1].upper()}{note[1:]}."
+    return f"{note[:1].upper()}{note[1:]}" + "." * (not note.endswith("?"))
 
 
 _MARKUP = re.compile(r"[\\`*\[]|<(?=[A-Za-z/!?])")

@@ -4,6 +4,7 @@
 | --- | --- |
 | `digits` | scikit-learn's 1,797 images |
 | a folder | one folder of images a class, or folders `train`, `val` and `test` of such |
+| a folder of images | where labels are not needed |
 | `cifar10:PATH`, `cifar100:PATH`, `fashion-mnist:PATH`, `mnist:PATH` | as torchvision keeps them below PATH |
 | a `.npy`, `.npz` or `.pt` file | tensors; see `asymswap.training.arrays` |
 """
@@ -23,7 +24,17 @@ from torchvision.transforms import InterpolationMode, v2
 from asymswap.errors import SourceError, near_names
 from asymswap.spec import Preprocessing
 from asymswap.training import arrays
-from asymswap.training.pictures import PIL_MODES, ClassFolders, InMemory, Pictures, Preprocessed, Some, class_names
+from asymswap.training.pictures import (
+    PIL_MODES,
+    ClassFolders,
+    ImageFiles,
+    InMemory,
+    Pictures,
+    Preprocessed,
+    Some,
+    class_names,
+    image_files,
+)
 from asymswap.training.published import COLLECTIONS, open_collection
 
 Part = Literal["train", "test"]
@@ -82,7 +93,7 @@ def open_data(
         raise SourceError(f"--download is for {', '.join(COLLECTIONS)}; data {reference!r} cannot be downloaded")
     place = Path(reference).expanduser()
     if place.is_dir():
-        return _open_folder(place, preprocessing, part)
+        return _open_folder(place, preprocessing, part, unlabelled)
     if place.is_file() and place.suffix in arrays.SUFFIXES:
         return _open_arrays(place, preprocessing, part, unlabelled)
     if place.exists():
@@ -166,7 +177,10 @@ def _open_arrays(path: Path, preprocessing: Preprocessing, part: Part, unlabelle
     return _preprocessed(pictures, classes, description, preprocessing)
 
 
-def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part) -> LabelledImages:
+def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
+    if unlabelled and (files := image_files(folder)):
+        pictures = ImageFiles(files, preprocessing.channels)
+        return _preprocessed(pictures, (), f"folder {folder}: {len(files)} images", preprocessing)
     root = _part_folder(folder, part)
     has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
     return replace(_read_folder(root, preprocessing), has_val=has_val)

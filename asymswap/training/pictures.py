@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as TensorImage
 
@@ -111,13 +113,41 @@ class ClassFolders(ImageFolder):  # type: ignore[misc]  # torchvision ships no t
 
     def picture(self, index: int) -> Image.Image:
         """The decoded file."""
-        path = self.samples[index][0]
-        try:
-            with Image.open(path) as image:
-                return image.convert(self._mode)
-        # Beside its own OSErrors, Pillow lets decoders' errors through, and refuses decompression bombs.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SourceError(f"image '{path}' cannot be read ({error}); remove or replace it") from error
+        return _decoded(self.samples[index][0], self._mode)
+
+
+class ImageFiles:
+    """Files of images without labels."""
+
+    ready = False
+
+    def __init__(self, paths: Sequence[Path], channels: int) -> None:
+        self._paths, self._mode = paths, PIL_MODES[channels]
+        self.labels = [-1] * len(paths)
+
+    def picture(self, index: int) -> Image.Image:
+        """The decoded file."""
+        return _decoded(self._paths[index], self._mode)
+
+
+def _decoded(path: str | Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow itself would cut off all that is brighter than 255 of 65,535.
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits, of which nobody knows what is white")
+            return image.convert(mode)
+    # Beside its own OSErrors, Pillow lets decoders' errors through, and refuses decompression bombs.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SourceError(f"image '{path}' cannot be read ({error}); remove or replace it") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The visible files of images that lie in a folder itself, by name."""
+    found = (path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def class_names(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from asymswap.errors import AsymswapError, CheckpointError, OutputError, SourceError
-from asymswap.output import whole_file, write_text
+from asymswap.output import real_cause, whole_file, write_text
 from asymswap.sources.files import sniff
 from asymswap.sources.unpickle import load_object
 from asymswap.training.rows import EpochRow, StepRow
@@ -40,8 +40,8 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run in it, of whatever age."""
-        return any(path.exists() for path in (self.state, self.best, self.last, self.metrics))
+        """Whether there is a run in it, of whatever age, that can be gone on with or has come to something."""
+        return any(path.exists() for path in (self.state, self.best, self.last))
 
     def clear(self) -> None:
         """Remove what a former run has left."""
@@ -84,9 +84,7 @@ class RunFolder:
             try:
                 torch.save({"asymswap_training": STATE_FORMAT, **payload}, file)
             except RuntimeError as error:
-                # torch's writer wraps the system's error, a full disk for one, in its own.
-                cause = error.__context__
-                raise cause if isinstance(cause, OSError) else OSError(" ".join(str(error).split())[:200]) from error
+                raise real_cause(error) from error
 
     def read_state(self) -> dict[str, Any] | None:
         """The state, or None where no step was saved yet; raises CheckpointError where the file is something else."""

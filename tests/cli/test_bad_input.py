@@ -231,6 +231,8 @@ SWEEP = ("sweep", "digits-resnet", "--recipe", "half-macs", "--evaluate", "digit
 USAGE = {
     "no recipe": ((*CONVERT[:2],), r"give --recipe or --plan; `asymswap recipes` lists the recipes"),
     "unknown recipe": ((*CONVERT[:3], "3x3-onli"), r"no recipe '3x3-onli'; did you mean 3x3-only\?"),
+    "recipe and plan": ((*CONVERT, "--plan", "p.json"), "give either --recipe or --plan, not both"),
+    "nothing to choose": ((*CONVERT[:3], "acnet", "--macs", "0.5"), "no rule's kind has sizes; leave the budget out"),
     "missing recipe file": ((*CONVERT[:3], "mine.toml"), r"no recipe file mine\.toml; shipped recipes: 3x3-only, "),
     "setting": ((*CONVERT, "--set", "rnak=3"), r"--set rnak: no rule of the recipe takes it; did you mean rank\?"),
     "no setting": ((*CONVERT, "--set", "rank"), r"--set 'rank' is not key=value"),

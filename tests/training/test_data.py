@@ -199,3 +199,27 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
 def test_preprocessing_that_fits_no_image(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(SourceError, match=text):
         open_data("digits", dataclasses.replace(GREY, **changes), "test")
+
+
+def test_images_in_one_folder_where_labels_are_not_needed(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (4, 4), (40 * number,) * 3).save(tmp_path / f"{number}.png")
+    (tmp_path / ".hidden.png").write_bytes(b"nothing")
+    (tmp_path / "notes.txt").touch()
+    plain = dataclasses.replace(COLOUR, mean=(0.0,) * 3, std=(1.0,) * 3)
+    data = open_data(str(tmp_path), plain, "train", unlabelled=True)
+    assert data.description == f"folder {tmp_path}: 3 images"
+    assert [round(float(data.images[index][0].mean() * 255)) for index in range(3)] == [0, 40, 80]
+    with pytest.raises(SourceError, match="holds no class folders; put each class's images into its own folder"):
+        open_data(str(tmp_path), plain, "train")
+
+
+def test_pixels_of_more_than_eight_bits(tmp_path: Path) -> None:
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1023
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    data = open_data(str(tmp_path), GREY, "train", unlabelled=True)
+    wanted = torch.from_numpy(ramp.astype(np.float32))[None] / 65535
+    torch.testing.assert_close(data.images[0][0], wanted, atol=1 / 255, rtol=0)
+    with pytest.raises(SourceError, match=r"float.tiff' cannot be read \(pixels of 32 bits"):
+        data.images[1]
