@@ -154,13 +154,13 @@ def test_the_best_so_far_is_kept_where_a_tighter_attempt_is_out_of_reach(machine
 
 
 def test_a_real_machine_is_measured_too(tmp_path: Path) -> None:
-    """A pair of the lowest ranks does a twentieth of the work: nine tenths of the time are always in reach."""
+    """A pair of the lowest ranks does a twentieth of the work: six tenths are in reach, and not without a swap."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)))
     conversion = asymswap.convert(
         model,
         "half-macs",
-        overrides={"budget.latency": 0.9},
+        overrides={"budget.latency": 0.6},
         input_size=(64, 48, 48),
         timing=asymswap.Timing(rounds=5, cache=tmp_path),
     )

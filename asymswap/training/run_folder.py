@@ -94,7 +94,11 @@ class RunFolder:
             found = load_object(self.state, sniff(self.state), False, "it", "no run leaves such a file")
         except SourceError as error:
             raise CheckpointError(f"the run's state {self.state} is damaged ({error}); begin anew: --force") from None
-        if not isinstance(found, dict) or found.get("asymswap_training") != STATE_FORMAT:
+        if (
+            not isinstance(found, dict)
+            or found.get("asymswap_training") != STATE_FORMAT
+            or not {"identity", "progress", "model", "average", "optimizer", "scaler"} <= found.keys()
+        ):
             raise CheckpointError(f"{self.state} is not the state of a run of this version; begin anew: --force")
         return found
 

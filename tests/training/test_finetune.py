@@ -445,7 +445,7 @@ def test_a_run_is_resumed_as_it_was_begun(start: Start) -> None:
     assert start.train("out.pt", Training(steps=2), resume=True).report.steps == 2
     assert (start / "out.pt").read_bytes() == before
     with pytest.raises(AsymswapError, match="no-such-data"):
-        asymswap.finetune(start / "out.pt", "no-such-data", output=start / "out.pt", force=True)
+        asymswap.finetune(start.path, "no-such-data", output=start / "out.pt", model=Net(), force=True)
     assert (start / "out.run" / "best.pt").exists()
     mine = start / "out.run" / "tensorboard" / "mine.txt"
     mine.parent.mkdir(exist_ok=True)
@@ -462,16 +462,12 @@ def test_a_state_that_is_damaged(start: Start, content: bytes) -> None:
     (folder / "state.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the run's state .*state.pt is damaged .*; begin anew: --force"):
         start.train("out.pt", resume=True)
-    torch.save({"asymswap_training": 1, "nn": nn.Conv2d}, folder / "state.pt")
-    with pytest.raises(
-        CheckpointError, match=r"damaged \(it keeps torch\.nn\.\S+\.Conv2d itself as a value, .*; begin an"
-    ):
-        start.train("out.pt", resume=True)
-    torch.save({"asymswap_training": 99}, folder / "state.pt")
-    with pytest.raises(
-        CheckpointError, match=r"state.pt is not the state of a run of this version; begin anew: --force"
-    ):
-        start.train("out.pt", resume=True)
+    for value in ({"asymswap_training": 1, "nn": nn.Conv2d}, {"asymswap_training": 99}, [1]):
+        torch.save(value, folder / "state.pt")
+        with pytest.raises(
+            CheckpointError, match=r"state.pt is not the state of a run of this version; begin anew: --force"
+        ):
+            start.train("out.pt", resume=True)
 
 
 def test_half_precision(start: Start) -> None:
