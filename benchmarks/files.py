@@ -70,26 +70,28 @@ def check(folder: Path) -> dict[str, Any]:
     from asymswap.inputs import probe
 
     # Our own file; a class needs no guess.
-    original = torch.load(folder / KINDS["pickled module"], weights_only=False)
-    wanted = asymswap.convert(original.eval(), RECIPE)
-    inputs = probe(wanted.header.preprocessing, torch.float32, images=1, seed=1)
-    tensors = wanted.model.state_dict()
+    original = torch.load(folder / KINDS["pickled module"], weights_only=False).eval()
+    found, conversions = {}, {}
     with torch.no_grad():
-        output = wanted.model(*inputs)
-        found = {}
         for kind, file in KINDS.items():
             path = folder / result(file)
             if not path.exists():
                 continue
             header, model = read_checkpoint(path).header, asymswap.load(path)
-            state = model.state_dict()
+            # A module does not tell its input's size: at the usual one Inception would get other ranks than at its own.
+            size = (header.preprocessing.channels, *header.preprocessing.size)
+            if size not in conversions:
+                conversions[size] = asymswap.convert(original, RECIPE, input_size=size).model
+            wanted, state = conversions[size], model.state_dict()
+            tensors = wanted.state_dict()
+            inputs = probe(header.preprocessing, torch.float32, images=1, seed=1)
             found[kind] = {
                 "taken_for": header.origin.reference,
                 "class": f"{type(original).__module__}.{type(original).__qualname__}",
                 "swapped": sum(len(plan.swaps) for plan in header.plans),
                 "same_keys": list(state) == list(tensors),
                 "tensors": max(gap(tensor, state[key]) for key, tensor in tensors.items() if key in state),
-                "output": gap(output, model(*inputs)),
+                "output": gap(wanted(*inputs), model(*inputs)),
             }
             del model, state
     return found
