@@ -34,7 +34,16 @@ from asymswap.calibrate import (
     polish,
     some_inputs,
 )
-from asymswap.checkpoint import Header, Stored, read_checkpoint, restore, save_checkpoint, save_state, versions
+from asymswap.checkpoint import (
+    Header,
+    Stored,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+    save_state,
+    unconverted,
+    versions,
+)
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import AsymswapError, SourceError
@@ -55,7 +64,7 @@ from asymswap.planning.plan import check_replay, find_choices, make_plan, matche
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
-from asymswap.sources.references import Request, rebuild
+from asymswap.sources.references import Request
 from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
 from asymswap.summary import check_promises, make_report, state_bytes
 from asymswap.tensors import eval_mode, first_not_finite
@@ -298,7 +307,7 @@ def fuse(
     stored, label = _stored(checkpoint)
     if model is None:
         model = build_named(stored.header.origin, Request(arch, arguments=arguments or {}, trust_code=trust_code))
-    original = model if model is not None else rebuild(stored.header.origin, stored.header.skeleton)
+    original = unconverted(stored, label, model)
     converted = checkpoint.model if isinstance(checkpoint, Conversion) else restore(stored, label, original)
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")

@@ -51,6 +51,7 @@ from asymswap.tensors import WithoutMemory, meta_copy
 FORMAT = 1
 SUFFIXES = (".pt", ".pth", ".safetensors")
 _LARGEST_SKELETON = 64 * 2**20
+_HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
 _LARGEST_INPUT = 2**27
 """Numbers in one input: 11,000 x 4,000 pixels of three channels, half a gigabyte."""
 
@@ -206,8 +207,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
             base = swap(base, {}) if base is model else base
             difference = compare(base, stored.state)
     except AsymswapError as error:
-        how = "load it with asymswap.load(path, model=…) or give --arch"
-        how = how if model is None else "the model given is not the one that was converted"
+        how = _HOW_TO_BUILD if model is None else "the model given is not the one that was converted"
         raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
@@ -216,6 +216,19 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     except SourceError as error:
         raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()
+
+
+def unconverted(stored: Stored, label: str, model: nn.Module | None) -> nn.Module:
+    """The model that was converted: the one given, or what the header speaks of, with unset weights.
+
+    Raises CheckpointError where only the user's own code can build it.
+    """
+    if model is not None:
+        return model
+    try:
+        return rebuild(stored.header.origin, stored.header.skeleton)
+    except AsymswapError as error:
+        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {_HOW_TO_BUILD}") from None
 
 
 def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:

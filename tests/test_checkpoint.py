@@ -496,3 +496,22 @@ def test_the_header_is_plain_data(small: Path) -> None:
     data = json.loads(json.dumps(header_to_json(header)))
     assert data.keys() == {"format", "origin", "plans", "preprocessing", "provenance"}
     assert data["provenance"].keys() == {"versions", "recipe", "overrides", "seed", "report"}
+
+
+@pytest.mark.parametrize("verb", ["fuse", "export"])
+def test_what_only_the_users_code_can_build_is_told_with_the_file_and_what_to_do(verb: str, tmp_path: Path) -> None:
+    conversion = asymswap.convert(OwnNet().eval(), "acnet", input_size=(3, 8, 8))
+    asymswap.save(conversion, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt cannot be rebuilt: it was built by .*OwnNet.*; .*give --arch"):
+        getattr(asymswap, verb)(tmp_path / "x.pt", *([tmp_path / "x.onnx"] if verb == "export" else []))
+
+
+class OwnNet(nn.Module):
+    """A class that no file may build."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from asymswap.checkpoint import read_checkpoint, restore, save_state
+from asymswap.checkpoint import read_checkpoint, restore, save_state, unconverted
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
 from asymswap.deploy.programs import failing_clearly, quiet, widest_gap
@@ -25,7 +25,7 @@ from asymswap.opening import build_named, model_dtype
 from asymswap.output import check_output, whole_file
 from asymswap.reporting.export import Check, ExportReport
 from asymswap.reporting.report import FileRow
-from asymswap.sources.references import Request, rebuild
+from asymswap.sources.references import Request
 from asymswap.spec import Preprocessing, Progress, silent
 from asymswap.tensors import list_tensors
 
@@ -124,7 +124,7 @@ def _read(
     stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
     if model is None:
         model = build_named(stored.header.origin, request)
-    original = model if model is not None else rebuild(stored.header.origin, stored.header.skeleton)
+    original = unconverted(stored, label, model)
     converted = restore(stored, label, original)
     preprocessing, plans = stored.header.preprocessing, stored.header.plans
     if preprocessing.form == "image-list":
