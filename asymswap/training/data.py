@@ -182,6 +182,8 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
         pictures = ImageFiles(files, preprocessing.channels)
         return _preprocessed(pictures, (), f"folder {folder}: {len(files)} images", preprocessing)
     root = _part_folder(folder, part)
+    if unlabelled and not class_names(root):
+        raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
     has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
     return replace(_read_folder(root, preprocessing), has_val=has_val)
 

@@ -122,7 +122,7 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
     ("options", "reason"),
     [
         (("--calibrate", "nowhere"), "data 'nowhere' is neither a known name nor an existing folder"),
-        (("--calibrate", "empty"), "holds no class folders"),
+        (("--calibrate", "empty"), "holds no images, and no folders of images"),
         (("--calibrate", "broken"), r"image '.*png' cannot be read"),
         (("--calibrate", "digits", "--calibration-images", "0"), "--calibration-images 0 is no number of images"),
         (("--calibrate", "digits", "--calibration-memory", "0"), "--calibration-memory 0 is no amount of memory"),

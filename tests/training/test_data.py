@@ -212,6 +212,9 @@ def test_images_in_one_folder_where_labels_are_not_needed(tmp_path: Path) -> Non
     assert [round(float(data.images[index][0].mean() * 255)) for index in range(3)] == [0, 40, 80]
     with pytest.raises(SourceError, match="holds no class folders; put each class's images into its own folder"):
         open_data(str(tmp_path), plain, "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="empty' holds no images, and no folders of images; put some into it"):
+        open_data(str(tmp_path / "empty"), plain, "train", unlabelled=True)
 
 
 def test_pixels_of_more_than_eight_bits(tmp_path: Path) -> None:
