@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tomllib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,9 +76,16 @@ def _budgets_latency(arguments: Sequence[str]) -> bool:
         return True
     recipes = [value for option, value in itertools.pairwise(arguments) if option == "--recipe"]
     recipes += [argument.removeprefix("--recipe=") for argument in arguments if argument.startswith("--recipe=")]
-    with suppress(OSError, ValueError):
-        return any("latency" in Path(name).read_text(encoding="utf-8") for name in recipes if name.endswith(".toml"))
-    return False
+    return any(map(_says_latency, recipes))
+
+
+def _says_latency(recipe: str) -> bool:
+    try:
+        budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
+    except (OSError, ValueError):
+        # One that comes with asymswap, or none: the command will say so.
+        return False
+    return isinstance(budget, dict) and "latency" in budget
 
 
 def main() -> NoReturn:

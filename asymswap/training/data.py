@@ -178,14 +178,19 @@ def _open_arrays(path: Path, preprocessing: Preprocessing, part: Part, unlabelle
 
 
 def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
-    if unlabelled and (files := image_files(folder)):
-        pictures = ImageFiles(files, preprocessing.channels)
-        return _preprocessed(pictures, (), f"folder {folder}: {len(files)} images", preprocessing)
     root = _part_folder(folder, part)
     if unlabelled and not class_names(root):
-        raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
+        return _read_images(root, preprocessing)
     has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
     return replace(_read_folder(root, preprocessing), has_val=has_val)
+
+
+def _read_images(folder: Path, preprocessing: Preprocessing) -> LabelledImages:
+    files = image_files(folder)
+    if not files:
+        raise SourceError(f"data folder '{folder}' holds no images, and no folders of images; put some into it")
+    pictures = ImageFiles(files, preprocessing.channels)
+    return _preprocessed(pictures, (), f"folder {folder}: {len(files)} images", preprocessing)
 
 
 def _read_folder(root: Path, preprocessing: Preprocessing) -> LabelledImages:

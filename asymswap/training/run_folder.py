@@ -27,6 +27,8 @@ from asymswap.sources.unpickle import load_object
 from asymswap.training.rows import EpochRow, StepRow
 
 STATE_FORMAT = 1
+_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}
+"""What a state holds beside its format."""
 
 
 class RunFolder:
@@ -54,13 +56,16 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def begin(self, step: int, identity: Mapping[str, Any]) -> None:
-        """Make the folder, or drop what was told of steps after this one, which will be done again."""
+        """Make the folder, or drop what was told of steps after this one, which will be done again.
+
+        At step 0 nothing was saved to go on with: what was told then is another run's.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             told = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         except OSError as error:
             raise OutputError(f"cannot write to the run's folder {self.folder}: {error.strerror or error}") from None
-        lines = [line for line in told if _step_of(line) <= step]
+        lines = [line for line in told if _step_of(line) <= step] if step else []
         if not lines:
             lines = [json.dumps({"event": "start", "step": 0, "settings": identity})]
         write_text(self.metrics, "".join(f"{line}\n" for line in lines))
@@ -80,6 +85,7 @@ class RunFolder:
 
     def save_state(self, payload: Mapping[str, Any]) -> None:
         """Replace the state at once; where that fails the former one stays."""
+        assert payload.keys() == _STATE
         with whole_file(self.state) as draft, draft.open("wb") as file:
             try:
                 torch.save({"asymswap_training": STATE_FORMAT, **payload}, file)
@@ -94,11 +100,7 @@ class RunFolder:
             found = load_object(self.state, sniff(self.state), False, "it", "no run leaves such a file")
         except SourceError as error:
             raise CheckpointError(f"the run's state {self.state} is damaged ({error}); begin anew: --force") from None
-        if (
-            not isinstance(found, dict)
-            or found.get("asymswap_training") != STATE_FORMAT
-            or not {"identity", "progress", "model", "average", "optimizer", "scaler"} <= found.keys()
-        ):
+        if not isinstance(found, dict) or found.get("asymswap_training") != STATE_FORMAT or not found.keys() >= _STATE:
             raise CheckpointError(f"{self.state} is not the state of a run of this version; begin anew: --force")
         return found
 

@@ -212,6 +212,10 @@ def test_images_in_one_folder_where_labels_are_not_needed(tmp_path: Path) -> Non
     assert [round(float(data.images[index][0].mean() * 255)) for index in range(3)] == [0, 40, 80]
     with pytest.raises(SourceError, match="holds no class folders; put each class's images into its own folder"):
         open_data(str(tmp_path), plain, "train")
+    write_images(tmp_path / "classes", {"a": (1, 2, 3), "b": (4, 5, 6)})
+    Image.new("RGB", (4, 4)).save(tmp_path / "classes" / "stray.png")
+    both = open_data(str(tmp_path / "classes"), plain, "train", unlabelled=True)
+    assert both.classes == ("a", "b"), "an image beside the folders of classes does not take their place"
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="empty' holds no images, and no folders of images; put some into it"):
         open_data(str(tmp_path / "empty"), plain, "train", unlabelled=True)

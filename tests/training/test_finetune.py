@@ -537,3 +537,13 @@ def test_a_network_of_the_users_file_is_built_as_it_was_when_it_was_converted(tm
     # The number of channels is the checkpoint's to tell.
     tuned = asymswap.finetune(tmp_path / "x.pt", digits, Training(steps=1), arch=reference, trust_code=True)
     assert [key for key, _ in tuned.model.named_parameters()] == [key for key, _ in conversion.model.named_parameters()]
+
+
+def test_what_a_run_that_saved_nothing_told_is_not_the_next_ones(start: Start) -> None:
+    folder = start / "out.run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"event": "start", "step": 0, "settings": {"lr": 1e9}}\n')
+    start.train("out.pt")
+    first, *others = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert first["settings"]["lr"] != 1e9
+    assert all(row["event"] != "start" for row in others)
