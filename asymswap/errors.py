@@ -6,13 +6,15 @@ import difflib
 import re
 from collections.abc import Iterable
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that a terminal obeys instead of showing them; line ends and tabs are none of them."""
+CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
+"""Characters that a terminal obeys instead of showing them, for a regular expression; not line ends and tabs."""
+
+CONTROL = re.compile(f"[{CONTROLS}]")
 
 BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters that reorder how the text beside them is read."""
 
-_OBEYED = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{BIDIRECTIONAL}]")
+_OBEYED = re.compile(f"[{CONTROLS}\t\n\u2028\u2029\ud800-\udfff{BIDIRECTIONAL}]")
 _LONGEST_NAME = 200
 
 

@@ -181,11 +181,10 @@ def build_named(origin: Origin, request: Request) -> nn.Module | None:
 
 def resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:
     """The same preprocessing to another size: (channels, height, width), or (channels, frames, height, width)."""
-    *frames, height, width = input_size[1:] if len(input_size) > 2 else (*input_size, 0, 0)
-    if len(frames) != (preprocessing.form == "clips") or min(input_size) < 1:
+    if len(input_size) != (4 if preprocessing.form == "clips" else 3) or min(input_size) < 1:
         wanted = "channels x frames x height x width" if preprocessing.form == "clips" else "channels x height x width"
         raise SourceError(f"--input {'x'.join(map(str, input_size))} does not suit: one input is {wanted}")
-    channels = input_size[0]
+    channels, *frames, height, width = input_size
     resized = replace(preprocessing, size=(height, width), resize=None, frames=frames[0] if frames else 1)
     if channels == preprocessing.channels:
         return resized

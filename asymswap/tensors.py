@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -88,6 +88,12 @@ def store_(target: Tensor, numbers: Tensor) -> None:
     """Copy numbers into a tensor, in place; those beyond the range of its dtype become the last ones within."""
     limits = torch.finfo(target.dtype)
     target.copy_(numbers.clamp(limits.min, limits.max))
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor of four dimensions has that memory format, and could not as well have the usual one."""
+    fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return fits and not tensor.is_contiguous()
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -219,22 +225,24 @@ def side_by_side(
     once those at work have ended; what was not begun is left. The function may run in other threads: it must not draw
     from torch's global generator, nor count on a mode (`torch.no_grad`) that was set here.
     """
-    order = sorted(range(len(items)), key=lambda number: not alone(items[number]))
     results: dict[int, _Result] = {}
+
+    def keep(number: int, result: _Result) -> None:
+        results[number] = result
+        step(len(results))
+
+    solitary = [number for number, item in enumerate(items) if alone(item)]
     workers = min(torch.get_num_threads(), _AT_ONCE)
-    with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures: dict[int, Future[_Result]] = {}
-        try:
-            for number in order:
-                if alone(items[number]):
-                    results[number] = function(items[number])
-                    step(len(results))
-                else:
-                    futures[number] = pool.submit(function, items[number])
-            for number, future in futures.items():
-                results[number] = future.result()
-                step(len(results))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with one_thread():
+        for number in solitary:
+            keep(number, function(items[number]))
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            others = [number for number in range(len(items)) if number not in results]
+            futures = [pool.submit(function, items[number]) for number in others]
+            try:
+                for number, future in zip(others, futures, strict=True):
+                    keep(number, future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return [results[number] for number in range(len(items))]

@@ -87,8 +87,7 @@ def candidates(
 
 def _check_pictures(plot: Path | None, graph: Path | None, force: bool) -> None:
     """Refuse what cannot be drawn or written, before any work is done."""
-    from asymswap.errors import AsymswapError
-    from asymswap.output import check_output
+    from asymswap.output import check_distinct, check_output
     from asymswap.reporting.candidates import check_plot_file
     from asymswap.reporting.graph import check_graph_file
 
@@ -96,8 +95,7 @@ def _check_pictures(plot: Path | None, graph: Path | None, force: bool) -> None:
         if path is not None:
             check_output(path, force, option)
             check(path)
-    if plot is not None and plot == graph:
-        raise AsymswapError(f"--plot and --graph both name {plot}; give them two files")
+    check_distinct({"--plot": plot, "--graph": graph})
 
 
 def _write_pictures(found: Candidates, plot: Path | None, graph: Path | None) -> None:

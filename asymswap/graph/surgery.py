@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asymswap.errors import PlanError, near_names
-from asymswap.tensors import loose_tensors
+from asymswap.tensors import is_channels_last, loose_tensors
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:
@@ -66,9 +66,3 @@ def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
     if any(is_channels_last(parameter) for parameter in parameters):
         fused.to(memory_format=torch.channels_last)
     return fused
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor of four dimensions has that memory format, and could not as well have the usual one."""
-    fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return fits and not tensor.is_contiguous()

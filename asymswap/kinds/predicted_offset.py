@@ -30,6 +30,7 @@ from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
+from asymswap.tensors import is_channels_last
 
 SIZES = ()
 PRESERVES = "the function, exactly, until its predictor is trained"
@@ -273,7 +274,7 @@ def _deform_conv2d(
     )
     output = output.masked_fill(lost, math.nan).to(predicted.dtype)
     # The operator forgets the input's format; the predictor is a conv, and chose that which any conv would.
-    if predicted.is_contiguous(memory_format=torch.channels_last) and not predicted.is_contiguous():
+    if is_channels_last(predicted):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
 

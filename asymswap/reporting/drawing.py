@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from xml.etree import ElementTree
 
-from asymswap.errors import BIDIRECTIONAL
+from asymswap.errors import BIDIRECTIONAL, CONTROLS
 
 Element = ElementTree.Element
 
@@ -41,7 +41,7 @@ KIND_COLOURS = sum(name.startswith("kind") for name in COLOURS)
 DARK = "@media screen and (prefers-color-scheme: dark)"
 """Where the dark colours hold: never in print."""
 
-_UNCLEAN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
+_UNCLEAN = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
 
 
 def clean(text: str) -> str:
