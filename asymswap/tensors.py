@@ -153,6 +153,25 @@ class WithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class WithinMemory(TorchFunctionMode):
+    """While it lasts, what `torch.empty` makes, as every layer makes its weights, is at most so many bytes together.
+
+    MemoryError is raised instead of taking more.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most, self._taken = most, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            self._taken += func(*args, **{**kwargs, "device": "meta", "pin_memory": False}).nbytes
+            if self._taken > self._most:
+                raise MemoryError(f"its weights take more than {self._most:,} bytes")
+        return func(*args, **kwargs)
+
+
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     """The first parameter or buffer that holds a NaN or an infinity, and which of the two; None where there is none."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

@@ -17,9 +17,12 @@ from asymswap.errors import SourceError
 from asymswap.sources import fingerprints, networks, timm_models, torchvision_models
 from asymswap.sources.state import Difference, State, compare
 from asymswap.spec import Origin
-from asymswap.tensors import WithoutMemory, allocated, list_tensors
+from asymswap.tensors import WithinMemory, WithoutMemory, allocated, list_tensors
 
 DIGITS = "digits-resnet"
+
+_MOST_NUMBERS = 2**30
+"""Bytes of weights, where a network that nobody has filled yet takes memory: a file may claim any arguments for it."""
 
 
 def known_references() -> list[str]:
@@ -79,8 +82,8 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
 def on_meta(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network of a full reference with its weights on the meta device: enough to compare keys and shapes.
 
-    Some run themselves while they are built (ssdlite), which needs numbers: these have theirs. The random numbers of
-    others are not touched. Raises SourceError as `build` does.
+    Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte at most. The
+    random numbers of others are not touched. Raises SourceError as `build` does.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -88,7 +91,8 @@ def on_meta(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
                 return build(reference, arguments)
         except Exception:
             # What is wrong with the arguments is wrong again.
-            return build(reference, arguments)
+            with WithinMemory(_MOST_NUMBERS):
+                return build(reference, arguments)
 
 
 def build_unset(reference: str, arguments: Mapping[str, Any]) -> nn.Module:

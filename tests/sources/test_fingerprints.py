@@ -177,6 +177,14 @@ def test_channels_that_cannot_be(reference: str, channels: Any, expected: str) -
         on_meta(reference, {"in_channels": channels})
 
 
+def test_a_network_that_runs_while_it_is_built_takes_no_more_memory_than_such_networks_need() -> None:
+    """It has to be built with numbers, and how many classes it has is for a file to say."""
+    reference = "torchvision:ssdlite320_mobilenet_v3_large"
+    assert not any(tensor.is_meta for tensor in on_meta(reference, {"num_classes": 5}).state_dict().values())
+    with pytest.raises(SourceError, match=r"num_classes': 30000}: its weights take more than 1,073,741,824 bytes"):
+        on_meta(reference, {"num_classes": 30_000})
+
+
 def test_channels_as_they_are_change_nothing() -> None:
     torch.manual_seed(0)
     one = builders.build("torchvision:resnet18", {"in_channels": 3})
