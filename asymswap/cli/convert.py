@@ -122,9 +122,8 @@ def convert(
             check_output(path, force, option)
     if report is not None:
         files.check_suffix(report)
-    check_distinct(
-        {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan, "--evidence": evidence}
-    )
+    written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
+    check_distinct({"the model": o.model_file(model), **written, "--evidence": evidence})
     budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
     given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
     if len(given) > 1:

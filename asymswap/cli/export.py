@@ -55,10 +55,11 @@ def export(
     Example: asymswap export model.asym.pt --to onnx -o model.onnx
     """
     from asymswap.cli import screen
-    from asymswap.output import check_output
+    from asymswap.output import check_distinct, check_output
 
     target = output or _default(checkpoint, to or Form.onnx)
     check_output(target, force)
+    check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with screen.progress(quiet) as step:
         from asymswap.deploy.export import export as run
 

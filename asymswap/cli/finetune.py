@@ -162,7 +162,7 @@ def finetune(
     """
     from asymswap.cli import screen
     from asymswap.distributed import joined
-    from asymswap.output import check_output
+    from asymswap.output import check_distinct, check_output
 
     target = output or o.default_output(str(checkpoint), "tuned")
     # Under torchrun, whoever was started again has a run to go on with.
@@ -170,6 +170,7 @@ def finetune(
     resume = resume or again
     if not resume:
         check_output(target, force)
+    check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with joined(gpus=not cpu) as team, screen.training(quiet or json or not team.leads) as watcher:
         from asymswap import api
         from asymswap.training.augment import parse_presets

@@ -49,10 +49,11 @@ def fuse(
     Example: asymswap fuse model.asym.pt --as-original -o model.pt
     """
     from asymswap.cli import screen
-    from asymswap.output import check_output
+    from asymswap.output import check_distinct, check_output
 
     target = output or o.default_output(str(checkpoint), "fused")
     check_output(target, force)
+    check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with screen.progress(quiet) as step:
         from asymswap import api
         from asymswap.checkpoint import check_suffix

@@ -216,6 +216,11 @@ def check_matplotlib(option: str, path: Path) -> None:
         raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
 
 
+def model_file(reference: str | Path) -> Path | None:
+    """The file that the model is read from, which nothing may be written over; None where it is no file's."""
+    return Path(reference) if os.path.isfile(reference) else None  # noqa: PTH113 (never raises)
+
+
 def default_output(reference: str, mark: str = "asym") -> Path:
     """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before.
 

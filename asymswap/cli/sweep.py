@@ -88,7 +88,9 @@ def sweep(
         _check_report(path, force)
     check_output(target, force=True)
     # A file that is named twice is written twice, with the same in it.
-    check_distinct({"-o": target, **{f"--report {path}": path for path in set(report or [])}})
+    check_distinct(
+        {"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in set(report or [])}}
+    )
     known = None if force else _read(target)
     with screen.progress(quiet) as step:
         from asymswap.output import write_text

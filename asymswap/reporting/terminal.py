@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
@@ -16,25 +17,59 @@ from asymswap.spec import Candidate, Cost
 _LEAST = 12
 """Columns of text that may break its lines keep at least so many characters."""
 
+_LEAST_PROSE = 19
+"""Where names of layers are in one piece, columns of words beside them keep at least so many."""
+
 WIDE = 110
 """From this many columns on, tables show everything."""
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], gap: int = 2) -> Table:
-    """A plain table of (title, side) columns; the side is `left`, `right`, or `fold` for text that may break lines."""
+def table(
+    columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], gap: int = 2, width: int | None = None
+) -> Table:
+    """A plain table of (title, side) columns; the side is `left`, `right`, or `fold` for text that may break lines.
+
+    Where the terminal's `width` is given, the first column of text that may break holds names of layers: they are in
+    one piece if there is room, and break at their dots if there is not.
+    """
     result = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     result.show_header = any(title for title, _ in columns)
-    for title, side in columns:
+    cells = [[cell if isinstance(cell, Text) else written(cell) for cell in row] for row in rows]
+    folds = [number for number, (_, side) in enumerate(columns) if side == "fold"]
+    sizes = [max(map(len, column)) for column in zip([title for title, _ in columns], *cells, strict=True)]
+    if width is not None and folds:
+        names, *others = folds
+        taken = sum(min(size, _LEAST_PROSE) if number in others else size for number, size in enumerate(sizes))
+        room = width - (taken - sizes[names]) - gap * (len(columns) - 1)
+        if room >= _LEAST:
+            folds = others
+            for row in cells:
+                row[names] = Text("\n".join(_at_dots(row[names].plain, room)), row[names].style)
+    for number, (title, side) in enumerate(columns):
         result.add_column(
             title,
             justify="right" if side == "right" else "left",
-            min_width=_LEAST if side == "fold" else None,
-            no_wrap=side != "fold",
-            overflow="fold" if side == "fold" else "ellipsis",
+            min_width=min(sizes[number], _LEAST) if number in folds else None,
+            no_wrap=number not in folds,
+            overflow="fold" if number in folds else "ellipsis",
         )
-    for row in rows:
-        result.add_row(*(cell if isinstance(cell, Text) else written(cell) for cell in row))
+    for row in cells:
+        result.add_row(*row)
     return result
+
+
+def _at_dots(name: str, room: int) -> list[str]:
+    """A dotted name in lines of so many characters, broken after dots, and elsewhere only where a part is longer."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+", name):
+        while len(lines[-1]) + len(part) > room:
+            # What fits no line at all is cut where the line ends.
+            cut = room - len(lines[-1]) if len(part) > room else 0
+            lines[-1] += part[:cut]
+            part = part[cut:]
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def written(text: str, style: str = "") -> Text:
@@ -81,7 +116,7 @@ def candidates_view(
     pairs = any(row.half is not None for row in rows)
     columns.append(("Half of it saves" if pairs and wide else "Saves" if pairs else "Becomes", "fold"))
     if rows:
-        parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows))]
+        parts += [Text(""), table(columns, (_candidate_cells(row, total, wide) for row in rows), width=width)]
     parts.append(Text(""))
     parts += [
         written(line, style="dim")
@@ -168,13 +203,13 @@ def _figures(name: str, before: int, after: int) -> Sequence[str]:
 def _swaps(report: Report, width: int) -> Table:
     wide = width >= WIDE
     mixed = len(report.preserves) > 1
-    columns = [("Layer", "fold"), ("Conv", "left"), ("Becomes", "fold" if mixed else "left"), ("MACs", "right")]
+    columns = [("Layer", "fold"), ("Conv", "left"), ("Becomes", "fold"), ("MACs", "right")]
     columns += (
         [("Parameters", "right"), ("Kernel error", "right"), ("Output error", "right")]
         if wide
         else [("Error", "right")]
     )
-    return table(columns, (_swap_cells(row, wide, mixed) for row in report.swapped))
+    return table(columns, (_swap_cells(row, wide, mixed) for row in report.swapped), width=width)
 
 
 def _swap_cells(row: SiteRow, wide: bool, mixed: bool) -> list[str]:

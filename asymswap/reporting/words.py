@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,11 +60,13 @@ def milliseconds(seconds: float) -> str:
 
 
 def error(value: float | None) -> str:
-    """A relative error: small ones as a power, others as a percentage."""
+    """A relative error: small ones as a power, those of many times the thing itself as such, others as a percentage."""
     if value is None:
         return "-"
     if value == 0:
         return "0"
+    if value >= 10:
+        return f"{value:,.0f} x"
     return f"{value:.0e}" if value < 1e-3 else percent(value)
 
 
@@ -105,13 +106,15 @@ def markdown_table(lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Settings in a short phrase: `rank 17, vertical`, the order being named by what comes first."""
+    """Settings in a short phrase: `rank 17, vertical`, the order being named by what comes first; `kernel 5x5`."""
     parts = []
     for key, value in values.items():
         if value is True:
             parts.append(key)
         elif isinstance(value, str):
             parts.append(value.removesuffix("-first"))
+        elif isinstance(value, list) and all(isinstance(side, int) for side in value):
+            parts.append(f"{key} {'x'.join(map(str, value))}")
         else:
             parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
     return ", ".join(parts)
@@ -144,6 +147,16 @@ def nothing_swapped(report: Report) -> list[str]:
 
 
 def kept(rows: Iterable[SiteRow]) -> list[str]:
-    """Why sites were kept, and how many for each reason, the commonest first."""
-    reasons = Counter(row.reason for row in rows if row.action == "keep")
-    return [f"{number} {'conv' if number == 1 else 'convs'}: {reason}" for reason, number in reasons.most_common()]
+    """Why sites were kept, and how many for each reason, the commonest first; up to three are named."""
+    sites: dict[str, list[str]] = {}
+    for row in rows:
+        if row.action == "keep":
+            sites.setdefault(row.reason, []).append(row.site)
+    found = sorted(sites.items(), key=lambda item: -len(item[1]))
+    return [f"{_some(names)}: {reason}" for reason, names in found]
+
+
+def _some(names: Sequence[str]) -> str:
+    """`3 convs`, with their names where they are few."""
+    told = f"{len(names)} {'conv' if len(names) == 1 else 'convs'}"
+    return told + f" ({', '.join(names)})" * (len(names) <= 3)

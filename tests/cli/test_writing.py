@@ -59,6 +59,22 @@ def test_existing_output(name: str, refusal: Refusal) -> None:
     assert said == f"{name} exists already; give another name with -o, or --force to replace it"
 
 
+@pytest.mark.parametrize("option", ["-o", "--report", "--write-plan"])
+def test_the_model_is_never_written_over(option: str, refusal: Refusal) -> None:
+    Path("model.json").write_text("mine")
+    said = refusal("convert", "model.json", "--recipe", "3x3-only", "--force", option, "./model.json")
+    assert said == f"the model and {option} both name model.json; give them two files"
+    assert Path("model.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["fuse", "export"])
+def test_a_checkpoint_is_never_written_over(command: str, refusal: Refusal) -> None:
+    Path("x.pt").write_text("mine")
+    said = refusal(command, "x.pt", "-o", "x.pt", "--force")
+    assert Path("x.pt").read_text() == "mine"
+    assert said == "the checkpoint and -o both name x.pt; give them two files"
+
+
 def test_existing_default_output(refusal: Refusal) -> None:
     Path("digits-resnet.asym.pt").write_text("mine")
     assert "digits-resnet.asym.pt exists already" in refusal(*CONVERT)
