@@ -140,7 +140,17 @@ def candidates(
     """
     wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
     opened = open_model(
-        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+        model,
+        Request(
+            arch=arch,
+            weights=weights,
+            arguments=arguments or {},
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+        ),
+        input_size,
+        progress,
     )
     traced = trace(opened.model, opened.example())
     return Candidates(
@@ -171,7 +181,17 @@ def plan(
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     wanted = parse_recipe(*read_recipe_text(str(recipe)), overrides)
     opened = open_model(
-        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+        model,
+        Request(
+            arch=arch,
+            weights=weights,
+            arguments=arguments or {},
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+        ),
+        input_size,
+        progress,
     )
     _check_finite(opened)
     traced = trace(opened.model, opened.example())
@@ -217,7 +237,17 @@ def convert(
     if calibration is not None and not isinstance(calibration, Calibration):
         raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
     opened = open_model(
-        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+        model,
+        Request(
+            arch=arch,
+            weights=weights,
+            arguments=arguments or {},
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+        ),
+        input_size,
+        progress,
     )
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
@@ -306,7 +336,7 @@ def fuse(
     """
     stored, label = _stored(checkpoint)
     if model is None:
-        model = build_named(stored.header.origin, Request(arch, arguments=arguments or {}, trust_code=trust_code))
+        model = build_named(stored.header.origin, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
     original = unconverted(stored, label, model)
     converted = checkpoint.model if isinstance(checkpoint, Conversion) else restore(stored, label, original)
     if converted.training:

@@ -78,7 +78,17 @@ def benchmark(
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
     opened = open_together(
-        models, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+        models,
+        Request(
+            arch=arch,
+            weights=weights,
+            arguments=arguments or {},
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+        ),
+        input_size,
+        progress,
     )
     rows = tuple(_row(one) for one in opened)
     with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:

@@ -36,8 +36,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import asymswap
-from asymswap import kinds
-from asymswap.errors import CONTROL, AsymswapError, CheckpointError, OutputError, PlanError, SourceError
+from asymswap.errors import (
+    CONTROL,
+    AsymswapError,
+    CheckpointError,
+    OutputError,
+    PlanError,
+    SourceError,
+    validation_text,
+)
 from asymswap.graph.surgery import swap
 from asymswap.output import real_cause, whole_file
 from asymswap.planning.apply import apply_structure
@@ -124,7 +131,7 @@ def told(provenance: Mapping[str, Any], label: str) -> Told:
     try:
         return _TOLD.validate_python(dict(provenance))
     except ValidationError as error:
-        raise CheckpointError(f"{label} has a damaged provenance: {kinds.validation_text(error)}") from None
+        raise CheckpointError(f"{label} has a damaged provenance: {validation_text(error)}") from None
 
 
 def versions(origin: Origin) -> dict[str, str]:
@@ -326,7 +333,7 @@ def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
         data = _HEADER.validate_json(text)
         _check_input(data.preprocessing)
     except ValidationError as error:
-        raise CheckpointError(f"{label} has a damaged header: {kinds.validation_text(error)}") from None
+        raise CheckpointError(f"{label} has a damaged header: {validation_text(error)}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label} has a damaged header: {error}") from None
     try:

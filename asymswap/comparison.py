@@ -60,7 +60,14 @@ def compare(
         raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
     opened = open_together(
         models,
-        Request(arch, weights, arguments or {}, trust_pickle, key, trust_code),
+        Request(
+            arch=arch,
+            weights=weights,
+            arguments=arguments or {},
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+        ),
         input_size,
         progress,
     )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
 """Characters that a terminal obeys instead of showing them, for a regular expression; not line ends and tabs."""
@@ -70,3 +74,38 @@ def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
     near = [other for other in known if len(other) <= _LONGEST_NAME]
     close = difflib.get_close_matches(name, near, n=most, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
+    """Pydantic's complaints as one line: where, what, the value, and near names for unknown keys."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = _place(item["loc"])
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            key = str(item["loc"][-1])
+            hint = near_names(key, known) or (f"; known: {', '.join(known)}" if known else "")
+            owner = where.removesuffix(key).rstrip(". ")
+            lines.append(f"unknown key {key!r}{' in ' + owner if owner else ''}{hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            told = item["type"] != "missing" and not isinstance(item["input"], dict)
+            value = f" (got {_shortened(item['input'])})" if told else ""
+            lines.append(f"{where}: {message}{value}" if where else message)
+    return "; ".join(lines)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… of {len(text):,} characters"
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """Where in a recipe or plan a mistake stands, counted from one: `rule 2 match.kernel`."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            # Several values may stand where one does: only a list's own name tells which item is meant.
+            text = text.removesuffix("s") + f" {part + 1} " if text in ("rules", "swaps", "keeps") else text
+        elif part not in ("range", "any of"):
+            text += part if not text or text.endswith(" ") else f".{part}"
+    return text.strip()

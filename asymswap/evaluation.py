@@ -63,7 +63,14 @@ def evaluate(
     if not wanted:
         raise AsymswapError("give at least one model to evaluate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    request = Request(arch, weights, arguments or {}, trust_pickle, key, trust_code)
+    request = Request(
+        arch=arch,
+        weights=weights,
+        arguments=arguments or {},
+        trust_pickle=trust_pickle,
+        key=key,
+        trust_code=trust_code,
+    )
     # All are opened, and checked, before the first is measured.
     opened = open_together(wanted, request, input_size, progress)
     prepared = [with_statistics(one.source.preprocessing, mean, std) for one in opened]

@@ -85,7 +85,7 @@ def finetune(
     target, folder = _places(output, run)
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
-    opened = _open(checkpoint, model, Request(arch, arguments=arguments or {}, trust_code=trust_code))
+    opened = _open(checkpoint, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
     opened = replace(opened, header=_prepared(opened.header, input_size, mean, std))
     parts = _open_parts(data, opened.header, settings, download, team)
     classes = _check_data(opened, parts)

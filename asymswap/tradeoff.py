@@ -67,7 +67,17 @@ def sweep(
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_model(
-        model, Request(arch, weights, arguments or {}, trust_pickle, key, trust_code), input_size, progress
+        model,
+        Request(
+            arch=arch,
+            weights=weights,
+            arguments=arguments or {},
+            trust_pickle=trust_pickle,
+            key=key,
+            trust_code=trust_code,
+        ),
+        input_size,
+        progress,
     )
     images = open_data(data, opened.source.preprocessing, "test")
     check_classifier(opened.model, images)

@@ -67,7 +67,7 @@ class Bench:
 
     def __init__(self, wanted: argparse.Namespace) -> None:
         self.wanted = wanted
-        self.opened: Opened = open_model(wanted.model, Request(wanted.arch, None, {}, False))
+        self.opened: Opened = open_model(wanted.model, Request(arch=wanted.arch))
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
         self.test = in_memory(self._open("test"), None if wanted.test_images is None else wanted.test_images)
         self.train = self._open("train")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
-from asymswap.errors import RecipeError, near_names
+from asymswap.errors import RecipeError, near_names, validation_text
 from asymswap.spec import ConvSpec, Cost, Option, Site
 
 if TYPE_CHECKING:
@@ -144,38 +144,3 @@ def parse_settings(name: str, settings: Any) -> KindSettings:
         return kind.Settings.model_validate(dict(settings))
     except ValidationError as error:
         raise RecipeError(f"kind {name!r}: {validation_text(error, list(kind.Settings.model_fields))}") from None
-
-
-def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
-    """Pydantic's complaints as one line: where, what, the value, and near names for unknown keys."""
-    lines = []
-    for item in error.errors(include_url=False):
-        where = _place(item["loc"])
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            key = str(item["loc"][-1])
-            hint = near_names(key, known) or (f"; known: {', '.join(known)}" if known else "")
-            owner = where.removesuffix(key).rstrip(". ")
-            lines.append(f"unknown key {key!r}{' in ' + owner if owner else ''}{hint}")
-        else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            told = item["type"] != "missing" and not isinstance(item["input"], dict)
-            value = f" (got {_shortened(item['input'])})" if told else ""
-            lines.append(f"{where}: {message}{value}" if where else message)
-    return "; ".join(lines)
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}… of {len(text):,} characters"
-
-
-def _place(loc: Sequence[int | str]) -> str:
-    """Where in a recipe or plan a mistake stands, counted from one: `rule 2 match.kernel`."""
-    text = ""
-    for part in loc:
-        if isinstance(part, int):
-            # Several values may stand where one does: only a list's own name tells which item is meant.
-            text = text.removesuffix("s") + f" {part + 1} " if text in ("rules", "swaps", "keeps") else text
-        elif part not in ("range", "any of"):
-            text += part if not text or text.endswith(" ") else f".{part}"
-    return text.strip()

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymswap.distributed import ALONE, Team
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, validation_text
 from asymswap.factorize.evidence import Evidence
 from asymswap.graph.trace import conv_hooks
-from asymswap.kinds import validation_text
 from asymswap.output import whole_file
 from asymswap.spec import STRICT, Progress, Site, silent
 from asymswap.tensors import eval_mode, generator_for, list_tensors

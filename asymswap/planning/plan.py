@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from asymswap import kinds
-from asymswap.errors import PlanError, RecipeError, near_names
+from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import Kind, KindSettings
 from asymswap.planning.apply import takes_room
@@ -365,7 +365,7 @@ def plan_from_json(value: Any, where: str) -> Plan:
     try:
         plan = _PLAN.validate_json(value if isinstance(value, str | bytes) else json.dumps(value))
     except ValidationError as error:
-        raise PlanError(f"{where} is not a plan: {kinds.validation_text(error, _PLAN_KEYS)}") from None
+        raise PlanError(f"{where} is not a plan: {validation_text(error, _PLAN_KEYS)}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{where} is not a plan: {error}") from None
     seen: set[str] = set()

@@ -46,7 +46,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from asymswap import kinds
-from asymswap.errors import RecipeError, near_names
+from asymswap.errors import RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
 from asymswap.spec import Site, Size
 
@@ -505,7 +505,7 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
     try:
         return Recipe.model_validate(override(value, overrides or {}))
     except ValidationError as error:
-        raise RecipeError(f"{where}: {kinds.validation_text(error, _keys_at(error))}") from None
+        raise RecipeError(f"{where}: {validation_text(error, _keys_at(error))}") from None
 
 
 def _check_size(text: str, where: str) -> None:

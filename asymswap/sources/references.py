@@ -54,7 +54,7 @@ FILE_SUFFIXES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user said about the model beside its reference; see the options of the same names."""
 

@@ -92,7 +92,7 @@ def _recorded(header: Header) -> tuple[str, Request]:
     if path is not None:
         if reference != str(path):
             return origin, Request(weights=str(path), arguments=arguments)
-        return reference, Request() if whole or _is_ours(path) else Request(origin, arguments=arguments)
+        return reference, Request() if whole or _is_ours(path) else Request(arch=origin, arguments=arguments)
     if weights == "random":
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
     return origin, Request(weights=weights, arguments=arguments) if origin.startswith("torchvision:") else Request()
