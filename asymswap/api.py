@@ -437,6 +437,7 @@ class _Done:
     plan: Plan
     traced: Trace
     before: Costs
+    after: Costs
     gathered: Gathered | None
     sequential: bool
     polished: Polished | None
@@ -468,7 +469,8 @@ def _carry_out(
         if wanted.budget is None or wanted.budget.latency is None:
             return make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence), None
         choices = find_choices(opened.model, traced.sites, wanted, progress, evidence)
-        return plan_in_time(opened.model, opened.example(), choices, timing, progress)
+        with _of_the_converted_model():
+            return plan_in_time(opened.model, opened.example(), choices, timing, progress)
 
     team = _team(calibration)
     plan, latency = team.first(planned)
@@ -478,12 +480,13 @@ def _carry_out(
     else:
         # Weights that stay as they are need not be held twice where nobody else holds the original.
         converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
+    after = _costs_after(opened, converted, traced, before)
     clock.stop("convert")
     if calibration is not None and calibration.polishes:
         polished = team.first(lambda: polish(opened, converted, calibration, progress))
         team.follow_(converted)
         clock.stop("polish")
-    return _Done(converted, plan, traced, before, gathered, sequential, polished, latency)
+    return _Done(converted, plan, traced, before, after, gathered, sequential, polished, latency)
 
 
 def _team(calibration: Calibration | None) -> Team:
@@ -498,27 +501,31 @@ def _sites_to_learn(opened: Opened, traced: Trace, wanted: Recipe | Plan) -> lis
     return [site for site in traced.sites if site.name in swapped and site.calls]
 
 
+def _costs_after(opened: Opened, converted: nn.Module, traced: Trace, before: Costs) -> Costs:
+    """What the converted model costs, found by running it; raises AsymswapError where it does not run."""
+    with _of_the_converted_model():
+        if traced.on_meta:
+            return count_costs(converted, opened.example(), [site.name for site in traced.sites])
+        inputs = probe(opened.source.preprocessing, opened.dtype())
+        with eval_mode(converted), torch.no_grad():
+            converted(*next(iter(portions(inputs))))
+        return count_swapped(before, converted, traced.sites)
+
+
 def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, seed: int) -> Report:
     """Measure what has changed."""
     inputs, probe_text = _probe(opened, done.gathered, seed)
-    sites = done.traced.sites
     parts = compared_parts(done.traced)
-    with _of_the_converted_model():
-        if done.traced.on_meta:
-            after = count_costs(done.model, opened.example(), [site.name for site in sites])
-        else:
-            after = count_swapped(done.before, done.model, sites)
-            probe_text += f", compared at the outputs of {len(parts)} parts"
-            with eval_mode(done.model), torch.no_grad():
-                done.model(*next(iter(portions(inputs))))
-        fidelity = measure_fidelity(opened.model, done.model, done.plan, inputs, parts)
+    if not done.traced.on_meta:
+        probe_text += f", compared at the outputs of {len(parts)} parts"
+    fidelity = measure_fidelity(opened.model, done.model, done.plan, inputs, parts)
     return make_report(
         opened,
         done.traced,
         done.plan,
         recipe,
         None if isinstance(wanted, Plan) or wanted.budget is None else str(wanted.budget),
-        (done.before, after),
+        (done.before, done.after),
         fidelity,
         probe_text,
         (state_bytes(opened.model), state_bytes(done.model)),

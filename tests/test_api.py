@@ -516,10 +516,18 @@ class Asking(nn.Module):
 
 
 @pytest.mark.parametrize("traceable", [True, False])
-def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool) -> None:
+@pytest.mark.parametrize("way", ["plain", "polished", "in time"])
+def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str, tmp_path: Path) -> None:
+    for number in range(9):
+        Image.new("RGB", (16, 16), (20 * number, 100, 255 - 20 * number)).save(tmp_path / f"{number}.png")
+    more: dict[str, Any] = {
+        "plain": {},
+        "polished": {"calibration": asymswap.Calibration(str(tmp_path), images=8, polish_steps=2)},
+        "in time": {"overrides": {"budget.latency": 0.9}, "timing": asymswap.Timing(rounds=1)},
+    }[way]
     said = r"the converted model does not run \(.*'out_channels'\): its code asks a conv for more than its output"
     with pytest.raises(AsymswapError, match=said):
-        asymswap.convert(Asking(traceable), "3x3-only", input_size=(3, 16, 16))
+        asymswap.convert(Asking(traceable), "3x3-only", input_size=(3, 16, 16), **more)
 
 
 @pytest.mark.parametrize(
