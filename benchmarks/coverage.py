@@ -1,14 +1,13 @@
 """Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
 
     python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out benchmarks/results/coverage.json]
-        [--markdown docs/coverage.md [--files benchmarks/results/files.json]]
+        [--markdown docs/coverage.md]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
 and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
 ones too, by a pair that must compute the same. One process a model, forked off one that has done the imports, so that
 peak memory is that model's; models that are in the JSON already are skipped (those that failed are tried again, as are
-those named by --models). The JSON is kept in the repository, for all of it takes hours. The page has a second part, on
-files, where benchmarks/files.py has left its results.
+those named by --models). The JSON is kept in the repository, for all of it takes hours.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import files
 from measured import (
     QUIET,
     apart,
@@ -31,7 +29,6 @@ from measured import (
     machine,
     machine_text,
     markdown_table,
-    read_json,
     run_well,
     state,
     states,
@@ -180,28 +177,23 @@ commands, without the imports. Peak memory: that of a process forked off one tha
 in it, while libraries count as far as the model uses them.""".splitlines()
 
 
-def markdown(data: dict[str, Any], of_files: dict[str, Any]) -> str:
-    """The page: totals of both parts, the models, and the files where there are results of them."""
+def markdown(data: dict[str, Any]) -> str:
+    """The page: the totals, then a row for each model."""
     rows = [cells(name, row) for name, row in data["models"].items()]
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     lines = [
-        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank; every classifier's files",
+        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank",
         "",
         "Written by `python benchmarks/coverage.py --markdown docs/coverage.md`.",
         "",
         *(f"- {line}" for line in totals(data["models"])),
-        *(f"- {line}" for line in files.totals(of_files)),
         f"- Machine: {facts}.",
-        "",
-        "## Models",
         "",
         *EXPLANATION,
         "",
         markdown_table(COLUMNS, rows, left=2),
         "",
     ]
-    if of_files["models"]:
-        lines.append(files.section(of_files))
     return "\n".join(lines)
 
 
@@ -225,17 +217,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/coverage.json"))
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
-    parser.add_argument(
-        "--files", type=Path, default=Path("benchmarks/results/files.json"), help="results of benchmarks/files.py"
-    )
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
     wanted = parser.parse_args()
     data = survey(wanted.models or every_model(), bool(wanted.models), wanted.out, wanted.timeout)
     shown = table(COLUMNS, [cells(name, row) for name, row in data["models"].items()])
     print(machine_text(), "", *totals(data["models"]), "", shown, sep="\n")
     if wanted.markdown:
-        of_files = read_json(wanted.files, {"models": {}})
-        wanted.markdown.write_text(markdown(data, of_files), encoding="utf-8")
+        wanted.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A file of each of torchvision's classifiers, converted by the shortest command there is.
 
     python benchmarks/files.py [--models resnet18 vgg16] [--again] [--out benchmarks/results/files.json]
-        [--folder build/files]
+        [--folder build/files] [--markdown docs/files.md]
 
 For each classifier with random weights (seed 0): its state_dict by torch.save, and `torch.save(model)`. Of both,
 
@@ -12,7 +12,7 @@ written is loaded and compared, tensor by tensor and at the output, with a conve
 whose architecture needed no guess. The files are made in
 --folder, each model's when its turn comes, and deleted after it: room for four times the largest model's weights is
 needed there (regnet_y_128gf: 2.6 GB), and as much memory. Models that are in the JSON already are skipped, unless
---again, or they failed. benchmarks/coverage.py puts the results on the page docs/coverage.md.
+--again, or they failed; the JSON is kept in the repository.
 """
 
 from __future__ import annotations
@@ -205,13 +205,11 @@ def totals(data: dict[str, Any]) -> list[str]:
         line += " classifiers of torchvision taken for what they are, converted, and loaded again"
         lines.append(line + (f"; not so: {', '.join(failed)}." if failed else "."))
     loaded = [(name, row) for name, _, row in rows if "taken_for" in row]
-    for key, what in (("tensors", "a tensor"), ("output", "the output")):
+    for key, what in (("tensors", "every tensor"), ("output", "the output")):
         worst, row = max(loaded, key=lambda pair: pair[1][key])
         equal = sum(not row[key] for _, row in loaded)
-        lines.append(
-            f"Against a conversion of the module in memory, {what} differs by at most {row[key]:.1e} ({worst}); "
-            f"it is equal to the bit in {equal} of {len(loaded)}."
-        )
+        line = f"Against a conversion of the module in memory, {what} is equal to the bit in {equal} of {len(loaded)}"
+        lines.append(line + (f"; it differs by at most {row[key]:.1e} ({worst})." if row[key] else "."))
     none = sorted({name for name, row in loaded if not row["swapped"]})
     lines.append(
         f"{len(none)} classifiers have no conv that {RECIPE} speaks of: said, exit code 0, written as they were."
@@ -220,19 +218,23 @@ def totals(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-def section(data: dict[str, Any]) -> str:
-    """The part of docs/coverage.md that tells of files."""
+def markdown(data: dict[str, Any]) -> str:
+    """The page: the totals, then a row for each file."""
     shown = markdown_table(COLUMNS, [cells(*row) for row in every_row(data)], left=4)
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
-    return f"""## Files of torchvision's classifiers
+    told = "\n".join(f"- {line}" for line in totals(data))
+    return f"""# Files of torchvision's classifiers
 
-Written by `python benchmarks/files.py`. Each classifier with random weights (seed 0) as a state_dict and as a
+Written by `python benchmarks/files.py --markdown docs/files.md`.
+
+{told}
+- Machine: {facts}.
+
+Each classifier with random weights (seed 0) as a state_dict and as a
 `torch.save(model)`; `asymswap convert FILE.pt --recipe {RECIPE}`, with no other flag, in a process of its own; what it
 wrote is loaded in another process and compared with a conversion of the module in memory, whose architecture needed no
 guess. Tensors, output: the largest difference relative to the largest value, of any tensor and of the output for one
 random image. Seconds and peak memory: those of the command.
-
-Machine: {facts}.
 
 {shown}
 """
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again what is in the JSON")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/files.json"))
     parser.add_argument("--folder", type=Path, default=Path("build/files"))
+    parser.add_argument("--markdown", type=Path, help="write this page as well")
     wanted = parser.parse_args()
     # Asked for in another process, to keep torch out of this one until the environment is set.
     code = "from torchvision import models; print(*models.list_models(models))"
@@ -251,6 +254,8 @@ def main() -> None:
     data = survey(names, wanted)
     shown = table(COLUMNS, [cells(*row) for row in every_row(data)])
     print(machine_text(), "", *totals(data), "", shown, sep="\n")
+    if wanted.markdown:
+        wanted.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ ELSEWHERE = [
     ["latency beside MACs", "[latency](latency.md)"],
     ["memory: at most what importing takes, and 2.2 x the weights", "[large models](large-models.md)"],
     ["every builder of torchvision, a hundred CNNs of timm", "[coverage](coverage.md)"],
+    ["a file of each of torchvision's classifiers, with no flag but the recipe's", "[files](files.md)"],
     ["damaged and hostile files, killed processes", "[robustness](robustness.md)"],
     ["fine-tuning within a point of the original", "[fine-tuning](finetuning.md)"],
     ["what each kind of replacement costs", "[kinds](kinds.md)"],
