@@ -187,7 +187,7 @@ def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
     ):
         mine = [row for row in rows if row.claim == claim]
         columns = ["data", "how", "kind", "pairs", "points (95 %)", "p", "verdict"]
-        cells = [[TITLES[r.data], r.way, r.kind, r.of_which, str(r.found), f"{r.found.p:.3f}", r.verdict] for r in mine]
+        cells = [[TITLES[r.data], r.way, r.kind, r.of_which, str(r.found), _chance(r.found.p), r.verdict] for r in mine]
         lines += ["", f"### {claim}", "", _summary(mine), "", f"Difference in accuracy {about}:", ""]
         lines += [markdown_table(columns, cells, left=4)]
     return "\n".join([*lines, "", "### They need fewer parameters and less computation", "", _costs(book, wanted)])
@@ -231,6 +231,10 @@ def _judged(book: Book, wanted: Mapping[str, Any]) -> list[Judged]:
 
 def _kinds(wanted: Mapping[str, Any]) -> list[str]:
     return [kind for kind in wanted["kinds"] if kind != PLAIN]
+
+
+def _chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _summary(rows: Sequence[Judged]) -> str:
