@@ -14,7 +14,7 @@ from torch import nn
 
 import asymswap
 from asymswap.deploy.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
-from asymswap.errors import AsymswapError, check_choice, near_names
+from asymswap.errors import AsymswapError, check_choice
 from asymswap.inputs import Inputs
 from asymswap.measure.cost import cost_of, count_costs
 from asymswap.measure.latency import (
@@ -127,10 +127,9 @@ def _settings(
     runtimes: Sequence[Runtime], batches: Sequence[int], threads: Sequence[int], formats: Sequence[MemoryFormat]
 ) -> tuple[Setting, ...]:
     """All combinations; ONNX Runtime has a memory format of its own."""
-    for what, given, known in (("runtime", runtimes, RUNTIMES), ("memory format", formats, FORMATS)):
+    for what, given, known in (("the runtime", runtimes, RUNTIMES), ("the memory format", formats, FORMATS)):
         for one in given:
-            if one not in known:
-                raise AsymswapError(f"{one!r} is no {what}: {', '.join(known)}{near_names(str(one), known)}")
+            check_choice(what, one, known)
     wrong = [number for number in (*batches, *threads) if number < 1]
     if wrong or not (runtimes and batches and formats):
         raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")

@@ -191,8 +191,8 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"runtimes": ["egaer"]}, r"'egaer' is no runtime: eager, compile, onnx; did you mean eager"),
-            ({"memory_formats": ["nhwc"]}, r"'nhwc' is no memory format: channels-last, contiguous"),
+            ({"runtimes": ["egaer"]}, "the runtime 'egaer' is unknown; did you mean eager"),
+            ({"memory_formats": ["nhwc"]}, "the memory format 'nhwc' is unknown; choose channels-last, contiguous"),
             ({"batches": [0]}, r"batches \[0\] on threads \[1\] are nothing to time"),
             ({"batches": []}, r"batches \[\] on threads"),
             ({"threads": [-1]}, r"threads \[-1\] are nothing"),
