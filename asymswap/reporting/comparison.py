@@ -170,7 +170,7 @@ def comparison_view(comparison: Comparison, width: int) -> RenderableType:
     wide = width >= WIDE
     titles = [("Model", "fold"), *((column.title, "right") for column in _columns(comparison, wide))]
     rows = [_cells(row, comparison, wide) for row in comparison.models]
-    lines = [written(line, style="dim") for line in _fine_print(comparison)]
+    lines = [written(line, style="dim") for line in _fine_print(comparison, wide)]
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
     return Group(table(titles, rows, gap=1 if wide else 2), Text(""), *lines)
 
@@ -181,11 +181,11 @@ def comparison_to_markdown(comparison: Comparison) -> str:
     titles = [{"ms": "ms (minimum)", "Median": "ms (median)"}.get(title, title) for title in titles]
     lines = [titles, ["---", *("---:" for _ in titles[1:])]]
     lines += [[words.markdown_code(row.model), *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
-    notes = (f"- {words.markdown_text(line)}" for line in _fine_print(comparison))
+    notes = (f"- {words.markdown_text(line)}" for line in _fine_print(comparison, wide=True))
     return "\n".join([*words.markdown_table(lines), "", *notes, ""])
 
 
-def _fine_print(comparison: Comparison) -> list[str]:
+def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
     first = comparison.models[0]
     lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
     timing = comparison.timing
@@ -193,7 +193,9 @@ def _fine_print(comparison: Comparison) -> list[str]:
         threads = f"{timing.threads} thread" + "s" * (timing.threads != 1)
         lines.append(
             f"ms: one forward pass, batch {timing.batch}, {timing.memory_format}, {threads} of {timing.machine}; all "
-            f"models in turn, {timing.rounds} rounds at most, their minimum. Of 1st: the median of the rounds' ratios."
+            f"models in turn, {timing.rounds} rounds at most, their minimum."
+            + " Of 1st: the median of the rounds' ratios."
+            * wide
         )
         lines += words.doubts(first.model, ((row.model, row.latency_ratio) for row in comparison.models[1:]))
     if comparison.data is not None:
@@ -211,5 +213,7 @@ def _fine_print(comparison: Comparison) -> list[str]:
     if len(sizes) > 1:
         lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in comparison.models) + ".")
     lines += [f"{row.model}: {note}." for row in comparison.models for note in row.notes]
-    lines.append("MACs of one forward pass, batch 1; FLOPs are 2 x MACs. Of 1st: what is left of the first model's.")
+    lines.append(
+        "MACs of one forward pass, batch 1; FLOPs are 2 x MACs." + " Of 1st: what is left of the first model's." * wide
+    )
     return lines
