@@ -1,10 +1,12 @@
-"""How an error becomes one line on stderr and an exit code."""
+"""How an error becomes one line on stderr and an exit code, and a warning one line."""
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
@@ -16,13 +18,18 @@ _LONGEST = 2000
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
     """The command, ending in one line and exit code 1 for what cannot be done, in 130 for Ctrl-C.
 
+    What libraries warn of is one line each, too; with --debug as they have it, with the place in the code.
+
     This stands inside of Typer, which would give Ctrl-C no word, and end with 1 where the reader of a pipe has gone.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                if not kwargs.get("debug"):
+                    warnings.showwarning = _show_warning
+                command(*args, **kwargs)
             # What is still to be printed shows here, not at the interpreter's exit, whether it can be.
             sys.stdout.flush()
         except KeyboardInterrupt:
@@ -33,16 +40,23 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            _fail(_line(error), 1)
+            _fail(_in_one_line(_text(error)), 1)
 
     return run
 
 
-def _line(error: Exception) -> str:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """In place of `warnings.showwarning`."""
+    # Where in torch's source that is helps nobody here.
+    text = re.sub(r"\s*\(Triggered internally at [^)]*\)", "", str(message))
+    sys.stderr.write(f"warning: {_in_one_line(text)}\n")
+
+
+def _in_one_line(text: str) -> str:
     from asymswap.errors import visible
 
     # Names out of a file may hold what a terminal would obey, and line ends.
-    text = visible(" ".join(_text(error).split()))
+    text = visible(" ".join(text.split()))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 import asymswap
+from asymswap.cli.failures import reporting_errors
 from asymswap.cli.main import main
 from asymswap.cli.options import default_output
 from asymswap.planning.recipe import GROUPS, shipped_names
@@ -494,3 +496,14 @@ def test_the_script_of_completion_is_told() -> None:
     text = installed({}, "--show-completion", "bash").stdout
     assert "_ASYMSWAP_COMPLETE=complete_bash" in text
     assert "-F _asymswap_completion asymswap" in text
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(debug: bool = False) -> None:
+        warnings.warn("a copy\nmay be made (Triggered internally at /src/aten/Convolution.cpp:1104.)", stacklevel=1)
+
+    reporting_errors(command)()
+    assert capsys.readouterr().err == "warning: a copy may be made\n"
+    with pytest.warns(UserWarning, match="Triggered internally"):
+        reporting_errors(command)(debug=True)
