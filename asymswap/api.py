@@ -236,6 +236,8 @@ def convert(
     assert wanted is not None
     if calibration is not None and not isinstance(calibration, Calibration):
         raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
+    if timing is not None and not _in_time(wanted):
+        raise AsymswapError("a memory format to time in goes with a budget of latency: give --latency, or leave it out")
     opened = open_model(
         model,
         Request(
@@ -465,8 +467,8 @@ def _carry_out(
 
     def planned() -> tuple[Plan, LatencyRow | None]:
         if isinstance(wanted, Plan):
-            return check_replay(opened.model, traced.sites, wanted), None
-        if wanted.budget is None or wanted.budget.latency is None:
+            return check_replay(opened.model, traced.sites, wanted, evidence), None
+        if not _in_time(wanted):
             return make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence), None
         choices = find_choices(opened.model, traced.sites, wanted, progress, evidence)
         with _of_the_converted_model():
@@ -487,6 +489,11 @@ def _carry_out(
         team.follow_(converted)
         clock.stop("polish")
     return _Done(converted, plan, traced, before, after, gathered, sequential, polished, latency)
+
+
+def _in_time(wanted: Recipe | Plan) -> bool:
+    """Whether latency is to be kept."""
+    return isinstance(wanted, Recipe) and wanted.budget is not None and wanted.budget.latency is not None
 
 
 def _team(calibration: Calibration | None) -> Team:
@@ -539,8 +546,8 @@ def _of_the_converted_model() -> Iterator[None]:
         yield
     except (AttributeError, TypeError) as error:
         raise AsymswapError(
-            f"the converted model does not run ({error}): its code asks a conv for more than its output; keep that "
-            "conv by a rule with keep = true"
+            f"the converted model does not run ({error}): its code asks a layer that was replaced for more than its "
+            "output; keep that conv by a rule with keep = true"
         ) from error
 
 

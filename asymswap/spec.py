@@ -280,12 +280,13 @@ _VAGUE_FROM = 0.05
 class Ratio:
     """The time of one model over another's: the median over the rounds of the ratio within a round.
 
-    `low` and `high` enclose the true median with 95 % confidence, or as much of it as the rounds allow.
+    `low` and `high` enclose the true median with that confidence, which is 95 % unless the rounds were too few.
     """
 
     value: float
     low: float
     high: float
+    confidence: float = 0.95
 
     @property
     def told(self) -> bool:

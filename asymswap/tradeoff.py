@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -81,7 +83,7 @@ def sweep(
     )
     images = open_data(data, opened.source.preprocessing, "test")
     check_classifier(opened.model, images)
-    setting = _setting(opened, {name: text for name, (text, _) in read.items()}, data, measure, calibration)
+    setting = _setting(opened, {name: text for name, (text, _) in read.items()}, images, data, measure, calibration)
     known = None if known is None else _go_on(known, setting)
     bench = _Bench(opened, images, measure, calibration, progress)
     result = replace(known or bench.unchanged(setting), tolerance=tolerance)
@@ -101,12 +103,22 @@ _SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_min
 
 
 def _setting(
-    opened: Opened, recipes: Mapping[str, str], data: str, measure: Measure, calibration: Calibration | None
+    opened: Opened,
+    recipes: Mapping[str, str],
+    images: LabelledImages,
+    data: str,
+    measure: Measure,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """All that the figures of a sweep depend on, as plain data."""
+    """All that the figures of a sweep depend on, as plain data; of images their number and labels, not their pixels."""
+    labels = () if images.pictures is None else images.pictures.labels
     return {
         "weights": model_hash(opened.model),
+        # As it comes back from a file: JSON has no tuples.
+        "input": json.loads(json.dumps(dataclasses.asdict(opened.source.preprocessing))),
         "data": data,
+        "images": len(images),
+        "labels": hashlib.sha256(repr((images.classes, [int(label) for label in labels])).encode()).hexdigest(),
         "measure": measure,
         "calibration": None if calibration is None else {name: getattr(calibration, name) for name in _SETTINGS},
         "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in recipes.items()},

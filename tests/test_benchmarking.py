@@ -149,7 +149,7 @@ class TestFigures:
     def test_json_has_every_number(self, clock: Clock) -> None:
         data = json.loads(json.dumps(to_json(run(Work(clock, constant(2)), Work(clock, constant(1)), rounds=5))))
         assert data["schema"] == 1
-        assert data["results"][1]["ratio"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+        assert data["results"][1]["ratio"] == {"value": 0.5, "low": 0.5, "high": 0.5, "confidence": 0.9375}
         assert data["results"][1]["rounds"] == [1.0] * 5
         assert data["settings"][0] == {
             "runtime": "eager", "batch": 1, "threads": 1, "memory_format": "channels-last",

@@ -244,7 +244,7 @@ class TestViews:
         assert data["schema"] == 1
         assert data["models"][1]["cost"] == {"macs": 500, "flops": 1000, "params": 50}
         assert data["models"][1]["latency"] == {"minimum": 0.001, "median": 0.0015, "spread": 0.1}
-        assert data["models"][1]["latency_ratio"] == {"value": 0.52, "low": 0.5, "high": 0.53}
+        assert data["models"][1]["latency_ratio"] == {"value": 0.52, "low": 0.5, "high": 0.53, "confidence": 0.95}
         assert data["models"][1]["accuracy"]["p_value"] == 0.0001
         assert data["timing"]["threads"] == 2
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from PIL import Image
 
 import asymswap
 from asymswap import tradeoff
 from asymswap.cli.main import app
 from asymswap.cli.sweep import parse_fractions
-from asymswap.reporting.tradeoff import Tradeoff
+from asymswap.reporting.tradeoff import Tradeoff, from_json, to_json
 
 CALIBRATION = asymswap.Calibration("digits", images=64)
 
@@ -77,6 +79,20 @@ def test_a_sweep_of_another_setting_is_not_gone_on_with() -> None:
         run([0.5], known=found, calibration=CALIBRATION)
     with pytest.raises(asymswap.AsymswapError, match=r"another setting \(measure\)"):
         run([0.5], known=found, measure="params")
+    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(input\)"):
+        run([0.5], known=found, input_size=(1, 16, 16))
+
+
+def test_images_that_have_changed_are_another_setting(tmp_path: Path) -> None:
+    for name in ("0/a", "0/b", "1/c", "2/d", "3/e", "4/f", "5/g", "6/h", "7/i", "8/j", "9/k"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    found = asymswap.sweep("digits-resnet", ["half-macs"], str(tmp_path), budgets=[0.6])
+    again = json.loads(json.dumps(to_json(found)))
+    assert from_json(again).setting == found.setting
+    (tmp_path / "0/b.png").unlink()
+    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(images\)"):
+        asymswap.sweep("digits-resnet", ["half-macs"], str(tmp_path), budgets=[0.5], known=found)
 
 
 def test_recipes_and_budgets_may_be_added(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,10 @@ Calibrate = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-Images = Annotated[int, typer.Option("--calibration-images", help="How many of them.", rich_help_panel=PANEL)]
+Images = Annotated[
+    int | None,
+    typer.Option("--calibration-images", help="How many of them.", rich_help_panel=PANEL, show_default="512"),
+]
 Sequential = Annotated[
     bool | None,
     typer.Option(
@@ -45,40 +48,57 @@ Polish = Annotated[
         help="Then learn from the original's outputs for so many steps (500) or minutes (5min).", rich_help_panel=PANEL
     ),
 ]
-PolishImages = Annotated[int, typer.Option(help="On how many images, at most.", rich_help_panel=PANEL)]
-Memory = Annotated[float, typer.Option("--calibration-memory", help="Memory limit in GiB.", rich_help_panel=PANEL)]
+PolishImages = Annotated[
+    int | None, typer.Option(help="On how many images, at most.", rich_help_panel=PANEL, show_default="5000")
+]
+Memory = Annotated[
+    float | None,
+    typer.Option("--calibration-memory", help="Memory limit in GiB.", rich_help_panel=PANEL, show_default="4"),
+]
 
 
 def wanted(
     data: str | None,
-    images: int,
+    images: int | None,
     evidence: Path | None,
     sequential: bool | None,
     polish: str | None,
-    polish_images: int,
-    memory_gib: float,
+    polish_images: int | None,
+    memory_gib: float | None,
     seed: int,
     team: Team,
 ) -> Calibration | None:
-    """What the options come to; None where no data is given. Raises AsymswapError where they need some."""
+    """What the options come to; None where no data is given. Raises AsymswapError where they need some.
+
+    What is None was not given, and is as `Calibration` has it by itself.
+    """
     from asymswap.calibrate import Calibration
 
     if data is None and evidence is None:
-        if polish is not None or sequential:
-            raise AsymswapError("--polish and --sequential need images: give --calibrate DATA")
+        given = {
+            "--polish": polish,
+            "--sequential" if sequential else "--no-sequential": sequential,
+            "--calibration-images": images,
+            "--polish-images": polish_images,
+            "--calibration-memory": memory_gib,
+        }
+        useless = [option for option, value in given.items() if value is not None]
+        if useless:
+            raise AsymswapError(f"{useless[0]} is of calibration, which needs images: give --calibrate DATA")
         if team.size > 1:
             raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
         return None
+    if polish_images is not None and polish is None:
+        raise AsymswapError("--polish-images is of polishing: give --polish STEPS or MINUTES")
     steps, minutes = parse_polish(polish)
+    numbers: dict[str, Any] = {"images": images, "memory_gib": memory_gib, "polish_images": polish_images}
     return Calibration(
         data=data,
-        images=images,
         evidence=evidence,
         sequential=sequential,
-        memory_gib=memory_gib,
         seed=seed,
         polish_steps=steps,
         polish_minutes=minutes,
-        polish_images=polish_images,
         team=team,
+        **{name: value for name, value in numbers.items() if value is not None},
     )

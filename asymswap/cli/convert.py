@@ -42,11 +42,14 @@ def convert(
         typer.Option(help="Save what can be saved at this predicted error of all layers.", rich_help_panel=_CHANGE),
     ] = None,
     memory_format: Annotated[
-        o.MemoryFormat,
+        o.MemoryFormat | None,
         typer.Option(
-            help="In which latency is measured: channels-last or contiguous.", metavar="ORDER", rich_help_panel=_CHANGE
+            help="In which a budget of latency is measured: channels-last or contiguous.",
+            metavar="ORDER",
+            rich_help_panel=_CHANGE,
+            show_default="channels-last",
         ),
-    ] = o.MemoryFormat.channels_last,
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,12 +85,12 @@ def convert(
         typer.Option(help=f"Measure accuracy on {o.DATA_FORMS}", rich_help_panel=o.RESULT),
     ] = None,
     calibrate: c.Calibrate = None,
-    calibration_images: c.Images = 512,
+    calibration_images: c.Images = None,
     sequential: c.Sequential = None,
     evidence: c.EvidenceFile = None,
     polish: c.Polish = None,
-    polish_images: c.PolishImages = 5000,
-    calibration_memory: c.Memory = 4.0,
+    polish_images: c.PolishImages = None,
+    calibration_memory: c.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
     weights: o.Weights = None,
     arch: o.Arch = None,
@@ -162,7 +165,7 @@ def convert(
             trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
             evaluate=evaluate,
-            timing=api.Timing(memory_format.value),
+            timing=None if memory_format is None else api.Timing(memory_format.value),
             allow_drift=allow_drift,
             seed=seed,
             progress=step,

@@ -41,12 +41,12 @@ def sweep(
         float, typer.Option(min=0, help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
     ] = 1.0,
     calibrate: c.Calibrate = None,
-    calibration_images: c.Images = 512,
+    calibration_images: c.Images = None,
     evidence: c.EvidenceFile = None,
     sequential: c.Sequential = None,
     polish: c.Polish = None,
-    polish_images: c.PolishImages = 5000,
-    calibration_memory: c.Memory = 4.0,
+    polish_images: c.PolishImages = None,
+    calibration_memory: c.Memory = None,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice.")] = 0,
     output: Annotated[
         Path | None,

@@ -140,6 +140,12 @@ def _read(
 
 
 def _write_onnx(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    dtype = model_dtype(work.model)
+    if dtype in (torch.float64, torch.bfloat16):
+        raise AsymswapError(
+            f"ONNX Runtime has no convolutions of {str(dtype).removeprefix('torch.')} on the processor; export a model "
+            "of float32, or --to pt2"
+        )
     inputs = work.inputs(2, seed)
     shapes, names = _dynamic(inputs, dynamic_size)
     write_onnx(work.model, inputs, shapes, draft)

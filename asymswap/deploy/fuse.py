@@ -139,7 +139,8 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
         norm = here.model.get_submodule(here.norm)
         if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
             modules[here.norm] = _take_bias(fused, norm)
-    if read_conv(fused) == conv:
+    # The network that was rebuilt has weights of the usual dtype, whatever those of the checkpoint are.
+    if replace(read_conv(fused), dtype=conv.dtype) == conv:
         return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
     return _resized(entry, fused, conv, modules)
 

@@ -127,7 +127,8 @@ def seconds_of(rounds: Passes) -> Seconds:
 def ratio_of(rounds: Passes, first: Passes) -> Ratio:
     """The time of one model over another's that took turns with it."""
     ratios = [min(own) / min(other) for own, other in zip(rounds, first, strict=True)]
-    return Ratio(statistics.median(ratios), *median_interval(ratios))
+    low, high, confidence = median_interval(ratios)
+    return Ratio(statistics.median(ratios), low, high, confidence)
 
 
 @dataclass(frozen=True)

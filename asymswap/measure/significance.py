@@ -38,11 +38,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * total / (1 << images))
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The interval between two order statistics that holds the true median with at least that confidence.
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The interval between two order statistics that holds the true median with that confidence, which comes third.
 
-    It assumes nothing of the distribution: each value lies below the median as a coin falls (Thompson 1936). Of fewer
-    than six values it is all of their range, which holds it less surely: five do with 94 %.
+    It assumes nothing of the distribution: each value lies below the median as a coin falls (Thompson 1936). Of few
+    values it is all of their range, and the confidence less: five hold the median with 94 %, three with 75 %.
     """
     ordered, number = sorted(values), len(values)
     place, term, below = 0, 1, 1
@@ -51,5 +51,5 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
         term = term * (number - place) // (place + 1)
         below += term
         if 2 * below / (1 << number) > 1 - confidence:
-            return ordered[place], ordered[number - 1 - place]
+            return ordered[place], ordered[number - 1 - place], min(confidence, 1 - 2 / (1 << number))
         place += 1

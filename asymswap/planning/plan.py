@@ -160,7 +160,7 @@ def choose(
     if budget is not None and budget.max_error is not None:
         others = [option.error for _, option in choices.fixed.values() if option is not None]
         allocation = _within_error(points, curves, budget.max_error, others)
-    elif budget is not None and choices.left_open:
+    elif budget is not None:
         limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
         allocation = allocate(points, limit)
     if allocation is not None:
@@ -276,13 +276,13 @@ def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
         raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
     if item.settings.allow_growth or saves(option.cost, item.site.cost):
         return item.swap(option), option
-    return Keep(item.site.name, _no_gain(item.number, option, item.site.cost)), None
+    return Keep(item.site.name, f"rule {item.number}, but {_no_gain(option, item.site.cost)}"), None
 
 
-def _no_gain(number: int, option: Option, old: Cost) -> str:
+def _no_gain(option: Option, old: Cost) -> str:
     chosen = ", ".join(f"{key} {value}" for key, value in option.settings.items())
     macs, params = option.cost.macs / max(old.macs, 1), option.cost.params / max(old.params, 1)
-    return f"rule {number}, but {chosen} would cost {macs:.2f} x the MACs and {params:.2f} x the parameters"
+    return f"{chosen} would cost {macs:.2f} x the MACs and {params:.2f} x the parameters"
 
 
 def _limit(
@@ -387,10 +387,13 @@ def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> li
     return [site for site in sites if isinstance(_decide(model, site, recipe, rules[site.name], None), _Matched)]
 
 
-def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
-    """Fit a plan from elsewhere to this model: settings settled anew, sites of which it does not speak kept.
+def check_replay(
+    model: nn.Module, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Evidence] | None = None
+) -> Plan:
+    """Fit a plan from elsewhere to this model: settings and errors settled anew, sites that it does not name kept.
 
-    Raises PlanError for a site that the model lacks or that cannot be swapped so.
+    `evidence` is that of each site, where there is some. Raises PlanError for a site that the model lacks, that cannot
+    be swapped so, or that would cost more although the swap's settings do not allow it.
     """
     by_name = {site.name: site for site in sites}
     swaps = []
@@ -407,13 +410,24 @@ def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Plan:
             sizes = ", ".join(kind.SIZES)
             raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r} and says no size; give one of {sizes}")
         try:
-            option = kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), settings)
+            conv = cast(nn.Conv2d, model.get_submodule(site.name))
+            option = kind.settle(site, conv, settings, (evidence or {}).get(site.name))
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r}: {error}") from None
+        if not settings.allow_growth and not saves(option.cost, site.cost):
+            raise PlanError(
+                f"the plan cannot swap {swap.site!r}: {_no_gain(option, site.cost)}; where that is meant, give it "
+                '"allow_growth": true among its settings'
+            )
         absorbs = _adopt(model, site, kind, settings)[1] if swap.absorbs is not None else None
         if absorbs != swap.absorbs:
-            raise PlanError(f"the plan cannot swap {swap.site!r}: it takes over {swap.absorbs!r}, which cannot be")
-        swaps.append(dataclasses.replace(swap, settings={**option.settings, **_growth(settings)}))
+            raise PlanError(
+                f"the plan cannot swap {swap.site!r}: it says absorbs = {swap.absorbs!r}, where "
+                + (f"only {absorbs!r}" if absorbs else "no batch norm")
+                + " can be taken over"
+            )
+        settled = {**option.settings, **_growth(settings)}
+        swaps.append(dataclasses.replace(swap, settings=settled, predicted=math.sqrt(option.error)))
     given = {keep.site: keep for keep in plan.keeps}
     for name in given:
         if name not in by_name:

@@ -332,7 +332,7 @@ class Budget(_Strict):
     """The predicted relative error of all layers together, for as few MACs as that takes."""
 
     over: Literal["model", "matched"] = "model"
-    """Of what the fraction is taken: of the whole model, or of the convs that rules with a swap match."""
+    """Of what the fraction is taken: of the whole model, or of the convs that rules match and their kinds can swap."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:

@@ -148,7 +148,7 @@ def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
         setting, cells = benchmark.settings[result.setting], _cells(benchmark, result)
         about = [words.markdown_code(benchmark.models[result.model].model), TITLES[setting.runtime], f"{setting.batch}"]
         about += [f"{setting.threads}", setting.memory_format or "-"]
-        lines.append([*about, *(cells[title] for title in columns)])
+        lines.append([*about, *(cells.get(title, "-") for title in columns)])
     text = [*words.markdown_table(lines), ""]
     text += [f"**{words.markdown_text(line)}**\n" for line in _warnings(benchmark)]
     text += [f"{words.markdown_text(line)}\n" for line in _advice(benchmark)]
@@ -197,7 +197,8 @@ def _table(benchmark: Benchmark, results: Sequence[Result], by: str, wide: bool)
 def _columns(results: Sequence[Result], wide: bool) -> list[str]:
     titles = ["ms", "Median", "Spread", "Images/s"]
     if any(result.model for result in results):
-        titles += ["of 1st", *["95 %"] * wide, "MACs"]
+        sure = next((words.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
+        titles += ["of 1st", *[sure] * wide, "MACs"]
     return titles + ["Ready s"] * any(result.ready is not None for result in results)
 
 
@@ -213,7 +214,7 @@ def _cells(benchmark: Benchmark, result: Result) -> dict[str, str]:
         "Spread": words.percent(seconds.spread),
         "Images/s": f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}",
         "of 1st": words.percent(1) if result.model == 0 else words.time_share(ratio),
-        "95 %": "-" if ratio is None else f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}",
+        **({} if ratio is None else {words.confidence(ratio): f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"}),
         "MACs": words.share(*macs),
         "Ready s": "-" if result.ready is None else f"{result.ready:.1f}",
     }
@@ -348,8 +349,8 @@ def _fine_print(benchmark: Benchmark) -> list[str]:
         )
     if benchmark.layers:
         lines.append(
-            "Above MACs: milliseconds more than the first's time times the ratio of MACs. The hooks that time layers "
-            "take some microseconds each."
+            "Above MACs: milliseconds more than the first's time times the ratio of MACs; of several layers, the sum. "
+            "The hooks that time layers take some microseconds each."
         )
     named = [f"{model.model}: {note}." for model in benchmark.models for note in model.notes]
     return lines + list(dict.fromkeys(named))

@@ -39,18 +39,25 @@ def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str
     """What ratios of times to that of the model `first` do not tell; each is given with what it is the time of."""
     vague: list[str] = []
     untold: list[str] = []
+    surety = ""
     for who, ratio in measured:
+        surety = surety if ratio is None else confidence(ratio)
         if ratio is not None and (ratio.vague or not ratio.told):
             (vague if ratio.vague else untold).append(f"{who} {ratio.low:.2f} to {ratio.high:.2f}")
     lines = []
     if vague:
         lines.append(
             f"The machine was too busy to tell times to within 5 %; more rounds would, or a quiet machine. Of the time "
-            f"of {first}, with 95 % confidence: {'; '.join(vague)}."
+            f"of {first}, with {surety} confidence: {'; '.join(vague)}."
         )
     if untold:
-        lines.append(f"Not told from {first}, or within 2 % of its time (95 % confidence): {'; '.join(untold)}.")
+        lines.append(f"Not told from {first}, or within 2 % of its time ({surety} confidence): {'; '.join(untold)}.")
     return lines
+
+
+def confidence(ratio: Ratio) -> str:
+    """How surely a ratio's interval holds the truth."""
+    return f"{100 * ratio.confidence:.0f} %"
 
 
 def milliseconds(seconds: float) -> str:

@@ -37,7 +37,7 @@ def test_a_sweep_writes_its_json_and_its_reports_and_goes_on(tmp_path: Path) -> 
         (("--report", "s.pdf"), "--report s.pdf: the file must end in .html, .md, .svg or .png"),
         (("-o", "other.json"), "other.json is no sweep to go on with"),
         (("-o", "."), "error: . is a folder; give a file name in it"),
-        (("--polish", "10"), "--polish and --sequential need images: give --calibrate DATA"),
+        (("--polish", "10"), "--polish is of calibration, which needs images: give --calibrate DATA"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_line(tmp_path: Path, options: tuple[str, ...], message: str) -> None:

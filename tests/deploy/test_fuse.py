@@ -183,3 +183,21 @@ def test_train_mode_is_refused(converted: asymswap.Conversion, network: nn.Modul
     converted.model.train()
     with pytest.raises(AsymswapError, match=r"needs the statistics of eval mode: call model\.eval\(\)"):
         asymswap.fuse(converted, model=network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_dtype_of_the_weights_does_not_matter(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The network that is rebuilt from the header has weights of float32, whatever those of the checkpoint are."""
+    conversion = asymswap.convert("digits-resnet", "acnet")
+    before = asymswap.fuse(conversion).model.state_dict()
+    torch.save(
+        {key: value.to(dtype) if value.is_floating_point() else value for key, value in before.items()},
+        tmp_path / "s.pt",
+    )
+    other = asymswap.convert(tmp_path / "s.pt", "acnet", arch="digits-resnet")
+    asymswap.save(other, tmp_path / "x.pt")
+    fusion = asymswap.fuse(tmp_path / "x.pt")
+    assert fusion.report.as_original
+    assert {row.outcome for row in fusion.report.sites} == {"fused"}
+    state = torch.load(tmp_path / "s.pt", weights_only=True)
+    assert all(torch.equal(value, state[key]) for key, value in fusion.model.state_dict().items())

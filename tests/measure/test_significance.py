@@ -56,11 +56,17 @@ def test_wilson_by_hand() -> None:
     assert math.isclose(wilson_interval(0, 10)[1], z2 / (10 + z2))
 
 
+def covers_all(number: int) -> float:
+    """How surely the whole range of so many values holds the median: unless all fell on one side."""
+    return float(1 - 2 * stats.binom.pmf(0, number, 0.5))
+
+
 @settings(deadline=None)
 @given(st.integers(6, 2000), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_the_interval_of_a_median_is_the_shortest_that_is_sure_enough(number: int, confidence: float) -> None:
     """The median lies outside of the k-th values from both ends when at most k - 1 coins fall on one side."""
-    low, high = median_interval([float(value) for value in range(number)], confidence)
+    low, high, sure = median_interval([float(value) for value in range(number)], confidence)
+    assert sure == min(confidence, covers_all(number))
     assert low + high == number - 1
     covers = [1 - 2 * stats.binom.cdf(place, number, 0.5) for place in (int(low), int(low) + 1)]
     assert covers[0] >= confidence - 1e-9 or low == 0
@@ -68,7 +74,8 @@ def test_the_interval_of_a_median_is_the_shortest_that_is_sure_enough(number: in
 
 
 def test_the_interval_of_a_median_sorts_and_takes_all_of_few() -> None:
-    assert median_interval([5.0, 1.0, 3.0]) == (1.0, 5.0)
-    assert median_interval([2.0]) == (2.0, 2.0)
+    assert median_interval([5.0, 1.0, 3.0]) == (1.0, 5.0, 0.75)
+    assert median_interval([2.0]) == (2.0, 2.0, 0.0)
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == (1.0, 5.0, 0.9375)
     # Of 20 values, by the tables of the sign test, those in the places 6 and 15.
-    assert median_interval([float(value) for value in range(20, 0, -1)]) == (6.0, 15.0)
+    assert median_interval([float(value) for value in range(20, 0, -1)]) == (6.0, 15.0, 0.95)

@@ -108,7 +108,7 @@ def test_a_plan_that_takes_over_what_cannot_be(
 ) -> None:
     data = json.loads(plan_text(conversion.plan))
     next(swap for swap in data["swaps"] if swap["site"] == site)["absorbs"] = norm
-    with pytest.raises(PlanError, match=f"the plan cannot swap '{site}': it takes over '{norm}', which cannot be"):
+    with pytest.raises(PlanError, match=f"the plan cannot swap '{site}': it says absorbs = '{norm}', where "):
         asymswap.convert(net, plan=data, input_size=(6, 10, 10))
 
 

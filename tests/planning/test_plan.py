@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -186,6 +187,40 @@ def test_replaying_a_plan_of_another_model(resnet: nn.Module, traced: Trace) -> 
         check_replay(resnet, traced.sites, Plan((Swap("layer1.0.conv3", "separable", settings),)))
     with pytest.raises(PlanError, match="cannot swap 'conv1': rank = 99 is above the full rank"):
         check_replay(resnet, traced.sites, Plan((Swap("conv1", "separable", {**settings, "rank": 99}),)))
+
+
+def test_an_edited_plan_tells_the_errors_of_what_it_says_now(resnet: nn.Module, traced: Trace) -> None:
+    plan = planned(resnet, traced, DENSE, "[budget]\nmacs = 0.5\n")
+    first, *rest = plan.swaps
+    settings = {"rank": 1, "order": "vertical-first"}
+    edited = dataclasses.replace(first, settings=settings, predicted=1e-4)
+    replayed = check_replay(resnet, traced.sites, dataclasses.replace(plan, swaps=(edited, *rest)))
+    conv = resnet.get_submodule(first.site)
+    assert isinstance(conv, nn.Conv2d)
+    # The kernel's rows and columns, each with its channels, as a matrix: what the best pair of rank 1 leaves of it.
+    matrix = conv.weight.detach().double().permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    values = torch.linalg.svdvals(matrix)
+    wanted = float((values[1:].square().sum() / values.square().sum()).sqrt())
+    assert replayed.swaps[0].predicted == pytest.approx(wanted, rel=1e-6)
+    assert replayed.swaps[1:] == plan.swaps[1:]
+
+
+def test_a_plan_makes_nothing_dearer_unless_it_says_so(resnet: nn.Module, traced: Trace) -> None:
+    settings = {"rank": 64, "order": "vertical-first"}
+    swap = Swap("layer2.0.conv2", "separable", settings)
+    with pytest.raises(PlanError, match=r"cannot swap 'layer2.0.conv2': rank 64, .* would cost .* the MACs .*: true"):
+        check_replay(resnet, traced.sites, Plan((swap,)))
+    allowed = dataclasses.replace(swap, settings={**settings, "allow_growth": True})
+    assert check_replay(resnet, traced.sites, Plan((allowed,))).swaps[0].settings == allowed.settings
+
+
+def test_a_budget_holds_where_no_conv_can_be_swapped() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, (1, 7), padding=(0, 3)), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    inputs = (torch.zeros(1, 8, 16, 16),)
+    rules = '[[rules]]\nmatch = { names = "*" }\nswap = { kind = "separable" }\n[budget]\nmacs = 0.3\n'
+    sites, total = trace(model, inputs).sites, count_costs(model, inputs).total
+    with pytest.raises(RecipeError, match=r"the budget of 0.3 .* cannot be reached: .* 1.000 is left"):
+        make_plan(model, sites, parse_recipe(rules, "r"), total)
 
 
 class Idle(nn.Module):
