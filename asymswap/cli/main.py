@@ -82,7 +82,7 @@ def _budgets_latency(arguments: Sequence[str]) -> bool:
 def _says_latency(recipe: str) -> bool:
     try:
         budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         # One that comes with asymswap, or none: the command will say so.
         return False
     return isinstance(budget, dict) and "latency" in budget

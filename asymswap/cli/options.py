@@ -244,5 +244,5 @@ def default_output(reference: str, mark: str = "asym") -> Path:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text

@@ -173,7 +173,7 @@ def _read(path: Path) -> Any:
         return None
     try:
         return from_json(jsonlib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AsymswapError(
             f"{path} is no sweep to go on with ({' '.join(str(error).split())[:80]}); give another name with -o, or "
             f"--force to replace it"

@@ -429,3 +429,14 @@ def test_the_names_of_files_that_the_system_refuses_are_escaped_too(run: Run, mo
 
 def test_unknown_option_is_wrong_usage(run: Any) -> None:
     assert run("convert", "digits-resnet", "--recipee", "3x3-only").code == 2
+
+
+@pytest.mark.parametrize("depth", [2_000, 100_000])
+def test_lists_in_lists_in_lists(refusal: Callable[..., str], depth: int) -> None:
+    """The command looks for a budget of latency in a recipe before anything else reads it."""
+    Path("deep.toml").write_text("rules = " + "[" * depth)
+    Path("deep.json").write_text("[" * depth)
+    assert "maximum recursion depth exceeded" in refusal(*CONVERT[:2], "--recipe", "deep.toml")
+    said = refusal("sweep", "digits-resnet", "--recipe", "half-macs", "--evaluate", "digits", "-o", "deep.json")
+    assert said.startswith("deep.json is no sweep to go on with")
+    assert "rank" in refusal(*CONVERT, "--set", "rank=" + "[" * depth)
