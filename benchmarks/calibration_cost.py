@@ -166,11 +166,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def lines(data: dict[str, Any]) -> Iterator[tuple[str, str, str, Line]]:
-    """A line for each network, way and stage of which two or more numbers of images were measured."""
+    """A line for each network, way and stage of which three or more numbers of images were measured."""
     done = [item for item in known(data) if "failed" not in item[3]]
     for model, way in dict.fromkeys(item[:2] for item in done):
         some = [(images, row) for one, other, images, row in done if (one, other) == (model, way)]
-        if len(some) < 2:
+        if len(some) < 3:
             continue
         for stage in FITTED:
             seconds = [row["stages"].get(stage, row.get(stage)) for _, row in some]
