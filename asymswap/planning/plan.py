@@ -162,7 +162,7 @@ def choose(
         allocation = _within_error(points, curves, budget.max_error, others)
     elif budget is not None:
         limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
-        allocation = allocate(points, limit)
+        allocation = allocate(points, limit) if points else None
     if allocation is not None:
         _share(items, curves, allocation.chosen, swaps, keeps)
     for item in choices.left_open:

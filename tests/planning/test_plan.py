@@ -223,6 +223,16 @@ def test_a_budget_holds_where_no_conv_can_be_swapped() -> None:
         make_plan(model, sites, parse_recipe(rules, "r"), total)
 
 
+def test_a_budget_that_rules_with_sizes_of_their_own_keep_has_nothing_to_share(
+    resnet: nn.Module, traced: Trace
+) -> None:
+    rules = '[[rules]]\nmatch = { kernel = "3x3", position = "inner" }\nswap = { kind = "separable", ratio = 0.5 }\n'
+    rules += '[[rules]]\nmatch = { kernel = "7x7" }\noptional = true\nswap = { kind = "separable" }\n'
+    plan = planned(resnet, traced, rules, "[budget]\nmacs = 0.8\n")
+    assert plan.swaps
+    assert plan.multiplier is None
+
+
 class Idle(nn.Module):
     """Has a conv that never runs."""
 
