@@ -214,9 +214,7 @@ def findings(data: dict[str, Any]) -> list[str]:
 
 EXPLANATION = f"""\
 Each row is one process of
-
-    asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run
-
+`asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run`
 with the default `--calibration-memory` of 4 GiB, and for one pass with `--no-sequential`; ResNet-50 with
 `--macs 0.75`, since its spatial convs hold too few of the MACs for half. The weights are random, and so are the images:
 {SIDE} x {SIDE} pixels with detail of three sizes, in PPM files, so that reading them costs next to nothing; networks

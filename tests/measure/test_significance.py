@@ -66,7 +66,7 @@ def covers_all(number: int) -> float:
 def test_the_interval_of_a_median_is_the_shortest_that_is_sure_enough(number: int, confidence: float) -> None:
     """The median lies outside of the k-th values from both ends when at most k - 1 coins fall on one side."""
     low, high, sure = median_interval([float(value) for value in range(number)], confidence)
-    assert sure == min(confidence, covers_all(number))
+    assert sure == pytest.approx(min(confidence, covers_all(number)), rel=1e-12)
     assert low + high == number - 1
     covers = [1 - 2 * stats.binom.cdf(place, number, 0.5) for place in (int(low), int(low) + 1)]
     assert covers[0] >= confidence - 1e-9 or low == 0
