@@ -42,7 +42,7 @@ def main() -> None:
         found = measure(Path(name), wanted.kills, wanted.seed, print)
     print(table(["killed", "times"], [[key, str(value)] for key, value in found["ends"].items()]))
     results: dict[str, Any] = read_json(wanted.out, {})
-    results |= {"kill": found, "machine": machine()}
+    results |= {"kill": {**found, "machine": machine()}}
     write_json(wanted.out, results)
     if wanted.markdown:
         write_page(wanted.markdown, results)

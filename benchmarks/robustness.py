@@ -45,6 +45,7 @@ half of them after the draft of the output had appeared, within the time that wr
 {table}
 
 - Faults: {faults}.
+- Machine: {machine}.
 - {drafts} of the processes left a draft, a hidden folder `.NAME.XXXXXXXX.part` beside the output. The next command that
   writes into that folder removes it, once nobody holds its lock; after the last kill a run that was let alone left its
   output and nothing else.
@@ -56,6 +57,7 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
     parts = [HEAD]
     if "fuzz" in found:
         parts += [_fuzz_totals(found), FUZZ, _fuzz_table(found["fuzz"])]
+        parts.append(f"\nMachine: {_in_words(found['machine'])}.\n")
     if "kill" in found:
         kill = found["kill"]
         rows = [[name, str(count)] for name, count in kill["ends"].items()]
@@ -66,11 +68,14 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
                 table=shown,
                 faults="; ".join(kill["faults"]) or "none",
                 drafts=kill["drafts_left"],
+                machine=_in_words(kill["machine"]),
             )
         )
-    machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
-    parts.append(f"\nMachine: {machine}.\n")
     path.write_text("".join(parts), encoding="utf-8")
+
+
+def _in_words(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 
 def _fuzz_totals(found: dict[str, Any]) -> str:
