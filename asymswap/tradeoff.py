@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +21,7 @@ from asymswap.planning.calibration import model_hash
 from asymswap.planning.plan import Choices, choose, combined_error, find_choices, matched_sites
 from asymswap.planning.prices import Counted
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
+from asymswap.reporting.report import plain
 from asymswap.reporting.tradeoff import Point, Tradeoff
 from asymswap.sources.references import Request
 from asymswap.spec import Cost, Plan, Progress, silent
@@ -114,8 +113,7 @@ def _setting(
     labels = () if images.pictures is None else images.pictures.labels
     return {
         "weights": model_hash(opened.model),
-        # As it comes back from a file: JSON has no tuples.
-        "input": json.loads(json.dumps(dataclasses.asdict(opened.source.preprocessing))),
+        "input": plain(opened.source.preprocessing),
         "data": data,
         "images": len(images),
         "labels": hashlib.sha256(repr((images.classes, [int(label) for label in labels])).encode()).hexdigest(),

@@ -68,7 +68,7 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
                 table=shown,
                 faults="; ".join(kill["faults"]) or "none",
                 drafts=kill["drafts_left"],
-                machine=_in_words(kill["machine"]),
+                machine=_in_words(kill.get("machine", found["machine"])),
             )
         )
     path.write_text("".join(parts), encoding="utf-8")
