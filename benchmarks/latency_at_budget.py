@@ -1,12 +1,18 @@
 """Latency under budgets of MACs and of latency: original and converted networks timed in turn.
 
-    python benchmarks/latency_at_budget.py [--models resnet18 …] [--budgets 0.7 0.5 0.35] [--threads 2] [--rounds 40]
-        [--wait-policy active] [--out build/latency_at_budget.json] [--markdown docs/latency.md]
+    python benchmarks/latency_at_budget.py [--models resnet18 …] [--budgets 0.7 0.5 0.35] [--processes 5] [--threads 2]
+        [--rounds 40] [--wait-policy active] [--out benchmarks/results/latency_at_budget.json]
+        [--markdown docs/latency.md]
 
-Random weights (seed 0), which do not matter for the time; batch 1, each network's own input size. For each network one
-process, in which the original and its conversions by the recipe half-macs run in turn: at each budget of MACs, with
-ranks rounded to what processors like (the default), and at the same budgets of latency, whose plans are made for the
-memory format in question from measurements made then and there. Networks that are in the JSON are measured again.
+Random weights (seed 0), which do not matter for the time; batch 1, each network's own input size. In a process of its
+own the original and its conversions by the recipe half-macs run in turn: at each budget of MACs, with ranks rounded to
+what processors like (the default), and at the same budgets of latency, whose plans are made for the memory format in
+question from measurements made then and there.
+
+Where a process's memory comes to lie makes its convs faster or slower as long as it lives: the share of the original's
+time that one and the same converted ResNet-18 took was 0.59 in one process and 0.67 in the next. So there are several
+processes for each network, of which the first measures everything and the others the budgets of MACs. What is in the
+JSON, which is kept in the repository, is not done again.
 
 Threads that wait do so asleep, as in the command asymswap; `--wait-policy active` keeps them awake, which is faster on
 an idle machine and many times as slow on a busy one.
@@ -19,10 +25,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from measured import QUIET, machine, machine_text, markdown_table, read_json, run, table, write_json
@@ -35,6 +44,8 @@ FORMATS = ("channels-last", "contiguous")
 TARGET, PROMISED = 0.6, ("resnet18", "vgg16")
 FOLLOWS = 1.15
 """How many times the share of MACs the share of time may be."""
+LOWEST = re.compile(r"ask for at least ([\d.]+)")
+"""What a budget that cannot be reached is answered with."""
 COLUMNS = [
     "network",
     "memory format",
@@ -42,6 +53,7 @@ COLUMNS = [
     "MACs",
     "min ms",
     "x",
+    "range",
     "x / MACs",
     "parts x",
     "convs x",
@@ -49,8 +61,8 @@ COLUMNS = [
 ]
 
 
-def measure(name: str, budgets: Sequence[float], threads: int, rounds: int) -> dict[str, Any]:
-    """What is told of one network; runs in a process of its own."""
+def measure(name: str, budgets: Sequence[float], threads: int, rounds: int, everything: bool) -> dict[str, Any]:
+    """What one process tells of one network: the budgets of MACs, or `everything`, those of latency too."""
     import torch
 
     import asymswap
@@ -76,7 +88,7 @@ def measure(name: str, budgets: Sequence[float], threads: int, rounds: int) -> d
         # A table of an earlier day would be read from the user's cache.
         with tempfile.TemporaryDirectory() as folder:
             timing = asymswap.Timing(memory_format, cache=Path(folder))
-            timed_ones = {timed_name(budget): convert("latency", budget, timing) for budget in budgets}
+            timed_ones = {timed_name(budget): convert("latency", budget, timing) for budget in budgets if everything}
         conversions = {**counted, **timed_ones}
         failed = {key: value for key, value in conversions.items() if isinstance(value, str)}
         reports = {key: value.report for key, value in conversions.items() if key not in failed}
@@ -115,105 +127,168 @@ def timed_name(budget: float) -> str:
     return f"--latency {budget:g}"
 
 
-def measure_apart(name: str, wanted: argparse.Namespace) -> dict[str, Any]:
+def measure_apart(name: str, wanted: argparse.Namespace, everything: bool) -> dict[str, Any]:
     """The same in a process of its own, and how much the machine was disturbed meanwhile."""
     settings = ["--threads", f"{wanted.threads}", "--rounds", f"{wanted.rounds}"]
-    settings += ["--budgets", *map(str, wanted.budgets)]
+    settings += ["--budgets", *map(str, wanted.budgets), *["--everything"] * everything]
     command = [sys.executable, __file__, "--worker", name, *settings]
     done = run(command, OMP_WAIT_POLICY=wanted.wait_policy.upper())
     if done.code:
         sys.exit(f"{name} ended with {done.code}:\n{done.err}")
-    about = {
-        "threads": wanted.threads,
-        "rounds": wanted.rounds,
-        "budgets": wanted.budgets,
-        "wait_policy": wanted.wait_policy,
+    return {**json.loads(done.out.splitlines()[-1]), "seconds": done.seconds, "others": round(done.others, 2)}
+
+
+def survey(wanted: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the JSON lacks, and write it after each process."""
+    setting = {key: getattr(wanted, key) for key in ("budgets", "threads", "rounds", "wait_policy")}
+    data = read_json(wanted.out, {"networks": {}, "machine": machine(), **setting})
+    other = [key for key, value in {"machine": machine(), **setting}.items() if data[key] != value]
+    if other:
+        sys.exit(f"error: {wanted.out} holds results of another {other[0]}; give another --out, or remove it")
+    for name in wanted.models:
+        processes = data["networks"].setdefault(name, [])
+        while len(processes) < wanted.processes:
+            processes.append(measure_apart(name, wanted, everything=not processes))
+            write_json(wanted.out, data)
+            print(f"{name}, {len(processes)}/{wanted.processes}: {processes[-1]['seconds']:.0f} s", file=sys.stderr)
+    return data
+
+
+@dataclass(frozen=True)
+class Row:
+    """One version of a network in one memory format, over all processes that measured it.
+
+    Times are shares of the original's in the same process: their median, and of the whole pass the range as well.
+    """
+
+    macs: float
+    min_ms: float
+    time: float
+    low: float
+    high: float
+    parts: float
+    convs: float
+    conv_share: float
+    processes: int
+    undone: tuple[str, ...] = ()
+    failed: str = ""
+
+
+def row_of(processes: Sequence[dict[str, Any]], memory_format: str, key: str) -> Row:
+    """That of one version, which the first process at least has measured."""
+    formats = [process["formats"][memory_format] for process in processes]
+    found = [(versions[key], versions[ORIGINAL]) for versions in formats if key in versions]
+    first = found[0][0]
+    if "failed" in first:
+        return Row(0, 0, 0, 0, 0, 0, 0, 0, 1, failed=first["failed"])
+
+    def share(measured: str) -> list[float]:
+        return [one[measured] / original[measured] for one, original in found]
+
+    whole = share("min_ms")
+    return Row(
+        macs=first["macs"],
+        min_ms=min(one["min_ms"] for one, _ in found),
+        time=median(whole),
+        low=min(whole),
+        high=max(whole),
+        parts=median(share("parts_ms")),
+        convs=median(share("convs_ms")),
+        conv_share=median(one["convs_ms"] / one["parts_ms"] for one, _ in found),
+        processes=len(found),
+        undone=tuple(first["undone"]),
+    )
+
+
+def network_rows(processes: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Row]:
+    """All of one network, by memory format and version."""
+    return {
+        (memory_format, key): row_of(processes, memory_format, key)
+        for memory_format, versions in processes[0]["formats"].items()
+        for key in versions
     }
-    return {**json.loads(done.out.splitlines()[-1]), **about, "seconds": done.seconds, "others": round(done.others, 2)}
 
 
 def rows(data: dict[str, Any]) -> list[list[str]]:
     return [
-        [name, memory_format, key, *cells(row, versions[ORIGINAL])]
-        for name, network in data["networks"].items()
-        for memory_format, versions in network["formats"].items()
-        for key, row in versions.items()
+        [name, memory_format, key, *cells(row)]
+        for name, processes in data["networks"].items()
+        for (memory_format, key), row in network_rows(processes).items()
     ]
 
 
-def cells(row: dict[str, Any], original: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return ["failed", *[""] * (len(COLUMNS) - 4)]
-    ratio = row["min_ms"] / original["min_ms"]
-    parts = [f"{row[key] / original[key]:.2f}" for key in ("parts_ms", "convs_ms")]
-    shares = [f"{row['macs']:.3f}", f"{row['min_ms']:.1f}", f"{ratio:.2f}", f"{ratio / row['macs']:.2f}"]
-    return [*shares, *parts, f"{100 * share(row):.0f} %"]
-
-
-def share(row: dict[str, Any]) -> float:
-    """How much of the time passes in convs."""
-    return row["convs_ms"] / row["parts_ms"]
+def cells(row: Row) -> list[str]:
+    if row.failed:
+        return ["out of reach", *[""] * (len(COLUMNS) - 4)]
+    spread = f"{row.low:.2f} to {row.high:.2f}" if row.processes > 1 and row.macs < 1 else ""
+    shares = [f"{row.macs:.3f}", f"{row.min_ms:.1f}", f"{row.time:.2f}", spread, f"{row.time / row.macs:.2f}"]
+    return [*shares, f"{row.parts:.2f}", f"{row.convs:.2f}", f"{100 * row.conv_share:.0f} %"]
 
 
 def findings(data: dict[str, Any]) -> Iterator[str]:
     """What the table comes to, in sentences."""
-    for name, network in data["networks"].items():
-        for memory_format, versions in network["formats"].items():
-            if memory_format == FORMATS[0]:
-                yield f"{name}: {verdict(name, versions)}"
-            for key, row in versions.items():
-                if "failed" in row:
-                    yield f"{name}, {memory_format}, {key} failed: {row['failed']}."
-                elif row["undone"]:
-                    yield f"{name}, {memory_format}, {key}: slower, and so kept: {', '.join(row['undone'])}."
-        if network["others"] >= QUIET:
-            yield f"{name}: DISTURBED, other processes kept {network['others']:.2f} cores busy: the times are too long."
+    for name, processes in data["networks"].items():
+        found = network_rows(processes)
+        yield f"{name}: {verdict(name, found)}"
+        for memory_format in FORMATS:
+            mine = {key: row for (one, key), row in found.items() if one == memory_format}
+            failed = [key for key, row in mine.items() if row.failed]
+            lowest = [float(least[1]) for row in mine.values() if (least := LOWEST.search(row.failed))]
+            if failed:
+                told = f"; the least is {max(lowest):.2f}" if lowest else ""
+                yield f"{name}, {memory_format}: out of reach, and refused: {', '.join(failed)}{told}."
+            for key, row in mine.items():
+                if row.undone:
+                    yield f"{name}, {memory_format}, {key}: slower, and so kept: {', '.join(row.undone)}."
+        most = max(process["others"] for process in processes)
+        if most >= QUIET:
+            yield f"{name}: DISTURBED, other processes kept {most:.2f} cores busy: the times are too long."
 
 
-def verdict(name: str, versions: dict[str, Any]) -> str:
+def verdict(name: str, found: dict[tuple[str, str], Row]) -> str:
     """The shares of time at the budgets of MACs, and whether they keep the targets."""
-    original = versions[ORIGINAL]
-    counted = {key: row for key, row in versions.items() if key.startswith("--macs") and "failed" not in row}
-    ratios = {key: row["min_ms"] / original["min_ms"] for key, row in counted.items()}
-    told = ", ".join(
-        f"{ratio:.2f} of the time at {counted[key]['macs']:.2f} of the MACs" for key, ratio in ratios.items()
-    )
-    kept = sum(ratio <= FOLLOWS * counted[key]["macs"] for key, ratio in ratios.items())
-    line = f"{told}; within {FOLLOWS} x at {kept} of {len(ratios)} budgets"
-    half = ratios.get(counted_name(0.5))
+    counted = {key: row for (one, key), row in found.items() if one == FORMATS[0] and key.startswith("--macs")}
+    done = [row for row in counted.values() if not row.failed]
+    told = ", ".join(f"{row.time:.2f} of the time at {row.macs:.2f} of the MACs" for row in done)
+    kept = sum(row.time <= FOLLOWS * row.macs for row in done)
+    line = f"{told}; within {FOLLOWS} x at {kept} of {len(done)} budgets"
+    half = counted.get(counted_name(0.5))
     if name in PROMISED and half is not None:
-        line += f"; at half of the MACs at most {TARGET:.2f}: {'met' if half <= TARGET else 'missed'}"
-    return f"{line}. Convs take {100 * share(original):.0f} % of the original's time."
+        line += f"; at half of the MACs at most {TARGET:.2f}: {'met' if half.time <= TARGET else 'missed'}"
+    return f"{line}. Convs take {100 * found[FORMATS[0], ORIGINAL].conv_share:.0f} % of the original's time."
 
 
 EXPLANATION = """\
 Random weights (seed 0; for the time they do not matter), one image of the network's own size. The original and its
-conversions run in turn in one process; the minimum over the rounds. `x` is the time over the original's in the same
-memory format, `x / MACs` the same over the share of MACs that is left. `--macs B`, and `--latency B --memory-format …`,
-go with `--recipe half-macs`. Parts: each layer's own minimum, summed, which a busy machine disturbs least. Convs: those
-of them that are convs, or what took their place; the others are batch norms, activations, pooling and linear layers.
+conversions run in turn in one process. `x` is the minimum over the rounds, over the original's in the same process and
+memory format; of the budgets of MACs the median of several processes is shown, and the range, for where its memory
+happens to lie makes a process's convs faster or slower. `x / MACs` is the same over the share of MACs that is left.
+`--macs B`, and `--latency B --memory-format …`, go with `--recipe half-macs`. Parts: each layer's own minimum, summed,
+which a busy machine disturbs least. Convs: those of them that are convs, or what took their place; the others are batch
+norms, activations, pooling and linear layers.
 
 MACs say nothing of a linear layer's time at batch 1: each weight is read from memory for a single multiply-add. The
 three of VGG-16 hold 0.8 % of its MACs, and 89 % of its parameters.
 
 Why time does not follow MACs: what is no conv stays as it was; and the two convs of a pair write and read a tensor
-between them, and sum over fewer numbers each. A 3x3 conv of 64 to 512 channels runs at 90 to 110 billion MACs a second
-on a core of an Intel Xeon in channels_last, its pair at 75 to 85 (512 channels on 7 x 7: 39, and the pair faster).
-Which of the two comes first makes 2 to 5 %. A network as small as `cifar:resnet20`, whose convs take 0.1 ms each, gains
+between them, and sum over fewer numbers each. In channels_last, a 3x3 conv of 64 to 256 channels runs at 85 to 108
+billion MACs a second on two threads of an AMD EPYC (Zen 4), its pair at 70 to 85 (512 channels on 7 x 7: 44 to 51, and
+the pair 42 to 46); on a core of an Intel Xeon at 90 to 110, and the pair at 75 to 85. Which of the two comes first
+makes 2 to 5 %. A network as small as `cifar:resnet20`, whose convs take 0.1 ms each, gains
 nothing at batch 1: what a conv costs beside its arithmetic is paid twice by a pair.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
-    one = next(iter(data["networks"].values()))
+    processes = min(map(len, data["networks"].values()))
     lines = [
         "# Latency and MACs",
         "",
         "Written by `python benchmarks/latency_at_budget.py --markdown docs/latency.md`.",
         "",
         *(f"- {line}" for line in findings(data)),
-        f"- Machine: {facts}; {one['threads']} threads, at most {one['rounds']} rounds, "
-        f"OMP_WAIT_POLICY={one['wait_policy'].upper()}.",
+        f"- Machine: {facts}; {data['threads']} threads, {processes} processes, at most {data['rounds']} rounds in "
+        f"each, OMP_WAIT_POLICY={data['wait_policy'].upper()}.",
         "",
         *EXPLANATION,
         "",
@@ -227,20 +302,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--wait-policy", choices=("passive", "active"), default="active")
-    parser.add_argument("--out", type=Path, default=Path("build/latency_at_budget.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency_at_budget.json"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--everything", action="store_true", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if wanted.worker:
-        print(json.dumps(measure(wanted.worker, wanted.budgets, wanted.threads, wanted.rounds)))
+        found = measure(wanted.worker, wanted.budgets, wanted.threads, wanted.rounds, wanted.everything)
+        print(json.dumps(found))
         return
-    data = {**read_json(wanted.out, {"networks": {}}), "machine": machine()}
-    for name in wanted.models:
-        data["networks"][name] = measure_apart(name, wanted)
-        write_json(wanted.out, data)
+    data = survey(wanted)
     print(machine_text(), "", table(COLUMNS, rows(data)), "", *findings(data), sep="\n")
     if wanted.markdown:
         wanted.markdown.write_text(markdown(data), encoding="utf-8")
