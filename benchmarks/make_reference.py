@@ -9,16 +9,16 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from typer.models import ArgumentInfo
 
 from asymswap import kinds
-from asymswap.cli.main import app
+from asymswap.cli import commands
 from asymswap.planning.recipe import GROUPS, json_schema, read_about, read_recipe_text, shipped_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -226,8 +226,7 @@ def words(part: Schema) -> str:
 def commands_page() -> str:
     """Every command with its arguments and options, as `--help` has them."""
     text = [COMMANDS_HEAD.format(written=WRITTEN)]
-    for registered in app.registered_commands:
-        command = inspect.unwrap(cast(Callable[..., None], registered.callback))
+    for command in map(commands.function, commands.SUMMARIES):
         about, _, example = inspect.cleandoc(command.__doc__ or "").partition("Example: ")
         text += [f"## `asymswap {command.__name__}`", " ".join(about.split())]
         text += [f"Example: `{example.strip()}`"] if example else []

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from PIL import Image
 
 import asymswap
 from asymswap import tradeoff
-from asymswap.cli.main import app
+from asymswap.cli.commands import command
 from asymswap.cli.sweep import parse_fractions
 from asymswap.reporting.tradeoff import Tradeoff, from_json, to_json
 
@@ -141,11 +140,7 @@ def test_budgets_are_read(text: str, expected: list[float]) -> None:
 
 
 def test_the_budgets_that_help_names_are_those_taken_without_any() -> None:
-    (shown,) = (
-        parameter.show_default
-        for parameter in typer.main.get_command(app).commands["sweep"].params  # type: ignore[attr-defined]
-        if parameter.name == "macs"
-    )
+    (shown,) = (parameter.show_default for parameter in command("sweep").params if parameter.name == "macs")
     assert parse_fractions("--macs", shown) == list(tradeoff.BUDGETS)
 
 

@@ -5,52 +5,25 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import typer
 
-from asymswap.cli import (
-    benchmark,
-    candidates,
-    compare,
-    convert,
-    evaluate,
-    export,
-    finetune,
-    fuse,
-    options,
-    recipes,
-    show,
-    sweep,
-)
-from asymswap.cli.failures import reporting_errors
+from asymswap.cli import options
+from asymswap.cli.commands import Commands
 from asymswap.distributed import end_process, in_team
 
 app = typer.Typer(
     name="asymswap",
+    cls=Commands,
     help="Surgery on trained CNNs: Conv2d layers become asymmetric convolutions initialised from their own weights.",
     epilog="Try: asymswap convert digits-resnet --recipe 3x3-only --evaluate digits",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    convert.convert,
-    candidates.candidates,
-    recipes.recipes,
-    show.show,
-    compare.compare,
-    sweep.sweep,
-    finetune.finetune,
-    evaluate.evaluate,
-    fuse.fuse,
-    export.export,
-    benchmark.benchmark,
-):
-    app.command()(reporting_errors(command))
 
 
 def _version(wanted: bool) -> None:
@@ -80,6 +53,8 @@ def _budgets_latency(arguments: Sequence[str]) -> bool:
 
 
 def _says_latency(recipe: str) -> bool:
+    import tomllib
+
     try:
         budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
     except (OSError, ValueError, RecursionError):

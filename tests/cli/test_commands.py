@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -18,6 +21,8 @@ import torch
 from torch import nn
 
 import asymswap
+import asymswap.cli
+from asymswap.cli.commands import SUMMARIES
 from asymswap.cli.failures import reporting_errors
 from asymswap.cli.main import main
 from asymswap.cli.options import default_output
@@ -481,6 +486,18 @@ def test_the_shell_completes(typed: str, place: int, offered: list[str]) -> None
     """As the script of --show-completion asks; where nothing is offered, bash takes files."""
     done = installed({"_ASYMSWAP_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(place)})
     assert done.stdout.split() == offered, done.stderr
+
+
+def test_the_list_of_commands_holds_each_with_the_first_line_of_its_help() -> None:
+    """They stand in one place, so that the list imports none of them; this is what keeps the two alike."""
+    modules = (f"asymswap.cli.{module.name}" for module in pkgutil.iter_modules(asymswap.cli.__path__))
+    functions = {name.rpartition(".")[2]: vars(importlib.import_module(name)) for name in modules}
+    told = {
+        name: inspect.cleandoc(found[name].__doc__).split("\n\n")[0]
+        for name, found in functions.items()
+        if name != "main" and callable(found.get(name))
+    }
+    assert told == SUMMARIES
 
 
 def installed(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

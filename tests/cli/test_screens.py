@@ -23,14 +23,15 @@ from screens import Screen, masked, on_terminal, read_screen, same
 
 import asymswap
 from asymswap.checkpoint import read_checkpoint, save_checkpoint
-from asymswap.cli.main import app, main
+from asymswap.cli.commands import SUMMARIES
+from asymswap.cli.main import main
 from asymswap.measure.latency import Timed
 from asymswap.spec import Ratio, Seconds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MADE_BY = GOLDEN / "made-by.txt"
 WIDTHS = (80, 120)
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+COMMANDS = sorted(SUMMARIES)
 
 RESULTS = {
     "candidates": "candidates digits-resnet",

@@ -25,6 +25,7 @@ import typer
 
 from asymswap import kinds
 from asymswap.cli import options
+from asymswap.cli.commands import SUMMARIES, command
 from asymswap.cli.main import app
 from asymswap.planning.recipe import Rule, parse_recipe
 
@@ -125,7 +126,7 @@ def inline_options(page: Path) -> Iterator[str]:
 @functools.cache
 def known_options() -> frozenset[str]:
     """Every long option of every command."""
-    every = (part for command in _group().commands.values() for part in command.params)
+    every = (part for name in SUMMARIES for part in command(name).params)
     return frozenset(name for part in every for name in _names(part)) | _FURTHER
 
 
@@ -157,11 +158,6 @@ def not_printed(step: Step, output: str) -> list[str]:
     return [line for line in shapes([line for line in step.shown if line.strip() != "…"]) if line not in printed]
 
 
-def _group() -> Any:
-    # Of click's class, or where Typer holds its own copy of click, of that.
-    return typer.main.get_command(app)
-
-
 def _names(part: Any) -> list[str]:
     return [name for name in (*part.opts, *part.secondary_opts) if name.startswith("--")]
 
@@ -186,16 +182,14 @@ def _check_command(words: list[str], block: Block) -> None:
 
 def check_asymswap(arguments: Sequence[str]) -> None:
     """Raise ValueError for a command line that asymswap would not take."""
-    group = _group()
     if arguments[0].startswith("-"):
-        group.make_context("asymswap", list(arguments), resilient_parsing=True)
+        typer.main.get_command(app).make_context("asymswap", list(arguments), resilient_parsing=True)
         return
     name, rest = arguments[0], options.fill_in(list(arguments[1:]))
-    command = group.commands.get(name)
-    if command is None:
-        raise ValueError(f"there is no command {name!r}; known: {', '.join(group.commands)}")
+    if name not in SUMMARIES:
+        raise ValueError(f"there is no command {name!r}; known: {', '.join(SUMMARIES)}")
     try:
-        command.make_context(name, rest)
+        command(name).make_context(name, rest)
     except Exception as error:
         # Click's, whose class depends on Typer's version.
         raise ValueError(getattr(error, "format_message", error.__str__)()) from None
