@@ -280,7 +280,8 @@ nothing at batch 1: what a conv costs beside its arithmetic is paid twice by a p
 
 def markdown(data: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
-    processes = min(map(len, data["networks"].values()))
+    counts = sorted({len(processes) for processes in data["networks"].values()})
+    processes = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     lines = [
         "# Latency and MACs",
         "",
