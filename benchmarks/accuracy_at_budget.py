@@ -507,7 +507,19 @@ def remarks(book: Book, wanted: argparse.Namespace) -> list[str]:
                     f"{budget:g}"
                 )
     lines = [f"{title} at {', '.join(budgets)}: {note}" for (title, note), budgets in notes.items()]
-    return [*lines, *failures(book, wanted)]
+    return [*lines, *left_out(book, wanted), *failures(book, wanted)]
+
+
+def left_out(book: Book, wanted: argparse.Namespace) -> list[str]:
+    """What was not tried, one line for each method."""
+    lines = []
+    for name in shown(book):
+        missing = [
+            budget for budget in sorted(wanted.budgets, reverse=True) if not cell(book, name, budget, wanted.seeds)
+        ]
+        if missing:
+            lines.append(f"{METHODS[name].title} at {', '.join(f'{budget:g}' for budget in missing)}: not run")
+    return lines
 
 
 def print_tables(book: Book, wanted: argparse.Namespace) -> None:
