@@ -3,6 +3,12 @@
     python benchmarks/accuracy_at_budget.py [--model digits-resnet] [--arch REF] [--data digits] [--budgets 0.5 0.4 …]
         [--calibration-images 512] [--seeds 0 1 2] [--methods NAME …] [--markdown FILE] [--picture FILE]
 
+    python benchmarks/accuracy_at_budget.py --model resnet20-cifar10-jpg.pt --arch cifar:resnet20 --data cifar10-jpg
+        --polish-minutes 5 --out benchmarks/results/accuracy.json --markdown docs/accuracy.md
+        --picture docs/accuracy.svg
+
+The second is that of docs/accuracy.md, whose results are kept in the repository.
+
 Prints tables, and writes JSON, Markdown and a picture (which needs matplotlib). What is in the JSON already is not
 done again, so an interrupted run goes on where it was; failed entries are tried again. Peers run in an environment of
 their own, made on the first run (`--peer-env`), each in a process of its own; one that cannot is a row that says why.

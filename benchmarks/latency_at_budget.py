@@ -141,8 +141,9 @@ def measure_apart(name: str, wanted: argparse.Namespace, everything: bool) -> di
 def survey(wanted: argparse.Namespace) -> dict[str, Any]:
     """Measure what the JSON lacks, and write it after each process."""
     setting = {key: getattr(wanted, key) for key in ("budgets", "threads", "rounds", "wait_policy")}
-    data = read_json(wanted.out, {"networks": {}, "machine": machine(), **setting})
-    other = [key for key, value in {"machine": machine(), **setting}.items() if data[key] != value]
+    setting["machine"] = machine()
+    data = read_json(wanted.out, {"networks": {}, **setting})
+    other = [key for key, value in setting.items() if data[key] != value]
     if other:
         sys.exit(f"error: {wanted.out} holds results of another {other[0]}; give another --out, or remove it")
     for name in wanted.models:
@@ -274,8 +275,8 @@ Why time does not follow MACs: what is no conv stays as it was; and the two conv
 between them, and sum over fewer numbers each. In channels_last, a 3x3 conv of 64 to 256 channels runs at 85 to 108
 billion MACs a second on two threads of an AMD EPYC (Zen 4), its pair at 70 to 85 (512 channels on 7 x 7: 44 to 51, and
 the pair 42 to 46); on a core of an Intel Xeon at 90 to 110, and the pair at 75 to 85. Which of the two comes first
-makes 2 to 5 %. A network as small as `cifar:resnet20`, whose convs take 0.1 ms each, gains
-nothing at batch 1: what a conv costs beside its arithmetic is paid twice by a pair.""".splitlines()
+makes 2 to 5 %. A network as small as `cifar:resnet20`, whose convs take 0.1 ms each, gains nothing at batch 1: what a
+conv costs beside its arithmetic is paid twice by a pair.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:
