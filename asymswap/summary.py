@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from asymswap.graph.trace import Trace
 from asymswap.measure.cost import Costs
 from asymswap.measure.fidelity import Fidelity
 from asymswap.opening import Opened
-from asymswap.planning.plan import combined_error
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.spec import Cost, Keep, Plan, Site, Swap
@@ -57,7 +57,7 @@ def make_report(
         before=before.total,
         after=after.total,
         output=OutputChange(fidelity.output.relative, fidelity.output.largest, probe_text),
-        predicted_error=_predicted(plan),
+        warnings=tuple(_surprises(rows, fidelity)),
         multiplier=plan.multiplier,
         weights_bytes=weights_bytes,
         files=files,
@@ -96,9 +96,30 @@ def promises(site: Site, swap: Swap) -> bool:
     return kinds.load(swap.kind).preserves(site.conv, kinds.parse_settings(swap.kind, swap.settings))
 
 
-def _predicted(plan: Plan) -> float | None:
-    errors = [swap.predicted for swap in plan.swaps if swap.predicted is not None]
-    return combined_error(errors) if errors and len(errors) == len(plan.swaps) else None
+_SURPRISE = 5.0
+"""An error that is this many times the predicted one means that something else went wrong than was predicted."""
+
+
+def _surprises(rows: Sequence[SiteRow], fidelity: Fidelity) -> Iterator[str]:
+    """Warn where measured errors are far above the predicted ones: of single layers, and of the whole output."""
+    errors = [(row, row.predicted_error, row.output_error) for row in rows if row.action == "swap"]
+    far = [
+        f"{row.site} {words.error(measured)} instead of {words.error(predicted)}"
+        for row, predicted, measured in errors
+        if predicted is not None and measured is not None and not measured <= max(_SURPRISE * predicted, _PROMISED)
+    ]
+    if far:
+        more = f" and {len(far) - 3} more" if len(far) > 3 else ""
+        yield f"the output error is far above the predicted one: {', '.join(far[:3])}{more}; check these layers"
+    if not errors or any(predicted is None for _, predicted, _ in errors):
+        return
+    # The layers' errors add up like this where the network does not dampen them, which it usually does.
+    expected = math.sqrt(sum(predicted**2 for _, predicted, _ in errors if predicted is not None))
+    if not fidelity.output.relative <= max(_SURPRISE * expected, _PROMISED):
+        yield (
+            f"the model's output changed by {words.error(fidelity.output.relative)}, where the errors of its layers "
+            f"predict about {words.error(expected)}: its code may treat a replaced layer in another way than a Conv2d"
+        )
 
 
 def state_bytes(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from asymswap.measure.cost import count_costs
 from asymswap.opening import Opened, open_model
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.calibration import model_hash
-from asymswap.planning.plan import Choices, choose, combined_error, find_choices, matched_sites
+from asymswap.planning.plan import Choices, choose, find_choices, matched_sites
 from asymswap.planning.prices import Counted
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.report import plain
@@ -217,13 +217,11 @@ class _Bench:
         except RecipeError as error:
             return Point(name, budget, failed=str(error))
         converted = self._convert(plan)
-        errors = [swap.predicted for swap in plan.swaps if swap.predicted is not None]
         return Point(
             recipe=name,
             budget=budget,
             cost=self._cost(converted),
             accuracy=evaluate(converted, self._images, progress=self._step("evaluating")).top1,
-            predicted=combined_error(errors) if len(errors) == len(plan.swaps) else None,
             swapped=len(plan.swaps),
         )
 

@@ -41,7 +41,7 @@ REPORT_KEYS = {
     "before",
     "after",
     "output",
-    "predicted_error",
+    "warnings",
     "multiplier",
     "latency",
     "accuracy",

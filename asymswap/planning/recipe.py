@@ -359,7 +359,9 @@ class Budget(_Strict):
 
     def __str__(self) -> str:
         if self.max_error is not None:
-            return f"a predicted error of all layers together of at most {self.max_error:g}"
+            return (
+                f"a predicted error of at most {self.max_error:g} (the measured one is usually several times smaller)"
+            )
         what = "the matched convs'" if self.over == "matched" else "the model's"
         return f"{self.fraction:g} of {what} {_MEASURES[self.measure]}"
 

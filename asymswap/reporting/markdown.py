@@ -45,8 +45,7 @@ def to_markdown(report: Report) -> str:
         f"Output of the whole model: {words.error(output.relative)} relative difference, "
         f"{output.largest:.3g} at most, on {output.probe}",
         *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
-        *words.nothing_swapped(report),
-        *_predicted(report),
+        *([] if report.latency is None else words.latency(report.latency)),
         *_calibration(report),
         *model.notes,
         *(f"File {file.path}: {words.size(file.bytes)}" for file in report.files),
@@ -57,6 +56,7 @@ def to_markdown(report: Report) -> str:
         f"# {words.markdown_text(model.reference)} converted: "
         f"{len(report.swapped)} of {len(report.sites)} convs swapped",
         "",
+        *(line for text in words.first_lines(report) for line in (f"**{words.markdown_text(text)}**", "")),
         *_table(["", "before", "after", "left"], head),
         "",
         *(f"- {words.markdown_text(fact)}" for fact in facts),
@@ -68,13 +68,6 @@ def to_markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _predicted(report: Report) -> list[str]:
-    lines = [] if report.latency is None else words.latency(report.latency)
-    if report.predicted_error is None:
-        return lines
-    return [f"Predicted error of all layers together: {words.error(report.predicted_error)}", *lines]
 
 
 def _calibration(report: Report) -> list[str]:

@@ -119,7 +119,7 @@ class Report:
     """Everything that a conversion has to say.
 
     `rest` is the cost of everything outside of the sites, so that the totals are the sums of the rows and it;
-    `predicted_error` is what the predicted errors of all swapped sites come to: sqrt(1 - product of (1 - error^2)).
+    `warnings` is what a reader must know before any figure: each format shows it first.
     """
 
     asymswap: str
@@ -132,7 +132,7 @@ class Report:
     before: Cost
     after: Cost
     output: OutputChange
-    predicted_error: float | None = None
+    warnings: tuple[str, ...] = ()
     multiplier: float | None = None
     latency: LatencyRow | None = None
     calibration: CalibrationRow | None = None

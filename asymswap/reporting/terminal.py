@@ -79,8 +79,9 @@ def written(text: str, style: str = "") -> Text:
 
 def report_view(report: Report, width: int) -> RenderableType:
     """The whole report: headline figures, what was done to each conv, what was kept and why, and the fine print."""
-    parts: list[RenderableType] = [written(_title(report), style="bold"), Text(""), _headline(report), Text("")]
-    parts += [written(line, style="yellow") for line in words.nothing_swapped(report)]
+    parts: list[RenderableType] = [written(_title(report), style="bold")]
+    parts += [written(line, style="yellow") for line in words.first_lines(report)]
+    parts += [Text(""), _headline(report), Text("")]
     if report.swapped:
         parts += [_swaps(report, width), Text("")]
     kept = words.kept(report.sites)
@@ -236,8 +237,6 @@ def _fine_print(report: Report) -> list[str]:
         lines.append("(Output) error: relative change of the layer's own output, on the original's input to it.")
     if report.budget is not None:
         lines.append(f"Budget: {report.budget}.")
-    if report.predicted_error is not None:
-        lines.append(f"Predicted error of all layers together: {words.error(report.predicted_error)}.")
     if report.latency is not None:
         lines += words.latency(report.latency)
     if report.accuracy is not None:

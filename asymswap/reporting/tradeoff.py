@@ -25,15 +25,14 @@ from asymswap.spec import Cost
 class Point:
     """One conversion of a sweep, or why there is none.
 
-    `budget` is the fraction that was allowed, `cost` what is left; `accuracy` is a fraction of `images`; `predicted` is
-    the error of all layers together as planned. `failed` says why this budget was not met.
+    `budget` is the fraction that was allowed, `cost` what is left; `accuracy` is a fraction of `images`. `failed` says
+    why this budget was not met.
     """
 
     recipe: str
     budget: float
     cost: Cost | None = None
     accuracy: float | None = None
-    predicted: float | None = None
     swapped: int = 0
     seconds: float = 0.0
     failed: str | None = None
@@ -126,7 +125,7 @@ def to_json(sweep: Tradeoff) -> dict[str, Any]:
 
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
     """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
-    names = ("recipe", "budget", "accuracy", "predicted", "swapped", "seconds", "failed")
+    names = ("recipe", "budget", "accuracy", "swapped", "seconds", "failed")
     points = tuple(
         Point(**{name: point[name] for name in names}, cost=_read_cost(point["cost"])) for point in value["points"]
     )

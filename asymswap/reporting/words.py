@@ -144,13 +144,15 @@ def latency(row: LatencyRow) -> list[str]:
     return lines
 
 
-def nothing_swapped(report: Report) -> list[str]:
-    """One line that says so and why, where a conversion has changed nothing."""
+def first_lines(report: Report) -> list[str]:
+    """What to read before any figure: the warnings, and that nothing was swapped, with the command that tells why."""
+    lines = [sentence(warning) for warning in report.warnings]
     if report.swapped:
-        return []
+        return lines
     if not report.sites:
-        return [f"Nothing was swapped: {report.model.reference} has no Conv2d."]
-    return [f"Nothing was swapped; `asymswap candidates {report.model.reference}` tells what each conv would save."]
+        return [*lines, f"Nothing was swapped: {report.model.reference} has no Conv2d."]
+    command = f"`asymswap candidates {report.model.reference}`"
+    return [*lines, f"Nothing was swapped; {command} tells what each conv would save."]
 
 
 def kept(rows: Iterable[SiteRow]) -> list[str]:

@@ -1,0 +1,32 @@
+"""What every form of a report says before any figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from made_reports import MAKING, report, site
+from rich.console import Console
+
+from asymswap.reporting.html import to_html
+from asymswap.reporting.markdown import to_markdown
+from asymswap.reporting.report import Report
+from asymswap.reporting.terminal import report_view
+
+
+def in_terminal(told: Report) -> str:
+    console = Console(width=100, file=io.StringIO())
+    console.print(report_view(told, 100))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("form", [in_terminal, to_markdown, lambda told: to_html(told, MAKING)])
+def test_warnings_come_before_any_figure(form: Callable[[Report], str]) -> None:
+    warning = "the images were normalised by a guess"
+    text = form(replace(report(site(0)), warnings=(warning,)))
+    body = text.partition("<body>")[2] or text
+    assert body.index(warning[1:]) < body.index("MACs")
+    assert warning[1:] not in form(replace(report(site(0)), warnings=()))
