@@ -26,11 +26,13 @@ import torch
 from torch import nn
 
 from asymswap.calibrate import (
+    UNSEEN,
     Calibration,
     Gathered,
     Polished,
     convert_on,
     gather_evidence,
+    in_own_precision,
     polish,
     some_inputs,
 )
@@ -66,7 +68,7 @@ from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
 from asymswap.sources.references import Request
 from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
-from asymswap.summary import check_promises, make_report, state_bytes
+from asymswap.summary import check_finite, check_output_finite, check_promises, make_report, state_bytes
 from asymswap.tensors import eval_mode, first_not_finite
 from asymswap.training.settings import Training
 
@@ -160,7 +162,7 @@ def candidates(
         rows=tuple(find_candidates(opened.model, traced.sites, wanted)),
         total=count_costs(opened.model, opened.example()).total,
         notes=opened.source.notes + traced.notes,
-        flow=read_flow(opened.model) if with_flow else None,
+        flow=read_flow(opened.model, traced) if with_flow else None,
     )
 
 
@@ -254,7 +256,8 @@ def convert(
     _check_finite(opened)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
-    done = _carry_out(opened, wanted, calibration, timing or Timing(), clock, progress)
+    classes = None if data is None else len(data.classes)
+    done = _carry_out(opened, wanted, calibration, timing or Timing(), classes, clock, progress)
 
     def measured() -> Report:
         name = where if recipe is None else str(recipe)
@@ -451,6 +454,7 @@ def _carry_out(
     wanted: Recipe | Plan,
     calibration: Calibration | None,
     timing: Timing,
+    classes: int | None,
     clock: _Clock,
     progress: Progress,
 ) -> _Done:
@@ -461,7 +465,8 @@ def _carry_out(
     clock.stop("trace")
     gathered, sequential, polished = None, False, None
     if calibration is not None:
-        gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted), calibration, progress)
+        gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted), calibration, progress, classes)
+        traced = traced.refusing(gathered.summary.unseen, UNSEEN)
         clock.stop("calibrate")
     evidence = {} if gathered is None else gathered.by_site
 
@@ -478,16 +483,19 @@ def _carry_out(
     plan, latency = team.first(planned)
     clock.stop("plan")
     if gathered is not None and calibration is not None:
-        converted, sequential = convert_on(opened, traced, plan, gathered, calibration, progress)
+        converted, sequential = convert_on(traced, plan, gathered, calibration, progress)
     else:
         # Weights that stay as they are need not be held twice where nobody else holds the original.
         converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
-    after = _costs_after(opened, converted, traced, before)
     clock.stop("convert")
-    if calibration is not None and calibration.polishes:
-        polished = team.first(lambda: polish(opened, converted, calibration, progress))
-        team.follow_(converted)
-        clock.stop("polish")
+    if gathered is not None and calibration is not None:
+        if calibration.polishes:
+            polished = team.first(lambda: polish(gathered, converted, calibration, progress))
+            team.follow_(converted)
+            clock.stop("polish")
+        converted = in_own_precision(opened, plan, converted, gathered)
+    check_finite(opened.model, converted)
+    after = _costs_after(opened, converted, traced, before)
     return _Done(converted, plan, traced, before, after, gathered, sequential, polished, latency)
 
 
@@ -526,6 +534,7 @@ def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, see
     if not done.traced.on_meta:
         probe_text += f", compared at the outputs of {len(parts)} parts"
     fidelity = measure_fidelity(opened.model, done.model, done.plan, inputs, parts)
+    check_output_finite(opened.model, fidelity, inputs)
     return make_report(
         opened,
         done.traced,
@@ -554,7 +563,7 @@ def _of_the_converted_model() -> Iterator[None]:
 def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs, str]:
     """The inputs on which outputs are compared, and what they are: real images where there are some."""
     if gathered is not None and gathered.held_back is not None:
-        return (gathered.held_back,), f"{len(gathered.held_back)} images of {gathered.summary.data}"
+        return (gathered.held_back.to(opened.dtype()),), f"{len(gathered.held_back)} images of {gathered.summary.data}"
     inputs = probe(opened.source.preprocessing, opened.dtype(), seed=seed)
     return inputs, f"{len(inputs[0])} random images (seed {seed})"
 
@@ -567,7 +576,7 @@ def _calibration_row(done: _Done, data: Any) -> CalibrationRow | None:
     if polished is not None:
         notes.append(
             f"polished for {polished.steps} steps on {polished.images} images: difference of the outputs on held-back "
-            f"ones {polished.before:.4f} -> {polished.after:.4f} (the weights of step {polished.kept_step})"
+            f"ones {polished.before:.3g} -> {polished.after:.3g} (the weights of step {polished.kept_step})"
         )
     if data is not None and data.description == gathered.description:
         notes.append("calibrated and evaluated on the same images: the accuracy is too good to be trusted")

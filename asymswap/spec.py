@@ -81,6 +81,18 @@ class ConvSpec:
         return "depthwise" if self.group_in == 1 else "grouped"
 
     @property
+    def pads(self) -> tuple[int, int, int, int]:
+        """Pixels that are padded left, right, above and below; of an uneven `"same"` one more right and below."""
+        if self.padding == "valid":
+            return 0, 0, 0, 0
+        if isinstance(self.padding, str):
+            sums = [dilation * (taps - 1) for dilation, taps in zip(self.dilation, self.kernel, strict=True)]
+            (top, bottom), (left, right) = ((whole // 2, whole - whole // 2) for whole in sums)
+            return left, right, top, bottom
+        height, width = self.padding
+        return width, width, height, height
+
+    @property
     def params(self) -> int:
         """Weights and biases."""
         return self.out_channels * (self.group_in * math.prod(self.kernel) + self.bias)

@@ -12,12 +12,14 @@ import asymswap
 from asymswap import kinds
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import Trace
+from asymswap.inputs import Inputs, portions
 from asymswap.measure.cost import Costs
 from asymswap.measure.fidelity import Fidelity
 from asymswap.opening import Opened
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.spec import Cost, Keep, Plan, Site, Swap
+from asymswap.tensors import eval_mode, first_not_finite, list_tensors
 
 
 def make_report(
@@ -81,6 +83,29 @@ def check_promises(report: Report, dtype: torch.dtype) -> None:
         raise AsymswapError(
             f"every swap promises to preserve the function, but the model's output has changed by "
             f"{report.output.relative:.1e}; say --allow-drift to have it nevertheless"
+        )
+
+
+def check_finite(original: nn.Module, converted: nn.Module) -> None:
+    """Raise AsymswapError where a weight of the converted model is not finite, which all of the original's are."""
+    found = first_not_finite(converted)
+    if found is not None and first_not_finite(original) is None:
+        raise AsymswapError(
+            f"the converted model's {found[0]!r} holds {found[1]}, so nothing is written; keep that conv by a rule "
+            "with keep = true, and report it as a bug"
+        )
+
+
+def check_output_finite(original: nn.Module, fidelity: Fidelity, inputs: Inputs) -> None:
+    """Raise AsymswapError where the converted model's output holds NaN or infinity, and the original's does not."""
+    if math.isfinite(fidelity.output.largest):
+        return
+    with eval_mode(original), torch.no_grad():
+        outputs = [tensor for portion in portions(inputs) for tensor in list_tensors(original(*portion))]
+    if all(bool(tensor.isfinite().all()) for tensor in outputs):
+        raise AsymswapError(
+            "the converted model's output is not finite, where the original's is, so nothing is written; give it a "
+            "larger budget, or another dtype than half precision"
         )
 
 

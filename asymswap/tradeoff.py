@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from asymswap.calibrate import Calibration, Gathered, convert_on, gather_evidence, polish
+from asymswap.calibrate import (
+    UNSEEN,
+    Calibration,
+    Gathered,
+    convert_on,
+    gather_evidence,
+    in_own_precision,
+    polish,
+)
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.graph.trace import Trace, trace
 from asymswap.measure.cost import count_costs
@@ -25,6 +33,7 @@ from asymswap.reporting.report import plain
 from asymswap.reporting.tradeoff import Point, Tradeoff
 from asymswap.sources.references import Request
 from asymswap.spec import Cost, Plan, Progress, silent
+from asymswap.summary import check_finite
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.evaluate import evaluate
 from asymswap.training.predict import check_classifier
@@ -97,7 +106,7 @@ def sweep(
     return result
 
 
-_SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images")
+_SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
 """What of a calibration changes figures; where evidence is kept and in how much memory does not."""
 
 
@@ -175,7 +184,9 @@ class _Bench:
         wanted = [matched_sites(self._opened.model, self._traced.sites, recipe) for recipe in recipes]
         names = {site.name for sites in wanted for site in sites}
         sites = [site for site in self._traced.sites if site.name in names]
-        self._gathered = gather_evidence(self._opened, sites, self._calibration, self._progress)
+        classes = len(self._images.classes)
+        self._gathered = gather_evidence(self._opened, sites, self._calibration, self._progress, classes)
+        self._traced = self._traced.refusing(self._gathered.summary.unseen, UNSEEN)
 
     def notes(self) -> tuple[str, ...]:
         """How it was calibrated."""
@@ -228,9 +239,11 @@ class _Bench:
     def _convert(self, plan: Plan) -> nn.Module:
         if self._gathered is None or self._calibration is None:
             return apply_plan(self._opened.model, plan, self._tell)
-        converted, _ = convert_on(self._opened, self._traced, plan, self._gathered, self._calibration, self._tell)
+        converted, _ = convert_on(self._traced, plan, self._gathered, self._calibration, self._tell)
         if self._calibration.polishes:
-            polish(self._opened, converted, self._calibration, self._tell)
+            polish(self._gathered, converted, self._calibration, self._tell)
+        converted = in_own_precision(self._opened, plan, converted, self._gathered)
+        check_finite(self._opened.model, converted)
         return converted
 
     def _cost(self, converted: nn.Module) -> Cost:

@@ -33,7 +33,7 @@ Sequential = Annotated[
         "--sequential/--no-sequential",
         help="Solve layer by layer on what each really gets.",
         rich_help_panel=PANEL,
-        show_default="where the model traces whole",
+        show_default="where there are images",
     ),
 ]
 EvidenceFile = Annotated[
@@ -51,6 +51,15 @@ Polish = Annotated[
 PolishImages = Annotated[
     int | None, typer.Option(help="On how many images, at most.", rich_help_panel=PANEL, show_default="5000")
 ]
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        help="What the network gives: scores (of classes) or values (of a regressor, an embedder, a denoiser).",
+        metavar="KIND",
+        rich_help_panel=PANEL,
+        show_default="judged by them",
+    ),
+]
 Memory = Annotated[
     float | None,
     typer.Option("--calibration-memory", help="Memory limit in GiB.", rich_help_panel=PANEL, show_default="4"),
@@ -65,6 +74,7 @@ def wanted(
     polish: str | None,
     polish_images: int | None,
     memory_gib: float | None,
+    outputs: str | None,
     seed: int,
     team: Team,
 ) -> Calibration | None:
@@ -81,6 +91,7 @@ def wanted(
             "--calibration-images": images,
             "--polish-images": polish_images,
             "--calibration-memory": memory_gib,
+            "--outputs": outputs,
         }
         useless = [option for option, value in given.items() if value is not None]
         if useless:
@@ -91,7 +102,12 @@ def wanted(
     if polish_images is not None and polish is None:
         raise AsymswapError("--polish-images is of polishing: give --polish STEPS or MINUTES")
     steps, minutes = parse_polish(polish)
-    numbers: dict[str, Any] = {"images": images, "memory_gib": memory_gib, "polish_images": polish_images}
+    numbers: dict[str, Any] = {
+        "images": images,
+        "memory_gib": memory_gib,
+        "polish_images": polish_images,
+        "outputs": outputs,
+    }
     return Calibration(
         data=data,
         evidence=evidence,

@@ -47,6 +47,7 @@ def sweep(
     polish: c.Polish = None,
     polish_images: c.PolishImages = None,
     calibration_memory: c.Memory = None,
+    outputs: c.Outputs = None,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice.")] = 0,
     output: Annotated[
         Path | None,
@@ -115,6 +116,7 @@ def sweep(
                 polish,
                 polish_images,
                 calibration_memory,
+                outputs,
                 seed,
                 ALONE,
             ),

@@ -7,11 +7,10 @@ from torch import nn
 from asymswap.errors import TraceError
 from asymswap.graph.nodes import Node, NodeGraph
 from asymswap.graph.sites import find_convs
-from asymswap.graph.trace import node_operation, traceable_parts
-from asymswap.tensors import meta_copy
+from asymswap.graph.trace import Trace, node_operation
 
 
-def read_flow(model: nn.Module) -> NodeGraph:
+def read_flow(model: nn.Module, traced: Trace) -> NodeGraph:
     """Every operation of one forward pass in eval mode, or of the largest parts that torch.fx can trace.
 
     Raises TraceError where it can trace no part that holds a Conv2d.
@@ -19,10 +18,9 @@ def read_flow(model: nn.Module) -> NodeGraph:
     firsts = {id(conv): name for name, (conv, _) in find_convs(model).items()}
     nodes: list[Node] = []
     edges: list[tuple[str, str]] = []
-    skeleton = meta_copy(model).eval()
-    for prefix, graph in traceable_parts(skeleton).items():
+    for prefix, graph in traced.graphs.items():
         # Names of the model are asked for in the model, since a copy's convs are others.
-        part, root = model.get_submodule(prefix), skeleton.get_submodule(prefix)
+        part, root = model.get_submodule(prefix), traced.ghost.get_submodule(prefix)
         for node in graph.nodes:
             if node.op == "get_attr":
                 continue

@@ -34,12 +34,15 @@ _SHARES = "shares its weights with "
 
 
 def read_conv(conv: nn.Conv2d) -> ConvSpec:
-    """All fields of a conv as data."""
-    kernel, stride, dilation = (_pair(value) for value in (conv.kernel_size, conv.stride, conv.dilation))
+    """All fields of a conv as data, as its forward reads them: channels and kernel are those of its weight."""
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    outputs, inputs, *kernel = (conv.out_channels, conv.in_channels // conv.groups, *_pair(conv.kernel_size))
+    if not isinstance(conv.weight, nn.parameter.UninitializedParameter):
+        outputs, inputs, *kernel = conv.weight.shape
     return ConvSpec(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel=kernel,
+        in_channels=inputs * conv.groups,
+        out_channels=outputs,
+        kernel=(kernel[0], kernel[1]),
         stride=stride,
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
         dilation=dilation,
@@ -107,6 +110,8 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
     others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
     if others:
         return f"{_SHARES}{others[0]}"
+    if conv.padding_mode != "zeros" and read_conv(conv).pads != tuple(conv._reversed_padding_repeated_twice):
+        return f"had its padding changed after construction, which padding_mode = {conv.padding_mode!r} does not see"
     if name in read_elsewhere:
         return "has parameters that the model reads without calling it"
     return None

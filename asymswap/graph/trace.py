@@ -1,18 +1,18 @@
 """Reading a model: sizes and calls from a run on meta tensors, neighbours from torch.fx.
 
 Sizes come from forward hooks on a run that computes nothing, which reach every Conv2d of every model that runs on meta
-tensors; torch.fx adds what stands beside each conv. A model that torch.fx cannot trace whole is traced in its largest
-traceable parts; where there is none, the sites have no neighbours, and `Trace.by` says so.
+tensors; torch.fx adds what stands beside each conv. Where the graph of the whole model cannot be made, or is not what
+runs, the largest parts are read whose graphs are; where there is none, the sites have no neighbours, and `Trace.by`
+says so.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 
 from asymswap.errors import TraceError
 from asymswap.graph.functional import FunctionCalls, watch_functions
+from asymswap.graph.graphs import Recording, believed_parts, recording, traceable_parts
 from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
 from asymswap.inputs import Inputs, describe, with_values
 from asymswap.spec import Call, Neighbour, Site
-from asymswap.tensors import copy_with, meta_copy, to_meta
+from asymswap.tensors import meta_copy, to_meta
 
 NORM_ACT = "batch_norm_act"
 """What a node is that normalises and then does something else, in one module."""
@@ -32,16 +33,29 @@ NORM_ACT = "batch_norm_act"
 
 @dataclass(frozen=True)
 class Trace:
-    """What was read of a model: its sites, and the modules that torch.fx could trace (`""` is the whole model).
+    """What was read of a model: its sites, and the modules whose graphs are what runs (`""` is the whole model).
 
     `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them. `notes` tell of
-    convolutions that can't be swapped for reasons that lie outside of a site.
+    convolutions that can't be swapped for reasons that lie outside of a site. `graphs` are the graphs of the parts, and
+    `ghost` the copy of the model on the meta device that was traced.
     """
 
     sites: tuple[Site, ...]
     parts: tuple[str, ...] = ("",)
     on_meta: bool = True
     notes: tuple[str, ...] = ()
+    graphs: Mapping[str, fx.Graph] = field(default_factory=dict, repr=False, compare=False)
+    ghost: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
+
+    def refusing(self, names: Collection[str], reason: str) -> Trace:
+        """The same with those sites refused that were not yet."""
+        return replace(
+            self,
+            sites=tuple(
+                replace(site, refusal=reason) if site.name in names and site.refusal is None else site
+                for site in self.sites
+            ),
+        )
 
     @property
     def by(self) -> str:
@@ -58,24 +72,14 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     `inputs` are the positional arguments of one forward pass; only their shapes and dtypes matter. Raises TraceError
     where the model cannot take them.
     """
-    skeleton = meta_copy(model).eval()
-    on_meta = True
-    try:
-        calls, functions = _run(skeleton, to_meta(inputs))
-    except Exception as error:
-        # Some models look at values (detection, data-dependent control flow): these are run for real, on a copy.
-        on_meta = False
-        try:
-            calls, functions = _run(copy.deepcopy(model).eval(), with_values(inputs))
-        except Exception:
-            if not find_convs(model):
-                raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
-            raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(error)}") from error
-    parts = traceable_parts(skeleton)
-    neighbours, read_elsewhere = _read_graphs(skeleton, parts)
+    ran, calls, functions, recorded = _run_somehow(model, inputs)
+    ghost = meta_copy(model).eval()
+    graphs = believed_parts(ran, recorded, ghost)
+    neighbours, read_elsewhere = _read_graphs(ghost, graphs)
     read_elsewhere |= {name.rpartition(".")[0] for name in functions.weights}
     sites = make_sites(model, calls, neighbours, read_elsewhere)
-    return Trace(sites, tuple(parts), on_meta, tied_note(sites) + functions.note())
+    on_meta = all(parameter.is_meta for parameter in ran.parameters())
+    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + functions.note(), graphs, ghost)
 
 
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
@@ -107,7 +111,28 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
             handle.remove()
 
 
-def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[str, list[Call]], FunctionCalls]:
+_Run = tuple[nn.Module, dict[str, list[Call]], FunctionCalls, Recording]
+
+
+def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
+    """Run a copy of the model, on meta tensors if that can be."""
+    for device in (nullcontext(), torch.device("meta")):
+        # Some make tensors of their own in their forward: those are made on the meta device at the second try.
+        try:
+            with device:
+                return _run(meta_copy(model).eval(), to_meta(inputs))
+        except Exception:  # the model's own code runs here: it may raise anything
+            continue
+    try:
+        # Some look at values (detection, data-dependent control flow): these are run with numbers.
+        return _run(copy.deepcopy(model).eval(), with_values(inputs))
+    except Exception as error:
+        if not find_convs(model):
+            raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
+        raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(error)}") from error
+
+
+def _run(model: nn.Module, inputs: Inputs) -> _Run:
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
@@ -116,60 +141,17 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[str, list[Call]], Funct
         height, width = seen.shape[-2:]
         calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch, batched))
 
-    with torch.no_grad(), conv_hooks(model, see), watch_functions(model) as functions:
-        model(*inputs)
-    return dict(calls), functions
+    with (
+        torch.no_grad(),
+        conv_hooks(model, see),
+        watch_functions(model) as functions,
+        recording(model, inputs) as (recorded, copies),
+    ):
+        model(*copies)
+    return model, dict(calls), functions, recorded
 
 
-def shared_graph(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """The graph of the whole model, and the copy that was traced: its modules are its own, its tensors the model's.
-
-    Raises whatever torch.fx raises where the model does not trace whole.
-    """
-    every = itertools.chain(model.parameters(), model.buffers())
-    root = copy_with(model, every, lambda tensor: tensor).eval()
-    return _Tracer().trace(root), root
-
-
-def meta_graph(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """The same with all tensors on the meta device."""
-    root = meta_copy(model).eval()
-    return _Tracer().trace(root), root
-
-
-class _Tracer(fx.Tracer):
-    """Leaves are torch.nn layers, anything that is a Conv2d or a batch norm, and torchvision's operators."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, nn.Conv2d | nn.modules.batchnorm._NormBase):
-            return True
-        if type(m).__module__.startswith("torchvision.ops"):
-            # Some of "torchvision.ops" are containers (SqueezeExcitation): those are walked through to their convs.
-            return not any(isinstance(child, nn.Conv2d) for child in m.modules())
-        return super().is_leaf_module(m, module_qualified_name)
-
-
-def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
-    """The graph of the whole model by the name "", or those of its largest traceable parts that hold a conv.
-
-    The model must be one that may be changed, in eval mode: tracing leaves constants in some.
-    """
-    return dict(_graphs(model, ""))
-
-
-def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, fx.Graph]]:
-    """The graph of the whole module, or of its largest traceable parts that hold a conv, by name."""
-    if not any(isinstance(child, nn.Conv2d) for child in module.modules()) or isinstance(module, nn.Conv2d):
-        return
-    try:
-        # torch.fx runs the user's forward with proxies: anything at all may be raised there.
-        yield prefix, _Tracer().trace(module)
-    except Exception:
-        for name, child in module.named_children():
-            yield from _graphs(child, f"{prefix}.{name}" if prefix else name)
-
-
-def _read_graphs(model: nn.Module, parts: dict[str, fx.Graph]) -> tuple[dict[str, Neighbours], set[str]]:
+def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[str, Neighbours], set[str]]:
     """Neighbours of each conv, by its first name, and the convs whose parameters are read without a call."""
     first_names = {id(conv): name for name, (conv, _) in find_convs(model).items()}
     found: dict[str, Neighbours] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
@@ -36,14 +37,18 @@ def apply_plan(
     """A deep copy of the model with the plan's swaps in it, initialised from the weights and, where there is some, from
     the evidence of their sites; the model is unchanged.
 
-    Replacements at the sites in `unset` are left for others to initialise. With `share` what is not swapped has the
-    model's own parameters and buffers: for a model that nobody uses afterwards. Raises PlanError for a site or a batch
-    norm that the model lacks, RecipeError for a kind or a setting that does not exist.
+    Replacements at the sites in `unset` are left for others to initialise, and hold NaN until then. With `share` what
+    is not swapped has the model's own parameters and buffers: for a model that nobody uses afterwards. Raises PlanError
+    for a site or a batch norm that the model lacks, RecipeError for a kind or a setting that does not exist.
     """
     found = evidence or {}
 
     def start(built: _Built) -> None:
-        if built.entry.site not in unset:
+        if built.entry.site in unset:
+            # What nobody sets afterwards must show.
+            for parameter in built.replacement.parameters():
+                nn.init.constant_(parameter, math.nan)
+        else:
             absorbed = {} if built.norm is None else {"norm": built.norm}
             built.kind.init_(built.replacement, built.conv, built.settings, found.get(built.entry.site), **absorbed)
 

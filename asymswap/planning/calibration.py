@@ -14,9 +14,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import safetensors
 import torch
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import SourceError, validation_text
 from asymswap.factorize.evidence import Evidence
+from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import conv_hooks
 from asymswap.output import whole_file
 from asymswap.spec import STRICT, Progress, Site, silent
@@ -50,57 +51,175 @@ _SAMPLES_PER_DIMENSION = 8
 _ASYMMETRY = 1e-5
 """What rounding in float32 may make of a symmetric matrix, relative to its norm."""
 
+_JUDGED = 128
+"""Images by whose outputs it is judged what they are."""
+
 _BLOCK = 256
 """Rows of a gram that are multiplied at once."""
 
 
 class PatchSums:
-    """Running sums of one conv's patches, and of their products with the wanted output, in float64.
+    """Means and co-moments of one conv's patches, and with `targets` of its target outputs, in float64.
 
-    The products are there only for a conv whose output is `wanted`.
+    Each batch is summed about its own mean, and batches are merged (Chan, Golub and LeVeque, 1983): a mean that is much
+    larger than the variation never cancels it.
     """
 
-    def __init__(self, conv: nn.Conv2d, wanted: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
         groups, device = conv.groups, conv.weight.device
         outputs, length = conv.out_channels // groups, conv.weight[0].numel()
+        if not targets:
+            outputs = 0
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
 
         self.patches = 0
-        self.sum_GD, self.gram_GDD = zeros(length), zeros(length, length)
-        self.sum_GO, self.cross_GOD = (zeros(outputs), zeros(outputs, length)) if wanted else (zeros(0), zeros(0, 0))
+        self._mean_GD, self._gram_GDD = zeros(length), zeros(length, length)
+        self._mean_GO, self._cross_GOD = zeros(outputs), zeros(outputs, length if targets else 0)
+        self._energy_G = zeros()
 
-    def add(self, patches_GDN: Tensor, wanted_GON: Tensor | None = None) -> None:
-        """Add N patches, and the outputs that are wanted of them; raises ValueError where they are not finite."""
-        # Products of half precision would overflow, or drown in rounding, before they reach the float64 sums.
-        patches_GDN = _at_least_float32(patches_GDN)
-        sum_GD = patches_GDN.sum(2)
-        if not bool(torch.isfinite(sum_GD).all()):
-            raise ValueError("not finite")
-        self.patches += patches_GDN.shape[2]
-        self.sum_GD += sum_GD
+    def add(self, patches_GDN: Tensor, targets_GON: Tensor | None = None) -> None:
+        """Add N patches, and their target outputs; raises ValueError where they are not finite."""
+        number = patches_GDN.shape[2]
+        if not number:
+            return
+        x_GDN, mean_GD, rest_GD = _centred(patches_GDN)
+        weight = self.patches * number / (self.patches + number)
+        share = number / (self.patches + number)
+        step_GD = mean_GD - self._mean_GD
         # The gram is symmetrical: what is right of the blocks on its diagonal is left out.
-        for start in range(0, patches_GDN.shape[1], _BLOCK):
+        for start in range(0, x_GDN.shape[1], _BLOCK):
             end = start + _BLOCK
-            self.gram_GDD[:, start:end, :end] += patches_GDN[:, start:end] @ patches_GDN[:, :end].mT
-        if wanted_GON is not None:
-            wanted_GON = _at_least_float32(wanted_GON)
-            self.sum_GO += wanted_GON.sum(2)
-            self.cross_GOD += wanted_GON @ patches_GDN.mT
+            block = (x_GDN[:, start:end] @ x_GDN[:, :end].mT).to(torch.float64)
+            if not bool(torch.isfinite(block).all()):
+                raise ValueError("not finite")
+            block -= rest_GD[:, start:end, None] * rest_GD[:, None, :end] / number
+            block += weight * step_GD[:, start:end, None] * step_GD[:, None, :end]
+            self._gram_GDD[:, start:end, :end] += block
+        if targets_GON is not None:
+            y_GON, mean_GO, rest_GO = _centred(targets_GON)
+            step_GO = mean_GO - self._mean_GO
+            self._cross_GOD += (y_GON @ x_GDN.mT).to(torch.float64)
+            self._cross_GOD -= rest_GO[:, :, None] * rest_GD[:, None, :] / number
+            self._cross_GOD += weight * step_GO[:, :, None] * step_GD[:, None, :]
+            self._energy_G += y_GON.square().sum((1, 2)).to(torch.float64) - rest_GO.square().sum(1) / number
+            self._energy_G += weight * step_GO.square().sum(1)
+            self._mean_GO += share * step_GO
+        self._mean_GD += share * step_GD
+        self.patches += number
 
     def meet(self, team: Team) -> None:
-        """Add up what all processes have seen."""
-        self.patches = int(team.sum(torch.tensor(self.patches)))
-        for name in ("sum_GD", "gram_GDD", "sum_GO", "cross_GOD"):
-            setattr(self, name, team.sum(getattr(self, name)))
+        """Put together what all processes have seen."""
+        if team.size == 1:
+            return
+        own, self.patches = self.patches, int(team.sum(torch.tensor(self.patches)))
+        steps = []
+        for name in ("_mean_GD", "_mean_GO"):
+            mean = getattr(self, name)
+            setattr(self, name, team.sum(own * mean) / max(self.patches, 1))
+            steps.append(mean - getattr(self, name))
+        step_GD, step_GO = steps
+        self._gram_GDD = team.sum(self._gram_GDD + own * step_GD[:, :, None] * step_GD[:, None, :])
+        if self._cross_GOD.numel():
+            self._cross_GOD = team.sum(self._cross_GOD + own * step_GO[:, :, None] * step_GD[:, None, :])
+            self._energy_G = team.sum(self._energy_G + own * step_GO.square().sum(1))
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the patches."""
-        mean_GD: Tensor = self.sum_GD / self.patches
-        lower_GDD = self.gram_GDD.tril()
-        gram_GDD = lower_GDD + lower_GDD.tril(-1).mT
-        return mean_GD, gram_GDD / self.patches - mean_GD[:, :, None] * mean_GD[:, None, :]
+        """Mean (G, D) and covariance (G, D, D) of the patches."""
+        lower_GDD = self._gram_GDD.tril() / self.patches
+        return self._mean_GD, lower_GDD + lower_GDD.tril(-1).mT
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Mean (G, O) of the target outputs, and their covariance (G, O, D) with the patches."""
+        return self._mean_GO, self._cross_GOD / self.patches
+
+    def unexplained(self, kernel_GOD: Tensor) -> float:
+        """The share of the target outputs' variance that a kernel on the patches, with the best bias, leaves.
+
+        Corrected for what so many free numbers explain by chance; 0 where the patches are too few to tell.
+        """
+        cov_GDD, (_, cross_GOD) = self.moments()[1], self.targets()
+        free = 1 - kernel_GOD.shape[2] / self.patches
+        total = float(self._energy_G.sum()) / self.patches
+        if free <= 0.5 or total <= 0:
+            return 0.0
+        explained = ((2 * cross_GOD - kernel_GOD @ cov_GDD) * kernel_GOD).sum()
+        return max(0.0, 1 - float(explained) / total) / free
+
+
+def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values less their mean, the mean in float64, and what the rounding of the mean has left in their sum.
+
+    Raises ValueError where they are not finite.
+    """
+    # Products of half precision would overflow, or drown in rounding, before they reach the float64 sums.
+    values_GCN = _at_least_float32(values_GCN)
+    centre_GC = values_GCN.mean(2)
+    if not bool(torch.isfinite(centre_GC).all()):
+        raise ValueError("not finite")
+    centred_GCN = values_GCN - centre_GC[:, :, None]
+    rest_GC = centred_GCN.sum(2).to(torch.float64)
+    return centred_GCN, centre_GC.to(torch.float64) + rest_GC / values_GCN.shape[2], rest_GC
+
+
+OutputKind = Literal["scores", "values"]
+"""What a network gives: scores of classes (N, classes), before or after a softmax, or values of any other kind."""
+
+
+def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
+    """Whether a model's outputs are scores of classes or values, judged by what it gives for some images, and why.
+
+    Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax does
+    not see what is added to all of them; probabilities are positive and add up to one. `classes` is how many the user's
+    own labelled data has, if there is some.
+    """
+    norms: list[Any] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output: norms.append(output))
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm1d | nn.LayerNorm)
+    ]
+    seen: list[Tensor] = []
+    try:
+        with eval_mode(model), torch.no_grad():
+            for _, batch in batches():
+                norms.clear()
+                outputs = list_tensors(model(batch.clone()))
+                if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
+                    return "values", "they are not images x classes"
+                if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
+                    return "values", "a single number" if outputs[0].shape[1] < 2 else "they are normalised"
+                seen.append(outputs[0].to(torch.float64))
+                if sum(map(len, seen)) >= _JUDGED:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _judged(torch.cat(seen), classes)
+
+
+def _judged(outputs_NK: Tensor, classes: int | None) -> tuple[OutputKind, str]:
+    if _are_probabilities(outputs_NK):
+        return "scores", "they are probabilities"
+    if outputs_NK.shape[1] == classes:
+        return "scores", "there are as many as the data has classes"
+    lengths = outputs_NK.norm(dim=1)
+    if bool(((lengths - lengths.mean()).abs() < 1e-3 * lengths.mean()).all()):
+        return "values", "all have the same length"
+    log = F.log_softmax(outputs_NK, 1)
+    surest = float(log.exp().max(1).values.mean())
+    offset = float(outputs_NK.mean(1).abs().mean() / outputs_NK.std(1).mean().clamp_min(1e-12))
+    about = f"a softmax would give {surest:.0%} to the first class on average, and the mean is {offset:.2f} deviations"
+    mixed = log.exp().mean(0)
+    spread = float(-(mixed * mixed.clamp_min(1e-300).log()).sum())
+    shared = spread + float((log.exp() * log).sum(1).mean())
+    most = math.log(max(2, min(outputs_NK.shape)))
+    return ("scores" if offset < 1 and (surest > 0.5 or shared > 0.5 * most) else "values"), about
+
+
+def _are_probabilities(outputs_NK: Tensor) -> bool:
+    return bool((outputs_NK >= 0).all()) and bool(((outputs_NK.sum(1) - 1).abs() < 1e-3).all())
 
 
 def gather(
@@ -109,27 +228,32 @@ def gather(
     batches: Batches,
     images: int,
     *,
+    outputs: OutputKind = "scores",
     memory_gib: float = 4.0,
     seed: int = 0,
     team: Team = ALONE,
     progress: Progress = silent,
 ) -> dict[str, Evidence]:
-    """Evidence of the given sites from all batches, which hold `images` images; the model is unchanged.
+    """Evidence of those of the sites that run, from all batches, which hold `images` images; the model is unchanged.
 
-    In a team each process has its share of the batches and gets the evidence from all of them.
+    In a team each process has its share of the batches and gets the evidence from all of them. Where the prediction has
+    no gradient at one of the sites, all are without the weights of their outputs: they could not be compared.
 
     The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
     SourceError for activations that are not finite, naming the first layer.
     """
     groups = list(_groups(sites, memory_gib * 2**30))
     found: dict[str, Evidence] = {}
+    everywhere = True
     for number, group in enumerate(groups):
 
         def step(done: int, number: int = number) -> None:
             progress("calibrating", done + number * images, len(groups) * images)
 
-        found |= _pass(model, group, batches, images, seed, team, step)
-    return found
+        gathered, with_gradient = _pass(model, group, batches, images, outputs, seed, team, step)
+        found |= gathered
+        everywhere = everywhere and with_gradient
+    return found if everywhere else {name: replace(one, weight_GOO=None) for name, one in found.items()}
 
 
 def _pass(
@@ -137,14 +261,17 @@ def _pass(
     sites: Sequence[Site],
     batches: Batches,
     images: int,
+    outputs: OutputKind,
     seed: int,
     team: Team,
     step: Callable[[int], None],
-) -> dict[str, Evidence]:
+) -> tuple[dict[str, Evidence], bool]:
+    """Evidence of the sites that run, and whether the prediction has a gradient at all of them."""
     convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
     sums = {name: PatchSums(conv) for name, conv in convs.items()}
     weights = {name: _no_weight(conv) for name, conv in convs.items()}
     positions = {site.name: positions_for(site, images) for site in sites}
+    gradients: Counter[str] = Counter()
     # The number of the batch that is on its way, and how often each conv has run on it.
     number = 0
     runs: Counter[str] = Counter()
@@ -165,22 +292,27 @@ def _pass(
 
         def back(gradient: Tensor) -> None:
             weights[name] += _output_gram(gradient, conv.groups)
+            gradients[name] += 1
 
         if output.requires_grad:
             output.register_hook(back)
 
     done = 0
-    with eval_mode(model), _frozen(model), conv_hooks(model, see):
+    with eval_mode(model), _frozen(model), torch.enable_grad(), conv_hooks(model, see):
         for number, batch in batches():
             runs.clear()
             # A copy that is no leaf: the model may change its input in place.
             output = model(batch.clone().requires_grad_(True) * 1)
-            _surprise(output, generator_for(seed, "labels", number)).backward()
+            surprise = _surprise(output, outputs, generator_for(seed, "labels", number))
+            if surprise is not None:
+                surprise.backward()
             done += len(batch)
             step(min(team.size * done, images))
     for one in sums.values():
         one.meet(team)
-    return {name: _evidence(conv, sums[name], team.sum(weights[name]) / images) for name, conv in convs.items()}
+    seen = [name for name in convs if sums[name].patches]
+    found = {name: _evidence(convs[name], sums[name], team.sum(weights[name]) / images) for name in seen}
+    return found, all(int(team.sum(torch.tensor(gradients[name]))) for name in seen)
 
 
 def _no_weight(conv: nn.Conv2d) -> Tensor:
@@ -214,15 +346,16 @@ def choose_positions(size: Sequence[int], most: int, generator: torch.Generator)
 
 def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
     """The patches (G, D, N) that a conv sees at the given output pixels, in the order of its kernel (c, i, j)."""
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x_CNHW = F.pad(x_NCHW, conv._reversed_padding_repeated_twice, mode=mode).transpose(0, 1)
+    spec = read_conv(conv)
+    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    x_CNHW = F.pad(x_NCHW, spec.pads, mode=mode).transpose(0, 1)
     channels, images = x_CNHW.shape[:2]
-    (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
+    (kh, kw), (dh, dw), (sh, sw) = spec.kernel, spec.dilation, spec.stride
     patches = x_NCHW.new_empty(channels, kh, kw, images, len(at[0]))
     for i in range(kh):
         for j in range(kw):
             patches[:, i, j] = x_CNHW[:, :, at[0] * sh + i * dh, at[1] * sw + j * dw]
-    return patches.view(conv.groups, channels // conv.groups * kh * kw, -1)
+    return patches.view(spec.groups, channels // spec.groups * kh * kw, -1)
 
 
 def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor:
@@ -242,19 +375,20 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _surprise(output: Any, generator: torch.Generator) -> Tensor:
+def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tensor | None:
     """A scalar whose gradient has the second moment of the Fisher information, summed over the images.
 
-    Scores of classes (N, classes) stand for a categorical distribution: a label is drawn from it. Any other output
-    stands for a normal one of the deviation that the output itself has; or, where it never varies, as a single number
-    cannot, of its own size.
+    Scores of classes (N, classes, ...) stand for categorical distributions: a label is drawn from each. Values stand
+    for a normal one of the deviation that the output itself has; or, where it never varies, as a single number cannot,
+    of its own size. None where the output has no gradient: under `torch.no_grad`, or behind an argmax.
     """
     tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not tensors:
-        raise SourceError("the model's output has no gradient, so it cannot be calibrated")
-    first = tensors[0]
-    if len(tensors) == 1 and first.dim() == 2 and first.shape[1] > 1:
-        log = F.log_softmax(first.to(torch.float32), 1)
+        return None
+    if kind == "scores" and len(tensors) == 1 and tensors[0].dim() >= 2 and tensors[0].shape[1] > 1:
+        # A segmenter gives scores for every pixel.
+        scores_NK = tensors[0].to(torch.float32).movedim(1, -1).flatten(0, -2)
+        log = scores_NK.clamp_min(1e-12).log() if _are_probabilities(scores_NK) else F.log_softmax(scores_NK, 1)
         drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
         return -log.gather(1, drawn).sum()
     parts = []
@@ -298,7 +432,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EvidenceSummary:
-    """What evidence was made of, so that it can be made again: the data, how many images, their hash, and the seed."""
+    """What evidence was made of, so that it can be made again: the data, how many images, their hash, and the seed.
+
+    `unseen` are sites that did not run on the images, `outputs` says what the model's outputs were taken for.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -307,6 +444,8 @@ class EvidenceSummary:
     sha256: str
     seed: int
     model: str
+    unseen: tuple[str, ...] = ()
+    outputs: str = ""
 
 
 _SUMMARY = TypeAdapter(EvidenceSummary)

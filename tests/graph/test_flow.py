@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.errors import TraceError
-from asymswap.graph.flow import read_flow
+from asymswap.graph.flow import read_flow as flow_of
+from asymswap.graph.nodes import NodeGraph
+from asymswap.graph.trace import trace
+
+
+def read_flow(model: nn.Module) -> NodeGraph:
+    return flow_of(model, trace(model, (torch.ones(1, 4, 8, 8),)))
 
 
 class Block(nn.Module):

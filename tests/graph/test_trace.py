@@ -12,7 +12,8 @@ from torchvision.models import googlenet, resnet18
 
 import asymswap
 from asymswap.errors import TraceError
-from asymswap.graph.trace import NORM_ACT, meta_graph, node_operation, trace
+from asymswap.graph.graphs import meta_graph
+from asymswap.graph.trace import NORM_ACT, node_operation, trace
 from asymswap.spec import Call, Site
 
 
@@ -275,7 +276,7 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_not_looked_through() -> None:
 )
 def test_only_what_is_linear_is_called_a_batch_norm(norm: nn.Module, operation: str) -> None:
     """Calibration undoes the scale of what goes by that name."""
-    graph, root = meta_graph(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    graph, root = meta_graph(nn.Sequential(nn.Conv2d(3, 4, 3), norm), (torch.empty(1, 3, 8, 8, device="meta"),))
     assert [node_operation(root, node) for node in graph.nodes] == ["input", "conv", operation, "output"]
 
 

@@ -190,7 +190,8 @@ def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn
     one_pass = apply_plan(net, plan, evidence=evidence)
     refined = apply_plan(net, plan, evidence=evidence)
     used = refine_(net, refined, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
-    assert used.keys() == {swap.site for swap in plan.swaps}
+    assert used.used.keys() == {swap.site for swap in plan.swaps}
+    assert used.by_graph
     errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
     assert errors == sorted(errors)
 
@@ -288,7 +289,7 @@ def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> 
         passes.clear()
         converted = apply_plan(net, plan, evidence=evidence)
         refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
-        needed[limit] = len(passes)
+        needed[limit] = len(passes) - 1  # one is the look at the first batch
     # All fits; what is needed at the first swapped conv fits, so that nobody starts from the images.
     assert needed[4.0] == needed[1.5e-3] == 1
     assert needed[0.0] == len(plan.swaps) > 2
