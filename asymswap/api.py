@@ -62,7 +62,7 @@ from asymswap.opening import Opened, build_named, model_dtype, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
-from asymswap.planning.plan import check_replay, find_choices, make_plan, matched_sites, plan_from_json
+from asymswap.planning.plan import check_not_empty, check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
@@ -481,6 +481,8 @@ def _carry_out(
 
     team = _team(calibration)
     plan, latency = team.first(planned)
+    if isinstance(wanted, Recipe):
+        check_not_empty(plan, wanted)
     clock.stop("plan")
     if gathered is not None and calibration is not None:
         converted, sequential = convert_on(traced, plan, gathered, calibration, progress)

@@ -8,7 +8,6 @@ activations, pooling, interpolation of feature maps.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from asymswap.errors import TraceError
 from asymswap.inputs import Inputs, describe, with_values
 from asymswap.opening import Opened
 from asymswap.spec import Cost, Site
-from asymswap.tensors import meta_copy, to_meta
+from asymswap.tensors import deep_copy, meta_copy, to_meta
 
 aten = torch.ops.aten
 
@@ -46,7 +45,7 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
         return _count(meta_copy(model).eval(), to_meta(inputs), wanted)
     except Exception:
         # What looks at values, as detection does, needs some; what fails for another reason fails again.
-        return _count(copy.deepcopy(model).eval(), with_values(inputs), wanted)
+        return _count(deep_copy(model).eval(), with_values(inputs), wanted)
 
 
 def cost_of(opened: Opened) -> Cost:
