@@ -124,6 +124,12 @@ class Call:
     batch: int = 1
     batched: bool = True
 
+    @classmethod
+    def of(cls, input: Sequence[int], output: Sequence[int]) -> Call:
+        """The call by the shapes of its input and output."""
+        batched = len(input) == 4
+        return cls((input[-2], input[-1]), (output[-2], output[-1]), input[0] if batched else 1, batched)
+
 
 @dataclass(frozen=True)
 class Neighbour:

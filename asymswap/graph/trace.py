@@ -137,10 +137,7 @@ def _run(model: nn.Module, inputs: Inputs) -> _Run:
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
-        batched = seen.dim() == 4
-        batch = seen.shape[0] if batched else 1
-        height, width = seen.shape[-2:]
-        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch, batched))
+        calls[name].append(Call.of(seen.shape, output.shape))
 
     with (
         torch.no_grad(),
