@@ -19,6 +19,7 @@ from asymswap.opening import build_named, resized
 from asymswap.output import check_output
 from asymswap.reporting.report import FileRow
 from asymswap.reporting.training import TrainingReport
+from asymswap.sources import extra_state
 from asymswap.sources.files import sha256
 from asymswap.sources.references import Request, describe_module
 from asymswap.sources.state import load_state_
@@ -194,7 +195,9 @@ def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     """A copy of the model, in eval mode, with these weights in its own dtypes and formats."""
     result = deep_copy(model).eval()
     own = result.state_dict()
-    load_state_(result, {k: state[k].detach().to(v) for k, v in own.items() if isinstance(v, torch.Tensor)})
+    extra = extra_state.owners(result).keys()
+    load_state_(result, {key: state[key].detach().to(value) for key, value in own.items() if key not in extra})
+    extra_state.load_(result, {key: state[key] for key in extra})
     return result
 
 

@@ -120,7 +120,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 _HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
-"""Attributes that transformers and earlier versions of torch leave on modules and weights, and nothing computes with."""
+"""Attributes that transformers and earlier torch versions leave on modules and weights; nothing computes with them."""
 
 
 def additions(module: nn.Module, fresh: nn.Module) -> str | None:

@@ -205,7 +205,10 @@ def test_a_conv_with_a_hook_is_kept(net: Net) -> None:
     net.stem.register_forward_hook(lambda *_: None)
     (keep,) = convert(net).plan.keeps
     assert keep.site == "stem"
-    assert keep.reason == "rule 1, but has hooks (weight_norm, spectral_norm, pruning or your own), which a swap would drop"
+    assert (
+        keep.reason
+        == "rule 1, but has hooks (weight_norm, spectral_norm, pruning or your own), which a swap would drop"
+    )
 
 
 def test_a_module_of_known_classes_with_a_hook_of_ones_own_can_be_saved(tmp_path: Path) -> None:

@@ -154,9 +154,10 @@ def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
     """What was added to a replacement or to a part of it, which one conv would drop; None where nothing was."""
     untouched = dict(fresh.named_modules())
     for name, part in module.named_modules():
-        if type(part) is not type(untouched.get(name)):
+        own = untouched.get(name)
+        if own is None or type(part) is not type(own):
             return f"its {name or 'class'} was replaced by a {type(part).__name__}"
-        added = additions(part, untouched[name])
+        added = additions(part, own)
         if added is not None:
             return f"it {added}" if not name else f"its {name} {added}"
     return None

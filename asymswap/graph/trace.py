@@ -83,6 +83,30 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + functions.note(), graphs, ghost)
 
 
+def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
+    """Raise TraceError, with what was seen instead, for a model in which no Conv2d was seen to run."""
+    if any(site.calls for site in traced.sites):
+        return
+    name, number = type(model).__name__, len(traced.sites)
+    what = f"none of its {number} Conv2d was seen to run" if number else "the model has no Conv2d to swap"
+    holders = [key for key, part in model.named_children() if find_convs(part)]
+    others = {key: value for key, value in vars(model).items() if key != "_modules"}
+    hidden = [key for key, value in others.items() if any(map(find_convs, _modules_in(value)))]
+    hint = ""
+    if isinstance(model, torch.jit.ScriptModule):
+        hint = "; it is a ScriptModule, whose layers are compiled: give the module that it was made from"
+    elif hidden or (number and len(holders) == 1):
+        hint = f"; give the network itself, its attribute {(hidden or holders)[0]!r}"
+    seen = "; ".join(traced.notes)
+    raise TraceError(f"{name} on {describe(inputs)}: {what}{f' ({seen})' if seen else ''}{hint}")
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    """The modules that an attribute of a module holds, itself or in a list, tuple or dict, unknown to torch."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [item for item in values if isinstance(item, nn.Module)]
+
+
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
     """Every Conv2d of a model with its neighbours but without calls: nothing is run, and weights may be unset."""
     skeleton = meta_copy(model).eval()
@@ -183,13 +207,17 @@ def _used_modules(root: nn.Module, graph: fx.Graph) -> Iterator[nn.Module]:
             yield root.get_submodule(str(node.target).rpartition(".")[0])
 
 
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
 def _alone_in_training(
     model: nn.Module, skeleton: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]
 ) -> dict[str, Neighbours]:
     """The same neighbours, with a batch norm `alone` behind its conv only where it is so in train mode, too.
 
     It is not where the train-time graph uses it or the conv's output elsewhere (auxiliary branches), where the two are
-    not in the same mode, as given or after `train()`, and where it shares its weights. `skeleton` is left in train mode.
+    not in the same mode, as given or after `train()`, and where it shares its weights. `skeleton` stays in train mode.
     """
     pairs = {name: norm for name, (_, after) in neighbours.items() if (norm := norm_behind(after)) is not None}
     if not pairs:
@@ -197,7 +225,7 @@ def _alone_in_training(
     with contextlib.suppress(Exception):
         skeleton.train()
     trained, _ = _read_graphs(skeleton, traceable_parts(skeleton))
-    owners = Counter(id(p) for m in model.modules() for p in itertools.chain(m._parameters.values(), m._buffers.values()))
+    owners = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
     runs: Counter[str] = Counter()
     handles = []
     for norm in pairs.values():
@@ -217,8 +245,7 @@ def _alone_in_training(
         same_mode = all(
             whole.get_submodule(norm).training == whole.get_submodule(name).training for whole in (model, skeleton)
         )
-        state = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-        own = all(owners[id(tensor)] == 1 for tensor in state)
+        own = all(owners[id(tensor)] == 1 for tensor in _own_tensors(module))
         return same_mode and own and runs[norm] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
 
     found = dict(neighbours)

@@ -1,9 +1,9 @@
 """MACs and parameters of a whole model, counted on meta tensors.
 
-The convention is that of `asymswap.spec`: convolutions (transposed and deformable ones too), linear and bilinear layers,
-recurrent cells and matrix products, attention included, counted while the model runs on meta tensors, one input, eval
-mode. torch's FlopCounterMode counts, by formulas from shapes, with the formulas here that it lacks; functional calls
-are seen as well as modules. Not counted: additions of biases, normalisation, activations, pooling, interpolation of
+The convention is that of `asymswap.spec`: convolutions (transposed and deformable ones too), linear and bilinear
+layers, recurrent cells and matrix products, attention included, counted while the model runs on meta tensors, one input,
+eval mode. torch's FlopCounterMode counts, by formulas from shapes, with the formulas here that it lacks; functional
+calls are seen as well as modules. Not counted: additions of biases, normalisation, activations, pooling, interpolation of
 feature maps. Operators that read weights and have no formula are named in `Costs.uncounted`.
 """
 
@@ -30,6 +30,8 @@ from asymswap.spec import Call, Cost, Site
 from asymswap.tensors import deep_copy, meta_copy, to_meta
 
 aten = torch.ops.aten
+
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,25 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
         return _count(deep_copy(model).eval(), with_values(inputs), wanted)
 
 
-def cost_of(opened: Opened) -> Cost:
-    """The whole cost of an opened model; raises TraceError where it does not run on an input of its size."""
+def costs_of(opened: Opened, names: Iterable[str] = ()) -> Costs:
+    """The cost of an opened model, and of the named modules in it.
+
+    Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.
+    """
     try:
-        return count_costs(opened.model, opened.example()).total
+        costs = count_costs(opened.model, opened.example(), names)
     except Exception as error:
         # What a network says about an input that it does not take is its own.
         about, reason = describe(opened.example()), " ".join(str(error).split())[:200]
         raise TraceError(
             f"{opened.reference} does not run on {about}: {reason or type(error).__name__}; give another --input"
         ) from error
+    if costs.total.macs == 0:
+        raise TraceError(
+            f"{opened.reference} costs 0 MACs on {describe(opened.example())}: no convolution, linear layer or matrix "
+            "product was seen to run; give the network itself if this is a wrapper around it"
+        )
+    return costs
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:
@@ -125,9 +136,7 @@ def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _watch(
-    module: nn.Module, name: str, flops: dict[str, int], calls: list[Call], counter: FlopCounterMode
-) -> None:
+def _watch(module: nn.Module, name: str, flops: dict[str, int], calls: list[Call], counter: FlopCounterMode) -> None:
     """Add what the counter counts while the module runs to `flops[name]`, and its calls on feature maps to `calls`."""
 
     def enter(*_: Any) -> None:
@@ -143,59 +152,55 @@ def _watch(
     module.register_forward_hook(leave, with_kwargs=True)
 
 
-def _matrix_vector(matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _added_matrix_vector(_: Any, matrix: Any, vector: Any, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _dot(one: Any, other: Any, **_: Any) -> int:
+def _first(one: Shape, *_: Any, **__: Any) -> int:
+    # A matrix or a vector, each number of which meets one of a vector.
     return 2 * math.prod(one)
 
 
-def _added_batches(_: Any, one: Any, other: Any, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(one) * int(other[-1])
+def _added_first(_: Any, one: Shape, *__: Any, **___: Any) -> int:
+    return 2 * math.prod(one)
 
 
-def _deform_conv(x: Any, weight: Any, offset: Any, *others: Any, **_: Any) -> int:
+def _added_batches(_: Any, one: Shape, other: Shape, *__: Any, **___: Any) -> int:
+    return 2 * math.prod(one) * other[-1]
+
+
+def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
     # Each sample is a weighted sum of four pixels of the input, and with a mask it is scaled once more.
     use_mask = bool(others[-1])
     samples = x[1] * math.prod(weight[2:])
-    return 2 * int(offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask)))
+    return 2 * offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask))
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     *batch, rows, depth = query
-    return 2 * int(math.prod(batch) * rows * key[-2] * (depth + value[-1]))
+    return 2 * math.prod(batch) * rows * key[-2] * (depth + value[-1])
 
 
-def _trilinear(one: Any, weight: Any, other: Any, *_: Any, **__: Any) -> int:
+def _trilinear(one: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     # What nn.Bilinear runs: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
-    return 2 * int(one[0]) * math.prod(weight)
+    return 2 * one[0] * math.prod(weight)
 
 
-def _conv_tbc(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    return 2 * int(out_shape[0] * out_shape[1]) * math.prod(weight)
+def _conv_tbc(_x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return 2 * out_shape[0] * out_shape[1] * math.prod(weight)
 
 
-def _recurrent(x: Any, *weights_and_others: Any, **_: Any) -> int:
+def _recurrent(x: Shape, to_gates: Shape, between_steps: Shape, *_: Any, **__: Any) -> int:
     # Each row of the input, (steps, images, features) or packed, meets both matrices of the layer once.
-    to_gates, between_steps = weights_and_others[:2]
     return 2 * math.prod(x[:-1]) * (math.prod(to_gates) + math.prod(between_steps))
 
 
-def _recurrent_layers(x: Any, weights: Any, *_: Any, **__: Any) -> int:
+def _recurrent_layers(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
 # What torch's counter lacks: FLOPs by the shapes of the arguments.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mv: _matrix_vector,
-    aten.addmv: _added_matrix_vector,
-    aten.dot: _dot,
-    aten.vdot: _dot,
+    aten.mv: _first,
+    aten.addmv: _added_first,
+    aten.dot: _first,
+    aten.vdot: _first,
     aten.addbmm: _added_batches,
     aten._trilinear: _trilinear,
     aten.conv_tbc: _conv_tbc,
@@ -238,7 +243,8 @@ class _Uncounted(TorchDispatchMode):
         """Whether it is known that an operator multiplies no weights, or only as the convention leaves out."""
         if getattr(func, "namespace", "") not in ("aten", "prim", "prims"):
             return False
-        return func.is_view or any(tag in func.tags for tag in _TAGS) or _FREE.search(func.__name__) is not None
+        moves = func.is_view or _FREE.search(func._overloadpacket.__name__) is not None
+        return moves or any(tag in func.tags for tag in _TAGS)
 
     def _reads_weights(self, arguments: Any) -> bool:
         tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)

@@ -30,7 +30,9 @@ def own_forward(conv: nn.Conv2d) -> None:
 
 
 def tiling(conv: nn.Conv2d) -> None:
-    conv._conv_forward = types.MethodType(lambda self, x, w, b: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), w, b), conv)
+    conv._conv_forward = types.MethodType(
+        lambda self, x, w, b: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), w, b), conv
+    )
 
 
 def own_class(conv: nn.Conv2d) -> None:
@@ -90,9 +92,7 @@ def test_a_forward_replaced_in_the_class_refuses_every_conv(monkeypatch: pytest.
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", doubled)
     for site in trace(two_convs(), (X,)).sites:
-        assert site.refusal == (
-            f"is an nn.Conv2d whose _conv_forward {__name__} has replaced, which a swap would drop"
-        )
+        assert site.refusal == (f"is an nn.Conv2d whose _conv_forward {__name__} has replaced, which a swap would drop")
 
 
 def test_what_the_user_put_on_other_weights_is_in_the_copy() -> None:
