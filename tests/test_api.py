@@ -567,3 +567,17 @@ def test_models_and_files_are_evaluated_together(tmp_path: Path) -> None:
     report = asymswap.evaluate(["digits-resnet", tmp_path / "x.pt"], "digits", arch="digits-resnet")
     assert report.models[1].against_first is not None
     assert report.models[1].against_first.agreement == 1.0
+
+
+def test_without_images_the_number_of_threads_does_not_matter() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 64, 3))
+    threads = torch.get_num_threads()
+    states = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            states.append(asymswap.convert(net, "half-macs", input_size=(3, 16, 16)).model.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -1,10 +1,10 @@
 """MACs and parameters of a whole model, counted on meta tensors.
 
 The convention is that of `asymswap.spec`: convolutions (transposed and deformable ones too), linear and bilinear
-layers, recurrent cells and matrix products, attention included, counted while the model runs on meta tensors, one input,
-eval mode. torch's FlopCounterMode counts, by formulas from shapes, with the formulas here that it lacks; functional
-calls are seen as well as modules. Not counted: additions of biases, normalisation, activations, pooling, interpolation of
-feature maps. Operators that read weights and have no formula are named in `Costs.uncounted`.
+layers, recurrent cells and matrix products, attention included, counted while the model runs on meta tensors, one
+input, eval mode. torch's FlopCounterMode counts, by formulas from shapes, with the formulas here that it lacks;
+functional calls are seen as well as modules. Not counted: additions of biases, normalisation, activations, pooling,
+interpolation of feature maps. Operators that read weights and have no formula are named in `Costs.uncounted`.
 """
 
 from __future__ import annotations

@@ -421,7 +421,7 @@ def make_accelerator(settings: Training, team: Team) -> Any:
 
 @contextmanager
 def _same_kernels(wanted: bool) -> Iterator[None]:
-    """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run."""
+    """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run, on as many threads."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     if wanted:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
