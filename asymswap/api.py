@@ -259,7 +259,6 @@ def convert(
         progress,
     )
     _check_finite(opened)
-    what_is_stored(opened.model)
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
     classes = None if data is None else len(data.classes)
@@ -467,6 +466,7 @@ def _carry_out(
     """Trace, calibrate, plan and convert."""
     traced = trace(opened.model, opened.example())
     check_runs(traced, opened.model, opened.example())
+    what_is_stored(opened.model)  # raises where it could not be written
     norms = [site.norm_behind for site in traced.sites if site.norm_behind is not None]
     before = costs_of(opened, [*(site.name for site in traced.sites), *norms])
     clock.stop("trace")

@@ -211,17 +211,16 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
-def _alone_in_training(
-    model: nn.Module, skeleton: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]
-) -> dict[str, Neighbours]:
+def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]) -> dict[str, Neighbours]:
     """The same neighbours, with a batch norm `alone` behind its conv only where it is so in train mode, too.
 
     It is not where the train-time graph uses it or the conv's output elsewhere (auxiliary branches), where the two are
-    not in the same mode, as given or after `train()`, and where it shares its weights. `skeleton` stays in train mode.
+    not in the same mode, as given or after `train()`, and where it shares its weights.
     """
     pairs = {name: norm for name, (_, after) in neighbours.items() if (norm := norm_behind(after)) is not None}
     if not pairs:
         return neighbours
+    skeleton = meta_copy(model)
     with contextlib.suppress(Exception):
         skeleton.train()
     trained, _ = _read_graphs(skeleton, traceable_parts(skeleton))
