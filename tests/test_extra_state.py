@@ -33,7 +33,8 @@ class Scale(nn.Module):
         self.kept = state
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * float(self.kept["scale"] if isinstance(self.kept, dict) else self.kept)
+        factor = self.kept.get("scale") if isinstance(self.kept, dict) else self.kept
+        return x * factor if isinstance(factor, float) or (isinstance(factor, Tensor) and factor.ndim == 0) else x
 
 
 class Net(nn.Module):

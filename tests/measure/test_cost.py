@@ -208,7 +208,9 @@ class Unusual(nn.Module):
         y = torch.cat([self.norm(x) * self.vector.abs().softmax(0), self.token.expand(1, 8)])
         y = y + self.table(torch.zeros(1, dtype=torch.long, device=x.device)) + self.matrix.sum()
         y = torch.fft.irfft(torch.fft.rfft(y) * torch.fft.rfft(self.vector), n=8)
-        return torch.mv(y, self.vector) @ torch.ones(4, device=x.device) + torch.linalg.solve(self.matrix, y.mT).sum()
+        return (
+            torch.mv(y, self.vector) @ torch.ones(len(y), device=x.device) + torch.linalg.solve(self.matrix, y.mT).sum()
+        )
 
 
 def test_operators_that_read_weights_and_have_no_formula_are_named() -> None:
