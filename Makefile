@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-exhaustive test-minimal test-newest screens gallery fuzz docs release-check lint format clean
+.PHONY: demo test test-fast test-programs test-exhaustive test-minimal test-newest screens gallery fuzz docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -13,6 +13,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal
+
+# The tests of what needs a program besides Python (chromium, dot, git, mount); they are skipped where it is not installed.
+test-programs: $(READY)
+	$(RUN)/python -m pytest -m programs $$(grep -rl --include='*.py' mark.programs tests)
 
 test-fast: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
