@@ -82,7 +82,7 @@ def run(kind: str, cases: list[Case], workers: Workers) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     seconds, grown, start = 0.0, 0.0, time.perf_counter()
     FAULTS.mkdir(parents=True, exist_ok=True)
-    with (FAULTS / "cases.jsonl").open("a", encoding="utf-8") as file:
+    with (FAULTS / "cases.jsonl").open("a", buffering=1, encoding="utf-8") as file:
         for case, ending in workers.run(cases):
             name = verdict(case, ending)
             counts[name] += 1

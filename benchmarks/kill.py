@@ -480,8 +480,9 @@ def images(_: Path, wanted: Any, tell: Tell) -> Found:
                 "y.pt",
             ),
         ):
-            files = {f"photos/{label}/{n}.png": _png(8, 8, n) for label in range(10) for n in range(2)}
-            cases.append(Case("images", told, arguments, {**files, f"photos/3/{name}": content}))
+            part = "test" if arguments[0] == "evaluate" else "train"
+            files = {f"photos/{part}/{label}/{n}.png": _png(8, 8, n) for label in range(10) for n in range(2)}
+            cases.append(Case("images", told, arguments, {**files, f"photos/{part}/3/{name}": content}))
     return in_workers(cases, wanted, tell)
 
 

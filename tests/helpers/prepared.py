@@ -120,7 +120,7 @@ def _models(folder: Path) -> None:
 
 def _reports(folder: Path) -> None:
     _resnet18(folder)
-    for name, recipe in (("a.asym.pt", "3x3-only"), ("b.asym.pt", "half-macs")):
+    for name, recipe in (("a.asym.pt", "acnet"), ("b.asym.pt", "acnet-branch-bn")):
         _convert(folder, name, str(folder / "model.pt"), recipe, arch="resnet18")
 
 
