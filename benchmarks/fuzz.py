@@ -1,6 +1,6 @@
 """What asymswap makes of thousands of damaged and hostile files: refusals in one line, and nothing else.
 
-    python benchmarks/fuzz.py [--cases 4000] [--kinds recipe plan] [--seed 0] [--again] [--markdown docs/robustness.md]
+    python benchmarks/fuzz.py [--cases 3600] [--kinds recipe plan] [--seed 0] [--again] [--markdown docs/robustness.md]
 
 Files of every kind are mutated (bytes, entries of archives, operations of pickles, values of JSON, words of TOML), made
 up by hypothesis, or written by hand; see tests/helpers/hostile.py and hostile_made.py. Each is given to a command in a
@@ -35,7 +35,7 @@ FAULTS = Path("build/fuzz")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=4000, help="mutations, shared out evenly among the kinds")
+    parser.add_argument("--cases", type=int, default=3600, help="mutations, shared out evenly among the kinds")
     parser.add_argument("--kinds", nargs="+", help="only these kinds of file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)

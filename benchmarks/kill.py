@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -321,73 +321,80 @@ PRINTING = (
 )
 
 
-def closed_stdout(folder: Path, _: Any, tell: Tell) -> Found:
-    """The reader of the output has gone, before anything is printed or after the first line (`| head -1`)."""
-    _with_checkpoint(folder / "x")
+def each_run(tries: Iterable[Any], one: Callable[[Any], tuple[str, str, bool]], wanted: Any, tell: Tell) -> Found:
+    """Run commands, some at a time; each tells what was done, how it ended, and whether that is a fault."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
-    for command in PRINTING:
-        for lines in (0, 1):
-            process = start(folder / "x", *command, stdout=subprocess.PIPE)
-            assert process.stdout is not None
-            for _line in range(lines):
-                process.stdout.readline()
-            process.stdout.close()
-            assert process.stderr is not None
-            err = process.stderr.read().decode()
-            code = process.wait()
-            said = f"{' '.join(command)}, closed after {lines} lines: code {code}: {err[-300:]}"
-            if (
-                "Traceback" in err
-                or "Exception ignored" in err
-                or "this is a bug" in err
-                or code not in (0, 1, -13, 141)
-            ):
-                faults.append(said)
-            ends["silent" if not err.strip() else "one line" if one_line(err) else "lines of progress"] += 1
+    with ThreadPoolExecutor(wanted.workers) as pool:
+        for said, end, wrong in pool.map(one, tries):
+            ends[end] += 1
+            faults += [said] * wrong
             tell(said)
     return result(ends, faults)
 
 
-def environments(folder: Path, _: Any, tell: Tell) -> Found:
-    """No home, a home that is not there or cannot be written, the C locale, ASCII alone, a full or absent /tmp."""
+def closed_stdout(folder: Path, wanted: Any, tell: Tell) -> Found:
+    """The reader of the output has gone, before anything is printed or after the first line (`| head -1`)."""
     _with_checkpoint(folder / "x")
-    closed = folder / "closed"
-    closed.mkdir(mode=0o500)
-    plain = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    ascii_alone = {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    settings = {
-        "no HOME": plain,
-        "HOME that is not there": {**plain, "HOME": "/nowhere/at/all"},
-        "HOME that cannot be written": {**plain, "HOME": str(closed), "XDG_CACHE_HOME": str(closed)},
-        "an empty HOME": {**plain, "HOME": ""},
-        "LANG=C": {**plain, "HOME": str(folder), "LANG": "C", "LC_ALL": "C"},
-        "LANG=C, ASCII alone": {**plain, "HOME": str(folder), **ascii_alone},
-        "PYTHONIOENCODING=ascii": {**plain, "HOME": str(folder), "PYTHONIOENCODING": "ascii"},
-        "no TMPDIR": {**plain, "HOME": str(folder), "TMPDIR": "/nowhere/at/all"},
-        "TERM=dumb": {**plain, "HOME": str(folder), "TERM": "dumb"},
-    }
-    commands = (
-        ("convert", "digits-resnet", "--recipe", "3x3-only", "-o", "größe.pt", "--force", "--report", "größe.html"),
-        ("show", "c.pt"),
-        ("candidates", "resnet18", "--weights", "none"),
-        ("evaluate", "c.pt", "--data", "digits"),
-        ("convert", "nowhere-é.pt", "--recipe", "3x3-only"),
-    )
-    ends: Counter[str] = Counter()
-    faults: list[str] = []
-    for name, environment in settings.items():
-        for command in commands:
-            process = start(folder / "x", *command, env=environment, stdout=subprocess.PIPE)
-            out, err = (stream.decode(errors="replace") for stream in process.communicate())
-            fails = "nowhere" in command[1]
-            good = process.returncode == fails and (one_line(err) if fails else bool(out))
-            if not good or "Traceback" in err:
-                faults.append(f"{name}: {' '.join(command)}: code {process.returncode}: {err[-400:]}")
-            ends[f"{name}: {'as always' if good else 'otherwise'}"] += 1
-            tell(f"{name}: {' '.join(command)}: {process.returncode}")
-    closed.chmod(0o700)
-    return result(ends, faults)
+
+    def one(job: tuple[int, tuple[str, ...], int]) -> tuple[str, str, bool]:
+        number, command, lines = job
+        place = Path(shutil.copytree(folder / "x", folder / str(number)))
+        process = start(place, *command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        code = process.wait()
+        noise = ("Traceback", "Exception ignored", "this is a bug")
+        wrong = any(words in err for words in noise) or code not in (0, 1, -signal.SIGPIPE, 128 + signal.SIGPIPE)
+        said = f"{' '.join(command)}, closed after {lines} lines: code {code}: {err[-300:]}"
+        return said, "silent" if not err.strip() else "one line" if one_line(err) else "lines of progress", wrong
+
+    jobs = [(command, lines) for command in PRINTING for lines in (0, 1)]
+    return each_run(((number, *job) for number, job in enumerate(jobs)), one, wanted, tell)
+
+
+ENVIRONMENTS = {
+    "no HOME": {},
+    "HOME that is not there": {"HOME": "/nowhere/at/all"},
+    "HOME that cannot be written": {"HOME": "/proc", "XDG_CACHE_HOME": "/proc"},
+    "an empty HOME": {"HOME": ""},
+    "LANG=C": {"HOME": "/tmp", "LANG": "C", "LC_ALL": "C"},
+    "ASCII alone": {"HOME": "/tmp", "LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    "PYTHONIOENCODING=ascii": {"HOME": "/tmp", "PYTHONIOENCODING": "ascii"},
+    "no TMPDIR": {"HOME": "/tmp", "TMPDIR": "/nowhere/at/all"},
+    "TERM=dumb": {"HOME": "/tmp", "TERM": "dumb"},
+}
+IN_EACH = (
+    ("convert", "digits-resnet", "--recipe", "3x3-only", "-o", "größe.pt", "--report", "größe.html"),
+    ("show", "c.pt"),
+    ("candidates", "resnet18", "--weights", "none"),
+    ("evaluate", "c.pt", "--data", "digits"),
+    ("convert", "nowhere-é.pt", "--recipe", "3x3-only"),
+)
+"""What is run in each environment; the last must fail in one line, the others succeed."""
+
+
+def environments(folder: Path, wanted: Any, tell: Tell) -> Found:
+    """No home, one that is not there or cannot be written, the C locale, ASCII alone."""
+    _with_checkpoint(folder / "x")
+    plain = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+
+    def one(job: tuple[int, str, tuple[str, ...]]) -> tuple[str, str, bool]:
+        number, name, command = job
+        place = Path(shutil.copytree(folder / "x", folder / str(number)))
+        process = start(place, *command, env={**plain, **ENVIRONMENTS[name]}, stdout=subprocess.PIPE)
+        out, err = (stream.decode(errors="replace") for stream in process.communicate())
+        fails = command == IN_EACH[-1]
+        good = process.returncode == fails and (one_line(err) if fails else bool(out)) and "Traceback" not in err
+        said = f"{name}: {' '.join(command)}: code {process.returncode}: {err[-400:]}"
+        return said, f"{name}: {'as always' if good else 'otherwise'}", not good
+
+    jobs = [(name, command) for name in ENVIRONMENTS for command in IN_EACH]
+    return each_run(((number, *job) for number, job in enumerate(jobs)), one, wanted, tell)
 
 
 # ---- strange names and images, in worker processes
