@@ -13,13 +13,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["convert", "finetune"])
-def test_a_killed_command_leaves_its_output_whole_or_absent(
-    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_conversion_leaves_its_output_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     kill = importlib.import_module("kill")
-    wanted = argparse.Namespace(kills=2, seed=0, workers=1)
-    found = kill.PARTS[part](tmp_path, wanted, lambda line: None)
+    wanted = argparse.Namespace(kills=3, seed=0, workers=1)
+    found = kill.killed_convert(tmp_path, wanted, lambda line: None)
     assert found["faults"] == []
-    assert sum(found["ends"].values()) == 2
+    assert sum(found["ends"].values()) == 3
