@@ -51,10 +51,11 @@ def main() -> None:
         sys.exit(f"no kind {', '.join(unknown)}; known: {', '.join(known)}")
     wanted.cases = 200 if wanted.quick else wanted.cases
     each, step = -(-wanted.cases // (len(files) + 1)), 5 if wanted.quick else 1
-    by_hand = list(made_by_hand(files))
+    kinds = wanted.kinds or known
+    by_hand = list(made_by_hand(files)) if {*kinds} & {*BY_HAND} else []
     found: dict[str, Any] = read_json(wanted.out, {})
     with Workers(wanted.workers) as workers:
-        for kind in wanted.kinds or known:
+        for kind in kinds:
             setting = {"seed": wanted.seed, "each": each, "step": step}
             done = found.setdefault("fuzz", {})
             if not wanted.again and done.get(kind, {}).get("setting") == setting:
