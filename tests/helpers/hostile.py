@@ -892,13 +892,15 @@ class _Worker:
         self._most_seconds = most_seconds
         self._process: Any = None
         self._pipe: Any = None
+        self._home = ""
         self._started = self._busy = 0.0
 
     def start(self, case: Case) -> None:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._home = tempfile.mkdtemp(prefix="asymswap-fuzz-")
+            self._process = context.Process(target=_serve, args=(theirs, Path(self._home)), daemon=True)
             self._process.start()
             theirs.close()
             # Loading torch is no part of the first case.
@@ -925,6 +927,7 @@ class _Worker:
             self._process.kill()
             self._process.join()
             self._pipe.close()
+            shutil.rmtree(self._home, ignore_errors=True)
         self._process = None
 
 
@@ -937,8 +940,8 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _serve(pipe: Connection) -> None:
-    """Run cases for as long as there are some."""
+def _serve(pipe: Connection, home: Path) -> None:
+    """Run cases in a folder, for as long as there are some."""
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True
     import torch
@@ -947,7 +950,6 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     main.main  # noqa: B018 - imported for its cost
-    home = Path(tempfile.mkdtemp())
     os.chdir(home)
     # Where a file of the case could be imported from, if anything in it were looked up.
     sys.path.insert(0, str(home))
@@ -964,8 +966,6 @@ def _serve(pipe: Connection) -> None:
             pipe.send(_run(case, home, deeds))
     except EOFError:
         watching[0] = False
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 _FORBIDDEN = (
