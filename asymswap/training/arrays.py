@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 from zipfile import BadZipFile
 
@@ -56,7 +57,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except SourceError as error:
         raise SourceError(f"data {path} cannot be read ({error}); {_HOW}") from None
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error) as error:
+    # A damaged header of numpy's is Python that cannot be parsed.
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError) as error:
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"data {path} cannot be read ({reason}); {_HOW}") from None
     if isinstance(value, Tensor):
