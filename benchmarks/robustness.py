@@ -1,4 +1,7 @@
-"""The page that benchmarks/fuzz.py and benchmarks/kill.py write together: docs/robustness.md."""
+"""The page that benchmarks/fuzz.py, kill.py and mutate.py write together: docs/robustness.md.
+
+The first two share a file of results and write everything before the mark; mutate.py writes what follows it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from measured import markdown_table
 
 BAD = ("traceback", "files left behind", "code executed", "crash", "hang")
+MUTATION_MARK = "\n<!-- benchmarks/mutate.py -->\n"
 GOOD = ("accepted", "refused", "refused, out of memory")
 
 HEAD = """# Damaged files, hostile files, and killed processes
@@ -71,7 +75,13 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
                 machine=_in_words(kill.get("machine", found["machine"])),
             )
         )
-    path.write_text("".join(parts), encoding="utf-8")
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text("".join(parts) + old.removeprefix(page_without_mutation(path)), encoding="utf-8")
+
+
+def page_without_mutation(path: Path) -> str:
+    """What fuzz.py and kill.py have written of the page."""
+    return path.read_text(encoding="utf-8").partition(MUTATION_MARK)[0] if path.exists() else ""
 
 
 def _in_words(machine: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@
 The files are what `asymswap convert --evidence FILE` writes. Layers, orders and ranks (half of them from 1 to 8, the
 rest up to the full rank), with and without the weight of the outputs, are drawn until the minutes are over; a third are
 random kernels on random covariances with a decaying spectrum. The optimum is the least that torch's L-BFGS finds in
-float64 over the first conv, the second being projected out in plain matrices: from the solution, and from three
+float64 over the first conv, the second being projected out in plain matrices: from the solution, and from two
 starts drawn at random (one above rank 16).
 """
 
@@ -57,8 +57,9 @@ class Plain:
     def left(self, v_RM: Tensor) -> Tensor:
         """The error of the best second conv."""
         wide = torch.einsum("rm,kmd->krd", v_RM, self.root.unflatten(0, (self.taps, -1))).flatten(0, 1)
-        rows = torch.linalg.qr(wide.mT).Q
-        return (self.target - (self.target @ rows) @ rows.mT).square().sum()
+        factor = torch.linalg.cholesky(wide @ wide.mT)
+        kept = torch.linalg.solve_triangular(factor, wide @ self.target.mT, upper=False)
+        return self.target.square().sum() - kept.square().sum()
 
     def of_pair(self, v_RM: Tensor, h_OKR: Tensor) -> float:
         """The error of a pair as it is."""
@@ -69,8 +70,8 @@ class Plain:
         """The error that a long L-BFGS ends at."""
         v = torch.linalg.qr(start_RM.mT).Q.mT.contiguous().requires_grad_()
         least = float(self.left(v.detach()))
-        options = {"history_size": 30, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-9 * max(least, 1e-300)}
-        descent = torch.optim.LBFGS([v], max_iter=400, max_eval=600, tolerance_grad=0, **options)
+        options = {"history_size": 30, "line_search_fn": "strong_wolfe", "tolerance_change": 1e-7 * max(least, 1e-300)}
+        descent = torch.optim.LBFGS([v], max_iter=200, max_eval=250, tolerance_grad=0, **options)
 
         def closure() -> Tensor:
             descent.zero_grad()
@@ -98,7 +99,7 @@ def measure(name: str, evidence: Evidence, vertical_first: bool, weighted: bool,
     error = plain.of_pair(v_RM, b_GRB[0].unflatten(1, (outputs, taps)).permute(1, 2, 0))
     g = torch.Generator().manual_seed(draw.randrange(2**31))
     factor = plain.root[:rows, :rows]
-    drawn = [torch.randn(rank, rows, generator=g, dtype=torch.float64) for _ in range(3 if rank <= 16 else 1)]
+    drawn = [torch.randn(rank, rows, generator=g, dtype=torch.float64) for _ in range(2 if rank <= 16 else 1)]
     starts = [v_RM, *(torch.linalg.solve_triangular(factor, v, upper=False, left=False) for v in drawn)]
     least = min(error, *(plain.descended(start) for start in starts))
     return {

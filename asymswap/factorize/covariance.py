@@ -23,8 +23,10 @@ for two kernels.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -143,24 +145,34 @@ class Point:
 def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     """The best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly between the two.
 
-    Never worse than the truncated SVD of the kernel, which is a start too. L-BFGS goes on from both starts, since it
-    ends in another minimum now and then; with a large covariance only from the better one.
+    Never worse than the truncated SVD of the kernel, which is a start too. L-BFGS goes on from three starts, since it
+    ends in another minimum now and then; with a large covariance only from the better one of two.
     """
     if problem.w_GOKM.shape[2:].numel() > _LARGE:
-        best = descend(problem, _better(*starts(problem, rank)), _LARGE_ITERATIONS)
+        best = descend(problem, reduce(_better, islice(starts(problem, rank), 2)), _LARGE_ITERATIONS)
     else:
         with one_thread():
-            best = _better(*(descend(problem, point) for point in starts(problem, rank)))
+            best = reduce(_better, (descend(problem, point) for point in starts(problem, rank)))
     v, h = best.v_GRM, best.h_GOKR
     scale_GR = (h.square().sum((1, 2)).sqrt() / v.norm(dim=2).clamp_min(1e-300)).clamp_min(1e-150).sqrt()
     second = (h / scale_GR[:, None, None, :]).permute(0, 3, 1, 2).flatten(2)
     return (v * scale_GR[:, :, None]).mT, second
 
 
-def starts(problem: Problem, rank: int) -> tuple[Point, Point]:
-    """The pair by the leading eigenvectors, and that by the truncated SVD of the kernel."""
-    by_spectrum, by_kernel = spectrum(problem)[0][:, :rank], _svd_start(problem.w_GOKM, rank)
-    return project(problem, _orthonormal(problem, by_spectrum)), project(problem, _orthonormal(problem, by_kernel))
+def starts(problem: Problem, rank: int) -> Iterator[Point]:
+    """Pairs to begin with, the best first as a rule.
+
+    By the leading eigenvectors of the whitened kernel, by the truncated SVD of the kernel, and by the leading
+    eigenvectors of what the kernel makes of the patches.
+    """
+    yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
+    yield project(problem, _orthonormal(problem, _svd_start(problem.w_GOKM, rank)))
+    moved = problem.moved_kernel
+    gram_GMM = torch.einsum("gokm,gop,gpkn->gmn", moved, problem.p_GOO, moved)
+    half_GMM = torch.linalg.solve_triangular(problem.tap_factor, gram_GMM, upper=False)
+    white_GMM = torch.linalg.solve_triangular(problem.tap_factor, half_GMM.mT, upper=False)
+    vectors = torch.linalg.eigh(white_GMM).eigenvectors.flip(-1)[:, :, :rank]
+    yield project(problem, torch.linalg.solve_triangular(problem.tap_factor.mT, vectors, upper=True).mT)
 
 
 def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Point:

@@ -102,23 +102,23 @@ def optimum(evidence: Evidence, starts: list[Tensor], vertical_first: bool) -> f
     return min(found)
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_the_error_is_close_to_the_least_there_is(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_is_close_to_the_least_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one percent of the optimum, or six after the few iterations that a large covariance gets."""
-    if large:
-        monkeypatch.setattr(covariance, "_LARGE", 0)
     for seed, rank in ((0, 1), (1, 3), (3, 5)):
         evidence, _ = make(seed, inputs=3, outputs=5)
         # One output matters a thousand times as much as the others.
         evidence.weight_GOO[:, 1] *= 30  # type: ignore[index]
         evidence.weight_GOO[:, :, 1] *= 30  # type: ignore[index]
         vertical_first = seed % 2 == 0
-        a, b = covariance.factors(covariance.arrange(evidence, (3, 3), vertical_first), rank)
-        g = torch.Generator().manual_seed(seed)
-        drawn = [torch.randn(rank, 9, generator=g, dtype=torch.float64) for _ in range(2)]
-        least = optimum(evidence, [a[0].mT, *drawn], vertical_first)
-        error = float(error_of(evidence, kernel_of(a, b, (3, 3), vertical_first)))
-        assert (1 - 1e-9) * least <= error <= (1.06 if large else 1.01) * least
+        found = []
+        for large in (2000, 0):
+            monkeypatch.setattr(covariance, "_LARGE", large)
+            found.append(covariance.factors(covariance.arrange(evidence, (3, 3), vertical_first), rank))
+        drawn = torch.randn(rank, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        least = optimum(evidence, [found[0][0][0].mT, drawn], vertical_first)
+        small, large = (float(error_of(evidence, kernel_of(a, b, (3, 3), vertical_first))) for a, b in found)
+        assert (1 - 1e-9) * least <= small <= 1.01 * least
+        assert large <= 1.06 * least
 
 
 @settings(deadline=None, max_examples=15)
@@ -128,7 +128,7 @@ def test_error_falls_with_every_iteration(case: tuple[int, int, int, int, bool, 
     evidence, _ = make(seed, groups, inputs, outputs)
     problem = covariance.arrange(evidence, (3, 3), vertical_first)
     rank = min(rank, problem.w_GOKM.shape[3])
-    point = covariance.starts(problem, rank)[0]
+    point = next(covariance.starts(problem, rank))
     slack = 1e-9 * problem.output_energy
     for _ in range(4):
         before, point = point, covariance.descend(problem, point, iterations=1)
@@ -154,10 +154,10 @@ def test_more_iterations_than_needed_are_not_made(monkeypatch: pytest.MonkeyPatc
     evidence, _ = make(5)
     problem = covariance.arrange(evidence, (3, 3), vertical_first=True)
     covariance.factors(problem, 9)
-    assert len(calls) == 2, "at full rank both starts are exact"
+    assert len(calls) == 3, "at full rank every start is exact"
     calls.clear()
     covariance.factors(problem, 2)
-    assert len(calls) < 100
+    assert len(calls) < 150
 
 
 def test_each_group_gets_the_better_of_its_starts() -> None:
