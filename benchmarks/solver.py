@@ -3,9 +3,9 @@
     python benchmarks/solver.py --evidence resnet20.safetensors dncnn.safetensors [--minutes 10] [--seed 0]
         [--out benchmarks/results/solver.json] [--markdown docs/calibration.md]
 
-The files are what `asymswap convert --evidence FILE` writes. Layers, orders and ranks (half of them from 1 to 8, the
-rest up to the full rank), with and without the weight of the outputs, are drawn until the minutes are over; a third are
-random kernels on random covariances with a decaying spectrum. The optimum is the least that torch's L-BFGS finds in
+The files are what `asymswap convert --evidence FILE` writes. Layers, orders and ranks (their logarithm
+uniform up to the full rank), with and without the weight of the outputs, are drawn until the minutes are over; a third
+are random kernels on random covariances with a decaying spectrum. The optimum is the least that torch's L-BFGS finds in
 float64 over the first conv, the second being projected out in plain matrices: from the solution, and from two
 starts drawn at random (one above rank 16).
 """
@@ -90,7 +90,7 @@ def measure(name: str, evidence: Evidence, vertical_first: bool, weighted: bool,
     problem = covariance.arrange(evidence, (3, 3), vertical_first)
     _, outputs, taps, rows = problem.w_GOKM.shape
     full = min(rows, outputs * taps)
-    rank = min(full, draw.randint(1, 8) if draw.random() < 0.5 else draw.randint(1, full))
+    rank = int(full ** draw.random())
     begin = time.process_time()
     a_GAR, b_GRB = covariance.factors(problem, rank)
     seconds = time.process_time() - begin
