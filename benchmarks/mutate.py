@@ -31,8 +31,7 @@ TEXT = """
 
 `{command}` lets [mutmut](https://mutmut.readthedocs.io) change one operator, number, argument or word at a time in
 {folders}, and runs the tests that reach the changed function. Noticed: a test failed, or ran out of time. The score is
-the share that was noticed of all that were run. Survivors that matter get a test; what is left are changes that change
-nothing (a tolerance of rounding, a message, an equal way to compute the same).
+the share that was noticed of all that were run. Files that are not in the table were not run.
 
 {table}
 

@@ -16,8 +16,8 @@ GOOD = ("accepted", "refused", "refused, out of memory")
 
 HEAD = """# Damaged files, hostile files, and killed processes
 
-Written by `make fuzz` (`benchmarks/fuzz.py` and `benchmarks/kill.py`). What is promised, and what not, says
-[SECURITY.md](../SECURITY.md).
+Written by `make fuzz` (`benchmarks/fuzz.py`, `benchmarks/kill.py`) and `make mutate` (`benchmarks/mutate.py`). What is
+promised, and what not, says [SECURITY.md](../SECURITY.md).
 """
 
 FUZZ = """
