@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-exhaustive test-minimal test-newest screens gallery fuzz mutate docs release-check lint format clean
+.PHONY: demo test test-fast test-programs test-exhaustive test-minimal test-newest screens gallery fuzz kill mutate docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -13,6 +13,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal
+
+# The tests of what needs a program besides Python (chromium, dot, git, mount); they are skipped where it is not installed.
+test-programs: $(READY)
+	$(RUN)/python -m pytest -m programs $$(grep -rl --include='*.py' mark.programs tests)
 
 test-fast: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
@@ -31,10 +35,12 @@ screens: $(READY)
 gallery: $(READY)
 	$(RUN)/python benchmarks/gallery.py $(if $(CIFAR),--cifar '$(CIFAR)') $(if $(RESNET20),--resnet20 '$(RESNET20)')
 
-# Thousands of damaged and hostile files, and a hundred killed processes: half an hour, and docs/robustness.md.
+# Thousands of damaged and hostile files; killed and disturbed commands. A quarter of an hour each, and docs/robustness.md.
 fuzz: $(READY)
-	$(RUN)/python benchmarks/fuzz.py --markdown docs/robustness.md
-	$(RUN)/python benchmarks/kill.py --markdown docs/robustness.md
+	$(RUN)/python benchmarks/fuzz.py --again --markdown docs/robustness.md
+
+kill: $(READY)
+	$(RUN)/python benchmarks/kill.py --again --markdown docs/robustness.md
 
 # One small fault after the other in the code that decides what a model becomes, and whether a test notices: hours of one
 # core, and the last section of docs/robustness.md. It goes on where it was stopped.

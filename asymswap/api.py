@@ -45,6 +45,7 @@ from asymswap.checkpoint import (
     save_state,
     unconverted,
     versions,
+    what_is_stored,
 )
 from asymswap.deploy.fuse import Wanted, fuse_model
 from asymswap.distributed import ALONE, Team
@@ -53,16 +54,17 @@ from asymswap.evaluation import evaluate
 from asymswap.finetuning import FineTuned, finetune
 from asymswap.graph.flow import read_flow
 from asymswap.graph.nodes import NodeGraph
-from asymswap.graph.trace import Trace, trace
+from asymswap.graph.trace import Trace, check_runs, trace
 from asymswap.inputs import Inputs, describe, example, portions, probe
 from asymswap.latency_budget import Timing, plan_in_time
-from asymswap.measure.cost import Costs, count_costs, count_swapped
+from asymswap.measure.cost import Costs, costs_of, count_costs, count_swapped
 from asymswap.measure.fidelity import compare_outputs, compared_parts, measure_fidelity
+from asymswap.measure.stand_ins import check_stand_ins, describe_calls
 from asymswap.opening import Opened, build_named, model_dtype, open_model
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
-from asymswap.planning.plan import check_replay, find_choices, make_plan, matched_sites, plan_from_json
+from asymswap.planning.plan import check_not_empty, check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
@@ -155,13 +157,15 @@ def candidates(
         progress,
     )
     traced = trace(opened.model, opened.example())
+    check_runs(traced, opened.model, opened.example())
+    costs = costs_of(opened)
     return Candidates(
         reference=opened.reference,
         traced_by=traced.by,
         input=describe(opened.example()),
         rows=tuple(find_candidates(opened.model, traced.sites, wanted)),
-        total=count_costs(opened.model, opened.example()).total,
-        notes=opened.source.notes + traced.notes,
+        total=costs.total,
+        notes=opened.source.notes + traced.notes + costs.notes(),
         flow=read_flow(opened.model, traced) if with_flow else None,
     )
 
@@ -197,7 +201,8 @@ def plan(
     )
     _check_finite(opened)
     traced = trace(opened.model, opened.example())
-    total = count_costs(opened.model, opened.example()).total
+    check_runs(traced, opened.model, opened.example())
+    total = costs_of(opened).total
     return make_plan(opened.model, traced.sites, wanted, total, progress)
 
 
@@ -460,8 +465,10 @@ def _carry_out(
 ) -> _Done:
     """Trace, calibrate, plan and convert."""
     traced = trace(opened.model, opened.example())
+    check_runs(traced, opened.model, opened.example())
+    what_is_stored(opened.model)  # raises where it could not be written
     norms = [site.norm_behind for site in traced.sites if site.norm_behind is not None]
-    before = count_costs(opened.model, opened.example(), [*(site.name for site in traced.sites), *norms])
+    before = costs_of(opened, [*(site.name for site in traced.sites), *norms])
     clock.stop("trace")
     gathered, sequential, polished = None, False, None
     if calibration is not None:
@@ -481,6 +488,10 @@ def _carry_out(
 
     team = _team(calibration)
     plan, latency = team.first(planned)
+    if isinstance(wanted, Recipe):
+        check_not_empty(plan, wanted)
+    replaced = [name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None]
+    check_stand_ins(opened.model, replaced, opened.example())
     clock.stop("plan")
     if gathered is not None and calibration is not None:
         converted, sequential = convert_on(traced, plan, gathered, calibration, progress)
@@ -520,7 +531,12 @@ def _costs_after(opened: Opened, converted: nn.Module, traced: Trace, before: Co
     """What the converted model costs, found by running it; raises AsymswapError where it does not run."""
     with _of_the_converted_model():
         if traced.on_meta:
-            return count_costs(converted, opened.example(), [site.name for site in traced.sites])
+            after = count_costs(converted, opened.example(), [site.name for site in traced.sites])
+            for site in traced.sites:
+                told = describe_calls(site.name, after.calls[site.name], site.calls)
+                if told is not None:
+                    raise AsymswapError(f"in the converted model {told}; keep that conv by a rule with keep = true")
+            return after
         inputs = probe(opened.source.preprocessing, opened.dtype())
         with eval_mode(converted), torch.no_grad():
             converted(*next(iter(portions(inputs))))

@@ -16,7 +16,7 @@ import asymswap
 from asymswap.deploy.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.inputs import Inputs
-from asymswap.measure.cost import cost_of, count_costs
+from asymswap.measure.cost import costs_of, count_costs
 from asymswap.measure.latency import (
     MemoryFormat,
     Passes,
@@ -142,14 +142,14 @@ def _settings(
 
 
 def _row(opened: Opened) -> BenchmarkedModel:
-    source = opened.source
+    source, costs = opened.source, costs_of(opened)
     return BenchmarkedModel(
         model=opened.reference,
         origin=source.origin.reference,
         weights=source.weights,
         input=source.preprocessing.describe(),
-        cost=cost_of(opened),
-        notes=source.notes,
+        cost=costs.total,
+        notes=source.notes + costs.notes(),
     )
 
 

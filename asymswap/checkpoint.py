@@ -3,12 +3,13 @@
 A `.pt` file is what torch.save makes of {"asymswap": header, "state_dict": …}; a `.safetensors` file has the header
 in its metadata. The header is JSON text:
 
-    format         1; a reader refuses a higher number
+    format         1, or 2 with extra state; a reader refuses a higher number
     origin         how the unconverted model is built: a model reference and its arguments
     skeleton       its structure (zlib, base64), where no reference can build it; see asymswap.sources.skeleton
     plans          every conversion that the model went through, in order, fully settled; none once all is fused
     preprocessing  how an image becomes its input
     aliases        keys of the state dict that are the same tensor as another key (safetensors only)
+    extra_state    what modules keep beside tensors, as JSON text; its tensors are in the state dict
     provenance     source file and its SHA-256, recipe text, versions, report
 
 Loading builds the unconverted model, carries out the plans without initialising anything, and loads the state dict
@@ -49,13 +50,13 @@ from asymswap.graph.surgery import swap
 from asymswap.output import real_cause, whole_file
 from asymswap.planning.apply import apply_structure
 from asymswap.planning.plan import plan_from_json, plan_to_json
-from asymswap.sources import builders, files
+from asymswap.sources import builders, extra_state, files
 from asymswap.sources.references import RawFile, read_raw, rebuild
-from asymswap.sources.state import Difference, State, compare, load_state_
+from asymswap.sources.state import Difference, State, compare, load_state_, stored_tensors
 from asymswap.spec import STRICT, Origin, Plan, Preprocessing
 from asymswap.tensors import WithoutMemory, meta_copy
 
-FORMAT = 1
+FORMAT = 2
 SUFFIXES = (".pt", ".pth", ".safetensors")
 _LARGEST_SKELETON = 64 * 2**20
 _HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
@@ -80,6 +81,7 @@ class Stored:
 
     header: Header
     state: State
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,23 +149,53 @@ def check_suffix(path: Path) -> None:
 
 
 def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
-    """Write a converted model; the suffix chooses the form. Raises OutputError where the file cannot be written."""
+    """Write a converted model; the suffix chooses the form.
+
+    Raises OutputError where the file cannot be written, or would not load again.
+    """
     check_suffix(path)
-    state = {key: tensor.detach() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    tensors, extra = what_is_stored(model)
+    extra_text, inside = extra_state.to_text(extra)
+    state = {key: tensor.detach() for key, tensor in (tensors | inside).items()}
+    _check_complete(path, model, _header_text(header, {}, extra_text if extra else ""), state)
     if path.suffix == ".safetensors":
         unique, aliases = _without_aliases(state)
-        text = _header_text(header, aliases)
+        text = _header_text(header, aliases, extra_text if extra else "")
         # One entry only: safetensors writes several in random order, and equal models would make unequal files.
         _write(path, lambda draft: save_file(unique, draft, metadata={"asymswap": text}))
     else:
-        text = _header_text(header, {})
+        text = _header_text(header, {}, extra_text if extra else "")
         _write(path, lambda draft: _save_zip({"asymswap": text, "state_dict": state}, draft))
+
+
+def what_is_stored(model: nn.Module) -> tuple[State, dict[str, Any]]:
+    """The tensors and the extra state that a file of the model holds; raises SourceError where it would not load."""
+    extra = extra_state.read(model)
+    return stored_tensors(model), extra
+
+
+def _check_complete(path: Path, model: nn.Module, text: str, state: State) -> None:
+    """Raise OutputError where a reader of this header and state dict could not load them into the model strictly."""
+    stored = stored_in(RawFile({"asymswap": text, "state_dict": state}), str(path))
+    assert stored is not None
+    try:
+        difference = _try_without_memory(stored, None)
+    except AsymswapError:
+        # Only the user can build it: what was converted is what must be built again.
+        difference = compare(model, stored.state)
+    lacking = sorted(extra_state.owners(model).keys() ^ stored.extra.keys())
+    if difference or lacking:
+        about = str(difference) if difference else f"it lacks {lacking[0]}"
+        raise OutputError(f"{path} would not load again, so it is not written: {about}")
 
 
 def save_state(path: Path, model: nn.Module) -> None:
     """Write a plain state dict, which needs nothing of asymswap to be loaded; the suffix chooses the form."""
     check_suffix(path)
-    state = {key: tensor.detach() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    tensors, extra = what_is_stored(model)
+    if path.suffix == ".safetensors" and not all(isinstance(value, Tensor) for value in extra.values()):
+        raise OutputError(f"{path.name} cannot hold the model's extra state ({next(iter(extra))}); write a .pt file")
+    state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in (tensors | extra).items()}
     if path.suffix == ".safetensors":
         _write(path, lambda draft: save_file(_without_aliases(state)[0], draft))
     else:
@@ -179,13 +211,19 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         return None
     if not isinstance(text, str) or not isinstance(state, Mapping):
         raise CheckpointError(f"{label} is damaged: its asymswap header or state_dict is not what it should be")
-    header, aliases = _parse_header(text, label)
+    header, aliases, extra_text = _parse_header(text, label)
     tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     for alias, key in aliases.items():
         if key not in tensors:
             raise CheckpointError(f"{label} is damaged: {alias!r} is an alias of {key!r}, which it lacks")
         tensors[alias] = tensors[key]
-    return Stored(header, tensors)
+    try:
+        extra = extra_state.from_text(extra_text, tensors) if extra_text else {}
+    except ValueError as error:
+        raise CheckpointError(f"{label} is damaged: {error}") from None
+    # Files of format 1 have extra state that is a tensor among their tensors.
+    extra |= {key: tensors.pop(key) for key in list(tensors) if extra_state.is_extra(key)}
+    return Stored(header, tensors, extra)
 
 
 def read_checkpoint(path: Path) -> Stored:
@@ -218,8 +256,13 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
         raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
+    unlike = sorted(extra_state.owners(base).keys() ^ stored.extra.keys())
+    if unlike:
+        lacks = "lacks" if unlike[0] not in stored.extra else f"is not of {header.origin.reference}: it has"
+        raise CheckpointError(f"{label} {lacks} the extra state {unlike[0]!r}")
     try:
         load_state_(base, stored.state, take=model is None)
+        extra_state.load_(base, stored.extra)
     except SourceError as error:
         raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()
@@ -291,7 +334,7 @@ def _without_aliases(state: State) -> tuple[State, dict[str, str]]:
 def header_to_json(header: Header) -> dict[str, Any]:
     """The header as plain data, without the bytes of a stored structure."""
     return {
-        "format": FORMAT,
+        "format": 1,
         "origin": dataclasses.asdict(header.origin),
         "plans": [plan_to_json(plan) for plan in header.plans],
         "preprocessing": dataclasses.asdict(header.preprocessing),
@@ -299,9 +342,11 @@ def header_to_json(header: Header) -> dict[str, Any]:
     }
 
 
-def _header_text(header: Header, aliases: Mapping[str, str]) -> str:
+def _header_text(header: Header, aliases: Mapping[str, str], extra: str) -> str:
     skeleton = None if header.skeleton is None else base64.b64encode(zlib.compress(header.skeleton, 9)).decode()
-    return json.dumps({**header_to_json(header), "skeleton": skeleton, "aliases": dict(aliases)})
+    data = {**header_to_json(header), "skeleton": skeleton, "aliases": dict(aliases)}
+    # Earlier versions refuse what they do not know by the number of the format, and read all else.
+    return json.dumps(data | ({"format": FORMAT, "extra_state": extra} if extra else {}))
 
 
 @dataclass(frozen=True)
@@ -310,19 +355,20 @@ class _HeaderData:
 
     __pydantic_config__: ClassVar = STRICT
 
-    format: Literal[1]
+    format: Literal[1, 2]
     origin: Origin
     plans: list[dict[str, Any]]
     preprocessing: Preprocessing
     provenance: dict[str, Any]
     skeleton: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)
+    extra_state: str = ""
 
 
 _HEADER = TypeAdapter(_HeaderData)
 
 
-def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
+def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str], str]:
     try:
         written = json.loads(text)
         newer = isinstance(written, dict) and isinstance(written.get("format"), int) and written["format"] > FORMAT
@@ -341,7 +387,7 @@ def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str]]:
     except PlanError as error:
         raise CheckpointError(str(error)) from None
     skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
-    return Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), data.aliases
+    return Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), data.aliases, data.extra_state
 
 
 def _is_printable(value: Any) -> bool:

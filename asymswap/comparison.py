@@ -15,7 +15,7 @@ import asymswap
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs, probe
 from asymswap.latency_budget import Timing
-from asymswap.measure.cost import cost_of
+from asymswap.measure.cost import costs_of
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
 from asymswap.measure.machine import machine
@@ -95,16 +95,16 @@ def compare(
 
 
 def _row(opened: Opened) -> ComparedRow:
-    source = opened.source
+    source, costs = opened.source, costs_of(opened)
     return ComparedRow(
         model=opened.reference,
         origin=source.origin.reference,
         weights=source.weights,
         input=source.preprocessing.describe(),
-        cost=cost_of(opened),
+        cost=costs.total,
         weights_bytes=state_bytes(opened.model),
         file_bytes=None if source.file is None else source.file.stat().st_size,
-        notes=(*source.notes, *(("its weights are random",) if source.weights == "random" else ())),
+        notes=(*source.notes, *costs.notes(), *(("its weights are random",) if source.weights == "random" else ())),
     )
 
 

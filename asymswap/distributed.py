@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -86,8 +87,8 @@ class Team:
             return
         from torch import distributed as dist
 
-        for tensor in module.state_dict().values():
-            sent = tensor.detach().cpu().contiguous()
+        for tensor in (tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers())):
+            sent = tensor.cpu().contiguous()
             dist.broadcast(sent, src=0)
             tensor.copy_(sent)
 

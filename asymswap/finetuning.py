@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,12 @@ from asymswap.opening import build_named, resized
 from asymswap.output import check_output
 from asymswap.reporting.report import FileRow
 from asymswap.reporting.training import TrainingReport
+from asymswap.sources import extra_state
 from asymswap.sources.files import sha256
 from asymswap.sources.references import Request, describe_module
 from asymswap.sources.state import load_state_
 from asymswap.sources.steady import unchanged
-from asymswap.tensors import first_not_finite
+from asymswap.tensors import deep_copy, first_not_finite
 from asymswap.training.augment import presets_for
 from asymswap.training.classes import check_class_count, check_class_names, known_classes
 from asymswap.training.data import with_statistics
@@ -159,10 +159,10 @@ def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None
     elif isinstance(checkpoint, nn.Module):
         source = describe_module(checkpoint, "as given")
         header = Header(source.origin, (), source.preprocessing, skeleton=source.skeleton)
-        found = _Opened(copy.deepcopy(checkpoint).eval(), header, type(checkpoint).__name__)
+        found = _Opened(deep_copy(checkpoint).eval(), header, type(checkpoint).__name__)
     else:
         label = checkpoint.header.origin.reference
-        found = _Opened(copy.deepcopy(checkpoint.model).eval(), checkpoint.header, label)
+        found = _Opened(deep_copy(checkpoint.model).eval(), checkpoint.header, label)
     broken = first_not_finite(found.model)
     if broken is not None:
         raise CheckpointError(
@@ -186,16 +186,18 @@ def _prepared(
 
 def _trainable(model: nn.Module) -> nn.Module:
     """A copy to be trained: steps as small as those of training vanish in weights of half precision."""
-    trained = copy.deepcopy(model)
+    trained = deep_copy(model)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     return trained.float() if half else trained
 
 
 def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     """A copy of the model, in eval mode, with these weights in its own dtypes and formats."""
-    result = copy.deepcopy(model).eval()
+    result = deep_copy(model).eval()
     own = result.state_dict()
-    load_state_(result, {k: state[k].detach().to(v) for k, v in own.items() if isinstance(v, torch.Tensor)})
+    extra = extra_state.owners(result).keys()
+    load_state_(result, {key: state[key].detach().to(value) for key, value in own.items() if key not in extra})
+    extra_state.load_(result, {key: state[key] for key in extra})
     return result
 
 

@@ -9,7 +9,7 @@ Conventions, stated once for the whole package:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -124,6 +124,12 @@ class Call:
     batch: int = 1
     batched: bool = True
 
+    @classmethod
+    def of(cls, input: Sequence[int], output: Sequence[int]) -> Call:
+        """The call by the shapes of its input and output."""
+        batched = len(input) == 4
+        return cls((input[-2], input[-1]), (output[-2], output[-1]), input[0] if batched else 1, batched)
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -138,6 +144,13 @@ class Neighbour:
     name: str
     direct: bool = True
     alone: bool = False
+
+
+def norm_behind(after: Sequence[Neighbour]) -> str | None:
+    """The batch norm that alone reads a conv and reads nothing else, by what is behind the conv; None for none."""
+    direct = [neighbour for neighbour in after if neighbour.direct]
+    alone = len(direct) == 1 and direct[0].op == "batch_norm" and direct[0].alone
+    return direct[0].name if alone else None
 
 
 @dataclass(frozen=True)
@@ -165,9 +178,7 @@ class Site:
     @property
     def norm_behind(self) -> str | None:
         """The batch norm that alone reads the conv and reads nothing else, if there is one."""
-        direct = [neighbour for neighbour in self.after or () if neighbour.direct]
-        alone = len(direct) == 1 and direct[0].op == "batch_norm" and direct[0].alone
-        return direct[0].name if alone else None
+        return norm_behind(self.after or ())
 
     @property
     def feature_map(self) -> Size | None:

@@ -49,7 +49,7 @@ def make_report(
             traced_by=traced.by,
             input=source.preprocessing.describe(),
             sha256=source.sha256,
-            notes=source.notes + traced.notes,
+            notes=source.notes + traced.notes + before.notes(),
         ),
         recipe=recipe,
         budget=budget,

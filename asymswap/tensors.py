@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import AsymswapError
@@ -66,6 +66,29 @@ def to_meta(value: Any) -> Any:
     return map_tensors(value, lambda tensor: tensor.to("meta"))
 
 
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy` of a module that keeps what torch's own loses: each module's mode, all that a GraphModule holds.
+
+    A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: torchvision's feature extractors
+    then lose their other graph, and every graph its hooks and what the graph does not call.
+    """
+    memo = {} if memo is None else memo
+    given = set(memo)
+    # From the inside out: what is copied first is found in the memo by all that holds it.
+    for module in reversed(list(model.modules())):
+        if isinstance(module, fx.GraphModule) and id(module) not in memo:
+            new = type(module).__new__(type(module))
+            type(new).__name__ = type(module).__name__
+            memo[id(module)] = new
+            new.__dict__.update(copy.deepcopy(vars(module), memo))
+            new.graph = new.graph  # compiles the forward, which belongs to the class
+    result = copy.deepcopy(model, memo)
+    for module in model.modules():
+        if id(module) in memo and id(module) not in given:
+            memo[id(module)].training = module.training
+    return result
+
+
 def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy of a module in which each of the given tensors of it is replaced by `change(tensor)`.
 
@@ -75,7 +98,7 @@ def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Ten
     for tensor in tensors:
         new = change(tensor.detach())
         memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -96,10 +119,38 @@ def is_channels_last(tensor: Tensor) -> bool:
     return fits and not tensor.is_contiguous()
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or after its forward or backward pass."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(map(len, hooks))
+_HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
+"""Attributes that transformers and earlier torch versions leave on modules and weights; nothing computes with them."""
+
+
+def additions(module: nn.Module, fresh: nn.Module) -> str | None:
+    """What was added to a module that a `fresh` one of its class lacks, in words; None for nothing.
+
+    That is whatever a module that takes its place would drop: hooks, methods replaced on the instance, attributes,
+    further parameters and buffers, and hooks and attributes of its parameters.
+    """
+    own = vars(fresh)
+    added = [key for key in vars(module) if key not in own and key not in _HARMLESS]
+    methods = [key for key in added if callable(getattr(type(module), key, None))]
+    if methods:
+        return f"has its {methods[0]} replaced on the instance"
+    for key, value in own.items():
+        if isinstance(value, dict | set):
+            more = [str(item) for item in getattr(module, key, ()) if item not in value]
+            if more and "hooks" in key:
+                return "has hooks (weight_norm, spectral_norm, pruning or your own)"
+            added += more
+    if added:
+        return f"has an attribute of yours ({added[0]})"
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"has a hook on its {name}"
+        extra = [key for key in vars(parameter) if key not in _HARMLESS]
+        if extra:
+            return f"has an attribute of yours on its {name} ({extra[0]})"
+        if type(parameter) is not nn.Parameter:
+            return f"has a {type(parameter).__name__} as its {name}"
+    return None
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -21,12 +21,13 @@ from asymswap.calibrate import (
     polish,
 )
 from asymswap.errors import AsymswapError, RecipeError, check_choice
-from asymswap.graph.trace import Trace, trace
-from asymswap.measure.cost import count_costs
+from asymswap.graph.trace import Trace, check_runs, trace
+from asymswap.measure.cost import costs_of, count_costs
+from asymswap.measure.stand_ins import check_stand_ins
 from asymswap.opening import Opened, open_model
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.calibration import model_hash
-from asymswap.planning.plan import Choices, choose, find_choices, matched_sites
+from asymswap.planning.plan import Choices, check_not_empty, choose, find_choices, matched_sites
 from asymswap.planning.prices import Counted
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting.report import plain
@@ -157,7 +158,8 @@ class _Bench:
         self._opened, self._images, self._measure = opened, images, measure
         self._calibration, self._progress = calibration, progress
         self._traced: Trace = trace(opened.model, opened.example())
-        self._before = count_costs(opened.model, opened.example()).total
+        check_runs(self._traced, opened.model, opened.example())
+        self._before = costs_of(opened).total
         self._gathered: Gathered | None = None
         self.points_to_come = 0
         self._taken: list[float] = []
@@ -178,12 +180,15 @@ class _Bench:
         )
 
     def gather(self, recipes: Sequence[Recipe]) -> None:
-        """Evidence of every site that one of the recipes may swap."""
-        if self._calibration is None or not recipes:
+        """Evidence of every site that one of the recipes may swap, once it is known that the model lets it be."""
+        if not recipes:
             return
         wanted = [matched_sites(self._opened.model, self._traced.sites, recipe) for recipe in recipes]
         names = {site.name for sites in wanted for site in sites}
         sites = [site for site in self._traced.sites if site.name in names]
+        check_stand_ins(self._opened.model, [site.name for site in sites], self._opened.example())
+        if self._calibration is None:
+            return
         classes = len(self._images.classes)
         self._gathered = gather_evidence(self._opened, sites, self._calibration, self._progress, classes)
         self._traced = self._traced.refusing(self._gathered.summary.unseen, UNSEEN)
@@ -225,6 +230,7 @@ class _Bench:
         choices = replace(choices, recipe=choices.recipe.model_copy(update={"budget": limits}))
         try:
             plan = choose(choices, Counted(self._measure, self._before))
+            check_not_empty(plan, choices.recipe)
         except RecipeError as error:
             return Point(name, budget, failed=str(error))
         converted = self._convert(plan)

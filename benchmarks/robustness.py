@@ -10,49 +10,55 @@ from typing import Any
 
 from measured import markdown_table
 
-BAD = ("traceback", "files left behind", "code executed", "crash", "hang")
+BAD = ("traceback", "files left behind", "code executed", "crash", "hang", "more than 1 GiB")
 MUTATION_MARK = "\n<!-- benchmarks/mutate.py -->\n"
 GOOD = ("accepted", "refused", "refused, out of memory")
 
 HEAD = """# Damaged files, hostile files, and killed processes
 
-Written by `make fuzz` (`benchmarks/fuzz.py`, `benchmarks/kill.py`) and `make mutate` (`benchmarks/mutate.py`). What is
-promised, and what not, says [SECURITY.md](../SECURITY.md).
+Written by `make fuzz` (`benchmarks/fuzz.py`), `make kill` (`benchmarks/kill.py`) and `make mutate`
+(`benchmarks/mutate.py`). [SECURITY.md](../SECURITY.md) says what is promised, and what not.
 """
 
 FUZZ = """
 ## Files
 
 A small sound file of every kind that asymswap reads is changed: bytes (cut, bits flipped, overwritten, moved, wrong
-lengths), entries of archives (swapped, renamed, doubled, left out, compressed, false sizes and offsets), operations of
-pickles (numbers, names and words replaced, operations left out, doubled and put in between, with a right checksum),
-values of JSON headers and plans, words of recipes. More are made up by hypothesis, and traps are written by hand:
-pickles that would run code, in zip archives, in the old form, plain, and as the stored structure of a checkpoint, and
-claims of sizes that are not there. Each is read by `convert`, `candidates`, `show`, `fuse` or `recipes` in a worker
-process.
+lengths), entries of archives (swapped, renamed, doubled, left out, compressed, false sizes and offsets), operations
+of pickles (numbers, names and words replaced, operations left out, doubled and put in between, with a right
+checksum), values of JSON headers and plans, words of recipes. More are made up by hypothesis, and traps are written
+by hand: pickles that would run code, in zip archives, in the old form, plain, and as the stored structure of a
+checkpoint, and claims of sizes that are not there. Files by hand are small and would cost much: shared structure
+walked again and again, keys of one hash, loops by a number of the file, one text made into bytes thousands of times,
+archives of zeros, tensors of unusual kinds as images, labels, names of classes and weights. Each is read by
+`convert`, `candidates`, `show`, `fuse`, `recipes`, `evaluate`, `finetune --resume` or `sweep` in a worker process.
 
 Accepted: the command did its work, for what was changed did not matter or made another sound file (`show` looks at no
-stored structure). Refused: exit code 1, one line on stderr, no output, no file. Faults, of which there must be none: a
-traceback or an error that is not ours (traceback), a file that stays although the command was refused (files), code of
-the file that ran, told by a file that every trap makes and by Python's audit events (executed), a worker that died
-(crash), more than 10 s of processor time (hang). Memory: refused because 3 GB did not suffice. Seconds and MB: the most
-processor time and memory that a case took.
+stored structure). Refused: exit code 1, one line on stderr, no output, no file. Faults, of which there must be none:
+a traceback or an error that is not ours (traceback), a file that stays although the command was refused (files), code
+of the file that ran, told by a file that every trap makes and by Python's audit events (executed), a worker that died
+(crash), more than 10 s of processor time (hang), more than 1 GiB of memory (GiB). Memory: refused because 3 GB did
+not suffice. Seconds and MB: the most processor time and memory that a case took, on top of PyTorch's own.
 """
 
 KILL = """
-## Killed at random moments
+## Killed and disturbed commands
 
-`asymswap convert` of a ResNet-18 was killed (SIGKILL) {kills} times: half of the times anywhere between start and end,
-half of them after the draft of the output had appeared, within the time that writing it took before; the output was a
-`.pt` and a `.safetensors` file in turn. Afterwards it was absent, or loaded as a whole model.
+Killed with SIGKILL at random moments between start and end: `convert` of a ResNet-18 (half of the times while the
+output was written; `.pt` and `.safetensors` in turn), `finetune`, and `sweep` of the digits network. Afterwards the
+output is absent or loads as a whole model. `finetune --resume` then writes the very bytes of a run that was not
+killed, and the next `sweep` has the points of one that was not. A killed process may leave a draft, a hidden folder
+`.NAME.XXXXXXXX.part` beside the output; the next command that writes into that folder removes it.
+
+The other parts: two commands that write one file at once; a reader of the output that goes away (`| head -1`); no
+HOME, none that can be written, LANG=C and an output of ASCII alone; files of strange names (spaces, a newline, a
+leading dash, 200 characters, no UTF-8); folders of images with a strange one among them (cut off, empty, 16 bits,
+CMYK, a palette, animated, rotated, 1 x 1, 10,000 x 10,000); a folder of 20,000 images.
 
 {table}
 
 - Faults: {faults}.
 - Machine: {machine}.
-- {drafts} of the processes left a draft, a hidden folder `.NAME.XXXXXXXX.part` beside the output. The next command that
-  writes into that folder removes it, once nobody holds its lock; after the last kill a run that was let alone left its
-  output and nothing else.
 """
 
 
@@ -63,18 +69,16 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
         parts += [_fuzz_totals(found), FUZZ, _fuzz_table(found["fuzz"])]
         parts.append(f"\nMachine: {_in_words(found['machine'])}.\n")
     if "kill" in found:
-        kill = found["kill"]
-        rows = [[name, str(count)] for name, count in kill["ends"].items()]
-        shown = markdown_table(["killed", "times"], rows)
-        parts.append(
-            KILL.format(
-                kills=kill["kills"],
-                table=shown,
-                faults="; ".join(kill["faults"]) or "none",
-                drafts=kill["drafts_left"],
-                machine=_in_words(kill.get("machine", found["machine"])),
-            )
-        )
+        rows = [
+            [part, end, f"{count:,}", *(shown if number == 0 else ("", ""))]
+            for part, row in found["kill"].items()
+            for shown in [(f"{row['most_seconds'] or ''}", f"{row['most_mb'] or ''}")]
+            for number, (end, count) in enumerate(row["ends"].items())
+        ]
+        faults = [f"{part}: {fault}" for part, row in found["kill"].items() for fault in row["faults"]]
+        shown = markdown_table(["part", "end", "times", "seconds", "MB"], rows)
+        machine = _in_words(found.get("kill_machine", found.get("machine", {})))
+        parts.append(KILL.format(table=shown, faults="; ".join(faults) or "none", machine=machine))
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     path.write_text("".join(parts) + old.removeprefix(page_without_mutation(path)), encoding="utf-8")
 
@@ -100,7 +104,19 @@ def _fuzz_totals(found: dict[str, Any]) -> str:
 
 
 def _fuzz_table(fuzz: dict[str, Any]) -> str:
-    columns = ["kind", "files", "accepted", "refused", "memory", "traceback", "files", "executed", "crash", "hang"]
+    columns = [
+        "kind",
+        "files",
+        "accepted",
+        "refused",
+        "memory",
+        "traceback",
+        "files",
+        "executed",
+        "crash",
+        "hang",
+        "GiB",
+    ]
     rows = [
         [
             kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -76,9 +77,12 @@ def test_it_holds_the_package_the_recipes_and_the_weights(built: tuple[Path, Pat
 
 
 @pytest.mark.slow
+@pytest.mark.programs
 def test_the_sdist_holds_what_it_takes_to_test_and_to_document(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
         pytest.skip("not a git checkout")

@@ -91,11 +91,11 @@ def _check_pictures(plot: Path | None, graph: Path | None, force: bool) -> None:
     from asymswap.reporting.candidates import check_plot_file
     from asymswap.reporting.graph import check_graph_file
 
+    check_distinct({"--plot": plot, "--graph": graph})
     for option, path, check in (("--plot", plot, check_plot_file), ("--graph", graph, check_graph_file)):
         if path is not None:
             check_output(path, force, option)
             check(path)
-    check_distinct({"--plot": plot, "--graph": graph})
 
 
 def _write_pictures(found: Candidates, plot: Path | None, graph: Path | None) -> None:

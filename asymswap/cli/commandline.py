@@ -13,7 +13,7 @@ _ALONE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 def repeatable(arguments: Sequence[str]) -> str:
     """The command of these arguments (those of `sys.argv`), without what says only where its results go.
 
-    Two runs that differ in nothing else shall write equal files.
+    Two runs that differ in nothing else, nor in the number of threads, shall write equal files.
     """
     kept = ["asymswap"]
     words = iter(arguments[1:])

@@ -6,7 +6,6 @@ comes first.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,7 +21,7 @@ from asymswap.inputs import Inputs
 from asymswap.planning.apply import apply_structure
 from asymswap.reporting.fusion import FusionRow
 from asymswap.spec import ConvSpec, Plan, Progress, Swap, silent
-from asymswap.tensors import eval_mode, meta_copy
+from asymswap.tensors import additions, eval_mode, meta_copy
 
 _WEAKEST = 1e-2
 """A batch norm's channel that scales by no more than this share of the average one's scale is not divided by."""
@@ -122,6 +121,9 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
     if not type(settings).model_fields["allow_growth"].default and not wanted.separable:
         return _leave(entry, "one conv would cost more; --separable fuses it nevertheless")
     conv = read_conv(cast(nn.Conv2d, here.before.get_submodule(entry.site)))
+    changed = _changed(module, kind.build(conv, settings))
+    if changed is not None:
+        return _leave(entry, changed)
     fused, reason = kind.fuse(module, conv, settings), ""
     offset = here.largest_offset
     if fused is None and isinstance(kind, kinds.Sampling) and offset is not None and wanted.max_offset is not None:
@@ -133,6 +135,9 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
         return _leave(entry, f"no ordinary conv computes the same{more}")
     modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
     if entry.absorbs is not None:
+        changed = _changed(here.model.get_submodule(entry.absorbs), nn.Identity())
+        if changed is not None:
+            return _leave(entry, f"the batch norm's place has changed: {changed}")
         absorbed = cast(nn.BatchNorm2d, here.before.get_submodule(entry.absorbs))
         modules[entry.absorbs] = _put_back(fused, conv, absorbed, module)
     elif fused.bias is not None and not conv.bias and here.norm is not None:
@@ -143,6 +148,19 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
     if replace(read_conv(fused), dtype=conv.dtype) == conv:
         return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
     return _resized(entry, fused, conv, modules)
+
+
+def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
+    """What was added to a replacement or to a part of it, which one conv would drop; None where nothing was."""
+    untouched = dict(fresh.named_modules())
+    for name, part in module.named_modules():
+        own = untouched.get(name)
+        if own is None or type(part) is not type(own):
+            return f"its {name or 'class'} was replaced by a {type(part).__name__}"
+        added = additions(part, own)
+        if added is not None:
+            return f"it {added}" if not name else f"its {name} {added}"
+    return None
 
 
 def _resized(entry: Swap, fused: nn.Conv2d, conv: ConvSpec, modules: Mapping[str, nn.Module]) -> _Result:
@@ -184,7 +202,7 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) ->
 
 def _take_bias(fused: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     """A copy of the batch norm that takes the conv's bias into its mean; the conv loses it, in place."""
-    own = copy.deepcopy(norm)
+    own = cast(nn.BatchNorm2d, swap(norm, {}))
     with torch.no_grad():
         cast(Tensor, own.running_mean).sub_(cast(Tensor, fused.bias))
     fused.register_parameter("bias", None)

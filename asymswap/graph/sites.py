@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from torch import nn
 
 from asymswap.spec import Call, ConvSpec, Neighbour, Site
-from asymswap.tensors import has_hooks
+from asymswap.tensors import additions
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
@@ -31,6 +31,7 @@ _SUBCLASSES = {
     "LazyConv2d": "no weights before the model has run once",
 }
 _SHARES = "shares its weights with "
+_FRESH = nn.Conv2d(1, 1, 1, device="meta")
 
 
 def read_conv(conv: nn.Conv2d) -> ConvSpec:
@@ -105,8 +106,9 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
         return f"is a {type(conv).__name__}{_what_it_computes(type(conv))}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
-    if has_hooks(conv):
-        return "has hooks (weight_norm, spectral_norm or your own), which a swap would drop"
+    changed = additions(conv, _FRESH) or _replaced_method()
+    if changed is not None:
+        return f"{changed}, which a swap would drop"
     others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
     if others:
         return f"{_SHARES}{others[0]}"
@@ -114,6 +116,15 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
         return f"had its padding changed after construction, which padding_mode = {conv.padding_mode!r} does not see"
     if name in read_elsewhere:
         return "has parameters that the model reads without calling it"
+    return None
+
+
+def _replaced_method() -> str | None:
+    """Which method of nn.Conv2d itself has been replaced, if one has: every conv then computes something else."""
+    for name in ("forward", "_conv_forward", "__call__"):
+        module = getattr(nn.Conv2d, name).__module__
+        if not module.startswith("torch."):
+            return f"is an nn.Conv2d whose {name} {module} has replaced"
     return None
 
 

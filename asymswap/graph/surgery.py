@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from asymswap.errors import PlanError, near_names
-from asymswap.tensors import is_channels_last, loose_tensors
+from asymswap.tensors import deep_copy, is_channels_last, loose_tensors
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:
@@ -20,8 +19,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
     With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed.
 
     A module that is registered under several names is swapped under all of them, by one and the same module; the
-    weights of what is swapped are not copied. Every other module keeps its class, name, hooks and mode. Raises
-    PlanError for a name that is no module of the model, before anything is copied.
+    weights of what is swapped are not copied. Every other module keeps its class, name, hooks and mode, every other
+    parameter its hooks, attributes and trainability. Raises PlanError for a name that is no module of the model, before
+    anything is copied, and for a model whose copy is another.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in replacements:
@@ -33,7 +33,31 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
     memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     if share:
         memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo)
+    swapped = deep_copy(model, memo)
+    _keep_tensors_(model, swapped, replacements)
+    return swapped
+
+
+def _keep_tensors_(model: nn.Module, copied: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Give the copy's parameters what torch does not copy; raise PlanError where the copy is not what was copied."""
+    inside = {id(part) for new in replacements.values() for part in new.modules()}
+    old, new = dict(model.named_modules()), dict(copied.named_modules())
+    for name, module in new.items():
+        if id(module) in inside or name in replacements:
+            continue
+        before = old.get(name)
+        if before is None or before.training != module.training or before._buffers.keys() != module._buffers.keys():
+            raise PlanError(f"a copy of the model is not the same at {name!r}; does its class define __deepcopy__?")
+        for key, parameter in before._parameters.items():
+            own = module._parameters.get(key)
+            if own is None or parameter is None or own is parameter:
+                continue
+            for attribute, value in vars(parameter).items():
+                vars(own).setdefault(attribute, value)
+            for hook in (parameter._backward_hooks or {}).values():
+                own.register_hook(hook)
+            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+                own.register_post_accumulate_grad_hook(hook)
 
 
 def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None = None) -> nn.Module:

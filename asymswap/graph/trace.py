@@ -8,7 +8,7 @@ says so.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,8 +24,8 @@ from asymswap.graph.graphs import Recording, believed_parts, recording, traceabl
 from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
 from asymswap.inputs import Inputs, describe, with_values
-from asymswap.spec import Call, Neighbour, Site
-from asymswap.tensors import meta_copy, to_meta
+from asymswap.spec import Call, Neighbour, Site, norm_behind
+from asymswap.tensors import deep_copy, meta_copy, to_meta
 
 NORM_ACT = "batch_norm_act"
 """What a node is that normalises and then does something else, in one module."""
@@ -76,10 +76,35 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     ghost = meta_copy(model).eval()
     graphs = believed_parts(ran, recorded, ghost)
     neighbours, read_elsewhere = _read_graphs(ghost, graphs)
+    neighbours = _alone_in_training(model, inputs, neighbours)
     read_elsewhere |= {name.rpartition(".")[0] for name in functions.weights}
     sites = make_sites(model, calls, neighbours, read_elsewhere)
     on_meta = all(parameter.is_meta for parameter in ran.parameters())
     return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + functions.note(), graphs, ghost)
+
+
+def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
+    """Raise TraceError, with what was seen instead, for a model in which no Conv2d was seen to run."""
+    if any(site.calls for site in traced.sites):
+        return
+    name, number = type(model).__name__, len(traced.sites)
+    what = f"none of its {number} Conv2d was seen to run" if number else "the model has no Conv2d to swap"
+    holders = [key for key, part in model.named_children() if find_convs(part)]
+    others = {key: value for key, value in vars(model).items() if key != "_modules"}
+    hidden = [key for key, value in others.items() if any(map(find_convs, _modules_in(value)))]
+    hint = ""
+    if isinstance(model, torch.jit.ScriptModule):
+        hint = "; it is a ScriptModule, whose layers are compiled: give the module that it was made from"
+    elif hidden or (number and len(holders) == 1):
+        hint = f"; give the network itself, its attribute {(hidden or holders)[0]!r}"
+    seen = "; ".join(traced.notes)
+    raise TraceError(f"{name} on {describe(inputs)}: {what}{f' ({seen})' if seen else ''}{hint}")
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    """The modules that an attribute of a module holds, itself or in a list, tuple or dict, unknown to torch."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [item for item in values if isinstance(item, nn.Module)]
 
 
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
@@ -125,7 +150,7 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
             continue
     try:
         # Some look at values (detection, data-dependent control flow): these are run with numbers.
-        return _run(copy.deepcopy(model).eval(), with_values(inputs))
+        return _run(deep_copy(model).eval(), with_values(inputs))
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
@@ -136,10 +161,7 @@ def _run(model: nn.Module, inputs: Inputs) -> _Run:
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
-        batched = seen.dim() == 4
-        batch = seen.shape[0] if batched else 1
-        height, width = seen.shape[-2:]
-        calls[name].append(Call((height, width), (output.shape[-2], output.shape[-1]), batch, batched))
+        calls[name].append(Call.of(seen.shape, output.shape))
 
     with (
         torch.no_grad(),
@@ -158,7 +180,7 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
     read_elsewhere: set[str] = set()
     for prefix, graph in parts.items():
         root = model.get_submodule(prefix)
-        runs = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
+        runs = Counter(id(module) for module in _used_modules(root, graph))
         for node in graph.nodes:
             if node.op == "get_attr":
                 owner = str(node.target).rpartition(".")[0]
@@ -174,6 +196,63 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
             )
             found[name] = (_merge(before, feeds), _merge(after, follows))
     return found, read_elsewhere
+
+
+def _used_modules(root: nn.Module, graph: fx.Graph) -> Iterator[nn.Module]:
+    """The module of every call, and the owner of every parameter that is read without one."""
+    for node in graph.nodes:
+        if node.op == "call_module":
+            yield root.get_submodule(str(node.target))
+        elif node.op == "get_attr":
+            yield root.get_submodule(str(node.target).rpartition(".")[0])
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]) -> dict[str, Neighbours]:
+    """The same neighbours, with a batch norm `alone` behind its conv only where it is so in train mode, too.
+
+    It is not where the train-time graph uses it or the conv's output elsewhere (auxiliary branches), where the two are
+    not in the same mode, as given or after `train()`, and where it shares its weights.
+    """
+    pairs = {name: norm for name, (_, after) in neighbours.items() if (norm := norm_behind(after)) is not None}
+    if not pairs:
+        return neighbours
+    skeleton = meta_copy(model)
+    with contextlib.suppress(Exception):
+        skeleton.train()
+    trained, _ = _read_graphs(skeleton, traceable_parts(skeleton))
+    owners = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
+    runs: Counter[str] = Counter()
+    handles = []
+    for norm in pairs.values():
+
+        def hook(*_: Any, norm: str = norm) -> None:
+            runs[norm] += 1
+
+        handles.append(skeleton.get_submodule(norm).register_forward_hook(hook))
+    # What cannot run in train mode, as without its targets, is judged by its graph and by what ran of it.
+    with contextlib.suppress(Exception), torch.no_grad():
+        skeleton(*to_meta(inputs))
+    for handle in handles:
+        handle.remove()
+
+    def stays(name: str, norm: str) -> bool:
+        module = model.get_submodule(norm)
+        same_mode = all(
+            whole.get_submodule(norm).training == whole.get_submodule(name).training for whole in (model, skeleton)
+        )
+        own = all(owners[id(tensor)] == 1 for tensor in _own_tensors(module))
+        return same_mode and own and runs[norm] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
+
+    found = dict(neighbours)
+    for name, norm in pairs.items():
+        if not stays(name, norm):
+            before, after = found[name]
+            found[name] = before, tuple(replace(n, alone=False) if n.name == norm else n for n in after)
+    return found
 
 
 def _walk(

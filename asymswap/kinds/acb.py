@@ -31,7 +31,7 @@ from asymswap.errors import PlanError
 from asymswap.factorize.evidence import Evidence
 from asymswap.kinds import KindSettings
 from asymswap.spec import ConvSpec, Cost, Option, Site, Size
-from asymswap.tensors import has_hooks, store_
+from asymswap.tensors import additions, store_
 
 SIZES = ()
 PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
@@ -116,11 +116,11 @@ def adopt(settings: Settings, norm: nn.Module) -> Settings | None:
     """The settings with the constants of a batch norm that is to be taken over, or None where that cannot be.
 
     It cannot where the module is something else (an InstanceNorm2d or a FrozenBatchNorm2d stands for batch_norm too),
-    has hooks, or keeps no running statistics.
+    has hooks or attributes of the user's, or keeps no running statistics.
     """
     if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or norm.running_var is None:
         return None
-    if has_hooks(norm):
+    if additions(norm, nn.BatchNorm2d(1, device="meta")) is not None:
         return None
     momentum = "cumulative" if norm.momentum is None else norm.momentum
     return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})

@@ -1,39 +1,56 @@
 """MACs and parameters of a whole model, counted on meta tensors.
 
-The convention is that of `asymswap.spec`: convolutions (transposed and deformable ones too), linear layers and matrix
-products, attention included, counted by formula from shapes while the model runs on meta tensors, one input, eval mode.
-Nothing is computed, and functional calls are seen as well as modules. Not counted: additions of biases, normalisation,
-activations, pooling, interpolation of feature maps.
+The convention is that of `asymswap.spec`: convolutions (transposed and deformable ones too), linear and bilinear
+layers, recurrent cells and matrix products, attention included, counted while the model runs on meta tensors, one
+input, eval mode. torch's FlopCounterMode counts, by formulas from shapes, with the formulas here that it lacks;
+functional calls are seen as well as modules. Not counted: additions of biases, normalisation, activations, pooling,
+interpolation of feature maps. Operators that read weights and have no formula are named in `Costs.uncounted`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import TraceError
 from asymswap.inputs import Inputs, describe, with_values
 from asymswap.opening import Opened
-from asymswap.spec import Cost, Site
-from asymswap.tensors import meta_copy, to_meta
+from asymswap.spec import Call, Cost, Site
+from asymswap.tensors import deep_copy, meta_copy, to_meta
 
 aten = torch.ops.aten
+
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of a model, and that of the modules in it that were asked for."""
+    """The cost of a model, and that of the modules in it that were asked for, with their calls.
+
+    `uncounted` names the operators that read weights and have no formula.
+    """
 
     total: Cost
     by_name: Mapping[str, Cost]
+    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
+
+    def notes(self) -> tuple[str, ...]:
+        """What the number of MACs leaves out, for the report; nothing where it is whole."""
+        if not self.uncounted:
+            return ()
+        return (f"MACs leave out operators that read weights and have no formula: {', '.join(self.uncounted)}",)
 
 
 def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> Costs:
@@ -46,19 +63,28 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
         return _count(meta_copy(model).eval(), to_meta(inputs), wanted)
     except Exception:
         # What looks at values, as detection does, needs some; what fails for another reason fails again.
-        return _count(copy.deepcopy(model).eval(), with_values(inputs), wanted)
+        return _count(deep_copy(model).eval(), with_values(inputs), wanted)
 
 
-def cost_of(opened: Opened) -> Cost:
-    """The whole cost of an opened model; raises TraceError where it does not run on an input of its size."""
+def costs_of(opened: Opened, names: Iterable[str] = ()) -> Costs:
+    """The cost of an opened model, and of the named modules in it.
+
+    Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.
+    """
     try:
-        return count_costs(opened.model, opened.example()).total
+        costs = count_costs(opened.model, opened.example(), names)
     except Exception as error:
         # What a network says about an input that it does not take is its own.
         about, reason = describe(opened.example()), " ".join(str(error).split())[:200]
         raise TraceError(
             f"{opened.reference} does not run on {about}: {reason or type(error).__name__}; give another --input"
         ) from error
+    if costs.total.macs == 0:
+        raise TraceError(
+            f"{opened.reference} costs 0 MACs on {describe(opened.example())}: no convolution, linear layer or matrix "
+            "product was seen to run; give the network itself if this is a wrapper around it"
+        )
+    return costs
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:
@@ -81,86 +107,145 @@ def _count_calls(module: nn.Module, site: Site) -> Cost:
 
 def _count(skeleton: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
     """The cost of a model that may be run and given hooks."""
-    macs = dict.fromkeys(names, 0)
-    counter = _Counter()
-    for name in macs:
-        _watch(skeleton.get_submodule(name), name, macs, counter)
-    with torch.no_grad(), counter:
+    flops = dict.fromkeys(names, 0)
+    calls: dict[str, list[Call]] = {name: [] for name in names}
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    uncounted = _Uncounted(skeleton, counter.flop_registry)
+    for name in flops:
+        _watch(skeleton.get_submodule(name), name, flops, calls[name], counter)
+    # The counter comes last: it takes operators apart, and what it cannot take apart goes on to the other.
+    with torch.no_grad(), _plain_attention(), uncounted, counter:
         skeleton(*inputs)
-    by_name = {name: Cost(macs[name], _params(skeleton.get_submodule(name))) for name in macs}
-    return Costs(Cost(counter.macs, _params(skeleton)), by_name)
+    by_name = {name: Cost(flops[name] // 2, _params(skeleton.get_submodule(name))) for name in flops}
+    total = Cost(counter.get_total_flops() // 2, _params(skeleton))
+    return Costs(total, by_name, calls, tuple(sorted(uncounted.found)))
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep attention and encoder layers from running as one operator each, which no formula knows."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _watch(module: nn.Module, name: str, macs: dict[str, int], counter: _Counter) -> None:
-    """Add what the counter counts while the module runs to `macs[name]`."""
+def _watch(module: nn.Module, name: str, flops: dict[str, int], calls: list[Call], counter: FlopCounterMode) -> None:
+    """Add what the counter counts while the module runs to `flops[name]`, and its calls on feature maps to `calls`."""
 
     def enter(*_: Any) -> None:
-        macs[name] -= counter.macs
+        flops[name] -= counter.get_total_flops()
 
-    def leave(*_: Any) -> None:
-        macs[name] += counter.macs
+    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        flops[name] += counter.get_total_flops()
+        seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
+            calls.append(Call.of(seen[0].shape, output.shape))
 
     module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    module.register_forward_hook(leave, with_kwargs=True)
 
 
-def _matmul(a: Tensor, b: Tensor, *_: Any) -> int:
-    return math.prod(a.shape) * b.shape[-1]
+def _first(one: Shape, *_: Any, **__: Any) -> int:
+    # A matrix or a vector, each number of which meets one of a vector.
+    return 2 * math.prod(one)
 
 
-def _added_matmul(_: Tensor, a: Tensor, b: Tensor, *__: Any) -> int:
-    return _matmul(a, b)
+def _added_first(_: Any, one: Shape, *__: Any, **___: Any) -> int:
+    return 2 * math.prod(one)
 
 
-def _convolution(x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> int:
-    # Every pixel of the output gathers group_in * taps products; of a transposed conv, every pixel of the input spreads
-    # group_out * taps.
-    walked = x if transposed else out
-    return walked.shape[0] * math.prod(walked.shape[2:]) * math.prod(weight.shape)
+def _added_batches(_: Any, one: Shape, other: Shape, *__: Any, **___: Any) -> int:
+    return 2 * math.prod(one) * other[-1]
 
 
-def _deform_conv(x: Tensor, weight: Tensor, offset: Tensor, *others: Any) -> int:
+def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
     # Each sample is a weighted sum of four pixels of the input, and with a mask it is scaled once more.
     use_mask = bool(others[-1])
-    samples = x.shape[1] * math.prod(weight.shape[2:])
-    return offset.shape[0] * math.prod(offset.shape[2:]) * (math.prod(weight.shape) + samples * (4 + use_mask))
+    samples = x[1] * math.prod(weight[2:])
+    return 2 * offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    *batch, rows, depth = query.shape
-    return math.prod(batch) * rows * key.shape[-2] * (depth + value.shape[-1])
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    *batch, rows, depth = query
+    return 2 * math.prod(batch) * rows * key[-2] * (depth + value[-1])
 
 
+def _trilinear(one: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    # What nn.Bilinear runs: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
+    return 2 * one[0] * math.prod(weight)
+
+
+def _conv_tbc(_x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    return 2 * out_shape[0] * out_shape[1] * math.prod(weight)
+
+
+def _recurrent(x: Shape, to_gates: Shape, between_steps: Shape, *_: Any, **__: Any) -> int:
+    # Each row of the input, (steps, images, features) or packed, meets both matrices of the layer once.
+    return 2 * math.prod(x[:-1]) * (math.prod(to_gates) + math.prod(between_steps))
+
+
+def _recurrent_layers(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
+# What torch's counter lacks: FLOPs by the shapes of the arguments.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mm: _matmul,
-    aten.bmm: _matmul,
-    aten.addmm: _added_matmul,
-    aten.baddbmm: _added_matmul,
-    torch.ops.torchvision.deform_conv2d: _deform_conv,
-    aten._scaled_dot_product_flash_attention: _attention,
+    aten.mv: _first,
+    aten.addmv: _added_first,
+    aten.dot: _first,
+    aten.vdot: _first,
+    aten.addbmm: _added_batches,
+    aten._trilinear: _trilinear,
+    aten.conv_tbc: _conv_tbc,
+    aten.mkldnn_rnn_layer: _recurrent,
+    aten._cudnn_rnn: _recurrent_layers,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_efficient_attention: _attention,
-    aten._scaled_dot_product_cudnn_attention: _attention,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
+    torch.ops.torchvision.deform_conv2d: _deform_conv,
 }
 
+# What reads weights and is left out by the convention: normalisation, look-ups, and what only moves or sums numbers up.
+_FREE = re.compile(
+    r"batch_norm|layer_norm|group_norm|rms_norm|weight_norm|embedding|index|gather|scatter|cat$|stack|copy|clone|fill"
+    r"|repeat|select|roll|flip|tril|triu|pad|im2col|sum|mean|var|std|norm|max|min|sort|topk|softmax|pool|upsample|grid_sampl"
+    r"|bernoulli|dropout|equal|scalar|nonzero|where|diagonal|resize|set_|new_|_like"
+)
+_TAGS = [getattr(torch.Tag, name) for name in ("pointwise", "reduction") if hasattr(torch.Tag, name)]
 
-class _Counter(TorchDispatchMode):
-    """Adds up the MACs of every operator that has a formula, as it passes."""
 
-    def __init__(self) -> None:
+class _Uncounted(TorchDispatchMode):
+    """Collects the names of operators that read weights of a model and have no formula."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, known: Mapping[Any, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.macs = 0
+        self.found: set[str] = set()
+        self._known = known
+        # Views of a weight share its storage; kept here, so that no other gets its id.
+        self._storages = [tensor.untyped_storage() for tensor in model.parameters() if tensor.layout is torch.strided]
+        self._weights = {id(storage) for storage in self._storages}
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet is aten.convolution:
-            self.macs += _convolution(args[0], args[1], args[6], out)
-        elif packet in _FORMULAS:
-            self.macs += _FORMULAS[packet](*args)
-        return out
+        packet = getattr(func, "_overloadpacket", func)
+        if packet not in self._known and not self._is_free(func) and self._reads_weights((args, kwargs)):
+            self.found.add(str(packet))
+        return func(*args, **(kwargs or {}))
+
+    def _is_free(self, func: Any) -> bool:
+        """Whether it is known that an operator multiplies no weights, or only as the convention leaves out."""
+        if getattr(func, "namespace", "") not in ("aten", "prim", "prims"):
+            return False
+        moves = func.is_view or _FREE.search(func._overloadpacket.__name__) is not None
+        return moves or any(tag in func.tags for tag in _TAGS)
+
+    def _reads_weights(self, arguments: Any) -> bool:
+        tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+        return any(id(tensor.untyped_storage()) in self._weights for tensor in tensors)

@@ -8,7 +8,6 @@ computed, and with weights that other layers have pushed out of the caches, both
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import statistics
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from asymswap.inputs import Inputs
 from asymswap.measure.significance import median_interval
 from asymswap.spec import Progress, Ratio, Seconds, silent
-from asymswap.tensors import eval_mode, map_tensors
+from asymswap.tensors import deep_copy, eval_mode, map_tensors
 
 MemoryFormat = Literal["channels-last", "contiguous"]
 _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -216,7 +215,7 @@ def _stopwatches(model: nn.Module, seconds: dict[str, float]) -> Iterator[None]:
 
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
     """A copy of the model with its weights in that memory format."""
-    return copy.deepcopy(model).to(memory_format=_FORMATS[memory_format])
+    return deep_copy(model).to(memory_format=_FORMATS[memory_format])
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:

@@ -463,7 +463,7 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())
-        digest.update(_bytes(tensor))
+        digest.update(_bytes(tensor) if isinstance(tensor, Tensor) else repr(tensor).encode())
     return digest.hexdigest()
 
 

@@ -215,6 +215,9 @@ def _within_error(
     return best
 
 
+_UNMATCHED = "no rule matches"
+
+
 def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     """For each site the index of the first rule that matches it, or None.
 
@@ -239,7 +242,7 @@ def _decide(
     model: nn.Module, site: Site, recipe: Recipe, index: int | None, evidence: Evidence | None
 ) -> _Matched | Keep:
     if index is None:
-        return Keep(site.name, "no rule matches")
+        return Keep(site.name, _UNMATCHED)
     rule, number = recipe.rules[index], index + 1
     if rule.swap is None:
         return Keep(site.name, f"rule {number} keeps it")
@@ -379,6 +382,17 @@ def plan_from_json(value: Any, where: str) -> Plan:
         except RecipeError as error:
             raise PlanError(f"{where}, site {swap.site!r}: {error}") from None
     return plan
+
+
+def check_not_empty(plan: Plan, recipe: Recipe) -> None:
+    """Raise RecipeError, with the reasons, for a plan by which nothing at all would be swapped."""
+    if plan.swaps:
+        return
+    matched = [keep for keep in plan.keeps if keep.reason != _UNMATCHED]
+    why = "; ".join(f"{keep.site}: {keep.reason}" for keep in matched[:2]) or "no rule matches a conv"
+    more = f"; and {len(matched) - 2} more" if len(matched) > 2 else ""
+    met = f"the budget of {recipe.budget} is met without a single swap" if recipe.budget else "nothing would be swapped"
+    raise RecipeError(f"{met} ({why}{more})")
 
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,19 +126,25 @@ def to_json(sweep: Tradeoff) -> dict[str, Any]:
 
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
     """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
-    names = ("recipe", "budget", "accuracy", "swapped", "seconds", "failed")
-    points = tuple(
-        Point(**{name: point[name] for name in names}, cost=_read_cost(point["cost"])) for point in value["points"]
-    )
-    before = _read_cost(value["before"])
-    if before is None:
-        raise ValueError("it lacks the cost before")
-    plainly = {name: value[name] for name in ("model", "measure", "accuracy", "images", "data", "tolerance", "setting")}
-    return Tradeoff(**plainly, before=before, points=points, notes=tuple(value["notes"]))
+    from pydantic import TypeAdapter
 
-
-def _read_cost(value: Mapping[str, Any] | None) -> Cost | None:
-    return None if value is None else Cost(int(value["macs"]), int(value["params"]))
+    names = ("model", "measure", "before", "accuracy", "images", "data", "tolerance", "setting", "notes")
+    point_names = ("recipe", "budget", "cost", "accuracy", "swapped", "seconds", "failed")
+    points = [{name: point[name] for name in point_names} for point in value["points"]]
+    found = TypeAdapter(Tradeoff).validate_python({**{name: value[name] for name in names}, "points": points})
+    costs = [found.before, *(point.cost for point in found.points if point.cost is not None)]
+    numbers = [found.accuracy, found.tolerance, *(point.budget for point in found.points)]
+    numbers += [point.accuracy for point in found.points if point.accuracy is not None]
+    numbers += [point.seconds for point in found.points]
+    whole_numbers = [number for cost in costs for number in (cost.macs, cost.params)] + [found.images]
+    sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in whole_numbers)
+    if found.measure not in ("macs", "params") or not sound:
+        raise ValueError("its measure or one of its numbers cannot be")
+    if any((point.cost is None or point.accuracy is None) != (point.failed is not None) for point in found.points):
+        raise ValueError("one of its points is neither measured nor failed")
+    if not isinstance(found.setting.get("recipes", {}), Mapping):
+        raise ValueError("its setting has no recipes")
+    return found
 
 
 COLUMNS = (

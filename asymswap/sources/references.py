@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asymswap.errors import SourceError
-from asymswap.sources import builders, factories, networks, timm_models, torchvision_models
+from asymswap.sources import builders, extra_state, factories, networks, timm_models, torchvision_models
 from asymswap.sources.archives import read_described, read_exported, read_torchscript, states_of_modules
 from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
@@ -246,7 +246,7 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
         notes += identified.notes()
         # What the builder takes is left to the user, where they have said it.
         request = replace(request, arguments={**identified.arguments, **request.arguments})
-    source = _fill(reference, state, request, str(path), progress, published)
+    source = _fill(reference, state, request, str(path), progress, published, found.extra)
     return replace(source, notes=notes + source.notes, file=path, sha256=digest, weights=f"file {path.name}")
 
 
@@ -365,17 +365,25 @@ def _fill_from_file(reference: str, request: Request) -> Source:
         if isinstance(found.value, nn.Module):
             raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
         digest = fingerprint_of(path)
-        source = _fill(reference, found.value, request, str(path), silent, torchvision_models.published(digest))
+        published = torchvision_models.published(digest)
+        source = _fill(reference, found.value, request, str(path), silent, published, found.extra)
     notes = (*about_trust(path, raw, request), *found.notes, *source.notes)
     return replace(source, notes=notes, file=path, sha256=digest, weights=f"file {path.name}")
 
 
 def _fill(
-    reference: str, state: State, request: Request, label: str, progress: Progress, published: Published | None = None
+    reference: str,
+    state: State,
+    request: Request,
+    label: str,
+    progress: Progress,
+    published: Published | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Source:
     """The network of a reference with a state dict loaded strictly; class count and input channels follow the state.
 
-    `published` says which of torchvision's files it comes from, where it does.
+    `published` says which of torchvision's files it comes from, where it does; `extra` is what the file holds of the
+    modules' extra state.
     """
     full = builders.canonical(reference)
     if full is None or published is None or full != f"torchvision:{published.model}":
@@ -388,17 +396,28 @@ def _fill(
         # The user's own code may keep what it has built or read, and views of it.
         private = full is not None and not request.trust_pickle
         load_state_(model, view.state, take=private)
+        notes = view.notes() + _load_extra(model, extra or {}, view)
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
     if full is None:
         source = _describe_built(model, reference, arguments, label)
-        return replace(source, notes=view.notes() + source.notes)
+        return replace(source, notes=notes + source.notes)
     if full.startswith(timm_models.PREFIX):
-        source = _timm_source(model, full.removeprefix(timm_models.PREFIX), arguments, label, view.notes())
+        source = _timm_source(model, full.removeprefix(timm_models.PREFIX), arguments, label, notes)
         return replace(source, private=private)
-    notes = view.notes() + _about_inputs(full, arguments, published)
+    notes += _about_inputs(full, arguments, published)
     preprocessing = _preprocessing(full, model, None if published is None else published.weights)
     return Source(model, Origin(full, arguments), preprocessing, label, notes, private=private)
+
+
+def _load_extra(model: nn.Module, extra: Mapping[str, Any], view: View) -> tuple[str, ...]:
+    """Give the modules, in place, the extra state of a file; what is to be said where the two are not the same keys."""
+    own, found = extra_state.owners(model), {key.removeprefix(view.prefix): value for key, value in extra.items()}
+    extra_state.load_(model, {key: value for key, value in found.items() if key in own})
+    left_out = ", ".join(key for key in found if key not in own)
+    lacking = ", ".join(key for key in own if key not in found)
+    notes = (f"extra state that no module takes was left out: {left_out}",) if left_out else ()
+    return notes + ((f"extra state that the file lacks stays as it was built: {lacking}",) if lacking else ())
 
 
 def _fitting(

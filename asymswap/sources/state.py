@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError, near_names
+from asymswap.sources.extra_state import is_extra
 
 State = dict[str, Tensor]
 
@@ -30,11 +31,15 @@ _SAVE = "save the state_dict of a model in float32, float16 or bfloat16"
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint file holds: a state dict or a whole module, the key under which it was found, and notes."""
+    """What a checkpoint file holds: a state dict or a whole module, the key under which it was found, and notes.
+
+    `extra` is the extra state of modules that stands in the state dict beside the tensors.
+    """
 
     value: State | nn.Module
     key: str = ""
     notes: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_weights(value: Any, label: str, key: str | None = None) -> Found:
@@ -74,8 +79,9 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
         yield Found(value.module, key)
     elif isinstance(value, nn.Module):
         yield Found(value, key)
-    elif isinstance(value, Mapping) and (state := _as_state(value)):
-        yield Found(strip_prefixes(state), key)
+    elif isinstance(value, Mapping) and _as_state(value):
+        stripped = strip_prefixes(dict(value))
+        yield Found(_as_state(stripped), key, extra={name: item for name, item in stripped.items() if is_extra(name)})
     elif isinstance(value, Mapping) and depth < _DEEPEST:
         names = [name for name in NESTS if name in value]
         names += [name for name in value if name not in NESTS and isinstance(name, str) and _may_hold_network(name)]
@@ -86,7 +92,7 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
 
 def _as_state(value: Mapping[Any, Any]) -> State:
     """The mapping as a state dict, without what modules store beside tensors; empty where it is none."""
-    kept = {name: item for name, item in value.items() if not str(name).endswith("_extra_state")}
+    kept = {name: item for name, item in value.items() if not is_extra(str(name))}
     all_tensors = all(isinstance(name, str) and isinstance(item, Tensor) for name, item in kept.items())
     return dict(kept) if all_tensors else {}
 
@@ -182,8 +188,8 @@ class Difference:
 
 
 def compare(model: nn.Module, state: State) -> Difference:
-    """Compare keys and shapes; counters of batches, which old files lack, may be missing."""
-    own = model.state_dict()
+    """Compare keys and shapes, extra state aside; counters of batches, which old files lack, may be missing."""
+    own = own_tensors(model)
     return Difference(
         missing=tuple(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
         unexpected=tuple(key for key in state if key not in own),
@@ -198,9 +204,36 @@ def compare(model: nn.Module, state: State) -> Difference:
 def check_numbers(model: nn.Module) -> None:
     """Raise SourceError where a module has weights that are no numbers to compute with."""
     for key, tensor in model.state_dict().items():
-        reason = _refuse(tensor, tensor) if isinstance(tensor, Tensor) else None
+        reason = _refuse(tensor, tensor) if isinstance(tensor, Tensor) and not is_extra(key) else None
         if reason:
             raise SourceError(f"{key!r} {reason}; {_SAVE}")
+
+
+def own_tensors(model: nn.Module) -> State:
+    """Every parameter and stored buffer of a model by all of its names, in the order of the state dict."""
+    found: State = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {**module._parameters, **module._buffers}
+        stored = ((key, value) for key, value in kept.items() if key not in module._non_persistent_buffers_set)
+        found |= {f"{prefix}.{key}" if prefix else key: value for key, value in stored if value is not None}
+    return found
+
+
+def stored_tensors(model: nn.Module) -> State:
+    """The tensors of a model's state dict, extra state aside; raises SourceError where they could not be loaded again.
+
+    That is so where a hook or a method of the user's own renames entries, leaves some out, or adds what is no tensor.
+    """
+    own = own_tensors(model)
+    state = {key: value for key, value in model.state_dict().items() if not is_extra(key)}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or key not in own:
+            what = "no parameter or buffer" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise SourceError(f"the model's state dict has {key!r}, {what}, which could not be loaded again")
+    lacking = next((name for name in own if name not in state), None)
+    if lacking is not None:
+        raise SourceError(f"the model's state dict leaves out {lacking!r}, so that it could not be loaded again")
+    return state
 
 
 def load_state_(model: nn.Module, state: State, take: bool = False) -> None:

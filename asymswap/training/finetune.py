@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from asymswap.checkpoint import read_checkpoint
 from asymswap.distributed import Team
 from asymswap.errors import AsymswapError
-from asymswap.tensors import first_not_finite
+from asymswap.tensors import first_not_finite, map_tensors
 from asymswap.training.augment import Mixing, training_transform
 from asymswap.training.batches import Batch, Reader, Schedule, TrainingImages
 from asymswap.training.distill import Objective
@@ -226,7 +226,7 @@ class Trainer:
         progress.start_epoch()
         self._tell(row)
         if better:
-            self.best = {key: value.detach().cpu().clone() for key, value in self.kept_model.state_dict().items()}
+            self.best = map_tensors(dict(self.kept_model.state_dict()), lambda tensor: tensor.detach().cpu().clone())
         self._save(better)
 
     def _set_modes(self) -> None:
@@ -387,7 +387,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(found["scaler"])
         self.progress = Progress.from_plain(found["progress"])
         if self.progress.best_epoch:
-            self.best = self.team.first(lambda: read_checkpoint(folder.best).state)
+            best = self.team.first(lambda: read_checkpoint(folder.best))
+            self.best = {**best.state, **best.extra}
 
 
 def make_accelerator(settings: Training, team: Team) -> Any:
@@ -420,7 +421,7 @@ def make_accelerator(settings: Training, team: Team) -> Any:
 
 @contextmanager
 def _same_kernels(wanted: bool) -> Iterator[None]:
-    """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run."""
+    """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run, on as many threads."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     if wanted:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

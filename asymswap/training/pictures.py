@@ -97,12 +97,13 @@ class InMemory:
 
 
 class ClassFolders(ImageFolder):  # type: ignore[misc]  # torchvision ships no types
-    """torchvision's ImageFolder, blind to hidden folders: editors leave such behind and they are no class."""
+    """torchvision's ImageFolder without hidden folders and files, as editors and archives leave behind (`._x.jpg`)."""
 
     ready = False
 
     def __init__(self, root: Path, channels: int) -> None:
-        super().__init__(str(root), allow_empty=True)
+        super().__init__(str(root), is_valid_file=lambda path: _is_image(Path(path)), allow_empty=True)
+        self.extensions = IMG_EXTENSIONS
         self._mode = PIL_MODES[channels]
         self.labels: list[int] = self.targets
 
@@ -146,8 +147,12 @@ def _decoded(path: str | Path, mode: str) -> Image.Image:
 
 def image_files(folder: Path) -> list[Path]:
     """The visible files of images that lie in a folder itself, by name."""
-    found = (path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-    return sorted(path for path in found if not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if _is_image(path) and path.is_file())
+
+
+def _is_image(path: Path) -> bool:
+    """True for a visible file with the ending of an image."""
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
 
 
 def class_names(folder: Path) -> list[str]:

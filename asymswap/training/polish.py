@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from asymswap.errors import AsymswapError
 from asymswap.spec import Progress, silent
-from asymswap.tensors import eval_mode, seeded
+from asymswap.tensors import deep_copy, eval_mode, seeded
 from asymswap.training.distill import difference
 
 _LEARNING_RATE = 2e-3
@@ -71,7 +71,7 @@ def polish_(
     if not len(seen):
         seen = held
     # A step backwards through asymmetric convs takes half as long in this format. Copies: the models keep their own.
-    teacher, student = (copy.deepcopy(one).to(memory_format=torch.channels_last) for one in (original, converted))
+    teacher, student = (deep_copy(one).to(memory_format=torch.channels_last) for one in (original, converted))
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not trainable:
         raise AsymswapError("there is nothing to polish: every parameter of the model is frozen")

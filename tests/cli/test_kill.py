@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def test_a_killed_conversion_leaves_its_output_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     kill = importlib.import_module("kill")
-    found = kill.measure(tmp_path, kills=4, seed=0)
+    wanted = argparse.Namespace(kills=3, seed=0, workers=1)
+    found = kill.killed_convert(tmp_path, wanted, lambda line: None)
     assert found["faults"] == []
-    assert sum(found["ends"].values()) == 4
+    assert sum(found["ends"].values()) == 3

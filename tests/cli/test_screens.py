@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -112,11 +113,13 @@ def _move_taps(path: Path) -> None:
 class Show:
     """Runs command lines."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
+    def __init__(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._source, self._folder, self._monkeypatch = source, folder, monkeypatch
 
     def __call__(self, line: str, width: int) -> tuple[Screen, int]:
-        """In a terminal of so many columns: the screen, and the exit code."""
+        """In a terminal of so many columns: the screen, and the exit code; each command finds the folder as it was."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._monkeypatch.chdir(shutil.copytree(self._source, self._folder))
         codes: list[int] = []
         sent = on_terminal(width, lambda: codes.append(self.piped(line)))
         return read_screen(sent, width), codes[0]
@@ -132,7 +135,8 @@ class Show:
 @pytest.fixture
 def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Show:
     """Runs command lines in a folder of their own, which holds what they name."""
-    monkeypatch.chdir(shutil.copytree(folder, tmp_path / "here"))
+    here = tmp_path / "here"
+    monkeypatch.chdir(shutil.copytree(folder, here))
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -151,7 +155,31 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     monkeypatch.setattr("asymswap.benchmarking.machine", lambda: {"processor": "a processor", "cores": 2})
     monkeypatch.setattr("asymswap.benchmarking.take_turns", _turns)
     monkeypatch.setattr("asymswap.benchmarking.time_models", _layers)
-    return Show(monkeypatch)
+    for place in ONCE:
+        monkeypatch.setattr(place, _once(pkgutil.resolve_name(place)))
+    return Show(folder, here, monkeypatch)
+
+
+ONCE = (
+    "asymswap.api.candidates",
+    "asymswap.api.convert",
+    "asymswap.api.evaluate",
+    "asymswap.comparison.compare",
+    "asymswap.tradeoff.sweep",
+)
+"""Verbs that only return a result: where a test shows it at several widths, it is computed once."""
+
+
+def _once(verb: Callable[..., object]) -> Callable[..., object]:
+    known: dict[str, object] = {}
+
+    def call(*arguments: object, **options: object) -> object:
+        line = " ".join(sys.argv)
+        if line not in known:
+            known[line] = verb(*arguments, **options)
+        return known[line]
+
+    return call
 
 
 def _turns(turns: Iterable[tuple[int, int]], *, rounds: int, **_: object) -> dict[tuple[int, int], list[list[float]]]:
@@ -197,40 +225,40 @@ def check_layout(screen: Screen) -> None:
     assert "pytest" not in screen.text
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", RESULTS)
-def test_results(name: str, width: int, show: Show, recorded: Recorded) -> None:
-    screen, code = show(RESULTS[name], width)
-    assert code == 0, screen.text
-    check_layout(screen)
-    assert screen.styles <= {"bold", "dim", "yellow"}
-    recorded(name, width, RESULTS[name], screen.text)
+def test_results(name: str, show: Show, recorded: Recorded) -> None:
+    for width in WIDTHS:
+        screen, code = show(RESULTS[name], width)
+        assert code == 0, screen.text
+        check_layout(screen)
+        assert screen.styles <= {"bold", "dim", "yellow"}
+        recorded(name, width, RESULTS[name], screen.text)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors(name: str, width: int, show: Show, recorded: Recorded, request: pytest.FixtureRequest) -> None:
+def test_errors(name: str, show: Show, recorded: Recorded, request: pytest.FixtureRequest) -> None:
     line, code = ERRORS[name]
-    screen, ended = show(line, width)
-    assert ended == code, screen.text
-    if code == 1:
-        # One line for programs to find; the terminal breaks it where it must.
-        assert screen.text.startswith("error: ")
-        assert not screen.styles
-    else:
-        _skip_other_layouts(request)
-    recorded(name, width, line, screen.text)
+    for width in WIDTHS:
+        screen, ended = show(line, width)
+        assert ended == code, screen.text
+        if code == 1:
+            # One line for programs to find; the terminal breaks it where it must.
+            assert screen.text.startswith("error: ")
+            assert not screen.styles
+        else:
+            _skip_other_layouts(request)
+        recorded(name, width, line, screen.text)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", HELPS)
-def test_helps(name: str, width: int, show: Show, recorded: Recorded, request: pytest.FixtureRequest) -> None:
-    screen, code = show(HELPS[name], width)
-    assert code == 0
-    check_layout(screen)
-    assert ("Try: asymswap " if name == "help" else "Example: asymswap ") in screen.text
-    _skip_other_layouts(request)
-    recorded(name, width, HELPS[name], screen.text)
+def test_helps(name: str, show: Show, recorded: Recorded, request: pytest.FixtureRequest) -> None:
+    for width in WIDTHS:
+        screen, code = show(HELPS[name], width)
+        assert code == 0
+        check_layout(screen)
+        assert ("Try: asymswap " if name == "help" else "Example: asymswap ") in screen.text
+        _skip_other_layouts(request)
+        recorded(name, width, HELPS[name], screen.text)
 
 
 def _skip_other_layouts(request: pytest.FixtureRequest) -> None:

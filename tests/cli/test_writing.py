@@ -141,6 +141,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.rmdir()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("name", FORMS)
 def test_really_full_disk(name: str, small_disk: Path, run: Any) -> None:
     outcome = run(*CONVERT, "-o", small_disk / name)

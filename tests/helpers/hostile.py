@@ -8,6 +8,7 @@ command that reads it. Cases are run in worker processes, which are replaced whe
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import io
 import json
 import multiprocessing
@@ -39,22 +40,29 @@ _KILLED_AFTER = 600.0
 _ADDRESS_SPACE = 3 * 2**30
 """Bytes that a worker may take on top of what it has to begin with."""
 
+MOST_MB = 1024.0
+"""Of memory that a case may take on top of what the process has to begin with."""
+
 SPRUNG = "sprung"
 """The file that every trap would make."""
 
 ACCEPTED, REFUSED, MEMORY = "accepted", "refused", "refused, out of memory"
-BAD = ("traceback", "files left behind", "code executed", "crash", "hang")
+BAD = ("traceback", "files left behind", "code executed", "crash", "hang", "more than 1 GiB")
 VERDICTS = (ACCEPTED, REFUSED, MEMORY, *BAD)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One command, and the files in the folder that it is run in; `kind` is the kind of file, `name` what was done."""
+    """One command, and the files in the folder that it is run in; `kind` is the kind of file, `name` what was done.
+
+    `may_leave` are patterns of what a command that did its work may leave beside the output of -o.
+    """
 
     kind: str
     name: str
     arguments: tuple[str, ...]
     files: Mapping[str, bytes] = field(repr=False)
+    may_leave: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,13 @@ def verdict(case: Case, ending: Ending, patience: float = HANG_SECONDS) -> str:
         return "code executed"
     if ending.seconds >= patience:
         return "hang"
+    if ending.grown_mb > MOST_MB:
+        return "more than 1 GiB"
     if ending.code == 0:
-        wanted = {"y.pt"} if "-o" in case.arguments else set()
-        return ACCEPTED if set(ending.left) == wanted else "files left behind"
+        output = case.arguments[case.arguments.index("-o") + 1] if "-o" in case.arguments else None
+        expected = set() if output is None or output in case.files else {output}
+        left = {name for name in ending.left if not any(fnmatch.fnmatch(name, each) for each in case.may_leave)}
+        return ACCEPTED if left == expected else "files left behind"
     one_line = ending.err.startswith("error: ") and ending.err.count("\n") == 1 and not ending.out
     if ending.code != 1 or not one_line or "this is a bug" in ending.err:
         return "traceback"
@@ -134,6 +146,12 @@ def sound_files() -> dict[str, bytes]:
         asymswap.save(conversion, folder / "pairs.pt")
         asymswap.save(conversion, folder / "pairs.safetensors")
         asymswap.save(asymswap.convert(small, "acnet-branch-bn", input_size=(3, 8, 8)), folder / "skeleton.pt")
+        with contextlib.chdir(folder):
+            data = _data(folder)
+            sweep, begun = _sweep_state(), _training_state()
+            evidence = asymswap.Calibration(data="digits", images=16, evidence=folder / "seen.safetensors")
+            asymswap.convert("digits-resnet", "half-macs", calibration=evidence)
+        shutil.rmtree(folder / "run")
         written = {path.name: path.read_bytes() for path in folder.iterdir()}
     return {
         "state_dict": _saved(state),
@@ -149,7 +167,71 @@ def sound_files() -> dict[str, bytes]:
         "torch.export .pt2": written["export.pt2"],
         "recipe": (shipped_folder() / "3x3-only.toml").read_bytes(),
         "plan": plan_text(conversion.plan).encode(),
+        **data,
+        "training state": begun,
+        "sweep state": sweep,
+        "evidence": written["seen.safetensors"],
     }
+
+
+def _data(folder: Path) -> dict[str, bytes]:
+    """The first digits, in each form of a data file."""
+    import numpy as np
+    import torch
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = (images[:40].reshape(-1, 1, 8, 8) * 15.9).astype("uint8")
+    classes = [f"digit {number}" for number in range(10)]
+    np.save(folder / "x.npy", pixels)
+    np.savez(folder / "x.npz", images=pixels, labels=labels[:40])
+    found = {"data .npy": (folder / "x.npy").read_bytes(), "data .npz": (folder / "x.npz").read_bytes()}
+    tensors = {"images": torch.from_numpy(pixels), "labels": torch.from_numpy(labels[:40]), "classes": classes}
+    return {"data .pt": _saved(tensors), **found}
+
+
+def _sweep_state() -> bytes:
+    """A sweep of one budget."""
+    _call("sweep", "digits-resnet", *_SWEEP, "-o", "x.json", "-q")
+    return Path("x.json").read_bytes()
+
+
+def _training_state() -> bytes:
+    """What a run that is going to be killed has saved after its first step."""
+    from asymswap.training.run_folder import RunFolder
+
+    states: list[bytes] = []
+    save = RunFolder.save_state
+
+    def recording(self: RunFolder, payload: Mapping[str, Any]) -> None:
+        save(self, payload)
+        states.append(self.state.read_bytes())
+
+    RunFolder.save_state = recording  # type: ignore[method-assign]
+    try:
+        shutil.copyfile("pairs.pt", "c.pt")
+        _call("finetune", "c.pt", *_TRAIN, "-o", "y.pt", "-q")
+    finally:
+        RunFolder.save_state = save  # type: ignore[method-assign]
+    return states[0]
+
+
+_SWEEP = ("--recipe", "half-macs", "--evaluate", "digits", "--macs", "0.6")
+_TRAIN = ("--data", "digits", "--steps", "2", "--save-every", "1", "--workers", "0", "--cpu", "--run", "run")
+
+
+def _call(*arguments: str) -> None:
+    """Run the command line in this process."""
+    from asymswap.cli.main import main
+
+    before, sys.argv = sys.argv, ["asymswap", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise RuntimeError(f"{arguments} ended with {stop.code}") from None
+    finally:
+        sys.argv = before
 
 
 def safetensors_open(path: Path) -> Any:
@@ -168,13 +250,30 @@ def _saved(value: Any, **options: Any) -> bytes:
 
 
 _SUFFIX = {"safetensors": ".safetensors", "asymswap .safetensors": ".safetensors", "recipe": ".toml", "plan": ".json"}
-_SUFFIX |= {"torch.export .pt2": ".pt2"}
+_SUFFIX |= {"torch.export .pt2": ".pt2", "evidence": ".safetensors", "sweep state": ".json"}
+_SUFFIX |= {"data .npy": ".npy", "data .npz": ".npz"}
+_PATH = {"training state": "run/state.pt"}
 _STATES = ("state_dict", "training checkpoint", "old torch.save", "safetensors", "TorchScript", "torch.export .pt2")
 
 
+def path_of(kind: str) -> str:
+    """The name of a kind's file in the folder of a case."""
+    return _PATH.get(kind, "x" + _SUFFIX.get(kind, ".pt"))
+
+
 def commands(kind: str) -> list[tuple[str, ...]]:
-    """The commands that read a file of a kind, which is called x with the kind's suffix."""
-    path = "x" + _SUFFIX.get(kind, ".pt")
+    """The commands that read a file of a kind, by the name of `path_of`."""
+    path = path_of(kind)
+    if kind.startswith("data "):
+        calibrate = ("--calibrate", path, "--calibration-images", "16", "--no-sequential", "-o", "y.pt")
+        evaluate = [("evaluate", "digits-resnet", "--data", path)] * (kind != "data .npy")
+        return [*evaluate, ("convert", "digits-resnet", "--recipe", "half-macs", *calibrate)]
+    if kind == "training state":
+        return [("finetune", "c.pt", *_TRAIN, "-o", "y.pt", "--resume")]
+    if kind == "sweep state":
+        return [("sweep", "digits-resnet", *_SWEEP, "-o", path)]
+    if kind == "evidence":
+        return [("convert", "digits-resnet", "--recipe", "half-macs", "--evidence", path, "-o", "y.pt")]
     convert = ("--recipe", "3x3-only", "-o", "y.pt")
     if kind == "recipe":
         return [
@@ -480,9 +579,9 @@ def mutations(kind: str, data: bytes) -> list[Callable[[bytes, random.Random], b
         found += [_mutate_old]
     if kind.startswith("asymswap .pt"):
         found += [mutate_header, mutate_header]
-    if "safetensors" in kind:
+    if "safetensors" in kind or kind == "evidence":
         found += [mutate_safetensors, mutate_safetensors]
-    if kind == "plan":
+    if kind in ("plan", "sweep state"):
         found += [mutate_json, mutate_json, mutate_text]
     if kind == "recipe":
         found += [mutate_text, mutate_text]
@@ -507,8 +606,15 @@ def mutated(files: Mapping[str, bytes], kind: str, count: int, seed: int) -> Ite
     for _ in range(count):
         change = rng.choice(mutations(kind, files[kind]))
         arguments = rng.choice(commands(kind))
-        path = next(word for word in arguments if word.startswith("x."))
-        yield Case(kind, change.__name__.strip("_"), arguments, {path: change(files[kind], rng)})
+        yield case_of(files, kind, change.__name__.strip("_"), arguments, change(files[kind], rng))
+
+
+def case_of(files: Mapping[str, bytes], kind: str, name: str, arguments: tuple[str, ...], content: bytes) -> Case:
+    """A case with a file of a kind, and with what else the command reads."""
+    if kind == "training state":
+        beside = {"c.pt": files["asymswap .pt"]}
+        return Case(kind, name, arguments, {**beside, path_of(kind): content}, may_leave=("run/*",))
+    return Case(kind, name, arguments, {path_of(kind): content})
 
 
 # ---- traps
@@ -786,13 +892,15 @@ class _Worker:
         self._most_seconds = most_seconds
         self._process: Any = None
         self._pipe: Any = None
+        self._home = ""
         self._started = self._busy = 0.0
 
     def start(self, case: Case) -> None:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._home = tempfile.mkdtemp(prefix="asymswap-fuzz-")
+            self._process = context.Process(target=_serve, args=(theirs, Path(self._home)), daemon=True)
             self._process.start()
             theirs.close()
             # Loading torch is no part of the first case.
@@ -819,6 +927,7 @@ class _Worker:
             self._process.kill()
             self._process.join()
             self._pipe.close()
+            shutil.rmtree(self._home, ignore_errors=True)
         self._process = None
 
 
@@ -831,8 +940,8 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _serve(pipe: Connection) -> None:
-    """Run cases for as long as there are some."""
+def _serve(pipe: Connection, home: Path) -> None:
+    """Run cases in a folder, for as long as there are some."""
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True
     import torch
@@ -841,7 +950,6 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     main.main  # noqa: B018 - imported for its cost
-    home = Path(tempfile.mkdtemp())
     os.chdir(home)
     # Where a file of the case could be imported from, if anything in it were looked up.
     sys.path.insert(0, str(home))
@@ -858,8 +966,6 @@ def _serve(pipe: Connection) -> None:
             pipe.send(_run(case, home, deeds))
     except EOFError:
         watching[0] = False
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 _FORBIDDEN = (
@@ -891,7 +997,9 @@ def _run(case: Case, home: Path, deeds: list[str]) -> Ending:
     for path in home.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, content in case.files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(content)
+    came = {*case.files, *(str(parent) for name in case.files for parent in Path(name).parents)}
     sys.modules.pop("sprung_module", None)
     deeds.clear()
     _forget_peak()
@@ -907,9 +1015,7 @@ def _run(case: Case, home: Path, deeds: list[str]) -> Ending:
             code = 1
             err.write(traceback.format_exc())
     seconds, peak = time.process_time() - start, _status("VmHWM")
-    left = tuple(
-        sorted(str(p.relative_to(home)) for p in home.rglob("*") if str(p.relative_to(home)) not in case.files)
-    )
+    left = tuple(sorted({str(path.relative_to(home)) for path in home.rglob("*")} - came))
     return Ending(code, out.getvalue()[-4000:], err.getvalue()[-4000:], left, tuple(deeds), seconds, peak - before)
 
 

@@ -62,7 +62,7 @@ def _convert(folder: Path, name: str, model: str, recipe: str, **options: object
 def _readme(folder: Path) -> None:
     _resnet18(folder)
     _cifar(folder, "resnet20.pt")
-    _photos(folder)
+    _photos(folder, train=3, test=2)  # of 224 x 224 for the ResNet-18
 
 
 def _after_conversion(folder: Path) -> None:
@@ -120,7 +120,7 @@ def _models(folder: Path) -> None:
 
 def _reports(folder: Path) -> None:
     _resnet18(folder)
-    for name, recipe in (("a.asym.pt", "3x3-only"), ("b.asym.pt", "half-macs")):
+    for name, recipe in (("a.asym.pt", "acnet"), ("b.asym.pt", "acnet-branch-bn")):
         _convert(folder, name, str(folder / "model.pt"), recipe, arch="resnet18")
 
 

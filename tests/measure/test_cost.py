@@ -13,7 +13,7 @@ from torchvision import models, ops
 
 import asymswap
 from asymswap.graph.trace import trace
-from asymswap.measure.cost import count_costs, count_swapped
+from asymswap.measure.cost import _count, count_costs, count_swapped
 from asymswap.sources import networks
 
 
@@ -143,3 +143,82 @@ def test_a_model_that_looks_at_values_is_counted_with_some() -> None:
     model = Looks()
     counted = count_costs(model, (torch.empty(1, 3, 8, 8, device="meta"),), ["conv"])
     assert counted.total.macs == counted.by_name["conv"].macs == 2 * 8 * 8 * 4 * 3 * 9
+
+
+# Layers, the sizes of their inputs, and the MACs by hand.
+BY_HAND: dict[str, tuple[nn.Module, tuple[tuple[int, ...], ...], int]] = {
+    "bilinear": (nn.Bilinear(5, 7, 3), ((4, 5), (4, 7)), 4 * 3 * 5 * 7),
+    "LSTM": (nn.LSTM(6, 8, 2, bidirectional=True), ((5, 2, 6),), 4 * 2 * 10 * (8 * 6 + 8 * 8 + 8 * 16 + 8 * 8)),
+    "GRU": (nn.GRU(6, 8, batch_first=True), ((2, 5, 6),), 3 * 10 * (8 * 6 + 8 * 8)),
+    "RNN": (nn.RNN(6, 8), ((5, 2, 6),), 10 * (8 * 6 + 8 * 8)),
+    "LSTM cell": (nn.LSTMCell(6, 8), ((2, 6),), 4 * 2 * 8 * (6 + 8)),
+    "attention": (nn.MultiheadAttention(8, 2, batch_first=True), ((2, 5, 8),) * 3, 2 * (5 * 8 * 8 * 4 + 2 * 5 * 5 * 8)),
+    "encoder": (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+        ((2, 5, 8),),
+        2 * 2 * (5 * 8 * 8 * 4 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16),
+    ),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), ((1, 4, 5, 5),), 25 * 4 * 3 * 9),
+    "transposed 1d": (nn.ConvTranspose1d(4, 6, 3, stride=2), ((2, 4, 5),), 2 * 5 * 4 * 6 * 3),
+    "3d": (nn.Conv3d(4, 6, 3), ((1, 4, 5, 5, 5),), 27 * 4 * 6 * 27),
+}
+
+
+class Inferring(nn.Module):
+    """Runs a module under inference mode."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *x: Tensor) -> Any:
+        with torch.inference_mode():
+            return self.module(*x)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_every_layer_is_counted_by_its_formula_however_it_runs(name: str) -> None:
+    """On meta tensors and with numbers, where torch has kernels for whole layers; under inference mode and not."""
+    layer, sizes, macs = BY_HAND[name]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    inputs = tuple(torch.rand(size) for size in sizes)
+    for module in (layer.eval(), Inferring(layer).eval()):
+        for costs in (count_costs(module, inputs), _count(module, inputs, [])):
+            assert (costs.total.macs, costs.uncounted) == (macs, ())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_a_network_under_inference_mode_costs_what_it_costs_without() -> None:
+    x = (torch.empty(1, 3, 32, 32),)
+    net = models.resnet18(num_classes=10)
+    costs = count_costs(Inferring(net), x, ["module.layer1.0.conv1"])
+    assert costs.total.macs == count_costs(net, x).total.macs == 37_016_576
+    assert costs.by_name["module.layer1.0.conv1"].macs == 8 * 8 * 64 * 64 * 9
+
+
+class Unusual(nn.Module):
+    """Products of vectors, weights in operators without a formula, weights that are only moved, scaled or summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.vector = nn.Parameter(torch.eye(8)), nn.Parameter(torch.ones(8))
+        self.token, self.norm, self.table = nn.Parameter(torch.ones(1, 8)), nn.LayerNorm(8), nn.Embedding(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.norm(x) * self.vector.abs().softmax(0), self.token.expand(1, 8)])
+        y = y + self.table(torch.zeros(1, dtype=torch.long, device=x.device)) + self.matrix.sum()
+        y = torch.fft.irfft(torch.fft.rfft(y) * torch.fft.rfft(self.vector), n=8)
+        return (
+            torch.mv(y, self.vector) @ torch.ones(len(y), device=x.device) + torch.linalg.solve(self.matrix, y.mT).sum()
+        )
+
+
+def test_operators_that_read_weights_and_have_no_formula_are_named() -> None:
+    costs = count_costs(Unusual(), (torch.ones(3, 8),))
+    assert costs.total.macs == 4 * 8 + 4
+    assert costs.uncounted == ("aten._fft_r2c", "aten._linalg_solve_ex")
+    (note,) = costs.notes()
+    assert note.endswith("have no formula: aten._fft_r2c, aten._linalg_solve_ex")
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), Unusual())
+    listed = asymswap.candidates(net, input_size=(3, 1, 1))
+    assert note in listed.notes

@@ -134,6 +134,7 @@ class TestGraph:
         dot = to_dot(graph, [candidate(wild, 4)], TOTAL)
         assert '"a\\"];\\nb [label=\\"\\\\  4->4 3x3' in dot
 
+    @pytest.mark.programs
     @pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed (apt install graphviz)")
     def test_graphviz_draws_it(self, tmp_path: Path) -> None:
         wild = 'a"];<b>&\\N'

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymswap.reporting.tradeoff import Point, Tradeoff, draw, fine_print, from_json, to_html, to_json, to_markdown
@@ -73,6 +74,7 @@ def test_the_advice_in_words() -> None:
     assert two.advice().startswith("Advised: 0.4 by b, the last before the accuracy falls by more than 1 point")
 
 
+@settings(deadline=None)  # the first example loads pydantic
 @given(found=st.lists(points | failures, max_size=5))
 def test_json_brings_it_back(found: list[Point]) -> None:
     sweep = make(found)
@@ -80,6 +82,20 @@ def test_json_brings_it_back(found: list[Point]) -> None:
     assert from_json(written) == sweep
     assert written["advice"] == sweep.advice()
     assert [point["on_front"] for point in written["points"]] == [point in sweep.front for point in sweep.points]
+
+
+def test_a_damaged_sweep_is_told_before_anything_is_made_of_it() -> None:
+    """Values of other types used to go through, and to end in an AttributeError where they were shown."""
+    sound = json.loads(json.dumps(to_json(make([Point("a", 0.5, Cost(500, 300), 0.89)]))))
+    assert from_json(sound).points[0].budget == 0.5
+    changes = [{"model": ["net"]}, {"measure": "upper"}, {"accuracy": "much"}, {"images": -1}, {"data": {}}]
+    changes += [{"notes": "none"}, {"setting": []}, {"setting": {"recipes": [1]}}, {"tolerance": math.nan}]
+    changes += [{"before": None}, {"before": {"macs": 10**400, "params": 1}}, {"before": {"macs": [], "params": 1}}]
+    points = [{"recipe": ["a"]}, {"budget": "half"}, {"cost": None}, {"failed": "no"}, {"accuracy": math.inf}]
+    changes += [{"points": [{**sound["points"][0], **change}]} for change in points]
+    for change in changes:
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            from_json({**sound, **change})
 
 
 def test_new_points_stand_where_they_belong() -> None:

@@ -72,8 +72,10 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         open_data("digits", GREY, "test")
 
 
-def test_folder_classes_are_sorted_and_hidden_folders_are_none(tmp_path: Path) -> None:
+def test_folder_classes_are_sorted_and_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
     write_images(tmp_path, {"b": (0, 0, 0), "a": (255, 255, 255), ".cache": (9, 9, 9)})
+    # Archives made on a Mac hold such a file beside each image.
+    (tmp_path / "a" / "._0.png").write_bytes(b"\0\5\x16\7")
     data = open_data(str(tmp_path), COLOUR, "test")
     assert data.classes == ("a", "b")
     assert labels(data) == [0, 1]

@@ -1,0 +1,140 @@
+"""What modules store beside tensors (`get_extra_state`): read, written as plain data, and given back."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymswap.errors import SourceError
+
+KEY = "_extra_state"
+_DEEPEST = 64
+
+
+def is_extra(key: str) -> bool:
+    """Whether a key of a state dict is that of a module's extra state."""
+    return key == KEY or key.endswith(f".{KEY}")
+
+
+def owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that keep extra state, by the keys that it has in the state dict."""
+    modules = model.named_modules(remove_duplicate=False)
+    kept = ((name, module) for name, module in modules if _overrides(module, "get_extra_state"))
+    return {f"{name}.{KEY}" if name else KEY: module for name, module in kept}
+
+
+def read(model: nn.Module) -> dict[str, Any]:
+    """The extra state of every module that keeps some; raises SourceError, by its name, for what cannot be restored."""
+    found = {}
+    for key, module in owners(model).items():
+        try:
+            found[key] = module.get_extra_state()
+        except Exception as error:
+            raise SourceError(f"{_named(key, module)} cannot be read ({_short(error)})") from error
+        if not _overrides(module, "set_extra_state"):
+            raise SourceError(f"{_named(key, module)} has no set_extra_state that would restore it; define one")
+        refused = next(_refused(found[key], 0), None)
+        if refused is not None:
+            raise SourceError(
+                f"{_named(key, module)} holds {refused}; only tensors, numbers, text, and lists, tuples and dicts of "
+                "them can be stored without pickle: let get_extra_state return these"
+            )
+    return found
+
+
+def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
+    """Give the modules, in place, the extra state that `read` found; raises SourceError where one does not take it."""
+    known = owners(model)
+    for key, value in extra.items():
+        try:
+            known[key].set_extra_state(value)
+        except Exception as error:
+            raise SourceError(f"{_named(key, known[key])} is not taken ({_short(error)})") from error
+
+
+def to_text(extra: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Extra state as JSON text, and the tensors in it by the names that the text has for them."""
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any, key: str) -> Any:
+        if isinstance(value, Tensor):
+            name = key if key not in tensors else f"{key}.{len(tensors)}"
+            tensors[name] = value.detach()
+            return {"tensor": name}
+        if isinstance(value, list):
+            return [plain(item, key) for item in value]
+        if isinstance(value, tuple):
+            return {"tuple": [plain(item, key) for item in value]}
+        if isinstance(value, dict):
+            pairs = [[plain(name, key), plain(item, key)] for name, item in value.items()]
+            return {"ordered" if isinstance(value, OrderedDict) else "dict": pairs}
+        return value
+
+    return json.dumps({key: plain(value, key) for key, value in extra.items()}), tensors
+
+
+def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The extra state in a text of `to_text`; takes its tensors out of `tensors`. Raises ValueError for others."""
+    used: set[str] = set()
+
+    def value(data: Any) -> Any:
+        if isinstance(data, list):
+            return [value(item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        ((kind, content),) = data.items()
+        if kind == "tensor":
+            used.add(content)
+            return tensors[content]
+        if kind == "tuple":
+            return tuple(value(item) for item in content)
+        if kind not in ("dict", "ordered"):
+            raise ValueError(f"no {kind!r} is known")
+        return (OrderedDict if kind == "ordered" else dict)((value(name), value(item)) for name, item in content)
+
+    try:
+        data = json.loads(text)
+        found = {str(key): value(item) for key, item in data.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"extra state: {_short(error)}") from error
+    for name in used:
+        del tensors[name]
+    return found
+
+
+def _overrides(module: nn.Module, method: str) -> bool:
+    return getattr(type(module), method, None) is not getattr(nn.Module, method) or method in vars(module)
+
+
+def _named(key: str, module: nn.Module) -> str:
+    name = key.removesuffix(KEY).removesuffix(".")
+    return f"the extra state of {f'{name!r} ' if name else 'the model '}({type(module).__name__})"
+
+
+def _refused(value: Any, depth: int) -> Iterator[str]:
+    """What in a value cannot be stored as plain data."""
+    if depth > _DEEPEST:
+        yield f"values nested more than {_DEEPEST} deep"
+    elif type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if not isinstance(key, str | int | float | bool | None):
+                yield f"a {type(key).__name__} as a key"
+            yield from _refused(key, depth + 1)
+            yield from _refused(item, depth + 1)
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from _refused(item, depth + 1)
+    elif isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
+            yield f"a {type(value).__name__} that is no ordinary tensor with numbers"
+    elif type(value) not in (str, int, float, bool, type(None)):
+        yield f"a {type(value).__name__}"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
