@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-programs test-exhaustive test-minimal test-newest screens gallery fuzz kill docs release-check lint format clean
+.PHONY: demo test test-fast test-programs test-exhaustive test-minimal test-newest screens gallery fuzz kill mutate docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -41,6 +41,12 @@ fuzz: $(READY)
 
 kill: $(READY)
 	$(RUN)/python benchmarks/kill.py --again --markdown docs/robustness.md
+
+# One small fault after the other in the code that decides what a model becomes, and whether a test notices: hours of one
+# core, and the last section of docs/robustness.md. It goes on where it was stopped.
+mutate: $(READY)
+	$(RUN)/python -m pip install --quiet 'mutmut>=3.8'
+	$(RUN)/python benchmarks/mutate.py --markdown docs/robustness.md
 
 # The site, in site/: pages made from code first, then everything, without a warning.
 docs: $(READY)

@@ -1,4 +1,7 @@
-"""The page that benchmarks/fuzz.py and benchmarks/kill.py write together: docs/robustness.md."""
+"""The page that benchmarks/fuzz.py, kill.py and mutate.py write together: docs/robustness.md.
+
+The first two share a file of results and write everything before the mark; mutate.py writes what follows it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from typing import Any
 from measured import markdown_table
 
 BAD = ("traceback", "files left behind", "code executed", "crash", "hang", "more than 1 GiB")
+MUTATION_MARK = "\n<!-- benchmarks/mutate.py -->\n"
 GOOD = ("accepted", "refused", "refused, out of memory")
 
 HEAD = """# Damaged files, hostile files, and killed processes
 
-Written by `make fuzz` (`benchmarks/fuzz.py`) and `make kill` (`benchmarks/kill.py`). [SECURITY.md](../SECURITY.md) says
-what is promised, and what not.
+Written by `make fuzz` (`benchmarks/fuzz.py`), `make kill` (`benchmarks/kill.py`) and `make mutate`
+(`benchmarks/mutate.py`). [SECURITY.md](../SECURITY.md) says what is promised, and what not.
 """
 
 FUZZ = """
@@ -75,7 +79,13 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
         shown = markdown_table(["part", "end", "times", "seconds", "MB"], rows)
         machine = _in_words(found.get("kill_machine", found.get("machine", {})))
         parts.append(KILL.format(table=shown, faults="; ".join(faults) or "none", machine=machine))
-    path.write_text("".join(parts), encoding="utf-8")
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text("".join(parts) + old.removeprefix(page_without_mutation(path)), encoding="utf-8")
+
+
+def page_without_mutation(path: Path) -> str:
+    """What fuzz.py and kill.py have written of the page."""
+    return path.read_text(encoding="utf-8").partition(MUTATION_MARK)[0] if path.exists() else ""
 
 
 def _in_words(machine: dict[str, Any]) -> str:

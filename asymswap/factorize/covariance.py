@@ -12,33 +12,55 @@ With the vertical conv first, K = kw and M = C*kh. The expected squared error of
 
     trace(P (W - H (I (x) V)) S (W - H (I (x) V))'),
 
-depends on the data through S alone. For given V the best H is that of ordinary least squares, whatever P; for given H
-the best V solves a linear system, done by a few steps of conjugate gradients. Both steps can only lower the error,
-and they are taken in turn from a start by eigenvectors: the kernel whitened by the average of S over the taps.
+depends on the data through S alone. For given V the best H is that of ordinary least squares, whatever P, so that the
+error is a smooth function of V alone, with the gradient that it has for that H held fixed (variable projection: Golub
+and Pereyra, 1973). It is minimised by L-BFGS (Liu and Nocedal, 1989), from a start by eigenvectors: the kernel whitened
+by the average of S over the taps. What the Hessian would be if all taps had this average covariance and nothing in
+common preconditions it: (sum_k H_k' P H_k) V S_mean.
 (Covariance instead of weights alone: Zhang, Zou, He and Sun, 2015, section 3.1, for 1 x 1 factors; this is its form
 for two kernels.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from asymswap.factorize import svd
 from asymswap.factorize.evidence import Evidence
 from asymswap.tensors import one_thread
 
-_STEPS = 3
-_ROUNDS = 3
+_ITERATIONS = 150
+"""At most; 15 to 40 are usual."""
+
+_GAIN = 1e-3
+"""Iterations end once the last `_WINDOW` of them have lowered the error by less than this share of it."""
+
+_WINDOW = 5
+_MEMORY = 8
+"""Pairs of steps and changes of the gradient that L-BFGS remembers."""
+
+_TRIALS = 6
+"""Lengths that a step is tried with before it is given up."""
+
+_NOTHING = 1e-11
+"""An error of this share of the output's energy is none: the shift of the least squares adds a tenth of it."""
+
+_LOW_RANK = 16
+"""Up to here minima differ by up to 2 %, above it by a tenth of that."""
+
 _LARGE = 2000
 """Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
 
-_LARGE_STEPS = 2
-_LARGE_ROUNDS = 2
-"""Enough for one so large: they come within one part in two hundred of the error of many."""
+_LARGE_ITERATIONS = 10
+"""Enough for one so large: they come within half a percent of the error of many (benchmarks/solver.py)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,16 @@ class Problem:
     def moved_kernel(self) -> Tensor:
         """The kernel times the covariance, W S."""
         return torch.einsum("gokm,gkmln->goln", self.w_GOKM, self.s_GKMKM)
+
+    @cached_property
+    def tap_factor(self) -> Tensor:
+        """L with L L' the covariance of one tap."""
+        return _cholesky(self.tap_covariance)
+
+    @cached_property
+    def output_energy(self) -> Tensor:
+        """The weighted energy of the output itself, for each group: what an error is relative to."""
+        return torch.einsum("goa,gop,gpa->g", self.w_GOKM.flatten(2), self.p_GOO, self.moved_kernel.flatten(2))
 
 
 def arrange(evidence: Evidence, kernel: tuple[int, int], vertical_first: bool) -> Problem:
@@ -81,131 +113,182 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
     The sum of what is left out estimates the error of a rank from above, and closely: it is exact where S is the same
     for all taps and has no correlation between them.
     """
-    factor_GMM = _cholesky(problem.tap_covariance)
     with one_thread():
-        energy, vectors = torch.linalg.eigh(_whitened(problem, factor_GMM))
-    start_GMM = torch.linalg.solve_triangular(factor_GMM.mT, vectors.flip(-1), upper=True)
+        energy, vectors = torch.linalg.eigh(_whitened(problem))
+    start_GMM = torch.linalg.solve_triangular(problem.tap_factor.mT, vectors.flip(-1), upper=True)
     return start_GMM.mT, energy.flip(-1).clamp_min(0.0)
 
 
 def energies(problem: Problem) -> Tensor:
     """The energies of `spectrum` alone, which take a third of the time."""
     with one_thread():
-        energy: Tensor = torch.linalg.eigvalsh(_whitened(problem, _cholesky(problem.tap_covariance)))
+        energy: Tensor = torch.linalg.eigvalsh(_whitened(problem))
     return energy.flip(-1).clamp_min(0.0)
 
 
-def _whitened(problem: Problem, factor_GMM: Tensor) -> Tensor:
+def _whitened(problem: Problem) -> Tensor:
     """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""
     gram = torch.einsum("gokm,gop,gpkn->gmn", problem.w_GOKM, problem.p_GOO, problem.w_GOKM)
-    white_GMM: Tensor = factor_GMM.mT @ gram @ factor_GMM
+    white_GMM: Tensor = problem.tap_factor.mT @ gram @ problem.tap_factor
     return white_GMM
 
 
-def error(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor) -> Tensor:
-    """The expected weighted squared error of a pair, for each group."""
-    gap = problem.w_GOKM - torch.einsum("gokr,grm->gokm", h_GOKR, v_GRM)
-    return _energy(problem, gap)
+@dataclass(frozen=True)
+class Point:
+    """A first conv, the second conv that suits it best, and the expected weighted squared error of the two."""
 
-
-def total(problem: Problem) -> Tensor:
-    """The weighted energy of the output itself, for each group: what the error is relative to."""
-    return _energy(problem, problem.w_GOKM)
-
-
-def _energy(problem: Problem, kernel_GOKM: Tensor) -> Tensor:
-    flat = kernel_GOKM.flatten(2)
-    s_GDD = problem.s_GKMKM.flatten(3).flatten(1, 2)
-    return torch.einsum("goa,gab,gpb,gop->g", flat, s_GDD, flat, problem.p_GOO)
+    v_GRM: Tensor
+    h_GOKR: Tensor
+    error_G: Tensor
+    gradient_GRM: Tensor
+    """Half the gradient of the error with respect to v."""
+    curvature_GRR: Tensor
+    """sum_k H_k' P H_k"""
 
 
 def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     """The best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly between the two.
 
-    Never worse than the truncated SVD of the kernel, which is tried too.
+    Never worse than the truncated SVD of the kernel, which is a start too. At low ranks L-BFGS ends in different minima
+    now and then, and goes on from three starts; else, or with a large covariance, from the better one of two.
     """
-    if problem.w_GOKM.shape[2:].numel() > _LARGE:
-        return _factors(problem, rank, _LARGE_ROUNDS, _LARGE_STEPS)
-    with one_thread():
-        return _factors(problem, rank, _ROUNDS, _STEPS)
-
-
-def _factors(problem: Problem, rank: int, rounds: int, steps: int) -> tuple[Tensor, Tensor]:
-    starts = [spectrum(problem)[0][:, :rank], _svd_start(problem.w_GOKM, rank)]
-    solved = [(v, solve_second(problem, v)) for v in starts]
-    v, h = min(solved, key=lambda pair: float(error(problem, *pair).sum()))
-    for _ in range(rounds):
-        v = _orthonormal(improve_first(problem, v, h, steps))
-        h = solve_second(problem, v)
+    large = problem.w_GOKM.shape[2:].numel() > _LARGE
+    with nullcontext() if large else one_thread():
+        if large or rank > _LOW_RANK:
+            start = reduce(_better, islice(starts(problem, rank), 2))
+            best = descend(problem, start, _LARGE_ITERATIONS if large else _ITERATIONS)
+        else:
+            best = reduce(_better, (descend(problem, point) for point in starts(problem, rank)))
+    v, h = best.v_GRM, best.h_GOKR
     scale_GR = (h.square().sum((1, 2)).sqrt() / v.norm(dim=2).clamp_min(1e-300)).clamp_min(1e-150).sqrt()
     second = (h / scale_GR[:, None, None, :]).permute(0, 3, 1, 2).flatten(2)
     return (v * scale_GR[:, :, None]).mT, second
 
 
-def solve_second(problem: Problem, v_GRM: Tensor) -> Tensor:
-    """The best second conv h_GOKR for a given first one: least squares, H = W S B' (B S B')^-1 with B = I (x) V."""
+def starts(problem: Problem, rank: int) -> Iterator[Point]:
+    """Pairs to begin with, the best first as a rule.
+
+    By the leading eigenvectors of the whitened kernel, by the truncated SVD of the kernel, and by the leading
+    eigenvectors of what the kernel makes of the patches.
+    """
+    yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
+    yield project(problem, _orthonormal(problem, _svd_start(problem.w_GOKM, rank)))
+    moved = problem.moved_kernel
+    gram_GMM = torch.einsum("gokm,gop,gpkn->gmn", moved, problem.p_GOO, moved)
+    half_GMM = torch.linalg.solve_triangular(problem.tap_factor, gram_GMM, upper=False)
+    white_GMM = torch.linalg.solve_triangular(problem.tap_factor, half_GMM.mT, upper=False)
+    vectors = torch.linalg.eigh(white_GMM).eigenvectors.flip(-1)[:, :, :rank]
+    yield project(problem, torch.linalg.solve_triangular(problem.tap_factor.mT, vectors, upper=True).mT)
+
+
+def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Point:
+    """Lower the error by so many iterations of L-BFGS, or by fewer where it hardly falls any more."""
+    memory: list[_Pair] = []
+    errors = [here.error_G]
+    while len(errors) <= iterations and not _is_enough(problem, errors):
+        there = _search(problem, here, _direction(problem, here, memory))
+        moved, change = there.v_GRM - here.v_GRM, there.gradient_GRM - here.gradient_GRM
+        product = _dot(moved, change)
+        memory = [*memory[1 - _MEMORY :], _Pair(moved, change, torch.where(product > 0, 1 / product, 0.0))]
+        here = there
+        errors.append(here.error_G)
+    return here
+
+
+def _is_enough(problem: Problem, errors: list[Tensor]) -> bool:
+    """Whether nothing is left in any group, or the last iterations have lowered it by too little to go on."""
+    left = errors[-1] - _NOTHING * problem.output_energy
+    if len(errors) > _WINDOW:
+        left = torch.minimum(left, errors[-1 - _WINDOW] - (1 + _GAIN) * errors[-1])
+    return bool((left <= 0).all())
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A step of L-BFGS, by how much it changed the gradient, and one over the product of the two, or zero."""
+
+    moved_GRM: Tensor
+    change_GRM: Tensor
+    inverse_G11: Tensor
+
+
+def project(problem: Problem, v_GRM: Tensor) -> Point:
+    """The best second conv for a given first one: least squares, H = W S B' (B S B')^-1 with B = I (x) V."""
     groups, outputs, taps, _ = problem.w_GOKM.shape
     rank = v_GRM.shape[1]
     seen = torch.einsum("gkmln,grn->gkmlr", problem.s_GKMKM, v_GRM)
     gram = torch.einsum("gkmlr,gsm->gkslr", seen, v_GRM).reshape(groups, taps * rank, taps * rank)
-    gram = gram + 1e-12 * torch.diag_embed(gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, taps * rank))
-    right = torch.einsum("golm,grm->golr", problem.moved_kernel, v_GRM).flatten(2)
-    h_GOL: Tensor = torch.linalg.solve(gram, right.mT).mT
-    return h_GOL.reshape(groups, outputs, taps, rank)
+    right_GOL = torch.einsum("golm,grm->golr", problem.moved_kernel, v_GRM).flatten(2)
+    h_GOL = torch.cholesky_solve(right_GOL.mT, _cholesky(gram, 1e-12)).mT
+    weighted_GOL = problem.p_GOO @ h_GOL
+    h, weighted = (x.reshape(groups, outputs, taps, rank) for x in (h_GOL, weighted_GOL))
+    excess = torch.einsum("golr,gkmlr->gokm", h, seen) - problem.moved_kernel
+    return Point(
+        v_GRM,
+        h,
+        problem.output_energy - (weighted_GOL * right_GOL).sum((1, 2)),
+        gradient_GRM=torch.einsum("gokr,gokm->grm", weighted, excess),
+        curvature_GRR=torch.einsum("gokr,goks->grs", weighted, h),
+    )
 
 
-def improve_first(problem: Problem, v_GRM: Tensor, h_GOKR: Tensor, steps: int = _STEPS) -> Tensor:
-    """A better first conv for a given second one.
-
-    Conjugate gradients on sum_kl H_k' P H_l V S_lk = sum_k H_k' P (W S)_k, preconditioned by what the operator would be
-    if all taps had the average covariance and nothing in common: (sum_k H_k' P H_k) V S_mean.
-    """
-    weighted = torch.einsum("gop,gpkr->gokr", problem.p_GOO, h_GOKR)
-    gram = torch.einsum("gokr,gols->gkrls", weighted, h_GOKR)
-    right = torch.einsum("gokr,gokm->grm", weighted, problem.moved_kernel)
-    left_GRR = _cholesky(torch.einsum("gkrks->grs", gram))
-    right_GMM = _cholesky(problem.tap_covariance)
-
-    def apply(v: Tensor) -> Tensor:
-        moved = torch.einsum("gkrls,gsn->gkrln", gram, v)
-        return torch.einsum("gkrln,glnkm->grm", moved, problem.s_GKMKM)
-
-    def precondition(v: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(v, left_GRR).mT, right_GMM).mT
-
-    residual = right - apply(v_GRM)
-    direction = precondition(residual)
-    square = (residual * direction).sum((1, 2), keepdim=True)
-    enough = 1e-20 * (right * precondition(right)).sum((1, 2), keepdim=True)
-    for _ in range(steps):
-        if bool((square <= enough).all()):
-            break
-        image = apply(direction)
-        curvature = (direction * image).sum((1, 2), keepdim=True)
-        step = torch.where(curvature > 0, square / curvature.clamp_min(1e-300), 0.0)
-        v_GRM = v_GRM + step * direction
-        residual = residual - step * image
-        better = precondition(residual)
-        new = (residual * better).sum((1, 2), keepdim=True)
-        direction = better + torch.where(square > 0, new / square.clamp_min(1e-300), 0.0) * direction
-        square = new
-    return v_GRM
+def _direction(problem: Problem, here: Point, memory: list[_Pair]) -> Tensor:
+    """Where to go from here: the two loops of L-BFGS around the preconditioner."""
+    direction = -here.gradient_GRM
+    shares = []
+    for pair in reversed(memory):
+        shares.append(pair.inverse_G11 * _dot(pair.moved_GRM, direction))
+        direction = direction - shares[-1] * pair.change_GRM
+    direction = torch.cholesky_solve(direction, _cholesky(here.curvature_GRR))
+    direction = torch.cholesky_solve(direction.mT, problem.tap_factor).mT
+    for pair in memory:
+        share = shares.pop() - pair.inverse_G11 * _dot(pair.change_GRM, direction)
+        direction = direction + share * pair.moved_GRM
+    return direction
 
 
-def _cholesky(a_GMM: Tensor) -> Tensor:
-    """The lower factor of a positive semidefinite matrix, made definite by a little of its mean diagonal."""
-    shift = 1e-10 * a_GMM.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-290)
-    factor: Tensor = torch.linalg.cholesky(a_GMM + torch.diag_embed(shift.expand(-1, a_GMM.shape[1])))
-    return factor
+def _search(problem: Problem, here: Point, step_GRM: Tensor) -> Point:
+    """The point a step further, in each group; shorter steps where that does not lower the error enough, or none."""
+    slope_G = 2 * _dot(here.gradient_GRM, step_GRM).flatten()
+    length_G = torch.ones_like(slope_G)
+    for _ in range(_TRIALS):
+        there = project(problem, here.v_GRM + length_G[:, None, None] * step_GRM)
+        rise_G = there.error_G - here.error_G
+        good_G = rise_G <= 1e-4 * length_G * slope_G + 1e-3 * _NOTHING * problem.output_energy
+        if bool(good_G.all()):
+            return there
+        # The minimum of the parabola through both errors and the slope, not too near to either end.
+        parabola_G = -0.5 * slope_G * length_G.square() / (rise_G - slope_G * length_G)
+        length_G = torch.where(good_G, length_G, parabola_G.clamp(0.1 * length_G, 0.5 * length_G))
+    return project(problem, here.v_GRM + torch.where(good_G, length_G, 0.0)[:, None, None] * step_GRM)
+
+
+def _better(one: Point, other: Point) -> Point:
+    """In each group the point of the smaller error."""
+    first_G = one.error_G <= other.error_G
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return Point(*(torch.where(first_G.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+
+
+def _dot(a_GRM: Tensor, b_GRM: Tensor) -> Tensor:
+    return (a_GRM * b_GRM).sum((1, 2), keepdim=True)
+
+
+def _cholesky(a_GMM: Tensor, shift: float = 1e-10) -> Tensor:
+    """The lower factor of a positive semidefinite matrix, made definite by a share of its mean diagonal."""
+    mean_G1 = a_GMM.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-290)
+    factor, failed = torch.linalg.cholesky_ex(a_GMM + torch.diag_embed((shift * mean_G1).expand(-1, a_GMM.shape[1])))
+    return factor if shift > 1 or not bool(failed.any()) else _cholesky(a_GMM, 100 * shift)
 
 
 def _svd_start(w_GOKM: Tensor, rank: int) -> Tensor:
-    """The first conv of the truncated SVD of the kernel, its matrix being M x (O*K)."""
+    """The first conv of the truncated SVD of the kernel, its matrix being M x (O*K); rows of zero above its rank."""
     a_GMR, _ = svd.factors(w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
-    return a_GMR.mT
+    return F.pad(a_GMR, (0, rank - a_GMR.shape[2])).mT
 
 
-def _orthonormal(v_GRM: Tensor) -> Tensor:
-    """The same span by orthonormal rows: rows that grew alike would make the next least squares ill-conditioned."""
-    q_GMR: Tensor = torch.linalg.qr(v_GRM.mT).Q
-    return q_GMR.mT
+def _orthonormal(problem: Problem, v_GRM: Tensor) -> Tensor:
+    """The same span by rows whose outputs are uncorrelated: rows alike would make the least squares ill-conditioned."""
+    q_GMR: Tensor = torch.linalg.qr(problem.tap_factor.mT @ v_GRM.mT).Q
+    rows_GMR: Tensor = torch.linalg.solve_triangular(problem.tap_factor.mT, q_GMR, upper=True)
+    return rows_GMR.mT

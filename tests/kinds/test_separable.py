@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import PlanError, RecipeError
+from asymswap.factorize.evidence import Evidence
 from asymswap.graph.sites import read_conv
 from asymswap.kinds import parse_settings, separable
 from asymswap.spec import Call, ConvSpec, Site
@@ -230,3 +233,28 @@ def test_a_budget_chooses_round_ranks_of_large_convs_only(channels: int, size: i
     assert {rank for rank in ranks if rank < step} == {rank for rank in (1, 2, 4, 8) if rank < step}
     every = separable.options(site, conv, parse_settings("separable", {**wish, "multiple": 1}))
     assert len(every) == full
+
+
+def test_the_ranks_on_evidence_cost_what_eigenvalues_made_by_hand_leave_out() -> None:
+    """Every entry of the kernel is alone in its row of the first conv's inputs: their squares are the eigenvalues."""
+    conv = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[0, 0, 0, 0], conv.weight[1, 0, 1, 0], conv.weight[2, 0, 2, 0], conv.weight[0, 1, 0, 1] = 4, 3, 2, 1
+    site = Site("conv", read_conv(conv), (Call((8, 8), (8, 8)),))
+    zeros, eye = torch.zeros(1, 18, dtype=torch.float64), torch.eye(18, dtype=torch.float64)[None]
+    weight = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))[None]
+    evidence = Evidence(zeros, eye, conv.weight.detach().flatten(1)[None], torch.zeros(1, 3), weight, 1000)
+    wish = parse_settings("separable", {"order": "vertical-first", "multiple": 1})
+    errors = [14 / 30, 5 / 30, 1 / 30, 0, 0, 0]
+    # A twentieth of the mean weight is added to each, a thousandth of the mean variance to each variance.
+    floor = 0.05 * 14 / 3
+    weighted = [9 * (4 + floor), 4 * (9 + floor), 16 * (1 + floor), 1 + floor, 0, 0]
+    nats = [0.5 * 1.001 * sum(weighted[rank:]) for rank in range(1, 7)]
+    found = separable.options(site, conv, wish, evidence)
+    assert [option.settings["rank"] for option in found] == [1, 2, 3, 4, 5, 6]
+    assert [option.error for option in found] == pytest.approx(errors, abs=1e-9)
+    expected = [math.sqrt(-math.log1p(-error) * nat) for error, nat in zip(errors, nats, strict=True)]
+    assert [option.loss for option in found] == pytest.approx(expected, abs=1e-6)
+    unweighted = separable.options(site, conv, wish, replace(evidence, weight_GOO=None))
+    assert [option.loss for option in unweighted] == pytest.approx([-math.log1p(-error) for error in errors], abs=1e-9)

@@ -211,6 +211,28 @@ def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, imag
     assert output_error(net, converted, images) < 1e-3
 
 
+def test_refining_keeps_the_kernel_where_the_images_never_vary(images: Tensor) -> None:
+    """The patches of a channel that is always zero say nothing about its weights: they stay as they are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1)).eval()
+    first, last = net[0], net[2]
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(last, nn.Conv2d)
+    with torch.no_grad():
+        assert first.bias is not None
+        first.bias[0] = -100.0
+        # A kernel of rank two: the pair can be exact.
+        last.weight.copy_(torch.einsum("orj,rci->ocij", torch.randn(6, 2, 3), torch.randn(2, 4, 3)))
+    sites = spatial(net, images)
+    evidence = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
+    plan = Plan((Swap("2", "separable", {"order": "vertical-first", "rank": 2, "bias": True}),))
+    converted = apply_plan(net, plan, evidence=evidence)
+    refine_(net, converted, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+    pair = [half.weight for half in converted.get_submodule("2").children() if isinstance(half, nn.Conv2d)]
+    kernel = torch.einsum("orj,rci->ocij", pair[1][:, :, 0], pair[0][..., 0])
+    assert torch.allclose(kernel, last.weight, rtol=1e-2, atol=1e-2)
+
+
 def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: Tensor) -> None:
     """Spoil the stem only: the last conv of the first block must then make the sum better than it would by itself."""
     sites = spatial(net, images)
