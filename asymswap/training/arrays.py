@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.sources.files import sniff
-from asymswap.sources.unpickle import load_object
+from asymswap.sources.torch_files import load_object
 from asymswap.training.pictures import InMemory
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
