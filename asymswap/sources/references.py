@@ -27,7 +27,7 @@ from asymswap.sources import builders, factories, networks, timm_models, torchvi
 from asymswap.sources.archives import read_exported, read_torchscript, states_of_modules
 from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
-from asymswap.sources.identify import identify, nearest
+from asymswap.sources.identify import YOUR_OWN, identify, nearest
 from asymswap.sources.pickle_parts import MalformedError
 from asymswap.sources.shards import files_of, fingerprint, read_shards
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
@@ -430,7 +430,7 @@ def _about_inputs(full: str, arguments: Mapping[str, Any], published: Published 
 def _hint(state: State, reference: str, progress: Progress) -> str:
     likeness, best, _ = nearest(state, progress)
     if likeness == 0 or best == builders.canonical(reference):
-        return ""
+        return "" if builders.canonical(reference) is None else f"; give {YOUR_OWN}"
     return f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
 
 

@@ -154,7 +154,7 @@ def test_a_name_put_together_of_two_texts_is_seen(tmp_path: Path, monkeypatch: p
 
 def test_an_unknown_class_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(
-        SourceError, match=r"needs .*test_unpickle\.Mine, outside of .*; save model\.state_dict\(\) inst"
+        SourceError, match=r"needs .*test_torch_files\.Mine, outside of .*; save model\.state_dict\(\) inst"
     ):
         load(Mine(nn.Conv2d(3, 4, 3)), tmp_path / "x.pt")
 
@@ -272,10 +272,7 @@ def test_a_module_that_was_compiled_is_what_was_compiled(tmp_path: Path) -> None
 
 tensors = st.builds(
     lambda size, dtype, turned: (
-        torch.arange(math.prod(size))
-        .reshape(size)
-        .to(dtype)
-        .permute(sorted(range(len(size)), reverse=turned))
+        torch.arange(math.prod(size)).reshape(size).to(dtype).permute(sorted(range(len(size)), reverse=turned))
     ),
     st.lists(st.integers(0, 3), max_size=3),
     st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64]),
