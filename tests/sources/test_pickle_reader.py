@@ -315,3 +315,69 @@ def test_the_limits_leave_room_for_real_checkpoints() -> None:
     operations = sum(1 for _ in pickletools.genops(content))
     assert operations < pickle_reader.MOST_OPERATIONS / 7
     assert len(content) < zip_entries.LARGEST_PICKLE / 20
+
+
+def get(index: int) -> bytes:
+    return b"j" + index.to_bytes(4, "little")
+
+
+def put(index: int) -> bytes:
+    return b"r" + index.to_bytes(4, "little")
+
+
+_STORAGE = b"(" + hostile._text("storage") + b"ctorch\nFloatStorage\n" + hostile._text("0") + hostile._text("cpu")
+_WHOLE = _STORAGE + hostile._number(4) + b"tQ" + put(0)
+_TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + get(0) + b"K\x00K\x04\x85K\x01\x85\x89}tR"
+
+
+def pairs(count: int) -> bytes:
+    return b"(" + b"".join(hostile._number(n) + b"K\x00\x86" for n in range(count)) + b"e"
+
+
+GROWING: dict[str, tuple[bytes, str]] = {
+    "one text encoded again and again": (
+        hostile._text("a" * 20_000) + put(0) + b"0" + hostile._text("latin1") + put(1) + b"0]("
+        + (b"c_codecs\nencode\n" + get(0) + get(1) + b"\x86R") * 20_000 + b"e", "makes far more bytes than it has",
+    ),
+    "one list for many dicts": (
+        b"]" + pairs(5000) + put(0) + b"0](" + (b"ccollections\nOrderedDict\n" + get(0) + b"\x85R") * 5000 + b"e",
+        "has more than 400,000 operations",
+    ),
+    "numbers of one hash": (
+        b"}(" + b"".join(hostile._number(n * (2**61 - 1)) + b"N" for n in range(1, 9)) + b"u",
+        "has a key that is neither text nor a small number",
+    ),
+    "long keys": (hostile._text("a" * 5000) + put(0) + b"0}(" + get(0) + b"Nu", "has a key of 5,000 characters"),
+    "shared dicts": (
+        b"}(" + b"".join(hostile._text(str(n)) + b"N" for n in range(1000)) + b"u" + put(0)
+        + b"0}(" + b"".join(hostile._text(str(n)) + get(0) for n in range(2000)) + b"u", "holds the same things again",
+    ),
+    "many dimensions": (
+        _WHOLE + b"0(" + b"K\x01" * 65 + b"t" + put(1) + b"0ctorch._utils\n_rebuild_tensor_v2\n(" + get(0) + b"K\x00"
+        + get(1) + get(1) + b"\x89}tR", r"calls torch\._utils\._rebuild_tensor_v2 in another way",
+    ),
+    "a wide dtype again and again": (
+        _WHOLE.replace(hostile._number(4), hostile._number(10**6)) + b"0"
+        + _TENSOR.replace(b"K\x04\x85", hostile._number(10**6) + b"\x85") + put(1) + b"0]("
+        + (b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(" + get(1) + b"ctorch\ncomplex128\n"
+           + hostile._text("cpu") + b"\x89tR") * 100 + b"e", "makes far more bytes than it has",
+    ),
+    "bytes as text": (b"U\x02\xff\xfe", "holds bytes as text, as Python 2 wrote them"),
+    "an object filled twice": (b"cuser.net\nNet\n)\x81}b}b", r"fills a user\.net\.Net twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_what_a_small_file_makes_grow_is_refused(name: str) -> None:
+    content, expected = GROWING[name]
+    entries = [("x/data.pkl", b"\x80\x02" + content + b"."), ("x/data/0", bytes(4 * 10**6)), ("x/version", b"3\n")]
+    with pytest.raises(SourceError, match=rf"x\.pt {expected}.*, which torch\.save never writes"):
+        load(hostile._zipped(entries))
+
+
+def test_numbers_in_a_module_are_not_counted_up_to() -> None:
+    """torch's own `__setstate__` would make names for as many layers as the file says."""
+    model = nn.LSTM(3, 4)
+    vars(model).update(num_layers=10**10, _all_weights=[[1]])
+    found = load(saved(model))
+    assert (found.num_layers, found._flat_weights) == (10**10, list(model.parameters()))
