@@ -106,7 +106,7 @@ def is_module(value: Any) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[Entries]:
     try:
-        with opened(path) as entries:
+        with opened(path, verify=True) as entries:
             yield entries
     except (Odd, MalformedError) as error:
         raise SourceError(f"{path} is cut off or damaged: {error}") from None
