@@ -58,6 +58,7 @@ from asymswap.tensors import WithoutMemory, meta_copy
 
 FORMAT = 2
 SUFFIXES = (".pt", ".pth", ".safetensors")
+_LARGEST_HEADER = 16 * 2**20
 _LARGEST_SKELETON = 64 * 2**20
 _HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
 _LARGEST_INPUT = 2**27
@@ -211,6 +212,8 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         return None
     if not isinstance(text, str) or not isinstance(state, Mapping):
         raise CheckpointError(f"{label} is damaged: its asymswap header or state_dict is not what it should be")
+    if len(text) > _LARGEST_HEADER:
+        raise CheckpointError(f"{label} is damaged: its header has {len(text):,} characters, more than any has")
     header, aliases, extra_text = _parse_header(text, label)
     tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     for alias, key in aliases.items():

@@ -92,7 +92,8 @@ def finetune(
     settings = replace(settings, workers=_workers(settings, parts))
     teacher = None
     if settings.distill is not None:
-        teacher = find_teacher(opened.header, settings.distill, opened.model)
+        beside = Path(checkpoint).parent if isinstance(checkpoint, str | Path) else None
+        teacher = find_teacher(opened.header, settings.distill, opened.model, beside)
     presets = presets_for(data) if settings.augment is None else settings.augment
     identity = _identity(settings, presets, data, opened, parts, team)
     objective = Objective(

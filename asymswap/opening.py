@@ -33,6 +33,7 @@ from asymswap.sources.references import (
 from asymswap.sources.shards import files_of
 from asymswap.sources.steady import unchanged
 from asymswap.spec import Origin, Plan, Preprocessing, Progress, silent
+from asymswap.tensors import meta_copy
 
 Model = str | Path | nn.Module
 """A reference, a file, or a module that exists already."""
@@ -107,6 +108,7 @@ def open_model(
     """
     header: Header | None = None
     if isinstance(model, nn.Module):
+        model = _unwrapped(model)
         source, reference = describe_module(model, "as given"), type(model).__name__
     else:
         reference = str(model)
@@ -120,6 +122,28 @@ def open_model(
     if header is None:
         return Opened(source, (), reference)
     return Opened(source, header.plans, reference, header.provenance)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of what torch.compile or DataParallel put around it; raises SourceError for one without copy.
+
+    A conversion works on a copy, which a lock or an open file in a module prevents.
+    """
+    while True:
+        inside = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inside = model.module
+        if not isinstance(inside, nn.Module):
+            break
+        model = inside
+    try:
+        meta_copy(model)
+    except TypeError as error:
+        raise SourceError(
+            f"the {type(model).__name__} cannot be copied ({' '.join(str(error).split())[:120]}); "
+            "take out what it holds beside layers and data, such as a lock or an open file"
+        ) from None
+    return model
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:

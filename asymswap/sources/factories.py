@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from asymswap.errors import SourceError, near_names
-from asymswap.sources.unpickle import import_from_here
+from asymswap.sources.torch_files import import_from_here
 
 _PREFIXES = ("cifar", "timm", "torchvision")
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from asymswap.errors import SourceError
 
-_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9")
+_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f920")
+# What a pickle of protocol 0 or 1 begins with: a dict, a list or an OrderedDict.
+_OLD_PICKLES = (b"(d", b"(l", b"}q", b"]q", b"ccollections\nOrderedDict\n")
 _TENSORFLOW_OR_KERAS = b"\x89HDF\r\n\x1a\n"
 
 
@@ -18,6 +20,7 @@ class FileKind(Enum):
 
     TORCH = "a torch.save file"
     LEGACY = "a torch.save file of the old form"
+    PICKLE = "a pickle"
     SAFETENSORS = "a safetensors file"
     TORCHSCRIPT = "a TorchScript archive"
     EXPORTED = "a torch.export archive"
@@ -49,8 +52,10 @@ def sniff(path: Path) -> FileKind:
         raise SourceError(f"{path} is empty (0 bytes); write or download it again")
     if head.startswith(b"PK"):
         return _sniff_zip(path)
-    if head.startswith(_LEGACY_MAGIC):
+    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:24]:
         return FileKind.LEGACY
+    if (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head.startswith(_OLD_PICKLES):
+        return FileKind.PICKLE
     if size > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100 * 2**20:
         if int.from_bytes(head[:8], "little") + 8 > size:
             raise SourceError(f"{path} is cut off: its safetensors header is longer than the file; download it again")
@@ -113,8 +118,6 @@ def _files_in(folder: Path) -> str:
 def _guess(head: bytes) -> str:
     if head.startswith(_TENSORFLOW_OR_KERAS):
         return "an HDF5 file (Keras?)"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return "a plain pickle that torch.save did not write"
     if head.lstrip()[:1] == b"<":
         return "a web page"
     if head.startswith(b"version https://git-lfs"):

@@ -16,6 +16,9 @@ from asymswap.spec import Progress
 _TWINS = {"torchvision:resnet50": ", as timm's resnetblur50 has"}
 
 
+YOUR_OWN = "a network of your own, or one with another head: --arch net.py:build --trust-code"
+
+
 @dataclass(frozen=True)
 class Identified:
     """The known network that a state dict is of, and the state dict as that network has it."""
@@ -43,7 +46,8 @@ def identify(state: State, label: str, progress: Progress) -> Identified:
         if found:
             return Identified(found[0].reference, found[0].arguments, view)
     raise SourceError(
-        f"{label} holds a state_dict of an unknown architecture; name it with --arch; {_told(state, progress)}"
+        f"{label} holds a state_dict of an unknown architecture; name it with --arch ({YOUR_OWN}); "
+        f"{_told(state, progress)}"
     )
 
 

@@ -24,17 +24,17 @@ from torch import nn
 
 from asymswap.errors import SourceError
 from asymswap.sources import builders, extra_state, factories, networks, timm_models, torchvision_models
-from asymswap.sources.archives import read_described, read_exported, read_torchscript, states_of_modules
+from asymswap.sources.archives import read_exported, read_torchscript, states_of_modules
 from asymswap.sources.builders import DIGITS
 from asymswap.sources.files import FileKind, exists, resolve, sha256, sniff
-from asymswap.sources.identify import identify, nearest
-from asymswap.sources.inert import MalformedError, wants_code
+from asymswap.sources.identify import YOUR_OWN, identify, nearest
+from asymswap.sources.pickle_parts import MalformedError
 from asymswap.sources.shards import files_of, fingerprint, read_shards
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import Difference, Found, State, check_numbers, compare, find_weights, load_state_
 from asymswap.sources.steady import unchanged
+from asymswap.sources.torch_files import load, load_object, refusal
 from asymswap.sources.torchvision_models import Published
-from asymswap.sources.unpickle import load_object, load_told, refused_globals
 from asymswap.sources.views import View, views
 from asymswap.spec import Origin, Preprocessing, Progress, silent
 
@@ -118,8 +118,8 @@ class RawFile:
     """What a model file holds, before anything is made of it.
 
     `metadata` is that of a safetensors file; `notes` say what of the file was left unread; `refusal` is why modules in
-    it could not be loaded, where they are there as records alone (see `asymswap.sources.inert`). `executed`: something
-    was unpickled without restriction, so that code in it was run.
+    it could not be loaded, where they are there as records alone (see `asymswap.sources.pickle_objects`). `executed`:
+    something was unpickled without restriction, so that code in it was run.
     """
 
     value: Any
@@ -146,14 +146,12 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         executed: list[bool] = []
         value = read_shards(path, lambda shard: _read_shard(shard, trust_pickle, executed))
         return RawFile(value, executed=any(executed))
-    try:
-        loaded = load_told(path, kind, trust_pickle, str(path))
+    loaded = load(path, kind, trust_pickle, str(path))
+    if not loaded.unread:
         return RawFile(loaded.value, executed=loaded.executed)
-    except SourceError as error:
-        described = _describe(path, error) if kind is FileKind.TORCH and not trust_pickle else None
-        if described is None:
-            raise
-        return described
+    more = f" and {len(loaded.unread) - 3} more" if len(loaded.unread) > 3 else ""
+    note = f"left unread, being outside of the allowlist: {', '.join(loaded.unread[:3])}{more}"
+    return RawFile(loaded.value, notes=(note,), refusal=refusal(loaded.unread, str(path)))
 
 
 def _read_safetensors(path: Path) -> RawFile:
@@ -181,17 +179,6 @@ def _read_shard(path: Path, trust_pickle: bool, executed: list[bool]) -> Any:
     raw = read_raw(path, trust_pickle)
     executed.append(raw.executed)
     return raw.value
-
-
-def _describe(path: Path, refusal: SourceError) -> RawFile | None:
-    """The weights of a file that the unpickler refused for its classes alone; None where it would have run code."""
-    with path.open("rb") as file:
-        foreign = refused_globals(file, str(path))
-    if not foreign or any(wants_code(name) for name in foreign):
-        return None
-    more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-    note = f"left unread, being outside of the allowlist: {', '.join(foreign[:3])}{more}"
-    return RawFile(read_described(path), notes=(note,), refusal=refusal)
 
 
 def weights_in(path: Path, raw: RawFile, request: Request, arch_known: bool = False) -> Found:
@@ -462,7 +449,7 @@ def _about_inputs(full: str, arguments: Mapping[str, Any], published: Published 
 def _hint(state: State, reference: str, progress: Progress) -> str:
     likeness, best, _ = nearest(state, progress)
     if likeness == 0 or best == builders.canonical(reference):
-        return ""
+        return "" if builders.canonical(reference) is None else f"; give {YOUR_OWN}"
     return f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
 
 

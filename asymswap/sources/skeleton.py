@@ -1,7 +1,7 @@
 """The structure of a module without its weights, as bytes: for models that were pickled whole.
 
 Only modules made of allowlisted classes have one. It is what torch.save makes of the module with every tensor of its
-state dict on the meta device, and it is read through the restricted unpickler like any other pickle.
+state dict on the meta device, and it is read like any other pickle.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.sources.files import FileKind
-from asymswap.sources.unpickle import is_allowed_module, is_plain, load_object
+from asymswap.sources.pickle_objects import is_allowed_module
+from asymswap.sources.torch_files import is_plain, load_object
 from asymswap.tensors import allocated, copy_with
 
 
 def to_skeleton(model: nn.Module) -> bytes | None:
-    """The structure of a module as bytes; None where it holds anything that the restricted unpickler would refuse."""
+    """The structure of a module as bytes; None where it holds anything that could not be read back."""
     if not is_allowed_module(model):
         return None
     stored = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,10 +92,29 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
 
 
 def _as_state(value: Mapping[Any, Any]) -> State:
-    """The mapping as a state dict, without what modules store beside tensors; empty where it is none."""
+    """The mapping as a state dict, without what modules store beside tensors; empty where it is none.
+
+    Numbers and words may stand beside the weights (`{**state, "epoch": 3}`), and weights may be numpy's arrays.
+    """
     kept = {name: item for name, item in value.items() if not is_extra(str(name))}
-    all_tensors = all(isinstance(name, str) and isinstance(item, Tensor) for name, item in kept.items())
-    return dict(kept) if all_tensors else {}
+    tensors = {name: _as_tensor(item) for name, item in kept.items()}
+    state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    others = [item for name, item in kept.items() if tensors[name] is None]
+    weights = not others or any(tensor.ndim >= 2 for tensor in state.values())
+    fits = weights and all(isinstance(name, str) for name in state) and all(map(_is_remark, others))
+    return state if fits else {}
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """A tensor, or a tensor of a numpy array of numbers; None for anything else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    return value if isinstance(value, Tensor) else None
+
+
+def _is_remark(value: Any) -> bool:
+    """Whether this is a number or a text that stands beside weights, as an epoch does."""
+    return value is None or isinstance(value, bool | int | float | str | np.generic)
 
 
 def _may_hold_network(name: str) -> bool:

@@ -20,7 +20,7 @@ from torchvision import models
 from asymswap.errors import SourceError, near_names
 from asymswap.sources.files import sha256, sniff
 from asymswap.sources.state import State
-from asymswap.sources.unpickle import load_object
+from asymswap.sources.torch_files import load_object
 from asymswap.spec import InputForm, Preprocessing, Size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

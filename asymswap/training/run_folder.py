@@ -23,7 +23,7 @@ import torch
 from asymswap.errors import AsymswapError, CheckpointError, OutputError, SourceError
 from asymswap.output import real_cause, whole_file, write_text
 from asymswap.sources.files import sniff
-from asymswap.sources.unpickle import load_object
+from asymswap.sources.torch_files import load_object
 from asymswap.training.rows import EpochRow, StepRow
 
 STATE_FORMAT = 1

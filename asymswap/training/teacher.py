@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from asymswap.checkpoint import Header, ToldReport, read_checkpoint, told
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.opening import Opened, open_model
-from asymswap.sources import builders
+from asymswap.sources import builders, timm_models
 from asymswap.sources.files import sha256
-from asymswap.sources.references import Request
+from asymswap.sources.references import FILE_SUFFIXES, Request
 from asymswap.spec import Swap
 from asymswap.training.distill import Teacher
 
@@ -20,12 +23,15 @@ ORIGINAL = "original"
 _GIVE = "give the teacher: --distill REF"
 
 
-def find_teacher(header: Header, wanted: str, student: nn.Module) -> Teacher:
+def find_teacher(header: Header, wanted: str, student: nn.Module, folder: Path | None = None) -> Teacher:
     """The teacher that `wanted` names, a model reference or `original`, in eval mode.
+
+    No path in a checkpoint is followed: the file of the original is looked for beside the checkpoint, in `folder`, by
+    its name and its SHA-256. Nothing is downloaded for `original` either.
 
     Raises SourceError where it cannot be had, or where a file is no longer what it was when it was converted.
     """
-    opened = _open_original(header) if wanted == ORIGINAL else _open_named(wanted)
+    opened = _open_original(header, folder) if wanted == ORIGINAL else _open_named(wanted)
     swaps = [swap for plan in header.plans for swap in plan.swaps]
     teacher = opened.model.eval().requires_grad_(False)
     return Teacher(teacher, opened.reference, blocks_around(swaps, student, teacher))
@@ -66,15 +72,16 @@ def _open_named(reference: str) -> Opened:
         raise SourceError(f"the teacher {reference} cannot be used: {error}") from None
 
 
-def _open_original(header: Header) -> Opened:
-    reference, request = _recorded(header)
+def _open_original(header: Header, folder: Path | None) -> Opened:
+    reference, request = _recorded(header, folder)
     try:
-        return open_model(reference, request)
+        with _offline():
+            return open_model(reference, request)
     except AsymswapError as error:
         raise SourceError(f"the original {reference} cannot be fetched ({error}); {_GIVE}") from None
 
 
-def _recorded(header: Header) -> tuple[str, Request]:
+def _recorded(header: Header, folder: Path | None) -> tuple[str, Request]:
     """How the original was opened when it was converted, and so can be opened again."""
     report = told(header.provenance, "the checkpoint").report
     reference, weights = report.model.reference, report.model.weights
@@ -85,27 +92,54 @@ def _recorded(header: Header) -> tuple[str, Request]:
     if not whole and builders.canonical(origin) is None:
         # Code that a file names is not run; what the user names is.
         raise SourceError(f"the original was built by {origin}, which is code of yours; {_GIVE}")
-    path = _same_file(report) if report.model.sha256 else None
-    if whole and (path is None or reference != str(path)):
+    recorded = _recorded_file(report)
+    if whole and (recorded is None or reference != recorded):
         # Such an origin is the class of a module that stood in a file whole: by itself it names nothing to open.
         raise SourceError(f"the checkpoint does not tell which file it was made of; {_GIVE}")
-    if path is not None:
-        if reference != str(path):
+    if recorded is not None:
+        path = _same_file(recorded, str(report.model.sha256), folder)
+        if reference != recorded:
             return origin, Request(weights=str(path), arguments=arguments)
-        return reference, Request() if whole or _is_ours(path) else Request(arch=origin, arguments=arguments)
+        return str(path), Request() if whole or _is_ours(path) else Request(arch=origin, arguments=arguments)
+    if any(mark in weights for mark in "/\\") or Path(weights).suffix in FILE_SUFFIXES:
+        raise SourceError(f"the checkpoint names the weights {weights!r}, a path, which is not followed; {_GIVE}")
     if weights == "random":
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
     return origin, Request(weights=weights, arguments=arguments) if origin.startswith("torchvision:") else Request()
 
 
-def _same_file(report: ToldReport) -> Path:
-    """The file that was converted; raises SourceError where it is gone or has changed."""
-    path = Path((report.files[0].path if report.files else None) or report.model.reference)
-    if not path.is_file():
-        raise SourceError(f"the original {path} is not there any more; {_GIVE}")
-    if sha256(path) != report.model.sha256:
+def _recorded_file(report: ToldReport) -> str | None:
+    """The path of the file that was converted, as it was given then; None where the model was no file."""
+    if not report.model.sha256:
+        return None
+    return (report.files[0].path if report.files else None) or report.model.reference
+
+
+def _same_file(recorded: str, expected: str, folder: Path | None) -> Path:
+    """The file of that name beside the checkpoint; raises SourceError where there is none, or it has changed."""
+    name = re.split(r"[/\\]", recorded)[-1]
+    path = None if folder is None or name in ("", ".", "..") else folder / name
+    if path is None or not path.is_file():
+        where = "" if folder is None else f" in {folder}"
+        raise SourceError(f"the original {name} is not beside the checkpoint{where}; put it there, or {_GIVE}")
+    if sha256(path) != expected:
         raise SourceError(f"{path} is not the file any more that was converted (its SHA-256 differs); {_GIVE}")
     return path
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """While open, weights that are not in the cache of torch.hub or of the Hugging Face hub are not fetched."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("nothing is downloaded on a checkpoint's word")
+
+    before = torch.hub.download_url_to_file, timm_models._find_hub
+    torch.hub.download_url_to_file, timm_models._find_hub = refuse, refuse
+    try:
+        yield
+    finally:
+        torch.hub.download_url_to_file, timm_models._find_hub = before
 
 
 def _is_ours(path: Path) -> bool:

@@ -17,10 +17,11 @@ from asymswap.errors import SourceError
 from asymswap.opening import open_model
 from asymswap.sources import torchvision_models
 from asymswap.sources.files import FileKind
+from asymswap.sources.pickle_objects import is_allowed_module
 from asymswap.sources.references import Request
 from asymswap.sources.skeleton import from_skeleton, to_skeleton
 from asymswap.sources.state import find_weights
-from asymswap.sources.unpickle import is_allowed_module, load_object
+from asymswap.sources.torch_files import load_object
 from asymswap.tensors import WithoutMemory, meta_copy
 
 SMALL = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"]
@@ -103,11 +104,9 @@ def test_loaded_modules_compute_the_same(
         assert torch.equal(loaded(x), model(x))
 
 
-def test_a_module_of_the_old_form_says_what_to_do(tmp_path: Path) -> None:
-    expected = r"holds a module and its source code.*; save model\.state_dict\(\) instead .* --trust-pickle"
-    with pytest.raises(SourceError, match=expected):
-        load(plain(), tmp_path / "x.pt", legacy=True)
-    assert isinstance(load(plain(), tmp_path / "x.pt", legacy=True, trust=True), nn.Sequential)
+def test_a_module_of_the_old_form_is_read_without_its_source_code(tmp_path: Path) -> None:
+    model, x = plain().eval(), torch.randn(1, 3, 8, 8)
+    assert torch.equal(load(model, tmp_path / "x.pt", legacy=True).eval()(x), model(x))
 
 
 def test_structures_round_trip_without_weights() -> None:

@@ -102,14 +102,14 @@ def test_a_source_that_changes_after_it_was_read_makes_no_report(
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load_told = references.load_told
+    load = references.load
 
     def read_and_change(path: Path, *others: Any) -> Any:
-        loaded = load_told(path, *others)
+        loaded = load(path, *others)
         change(path)
         return loaded
 
-    monkeypatch.setattr(references, "load_told", read_and_change)
+    monkeypatch.setattr(references, "load", read_and_change)
     outcome = run(*arguments)
     assert outcome.code == 1
     assert re.fullmatch(rf"error: x\.pt {CHANGED}\n", outcome.err)

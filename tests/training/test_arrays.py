@@ -18,6 +18,7 @@ from torchvision import datasets
 
 from asymswap.errors import SourceError
 from asymswap.spec import Preprocessing
+from asymswap.training import arrays
 from asymswap.training.data import LabelledImages, open_data
 
 GREY = Preprocessing(channels=1, size=(4, 4), mean=(0.0,), std=(1.0,))
@@ -74,6 +75,7 @@ class Evil:
         return print, ("run!",)
 
 
+GOOD = {"images": torch.zeros(1, 3, 4, 4), "labels": torch.tensor([0])}
 REFUSED: dict[str, tuple[Any, str]] = {
     "no images": ({"labels": torch.zeros(2, dtype=torch.long)}, r"holds no images \(its entries: labels\)"),
     "a shape": ({"images": torch.zeros(2, 5, 4, 4), "labels": torch.zeros(2)}, r"shape \(2, 5, 4, 4\), which is no im"),
@@ -91,6 +93,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"images": torch.zeros(2, 3, 4, 4), "labels": torch.tensor([1, 2]), "classes": ["a", "b"]},
         "has a label 2, but names only 2 classes",
     ),
+    "classes that are a number": ({**GOOD, "classes": 5}, "has 'classes' that are no list of names"),
+    "classes that are a module": ({**GOOD, "classes": torch.nn.ReLU()}, "has 'classes' that are no list of names"),
+    "sparse": ({"images": torch.zeros(1, 3, 4, 4).to_sparse()}, "holds a sparse tensor; store plain ones"),
+    "meta": ({"images": torch.zeros(1, 3, 4, 4, device="meta")}, "holds a meta tensor; store plain ones"),
+    "float8": ({"images": torch.zeros(1, 3, 4, 4).to(torch.float8_e5m2)}, "images of torch.float8_e5m2"),
+    "labels with a gradient": ({**GOOD, "labels": torch.zeros(1, requires_grad=True)}, "give one whole number"),
     "a text": ("images", "holds a str; give an .npz or .pt file"),
     "code": (Evil(), r"cannot be read \(it is a pickle that needs builtins\.print, .*executed"),
 }
@@ -104,6 +112,40 @@ def test_what_is_no_images(tmp_path: Path, name: str, capsys: pytest.CaptureFixt
         open_data(str(tmp_path / "a.pt"), COLOUR, "train")
     assert "\n" not in str(caught.value)
     assert "run!" not in capsys.readouterr().out
+
+
+class Obeyed:
+    """A tensor with an attribute that numpy would read memory by."""
+
+    def __reduce__(self) -> Any:
+        function, args = torch.zeros(1).__reduce_ex__(2)
+        attributes = {"__array_interface__": {"shape": (9,), "typestr": "<f8", "data": (8, True), "version": 3}}
+        return torch._tensor._rebuild_from_type_v2, (function, torch.Tensor, args, attributes)
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "classes"])
+def test_an_attribute_that_numpy_obeys_is_refused(name: str, tmp_path: Path) -> None:
+    torch.save({**GOOD, name: Obeyed()}, tmp_path / "a.pt")
+    with pytest.raises(SourceError, match="fills a tensor with attributes that it has itself, or that torch obeys"):
+        open_data(str(tmp_path / "a.pt"), COLOUR, "train")
+
+
+def test_arrays_that_claim_more_than_there_is(tmp_path: Path) -> None:
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 3, 4, 4)}"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(48)
+    (tmp_path / "a.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", content)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(SourceError, match=r"it claims 48,000,000,000,000 bytes for an array of 10+x3x4x4"):
+            open_data(str(tmp_path / name), COLOUR, "train", unlabelled=True)
+
+
+def test_an_archive_of_arrays_that_unpacks_to_far_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_UNPACKED", 100_000)
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((2, 3, 200, 200), np.uint8))
+    with pytest.raises(SourceError, match=r"it has [\d,]+ bytes and would unpack to 240,"):
+        open_data(str(tmp_path / "a.npz"), COLOUR, "train", unlabelled=True)
 
 
 def test_labels_of_any_whole_type(tmp_path: Path) -> None:
@@ -141,7 +183,7 @@ def test_a_key_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True)
     assert done.returncode == 0, done
-    assert re.fullmatch(r"data .*a\.pt cannot be read \(it is nested more than \d+ levels deep, .*\n", done.stdout)
+    assert re.fullmatch(r"data .*a\.pt cannot be read \(it has a key that is neither text nor a sm.*\n", done.stdout)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.pt"])

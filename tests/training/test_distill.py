@@ -160,15 +160,41 @@ def test_the_original_of_a_file_must_be_the_file_that_was_converted(tmp_path: Pa
     torch.save(model.state_dict(), path)
     for options in ({"arch": "digits-resnet"}, {}):
         header = stored(tmp_path, path, **options) if options else stored(tmp_path, "digits-resnet", weights=str(path))
-        teacher = find_teacher(header, ORIGINAL, digits_resnet())
+        teacher = find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
         for key, tensor in teacher.model.state_dict().items():
             assert torch.equal(tensor, model.state_dict()[key])
     torch.save(digits_resnet().state_dict(), path)
     with pytest.raises(SourceError, match=r"mine.pt is not the file any more that was converted .its SHA-256 differs"):
-        find_teacher(header, ORIGINAL, digits_resnet())
+        find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
     path.unlink()
-    with pytest.raises(SourceError, match=r"mine.pt is not there any more; give the teacher: --distill REF"):
-        find_teacher(header, ORIGINAL, digits_resnet())
+    with pytest.raises(SourceError, match=r"mine.pt is not beside the checkpoint in .*; put it there, or give the te"):
+        find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
+
+
+def test_no_path_in_a_checkpoint_is_followed(tmp_path: Path) -> None:
+    """Neither that of the original's file, nor weights that look like one, though the file is there."""
+    path = tmp_path / "mine.pt"
+    torch.save(digits_resnet().state_dict(), path)
+    header = stored(tmp_path, path, arch="digits-resnet")
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (None, other):
+        with pytest.raises(SourceError, match=r"the original mine\.pt is not beside the checkpoint"):
+            find_teacher(header, ORIGINAL, digits_resnet(), folder)
+    report = {**header.provenance["report"]}
+    report["model"] = {**report["model"], "weights": str(path), "sha256": None}
+    lying = replace(header, provenance={**header.provenance, "report": report})
+    with pytest.raises(SourceError, match=r"names the weights '.*mine\.pt', a path, which is not followed"):
+        find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
+
+
+def test_nothing_is_downloaded_for_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    header = stored(tmp_path, "digits-resnet")
+    report = {"model": {"reference": "torchvision:alexnet", "weights": "DEFAULT"}}
+    lying = replace(header, origin=Origin("torchvision:alexnet"), provenance={"report": report})
+    with pytest.raises(SourceError, match="nothing is downloaded on a checkpoint's word"):
+        find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
 
 
 def test_originals_that_cannot_be_fetched(tmp_path: Path) -> None:
