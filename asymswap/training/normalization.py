@@ -168,7 +168,7 @@ class _Answer:
     silence: str = ""
 
 
-_OWN = "as given"
+_OWN = "its own"
 
 
 def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: str) -> _Answer:
