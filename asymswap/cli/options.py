@@ -131,7 +131,7 @@ _PREPROCESSING = {
     "normalize": Annotated[
         str | None,
         typer.Option(
-            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 …",
+            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
             show_default="as weights, family or file say; else the network's batch norms are asked",
             rich_help_panel=IMAGES,
         ),
@@ -171,7 +171,9 @@ _PREPROCESSING = {
     "interpolation": Annotated[
         str | None,
         typer.Option(
-            help="bilinear, bicubic, nearest …", show_default="the model's own, or bilinear", rich_help_panel=IMAGES
+            help="bilinear, bicubic, nearest and others.",
+            show_default="the model's own, or bilinear",
+            rich_help_panel=IMAGES,
         ),
     ],
 }
