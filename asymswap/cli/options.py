@@ -131,7 +131,8 @@ _PREPROCESSING = {
     "normalize": Annotated[
         str | None,
         typer.Option(
-            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
+            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 "
+            "and others.",
             show_default="as weights, family or file say; else the network's batch norms are asked",
             rich_help_panel=IMAGES,
         ),
