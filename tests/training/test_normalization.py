@@ -26,7 +26,7 @@ from asymswap.training.normalization import Feeding, hellinger, settle
 class Net(nn.Module):
     """A small network of a user's own."""
 
-    def __init__(self, channels: int = 3, width: int = 8, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(self, channels: int = 3, width: int = 16, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs in (channels, width):
@@ -296,8 +296,8 @@ def test_a_size_that_nobody_gave_is_that_of_the_images_or_said_first(data: dict[
     assert (
         "input 3x8x8 is the size of the images, for nobody said another: give --input" in conversion.report.warnings[1]
     )
-    # 8 channels, 3x3, 64 pixels.
-    assert conversion.report.before.macs == 64 * 9 * (3 * 8 + 8 * 8) + 80
+    # 16 channels, 3x3, 64 pixels; and the head.
+    assert conversion.report.before.macs == 64 * 9 * (3 * 16 + 16 * 16) + 160
     assumed = "Net: input 3x224x224 is assumed, and all figures follow from it: give --input to say the size"
     net = Net()
     assert asymswap.candidates(net).warnings == (assumed,)
