@@ -305,7 +305,7 @@ def test_a_size_that_nobody_gave_is_that_of_the_images_or_said_first(data: dict[
     assert asymswap.compare([net, net]).warnings == (assumed,)
     assert asymswap.candidates(net, input_size=(3, 8, 8)).warnings == ()
     path = tmp_path / "net.asym.pt"
-    asymswap.save(asymswap.convert(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)), "half-macs"), path)
+    asymswap.save(asymswap.convert(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)), "acnet"), path)
     report = asymswap.export(path, tmp_path / "net.safetensors")
     assert report.warnings == (assumed.removeprefix("Net: "),)
 
