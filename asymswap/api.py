@@ -7,6 +7,8 @@ that several verbs share:
   `--trust-pickle` and `--trust-code`;
 - `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
   frames, height, width);
+- `preprocessing`: `PreprocessingOptions`, how images are prepared where that is not what weights, family or file say;
+  what is given is stored in the file that is written;
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
@@ -31,8 +33,10 @@ from asymswap.calibrate import (
     Gathered,
     Polished,
     convert_on,
+    fed_on,
     gather_evidence,
     in_own_precision,
+    options_of,
     polish,
     some_inputs,
 )
@@ -60,18 +64,28 @@ from asymswap.latency_budget import Timing, plan_in_time
 from asymswap.measure.cost import Costs, costs_of, count_costs, count_swapped
 from asymswap.measure.fidelity import compare_outputs, compared_parts, measure_fidelity
 from asymswap.measure.stand_ins import check_stand_ins, describe_calls
-from asymswap.opening import Opened, build_named, model_dtype, open_model
+from asymswap.opening import (
+    Opened,
+    build_named,
+    model_dtype,
+    open_model,
+    prepared,
+    sizes_assumed,
+    stored_preprocessing,
+)
 from asymswap.output import check_output
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.plan import check_not_empty, check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
+from asymswap.preprocessing import PreprocessingOptions, check_needed, size_warning
 from asymswap.reporting.fusion import FusionReport
 from asymswap.reporting.report import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report, plain, to_json
 from asymswap.sources.references import Request
 from asymswap.spec import Candidate, Cost, Origin, Plan, Progress, Site, silent
 from asymswap.summary import check_finite, check_output_finite, check_promises, make_report, state_bytes
 from asymswap.tensors import eval_mode, first_not_finite
+from asymswap.training.normalization import fed_of, feeding_of, settle
 from asymswap.training.settings import Training
 
 __all__ = [
@@ -80,6 +94,7 @@ __all__ = [
     "Conversion",
     "FineTuned",
     "Fusion",
+    "PreprocessingOptions",
     "Timing",
     "Training",
     "candidates",
@@ -107,6 +122,7 @@ class Candidates:
     total: Cost
     notes: tuple[str, ...] = ()
     flow: NodeGraph | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def held(self) -> Cost:
@@ -167,6 +183,7 @@ def candidates(
         total=costs.total,
         notes=opened.source.notes + traced.notes + costs.notes(),
         flow=read_flow(opened.model, traced) if with_flow else None,
+        warnings=sizes_assumed([opened]),
     )
 
 
@@ -220,6 +237,7 @@ def convert(
     trust_pickle: bool = False,
     trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
@@ -257,19 +275,32 @@ def convert(
         ),
         input_size,
         progress,
+        options_of(preprocessing, calibration),
     )
     _check_finite(opened)
+    feeding = None
+    reference = None if calibration is None else calibration.data
+    if reference is not None or evaluate is not None:
+        opened, feeding = settle(opened, *fed_on(calibration, str(evaluate)))
     data = None if evaluate is None else _open_data(evaluate, opened)
     clock.stop("load")
     classes = None if data is None else len(data.classes)
     done = _carry_out(opened, wanted, calibration, timing or Timing(), classes, clock, progress)
+
+    first = sizes_assumed([opened]) if feeding is None else feeding.warnings
 
     def measured() -> Report:
         name = where if recipe is None else str(recipe)
         report = _report(opened, done, name, wanted, seed)
         if not allow_drift:
             check_promises(report, opened.dtype())
-        report = replace(report, latency=done.latency, calibration=_calibration_row(done, data))
+        report = replace(
+            report,
+            latency=done.latency,
+            calibration=_calibration_row(done, data),
+            warnings=(*first, *report.warnings),
+            fed=fed_of(feeding),
+        )
         clock.stop("measure")
         if data is not None:
             report = replace(report, accuracy=_accuracy(opened.model, done.model, data, progress))
@@ -329,6 +360,7 @@ def fuse(
     separable: bool = False,
     max_offset: float | None = None,
     data: str | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     model: nn.Module | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -344,6 +376,7 @@ def fuse(
     weights, where only you can build it. Raises AsymswapError where nothing can be fused, where the model is in train
     mode, and where the fused model does not compute the same.
     """
+    check_needed(preprocessing, data)
     stored, label = _stored(checkpoint)
     if model is None:
         model = build_named(stored.header.origin, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
@@ -351,23 +384,29 @@ def fuse(
     converted = checkpoint.model if isinstance(checkpoint, Conversion) else restore(stored, label, original)
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
-    preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
-    inputs, about = some_inputs(data, preprocessing, dtype, seed)
+    takes, dtype = prepared(stored_preprocessing(stored.header), None, preprocessing), model_dtype(converted)
+    feeding = None if data is None else feeding_of(converted, takes, data, "test", label)
+    takes = takes if feeding is None else feeding.preprocessing
+    inputs, about = some_inputs(data, takes, dtype, seed)
     plans = stored.header.plans
     fused = fuse_model(converted, original, plans, Wanted(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
         raise AsymswapError(f"{label} has nothing to fuse ({reasons})")
-    one = example(preprocessing, dtype)
+    one = example(takes, dtype)
     gap = compare_outputs(converted, fused.model, inputs, compared_parts(trace(converted, one)))
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
     costs = [count_costs(model, one).total for model in (converted, fused.model)]
     origin = stored.header.origin.reference
     report = FusionReport(label, origin, rows, costs[0], costs[1], gap.relative, gap.largest, about, fused.as_before)
+    warnings = size_warning(takes) if feeding is None else feeding.warnings
+    report = replace(report, fed=fed_of(feeding), warnings=warnings)
     provenance = {**stored.header.provenance, "fused": plain(report)}
-    return Fusion(fused.model, report, replace(stored.header, plans=fused.plans, provenance=provenance))
+    header = replace(stored.header, plans=fused.plans, provenance=provenance)
+    # What was not said now stays as the file has it.
+    return Fusion(fused.model, report, header if feeding is None else replace(header, preprocessing=takes))
 
 
 def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:

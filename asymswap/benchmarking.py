@@ -31,7 +31,7 @@ from asymswap.measure.latency import (
     time_models,
 )
 from asymswap.measure.machine import Bystanders, machine
-from asymswap.opening import Model, Opened, open_together
+from asymswap.opening import Model, Opened, open_together, sizes_assumed
 from asymswap.reporting.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.sources.references import Request
 from asymswap.spec import Progress, silent
@@ -116,6 +116,7 @@ def benchmark(
         rounds=len(next(iter(timed.values()))),
         others=others,
         versions=_versions(runtimes),
+        warnings=sizes_assumed(opened),
     )
 
 

@@ -33,9 +33,10 @@ from asymswap.planning.calibration import (
     save_evidence,
 )
 from asymswap.planning.sequential import refinable, refine_
+from asymswap.preprocessing import PreprocessingOptions
 from asymswap.spec import Plan, Preprocessing, Progress, Site, silent
 from asymswap.tensors import eval_mode, seeded, store_
-from asymswap.training.data import LabelledImages, open_data
+from asymswap.training.data import LabelledImages, Part, open_data
 from asymswap.training.polish import Polish, Polished, polish_
 
 __all__ = [
@@ -44,8 +45,10 @@ __all__ = [
     "Gathered",
     "Polished",
     "convert_on",
+    "fed_on",
     "gather_evidence",
     "in_own_precision",
+    "options_of",
     "polish",
     "some_inputs",
 ]
@@ -65,7 +68,8 @@ class Calibration:
     several processes, each looks at its share of the images; all must call alike. `memory_gib` bounds what each keeps
     of covariances, and of activations.
     `polish_steps` or `polish_minutes` let the converted network learn from the original's outputs afterwards, on up to
-    `polish_images` images of the same data.
+    `polish_images` images of the same data. `preprocessing` is how the images are prepared, where the model's weights,
+    family or file do not say it, or say it wrongly.
     """
 
     data: str | None = None
@@ -79,6 +83,7 @@ class Calibration:
     polish_images: int = 5000
     outputs: OutputKind | None = None
     team: Team = ALONE
+    preprocessing: PreprocessingOptions | None = None
 
     def __post_init__(self) -> None:
         if self.data is None and self.evidence is None:
@@ -99,6 +104,23 @@ class Calibration:
     def polishes(self) -> bool:
         """Whether the converted network is to be polished."""
         return self.polish_steps is not None or self.polish_minutes is not None
+
+
+def options_of(
+    preprocessing: PreprocessingOptions | None, calibration: Calibration | None
+) -> PreprocessingOptions | None:
+    """How images are prepared as the user says it, of the verb or of its calibration."""
+    own = None if calibration is None else calibration.preprocessing
+    if None not in (own, preprocessing) and own != preprocessing:
+        raise AsymswapError("preprocessing= of the verb and of its Calibration contradict each other; give one of them")
+    return preprocessing or own
+
+
+def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
+    """The data reference, and its part, on whose images it is settled how images are prepared."""
+    if calibration is None or calibration.data is None:
+        return evaluate, "test"
+    return calibration.data, "train"
 
 
 @dataclass

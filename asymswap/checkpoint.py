@@ -410,6 +410,8 @@ def _check_input(preprocessing: Preprocessing) -> None:
         raise ValueError(f"preprocessing: no image has {channels} channels of {size[0]}x{size[1]} pixels{clip}")
     if not channels == len(preprocessing.mean) == len(preprocessing.std):
         raise ValueError(f"preprocessing: a mean and a deviation are needed for each of {channels} channels")
+    if not all(map(math.isfinite, preprocessing.mean)) or not all(0 < std < math.inf for std in preprocessing.std):
+        raise ValueError("preprocessing: means must be numbers, and deviations numbers above 0")
 
 
 def _unpack(text: str, label: str) -> bytes:

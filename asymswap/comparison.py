@@ -20,13 +20,15 @@ from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
 from asymswap.measure.machine import machine
 from asymswap.measure.significance import mcnemar_exact
-from asymswap.opening import Model, Opened, open_together
+from asymswap.opening import Model, Opened, open_together, sizes_assumed
+from asymswap.preprocessing import PreprocessingOptions, check_needed
 from asymswap.reporting.comparison import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.sources.references import Request
 from asymswap.spec import Progress, Ratio, Seconds, silent
 from asymswap.summary import state_bytes
 from asymswap.tensors import eval_mode, list_tensors, map_tensors, seeded
 from asymswap.training.data import LabelledImages, open_data
+from asymswap.training.normalization import Feeding, all_warnings, fed_of, settle
 from asymswap.training.predict import check_classifier, placement
 
 
@@ -42,6 +44,7 @@ def compare(
     trust_pickle: bool = False,
     trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     timing: Timing | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -49,8 +52,9 @@ def compare(
     """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
 
     With `data`, a data reference, outputs and accuracy are those on its test part, or on `images` of them, each model
-    with its own preprocessing; without, outputs are compared on random inputs. `arch` is that of the state-dict files
-    among the models, `weights` those of the references. `timing` says how latency is measured; without one it is not.
+    with its own preprocessing but for what `preprocessing` says; without, outputs are compared on random inputs. `arch`
+    is that of the state-dict files among the models, `weights` those of the references. `timing` says how latency is
+    measured; without one it is not.
 
     Raises AsymswapError where there are fewer than two models, or one of them cannot be opened.
     """
@@ -58,6 +62,7 @@ def compare(
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
         raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
+    check_needed(preprocessing, data)
     opened = open_together(
         models,
         Request(
@@ -70,7 +75,12 @@ def compare(
         ),
         input_size,
         progress,
+        preprocessing,
     )
+    feedings: list[Feeding | None] = [None] * len(opened)
+    if data is not None:
+        settled = [settle(one, data, "test") for one in opened]
+        opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
     rows = [_row(one) for one in opened]
     timed = None if timing is None else _times(opened, timing, progress)
     outcome = _on_random(opened, seed) if data is None else _on_data(opened, data, images, seed, progress)
@@ -83,6 +93,7 @@ def compare(
                 latency_ratio=None if timed is None else timed[number][1],
                 gap=outcome.gaps[number],
                 accuracy=outcome.accuracies[number],
+                fed=fed_of(feedings[number]),
                 notes=(*row.notes, *outcome.notes[number]),
             )
             for number, row in enumerate(rows)
@@ -91,6 +102,7 @@ def compare(
         data=outcome.data,
         images=outcome.images,
         timing=None if timing is None else _timing_row(timing),
+        warnings=all_warnings(feedings) if data is not None else sizes_assumed(opened),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ from asymswap.checkpoint import told
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.significance import mcnemar_exact, wilson_interval
 from asymswap.opening import Opened, open_together
+from asymswap.preprocessing import PreprocessingOptions
 from asymswap.reporting.evaluation import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
 from asymswap.sources.references import Request
 from asymswap.spec import Preprocessing, Progress, silent
 from asymswap.training.classes import check_class_names, known_classes, published_classes
-from asymswap.training.data import LabelledImages, open_data, with_statistics
+from asymswap.training.data import LabelledImages, open_data
+from asymswap.training.normalization import Feeding, all_warnings, settle
 from asymswap.training.predict import Predictions, predict
 from asymswap.training.split import open_parts
 
@@ -45,15 +48,14 @@ def evaluate(
     trust_pickle: bool = False,
     trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> EvaluationReport:
     """Measure classifiers (references, files or modules) on the test, validation or train part of data.
 
     The validation part is the one that `finetune` holds back for the same `validation` and `seed`. Each model gets the
-    images in its own preprocessing, or by `mean` and `std` and to `input_size`. Images that cannot be read are left out
-    and counted, or an error with `strict`.
+    images in its own preprocessing, but for what `preprocessing` and `input_size` say. Images that cannot be read are
+    left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     check_choice("--part", part, PARTS)
@@ -72,15 +74,16 @@ def evaluate(
         trust_code=trust_code,
     )
     # All are opened, and checked, before the first is measured.
-    opened = open_together(wanted, request, input_size, progress)
-    prepared = [with_statistics(one.source.preprocessing, mean, std) for one in opened]
-    images = [_open(preprocessing, data, part, validation, seed, download) for preprocessing in prepared]
+    opened = open_together(wanted, request, input_size, progress, preprocessing)
+    settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
+    opened = [one for one, _ in settled]
+    images = [_open(one.source.preprocessing, data, part, validation, seed, download) for one in opened]
     for one, mine in zip(opened, images, strict=True):
         _check_names(one, mine)
     found = []
     for number, (one, mine) in enumerate(zip(opened, images, strict=True), start=1):
         found.append(_predict(one, mine, place, batch_size, workers, strict, _told(progress, number, len(opened))))
-    return _report(opened, images, found, confusions, batch_size, place)
+    return _report(opened, images, [feeding for _, feeding in settled], found, confusions, batch_size, place)
 
 
 def _told(progress: Progress, number: int, count: int) -> Any:
@@ -125,6 +128,7 @@ def _predict(
 def _report(
     opened: Sequence[Opened],
     images: Sequence[LabelledImages],
+    feedings: Sequence[Feeding],
     found: Sequence[Predictions],
     confusions: int,
     batch: int,
@@ -132,9 +136,10 @@ def _report(
 ) -> EvaluationReport:
     first = found[0]
     rows = []
-    for one, mine, predictions in zip(opened, images, found, strict=True):
+    for one, mine, feeding, predictions in zip(opened, images, feedings, found, strict=True):
         against = None if predictions is first else _against(first, predictions)
-        rows.append(_scores(one.reference, mine.classes, predictions, confusions, against))
+        scores = _scores(one.reference, mine.classes, predictions, confusions, against)
+        rows.append(replace(scores, fed=feeding.fed))
     notes = []
     for one, predictions in zip(opened, found, strict=True):
         if predictions.scores != len(images[0].classes):
@@ -144,7 +149,14 @@ def _report(
             )
         notes += _seen(one, images[0])
     return EvaluationReport(
-        images[0].description, len(first), first.unreadable, batch, str(place), tuple(rows), tuple(dict.fromkeys(notes))
+        images[0].description,
+        len(first),
+        first.unreadable,
+        batch,
+        str(place),
+        tuple(rows),
+        tuple(dict.fromkeys(notes)),
+        all_warnings(feedings),
     )
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from asymswap.checkpoint import Header, check_suffix, read_checkpoint, restore, save_checkpoint, told, versions
 from asymswap.distributed import ALONE, Team
 from asymswap.errors import CheckpointError
-from asymswap.opening import build_named, resized
+from asymswap.opening import build_named, prepared, stored_preprocessing
 from asymswap.output import check_output
+from asymswap.preprocessing import PreprocessingOptions
 from asymswap.reporting.report import FileRow
 from asymswap.reporting.training import TrainingReport
 from asymswap.sources import extra_state
@@ -27,9 +28,9 @@ from asymswap.sources.steady import unchanged
 from asymswap.tensors import deep_copy, first_not_finite
 from asymswap.training.augment import presets_for
 from asymswap.training.classes import check_class_count, check_class_names, known_classes
-from asymswap.training.data import with_statistics
 from asymswap.training.distill import Objective, Teacher
 from asymswap.training.finetune import Progress, Trainer, Work
+from asymswap.training.normalization import feeding_of
 from asymswap.training.rows import Unwatched, Watcher
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.settings import Training
@@ -68,8 +69,7 @@ def finetune(
     arguments: Mapping[str, Any] | None = None,
     trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
     watcher: Watcher | None = None,
 ) -> FineTuned:
@@ -77,7 +77,7 @@ def finetune(
 
     `output` is the checkpoint that is written at the end, `run` the folder of what is needed to go on after an
     interruption, by default beside it; with neither nothing is written. Images are prepared as the checkpoint says, but
-    for `input_size` (channels, height, width), `mean` and `std`. `resume` goes on where a run is, and begins
+    for `input_size` (channels, height, width) and `preprocessing`. `resume` goes on where a run is, and begins
     where there is none. `model` (or `arch`) is the unconverted model where only you can build it. In a `team` all
     processes must call alike. Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
@@ -86,7 +86,11 @@ def finetune(
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
     opened = _open(checkpoint, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
-    opened = replace(opened, header=_prepared(opened.header, input_size, mean, std))
+    takes = prepared(stored_preprocessing(opened.header), input_size, preprocessing)
+    if download:
+        team.first(lambda: feeding_of(opened.model, takes, data, "train", opened.label, download=True))
+    feeding = feeding_of(opened.model, takes, data, "train", opened.label)
+    opened = replace(opened, header=replace(opened.header, preprocessing=feeding.preprocessing))
     parts = _open_parts(data, opened.header, settings, download, team)
     classes = _check_data(opened, parts)
     settings = replace(settings, workers=_workers(settings, parts))
@@ -132,7 +136,7 @@ def finetune(
     progress = trainer.run(resume)
     assert trainer.best is not None
     result = _with_weights(opened.model, trainer.best)
-    report = _report(opened, identity, teacher, trainer)
+    report = replace(_report(opened, identity, teacher, trainer), fed=feeding.fed, warnings=feeding.warnings)
     if target is not None:
         team.first(lambda: save_checkpoint(target, result, header(progress)))
         written = [path for path in (target, folder.last if folder else target) if path.exists()]
@@ -170,19 +174,6 @@ def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None
             f"{found.label} cannot be trained: {broken[0]!r} holds {broken[1]}; use another checkpoint"
         )
     return found
-
-
-def _prepared(
-    header: Header,
-    input_size: tuple[int, ...] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> Header:
-    """The header with the preprocessing that was asked for."""
-    preprocessing = header.preprocessing
-    if input_size is not None:
-        preprocessing = resized(preprocessing, input_size)
-    return replace(header, preprocessing=with_statistics(preprocessing, mean, std))
 
 
 def _trainable(model: nn.Module) -> nn.Module:

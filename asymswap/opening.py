@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from asymswap.checkpoint import Header, Stored, restore, stored_in
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.inputs import Inputs
 from asymswap.inputs import example as make_example
+from asymswap.preprocessing import PreprocessingOptions, size_warning, with_size
 from asymswap.sources.builders import canonical
 from asymswap.sources.factories import how_built, same_callable
 from asymswap.sources.files import resolve, sha256
@@ -70,6 +71,7 @@ def open_together(
     request: Request,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
+    prepare: PreprocessingOptions | None = None,
 ) -> list[Opened]:
     """Open several models by one request: its `arch` and `key` are the files' among them, its `weights` the others'.
 
@@ -87,7 +89,7 @@ def open_together(
     for model in models:
         file = not isinstance(model, nn.Module) and is_file_reference(str(model))
         own = replace(request, weights=None) if file else replace(request, arch=None, key=None)
-        opened.append(open_model(model, own, input_size, progress))
+        opened.append(open_model(model, own, input_size, progress, prepare))
     return opened
 
 
@@ -101,10 +103,12 @@ def open_model(
     request: Request,
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
+    prepare: PreprocessingOptions | None = None,
 ) -> Opened:
     """Open any model, one that is read or built in eval mode; `input_size` is (channels, height, width).
 
-    For clips, `input_size` has the frames behind the channels. Raises SourceError where the model cannot be had.
+    For clips, `input_size` has the frames behind the channels; `prepare` is what else the user says of the input.
+    Raises SourceError where the model cannot be had.
     """
     header: Header | None = None
     if isinstance(model, nn.Module):
@@ -117,8 +121,7 @@ def open_model(
         else:
             source = open_reference(reference, request)
         source.model.eval()
-    if input_size is not None:
-        source = replace(source, preprocessing=resized(source.preprocessing, input_size))
+    source = replace(source, preprocessing=prepared(source.preprocessing, input_size, prepare))
     if header is None:
         return Opened(source, (), reference)
     return Opened(source, header.plans, reference, header.provenance)
@@ -144,6 +147,31 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "take out what it holds beside layers and data, such as a lock or an open file"
         ) from None
     return model
+
+
+def prepared(
+    known: Preprocessing, input_size: tuple[int, ...] | None, prepare: PreprocessingOptions | None
+) -> Preprocessing:
+    """How images are prepared: as it is known, but for what the user says."""
+    sized = known if input_size is None else with_size(known, input_size)
+    return sized if prepare is None else prepare.apply(sized)
+
+
+def sizes_assumed(opened: Iterable[Opened]) -> tuple[str, ...]:
+    """What to say first where nobody gave the size of a model's input."""
+    warnings = [f"{one.reference}: {line}" for one in opened for line in size_warning(one.source.preprocessing)]
+    return tuple(dict.fromkeys(warnings))
+
+
+def stored_preprocessing(header: Header) -> Preprocessing:
+    """The preprocessing in a converted file; what was only taken for granted when it was written stays so."""
+    preprocessing = header.preprocessing
+    guesses = ("family", "assumed")
+    origins = [
+        origin if origin in guesses else "file"
+        for origin in (preprocessing.normalization_from, preprocessing.size_from)
+    ]
+    return replace(preprocessing, normalization_from=origins[0], size_from=origins[1])
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:
@@ -181,7 +209,7 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
     return Source(
         model=restore(stored, str(path), build_named(header.origin, request)),
         origin=header.origin,
-        preprocessing=header.preprocessing,
+        preprocessing=stored_preprocessing(header),
         weights=f"file {path.name}",
         notes=(f"converted before, {_times(len(header.plans))}", *how_built(request.arch or "")),
         skeleton=header.skeleton,
@@ -201,15 +229,3 @@ def build_named(origin: Origin, request: Request) -> nn.Module | None:
     same = canonical(request.arch) == origin.reference or same_callable(request.arch, origin.reference)
     stored = origin.arguments if same else {}
     return build_architecture(request.arch, {**stored, **request.arguments}, request.trust_code)
-
-
-def resized(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Preprocessing:
-    """The same preprocessing to another size: (channels, height, width), or (channels, frames, height, width)."""
-    if len(input_size) != (4 if preprocessing.form == "clips" else 3) or min(input_size) < 1:
-        wanted = "channels x frames x height x width" if preprocessing.form == "clips" else "channels x height x width"
-        raise SourceError(f"--input {'x'.join(map(str, input_size))} does not suit: one input is {wanted}")
-    channels, *frames, height, width = input_size
-    resized = replace(preprocessing, size=(height, width), resize=None, frames=frames[0] if frames else 1)
-    if channels == preprocessing.channels:
-        return resized
-    return replace(resized, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)

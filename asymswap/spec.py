@@ -229,12 +229,21 @@ InputForm = Literal["images", "image-list", "image-pair", "clips"]
 """What a forward takes: N x C x H x W, a list of C x H x W, two times N x C x H x W, or N x C x frames x H x W."""
 
 
+KnownFrom = Literal["given", "weights", "family", "file", "images", "asked", "assumed"]
+"""Where it is known from how images are prepared.
+
+`given` by the user; the published `weights`, the `family` of networks, the converted `file` say so; the size is that of
+the `images`; the network's batch norms were `asked`; or nobody knows, and the usual is `assumed`.
+"""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised per channel.
 
     `resize` is the length of the shorter side before the crop, None where the image is resized to `size` at once.
-    `form` says what the network's forward takes; `frames` is how many images a clip has.
+    `form` says what the network's forward takes; `frames` is how many images a clip has; `bgr`: its channels, and those
+    of `mean` and `std`, are blue, green, red.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -247,11 +256,37 @@ class Preprocessing:
     interpolation: str = "bilinear"
     form: InputForm = "images"
     frames: int = 1
+    bgr: bool = False
+    normalization_from: KnownFrom = "file"
+    size_from: KnownFrom = "file"
 
     def describe(self) -> str:
         """The size of one input: `3x224x224`, `3x16x112x112` for a clip."""
         frames = (self.frames,) if self.form == "clips" else ()
         return "x".join(map(str, (self.channels, *frames, *self.size)))
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What images became before a network saw them, and where it is known from that it takes them so.
+
+    `low` and `high` are what black and white pixels become; `normalization` is the usual name of mean and std, if they
+    have one. `distances` tells for normalisations how far the images' statistics were from those in the network's first
+    batch norms: 0 where they agree, 1 where they have nothing in common.
+    """
+
+    input: str
+    size_from: KnownFrom
+    resize: int | None
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bgr: bool
+    low: float
+    high: float
+    normalization: str | None
+    normalization_from: KnownFrom
+    distances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

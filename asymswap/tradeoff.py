@@ -16,8 +16,10 @@ from asymswap.calibrate import (
     Calibration,
     Gathered,
     convert_on,
+    fed_on,
     gather_evidence,
     in_own_precision,
+    options_of,
     polish,
 )
 from asymswap.errors import AsymswapError, RecipeError, check_choice
@@ -30,6 +32,7 @@ from asymswap.planning.calibration import model_hash
 from asymswap.planning.plan import Choices, check_not_empty, choose, find_choices, matched_sites
 from asymswap.planning.prices import Counted
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
+from asymswap.preprocessing import PreprocessingOptions
 from asymswap.reporting.report import plain
 from asymswap.reporting.tradeoff import Point, Tradeoff
 from asymswap.sources.references import Request
@@ -37,6 +40,7 @@ from asymswap.spec import Cost, Plan, Progress, silent
 from asymswap.summary import check_finite
 from asymswap.training.data import LabelledImages, open_data
 from asymswap.training.evaluate import evaluate
+from asymswap.training.normalization import settle
 from asymswap.training.predict import check_classifier
 
 Measure = Literal["macs", "params"]
@@ -61,6 +65,7 @@ def sweep(
     trust_pickle: bool = False,
     trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
@@ -89,13 +94,15 @@ def sweep(
         ),
         input_size,
         progress,
+        options_of(preprocessing, calibration),
     )
+    opened, feeding = settle(opened, *fed_on(calibration, data))
     images = open_data(data, opened.source.preprocessing, "test")
     check_classifier(opened.model, images)
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, images, data, measure, calibration)
     known = None if known is None else _go_on(known, setting)
     bench = _Bench(opened, images, measure, calibration, progress)
-    result = replace(known or bench.unchanged(setting), tolerance=tolerance)
+    result = replace(known or bench.unchanged(setting), tolerance=tolerance, warnings=feeding.warnings, fed=feeding.fed)
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = {name: [budget for budget in budgets if (name, budget) not in done] for name in parsed}
     bench.gather([recipe for name, recipe in parsed.items() if lacking[name]])

@@ -41,6 +41,7 @@ REPORT_KEYS = {
     "before",
     "after",
     "output",
+    "fed",
     "warnings",
     "multiplier",
     "latency",
@@ -525,7 +526,10 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
         Image.new("RGB", (16, 16), (20 * number, 100, 255 - 20 * number)).save(tmp_path / f"{number}.png")
     more: dict[str, Any] = {
         "plain": {},
-        "polished": {"calibration": asymswap.Calibration(str(tmp_path), images=8, polish_steps=2)},
+        "polished": {
+            "calibration": asymswap.Calibration(str(tmp_path), images=8, polish_steps=2),
+            "preprocessing": asymswap.PreprocessingOptions(normalize="none"),
+        },
         "in time": {"overrides": {"budget.latency": 0.9}, "timing": asymswap.Timing(rounds=1)},
     }[way]
     said = r"more cannot be swapped: the model's code treats it unlike .* \(AttributeError: .*'out_channels'\); keep it"

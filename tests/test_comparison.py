@@ -36,6 +36,7 @@ from asymswap.training.data import open_data
 from asymswap.training.evaluate import evaluate
 
 DIGITS = "digits-resnet"
+HALF = asymswap.PreprocessingOptions(normalize="half")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,9 @@ class TestOnRandomImages:
         assert next(model.parameters()).is_contiguous()
 
     def test_what_has_no_class_scores_has_no_accuracy(self) -> None:
-        found = asymswap.compare([Net(1, 10), Net(1, 10, maps=True)], input_size=(1, 8, 8), data="digits")
+        found = asymswap.compare(
+            [Net(1, 10), Net(1, 10, maps=True)], input_size=(1, 8, 8), data="digits", preprocessing=HALF
+        )
         assert found.models[0].accuracy is not None
         assert found.models[1].accuracy is None
         assert found.models[1].notes[-2].startswith("no accuracy: the model returns a tensor of shape (1, 10, 6, 6)")

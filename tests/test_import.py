@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "asymswap"
 LAYERS = (
     ("errors",),
     ("spec",),
-    ("tensors", "output", "distributed", "strips", "inputs"),
+    ("tensors", "output", "distributed", "strips", "inputs", "preprocessing"),
     ("factorize",),
     ("kinds",),
     ("sources",),

@@ -67,7 +67,8 @@ def candidates(
         )
     _write_pictures(found, plot, graph)
     if json:
-        screen.print_json(to_json(found.reference, found.rows, found.total, found.traced_by, found.input, found.notes))
+        about = (found.reference, found.rows, found.total, found.traced_by, found.input, found.notes, found.warnings)
+        screen.print_json(to_json(*about))
         return
     if quiet:
         return
@@ -81,6 +82,7 @@ def candidates(
         found.input,
         console.width,
         found.notes,
+        found.warnings,
     )
     screen.show(view, console)
 

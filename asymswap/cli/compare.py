@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ _LATENCY = "Latency"
 _OUTPUTS = "Outputs and accuracy"
 
 
+@o.takes_preprocessing
 def compare(
     models: Annotated[
         list[str],
@@ -55,6 +56,7 @@ def compare(
     arguments: o.Arguments = None,
     key: o.Key = None,
     input_size: o.InputSize = None,
+    preprocessing: Any = None,
     trust_pickle: o.TrustPickle = False,
     trust_code: o.TrustCode = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
@@ -92,6 +94,7 @@ def compare(
             trust_pickle=trust_pickle,
             trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
+            preprocessing=preprocessing,
             timing=Timing(memory_format.value, batch, rounds) if latency else None,
             seed=seed,
             progress=step,

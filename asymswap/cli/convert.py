@@ -16,6 +16,7 @@ from asymswap.cli.commandline import repeatable
 _CHANGE = "What to do"
 
 
+@o.takes_preprocessing
 def convert(
     model: o.Model,
     recipe: Annotated[
@@ -98,6 +99,7 @@ def convert(
     key: o.Key = None,
     arguments: o.Arguments = None,
     input_size: o.InputSize = None,
+    preprocessing: Any = None,
     trust_pickle: o.TrustPickle = False,
     trust_code: o.TrustCode = False,
     json: o.Json = False,
@@ -166,6 +168,7 @@ def convert(
             trust_pickle=trust_pickle,
             trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
+            preprocessing=preprocessing,
             evaluate=evaluate,
             timing=None if memory_format is None else api.Timing(memory_format.value),
             allow_drift=allow_drift,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from asymswap.cli import options as o
 
 
+@o.takes_preprocessing
 def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Names, pkg.mod:factory, or files; others are compared with the first.")
@@ -28,8 +29,7 @@ def evaluate(
     weights: o.Weights = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
+    preprocessing: Any = None,
     input_size: o.InputSize = None,
     key: o.Key = None,
     trust_pickle: o.TrustPickle = False,
@@ -64,8 +64,7 @@ def evaluate(
             weights=weights,
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
-            mean=o.parse_numbers("--mean", mean),
-            std=o.parse_numbers("--std", std),
+            preprocessing=preprocessing,
             trust_pickle=trust_pickle,
             key=key,
             trust_code=trust_code,

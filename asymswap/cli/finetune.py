@@ -14,6 +14,7 @@ _LENGTH = "How long, and how"
 _TEACHER = "Distillation"
 
 
+@o.takes_preprocessing
 def finetune(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     data: o.Data,
@@ -150,8 +151,7 @@ def finetune(
     arguments: o.Arguments = None,
     trust_code: o.TrustCode = False,
     input_size: o.InputSize = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
+    preprocessing: Any = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -221,8 +221,7 @@ def finetune(
             arguments=o.parse_pairs("--arg", arguments),
             trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
-            mean=o.parse_numbers("--mean", mean),
-            std=o.parse_numbers("--std", std),
+            preprocessing=preprocessing,
             team=team,
             watcher=watcher,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from asymswap.cli import options as o
 
 
+@o.takes_preprocessing
 def fuse(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     output: Annotated[
@@ -36,6 +37,7 @@ def fuse(
             rich_help_panel=o.RESULT,
         ),
     ] = False,
+    preprocessing: Any = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
     trust_code: o.TrustCode = False,
@@ -64,6 +66,7 @@ def fuse(
             separable=separable,
             max_offset=max_offset,
             data=data,
+            preprocessing=preprocessing,
             arch=arch,
             arguments=o.parse_pairs("--arg", arguments),
             trust_code=trust_code,

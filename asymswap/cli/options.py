@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import os
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asymswap.errors import AsymswapError
+
+if TYPE_CHECKING:
+    from asymswap.preprocessing import PreprocessingOptions
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
@@ -104,15 +110,6 @@ Data = Annotated[
         rich_help_panel=IMAGES,
     ),
 ]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the images' channels, as 0.5,0.5,0.5; with --std.",
-        show_default="the model's own",
-        rich_help_panel=IMAGES,
-    ),
-]
-Std = Annotated[str | None, typer.Option(help="The same.", show_default="the model's own", rich_help_panel=IMAGES)]
 Validation = Annotated[
     str | None,
     typer.Option(
@@ -129,6 +126,107 @@ Download = Annotated[
     bool, typer.Option("--download", help="Fetch the data where torchvision can.", rich_help_panel=IMAGES)
 ]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+
+_PREPROCESSING = {
+    "normalize": Annotated[
+        str | None,
+        typer.Option(
+            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 "
+            "and others.",
+            show_default="as weights, family or file say; else the network's batch norms are asked",
+            rich_help_panel=IMAGES,
+        ),
+    ],
+    "mean": Annotated[
+        str | None,
+        typer.Option(
+            help="Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.",
+            show_default=False,
+            rich_help_panel=IMAGES,
+        ),
+    ],
+    "std": Annotated[
+        str | None,
+        typer.Option(help="Standard deviation of each channel, as --mean.", show_default=False, rich_help_panel=IMAGES),
+    ],
+    "bgr": Annotated[
+        bool,
+        typer.Option("--bgr", help="Channels are blue, green, red; with --mean and --std.", rich_help_panel=IMAGES),
+    ],
+    "size": Annotated[
+        str | None,
+        typer.Option(
+            help="Height x width of what the network gets, as 224x224 or 224.",
+            show_default="that of --input, or the model's own",
+            rich_help_panel=IMAGES,
+        ),
+    ],
+    "resize": Annotated[
+        int | None,
+        typer.Option(
+            help="Resize the shorter side to this and cut out the middle, as 256.",
+            show_default="the model's own; with --size the whole image is resized",
+            rich_help_panel=IMAGES,
+        ),
+    ],
+    "interpolation": Annotated[
+        str | None,
+        typer.Option(
+            help="bilinear, bicubic, nearest and others.",
+            show_default="the model's own, or bilinear",
+            rich_help_panel=IMAGES,
+        ),
+    ],
+}
+"""How images are prepared, in every command that looks at some."""
+
+
+def takes_preprocessing(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of preprocessing, in place of its parameter `preprocessing`, which gets their values.
+
+    That is a `PreprocessingOptions`, or None where none of them was given.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.name != "preprocessing":
+            parameters.append(parameter)
+            continue
+        for name, kind in _PREPROCESSING.items():
+            default = False if name == "bgr" else None
+            parameters.append(inspect.Parameter(name, parameter.kind, default=default, annotation=kind))
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        given = {name: values.pop(name) for name in _PREPROCESSING}
+        command(**values, preprocessing=_preprocessing(**given))
+
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def _preprocessing(
+    normalize: str | None,
+    mean: str | None,
+    std: str | None,
+    bgr: bool,
+    size: str | None,
+    resize: int | None,
+    interpolation: str | None,
+) -> PreprocessingOptions | None:
+    from asymswap.preprocessing import PreprocessingOptions
+
+    options = PreprocessingOptions(
+        normalize=normalize,
+        mean=parse_numbers("--mean", mean),
+        std=parse_numbers("--std", std),
+        bgr=bgr or None,
+        size=parse_size(size),
+        resize=resize,
+        interpolation=interpolation,
+    )
+    return None if options == PreprocessingOptions() else options
 
 
 _MAY_STAND_ALONE = {"--distill": "original"}
@@ -153,6 +251,16 @@ def parse_input_size(text: str | None) -> tuple[int, ...] | None:
     if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
     return tuple(int(part) for part in parts)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Read `224x320` (height x width), or `224` for both; raises AsymswapError for anything else."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise AsymswapError(f"--size {text!r} is not height x width, such as 224x224")
+    return int(parts[0]), int(parts[-1])
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:

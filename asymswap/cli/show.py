@@ -13,6 +13,7 @@ from asymswap.errors import AsymswapError
 _OFFSETS = "Offsets"
 
 
+@o.takes_preprocessing
 def show(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan of the last conversion as JSON.")] = False,
@@ -30,6 +31,7 @@ def show(
         str | None,
         typer.Option(help="Images to predict them on.", show_default="random ones", rich_help_panel=_OFFSETS),
     ] = None,
+    preprocessing: Any = None,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
     trust_code: o.TrustCode = False,
@@ -53,9 +55,10 @@ def show(
     from asymswap.output import check_output, write_text
     from asymswap.reporting import files
 
-    if draw is not None or data is not None or offsets:
+    if draw is not None or data is not None or offsets or preprocessing is not None:
         _check_alone(report, plan)
-        _show_offsets(checkpoint, draw, data, arch, o.parse_pairs("--arg", arguments), trust_code, force, json, quiet)
+        given = o.parse_pairs("--arg", arguments)
+        _show_offsets(checkpoint, draw, data, preprocessing, arch, given, trust_code, force, json, quiet)
         return
     if report is not None:
         check_output(report, force, "--report")
@@ -102,6 +105,7 @@ def _show_offsets(
     checkpoint: Path,
     picture: Path | None,
     data: str | None,
+    preprocessing: Any,
     arch: str | None,
     arguments: dict[str, Any],
     trust_code: bool,
@@ -118,7 +122,9 @@ def _show_offsets(
         from asymswap.deploy.offsets import offsets
         from asymswap.reporting import offsets as shown
 
-        report = offsets(checkpoint, data=data, arch=arch, arguments=arguments, trust_code=trust_code)
+        report = offsets(
+            checkpoint, data=data, preprocessing=preprocessing, arch=arch, arguments=arguments, trust_code=trust_code
+        )
     if picture is not None:
         write_bytes(picture, shown.draw(report, picture.suffix[1:]))
     if json:

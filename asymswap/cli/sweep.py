@@ -17,6 +17,7 @@ _BUDGET, _DATA = "Budgets", "Data"
 _REPORTS = (".html", ".md", *o.PICTURES)
 
 
+@o.takes_preprocessing
 def sweep(
     model: o.Model,
     recipe: Annotated[
@@ -68,6 +69,7 @@ def sweep(
     arguments: o.Arguments = None,
     key: o.Key = None,
     input_size: o.InputSize = None,
+    preprocessing: Any = None,
     trust_pickle: o.TrustPickle = False,
     trust_code: o.TrustCode = False,
     force: o.Force = False,
@@ -130,6 +132,7 @@ def sweep(
             trust_pickle=trust_pickle,
             trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
+            preprocessing=preprocessing,
             progress=step,
         )
         write(result)

@@ -23,6 +23,7 @@ from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.inputs import Inputs, probe, sizes
 from asymswap.opening import build_named, model_dtype
 from asymswap.output import check_output, whole_file
+from asymswap.preprocessing import size_warning
 from asymswap.reporting.export import Check, ExportReport
 from asymswap.reporting.report import FileRow
 from asymswap.sources.references import Request
@@ -88,6 +89,7 @@ def export(
         opset=OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
+        warnings=size_warning(work.preprocessing),
     )
 
 

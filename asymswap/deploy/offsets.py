@@ -15,17 +15,20 @@ from asymswap.checkpoint import read_checkpoint, restore
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import conv_input
 from asymswap.inputs import Inputs
-from asymswap.opening import build_named, model_dtype
+from asymswap.opening import build_named, model_dtype, prepared, stored_preprocessing
+from asymswap.preprocessing import PreprocessingOptions, check_needed, size_warning
 from asymswap.reporting.offsets import OffsetReport, OffsetRow
 from asymswap.sources.references import Request
 from asymswap.spec import Plan, Swap
 from asymswap.tensors import eval_mode
+from asymswap.training.normalization import fed_of, feeding_of
 
 
 def offsets(
     checkpoint: str | Path,
     *,
     data: str | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     model: nn.Module | None = None,
     arch: str | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -37,18 +40,21 @@ def offsets(
     What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`)
     is the unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
     """
+    check_needed(preprocessing, data)
     stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
     if model is None:
         request = Request(arch=arch, arguments=arguments or {}, trust_code=trust_code)
         model = build_named(stored.header.origin, request)
     converted = restore(stored, label, model)
-    preprocessing, dtype = stored.header.preprocessing, model_dtype(converted)
-    inputs, about = some_inputs(data, preprocessing, dtype, seed)
+    takes, dtype = prepared(stored_preprocessing(stored.header), None, preprocessing), model_dtype(converted)
+    feeding = None if data is None else feeding_of(converted, takes, data, "test", label)
+    inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, dtype, seed)
     rows = read_offsets(converted, stored.header.plans, inputs)
     if not rows:
         moving = [name for name in kinds.names() if isinstance(kinds.load(name), kinds.Moving)]
         raise AsymswapError(f"{label} has no layer whose taps move; the kinds {', '.join(moving)} have such taps")
-    return OffsetReport(label, rows, about)
+    warnings = size_warning(takes) if feeding is None else feeding.warnings
+    return OffsetReport(label, rows, about, fed_of(feeding), warnings)
 
 
 def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:

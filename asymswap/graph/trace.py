@@ -154,7 +154,8 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
-        raise TraceError(f"the model does not run on {describe(inputs)}: {_first_line(error)}") from error
+        reason = _first_line(error)
+        raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; give another --input") from error
 
 
 def _run(model: nn.Module, inputs: Inputs) -> _Run:

@@ -114,12 +114,14 @@ class Benchmark:
     rounds: int
     others: float | None
     versions: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:
     """A table for each setting, or one of all settings where there is a single model, layers and the fine print."""
     wide = width >= WIDE
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [written(words.sentence(line), style="yellow") for line in benchmark.warnings]
+    parts += [Text("")] * bool(parts)
     if len(benchmark.models) == 1:
         title = written(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
         parts += [title, _table(benchmark, benchmark.results, "Setting", wide), Text("")]
@@ -149,7 +151,8 @@ def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
         about = [words.markdown_code(benchmark.models[result.model].model), TITLES[setting.runtime], f"{setting.batch}"]
         about += [f"{setting.threads}", setting.memory_format or "-"]
         lines.append([*about, *(cells.get(title, "-") for title in columns)])
-    text = [*words.markdown_table(lines), ""]
+    text = [f"**{words.markdown_text(words.sentence(line))}**\n" for line in benchmark.warnings]
+    text += [*words.markdown_table(lines), ""]
     text += [f"**{words.markdown_text(line)}**\n" for line in _warnings(benchmark)]
     text += [f"{words.markdown_text(line)}\n" for line in _advice(benchmark)]
     for one in benchmark.layers if layers else ():

@@ -16,7 +16,13 @@ from asymswap.spec import Candidate, Cost
 
 
 def to_json(
-    reference: str, rows: Sequence[Candidate], total: Cost, traced_by: str, about: str, notes: Sequence[str]
+    reference: str,
+    rows: Sequence[Candidate],
+    total: Cost,
+    traced_by: str,
+    about: str,
+    notes: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that is known of each conv, and the sums over the candidates."""
     held = sum((row.site.cost for row in rows if row.reason is None), start=Cost(0, 0))
@@ -29,6 +35,7 @@ def to_json(
     return whole(
         {
             "model": reference,
+            "warnings": warnings,
             "traced_by": traced_by,
             "input": about,
             "notes": notes,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.terminal import WIDE, table, written
-from asymswap.spec import Cost, Ratio, Seconds
+from asymswap.spec import Cost, Fed, Ratio, Seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class ComparedRow:
     gap: OutputGap | None = None
     accuracy: Accuracy | None = None
     notes: tuple[str, ...] = ()
+    fed: Fed | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class TimingRow:
 class Comparison:
     """Everything that is known of the models, the first of which the others are compared with.
 
-    `outputs_on` says on what the outputs were compared, `data` on which images accuracy was measured.
+    `outputs_on` says on what the outputs were compared, `data` on which images accuracy was measured; `warnings` is
+    what a reader must know before any figure.
     """
 
     asymswap: str
@@ -83,6 +85,7 @@ class Comparison:
     data: str | None = None
     images: int | None = None
     timing: TimingRow | None = None
+    warnings: tuple[str, ...] = ()
 
 
 Say = Callable[[ComparedRow, ComparedRow], str]
@@ -172,7 +175,8 @@ def comparison_view(comparison: Comparison, width: int) -> RenderableType:
     rows = [_cells(row, comparison, wide) for row in comparison.models]
     lines = [written(line, style="dim") for line in _fine_print(comparison, wide)]
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
-    return Group(table(titles, rows, gap=1 if wide else 2), Text(""), *lines)
+    first = [written(words.sentence(line), style="yellow") for line in comparison.warnings]
+    return Group(*first, *[Text("")] * bool(first), table(titles, rows, gap=1 if wide else 2), Text(""), *lines)
 
 
 def comparison_to_markdown(comparison: Comparison) -> str:
@@ -182,7 +186,8 @@ def comparison_to_markdown(comparison: Comparison) -> str:
     lines = [titles, ["---", *("---:" for _ in titles[1:])]]
     lines += [[words.markdown_code(row.model), *_cells(row, comparison, wide=True)[1:]] for row in comparison.models]
     notes = (f"- {words.markdown_text(line)}" for line in _fine_print(comparison, wide=True))
-    return "\n".join([*words.markdown_table(lines), "", *notes, ""])
+    first = [text for line in comparison.warnings for text in (f"**{words.markdown_text(words.sentence(line))}**", "")]
+    return "\n".join([*first, *words.markdown_table(lines), "", *notes, ""])
 
 
 def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
@@ -212,6 +217,7 @@ def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
     sizes = dict.fromkeys(row.input for row in comparison.models)
     if len(sizes) > 1:
         lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in comparison.models) + ".")
+    lines += words.fed_by_model((row.model, row.fed) for row in comparison.models)
     lines += [f"{row.model}: {note}." for row in comparison.models for note in row.notes]
     lines.append(
         "MACs of one forward pass, batch 1; FLOPs are 2 x MACs." + " Of 1st: what is left of the first model's." * wide

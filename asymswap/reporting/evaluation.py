@@ -10,6 +10,7 @@ from rich.text import Text
 
 from asymswap.reporting import words
 from asymswap.reporting.terminal import WIDE, table, written
+from asymswap.spec import Fed
 
 _CLASSES_SHOWN = 20
 """Of more classes, the worst are shown."""
@@ -65,11 +66,15 @@ class ModelScores:
     classes: tuple[ClassRow, ...]
     confusions: tuple[ConfusionRow, ...]
     against_first: AgainstFirst | None = None
+    fed: Fed | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """All models on the same images; `unreadable` ones are left out, `batch` is that of the forward passes."""
+    """All models on the same images; `unreadable` ones are left out, `batch` is that of the forward passes.
+
+    `warnings` is what a reader must know before any figure.
+    """
 
     data: str
     images: int
@@ -78,12 +83,14 @@ class EvaluationReport:
     device: str
     models: tuple[ModelScores, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
     """The models' scores, how they compare with the first, their classes and their confusions."""
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
-    parts: list[RenderableType] = [written(f"{report.data}{skipped}", style="bold"), Text("")]
+    parts: list[RenderableType] = [written(f"{report.data}{skipped}", style="bold")]
+    parts += [*(written(words.sentence(line), style="yellow") for line in report.warnings), Text("")]
     parts += [_scores(report), Text("")]
     if len(report.models) > 1:
         parts += [_comparison(report), Text("")]
@@ -171,6 +178,7 @@ def _fine_print(report: EvaluationReport) -> Sequence[str]:
     if len(report.models) > 1:
         lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
     lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading the images.")
+    lines += words.fed_by_model((model.model, model.fed) for model in report.models)
     return [*lines, *map(words.sentence, report.notes)]
 
 

@@ -40,6 +40,7 @@ class ExportReport:
     opset: int | None = None
     files: tuple[FileRow, ...] = ()
     versions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def export_view(report: ExportReport) -> RenderableType:
@@ -53,5 +54,8 @@ def export_view(report: ExportReport) -> RenderableType:
         *(("written", f"{file.path} ({words.size(file.bytes)})") for file in report.files),
     ]
     return Group(
-        written(f"{report.model} exported", style="bold"), Text(""), table([("", "left"), ("", "fold")], facts)
+        written(f"{report.model} exported", style="bold"),
+        *(written(words.sentence(line), style="yellow") for line in report.warnings),
+        Text(""),
+        table([("", "left"), ("", "fold")], facts),
     )

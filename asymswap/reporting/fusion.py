@@ -11,7 +11,7 @@ from rich.text import Text
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow
 from asymswap.reporting.terminal import table, written
-from asymswap.spec import Cost
+from asymswap.spec import Cost, Fed
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,15 @@ class FusionReport:
     probe: str
     as_original: bool
     files: tuple[FileRow, ...] = ()
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def fusion_view(report: FusionReport) -> RenderableType:
     """What was fused, what was left and why, and how the outputs compare."""
     done = Counter((row.kind, row.outcome) for row in report.sites)
-    parts: list[RenderableType] = [written(f"{report.model}: {_sum(report)}", style="bold"), Text("")]
+    parts: list[RenderableType] = [written(f"{report.model}: {_sum(report)}", style="bold")]
+    parts += [*(written(words.sentence(line), style="yellow") for line in report.warnings), Text("")]
     rows = [(name, words.count(a), words.count(b), words.share(b, a)) for name, a, b in _figures(report)]
     parts += [table([("", "left"), ("before", "right"), ("after", "right"), ("left", "right")], rows), Text("")]
     parts += [written(f"{number} {kind}: {outcome}") for (kind, outcome), number in sorted(done.items())]
@@ -63,6 +66,7 @@ def fusion_view(report: FusionReport) -> RenderableType:
         ),
         written(f"The state dict {fits} {report.origin} as it was before it was converted.", style="dim"),
     ]
+    parts += [written(line, style="dim") for line in words.fed_by_model([(report.model, report.fed)])]
     parts += [written(f"{file.path}: {words.size(file.bytes)}.", style="dim") for file in report.files]
     return Group(*parts)
 

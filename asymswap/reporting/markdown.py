@@ -47,6 +47,7 @@ def to_markdown(report: Report) -> str:
         *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
         *([] if report.latency is None else words.latency(report.latency)),
         *_calibration(report),
+        *([] if report.fed is None else [f"Fed: {words.fed(report.fed)}"]),
         *model.notes,
         *(f"File {file.path}: {words.size(file.bytes)}" for file in report.files),
         "Time in seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items()),

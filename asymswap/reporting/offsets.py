@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from asymswap.reporting import words
 from asymswap.reporting.drawing import clean
 from asymswap.reporting.figures import new_figure, picture_of
 from asymswap.reporting.report import plain
 from asymswap.reporting.report import to_json as whole
 from asymswap.reporting.terminal import table, written
-from asymswap.spec import Size
+from asymswap.spec import Fed, Size
 
 STILL = 0.05
 """Pixels below which a tap counts as having stayed where it was."""
@@ -58,6 +59,8 @@ class OffsetReport:
     model: str
     rows: tuple[OffsetRow, ...]
     probe: str
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def to_json(report: OffsetReport) -> dict[str, Any]:
@@ -85,10 +88,12 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     lines = [f"No tap has moved by {STILL:g} pixels: {', '.join(still)}."] if still else []
     if any(row.kind.startswith("predicted") for row in report.rows):
         lines.append(f"Predicted offsets: on {report.probe}; their mean over all pixels.")
+    lines += words.fed_by_model([(report.model, report.fed)])
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     return Group(
         written(f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can", style="bold"),
+        *(written(words.sentence(line), style="yellow") for line in report.warnings),
         Text(""),
         table(columns, rows),
         Text(""),

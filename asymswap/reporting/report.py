@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from asymswap.spec import Cost
+from asymswap.spec import Cost, Fed
 
 SCHEMA = 1
 
@@ -119,7 +119,8 @@ class Report:
     """Everything that a conversion has to say.
 
     `rest` is the cost of everything outside of the sites, so that the totals are the sums of the rows and it;
-    `warnings` is what a reader must know before any figure: each format shows it first.
+    `warnings` is what a reader must know before any figure: each format shows it first. `fed` is what images became
+    before the networks saw them, where there were any.
     """
 
     asymswap: str
@@ -137,6 +138,7 @@ class Report:
     latency: LatencyRow | None = None
     calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
+    fed: Fed | None = None
     weights_bytes: tuple[int, int] = (0, 0)
     files: tuple[FileRow, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from asymswap.preprocessing import fed, size_warning
 from asymswap.reporting import words
 from asymswap.reporting.terminal import table, written
 from asymswap.spec import Preprocessing
@@ -18,14 +19,15 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
     provenance, origin, pre = header["provenance"], header["origin"], header["preprocessing"]
     report = provenance.get("report", {})
     arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
-    size = Preprocessing(**pre).describe()
+    preprocessing = Preprocessing(**pre)
     facts = [
         ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
-        ("input", f"{size}, mean {_numbers(pre['mean'])}, std {_numbers(pre['std'])}"),
+        ("input", words.fed(fed(preprocessing))),
         *_facts(report),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
     ]
-    parts: list[RenderableType] = [written(path, style="bold"), Text("")]
+    parts: list[RenderableType] = [written(path, style="bold")]
+    parts += [*(written(words.sentence(line), style="yellow") for line in size_warning(preprocessing)), Text("")]
     parts.append(table([("", "left"), ("", "fold")], [(name, value) for name, value in facts if value]))
     for number, plan in enumerate(header["plans"], start=1):
         swaps = plan["swaps"]
@@ -77,7 +79,3 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _change(before: int, after: int) -> str:
     return f"{words.count(before)} -> {words.count(after)} ({words.share(after, before)})"
-
-
-def _numbers(values: Any) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -100,6 +100,7 @@ def candidates_view(
     about: str,
     width: int,
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> RenderableType:
     """What the candidates hold, first of all; then every conv with what `separable` would save, or why it is none."""
     number = sum(row.reason is None for row in rows)
@@ -109,6 +110,7 @@ def candidates_view(
     if not rows:
         verdict = f"{reference} has no Conv2d: there is nothing to swap"
     parts: list[RenderableType] = [written(verdict, style="bold")]
+    parts += [written(words.sentence(line), style="yellow") for line in warnings]
     if rows and share < 0.05:
         parts.append(Text("Little can be gained here.", style="yellow"))
     wide = width >= WIDE
@@ -246,6 +248,7 @@ def _fine_print(report: Report) -> list[str]:
         how = "layer by layer" if row.sequential else "in one pass"
         lines.append(f"Calibrated {how} on {row.images} unlabelled images of {row.data} (seed {row.seed}).")
         lines += map(words.sentence, row.notes)
+    lines += words.fed_by_model([(model.reference, report.fed)])
     lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
     lines += map(words.sentence, model.notes)
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]

@@ -19,7 +19,7 @@ from asymswap.reporting.pages import render
 from asymswap.reporting.report import plain
 from asymswap.reporting.report import to_json as whole
 from asymswap.reporting.terminal import table, written
-from asymswap.spec import Cost
+from asymswap.spec import Cost, Fed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Tradeoff:
     """A sweep: the network as it was, the points measured so far, and how they were made.
 
     `measure` is what budgets are fractions of, `macs` or `params`; `tolerance` is how much accuracy may be lost, as a
-    fraction; `setting` is all that the figures depend on.
+    fraction; `setting` is all that the figures depend on; `warnings` is what a reader must know before any figure.
     """
 
     model: str
@@ -57,6 +57,8 @@ class Tradeoff:
     points: tuple[Point, ...] = ()
     setting: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    fed: Fed | None = None
 
     @property
     def measured(self) -> tuple[Point, ...]:
@@ -186,6 +188,7 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     """How the figures came about, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
     lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
+    lines += words.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(words.sentence, sweep.notes)
     return lines + _failures(sweep)
 
@@ -209,6 +212,7 @@ def sweep_view(sweep: Tradeoff) -> RenderableType:
     advice = sweep.advice()
     return Group(
         written(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
+        *(written(words.sentence(line), style="yellow") for line in sweep.warnings),
         Text(""),
         table(COLUMNS, sweep_rows(sweep)),
         Text(""),
@@ -224,6 +228,7 @@ def to_markdown(sweep: Tradeoff) -> str:
     lines = [
         f"# {text(sweep.model)}: accuracy over budgets",
         "",
+        *(line for warning in sweep.warnings for line in (f"**{text(words.sentence(warning))}**", "")),
         text(sweep.advice()),
         "",
         *words.markdown_table([head, sides, *(list(map(text, row)) for row in sweep_rows(sweep))]),
@@ -244,6 +249,7 @@ def to_html(sweep: Tradeoff) -> str:
         columns=COLUMNS,
         rows=sweep_rows(sweep),
         lines=fine_print(sweep),
+        warnings=[words.sentence(line) for line in sweep.warnings],
     )
 
 

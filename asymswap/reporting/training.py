@@ -12,6 +12,7 @@ from rich.text import Text
 from asymswap.reporting import words
 from asymswap.reporting.report import FileRow
 from asymswap.reporting.terminal import table, written
+from asymswap.spec import Fed
 from asymswap.training.rows import EpochRow, Scores, StepRow
 
 
@@ -42,11 +43,14 @@ class TrainingReport:
     files: tuple[FileRow, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def training_view(report: TrainingReport) -> RenderableType:
     """Scores before and after, what was trained on what, and the files."""
-    parts: list[RenderableType] = [written(_title(report), style="bold"), Text("")]
+    parts: list[RenderableType] = [written(_title(report), style="bold")]
+    parts += [*(written(words.sentence(line), style="yellow") for line in report.warnings), Text("")]
     if report.before is not None and report.best is not None and report.last is not None:
         columns = [("on validation images", "left"), ("before", "right"), ("kept", "right"), ("last epoch", "right")]
         scores = (report.before, report.best, report.last)
@@ -79,6 +83,7 @@ def _fine_print(report: TrainingReport) -> list[str]:
     )
     if report.teacher is not None:
         lines.append(f"Taught by {report.teacher}.")
+    lines += words.fed_by_model([(report.model, report.fed)])
     lines += map(words.sentence, report.notes)
     lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
     lines.append(f"Time: {report.seconds:.1f} s.")

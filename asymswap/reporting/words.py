@@ -8,7 +8,7 @@ from typing import Any
 
 from asymswap.errors import visible
 from asymswap.reporting.report import LatencyRow, Report, SiteRow
-from asymswap.spec import Ratio
+from asymswap.spec import Fed, Ratio
 
 
 def count(value: float) -> str:
@@ -142,6 +142,47 @@ def latency(row: LatencyRow) -> list[str]:
             "cannot bring it about."
         )
     return lines
+
+
+_KNOWN_FROM = {
+    "given": "given",
+    "weights": "as the weights say",
+    "family": "as usual in its family",
+    "file": "as the file says",
+    "images": "that of the images",
+    "asked": "asked of the network",
+    "assumed": "assumed",
+}
+
+
+def fed(row: Fed) -> str:
+    """What images become before a network sees them, and where it is known from, in one phrase."""
+    if row.resize is None:
+        how = f"images resized to it ({row.interpolation})"
+    else:
+        how = f"shorter side resized to {row.resize} ({row.interpolation}), the middle cut out"
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (row.mean, row.std))
+    name = f"{row.normalization}, " if row.normalization else ""
+    order = ", channels blue, green, red" if row.bgr else ""
+    text = (
+        f"{row.input} ({_KNOWN_FROM[row.size_from]}), {how}; pixels from {row.low:.3g} to {row.high:.3g}, mean {mean}, "
+        f"std {std}{order} ({name}{_KNOWN_FROM[row.normalization_from]})"
+    )
+    if not row.distances:
+        return text
+    nearest = sorted(row.distances.items(), key=lambda item: item[1])[:3]
+    return f"{text}; distance to its batch norms' statistics: {', '.join(f'{name} {d:.3f}' for name, d in nearest)}"
+
+
+def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
+    """Sentences of what models are fed; those that are fed alike share one."""
+    models: dict[str, list[str]] = {}
+    for name, row in rows:
+        if row is not None:
+            models.setdefault(fed(row), []).append(name)
+    if len(models) == 1:
+        return [f"Fed: {text}." for text in models]
+    return [f"Fed to {', '.join(names)}: {text}." for text, names in models.items()]
 
 
 def first_lines(report: Report) -> list[str]:

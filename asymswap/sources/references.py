@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asymswap.errors import SourceError
+from asymswap.preprocessing import with_channels
 from asymswap.sources import builders, extra_state, factories, networks, timm_models, torchvision_models
 from asymswap.sources.archives import read_exported, read_torchscript, states_of_modules
 from asymswap.sources.builders import DIGITS
@@ -286,7 +287,8 @@ def _open_known(full: str, request: Request) -> Source:
         if request.weights not in (None, "DEFAULT") or request.arguments:
             raise SourceError(f"{DIGITS} has one set of weights; use --weights none to change its arguments")
         source = _fill(full, load_file(networks.DIGITS_WEIGHTS, backend="pread"), request, DIGITS, silent)
-        return replace(source, weights="shipped, trained on scikit-learn's digits")
+        known = replace(source.preprocessing, normalization_from="weights", size_from="weights")
+        return replace(source, preprocessing=known, weights="shipped, trained on scikit-learn's digits")
     if full.startswith("torchvision:") and not random:
         name = full.removeprefix("torchvision:")
         model, arguments, weights = torchvision_models.build_pretrained(
@@ -317,7 +319,11 @@ def _open_timm(name: str, request: Request) -> Source:
             raise SourceError(f"timm:{name} names weights and --weights {named} others; give one of them")
         name = ".".join(filter(None, (architecture, named or tag)))
         model, weights, remarks = timm_models.build_pretrained(name, request.arguments)
-    return _timm_source(model, name, request.arguments, weights, remarks)
+    source = _timm_source(model, name, request.arguments, weights, remarks)
+    if request.weights == "none" or source.preprocessing.normalization_from != "family":
+        return source
+    known = replace(source.preprocessing, normalization_from="weights", size_from="weights")
+    return replace(source, preprocessing=known)
 
 
 def _timm_source(
@@ -477,20 +483,14 @@ def _is_weights_file(text: str) -> bool:
 def _preprocessing(full: str, model: nn.Module, weights: str | None = None) -> Preprocessing:
     if full.startswith("torchvision:"):
         own = torchvision_models.preprocessing(full.removeprefix("torchvision:"), model, weights)
-        return _with_channels(own, _input_channels(model))
+        return with_channels(own, _input_channels(model))
     own = networks.DIGITS_PREPROCESSING if full == DIGITS else networks.CIFAR_PREPROCESSING
-    return _with_channels(own, _input_channels(model))
+    return with_channels(own, _input_channels(model))
 
 
 def _assumed_preprocessing(model: nn.Module) -> Preprocessing:
-    """Mostly 224 x 224 and ImageNet's statistics, as most networks take; `--input` says otherwise."""
-    return _with_channels(torchvision_models.assumed_preprocessing(model), _input_channels(model))
-
-
-def _with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
-    if preprocessing.channels == channels:
-        return preprocessing
-    return replace(preprocessing, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+    """Mostly 224 x 224 and ImageNet's statistics, as most networks take; it says what of it is a guess."""
+    return with_channels(torchvision_models.assumed_preprocessing(model), _input_channels(model))
 
 
 def _input_channels(model: nn.Module) -> int:

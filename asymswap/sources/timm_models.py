@@ -124,6 +124,8 @@ def preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessi
         # What is not cropped is squeezed to its size at once.
         resize=math.floor(max(height, width) / data["crop_pct"]) if data["crop_mode"] == "center" else None,
         interpolation=data["interpolation"],
+        normalization_from="family" if own else "assumed",
+        size_from="family",
     )
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,26 @@ def assumed_preprocessing(model: nn.Module) -> Preprocessing:
     form = input_form(model)
     if form == "image-list":
         # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
-        return Preprocessing(3, _detection_size(model), (0.0,) * 3, (1.0,) * 3, form=form)
+        return _of_family(Preprocessing(3, _detection_size(model), (0.0,) * 3, (1.0,) * 3, form=form))
     if form == "image-pair":
-        return Preprocessing(3, (256, 256), (0.5,) * 3, (0.5,) * 3, form=form)
+        return _of_family(Preprocessing(3, (256, 256), (0.5,) * 3, (0.5,) * 3, form=form))
     side = getattr(model, "image_size", None)
-    size = (side, side) if isinstance(side, int) else (224, 224)
-    return Preprocessing(3, size, IMAGENET_MEAN, IMAGENET_STD, form=form, frames=_FRAMES if form == "clips" else 1)
+    ours = type(model).__module__.startswith("torchvision.models.")
+    frames = _FRAMES if form == "clips" else 1
+    return Preprocessing(
+        3,
+        (side, side) if isinstance(side, int) else (224, 224),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        form=form,
+        frames=frames,
+        normalization_from="family" if ours else "assumed",
+        size_from="family" if ours or isinstance(side, int) else "assumed",
+    )
+
+
+def _of_family(preprocessing: Preprocessing) -> Preprocessing:
+    return replace(preprocessing, normalization_from="family", size_from="family")
 
 
 def _detection_size(model: nn.Module) -> Size:
@@ -215,6 +229,7 @@ def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Prep
     transforms = weights.transforms()
     sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
     crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
+    weights_crop = crop
     # Vision transformers fix their input size when they are built.
     fixed = getattr(model, "image_size", None)
     if isinstance(fixed, int) and fixed != crop:
@@ -228,6 +243,8 @@ def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Prep
         interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
         form=assumed.form,
         frames=assumed.frames,
+        normalization_from="weights" if weights_name else "family",
+        size_from="weights" if weights_name and crop == weights_crop else "family",
     )
 
 

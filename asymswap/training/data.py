@@ -231,21 +231,6 @@ def _check_same_classes(folder: Path, name: str) -> None:
         )
 
 
-def with_statistics(
-    preprocessing: Preprocessing, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Preprocessing:
-    """The same preprocessing with another mean and standard deviation, one for each channel or one for all."""
-    given = {name: values for name, values in (("mean", mean), ("std", std)) if values is not None}
-    count = preprocessing.channels
-    for name, values in given.items():
-        if len(values) not in (1, count):
-            raise SourceError(f"--{name} has {len(values)} numbers for {count} channels; give one, or one for each")
-    if std is not None and min(std) <= 0:
-        raise SourceError(f"--std {min(std):g} must be above 0")
-    every = {name: tuple(values) * (count if len(values) == 1 else 1) for name, values in given.items()}
-    return replace(preprocessing, **every)  # type: ignore[arg-type]
-
-
 def image_transform(preprocessing: Preprocessing) -> v2.Transform:
     """The torchvision transform from a picture to a network's input, a float C x H x W tensor."""
     return v2.Compose([*geometry(preprocessing), *to_input(preprocessing)])
@@ -262,4 +247,10 @@ def geometry(preprocessing: Preprocessing) -> list[v2.Transform]:
 def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
     """From a picture of the right size to normalised numbers."""
     normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize, v2.ToPureTensor()]
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize, v2.ToPureTensor()]
+    return [*steps[:2], _reverse_channels, *steps[2:]] if preprocessing.bgr else steps
+
+
+def _reverse_channels(image: Tensor) -> Tensor:
+    """From red, green, blue to blue, green, red."""
+    return image.flip(-3)

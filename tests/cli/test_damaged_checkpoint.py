@@ -92,6 +92,7 @@ HEADERS |= {
     "endless clip": (preprocessing(form="clips", frames=10**9), r"1 channels of 8x8 pixels in 1000000000 frames"),
     "no clip": (preprocessing(form="clips", frames=0), r"1 channels of 8x8 pixels in 0 frames"),
     "no input": (preprocessing(size=[0, 8]), r"no image has 1 channels of 0x8 pixels"),
+    "deviation": (preprocessing(std=[0.0]), r"means must be numbers, and deviations numbers above 0"),
     "means": (preprocessing(mean=[]), r"a mean and a deviation are needed for each of 1 channels"),
     "control": (lambda h: {**h, "provenance": {"recipe": ["\x1b[2J"]}}, r"control characters, which a termi"),
     "control key": (lambda h: {**h, "provenance": {"\x9b": 1}}, r"control characters, which a terminal would obey"),

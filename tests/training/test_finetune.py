@@ -64,6 +64,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+HALF = asymswap.PreprocessingOptions(normalize="half")
+
 RULE = "[[rules]]\nmatch = { names = ['body.4'] }\nswap = { kind = 'weighted-offset' }\n"
 
 
@@ -84,7 +86,10 @@ class Start:
 def make_start(folder: Path, digits: str) -> Start:
     torch.manual_seed(0)
     (folder / "r.toml").write_text(RULE)
-    asymswap.save(asymswap.convert(Net().eval(), folder / "r.toml", input_size=(1, 8, 8)), folder / "x.asym.pt")
+    asymswap.save(
+        asymswap.convert(Net().eval(), folder / "r.toml", input_size=(1, 8, 8), preprocessing=HALF),
+        folder / "x.asym.pt",
+    )
     return Start(folder / "x.asym.pt", digits)
 
 
@@ -308,7 +313,7 @@ def test_without_an_output_nothing_is_written_and_the_module_stays(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     net = Net()
-    conversion = asymswap.convert(net, "offset", input_size=(1, 8, 8))
+    conversion = asymswap.convert(net, "offset", input_size=(1, 8, 8), preprocessing=HALF)
     before = {key: value.clone() for key, value in conversion.model.state_dict().items()}
     tuned = asymswap.finetune(conversion, digits, Training(steps=3))
     assert tuned.report.steps == 3
@@ -403,7 +408,9 @@ def test_batches_of_one_image(start: Start) -> None:
             self.head = nn.Sequential(nn.Linear(32, 10), nn.BatchNorm1d(10))  # type: ignore[assignment]
 
     with pytest.raises(AsymswapError, match=r"a batch norm got a single image: .* give a larger --batch-size"):
-        asymswap.finetune(Normed(), start.digits, Training(steps=1, batch_size=1), input_size=(1, 8, 8))
+        asymswap.finetune(
+            Normed(), start.digits, Training(steps=1, batch_size=1), input_size=(1, 8, 8), preprocessing=HALF
+        )
 
 
 def test_a_full_disk_leaves_the_former_state_whole(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +487,7 @@ def test_half_precision(start: Start) -> None:
 
 def test_weights_of_half_precision_are_trained_in_full_and_stored_as_they_were(tmp_path: Path, digits: str) -> None:
     torch.manual_seed(0)
-    conversion = asymswap.convert(Net().eval().bfloat16(), "offset", input_size=(1, 8, 8))
+    conversion = asymswap.convert(Net().eval().bfloat16(), "offset", input_size=(1, 8, 8), preprocessing=HALF)
     tuned = asymswap.finetune(conversion, digits, Training(steps=10), output=tmp_path / "o.pt")
     assert {p.dtype for p in tuned.model.parameters()} == {torch.bfloat16}
     assert {t.dtype for t in weights(tmp_path / "o.pt").values() if t.is_floating_point()} == {torch.bfloat16}
@@ -493,10 +500,10 @@ def test_classes_that_do_not_match(start: Start, tmp_path: Path) -> None:
             self.head = nn.Linear(32, 9)
 
     with pytest.raises(AsymswapError, match=r"the model scores 9 classes, but the data has 10 .*; give data with the"):
-        asymswap.finetune(Nine(), "digits", Training(steps=1), input_size=(1, 8, 8))
+        asymswap.finetune(Nine(), "digits", Training(steps=1), input_size=(1, 8, 8), preprocessing=HALF)
     Nine.__init__ = lambda self: (Net.__init__(self), setattr(self, "head", nn.Linear(32, 12)))[0]  # type: ignore[method-assign]
     with pytest.raises(AsymswapError, match=r"the model scores 12 classes, but the data has 10 .*; give data of"):
-        asymswap.finetune(Nine(), "digits", Training(steps=1), input_size=(1, 8, 8))
+        asymswap.finetune(Nine(), "digits", Training(steps=1), input_size=(1, 8, 8), preprocessing=HALF)
     start.train("out.pt", Training(steps=1))
     torch.save(
         {"images": torch.rand(90, 1, 8, 8), "labels": torch.arange(90) % 10, "classes": [*"1234567890"]},
@@ -535,7 +542,9 @@ def test_a_network_of_the_users_file_is_built_as_it_was_when_it_was_converted(tm
     with pytest.raises(asymswap.AsymswapError, match="--trust-code"):
         asymswap.finetune(tmp_path / "x.pt", digits, Training(steps=1), arch=reference)
     # The number of channels is the checkpoint's to tell.
-    tuned = asymswap.finetune(tmp_path / "x.pt", digits, Training(steps=1), arch=reference, trust_code=True)
+    tuned = asymswap.finetune(
+        tmp_path / "x.pt", digits, Training(steps=1), arch=reference, trust_code=True, preprocessing=HALF
+    )
     assert [key for key, _ in tuned.model.named_parameters()] == [key for key, _ in conversion.model.named_parameters()]
 
 

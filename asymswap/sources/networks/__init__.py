@@ -16,4 +16,11 @@ __all__ = ["BUILDERS", "CIFAR_PREPROCESSING", "DIGITS_PREPROCESSING", "DIGITS_WE
 BUILDERS: dict[str, Callable[..., nn.Module]] = {**resnet.BUILDERS, **densenet.BUILDERS}
 
 # What the published checkpoints of these networks were trained with: ImageNet's statistics, not CIFAR's.
-CIFAR_PREPROCESSING = Preprocessing(channels=3, size=(32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CIFAR_PREPROCESSING = Preprocessing(
+    channels=3,
+    size=(32, 32),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    normalization_from="family",
+    size_from="family",
+)

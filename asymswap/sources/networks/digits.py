@@ -10,7 +10,9 @@ from asymswap.sources.networks.resnet import PadShortcut, ResNet
 from asymswap.spec import Preprocessing
 
 # Mean and standard deviation of the training part's pixels on the scale [0, 1].
-DIGITS_PREPROCESSING = Preprocessing(channels=1, size=(8, 8), mean=(0.3054,), std=(0.3761,))
+DIGITS_PREPROCESSING = Preprocessing(
+    channels=1, size=(8, 8), mean=(0.3054,), std=(0.3761,), normalization_from="family", size_from="family"
+)
 
 # Written by benchmarks/train_digits_resnet.py.
 DIGITS_WEIGHTS = Path(__file__).with_name("digits-resnet.safetensors")
