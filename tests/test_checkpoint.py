@@ -448,7 +448,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: {**h, "format": 2}, r"is of format 2, newer than 1; upgrade asymswap"),
+        (lambda h: {**h, "format": 3}, r"is of format 3, newer than 2; upgrade asymswap"),
         (lambda h: {**h, "colour": "red"}, "has a damaged header: .*colour"),
         (lambda h: {k: v for k, v in h.items() if k != "plans"}, "has a damaged header: plans: "),
         (lambda h: [h], "has a damaged header: "),

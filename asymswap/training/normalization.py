@@ -14,6 +14,7 @@ is the mean over channels and over the first batch norms. docs/preprocessing.md 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -101,7 +102,8 @@ def feeding_of(
     chosen = torch.randperm(len(data), generator=seeded(0)).tolist()
     known, warnings = _sized(known, data.pictures, chosen)
     found = _ask(model, known, _sample(reference, known, part, chosen), label)
-    settled, told = _decide(known, found, label)
+    # Files, unlike folders and data sets by name, hold tensors.
+    settled, told = _decide(known, found, label, reference if os.path.isfile(reference) else None)  # noqa: PTH113
     return Feeding(settled, fed(settled, found.distances), (*told, *warnings))
 
 
@@ -295,10 +297,24 @@ def _alike(images: Tensor, candidates: Mapping[str, Normalization]) -> dict[str,
     }
 
 
-def _decide(known: Preprocessing, answer: _Answer, label: str) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The normalisation to take, and what to say first."""
+def _decide(
+    known: Preprocessing, answer: _Answer, label: str, tensors: str | None
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """The normalisation to take, and what to say first.
+
+    Tensors are what their maker feeds his network, so that they are taken as they are where nobody says otherwise;
+    `tensors` names the data if it holds some.
+    """
     if known.normalization_from == "assumed":
-        return _taken(known, answer, label)
+        try:
+            return _taken(known, answer, label)
+        except SourceError:
+            if tensors is None:
+                raise
+        plain = Normalization((0.0,) * known.channels, (1.0,) * known.channels)
+        return with_normalization(known, plain, "images"), (
+            f"{label} is fed the tensors of {tensors} as they are: give --normalize if the network takes others",
+        )
     own = name_of(known) or _OWN
     if not answer.distances:
         if known.normalization_from != "family":

@@ -195,7 +195,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_onnx_runtime_has_no_convs_of_some_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    conversion = asymswap.convert(nn.Sequential(nn.Conv2d(3, 32, 3)).to(dtype), "3x3-only", input_size=(3, 16, 16))
+    conversion = asymswap.convert(nn.Sequential(nn.Conv2d(3, 32, 3)).to(dtype), "acnet", input_size=(3, 16, 16))
     asymswap.save(conversion, tmp_path / "x.pt")
     with pytest.raises(
         asymswap.AsymswapError, match=r"no convolutions of (float64|bfloat16) on the processor; export a model"
