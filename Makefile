@@ -23,7 +23,7 @@ test-fast: $(READY)
 
 # Every model of torchvision, where `make test` takes one of each family.
 test-exhaustive: $(READY)
-	$(RUN)/python -m pytest -n auto --dist worksteal -m exhaustive
+	HYPOTHESIS_PROFILE=nightly $(RUN)/python -m pytest -n auto --dist worksteal -m exhaustive
 
 # What every command shows in a terminal, recorded again in tests/golden; read the difference before you keep it.
 screens: $(READY)

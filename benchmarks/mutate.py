@@ -29,9 +29,16 @@ COLUMNS = ["file", "mutants", "noticed", "survived", "without a test", "not run"
 TEXT = """
 ## Faults planted by machine
 
-`{command}` lets [mutmut](https://mutmut.readthedocs.io) change one operator, number, argument or word at a time in
-{folders}, and runs the tests that reach the changed function. Noticed: a test failed, or ran out of time. The score is
-the share that was noticed of all that were run. Files that are not in the table were not run.
+[mutmut](https://mutmut.readthedocs.io) changes one operator, number, argument or word at a time, and runs the tests
+that reach the changed function:
+
+```bash
+# needs mutmut, and up to hours
+{command}
+```
+
+Noticed: a test failed, or ran out of time. The score is the share that was noticed of all that were run. Files that are
+not in the table were not run.
 
 {table}
 
@@ -104,8 +111,7 @@ def main() -> None:
     if wanted.markdown is not None:
         tests = ["--tests", *wanted.tests] if wanted.tests else []
         command = " ".join(["python benchmarks/mutate.py", *wanted.folders, *tests])
-        folders = ", ".join(f"`{folder}`" for folder in wanted.folders)
-        text = TEXT.format(command=command, folders=folders, table=table, state=state(), machine=machine_text())
+        text = TEXT.format(command=command, table=table, state=state(), machine=machine_text())
         wanted.markdown.write_text(page_without_mutation(wanted.markdown) + MUTATION_MARK + text, encoding="utf-8")
 
 

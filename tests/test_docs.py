@@ -28,6 +28,9 @@ from asymswap.training.evaluate import evaluate
 ALL = [block for page in PAGES for block in blocks(page)]
 WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL, "python") for b in blocks(page))]
 # Those whose examples convert a ResNet-18, download nothing, and take longest.
+MINUTES = {"reports.md", "after-conversion.md"}
+"""Pages that `make test-exhaustive` runs."""
+
 SLOW = {
     "README.md",
     "benchmarking.md",
@@ -78,7 +81,14 @@ def test_the_ten_line_loop_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("one_thread", "own_kinds")
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW), id=page.name) for page in WITH_EXAMPLES],
+    [
+        pytest.param(
+            page,
+            marks=[pytest.mark.slow] * (page.name in SLOW) + [pytest.mark.exhaustive] * (page.name in MINUTES),
+            id=page.name,
+        )
+        for page in WITH_EXAMPLES
+    ],
 )
 def test_the_examples_of_a_page_run_in_turn(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture

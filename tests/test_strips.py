@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from torch.nn import functional as F
 
 from asymswap import strips
@@ -22,7 +22,6 @@ def pad_by_hand(case: Case) -> torch.Tensor:
     return F.pad(case.x, (columns, columns, rows, rows), mode=mode)
 
 
-@settings(deadline=None, max_examples=200)
 @given(case=cases(dtype=torch.float64, sides=(3, 5)))
 def test_strips_see_the_centre_column_and_row_of_what_the_kernel_sees(case: Case) -> None:
     conv = case.conv

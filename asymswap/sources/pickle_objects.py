@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _rebuild_qtensor, _rebuild_sparse_tensor, set_tensor_metadata
+from torch._utils import _rebuild_qtensor, set_tensor_metadata
 from torch.storage import TypedStorage
 
 from asymswap.errors import SourceError
@@ -291,7 +291,7 @@ class Builder:
             tensor = torch.empty_strided(ref.size, ref.stride, dtype=dtype)
         else:
             offset = ref.offset + storage.start
-            tensor = torch.empty(0, dtype=dtype).set_(self._storage(storage), offset, ref.size, ref.stride)
+            tensor = torch.tensor((), dtype=dtype).set_(self._storage(storage), offset, ref.size, ref.stride)
         if ref.requires_grad:
             tensor.requires_grad_()
         if ref.metadata:
@@ -513,8 +513,16 @@ def _sparse(builder: Builder, record: Record, depth: int) -> Any:
     made = [builder.visit(part, depth).value for part in parts]
     if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in made):
         raise Odd(f"calls {record.name} in another way")
-    with torch.sparse.check_sparse_tensor_invariants():
-        return _rebuild_sparse_tensor(layout, tuple(made))
+    # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
+    try:
+        if layout == torch.sparse_coo:
+            indices, values, size, *coalesced = made
+            known: dict[str, Any] = {"is_coalesced": bool(coalesced[0])} if coalesced else {}
+            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, **known)
+        compressed, plain, values, size = made
+        return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise Odd(f"has a damaged sparse tensor ({' '.join(str(error).split())[:120]})") from None
 
 
 def _without_numbers(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG001

@@ -211,8 +211,12 @@ class Reader:
                 raise Odd(f"fills a {target.name} twice")
             target.state = state
         elif not isinstance(target, dict):
-            # What hangs on a dict, a state dict's `_metadata` for one, is no part of it.
             raise Odd(f"fills {_called_text(target)} with attributes")
+        elif type(target) is collections.OrderedDict and type(state) is dict:
+            # What else hangs on a dict is no part of it.
+            versions = state.get("_metadata")
+            if isinstance(versions, dict) and all(map(_are_versions, versions.items())):
+                target._metadata = versions  # type: ignore[attr-defined]  # as torch does
 
     def _call(self, made_by: str) -> None:
         arguments, what = self._stack.pop(), self._stack.pop()
@@ -434,6 +438,12 @@ def old_places(
     if claimed.keys() - places.keys():
         raise MalformedError(f"its storage {min(claimed.keys() - places.keys())!r} is missing")
     return places
+
+
+def _are_versions(item: tuple[Any, Any]) -> bool:
+    """Whether these are a module's name and what a state dict says of its form."""
+    name, versions = item
+    return type(name) is str and type(versions) is dict and all(type(one) in (int, bool) for one in versions.values())
 
 
 def _paired(flat: list[Any]) -> dict[Any, Any]:

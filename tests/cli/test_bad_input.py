@@ -95,7 +95,7 @@ NOT_CHECKPOINTS: dict[str, tuple[Callable[[], object], str]] = {
     "trap": (lambda: save_zip(Trap()), r"needs posix\.system, outside of the allowlist; nothing of it was executed"),
     "nested trap": (lambda: save_zip({"state_dict": digits_state(), "x": Trap()}), r"needs posix\.system, outside"),
     "legacy trap": (lambda: save_legacy({"x": Trap()}), r"needs posix\.system, outside of the allowlist"),
-    "plain trap": (lambda: save_plain(Trap()), r"a plain pickle that torch\.save did not write"),
+    "plain trap": (lambda: save_plain(Trap()), r"is a pickle that needs posix\.system, outside of the allowlist"),
     "old plain trap": (lambda: save_plain(Trap(), 0), r"is text, not a checkpoint"),
     "list": (lambda: save_zip([1, 2]), r"model\.pt holds a list, neither a state_dict nor a module"),
     "nothing": (lambda: save_zip({}), r"model\.pt holds no state_dict: looked under .*; it holds nothing"),
@@ -151,7 +151,7 @@ def test_wrong_architecture(arch: str, expected: str, refusal: Refusal) -> None:
 def test_unknown_architecture(refusal: Refusal) -> None:
     save_zip({"a.weight": torch.ones(3, 3), "b.weight": torch.ones(4)})
     said = refusal(*READERS["candidates"])
-    assert re.search(r"a state_dict of an unknown architecture; name it with --arch; nearest known: .* missing: ", said)
+    assert re.search(r"an unknown architecture; name it with --arch .*; nearest known: .* missing: ", said)
 
 
 @pytest.mark.parametrize(

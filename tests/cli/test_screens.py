@@ -43,7 +43,6 @@ RESULTS = {
     "recipes-check": "recipes mine.toml",
     "convert": "convert digits-resnet --recipe 3x3-only --dry-run --evaluate digits",
     "convert-kinds": "convert digits-resnet --recipe mixed --dry-run",
-    "convert-nothing": "convert digits-resnet --recipe inception-7x7 --dry-run",
     "convert-calibrated": (
         "convert digits-resnet --recipe half-macs --calibrate digits --calibration-images 64 --no-sequential --dry-run"
     ),
@@ -67,6 +66,7 @@ ERRORS = {
     "error-file": ("show broken.pt", 1),
     "error-data": ("evaluate digits-resnet --data nowhere/", 1),
     "error-budget": ("sweep digits-resnet --recipe half-macs --evaluate digits --macs 1.5", 1),
+    "error-nothing": ("convert digits-resnet --recipe inception-7x7 --dry-run", 1),
     "error-usage": ("convert", 2),
     "error-option": ("compare digits-resnet --macs 0.5", 2),
     "error-command": ("covnert digits-resnet", 2),

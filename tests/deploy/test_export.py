@@ -63,7 +63,17 @@ numpy.save({str(path.parent / "out.npy")!r}, session.run(None, {{session.get_inp
 FUSABLE = [name for name in SWAPS if name.startswith(("acb", "offset", "weighted"))]
 
 
-@pytest.mark.parametrize(("name", "fuse"), [*((name, False) for name in SWAPS), *((name, True) for name in FUSABLE)])
+IN_SHORT = [("separable", False), ("predicted-offset-mask", False), ("acb-branch", True)]
+"""What `make test` tries; `make test-exhaustive` tries all."""
+
+
+@pytest.mark.parametrize(
+    ("name", "fuse"),
+    [
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.exhaustive)
+        for case in [*((name, False) for name in SWAPS), *((name, True) for name in FUSABLE)]
+    ],
+)
 def test_onnx_computes_what_the_model_does(name: str, fuse: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     source = converted(tmp_path, name)
@@ -77,7 +87,14 @@ def test_onnx_computes_what_the_model_does(name: str, fuse: bool, tmp_path: Path
     assert (report.fused > 0) == fuse
 
 
-@pytest.mark.parametrize("name", ["separable", "acb-branch", "predicted-offset-mask"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "predicted-offset-mask",
+        pytest.param("separable", marks=pytest.mark.exhaustive),
+        pytest.param("acb-branch", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_pt2_comes_back_in_another_process(name: str, tmp_path: Path) -> None:
     source = converted(tmp_path, name)
     asymswap.export(source, tmp_path / "model.pt2")

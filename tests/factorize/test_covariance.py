@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -45,7 +45,6 @@ cases = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=30)
 @given(case=cases, patches=st.sampled_from([5, 40, 400]))
 def test_never_worse_on_the_data_than_the_svd_of_the_weights(
     case: tuple[int, int, int, int, bool, int], patches: int
@@ -121,7 +120,6 @@ def test_the_error_is_close_to_the_least_there_is(monkeypatch: pytest.MonkeyPatc
         assert large <= 1.06 * least
 
 
-@settings(deadline=None, max_examples=15)
 @given(case=cases)
 def test_error_falls_with_every_iteration(case: tuple[int, int, int, int, bool, int]) -> None:
     seed, groups, inputs, outputs, vertical_first, rank = case
@@ -176,7 +174,6 @@ def test_each_group_gets_the_better_of_its_starts() -> None:
         assert together == pytest.approx(sum(apart), rel=2e-3)
 
 
-@settings(deadline=None, max_examples=30)
 @given(case=cases)
 def test_full_rank_is_exact(case: tuple[int, int, int, int, bool, int]) -> None:
     seed, groups, inputs, outputs, vertical_first, _ = case

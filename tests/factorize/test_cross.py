@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from patch_evidence import see_all
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ def centred(patches_DN: Tensor) -> np.ndarray:
     return np.concatenate([patches, np.sqrt(ridge) * np.eye(len(patches))], axis=1)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64, sides=ODD))
 def test_is_the_least_squares_solution_on_the_patches(case: Case) -> None:
     """Against numpy's lstsq on the patches themselves: no covariance is used."""
@@ -43,7 +42,6 @@ def test_is_the_least_squares_solution_on_the_patches(case: Case) -> None:
     assert measured == pytest.approx(error / whole, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(dtype=torch.float64, sides=ODD))
 def test_white_inputs_keep_the_centre_row_and_column(case: Case) -> None:
     spec = case.site.conv

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from asymswap.factorize import taps
@@ -19,7 +19,6 @@ def random_offsets(kernel: tuple[int, int], reach: int, seed: int) -> torch.Tens
     return (2 * torch.rand(math.prod(kernel), 2, generator=generator, dtype=torch.float64) - 1) * reach
 
 
-@settings(deadline=None, max_examples=100)
 @given(kernel=SIZES, dilation=DILATIONS, reach=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_every_tap_is_shared_among_the_cells_around_it(
     kernel: tuple[int, int], dilation: tuple[int, int], reach: int, seed: int
@@ -38,7 +37,6 @@ def test_every_tap_is_shared_among_the_cells_around_it(
         assert float((share[tap].sum(0) * columns).sum()) == pytest.approx(reach + dilation[1] * column + right)
 
 
-@settings(deadline=None, max_examples=60)
 @given(kernel=SIZES, dilation=DILATIONS, reach=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_whole_offsets_move_each_weight_to_one_cell(
     kernel: tuple[int, int], dilation: tuple[int, int], reach: int, seed: int
@@ -55,7 +53,6 @@ def test_whole_offsets_move_each_weight_to_one_cell(
         assert torch.equal(taps.grow(w, share), expected)
 
 
-@settings(deadline=None, max_examples=40)
 @given(kernel=SIZES, dilation=DILATIONS, reach=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_no_offset_is_the_dilated_kernel_bit_by_bit(
     kernel: tuple[int, int], dilation: tuple[int, int], reach: int, seed: int
@@ -89,7 +86,6 @@ def test_hat_takes_the_mean_of_both_slopes_at_its_kinks(distance: float, share: 
     assert at.grad.item() == slope
 
 
-@settings(deadline=None, max_examples=40)
 @given(kernel=SIZES, dilation=DILATIONS, reach=st.integers(1, 2), seed=st.integers(0, 2**16))
 def test_gradients_between_the_pixels(
     kernel: tuple[int, int], dilation: tuple[int, int], reach: int, seed: int

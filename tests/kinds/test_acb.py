@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from patch_evidence import see_all
 from torch import Tensor, nn
@@ -68,7 +68,6 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     return bool(((got - expected).norm() <= tolerance * expected.norm().clamp_min(1e-3)).item())
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=cases(sides=ODD), bn=MODES, calibrated=st.booleans())
 def test_the_function_of_every_form_of_conv_is_preserved(case: Case, bn: str, calibrated: bool) -> None:
     block, _ = convert(case.conv.eval(), bn, evidence=see_all(case).evidence if calibrated else None)
@@ -79,7 +78,6 @@ def test_the_function_of_every_form_of_conv_is_preserved(case: Case, bn: str, ca
     assert close(got, expected)
 
 
-@settings(deadline=None, max_examples=100)
 @given(
     case=cases(sides=ODD),
     affine=st.booleans(),
@@ -100,7 +98,6 @@ def test_a_batch_norm_is_taken_over_in_eval_and_in_train_mode(
             assert torch.allclose(own.state_dict()[name], tensor, atol=1e-5), name
 
 
-@settings(deadline=None, max_examples=30)
 @given(case=cases(sides=ODD))
 def test_other_constants_than_the_norms_still_preserve_the_function(case: Case) -> None:
     norm = new_norm(case.conv.out_channels, eps=0.1)
@@ -111,7 +108,6 @@ def test_other_constants_than_the_norms_still_preserve_the_function(case: Case) 
         assert close(block(case.x), norm.eval()(case.conv(case.x)))
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=cases(dtype=torch.float64, sides=ODD), bn=MODES)
 def test_the_block_is_the_sum_of_three_convs_on_the_padded_input(case: Case, bn: str) -> None:
     conv = case.conv
@@ -141,7 +137,6 @@ def test_the_block_is_the_sum_of_three_convs_on_the_padded_input(case: Case, bn:
     assert close(block(case.x), expected, 1e-10)
 
 
-@settings(deadline=None, max_examples=100)
 @given(case=cases(sides=ODD), bn=MODES, with_norm=st.booleans())
 def test_fuses_to_one_conv_after_any_training(case: Case, bn: str, with_norm: bool) -> None:
     norm = new_norm(case.conv.out_channels, eps=1e-3) if with_norm and bn == "branch" else None
@@ -214,7 +209,6 @@ def test_strips_of_zeros_behind_batch_norms_would_leap() -> None:
     assert moved["vertical"] > 50 * moved["square"]
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64, sides=ODD), with_norm=st.booleans())
 def test_evidence_gives_the_strips_the_statistics_that_they_see(case: Case, with_norm: bool) -> None:
     norm = new_norm(case.conv.out_channels, torch.float64) if with_norm else None
@@ -229,7 +223,6 @@ def test_evidence_gives_the_strips_the_statistics_that_they_see(case: Case, with
         assert torch.allclose(running.running_var, seen[name].var((0, 2, 3), correction=0), atol=1e-8)
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(sides=ODD))
 def test_without_a_norm_evidence_keeps_the_train_mode_too(case: Case) -> None:
     """On the images that the evidence is of: another batch has other statistics."""
@@ -275,7 +268,6 @@ def test_a_pruned_filter_stays_finite_and_pruned() -> None:
     assert float(block.vertical.conv.weight[1].detach().abs().max()) == 0.0
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(sides=ODD), bn=MODES)
 def test_offered_cost_is_the_cost_counted_by_torch(case: Case, bn: str) -> None:
     block, settled = convert(case.conv.eval(), bn)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from patch_evidence import see_all
 from torch import nn
@@ -45,7 +45,6 @@ def smooth(seed: int, channels: int, size: int = 20) -> torch.Tensor:
     return F.avg_pool2d(torch.randn(12, channels, size, size, generator=g, dtype=torch.float64), 3, 1, 1) * 2 + 0.7
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=cases(dtype=torch.float64, sides=ODD))
 def test_without_correlation_it_is_the_kernel_without_its_corners(case: Case) -> None:
     module, settled, option = convert(case, correlation=0)
@@ -63,7 +62,6 @@ def test_without_correlation_it_is_the_kernel_without_its_corners(case: Case) ->
     assert option.error == pytest.approx(relative(fused.weight, conv.weight) ** 2, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64, sides=ODD), correlation=st.floats(0.0, 0.9))
 def test_each_channel_is_fitted_to_inputs_of_the_correlation(case: Case, correlation: float) -> None:
     """Against numpy's lstsq, the covariance being that of the columns of its Cholesky factor."""
@@ -86,7 +84,6 @@ def test_each_channel_is_fitted_to_inputs_of_the_correlation(case: Case, correla
     assert option.error == pytest.approx(min(error, 1.0), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(sides=ODD))
 def test_fuses_to_one_conv_after_any_training(case: Case) -> None:
     module, settled, _ = convert(case, see_all(case).evidence)
@@ -97,7 +94,6 @@ def test_fuses_to_one_conv_after_any_training(case: Case) -> None:
     assert read_conv(fused) == replace(case.site.conv, bias=True)
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(dtype=torch.float64, sides=ODD))
 def test_evidence_never_errs_more_than_copying_and_corrects_the_mean(case: Case) -> None:
     case = Case(case.conv, torch.randn(8, *case.x.shape[1:], dtype=torch.float64).abs())
@@ -183,7 +179,6 @@ def test_both_convs_hold_half_of_the_centre_tap() -> None:
     assert module.horizontal.weight.flatten().tolist() == [3.0, 2.0, 5.0]
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(sides=ODD))
 def test_offered_cost_is_the_cost_counted_by_torch(case: Case) -> None:
     for evidence in (None, see_all(case).evidence):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from patch_evidence import see_all
 from torch import fx, nn
@@ -88,7 +88,6 @@ def simple_case(**fields: Any) -> Case:
     return Case(nn.Conv2d(4, 6, 3, **{"padding": 1, **fields}), torch.randn(2, 4, 9, 8))
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=zero_cases(), kind_name=st.sampled_from(BOTH), limit=LIMITS)
 def test_conversion_changes_nothing_for_every_form_of_conv(case: Case, kind_name: str, limit: float) -> None:
     module, settled = convert(case, kind_name, limit=limit)
@@ -100,7 +99,6 @@ def test_conversion_changes_nothing_for_every_form_of_conv(case: Case, kind_name
     assert not module.offsets().any()
 
 
-@settings(deadline=None, max_examples=200)
 @given(case=zero_cases(torch.float64), kind_name=st.sampled_from(BOTH), limit=LIMITS, seed=st.integers(0, 2**16))
 def test_offsets_act_as_in_deform_conv2d_borders_included(case: Case, kind_name: str, limit: float, seed: int) -> None:
     module, _ = moved(case, kind_name, seed, limit=limit)
@@ -110,7 +108,6 @@ def test_offsets_act_as_in_deform_conv2d_borders_included(case: Case, kind_name:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     case=zero_cases(),
     kind_name=st.sampled_from(BOTH),
@@ -138,7 +135,6 @@ def test_fuse_is_exact_and_no_larger_than_it_must_be(
     assert pixels[0] <= pixels[1]
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=zero_cases(), kind_name=st.sampled_from(BOTH), limit=LIMITS)
 def test_fuse_gives_the_original_back_where_nothing_has_moved(case: Case, kind_name: str, limit: float) -> None:
     module, settled = convert(case, kind_name, limit=limit)
@@ -182,7 +178,6 @@ def test_fuse_takes_back_no_more_padding_than_there_is(padding: int | str, wante
         torch.testing.assert_close(fused(case.x), module(case.x), rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=100)
 @given(case=zero_cases(), kind_name=st.sampled_from(BOTH), limit=LIMITS, calls=st.integers(1, 3))
 def test_the_cost_is_the_cost_counted_by_torch(case: Case, kind_name: str, limit: float, calls: int) -> None:
     module, settled = convert(case, kind_name, limit=limit)
@@ -199,7 +194,6 @@ def test_the_cost_is_the_cost_counted_by_torch(case: Case, kind_name: str, limit
     assert (option.cost, option.error, option.loss) == (cost, 0.0, 0.0)
 
 
-@settings(deadline=None, max_examples=25)
 @given(case=zero_cases(torch.float64), kind_name=st.sampled_from(BOTH), seed=st.integers(0, 2**16))
 def test_gradients_where_no_offset_is_whole(case: Case, kind_name: str, seed: int) -> None:
     module, settled = moved(case, kind_name, seed, limit=1.7)

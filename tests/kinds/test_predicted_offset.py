@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,7 +92,6 @@ def by_grid_sample(module: PredictedOffsetConv2d, conv: nn.Conv2d, x: Tensor) ->
     return out if conv.bias is None else out + conv.bias[:, None, None]
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=cases(), data=st.data())
 def test_the_function_of_every_form_of_conv_is_preserved(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))
@@ -107,7 +106,6 @@ def test_the_function_of_every_form_of_conv_is_preserved(case: Case, data: st.Da
     assert relative(got, expected) < 1e-5
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=cases(dtype=torch.float64), data=st.data(), pixels=st.sampled_from([0.3, 2.0, 20.0]))
 def test_moved_taps_read_what_grid_sample_reads(case: Case, data: st.DataObject, pixels: float) -> None:
     """20 pixels are more than the images have: most samples are zero then, and those at the rim count."""
@@ -182,7 +180,6 @@ def test_the_predictor_learns_from_the_first_step(mask: bool) -> None:
     assert predicted_offset.fuse(module, read_conv(conv), settled) is None
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(), data=st.data())
 def test_an_untrained_replacement_fuses_into_the_conv_it_came_from(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))
@@ -207,7 +204,6 @@ def only_products(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any
     return int(2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight))
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(), data=st.data())
 def test_offered_cost_is_the_cost_counted_by_us_and_by_torch(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))

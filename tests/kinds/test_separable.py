@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,6 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-30))
 
 
-@settings(deadline=None, max_examples=200)
 @given(case=cases(), order=st.sampled_from(ORDERS))
 def test_full_rank_is_exact_for_every_form_of_conv(case: Case, order: separable.Order) -> None:
     pair, _ = convert(case, rank=separable.full_rank(case.site.conv, order), order=order)
@@ -45,7 +44,6 @@ def test_full_rank_is_exact_for_every_form_of_conv(case: Case, order: separable.
     assert relative(got, expected) < 1e-5
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64), order=st.sampled_from(ORDERS), data=st.data())
 def test_output_is_that_of_the_truncated_kernel(case: Case, order: separable.Order, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
@@ -56,7 +54,6 @@ def test_output_is_that_of_the_truncated_kernel(case: Case, order: separable.Ord
     assert read_conv(fused) == case.site.conv
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64), order=st.sampled_from(ORDERS))
 def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: separable.Order) -> None:
     """Eckart-Young, by another route: torch's SVD of matrices that are put together tap by tap."""
@@ -74,7 +71,6 @@ def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: sepa
         assert option.error == pytest.approx(left / total, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(dtype=torch.float64))
 def test_error_falls_with_rank_and_the_measured_kernel_agrees(case: Case) -> None:
     for order in ORDERS:
@@ -89,7 +85,6 @@ def test_error_falls_with_rank_and_the_measured_kernel_agrees(case: Case) -> Non
         assert measured == pytest.approx(middle.error, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(), order=st.sampled_from(ORDERS), data=st.data())
 def test_offered_cost_is_the_cost_counted_by_torch(case: Case, order: separable.Order, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
@@ -101,7 +96,6 @@ def test_offered_cost_is_the_cost_counted_by_torch(case: Case, order: separable.
     assert sum(p.numel() for p in pair.parameters()) == cost.params
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(), ratio=st.floats(0.05, 1.0))
 def test_ratio_is_the_largest_rank_that_keeps_within_it(case: Case, ratio: float) -> None:
     if all(separable.pair_cost(case.site, 1, o).macs > ratio * case.site.cost.macs for o in ORDERS):
@@ -116,7 +110,6 @@ def test_ratio_is_the_largest_rank_that_keeps_within_it(case: Case, ratio: float
         assert separable.pair_cost(case.site, settled.rank + 1, order).macs > ratio * case.site.cost.macs
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(dtype=torch.float64), energy=st.floats(0.05, 1.0))
 def test_energy_is_the_smallest_rank_that_keeps_it(case: Case, energy: float) -> None:
     pair, settled = convert(case, energy=energy)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,7 +82,6 @@ def lopsided(case: Case) -> bool:
     return conv.padding == "same" and conv.padding_mode == "zeros" and odd
 
 
-@settings(deadline=None, max_examples=100)
 @given(case=cases(), order=st.sampled_from(ORDERS), calibrated=st.booleans())
 def test_a_batch_norm_is_exact_at_full_rank_borders_included(
     case: Case, order: separable.Order, calibrated: bool
@@ -99,7 +98,6 @@ def test_a_batch_norm_is_exact_at_full_rank_borders_included(
     assert separable.preserves(case.site.conv, settled)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS), calibrated=st.booleans())
 def test_a_batch_norm_changes_nothing_at_any_rank(
     case: Case, data: st.DataObject, order: separable.Order, calibrated: bool
@@ -118,7 +116,6 @@ def test_a_batch_norm_changes_nothing_at_any_rank(
     assert fused.bias is None or pair[-1].bias is not None
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS), between=RELUS)
 def test_a_relu_that_cuts_nothing_changes_nothing(
     case: Case, data: st.DataObject, order: separable.Order, between: separable.Between
@@ -182,7 +179,6 @@ def test_only_lopsided_padding_loses_its_borders() -> None:
     assert relative(got, wanted) > 0.01
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS), between=RELUS)
 def test_a_relu_cuts_no_more_than_any_distribution_must(
     case: Case, data: st.DataObject, order: separable.Order, between: separable.Between
@@ -215,7 +211,6 @@ def _like(conv: nn.Conv2d, kernel: Any, padding: Any, padding_mode: Any) -> nn.C
     )
 
 
-@settings(deadline=None, max_examples=80)
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS))
 def test_the_statistics_are_what_torch_gathers(case: Case, data: st.DataObject, order: separable.Order) -> None:
     """Of a map that one tap reads just as it is: padded by half of the kernel, and walked pixel by pixel."""
@@ -235,7 +230,6 @@ def test_the_statistics_are_what_torch_gathers(case: Case, data: st.DataObject, 
     torch.testing.assert_close(moving, still, rtol=1e-7, atol=1e-7)
 
 
-@settings(deadline=None, max_examples=60)
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS), between=NORMS)
 def test_the_statistics_are_those_of_the_parts_of_real_patches(
     case: Case, data: st.DataObject, order: separable.Order, between: separable.Between
@@ -289,7 +283,6 @@ def test_without_evidence_white_inputs_are_assumed() -> None:
         assert relative(copy.deepcopy(pair).train()(case.x), pair(case.x)) < 0.05
 
 
-@settings(deadline=None, max_examples=100)
 @given(
     case=cases(),
     data=st.data(),
@@ -330,7 +323,6 @@ def test_what_a_relu_adds_to_the_cost_by_hand() -> None:
     assert separable.pair_cost(mirrored, 2, "vertical-first", between="relu") == replace(relu, macs=plain.macs)
 
 
-@settings(deadline=None, max_examples=80)
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS))
 def test_a_trained_batch_norm_fuses_where_no_zeros_are_padded_behind_it(
     case: Case, data: st.DataObject, order: separable.Order

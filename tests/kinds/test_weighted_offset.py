@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,7 +18,6 @@ def converted(case: Case) -> tuple[offset.OffsetConv2d, weighted_offset.Settings
     return module, settled
 
 
-@settings(deadline=None, max_examples=40)
 @given(case=cases(dtype=torch.float64), seed=st.integers(0, 2**16))
 def test_factors_are_those_of_the_original_taps(case: Case, seed: int) -> None:
     """At zero offset: the conv whose kernel is multiplied tap by tap."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models, ops
@@ -17,7 +17,6 @@ from asymswap.measure.cost import _count, count_costs, count_swapped
 from asymswap.sources import networks
 
 
-@settings(deadline=None, max_examples=100)
 @given(case=cases())
 def test_three_ways_to_the_cost_of_a_conv(case: Case) -> None:
     """The site's formula, our counter and torch's, for every form of conv."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -61,7 +61,6 @@ def covers_all(number: int) -> float:
     return float(1 - 2 * stats.binom.pmf(0, number, 0.5))
 
 
-@settings(deadline=None)
 @given(st.integers(6, 2000), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_the_interval_of_a_median_is_the_shortest_that_is_sure_enough(number: int, confidence: float) -> None:
     """The median lies outside of the k-th values from both ends when at most k - 1 coins fall on one side."""

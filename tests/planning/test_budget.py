@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from asymswap.planning.budget import Point, allocate, least_cost
@@ -16,7 +16,6 @@ def total(chosen: tuple[int, ...], all_curves: list[list[Point]]) -> tuple[int, 
     return sum(p.cost for p in picked), sum(p.error for p in picked)
 
 
-@settings(deadline=None, max_examples=300)
 @given(all_curves=curves, extra=st.integers(0, 200))
 def test_never_over_the_limit_and_not_far_from_the_best(all_curves: list[list[Point]], extra: int) -> None:
     """Against all combinations: within the limit, no better by more than the largest single step off the hull."""
@@ -29,7 +28,6 @@ def test_never_over_the_limit_and_not_far_from_the_best(all_curves: list[list[Po
     assert error <= best + step + 1e-9
 
 
-@settings(deadline=None, max_examples=200)
 @given(all_curves=curves, extra=st.integers(0, 200))
 def test_no_single_move_within_the_rest_would_help(all_curves: list[list[Point]], extra: int) -> None:
     limit = least_cost(all_curves) + extra

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 from conv_cases import Case, cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ from asymswap.spec import Plan, Site, Swap
 RECIPE = '[[rules]]\nmatch = {}\nswap = { kind = "separable" }\n[budget]\nmacs = 0.5\nover = "matched"\n'
 
 
-@settings(deadline=None, max_examples=100)
 @given(case=cases(dtype=torch.float64), data=st.data())
 def test_kernel_times_patches_is_the_output_of_every_form_of_conv(case: Case, data: st.DataObject) -> None:
     conv = case.conv

@@ -17,7 +17,7 @@ import hostile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision import models
@@ -92,7 +92,6 @@ def test_every_tensor_that_is_saved_can_be_read(name: str, legacy: bool) -> None
             assert torch.equal(again.to_dense() if again.is_sparse else again, tensor.to_dense())
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 4), max_size=4),
     strides=st.lists(st.integers(0, 9), min_size=4, max_size=4),

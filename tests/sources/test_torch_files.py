@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -307,7 +307,6 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@settings(max_examples=60, deadline=None)
 @given(value=states, legacy=st.booleans())
 def test_what_is_read_is_what_torch_reads(value: Any, legacy: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:

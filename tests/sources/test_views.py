@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,7 +26,6 @@ def behind(prefix: str, state: State) -> State:
     return {f"{prefix}{key}": tensor for key, tensor in state.items()}
 
 
-@settings(max_examples=40, deadline=None)
 @given(parts=st.lists(names, max_size=2))
 def test_one_or_two_parts_come_off(parts: list[str]) -> None:
     prefix = "".join(f"{part}." for part in parts)

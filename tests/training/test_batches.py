@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,6 @@ def schedules(images: int, batch: int, accumulate: int, size: int) -> list[Sched
     return [Schedule(images, batch, accumulate, Team(rank, size), seed=3) for rank in range(size)]
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
 def test_every_image_once_an_epoch(images: int, batch: int, accumulate: int, size: int, epoch: int) -> None:
     if images < accumulate * size:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,7 +26,6 @@ def write(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=60), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9]), st.integers(0, 9)
 )
