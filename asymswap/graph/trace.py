@@ -155,7 +155,16 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
         reason = _first_line(error)
-        raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; give another --input") from error
+        raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; {_advice(model)}") from error
+
+
+def _advice(model: nn.Module) -> str:
+    """What to do about a model that does not run."""
+    dtypes = {parameter.dtype: name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    if len(dtypes) < 2:
+        return "give another --input"
+    named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
+    return f"its layers have several dtypes, {named}: give them one, as with model.float()"
 
 
 def _run(model: nn.Module, inputs: Inputs) -> _Run:

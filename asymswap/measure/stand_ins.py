@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.errors import AsymswapError
+from asymswap.graph.sites import find_convs
 from asymswap.graph.surgery import swap
 from asymswap.inputs import Inputs, with_values
 from asymswap.measure.fidelity import Sums
@@ -51,7 +52,8 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
     """
     filled = with_values(inputs)
     try:
-        before = _run(model, names, filled)
+        # Copies run: a forward may build or fuse things in its own model.
+        before = _run(swap(model, {}, share=True), names, filled)
     except Exception:
         # What does not run on made-up numbers cannot be asked so; the converted model is run later.
         return
@@ -60,9 +62,11 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
         return
     single = ((name, _difference(model, [name], filled, before)) for name in names)
     name, why = next(((name, why) for name, why in single if why is not None), (", ".join(names[:4]), reason))
+    holders = [key for key, part in model.named_children() if find_convs(part)]
+    inside = f", or give the network itself if it is the attribute {holders[0]!r}" if len(holders) == 1 else ""
     raise AsymswapError(
         f"{name} cannot be swapped: the model's code treats it unlike a module of another class ({why}); keep it by a "
-        "rule with keep = true"
+        f"rule with keep = true{inside}"
     )
 
 
@@ -112,7 +116,7 @@ def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: 
     if gap is None or gap <= _SAME:
         return None if gap is not None else "the model's outputs are others in number or size"
     # A model that draws random numbers, or remembers, is not the same twice either.
-    again = _gap(before.outputs, _run(model, names, inputs).outputs)
+    again = _gap(before.outputs, _run(swap(model, {}, share=True), names, inputs).outputs)
     if again is None or again > _SAME:
         return None
     return f"the model's output changes by {gap:.1e} although the layer computes the same"

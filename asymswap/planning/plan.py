@@ -392,7 +392,7 @@ def check_not_empty(plan: Plan, recipe: Recipe) -> None:
     why = "; ".join(f"{keep.site}: {keep.reason}" for keep in matched[:2]) or "no rule matches a conv"
     more = f"; and {len(matched) - 2} more" if len(matched) > 2 else ""
     met = f"the budget of {recipe.budget} is met without a single swap" if recipe.budget else "nothing would be swapped"
-    raise RecipeError(f"{met} ({why}{more})")
+    raise RecipeError(f"{met} ({why}{more}); `asymswap candidates` tells what each conv would save")
 
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:

@@ -297,6 +297,12 @@ def test_an_input_of_the_wrong_size() -> None:
         trace(nn.Sequential(nn.Conv2d(3, 4, 3)), (torch.empty(1, 4, 8, 8),))
 
 
+def test_layers_of_several_dtypes_are_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3).half(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(TraceError, match=r"several dtypes, float16 \(0\.\w+\), float32 \(1\.\w+\): give them one"):
+        trace(net, (torch.empty(1, 3, 8, 8),))
+
+
 def test_tracing_leaves_the_model_alone() -> None:
     model = resnet18().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -114,3 +114,26 @@ def test_the_replacement_itself_must_be_called_as_the_conv_was() -> None:
 
     with pytest.raises(AsymswapError, match="in the converted model two is called on 1 of 10x10 to 8x8 pixels"):
         asymswap.convert(Net(inner), "acnet", input_size=(3, 8, 8))
+
+
+def test_what_a_forward_keeps_on_its_model_is_kept_on_a_copy() -> None:
+    def keeps(net: Net, x: Tensor) -> Tensor:
+        net.remembered = object()
+        return net.two(net.one(x))
+
+    net = Net(keeps)
+    check_stand_ins(net, ["one", "two"], (X,))
+    assert not hasattr(net, "remembered")
+
+
+def test_a_wrapper_that_reads_its_layers_is_told_to_give_the_network_inside() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.model[0].weight) + self.model(x)
+
+    with pytest.raises(AsymswapError, match="give the network itself if it is the attribute 'model'"):
+        check_stand_ins(Wrapper(), ["model.0"], (X,))
