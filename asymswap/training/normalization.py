@@ -102,9 +102,13 @@ def feeding_of(
     chosen = torch.randperm(len(data), generator=seeded(0)).tolist()
     known, warnings = _sized(known, data.pictures, chosen)
     found = _ask(model, known, _sample(reference, known, part, chosen), label)
-    # Files, unlike folders and data sets by name, hold tensors.
-    settled, told = _decide(known, found, label, reference if os.path.isfile(reference) else None)  # noqa: PTH113
+    settled, told = _decide(known, found, label, reference if _holds_tensors(reference) else None)
     return Feeding(settled, fed(settled, found.distances), (*told, *warnings))
+
+
+def _holds_tensors(reference: str) -> bool:
+    """Whether a data reference is a file: folders and data sets by name hold pictures."""
+    return os.path.isfile(reference)  # noqa: PTH113 (never raises)
 
 
 def _sized(known: Preprocessing, pictures: Pictures, chosen: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:

@@ -270,7 +270,7 @@ def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
     # What is returned, what is written and what is told are one.
     assert same(dict(tuned.model.state_dict()), weights(start / "out.pt"))
     again = asymswap.evaluate(
-        [tuned.model], start.digits, part="validation", validation="0.2", input_size=(1, 8, 8)
+        [tuned.model], start.digits, part="validation", validation="0.2", input_size=(1, 8, 8), preprocessing=HALF
     ).models[0]
     assert again.top1 == report.best.top1
     assert again.loss == pytest.approx(report.best.loss, rel=1e-5)

@@ -171,9 +171,16 @@ def standardised() -> nn.Module:
         (seen_nothing_usual, "fit none of the usual ones: "),
     ],
 )
-def test_what_cannot_be_told_stops(data: dict[int, str], net: Any, reason: str) -> None:
+def test_what_cannot_be_told_stops(
+    data: dict[int, str], net: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     made = net()
+    as_it_is = fed(made, data[3])
+    assert (as_it_is.preprocessing.mean, as_it_is.preprocessing.std) == ((0.0,) * 3, (1.0,) * 3)
+    assert any("as they are: give --normalize" in line for line in as_it_is.warnings)
+    # The same data as if it were a folder of pictures.
+    monkeypatch.setattr("asymswap.training.normalization._holds_tensors", lambda _: False)
     said = (
         rf"nobody said how images are normalised for \w+, and it cannot be told \(.*{reason}.*give --normalize imagenet"
     )
