@@ -197,7 +197,7 @@ def _read_old_form(stream: BinaryIO, label: str, size: int) -> Loaded:
     def memory(storage: StorageRef) -> torch.UntypedStorage:
         if storage.key not in made:
             start, length = places[storage.key]
-            tensor = torch.empty(length, dtype=torch.uint8)
+            tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
             stream.seek(start)
             if length and stream.readinto(tensor.numpy()) != length:  # type: ignore[attr-defined]
                 raise MalformedError(f"its storage {storage.key!r} is cut off")

@@ -87,7 +87,7 @@ class Entries:
         return self._infos[name]
 
     def _memory(self, info: zipfile.ZipInfo) -> torch.UntypedStorage:
-        memory = torch.empty(info.file_size, dtype=torch.uint8)
+        memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
         if not info.file_size:
             return memory.untyped_storage()
         place: Any = memory.numpy()
