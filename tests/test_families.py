@@ -22,11 +22,10 @@ FULL_RANK = {"energy": 1.0, "allow_growth": True}
 CLASSIFIERS = models.list_models(models)
 OTHERS = [name for name in models.list_models() if name not in CLASSIFIERS]
 QUICK: dict[str, tuple[int, ...] | None] = {
-    "lraspp_mobilenet_v3_large": (3, 64, 64),
     "r3d_18": (3, 4, 32, 32),
     "ssdlite320_mobilenet_v3_large": None,
 }
-"""Inputs that are quick: `make test` runs these, a segmenter, a video network and a detector."""
+"""Inputs that are quick: `make test` runs these, a video network and a detector."""
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in OTHERS]
 
 

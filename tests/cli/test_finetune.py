@@ -67,9 +67,8 @@ def test_what_a_pipe_gets(run: Run, start: Path) -> None:
     assert run("finetune", start, *SHORT, "-o", "quiet.pt", "-q")[1:] == ("", "")
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param((), marks=pytest.mark.exhaustive), ("--distill", "--distill-features", "0.1")]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("options", [(), ("--distill", "--distill-features", "0.1")])
 def test_killed_from_outside_and_resumed(run: Run, start: Path, options: tuple[str, ...]) -> None:
     """The very command, killed as the system kills, at whatever moment that is."""
     command = [*SHORT, "--epochs", "6", "--augment", "randaugment", "--ema", "0.9", "--save-every", "4", *options]
