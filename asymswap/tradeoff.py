@@ -251,11 +251,12 @@ class _Bench:
 
     def _convert(self, plan: Plan) -> nn.Module:
         if self._gathered is None or self._calibration is None:
-            return apply_plan(self._opened.model, plan, self._tell)
-        converted, _ = convert_on(self._traced, plan, self._gathered, self._calibration, self._tell)
-        if self._calibration.polishes:
-            polish(self._gathered, converted, self._calibration, self._tell)
-        converted = in_own_precision(self._opened, plan, converted, self._gathered)
+            converted = apply_plan(self._opened.model, plan, self._tell)
+        else:
+            converted, _ = convert_on(self._traced, plan, self._gathered, self._calibration, self._tell)
+            if self._calibration.polishes:
+                polish(self._gathered, converted, self._calibration, self._tell)
+            converted = in_own_precision(self._opened, plan, converted, self._gathered)
         check_finite(self._opened.model, converted)
         return converted
 

@@ -242,7 +242,7 @@ def gather(
     The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
     SourceError for activations that are not finite, naming the first layer.
     """
-    groups = list(_groups(sites, memory_gib * 2**30))
+    groups = list(within(memory_gib * 2**30, sites, _covariance_bytes))
     found: dict[str, Evidence] = {}
     everywhere = True
     for number, group in enumerate(groups):
@@ -401,13 +401,16 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
     return torch.stack(parts).sum()
 
 
-def _groups(sites: Sequence[Site], limit: float) -> Iterator[list[Site]]:
-    """Sites in runs whose covariances fit into the limit, one at a time at least."""
+def _covariance_bytes(site: Site) -> float:
+    return 8.0 * site.conv.groups * (site.conv.group_in * math.prod(site.conv.kernel)) ** 2
+
+
+def within(limit: float, sites: Sequence[Site], bytes_of: Callable[[Site], float]) -> Iterator[list[Site]]:
+    """Sites in runs of which what is held fits into the limit, one site at a time at least."""
     group: list[Site] = []
     held = 0.0
     for site in sites:
-        length = site.conv.group_in * math.prod(site.conv.kernel)
-        size = 8.0 * site.conv.groups * length**2
+        size = bytes_of(site)
         if group and held + size > limit:
             yield group
             group, held = [], 0.0

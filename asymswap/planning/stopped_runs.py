@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from asymswap.distributed import Team
 from asymswap.graph.trace import conv_hooks, conv_input
-from asymswap.planning.calibration import Batches, PatchSums, choose_positions, outputs_at, patches_of, positions_for
+from asymswap.planning.calibration import (
+    Batches,
+    PatchSums,
+    choose_positions,
+    outputs_at,
+    patches_of,
+    positions_for,
+    within,
+)
 from asymswap.spec import Site
 from asymswap.tensors import generator_for
 
@@ -38,8 +46,12 @@ def stop_at_sites(
     The replacement must be solved before the next site is asked for.
     """
     by_name = {site.name: site for site in sites}
-    order = team.first(lambda: _call_order(model, by_name, batches))
-    for group in _groups([by_name[name] for name in order], images, memory_gib * 2**30):
+    order = [by_name[name] for name in team.first(lambda: _call_order(model, by_name, batches))]
+
+    def output_bytes(site: Site) -> float:
+        return 4.0 * images * positions_for(site, images) * site.conv.out_channels
+
+    for group in within(memory_gib * 2**30, order, output_bytes):
         targets = _targets(model, group, batches, images, seed)
         for site in group:
             sums = PatchSums(cast(nn.Conv2d, model.get_submodule(site.name)), targets=True)
@@ -57,21 +69,6 @@ def _call_order(model: nn.Module, names: Mapping[str, Any], batches: Batches) ->
             model(batch.clone())
             break
     return [name for name in seen if name in names]
-
-
-def _groups(sites: Sequence[Site], images: int, limit: float) -> Iterator[list[Site]]:
-    """Runs of sites whose sampled outputs fit into the limit, one site at least."""
-    group: list[Site] = []
-    held = 0.0
-    for site in sites:
-        size = 4.0 * images * positions_for(site, images) * site.conv.out_channels
-        if group and held + size > limit:
-            yield group
-            group, held = [], 0.0
-        group.append(site)
-        held += size
-    if group:
-        yield group
 
 
 class _Target:
