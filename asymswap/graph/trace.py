@@ -89,9 +89,12 @@ def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
         return
     name, number = type(model).__name__, len(traced.sites)
     what = f"none of its {number} Conv2d was seen to run" if number else "the model has no Conv2d to swap"
+    others = Counter(type(part).__name__ for part in model.modules() if isinstance(part, nn.Conv1d | nn.Conv3d))
+    what += "".join(f"; its {count} {kind} are none" for kind, count in others.items() if not number)
     holders = [key for key, part in model.named_children() if find_convs(part)]
-    others = {key: value for key, value in vars(model).items() if key != "_modules"}
-    hidden = [key for key, value in others.items() if any(map(find_convs, _modules_in(value)))]
+    hidden = [
+        key for key, value in vars(model).items() if key != "_modules" and any(map(find_convs, _modules_in(value)))
+    ]
     hint = ""
     if isinstance(model, torch.jit.ScriptModule):
         hint = "; it is a ScriptModule, whose layers are compiled: give the module that it was made from"

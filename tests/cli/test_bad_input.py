@@ -41,7 +41,7 @@ class Trap:
     """Unpickled, it would make a file: what a hostile checkpoint could do."""
 
     def __reduce__(self) -> Any:
-        return os.system, ("touch sprung",)
+        return os.system, ("echo > sprung",)
 
 
 def digits_state() -> State:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import asymswap
-from asymswap.checkpoint import told
+from asymswap.checkpoint import FORMAT, told
 from asymswap.errors import CheckpointError
 
 Refusal = Callable[..., str]
@@ -60,7 +60,7 @@ def huge() -> nn.Module:
 
 # What is wrong with the header, so that the file cannot even be shown.
 HEADERS: dict[str, tuple[Callable[[Stored], object], str]] = {
-    "newer": (lambda h: {**h, "format": 2}, r"x\.pt is of format 2, newer than 1; upgrade asymswap"),
+    "newer": (lambda h: {**h, "format": FORMAT + 1}, rf"x\.pt is of format {FORMAT + 1}, newer than {FORMAT}; up"),
     "format": (lambda h: {**h, "format": 0}, r"x\.pt has a damaged header: format: "),
     "not JSON": (lambda h: "{", r"x\.pt has a damaged header: Expecting property name"),
     "deep": (lambda h: "[" * 100_000, r"x\.pt has a damaged header: maximum recursion depth"),
@@ -190,7 +190,7 @@ def test_damaged_weights(name: str, stored: Stored, refusal: Refusal) -> None:
     [
         ({"aliases": {"a": "nowhere"}}, r"x\.safetensors is damaged: 'a' is an alias of 'nowhere', which it lacks"),
         ({"aliases": {"a": "conv1.weight"}}, r"does not fit digits-resnet: unexpected: a$"),
-        ({"format": 9}, r"x\.safetensors is of format 9, newer than 1"),
+        ({"format": 99}, rf"x\.safetensors is of format 99, newer than {FORMAT}"),
     ],
 )
 def test_damaged_safetensors(change: Stored, expected: str, stored: Stored, refusal: Refusal) -> None:
@@ -249,7 +249,7 @@ def test_commands_that_read_the_provenance(verb: str, stored: Stored, refusal: R
 
 
 def test_nothing_in_an_error_commands_the_terminal(stored: Stored, refusal: Refusal) -> None:
-    torch.save({"\x1b]0;title\x07": torch.ones(1), "x" * 5000: torch.ones(1)}, "x.pt")
+    torch.save({"\x1b]0;title\x07": torch.ones(1), **{str(n) + "x" * 900: torch.ones(1) for n in range(9)}}, "x.pt")
     said = refusal("candidates", "x.pt", "--arch", "digits-resnet")
     assert r"\x1b]0;title\x07" in said
     assert said.isprintable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.programs
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (apt install g++)")
 def test_torch_compile_computes_the_same(one_thread: None) -> None:
     model, x = Net().eval(), torch.randn(2, 3, 8, 8)
     with torch.inference_mode():

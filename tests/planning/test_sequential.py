@@ -217,7 +217,7 @@ def test_the_whole_way_says_how(tmp_path: Path) -> None:
 def test_half_precision_is_solved_and_polished_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.save({"images": X}, tmp_path / "images.pt")
     recipe = tmp_path / "r.toml"
-    recipe.write_text('summary = "r"\n[[rules]]\nmatch = { kernel = "3x3" }\nswap = { kind = "separable", rank = 3 }\n')
+    recipe.write_text('summary = "r"\n[[rules]]\nmatch = { kernel = "3x3" }\nswap = { kind = "separable", rank = 2 }\n')
     net = make(Base).to(dtype)
     found = {}
     for steps in (None, 30):
@@ -226,10 +226,12 @@ def test_half_precision_is_solved_and_polished_in_float32(dtype: torch.dtype, tm
         found[steps] = asymswap.convert(given, recipe, calibration=calibration, input_size=(3, 10, 10))
         assert {p.dtype for p in found[steps].model.parameters()} == {dtype}
     exact = asymswap.convert(copy.deepcopy(net).float(), recipe, calibration=calibration, input_size=(3, 10, 10))
-    polished = {key: value.float() for key, value in found[30].model.state_dict().items()}
+    solved, polished = (
+        {key: value.float() for key, value in found[steps].model.state_dict().items()} for steps in (None, 30)
+    )
     for key, value in exact.model.state_dict().items():
         torch.testing.assert_close(polished[key], value.to(dtype).float(), rtol=2e-2, atol=2e-2)
-    assert found[30].report.output.relative < found[None].report.output.relative
+    assert max((polished[key] - solved[key]).abs().max() for key in solved) > 5e-3
 
 
 @pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (1e4, 1.0), (1e3, 1e-3), (0.0, 0.0), (5.0, 0.0)])
