@@ -293,7 +293,7 @@ def commands(kind: str) -> list[tuple[str, ...]]:
         ]
     size = ("--input", "3x16x16") if "module" in kind else ()
     if "module" in kind or "structure" in kind:
-        return [("convert", path, *size, "--recipe", "all-spatial", "-o", "y.pt"), ("candidates", path, *size)]
+        return [("convert", path, *size, "--recipe", "acnet", "-o", "y.pt"), ("candidates", path, *size)]
     return [("convert", path, *convert), ("candidates", path), ("show", path), ("fuse", path, "-o", "y.pt")]
 
 
