@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal
 
-# The tests of what needs a program besides Python (chromium, dot, git, mount, g++); they are skipped where it is not installed.
+# The tests of what needs a program besides Python (chromium, git, mount, g++); they are skipped where it is not installed.
 test-programs: $(READY)
 	$(RUN)/python -m pytest -m programs $$(grep -rl --include='*.py' mark.programs tests)
 

@@ -12,31 +12,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asymswap.api import (
-        Calibration,
-        Conversion,
-        FineTuned,
-        Fusion,
-        PreprocessingOptions,
-        Timing,
-        Training,
-        candidates,
-        convert,
-        evaluate,
-        finetune,
-        fuse,
-        load,
-        plan,
-        save,
-        save_fused,
-    )
-    from asymswap.benchmarking import benchmark
-    from asymswap.comparison import compare
-    from asymswap.deploy.export import export
-    from asymswap.deploy.offsets import offsets
+    from asymswap.api.benchmark import benchmark
+    from asymswap.api.candidates import candidates
+    from asymswap.api.compare import compare
+    from asymswap.api.convert import Conversion, convert, plan, save
+    from asymswap.api.evaluate import evaluate
+    from asymswap.api.export import export
+    from asymswap.api.finetune import FineTuned, finetune
+    from asymswap.api.fuse import Fusion, fuse, save_fused
+    from asymswap.api.load import load
+    from asymswap.api.offsets import offsets
+    from asymswap.api.report_files import write_report
+    from asymswap.api.sweep import sweep
+    from asymswap.calibration.calibrate import Calibration
     from asymswap.errors import AsymswapError
-    from asymswap.reports import write_report
-    from asymswap.tradeoff import sweep
+    from asymswap.models.preprocessing import PreprocessingOptions
+    from asymswap.planning.latency_budget import Timing
+    from asymswap.training.config import Training
 
 __all__ = [
     "AsymswapError",
@@ -65,16 +57,31 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = dict.fromkeys(__all__, "asymswap.api") | {
+_HOMES = {
+    "benchmark": "asymswap.api.benchmark",
+    "candidates": "asymswap.api.candidates",
+    "compare": "asymswap.api.compare",
+    "Conversion": "asymswap.api.convert",
+    "convert": "asymswap.api.convert",
+    "plan": "asymswap.api.convert",
+    "save": "asymswap.api.convert",
+    "evaluate": "asymswap.api.evaluate",
+    "export": "asymswap.api.export",
+    "FineTuned": "asymswap.api.finetune",
+    "finetune": "asymswap.api.finetune",
+    "Fusion": "asymswap.api.fuse",
+    "fuse": "asymswap.api.fuse",
+    "save_fused": "asymswap.api.fuse",
+    "load": "asymswap.api.load",
+    "offsets": "asymswap.api.offsets",
+    "write_report": "asymswap.api.report_files",
+    "sweep": "asymswap.api.sweep",
+    "Calibration": "asymswap.calibration.calibrate",
     "AsymswapError": "asymswap.errors",
-    "benchmark": "asymswap.benchmarking",
-    "compare": "asymswap.comparison",
-    "export": "asymswap.deploy.export",
-    "offsets": "asymswap.deploy.offsets",
-    "sweep": "asymswap.tradeoff",
-    "write_report": "asymswap.reports",
+    "PreprocessingOptions": "asymswap.models.preprocessing",
+    "Timing": "asymswap.planning.latency_budget",
+    "Training": "asymswap.training.config",
 }
-del _HOMES["__version__"]
 
 
 def __getattr__(name: str) -> Any:

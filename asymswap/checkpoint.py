@@ -5,7 +5,7 @@ in its metadata. The header is JSON text:
 
     format         1, or 2 with extra state; a reader refuses a higher number
     origin         how the unconverted model is built: a model reference and its arguments
-    skeleton       its structure (zlib, base64), where no reference can build it; see asymswap.sources.skeleton
+    skeleton       its structure (zlib, base64), where no reference can build it; see fileformats.module_structure
     plans          every conversion that the model went through, in order, fully settled; none once all is fused
     preprocessing  how an image becomes its input
     aliases        keys of the state dict that are the same tensor as another key (safetensors only)
@@ -30,37 +30,29 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torchvision
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import asymswap
 from asymswap.errors import (
     CONTROL,
-    AsymswapError,
     CheckpointError,
     OutputError,
     PlanError,
-    SourceError,
     validation_text,
 )
-from asymswap.graph.surgery import swap
-from asymswap.output import real_cause, whole_file
-from asymswap.planning.apply import apply_structure
+from asymswap.fileformats import detect, extra_state
+from asymswap.fileformats.model_file import RawFile, read_raw
+from asymswap.fileformats.state_dict import State, stored_tensors
 from asymswap.planning.plan import plan_from_json, plan_to_json
-from asymswap.sources import builders, extra_state, files
-from asymswap.sources.references import RawFile, read_raw, rebuild
-from asymswap.sources.state import Difference, State, compare, load_state_, stored_tensors
-from asymswap.spec import STRICT, Origin, Plan, Preprocessing
-from asymswap.tensors import WithoutMemory, meta_copy
+from asymswap.types import STRICT, Origin, Plan, Preprocessing
+from asymswap.utils.files import real_cause, whole_file
 
 FORMAT = 2
 SUFFIXES = (".pt", ".pth", ".safetensors")
 _LARGEST_HEADER = 16 * 2**20
 _LARGEST_SKELETON = 64 * 2**20
-_HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
 _LARGEST_INPUT = 2**27
 """Numbers in one input: 11,000 x 4,000 pixels of three channels, half a gigabyte."""
 
@@ -137,35 +129,31 @@ def told(provenance: Mapping[str, Any], label: str) -> Told:
         raise CheckpointError(f"{label} has a damaged provenance: {validation_text(error)}") from None
 
 
-def versions(origin: Origin) -> dict[str, str]:
-    """The versions of all that a checkpoint of this origin was made with, for its provenance."""
-    own = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return own | builders.versions(origin)
-
-
 def check_suffix(path: Path) -> None:
     """Raise OutputError for an ending that stands for no form of a checkpoint."""
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{path.name} must end in {', '.join(SUFFIXES)}: the ending chooses the form")
 
 
-def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
-    """Write a converted model; the suffix chooses the form.
+def write_checkpoint(path: Path, model: nn.Module, header: Header, check: Callable[[Stored], None]) -> None:
+    """Write a converted model once `check` has found no fault with what a reader would get of it.
 
-    Raises OutputError where the file cannot be written, or would not load again.
+    The suffix chooses the form. Raises OutputError where the file cannot be written.
     """
     check_suffix(path)
     tensors, extra = what_is_stored(model)
     extra_text, inside = extra_state.to_text(extra)
     state = {key: tensor.detach() for key, tensor in (tensors | inside).items()}
-    _check_complete(path, model, _header_text(header, {}, extra_text if extra else ""), state)
+    text = _header_text(header, {}, extra_text if extra else "")
+    stored = stored_in(RawFile({"asymswap": text, "state_dict": state}), str(path))
+    assert stored is not None
+    check(stored)
     if path.suffix == ".safetensors":
         unique, aliases = _without_aliases(state)
         text = _header_text(header, aliases, extra_text if extra else "")
         # One entry only: safetensors writes several in random order, and equal models would make unequal files.
         _write(path, lambda draft: save_file(unique, draft, metadata={"asymswap": text}))
     else:
-        text = _header_text(header, {}, extra_text if extra else "")
         _write(path, lambda draft: _save_zip({"asymswap": text, "state_dict": state}, draft))
 
 
@@ -173,21 +161,6 @@ def what_is_stored(model: nn.Module) -> tuple[State, dict[str, Any]]:
     """The tensors and the extra state that a file of the model holds; raises SourceError where it would not load."""
     extra = extra_state.read(model)
     return stored_tensors(model), extra
-
-
-def _check_complete(path: Path, model: nn.Module, text: str, state: State) -> None:
-    """Raise OutputError where a reader of this header and state dict could not load them into the model strictly."""
-    stored = stored_in(RawFile({"asymswap": text, "state_dict": state}), str(path))
-    assert stored is not None
-    try:
-        difference = _try_without_memory(stored, None)
-    except AsymswapError:
-        # Only the user can build it: what was converted is what must be built again.
-        difference = compare(model, stored.state)
-    lacking = sorted(extra_state.owners(model).keys() ^ stored.extra.keys())
-    if difference or lacking:
-        about = str(difference) if difference else f"it lacks {lacking[0]}"
-        raise OutputError(f"{path} would not load again, so it is not written: {about}")
 
 
 def save_state(path: Path, model: nn.Module) -> None:
@@ -231,78 +204,12 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
 
 def read_checkpoint(path: Path) -> Stored:
     """Read an asymswap checkpoint; raises CheckpointError where the file is missing or something else."""
-    if not files.exists(path):
+    if not detect.exists(path):
         raise CheckpointError(f"no file {path}; give an asymswap checkpoint, as `asymswap convert` writes them")
     stored = stored_in(read_raw(path, trust_pickle=False), str(path))
     if stored is None:
         raise CheckpointError(f"{path} is not an asymswap checkpoint; `asymswap convert` writes them")
     return stored
-
-
-def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:
-    """The converted model with its weights, in eval mode and trainable.
-
-    `model` is the unconverted model, of any weights, where only the user can build it; it is not changed. Raises
-    CheckpointError where the parts do not fit each other.
-    """
-    header = stored.header
-    try:
-        difference = _try_without_memory(stored, model)
-        if not difference:
-            base = rebuild(header.origin, header.skeleton) if model is None else model
-            for plan in header.plans:
-                base = apply_structure(base, plan, share=base is not model)
-            base = swap(base, {}) if base is model else base
-            difference = compare(base, stored.state)
-    except AsymswapError as error:
-        how = _HOW_TO_BUILD if model is None else "the model given is not the one that was converted"
-        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
-    if difference:
-        raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
-    unlike = sorted(extra_state.owners(base).keys() ^ stored.extra.keys())
-    if unlike:
-        lacks = "lacks" if unlike[0] not in stored.extra else f"is not of {header.origin.reference}: it has"
-        raise CheckpointError(f"{label} {lacks} the extra state {unlike[0]!r}")
-    try:
-        load_state_(base, stored.state, take=model is None)
-        extra_state.load_(base, stored.extra)
-    except SourceError as error:
-        raise CheckpointError(f"{label} cannot be used: {error}") from None
-    return base.eval()
-
-
-def unconverted(stored: Stored, label: str, model: nn.Module | None) -> nn.Module:
-    """The model that was converted: the one given, or what the header speaks of, with unset weights.
-
-    Raises CheckpointError where only the user's own code can build it.
-    """
-    if model is not None:
-        return model
-    try:
-        return rebuild(stored.header.origin, stored.header.skeleton)
-    except AsymswapError as error:
-        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {_HOW_TO_BUILD}") from None
-
-
-def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
-    """How the state dict differs from the model that the header speaks of, found without memory for that model.
-
-    None where that cannot be found out so. Raises AsymswapError where the model cannot be rebuilt.
-    """
-    try:
-        # Sizes worked out with tensors, as RegNet's are, stay real.
-        with WithoutMemory(torch.empty, torch.empty_like):
-            base = rebuild(stored.header.origin, stored.header.skeleton) if model is None else meta_copy(model)
-    except Exception:
-        # Some networks run themselves while they are built; what else may be wrong shows when it is done for real.
-        return None
-    try:
-        with WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
-            for plan in stored.header.plans:
-                base = apply_structure(base, plan)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"its plan asks for what cannot be built ({' '.join(str(error).split())[:160]})") from None
-    return compare(base, stored.state)
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:

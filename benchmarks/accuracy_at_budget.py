@@ -40,15 +40,15 @@ from measured import machine, markdown_table, table, write_json
 from torch.utils.data import TensorDataset
 
 import asymswap
-from asymswap.kinds.separable import full_rank, pair_cost
-from asymswap.measure.cost import count_costs
-from asymswap.opening import Opened, open_model
-from asymswap.planning.calibration import images_hash, model_hash
-from asymswap.sources import builders
-from asymswap.sources.references import Request
-from asymswap.spec import Site
-from asymswap.training.data import LabelledImages, Part, open_data
-from asymswap.training.evaluate import evaluate
+from asymswap.calibration.gather import images_hash, model_hash
+from asymswap.data.accuracy import evaluate
+from asymswap.data.datasets import LabelledImages, Part, open_data
+from asymswap.measure.macs import count_costs
+from asymswap.models import builders
+from asymswap.models.opening import Opened, open_model
+from asymswap.models.references import Request
+from asymswap.replacements.separable import full_rank, pair_cost
+from asymswap.types import Site
 
 PEERS = Path(__file__).with_name("peers")
 ORDERS = ("vertical-first", "horizontal-first")

@@ -248,7 +248,7 @@ class Bench:
         import torch
 
         import asymswap
-        from asymswap.measure.cost import count_costs
+        from asymswap.measure.macs import count_costs
 
         setting = SETTINGS[run.data]
         cost = count_costs(model, (torch.empty(1, *setting.size, device="meta"),)).total
@@ -322,7 +322,7 @@ class Stopwatch:
 
 def _built(network: str, code: dict[str, Any]) -> Any:
     """The plain network, with weights from the current seed."""
-    from asymswap.sources.references import build_architecture
+    from asymswap.models.references import build_architecture
 
     return build_architecture(network, code["arguments"], trust_code=True)
 
@@ -420,8 +420,8 @@ def packed(reference: str, work: Path) -> str:
         import numpy as np
         from PIL import Image
 
-        from asymswap.sources.networks import CIFAR_PREPROCESSING
-        from asymswap.training.data import open_data
+        from asymswap.data.datasets import open_data
+        from asymswap.models.networks import CIFAR_PREPROCESSING
 
         arrays: dict[str, Any] = {}
         for part in ("train", "test"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from asymswap.sources.networks.densenet import DenseLayer, DenseNet
-from asymswap.sources.networks.resnet import BasicBlock, ResNet, SqueezeExcite, project_shortcut
+from asymswap.models.networks.densenet import DenseLayer, DenseNet
+from asymswap.models.networks.resnet import BasicBlock, ResNet, SqueezeExcite, project_shortcut
 
 WIDTHS = (8, 16, 32, 64)
 REDUCTION = 4

@@ -77,9 +77,9 @@ def describe_output(conversion: Any) -> str:
     """Whether the random network's own output is worth comparing: `usable`, or how it is degenerate."""
     import torch
 
-    from asymswap.inputs import probe
-    from asymswap.opening import model_dtype
-    from asymswap.tensors import list_tensors
+    from asymswap.models.opening import model_dtype
+    from asymswap.utils.inputs import probe
+    from asymswap.utils.tensors import list_tensors
 
     preprocessing, model = conversion.header.preprocessing, conversion.model.eval()
     if preprocessing.form == "image-list":

@@ -67,7 +67,7 @@ def check(folder: Path) -> dict[str, Any]:
 
     import asymswap
     from asymswap.checkpoint import read_checkpoint
-    from asymswap.inputs import probe
+    from asymswap.utils.inputs import probe
 
     # Our own file; a class needs no guess.
     original = torch.load(folder / KINDS["pickled module"], weights_only=False).eval()

@@ -95,8 +95,8 @@ class Bench:
     def __init__(self, name: str) -> None:
         import torch
 
-        from asymswap.opening import open_model
-        from asymswap.sources.references import Request
+        from asymswap.models.opening import open_model
+        from asymswap.models.references import Request
 
         self.network = NETWORKS[name]
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ class Bench:
         """All outputs on the probe, in eval mode."""
         import torch
 
-        from asymswap.tensors import eval_mode, list_tensors
+        from asymswap.utils.tensors import eval_mode, list_tensors
 
         with eval_mode(model), torch.no_grad():
             return list_tensors(model(self.probe))
@@ -155,7 +155,7 @@ class Bench:
         """Twenty steps on the same few images; `new` are the modules whose parameters must get gradients."""
         import torch
 
-        from asymswap.tensors import list_tensors
+        from asymswap.utils.tensors import list_tensors
 
         fresh = {
             f"{name}.{key}": parameter
@@ -192,15 +192,15 @@ class Bench:
 
     def fuse(self, model: Any, plan: Any) -> tuple[Any, int]:
         """A copy with every swapped site as one conv again, or None; and how many sites can be."""
-        from asymswap import kinds
+        from asymswap import replacements
         from asymswap.graph.sites import read_conv
         from asymswap.graph.surgery import swap
 
         fused = {
-            entry.site: kinds.load(entry.kind).fuse(
+            entry.site: replacements.load(entry.kind).fuse(
                 model.get_submodule(entry.site),
                 read_conv(self.model.get_submodule(entry.site)),
-                kinds.parse_settings(entry.kind, entry.settings),
+                replacements.parse_settings(entry.kind, entry.settings),
             )
             for entry in plan.swaps
         }

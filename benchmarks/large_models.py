@@ -65,7 +65,7 @@ SOURCES: dict[str, list[str]] = {
 """What is given to `asymswap convert`, beside the recipe."""
 LAST = "asymswap checkpoint"
 
-IMPORTS = "import torch, torchvision, asymswap.api, asymswap.cli.main, asymswap.reporting.terminal"
+IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.terminal"
 
 COLUMNS = ["model", "source", "weights MB", "seconds", "loading", "solving", "peak MB", "x weights", "target"]
 
@@ -210,22 +210,22 @@ def threads_of(name: str, rounds: int) -> dict[str, Any]:
     """Seconds of planning and solving all layers of a network one by one, and two at a time, in turn."""
     import torch
 
-    from asymswap import kinds
+    from asymswap import replacements
     from asymswap.graph.sites import read_conv
     from asymswap.graph.trace import trace
-    from asymswap.sources.references import Request, open_reference
+    from asymswap.models.references import Request, open_reference
 
     torch.manual_seed(0)
     model = open_reference(name, Request(weights="none")).model.eval()
-    kind = kinds.load("separable")
-    settings = kinds.parse_settings("separable", {})
+    kind = replacements.load("separable")
+    settings = replacements.parse_settings("separable", {})
     sites = trace(model, (torch.empty(1, 3, 224, 224, device="meta"),)).sites
     sites = tuple(site for site in sites if kind.refuse(site.conv) is None)
 
     def solve(site: Any) -> list[Any]:
         conv: Any = model.get_submodule(site.name)
         options = list(kind.options(site, conv, settings))
-        chosen = kinds.parse_settings("separable", options[len(options) // 2].settings)
+        chosen = replacements.parse_settings("separable", options[len(options) // 2].settings)
         pair = kind.build(read_conv(conv), chosen)
         kind.init_(pair, conv, chosen)
         return [[option.error for option in options], *(tensor.clone() for tensor in pair.state_dict().values())]

@@ -67,8 +67,8 @@ def measure(name: str, budgets: Sequence[float], threads: int, rounds: int, ever
 
     import asymswap
     from asymswap.measure.latency import in_format, inputs_like, time_models
-    from asymswap.opening import open_model
-    from asymswap.sources.references import Request
+    from asymswap.models.opening import open_model
+    from asymswap.models.references import Request
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

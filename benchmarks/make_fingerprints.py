@@ -1,4 +1,4 @@
-"""Writes asymswap/sources/fingerprints.tsv: what the state dicts of the known networks look like.
+"""Writes asymswap/models/fingerprints.tsv: what the state dicts of the known networks look like.
 
 Every network is built without weights, and built again with another number of classes (of input channels, of pixels):
 the sizes that change are those that follow the argument. `--check` compares instead of writing.
@@ -16,8 +16,8 @@ from typing import Any
 import torchvision
 
 from asymswap.errors import SourceError
-from asymswap.sources import builders
-from asymswap.sources.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash, to_line
+from asymswap.models import builders
+from asymswap.models.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash, to_line
 
 OUT = Path(__file__).parents[1] / "asymswap" / "sources" / "fingerprints.tsv"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.cli import commands
 from asymswap.planning.recipe import GROUPS, json_schema, read_about, read_recipe_text, shipped_names
 
@@ -116,7 +116,7 @@ def recipes_page() -> str:
         RECIPES_MIDDLE,
     ]
     for swap in rule["swap"]["oneOf"]:
-        kind = kinds.load(swap["title"])
+        kind = replacements.load(swap["title"])
         text += [f"### `{swap['title']}`", f"Keeps {kind.PRESERVES}.", fields(swap, skip=("kind",))]
     text += ["## The recipes that come with asymswap", *shipped()]
     return "\n\n".join(part.strip("\n") for part in text) + "\n"

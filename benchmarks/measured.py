@@ -128,7 +128,7 @@ def import_everything() -> None:
     """Import what every fork of this process needs; timm too, where it is installed."""
     # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    for module in ("torch", "torchvision", "asymswap.api"):
+    for module in ("torch", "torchvision", "asymswap.api.convert"):
         importlib.import_module(module)
     if importlib.util.find_spec("timm") is not None:
         importlib.import_module("timm")

@@ -23,9 +23,9 @@ import torch
 from measured import machine_text, markdown_table, state, write_json
 from torch import Tensor
 
+from asymswap.calibration.gather import load_evidence
 from asymswap.factorize import covariance
-from asymswap.factorize.evidence import Evidence
-from asymswap.planning.calibration import load_evidence
+from asymswap.factorize.statistics import Evidence
 
 MARK = ("<!-- benchmarks/solver.py -->", "<!-- end of benchmarks/solver.py -->")
 EXACT = 1e-9

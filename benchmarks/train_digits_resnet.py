@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymswap.sources.networks import DIGITS_PREPROCESSING, DIGITS_WEIGHTS, digits_resnet
-from asymswap.training.data import LabelledImages, open_data
-from asymswap.training.evaluate import evaluate
+from asymswap.data.accuracy import evaluate
+from asymswap.data.datasets import LabelledImages, open_data
+from asymswap.models.networks import DIGITS_PREPROCESSING, DIGITS_WEIGHTS, digits_resnet
 
 SEED = 0
 EPOCHS = 60

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.sources.networks import BUILDERS
+from asymswap.models.networks import BUILDERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +25,7 @@ CHANGING = """
 import os, sys
 import asymswap
 from asymswap.errors import SourceError
-from asymswap.sources import references
+from asymswap.models import references
 
 def overwrite(path):
     size = os.path.getsize(path)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 import asymswap
-from asymswap.checkpoint import Header, header_to_json, read_checkpoint, save_checkpoint
+from asymswap.checkpoint import Header, header_to_json, read_checkpoint
 from asymswap.errors import CheckpointError, OutputError
-from asymswap.sources.networks import BUILDERS
+from asymswap.models.converted import save_checkpoint
+from asymswap.models.networks import BUILDERS
 
 SUFFIXES = ("pt", "safetensors")
 

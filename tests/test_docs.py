@@ -19,11 +19,11 @@ from documented import PAGES, ROOT, Block, blocks, check
 from prepared import prepare, yours
 
 import asymswap
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.cli.main import main
-from asymswap.sources.networks import DIGITS_PREPROCESSING
-from asymswap.training.data import open_data
-from asymswap.training.evaluate import evaluate
+from asymswap.data.accuracy import evaluate
+from asymswap.data.datasets import open_data
+from asymswap.models.networks import DIGITS_PREPROCESSING
 
 ALL = [block for page in PAGES for block in blocks(page)]
 WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL, "python") for b in blocks(page))]
@@ -129,12 +129,12 @@ def _type(block: Block, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Non
 @pytest.fixture
 def own_kinds(tmp_path: Path) -> Iterator[None]:
     """Files of a page that are kinds are found."""
-    kinds.__path__.append(str(tmp_path))
+    replacements.__path__.append(str(tmp_path))
     importlib.invalidate_caches()
     yield
-    kinds.__path__.remove(str(tmp_path))
+    replacements.__path__.remove(str(tmp_path))
     for name in ("bottleneck",):
-        sys.modules.pop(f"{kinds.__name__}.{name}", None)
+        sys.modules.pop(f"{replacements.__name__}.{name}", None)
 
 
 def test_there_are_examples_of_each_sort() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import asymswap
 from asymswap.checkpoint import FORMAT, read_checkpoint
 from asymswap.errors import AsymswapError, OutputError, SourceError
-from asymswap.opening import open_model
-from asymswap.sources.references import Request
+from asymswap.models.opening import open_model
+from asymswap.models.references import Request
 
 SIZE = (3, 8, 8)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torchvision import models
 
 import asymswap
-from asymswap.deploy.export import _Work
-from asymswap.inputs import Inputs, probe
-from asymswap.sources import torchvision_models
-from asymswap.sources.builders import build
-from asymswap.spec import Preprocessing
-from asymswap.tensors import list_tensors, map_tensors
+from asymswap.api.export import _Work
+from asymswap.models import torchvision_models
+from asymswap.models.builders import build
+from asymswap.types import Preprocessing
+from asymswap.utils.inputs import Inputs, probe
+from asymswap.utils.tensors import list_tensors, map_tensors
 
 FULL_RANK = {"energy": 1.0, "allow_growth": True}
 CLASSIFIERS = models.list_models(models)

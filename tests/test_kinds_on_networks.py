@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.measure.fidelity import compare_outputs
-from asymswap.opening import open_model
-from asymswap.sources.references import Request
-from asymswap.tensors import list_tensors
+from asymswap.models.opening import open_model
+from asymswap.models.references import Request
+from asymswap.utils.tensors import list_tensors
 
 NETWORKS = {
     "resnet18": 64,

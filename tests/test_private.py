@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 import asymswap
-from asymswap import api
-from asymswap.opening import Opened, open_model
+from asymswap.api import convert as convert_module
+from asymswap.models.opening import Opened, open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +61,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Opened]]:
         found.append(open_model(*arguments, **options))  # type: ignore[arg-type]
         return found[-1]
 
-    monkeypatch.setattr(api, "open_model", watch)
+    monkeypatch.setattr(convert_module, "open_model", watch)
     yield found
     assert found
 
@@ -146,8 +146,8 @@ def test_a_module_read_by_code_of_the_file_may_be_held_by_it(tmp_path: Path, ope
 
 
 def test_polishing_leaves_the_original_as_it_was(opened: list[Opened], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = copy.deepcopy(open_model("digits-resnet", api.Request()).model.state_dict())
-    calibration = asymswap.api.Calibration(data="digits", images=32, polish_steps=2, polish_images=64)
+    before = copy.deepcopy(open_model("digits-resnet", convert.Request()).model.state_dict())
+    calibration = asymswap.calibration.calibrate.Calibration(data="digits", images=32, polish_steps=2, polish_images=64)
     asymswap.convert("digits-resnet", "3x3-only", calibration=calibration)
     assert all(torch.equal(tensor, before[key]) for key, tensor in opened[-1].model.state_dict().items())
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from asymswap.graph.trace import trace
-from asymswap.measure.cost import count_costs
-from asymswap.sources import torchvision_models
-from asymswap.tensors import WithoutMemory
+from asymswap.measure.macs import count_costs
+from asymswap.models import torchvision_models
+from asymswap.utils.tensors import WithoutMemory
 
 NAMES = models.list_models(models)
 

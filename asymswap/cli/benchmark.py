@@ -97,10 +97,10 @@ def benchmark(
     counts = None if threads is None else o.parse_counts("--threads", threads)
     size = o.parse_input_size(input_size)
     with screen.progress(quiet) as step:
-        from asymswap.benchmarking import FORMATS
-        from asymswap.benchmarking import benchmark as run
+        from asymswap.api.benchmark import FORMATS
+        from asymswap.api.benchmark import benchmark as run
         from asymswap.reporting import benchmark as views
-        from asymswap.reporting.report import to_json
+        from asymswap.results.records import to_json
 
         found = run(
             models,

@@ -11,8 +11,8 @@ from asymswap.cli.options import DATA_FORMS, parse_polish
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
-    from asymswap.calibrate import Calibration
-    from asymswap.distributed import Team
+    from asymswap.calibration.calibrate import Calibration
+    from asymswap.utils.distributed import Team
 
 PANEL = "Calibration (no labels needed)"
 
@@ -82,7 +82,7 @@ def wanted(
 
     What is None was not given, and is as `Calibration` has it by itself.
     """
-    from asymswap.calibrate import Calibration
+    from asymswap.calibration.calibrate import Calibration
 
     if data is None and evidence is None:
         given = {

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from asymswap.cli import options as o
-
-if TYPE_CHECKING:
-    from asymswap.api import Candidates
 
 
 def candidates(
@@ -21,12 +18,6 @@ def candidates(
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw each conv's share of MACs and parameters (.svg).", rich_help_panel=o.RESULT),
-    ] = None,
-    graph: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw the graph around the candidates (.svg, by graphviz; or .dot).", rich_help_panel=o.RESULT
-        ),
     ] = None,
     force: o.Force = False,
     weights: o.Weights = None,
@@ -45,14 +36,18 @@ def candidates(
     Example: asymswap candidates resnet18 --weights none
     """
     from asymswap.cli import screen
+    from asymswap.reporting.candidates import check_plot_file, to_picture
+    from asymswap.utils.files import check_output, write_text
 
-    _check_pictures(plot, graph, force)
+    if plot is not None:
+        check_output(plot, force, "--plot")
+        check_plot_file(plot)
     with screen.progress(quiet) as step:
-        from asymswap import api
+        from asymswap.api import convert
         from asymswap.reporting import terminal
         from asymswap.reporting.candidates import to_json
 
-        found = api.candidates(
+        found = convert.candidates(
             model,
             recipe=recipe,
             weights=weights,
@@ -62,10 +57,10 @@ def candidates(
             trust_pickle=trust_pickle,
             trust_code=trust_code,
             input_size=o.parse_input_size(input_size),
-            with_flow=graph is not None,
             progress=step,
         )
-    _write_pictures(found, plot, graph)
+    if plot is not None:
+        write_text(plot, to_picture(found.reference, found.rows, found.total))
     if json:
         about = (found.reference, found.rows, found.total, found.traced_by, found.input, found.notes, found.warnings)
         screen.print_json(to_json(*about))
@@ -85,31 +80,3 @@ def candidates(
         found.warnings,
     )
     screen.show(view, console)
-
-
-def _check_pictures(plot: Path | None, graph: Path | None, force: bool) -> None:
-    """Refuse what cannot be drawn or written, before any work is done."""
-    from asymswap.output import check_distinct, check_output
-    from asymswap.reporting.candidates import check_plot_file
-    from asymswap.reporting.graph import check_graph_file
-
-    check_distinct({"--plot": plot, "--graph": graph})
-    for option, path, check in (("--plot", plot, check_plot_file), ("--graph", graph, check_graph_file)):
-        if path is not None:
-            check_output(path, force, option)
-            check(path)
-
-
-def _write_pictures(found: Candidates, plot: Path | None, graph: Path | None) -> None:
-    from asymswap.output import write_text
-    from asymswap.reporting.candidates import to_picture
-    from asymswap.reporting.graph import graph_text
-
-    # Both are drawn before either is written, so that a failure leaves nothing behind.
-    texts = {}
-    if graph is not None and found.flow is not None:
-        texts[graph] = graph_text(graph, found.flow, found.rows, found.total)
-    if plot is not None:
-        texts[plot] = to_picture(found.reference, found.rows, found.total)
-    for path, text in texts.items():
-        write_text(path, text)

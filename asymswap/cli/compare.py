@@ -76,10 +76,10 @@ def compare(
     with screen.progress(quiet) as step:
         import torch
 
-        from asymswap.comparison import compare as beside
-        from asymswap.latency_budget import Timing
-        from asymswap.reporting import comparison as views
-        from asymswap.reporting.report import to_json
+        from asymswap.api.compare import compare as beside
+        from asymswap.planning.latency_budget import Timing
+        from asymswap.reporting import compare as views
+        from asymswap.results.records import to_json
 
         if threads is not None:
             torch.set_num_threads(threads)

@@ -111,10 +111,10 @@ def convert(
     Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
     """
     from asymswap.cli import screen
-    from asymswap.distributed import joined
     from asymswap.errors import AsymswapError, OutputError
-    from asymswap.output import check_distinct, check_output, write_text
     from asymswap.reporting import files
+    from asymswap.utils.distributed import joined
+    from asymswap.utils.files import check_distinct, check_output, write_text
 
     target = output or o.default_output(model)
     if recipe is not None and plan is not None:
@@ -139,12 +139,12 @@ def convert(
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
     with joined() as team, screen.progress(quiet or not team.leads) as step:
-        from asymswap import api
+        from asymswap.api import convert
         from asymswap.checkpoint import check_suffix
 
         if not dry_run:
             check_suffix(target)
-        conversion = api.convert(
+        conversion = convert.convert(
             model,
             recipe,
             plan=None if plan is None else _read_plan(plan),
@@ -170,7 +170,7 @@ def convert(
             input_size=o.parse_input_size(input_size),
             preprocessing=preprocessing,
             evaluate=evaluate,
-            timing=None if memory_format is None else api.Timing(memory_format.value),
+            timing=None if memory_format is None else convert.Timing(memory_format.value),
             allow_drift=allow_drift,
             seed=seed,
             progress=step,
@@ -178,11 +178,11 @@ def convert(
         conversion.header = _with_command(conversion.header)
         if not dry_run and team.leads:
             step("writing", 0, 1)
-            api.save(conversion, target, force=force)
+            convert.save(conversion, target, force=force)
     if not team.leads:
         return
     result = conversion.report
-    from asymswap.reports import write_report
+    from asymswap.api.report_files import write_report
 
     try:
         if write_plan is not None:
@@ -214,10 +214,11 @@ def _read_plan(path: Path) -> Any:
 
 def _print(result: Any, json: bool, quiet: bool) -> None:
     from asymswap.cli import screen
-    from asymswap.reporting import report, terminal
+    from asymswap.reporting import terminal
+    from asymswap.results.records import to_json
 
     if json:
-        screen.print_json(report.to_json(result))
+        screen.print_json(to_json(result))
     elif not quiet:
         console = screen.console()
         screen.show(terminal.report_view(result, console.width), console)

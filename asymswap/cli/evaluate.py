@@ -45,11 +45,11 @@ def evaluate(
     from asymswap.cli import screen
 
     with screen.progress(quiet) as step:
-        from asymswap import api
-        from asymswap.reporting.evaluation import evaluation_view
-        from asymswap.reporting.report import to_json
+        from asymswap.api import convert
+        from asymswap.reporting.evaluate import evaluation_view
+        from asymswap.results.records import to_json
 
-        report = api.evaluate(
+        report = convert.evaluate(
             models,
             data,
             part=part,

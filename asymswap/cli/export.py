@@ -55,13 +55,13 @@ def export(
     Example: asymswap export model.asym.pt --to onnx -o model.onnx
     """
     from asymswap.cli import screen
-    from asymswap.output import check_distinct, check_output
+    from asymswap.utils.files import check_distinct, check_output
 
     target = output or _default(checkpoint, to or Form.onnx)
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with screen.progress(quiet) as step:
-        from asymswap.deploy.export import export as run
+        from asymswap.api.export import export as run
 
         report = run(
             checkpoint,
@@ -76,7 +76,7 @@ def export(
             progress=step,
         )
     if json:
-        from asymswap.reporting.report import to_json
+        from asymswap.results.records import to_json
 
         screen.print_json(to_json(report))
     elif not quiet:

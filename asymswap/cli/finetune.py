@@ -161,8 +161,8 @@ def finetune(
     Example: asymswap finetune model.asym.pt --data photos/ --epochs 5 --distill
     """
     from asymswap.cli import screen
-    from asymswap.distributed import joined
-    from asymswap.output import check_distinct, check_output
+    from asymswap.utils.distributed import joined
+    from asymswap.utils.files import check_distinct, check_output
 
     target = output or o.default_output(str(checkpoint), "tuned")
     # Under torchrun, whoever was started again has a run to go on with.
@@ -172,10 +172,10 @@ def finetune(
         check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with joined(gpus=not cpu) as team, screen.training(quiet or json or not team.leads) as watcher:
-        from asymswap import api
-        from asymswap.training.augment import parse_presets
+        from asymswap.api import convert
+        from asymswap.data.augmentation import parse_presets
 
-        settings = api.Training(
+        settings = convert.Training(
             epochs=epochs,
             steps=steps,
             batch_size=batch_size,
@@ -208,7 +208,7 @@ def finetune(
             workers=workers,
             save_every=save_every,
         )
-        tuned = api.finetune(
+        tuned = convert.finetune(
             checkpoint,
             data,
             settings,
@@ -231,8 +231,8 @@ def finetune(
 
 def _print(report: Any, json: bool, quiet: bool) -> None:
     from asymswap.cli import screen
-    from asymswap.reporting.report import to_json
-    from asymswap.reporting.training import training_view
+    from asymswap.reporting.finetune import training_view
+    from asymswap.results.records import to_json
 
     if json:
         screen.print_json(to_json(report))

@@ -51,17 +51,17 @@ def fuse(
     Example: asymswap fuse model.asym.pt --as-original -o model.pt
     """
     from asymswap.cli import screen
-    from asymswap.output import check_distinct, check_output
+    from asymswap.utils.files import check_distinct, check_output
 
     target = output or o.default_output(str(checkpoint), "fused")
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with screen.progress(quiet) as step:
-        from asymswap import api
+        from asymswap.api import convert
         from asymswap.checkpoint import check_suffix
 
         check_suffix(target)
-        fusion = api.fuse(
+        fusion = convert.fuse(
             checkpoint,
             separable=separable,
             max_offset=max_offset,
@@ -72,12 +72,12 @@ def fuse(
             trust_code=trust_code,
             progress=step,
         )
-        report = api.save_fused(fusion, target, as_original=as_original, force=force)
+        report = convert.save_fused(fusion, target, as_original=as_original, force=force)
     if json:
-        from asymswap.reporting.report import to_json
+        from asymswap.results.records import to_json
 
         screen.print_json(to_json(report))
     elif not quiet:
-        from asymswap.reporting.fusion import fusion_view
+        from asymswap.reporting.fuse import fusion_view
 
         screen.show(fusion_view(report), screen.console())

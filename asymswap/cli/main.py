@@ -13,7 +13,7 @@ import typer
 
 from asymswap.cli import options
 from asymswap.cli.commands import Commands
-from asymswap.distributed import end_process, in_team
+from asymswap.utils.distributed import end_process, in_team
 
 app = typer.Typer(
     name="asymswap",

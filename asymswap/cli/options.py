@@ -17,7 +17,7 @@ import typer
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
-    from asymswap.preprocessing import PreprocessingOptions
+    from asymswap.models.preprocessing import PreprocessingOptions
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
@@ -215,7 +215,7 @@ def _preprocessing(
     resize: int | None,
     interpolation: str | None,
 ) -> PreprocessingOptions | None:
-    from asymswap.preprocessing import PreprocessingOptions
+    from asymswap.models.preprocessing import PreprocessingOptions
 
     options = PreprocessingOptions(
         normalize=normalize,
@@ -309,7 +309,7 @@ PICTURES = (".svg", ".png")
 
 def check_picture(option: str, path: Path, force: bool) -> None:
     """Raise AsymswapError where a picture cannot be drawn into that file, before any work is done for it."""
-    from asymswap.output import check_output
+    from asymswap.utils.files import check_output
 
     if path.suffix not in PICTURES:
         raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from asymswap.spec import Progress
-    from asymswap.training.rows import EpochRow, Outset, StepRow, Watcher
+    from asymswap.results.finetune import EpochRow, Outset, StepRow
+    from asymswap.training.callbacks import Watcher
+    from asymswap.types import Progress
 
 
 def console() -> Console:
@@ -39,7 +40,7 @@ def show(view: RenderableType, screen: Console) -> None:
 
 def print_json(value: Any) -> None:
     """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
-    from asymswap.reporting.report import plain
+    from asymswap.results.records import plain
 
     print(json.dumps(plain(value), indent=2, allow_nan=False))  # noqa: T201
 
@@ -115,14 +116,14 @@ class _Shown:
 
     def step(self, row: StepRow) -> None:
         """Move the bar."""
-        from asymswap.reporting.training import step_words
+        from asymswap.reporting.finetune import step_words
 
         text = f"epoch {row.epoch}/{self._epochs}"
         self._live.update(self._task, description=text, completed=row.step, words=step_words(row))
 
     def epoch(self, row: EpochRow) -> None:
         """Add a line."""
-        from asymswap.reporting.training import epoch_line
+        from asymswap.reporting.finetune import epoch_line
 
         self._say(epoch_line(row, self._epochs))
 

@@ -52,8 +52,8 @@ def show(
     """
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
-    from asymswap.output import check_output, write_text
     from asymswap.reporting import files
+    from asymswap.utils.files import check_output, write_text
 
     if draw is not None or data is not None or offsets or preprocessing is not None:
         _check_alone(report, plan)
@@ -70,7 +70,7 @@ def show(
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
     if report is not None:
-        from asymswap.reports import stored_report_text
+        from asymswap.api.report_files import stored_report_text
 
         write_text(report, stored_report_text(header, checkpoint, report))
     if plan:
@@ -114,12 +114,12 @@ def _show_offsets(
     quiet: bool,
 ) -> None:
     from asymswap.cli import screen
-    from asymswap.output import write_bytes
+    from asymswap.utils.files import write_bytes
 
     if picture is not None:
         o.check_picture("--draw", picture, force)
     with screen.progress(quiet):
-        from asymswap.deploy.offsets import offsets
+        from asymswap.api.offsets import offsets
         from asymswap.reporting import offsets as shown
 
         report = offsets(

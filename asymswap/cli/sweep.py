@@ -82,8 +82,8 @@ def sweep(
     Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
     """
     from asymswap.cli import screen
-    from asymswap.distributed import ALONE
-    from asymswap.output import check_distinct, check_output
+    from asymswap.utils.distributed import ALONE
+    from asymswap.utils.files import check_distinct, check_output
 
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     measure, budgets = _budgets(macs, params)
@@ -96,13 +96,14 @@ def sweep(
     )
     known = None if force else _read(target)
     with screen.progress(quiet) as step:
-        from asymswap.output import write_text
-        from asymswap.reporting import tradeoff as shown
-        from asymswap.tradeoff import BUDGETS
-        from asymswap.tradeoff import sweep as run
+        from asymswap.api.sweep import BUDGETS
+        from asymswap.api.sweep import sweep as run
+        from asymswap.reporting import sweep as shown
+        from asymswap.results.sweep import Tradeoff, to_json
+        from asymswap.utils.files import write_text
 
-        def write(result: shown.Tradeoff) -> None:
-            write_text(target, jsonlib.dumps(shown.to_json(result), indent=2, allow_nan=False) + "\n")
+        def write(result: Tradeoff) -> None:
+            write_text(target, jsonlib.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
 
         result = run(
             model,
@@ -139,7 +140,7 @@ def sweep(
         for path in report or []:
             _write_report(path, result)
     if json:
-        screen.print_json(shown.to_json(result))
+        screen.print_json(to_json(result))
     elif not quiet:
         screen.show(shown.sweep_view(result), screen.console())
 
@@ -172,7 +173,7 @@ def parse_fractions(option: str, text: str) -> list[float]:
 
 def _read(path: Path) -> Any:
     """The sweep in a file to go on with, if there is one."""
-    from asymswap.reporting.tradeoff import from_json
+    from asymswap.results.sweep import from_json
 
     if not path.exists():
         return None
@@ -186,7 +187,7 @@ def _read(path: Path) -> Any:
 
 
 def _check_report(path: Path, force: bool) -> None:
-    from asymswap.output import check_output
+    from asymswap.utils.files import check_output
 
     if path.suffix not in _REPORTS:
         raise AsymswapError(f"--report {path}: the file must end in {', '.join(_REPORTS[:-1])} or {_REPORTS[-1]}")
@@ -196,8 +197,8 @@ def _check_report(path: Path, force: bool) -> None:
 
 
 def _write_report(path: Path, result: Any) -> None:
-    from asymswap.output import write_bytes, write_text
-    from asymswap.reporting.tradeoff import draw, to_html, to_markdown
+    from asymswap.reporting.sweep import draw, to_html, to_markdown
+    from asymswap.utils.files import write_bytes, write_text
 
     if path.suffix in (".md", ".html"):
         write_text(path, to_markdown(result) if path.suffix == ".md" else to_html(result))

@@ -11,8 +11,8 @@ from torch import nn
 
 from asymswap.deploy.programs import failing_clearly, quiet
 from asymswap.errors import AsymswapError
-from asymswap.inputs import Inputs
-from asymswap.tensors import list_tensors
+from asymswap.utils.inputs import Inputs
+from asymswap.utils.tensors import list_tensors
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

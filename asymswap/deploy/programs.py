@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asymswap.errors import AsymswapError
-from asymswap.tensors import list_tensors
+from asymswap.utils.tensors import list_tensors
 
 SAME = 1e-4
 """How far a program's outputs may be from PyTorch's, relative to the largest number among them, or to 1.

@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asymswap.factorize import svd
-from asymswap.factorize.evidence import Evidence
-from asymswap.tensors import one_thread
+from asymswap.factorize.statistics import Evidence
+from asymswap.utils.tensors import one_thread
 
 _ITERATIONS = 150
 """At most; 15 to 40 are usual."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asymswap.factorize.evidence import Evidence
+from asymswap.factorize.statistics import Evidence
 
 
 def places(inputs: int, kernel: tuple[int, int]) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asymswap.tensors import one_thread
+from asymswap.utils.tensors import one_thread
 
 
 def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from asymswap.inputs import Inputs
-from asymswap.tensors import copy_with, list_tensors, map_tensors, meta_copy
+from asymswap.utils.inputs import Inputs
+from asymswap.utils.tensors import copy_with, list_tensors, map_tensors, meta_copy
 
 Operation = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 """The name of a function of torch, the shapes of the tensors that it returned, and which of the model's own it read."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
-from asymswap.spec import Call, ConvSpec, Neighbour, Site
-from asymswap.tensors import additions
+from asymswap.types import Call, ConvSpec, Neighbour, Site
+from asymswap.utils.tensors import additions
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from asymswap.errors import PlanError, near_names
-from asymswap.tensors import deep_copy, is_channels_last, loose_tensors
+from asymswap.utils.tensors import deep_copy, is_channels_last, loose_tensors
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:

@@ -23,9 +23,9 @@ from asymswap.graph.functional import FunctionCalls, watch_functions
 from asymswap.graph.graphs import Recording, believed_parts, recording, traceable_parts
 from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
-from asymswap.inputs import Inputs, describe, with_values
-from asymswap.spec import Call, Neighbour, Site, norm_behind
-from asymswap.tensors import deep_copy, meta_copy, to_meta
+from asymswap.types import Call, Neighbour, Site, norm_behind
+from asymswap.utils.inputs import Inputs, describe, with_values
+from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
 
 NORM_ACT = "batch_norm_act"
 """What a node is that normalises and then does something else, in one module."""

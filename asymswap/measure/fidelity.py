@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import AsymswapError
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.trace import Trace, conv_hooks
-from asymswap.inputs import Inputs, portions, sizes
-from asymswap.spec import Plan
-from asymswap.tensors import eval_mode, list_tensors, map_tensors
+from asymswap.types import Plan
+from asymswap.utils.inputs import Inputs, portions, sizes
+from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,20 @@ def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Any
         if swap.absorbs is not None:
             # Its kernel holds the batch norm's scale, and cannot be compared with the conv's.
             continue
-        kind, conv = kinds.load(swap.kind), convs[swap.site]
-        settings = kinds.parse_settings(swap.kind, swap.settings)
+        kind, conv = replacements.load(swap.kind), convs[swap.site]
+        settings = replacements.parse_settings(swap.kind, swap.settings)
         fused = kind.fuse(converted.get_submodule(swap.site), read_conv(conv), settings)
         if fused is not None and fused.weight.shape == conv.weight.shape:
             sums = Sums()
             sums.add(conv.weight.detach(), fused.weight.detach())
             yield swap.site, sums.difference().relative
+
+
+def difference(teacher: object, student: object) -> Tensor:
+    """The squared difference of all outputs relative to the teacher's own squares."""
+    gaps, wholes = [], []
+    for one, other in zip(list_tensors(teacher), list_tensors(student), strict=True):
+        if one.is_floating_point():
+            gaps.append((other.float() - one.float()).square().sum())
+            wholes.append(one.float().square().sum())
+    return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)

@@ -20,10 +20,10 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from asymswap.inputs import Inputs
-from asymswap.measure.significance import median_interval
-from asymswap.spec import Progress, Ratio, Seconds, silent
-from asymswap.tensors import deep_copy, eval_mode, map_tensors
+from asymswap.measure.statistics import median_interval
+from asymswap.types import Progress, Ratio, Seconds, silent
+from asymswap.utils.inputs import Inputs
+from asymswap.utils.tensors import deep_copy, eval_mode, map_tensors
 
 MemoryFormat = Literal["channels-last", "contiguous"]
 _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from asymswap.errors import AsymswapError
 from asymswap.graph.sites import find_convs
 from asymswap.graph.surgery import swap
-from asymswap.inputs import Inputs, with_values
 from asymswap.measure.fidelity import Sums
-from asymswap.spec import Call
-from asymswap.tensors import eval_mode, list_tensors
+from asymswap.types import Call
+from asymswap.utils.inputs import Inputs, with_values
+from asymswap.utils.tensors import eval_mode, list_tensors
 
 _SAME = 1e-4
 """Relative difference of outputs up to which they are the same: threads may add numbers in another order."""

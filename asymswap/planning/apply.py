@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import PlanError, near_names
-from asymswap.factorize.evidence import Evidence
+from asymswap.factorize.statistics import Evidence
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap, take_over_
-from asymswap.spec import Plan, Progress, Swap, silent
-from asymswap.tensors import generator_for, side_by_side
+from asymswap.types import Plan, Progress, Swap, silent
+from asymswap.utils.tensors import generator_for, side_by_side
 
 _ROOM = 2**22
 """Numbers of a kernel; a dense 3x3 conv of 683 channels has so many, and its eigensolvers take 200 MB and more."""
@@ -85,8 +85,8 @@ class _Built:
     entry: Swap
     conv: nn.Conv2d
     norm: nn.Module | None
-    kind: kinds.Kind
-    settings: kinds.KindSettings
+    kind: replacements.Kind
+    settings: replacements.KindSettings
     replacement: nn.Module
 
 
@@ -107,14 +107,14 @@ def _apply(
             raise PlanError(f"the model has no Conv2d named {entry.site!r}{near_names(entry.site, convs)}")
         if entry.absorbs is not None and entry.absorbs not in norms:
             raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
-        kind, settings = kinds.load(entry.kind), kinds.parse_settings(entry.kind, entry.settings)
+        kind, settings = replacements.load(entry.kind), replacements.parse_settings(entry.kind, entry.settings)
         norm = None if entry.absorbs is None else norms[entry.absorbs]
         every.append(_Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings)))
     if start is not None:
         side_by_side(start, every, step, lambda built: takes_room(built.conv))
-    replacements: dict[str, nn.Module] = {}
+    swapped: dict[str, nn.Module] = {}
     for built in every:
-        replacements[built.entry.site] = take_over_(built.replacement, built.conv, built.norm)
+        swapped[built.entry.site] = take_over_(built.replacement, built.conv, built.norm)
         if built.entry.absorbs is not None:
-            replacements[built.entry.absorbs] = nn.Identity()
-    return swap(model, replacements, share)
+            swapped[built.entry.absorbs] = nn.Identity()
+    return swap(model, swapped, share)

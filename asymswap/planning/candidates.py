@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import RecipeError
-from asymswap.kinds import separable
 from asymswap.planning.plan import find_rule, refusal_of, saves
 from asymswap.planning.recipe import Recipe
-from asymswap.spec import Candidate, RankCost, Site
+from asymswap.replacements import separable
+from asymswap.types import Candidate, RankCost, Site
 
 _ORDERS: tuple[separable.Order, ...] = ("vertical-first", "horizontal-first")
 
@@ -33,12 +33,12 @@ def _candidate(model: nn.Module, site: Site, recipe: Recipe | None, number: int 
             return Candidate(site, f"rule {number + 1} keeps it")
         swap = wanted
     name = swap["kind"]
-    kind = kinds.load(name)
+    kind = replacements.load(name)
     reason = refusal_of(site, kind)
     if reason is not None:
         return Candidate(site, reason, kind=name)
     if name != "separable":
-        wish = kinds.parse_settings(name, {key: value for key, value in swap.items() if key != "kind"})
+        wish = replacements.parse_settings(name, {key: value for key, value in swap.items() if key != "kind"})
         # What approximates the conv is settled by its weights, which would take as long as a plan.
         if kind.preserves(site.conv, wish):
             try:

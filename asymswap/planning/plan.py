@@ -12,16 +12,16 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
-from asymswap.factorize.evidence import Evidence
-from asymswap.kinds import Kind, KindSettings
+from asymswap.factorize.statistics import Evidence
+from asymswap.planning.allocate import Allocation, Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
-from asymswap.planning.budget import Allocation, Point, allocate, least_cost
-from asymswap.planning.prices import Counted, Prices
+from asymswap.planning.cost_model import Counted, Prices
 from asymswap.planning.recipe import Budget, Recipe, Rule
-from asymswap.spec import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
-from asymswap.tensors import side_by_side
+from asymswap.replacements import Kind, KindSettings
+from asymswap.types import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
+from asymswap.utils.tensors import side_by_side
 
 
 @dataclass(frozen=True)
@@ -247,11 +247,11 @@ def _decide(
     if rule.swap is None:
         return Keep(site.name, f"rule {number} keeps it")
     kind_name = rule.swap["kind"]
-    kind = kinds.load(kind_name)
+    kind = replacements.load(kind_name)
     reason = refusal_of(site, kind)
     if reason is not None:
         return Keep(site.name, f"rule {number}, but {reason}")
-    settings = kinds.parse_settings(kind_name, rule.swap_settings)
+    settings = replacements.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
     settings, absorbs = _adopt(model, site, kind, settings)
     return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence, absorbs)
@@ -264,7 +264,7 @@ def refusal_of(site: Site, kind: Kind) -> str | None:
 
 def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
     """The settings, and the batch norm that the kind takes over at this site, if there is one that can be."""
-    if not isinstance(kind, kinds.Absorbing):
+    if not isinstance(kind, replacements.Absorbing):
         return settings, None
     name = kind.absorbs(site, settings)
     adopted = None if name is None else kind.adopt(settings, model.get_submodule(name))
@@ -378,7 +378,7 @@ def plan_from_json(value: Any, where: str) -> Plan:
         seen.add(name)
     for swap in plan.swaps:
         try:
-            kinds.parse_settings(swap.kind, swap.settings)
+            replacements.parse_settings(swap.kind, swap.settings)
         except RecipeError as error:
             raise PlanError(f"{where}, site {swap.site!r}: {error}") from None
     return plan
@@ -415,11 +415,11 @@ def check_replay(
         site = by_name.get(swap.site)
         if site is None:
             raise PlanError(f"the plan swaps {swap.site!r}, which the model lacks{near_names(swap.site, by_name)}")
-        kind = kinds.load(swap.kind)
+        kind = replacements.load(swap.kind)
         reason = refusal_of(site, kind)
         if reason is not None:
             raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {reason}")
-        settings = kinds.parse_settings(swap.kind, swap.settings)
+        settings = replacements.parse_settings(swap.kind, swap.settings)
         if kind.SIZES and all(getattr(settings, size) is None for size in kind.SIZES):
             sizes = ", ".join(kind.SIZES)
             raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r} and says no size; give one of {sizes}")

@@ -45,10 +45,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
-from asymswap.spec import Site, Size
+from asymswap.types import Site, Size
 
 
 def _as_size(value: Any) -> Any:
@@ -92,7 +92,7 @@ class _OrNumber:
         return {"anyOf": [{"type": "number"}, handler(schema)]}
 
 
-Pair = Annotated[Size, BeforeValidator(_as_size), kinds.SIZE_SCHEMA]
+Pair = Annotated[Size, BeforeValidator(_as_size), replacements.SIZE_SCHEMA]
 Glob = Annotated[str, Field(max_length=1000)]
 Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), Field(max_length=10_000), _OrOne()]
 Word = Annotated[str, Field(json_schema_extra={"enum": sorted(vocabulary.WORDS)}), BeforeValidator(_check_word)]
@@ -280,7 +280,7 @@ class Rule(_Strict):
             if not isinstance(self.swap.get("kind"), str):
                 raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
             try:
-                kinds.parse_settings(self.swap["kind"], self.swap_settings)
+                replacements.parse_settings(self.swap["kind"], self.swap_settings)
             except RecipeError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -295,19 +295,19 @@ class Rule(_Strict):
         """The setting by which the rule fixes the size of its replacements; None where a budget chooses."""
         if self.swap is None:
             return None
-        return next((name for name in kinds.load(self.swap["kind"]).SIZES if name in self.swap), None)
+        return next((name for name in replacements.load(self.swap["kind"]).SIZES if name in self.swap), None)
 
     @property
     def lacks_size(self) -> bool:
         """Whether the rule swaps and says no size, although its kind has one."""
-        return self.swap is not None and bool(kinds.load(self.swap["kind"]).SIZES) and self.size is None
+        return self.swap is not None and bool(replacements.load(self.swap["kind"]).SIZES) and self.size is None
 
     @property
     def leaves_choice(self) -> bool:
         """Whether a budget has something to choose: the size, or for a kind without one whether to swap at all."""
         if self.swap is None or self.size is not None:
             return False
-        return self.lacks_size or not kinds.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
+        return self.lacks_size or not replacements.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
 
 
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -403,10 +403,10 @@ class Recipe(About):
         lacking = [number for number, rule in enumerate(self.rules, start=1) if rule.lacks_size]
         if lacking and self.budget is None:
             kind = (self.rules[lacking[0] - 1].swap or {})["kind"]
-            sizes = " or ".join(kinds.load(kind).SIZES)
+            sizes = " or ".join(replacements.load(kind).SIZES)
             raise ValueError(f"rule {lacking[0]} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
-            if any(rule.swap and kinds.load(rule.swap["kind"]).SIZES for rule in self.rules):
+            if any(rule.swap and replacements.load(rule.swap["kind"]).SIZES for rule in self.rules):
                 raise ValueError(f"{_NO_CHOICE}: every rule says its own size; remove one of the two")
             raise ValueError(f"{_NO_CHOICE}: no rule's kind has sizes; leave the budget out")
         return self
@@ -555,9 +555,9 @@ def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> bool:
     taken = is_size = False
     for rule in rules:
         swap = rule.get("swap")
-        if not isinstance(swap, dict) or swap.get("kind") not in kinds.names():
+        if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
             continue
-        kind = kinds.load(swap["kind"])
+        kind = replacements.load(swap["kind"])
         known |= set(kind.Settings.model_fields)
         if key in kind.Settings.model_fields:
             dropped = kind.SIZES if key in kind.SIZES else ()
@@ -596,8 +596,8 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors: each kind's settings stand beside its name."""
     schema = Recipe.model_json_schema()
     swaps = []
-    for name in kinds.names():
-        settings = kinds.load(name).Settings.model_json_schema()
+    for name in replacements.names():
+        settings = replacements.load(name).Settings.model_json_schema()
         settings["properties"] = {"kind": {"const": name}, **settings["properties"]}
         settings["required"] = ["kind"]
         settings["title"] = name

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from asymswap.reporting import words
+from asymswap.reporting import format as fmt
 from asymswap.reporting.terminal import WIDE, table, written
-from asymswap.spec import Cost, Ratio, Seconds
+from asymswap.results.benchmark import TITLES, Benchmark, Gain, LayerRow, Layers, Result, Setting
 
-TITLES = {"eager": "PyTorch", "compile": "torch.compile", "onnx": "ONNX Runtime"}
 _BUSY = 0.2
 """Cores that others may keep busy without a word."""
 
@@ -20,107 +18,10 @@ _SPREAD = 0.1
 """Of one model alone no ratio tells that the machine is busy; its own rounds do."""
 
 
-@dataclass(frozen=True)
-class BenchmarkedModel:
-    """One model: what it is and what it costs."""
-
-    model: str
-    origin: str
-    weights: str
-    input: str
-    cost: Cost
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How models were run; `memory_format` is None where the runtime has one of its own."""
-
-    runtime: str
-    batch: int
-    threads: int
-    memory_format: str | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model (its place among the models) in one setting (its place), or why it could not be run so.
-
-    `ratio` is that to the first model in the same setting, `ready` the seconds of compiling or exporting, `rounds` the
-    fastest pass of every round.
-    """
-
-    model: int
-    setting: int
-    seconds: Seconds | None = None
-    images_per_second: float | None = None
-    ratio: Ratio | None = None
-    ready: float | None = None
-    rounds: tuple[float, ...] = ()
-    failure: str | None = None
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """Seconds and MACs of a layer, and of whatever has its name in another model, all calls in a pass together."""
-
-    layer: str
-    first: float
-    own: float
-    first_macs: int = 0
-    macs: int = 0
-
-    @property
-    def excess(self) -> float:
-        """Seconds more than the MACs promise; the same time is promised where there are none."""
-        return self.own - self.first * (self.macs / self.first_macs if self.first_macs else 1.0)
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Layers that a model shares by name with the first one, in one setting, the greatest excess first.
-
-    `rest` is what passes outside of them.
-    """
-
-    model: int
-    setting: int
-    rows: tuple[LayerRow, ...]
-    rest: LayerRow
-
-
-@dataclass(frozen=True)
-class Gain:
-    """The setting in which a model runs faster than in the other memory format, and how many times as fast."""
-
-    model: int
-    setting: int
-    times: float
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Everything that was measured: `rounds` of them, while other programs kept `others` cores busy."""
-
-    asymswap: str
-    models: tuple[BenchmarkedModel, ...]
-    settings: tuple[Setting, ...]
-    results: tuple[Result, ...]
-    layers: tuple[Layers, ...]
-    gains: tuple[Gain, ...]
-    dtype: str
-    machine: str
-    cores: int | None
-    rounds: int
-    others: float | None
-    versions: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-
-
 def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:
     """A table for each setting, or one of all settings where there is a single model, layers and the fine print."""
     wide = width >= WIDE
-    parts: list[RenderableType] = [written(words.sentence(line), style="yellow") for line in benchmark.warnings]
+    parts: list[RenderableType] = [written(fmt.sentence(line), style="yellow") for line in benchmark.warnings]
     parts += [Text("")] * bool(parts)
     if len(benchmark.models) == 1:
         title = written(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
@@ -148,26 +49,30 @@ def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
     lines = [titles, [*["---"] * 5, *["---:"] * len(columns)]]
     for result in shown:
         setting, cells = benchmark.settings[result.setting], _cells(benchmark, result)
-        about = [words.markdown_code(benchmark.models[result.model].model), TITLES[setting.runtime], f"{setting.batch}"]
+        about = [
+            fmt.markdown_code(benchmark.models[result.model].model),
+            TITLES[setting.runtime],
+            f"{setting.batch}",
+        ]
         about += [f"{setting.threads}", setting.memory_format or "-"]
         lines.append([*about, *(cells.get(title, "-") for title in columns)])
-    text = [f"**{words.markdown_text(words.sentence(line))}**\n" for line in benchmark.warnings]
-    text += [*words.markdown_table(lines), ""]
-    text += [f"**{words.markdown_text(line)}**\n" for line in _warnings(benchmark)]
-    text += [f"{words.markdown_text(line)}\n" for line in _advice(benchmark)]
+    text = [f"**{fmt.markdown_text(fmt.sentence(line))}**\n" for line in benchmark.warnings]
+    text += [*fmt.markdown_table(lines), ""]
+    text += [f"**{fmt.markdown_text(line)}**\n" for line in _warnings(benchmark)]
+    text += [f"{fmt.markdown_text(line)}\n" for line in _advice(benchmark)]
     for one in benchmark.layers if layers else ():
         heads = [[*_LAYER_TITLES], ["---", *["---:"] * (len(_LAYER_TITLES) - 1)]]
         rows = [
-            [words.markdown_code(cells[0]) if known else cells[0], *cells[1:]]
+            [fmt.markdown_code(cells[0]) if known else cells[0], *cells[1:]]
             for cells, known in _layer_cells(one, layers)
         ]
         text += [
-            f"{words.markdown_text(_layers_title(benchmark, one))}:",
+            f"{fmt.markdown_text(_layers_title(benchmark, one))}:",
             "",
-            *words.markdown_table([*heads, *rows]),
+            *fmt.markdown_table([*heads, *rows]),
             "",
         ]
-    return "\n".join([*text, *(f"- {words.markdown_text(line)}" for line in _fine_print(benchmark)), ""])
+    return "\n".join([*text, *(f"- {fmt.markdown_text(line)}" for line in _fine_print(benchmark)), ""])
 
 
 def _words(setting: Setting) -> list[str]:
@@ -200,7 +105,7 @@ def _table(benchmark: Benchmark, results: Sequence[Result], by: str, wide: bool)
 def _columns(results: Sequence[Result], wide: bool) -> list[str]:
     titles = ["ms", "Median", "Spread", "Images/s"]
     if any(result.model for result in results):
-        sure = next((words.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
+        sure = next((fmt.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
         titles += ["of 1st", *[sure] * wide, "MACs"]
     return titles + ["Ready s"] * any(result.ready is not None for result in results)
 
@@ -212,13 +117,13 @@ def _cells(benchmark: Benchmark, result: Result) -> dict[str, str]:
     macs = [benchmark.models[number].cost.macs for number in (result.model, 0)]
     rate = result.images_per_second or 0.0
     return {
-        "ms": words.milliseconds(seconds.minimum),
-        "Median": words.milliseconds(seconds.median),
-        "Spread": words.percent(seconds.spread),
+        "ms": fmt.milliseconds(seconds.minimum),
+        "Median": fmt.milliseconds(seconds.median),
+        "Spread": fmt.percent(seconds.spread),
         "Images/s": f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}",
-        "of 1st": words.percent(1) if result.model == 0 else words.time_share(ratio),
-        **({} if ratio is None else {words.confidence(ratio): f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"}),
-        "MACs": words.share(*macs),
+        "of 1st": fmt.percent(1) if result.model == 0 else fmt.time_share(ratio),
+        **({} if ratio is None else {fmt.confidence(ratio): f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"}),
+        "MACs": fmt.share(*macs),
         "Ready s": "-" if result.ready is None else f"{result.ready:.1f}",
     }
 
@@ -243,14 +148,14 @@ def _who(benchmark: Benchmark, results: Sequence[Result]) -> str:
 
 def _warnings(benchmark: Benchmark) -> list[str]:
     """What has no figures and why, and what the figures do not tell, because the machine was not quiet."""
-    doubts = words.doubts(
+    doubts = fmt.doubts(
         benchmark.models[0].model,
         ((f"{benchmark.models[one.model].model}{_where(benchmark, one)}", one.ratio) for one in benchmark.results),
     )
     if len(benchmark.models) == 1:
         spreads = [(one, one.seconds.spread) for one in benchmark.results if one.seconds is not None]
         doubts += [
-            f"The machine was busy: the middle half of the rounds spreads over {words.percent(spread)}"
+            f"The machine was busy: the middle half of the rounds spreads over {fmt.percent(spread)}"
             f"{_where(benchmark, one)}."
             for one, spread in spreads
             if spread > _SPREAD
@@ -327,8 +232,8 @@ def _layer_row(row: LayerRow, excess: float | None = None) -> list[str]:
         row.layer,
         f"{1e3 * row.first:.3f}",
         f"{1e3 * row.own:.3f}",
-        words.share(row.own, row.first),
-        words.share(row.macs, row.first_macs),
+        fmt.share(row.own, row.first),
+        fmt.share(row.macs, row.first_macs),
         f"{1e3 * above:+.3f}",
     ]
 

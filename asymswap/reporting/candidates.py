@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from asymswap.errors import OutputError
-from asymswap.reporting import words
+from asymswap.reporting import format as fmt
 from asymswap.reporting.drawing import svg_file
 from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
-from asymswap.reporting.report import plain
-from asymswap.reporting.report import to_json as whole
-from asymswap.spec import Candidate, Cost
+from asymswap.results.records import plain
+from asymswap.results.records import to_json as whole
+from asymswap.types import Candidate, Cost
 
 
 def to_json(
@@ -74,7 +74,7 @@ def to_picture(reference: str, rows: Sequence[Candidate], total: Cost) -> str:
     ]
     shares = [(_part(row.site.cost.macs, total.macs), _part(row.site.cost.params, total.params)) for row in rows]
     panels = [
-        Panel(f"Share of the {what}", words.percent, tuple(Bar(front=share[number]) for share in shares))
+        Panel(f"Share of the {what}", fmt.percent, tuple(Bar(front=share[number]) for share in shares))
         for number, what in enumerate(("MACs", "parameters"))
     ]
     held = sum((row.site.cost for row in rows if row.reason is None), start=Cost(0, 0))
@@ -82,9 +82,9 @@ def to_picture(reference: str, rows: Sequence[Candidate], total: Cost) -> str:
     rest = total - convs
     heading = [
         f"{reference}: {sum(row.reason is None for row in rows)} of {len(rows)} convs are candidates",
-        f"They hold {words.share(held.macs, total.macs)} of the MACs and {words.share(held.params, total.params)} of "
-        f"the parameters; what is no conv holds {words.share(rest.macs, total.macs)} and "
-        f"{words.share(rest.params, total.params)}.",
+        f"They hold {fmt.share(held.macs, total.macs)} of the MACs and {fmt.share(held.params, total.params)} of "
+        f"the parameters; what is no conv holds {fmt.share(rest.macs, total.macs)} and "
+        f"{fmt.share(rest.params, total.params)}.",
     ]
     names = ["candidate" if kind == "separable" else f"candidate: {kind}" for kind in kinds]
     return svg_file(draw_layers(columns, panels, " ".join(heading), heading, [*names, "no candidate"]))
@@ -100,7 +100,7 @@ def _lines(row: Candidate, total: Cost) -> tuple[str, ...]:
     return (
         site.name,
         f"{site.conv.describe()}{size}",
-        f"{words.share(site.cost.macs, total.macs)} of the MACs, {words.share(site.cost.params, total.params)} of the "
+        f"{fmt.share(site.cost.macs, total.macs)} of the MACs, {fmt.share(site.cost.params, total.params)} of the "
         "parameters",
         f"candidate: {row.kind}" if row.reason is None else f"no candidate: {row.reason}",
     )

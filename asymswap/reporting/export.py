@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from asymswap.reporting import words
-from asymswap.reporting.report import FileRow
+from asymswap.reporting import format as fmt
 from asymswap.reporting.terminal import table, written
-
-
-@dataclass(frozen=True)
-class Check:
-    """One run of the written file beside PyTorch: the sizes of its inputs, and the largest difference of an output.
-
-    `allowed` is that difference up to which the two count as the same: 1e-4 of the largest output, and at least 1e-4.
-    """
-
-    inputs: str
-    largest: float
-    allowed: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """An exported model: `form` is `onnx`, `pt2` or `state-dict`, `runner` what ran it for the checks.
-
-    `fused` is how many replacements were fused before, `dynamic` what of its inputs may have any size.
-    """
-
-    model: str
-    form: str
-    runner: str
-    fused: int
-    checks: tuple[Check, ...]
-    dynamic: tuple[str, ...] = ()
-    opset: int | None = None
-    files: tuple[FileRow, ...] = ()
-    versions: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+from asymswap.results.export import ExportReport
 
 
 def export_view(report: ExportReport) -> RenderableType:
@@ -51,11 +18,11 @@ def export_view(report: ExportReport) -> RenderableType:
         ("fused before", f"{report.fused} replacements"),
         ("run by", ", ".join((report.runner, *report.versions))),
         *(("against PyTorch", f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
-        *(("written", f"{file.path} ({words.size(file.bytes)})") for file in report.files),
+        *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
     ]
     return Group(
         written(f"{report.model} exported", style="bold"),
-        *(written(words.sentence(line), style="yellow") for line in report.warnings),
+        *(written(fmt.sentence(line), style="yellow") for line in report.warnings),
         Text(""),
         table([("", "left"), ("", "fold")], facts),
     )

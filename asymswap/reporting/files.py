@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from asymswap.errors import OutputError, near_names
-from asymswap.reporting.making import Making
 from asymswap.reporting.markdown import to_markdown
-from asymswap.reporting.report import Report, to_json
+from asymswap.results.convert import Report
+from asymswap.results.provenance import Making
+from asymswap.results.records import to_json
 
 SUFFIXES = (".html", ".json", ".md")
 

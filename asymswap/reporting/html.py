@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from asymswap.reporting import words
+from asymswap.reporting import format as fmt
 from asymswap.reporting.drawing import element, mark, markup
 from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
-from asymswap.reporting.making import Making
 from asymswap.reporting.pages import render
-from asymswap.reporting.report import Report, SiteRow
-from asymswap.spec import MACS
+from asymswap.results.convert import Report, SiteRow
+from asymswap.results.provenance import Making
+from asymswap.types import MACS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -64,7 +64,7 @@ def to_html(report: Report, making: Making) -> str:
         "report.js",
         report=report,
         making=making,
-        words=words,
+        fmt=fmt,
         macs=MACS,
         title=f"{report.model.reference} by {report.recipe}",
         verdict=_verdict(report),
@@ -75,7 +75,7 @@ def to_html(report: Report, making: Making) -> str:
         picture=Markup(markup(_picture(report, kinds))),
         columns=_COLUMNS,
         layers=_layers(report, kinds),
-        kept=words.kept(report.sites),
+        kept=fmt.kept(report.sites),
         settings=_source_facts(report),
         making_facts=_making_facts(report, making),
     )
@@ -85,9 +85,9 @@ def _verdict(report: Report) -> str:
     before, after = report.before, report.after
     parts = [
         f"{len(report.swapped)} of {len(report.sites)} convolutions swapped",
-        f"the model needs {words.share(after.macs, before.macs)} of its MACs and "
-        f"{words.share(after.params, before.params)} of its parameters",
-        f"output changed by {words.error(report.output.relative)} on {report.output.probe}",
+        f"the model needs {fmt.share(after.macs, before.macs)} of its MACs and "
+        f"{fmt.share(after.params, before.params)} of its parameters",
+        f"output changed by {fmt.error(report.output.relative)} on {report.output.probe}",
     ]
     # A number and its sign belong on one line.
     return f"{'; '.join(parts)}.".replace(" %", "\u00a0%")
@@ -96,13 +96,13 @@ def _verdict(report: Report) -> str:
 def _figures(report: Report) -> list[Figure]:
     before, after = report.before, report.after
     bytes_before, bytes_after = report.weights_bytes
-    flops = f"FLOPs (2 x MACs): {words.count(before.flops)} to {words.count(after.flops)}"
+    flops = f"FLOPs (2 x MACs): {fmt.count(before.flops)} to {fmt.count(after.flops)}"
     figures = [
         _counted("MACs", before.macs, after.macs, flops),
         _counted("Parameters", before.params, after.params),
     ]
     if bytes_before:
-        sizes = (words.size(bytes_before), words.size(bytes_after))
+        sizes = (fmt.size(bytes_before), fmt.size(bytes_after))
         figures.append(
             Figure("Weights in bytes", _left(bytes_after, bytes_before), "", bytes_before, bytes_after, sizes)
         )
@@ -120,13 +120,13 @@ def _figures(report: Report) -> list[Figure]:
 
 
 def _counted(name: str, before: int, after: int, remark: str = "") -> Figure:
-    numbers = (words.count(before), words.count(after))
+    numbers = (fmt.count(before), fmt.count(after))
     return Figure(name, _left(after, before), remark, before, after, numbers)
 
 
 def _left(after: float, before: float) -> str:
     more = after > before > 0
-    return f"{words.percent(after / before - 1)} more" if more else f"{words.share(after, before)} left"
+    return f"{fmt.percent(after / before - 1)} more" if more else f"{fmt.share(after, before)} left"
 
 
 def _pair(figure: Figure) -> Markup:
@@ -160,12 +160,12 @@ def _picture(report: Report, kinds: Sequence[str]) -> Any:
         Column(row.site, tuple(_lines(row)), None if row.kind is None else kinds.index(row.kind)) for row in rows
     ]
     panels = [
-        Panel("MACs", words.count, tuple(_cost_bar(row.before.macs, row.after.macs, row) for row in rows)),
-        Panel("Parameters", words.count, tuple(_cost_bar(row.before.params, row.after.params, row) for row in rows)),
+        Panel("MACs", fmt.count, tuple(_cost_bar(row.before.macs, row.after.macs, row) for row in rows)),
+        Panel("Parameters", fmt.count, tuple(_cost_bar(row.before.params, row.after.params, row) for row in rows)),
     ]
     if any(row.output_error is not None or row.predicted_error is not None for row in rows):
         bars = tuple(Bar(front=row.output_error, line=row.predicted_error) for row in rows)
-        panels.append(Panel("Error", words.error, bars))
+        panels.append(Panel("Error", fmt.error, bars))
     label = f"Cost before and after, and error, of the {len(rows)} convolutions of {report.model.reference}"
     return draw_layers(columns, panels, label)
 
@@ -178,11 +178,11 @@ def _lines(row: SiteRow) -> list[str]:
     """What the picture says of a layer."""
     lines = [row.site, f"{row.conv}{_at(row)}", f"{_what(row)}: {_how(row)}"]
     if row.action == "keep":
-        return [*lines, f"MACs {words.count(row.before.macs)}, parameters {words.count(row.before.params)}"]
+        return [*lines, f"MACs {fmt.count(row.before.macs)}, parameters {fmt.count(row.before.params)}"]
     lines.append(_change("MACs", row.before.macs, row.after.macs))
     lines.append(_change("parameters", row.before.params, row.after.params))
     errors = (("predicted", row.predicted_error), ("kernel", row.kernel_error), ("output", row.output_error))
-    told = [f"{name} {words.error(value)}" for name, value in errors if value is not None]
+    told = [f"{name} {fmt.error(value)}" for name, value in errors if value is not None]
     return [*lines, "error: " + ", ".join(told)] if told else lines
 
 
@@ -192,7 +192,7 @@ def _at(row: SiteRow) -> str:
 
 
 def _change(name: str, before: int, after: int) -> str:
-    return f"{name} {words.count(before)} to {words.count(after)} ({words.share(after, before)} left)"
+    return f"{name} {fmt.count(before)} to {fmt.count(after)} ({fmt.share(after, before)} left)"
 
 
 def _what(row: SiteRow) -> str:
@@ -239,8 +239,8 @@ def _cells(row: SiteRow) -> list[Cell]:
     costs = (row.before.macs, row.after.macs, row.before.params, row.after.params)
     errors = (row.predicted_error, row.kernel_error, row.output_error)
     return [
-        *(Cell(words.count(cost), cost) for cost in costs),
-        *(Cell(words.error(error), error) for error in errors),
+        *(Cell(fmt.count(cost), cost) for cost in costs),
+        *(Cell(fmt.error(error), error) for error in errors),
     ]
 
 
@@ -262,7 +262,7 @@ def _facts(row: SiteRow, report: Report) -> list[tuple[str, str]]:
 
 
 def _of_model(row: SiteRow, report: Report) -> str:
-    return words.share(row.before.macs, report.before.macs)
+    return fmt.share(row.before.macs, report.before.macs)
 
 
 def _source_facts(report: Report) -> list[tuple[str, str]]:
@@ -289,7 +289,7 @@ def _making_facts(report: Report, making: Making) -> list[tuple[str, str]]:
         ("Budget", report.budget or ""),
         ("Seed", "" if making.seed is None else str(making.seed)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *(("File", f"{file.path}: {words.size(file.bytes)}") for file in report.files),
+        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
         ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
     ]
     return [(name, value) for name, value in facts if value]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from asymswap.reporting import words
-from asymswap.reporting.report import Report, SiteRow
+from asymswap.reporting import format as fmt
+from asymswap.results.convert import Report, SiteRow
 
 
 def to_markdown(report: Report) -> str:
@@ -16,51 +16,50 @@ def to_markdown(report: Report) -> str:
             "MACs",
             f"{report.before.macs:,}",
             f"{report.after.macs:,}",
-            words.share(report.after.macs, report.before.macs),
+            fmt.share(report.after.macs, report.before.macs),
         ],
         [
             "FLOPs (2 x MACs)",
             f"{report.before.flops:,}",
             f"{report.after.flops:,}",
-            words.share(report.after.flops, report.before.flops),
+            fmt.share(report.after.flops, report.before.flops),
         ],
         [
             "parameters",
             f"{report.before.params:,}",
             f"{report.after.params:,}",
-            words.share(report.after.params, report.before.params),
+            fmt.share(report.after.params, report.before.params),
         ],
     ]
     if report.latency is not None:
         was, now = report.latency.before, report.latency.after
-        head.append(["latency", f"{1e3 * was:.2f} ms", f"{1e3 * now:.2f} ms", words.share(now, was)])
+        head.append(["latency", f"{1e3 * was:.2f} ms", f"{1e3 * now:.2f} ms", fmt.share(now, was)])
     if report.accuracy is not None:
         acc = report.accuracy
         points = f"{100 * (acc.after - acc.before):+.2f} points"
-        head.append([words.markdown_text(f"top-1 on {acc.data}"), f"{acc.before:.2%}", f"{acc.after:.2%}", points])
+        head.append([fmt.markdown_text(f"top-1 on {acc.data}"), f"{acc.before:.2%}", f"{acc.after:.2%}", points])
     facts = [
         f"Recipe: {report.recipe}" + (f", budget {report.budget}" if report.budget else ""),
         f"Weights: {model.weights}" + (f", SHA-256 {model.sha256}" if model.sha256 else ""),
         f"Read by {model.traced_by} at an input of {model.input}",
-        f"Output of the whole model: {words.error(output.relative)} relative difference, "
+        f"Output of the whole model: {fmt.error(output.relative)} relative difference, "
         f"{output.largest:.3g} at most, on {output.probe}",
         *(f"{kind} preserves {what}" for kind, what in report.preserves.items()),
-        *([] if report.latency is None else words.latency(report.latency)),
+        *([] if report.latency is None else fmt.latency(report.latency)),
         *_calibration(report),
-        *([] if report.fed is None else [f"Fed: {words.fed(report.fed)}"]),
+        *([] if report.fed is None else [f"Fed: {fmt.fed(report.fed)}"]),
         *model.notes,
-        *(f"File {file.path}: {words.size(file.bytes)}" for file in report.files),
+        *(f"File {file.path}: {fmt.size(file.bytes)}" for file in report.files),
         "Time in seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items()),
         f"asymswap {report.asymswap}",
     ]
     lines = [
-        f"# {words.markdown_text(model.reference)} converted: "
-        f"{len(report.swapped)} of {len(report.sites)} convs swapped",
+        f"# {fmt.markdown_text(model.reference)} converted: {len(report.swapped)} of {len(report.sites)} convs swapped",
         "",
-        *(line for text in words.first_lines(report) for line in (f"**{words.markdown_text(text)}**", "")),
+        *(line for text in fmt.first_lines(report) for line in (f"**{fmt.markdown_text(text)}**", "")),
         *_table(["", "before", "after", "left"], head),
         "",
-        *(f"- {words.markdown_text(fact)}" for fact in facts),
+        *(f"- {fmt.markdown_text(fact)}" for fact in facts),
         "",
         *_table(_COLUMNS, [*map(_cells, report.sites), _rest(report), _total(report)]),
         "",
@@ -97,20 +96,20 @@ _COLUMNS = [
 
 
 def _cells(row: SiteRow) -> list[str]:
-    becomes = f"{row.kind}: {words.settings(row.settings)}" if row.kind else f"kept: {row.reason}"
+    becomes = f"{row.kind}: {fmt.settings(row.settings)}" if row.kind else f"kept: {row.reason}"
     return [
-        words.markdown_code(row.site),
-        words.markdown_text(row.conv),
+        fmt.markdown_code(row.site),
+        fmt.markdown_text(row.conv),
         "x".join(map(str, row.feature_map)) if row.feature_map else "-",
         str(row.calls),
-        words.markdown_text(becomes),
+        fmt.markdown_text(becomes),
         f"{row.before.macs:,}",
         f"{row.after.macs:,}",
         f"{row.before.params:,}",
         f"{row.after.params:,}",
-        words.error(row.predicted_error),
-        words.error(row.kernel_error),
-        words.error(row.output_error),
+        fmt.error(row.predicted_error),
+        fmt.error(row.kernel_error),
+        fmt.error(row.output_error),
     ]
 
 
@@ -127,4 +126,4 @@ def _total(report: Report) -> list[str]:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return words.markdown_table([columns, ["---"] * len(columns), *rows])
+    return fmt.markdown_table([columns, ["---"] * len(columns), *rows])

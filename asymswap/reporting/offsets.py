@@ -4,63 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from asymswap.reporting import words
+from asymswap.reporting import format as fmt
 from asymswap.reporting.drawing import clean
 from asymswap.reporting.figures import new_figure, picture_of
-from asymswap.reporting.report import plain
-from asymswap.reporting.report import to_json as whole
 from asymswap.reporting.terminal import table, written
-from asymswap.spec import Fed, Size
-
-STILL = 0.05
-"""Pixels below which a tap counts as having stayed where it was."""
-
-Offset = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class OffsetRow:
-    """The offsets of one layer, (down, right) in pixels of its input, for each tap row by row.
-
-    `mean` and `spread` (the standard deviation) are over all pixels and images, where the input tells the offsets;
-    `largest` is the longest single offset, `limit` how far a tap may go along an axis, None where nothing bounds it.
-    """
-
-    site: str
-    kind: str
-    kernel: Size
-    dilation: Size
-    mean: tuple[Offset, ...]
-    spread: tuple[Offset, ...]
-    largest: float
-    limit: float | None = None
-
-    @property
-    def average(self) -> float:
-        """How far the taps are from their places on average: the mean length of the mean offsets."""
-        return sum(math.hypot(*offset) for offset in self.mean) / len(self.mean)
-
-    @property
-    def still(self) -> bool:
-        """Whether no tap has gone anywhere."""
-        return self.largest < STILL
-
-
-@dataclass(frozen=True)
-class OffsetReport:
-    """The layers of one model whose taps can move, and on what their inputs were made."""
-
-    model: str
-    rows: tuple[OffsetRow, ...]
-    probe: str
-    fed: Fed | None = None
-    warnings: tuple[str, ...] = ()
+from asymswap.results.offsets import STILL, Offset, OffsetReport, OffsetRow
+from asymswap.results.records import plain
+from asymswap.results.records import to_json as whole
 
 
 def to_json(report: OffsetReport) -> dict[str, Any]:
@@ -88,12 +43,12 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     lines = [f"No tap has moved by {STILL:g} pixels: {', '.join(still)}."] if still else []
     if any(row.kind.startswith("predicted") for row in report.rows):
         lines.append(f"Predicted offsets: on {report.probe}; their mean over all pixels.")
-    lines += words.fed_by_model([(report.model, report.fed)])
+    lines += fmt.fed_by_model([(report.model, report.fed)])
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     return Group(
         written(f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can", style="bold"),
-        *(written(words.sentence(line), style="yellow") for line in report.warnings),
+        *(written(fmt.sentence(line), style="yellow") for line in report.warnings),
         Text(""),
         table(columns, rows),
         Text(""),

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from asymswap.preprocessing import fed, size_warning
-from asymswap.reporting import words
+from asymswap.models.preprocessing import fed, size_warning
+from asymswap.reporting import format as fmt
 from asymswap.reporting.terminal import table, written
-from asymswap.spec import Preprocessing
+from asymswap.types import Preprocessing
 
 
 def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
@@ -22,17 +22,17 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
     preprocessing = Preprocessing(**pre)
     facts = [
         ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
-        ("input", words.fed(fed(preprocessing))),
+        ("input", fmt.fed(fed(preprocessing))),
         *_facts(report),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
     ]
     parts: list[RenderableType] = [written(path, style="bold")]
-    parts += [*(written(words.sentence(line), style="yellow") for line in size_warning(preprocessing)), Text("")]
+    parts += [*(written(fmt.sentence(line), style="yellow") for line in size_warning(preprocessing)), Text("")]
     parts.append(table([("", "left"), ("", "fold")], [(name, value) for name, value in facts if value]))
     for number, plan in enumerate(header["plans"], start=1):
         swaps = plan["swaps"]
         parts += [Text(""), written(f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept")]
-        rows = [(swap["site"], swap["kind"], words.settings(swap["settings"])) for swap in swaps]
+        rows = [(swap["site"], swap["kind"], fmt.settings(swap["settings"])) for swap in swaps]
         if rows:
             parts += [Text(""), table([("Layer", "fold"), ("Kind", "left"), ("Settings", "left")], rows)]
     fused = provenance.get("fused")
@@ -69,7 +69,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("recipe", report["recipe"] + (f", budget {report['budget']}" if report["budget"] else "")),
         ("MACs", _change(before["macs"], after["macs"])),
         ("parameters", _change(before["params"], after["params"])),
-        ("output change", f"{words.error(report['output']['relative'])} on {report['output']['probe']}"),
+        ("output change", f"{fmt.error(report['output']['relative'])} on {report['output']['probe']}"),
     ]
     accuracy = report.get("accuracy")
     if accuracy:
@@ -78,4 +78,4 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _change(before: int, after: int) -> str:
-    return f"{words.count(before)} -> {words.count(after)} ({words.share(after, before)})"
+    return f"{fmt.count(before)} -> {fmt.count(after)} ({fmt.share(after, before)})"

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from asymswap.errors import visible
-from asymswap.reporting import words
-from asymswap.reporting.report import Report, SiteRow
-from asymswap.spec import Candidate, Cost
+from asymswap.reporting import format as fmt
+from asymswap.results.convert import Report, SiteRow
+from asymswap.types import Candidate, Cost
 
 _LEAST = 12
 """Columns of text that may break its lines keep at least so many characters."""
@@ -80,11 +80,11 @@ def written(text: str, style: str = "") -> Text:
 def report_view(report: Report, width: int) -> RenderableType:
     """The whole report: headline figures, what was done to each conv, what was kept and why, and the fine print."""
     parts: list[RenderableType] = [written(_title(report), style="bold")]
-    parts += [written(line, style="yellow") for line in words.first_lines(report)]
+    parts += [written(line, style="yellow") for line in fmt.first_lines(report)]
     parts += [Text(""), _headline(report), Text("")]
     if report.swapped:
         parts += [_swaps(report, width), Text("")]
-    kept = words.kept(report.sites)
+    kept = fmt.kept(report.sites)
     if kept:
         parts += [written("Kept: " + "; ".join(kept)), Text("")]
     parts += [written(line, style="dim") for line in _fine_print(report)]
@@ -105,12 +105,12 @@ def candidates_view(
     """What the candidates hold, first of all; then every conv with what `separable` would save, or why it is none."""
     number = sum(row.reason is None for row in rows)
     share = held.macs / total.macs if total.macs else 0.0
-    verdict = f"{reference}: {number} of {len(rows)} convs are candidates; they hold {words.percent(share)} of the MACs"
-    verdict += f" and {words.share(held.params, total.params)} of the parameters"
+    verdict = f"{reference}: {number} of {len(rows)} convs are candidates; they hold {fmt.percent(share)} of the MACs"
+    verdict += f" and {fmt.share(held.params, total.params)} of the parameters"
     if not rows:
         verdict = f"{reference} has no Conv2d: there is nothing to swap"
     parts: list[RenderableType] = [written(verdict, style="bold")]
-    parts += [written(words.sentence(line), style="yellow") for line in warnings]
+    parts += [written(fmt.sentence(line), style="yellow") for line in warnings]
     if rows and share < 0.05:
         parts.append(Text("Little can be gained here.", style="yellow"))
     wide = width >= WIDE
@@ -124,10 +124,10 @@ def candidates_view(
     parts += [
         written(line, style="dim")
         for line in (
-            f"Model: {words.count(total.macs)}MACs ({words.count(2 * total.macs)}FLOPs), "
-            f"{words.count(total.params)} parameters, for {about}; read by {traced_by}.",
+            f"Model: {fmt.count(total.macs)}MACs ({fmt.count(2 * total.macs)}FLOPs), "
+            f"{fmt.count(total.params)} parameters, for {about}; read by {traced_by}.",
             *(_legend(wide) if pairs else ()),
-            *map(words.sentence, notes),
+            *map(fmt.sentence, notes),
         )
     ]
     return Group(*parts)
@@ -147,11 +147,11 @@ def _candidate_cells(row: Candidate, total: Cost, wide: bool) -> list[str | Text
     cells: list[str | Text] = [
         site.name,
         site.conv.describe(),
-        words.count(cost.macs),
-        words.share(cost.macs, total.macs),
+        fmt.count(cost.macs),
+        fmt.share(cost.macs, total.macs),
     ]
     if wide:
-        cells += [words.count(cost.params), "x".join(map(str, site.feature_map)) if site.feature_map else "-"]
+        cells += [fmt.count(cost.params), "x".join(map(str, site.feature_map)) if site.feature_map else "-"]
         cells.append("-" if row.break_even is None or row.becomes is not None else f"{row.break_even.rank}")
     return [*cells, _outlook(row, wide)]
 
@@ -160,14 +160,14 @@ def _outlook(row: Candidate, wide: bool) -> str | Text:
     """What could become of a conv, or why nothing."""
     cost = row.site.cost
     if row.becomes is not None:
-        return f"{row.kind}: costs {words.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
+        return f"{row.kind}: costs {fmt.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
     if row.reason is not None:
         return written(row.reason, style="dim")
     if row.half is None:
         return row.kind
-    saved = words.share(cost.macs - row.half.cost.macs, cost.macs)
+    saved = fmt.share(cost.macs - row.half.cost.macs, cost.macs)
     text = f"rank {row.half.rank}: {saved}"
-    return text + f" / {words.share(cost.params - row.half.cost.params, cost.params)}" * wide
+    return text + f" / {fmt.share(cost.params - row.half.cost.params, cost.params)}" * wide
 
 
 def _title(report: Report) -> str:
@@ -184,9 +184,9 @@ def _headline(report: Report) -> Table:
         _figures("parameters", before.params, after.params),
         (
             "weights",
-            words.size(report.weights_bytes[0]),
-            words.size(report.weights_bytes[1]),
-            words.share(report.weights_bytes[1], report.weights_bytes[0]),
+            fmt.size(report.weights_bytes[0]),
+            fmt.size(report.weights_bytes[1]),
+            fmt.share(report.weights_bytes[1], report.weights_bytes[0]),
         ),
     ]
     if report.latency is not None:
@@ -200,7 +200,7 @@ def _headline(report: Report) -> Table:
 
 
 def _figures(name: str, before: int, after: int) -> Sequence[str]:
-    return name, words.count(before), words.count(after), words.share(after, before)
+    return name, fmt.count(before), fmt.count(after), fmt.share(after, before)
 
 
 def _swaps(report: Report, width: int) -> Table:
@@ -221,17 +221,17 @@ def _swap_cells(row: SiteRow, wide: bool, mixed: bool) -> list[str]:
     if mixed and row.kind is not None and not becomes.startswith(row.kind):
         becomes = f"{row.kind}: {becomes}"
     cells = [row.site, row.conv, becomes]
-    cells.append(f"{words.count(row.before.macs)} -> {words.count(row.after.macs)}")
+    cells.append(f"{fmt.count(row.before.macs)} -> {fmt.count(row.after.macs)}")
     if wide:
-        cells.append(f"{words.count(row.before.params)} -> {words.count(row.after.params)}")
-        cells.append(words.error(row.kernel_error))
-    return [*cells, words.error(row.output_error)]
+        cells.append(f"{fmt.count(row.before.params)} -> {fmt.count(row.after.params)}")
+        cells.append(fmt.error(row.kernel_error))
+    return [*cells, fmt.error(row.output_error)]
 
 
 def _fine_print(report: Report) -> list[str]:
     model, output = report.model, report.output
     lines = [
-        f"Output of the whole model: {words.error(output.relative)} relative difference, {output.largest:.3g} at most, "
+        f"Output of the whole model: {fmt.error(output.relative)} relative difference, {output.largest:.3g} at most, "
         f"on {output.probe} of {model.input}."
     ]
     lines += [f"{kind} preserves {what}." for kind, what in report.preserves.items()]
@@ -240,18 +240,18 @@ def _fine_print(report: Report) -> list[str]:
     if report.budget is not None:
         lines.append(f"Budget: {report.budget}.")
     if report.latency is not None:
-        lines += words.latency(report.latency)
+        lines += fmt.latency(report.latency)
     if report.accuracy is not None:
         lines.append(f"Top-1 on {report.accuracy.data}." + (f" {report.accuracy.note}" if report.accuracy.note else ""))
     if report.calibration is not None:
         row = report.calibration
         how = "layer by layer" if row.sequential else "in one pass"
         lines.append(f"Calibrated {how} on {row.images} unlabelled images of {row.data} (seed {row.seed}).")
-        lines += map(words.sentence, row.notes)
-    lines += words.fed_by_model([(model.reference, report.fed)])
+        lines += map(fmt.sentence, row.notes)
+    lines += fmt.fed_by_model([(model.reference, report.fed)])
     lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
-    lines += map(words.sentence, model.notes)
-    lines += [f"{file.path}: {words.size(file.bytes)}." for file in report.files]
+    lines += map(fmt.sentence, model.notes)
+    lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
     total = sum(report.seconds.values())
     lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")
     return lines

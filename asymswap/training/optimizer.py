@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from asymswap.errors import AsymswapError
-from asymswap.kinds.predicted_offset import PredictorConv2d
-from asymswap.training.settings import Training
+from asymswap.replacements.predicted_offset import PredictorConv2d
+from asymswap.training.config import Training
 
 
 def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from asymswap.errors import AsymswapError, CheckpointError, OutputError, SourceError
-from asymswap.output import real_cause, whole_file, write_text
-from asymswap.sources.files import sniff
-from asymswap.sources.torch_files import load_object
-from asymswap.training.rows import EpochRow, StepRow
+from asymswap.fileformats.detect import sniff
+from asymswap.fileformats.torch_files import load_object
+from asymswap.results.finetune import EpochRow, StepRow
+from asymswap.utils.files import real_cause, whole_file, write_text
 
 STATE_FORMAT = 1
 _STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}

@@ -12,12 +12,12 @@ from torch import nn
 
 from asymswap.checkpoint import Header, ToldReport, read_checkpoint, told
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.opening import Opened, open_model
-from asymswap.sources import builders, timm_models
-from asymswap.sources.files import sha256
-from asymswap.sources.references import FILE_SUFFIXES, Request
-from asymswap.spec import Swap
-from asymswap.training.distill import Teacher
+from asymswap.fileformats.detect import sha256
+from asymswap.models import builders, timm_models
+from asymswap.models.opening import Opened, open_model
+from asymswap.models.references import FILE_SUFFIXES, Request
+from asymswap.training.distillation import Teacher
+from asymswap.types import Swap
 
 ORIGINAL = "original"
 _GIVE = "give the teacher: --distill REF"

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from asymswap.sources import builders
+from asymswap.models import builders
 
 BATCH = 128
 

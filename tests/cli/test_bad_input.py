@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import fx, nn
 
-from asymswap.sources.builders import build
+from asymswap.models.builders import build
 
 CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
 MODEL = "model.pt"
@@ -421,7 +421,7 @@ def test_the_names_of_files_that_the_system_refuses_are_escaped_too(run: Run, mo
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error", f"{NASTY}\nerror: second")
 
-    monkeypatch.setattr("asymswap.api.candidates", refuse)
+    monkeypatch.setattr("asymswap.api.candidates.candidates", refuse)
     assert run("candidates", "digits-resnet").err == (
         f"error: the system refused: Input/output error: {SHOWN} error: second\n"
     )

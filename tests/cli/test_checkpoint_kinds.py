@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.sources.builders import build
+from asymswap.models.builders import build
 
 State = dict[str, Tensor]
 CONVERT = ("convert", "x.pt", "--recipe", "3x3-only", "-o", "out.pt", "--json")

@@ -26,8 +26,8 @@ from asymswap.cli.commands import SUMMARIES
 from asymswap.cli.failures import reporting_errors
 from asymswap.cli.main import main
 from asymswap.cli.options import default_output
+from asymswap.models.networks import BUILDERS
 from asymswap.planning.recipe import GROUPS, shipped_names
-from asymswap.sources.networks import BUILDERS
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COMMANDS = ("convert", "candidates", "recipes", "show", "compare", "fuse")

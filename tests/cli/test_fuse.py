@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import asymswap
-from asymswap.sources.networks import digits_resnet
+from asymswap.models.networks import digits_resnet
 
 Run = Callable[..., Any]
 RULE = "[[rules]]\nmatch = {{ kernel = '3x3', in_channels = {{ min = 8 }} }}\nswap = {{ {} }}\n"

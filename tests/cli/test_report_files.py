@@ -13,11 +13,12 @@ from xml.etree import ElementTree
 import pytest
 
 import asymswap
-from asymswap.checkpoint import read_checkpoint, restore, save_checkpoint
+from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.commandline import repeatable
 from asymswap.errors import AsymswapError
-from asymswap.reporting.making import read_report
+from asymswap.models.converted import restore, save_checkpoint
 from asymswap.reporting.markdown import to_markdown
+from asymswap.reporting.provenance import read_report
 
 Run = Callable[..., Any]
 Refusal = Callable[..., str]
@@ -169,18 +170,14 @@ class TestCommand:
 
 
 class TestPictures:
-    def test_both_are_drawn_beside_the_table(self, run: Run) -> None:
-        outcome = run("candidates", "digits-resnet", "--plot", "p.svg", "--graph", "g.dot")
+    def test_it_is_drawn_beside_the_table(self, run: Run) -> None:
+        outcome = run("candidates", "digits-resnet", "--plot", "p.svg")
         assert (outcome.code, outcome.err) == (0, "")
         assert "9 of 9 convs are candidates" in outcome.out
         plot = ElementTree.parse("p.svg")
         columns = [group for group in plot.iter("{http://www.w3.org/2000/svg}g") if group.get("class") == "column"]
         assert len(columns) == 9
-        dot = Path("g.dot").read_text()
-        assert dot.startswith("digraph model {")
-        assert dot.count("\\ncandidate") == 9
 
-    def test_nothing_is_written_where_one_cannot_be(self, refusal: Refusal) -> None:
+    def test_no_file_is_replaced_unasked(self, refusal: Refusal) -> None:
         Path("p.svg").write_text("mine")
-        assert "p.svg exists already" in refusal("candidates", "digits-resnet", "--graph", "g.dot", "--plot", "p.svg")
-        assert "both name x.svg" in refusal("candidates", "digits-resnet", "--graph", "x.svg", "--plot", "x.svg")
+        assert "p.svg exists already" in refusal("candidates", "digits-resnet", "--plot", "p.svg")

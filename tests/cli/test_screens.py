@@ -23,11 +23,12 @@ import typer.rich_utils
 from screens import Screen, masked, on_terminal, read_screen, same
 
 import asymswap
-from asymswap.checkpoint import read_checkpoint, save_checkpoint
+from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.commands import SUMMARIES
 from asymswap.cli.main import main
 from asymswap.measure.latency import Timed
-from asymswap.spec import Ratio, Seconds
+from asymswap.models.converted import save_checkpoint
+from asymswap.types import Ratio, Seconds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MADE_BY = GOLDEN / "made-by.txt"
@@ -145,27 +146,27 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     # Else a help would call the command by the name of what runs the tests.
     monkeypatch.setattr(sys.modules["__main__"], "__package__", "", raising=False)
     # What the machine tells, where it would change how tables and lines are set.
-    monkeypatch.setattr("asymswap.comparison.machine", lambda: {"processor": "a processor"})
+    monkeypatch.setattr("asymswap.api.compare.machine", lambda: {"processor": "a processor"})
     times = [
         (Seconds(0.001, 0.00125, 0.01), None),
         (Seconds(0.0005, 0.000625, 0.02), Ratio(0.5, 0.49, 0.52)),
         (Seconds(0.0004, 0.0005, 0.03), Ratio(0.4, 0.36, 0.43)),
     ]
-    monkeypatch.setattr("asymswap.comparison._times", lambda opened, timing, progress: times[: len(opened)])
-    monkeypatch.setattr("asymswap.benchmarking.machine", lambda: {"processor": "a processor", "cores": 2})
-    monkeypatch.setattr("asymswap.benchmarking.take_turns", _turns)
-    monkeypatch.setattr("asymswap.benchmarking.time_models", _layers)
+    monkeypatch.setattr("asymswap.api.compare._times", lambda opened, timing, progress: times[: len(opened)])
+    monkeypatch.setattr("asymswap.api.benchmark.machine", lambda: {"processor": "a processor", "cores": 2})
+    monkeypatch.setattr("asymswap.api.benchmark.take_turns", _turns)
+    monkeypatch.setattr("asymswap.api.benchmark.time_models", _layers)
     for place in ONCE:
         monkeypatch.setattr(place, _once(pkgutil.resolve_name(place)))
     return Show(folder, here, monkeypatch)
 
 
 ONCE = (
-    "asymswap.api.candidates",
-    "asymswap.api.convert",
-    "asymswap.api.evaluate",
-    "asymswap.comparison.compare",
-    "asymswap.tradeoff.sweep",
+    "asymswap.api.candidates.candidates",
+    "asymswap.api.convert.convert",
+    "asymswap.api.evaluate.evaluate",
+    "asymswap.api.compare.compare",
+    "asymswap.api.sweep.sweep",
 )
 """Verbs that only return a result: where a test shows it at several widths, it is computed once."""
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asymswap.factorize import covariance, svd
-from asymswap.factorize.evidence import Evidence
+from asymswap.factorize.statistics import Evidence
 
 
 def make(

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.errors import AsymswapError, RecipeError, TraceError
-from asymswap.measure.cost import costs_of
-from asymswap.opening import open_model
-from asymswap.sources.references import Request
+from asymswap.models.opening import costs_of, open_model
+from asymswap.models.references import Request
 
 SIZE = (8, 8, 8)
 

@@ -15,8 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import asymswap
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import trace
-from asymswap.spec import norm_behind
-from asymswap.tensors import deep_copy, meta_copy
+from asymswap.types import norm_behind
+from asymswap.utils.tensors import deep_copy, meta_copy
 
 X = torch.empty(1, 3, 8, 8)
 

@@ -14,7 +14,7 @@ import asymswap
 from asymswap.errors import TraceError
 from asymswap.graph.graphs import meta_graph
 from asymswap.graph.trace import NORM_ACT, node_operation, trace
-from asymswap.spec import Call, Site
+from asymswap.types import Call, Site
 
 
 def sites(model: nn.Module, *sizes: tuple[int, ...]) -> dict[str, Site]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from asymswap.graph.sites import read_conv
-from asymswap.spec import Call, Site
+from asymswap.types import Call, Site
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 import typer
 
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.cli import options
 from asymswap.cli.commands import SUMMARIES, command
 from asymswap.cli.main import app
@@ -229,7 +229,7 @@ def _check_extras(arguments: list[str]) -> None:
 def _check_toml(text: str) -> None:
     value = tomllib.loads(text)
     swaps = [value["swap"]] if "swap" in value else [rule.get("swap", {}) for rule in value.get("rules", ())]
-    if not {swap["kind"] for swap in swaps if swap} <= {*kinds.names()}:
+    if not {swap["kind"] for swap in swaps if swap} <= {*replacements.names()}:
         return  # of the guide's own kind, which is there when its page runs
     if "swap" in value:
         Rule.model_validate(value)

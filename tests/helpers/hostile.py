@@ -116,9 +116,9 @@ def sound_files() -> dict[str, bytes]:
     from torchvision.models import ShuffleNetV2
 
     import asymswap
+    from asymswap.models.networks import DIGITS_WEIGHTS, digits_resnet
     from asymswap.planning.plan import plan_text
     from asymswap.planning.recipe import shipped_folder
-    from asymswap.sources.networks import DIGITS_WEIGHTS, digits_resnet
 
     torch.manual_seed(0)
     net = digits_resnet()
@@ -775,10 +775,10 @@ def made_up(count: int, seed: int) -> list[Case]:
     import hypothesis
     from hypothesis import strategies as st
 
-    from asymswap import kinds
+    from asymswap import replacements
 
     words = st.sampled_from(_KEYS)
-    text = st.one_of(words, st.sampled_from(kinds.names()), st.text(max_size=8), st.text("*a?[]!-", max_size=60))
+    text = st.one_of(words, st.sampled_from(replacements.names()), st.text(max_size=8), st.text("*a?[]!-", max_size=60))
     number = st.one_of(st.integers(), st.integers(-2, 70), st.floats(allow_nan=False, allow_infinity=False))
     leaf = st.one_of(st.none(), st.booleans(), number, text)
     value = st.recursive(
@@ -791,14 +791,14 @@ def made_up(count: int, seed: int) -> list[Case]:
         {}, optional={"names": names, "exclude": names, "kernel": value, "in_channels": value}
     )
     swap = st.fixed_dictionaries(
-        {"kind": st.sampled_from(kinds.names())}, optional={"rank": number, "ratio": number, "limit": number}
+        {"kind": st.sampled_from(replacements.names())}, optional={"rank": number, "ratio": number, "limit": number}
     )
     rule = st.fixed_dictionaries({"swap": swap}, optional={"match": match, "keep": value})
     budget = st.fixed_dictionaries({}, optional={"macs": number, "params": number, "max_error": number, "over": text})
     recipe = st.fixed_dictionaries({"rules": st.lists(rule, min_size=1, max_size=3)}, optional={"budget": budget})
     sites = st.sampled_from(["conv1", "layer1.0.conv1", "layer2.0.conv2", "fc", ""])
     entry = st.fixed_dictionaries(
-        {"site": sites, "kind": st.sampled_from(kinds.names()), "settings": st.one_of(swap, value)}
+        {"site": sites, "kind": st.sampled_from(replacements.names()), "settings": st.one_of(swap, value)}
     )
     plan = st.fixed_dictionaries(
         {"swaps": st.lists(entry, max_size=3)}, optional={"keeps": value, "multiplier": number}

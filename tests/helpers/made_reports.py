@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from asymswap.reporting.making import Making
-from asymswap.reporting.report import (
+from asymswap.results.convert import (
     AccuracyRow,
     CalibrationRow,
     FileRow,
@@ -16,7 +15,8 @@ from asymswap.reporting.report import (
     Report,
     SiteRow,
 )
-from asymswap.spec import Cost
+from asymswap.results.provenance import Making
+from asymswap.types import Cost
 
 
 def site(number: int, **changes: Any) -> SiteRow:

@@ -8,8 +8,8 @@ import torch
 from conv_cases import Case
 from torch import Tensor
 
-from asymswap.factorize.evidence import Evidence
-from asymswap.planning.calibration import PatchSums, choose_positions, patches_of
+from asymswap.calibration.gather import PatchSums, choose_positions, patches_of
+from asymswap.factorize.statistics import Evidence
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def _resnet18(folder: Path, name: str = "model.pt") -> None:
 
 
 def _cifar(folder: Path, name: str = "model.pt") -> nn.Module:
-    from asymswap.sources.networks import BUILDERS
+    from asymswap.models.networks import BUILDERS
 
     torch.manual_seed(0)
     network = BUILDERS["resnet20"]().eval()
@@ -34,7 +34,7 @@ def _cifar(folder: Path, name: str = "model.pt") -> nn.Module:
 def _digits(folder: Path, name: str = "model.pt") -> None:
     from safetensors.torch import load_file
 
-    from asymswap.sources.networks import DIGITS_WEIGHTS
+    from asymswap.models.networks import DIGITS_WEIGHTS
 
     torch.save(load_file(DIGITS_WEIGHTS), folder / name)
 
@@ -154,8 +154,8 @@ my_module = nn.Sequential(
     "finetuning.md": """
 import torch
 from torch.utils.data import DataLoader
-from asymswap.sources.networks import DIGITS_PREPROCESSING
-from asymswap.training.data import open_data
+from asymswap.models.networks import DIGITS_PREPROCESSING
+from asymswap.data.datasets import open_data
 
 torch.manual_seed(0)
 loader = DataLoader(open_data("digits", DIGITS_PREPROCESSING, "train").images, 128, shuffle=True)

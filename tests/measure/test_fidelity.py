@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.errors import AsymswapError
-from asymswap.inputs import probe
 from asymswap.measure.fidelity import Sums, compare_outputs, measure_fidelity
 from asymswap.planning.apply import apply_plan
-from asymswap.spec import Plan, Preprocessing, Swap
+from asymswap.types import Plan, Preprocessing, Swap
+from asymswap.utils.inputs import probe
 
 
 def swap_of(name: str, rank: int) -> Swap:
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("portion", [1, 2, 5])
 def test_errors_are_those_computed_by_hand(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asymswap.inputs.PORTION", portion * 3 * 8 * 8)
+    monkeypatch.setattr("asymswap.utils.inputs.PORTION", portion * 3 * 8 * 8)
     model = Net().train()
     plan = Plan((swap_of("one", 4), swap_of("two", 5)))
     converted = apply_plan(model, plan)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from asymswap.measure import latency, machine
 from asymswap.measure.latency import Turn, in_format, inputs_like, ratio_of, seconds_of, take_turns, time_models
-from asymswap.spec import Ratio
+from asymswap.types import Ratio
 
 
 class Clock:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import asymswap
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import AsymswapError, PlanError
-from asymswap.kinds import acb
-from asymswap.measure.cost import count_costs
 from asymswap.measure.fidelity import compare_outputs
+from asymswap.measure.macs import count_costs
 from asymswap.planning.plan import plan_text
+from asymswap.replacements import acb
 
 RECIPE = "[[rules]]\nmatch = { kernel = '3x3' }\nswap = { kind = 'acb', bn = 'branch' }\n"
 
@@ -134,7 +134,7 @@ def test_a_promise_that_is_broken_is_an_error_unless_drift_is_allowed(
         with torch.no_grad():
             module.square.conv.weight.mul_(1.01)
 
-    monkeypatch.setattr(kinds.load("acb"), "init_", init_)
+    monkeypatch.setattr(replacements.load("acb"), "init_", init_)
     with pytest.raises(AsymswapError, match=r"acb promises to preserve plain, but .* has changed by \d\.\de-03"):
         asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10))
     drifted = asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10), allow_drift=True)

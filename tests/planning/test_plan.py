@@ -10,11 +10,13 @@ from torchvision.models import googlenet
 
 from asymswap.errors import PlanError, RecipeError
 from asymswap.graph.trace import Trace, trace
-from asymswap.kinds import separable
-from asymswap.measure.cost import count_costs
-from asymswap.opening import open_model
+from asymswap.measure.macs import count_costs
+from asymswap.models.networks import BUILDERS
+from asymswap.models.opening import open_model
+from asymswap.models.references import Request
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
+from asymswap.planning.cost_model import Counted
 from asymswap.planning.plan import (
     check_replay,
     choose,
@@ -24,11 +26,9 @@ from asymswap.planning.plan import (
     plan_from_json,
     plan_text,
 )
-from asymswap.planning.prices import Counted
 from asymswap.planning.recipe import parse_recipe
-from asymswap.sources.networks import BUILDERS
-from asymswap.sources.references import Request
-from asymswap.spec import Keep, Plan, Swap
+from asymswap.replacements import separable
+from asymswap.types import Keep, Plan, Swap
 
 INPUTS = (torch.empty(1, 3, 32, 32),)
 

@@ -8,18 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from asymswap.reporting.benchmark import (
-    Benchmark,
-    BenchmarkedModel,
-    Gain,
-    LayerRow,
-    Layers,
-    Result,
-    Setting,
-    benchmark_to_markdown,
-    benchmark_view,
-)
-from asymswap.spec import Cost, Ratio, Seconds
+from asymswap.reporting.benchmark import benchmark_to_markdown, benchmark_view
+from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
+from asymswap.types import Cost, Ratio, Seconds
 
 NCHW, NHWC = Setting("eager", 1, 2, "contiguous"), Setting("eager", 1, 2, "channels-last")
 ONNX = Setting("onnx", 8, 1, None)

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from made_reports import MAKING, kept, like_resnet50, report, site
 
 from asymswap.errors import CheckpointError
-from asymswap.reporting.fusion import FusionRow
 from asymswap.reporting.html import to_html
-from asymswap.reporting.making import Making, read_making, read_report
-from asymswap.reporting.report import OutputChange, Report, to_json
-from asymswap.spec import Cost
+from asymswap.reporting.provenance import read_making, read_report
+from asymswap.results.convert import OutputChange, Report
+from asymswap.results.fuse import FusionRow
+from asymswap.results.provenance import Making
+from asymswap.results.records import to_json
+from asymswap.types import Cost
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from asymswap.reporting.html import to_html
 from asymswap.reporting.markdown import to_markdown
-from asymswap.reporting.report import Report
 from asymswap.reporting.terminal import report_view
+from asymswap.results.convert import Report
 
 
 def in_terminal(told: Report) -> str:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from asymswap.reporting.report import SiteRow
+from asymswap.reporting.format import error, kept
+from asymswap.reporting.format import settings as in_short
 from asymswap.reporting.terminal import table
-from asymswap.reporting.words import error, kept
-from asymswap.reporting.words import settings as in_short
-from asymswap.spec import Cost
+from asymswap.results.convert import SiteRow
+from asymswap.types import Cost
 
 COLUMNS = [("Layer", "fold"), ("Conv", "left"), ("MACs", "right"), ("Saves", "fold")]
 REASON = "a 1x1 kernel has nothing to separate"

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import asymswap
-from asymswap import kinds
+from asymswap import replacements
 from asymswap.errors import AsymswapError
+from asymswap.training.config import Training
 from asymswap.training.optimizer import (
     choose_trained_,
     frozen_norms,
@@ -20,7 +21,6 @@ from asymswap.training.optimizer import (
     rate_at,
     set_rate_,
 )
-from asymswap.training.settings import Training
 
 RULE = "[[rules]]\nmatch = {{ names = ['layer1.*'], kernel = '3x3' }}\nswap = {{ kind = '{}'{} }}\n"
 MORE = {"separable": ", rank = 4, between = 'bn-relu'", "acb": ", bn = 'branch'", "resized": ", kernel = '5x5'"}
@@ -32,7 +32,7 @@ def converted(kind: str, tmp_path: Any) -> Any:
     return asymswap.convert("digits-resnet", path)
 
 
-@pytest.mark.parametrize("kind", kinds.names())
+@pytest.mark.parametrize("kind", replacements.names())
 def test_only_weights_decay_and_offsets_learn_slowly(kind: str, tmp_path: Any) -> None:
     """An oracle by name and shape, over every kind that there is."""
     model = converted(kind, tmp_path).model

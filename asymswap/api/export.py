@@ -1,0 +1,218 @@
+"""A converted model as a file that other programs run: ONNX, torch.export's .pt2, or a plain state dict.
+
+Programs (ONNX and .pt2) are run beside the model in PyTorch before they take their place on the disk: what computes
+something else is never written. A state dict computes nothing; it holds the model's own tensors.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from asymswap.checkpoint import read_checkpoint, save_state
+from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
+from asymswap.deploy.programs import failing_clearly, quiet, widest_gap
+from asymswap.errors import AsymswapError, OutputError, check_choice
+from asymswap.models.converted import restore, unconverted
+from asymswap.models.opening import build_named, model_dtype
+from asymswap.models.preprocessing import size_warning
+from asymswap.models.references import Request
+from asymswap.planning.fuse import Wanted, fuse_model
+from asymswap.results.convert import FileRow
+from asymswap.results.export import Check, ExportReport
+from asymswap.types import Preprocessing, Progress, silent
+from asymswap.utils.files import check_output, whole_file
+from asymswap.utils.inputs import Inputs, probe, sizes
+from asymswap.utils.tensors import list_tensors
+
+Form = Literal["onnx", "pt2", "state-dict"]
+SUFFIXES: dict[Form, tuple[str, ...]] = {
+    "onnx": (".onnx",),
+    "pt2": (".pt2",),
+    "state-dict": (".pt", ".pth", ".safetensors"),
+}
+
+
+def export(
+    checkpoint: str | Path,
+    path: str | Path,
+    *,
+    form: Form | None = None,
+    fuse: bool = True,
+    dynamic_size: bool = False,
+    model: nn.Module | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Write a converted model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
+
+    `form` follows the file's ending where it is not given. What fuses exactly is fused before, unless `fuse` is False.
+    The batch may have any size, with `dynamic_size` height and width too. `model` (or `arch`) is the unconverted model
+    where only you can build it. Raises AsymswapError where it cannot be exported, or computes something else.
+    """
+    path = Path(path)
+    form = form or _form_of(path)
+    check_choice("the form", form, SUFFIXES)
+    if path.suffix not in SUFFIXES[form]:
+        raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
+    check_output(path, force)
+    versions = check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
+    work = _read(
+        checkpoint, fuse, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code), progress
+    )
+    progress("exporting", 0, 1)
+    checks: tuple[Check, ...] = ()
+    dynamic: tuple[str, ...] = ()
+    if form == "state-dict":
+        _write_state(work, path)
+    else:
+        write = _write_onnx if form == "onnx" else _write_pt2
+        with whole_file(path) as draft:
+            checks, dynamic = write(work, draft, dynamic_size, seed)
+    progress("exporting", 1, 1)
+    return ExportReport(
+        model=str(checkpoint),
+        form=form,
+        runner={"onnx": "ONNX Runtime", "pt2": "torch.export", "state-dict": "none"}[form],
+        fused=work.fused,
+        checks=checks,
+        dynamic=dynamic,
+        opset=OPSET if form == "onnx" else None,
+        files=(FileRow(str(path), path.stat().st_size),),
+        versions=versions,
+        warnings=size_warning(work.preprocessing),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The model to be written, in eval mode, and what it takes."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    fused: int
+    as_original: bool
+    origin: str
+
+    def inputs(self, images: int, seed: int, size: tuple[int, int] | None = None) -> Inputs:
+        preprocessing = self.preprocessing if size is None else replace(self.preprocessing, size=size)
+        return probe(preprocessing, model_dtype(self.model), images, seed)
+
+
+def _form_of(path: Path) -> Form:
+    for form, suffixes in SUFFIXES.items():
+        if path.suffix in suffixes:
+            return form
+    endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+    raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
+
+
+def _read(
+    checkpoint: str | Path,
+    fuse: bool,
+    model: nn.Module | None,
+    request: Request,
+    progress: Progress,
+) -> _Work:
+    stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
+    if model is None:
+        model = build_named(stored.header.origin, request)
+    original = unconverted(stored, label, model)
+    converted = restore(stored, label, original)
+    preprocessing, plans = stored.header.preprocessing, stored.header.plans
+    if preprocessing.form == "image-list":
+        raise AsymswapError(
+            f"{label} takes lists of images and keeps a number of boxes that depends on them: "
+            f"export its backbone from Python with torch.onnx.export"
+        )
+    if not fuse:
+        return _Work(converted, preprocessing, 0, not any(plan.swaps for plan in plans), stored.header.origin.reference)
+    result = fuse_model(converted, original, plans, Wanted(), progress)
+    fused = sum(row.outcome != "left" for row in result.sites)
+    return _Work(result.model, preprocessing, fused, result.as_before, stored.header.origin.reference)
+
+
+def _write_onnx(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    dtype = model_dtype(work.model)
+    if dtype in (torch.float64, torch.bfloat16):
+        raise AsymswapError(
+            f"ONNX Runtime has no convolutions of {str(dtype).removeprefix('torch.')} on the processor; export a model "
+            "of float32, or --to pt2"
+        )
+    inputs = work.inputs(2, seed)
+    shapes, names = _dynamic(inputs, dynamic_size)
+    write_onnx(work.model, inputs, shapes, draft)
+    session = open_session(draft)
+
+    def run(given: Inputs) -> Sequence[Tensor]:
+        return [torch.as_tensor(value) for value in session.run(None, feed(session, given))]
+
+    return _compare(work, run, dynamic_size, seed, "ONNX Runtime"), names
+
+
+def _write_pt2(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    inputs = work.inputs(2, seed)
+    shapes, names = _dynamic(inputs, dynamic_size)
+    with quiet(), failing_clearly("torch.export"):
+        program = torch.export.export(work.model, inputs, dynamic_shapes=shapes)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        draft.write_bytes(buffer.getvalue())
+        loaded = torch.export.load(io.BytesIO(draft.read_bytes())).module()
+
+    def run(given: Inputs) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return list_tensors(loaded(*given))
+
+    return _compare(work, run, dynamic_size, seed, "the exported program"), names
+
+
+def _write_state(work: _Work, path: Path) -> None:
+    if not work.as_original:
+        raise AsymswapError(
+            f"a plain state_dict is one that {work.origin} loads, and some replacements do not fuse to its convs; "
+            f"export to onnx or pt2, or use asymswap.load"
+        )
+    save_state(path, work.model)
+
+
+def _dynamic(inputs: Inputs, dynamic_size: bool) -> tuple[tuple[dict[int, Any], ...], tuple[str, ...]]:
+    """What may vary of every input, for torch.export, and its names; all inputs vary alike."""
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    names: tuple[str, ...] = ("batch",)
+    if dynamic_size:
+        last = list_tensors(inputs)[0].dim() - 1
+        dims |= {last - 1: torch.export.Dim.AUTO, last: torch.export.Dim.AUTO}
+        names += ("height", "width")
+    return tuple(dims for _ in inputs), names
+
+
+def _compare(
+    work: _Work, run: Callable[[Inputs], Sequence[Tensor]], dynamic_size: bool, seed: int, runner: str
+) -> tuple[Check, ...]:
+    """Run the written file on several batches, and sizes; raises AsymswapError where it computes something else."""
+    height, width = work.preprocessing.size
+    tried = [None, (height * 3 // 2, width * 5 // 4)] if dynamic_size else [None]
+    checks = []
+    for images, size in ((1, None), *((3, size) for size in tried)):
+        inputs = work.inputs(images, seed, size)
+        with torch.no_grad():
+            gap = widest_gap(work.model(*inputs), run(inputs))
+        check = Check(sizes(inputs), gap.largest, gap.allowed)
+        if gap.share > 1:
+            raise AsymswapError(
+                f"{runner} computes something else than PyTorch on {check.inputs}: {check.largest:.1e} at most, where "
+                f"{check.allowed:.0e} are allowed; nothing was written"
+            )
+        checks.append(check)
+    return tuple(checks)

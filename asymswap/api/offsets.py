@@ -1,0 +1,101 @@
+"""Where the taps of a converted model's layers are, read from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymswap import replacements
+from asymswap.calibration.calibrate import some_inputs
+from asymswap.checkpoint import read_checkpoint
+from asymswap.data.normalization import fed_of, feeding_of
+from asymswap.errors import AsymswapError
+from asymswap.graph.trace import conv_input
+from asymswap.models.converted import restore
+from asymswap.models.opening import build_named, model_dtype, prepared, stored_preprocessing
+from asymswap.models.preprocessing import PreprocessingOptions, check_needed, size_warning
+from asymswap.models.references import Request
+from asymswap.results.offsets import OffsetReport, OffsetRow
+from asymswap.types import Plan, Swap
+from asymswap.utils.inputs import Inputs
+from asymswap.utils.tensors import eval_mode
+
+
+def offsets(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    preprocessing: PreprocessingOptions | None = None,
+    model: nn.Module | None = None,
+    arch: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
+    seed: int = 0,
+) -> OffsetReport:
+    """Where the taps of a converted model have gone, layer by layer.
+
+    What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`)
+    is the unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
+    """
+    check_needed(preprocessing, data)
+    stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
+    if model is None:
+        request = Request(arch=arch, arguments=arguments or {}, trust_code=trust_code)
+        model = build_named(stored.header.origin, request)
+    converted = restore(stored, label, model)
+    takes, dtype = prepared(stored_preprocessing(stored.header), None, preprocessing), model_dtype(converted)
+    feeding = None if data is None else feeding_of(converted, takes, data, "test", label)
+    inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, dtype, seed)
+    rows = read_offsets(converted, stored.header.plans, inputs)
+    if not rows:
+        moving = [name for name in replacements.names() if isinstance(replacements.load(name), replacements.Moving)]
+        raise AsymswapError(f"{label} has no layer whose taps move; the kinds {', '.join(moving)} have such taps")
+    warnings = size_warning(takes) if feeding is None else feeding.warnings
+    return OffsetReport(label, rows, about, fed_of(feeding), warnings)
+
+
+def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:
+    """The offsets of every layer whose kind moves taps, in the order of the plans; the model is run on the inputs.
+
+    A layer that a later conversion has changed, or that was fused, is left out, and so is one that never runs.
+    """
+    found: dict[str, OffsetRow] = {}
+    handles = []
+    modules = dict(model.named_modules())
+    for swap in (swap for plan in plans for swap in plan.swaps):
+        kind, module = replacements.load(swap.kind), modules.get(swap.site)
+        if module is None or not isinstance(kind, replacements.Moving):
+            continue
+
+        def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: replacements.Moving = kind) -> None:
+            found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
+
+        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [swap.site for plan in plans for swap in plan.swaps]
+    return tuple(found[site] for site in order if site in found)
+
+
+def _row(swap: Swap, module: Any, offsets_ST2: Tensor) -> OffsetRow:
+    double_ST2 = offsets_ST2.double()
+    mean_T2, spread_T2 = double_ST2.mean(0), double_ST2.std(0, correction=0)
+    limit = swap.settings.get("limit")
+    return OffsetRow(
+        site=swap.site,
+        kind=swap.kind,
+        kernel=module.conv.kernel,
+        dilation=module.conv.dilation,
+        mean=tuple((down, right) for down, right in mean_T2.tolist()),
+        spread=tuple((down, right) for down, right in spread_T2.tolist()),
+        largest=float(torch.linalg.vector_norm(double_ST2, dim=-1).max()),
+        limit=None if limit is None else float(limit),
+    )

@@ -1,0 +1,1 @@
+"""What images tell about each layer, layer-by-layer solving, and polish."""

@@ -1,0 +1,553 @@
+"""Evidence of every site from images without labels, in one pass, with memory that does not grow with their number.
+
+While the unconverted model runs, each site's input patches are taken at random positions and their mean and covariance
+summed in float64; while the gradient of the network's own prediction runs back, the second moment of each site's output
+gradient is summed too. See `asymswap.factorize.statistics` for what these are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import safetensors
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymswap.errors import SourceError, validation_text
+from asymswap.factorize.statistics import Evidence
+from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import conv_hooks
+from asymswap.types import STRICT, Progress, Site, silent
+from asymswap.utils.distributed import ALONE, Team
+from asymswap.utils.files import whole_file
+from asymswap.utils.tensors import eval_mode, generator_for, list_tensors
+
+Batches = Callable[[], Iterable[tuple[int, Tensor]]]
+"""Makes a fresh iterator over the same batches of images (N, C, H, W) and their numbers at every call.
+
+Several processes have different ones of the batches. What is drawn for a batch depends on its number alone, so that it
+does not matter which process it is in.
+"""
+
+_POSITIONS = 32
+"""Positions of a feature map that are looked at in each image, at least, where it has so many."""
+
+_SAMPLES_PER_DIMENSION = 8
+"""Patches, at least, for each row of a covariance, where the images have so many."""
+
+
+_ASYMMETRY = 1e-5
+"""What rounding in float32 may make of a symmetric matrix, relative to its norm."""
+
+_JUDGED = 128
+"""Images by whose outputs it is judged what they are."""
+
+_BLOCK = 256
+"""Rows of a gram that are multiplied at once."""
+
+
+class PatchSums:
+    """Means and co-moments of one conv's patches, and with `targets` of its target outputs, in float64.
+
+    Each batch is summed about its own mean, and batches are merged (Chan, Golub and LeVeque, 1983): a mean that is much
+    larger than the variation never cancels it.
+    """
+
+    def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
+        groups, device = conv.groups, conv.weight.device
+        outputs, length = conv.out_channels // groups, conv.weight[0].numel()
+        if not targets:
+            outputs = 0
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+
+        self.patches = 0
+        self._mean_GD, self._gram_GDD = zeros(length), zeros(length, length)
+        self._mean_GO, self._cross_GOD = zeros(outputs), zeros(outputs, length if targets else 0)
+        self._energy_G = zeros()
+
+    def add(self, patches_GDN: Tensor, targets_GON: Tensor | None = None) -> None:
+        """Add N patches, and their target outputs; raises ValueError where they are not finite."""
+        number = patches_GDN.shape[2]
+        if not number:
+            return
+        x_GDN, mean_GD, rest_GD = _centred(patches_GDN)
+        weight = self.patches * number / (self.patches + number)
+        share = number / (self.patches + number)
+        step_GD = mean_GD - self._mean_GD
+        # The gram is symmetrical: what is right of the blocks on its diagonal is left out.
+        for start in range(0, x_GDN.shape[1], _BLOCK):
+            end = start + _BLOCK
+            block = (x_GDN[:, start:end] @ x_GDN[:, :end].mT).to(torch.float64)
+            if not bool(torch.isfinite(block).all()):
+                raise ValueError("not finite")
+            block -= rest_GD[:, start:end, None] * rest_GD[:, None, :end] / number
+            block += weight * step_GD[:, start:end, None] * step_GD[:, None, :end]
+            self._gram_GDD[:, start:end, :end] += block
+        if targets_GON is not None:
+            y_GON, mean_GO, rest_GO = _centred(targets_GON)
+            step_GO = mean_GO - self._mean_GO
+            self._cross_GOD += (y_GON @ x_GDN.mT).to(torch.float64)
+            self._cross_GOD -= rest_GO[:, :, None] * rest_GD[:, None, :] / number
+            self._cross_GOD += weight * step_GO[:, :, None] * step_GD[:, None, :]
+            self._energy_G += y_GON.square().sum((1, 2)).to(torch.float64) - rest_GO.square().sum(1) / number
+            self._energy_G += weight * step_GO.square().sum(1)
+            self._mean_GO += share * step_GO
+        self._mean_GD += share * step_GD
+        self.patches += number
+
+    def meet(self, team: Team) -> None:
+        """Put together what all processes have seen."""
+        if team.size == 1:
+            return
+        own, self.patches = self.patches, int(team.sum(torch.tensor(self.patches)))
+        steps = []
+        for name in ("_mean_GD", "_mean_GO"):
+            mean = getattr(self, name)
+            setattr(self, name, team.sum(own * mean) / max(self.patches, 1))
+            steps.append(mean - getattr(self, name))
+        step_GD, step_GO = steps
+        self._gram_GDD = team.sum(self._gram_GDD + own * step_GD[:, :, None] * step_GD[:, None, :])
+        if self._cross_GOD.numel():
+            self._cross_GOD = team.sum(self._cross_GOD + own * step_GO[:, :, None] * step_GD[:, None, :])
+            self._energy_G = team.sum(self._energy_G + own * step_GO.square().sum(1))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (G, D) and covariance (G, D, D) of the patches."""
+        lower_GDD = self._gram_GDD.tril() / self.patches
+        return self._mean_GD, lower_GDD + lower_GDD.tril(-1).mT
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Mean (G, O) of the target outputs, and their covariance (G, O, D) with the patches."""
+        return self._mean_GO, self._cross_GOD / self.patches
+
+    def unexplained(self, kernel_GOD: Tensor) -> float:
+        """The share of the target outputs' variance that a kernel on the patches, with the best bias, leaves.
+
+        Corrected for what so many free numbers explain by chance; 0 where the patches are too few to tell.
+        """
+        cov_GDD, (_, cross_GOD) = self.moments()[1], self.targets()
+        free = 1 - kernel_GOD.shape[2] / self.patches
+        total = float(self._energy_G.sum()) / self.patches
+        if free <= 0.5 or total <= 0:
+            return 0.0
+        explained = ((2 * cross_GOD - kernel_GOD @ cov_GDD) * kernel_GOD).sum()
+        return max(0.0, 1 - float(explained) / total) / free
+
+
+def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values less their mean, the mean in float64, and what the rounding of the mean has left in their sum.
+
+    Raises ValueError where they are not finite.
+    """
+    # Products of half precision would overflow, or drown in rounding, before they reach the float64 sums.
+    values_GCN = _at_least_float32(values_GCN)
+    centre_GC = values_GCN.mean(2)
+    if not bool(torch.isfinite(centre_GC).all()):
+        raise ValueError("not finite")
+    centred_GCN = values_GCN - centre_GC[:, :, None]
+    rest_GC = centred_GCN.sum(2).to(torch.float64)
+    return centred_GCN, centre_GC.to(torch.float64) + rest_GC / values_GCN.shape[2], rest_GC
+
+
+OutputKind = Literal["scores", "values"]
+"""What a network gives: scores of classes (N, classes), before or after a softmax, or values of any other kind."""
+
+
+def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
+    """Whether a model's outputs are scores of classes or values, judged by what it gives for some images, and why.
+
+    Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax does
+    not see what is added to all of them; probabilities are positive and add up to one. `classes` is how many the user's
+    own labelled data has, if there is some.
+    """
+    norms: list[Any] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output: norms.append(output))
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm1d | nn.LayerNorm)
+    ]
+    seen: list[Tensor] = []
+    try:
+        with eval_mode(model), torch.no_grad():
+            for _, batch in batches():
+                norms.clear()
+                outputs = list_tensors(model(batch.clone()))
+                if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
+                    return "values", "they are not images x classes"
+                if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
+                    return "values", "a single number" if outputs[0].shape[1] < 2 else "they are normalised"
+                seen.append(outputs[0].to(torch.float64))
+                if sum(map(len, seen)) >= _JUDGED:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _judged(torch.cat(seen), classes)
+
+
+def _judged(outputs_NK: Tensor, classes: int | None) -> tuple[OutputKind, str]:
+    if _are_probabilities(outputs_NK):
+        return "scores", "they are probabilities"
+    if outputs_NK.shape[1] == classes:
+        return "scores", "there are as many as the data has classes"
+    lengths = outputs_NK.norm(dim=1)
+    if bool(((lengths - lengths.mean()).abs() < 1e-3 * lengths.mean()).all()):
+        return "values", "all have the same length"
+    log = F.log_softmax(outputs_NK, 1)
+    surest = float(log.exp().max(1).values.mean())
+    offset = float(outputs_NK.mean(1).abs().mean() / outputs_NK.std(1).mean().clamp_min(1e-12))
+    about = f"a softmax would give {surest:.0%} to the first class on average, and the mean is {offset:.2f} deviations"
+    mixed = log.exp().mean(0)
+    spread = float(-(mixed * mixed.clamp_min(1e-300).log()).sum())
+    shared = spread + float((log.exp() * log).sum(1).mean())
+    most = math.log(max(2, min(outputs_NK.shape)))
+    return ("scores" if offset < 1 and (surest > 0.5 or shared > 0.5 * most) else "values"), about
+
+
+def _are_probabilities(outputs_NK: Tensor) -> bool:
+    return bool((outputs_NK >= 0).all()) and bool(((outputs_NK.sum(1) - 1).abs() < 1e-3).all())
+
+
+def gather(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches,
+    images: int,
+    *,
+    outputs: OutputKind = "scores",
+    memory_gib: float = 4.0,
+    seed: int = 0,
+    team: Team = ALONE,
+    progress: Progress = silent,
+) -> dict[str, Evidence]:
+    """Evidence of those of the sites that run, from all batches, which hold `images` images; the model is unchanged.
+
+    In a team each process has its share of the batches and gets the evidence from all of them. Where the prediction has
+    no gradient at one of the sites, all are without the weights of their outputs: they could not be compared.
+
+    The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
+    SourceError for activations that are not finite, naming the first layer.
+    """
+    groups = list(within(memory_gib * 2**30, sites, _covariance_bytes))
+    found: dict[str, Evidence] = {}
+    everywhere = True
+    for number, group in enumerate(groups):
+
+        def step(done: int, number: int = number) -> None:
+            progress("calibrating", done + number * images, len(groups) * images)
+
+        gathered, with_gradient = _pass(model, group, batches, images, outputs, seed, team, step)
+        found |= gathered
+        everywhere = everywhere and with_gradient
+    return found if everywhere else {name: replace(one, weight_GOO=None) for name, one in found.items()}
+
+
+def _pass(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches,
+    images: int,
+    outputs: OutputKind,
+    seed: int,
+    team: Team,
+    step: Callable[[int], None],
+) -> tuple[dict[str, Evidence], bool]:
+    """Evidence of the sites that run, and whether the prediction has a gradient at all of them."""
+    convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
+    sums = {name: PatchSums(conv) for name, conv in convs.items()}
+    weights = {name: _no_weight(conv) for name, conv in convs.items()}
+    positions = {site.name: positions_for(site, images) for site in sites}
+    gradients: Counter[str] = Counter()
+    # The number of the batch that is on its way, and how often each conv has run on it.
+    number = 0
+    runs: Counter[str] = Counter()
+
+    def see(name: str, seen: Tensor, output: Tensor) -> None:
+        if name not in convs:
+            return
+        conv = convs[name]
+        runs[name] += 1
+        with torch.no_grad():
+            generator = generator_for(seed, name, number, runs[name])
+            at = choose_positions(output.shape[-2:], positions[name], generator)
+            try:
+                sums[name].add(patches_of(conv, seen.detach(), at))
+            except ValueError:
+                advice = "check the preprocessing"
+                raise SourceError(f"the input of {name} is not finite on the calibration images; {advice}") from None
+
+        def back(gradient: Tensor) -> None:
+            weights[name] += _output_gram(gradient, conv.groups)
+            gradients[name] += 1
+
+        if output.requires_grad:
+            output.register_hook(back)
+
+    done = 0
+    with eval_mode(model), _frozen(model), torch.enable_grad(), conv_hooks(model, see):
+        for number, batch in batches():
+            runs.clear()
+            # A copy that is no leaf: the model may change its input in place.
+            output = model(batch.clone().requires_grad_(True) * 1)
+            surprise = _surprise(output, outputs, generator_for(seed, "labels", number))
+            if surprise is not None:
+                surprise.backward()
+            done += len(batch)
+            step(min(team.size * done, images))
+    for one in sums.values():
+        one.meet(team)
+    seen = [name for name in convs if sums[name].patches]
+    found = {name: _evidence(convs[name], sums[name], team.sum(weights[name]) / images) for name in seen}
+    return found, all(int(team.sum(torch.tensor(gradients[name]))) for name in seen)
+
+
+def _no_weight(conv: nn.Conv2d) -> Tensor:
+    outputs = conv.out_channels // conv.groups
+    return torch.zeros(conv.groups, outputs, outputs, dtype=torch.float64, device=conv.weight.device)
+
+
+def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Tensor) -> Evidence:
+    mean_GD, cov_GDD = sums.moments()
+    kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
+    wanted_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
+    if conv.bias is not None:
+        wanted_GO = wanted_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
+    known = bool(torch.isfinite(weight_GOO).all()) and bool(weight_GOO.any())
+    weight = weight_GOO if known else None
+    return Evidence(mean_GD, cov_GDD, kernel_GOD, wanted_GO, weight, sums.patches)
+
+
+def positions_for(site: Site, images: int) -> int:
+    """How many positions of an image are looked at: enough for the covariance, and no more."""
+    length = site.conv.group_in * math.prod(site.conv.kernel)
+    return max(_POSITIONS, math.ceil(_SAMPLES_PER_DIMENSION * length / max(images, 1)))
+
+
+def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows and columns of at most so many pixels of a feature map, drawn without repetition."""
+    pixels = size[0] * size[1]
+    flat = torch.arange(pixels) if pixels <= most else torch.randperm(pixels, generator=generator)[:most]
+    return flat // size[1], flat % size[1]
+
+
+def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+    """The patches (G, D, N) that a conv sees at the given output pixels, in the order of its kernel (c, i, j)."""
+    spec = read_conv(conv)
+    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+    x_CNHW = F.pad(x_NCHW, spec.pads, mode=mode).transpose(0, 1)
+    channels, images = x_CNHW.shape[:2]
+    (kh, kw), (dh, dw), (sh, sw) = spec.kernel, spec.dilation, spec.stride
+    patches = x_NCHW.new_empty(channels, kh, kw, images, len(at[0]))
+    for i in range(kh):
+        for j in range(kw):
+            patches[:, i, j] = x_CNHW[:, :, at[0] * sh + i * dh, at[1] * sw + j * dw]
+    return patches.view(spec.groups, channels // spec.groups * kh * kw, -1)
+
+
+def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor:
+    """The outputs (G, O, N) at the given pixels, in the order of `patches_of`."""
+    taken = y_NCHW.transpose(0, 1)[:, :, at[0], at[1]]
+    return taken.reshape(groups, taken.shape[0] // groups, -1)
+
+
+def _output_gram(gradient_NCHW: Tensor, groups: int) -> Tensor:
+    """The second moment of the gradient, summed over images and pixels: (G, O, O)."""
+    g = _at_least_float32(gradient_NCHW).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+    gram_GOO: Tensor = (g.mT @ g).to(torch.float64)
+    return gram_GOO
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tensor | None:
+    """A scalar whose gradient has the second moment of the Fisher information, summed over the images.
+
+    Scores of classes (N, classes, ...) stand for categorical distributions: a label is drawn from each. Values stand
+    for a normal one of the deviation that the output itself has; or, where it never varies, as a single number cannot,
+    of its own size. None where the output has no gradient: under `torch.no_grad`, or behind an argmax.
+    """
+    tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
+    if not tensors:
+        return None
+    if kind == "scores" and len(tensors) == 1 and tensors[0].dim() >= 2 and tensors[0].shape[1] > 1:
+        # A segmenter gives scores for every pixel.
+        scores_NK = tensors[0].to(torch.float32).movedim(1, -1).flatten(0, -2)
+        log = scores_NK.clamp_min(1e-12).log() if _are_probabilities(scores_NK) else F.log_softmax(scores_NK, 1)
+        drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
+        return -log.gather(1, drawn).sum()
+    parts = []
+    for tensor in tensors:
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+        values = tensor.detach()
+        deviation = values.std(correction=0)
+        scale = torch.where(deviation > 0, deviation, values.abs().mean())
+        parts.append((tensor * noise).sum() / scale.clamp_min(1e-12))
+    return torch.stack(parts).sum()
+
+
+def _covariance_bytes(site: Site) -> float:
+    return 8.0 * site.conv.groups * (site.conv.group_in * math.prod(site.conv.kernel)) ** 2
+
+
+def within(limit: float, sites: Sequence[Site], bytes_of: Callable[[Site], float]) -> Iterator[list[Site]]:
+    """Sites in runs of which what is held fits into the limit, one site at a time at least."""
+    group: list[Site] = []
+    held = 0.0
+    for site in sites:
+        size = bytes_of(site)
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0.0
+        group.append(site)
+        held += size
+    if group:
+        yield group
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters for a while: only those of the outputs are wanted."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class EvidenceSummary:
+    """What evidence was made of, so that it can be made again: the data, how many images, their hash, and the seed.
+
+    `unseen` are sites that did not run on the images, `outputs` says what the model's outputs were taken for.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    data: str
+    images: int
+    sha256: str
+    seed: int
+    model: str
+    unseen: tuple[str, ...] = ()
+    outputs: str = ""
+
+
+_SUMMARY = TypeAdapter(EvidenceSummary)
+
+
+def images_hash(batches: Batches, team: Team = ALONE) -> str:
+    """SHA-256 over the SHA-256 of every image's pixels, as the network sees them, in their order."""
+    own = [(number, [hashlib.sha256(_bytes(image)).digest() for image in batch]) for number, batch in batches()]
+    every = sorted(itertools.chain.from_iterable(team.gather(own)))
+    return hashlib.sha256(b"".join(itertools.chain.from_iterable(digests for _, digests in every))).hexdigest()
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over the keys and values of a state dict."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(_bytes(tensor) if isinstance(tensor, Tensor) else repr(tensor).encode())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def save_evidence(path: Path, found: Mapping[str, Evidence], summary: EvidenceSummary) -> None:
+    """Write evidence to a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for name, evidence in found.items():
+        parts = {key: value for key, value in vars(evidence).items() if isinstance(value, Tensor)}
+        tensors |= {f"{name}/{key}": value.contiguous() for key, value in parts.items()}
+        tensors[f"{name}/patches"] = torch.tensor(evidence.patches)
+    told = {**vars(summary), "tensors": _tensors_hash(tensors)}
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(told)})
+
+
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values: a flipped bit of a covariance would show nowhere else."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(_bytes(tensors[key]))
+    return digest.hexdigest()
+
+
+def load_evidence(path: Path) -> tuple[dict[str, Evidence], EvidenceSummary]:
+    """Read what `save_evidence` wrote; raises SourceError for any other file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("asymswap-evidence")
+            if text is None:
+                raise SourceError(f"{path} holds no evidence; --evidence names a file that a calibration wrote")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        told = json.loads(text)
+        if told.pop("tensors", None) != _tensors_hash(tensors):
+            raise ValueError("its numbers are not those that were written")
+        summary = _SUMMARY.validate_json(json.dumps(told))
+        names = sorted({key.rpartition("/")[0] for key in tensors})
+        return {name: _read_evidence(name, tensors) for name in names}, summary
+    except ValidationError as error:
+        raise SourceError(f"cannot read the evidence {path}: {validation_text(error)}") from None
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SourceError(f"cannot read the evidence {path}: {' '.join(str(error).split())}") from None
+
+
+def _read_evidence(name: str, tensors: Mapping[str, Tensor]) -> Evidence:
+    """The evidence of one site; raises ValueError where its parts do not fit each other."""
+
+    def part(key: str, *shape: int) -> Tensor:
+        tensor = tensors.get(f"{name}/{key}")
+        if tensor is None or tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}/{key} is missing, or is no tensor of finite float64 numbers")
+        if tensor.shape != shape if shape else tensor.dim() != 3:
+            raise ValueError(f"{name}/{key} has the shape {tuple(tensor.shape)}, which does not fit the rest")
+        return tensor
+
+    target_GOD = part("target_GOD")
+    groups, outputs, length = target_GOD.shape
+    patches = tensors.get(f"{name}/patches")
+    if patches is None or patches.shape != () or patches.dtype != torch.int64 or int(patches) < 1:
+        raise ValueError(f"{name}/patches is no number of patches")
+    found = Evidence(
+        mean_GD=part("mean_GD", groups, length),
+        cov_GDD=part("cov_GDD", groups, length, length),
+        target_GOD=target_GOD,
+        target_mean_GO=part("target_mean_GO", groups, outputs),
+        weight_GOO=part("weight_GOO", groups, outputs, outputs) if f"{name}/weight_GOO" in tensors else None,
+        patches=int(patches),
+    )
+    _check_moment(f"{name}/cov_GDD", found.cov_GDD, found.ridged())
+    if found.weight_GOO is not None:
+        _check_moment(f"{name}/weight_GOO", found.weight_GOO, found.output_weight())
+    return found
+
+
+def _check_moment(name: str, matrix: Tensor, definite: Tensor) -> None:
+    """Raise ValueError where a matrix is no second moment: `definite` is what is factorised of it."""
+    symmetric = torch.allclose(matrix, matrix.mT, atol=_ASYMMETRY * float(matrix.norm()))
+    factor, failed = torch.linalg.cholesky_ex(definite)
+    if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):
+        raise ValueError(f"{name} is not symmetric and positive semidefinite, as every second moment is")

@@ -1,0 +1,147 @@
+"""Real forward passes of both networks, stopped at the layer in hand: for models whose graph is not what runs.
+
+The original runs once for many sites: of each site's output only the sampled positions are kept. The converted network
+runs for every site, up to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from asymswap.calibration.gather import (
+    Batches,
+    PatchSums,
+    choose_positions,
+    outputs_at,
+    patches_of,
+    positions_for,
+    within,
+)
+from asymswap.graph.trace import conv_hooks, conv_input
+from asymswap.types import Site
+from asymswap.utils.distributed import Team
+from asymswap.utils.tensors import generator_for
+
+
+class _Stop(BaseException):
+    """Ends a forward pass; no `except Exception` in a model's code catches it."""
+
+
+def stop_at_sites(
+    model: nn.Module,
+    converted: nn.Module,
+    sites: Sequence[Site],
+    batches: Batches,
+    images: int,
+    memory_gib: float,
+    seed: int,
+    team: Team,
+) -> Iterator[tuple[str, PatchSums | str]]:
+    """Yield each site in call order, with the sums of its patches and target outputs, or why there are none.
+
+    The replacement must be solved before the next site is asked for.
+    """
+    by_name = {site.name: site for site in sites}
+    order = [by_name[name] for name in team.first(lambda: _call_order(model, by_name, batches))]
+
+    def output_bytes(site: Site) -> float:
+        return 4.0 * images * positions_for(site, images) * site.conv.out_channels
+
+    for group in within(memory_gib * 2**30, order, output_bytes):
+        targets = _targets(model, group, batches, images, seed)
+        for site in group:
+            sums = PatchSums(cast(nn.Conv2d, model.get_submodule(site.name)), targets=True)
+            reason = _add_runs(model, converted, site.name, sums, targets[site.name], batches)
+            reasons = [one for one in team.gather(reason) if one is not None]
+            del targets[site.name]
+            yield site.name, reasons[0] if reasons else sums
+
+
+def _call_order(model: nn.Module, names: Mapping[str, Any], batches: Batches) -> list[str]:
+    """The given convs in the order in which they run on the first batch."""
+    seen: dict[str, None] = {}
+    with conv_hooks(model, lambda name, _, __: seen.setdefault(name)):
+        for _, batch in batches():
+            model(batch.clone())
+            break
+    return [name for name in seen if name in names]
+
+
+class _Target:
+    """What the original gives at one site for one batch: positions, outputs there, and the shape of its input."""
+
+    def __init__(self, conv: nn.Conv2d, seen: Tensor, output: Tensor, most: int, generator: torch.Generator) -> None:
+        self.input = seen.shape
+        self.at = choose_positions(output.shape[-2:], most, generator)
+        self.outputs_GON = outputs_at(output, conv.groups, self.at)
+        self.calls = 1
+
+
+def _targets(
+    model: nn.Module, group: Sequence[Site], batches: Batches, images: int, seed: int
+) -> dict[str, dict[int, _Target]]:
+    """For each site and batch what the original gives."""
+    most = {site.name: positions_for(site, images) for site in group}
+    found: dict[str, dict[int, _Target]] = {site.name: {} for site in group}
+    for number, batch in batches():
+
+        def see(name: str, seen: Tensor, output: Tensor, number: int = number) -> None:
+            if name not in found:
+                return
+            if number in found[name]:
+                found[name][number].calls += 1
+                return
+            conv = cast(nn.Conv2d, model.get_submodule(name))
+            found[name][number] = _Target(conv, seen, output, most[name], generator_for(seed, name, number))
+
+        with conv_hooks(model, see):
+            model(batch.clone())
+    return found
+
+
+def _add_runs(
+    model: nn.Module,
+    converted: nn.Module,
+    name: str,
+    sums: PatchSums,
+    targets: Mapping[int, _Target],
+    batches: Batches,
+) -> str | None:
+    """Add the patches that the converted network gives the site; return why they do not suit the targets, if so."""
+    if any(target.calls > 1 for target in targets.values()):
+        return "it runs several times in a forward pass"
+    conv = cast(nn.Conv2d, model.get_submodule(name))
+    for number, batch in batches():
+        seen = _input_at(converted, name, batch)
+        target = targets.get(number)
+        if seen is None and target is None:
+            continue
+        if seen is None or target is None or seen.shape != target.input:
+            return "it runs on inputs of another size, or another number of times, in the converted network"
+        try:
+            sums.add(patches_of(conv, seen, target.at), target.outputs_GON)
+        except ValueError:
+            return "its input in the converted network is not finite"
+    return None
+
+
+def _input_at(converted: nn.Module, name: str, batch: Tensor) -> Tensor | None:
+    """What the named module is called on first; None where it is not called."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(conv_input(args, kwargs))
+        raise _Stop
+
+    handle = converted.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        converted(batch.clone())
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0] if found else None

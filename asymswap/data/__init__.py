@@ -1,0 +1,1 @@
+"""Images, arrays, their splits and preprocessing."""

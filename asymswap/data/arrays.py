@@ -1,0 +1,199 @@
+"""Images in a tensor file: .npy, .npz or .pt."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from tokenize import TokenError
+from typing import IO, Any, Literal
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asymswap.data.images import InMemory
+from asymswap.errors import SourceError
+from asymswap.fileformats.detect import sniff
+from asymswap.fileformats.torch_files import load_object
+
+SUFFIXES = (".npy", ".npz", ".pt", ".pth")
+
+_IMAGES = ("images", "x", "data")
+_LABELS = ("labels", "y", "targets")
+_MOST_CLASSES = 1_000_000
+_UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
+"""Bytes that an .npz may unpack to, or that factor of its own size where this is more."""
+_HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes or floats from 0 to 1) and 'labels' (N)"
+
+
+def read_arrays(path: Path, part: Literal["train", "test"], channels: int) -> tuple[InMemory, tuple[str, ...]]:
+    """The pictures in a file and the names of their classes; where it has no labels, all are -1 and there is no class.
+
+    A file may hold both parts: `images_train`, `labels_train`, `images_test` … (or `x_train`, as others name them).
+    Raises SourceError where they are no images.
+    """
+    entries = _read(path)
+    images, labels = (_entry(entries, names, part) for names in (_IMAGES, _LABELS))
+    if images is None:
+        raise SourceError(f"data {path} holds no images (its entries: {', '.join(entries) or 'none'}); {_HOW}")
+    tensor = _as_images(_tensor(images, path), path)
+    if labels is None:
+        return InMemory(tensor, [-1] * len(tensor), channels), ()
+    numbers = _as_labels(_tensor(labels, path), len(tensor), path)
+    classes = entries.get("classes")
+    names = tuple(map(str, range(max(numbers) + 1))) if classes is None else _as_names(classes, path)
+    if max(numbers) >= len(names):
+        raise SourceError(f"data {path} has a label {max(numbers)}, but names only {len(names)} classes")
+    return InMemory(tensor, numbers, channels), names
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                return {"images": _read_npy(file, path.stat().st_size)}
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        value = load_object(path, sniff(path), False, "it", "store tensors alone")
+    except SourceError as error:
+        raise SourceError(f"data {path} cannot be read ({error}); {_HOW}") from None
+    # A damaged header of numpy's is Python that cannot be parsed.
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        KeyError,
+        NotImplementedError,
+        BadZipFile,
+        zlib.error,
+        TokenError,
+    ) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise SourceError(f"data {path} cannot be read ({reason}); {_HOW}") from None
+    if isinstance(value, Tensor):
+        return {"images": value}
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return {"images": value[0], "labels": value[1]}
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    raise SourceError(f"data {path} holds a {type(value).__name__}; {_HOW}")
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with ZipFile(path) as archive:
+        infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        unpacked, size = sum(info.file_size for info in infos.values()), path.stat().st_size
+        if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
+            raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}; save it with numpy.savez")
+        found = {}
+        for name, info in infos.items():
+            with archive.open(info) as file:
+                found[name] = _read_npy(file, info.file_size)
+        return found
+
+
+def _read_npy(file: IO[bytes], size: int) -> Any:
+    """An array of an .npy file of so many bytes, none of which is believed before it is there."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"it is an .npy file of version {version[0]}.{version[1]}, which holds no plain arrays")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, in_columns, dtype = read_header(file)
+    if dtype.hasobject or dtype.kind not in "biufcSU":
+        raise ValueError(f"it holds an array of {dtype}, not of numbers")
+    count = math.prod(int(n) for n in shape)
+    claimed = count * dtype.itemsize
+    if claimed > size or (count and not dtype.itemsize):
+        raise ValueError(f"it claims {claimed:,} bytes for an array of {'x'.join(map(str, shape))}, and has {size:,}")
+    content = bytearray(claimed)
+    place, done = memoryview(content), 0
+    while done < claimed:
+        part = file.read(min(claimed - done, 2**20))
+        if not part:
+            raise EOFError("it is cut off")
+        place[done : done + len(part)] = part
+        done += len(part)
+    array: Any = np.frombuffer(content, dtype) if claimed else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if in_columns else "C")
+
+
+def _entry(entries: Mapping[str, Any], names: tuple[str, ...], part: str) -> Any:
+    wanted = [f"{name}_{part}" for name in names] + [f"{part}_{name}" for name in names] + list(names)
+    return next((entries[name] for name in wanted if name in entries), None)
+
+
+def _tensor(value: Any, path: Path) -> Tensor:
+    """Numbers as a tensor; only tensors, numpy's own arrays and lists of plain numbers are such."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="), copy=False)))
+    if isinstance(value, list | tuple) and value and all(type(item) in (bool, int, float) for item in value):
+        if any(type(item) is int and abs(item) >= 2**63 for item in value):
+            raise SourceError(f"data {path} holds a number beyond 64 bits; {_HOW}")
+        return torch.tensor(value)
+    if isinstance(value, list | tuple) and value and all(map(_is_strided, value)):
+        if len({(item.shape, item.dtype) for item in value}) > 1:
+            raise SourceError(f"data {path} holds a list of tensors of several shapes; {_HOW}")
+        return torch.stack([item.detach() for item in value])
+    if not isinstance(value, Tensor):
+        raise SourceError(f"data {path} holds a {type(value).__name__}, which is no tensor; {_HOW}")
+    if not _is_strided(value):
+        kind = "meta" if value.is_meta else "quantised" if value.is_quantized else "sparse"
+        raise SourceError(f"data {path} holds a {kind} tensor; store plain ones")
+    return value.detach().resolve_conj().resolve_neg()
+
+
+def _is_strided(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    )
+
+
+def _as_names(classes: Any, path: Path) -> tuple[str, ...]:
+    """Names of classes: a list or an array of text or numbers."""
+    if (
+        isinstance(classes, np.ndarray | Tensor)
+        and classes.ndim == 1
+        and not (isinstance(classes, Tensor) and not _is_strided(classes))
+    ):
+        classes = classes.tolist()
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str | int | float) for name in classes):
+        raise SourceError(f"data {path} has 'classes' that are no list of names; give one text for each class")
+    return tuple(map(str, classes))
+
+
+def _as_images(images: Tensor, path: Path) -> Tensor:
+    """N x C x H x W of images that may come without channels, or with them last."""
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise SourceError(f"data {path} holds a tensor of shape {tuple(images.shape)}, which is no images; {_HOW}")
+    if images.dtype == torch.uint8:
+        return images
+    if images.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise SourceError(f"data {path} holds images of {images.dtype}; {_HOW}")
+    low, high = (float(bound) for bound in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise SourceError(f"data {path} holds floats from {low:.3g} to {high:.3g}, not from 0 to 1; {_HOW}")
+    return images
+
+
+def _as_labels(labels: Tensor, count: int, path: Path) -> list[int]:
+    labels = labels.reshape(-1) if labels.numel() == count else labels
+    if not (labels.is_floating_point() or labels.is_complex()):
+        # Of the larger unsigned ones torch knows no minimum.
+        labels = labels.to(torch.int64)
+    if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or int(labels.min()) < 0:
+        raise SourceError(
+            f"data {path} has labels of shape {tuple(labels.shape)} and {labels.dtype} for {count} images; "
+            "give one whole number from 0 on for each"
+        )
+    if int(labels.max()) >= _MOST_CLASSES:
+        raise SourceError(f"data {path} has a label {int(labels.max())}, which is no number of a class; {_HOW}")
+    numbers: list[int] = labels.tolist()
+    return numbers

@@ -1,0 +1,132 @@
+"""In which order images are trained on, by which process, and how they are read.
+
+An epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for: every image is seen
+once, and no step is left with a handful. A step is cut into its forward passes and processes in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from asymswap.data.images import Pictures
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.utils.distributed import Team
+from asymswap.utils.randomness import drawn_from
+from asymswap.utils.tensors import generator_for
+
+Key = tuple[int, int]
+"""An epoch and the number of an image."""
+
+_MOST_SKIPPED = 100
+"""Where so many images in a row cannot be read, something else is wrong."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (N x C x H x W), their class numbers, and in how many places a readable neighbour stands in."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: int
+
+
+class Schedule(Sampler[list[Key]]):
+    """The batches of this process, epoch by epoch; `begin` says which epoch is read next, and from which step on."""
+
+    def __init__(self, images: int, batch_size: int, accumulate: int, team: Team, seed: int) -> None:
+        parts = accumulate * team.size
+        if images < parts:
+            raise AsymswapError(
+                f"{images} images cannot be shared among {team.size} processes x --accumulate {accumulate}; give more "
+                "images, or fewer of those"
+            )
+        # One image for each at least, even where that makes a batch of one image one of two.
+        self.steps = min(-(-images // (batch_size * parts)), images // parts)
+        self._images, self._accumulate, self._team, self._seed = images, accumulate, team, seed
+        self._epoch = self._start = 0
+
+    def begin(self, epoch: int, start: int) -> None:
+        """Continue with this epoch at this step."""
+        self._epoch, self._start = epoch, start
+
+    def size(self, step: int) -> int:
+        """How many images all processes see in this step of an epoch."""
+        return len(torch.arange(self._images).tensor_split(self.steps)[step])
+
+    def __len__(self) -> int:
+        return (self.steps - self._start) * self._accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = generator_for(self._seed, "order", self._epoch)
+        order = torch.randperm(self._images, generator=generator)
+        for group in order.tensor_split(self.steps)[self._start :]:
+            pieces = group.tensor_split(self._accumulate * self._team.size)
+            for piece in pieces[self._team.rank :: self._team.size]:
+                yield [(self._epoch, index) for index in piece.tolist()]
+
+
+class TrainingImages(Dataset[Any]):
+    """Augmented network inputs; what is drawn for an image depends on the seed, the epoch and its number alone.
+
+    Where an image cannot be read the next one stands in for it; with `strict` the error is the sample.
+    """
+
+    def __init__(self, pictures: Pictures, transform: Any, seed: int, strict: bool) -> None:
+        self._pictures, self._transform, self._seed, self._strict = pictures, transform, seed, strict
+
+    def __len__(self) -> int:
+        return len(self._pictures.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int] | SourceError:
+        epoch, index = key
+        for skipped in range(min(len(self), _MOST_SKIPPED)):
+            place = (index + skipped) % len(self)
+            try:
+                picture = self._pictures.picture(place)
+            except SourceError as error:
+                # Returned, for raised in a worker it would arrive as a page of traceback.
+                if self._strict:
+                    return error
+                continue
+            with drawn_from(self._seed, "augment", epoch, index):
+                return self._transform(picture), self._pictures.labels[place], int(skipped > 0)
+        return SourceError("no image of the data can be read; --strict names the first that cannot")
+
+
+def _collate(samples: Sequence[Any]) -> Batch | SourceError:
+    for sample in samples:
+        if isinstance(sample, SourceError):
+            return sample
+    images, labels, skipped = default_collate(list(samples))
+    return Batch(images, labels, int(skipped.sum()))
+
+
+class Reader:
+    """Reads the batches of a schedule, ahead of time where there are workers."""
+
+    def __init__(self, images: TrainingImages, schedule: Schedule, workers: int) -> None:
+        self.schedule = schedule
+        self._loader: DataLoader[Any] = DataLoader(
+            images,
+            batch_sampler=schedule,
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own: the loader would otherwise draw from the global one.
+            generator=torch.Generator(),
+        )
+
+    def read(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        """The batches of an epoch from a step on; raises SourceError for an image that cannot be read."""
+        self.schedule.begin(epoch, start)
+        for batch in self._loader:
+            if isinstance(batch, SourceError):
+                raise batch
+            yield batch

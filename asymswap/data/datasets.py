@@ -1,0 +1,256 @@
+"""Data references: text that names labelled images, and how it becomes a dataset of network inputs.
+
+| reference | what |
+| --- | --- |
+| `digits` | scikit-learn's 1,797 images |
+| a folder | one folder of images a class, or folders `train`, `val` and `test` of such |
+| a folder of images | where labels are not needed |
+| `cifar10:PATH`, `cifar100:PATH`, `fashion-mnist:PATH`, `mnist:PATH` | as torchvision keeps them below PATH |
+| a `.npy`, `.npz` or `.pt` file | tensors; see `asymswap.data.arrays` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from asymswap.data import arrays
+from asymswap.data.images import (
+    PIL_MODES,
+    ClassFolders,
+    ImageFiles,
+    InMemory,
+    Pictures,
+    Preprocessed,
+    Some,
+    class_names,
+    image_files,
+)
+from asymswap.data.published import COLLECTIONS, open_collection
+from asymswap.errors import SourceError, near_names
+from asymswap.types import Preprocessing
+
+Part = Literal["train", "test"]
+
+_HOW_TO_NAME = (
+    "give digits, or a folder that holds one folder of images for each class, or "
+    f"{', '.join(f'{name}:PATH' for name in COLLECTIONS)}, or a file of tensors ({', '.join(arrays.SUFFIXES)})"
+)
+_PART_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images as a network takes them (float C x H x W) with their class numbers, the classes' names, and what it is.
+
+    `pictures` are the same before they were preprocessed by `preprocessing`, for those who augment them; `has_val` says
+    that there is a part for validation beside this one.
+    """
+
+    images: Dataset[tuple[Tensor, int]]
+    classes: tuple[str, ...]
+    description: str
+    pictures: Pictures | None = None
+    preprocessing: Preprocessing | None = None
+    has_val: bool = False
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.images))
+
+    def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
+        """Some of these images, in a given order."""
+        assert self.pictures is not None
+        assert self.preprocessing is not None
+        return _preprocessed(Some(self.pictures, chosen), self.classes, description, self.preprocessing)
+
+
+def open_data(
+    reference: str, preprocessing: Preprocessing, part: Part, *, download: bool = False, unlabelled: bool = False
+) -> LabelledImages:
+    """Open the part of the data that `reference` names.
+
+    A folder that holds `train` and `test` (or `val`) folders of class folders is split by them; any other folder is
+    the same for both parts, and so is a file of tensors that does not name parts itself. A folder that is itself called
+    digits is named `./digits`. `download` fetches what torchvision can; `unlabelled` says that labels are not needed.
+
+    Raises:
+        SourceError: there is no such data, it holds no images, or it cannot be preprocessed so.
+    """
+    _check(preprocessing)
+    if reference == "digits":
+        return _open_digits(preprocessing, part)
+    name, colon, path = reference.partition(":")
+    if colon and name in COLLECTIONS:
+        return _open_collection(name, Path(path).expanduser(), preprocessing, part, download)
+    if download:
+        raise SourceError(f"--download is for {', '.join(COLLECTIONS)}; data {reference!r} cannot be downloaded")
+    place = Path(reference).expanduser()
+    if place.is_dir():
+        return _open_folder(place, preprocessing, part, unlabelled)
+    if place.is_file() and place.suffix in arrays.SUFFIXES:
+        return _open_arrays(place, preprocessing, part, unlabelled)
+    if place.exists():
+        raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
+    hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
+    raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
+
+
+def open_part(reference: str, preprocessing: Preprocessing, name: Literal["val"]) -> LabelledImages:
+    """Open the folder of that name in a folder of parts."""
+    folder = Path(reference).expanduser()
+    _check_same_classes(folder, name)
+    return _read_folder(folder / name, preprocessing)
+
+
+def _check(preprocessing: Preprocessing) -> None:
+    if preprocessing.form != "images":
+        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
+        raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
+    channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
+    if channels not in PIL_MODES:
+        raise SourceError(
+            f"the model takes {channels} channels, but images have 1 or 3; give a model that takes images"
+        )
+    if not channels == means == stds:
+        raise SourceError(
+            f"preprocessing has {means} means and {stds} standard deviations for {channels} channels; "
+            "give one of each per channel"
+        )
+    known = [mode.value for mode in InterpolationMode]
+    if preprocessing.interpolation not in known:
+        hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
+        raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
+
+
+def _preprocessed(
+    pictures: Pictures, classes: tuple[str, ...], description: str, preprocessing: Preprocessing, has_val: bool = False
+) -> LabelledImages:
+    images = Preprocessed(pictures, image_transform(preprocessing))
+    return LabelledImages(images, classes, description, pictures, preprocessing, has_val)
+
+
+def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise SourceError("data 'digits' needs scikit-learn: pip install 'asymswap[demo]'") from error
+    digits = load_digits()
+    labels = digits.target.tolist()
+    train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    chosen = train if part == "train" else test
+    # scikit-learn's pixels count from 0 to 16.
+    images = torch.from_numpy(digits.images).to(torch.float32)[chosen, None] / 16
+    pictures = InMemory(images, [labels[i] for i in chosen], preprocessing.channels)
+    classes = tuple(str(name) for name in digits.target_names)
+    description = f"digits (scikit-learn): {len(chosen)} {part} images of {len(classes)} classes"
+    return _preprocessed(pictures, classes, description, _uncropped(preprocessing))
+
+
+def _uncropped(preprocessing: Preprocessing) -> Preprocessing:
+    """What is drawn into small pictures fills them, so a crop would cut it: they are always resized as a whole."""
+    return replace(preprocessing, resize=None)
+
+
+def _open_collection(
+    name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
+) -> LabelledImages:
+    pictures, classes = open_collection(name, folder, part == "train", preprocessing.channels, download)
+    description = f"{name} in {folder}: {len(pictures.labels)} {part} images of {len(classes)} classes"
+    return _preprocessed(pictures, classes, description, _uncropped(preprocessing))
+
+
+def _open_arrays(path: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
+    pictures, classes = arrays.read_arrays(path, part, preprocessing.channels)
+    if not classes and not unlabelled:
+        raise SourceError(f"data {path} holds images without labels; give an .npz or .pt file with both")
+    description = f"file {path}: {len(pictures.labels)} images of {len(classes)} classes"
+    return _preprocessed(pictures, classes, description, preprocessing)
+
+
+def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
+    root = _part_folder(folder, part)
+    if unlabelled and not class_names(root):
+        return _read_images(root, preprocessing)
+    has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
+    return replace(_read_folder(root, preprocessing), has_val=has_val)
+
+
+def _read_images(folder: Path, preprocessing: Preprocessing) -> LabelledImages:
+    files = image_files(folder)
+    if not files:
+        raise SourceError(f"data folder '{folder}' holds no images, and no folders of images; put some into it")
+    pictures = ImageFiles(files, preprocessing.channels)
+    return _preprocessed(pictures, (), f"folder {folder}: {len(files)} images", preprocessing)
+
+
+def _read_folder(root: Path, preprocessing: Preprocessing) -> LabelledImages:
+    if not class_names(root):
+        raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
+    pictures = ClassFolders(root, preprocessing.channels)
+    if not pictures.labels:
+        raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(pictures.extensions)}")
+    classes = tuple(pictures.classes)
+    description = f"folder {root}: {len(pictures)} images of {len(classes)} classes"
+    return _preprocessed(pictures, classes, description, preprocessing)
+
+
+def _part_folder(folder: Path, part: Part) -> Path:
+    """The folder of the part where `folder` is split into parts, else `folder` itself."""
+    parts = [name for name in ("train", "test", "val") if class_names(folder / name)]
+    if not parts:
+        return folder
+    name = next((name for name in _PART_FOLDERS[part] if name in parts), None)
+    if name is None:
+        wanted = " or ".join(_PART_FOLDERS[part])
+        raise SourceError(
+            f"data folder '{folder}' holds {' and '.join(parts)}, but no folder {wanted} that holds class folders; "
+            "add it, or give the folder that is meant"
+        )
+    _check_same_classes(folder, name)
+    return folder / name
+
+
+def _check_same_classes(folder: Path, name: str) -> None:
+    """Labels are positions among the sorted names: other classes in one part would shift its labels in silence."""
+    train, other = class_names(folder / "train"), class_names(folder / name)
+    if train and train != other:
+        odd = sorted(set(train) ^ set(other))
+        raise SourceError(
+            f"data folder '{folder}' has other classes in train than in {name} (only in one: {', '.join(odd)}); "
+            "give both the same class folders"
+        )
+
+
+def image_transform(preprocessing: Preprocessing) -> v2.Transform:
+    """The torchvision transform from a picture to a network's input, a float C x H x W tensor."""
+    return v2.Compose([*geometry(preprocessing), *to_input(preprocessing)])
+
+
+def geometry(preprocessing: Preprocessing) -> list[v2.Transform]:
+    """Resizing and cropping to the network's input size."""
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    if preprocessing.resize is None:
+        return [v2.Resize(list(preprocessing.size), interpolation)]
+    return [v2.Resize(preprocessing.resize, interpolation), v2.CenterCrop(list(preprocessing.size))]
+
+
+def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
+    """From a picture of the right size to normalised numbers."""
+    normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize, v2.ToPureTensor()]
+    return [*steps[:2], _reverse_channels, *steps[2:]] if preprocessing.bgr else steps
+
+
+def _reverse_channels(image: Tensor) -> Tensor:
+    """From red, green, blue to blue, green, red."""
+    return image.flip(-3)

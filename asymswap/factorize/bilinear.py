@@ -1,0 +1,110 @@
+"""Kernels whose taps sit between the pixels: bilinear interpolation onto a larger, ordinary kernel.
+
+Shapes, G groups, C inputs of one group and O outputs in all, T = kh*kw taps in row-major order:
+
+    w_OIHW     (O, C, kh, kw)    the weights of the taps
+    offset_T2  (T, 2)            how far each tap has moved: (down, right) in pixels of the input
+    share_TYX  (T, Y, X)         the share of each tap that falls on each cell of the grid; one in all
+    grown_OIYX (O, C, Y, X)      the grown kernel, of dilation 1
+
+The grid has a cell for each pixel that a tap can touch: a tap moves by at most `reach` pixels, so Y =
+dilation*(kh - 1) + 1 + 2*reach, and with `reach` pixels more padding on each side the grown kernel stands where the
+original one stood, whatever the stride. A tap at (y, x) is shared among the four cells around it, as
+`deform_conv2d` shares it among four pixels (Dai et al., ICCV 2017, equation 3): on zero padding the two are the same
+function. Learning positions by growing the kernel: Khalfaoui-Hassani, Pellegrini and Masquelier, ICLR 2023 (DCLS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asymswap.types import Size
+
+
+def grid_size(kernel: Size, dilation: Size, reach: int) -> Size:
+    """Rows and columns of the grown kernel."""
+    height, width = (d * (k - 1) + 1 + 2 * reach for k, d in zip(kernel, dilation, strict=True))
+    return height, width
+
+
+def hat(distance: Tensor) -> Tensor:
+    """The share of a tap at this signed distance from a cell: `max(0, 1 - |distance|)`, of the same shape.
+
+    It has kinks at -1, 0 and 1, and every tap of a conv that has just been converted sits on them. `relu` would take
+    the derivative to be zero there, and no offset would ever learn. Here it is the mean of the two one-sided
+    derivatives, for `abs` has the derivative 0 at 0 and `maximum` parts the gradient evenly between equals. So the
+    gradient of an integer offset is half the difference between the pixel before and the one behind: it is zero where
+    the image is symmetrical about the tap, exact where it is a parabola, and prefers no direction, while the
+    right-hand side difference, which `deform_conv2d` takes, pulls down and right; and it lies between the two
+    one-sided derivatives, so at a minimum that is a kink the two can cancel.
+    """
+    return torch.maximum(1 - distance.abs(), torch.zeros_like(distance))
+
+
+def spread(offset_T2: Tensor, kernel: Size, dilation: Size, reach: int) -> Tensor:
+    """The shares share_TYX of all taps for offsets of at most `reach` pixels; differentiable in the offsets."""
+    offset_HW2 = offset_T2.unflatten(0, kernel)
+    height, width = grid_size(kernel, dilation, reach)
+    down_HWY = hat(offset_HW2[..., :1] - _steps(height, kernel[0], dilation[0], reach, offset_T2)[:, None])
+    right_HWX = hat(offset_HW2[..., 1:] - _steps(width, kernel[1], dilation[1], reach, offset_T2))
+    return (down_HWY[..., :, None] * right_HWX[..., None, :]).flatten(0, 1)
+
+
+def grow(w_OIHW: Tensor, share_TYX: Tensor) -> Tensor:
+    """The grown kernel: each tap's weight on the cells among which the tap is shared, overlaps added."""
+    grown = w_OIHW.flatten(2).flatten(0, 1) @ share_TYX.flatten(1)
+    return grown.reshape(*w_OIHW.shape[:2], *share_TYX.shape[1:])
+
+
+@dataclass(frozen=True)
+class Window:
+    """The cells of one axis of the grid that a kernel needs: `range(start, start + step*(count - 1) + 1, step)`.
+
+    `growth` is by how many pixels the window is longer than the original kernel, on each of its two sides; where it
+    is negative, shorter.
+    """
+
+    start: int
+    step: int
+    count: int
+    growth: int
+
+    @property
+    def cells(self) -> list[int]:
+        """The indices of the cells."""
+        return [self.start + self.step * number for number in range(self.count)]
+
+
+def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink: Size | None) -> tuple[Window, Window]:
+    """For rows and columns the smallest window about the kernel's middle that holds every cell that a tap touches.
+
+    It keeps the dilation of an axis along which all taps sit where a tap of the original kernel could. A window is at
+    most `shrink` pixels shorter than the original kernel on either side, where that is given: its padding is smaller by
+    as much, and cannot be negative. What counts is where the taps are, not their weights: a pruned tap does not
+    change the size.
+    """
+    rows, columns = (torch.nonzero(share_TYX.detach().amax(other)).flatten().tolist() for other in ((0, 2), (0, 1)))
+    return (
+        _window(rows, kernel[0], dilation[0], reach, shrink and shrink[0]),
+        _window(columns, kernel[1], dilation[1], reach, shrink and shrink[1]),
+    )
+
+
+def _window(touched: Sequence[int], taps: int, dilation: int, reach: int, shrink: int | None) -> Window:
+    first, last = reach, reach + dilation * (taps - 1)
+    step = dilation if all((cell - first) % dilation == 0 for cell in touched) else 1
+    growth = max(first - min(touched), max(touched) - last)
+    if shrink is not None:
+        growth = max(growth, -shrink)
+    growth += -growth % step
+    return Window(first - growth, step, (last - first + 2 * growth) // step + 1, growth)
+
+
+def _steps(cells: int, taps: int, dilation: int, reach: int, like: Tensor) -> Tensor:
+    """How far each cell (a column) of one axis lies from where each tap (a row) originally is, in pixels."""
+    at_taps = dilation * torch.arange(taps, dtype=like.dtype, device=like.device) + reach
+    return torch.arange(cells, dtype=like.dtype, device=like.device) - at_taps[:, None]

@@ -1,0 +1,586 @@
+"""Tensors, arrays and modules out of what `asymswap.fileformats.pickle_reader` read.
+
+Modules are made without running anything of theirs: the class comes from `allowlist.txt` (made by
+benchmarks/make_allowlist.py), `__new__` makes it, and its attributes are checked before they are set. What a pickle
+holds of other classes stays a `Record`, and nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import math
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _rebuild_qtensor, set_tensor_metadata
+from torch.storage import TypedStorage
+
+from asymswap.errors import SourceError
+from asymswap.fileformats.pickle_arrays import NoArrayError, array, array_of_buffer, scalar
+from asymswap.fileformats.pickle_parts import (
+    Global,
+    MalformedError,
+    Odd,
+    Record,
+    StorageRef,
+    TensorRef,
+    are_sizes,
+    constants,
+    described_tensor,
+    storage_dtype,
+)
+from asymswap.fileformats.pickle_reader import NAMES_READ, TENSOR_CALLS
+
+DEEPEST = 150
+"""Levels of nesting, three for each module in a module: copying and running use up several frames for each."""
+
+MOST_PARTS = 1_000_000
+"""Items of all lists and dicts, as often as one meets them; a long key counts for each 32 characters."""
+
+_MOST_VIEWED = 2**28
+"""Bytes of all tensors together, however few their storages hold; `_VIEWS` times as many as these hold at least."""
+_VIEWS = 64
+
+_LONGEST_ATTRIBUTE = 200
+
+# What torchvision's detectors and RAFT keep beside modules: holders of a few numbers, and functions of tensors alone.
+HELPERS = frozenset(
+    [
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
+        "torchvision.models.optical_flow.raft._pass_through_h",
+        "torchvision.ops.boxes.box_iou",
+    ]
+)
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+"""What torch.compile puts around a module; the module inside is taken."""
+
+_CLASSES = frozenset(["torch.Tensor", "numpy.ndarray", "numpy.dtype", "argparse.Namespace", COMPILED])
+"""Named as arguments of calls that are known, and made here."""
+
+# Attributes that later versions of torch added, which their `__setstate__` adds to modules of older files.
+_ADDED: tuple[tuple[type[nn.Module], dict[str, Any]], ...] = (
+    (nn.modules.conv._ConvNd, {"padding_mode": "zeros"}),
+    (nn.AvgPool3d, {"padding": 0, "ceil_mode": False, "count_include_pad": True}),
+    (nn.Upsample, {"recompute_scale_factor": True}),
+    (nn.MultiheadAttention, {"_qkv_same_embed_dim": True}),
+    (nn.Softmax, {"dim": None}),
+    (nn.LogSoftmax, {"dim": None}),
+    (nn.Softmin, {"dim": None}),
+    (nn.RNNBase, {"proj_size": 0}),
+    (nn.TransformerEncoderLayer, {"activation": nn.functional.relu}),
+    (nn.TransformerDecoderLayer, {"activation": nn.functional.relu}),
+)
+
+
+@functools.cache
+def module_names() -> frozenset[str]:
+    """The classes of allowlist.txt."""
+    text = resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8")
+    return frozenset(text.split())
+
+
+@functools.cache
+def allowed_names() -> frozenset[str]:
+    """Every global of which something is made; objects and calls of others stay records."""
+    arrays = {name.replace("numpy._core.", "numpy.core.") for name in _ARRAYS} | _ARRAYS.keys()
+    return module_names() | HELPERS | _CLASSES | _MAKERS.keys() | arrays | NAMES_READ | constants().keys()
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a global is one of which something is made, or the type of a storage."""
+    if name in allowed_names():
+        return True
+    try:
+        return name.endswith("Storage") and storage_dtype(name) is not None
+    except Odd:
+        return False
+
+
+def is_allowed_module(model: nn.Module) -> bool:
+    """Whether every class in a module tree is one of the allowlist, so that its structure can be stored and loaded."""
+    return all(f"{type(m).__module__}.{type(m).__qualname__}" in module_names() for m in model.modules())
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a module may have this name.
+
+    torch writes names into the Python code that it generates, as they are; and a child called `__deepcopy__` is what
+    copying calls.
+    """
+    short = len(name) <= _LONGEST_ATTRIBUTE
+    return short and name.isprintable() and not set("\"'\\.") & set(name) and not name.startswith("__")
+
+
+def named_in(root: Any) -> set[str]:
+    """The names of all that is in a file, but for what torch.compile keeps beside a module, which is never used."""
+    names: set[str] = set()
+    seen: dict[int, Any] = {}
+    todo = [root]
+    while todo:
+        part = todo.pop()
+        if type(part) not in _COMPOSITE or id(part) in seen:
+            continue
+        seen[id(part)] = part
+        if isinstance(part, dict):
+            todo += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            todo += part
+        elif isinstance(part, Record):
+            names.add(part.name)
+            todo += part.arguments[:1] if part.name == COMPILED else part.arguments
+            todo += [part.state, part.items, part.elements]
+        elif isinstance(part, Global):
+            names.add(part.name)
+    return names
+
+
+class _Found(NamedTuple):
+    """What a part of the file became, how many levels are in it, and how many parts one meets in walking through it.
+
+    `whole`: nothing in it is of a class that is not read.
+    """
+
+    value: Any
+    levels: int = 0
+    parts: int = 1
+    whole: bool = True
+
+
+class Builder:
+    """Makes what a file holds out of what its pickle says.
+
+    `storage` gives the memory of a storage, `held` says how many bytes all of them have. With `foreign`, the file holds
+    objects of other classes than those allowed: modules with such a part stay records too.
+    """
+
+    def __init__(
+        self, storage: Callable[[StorageRef], torch.UntypedStorage], held: int, label: str, foreign: bool
+    ) -> None:
+        self._storage = storage
+        self._left = max(_MOST_VIEWED, _VIEWS * held)
+        self._label = label
+        self._foreign = foreign
+        self._done: dict[int, tuple[Any, _Found]] = {}
+        self._above: set[int] = set()
+        self._records: list[Record] = []
+        self._inside_record = False
+        self.unread: set[str] = set()
+
+    def build(self, root: Any) -> Any:
+        """The same with tensors, arrays and modules instead of what describes them, in place; raises Odd."""
+        if isinstance(root, Global):
+            raise Odd(f"holds {root.name} itself")
+        found = self.visit(root, 0).value
+        self._inside_record = True
+        while self._records:
+            record = self._records.pop()
+            record.state = self.visit(record.state, 0).value
+            record.arguments = self.visit(record.arguments, 0).value
+            self.visit(record.items, 0)
+            self.visit(record.elements, 0)
+        return found
+
+    def visit(self, value: Any, depth: int) -> _Found:
+        """What a part becomes; the same part, met again, becomes the same."""
+        kind = type(value)
+        if kind not in _COMPOSITE:
+            return _Found(value)
+        known = self._done.get(id(value))
+        if known is None:
+            if id(value) in self._above:
+                raise Odd("holds something that holds itself")
+            if depth >= DEEPEST:
+                raise Odd(f"is nested more than {DEEPEST} levels deep")
+            self._above.add(id(value))
+            try:
+                found = self._make(value, kind, depth + 1)
+            finally:
+                self._above.discard(id(value))
+            # The value itself is kept as well: its id must not become another's.
+            known = self._done[id(value)] = (value, found)
+        if depth + known[1].levels > DEEPEST:
+            raise Odd(f"is nested more than {DEEPEST} levels deep")
+        return known[1]
+
+    def _make(self, value: Any, kind: type, depth: int) -> _Found:
+        if kind is TensorRef:
+            return _Found(self.tensor(value))
+        if kind is Record:
+            return self._of_record(value, depth)
+        if kind is Global:
+            made = self._of_global(value)
+            return _Found(made, whole=made is not value)
+        if kind is StorageRef:
+            return _Found(
+                self.tensor(TensorRef(value, 0, (value.count if value.viewed is None else value.viewed,), (1,)))
+            )
+        levels, parts, whole = 0, 1, True
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        changed = []
+        for key, item in items:
+            kind_of_item = type(item)
+            if kind_of_item not in _COMPOSITE:
+                parts += 1 + (len(key) >> 5 if type(key) is str else 0)
+                continue
+            found = self.visit(item, depth)
+            levels, whole = max(levels, found.levels), whole and found.whole
+            parts += found.parts * (1 + (len(key) >> 5 if type(key) is str else 0))
+            if found.value is not item:
+                changed.append((key, found.value))
+        if parts > MOST_PARTS:
+            raise Odd(f"holds the same things again and again, more than {MOST_PARTS:,} in all")
+        if kind is tuple and changed:
+            value = list(value)
+        for key, new in changed:
+            value[key] = new
+        return _Found(tuple(value) if kind is tuple and changed else value, levels + 1, parts, whole)
+
+    def _of_global(self, value: Global) -> Any:
+        """A function is there to be called; as a value it could end where a module calls it."""
+        if value.name in module_names() or value.name in HELPERS:
+            return value if self._inside_record else look_up(value.name, self._label)
+        if value.name in allowed_names() and not self._foreign and not value.name.startswith("builtins."):
+            raise Odd(f"keeps {value.name} itself as a value")
+        return value
+
+    def _of_record(self, record: Record, depth: int) -> _Found:
+        maker = _MAKERS.get(record.name)
+        if maker is not None:
+            return _Found(maker(self, record, depth))
+        array = _ARRAYS.get(record.name.replace("numpy.core.", "numpy._core."))
+        if array is not None:
+            try:
+                made = array(record)
+            except NoArrayError as error:
+                self.unread.add(str(error))
+                return _Found(record, whole=False)
+            self.spend(2 * getattr(made, "nbytes", 0))
+            return _Found(made)
+        if record.name == COMPILED and len(record.arguments) == 2:
+            return self.visit(record.arguments[0], depth)
+        allowed = record.name in module_names() or record.name in HELPERS or record.name == "argparse.Namespace"
+        if allowed and not self._inside_record:
+            try:
+                return self._object(record, depth)
+            except Odd:
+                if not self._foreign:
+                    raise
+        elif record.name in allowed_names() and not allowed:
+            raise Odd(f"calls {record.name} in another way")
+        self._records.append(record)
+        return _Found(record, whole=False)
+
+    # Tensors.
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """The tensor of a reference; raises Odd where it is no view of its storage."""
+        storage, dtype = ref.storage, ref.dtype or ref.storage.dtype
+        self.check(ref, dtype)
+        if 0 in ref.size:
+            tensor = torch.empty_strided(ref.size, ref.stride, dtype=dtype)
+        else:
+            offset = ref.offset + storage.start
+            tensor = torch.tensor((), dtype=dtype).set_(self._storage(storage), offset, ref.size, ref.stride)
+        if ref.requires_grad:
+            tensor.requires_grad_()
+        if ref.metadata:
+            set_tensor_metadata(tensor, ref.metadata)
+        return tensor
+
+    def check(self, ref: TensorRef, dtype: torch.dtype) -> None:
+        """Raise Odd for a tensor that its storage does not hold, or that is far larger than all storages."""
+        total = math.prod(ref.size)
+        last = ref.offset + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if total else -1
+        storage = ref.storage
+        own = storage.dtype.itemsize
+        held = storage.length * own
+        if (last + 1) * dtype.itemsize > held:
+            raise Odd(
+                f"has a tensor of {_shape(ref.size)} that reaches beyond the {held:,} bytes of its storage "
+                f"{storage.key!r}"
+            )
+        self._left -= total * dtype.itemsize
+        if self._left < 0:
+            raise Odd(
+                f"has a tensor of {_shape(ref.size)} expanded from the {held:,} bytes of its storage {storage.key!r}, "
+                "or far too many of such"
+            )
+
+    def spend(self, made: int) -> None:
+        """Count bytes that are made."""
+        self._left -= made
+        if self._left < 0:
+            raise Odd("makes far more bytes than it has")
+
+    def inner(self, value: Any, depth: int) -> Tensor:
+        """The tensor that a call is about; raises Odd where it is none."""
+        made = self.visit(value, depth).value
+        if not isinstance(made, Tensor):
+            raise Odd("makes a tensor of something else")
+        return made
+
+    # Modules and other objects with attributes.
+
+    def _object(self, record: Record, depth: int) -> _Found:
+        owner, state = record.name, record.state
+        if record.made_by != "new" or record.arguments or record.items or record.elements:
+            raise Odd(f"makes a {owner} in another way")
+        kind = argparse.Namespace if owner == "argparse.Namespace" else look_up(owner, self._label)
+        state = {} if state is None else state
+        if type(state) is not dict or not all(_may_be_filled(key, value) for key, value in state.items()):
+            raise Odd(f"fills a {owner} in another way")
+        state.pop("__overloads__", None)
+        found = self.visit(state, depth)
+        if not isinstance(kind, type):
+            raise Odd(f"makes a {owner} in another way")
+        is_module = issubclass(kind, nn.Module)
+        if not found.whole and kind is not argparse.Namespace:
+            raise Odd(f"keeps objects of other classes in a {owner}")
+        for key, value in state.items():
+            if callable(getattr(kind, key, None)) or key == "_compiled_call_impl":
+                raise Odd(f"puts another {key} into a {owner}")
+            if is_module:
+                self._check_attribute(owner, key, value)
+        if is_module:
+            for part in ("_parameters", "_buffers", "_modules"):
+                if not isinstance(state.get(part), dict):
+                    raise MalformedError(f"its {owner} lacks parts ({part})")
+        made: Any = object.__new__(kind)
+        vars(made).update(state)
+        if is_module:
+            _complete(cast(nn.Module, made))
+        return _Found(made, found.levels + 1, found.parts, found.whole)
+
+    def _check_attribute(self, owner: str, key: str, value: Any) -> None:
+        """What a module keeps must be data: no hook, no child that is no module, no part of another class."""
+        if key in _PARTS:
+            parts = list(value.values()) if isinstance(value, dict) else [value]
+            if not all(part is None or isinstance(part, _PARTS[key]) for part in parts) or parts == [value]:
+                raise Odd(f"has other things than such in the {key} of a {owner}")
+            for name in value:
+                if not isinstance(name, str) or not is_safe_name(name):
+                    raise Odd(f"has {name!r} for a name in the {key} of a {owner}")
+        elif key.endswith("_hooks") and not (isinstance(value, dict) and not value):
+            raise Odd(f"has hooks on a {owner}")
+        elif key == "_non_persistent_buffers_set" and not isinstance(value, set):
+            raise Odd(f"fills a {owner} in another way")
+
+
+_COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
+_PARTS = {"_modules": nn.Module, "_parameters": Tensor, "_buffers": Tensor}
+
+
+def look_up(name: str, label: str) -> Any:
+    """The object behind a name of the allowlist."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise SourceError(
+            f"{label} needs {name}, which the installed torch and torchvision lack; install a version with it"
+        ) from None
+
+
+def _may_be_filled(key: Any, value: Any) -> bool:
+    # torch.jit.script leaves an empty `__overloads__` on every module that it has been given.
+    if not isinstance(key, str) or len(key) > _LONGEST_ATTRIBUTE:
+        return False
+    return not key.startswith("__") or (key == "__overloads__" and value == {})
+
+
+def _complete(module: nn.Module) -> None:
+    """Add what later versions of torch keep on a module, as its `__setstate__` would, without calling that."""
+    own = vars(module)
+    for key, value in vars(nn.Module()).items():
+        own.setdefault(key, value)
+    for kind, added in _ADDED:
+        if isinstance(module, kind):
+            for key, value in added.items():
+                own.setdefault(key, value)
+    if isinstance(module, nn.RNNBase):
+        names = own.get("_flat_weights_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Odd(f"has a {type(module).__name__} of a very old torch")
+        weights = [module._parameters.get(name) for name in names]
+        own["_flat_weights"] = weights
+        own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
+
+
+def _shape(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
+
+
+# How each call is written of which something is made here. Each gets the builder, the record and the depth.
+
+
+def _parameter(builder: Builder, record: Record, depth: int) -> Any:
+    """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
+    match record.arguments:
+        case (data,):
+            requires_grad, state = True, None
+        case (data, bool(requires_grad)):
+            state = None
+        case (data, bool(requires_grad), hooks) if not hooks:
+            state = None
+        case (data, bool(requires_grad), hooks, state) if not hooks:
+            pass
+        case _:
+            raise Odd(f"calls {record.name} in another way")
+    match record.state:
+        case None:
+            pass
+        case (bool(requires_grad), bool(), hooks) if not hooks:
+            # As before torch 0.4.
+            pass
+        case _:
+            raise Odd(f"fills a {record.name} in another way")
+    return _with_attributes(builder, nn.Parameter(builder.inner(data, depth).detach(), requires_grad), state, depth)
+
+
+def _typed(builder: Builder, record: Record, depth: int) -> Any:
+    """`_rebuild_from_type_v2`: a tensor or parameter with attributes of its own."""
+    match record.arguments:
+        case (Global(function), Global("torch.Tensor" | "torch.nn.parameter.Parameter"), tuple(inner), state) if (
+            function != record.name and (function in _MAKERS or function in TENSOR_CALLS)
+        ):
+            pass
+        case _:
+            raise Odd(f"calls {record.name} in another way")
+    described: Any = Record(function, inner)
+    if function in TENSOR_CALLS:
+        described = described_tensor(inner, typed=function.endswith("_v3"))
+        if described is None:
+            raise Odd(f"calls {function} in another way")
+    return _with_attributes(builder, builder.inner(described, depth), state, depth)
+
+
+def _with_attributes(builder: Builder, tensor: Tensor, state: Any, depth: int) -> Tensor:
+    """Set attributes that a tensor does not have by itself; two dicts of them where its class has slots."""
+    for part in state if isinstance(state, tuple) else (state,):
+        if part is None:
+            continue
+        if not isinstance(part, dict) or not all(map(_is_attribute, part)):
+            raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
+        for key, value in builder.visit(part, depth).value.items():
+            if not isinstance(value, Record | Global):
+                setattr(tensor, key, value)
+    return tensor
+
+
+def _is_attribute(key: Any) -> bool:
+    """Whether a tensor may have an attribute of this name: numpy and torch obey those with underscores around them."""
+    special = isinstance(key, str) and (key.startswith("__") or key in ("_is_param", "_is_buffer"))
+    return isinstance(key, str) and key.isidentifier() and not special and not hasattr(Tensor, key)
+
+
+def _quantised(builder: Builder, record: Record, depth: int) -> Any:
+    match record.arguments:
+        case (StorageRef() as storage, int(offset), tuple(size), tuple(stride), (scheme, *scales), bool(grad), hooks):
+            if hooks or not isinstance(scheme, torch.qscheme) or not all(map(_is_scale, scales)):
+                raise Odd(f"calls {record.name} in another way")
+        case _:
+            raise Odd(f"calls {record.name} in another way")
+    ref = described_tensor((storage, offset, size, stride))
+    if ref is None:
+        raise Odd(f"calls {record.name} in another way")
+    builder.check(ref, storage.dtype)
+    scales = [builder.visit(one, depth).value for one in scales]
+    typed = TypedStorage(wrap_storage=builder._storage(storage), dtype=storage.dtype, _internal=True)
+    return _rebuild_qtensor(typed, offset + storage.start, size, stride, (scheme, *scales), grad, OrderedDict())
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, float | int | TensorRef)
+
+
+def _sparse(builder: Builder, record: Record, depth: int) -> Any:
+    match record.arguments:
+        case (torch.layout() as layout, tuple(parts)):
+            pass
+        case _:
+            raise Odd(f"calls {record.name} in another way")
+    made = [builder.visit(part, depth).value for part in parts]
+    if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in made):
+        raise Odd(f"calls {record.name} in another way")
+    # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
+    try:
+        if layout == torch.sparse_coo:
+            indices, values, size, *coalesced = made
+            known: dict[str, Any] = {"is_coalesced": bool(coalesced[0])} if coalesced else {}
+            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, **known)
+        compressed, plain, values, size = made
+        return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise Odd(f"has a damaged sparse tensor ({' '.join(str(error).split())[:120]})") from None
+
+
+def _without_numbers(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG001
+    match record.arguments:
+        case (torch.dtype() as dtype, size, stride, bool(grad)) if are_sizes(size) and are_sizes(stride):
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
+    raise Odd(f"calls {record.name} in another way")
+
+
+def _moved(builder: Builder, record: Record, depth: int) -> Any:
+    match record.arguments:
+        case (data, torch.dtype() as dtype, str(), bool(grad)):
+            tensor = builder.inner(data, depth).detach()
+            builder.spend(tensor.numel() * dtype.itemsize)
+            return tensor.to(dtype).requires_grad_(grad)
+    raise Odd(f"calls {record.name} in another way")
+
+
+def _partial(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG001
+    """Only what makes a layer, with numbers and words given in advance.
+
+    No `forward` of torchvision calls what a model keeps to make layers with. Called, it would make a layer.
+    """
+    match record.arguments, record.state:
+        case (Global(name),), (Global(again), (), dict() | None as keywords, None) if name == again:
+            pass
+        case _:
+            raise Odd(f"fills a {record.name} in another way")
+    if name not in module_names():
+        raise Odd(f"calls {record.name} in another way")
+    if not all(_is_word(key) and _is_plain(value) for key, value in (keywords or {}).items()):
+        raise Odd(f"fills a {record.name} in another way")
+    return functools.partial(look_up(name, builder._label), **(keywords or {}))
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float, str, bytes)
+
+
+_PARAMETER = "torch.nn.parameter.Parameter"
+_MAKERS: dict[str, Callable[[Builder, Record, int], Any]] = {
+    _PARAMETER: _parameter,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "torch._utils._rebuild_qtensor": _quantised,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_meta_tensor_no_storage": _without_numbers,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _moved,
+    "functools.partial": _partial,
+}
+_ARRAYS: dict[str, Callable[[Record], Any]] = {
+    "numpy._core.multiarray.scalar": scalar,
+    "numpy._core.multiarray._reconstruct": array,
+    "numpy._core.numeric._frombuffer": array_of_buffer,
+}
+"""Where numpy keeps these depends on its version: `numpy.core` before numpy 2."""

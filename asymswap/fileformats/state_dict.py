@@ -1,0 +1,313 @@
+"""State dicts: found inside of training checkpoints, compared with a model, loaded into it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asymswap.errors import SourceError, near_names
+from asymswap.fileformats.extra_state import is_extra
+
+State = dict[str, Tensor]
+
+NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "model_ema", "network", "params")
+"""Keys under which training scripts store the weights, the likeliest first."""
+
+# What DataParallel and torch.compile put before all keys, and wrappers that stand anywhere in a key.
+_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What holds tensors by name as well, and is no network.
+_NO_NETWORKS = ("optim", "lr_sched", "sched", "scaler", "callback", "loop", "message_hub", "meta", "metric", "rng")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DEEPEST = 4
+_SAVE = "save the state_dict of a model in float32, float16 or bfloat16"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint file holds: a state dict or a whole module, the key under which it was found, and notes.
+
+    `extra` is the extra state of modules that stands in the state dict beside the tensors.
+    """
+
+    value: State | nn.Module
+    key: str = ""
+    notes: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_weights(value: Any, label: str, key: str | None = None) -> Found:
+    """The state dict or module inside of a loaded checkpoint: the likeliest, or that under `key`, a dotted path.
+
+    Where several are inside and no key is given, a note names the others. Raises SourceError where there is none.
+    """
+    inside = value if key is None else _at(value, key)
+    found = list(_candidates(inside, key or "", 0))
+    if not found and key is not None:
+        return _behind(list(_candidates(value, "", 0)), key, label)
+    if found:
+        others = [other.key for other in found[1:] if not _shared(other.value, found[0].value)]
+        note = f"other weights in {label}: {_listed(others)} (--key chooses)"
+        return replace(found[0], notes=(note,) if others else ())
+    if not isinstance(value, Mapping):
+        raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
+    keys = ", ".join(str(name) for name in list(value)[:6]) or "nothing"
+    raise SourceError(f"{label} holds no state_dict: looked under {', '.join(NESTS)}; it holds {keys}")
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a dotted path of nested dicts, whose keys may have dots themselves; None where nothing does."""
+    if not isinstance(value, Mapping):
+        return None
+    names = [name for name in value if isinstance(name, str) and f"{path}.".startswith(f"{name}.")]
+    for name in sorted(names, key=len, reverse=True):
+        found = value[name] if name == path else _at(value[name], path[len(name) + 1 :])
+        if found is not None:
+            return found
+    return None
+
+
+def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
+    """Every state dict and module in nested dicts, the likeliest first."""
+    if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        yield Found(value.module, key)
+    elif isinstance(value, nn.Module):
+        yield Found(value, key)
+    elif isinstance(value, Mapping) and _as_state(value):
+        stripped = strip_prefixes(dict(value))
+        yield Found(_as_state(stripped), key, extra={name: item for name, item in stripped.items() if is_extra(name)})
+    elif isinstance(value, Mapping) and depth < _DEEPEST:
+        names = [name for name in NESTS if name in value]
+        names += [name for name in value if name not in NESTS and isinstance(name, str) and _may_hold_network(name)]
+        for name in names:
+            below = _candidates(value[name], f"{key}.{name}" if key else name, depth + 1)
+            yield from (found for found in below if name in NESTS or _has_kernels(found.value))
+
+
+def _as_state(value: Mapping[Any, Any]) -> State:
+    """The mapping as a state dict, without what modules store beside tensors; empty where it is none.
+
+    Numbers and words may stand beside the weights (`{**state, "epoch": 3}`), and weights may be numpy's arrays.
+    """
+    kept = {name: item for name, item in value.items() if not is_extra(str(name))}
+    tensors = {name: _as_tensor(item) for name, item in kept.items()}
+    state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    others = [item for name, item in kept.items() if tensors[name] is None]
+    weights = not others or any(tensor.ndim >= 2 for tensor in state.values())
+    fits = weights and all(isinstance(name, str) for name in state) and all(map(_is_remark, others))
+    return state if fits else {}
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """A tensor, or a tensor of a numpy array of numbers; None for anything else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    return value if isinstance(value, Tensor) else None
+
+
+def _is_remark(value: Any) -> bool:
+    """Whether this is a number or a text that stands beside weights, as an epoch does."""
+    return value is None or isinstance(value, bool | int | float | str | np.generic)
+
+
+def _may_hold_network(name: str) -> bool:
+    return not name.lower().startswith(_NO_NETWORKS)
+
+
+def _has_kernels(value: State | nn.Module) -> bool:
+    """Whether this can be a network, and not some statistics by name."""
+    return isinstance(value, nn.Module) or any(tensor.ndim >= 2 for tensor in value.values())
+
+
+def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
+    """Whether two finds are one and the same, stored under two names."""
+    if isinstance(one, nn.Module) or isinstance(other, nn.Module):
+        return one is other
+    return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
+
+
+def _behind(found: list[Found], key: str, label: str) -> Found:
+    """The part of a state dict whose keys begin with what a path ends in; raises SourceError where none does."""
+    for one in found:
+        inside = f"{one.key}." if one.key else ""
+        if isinstance(one.value, dict) and key.startswith(inside):
+            prefix = key.removeprefix(inside) + "."
+            part = {name.removeprefix(prefix): t for name, t in one.value.items() if name.startswith(prefix)}
+            if part:
+                return Found(strip_prefixes(part), key)
+    keys = [one.key for one in found if one.key]
+    known = keys + [prefix for one in found for prefix in _prefixes(one)]
+    all_of_them = f"; it has {_listed(known)}" if known else "; it has no keys to choose from"
+    hint = near_names(key, keys) or near_names(key, known) or all_of_them
+    raise SourceError(f"{label} has no state_dict under --key {key!r}{hint}")
+
+
+def _prefixes(found: Found) -> list[str]:
+    """The first parts of a state dict's keys, as paths."""
+    if isinstance(found.value, nn.Module):
+        return []
+    firsts = dict.fromkeys(name.partition(".")[0] for name in found.value if "." in name)
+    return [f"{found.key}.{first}" if found.key else first for first in firsts]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def strip_prefixes(state: State) -> State:
+    """Remove what DataParallel (`module.`), torch.compile (`_orig_mod.`) and FSDP put into every key.
+
+    An `AveragedModel`, as moving averages are kept, is a `module.` too, with a counter `n_averaged` beside it.
+    """
+    unwrapped = {_unwrapped(key): tensor for key, tensor in state.items()}
+    # Where keys would fall together they are no wrappers but names of the network's own.
+    state = unwrapped if len(unwrapped) == len(state) else state
+    while True:
+        keys = [key for key in state if key != "n_averaged"]
+        prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
+        if prefix is None:
+            return state
+        state = {key.removeprefix(prefix): state[key] for key in keys}
+
+
+def _unwrapped(key: str) -> str:
+    for wrapper in _WRAPPERS:
+        key = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", key)
+    return key
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a state dict differs from a model: keys that one of them lacks, and shapes that differ."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __str__(self) -> str:
+        """The first few differences of each sort, for a message."""
+        parts = [
+            f"{name}: {', '.join(keys[:2])}" + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
+            for name, keys in (("missing", self.missing), ("unexpected", self.unexpected))
+            if keys
+        ]
+        parts += [f"{key} is {_text(have)}, the model's {_text(want)}" for key, have, want in self.shapes[:2]]
+        if len(self.shapes) > 2:
+            parts.append(f"{len(self.shapes) - 2} more shapes differ")
+        return "; ".join(parts)
+
+
+def compare(model: nn.Module, state: State) -> Difference:
+    """Compare keys and shapes, extra state aside; counters of batches, which old files lack, may be missing."""
+    own = own_tensors(model)
+    return Difference(
+        missing=tuple(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
+        unexpected=tuple(key for key in state if key not in own),
+        shapes=tuple(
+            (key, tuple(state[key].shape), tuple(tensor.shape))
+            for key, tensor in own.items()
+            if key in state and state[key].shape != tensor.shape
+        ),
+    )
+
+
+def check_numbers(model: nn.Module) -> None:
+    """Raise SourceError where a module has weights that are no numbers to compute with."""
+    for key, tensor in model.state_dict().items():
+        reason = _refuse(tensor, tensor) if isinstance(tensor, Tensor) and not is_extra(key) else None
+        if reason:
+            raise SourceError(f"{key!r} {reason}; {_SAVE}")
+
+
+def own_tensors(model: nn.Module) -> State:
+    """Every parameter and stored buffer of a model by all of its names, in the order of the state dict."""
+    found: State = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {**module._parameters, **module._buffers}
+        stored = ((key, value) for key, value in kept.items() if key not in module._non_persistent_buffers_set)
+        found |= {f"{prefix}.{key}" if prefix else key: value for key, value in stored if value is not None}
+    return found
+
+
+def stored_tensors(model: nn.Module) -> State:
+    """The tensors of a model's state dict, extra state aside; raises SourceError where they could not be loaded again.
+
+    That is so where a hook or a method of the user's own renames entries, leaves some out, or adds what is no tensor.
+    """
+    own = own_tensors(model)
+    state = {key: value for key, value in model.state_dict().items() if not is_extra(key)}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or key not in own:
+            what = "no parameter or buffer" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise SourceError(f"the model's state dict has {key!r}, {what}, which could not be loaded again")
+    lacking = next((name for name in own if name not in state), None)
+    if lacking is not None:
+        raise SourceError(f"the model's state dict leaves out {lacking!r}, so that it could not be loaded again")
+    return state
+
+
+def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
+    """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties.
+
+    With `take` the state's tensors become the model's own instead of being copied, wherever nothing else could notice:
+    for a model and a state that nobody else holds. Raises SourceError, before anything is changed, for tensors that are
+    no weights to compute with.
+    """
+    # Under every name, for a tied tensor has several.
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for key, tensor in state.items():
+        reason = _refuse(tensor, tensors[key])
+        if reason:
+            raise SourceError(f"{key!r} {reason}; {_SAVE}")
+    heirs = defaultdict[int, set[int]](set)
+    for key, tensor in state.items():
+        heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
+    with torch.no_grad():
+        for key, tensor in state.items():
+            own = tensors[key]
+            if take and len(heirs[tensor.untyped_storage().data_ptr()]) == 1 and _can_become(tensor, own):
+                own.data = tensor.detach()
+                continue
+            if own.dtype != tensor.dtype and own.is_floating_point():
+                own.data = torch.empty_like(own, dtype=tensor.dtype)
+            own.copy_(tensor)
+        for key in tensors.keys() - state.keys():
+            # Old files lack these counters, and the model's own memory may be unset.
+            if key.endswith("num_batches_tracked"):
+                tensors[key].zero_()
+
+
+def _can_become(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of a file can take the place of the model's `own`, so that only its numbers are others."""
+    # A part of a larger memory would keep all of it alive, and be written with all of it.
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    alike = tensor.stride() == own.stride() and tensor.device == own.device and own.is_floating_point()
+    return whole and alike and type(tensor) in (Tensor, nn.Parameter)
+
+
+def _refuse(tensor: Tensor, own: Tensor) -> str | None:
+    """Why a tensor of a file cannot become the model's `own`, or None where it can."""
+    if tensor.is_meta:
+        return "is on the meta device and holds no numbers"
+    if tensor.layout is not torch.strided:
+        return f"is sparse ({tensor.layout})"
+    if tensor.is_quantized or (own.is_floating_point() and tensor.dtype not in _FLOATS):
+        return f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

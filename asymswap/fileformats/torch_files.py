@@ -1,0 +1,273 @@
+"""Loading what torch.save or pickle.dump wrote, without running anything of it.
+
+| form | pickle | numbers |
+| --- | --- | --- |
+| torch.save | `data.pkl` in a zip archive | entries `data/KEY` |
+| torch.save's old form | five pickles at the beginning of the file | behind them, in the order of the last pickle |
+| pickle.dump | the file | in the pickle: an old form for each storage, or numpy's bytes |
+
+The pickle is read by `pickle_reader`, what it describes is made by `pickle_objects`.
+Objects of other classes stay records, unless a file names something that runs code: such a file is refused. torch's own
+unpickler is called only where the user says `--trust-pickle`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from asymswap.errors import SourceError
+from asymswap.fileformats.detect import FileKind
+from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, named_in
+from asymswap.fileformats.pickle_parts import MalformedError, Odd, StorageRef
+from asymswap.fileformats.pickle_reader import Reader, old_places, read_old
+from asymswap.fileformats.zip_entries import LARGEST_PICKLE, Entries, opened
+
+_INSTEAD = "save model.state_dict() instead and give it with --arch, or, if you trust the file, use --trust-pickle"
+
+# A file that names another one of these modules or names wants more than to store something, and is not read at all.
+_STORING = {
+    "builtins": ("bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
+                 "slice", "str", "tuple"),
+    "copyreg": ("_reconstructor",),
+    "types": ("SimpleNamespace",),
+    "_codecs": ("encode",),
+}  # fmt: skip
+_STORING_MODULES = ("argparse", "collections", "datetime", "decimal", "fractions", "pathlib", "uuid", "zoneinfo")
+_RUNS_CODE = (
+    "torch.fx.graph_module.", "torch.jit.", "torch.package.", "torch.utils.cpp_extension.", "torch.hub.",
+    "torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a file holds; `unread` names the classes and types of what stayed records.
+
+    `executed`: it was unpickled without restriction, so that code in it ran.
+    """
+
+    value: Any
+    unread: tuple[str, ...] = ()
+    executed: bool = False
+
+
+def load_object(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> Any:
+    """What is in a file, on the CPU, where all of it can be read; see `load`."""
+    loaded = load(file, kind, trust_pickle, label, instead)
+    if loaded.unread:
+        raise refusal(loaded.unread, label, instead)
+    return loaded.value
+
+
+def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> Loaded:
+    """What torch.save or pickle.dump wrote into a file, on the CPU.
+
+    Raises SourceError where the file is damaged, or where it holds what torch.save does not write or what runs code,
+    and the user has not said `--trust-pickle`; `instead` is what it then says to do. With `trust_pickle`, what is not
+    read otherwise is unpickled, and Python code of the file may run.
+    """
+    try:
+        loaded = _read(file, kind, label)
+        if not trust_pickle:
+            running = [name for name in loaded.unread if wants_code(name)]
+            if running:
+                raise refusal(loaded.unread, label, instead)
+        elif loaded.unread:
+            return Loaded(_load_trusting(file, label), executed=True)
+        return loaded
+    except Odd as error:
+        if trust_pickle:
+            return Loaded(_load_trusting(file, label), executed=True)
+        raise SourceError(
+            f"{label} {error}, which torch.save never writes; nothing of it was executed; {instead}"
+        ) from None
+    except MalformedError as error:
+        raise SourceError(f"{label} is cut off or damaged: {error}") from None
+    finally:
+        if not isinstance(file, Path):
+            file.seek(0)
+
+
+def is_plain(file: BinaryIO, label: str) -> bool:
+    """Whether all of a torch.save file of the zip form can be read."""
+    try:
+        return not _read(file, FileKind.TORCH, label).unread
+    except (Odd, MalformedError, SourceError):
+        return False
+    finally:
+        file.seek(0)
+
+
+def refusal(unread: Iterable[str], label: str, instead: str = _INSTEAD) -> SourceError:
+    """The error for a file with classes that are not allowed."""
+    names = sorted(unread)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return SourceError(
+        f"{label} is a pickle that needs {shown}, outside of the allowlist; nothing of it was executed; {instead}"
+    )
+
+
+def wants_code(name: str) -> bool:
+    """Whether a global is of the kind that runs something, rather than stores something."""
+    module, _, attribute = name.rpartition(".")
+    root = module.partition(".")[0]
+    if name.startswith(_RUNS_CODE):
+        return True
+    if root not in sys.stdlib_module_names:
+        return False
+    return attribute not in _STORING.get(module, ()) and root not in _STORING_MODULES
+
+
+def import_from_here() -> None:
+    """Let the working directory count for imports, as with `python -m`, so that a project need not be installed."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
+def read_archive(entries: Entries, label: str, folder: str, scripted: bool = False) -> Loaded:
+    """What `data.pkl` in a folder of an archive describes; raises Odd and MalformedError.
+
+    `scripted`: it is TorchScript's, which names functions of its own.
+    """
+    order = f"{folder}byteorder"
+    if entries.length(order) is not None and entries.read(order) != b"little":
+        raise MalformedError("it was written on a big-endian machine, which cannot be read here")
+    content = entries.pickle(f"{folder}data.pkl")
+    reader = Reader(len(content))
+    root, _ = reader.read(content)
+
+    def check(storage: StorageRef) -> None:
+        held = entries.length(f"{folder}data/{storage.key}")
+        if held is None or held < storage.claimed:
+            raise Odd(
+                f"claims {storage.claimed:,} bytes for the storage {storage.key!r}, of which it holds {held or 0:,}"
+            )
+
+    return _built(root, reader, label, check, lambda s: entries.storage(f"{folder}data/{s.key}", s.claimed), scripted)
+
+
+def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> Loaded:
+    if kind is FileKind.TORCH:
+        with opened(file, verify=False) as entries:
+            roots = {name.partition("/")[0] for name in entries}
+            if len(roots) != 1:
+                raise Odd("is an archive with several roots")
+            return read_archive(entries, label, f"{roots.pop()}/")
+    if not isinstance(file, Path):
+        raise MalformedError(f"it is {kind.value}")
+    with file.open("rb") as stream:
+        if kind is FileKind.PICKLE:
+            content = stream.read()
+            reader = Reader(len(content))
+            root, _ = reader.read(content)
+            return _built(root, reader, label, _no_storage, _no_storage)
+        return _read_old_form(stream, label, file.stat().st_size)
+
+
+def _read_old_form(stream: BinaryIO, label: str, size: int) -> Loaded:
+    for most in (2**20, LARGEST_PICKLE):
+        stream.seek(0)
+        head = stream.read(most)
+        reader = Reader(len(head))
+        try:
+            root, keys, end = read_old(reader, head)
+            break
+        except MalformedError:
+            # Few pickles are longer than the first try.
+            if most == LARGEST_PICKLE or len(head) < most:
+                raise
+
+    def at(start: int, length: int) -> bytes:
+        stream.seek(start)
+        return stream.read(length)
+
+    claimed = sum({s.key: s.claimed for s in reader.storages}.values())
+    if end + claimed > size:
+        raise MalformedError(f"its tensors take {claimed:,} bytes, more than it has")
+    places = old_places(keys, end, reader.storages, at)
+    made: dict[str, torch.UntypedStorage] = {}
+
+    def memory(storage: StorageRef) -> torch.UntypedStorage:
+        if storage.key not in made:
+            start, length = places[storage.key]
+            tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
+            stream.seek(start)
+            if length and stream.readinto(tensor.numpy()) != length:  # type: ignore[attr-defined]
+                raise MalformedError(f"its storage {storage.key!r} is cut off")
+            made[storage.key] = tensor.untyped_storage()
+        return made[storage.key]
+
+    return _built(root, reader, label, lambda _: None, memory)
+
+
+def _no_storage(storage: StorageRef) -> Any:
+    raise Odd(f"asks for the storage {storage.key!r}, which no pickle by itself holds")
+
+
+def _built(
+    root: Any,
+    reader: Reader,
+    label: str,
+    check: Callable[[StorageRef], None],
+    memory: Callable[[StorageRef], torch.UntypedStorage],
+    scripted: bool = False,
+) -> Loaded:
+    """What a pickle describes, after every storage in it was checked."""
+    for storage in reader.storages:
+        check(storage)
+    held = sum({s.key: s.claimed for s in reader.storages}.values())
+    names = named_in(root) if COMPILED in reader.names else reader.names
+    unread = {name for name in names if not is_allowed(name)}
+    if any(map(wants_code, unread)) and not scripted:
+        return Loaded(None, tuple(sorted(unread)))
+    inside: dict[str, torch.UntypedStorage] = {}
+
+    def found(storage: StorageRef) -> torch.UntypedStorage:
+        if storage.data is None:
+            return memory(storage)
+        if storage.key not in inside:
+            inside[storage.key] = torch.frombuffer(bytearray(storage.data), dtype=torch.uint8).untyped_storage()
+        return inside[storage.key]
+
+    builder = Builder(found, held + reader.nested_bytes, label, bool(unread))
+    try:
+        with warnings.catch_warnings():
+            # torch's own, of quantised and of sparse tensors.
+            warnings.simplefilter("ignore")
+            value = builder.build(root)
+    except (Odd, MalformedError, SourceError, MemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        # What torch and numpy say of arguments that have the right form and the wrong values.
+        raise MalformedError(" ".join(str(error).split())[:160] or type(error).__name__) from None
+    return Loaded(value, tuple(sorted(unread | builder.unread)))
+
+
+def _load_trusting(file: Path | BinaryIO, label: str) -> Any:
+    """Unpickle without restriction: any code may run, and may fail."""
+    import_from_here()
+    try:
+        with warnings.catch_warnings():
+            # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise SourceError(
+            f"{label} needs code that cannot be imported here: {_last_words(error)}; run asymswap in its project"
+        ) from error
+    except Exception as error:
+        raise SourceError(
+            f"{label} cannot be unpickled: {_last_words(error)}; code in it may have been executed (--trust-pickle)"
+        ) from error
+
+
+def _last_words(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,250 @@
+"""Replacements back into ordinary convs, each computing what it computed, and batch norms back where they were.
+
+Conversions are undone from the last to the first: what a later one has changed inside of an earlier one's replacement
+comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from asymswap import replacements
+from asymswap.graph.sites import read_conv
+from asymswap.graph.surgery import give_back_, swap
+from asymswap.graph.trace import conv_input, read_structure
+from asymswap.planning.apply import apply_structure
+from asymswap.results.fuse import FusionRow
+from asymswap.types import ConvSpec, Plan, Progress, Swap, silent
+from asymswap.utils.inputs import Inputs
+from asymswap.utils.tensors import additions, eval_mode, meta_copy
+
+_WEAKEST = 1e-2
+"""A batch norm's channel that scales by no more than this share of the average one's scale is not divided by."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A model whose replacements have been fused, the plans of what is left, and what was done."""
+
+    model: nn.Module
+    plans: tuple[Plan, ...]
+    sites: tuple[FusionRow, ...]
+
+    @property
+    def as_before(self) -> bool:
+        """Whether the model has the structure of the original again."""
+        return not any(plan.swaps for plan in self.plans)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which replacements to fuse beside those that fuse exactly and grow no cost by it.
+
+    `separable`: pairs and crosses as well, whose one conv costs more. `max_offset`: predicted offsets that stay below
+    so many pixels on `inputs` are left out.
+    """
+
+    separable: bool = False
+    max_offset: float | None = None
+    inputs: Inputs | None = None
+
+
+def fuse_model(
+    model: nn.Module,
+    original: nn.Module,
+    plans: Sequence[Plan],
+    wanted: Wanted,
+    progress: Progress = silent,
+) -> Fused:
+    """Fuse what can be fused in a copy of the converted `model`, in eval mode.
+
+    `original` is the unconverted model, of any weights: only its structure counts.
+    """
+    structures = [meta_copy(original)]
+    for plan in plans:
+        structures.append(apply_structure(structures[-1], plan))
+    offsets = _largest_offsets(model, plans, wanted)
+    sites: list[FusionRow] = []
+    left: list[Plan] = []
+    total = sum(len(plan.swaps) for plan in plans)
+    for plan, before in reversed(list(zip(plans, structures, strict=False))):
+        norms = {site.name: site.norm_behind for site in read_structure(before)}
+        later = [entry.site for other in left for entry in other.swaps]
+        results = []
+        for entry in plan.swaps:
+            if any(name.startswith(f"{entry.site}.") for name in later):
+                results.append(_leave(entry, "a later conversion has changed its insides"))
+            else:
+                here = _Here(model, before, norms[entry.site], offsets.get(entry.site))
+                results.append(_fuse_site(entry, here, wanted))
+            progress("fusing", len(sites) + len(results), total)
+        model = swap(model, {name: new for result in results for name, new in result.modules.items()})
+        sites = [result.site for result in results] + sites
+        left.insert(0, replace(plan, swaps=tuple(result.stays for result in results if result.stays is not None)))
+    return Fused(model.eval(), tuple(plan for plan in left if plan.swaps), tuple(sites))
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Where a replacement stands: the model, its structure before the swap, the batch norm that alone reads the conv,
+    and the largest offset that was predicted."""
+
+    model: nn.Module
+    before: nn.Module
+    norm: str | None
+    largest_offset: float | None
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What became of one replacement, the modules to put in, and the swap that stays in the plan."""
+
+    site: FusionRow
+    modules: Mapping[str, nn.Module]
+    stays: Swap | None
+
+
+def _leave(entry: Swap, reason: str) -> _Result:
+    return _Result(FusionRow(entry.site, entry.kind, "left", reason), {}, entry)
+
+
+def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
+    kind, settings = replacements.load(entry.kind), replacements.parse_settings(entry.kind, entry.settings)
+    module = here.model.get_submodule(entry.site)
+    if isinstance(module, nn.Conv2d):
+        return _leave(entry, "it is one conv already")
+    if not type(settings).model_fields["allow_growth"].default and not wanted.separable:
+        return _leave(entry, "one conv would cost more; --separable fuses it nevertheless")
+    conv = read_conv(cast(nn.Conv2d, here.before.get_submodule(entry.site)))
+    changed = _changed(module, kind.build(conv, settings))
+    if changed is not None:
+        return _leave(entry, changed)
+    fused, reason = kind.fuse(module, conv, settings), ""
+    offset = here.largest_offset
+    if (
+        fused is None
+        and isinstance(kind, replacements.Sampling)
+        and offset is not None
+        and wanted.max_offset is not None
+    ):
+        if offset > wanted.max_offset:
+            return _leave(entry, f"it predicts offsets of up to {offset:.3g} pixels")
+        fused, reason = kind.without_offsets(module, conv), f"offsets of at most {offset:.3g} pixels were left out"
+    if fused is None:
+        more = "; --max-offset leaves small offsets out" if isinstance(kind, replacements.Sampling) else ""
+        return _leave(entry, f"no ordinary conv computes the same{more}")
+    modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
+    if entry.absorbs is not None:
+        changed = _changed(here.model.get_submodule(entry.absorbs), nn.Identity())
+        if changed is not None:
+            return _leave(entry, f"the batch norm's place has changed: {changed}")
+        absorbed = cast(nn.BatchNorm2d, here.before.get_submodule(entry.absorbs))
+        modules[entry.absorbs] = _put_back(fused, conv, absorbed, module)
+    elif fused.bias is not None and not conv.bias and here.norm is not None:
+        norm = here.model.get_submodule(here.norm)
+        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+            modules[here.norm] = _take_bias(fused, norm)
+    # The network that was rebuilt has weights of the usual dtype, whatever those of the checkpoint are.
+    if replace(read_conv(fused), dtype=conv.dtype) == conv:
+        return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
+    return _resized(entry, fused, conv, modules)
+
+
+def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
+    """What was added to a replacement or to a part of it, which one conv would drop; None where nothing was."""
+    untouched = dict(fresh.named_modules())
+    for name, part in module.named_modules():
+        own = untouched.get(name)
+        if own is None or type(part) is not type(own):
+            return f"its {name or 'class'} was replaced by a {type(part).__name__}"
+        added = additions(part, own)
+        if added is not None:
+            return f"it {added}" if not name else f"its {name} {added}"
+    return None
+
+
+def _resized(entry: Swap, fused: nn.Conv2d, conv: ConvSpec, modules: Mapping[str, nn.Module]) -> _Result:
+    """One conv that is not of the original's form, as a swap of its own."""
+    now = read_conv(fused)
+    padding = now.padding if isinstance(now.padding, str) else list(now.padding)
+    fields = {"kernel": list(now.kernel), "dilation": list(now.dilation), "padding": padding}
+    bias = {"bias": True} if now.bias and not conv.bias else {}
+    stays = Swap(entry.site, "resized", {**fields, **bias}, f"fused from {entry.kind}")
+    what = f"one {now.describe()}" + (" with a bias" if bias else "")
+    return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
+
+
+def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) -> dict[str, float]:
+    """The largest offset that each predictor gives on the images, in pixels."""
+    if wanted.max_offset is None or wanted.inputs is None:
+        return {}
+    found: dict[str, float] = {}
+    handles = []
+    for entry in (entry for plan in plans for entry in plan.swaps):
+        kind = replacements.load(entry.kind)
+        if isinstance(kind, replacements.Sampling):
+
+            def see(
+                module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: replacements.Sampling = kind
+            ) -> None:
+                largest = kind.largest_offset(module, conv_input(args, kwargs))
+                found[name] = max(found.get(name, 0.0), largest)
+
+            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(*wanted.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _take_bias(fused: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A copy of the batch norm that takes the conv's bias into its mean; the conv loses it, in place."""
+    own = cast(nn.BatchNorm2d, swap(norm, {}))
+    with torch.no_grad():
+        cast(Tensor, own.running_mean).sub_(cast(Tensor, fused.bias))
+    fused.register_parameter("bias", None)
+    return own
+
+
+def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.Module) -> nn.BatchNorm2d:
+    """The batch norm behind a fused conv, in place of the bias that it has folded in; scales the conv, in place.
+
+    The batch norm keeps the weight and the variance of the block's square branch, so that what is trained on goes on
+    from the scale that it had; channels whose weight is next to nothing get a weight that does nothing instead.
+    """
+    own = next(part for part in block.modules() if isinstance(part, nn.BatchNorm2d))
+    norm = nn.BatchNorm2d(
+        like.num_features, own.eps, own.momentum, like.affine, device=fused.weight.device, dtype=own.weight.dtype
+    )
+    with torch.no_grad():
+        deviation_O = (cast(Tensor, own.running_var).double() + own.eps).sqrt()
+        weight_O = own.weight.double() if like.affine else torch.ones_like(deviation_O)
+        if like.affine:
+            own_O = (weight_O / deviation_O).abs()
+            # Not above, rather than below: where all are zero, none is below their average.
+            weak_O = own_O <= _WEAKEST * own_O.mean()
+            weight_O = torch.where(weak_O, deviation_O, weight_O)
+        scale_O = weight_O / deviation_O
+        bias_O = own.bias.double() if like.affine else torch.zeros_like(scale_O)
+        wanted_O = cast(Tensor, fused.bias).double()
+        fused.weight.copy_(fused.weight.double() / scale_O[:, None, None, None])
+        if conv.bias:
+            cast(Tensor, fused.bias).zero_()
+        else:
+            fused.register_parameter("bias", None)
+        cast(Tensor, norm.running_var).copy_(cast(Tensor, own.running_var))
+        cast(Tensor, norm.running_mean).copy_((bias_O - wanted_O) / scale_O)
+        cast(Tensor, norm.num_batches_tracked).copy_(cast(Tensor, own.num_batches_tracked))
+        if like.affine:
+            norm.weight.copy_(weight_O)
+            norm.bias.copy_(bias_O)
+    norm.requires_grad_(any(parameter.requires_grad for parameter in own.parameters()))
+    return norm.train(own.training)

@@ -1,0 +1,38 @@
+"""What an export wrote, and how it was checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asymswap.results.convert import FileRow
+
+
+@dataclass(frozen=True)
+class Check:
+    """One run of the written file beside PyTorch: the sizes of its inputs, and the largest difference of an output.
+
+    `allowed` is that difference up to which the two count as the same: 1e-4 of the largest output, and at least 1e-4.
+    """
+
+    inputs: str
+    largest: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An exported model: `form` is `onnx`, `pt2` or `state-dict`, `runner` what ran it for the checks.
+
+    `fused` is how many replacements were fused before, `dynamic` what of its inputs may have any size.
+    """
+
+    model: str
+    form: str
+    runner: str
+    fused: int
+    checks: tuple[Check, ...]
+    dynamic: tuple[str, ...] = ()
+    opset: int | None = None
+    files: tuple[FileRow, ...] = ()
+    versions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

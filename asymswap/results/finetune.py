@@ -1,0 +1,85 @@
+"""What a training run did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asymswap.results.convert import FileRow
+from asymswap.types import Fed
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Everything that a training run has to say.
+
+    `before`, `best` and `last` are scores on the validation images: of the weights that it began with, of those that
+    were kept, and of the last epoch; None where nothing was validated. `total` and `trained` count parameters;
+    `settings` is what makes the run what it is.
+    """
+
+    model: str
+    data: str
+    validation: str | None
+    classes: tuple[str, ...]
+    settings: Mapping[str, Any]
+    teacher: str | None
+    epochs: int
+    steps: int
+    best_epoch: int
+    before: Scores | None
+    best: Scores | None
+    last: Scores | None
+    trained: int
+    total: int
+    device: str
+    files: tuple[FileRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The mean loss on some images, and the fraction of them whose highest score is their class's."""
+
+    loss: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Outset:
+    """A run before its next step: how long it is, how much of it is done, and how good the weights were at first."""
+
+    epochs: int
+    steps: int
+    done: int
+    before: Scores | None
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One step: its number from one on, in which epoch, and how the images of the epoch went until now."""
+
+    epoch: int
+    step: int
+    train: Scores
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One epoch, from one on; `skipped` counts images that could not be read, `best` says whether it is so far."""
+
+    epoch: int
+    step: int
+    train: Scores
+    validation: Scores | None
+    best: bool
+    lr: float
+    images_per_second: float
+    seconds: float
+    skipped: int = 0

@@ -1,0 +1,53 @@
+"""Where the taps of offset convs have moved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from asymswap.types import Fed, Size
+
+STILL = 0.05
+"""Pixels below which a tap counts as having stayed where it was."""
+
+
+Offset = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class OffsetRow:
+    """The offsets of one layer, (down, right) in pixels of its input, for each tap row by row.
+
+    `mean` and `spread` (the standard deviation) are over all pixels and images, where the input tells the offsets;
+    `largest` is the longest single offset, `limit` how far a tap may go along an axis, None where nothing bounds it.
+    """
+
+    site: str
+    kind: str
+    kernel: Size
+    dilation: Size
+    mean: tuple[Offset, ...]
+    spread: tuple[Offset, ...]
+    largest: float
+    limit: float | None = None
+
+    @property
+    def average(self) -> float:
+        """How far the taps are from their places on average: the mean length of the mean offsets."""
+        return sum(math.hypot(*offset) for offset in self.mean) / len(self.mean)
+
+    @property
+    def still(self) -> bool:
+        """Whether no tap has gone anywhere."""
+        return self.largest < STILL
+
+
+@dataclass(frozen=True)
+class OffsetReport:
+    """The layers of one model whose taps can move, and on what their inputs were made."""
+
+    model: str
+    rows: tuple[OffsetRow, ...]
+    probe: str
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,437 @@
+"""The training loop, on accelerate: one process's part of it.
+
+Every number that is drawn is a function of the seed and of the place in the run (`asymswap.utils.randomness`), the
+learning rate one of the step. So the weights, the optimizer's state and a few counters are all that the next step
+depends on, and a run that is resumed from them is the run that it would have been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from asymswap.checkpoint import read_checkpoint
+from asymswap.data.augmentation import Mixing, training_transform
+from asymswap.data.batches import Batch, Reader, Schedule, TrainingImages
+from asymswap.data.predict import placement, predict
+from asymswap.data.splits import Parts
+from asymswap.errors import AsymswapError
+from asymswap.results.finetune import EpochRow, Outset, Scores, StepRow
+from asymswap.training.callbacks import Watcher
+from asymswap.training.config import Training, check_same
+from asymswap.training.distillation import Objective
+from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
+from asymswap.training.run_folder import RunFolder
+from asymswap.training.sync_batch_norm import share_statistics
+from asymswap.utils.distributed import Team
+from asymswap.utils.randomness import kept, seed_
+from asymswap.utils.tensors import first_not_finite, map_tensors
+
+_LOOK_ON_GPU = 10
+"""Every so many steps the loss is fetched from a device that runs ahead otherwise."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: epochs and steps done, those within the epoch and what they came to, and the best so far."""
+
+    epoch: int = 0
+    step: int = 0
+    within: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    seen: float = 0.0
+    skipped: int = 0
+    skipped_in_all: int = 0
+    before: Scores | None = None
+    best: Scores | None = None
+    best_epoch: int = 0
+    last: Scores | None = None
+    stale: int = 0
+    done: bool = False
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Progress:
+        """What `asdict` has made of one."""
+        scores = {key: None if plain[key] is None else Scores(**plain[key]) for key in ("before", "best", "last")}
+        return cls(**{**plain, **scores})
+
+    def scores(self) -> Scores:
+        """How the images of this epoch went until now."""
+        return Scores(self.loss / max(1.0, self.seen), self.correct / max(1.0, self.seen))
+
+    def start_epoch(self) -> None:
+        """Begin to count anew."""
+        self.within, self.loss, self.correct, self.seen, self.skipped = 0, 0.0, 0.0, 0.0, 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do: the model (changed in place), the images, the settings, and who is told.
+
+    `replacements` are the names of its new layers; `identity` is what a resumed run must share; `write` puts an
+    asymswap checkpoint of a model's weights into a file.
+    """
+
+    model: nn.Module
+    parts: Parts
+    settings: Training
+    presets: Sequence[str]
+    objective: Objective
+    replacements: Sequence[str]
+    identity: Mapping[str, Any]
+    team: Team
+    folder: RunFolder | None
+    watcher: Watcher
+    write: Callable[[Path, nn.Module, Progress], None]
+    classes: int = field(default=0)
+
+
+class Trainer:
+    """A run: `run` does all of it, or what is left."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.settings, self.team = work, work.settings, work.team
+        self.accelerator = make_accelerator(self.settings, self.team)
+        self.progress = Progress()
+        self.best: Mapping[str, Tensor] | None = None
+        device = self.accelerator.device
+        raw = work.model.to(device)
+        if self.settings.channels_last:
+            raw = raw.to(memory_format=torch.channels_last)
+        choose_trained_(raw, self.settings.train, work.replacements)
+        if self.team.size > 1 and self.settings.sync_bn:
+            raw = share_statistics(raw, device)
+        self.raw = raw
+        self._still = frozen_norms(raw, self.settings, work.replacements)
+        self.average = None
+        if self.settings.ema is not None:
+            self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
+        self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, self.settings))
+        if work.objective.teacher is not None:
+            work.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
+        self.mix = Mixing(work.presets, work.classes)
+        self._prepare_data()
+        self._dtype = placement(raw)[1]
+        self._pending = torch.zeros(3, device=device)
+        self._look_every = 1 if device.type == "cpu" else _LOOK_ON_GPU
+
+    def _prepare_data(self) -> None:
+        train, settings = self.work.parts.train, self.settings
+        assert train.pictures is not None
+        assert train.preprocessing is not None
+        transform = training_transform(train.preprocessing, self.work.presets)
+        images = TrainingImages(train.pictures, transform, settings.seed, settings.strict)
+        schedule = Schedule(len(images), settings.batch_size, settings.accumulate, self.team, settings.seed)
+        self.reader = Reader(images, schedule, settings.workers or 0)
+        epochs, steps = settings.length
+        self.steps = steps if steps is not None else int(epochs or 0) * schedule.steps
+        self.epochs = -(-self.steps // schedule.steps)
+
+    @property
+    def kept_model(self) -> nn.Module:
+        """The model whose weights are validated and kept."""
+        return self.raw if self.average is None else self.average.module
+
+    def run(self, resume: bool) -> Progress:
+        """Train, from the folder's state on where that is wanted; afterwards `best` are the weights to keep.
+
+        Raises AsymswapError where the loss is not a number any more, memory does not suffice, or nothing can be saved.
+        """
+        with kept(), _same_kernels(self.settings.deterministic):
+            if resume:
+                self._restore()
+            self._open_folder()
+            if self.progress.before is None:
+                self.progress.before = self._validate(self.raw)
+            self.work.watcher.begin(Outset(self.epochs, self.steps, self.progress.step, self.progress.before))
+            try:
+                while not self.progress.done:
+                    self._epoch()
+            except (RuntimeError, MemoryError, ValueError) as error:
+                understood = self._understood(error)
+                if understood is None:
+                    raise
+                raise understood from error
+            if self.work.folder is not None and self.team.leads:
+                self.work.folder.close()
+        return self.progress
+
+    def _open_folder(self) -> None:
+        folder = self.work.folder
+        if folder is not None:
+            # All wait for the first: the others would else begin to train for a run that cannot be written.
+            self.team.first(lambda: folder.begin(self.progress.step, self.work.identity))
+
+    def _epoch(self) -> None:
+        """What is left of one epoch, then its validation and savings."""
+        progress, settings = self.progress, self.settings
+        start, here = time.perf_counter(), 0
+        end = min(self.reader.schedule.steps, progress.within + self.steps - progress.step)
+        rate = 0.0
+        self._set_modes()
+        with closing(self.reader.read(progress.epoch, progress.within)) as batches:
+            while progress.within < end:
+                group = [next(batches) for _ in range(settings.accumulate)]
+                size = self.reader.schedule.size(progress.within)
+                rate = self._step(group, size)
+                progress.step, progress.within, here = progress.step + 1, progress.within + 1, here + size
+                self._after_step(rate, here / (time.perf_counter() - start), last=progress.within == end)
+        seconds = time.perf_counter() - start
+        self._end_epoch(rate, here / seconds if seconds else 0.0, seconds)
+
+    def _after_step(self, rate: float, speed: float, last: bool) -> None:
+        """Look at the loss, tell it, and save, each where it is due; an epoch's last step is saved with its end."""
+        progress, every = self.progress, self.settings.save_every
+        due = every is not None and progress.step % every == 0
+        if due or last or progress.step % self._look_every == 0:
+            self._look()
+            self._tell(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
+        if due and not last:
+            self._check_weights()
+            self._save()
+
+    def _end_epoch(self, rate: float, speed: float, seconds: float) -> None:
+        progress = self.progress
+        self._check_weights()
+        validation = self._validate(self.kept_model)
+        better = validation is None or progress.best is None or _beats(validation, progress.best)
+        progress.last = validation
+        progress.skipped_in_all += progress.skipped
+        progress.stale = 0 if better else progress.stale + 1
+        progress.epoch += 1
+        if better:
+            progress.best, progress.best_epoch = validation, progress.epoch
+        row = EpochRow(
+            progress.epoch,
+            progress.step,
+            progress.scores(),
+            validation,
+            better and validation is not None,
+            rate,
+            speed,
+            seconds,
+            progress.skipped,
+        )
+        patience = self.settings.patience
+        progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
+        progress.start_epoch()
+        self._tell(row)
+        if better:
+            self.best = map_tensors(dict(self.kept_model.state_dict()), lambda tensor: tensor.detach().cpu().clone())
+        self._save(better)
+
+    def _set_modes(self) -> None:
+        self.runner.train()
+        for norm in self._still:
+            norm.eval()
+
+    def _step(self, group: Sequence[Batch], size: int) -> float:
+        """Forward and backward passes of one step of `size` images over all processes; returns the learning rate."""
+        settings, progress = self.settings, self.progress
+        seed_(settings.seed, "step", progress.step, self.team.rank)
+        rate = set_rate_(self.optimizer, rate_at(progress.step, self.steps, settings))
+        for number, batch in enumerate(group, start=1):
+            alone = nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner)
+            with alone:
+                self._learn(batch, size)
+        if settings.clip is not None:
+            self.accelerator.clip_grad_norm_(self.raw.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.raw)
+        return rate
+
+    def _learn(self, batch: Batch, size: int) -> None:
+        device = self.accelerator.device
+        images = batch.images.to(device, self._dtype, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        images, targets = self.mix(images, labels)
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            loss, scores = self.work.objective.loss(self.raw, self.runner, images, targets)
+        # Processes' gradients are averaged: this makes of them that of the mean over all images of the step.
+        self.accelerator.backward(loss * self.team.size / size)
+        right = (scores.detach().argmax(1) == labels).sum()
+        counts = (loss.detach().float(), right.float(), torch.tensor(float(len(labels)), device=device))
+        self._pending += torch.stack(counts)
+        self.progress.skipped += batch.skipped
+
+    def _look(self) -> None:
+        """Add up what all processes have seen since the last look; raises AsymswapError where that is no number."""
+        loss, correct, seen = self.team.sum(self._pending.double().cpu()).tolist()
+        self._pending.zero_()
+        progress = self.progress
+        progress.loss, progress.correct, progress.seen = (
+            progress.loss + loss,
+            progress.correct + correct,
+            progress.seen + seen,
+        )
+        if not math.isfinite(progress.loss):
+            raise self._diverged(f"the loss is {loss:g} at step {progress.step}")
+
+    def _check_weights(self) -> None:
+        found = first_not_finite(self.raw)
+        if found is not None:
+            raise self._diverged(f"{found[0]!r} holds {found[1]} after step {self.progress.step}")
+
+    def _diverged(self, what: str) -> AsymswapError:
+        folder = self.work.folder
+        good = "" if folder is None or not folder.last.exists() else f"; the last good checkpoint is {folder.last}"
+        advice = "a smaller --lr, --clip 1 or a longer --warmup"
+        if self.settings.precision == "fp16":
+            advice += ", or --precision bf16"
+        return AsymswapError(
+            f"{what} (epoch {self.progress.epoch + 1}, --lr {self.settings.base_lr:g}): stopped{good}; try {advice}"
+        )
+
+    def _understood(self, error: Exception) -> AsymswapError | None:
+        """An error of torch in the user's words, where it is one that they can do something about."""
+        text, settings = str(error), self.settings
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+            half = max(1, settings.batch_size // 2)
+            return AsymswapError(
+                f"not enough memory for --batch-size {settings.batch_size}; --batch-size {half} --accumulate "
+                f"{2 * settings.accumulate} gives the same step in less"
+            )
+        if "more than 1 value per channel" in text:
+            return AsymswapError(
+                f"a batch norm got a single image: {len(self.work.parts.train)} images at --batch-size "
+                f"{settings.batch_size} leave batches that are too small; give a larger --batch-size"
+            )
+        if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
+            return AsymswapError(
+                "another process of the run has died, and without it none goes on; --resume does, and torchrun "
+                "--max-restarts 3 by itself"
+            )
+        return None
+
+    def _validate(self, model: nn.Module) -> Scores | None:
+        data = self.work.parts.validation
+        if data is None:
+            return None
+        found = predict(
+            model,
+            data,
+            batch_size=2 * self.settings.batch_size,
+            workers=self.settings.workers or 0,
+            strict=self.settings.strict,
+            team=self.team,
+            context=self.accelerator.autocast,
+        )
+        right = float((found.guesses == found.labels).sum())
+        sums = torch.tensor([float(found.losses.sum()), right, float(len(found))], dtype=torch.float64)
+        loss, correct, seen = self.team.sum(sums).tolist()
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss:g} at step {self.progress.step}")
+        return Scores(loss / max(1.0, seen), correct / max(1.0, seen))
+
+    def _tell(self, row: StepRow | EpochRow) -> None:
+        if not self.team.leads:
+            return
+        if self.work.folder is not None:
+            self.work.folder.tell(row)
+        if isinstance(row, EpochRow):
+            self.work.watcher.epoch(row)
+        else:
+            self.work.watcher.step(row)
+
+    def _save(self, better: bool = False) -> None:
+        """Save what the next step depends on; at the end of an epoch the checkpoints too, and before it."""
+        folder, progress = self.work.folder, self.progress
+        if folder is None:
+            return
+
+        def write() -> None:
+            if progress.within == 0:
+                if better:
+                    self.work.write(folder.best, self.kept_model, progress)
+                self.work.write(folder.last, self.kept_model, progress)
+            folder.save_state(self._state())
+
+        self.team.first(write)
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "identity": dict(self.work.identity),
+            "progress": asdict(self.progress),
+            "model": self.raw.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def _restore(self) -> None:
+        """Continue where the folder's state is, if there is one."""
+        folder = self.work.folder
+        found = None if folder is None else self.team.first(folder.read_state)
+        if folder is None or found is None:
+            return
+        check_same(dict(self.work.identity), found["identity"], folder.folder)
+        self.raw.load_state_dict(found["model"])
+        if self.average is not None:
+            self.average.load_state_dict(found["average"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(found["scaler"])
+        self.progress = Progress.from_plain(found["progress"])
+        if self.progress.best_epoch:
+            best = self.team.first(lambda: read_checkpoint(folder.best))
+            self.best = {**best.state, **best.extra}
+
+
+def make_accelerator(settings: Training, team: Team) -> Any:
+    """accelerate's Accelerator of the settings; raises AsymswapError for a precision that the device does not have."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # One process may train several times, and accelerate keeps the first run's precision for good.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    precision = "no" if settings.precision == "fp32" else settings.precision
+    # Several processes without GPUs would each train by itself if accelerate were not told that this is meant.
+    cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise AsymswapError(
+            f"--precision {settings.precision} cannot be had here ({reason}); try bf16 or fp32"
+        ) from None
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in fp32 without a word.
+        raise AsymswapError("--precision fp16 needs a GPU; use bf16 or fp32")
+    if accelerator.num_processes != team.size:
+        raise AsymswapError(
+            f"{accelerator.num_processes} processes were started and {team.size} of them train together; call finetune "
+            "with the team of asymswap.utils.distributed.joined()"
+        )
+    return accelerator
+
+
+@contextmanager
+def _same_kernels(wanted: bool) -> Iterator[None]:
+    """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run, on as many threads."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    if wanted:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+def _beats(one: Scores, other: Scores) -> bool:
+    """Whether more images are right, or as many at a smaller loss."""
+    return (one.top1, -one.loss) > (other.top1, -other.loss)

@@ -1,0 +1,76 @@
+"""What a network's forward takes: images, lists of images, pairs of images or clips, made up or put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymswap.types import Preprocessing
+from asymswap.utils.tensors import list_tensors, map_tensors, seeded
+
+Inputs = tuple[Any, ...]
+"""The positional arguments of one forward pass."""
+
+PORTION = 3 * 224 * 224
+"""Numbers in the inputs of one forward pass where that can be chosen: an image of the usual size, many small ones."""
+
+
+def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:
+    """One input of the right sizes and dtype on the meta device: enough to trace and to count."""
+    return _make(preprocessing, 1, lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, seed: int = 0) -> Inputs:
+    """Random inputs, the same for a seed: normal with mean 0 and deviation 1, as normalised images nearly are.
+
+    Networks that take lists of images normalise by themselves: theirs are uniform between 0 and 1.
+    """
+    generator = seeded(seed)
+    draw = torch.rand if preprocessing.form == "image-list" else torch.randn
+    return _make(preprocessing, images, lambda *shape: draw(*shape, generator=generator).to(dtype))
+
+
+def with_values(inputs: Inputs) -> Inputs:
+    """The same inputs with random numbers between 0 and 1, always the same, in the tensors that hold none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor
+
+    filled: Inputs = map_tensors(inputs, fill)
+    return filled
+
+
+def portions(inputs: Inputs) -> Iterator[Inputs]:
+    """The same inputs in order, as few at a time as hold PORTION numbers, and at least one.
+
+    For feature maps are what a small network takes most memory for.
+    """
+    count = len(inputs[0])
+    each = sum(tensor.numel() for tensor in list_tensors(inputs)) // count
+    step = max(1, PORTION // max(1, each))
+    for start in range(0, count, step):
+        yield tuple(argument[start : start + step] for argument in inputs)
+
+
+def sizes(inputs: Inputs) -> str:
+    """The inputs' sizes: `1x3x224x224`, several with commas between."""
+    return ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
+
+
+def describe(inputs: Inputs) -> str:
+    """The inputs for a message: `an input of 1x3x224x224`."""
+    return f"an input of {sizes(inputs)}"
+
+
+def _make(preprocessing: Preprocessing, count: int, make: Callable[..., Tensor]) -> Inputs:
+    channels, size = preprocessing.channels, preprocessing.size
+    if preprocessing.form == "image-list":
+        return ([make(channels, *size) for _ in range(count)],)
+    if preprocessing.form == "image-pair":
+        return make(count, channels, *size), make(count, channels, *size)
+    frames = (preprocessing.frames,) if preprocessing.form == "clips" else ()
+    return (make(count, channels, *frames, *size),)

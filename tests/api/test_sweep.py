@@ -1,0 +1,160 @@
+"""Sweeps: the same figures as single conversions, one look at the images, and going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import asymswap
+from asymswap.api import sweep as sweep_module
+from asymswap.cli.commands import command
+from asymswap.cli.sweep import parse_fractions
+from asymswap.results.sweep import Tradeoff, from_json, to_json
+
+CALIBRATION = asymswap.Calibration("digits", images=64)
+
+
+def run(budgets: list[float], **options: Any) -> Tradeoff:
+    return asymswap.sweep("digits-resnet", ["half-macs"], "digits", budgets=budgets, **options)
+
+
+def test_each_point_is_what_a_conversion_of_its_own_gives() -> None:
+    found = run([0.5, 0.3], calibration=CALIBRATION)
+    assert [point.budget for point in found.points] == [0.5, 0.3]
+    for point in found.points:
+        overrides = {"budget.macs": point.budget}
+        alone = asymswap.convert(
+            "digits-resnet", "half-macs", overrides=overrides, calibration=CALIBRATION, evaluate="digits"
+        ).report
+        assert alone.accuracy is not None
+        assert (point.cost, point.accuracy) == (alone.after, alone.accuracy.after)
+        assert point.swapped == len(alone.swapped)
+        assert (found.before, found.accuracy) == (alone.before, alone.accuracy.before)
+
+
+def test_the_images_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    real = sweep_module.gather_evidence
+    monkeypatch.setattr(sweep_module, "gather_evidence", lambda *args: looks.append(1) or real(*args))
+    found = asymswap.sweep(
+        "digits-resnet", ["half-macs", "3x3-only"], "digits", budgets=[0.6, 0.4], calibration=CALIBRATION
+    )
+    assert len(found.points) == 4
+    assert len(looks) == 1
+
+
+def test_a_sweep_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run([0.6, 0.4])
+    seen: list[Tradeoff] = []
+
+    class StopError(Exception):
+        pass
+
+    def stop(so_far: Tradeoff) -> None:
+        seen.append(so_far)
+        raise StopError
+
+    with pytest.raises(StopError):
+        run([0.6, 0.4], on_point=stop)
+    converted = []
+    real = sweep_module.apply_plan
+    monkeypatch.setattr(sweep_module, "apply_plan", lambda *args: converted.append(1) or real(*args))
+    resumed = run([0.6, 0.4], known=seen[0])
+    assert len(converted) == 1
+
+    def figures(sweep: Tradeoff) -> list[Any]:
+        return [(point.budget, point.cost, point.accuracy) for point in sweep.points]
+
+    assert figures(resumed) == figures(whole)
+
+
+def test_a_sweep_of_another_setting_is_not_gone_on_with() -> None:
+    found = run([0.6])
+    with pytest.raises(asymswap.AsymswapError, match=r"is of another setting \(calibration\); start anew"):
+        run([0.5], known=found, calibration=CALIBRATION)
+    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(measure\)"):
+        run([0.5], known=found, measure="params")
+    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(input\)"):
+        run([0.5], known=found, input_size=(1, 16, 16))
+
+
+def test_images_that_have_changed_are_another_setting(tmp_path: Path) -> None:
+    for name in ("0/a", "0/b", "1/c", "2/d", "3/e", "4/f", "5/g", "6/h", "7/i", "8/j", "9/k"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    found = asymswap.sweep("digits-resnet", ["half-macs"], str(tmp_path), budgets=[0.6])
+    again = json.loads(json.dumps(to_json(found)))
+    assert from_json(again).setting == found.setting
+    (tmp_path / "0/b.png").unlink()
+    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(images\)"):
+        asymswap.sweep("digits-resnet", ["half-macs"], str(tmp_path), budgets=[0.5], known=found)
+
+
+def test_recipes_and_budgets_may_be_added(tmp_path: Path) -> None:
+    found = run([0.6])
+    more = asymswap.sweep("digits-resnet", ["half-macs", "3x3-only"], "digits", budgets=[0.6, 0.5], known=found)
+    assert [(point.recipe, point.budget) for point in more.points] == [
+        ("half-macs", 0.6),
+        ("half-macs", 0.5),
+        ("3x3-only", 0.6),
+        ("3x3-only", 0.5),
+    ]
+
+
+def test_a_budget_out_of_reach_is_told_and_the_others_are_measured() -> None:
+    found = run([0.5, 0.01])
+    reached, missed = found.points
+    assert reached.failed is None
+    assert missed.failed is not None
+    assert missed.failed.startswith("the budget of 0.01 of the model's MACs cannot be reached")
+    assert missed.accuracy is None
+
+
+def test_parameters_can_be_the_measure() -> None:
+    (point,) = run([0.5], measure="params").points
+    assert point.cost is not None
+    assert point.cost.params <= 0.5 * 94_600
+
+
+@pytest.mark.parametrize("budgets", [[], [0.5, 1.0], [0.0]])
+def test_budgets_are_fractions(budgets: list[float]) -> None:
+    with pytest.raises(asymswap.AsymswapError, match="budgets are fractions between 0 and 1, not"):
+        run(budgets)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.9:0.3:0.1", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+        ("0.3:0.9:0.3", [0.9, 0.6, 0.3]),
+        ("0.6,0.5", [0.6, 0.5]),
+        ("0.25", [0.25]),
+    ],
+)
+def test_budgets_are_read(text: str, expected: list[float]) -> None:
+    assert parse_fractions("--macs", text) == expected
+
+
+def test_the_budgets_that_help_names_are_those_taken_without_any() -> None:
+    (shown,) = (parameter.show_default for parameter in command("sweep").params if parameter.name == "macs")
+    assert parse_fractions("--macs", shown) == list(sweep_module.BUDGETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "neither from:to:step"),
+        ("0.9:0.3", "neither from:to:step"),
+        ("0.9:0.3:0", "the step must be above zero"),
+        ("0.9:0.3:1e-9", "at most 100 budgets"),
+        ("1.5", "1.5 is no fraction between 0 and 1"),
+        ("0.5,nan", "no fraction|neither"),
+    ],
+)
+def test_wrong_budgets_are_told(text: str, message: str) -> None:
+    with pytest.raises(asymswap.AsymswapError, match=message):
+        parse_fractions("--macs", text)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from asymswap.calibration.polish import Polish, _augmented, polish_
+from asymswap.errors import AsymswapError
+from asymswap.measure.fidelity import difference
+from asymswap.planning.apply import apply_plan
+from asymswap.types import Plan, Swap
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    nn.init.normal_(model[-1].weight, std=2.0)
+    for _ in range(10):
+        model(torch.randn(32, 3, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture
+def student(teacher: nn.Module) -> nn.Module:
+    return apply_plan(teacher, Plan((Swap("3", "separable", {"rank": 4, "order": "vertical-first"}),)))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_learns_what_the_teacher_says_and_leaves_the_teacher_alone(
+    teacher: nn.Module, student: nn.Module, images: Tensor
+) -> None:
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    fresh = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        gap = float(difference(teacher(fresh), student(fresh)))
+    result = polish_(teacher, student, images, Polish(steps=60))
+    with torch.no_grad():
+        assert float(difference(teacher(fresh), student(fresh))) < 0.8 * gap
+    assert result.steps == 60
+    assert result.after < result.before
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert torch.equal(student[1].running_mean, teacher[1].running_mean)
+
+
+def test_it_never_ends_worse_than_it_began(teacher: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the teacher cannot be bettered, and a learning rate that ruins it is seen on the images held back."""
+    monkeypatch.setattr("asymswap.calibration.polish._LEARNING_RATE", 1.0)
+    copy = apply_plan(teacher, Plan(()))
+    nn.init.normal_(copy[-1].bias, std=0.01)
+    start = {key: value.clone() for key, value in copy.state_dict().items()}
+    result = polish_(teacher, copy, images, Polish(steps=10))
+    assert result.kept_step == 0
+    assert result.after == result.before
+    assert all(torch.equal(start[key], value) for key, value in copy.state_dict().items())
+
+
+def test_minutes_end_it_too(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
+    assert 0 < polish_(teacher, student, images, Polish(minutes=0.01)).steps < 10_000
+
+
+def test_the_same_seed_gives_the_same_bits(teacher: nn.Module, images: Tensor) -> None:
+    plan = Plan((Swap("3", "separable", {"rank": 4, "order": "vertical-first"}),))
+    results = []
+    for _ in range(2):
+        student = apply_plan(teacher, plan)
+        polish_(teacher, student, images, Polish(steps=5), seed=3)
+        results.append(student.state_dict())
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_difference_is_the_relative_squared_one_of_all_outputs() -> None:
+    maps = {"out": torch.ones(2, 3, 4, 4), "aux": [torch.zeros(2, 3), torch.arange(2)]}
+    other = {"out": 1.1 * maps["out"], "aux": maps["aux"]}
+    assert float(difference(maps, other)) == pytest.approx(0.01, rel=1e-4)
+    assert float(difference(maps["out"].half(), maps["out"].half())) == 0
+
+
+def test_images_are_mirrored_and_shifted_but_not_changed_otherwise() -> None:
+    """Each pixel of a gradient tells where it comes from: neighbours in a row differ by one either way."""
+    images = torch.arange(16.0).expand(64, 1, 16, 16)
+    batch = next(_augmented(images, torch.Generator().manual_seed(0)))
+    assert batch.shape == images.shape
+    inner = batch[:, :, :, 3:-3].diff(dim=3)
+    assert set(inner.unique().tolist()) == {-1.0, 1.0}
+    assert set(batch[:, 0, 8, 8].tolist()) == {*range(6, 11), *range(5, 10)}
+    assert torch.equal(batch[:, :, 1:], batch[:, :, :-1])
+
+
+def test_the_model_keeps_its_memory_format(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
+    polish_(teacher, student, images, Polish(steps=3))
+    assert all(parameter.is_contiguous() for parameter in (*student.parameters(), *teacher.parameters()))
+
+
+def test_a_frozen_model_cannot_be_polished(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
+    student.requires_grad_(False)
+    with pytest.raises(AsymswapError, match="every parameter of the model is frozen"):
+        polish_(teacher, student, images, Polish(steps=1))

@@ -1,0 +1,156 @@
+"""The order of images: every one once an epoch, shared among processes, drawn alike whoever reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from asymswap.data.augmentation import Mixing, parse_presets, presets_for, training_transform
+from asymswap.data.batches import Reader, Schedule, TrainingImages
+from asymswap.data.images import InMemory
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.types import Preprocessing
+from asymswap.utils.distributed import Team
+
+GREY = Preprocessing(channels=1, size=(8, 8), mean=(0.0,), std=(1.0,))
+
+
+def schedules(images: int, batch: int, accumulate: int, size: int) -> list[Schedule]:
+    return [Schedule(images, batch, accumulate, Team(rank, size), seed=3) for rank in range(size)]
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
+def test_every_image_once_an_epoch(images: int, batch: int, accumulate: int, size: int, epoch: int) -> None:
+    if images < accumulate * size:
+        return
+    seen: list[tuple[int, int]] = []
+    for schedule in schedules(images, batch, accumulate, size):
+        schedule.begin(epoch, 0)
+        batches = list(schedule)
+        assert len(batches) == len(schedule) == schedule.steps * accumulate
+        assert all(1 <= len(one) <= max(2, batch) for one in batches)
+        seen += [key for one in batches for key in one]
+    assert sorted(seen) == [(epoch, index) for index in range(images)]
+
+
+def test_two_processes_see_at_each_step_what_one_sees_of_the_double_batch() -> None:
+    (one,), two = schedules(101, 20, 1, 1), schedules(101, 10, 1, 2)
+    for whole, *halves in zip(one, *two, strict=True):
+        assert sorted(whole) == sorted(halves[0] + halves[1])
+    assert [one.size(step) for step in range(one.steps)] == [len(batch) for batch in one]
+
+
+def test_an_epoch_can_be_continued_and_is_not_the_one_before() -> None:
+    schedule = schedules(50, 8, 2, 1)[0]
+    schedule.begin(1, 0)
+    whole = list(schedule)
+    schedule.begin(1, 2)
+    assert list(schedule) == whole[4:]
+    schedule.begin(2, 0)
+    assert [[index for _, index in batch] for batch in schedule] != [[index for _, index in batch] for batch in whole]
+
+
+def test_fewer_images_than_processes() -> None:
+    with pytest.raises(AsymswapError, match=r"3 images cannot be shared among 2 processes x --accumulate 2"):
+        schedules(3, 8, 2, 2)
+
+
+class Holes:
+    """Pictures of which some cannot be read."""
+
+    ready = True
+
+    def __init__(self, *broken: int) -> None:
+        self.labels = list(range(10))
+        self.broken = broken
+
+    def picture(self, index: int) -> Tensor:
+        if index in self.broken:
+            raise SourceError(f"image {index} cannot be read")
+        return torch.full((1, 8, 8), float(index))
+
+
+def read(pictures: Any, workers: int = 0, strict: bool = False, presets: tuple[str, ...] = ("none",)) -> list[Any]:
+    images = TrainingImages(pictures, training_transform(GREY, presets), 0, strict)
+    return list(Reader(images, Schedule(len(images), 4, 1, Team(), 0), workers).read(0, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_image_stands_in_for_one_that_cannot_be_read(workers: int) -> None:
+    batches = read(Holes(3, 4, 9), workers)
+    shown = sorted(int(image[0, 0, 0]) for batch in batches for image in batch.images)
+    assert shown == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
+    assert sorted(int(label) for batch in batches for label in batch.labels) == shown
+    assert sum(batch.skipped for batch in batches) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strictly_it_is_an_error_of_one_line(workers: int) -> None:
+    with pytest.raises(SourceError, match=r"^image 3 cannot be read$"):
+        read(Holes(3), workers, strict=True)
+    with pytest.raises(SourceError, match=r"^no image of the data can be read; --strict names the first that cannot$"):
+        read(Holes(*range(10)), workers)
+
+
+def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before() -> None:
+    pictures = InMemory(torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0)), list(range(10)), 1)
+    presets = ("randaugment",)
+    torch.manual_seed(5)
+    first = read(pictures, presets=presets)
+    before = torch.get_rng_state()
+    second = read(pictures, workers=1, presets=presets)
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.images, other.images)
+    images = TrainingImages(pictures, training_transform(GREY, presets), 0, False)
+    epochs = [images[epoch, 4][0] for epoch in (0, 0, 1, 2)]
+    assert torch.equal(epochs[0], epochs[1])
+    assert not (torch.equal(epochs[1], epochs[2]) and torch.equal(epochs[2], epochs[3]))
+
+
+def test_presets_do_what_they_say() -> None:
+    """A ramp, of which one sees whether it was mirrored, and by how far it was shifted."""
+    pictures = InMemory((torch.arange(8.0) / 8).expand(1, 1, 8, 8), [0], 1)
+    slopes: dict[str, set[int]] = {}
+    for preset in ("none", "flip", "crop", "flip-crop"):
+        images = TrainingImages(pictures, training_transform(GREY, (preset,)), 0, False)
+        rows = [images[epoch, 0][0][0, 4] for epoch in range(40)]
+        slopes[preset] = {int(torch.sign(row[4] - row[3])) for row in rows}
+        shifts = {round(float(row[4] * 8)) for row in rows}
+        assert len(shifts) == {"none": 1, "flip": 2, "crop": 3, "flip-crop": 6}[preset] or preset == "flip-crop"
+    assert slopes == {"none": {1}, "flip": {1, -1}, "crop": {1}, "flip-crop": {1, -1}}
+    assert presets_for("digits") == presets_for("mnist:x") == ("crop",)
+    assert presets_for("photos") == ("flip-crop",)
+
+
+def test_mixed_batches_have_shares_of_classes() -> None:
+    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
+    torch.manual_seed(0)
+    for presets in (("mixup",), ("cutmix",), ("mixup", "cutmix")):
+        mixed, shares = Mixing(presets, 3)(images, labels)
+        assert mixed.shape == images.shape
+        assert not torch.equal(mixed, images)
+        assert shares.shape == (6, 3)
+        torch.testing.assert_close(shares.sum(1), torch.ones(6))
+    same, numbers = Mixing(("crop",), 3)(images, labels)
+    assert same is images
+    assert numbers is labels
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flipcrop", r"no augmentation 'flipcrop'; did you mean flip-crop"),
+        ("xyz", "no augmentation 'xyz'; known: none, flip, crop, flip-crop, randaugment, mixup, cutmix"),
+        ("crop,flip-crop", "--augment crop,flip-crop: give one of none, flip, crop"),
+    ],
+)
+def test_presets_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(SourceError, match=said):
+        parse_presets(text)
+    assert parse_presets("randaugment, mixup") == ("randaugment", "mixup")

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_cases import Case, cases
+from hypothesis import given
+from torch.nn import functional as F
+
+from asymswap.graph.sites import read_conv
+from asymswap.replacements import _strip_convs as strip_convs
+from asymswap.types import ConvSpec
+
+
+def pad_by_hand(case: Case) -> torch.Tensor:
+    """The input as the conv sees it, border included."""
+    conv = case.conv
+    if conv.padding == "same":
+        rows, columns = (d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    else:
+        rows, columns = (0, 0) if conv.padding == "valid" else conv.padding
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(case.x, (columns, columns, rows, rows), mode=mode)
+
+
+@given(case=cases(dtype=torch.float64, sides=(3, 5)))
+def test_strips_see_the_centre_column_and_row_of_what_the_kernel_sees(case: Case) -> None:
+    conv = case.conv
+    (dh, dw), (kh, kw) = conv.dilation, conv.kernel_size
+    padded = pad_by_hand(case)
+    across, along = dw * (kw - 1) // 2, dh * (kh - 1) // 2
+    seen = {
+        strip_convs.vertical_strip: padded[..., across : padded.shape[3] - across],
+        strip_convs.horizontal_strip: padded[..., along : padded.shape[2] - along, :],
+    }
+    for strip_of, inputs in seen.items():
+        strip = strip_of(read_conv(conv))
+        module = strip_convs.new_conv(strip.conv)
+        torch.nn.init.normal_(module.weight)
+        expected = F.conv2d(inputs, module.weight, None, conv.stride, 0, conv.dilation, conv.groups)
+        got = module(strip_convs.cut(case.x, strip.crop))
+        assert got.shape == case.conv(case.x).shape
+        assert torch.allclose(got, expected, atol=1e-12)
+
+
+def test_a_square_of_two_strips_sums_them() -> None:
+    column, row = torch.arange(1.0, 4).reshape(1, 1, 3, 1), torch.tensor([10.0, 20, 30, 40, 50]).reshape(1, 1, 1, 5)
+    square = strip_convs.as_square(column, row)[0, 0]
+    assert square.tolist() == [[0, 0, 1, 0, 0], [10, 20, 32, 40, 50], [0, 0, 3, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (ConvSpec(4, 4, (1, 1)), "a 1x1 kernel has no row and column to tell apart"),
+        (ConvSpec(4, 4, (1, 7)), "1x7 is asymmetric already"),
+        (ConvSpec(4, 4, (7, 1)), "7x1 is asymmetric already"),
+        (ConvSpec(4, 4, (4, 4)), "a 4x4 kernel has no centre row and column, since not both of its sides are odd"),
+        (ConvSpec(4, 4, (3, 2)), "a 3x2 kernel has no centre row and column, since not both of its sides are odd"),
+        (ConvSpec(4, 4, (3, 3), dtype="complex64"), "complex64 weights are not real floating-point numbers"),
+        (ConvSpec(4, 4, (3, 5)), None),
+    ],
+)
+def test_what_has_no_strips(conv: ConvSpec, reason: str | None) -> None:
+    assert strip_convs.refuse(conv) == reason

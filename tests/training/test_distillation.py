@@ -1,0 +1,250 @@
+"""What a student is taught: labels, probabilities, features; and where its teacher comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import asymswap
+from asymswap.checkpoint import read_checkpoint
+from asymswap.errors import SourceError
+from asymswap.models.networks import digits_resnet
+from asymswap.models.references import Request, open_reference
+from asymswap.training.distillation import Objective, Teacher, all_scores, caught, divergence, feature_error
+from asymswap.training.teacher import ORIGINAL, blocks_around, find_teacher
+from asymswap.types import Origin, Swap
+
+
+class Scores(nn.Module):
+    """A classifier whose scores are its parameters, times the image's mean."""
+
+    def __init__(self, *rows: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, len(rows), bias=False)
+        self.layer.weight = nn.Parameter(torch.tensor(rows)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+IMAGES = torch.ones(2, 1, 2, 2)
+LABELS = torch.tensor([0, 2])
+
+
+def test_labels_alone_are_cross_entropy_summed() -> None:
+    student = Scores(1.0, 2.0, -1.0)
+    loss, scores = Objective(label_smoothing=0.1).loss(student, student, IMAGES, LABELS)
+    expected = F.cross_entropy(scores, LABELS, label_smoothing=0.1) * 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_divergence_by_hand() -> None:
+    """Two classes at temperature 2: sum of p log(p / q), times 4."""
+    target, scores = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    p = 1 / (1 + torch.exp(torch.tensor(-1.0)))
+    expected = 4 * (p * torch.log(p / 0.5) + (1 - p) * torch.log((1 - p) / 0.5))
+    torch.testing.assert_close(divergence(target, scores, 2.0), expected)
+    assert float(divergence(scores, scores, 2.0)) == 0.0
+
+
+def test_both_parts_and_the_features_add_up() -> None:
+    student, master = Scores(1.0, 2.0, -1.0), Scores(0.5, 2.5, 0.0)
+    teacher = Teacher(master, "master", {"layer": "layer"})
+    objective = Objective(0.0, teacher, weight=0.75, temperature=2.0, features=3.0)
+    loss, scores = objective.loss(student, student, IMAGES, LABELS)
+    target = master(IMAGES)
+    features = (scores - target).square().mean() / target.var()
+    expected = 0.75 * divergence(target, scores, 2.0) + 0.25 * F.cross_entropy(scores, LABELS, reduction="sum")
+    torch.testing.assert_close(loss, expected + 3.0 * 2 * features)
+    loss.backward()
+    assert student.layer.weight.grad is not None
+    assert master.layer.weight.grad is None
+    assert not student.layer._forward_hooks
+
+
+def test_scores_may_be_compared_instead_of_probabilities() -> None:
+    """Scores 1, 2, -1 instead of 0.5, 2.5, 0: squares 0.25, 0.25 and 1 beside 0.25 and 6.25, for each of two images."""
+    student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", {})
+    loss, scores = Objective(0.0, teacher, weight=0.8, compare="mse").loss(student, student, IMAGES, LABELS)
+    expected = 0.8 * 2 * 1.5 / 6.5 + 0.2 * F.cross_entropy(scores, LABELS, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_student_that_agrees_has_nothing_to_learn() -> None:
+    student = Scores(1.0, 2.0)
+    teacher = Teacher(Scores(1.0, 2.0), "twin", {"layer": "layer"})
+    loss, _ = Objective(0.0, teacher, weight=1.0, features=1.0).loss(student, student, IMAGES, LABELS)
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_auxiliary_classifiers_count_a_little() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+            return torch.tensor([[1.0, 0.0]]).expand(2, -1), None, torch.tensor([[0.0, 3.0]]).expand(2, -1)
+
+    labels = torch.tensor([0, 1])
+    loss, scores = Objective().loss(Two(), Two(), IMAGES, labels)
+    main, auxiliary = (torch.tensor([row, row]) for row in ([1.0, 0.0], [0.0, 3.0]))
+    assert torch.equal(scores, main)
+    parts = [F.cross_entropy(part, labels, reduction="sum") for part in (main, auxiliary)]
+    torch.testing.assert_close(loss, parts[0] + 0.3 * parts[1])
+
+
+def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
+    with pytest.raises(SourceError, match=r"returns tensors of shape \(2, 3, 4\), not images x class scores"):
+        all_scores(torch.zeros(2, 3, 4))
+    student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", {})
+    with pytest.raises(SourceError, match=r"the teacher wide scores 3 classes, the model 2; give --distill a teacher"):
+        Objective(0.0, teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
+    with pytest.raises(SourceError, match=r"--distill-features finds no block of the same output in the teacher"):
+        Objective(0.0, Teacher(Scores(1.0, 2.0), "same", {}), features=1.0).loss(
+            student, student, IMAGES, torch.tensor([0, 1])
+        )
+
+
+def stored(tmp_path: Path, reference: Any, **options: Any) -> Any:
+    asymswap.save(asymswap.convert(reference, "3x3-only", **options), tmp_path / "x.asym.pt", force=True)
+    return read_checkpoint(tmp_path / "x.asym.pt").header
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)])
+
+
+def test_blocks_are_the_innermost_modules_that_are_no_lists() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.Conv2d(1, 1, 1)), Block(), Block())
+    swaps = [Swap(name, "separable", {}) for name in ("0", "1.0", "2.convs.0", "2.convs.1", "3.convs.0", "4")]
+    assert blocks_around(swaps, model, model) == {name: name for name in ("0", "1.0", "2", "3")}
+    # What the other lacks cannot be compared.
+    assert blocks_around(swaps, model, model[:3]) == {name: name for name in ("0", "1.0", "2")}
+
+
+def test_a_layer_that_has_taken_over_a_batch_norm_gives_what_that_gives() -> None:
+    teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    nn.init.uniform_(teacher[1].weight)
+    conversion = asymswap.convert(
+        teacher, "acnet-branch-bn", overrides={"allow_growth": True}, input_size=(2, 8, 8), seed=0
+    )
+    blocks = blocks_around(conversion.plan.swaps, conversion.model, teacher)
+    assert blocks == {"0": "1"}
+    images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), caught(teacher, blocks.values()) as taught, caught(conversion.model, blocks) as learned:
+        teacher(images.clone())
+        conversion.model.eval()(images.clone())
+    error = feature_error(taught, learned, blocks)
+    assert error is not None
+    assert float(error) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_original_of_a_name(tmp_path: Path) -> None:
+    header = stored(tmp_path, "digits-resnet")
+    teacher = find_teacher(header, ORIGINAL, digits_resnet())
+    assert teacher.description == "digits-resnet"
+    assert teacher.blocks == {name: name for name in ("layer1.0", "layer1.1", "layer2.0", "layer2.1")}
+    assert not teacher.model.training
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_the_original_of_a_file_must_be_the_file_that_was_converted(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pt"
+    model = digits_resnet()
+    torch.save(model.state_dict(), path)
+    for options in ({"arch": "digits-resnet"}, {}):
+        header = stored(tmp_path, path, **options) if options else stored(tmp_path, "digits-resnet", weights=str(path))
+        teacher = find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
+        for key, tensor in teacher.model.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[key])
+    torch.save(digits_resnet().state_dict(), path)
+    with pytest.raises(SourceError, match=r"mine.pt is not the file any more that was converted .its SHA-256 differs"):
+        find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
+    path.unlink()
+    with pytest.raises(SourceError, match=r"mine.pt is not beside the checkpoint in .*; put it there, or give the te"):
+        find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
+
+
+def test_no_path_in_a_checkpoint_is_followed(tmp_path: Path) -> None:
+    """Neither that of the original's file, nor weights that look like one, though the file is there."""
+    path = tmp_path / "mine.pt"
+    torch.save(digits_resnet().state_dict(), path)
+    header = stored(tmp_path, path, arch="digits-resnet")
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (None, other):
+        with pytest.raises(SourceError, match=r"the original mine\.pt is not beside the checkpoint"):
+            find_teacher(header, ORIGINAL, digits_resnet(), folder)
+    report = {**header.provenance["report"]}
+    report["model"] = {**report["model"], "weights": str(path), "sha256": None}
+    lying = replace(header, provenance={**header.provenance, "report": report})
+    with pytest.raises(SourceError, match=r"names the weights '.*mine\.pt', a path, which is not followed"):
+        find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
+
+
+def test_nothing_is_downloaded_for_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    header = stored(tmp_path, "digits-resnet")
+    report = {"model": {"reference": "torchvision:alexnet", "weights": "DEFAULT"}}
+    lying = replace(header, origin=Origin("torchvision:alexnet"), provenance={"report": report})
+    with pytest.raises(SourceError, match="nothing is downloaded on a checkpoint's word"):
+        find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
+
+
+def test_originals_that_cannot_be_fetched(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"the original digits-resnet had random weights, which are not kept"):
+        find_teacher(stored(tmp_path, "digits-resnet", weights="none"), ORIGINAL, digits_resnet())
+    with pytest.raises(SourceError, match=r"does not tell which model it was made of; give the teacher: --distill REF"):
+        find_teacher(
+            asymswap.convert(digits_resnet(), "3x3-only", input_size=(1, 8, 8)).header, ORIGINAL, digits_resnet()
+        )
+    with pytest.raises(SourceError, match=r"the teacher digit-resnet cannot be used: no model 'digit-resnet'"):
+        find_teacher(stored(tmp_path, "digits-resnet"), "digit-resnet", digits_resnet())
+
+
+def test_code_that_a_checkpoint_names_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user_code.py").write_text(
+        "from asymswap.models.networks import digits_resnet\nruns = []\n"
+        "def net():\n    runs.append(1)\n    return digits_resnet()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    header = stored(tmp_path, "user_code:net", input_size=(1, 8, 8))
+    import user_code  # type: ignore[import-not-found]
+
+    before = len(user_code.runs)
+    with pytest.raises(SourceError, match=r"the original was built by user_code:net, which is code of yours"):
+        find_teacher(header, ORIGINAL, digits_resnet())
+    assert len(user_code.runs) == before
+    assert find_teacher(header, "user_code:net", digits_resnet()).description == "user_code:net"
+
+
+@pytest.mark.parametrize("kind", ["skeleton", "class"])
+@pytest.mark.parametrize("told", [{}, {"sha256": True}])
+def test_an_origin_that_reads_like_code_is_never_imported(
+    kind: str, told: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a checkpoint could claim it: the origin of a whole module, beside a model's name instead of its file's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path(f"{kind}.py").write_text("from pathlib import Path\nPath('sprung').touch()\nbuild = None\n")
+    weights = tmp_path / "w.pt"
+    torch.save(digits_resnet().state_dict(), weights)
+    model: dict[str, str] = {"reference": "digits-resnet", "weights": "DEFAULT"}
+    if told:
+        model["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    header = replace(
+        stored(tmp_path, "digits-resnet"),
+        origin=Origin(f"{kind}:build"),
+        provenance={"report": {"model": model, "files": [{"path": str(weights)}]}},
+    )
+    with pytest.raises(SourceError, match=r"does not tell which file it was made of; give the teacher: --distill REF"):
+        find_teacher(header, ORIGINAL, digits_resnet())
+    with pytest.raises(SourceError, match=rf"no model '{kind}:build', and no such file"):
+        open_reference(f"{kind}:build", Request())
+    assert not Path("sprung").exists()

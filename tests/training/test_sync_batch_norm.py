@@ -1,0 +1,144 @@
+"""Two real processes, started as a user starts them, against one with the double batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import distributed as dist
+from torch import nn
+
+import asymswap
+from asymswap.training.sync_batch_norm import SharedBatchNorm, share_statistics
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+OPTIONS = (
+    "--data", "few.pt", "--epochs", "2", "--optimizer", "sgd", "--lr", "0.01", "--validation", "0.2",
+    "--clip", "5", "--ema", "0.8", "--augment", "crop",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped network, cut until there is something to learn, and a few images beside it."""
+    folder = tmp_path_factory.mktemp("together")
+    conversion = asymswap.convert("digits-resnet", "half-macs", overrides={"budget.macs": 0.3})
+    asymswap.save(conversion, folder / "x.asym.pt")
+    found = load_digits()
+    chosen = [index for digit in range(10) for index in (found.target == digit).nonzero()[0][:20]]
+    images = torch.from_numpy(found.images[chosen]).float() / 16
+    torch.save({"images": images, "labels": torch.from_numpy(found.target[chosen])}, folder / "few.pt")
+    return folder / "x.asym.pt"
+
+
+def torchrun(folder: Path, *command: str, restarts: int = 0, script: str = "") -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    program = [script] if script else ["-m", "asymswap"]
+    return subprocess.run([*launcher, *program, *command], cwd=folder, capture_output=True, text=True, env=ENV)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_processes_come_to_what_one_comes_to_with_the_double_batch(start: Path) -> None:
+    folder = start.parent
+    two = torchrun(folder, "finetune", str(start), *OPTIONS, "--batch-size", "10", "-o", "two.pt", "--json")
+    assert two.returncode == 0, two.stderr
+    one = subprocess.run(
+        [sys.executable, "-m", "asymswap", "finetune", str(start), *OPTIONS, "--batch-size", "20", "-o", "one.pt"],
+        cwd=folder, env=ENV, capture_output=True, text=True,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    # One process prints and writes.
+    report = json.loads(two.stdout)
+    assert report["steps"] == 2 * 8
+    states = [asymswap.load(folder / name).state_dict() for name in ("one.pt", "two.pt")]
+    origin = asymswap.load(start).state_dict()
+    for key, tensor in states[0].items():
+        moved = (tensor.double() - origin[key].double()).norm()
+        apart = (tensor.double() - states[1][key].double()).norm()
+        assert apart <= 0.02 * moved + 1e-5, key
+    rows = [lines(folder / name / "metrics.jsonl") for name in ("one.run", "two.run")]
+    for first, second in zip(*rows, strict=True):
+        assert first["event"] == second["event"]
+        if first["event"] != "start":
+            assert first["train"]["loss"] == pytest.approx(second["train"]["loss"], rel=1e-3, abs=1e-4)
+
+
+SCRIPT = """
+import os, signal, sys
+from asymswap.training import trainer as loop
+
+learn = loop.Trainer._learn
+
+def _learn(self, *arguments):
+    learn(self, *arguments)
+    if self.progress.step == 11 and self.team.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.Trainer._learn = _learn
+from asymswap.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_from_the_last_saving(start: Path) -> None:
+    folder = start.parent
+    (folder / "killed.py").write_text(SCRIPT)
+    command = ("finetune", str(start), *OPTIONS, "--batch-size", "10", "--save-every", "2")
+    broken = torchrun(folder, *command, "-o", "broken.pt", restarts=1, script="killed.py")
+    assert broken.returncode == 0, broken.stderr
+    assert "resumed after 10 of 16 steps" in broken.stderr
+    whole = torchrun(folder, *command, "-o", "unbroken.pt")
+    assert whole.returncode == 0, whole.stderr
+    states = [asymswap.load(folder / name).state_dict() for name in ("broken.pt", "unbroken.pt")]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Any:
+    """A team of this process alone, for what only asks that there is one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.usefixtures("alone")
+def test_a_shared_batch_norm_is_a_batch_norm(momentum: float | None, affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3, momentum=momentum, affine=affine).double()
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    twin = nn.BatchNorm2d(3, momentum=momentum, affine=affine).double()
+    twin.load_state_dict(norm.state_dict())
+    model = share_statistics(nn.Sequential(twin), torch.device("cpu"))
+    shared = model[0]  # type: ignore[index]
+    assert type(shared) is SharedBatchNorm
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        results = norm(one), model(other)
+        torch.testing.assert_close(results[0], results[1])
+        for result in results:
+            (result.square() * torch.arange(5.0)[:, None]).sum().backward()
+        torch.testing.assert_close(one.grad, other.grad)
+    for key, tensor in norm.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[key], tensor)
+    if affine:
+        torch.testing.assert_close(shared.weight.grad, norm.weight.grad)
+        torch.testing.assert_close(shared.bias.grad, norm.bias.grad)
+    x = torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    torch.testing.assert_close(model.eval()(x), norm.eval()(x))
