@@ -294,7 +294,7 @@ class Option:
     """One way to swap a site that a budget may choose: settled settings, the cost of the replacement, and its error.
 
     `error` is the squared error of the layer relative to its own energy, between 0 and 1: of its kernel, or with
-    evidence of its output. `loss` is what a budget keeps small, comparable between sites.
+    statistics of its output. `loss` is what a budget keeps small, comparable between sites.
     """
 
     settings: Mapping[str, Any]

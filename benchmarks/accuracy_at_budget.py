@@ -45,7 +45,7 @@ from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.measure.macs import count_costs
 from asymswap.models import builders
-from asymswap.models.opening import Opened, open_model
+from asymswap.models.opening import OpenedModel, open_model
 from asymswap.models.references import Request
 from asymswap.replacements.separable import full_rank, pair_cost
 from asymswap.types import Site
@@ -73,7 +73,7 @@ class Bench:
 
     def __init__(self, wanted: argparse.Namespace) -> None:
         self.wanted = wanted
-        self.opened: Opened = open_model(wanted.model, Request(arch=wanted.arch))
+        self.opened: OpenedModel = open_model(wanted.model, Request(arch=wanted.arch))
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
         self.test = in_memory(self._open("test"), None if wanted.test_images is None else wanted.test_images)
         self.train = self._open("train")
@@ -156,7 +156,7 @@ def lagrangian(bench: Bench, budget: float, _: int) -> asymswap.Conversion:
 
 
 def one_pass(bench: Bench, budget: float, seed: int) -> asymswap.Conversion:
-    """Every conv solved on the original network's evidence."""
+    """Every conv solved on the original network's statistics."""
     return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=False))
 
 

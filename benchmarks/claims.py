@@ -304,7 +304,7 @@ class Stopwatch:
         self.train_losses: list[float] = []
         self._start = self._last = 0.0
 
-    def begin(self, outset: Any) -> None:  # noqa: ARG002  # a Watcher's
+    def begin(self, outset: Any) -> None:  # noqa: ARG002  # a Callback's
         """Training begins."""
         self._start = time.process_time()
 

@@ -114,31 +114,42 @@ def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[byt
     return subprocess.Popen(command, cwd=folder, env=environment, **(quiet | options))
 
 
-def undisturbed(folder: Path, *arguments: str) -> float:
-    """Run to the end; the seconds that it took. Raises SystemExit where it fails, for then nothing can be told."""
+def undisturbed(folder: Path, *arguments: str, seen: str = "") -> tuple[float, float]:
+    """Run to the end; the seconds that it took, and those from when the first file `seen` (a pattern) was there.
+
+    Raises SystemExit where it fails, for then nothing can be told.
+    """
     begun = time.perf_counter()
     process = start(folder, *arguments)
+    first = _wait_for(process, folder, seen) if seen else begun
     _, err = process.communicate()
     if process.returncode:
         sys.exit(f"asymswap {' '.join(arguments)} in {folder} ended with {process.returncode}: {err.decode()}")
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, time.perf_counter() - first
 
 
-def kill_after(seconds: float, folder: Path, *arguments: str) -> bool:
-    """Start a command and kill it then; whether it had not ended before."""
+def _wait_for(process: subprocess.Popen[bytes], folder: Path, seen: str) -> float:
+    """The time at which a file of this pattern appeared, or at which the process ended without one."""
+    while process.poll() is None and not any(folder.glob(seen)):
+        time.sleep(0.001)
+    return time.perf_counter()
+
+
+def kill_after(seconds: float, folder: Path, *arguments: str, seen: str = "") -> bool:
+    """Start a command and kill it then, counted from when a file `seen` is there; whether it had not ended before."""
     process = start(folder, *arguments, stderr=subprocess.DEVNULL)
+    if seen:
+        _wait_for(process, folder, seen)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
 
-def each_killed(
-    folder: Path, wanted: Any, longest: float, one: Callable[[Path, float], tuple[str, list[str]]], tell: Tell
-) -> Found:
-    """Kill a command again and again, each time in a folder of its own, at moments between its start and its end."""
+def each_killed(folder: Path, wanted: Any, one: Callable[[Path, float], tuple[str, list[str]]], tell: Tell) -> Found:
+    """Kill a command again and again, each time in a folder of its own, at a share of its time drawn at random."""
     rng = random.Random(wanted.seed)
-    moments = [rng.uniform(0, longest) for _ in range(wanted.kills)]
+    moments = [rng.random() for _ in range(wanted.kills)]
     ends: Counter[str] = Counter()
     faults: list[str] = []
     with ThreadPoolExecutor(wanted.workers) as pool:
@@ -146,24 +157,23 @@ def each_killed(
         for number, (moment, job) in enumerate(zip(moments, jobs, strict=True), 1):
             end, wrong = job.result()
             ends[end] += 1
-            faults += [f"after {moment:.2f} s: {fault}" for fault in wrong]
-            tell(f"{number}/{wanted.kills}: after {moment:.2f} s: {end} {wrong or ''}")
+            faults += [f"after {moment:.0%}: {fault}" for fault in wrong]
+            tell(f"{number}/{wanted.kills}: after {moment:.0%}: {end} {wrong or ''}")
     return result(ends, faults)
 
 
 def killed_convert(folder: Path, wanted: Any, tell: Tell) -> Found:
     """Half of the kills are meant for the time in which the output is written."""
     (folder / "first").mkdir()
-    longest = undisturbed(folder / "first", *CONVERT, "-o", "out.pt")
+    whole, writing = undisturbed(folder / "first", *CONVERT, "-o", "out.pt", seen=".*.part")
 
     def one(place: Path, moment: float) -> tuple[str, list[str]]:
         place.mkdir()
         number = int(place.name)
         name = ("out.pt", "out.safetensors")[number % 2]
-        if number // 2 % 2:
-            killed = _kill_while_writing(place, name, moment / longest)
-        else:
-            killed = kill_after(moment, place, *CONVERT, "-o", name)
+        late = number // 2 % 2 == 1
+        seconds, seen = (moment * writing, ".*.part") if late else (moment * whole, "")
+        killed = kill_after(seconds, place, *CONVERT, "-o", name, seen=seen)
         output, wrong = place / name, []
         end = "output whole" if output.exists() else "output absent"
         if output.exists() and not loads(output):
@@ -178,30 +188,25 @@ def killed_convert(folder: Path, wanted: Any, tell: Tell) -> Found:
         shutil.rmtree(place)
         return end if killed else "ended before", wrong
 
-    return each_killed(folder, wanted, longest, one, tell)
-
-
-def _kill_while_writing(folder: Path, name: str, share: float) -> bool:
-    """Kill soon after the draft of the output has appeared: it is written in some tenths of a second."""
-    process = start(folder, *CONVERT, "-o", name, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(folder.glob(".*.part")):
-        time.sleep(0.001)
-    time.sleep(0.3 * share)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    return each_killed(folder, wanted, one, tell)
 
 
 def killed_finetune(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """Each is gone on with by --resume, and must write the very bytes of the run that was not killed."""
-    whole = folder / "whole"
+    """Each is gone on with by --resume, and must write the very bytes of the run that was not killed.
+
+    Half of the kills come after a first saving: without that, most would meet the imports.
+    """
+    whole, saved = folder / "whole", "y.run/state.pt"
     _with_checkpoint(whole)
-    longest = undisturbed(whole, *FINETUNE, "-o", "y.pt")
+    time_whole, time_saving = undisturbed(whole, *FINETUNE, "-o", "y.pt", seen=saved)
     expected = (whole / "y.pt").read_bytes()
 
     def one(place: Path, moment: float) -> tuple[str, list[str]]:
         place.mkdir()
         shutil.copyfile(whole / "c.pt", place / "c.pt")
-        killed = kill_after(moment, place, *FINETUNE, "-o", "y.pt")
+        late = int(place.name) % 2 == 1
+        seconds, seen = (moment * time_saving, saved) if late else (moment * time_whole, "")
+        killed = kill_after(seconds, place, *FINETUNE, "-o", "y.pt", seen=seen)
         begun, done = (place / "y.run" / "state.pt").exists(), (place / "y.pt").exists()
         wrong = ["y.pt is another"] * (done and (place / "y.pt").read_bytes() != expected)
         process = start(place, *FINETUNE, "-o", "y.pt", "--resume")
@@ -219,7 +224,7 @@ def killed_finetune(folder: Path, wanted: Any, tell: Tell) -> Found:
         )
         return end if killed else "ended before", wrong
 
-    return each_killed(folder, wanted, longest, one, tell)
+    return each_killed(folder, wanted, one, tell)
 
 
 def _with_checkpoint(folder: Path) -> None:
@@ -230,15 +235,20 @@ def _with_checkpoint(folder: Path) -> None:
 
 
 def killed_sweep(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """Each is started again, and must come to the points of the sweep that was not killed."""
+    """Each is started again, and must come to the points of the sweep that was not killed.
+
+    Half of the kills come after a first point.
+    """
     whole = folder / "whole"
     whole.mkdir()
-    longest = undisturbed(whole, *SWEEP, "-o", "s.json")
+    time_whole, time_points = undisturbed(whole, *SWEEP, "-o", "s.json", seen="s.json")
     expected = _points(whole / "s.json")
 
     def one(place: Path, moment: float) -> tuple[str, list[str]]:
         place.mkdir()
-        killed, wrong = kill_after(moment, place, *SWEEP, "-o", "s.json"), []
+        late = int(place.name) % 2 == 1
+        seconds, seen = (moment * time_points, "s.json") if late else (moment * time_whole, "")
+        killed, wrong = kill_after(seconds, place, *SWEEP, "-o", "s.json", seen=seen), []
         try:
             points = len(_points(place / "s.json")) if (place / "s.json").exists() else 0
         except (ValueError, KeyError) as error:
@@ -255,7 +265,7 @@ def killed_sweep(folder: Path, wanted: Any, tell: Tell) -> Found:
         end = f"after {points} of {len(expected)} points" if points else "before the first point"
         return end if killed else "ended before", wrong
 
-    return each_killed(folder, wanted, longest, one, tell)
+    return each_killed(folder, wanted, one, tell)
 
 
 def _points(path: Path) -> list[Any]:

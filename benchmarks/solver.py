@@ -1,9 +1,9 @@
 """How far the solution of a pair is from the least error there is, and what it takes, by the size of the covariance.
 
-    python benchmarks/solver.py --evidence resnet20.safetensors dncnn.safetensors [--minutes 10] [--seed 0]
+    python benchmarks/solver.py --calibration-cache resnet20.safetensors dncnn.safetensors [--minutes 10] [--seed 0]
         [--out benchmarks/results/solver.json] [--markdown docs/calibration.md]
 
-The files are what `asymswap convert --evidence FILE` writes. Layers, orders and ranks (their logarithm
+The files are what `asymswap convert --calibration-cache FILE` writes. Layers, orders and ranks (their logarithm
 uniform up to the full rank), with and without the weight of the outputs, are drawn until the minutes are over; a third
 are random kernels on random covariances with a decaying spectrum. The optimum is the least that torch's L-BFGS finds in
 float64 over the first conv, the second being projected out in plain matrices: from the solution, and from two
@@ -23,16 +23,16 @@ import torch
 from measured import machine_text, markdown_table, state, write_json
 from torch import Tensor
 
-from asymswap.calibration.gather import load_evidence
+from asymswap.calibration.gather import load_statistics
 from asymswap.factorize import covariance
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 
 MARK = ("<!-- benchmarks/solver.py -->", "<!-- end of benchmarks/solver.py -->")
 EXACT = 1e-9
 """Errors below this share of the output's energy are left out of the figures: there is nothing to compare."""
 
 
-def random_evidence(draw: random.Random, seed: int) -> Evidence:
+def random_statistics(draw: random.Random, seed: int) -> SiteStatistics:
     """A random kernel on a random covariance whose spectrum decays by two to four orders of magnitude."""
     g = torch.Generator().manual_seed(seed)
     inputs, outputs = draw.choice((8, 16, 32)), draw.choice((8, 16, 32))
@@ -42,7 +42,7 @@ def random_evidence(draw: random.Random, seed: int) -> Evidence:
     kernel = torch.randn(1, outputs, length, generator=g, dtype=torch.float64)
     slopes = torch.randn(2 * outputs, outputs, generator=g, dtype=torch.float64) * torch.logspace(0, -1, outputs)
     mean, zero = torch.zeros(1, length, dtype=torch.float64), torch.zeros(1, outputs, dtype=torch.float64)
-    return Evidence(mean, cov[None], kernel, zero, (slopes.mT @ slopes)[None], 10_000)
+    return SiteStatistics(mean, cov[None], kernel, zero, (slopes.mT @ slopes)[None], 10_000)
 
 
 class Plain:
@@ -83,11 +83,13 @@ class Plain:
         return min(least, float(self.left(v.detach())))
 
 
-def measure(name: str, evidence: Evidence, vertical_first: bool, weighted: bool, draw: random.Random) -> dict[str, Any]:
+def measure(
+    name: str, statistics: SiteStatistics, vertical_first: bool, weighted: bool, draw: random.Random
+) -> dict[str, Any]:
     """One layer, order and rank."""
     if not weighted:
-        evidence = Evidence(**{**vars(evidence), "weight_GOO": None})
-    problem = covariance.arrange(evidence, (3, 3), vertical_first)
+        statistics = SiteStatistics(**{**vars(statistics), "weight_GOO": None})
+    problem = covariance.arrange(statistics, (3, 3), vertical_first)
     _, outputs, taps, rows = problem.w_GOKM.shape
     full = min(rows, outputs * taps)
     rank = int(full ** draw.random())
@@ -118,19 +120,19 @@ def measure(name: str, evidence: Evidence, vertical_first: bool, weighted: bool,
 def survey(wanted: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure drawn cases until the minutes are over, each source in its turn."""
     draw = random.Random(wanted.seed)
-    sources = [(file.stem, list(load_evidence(file)[0].items())) for file in wanted.evidence]
+    sources = [(file.stem, list(load_statistics(file)[0].items())) for file in wanted.statistics]
     found: list[dict[str, Any]] = []
     end = time.monotonic() + 60 * wanted.minutes
     while time.monotonic() < end:
         number = len(found) % (len(sources) + 1)
         if number == len(sources):
-            name, evidence = "random", random_evidence(draw, len(found))
+            name, statistics = "random", random_statistics(draw, len(found))
         else:
             stem, layers = sources[number]
-            layer, evidence = draw.choice(layers)
+            layer, statistics = draw.choice(layers)
             name = f"{stem} {layer}"
-        if evidence.target_GOD.shape[0] == 1 and evidence.target_GOD.shape[2] % 9 == 0:
-            found.append(measure(name, evidence, draw.random() < 0.5, draw.random() < 0.7, draw))
+        if statistics.target_GOD.shape[0] == 1 and statistics.target_GOD.shape[2] % 9 == 0:
+            found.append(measure(name, statistics, draw.random() < 0.5, draw.random() < 0.7, draw))
     return found
 
 
@@ -163,7 +165,7 @@ def write_section(page: Path, found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evidence", type=Path, nargs="*", default=[])
+    parser.add_argument("--calibration-cache", type=Path, nargs="*", default=[])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)

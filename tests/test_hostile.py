@@ -12,11 +12,11 @@ KINDS = (
     "state_dict", "training checkpoint", "old torch.save", "pickled module", "pickled torchvision module",
     "safetensors", "asymswap .pt", "asymswap .pt with a structure", "asymswap .safetensors", "TorchScript",
     "torch.export .pt2", "recipe", "plan", "data .pt", "data .npy", "data .npz", "training state", "sweep state",
-    "evidence",
+    "statistics",
 )  # fmt: skip
 
 
-SLOW = ("training state", "sweep state", "evidence")
+SLOW = ("training state", "sweep state", "statistics")
 """Their commands take a second each where a file is accepted."""
 
 

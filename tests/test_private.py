@@ -14,7 +14,7 @@ from torchvision import models
 
 import asymswap
 from asymswap.api import convert as convert_module
-from asymswap.models.opening import Opened, open_model
+from asymswap.models.opening import OpenedModel, open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,11 +53,11 @@ def train_a_step(model: nn.Module) -> None:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Opened]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OpenedModel]]:
     """The models that `convert` opens while the test runs."""
-    found: list[Opened] = []
+    found: list[OpenedModel] = []
 
-    def watch(*arguments: object, **options: object) -> Opened:
+    def watch(*arguments: object, **options: object) -> OpenedModel:
         found.append(open_model(*arguments, **options))  # type: ignore[arg-type]
         return found[-1]
 
@@ -83,7 +83,7 @@ def test_a_given_module_shares_nothing_and_training_the_result_leaves_it_alone()
 
 
 def test_a_module_that_a_factory_keeps_shares_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[Opened]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[OpenedModel]
 ) -> None:
     (tmp_path / "keeping_nets.py").write_text("KEPT = []\n\ndef net():\n    return KEPT[0]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -103,7 +103,9 @@ def test_a_module_that_a_factory_keeps_shares_nothing(
 
 
 @pytest.mark.parametrize("source", ["reference", "state dict", "module", "safetensors", "asymswap checkpoint"])
-def test_what_we_have_opened_ourselves_is_not_held_twice(source: str, tmp_path: Path, opened: list[Opened]) -> None:
+def test_what_we_have_opened_ourselves_is_not_held_twice(
+    source: str, tmp_path: Path, opened: list[OpenedModel]
+) -> None:
     path = tmp_path / "x.pt"
     model = models.squeezenet1_1(num_classes=7).eval()
     arch = None
@@ -139,13 +141,13 @@ def test_what_we_have_opened_ourselves_is_not_held_twice(source: str, tmp_path: 
     assert shared(again, converted) == set()
 
 
-def test_a_module_read_by_code_of_the_file_may_be_held_by_it(tmp_path: Path, opened: list[Opened]) -> None:
+def test_a_module_read_by_code_of_the_file_may_be_held_by_it(tmp_path: Path, opened: list[OpenedModel]) -> None:
     torch.save(small(), tmp_path / "x.pt")
     converted = convert(tmp_path / "x.pt", trust_pickle=True)
     assert shared(converted, opened[-1].model) == set()
 
 
-def test_polishing_leaves_the_original_as_it_was(opened: list[Opened], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polishing_leaves_the_original_as_it_was(opened: list[OpenedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     before = copy.deepcopy(open_model("digits-resnet", convert.Request()).model.state_dict())
     calibration = asymswap.calibration.calibrate.Calibration(data="digits", images=32, polish_steps=2, polish_images=64)
     asymswap.convert("digits-resnet", "3x3-only", calibration=calibration)

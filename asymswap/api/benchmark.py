@@ -30,7 +30,7 @@ from asymswap.measure.latency import (
 from asymswap.measure.machine import Bystanders, machine
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
-from asymswap.models.opening import Model, Opened, costs_of, open_together, sizes_assumed
+from asymswap.models.opening import Model, OpenedModel, costs_of, open_together, sizes_assumed
 from asymswap.models.references import Request
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Progress, silent
@@ -142,7 +142,7 @@ def _settings(
     )
 
 
-def _row(opened: Opened) -> BenchmarkedModel:
+def _row(opened: OpenedModel) -> BenchmarkedModel:
     source, costs = opened.source, costs_of(opened)
     return BenchmarkedModel(
         model=opened.reference,
@@ -157,7 +157,7 @@ def _row(opened: Opened) -> BenchmarkedModel:
 class _Lineup:
     """All that is timed: the turns of models in settings, and why those that have none have none."""
 
-    def __init__(self, opened: Sequence[Opened], dtype: Dtype | None, folder: Path) -> None:
+    def __init__(self, opened: Sequence[OpenedModel], dtype: Dtype | None, folder: Path) -> None:
         self.turns: dict[_Key, Turn[float]] = {}
         self.failures: dict[_Key, str] = {}
         self.ready: dict[_Key, float] = {}

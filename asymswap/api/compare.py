@@ -21,7 +21,7 @@ from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
 from asymswap.measure.machine import machine
 from asymswap.measure.statistics import mcnemar_exact
-from asymswap.models.opening import Model, Opened, costs_of, open_together, sizes_assumed
+from asymswap.models.opening import Model, OpenedModel, costs_of, open_together, sizes_assumed
 from asymswap.models.preprocessing import PreprocessingOptions, check_needed
 from asymswap.models.references import Request
 from asymswap.planning.latency_budget import Timing
@@ -105,7 +105,7 @@ def compare(
     )
 
 
-def _row(opened: Opened) -> ComparedRow:
+def _row(opened: OpenedModel) -> ComparedRow:
     source, costs = opened.source, costs_of(opened)
     return ComparedRow(
         model=opened.reference,
@@ -119,7 +119,7 @@ def _row(opened: Opened) -> ComparedRow:
     )
 
 
-def _times(opened: Sequence[Opened], timing: Timing, progress: Progress) -> list[tuple[Seconds, Ratio | None]]:
+def _times(opened: Sequence[OpenedModel], timing: Timing, progress: Progress) -> list[tuple[Seconds, Ratio | None]]:
     turns = {
         number: forward(
             in_format(one.model, timing.memory_format).eval(),
@@ -184,7 +184,7 @@ class _Tally:
         return OutputGap(gap.relative, gap.largest, self.agreed / self.seen if scores and self.seen else None)
 
 
-def _on_random(opened: Sequence[Opened], seed: int) -> _Outcome:
+def _on_random(opened: Sequence[OpenedModel], seed: int) -> _Outcome:
     """The outputs on two random inputs, of those models that take the first's."""
     count = 2
     first = opened[0]
@@ -205,7 +205,7 @@ def _on_random(opened: Sequence[Opened], seed: int) -> _Outcome:
     return outcome
 
 
-def _run(opened: Opened, inputs: Inputs) -> Any:
+def _run(opened: OpenedModel, inputs: Inputs) -> Any:
     """The model's outputs in eval mode, on the processor."""
     device, dtype = placement(opened.model)
     with eval_mode(opened.model), torch.inference_mode():
@@ -213,7 +213,9 @@ def _run(opened: Opened, inputs: Inputs) -> Any:
         return map_tensors(opened.model(*placed), lambda tensor: tensor.cpu())
 
 
-def _on_data(opened: Sequence[Opened], reference: str, wanted: int | None, seed: int, progress: Progress) -> _Outcome:
+def _on_data(
+    opened: Sequence[OpenedModel], reference: str, wanted: int | None, seed: int, progress: Progress
+) -> _Outcome:
     """One pass of all models through the same images, each with its own preprocessing."""
     data = [open_data(reference, one.source.preprocessing, "test") for one in opened]
     refusals = [_refusal(one.model, images) for one, images in zip(opened, data, strict=True)]
@@ -252,7 +254,7 @@ def _on_data(opened: Sequence[Opened], reference: str, wanted: int | None, seed:
 
 
 def _batches(
-    opened: Sequence[Opened], data: Sequence[LabelledImages], total: int, seed: int
+    opened: Sequence[OpenedModel], data: Sequence[LabelledImages], total: int, seed: int
 ) -> Iterator[tuple[int, Tensor, list[Any]]]:
     """How many images are done, their labels, and all models' outputs, batch by batch."""
     order = sorted(torch.randperm(len(data[0]), generator=seeded(seed)).tolist()[:total])

@@ -14,7 +14,7 @@ from asymswap.errors import AsymswapError
 from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import Fidelity
 from asymswap.measure.macs import Costs
-from asymswap.models.opening import Opened
+from asymswap.models.opening import OpenedModel
 from asymswap.reporting import format as fmt
 from asymswap.results.convert import FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.types import Cost, Keep, Plan, Site, Swap
@@ -23,7 +23,7 @@ from asymswap.utils.tensors import eval_mode, first_not_finite, list_tensors
 
 
 def make_report(
-    opened: Opened,
+    opened: OpenedModel,
     traced: Trace,
     plan: Plan,
     recipe: str,

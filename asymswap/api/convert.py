@@ -40,7 +40,7 @@ from asymswap.calibration.calibrate import (
     Polished,
     convert_on,
     fed_on,
-    gather_evidence,
+    gather_statistics,
     in_own_precision,
     options_of,
     polish,
@@ -54,7 +54,7 @@ from asymswap.measure.macs import Costs, count_costs, count_swapped
 from asymswap.measure.stand_ins import check_stand_ins, describe_calls
 from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opening import (
-    Opened,
+    OpenedModel,
     costs_of,
     open_model,
     sizes_assumed,
@@ -267,14 +267,14 @@ class _Clock:
         self._last = now
 
 
-def _check_finite(opened: Opened) -> None:
+def _check_finite(opened: OpenedModel) -> None:
     found = first_not_finite(opened.model)
     if found is not None:
         name, what = found
         raise SourceError(f"{opened.reference} cannot be converted: {name!r} holds {what}; use another checkpoint")
 
 
-def _open_data(reference: str, opened: Opened) -> Any:
+def _open_data(reference: str, opened: OpenedModel) -> Any:
     from asymswap.data.datasets import open_data
     from asymswap.data.predict import check_classifier
 
@@ -315,7 +315,7 @@ class _Done:
 
 
 def _carry_out(
-    opened: Opened,
+    opened: OpenedModel,
     wanted: Recipe | Plan,
     calibration: Calibration | None,
     timing: Timing,
@@ -332,17 +332,17 @@ def _carry_out(
     clock.stop("trace")
     gathered, sequential, polished = None, False, None
     if calibration is not None:
-        gathered = gather_evidence(opened, _sites_to_learn(opened, traced, wanted), calibration, progress, classes)
+        gathered = gather_statistics(opened, _sites_to_learn(opened, traced, wanted), calibration, progress, classes)
         traced = traced.refusing(gathered.summary.unseen, UNSEEN)
         clock.stop("calibrate")
-    evidence = {} if gathered is None else gathered.by_site
+    statistics = {} if gathered is None else gathered.by_site
 
     def planned() -> tuple[Plan, LatencyRow | None]:
         if isinstance(wanted, Plan):
-            return check_replay(opened.model, traced.sites, wanted, evidence), None
+            return check_replay(opened.model, traced.sites, wanted, statistics), None
         if not _in_time(wanted):
-            return make_plan(opened.model, traced.sites, wanted, before.total, progress, evidence), None
-        choices = find_choices(opened.model, traced.sites, wanted, progress, evidence)
+            return make_plan(opened.model, traced.sites, wanted, before.total, progress, statistics), None
+        choices = find_choices(opened.model, traced.sites, wanted, progress, statistics)
         with _of_the_converted_model():
             return plan_in_time(opened.model, opened.example(), choices, timing, progress)
 
@@ -379,15 +379,15 @@ def _team(calibration: Calibration | None) -> Team:
     return ALONE if calibration is None else calibration.team
 
 
-def _sites_to_learn(opened: Opened, traced: Trace, wanted: Recipe | Plan) -> list[Site]:
-    """The sites of which evidence is needed: all that the recipe or the plan may swap."""
+def _sites_to_learn(opened: OpenedModel, traced: Trace, wanted: Recipe | Plan) -> list[Site]:
+    """The sites of which statistics is needed: all that the recipe or the plan may swap."""
     if not isinstance(wanted, Plan):
         return matched_sites(opened.model, traced.sites, wanted)
     swapped = {swap.site for swap in wanted.swaps}
     return [site for site in traced.sites if site.name in swapped and site.calls]
 
 
-def _costs_after(opened: Opened, converted: nn.Module, traced: Trace, before: Costs) -> Costs:
+def _costs_after(opened: OpenedModel, converted: nn.Module, traced: Trace, before: Costs) -> Costs:
     """What the converted model costs, found by running it; raises AsymswapError where it does not run."""
     with _of_the_converted_model():
         if traced.on_meta:
@@ -403,7 +403,7 @@ def _costs_after(opened: Opened, converted: nn.Module, traced: Trace, before: Co
         return count_swapped(before, converted, traced.sites)
 
 
-def _report(opened: Opened, done: _Done, recipe: str, wanted: Recipe | Plan, seed: int) -> Report:
+def _report(opened: OpenedModel, done: _Done, recipe: str, wanted: Recipe | Plan, seed: int) -> Report:
     """Measure what has changed."""
     inputs, probe_text = _probe(opened, done.gathered, seed)
     parts = compared_parts(done.traced)
@@ -436,7 +436,7 @@ def _of_the_converted_model() -> Iterator[None]:
         ) from error
 
 
-def _probe(opened: Opened, gathered: Gathered | None, seed: int) -> tuple[Inputs, str]:
+def _probe(opened: OpenedModel, gathered: Gathered | None, seed: int) -> tuple[Inputs, str]:
     """The inputs on which outputs are compared, and what they are: real images where there are some."""
     if gathered is not None and gathered.held_back is not None:
         return (gathered.held_back.to(opened.dtype()),), f"{len(gathered.held_back)} images of {gathered.summary.data}"

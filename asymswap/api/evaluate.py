@@ -19,7 +19,7 @@ from asymswap.data.predict import Predictions, predict
 from asymswap.data.splits import open_parts
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
-from asymswap.models.opening import Opened, open_together
+from asymswap.models.opening import OpenedModel, open_together
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.models.references import Request
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
@@ -105,13 +105,13 @@ def _open(
     return parts.validation
 
 
-def _check_names(opened: Opened, images: LabelledImages) -> None:
+def _check_names(opened: OpenedModel, images: LabelledImages) -> None:
     known = known_classes(told(opened.provenance, opened.reference), opened.source.origin)
     check_class_names(known or published_classes(opened.source.origin.reference, opened.source.weights), images)
 
 
 def _predict(
-    opened: Opened, images: LabelledImages, place: torch.device, batch: int, workers: int, strict: bool, told: Any
+    opened: OpenedModel, images: LabelledImages, place: torch.device, batch: int, workers: int, strict: bool, told: Any
 ) -> Predictions:
     # A module of the caller's stays where it is.
     model = opened.model if opened.source.weights == "as given" else opened.model.to(place)
@@ -126,7 +126,7 @@ def _predict(
 
 
 def _report(
-    opened: Sequence[Opened],
+    opened: Sequence[OpenedModel],
     images: Sequence[LabelledImages],
     feedings: Sequence[Feeding],
     found: Sequence[Predictions],
@@ -160,7 +160,7 @@ def _report(
     )
 
 
-def _seen(opened: Opened, images: LabelledImages) -> list[str]:
+def _seen(opened: OpenedModel, images: LabelledImages) -> list[str]:
     """Say where a model was trained on images of this very description."""
     training = told(opened.provenance, opened.reference).training
     if not training or images.description not in training[-1].data or training[-1].validation == images.description:

@@ -27,7 +27,7 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.models.references import Request, describe_module
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingReport
-from asymswap.training.callbacks import Unwatched, Watcher
+from asymswap.training.callbacks import Callback, NoCallback
 from asymswap.training.config import Training
 from asymswap.training.distillation import Objective, Teacher
 from asymswap.training.run_folder import RunFolder, check_folder
@@ -72,7 +72,7 @@ def finetune(
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
-    watcher: Watcher | None = None,
+    watcher: Callback | None = None,
 ) -> FineTuned:
     """Train a converted model (a checkpoint, a conversion, or any classifier) on a data reference.
 
@@ -127,7 +127,7 @@ def finetune(
         identity=identity,
         team=team,
         folder=folder,
-        watcher=watcher or Unwatched(),
+        watcher=watcher or NoCallback(),
         write=write,
     )
     trainer = Trainer(work)

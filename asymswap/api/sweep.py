@@ -18,7 +18,7 @@ from asymswap.calibration.calibrate import (
     Gathered,
     convert_on,
     fed_on,
-    gather_evidence,
+    gather_statistics,
     in_own_precision,
     options_of,
     polish,
@@ -32,7 +32,7 @@ from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.graph.trace import Trace, check_runs, trace
 from asymswap.measure.macs import count_costs
 from asymswap.measure.stand_ins import check_stand_ins
-from asymswap.models.opening import Opened, costs_of, open_model
+from asymswap.models.opening import OpenedModel, costs_of, open_model
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.models.references import Request
 from asymswap.planning.apply import apply_plan
@@ -70,7 +70,7 @@ def sweep(
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
-    Evidence is gathered once for all of them. `data` is a data reference on whose test part top-1 is measured;
+    SiteStatistics is gathered once for all of them. `data` is a data reference on whose test part top-1 is measured;
     `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so far after
     each point; a sweep of the same setting given as `known` is gone on with. The other options are those of
     `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
@@ -115,11 +115,11 @@ def sweep(
 
 
 _SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
-"""What of a calibration changes figures; where evidence is kept and in how much memory does not."""
+"""What of a calibration changes figures; where statistics is kept and in how much memory does not."""
 
 
 def _setting(
-    opened: Opened,
+    opened: OpenedModel,
     recipes: Mapping[str, str],
     images: LabelledImages,
     data: str,
@@ -156,7 +156,7 @@ class _Bench:
 
     def __init__(
         self,
-        opened: Opened,
+        opened: OpenedModel,
         images: LabelledImages,
         measure: Measure,
         calibration: Calibration | None,
@@ -187,7 +187,7 @@ class _Bench:
         )
 
     def gather(self, recipes: Sequence[Recipe]) -> None:
-        """Evidence of every site that one of the recipes may swap, once it is known that the model lets it be."""
+        """Statistics of every site that one of the recipes may swap, once it is known that the model lets it be."""
         if not recipes:
             return
         wanted = [matched_sites(self._opened.model, self._traced.sites, recipe) for recipe in recipes]
@@ -197,7 +197,7 @@ class _Bench:
         if self._calibration is None:
             return
         classes = len(self._images.classes)
-        self._gathered = gather_evidence(self._opened, sites, self._calibration, self._progress, classes)
+        self._gathered = gather_statistics(self._opened, sites, self._calibration, self._progress, classes)
         self._traced = self._traced.refusing(self._gathered.summary.unseen, UNSEEN)
 
     def notes(self) -> tuple[str, ...]:
@@ -216,8 +216,8 @@ class _Bench:
         """A point for each budget; what does not depend on the budget is done once."""
         if not budgets:
             return
-        evidence = {} if self._gathered is None else self._gathered.by_site
-        choices = find_choices(self._opened.model, self._traced.sites, recipe, self._progress, evidence)
+        statistics = {} if self._gathered is None else self._gathered.by_site
+        choices = find_choices(self._opened.model, self._traced.sites, recipe, self._progress, statistics)
         for budget in budgets:
             start = time.perf_counter()
             self._doing = self._place(budget)

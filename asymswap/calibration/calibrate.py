@@ -1,4 +1,4 @@
-"""Calibration as the user asks for it: images from a data reference, evidence from them or from a file."""
+"""Calibration as the user asks for it: images from a data reference, statistics from them or from a file."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from asymswap.calibration.gather import (
     Batches,
-    EvidenceSummary,
     OutputKind,
+    StatisticsSummary,
     gather,
     images_hash,
-    load_evidence,
+    load_statistics,
     model_hash,
     output_kind,
-    save_evidence,
+    save_statistics,
 )
 from asymswap.calibration.polish import Polish, Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
 from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.errors import AsymswapError, SourceError, check_choice
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace
-from asymswap.models.opening import Opened
+from asymswap.models.opening import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.apply import apply_plan, apply_structure
 from asymswap.types import Plan, Preprocessing, Progress, Site, silent
@@ -46,7 +46,7 @@ __all__ = [
     "Polished",
     "convert_on",
     "fed_on",
-    "gather_evidence",
+    "gather_statistics",
     "in_own_precision",
     "options_of",
     "polish",
@@ -61,7 +61,8 @@ UNSEEN = "did not run on the calibration images"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the user wants: `data` is a data reference, `evidence` a file to read or, with data, to write.
+    """What the user wants: `data` is a data reference, `cache` a file of statistics to read or, with
+    data, to write.
 
     `sequential` is None where it is up to us: done where there are images. `outputs` says what the network gives:
     `scores` of classes, or `values` (of a regressor, an embedder, a denoiser); None lets us judge. In a `team` of
@@ -74,7 +75,7 @@ class Calibration:
 
     data: str | None = None
     images: int = 512
-    evidence: Path | None = None
+    cache: Path | None = None
     sequential: bool | None = None
     memory_gib: float = 4.0
     seed: int = 0
@@ -86,8 +87,8 @@ class Calibration:
     preprocessing: PreprocessingOptions | None = None
 
     def __post_init__(self) -> None:
-        if self.data is None and self.evidence is None:
-            raise AsymswapError("calibration needs --calibrate DATA or an --evidence file that exists")
+        if self.data is None and self.cache is None:
+            raise AsymswapError("calibration needs --calibrate DATA or an --calibration-cache file that exists")
         if self.images < 1:
             raise AsymswapError(f"--calibration-images {self.images} is no number of images; give 128 to 2048")
         if self.outputs is not None:
@@ -125,15 +126,15 @@ def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
 
 @dataclass
 class Gathered:
-    """The evidence of every site, what it was made of, and the images for what comes after.
+    """The statistics of every site, what it was made of, and the images for what comes after.
 
-    `images` is how many the batches of all processes hold; evidence that was read may be of another number. `opened` is
-    the model that is solved on: the given one, or a copy of it in float32 where that has half precision.
+    `images` is how many the batches of all processes hold; statistics that were read may be of another number. `opened`
+    is the model that is solved on: the given one, or a copy of it in float32 where that has half precision.
     """
 
-    by_site: Mapping[str, Evidence]
-    summary: EvidenceSummary
-    opened: Opened
+    by_site: Mapping[str, SiteStatistics]
+    summary: StatisticsSummary
+    opened: OpenedModel
     batches: Batches | None = None
     images: int = 0
     held_back: Tensor | None = None
@@ -141,41 +142,45 @@ class Gathered:
     notes: list[str] = field(default_factory=list)
 
 
-def gather_evidence(
-    opened: Opened,
+def gather_statistics(
+    opened: OpenedModel,
     sites: Sequence[Site],
     wanted: Calibration,
     progress: Progress = silent,
     classes: int | None = None,
 ) -> Gathered:
-    """Evidence of the given sites, from the file where there is one, else from images (and then written to it).
+    """Statistics of the given sites, from the file where there is one, else from images (and then written to it).
 
     Raises SourceError where the data or the file cannot be used for this model, OutputError where the file cannot be
     written, before anything is gathered. `classes` is how many the data for the evaluation has.
     """
     opened = _in_float32(opened)
     images = None if wanted.data is None else _Images(wanted.data, opened, wanted)
-    if wanted.evidence is not None and wanted.evidence.exists():
-        found, summary = load_evidence(wanted.evidence)
+    if wanted.cache is not None and wanted.cache.exists():
+        found, summary = load_statistics(wanted.cache)
         if summary.model != model_hash(opened.model):
-            raise SourceError(f"the evidence {wanted.evidence} was gathered from another model; give another file name")
+            raise SourceError(
+                f"the calibration cache {wanted.cache} was gathered from another model; give another file name"
+            )
         lacking = [site.name for site in sites if site.name not in found and site.name not in summary.unseen]
         if lacking:
-            raise SourceError(f"the evidence {wanted.evidence} lacks {lacking[0]}; gather it anew under another name")
+            raise SourceError(
+                f"the calibration cache {wanted.cache} lacks {lacking[0]}; gather it anew under another name"
+            )
         for site in sites:
             if site.name in summary.unseen:
                 continue
             conv = site.conv
             shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
             if found[site.name].target_GOD.shape != shape:
-                raise SourceError(f"the evidence {wanted.evidence} does not fit {site.name} ({conv.describe()})")
-        gathered = Gathered(found, summary, opened, notes=[f"evidence read from {wanted.evidence}"])
+                raise SourceError(f"the calibration cache {wanted.cache} does not fit {site.name} ({conv.describe()})")
+        gathered = Gathered(found, summary, opened, notes=[f"statistics read from {wanted.cache}"])
     else:
         if images is None:
-            raise SourceError(f"no evidence file {wanted.evidence}; --calibrate DATA gathers and writes it")
-        if wanted.evidence is not None:
-            target = wanted.evidence
-            wanted.team.first(lambda: check_output(target, force=False, option="--evidence"))
+            raise SourceError(f"no calibration cache {wanted.cache}; --calibrate DATA gathers and writes it")
+        if wanted.cache is not None:
+            target = wanted.cache
+            wanted.team.first(lambda: check_output(target, force=False, option="--calibration-cache"))
         outputs, why = _outputs(opened, images, wanted, classes)
         found = gather(
             opened.model,
@@ -189,7 +194,7 @@ def gather_evidence(
             progress=progress,
         )
         digest = images_hash(images.batches, wanted.team)
-        summary = EvidenceSummary(
+        summary = StatisticsSummary(
             data=str(wanted.data),
             images=images.count,
             sha256=digest,
@@ -199,8 +204,8 @@ def gather_evidence(
             outputs=f"{'class scores' if outputs == 'scores' else 'values'} ({why})",
         )
         gathered = Gathered(found, summary, opened)
-        if wanted.evidence is not None and wanted.team.leads:
-            save_evidence(wanted.evidence, found, summary)
+        if wanted.cache is not None and wanted.team.leads:
+            save_statistics(wanted.cache, found, summary)
     if images is not None:
         gathered.batches, gathered.images, gathered.held_back = images.batches, images.count, images.held_back
         gathered.description = images.description
@@ -208,7 +213,7 @@ def gather_evidence(
     return gathered
 
 
-def _outputs(opened: Opened, images: _Images, wanted: Calibration, classes: int | None) -> tuple[OutputKind, str]:
+def _outputs(opened: OpenedModel, images: _Images, wanted: Calibration, classes: int | None) -> tuple[OutputKind, str]:
     if wanted.outputs is not None:
         return wanted.outputs, "as given"
     kind, why = wanted.team.first(lambda: output_kind(opened.model, images.batches, classes))
@@ -218,7 +223,7 @@ def _outputs(opened: Opened, images: _Images, wanted: Calibration, classes: int 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _in_float32(opened: Opened) -> Opened:
+def _in_float32(opened: OpenedModel) -> OpenedModel:
     """The same model with float32 in place of half precision, where it has such and then still runs."""
     if not any(parameter.dtype in _HALF for parameter in opened.model.parameters()):
         return opened
@@ -235,7 +240,7 @@ def _in_float32(opened: Opened) -> Opened:
     return replace(opened, source=replace(opened.source, model=copied))
 
 
-def in_own_precision(opened: Opened, plan: Plan, converted: nn.Module, gathered: Gathered) -> nn.Module:
+def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gathered: Gathered) -> nn.Module:
     """The converted model in the precision of the model that was given, where it was solved in another."""
     if gathered.opened.model is opened.model:
         return converted
@@ -295,7 +300,7 @@ def _goes_layer_by_layer(gathered: Gathered, wanted: Calibration) -> bool:
         return False
     if gathered.batches is not None:
         return True
-    reason = "the images are not given, only their evidence"
+    reason = "the images are not given, only their statistics"
     if wanted.sequential:
         raise AsymswapError(f"--sequential cannot be done: {reason}")
     gathered.notes.append(f"not refined layer by layer: {reason}")
@@ -332,7 +337,7 @@ class _Images:
     In a team these are the batches that fall to this process.
     """
 
-    def __init__(self, reference: str, opened: Opened, wanted: Calibration) -> None:
+    def __init__(self, reference: str, opened: OpenedModel, wanted: Calibration) -> None:
         self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train", unlabelled=True)
         self.description = self.data.description
         order = torch.randperm(len(self.data), generator=seeded(wanted.seed)).tolist()
@@ -365,14 +370,14 @@ def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _notes(summary: EvidenceSummary, found: Mapping[str, Evidence], sites: Sequence[Site]) -> list[str]:
-    """What the evidence was made by, and where the images say little."""
+def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], sites: Sequence[Site]) -> list[str]:
+    """What the statistics was made by, and where the images say little."""
     notes = [f"outputs taken for {summary.outputs}"] if summary.outputs else []
     if summary.unseen:
         number = len(summary.unseen)
         convs = "1 conv did not run on the images and is" if number == 1 else f"{number} convs did not run and are"
         notes.append(f"{convs} kept: {', '.join(summary.unseen[:3])}")
-    if found and all(evidence.weight_GOO is None for evidence in found.values()):
+    if found and all(statistics.weight_GOO is None for statistics in found.values()):
         notes.append("the outputs have no gradient (no_grad or argmax): all outputs of a layer count alike")
     seen = [site for site in sites if site.name in found]
     thin = [site.name for site in seen if found[site.name].patches < 2 * found[site.name].mean_GD.shape[1]]
@@ -394,9 +399,9 @@ def _notes(summary: EvidenceSummary, found: Mapping[str, Evidence], sites: Seque
 _LOOKED_AT = 256
 
 
-def _hardly_varies(evidence: Evidence) -> bool:
+def _hardly_varies(statistics: SiteStatistics) -> bool:
     """Whether most directions of the patches, of the first ones in each group, have next to no variance."""
-    part_GDD = evidence.cov_GDD[:, :_LOOKED_AT, :_LOOKED_AT]
+    part_GDD = statistics.cov_GDD[:, :_LOOKED_AT, :_LOOKED_AT]
     energy_GD = torch.linalg.eigvalsh(part_GDD)
     largest_G = energy_GD[:, -1:]
     return bool(((energy_GD > 1e-6 * largest_G) & (largest_G > 0)).double().mean() < 0.5)

@@ -1,4 +1,4 @@
-"""Evidence of every site from images without labels, in one pass, with memory that does not grow with their number.
+"""Statistics of every site from images without labels, in one pass, with memory that does not grow with their number.
 
 While the unconverted model runs, each site's input patches are taken at random positions and their mean and covariance
 summed in float64; while the gradient of the network's own prediction runs back, the second moment of each site's output
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymswap.errors import SourceError, validation_text
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import conv_hooks
 from asymswap.types import STRICT, Progress, Site, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import whole_file
-from asymswap.utils.tensors import eval_mode, generator_for, list_tensors
+from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tensors, tensors_hash
 
 Batches = Callable[[], Iterable[tuple[int, Tensor]]]
 """Makes a fresh iterator over the same batches of images (N, C, H, W) and their numbers at every call.
@@ -233,17 +233,17 @@ def gather(
     seed: int = 0,
     team: Team = ALONE,
     progress: Progress = silent,
-) -> dict[str, Evidence]:
-    """Evidence of those of the sites that run, from all batches, which hold `images` images; the model is unchanged.
+) -> dict[str, SiteStatistics]:
+    """Statistics of those sites that run, from all batches, which hold `images` images; the model is unchanged.
 
-    In a team each process has its share of the batches and gets the evidence from all of them. Where the prediction has
-    no gradient at one of the sites, all are without the weights of their outputs: they could not be compared.
+    In a team each process has its share of the batches and gets the statistics from all of them. Where the prediction
+    has no gradient at one of the sites, all are without the weights of their outputs: they could not be compared.
 
     The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
     SourceError for activations that are not finite, naming the first layer.
     """
     groups = list(within(memory_gib * 2**30, sites, _covariance_bytes))
-    found: dict[str, Evidence] = {}
+    found: dict[str, SiteStatistics] = {}
     everywhere = True
     for number, group in enumerate(groups):
 
@@ -265,8 +265,8 @@ def _pass(
     seed: int,
     team: Team,
     step: Callable[[int], None],
-) -> tuple[dict[str, Evidence], bool]:
-    """Evidence of the sites that run, and whether the prediction has a gradient at all of them."""
+) -> tuple[dict[str, SiteStatistics], bool]:
+    """Statistics of the sites that run, and whether the prediction has a gradient at all of them."""
     convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
     sums = {name: PatchSums(conv) for name, conv in convs.items()}
     weights = {name: _no_weight(conv) for name, conv in convs.items()}
@@ -311,7 +311,7 @@ def _pass(
     for one in sums.values():
         one.meet(team)
     seen = [name for name in convs if sums[name].patches]
-    found = {name: _evidence(convs[name], sums[name], team.sum(weights[name]) / images) for name in seen}
+    found = {name: _statistics(convs[name], sums[name], team.sum(weights[name]) / images) for name in seen}
     return found, all(int(team.sum(torch.tensor(gradients[name]))) for name in seen)
 
 
@@ -320,7 +320,7 @@ def _no_weight(conv: nn.Conv2d) -> Tensor:
     return torch.zeros(conv.groups, outputs, outputs, dtype=torch.float64, device=conv.weight.device)
 
 
-def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Tensor) -> Evidence:
+def _statistics(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Tensor) -> SiteStatistics:
     mean_GD, cov_GDD = sums.moments()
     kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
     wanted_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
@@ -328,7 +328,7 @@ def _evidence(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Tensor) -> Evidence:
         wanted_GO = wanted_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
     known = bool(torch.isfinite(weight_GOO).all()) and bool(weight_GOO.any())
     weight = weight_GOO if known else None
-    return Evidence(mean_GD, cov_GDD, kernel_GOD, wanted_GO, weight, sums.patches)
+    return SiteStatistics(mean_GD, cov_GDD, kernel_GOD, wanted_GO, weight, sums.patches)
 
 
 def positions_for(site: Site, images: int) -> int:
@@ -434,8 +434,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class EvidenceSummary:
-    """What evidence was made of, so that it can be made again: the data, how many images, their hash, and the seed.
+class StatisticsSummary:
+    """What statistics was made of, so that it can be made again: the data, how many images, their hash, and the seed.
 
     `unseen` are sites that did not run on the images, `outputs` says what the model's outputs were taken for.
     """
@@ -451,12 +451,12 @@ class EvidenceSummary:
     outputs: str = ""
 
 
-_SUMMARY = TypeAdapter(EvidenceSummary)
+_SUMMARY = TypeAdapter(StatisticsSummary)
 
 
 def images_hash(batches: Batches, team: Team = ALONE) -> str:
     """SHA-256 over the SHA-256 of every image's pixels, as the network sees them, in their order."""
-    own = [(number, [hashlib.sha256(_bytes(image)).digest() for image in batch]) for number, batch in batches()]
+    own = [(number, [hashlib.sha256(bytes_of(image)).digest() for image in batch]) for number, batch in batches()]
     every = sorted(itertools.chain.from_iterable(team.gather(own)))
     return hashlib.sha256(b"".join(itertools.chain.from_iterable(digests for _, digests in every))).hexdigest()
 
@@ -466,57 +466,46 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())
-        digest.update(_bytes(tensor) if isinstance(tensor, Tensor) else repr(tensor).encode())
+        digest.update(bytes_of(tensor) if isinstance(tensor, Tensor) else repr(tensor).encode())
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def save_evidence(path: Path, found: Mapping[str, Evidence], summary: EvidenceSummary) -> None:
-    """Write evidence to a safetensors file."""
+def save_statistics(path: Path, found: Mapping[str, SiteStatistics], summary: StatisticsSummary) -> None:
+    """Write statistics to a safetensors file."""
     tensors: dict[str, Tensor] = {}
-    for name, evidence in found.items():
-        parts = {key: value for key, value in vars(evidence).items() if isinstance(value, Tensor)}
+    for name, statistics in found.items():
+        parts = {key: value for key, value in vars(statistics).items() if isinstance(value, Tensor)}
         tensors |= {f"{name}/{key}": value.contiguous() for key, value in parts.items()}
-        tensors[f"{name}/patches"] = torch.tensor(evidence.patches)
-    told = {**vars(summary), "tensors": _tensors_hash(tensors)}
+        tensors[f"{name}/patches"] = torch.tensor(statistics.patches)
+    told = {**vars(summary), "tensors": tensors_hash(tensors)}
     with whole_file(path) as draft:
         save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(told)})
 
 
-def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values: a flipped bit of a covariance would show nowhere else."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(_bytes(tensors[key]))
-    return digest.hexdigest()
-
-
-def load_evidence(path: Path) -> tuple[dict[str, Evidence], EvidenceSummary]:
-    """Read what `save_evidence` wrote; raises SourceError for any other file."""
+def load_statistics(path: Path) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
+    """Read what `save_statistics` wrote; raises SourceError for any other file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("asymswap-evidence")
             if text is None:
-                raise SourceError(f"{path} holds no evidence; --evidence names a file that a calibration wrote")
+                raise SourceError(
+                    f"{path} holds no statistics; --calibration-cache names a file that a calibration wrote"
+                )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         told = json.loads(text)
-        if told.pop("tensors", None) != _tensors_hash(tensors):
+        if told.pop("tensors", None) != tensors_hash(tensors):
             raise ValueError("its numbers are not those that were written")
         summary = _SUMMARY.validate_json(json.dumps(told))
         names = sorted({key.rpartition("/")[0] for key in tensors})
-        return {name: _read_evidence(name, tensors) for name in names}, summary
+        return {name: _read_statistics(name, tensors) for name in names}, summary
     except ValidationError as error:
-        raise SourceError(f"cannot read the evidence {path}: {validation_text(error)}") from None
+        raise SourceError(f"cannot read the calibration cache {path}: {validation_text(error)}") from None
     except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise SourceError(f"cannot read the evidence {path}: {' '.join(str(error).split())}") from None
+        raise SourceError(f"cannot read the calibration cache {path}: {' '.join(str(error).split())}") from None
 
 
-def _read_evidence(name: str, tensors: Mapping[str, Tensor]) -> Evidence:
-    """The evidence of one site; raises ValueError where its parts do not fit each other."""
+def _read_statistics(name: str, tensors: Mapping[str, Tensor]) -> SiteStatistics:
+    """The statistics of one site; raises ValueError where its parts do not fit each other."""
 
     def part(key: str, *shape: int) -> Tensor:
         tensor = tensors.get(f"{name}/{key}")
@@ -531,7 +520,7 @@ def _read_evidence(name: str, tensors: Mapping[str, Tensor]) -> Evidence:
     patches = tensors.get(f"{name}/patches")
     if patches is None or patches.shape != () or patches.dtype != torch.int64 or int(patches) < 1:
         raise ValueError(f"{name}/patches is no number of patches")
-    found = Evidence(
+    found = SiteStatistics(
         mean_GD=part("mean_GD", groups, length),
         cov_GDD=part("cov_GDD", groups, length, length),
         target_GOD=target_GOD,

@@ -1,8 +1,8 @@
 """Layer after layer: each replacement is solved for the input that it will really get.
 
 At each swapped site the patches come from the converted network as it is so far, and the target output from the
-original one (Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.evidence). Where the graph of the
-whole model is what runs, both networks walk through it side by side (`graph_walk`); elsewhere both are run for each
+original one (Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics). Where the graph of
+the whole model is what runs, both networks walk through it side by side (`graph_walk`); elsewhere both are run for each
 layer, and stopped there (`stopped_runs`).
 """
 
@@ -18,7 +18,7 @@ from asymswap import replacements
 from asymswap.calibration.gather import Batches, PatchSums
 from asymswap.calibration.graph_walk import walk_graph
 from asymswap.calibration.stopped_runs import stop_at_sites
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.types import Plan, Progress, Site, Swap, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.tensors import eval_mode
@@ -30,9 +30,9 @@ together: a detector's second stage looks at other boxes in the converted networ
 
 @dataclass
 class Refined:
-    """The evidence that each replacement was solved with, and why some were solved in one pass."""
+    """The statistics that each replacement was solved with, and why some were solved in one pass."""
 
-    used: dict[str, Evidence] = field(default_factory=dict)
+    used: dict[str, SiteStatistics] = field(default_factory=dict)
     one_pass: dict[str, str] = field(default_factory=dict)
     by_graph: bool = True
 
@@ -42,7 +42,7 @@ def refine_(
     converted: nn.Module,
     sites: Sequence[Site],
     plan: Plan,
-    evidence: Mapping[str, Evidence],
+    statistics: Mapping[str, SiteStatistics],
     batches: Batches,
     images: int,
     example: Tensor,
@@ -69,10 +69,10 @@ def refine_(
         found.by_graph = walk is not None
         steps = walk or stop_at_sites(model, converted, chosen, batches, images, memory_gib, seed, team)
         for name, sums in _with_rest(steps, chosen):
-            used = sums if isinstance(sums, str) else _sequential_evidence(evidence[name], sums, team)
+            used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, team)
             if isinstance(used, str):
                 found.one_pass[name] = used
-            found.used[name] = evidence[name] if isinstance(used, str) else used
+            found.used[name] = statistics[name] if isinstance(used, str) else used
             conv = model.get_submodule(name)
             assert isinstance(conv, nn.Conv2d)
             _solve_(converted.get_submodule(name), conv, swaps[name], found.used[name], team)
@@ -92,9 +92,9 @@ def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
     return found
 
 
-def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, evidence: Evidence, team: Team) -> None:
+def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, statistics: SiteStatistics, team: Team) -> None:
     settings = replacements.parse_settings(swap.kind, swap.settings)
-    replacements.load(swap.kind).init_(module, conv, settings, evidence)
+    replacements.load(swap.kind).init_(module, conv, settings, statistics)
     team.follow_(module)
 
 
@@ -109,8 +109,8 @@ def _with_rest(
     yield from ((site.name, "it did not run") for site in chosen if site.name in waiting)
 
 
-def _sequential_evidence(one_pass: Evidence, sums: PatchSums, team: Team) -> Evidence | str:
-    """Evidence of the converted network's patches from all processes, or the reason why they tell nothing.
+def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team) -> SiteStatistics | str:
+    """Statistics of the converted network's patches from all processes, or the reason why they tell nothing.
 
     The ridge pulls the target kernel towards the conv's own.
     """

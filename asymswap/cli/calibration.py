@@ -36,10 +36,12 @@ Sequential = Annotated[
         show_default="where there are images",
     ),
 ]
-EvidenceFile = Annotated[
+CalibrationCache = Annotated[
     Path | None,
     typer.Option(
-        "--evidence", help="File of what calibration learned: read if it exists, else written.", rich_help_panel=PANEL
+        "--calibration-cache",
+        help="File of what calibration learned: read if it exists, else written.",
+        rich_help_panel=PANEL,
     ),
 ]
 Polish = Annotated[
@@ -69,7 +71,7 @@ Memory = Annotated[
 def wanted(
     data: str | None,
     images: int | None,
-    evidence: Path | None,
+    cache: Path | None,
     sequential: bool | None,
     polish: str | None,
     polish_images: int | None,
@@ -84,7 +86,7 @@ def wanted(
     """
     from asymswap.calibration.calibrate import Calibration
 
-    if data is None and evidence is None:
+    if data is None and cache is None:
         given = {
             "--polish": polish,
             "--sequential" if sequential else "--no-sequential": sequential,
@@ -110,7 +112,7 @@ def wanted(
     }
     return Calibration(
         data=data,
-        evidence=evidence,
+        cache=cache,
         sequential=sequential,
         seed=seed,
         polish_steps=steps,

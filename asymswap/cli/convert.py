@@ -88,7 +88,7 @@ def convert(
     calibrate: c.Calibrate = None,
     calibration_images: c.Images = None,
     sequential: c.Sequential = None,
-    evidence: c.EvidenceFile = None,
+    calibration_cache: c.CalibrationCache = None,
     polish: c.Polish = None,
     polish_images: c.PolishImages = None,
     calibration_memory: c.Memory = None,
@@ -129,7 +129,7 @@ def convert(
     if report is not None:
         files.check_suffix(report)
     written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
-    check_distinct({"the model": o.model_file(model), **written, "--evidence": evidence})
+    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration_cache})
     budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
     given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
     if len(given) > 1:
@@ -152,7 +152,7 @@ def convert(
             calibration=c.wanted(
                 calibrate,
                 calibration_images,
-                evidence,
+                calibration_cache,
                 sequential,
                 polish,
                 polish_images,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from asymswap.results.finetune import EpochRow, Outset, StepRow
-    from asymswap.training.callbacks import Watcher
+    from asymswap.results.finetune import EpochRow, RunStart, StepRow
+    from asymswap.training.callbacks import Callback
     from asymswap.types import Progress
 
 
@@ -78,7 +78,7 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
 
 
 @contextmanager
-def training(quiet: bool) -> Iterator[Watcher]:
+def training(quiet: bool) -> Iterator[Callback]:
     """What a run tells while it lasts, on stderr: a line for each epoch, and in a terminal a live one for the steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -105,7 +105,7 @@ class _Shown:
         self._task = live.add_task("loading", total=None, words="")
         self._epochs = 0
 
-    def begin(self, outset: Outset) -> None:
+    def begin(self, outset: RunStart) -> None:
         """Say how long it will be, and where it begins."""
         self._epochs = outset.epochs
         self._live.update(self._task, description="epoch 1", completed=outset.done, total=outset.steps)

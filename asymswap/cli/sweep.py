@@ -43,7 +43,7 @@ def sweep(
     ] = 1.0,
     calibrate: c.Calibrate = None,
     calibration_images: c.Images = None,
-    evidence: c.EvidenceFile = None,
+    calibration_cache: c.CalibrationCache = None,
     sequential: c.Sequential = None,
     polish: c.Polish = None,
     polish_images: c.PolishImages = None,
@@ -114,7 +114,7 @@ def sweep(
             calibration=c.wanted(
                 calibrate,
                 calibration_images,
-                evidence,
+                calibration_cache,
                 sequential,
                 polish,
                 polish_images,

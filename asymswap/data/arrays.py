@@ -128,6 +128,8 @@ def _entry(entries: Mapping[str, Any], names: tuple[str, ...], part: str) -> Any
 
 def _tensor(value: Any, path: Path) -> Tensor:
     """Numbers as a tensor; only tensors, numpy's own arrays and lists of plain numbers are such."""
+    if isinstance(value, np.ndarray) and value.dtype.itemsize > 8:
+        raise SourceError(f"data {path} holds an array of {value.dtype}; store numbers of at most 64 bits")
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="), copy=False)))
     if isinstance(value, list | tuple) and value and all(type(item) in (bool, int, float) for item in value):

@@ -29,7 +29,7 @@ from asymswap.data.images import (
     InMemory,
     Pictures,
     Preprocessed,
-    Some,
+    Subset,
     class_names,
     image_files,
 )
@@ -68,7 +68,7 @@ class LabelledImages:
         """Some of these images, in a given order."""
         assert self.pictures is not None
         assert self.preprocessing is not None
-        return _preprocessed(Some(self.pictures, chosen), self.classes, description, self.preprocessing)
+        return _preprocessed(Subset(self.pictures, chosen), self.classes, description, self.preprocessing)
 
 
 def open_data(

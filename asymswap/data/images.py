@@ -52,7 +52,7 @@ class Preprocessed(Dataset[tuple[Tensor, int]]):
         return self._transform(self.pictures.picture(index)), self.pictures.labels[index]
 
 
-class Some:
+class Subset:
     """Some of other pictures, in a given order."""
 
     def __init__(self, pictures: Pictures, chosen: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from asymswap.data.datasets import Part, open_data
 from asymswap.data.images import Pictures
 from asymswap.data.predict import placement
 from asymswap.errors import SourceError, TraceError
-from asymswap.models.opening import Opened
+from asymswap.models.opening import OpenedModel
 from asymswap.models.preprocessing import (
     Normalization,
     fed,
@@ -71,7 +71,7 @@ class Feeding:
     warnings: tuple[str, ...] = ()
 
 
-def settle(opened: Opened, reference: str, part: Part, download: bool = False) -> tuple[Opened, Feeding]:
+def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
     """An opened model with its preprocessing settled on images of a data reference; see `feeding_of`."""
     known = opened.source.preprocessing
     found = feeding_of(opened.model, known, reference, part, opened.reference, download=download)

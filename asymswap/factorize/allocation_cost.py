@@ -12,8 +12,8 @@ def loss(error: float, divergence: float | None = None) -> float:
     the product of what each keeps, as in Zhang, Zou, He and Sun, 2015, section 3.4. For small errors it is the error
     itself; but no budget may save by spoiling one layer altogether, as sums of errors would.
 
-    The divergence is K-FAC's estimate: half the error as `Evidence.output_weight` weights it. The geometric mean ranks
-    layers better than either does (docs/calibration.md).
+    The divergence is K-FAC's estimate: half the error as `SiteStatistics.output_weight` weights it. The geometric mean
+    ranks layers better than either does (docs/calibration.md).
     """
     spoilt = -math.log1p(-min(error, 1 - 1e-12))
     return spoilt if divergence is None else math.sqrt(spoilt * divergence)

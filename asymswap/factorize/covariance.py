@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asymswap.factorize import svd
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.utils.tensors import one_thread
 
 _ITERATIONS = 150
@@ -92,18 +92,18 @@ class Problem:
         return torch.einsum("goa,gop,gpa->g", self.w_GOKM.flatten(2), self.p_GOO, self.moved_kernel.flatten(2))
 
 
-def arrange(evidence: Evidence, kernel: tuple[int, int], vertical_first: bool) -> Problem:
-    """Put the evidence of a conv into the order of its taps for one order of the two convs."""
-    groups, outputs, length = evidence.target_GOD.shape
+def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first: bool) -> Problem:
+    """Put the statistics of a conv into the order of its taps for one order of the two convs."""
+    groups, outputs, length = statistics.target_GOD.shape
     inputs = length // (kernel[0] * kernel[1])
     places = torch.arange(length).reshape(inputs, *kernel)
     places = places.permute(2, 0, 1) if vertical_first else places.permute(1, 0, 2)
     taps, flat = places.shape[0], places.reshape(-1)
-    s_GDD = evidence.ridged()[:, flat][:, :, flat]
+    s_GDD = statistics.ridged()[:, flat][:, :, flat]
     return Problem(
-        w_GOKM=evidence.target_GOD[:, :, flat].reshape(groups, outputs, taps, -1),
+        w_GOKM=statistics.target_GOD[:, :, flat].reshape(groups, outputs, taps, -1),
         s_GKMKM=s_GDD.reshape(groups, taps, length // taps, taps, length // taps),
-        p_GOO=evidence.output_weight(),
+        p_GOO=statistics.output_weight(),
     )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 
 
 def places(inputs: int, kernel: tuple[int, int]) -> Tensor:
@@ -66,10 +66,12 @@ def relative_error(w_GOD: Tensor, x_GOD: Tensor, s_GDD: Tensor | None = None) ->
     return min(float(_energy(w_GOD - x_GOD, s_GDD)) / whole, 1.0) if whole else 0.0
 
 
-def divergence(evidence: Evidence, x_GOD: Tensor) -> float:
+def divergence(statistics: SiteStatistics, x_GOD: Tensor) -> float:
     """K-FAC's estimate, in nats, of what the error does to the network's prediction: half the weighted error."""
-    gap_GOD = evidence.target_GOD - x_GOD
-    return 0.5 * float(torch.einsum("god,gde,gpe,gop->", gap_GOD, evidence.ridged(), gap_GOD, evidence.output_weight()))
+    gap_GOD = statistics.target_GOD - x_GOD
+    return 0.5 * float(
+        torch.einsum("god,gde,gpe,gop->", gap_GOD, statistics.ridged(), gap_GOD, statistics.output_weight())
+    )
 
 
 def _energy(kernel_GOD: Tensor, s_GDD: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Mean and variance of what the first conv of a separable pair hands to the second, and how to bring it above zero.
 
-Shapes, G groups, C inputs of one group, R the rank, D = C*kh*kw the length of a patch (see `evidence`):
+Shapes, G groups, C inputs of one group, R the rank, D = C*kh*kw the length of a patch (see `statistics`):
 
     first_OIHW   weight of the first conv, (G*R, C, kh, 1) or (G*R, C, 1, kw)
     mean_GR      mean of its outputs, variance_GR their variance
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Moments:
         return (deviations * self.variance_GR.sqrt() - self.mean_GR).clamp_min(0.0)
 
 
-def seen(evidence: Evidence, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]) -> Moments:
-    """The moments through the given taps of the second conv, all in one, on the images of the evidence.
+def seen(statistics: SiteStatistics, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]) -> Moments:
+    """The moments through the given taps of the second conv, all in one, on the images of the statistics.
 
     `kernel` is that of the k x k conv. Exact for the pixels that those taps read.
     """
-    groups = len(evidence.mean_GD)
+    groups = len(statistics.mean_GD)
     vertical_first = first_OIHW.shape[3] == 1
     axis = 2 if vertical_first else 1
     v_GRM = first_OIHW.detach().to(torch.float64).flatten(1).unflatten(0, (groups, -1))
-    mean_GCij = evidence.mean_GD.unflatten(1, (-1, *kernel))
-    cov_GCijCij = evidence.cov_GDD.unflatten(2, (-1, *kernel)).unflatten(1, (-1, *kernel))
+    mean_GCij = statistics.mean_GD.unflatten(1, (-1, *kernel))
+    cov_GCijCij = statistics.cov_GDD.unflatten(2, (-1, *kernel)).unflatten(1, (-1, *kernel))
     means, squares = [], []
     for tap in taps:
         mean_GM = mean_GCij.select(1 + axis, tap).flatten(1)

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3
-"""Added to a covariance, relative to the mean of its diagonal: see `Evidence.ridged`."""
+"""Added to a covariance, relative to the mean of its diagonal: see `SiteStatistics.ridged`."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """The evidence of one conv, in float64; `patches` is how many were seen."""
+class SiteStatistics:
+    """The statistics of one conv, in float64; `patches` is how many were seen."""
 
     mean_GD: Tensor
     cov_GDD: Tensor

@@ -19,7 +19,7 @@ from asymswap.fileformats.torch_files import is_plain, load_object
 from asymswap.utils.tensors import allocated, copy_with
 
 
-def to_skeleton(model: nn.Module) -> bytes | None:
+def to_structure(model: nn.Module) -> bytes | None:
     """The structure of a module as bytes; None where it holds anything that could not be read back."""
     if not is_allowed_module(model):
         return None
@@ -33,7 +33,7 @@ def to_skeleton(model: nn.Module) -> bytes | None:
     return buffer.getvalue() if is_plain(buffer, "the model's structure") else None
 
 
-def from_skeleton(data: bytes) -> nn.Module:
+def from_structure(data: bytes) -> nn.Module:
     """The module of that structure, with unset weights on the CPU; raises SourceError for what is not allowed."""
     module = load_object(
         io.BytesIO(data), FileKind.TORCH, trust_pickle=False, label="the checkpoint's stored structure"

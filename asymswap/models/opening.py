@@ -43,7 +43,7 @@ Model = str | Path | nn.Module
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model with its origin, the conversions that it has been through already, and what it takes as input.
 
     `provenance` is what an asymswap checkpoint tells of itself.
@@ -74,7 +74,7 @@ def open_together(
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
     prepare: PreprocessingOptions | None = None,
-) -> list[Opened]:
+) -> list[OpenedModel]:
     """Open several models by one request: its `arch` and `key` are the files' among them, its `weights` the others'.
 
     Raises AsymswapError where one of these suits none of the models, and where one of them cannot be had.
@@ -106,7 +106,7 @@ def open_model(
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
     prepare: PreprocessingOptions | None = None,
-) -> Opened:
+) -> OpenedModel:
     """Open any model, one that is read or built in eval mode; `input_size` is (channels, height, width).
 
     For clips, `input_size` has the frames behind the channels; `prepare` is what else the user says of the input.
@@ -125,8 +125,8 @@ def open_model(
         source.model.eval()
     source = replace(source, preprocessing=prepared(source.preprocessing, input_size, prepare))
     if header is None:
-        return Opened(source, (), reference)
-    return Opened(source, header.plans, reference, header.provenance)
+        return OpenedModel(source, (), reference)
+    return OpenedModel(source, header.plans, reference, header.provenance)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -159,7 +159,7 @@ def prepared(
     return sized if prepare is None else prepare.apply(sized)
 
 
-def sizes_assumed(opened: Iterable[Opened]) -> tuple[str, ...]:
+def sizes_assumed(opened: Iterable[OpenedModel]) -> tuple[str, ...]:
     """What to say first where nobody gave the size of a model's input."""
     warnings = [f"{one.reference}: {line}" for one in opened for line in size_warning(one.source.preprocessing)]
     return tuple(dict.fromkeys(warnings))
@@ -233,7 +233,7 @@ def build_named(origin: Origin, request: Request) -> nn.Module | None:
     return build_architecture(request.arch, {**stored, **request.arguments}, request.trust_code)
 
 
-def costs_of(opened: Opened, names: Iterable[str] = ()) -> Costs:
+def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
     """The cost of an opened model, and of the named modules in it.
 
     Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.

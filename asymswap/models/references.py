@@ -26,7 +26,7 @@ from asymswap.fileformats import extra_state
 from asymswap.fileformats.archives import states_of_modules
 from asymswap.fileformats.detect import FileKind, exists, resolve, sha256, sniff
 from asymswap.fileformats.model_file import RawFile, read_raw
-from asymswap.fileformats.module_structure import from_skeleton, to_skeleton
+from asymswap.fileformats.module_structure import from_structure, to_structure
 from asymswap.fileformats.pickle_parts import MalformedError
 from asymswap.fileformats.shards import files_of, fingerprint
 from asymswap.fileformats.state_dict import Difference, Found, State, check_numbers, compare, find_weights, load_state_
@@ -187,7 +187,7 @@ def fingerprint_of(path: Path) -> str:
 def describe_module(model: nn.Module, weights: str) -> Source:
     """A Source for a module that exists already: its structure is stored where the allowlist can read it back."""
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    skeleton = to_skeleton(model)
+    skeleton = to_structure(model)
     if skeleton is not None:
         return Source(model, Origin(f"skeleton:{name}"), _assumed_preprocessing(model), weights, (), skeleton)
     origin = builders.origin_of_timm(model)
@@ -205,7 +205,7 @@ def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
     Raises SourceError for an origin that only the user's own code can build.
     """
     if skeleton is not None:
-        return from_skeleton(skeleton)
+        return from_structure(skeleton)
     full = builders.canonical(origin.reference)
     if full is None:
         raise SourceError(f"it was built by {origin.reference}, which is code of yours")
@@ -236,7 +236,7 @@ def _open_known(full: str, request: Request) -> Source:
             name, request.weights or "DEFAULT", request.arguments
         )
         # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
-        skeleton = None if name in torchvision_models.classifiers() else to_skeleton(model)
+        skeleton = None if name in torchvision_models.classifiers() else to_structure(model)
         preprocessing = torchvision_models.preprocessing(name, model, weights)
         return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton, private=True)
     if full.startswith(timm_models.PREFIX):

@@ -11,7 +11,7 @@ from torch import nn
 
 from asymswap import replacements
 from asymswap.errors import PlanError, near_names
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap, take_over_
 from asymswap.types import Plan, Progress, Swap, silent
@@ -30,18 +30,18 @@ def apply_plan(
     model: nn.Module,
     plan: Plan,
     progress: Progress = silent,
-    evidence: Mapping[str, Evidence] | None = None,
+    statistics: Mapping[str, SiteStatistics] | None = None,
     unset: Set[str] = frozenset(),
     share: bool = False,
 ) -> nn.Module:
     """A deep copy of the model with the plan's swaps in it, initialised from the weights and, where there is some, from
-    the evidence of their sites; the model is unchanged.
+    the statistics of their sites; the model is unchanged.
 
     Replacements at the sites in `unset` are left for others to initialise, and hold NaN until then. With `share` what
     is not swapped has the model's own parameters and buffers: for a model that nobody uses afterwards. Raises PlanError
     for a site or a batch norm that the model lacks, RecipeError for a kind or a setting that does not exist.
     """
-    found = evidence or {}
+    found = statistics or {}
 
     def start(built: _Built) -> None:
         if built.entry.site in unset:

@@ -14,7 +14,7 @@ from torch import nn
 
 from asymswap import replacements
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.planning.allocate import Allocation, Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
 from asymswap.planning.cost_model import Counted, Prices
@@ -35,12 +35,12 @@ class _Matched:
     kind_name: str
     kind: Kind
     settings: KindSettings
-    evidence: Evidence | None
+    statistics: SiteStatistics | None
     absorbs: str | None = None
 
     def options(self) -> list[Option]:
         """The sizes that pay, or all of them where the recipe wants growth."""
-        every = self.kind.options(self.site, self.conv, self.settings, self.evidence)
+        every = self.kind.options(self.site, self.conv, self.settings, self.statistics)
         return [option for option in every if self.settings.allow_growth or saves(option.cost, self.site.cost)]
 
     def swap(self, option: Option) -> Swap:
@@ -87,15 +87,15 @@ def make_plan(
     recipe: Recipe,
     total: Cost,
     progress: Progress = silent,
-    evidence: Mapping[str, Evidence] | None = None,
+    statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Plan:
     """Decide about every site, settle all settings, and share the budget of MACs, parameters or error, if there is one.
 
-    `total` is the cost of the whole model; `evidence` is that of each site, where there is some. Nothing is changed.
+    `total` is the cost of the whole model; `statistics` are those of each site, if there are any. Nothing is changed.
     Raises RecipeError for a rule that matches nothing, a setting that a matched conv cannot have, or a budget that
     cannot be reached.
     """
-    choices = find_choices(model, sites, recipe, progress, evidence)
+    choices = find_choices(model, sites, recipe, progress, statistics)
     measure = "macs" if recipe.budget is None else recipe.budget.measure
     if measure == "latency":
         raise RecipeError("a budget of latency needs measuring: use asymswap.convert")
@@ -107,13 +107,13 @@ def find_choices(
     sites: Sequence[Site],
     recipe: Recipe,
     progress: Progress = silent,
-    evidence: Mapping[str, Evidence] | None = None,
+    statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Choices:
     """Decide all that does not depend on the budget; raises RecipeError as `make_plan` does."""
     matched: list[_Matched] = []
     keeps: dict[str, Keep] = {}
     for site, index in zip(sites, find_rule(sites, recipe).values(), strict=True):
-        decision = _decide(model, site, recipe, index, (evidence or {}).get(site.name))
+        decision = _decide(model, site, recipe, index, (statistics or {}).get(site.name))
         if isinstance(decision, Keep):
             keeps[site.name] = decision
         else:
@@ -239,7 +239,7 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
 
 
 def _decide(
-    model: nn.Module, site: Site, recipe: Recipe, index: int | None, evidence: Evidence | None
+    model: nn.Module, site: Site, recipe: Recipe, index: int | None, statistics: SiteStatistics | None
 ) -> _Matched | Keep:
     if index is None:
         return Keep(site.name, _UNMATCHED)
@@ -254,7 +254,7 @@ def _decide(
     settings = replacements.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
     settings, absorbs = _adopt(model, site, kind, settings)
-    return _Matched(site, conv, rule, number, kind_name, kind, settings, evidence, absorbs)
+    return _Matched(site, conv, rule, number, kind_name, kind, settings, statistics, absorbs)
 
 
 def refusal_of(site: Site, kind: Kind) -> str | None:
@@ -274,7 +274,7 @@ def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> 
 def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
     """What a rule with a size of its own makes of a site, and by which option if it is swapped."""
     try:
-        option = item.kind.settle(item.site, item.conv, item.settings, item.evidence)
+        option = item.kind.settle(item.site, item.conv, item.settings, item.statistics)
     except RecipeError as error:
         raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
     if item.settings.allow_growth or saves(option.cost, item.site.cost):
@@ -396,18 +396,18 @@ def check_not_empty(plan: Plan, recipe: Recipe) -> None:
 
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:
-    """The sites that the recipe's rules would swap if their size suited: those of which evidence is needed."""
+    """The sites that the recipe's rules would swap if their size suited: those of which statistics is needed."""
     rules = find_rule(sites, recipe)
     return [site for site in sites if isinstance(_decide(model, site, recipe, rules[site.name], None), _Matched)]
 
 
 def check_replay(
-    model: nn.Module, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Evidence] | None = None
+    model: nn.Module, sites: Sequence[Site], plan: Plan, statistics: Mapping[str, SiteStatistics] | None = None
 ) -> Plan:
     """Fit a plan from elsewhere to this model: settings and errors settled anew, sites that it does not name kept.
 
-    `evidence` is that of each site, where there is some. Raises PlanError for a site that the model lacks, that cannot
-    be swapped so, or that would cost more although the swap's settings do not allow it.
+    `statistics` are those of each site, Raises PlanError for a site that the model lacks, that cannot be
+    swapped so, or that would cost more although the swap's settings do not allow it.
     """
     by_name = {site.name: site for site in sites}
     swaps = []
@@ -425,7 +425,7 @@ def check_replay(
             raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r} and says no size; give one of {sizes}")
         try:
             conv = cast(nn.Conv2d, model.get_submodule(site.name))
-            option = kind.settle(site, conv, settings, (evidence or {}).get(site.name))
+            option = kind.settle(site, conv, settings, (statistics or {}).get(site.name))
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r}: {error}") from None
         if not settings.allow_growth and not saves(option.cost, site.cost):

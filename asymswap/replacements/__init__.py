@@ -19,7 +19,7 @@ from asymswap.types import ConvSpec, Cost, Option, Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from asymswap.factorize.statistics import Evidence
+    from asymswap.factorize.statistics import SiteStatistics
 
 
 SIZE_SCHEMA = WithJsonSchema(
@@ -61,10 +61,12 @@ class Kind(Protocol):
     def cost(self, site: Site, settings: Any) -> Cost:
         """MACs over all calls and parameters of the replacement of these settled settings, by formula alone."""
 
-    def options(self, site: Site, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> Sequence[Option]:
+    def options(
+        self, site: Site, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None
+    ) -> Sequence[Option]:
         """All sizes that a budget may choose from, within the settings; costs are those of `build`'s result."""
 
-    def settle(self, site: Site, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> Option:
+    def settle(self, site: Site, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None) -> Option:
         """Turn a wish (energy = 0.9) into settled settings (rank = 17), so that loading never has to work it out again.
 
         Raises RecipeError where the wish cannot be met by this conv.
@@ -76,10 +78,12 @@ class Kind(Protocol):
         Its forward calls its argument `input`, as that of `nn.Conv2d` does: a model may pass it by that name.
         """
 
-    def init_(self, module: nn.Module, conv: nn.Conv2d, settings: Any, evidence: Evidence | None = None) -> None:
+    def init_(
+        self, module: nn.Module, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None
+    ) -> None:
         """Set the weights of `build`'s result, in place, so that it does what `conv` does as well as it can.
 
-        With evidence: as well as it can on the data, and with the target of the evidence in the place of `conv`'s
+        With statistics: as well as it can on the data, and with the target of the statistics in the place of `conv`'s
         kernel. Where the function is promised to be preserved, the target is that kernel itself, and kinds that always
         promise it keep the conv's own weights.
         """

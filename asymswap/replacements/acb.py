@@ -12,7 +12,7 @@ with a gradient of the usual size:
 
 The square branch takes over the batch norm that follows the conv, where there is one, so that the block does in eval
 mode and in train mode what conv and batch norm did. The running statistics of the strips are those which they would
-have had: from the evidence exactly, else from the batch norm as if the conv's inputs were white.
+have had: from the statistics exactly, else from the batch norm as if the conv's inputs were white.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asymswap.errors import PlanError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import KindSettings
 from asymswap.replacements import _strip_convs as strip_convs
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -50,8 +50,8 @@ class Settings(KindSettings):
     """`shared`: none; one that follows the conv normalises the sum. `branch`: one a branch, as in the paper.
 
     A batch norm that follows is then taken over, if nothing else reads the conv. Where there is none, those of the
-    branches do nothing in eval mode but normalise in train mode, which the original did not: to what evidence tells of
-    the output's mean and variance, and without evidence to mean 0 and variance 1.
+    branches do nothing in eval mode but normalise in train mode, which the original did not: to what statistics tell of
+    the output's mean and variance, and without statistics to mean 0 and variance 1.
     """
 
     eps: Annotated[float, Field(ge=0)] = 1e-5
@@ -88,16 +88,18 @@ def cost(site: Site, settings: Settings) -> Cost:
     return Cost(weights * pixels, weights + conv.out_channels * (conv.bias + norms))
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
+def options(
+    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+) -> Sequence[Option]:
     """The one block there is, which changes nothing."""
-    return [settle(site, conv, settings, evidence)]
+    return [settle(site, conv, settings, statistics)]
 
 
 def settle(
     site: Site,
     conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,
+    statistics: SiteStatistics | None = None,
 ) -> Option:
     """The settings as they are, with the constants of the batch norms where there are some."""
     constants = {"eps": settings.eps, "momentum": settings.momentum} if settings.bn == "branch" else {}
@@ -171,12 +173,12 @@ def init_(
     module: nn.Module,
     conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,
+    statistics: SiteStatistics | None = None,
     norm: nn.BatchNorm2d | None = None,
 ) -> None:
     """The square branch becomes the conv and the batch norm that is taken over, the strips nothing yet.
 
-    The conv's own weights are kept, whatever the target of the evidence: it tells the branches' statistics alone.
+    The conv's own weights are kept, whatever the target of the statistics: it tells the branches' statistics alone.
     Raises PlanError for a batch norm that cannot be taken over.
     """
     if norm is not None and settings.bn == "shared":
@@ -194,13 +196,13 @@ def init_(
             return
         vertical.conv.weight.copy_(_strongest_column(conv.weight))
         horizontal.conv.weight.copy_(_strongest_column(conv.weight.mT).mT)
-        _init_square_norm_(square, evidence, norm)
+        _init_square_norm_(square, statistics, norm)
         column, row = vertical.conv.weight, horizontal.conv.weight
         for strip, kernel in (
             (vertical, strip_convs.as_square(column, torch.zeros_like(row))),
             (horizontal, strip_convs.as_square(torch.zeros_like(column), row)),
         ):
-            _init_strip_norm_(strip, _moments(kernel, square.conv, evidence, norm), norm)
+            _init_strip_norm_(strip, _moments(kernel, square.conv, statistics, norm), norm)
 
 
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
@@ -258,18 +260,20 @@ def _strongest_column(w_OIHW: Tensor) -> Tensor:
     return w_OIHW[torch.arange(len(w_OIHW), device=w_OIHW.device), ..., chosen][..., None]
 
 
-def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, evidence: Evidence | None, norm: nn.BatchNorm2d | None) -> _Moments:
+def _moments(
+    kernel_OIHW: Tensor, conv: nn.Conv2d, statistics: SiteStatistics | None, norm: nn.BatchNorm2d | None
+) -> _Moments:
     """Mean and variance of what a kernel in the place of the conv's own, without its bias, makes of the conv's inputs.
 
-    Known from the evidence. Without it, white inputs that explain the statistics of the batch norm behind the conv: the
+    Known from the statistics. Without them, white inputs that explain those of the batch norm behind the conv: the
     output varies with the kernel's squared norm, and its mean is foretold by the part that is along the conv's kernel.
     With neither, those of outputs that are normal already.
     """
     kernel = _float64(kernel_OIHW).flatten(1)
-    if evidence is not None:
+    if statistics is not None:
         kernel_GOD = kernel.unflatten(0, (conv.groups, -1))
-        mean_GO = torch.einsum("god,gd->go", kernel_GOD, evidence.mean_GD)
-        variance_GO = torch.einsum("god,gde,goe->go", kernel_GOD, evidence.cov_GDD, kernel_GOD)
+        mean_GO = torch.einsum("god,gd->go", kernel_GOD, statistics.mean_GD)
+        variance_GO = torch.einsum("god,gde,goe->go", kernel_GOD, statistics.cov_GDD, kernel_GOD)
         return _Moments(mean_GO.flatten(), variance_GO.flatten().clamp_min(0.0))
     if norm is None:
         return _Moments(torch.zeros_like(kernel[:, 0]), torch.ones_like(kernel[:, 0]))
@@ -280,13 +284,13 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, evidence: Evidence | None, no
     return _Moments(along_O * mean_O, share_O * _float64(norm.running_var))
 
 
-def _init_square_norm_(branch: _Branch, evidence: Evidence | None, norm: nn.BatchNorm2d | None) -> None:
+def _init_square_norm_(branch: _Branch, statistics: SiteStatistics | None, norm: nn.BatchNorm2d | None) -> None:
     """The batch norm that is taken over, or one that does nothing in eval mode."""
     own = cast(nn.BatchNorm2d, branch.norm)
     if norm is None:
-        seen = _moments(branch.conv.weight, branch.conv, evidence, None)
-        # Without evidence the mean is taken to be zero, be it what it may.
-        bias = branch.conv.bias if evidence is not None else None
+        seen = _moments(branch.conv.weight, branch.conv, statistics, None)
+        # Without statistics the mean is taken to be zero, be it what it may.
+        bias = branch.conv.bias if statistics is not None else None
         store_(_tensor(own.running_mean), seen.mean_O if bias is None else seen.mean_O + _float64(bias))
         store_(_tensor(own.running_var), seen.variance_O)
         # From the statistics as they are stored, rounded or cut: what one does the other undoes.

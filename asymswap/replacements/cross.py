@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from asymswap.factorize import cross
 from asymswap.factorize.allocation_cost import loss
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import KindSettings
 from asymswap.replacements import _strip_convs as strip_convs
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -27,13 +27,13 @@ PRESERVES = "the function as well as one row and one column of taps can, by leas
 
 
 class Settings(KindSettings):
-    """A bias, and what is assumed of the inputs without evidence; a cross has one size."""
+    """A bias, and what is assumed of the inputs without statistics; a cross has one size."""
 
     bias: bool = False
     """Give the cross a bias even where the conv has none; calibration corrects the output's mean by it."""
 
     correlation: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Of neighbouring input pixels, as long as no evidence tells it. 0 copies the kernel's centre row and column."""
+    """Of neighbouring input pixels, as long as no statistics tells it. 0 copies the kernel's centre row and column."""
 
 
 def refuse(conv: ConvSpec) -> str | None:
@@ -54,21 +54,23 @@ def cost(site: Site, settings: Settings) -> Cost:
     return Cost(weights * pixels, weights + conv.out_channels * (conv.bias or settings.bias))
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
+def options(
+    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+) -> Sequence[Option]:
     """The one cross there is."""
-    return [settle(site, conv, settings, evidence)]
+    return [settle(site, conv, settings, statistics)]
 
 
-def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
-    """The one cross there is, with the error of its kernel, or with evidence of its output."""
-    wanted, found = _solve(conv, settings, evidence)
-    bias = {"bias": True} if not site.conv.bias and (settings.bias or evidence is not None) else {}
+def settle(site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> Option:
+    """The one cross there is, with the error of its kernel, or with statistics of its output."""
+    wanted, found = _solve(conv, settings, statistics)
+    bias = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
     price = cost(site, settings.model_copy(update=bias))
-    if evidence is None:
+    if statistics is None:
         error = cross.relative_error(wanted, found)
         return Option({**bias, "correlation": settings.correlation}, price, error, loss(error))
-    error = cross.relative_error(wanted, found, evidence.ridged())
-    divergence = None if evidence.weight_GOO is None else cross.divergence(evidence, found)
+    error = cross.relative_error(wanted, found, statistics.ridged())
+    divergence = None if statistics.weight_GOO is None else cross.divergence(statistics, found)
     return Option(bias, price, error, loss(error, divergence))
 
 
@@ -108,11 +110,11 @@ def init_(
     module: nn.Module,
     conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,
+    statistics: SiteStatistics | None = None,
 ) -> None:
-    """The best cross for inputs of the assumed correlation, or for those that the evidence tells of."""
+    """The best cross for inputs of the assumed correlation, or for those that the statistics tells of."""
     vertical, horizontal = _strips(module)
-    _, found = _solve(conv, settings, evidence)
+    _, found = _solve(conv, settings, statistics)
     kernel = found.flatten(0, 1).unflatten(1, (-1, *cast(Size, conv.kernel_size)))
     column, row = strip_convs.centre_column(kernel).clone(), strip_convs.centre_row(kernel).clone()
     strip_convs.centre_row(column).mul_(0.5)
@@ -121,7 +123,7 @@ def init_(
         vertical.weight.copy_(column)
         horizontal.weight.copy_(row)
         if vertical.bias is not None:
-            vertical.bias.copy_(_bias(conv, found, evidence))
+            vertical.bias.copy_(_bias(conv, found, statistics))
 
 
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
@@ -136,12 +138,12 @@ def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
     return fused
 
 
-def _solve(conv: nn.Conv2d, settings: Settings, evidence: Evidence | None) -> tuple[Tensor, Tensor]:
+def _solve(conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None) -> tuple[Tensor, Tensor]:
     """The kernel (G, O, D) that is wanted, and the best one on the cross."""
     kernel = cast(Size, conv.kernel_size)
-    if evidence is not None:
+    if statistics is not None:
         on_cross_D = cross.places(conv.in_channels // conv.groups, kernel)
-        return evidence.target_GOD, cross.fit(evidence.target_GOD, on_cross_D, evidence.ridged())
+        return statistics.target_GOD, cross.fit(statistics.target_GOD, on_cross_D, statistics.ridged())
     # Channels are taken to be independent, so that each tap's work is shared out within its own channel.
     planes = conv.weight.detach().to("cpu", torch.float64).flatten(2).flatten(0, 1)[None]
     assumed = cross.smooth(kernel, cast(Size, conv.dilation), settings.correlation)[None]
@@ -150,11 +152,11 @@ def _solve(conv: nn.Conv2d, settings: Settings, evidence: Evidence | None) -> tu
     return planes.reshape(shape), found.reshape(shape)
 
 
-def _bias(conv: nn.Conv2d, found_GOD: Tensor, evidence: Evidence | None) -> Tensor:
-    """The conv's own bias, or with evidence the one that gives the output its wanted mean."""
-    if evidence is None:
+def _bias(conv: nn.Conv2d, found_GOD: Tensor, statistics: SiteStatistics | None) -> Tensor:
+    """The conv's own bias, or with statistics the one that gives the output its wanted mean."""
+    if statistics is None:
         return torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
-    return (evidence.target_mean_GO - torch.einsum("god,gd->go", found_GOD, evidence.mean_GD)).flatten()
+    return (statistics.target_mean_GO - torch.einsum("god,gd->go", found_GOD, statistics.mean_GD)).flatten()
 
 
 def _strips(module: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from asymswap.factorize import bilinear
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import KindSettings
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
@@ -152,12 +152,14 @@ def cost(site: Site, settings: Settings) -> Cost:
     return Cost(running + building, conv.params + 2 * math.prod(conv.kernel))
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
+def options(
+    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+) -> Sequence[Option]:
     """The one size that there is."""
-    return [settle(site, conv, settings, evidence)]
+    return [settle(site, conv, settings, statistics)]
 
 
-def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
+def settle(site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> Option:
     """The limit is all there is to settle, and it is given."""
     return Option({"limit": settings.limit}, cost(site, settings), error=0.0, loss=0.0)
 
@@ -167,8 +169,8 @@ def build(conv: ConvSpec, settings: Settings) -> OffsetConv2d:
     return OffsetConv2d(conv, settings.limit)
 
 
-def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
-    """The conv's own weights at zero offset; evidence has nothing to add to an exact replacement."""
+def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> None:
+    """The conv's own weights at zero offset; statistics has nothing to add to an exact replacement."""
     assert isinstance(module, OffsetConv2d)
     with torch.no_grad():
         nn.init.zeros_(module.raw_offsets)

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torchvision import ops
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import KindSettings
 from asymswap.replacements import _strip_convs as strip_convs
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -135,17 +135,17 @@ def options(
     site: Site,
     conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,
+    statistics: SiteStatistics | None = None,
 ) -> Sequence[Option]:
     """The one replacement that the settings describe."""
-    return [settle(site, conv, settings, evidence)]
+    return [settle(site, conv, settings, statistics)]
 
 
 def settle(
     site: Site,
     conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,
+    statistics: SiteStatistics | None = None,
 ) -> Option:
     """The settings as they are; raises RecipeError where the channels do not divide into the offset groups."""
     problem = _uneven(site.conv, settings)
@@ -167,9 +167,9 @@ def init_(
     module: nn.Module,
     conv: nn.Conv2d,
     settings: Settings,
-    evidence: Evidence | None = None,
+    statistics: SiteStatistics | None = None,
 ) -> None:
-    """The conv's own weights and a predictor of zeros; evidence has nothing to add to an exact replacement."""
+    """The conv's own weights and a predictor of zeros; statistics has nothing to add to an exact replacement."""
     deformable = cast(PredictedOffsetConv2d, module)
     with torch.no_grad():
         deformable.weight.copy_(conv.weight)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from torch import nn
 
 from asymswap.errors import RecipeError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import SIZE_SCHEMA, KindSettings
 from asymswap.replacements import _strip_convs as strip_convs
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -76,12 +76,14 @@ def cost(site: Site, settings: Settings) -> Cost:
     return replace(site, conv=resized(site.conv, settings)).cost
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
+def options(
+    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+) -> Sequence[Option]:
     """The one new conv there is, which changes nothing."""
-    return [settle(site, conv, settings, evidence)]
+    return [settle(site, conv, settings, statistics)]
 
 
-def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
+def settle(site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> Option:
     """All fields of the new conv; raises RecipeError for those to which the conv cannot grow without a change."""
     new_conv = resized(site.conv, settings)
     problem = _change(site.conv, new_conv)
@@ -159,7 +161,7 @@ def build(conv: ConvSpec, settings: Settings) -> nn.Conv2d:
     return strip_convs.new_conv(resized(conv, settings))
 
 
-def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
+def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> None:
     """The conv's own taps in the middle of zeros, and as far apart as they were."""
     new = cast(nn.Conv2d, module)
     sizes = (new.kernel_size, new.dilation, conv.kernel_size, conv.dilation)

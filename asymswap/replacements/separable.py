@@ -11,7 +11,7 @@ network that is trained on. They start as near to nothing as they can:
 
 - The batch norm has the mean and variance of the first conv's output as its statistics, and a weight and bias that
   undo them. In eval mode it passes everything on, so that the pair computes what it would without it, at the borders
-  too; in train mode it does so as far as a batch has these statistics. They come from the evidence, else from the
+  too; in train mode it does so as far as a batch has these statistics. They come from the statistics, else from the
   assumption of white inputs: then eval mode is just as exact, but train mode rescales.
 - The ReLU gets every channel raised by what brings three deviations below its mean above zero (by the batch norm's
   bias or else the first conv's), and the second conv's bias takes that away again. What lies lower is cut. Zeros that
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize import covariance, intermediate, svd
 from asymswap.factorize.allocation_cost import loss
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import KindSettings
 from asymswap.replacements import _strip_convs as strip_convs
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -115,24 +115,26 @@ def refuse(conv: ConvSpec) -> str | None:
     return None
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
+def options(
+    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+) -> Sequence[Option]:
     """The ranks of every order that the settings allow, whatever they cost."""
     every: list[Option] = []
     for order in _orders(settings):
-        curve = _curve(site, conv, order, settings, evidence)
+        curve = _curve(site, conv, order, settings, statistics)
         step = _multiple(curve, site) if settings.multiple == "auto" else settings.multiple
         every += [option for option in curve if _is_round(option.settings["rank"], step) or option is curve[-1]]
     return every
 
 
-def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
+def settle(site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> Option:
     """Choose the rank and the order; raises RecipeError for a rank above the full one or a ratio below rank 1."""
     spec = site.conv
     found: list[Option] = []
     for order in _orders(settings):
         if settings.rank is not None and settings.rank > full_rank(spec, order):
             continue
-        option = _pick(_curve(site, conv, order, settings, evidence), site.cost, settings)
+        option = _pick(_curve(site, conv, order, settings, statistics), site.cost, settings)
         if option is not None:
             found.append(option)
     if not found:
@@ -193,8 +195,8 @@ def build(conv: ConvSpec, settings: Settings) -> nn.Sequential:
     return nn.Sequential(OrderedDict([halves[0], *between, halves[1]]))
 
 
-def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> None:
-    """The best pair of each group, by truncated SVD of the kernel or on the evidence, the scale shared evenly.
+def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> None:
+    """The best pair of each group, by truncated SVD of the kernel or on the statistics, the scale shared evenly.
 
     What stands between the two starts as the head of this file tells.
     """
@@ -202,31 +204,31 @@ def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, evidence: Evid
     parts = _parts(module)
     vertical_first = settings.order == "vertical-first"
     kernel = cast(Size, conv.kernel_size)
-    if evidence is None:
+    if statistics is None:
         matrix = svd.as_matrix(conv.weight, conv.groups, vertical_first)
         a_GAR, b_GRB = svd.factors(matrix, settings.rank)
     else:
-        a_GAR, b_GRB = covariance.factors(covariance.arrange(evidence, kernel, vertical_first), settings.rank)
+        a_GAR, b_GRB = covariance.factors(covariance.arrange(statistics, kernel, vertical_first), settings.rank)
     weights = svd.as_kernels(a_GAR, b_GRB, kernel, vertical_first)
-    bias_O = _bias(conv, weights, settings, evidence)
+    bias_O = _bias(conv, weights, settings, statistics)
     with torch.no_grad():
         for half, weight in zip((parts.first, parts.second), weights, strict=True):
             half.weight.copy_(weight)
         if settings.between != "none":
-            shift_GR = _init_between_(parts, conv, weights[0], settings, evidence)
+            shift_GR = _init_between_(parts, conv, weights[0], settings, statistics)
             bias_O = bias_O - intermediate.carried(shift_GR, weights[1])
         if parts.second.bias is not None:
             parts.second.bias.copy_(bias_O)
 
 
 def _init_between_(
-    parts: _Parts, conv: nn.Conv2d, first_OIHW: Tensor, settings: Settings, evidence: Evidence | None
+    parts: _Parts, conv: nn.Conv2d, first_OIHW: Tensor, settings: Settings, statistics: SiteStatistics | None
 ) -> Tensor:
     """Let the batch norm pass on what it gets, and the ReLU as much as it can; returns by how much that is shifted."""
-    if evidence is None:
+    if statistics is None:
         moments = intermediate.white(first_OIHW, conv.groups)
     else:
-        moments = intermediate.seen(evidence, first_OIHW, cast(Size, conv.kernel_size), _read_taps(parts.first, conv))
+        moments = intermediate.seen(statistics, first_OIHW, cast(Size, conv.kernel_size), _read_taps(parts.first, conv))
     shift_GR = moments.shift(_DEVIATIONS if _rectifies(settings.between) else None)
     if parts.norm is None:
         assert parts.first.bias is not None
@@ -257,13 +259,15 @@ def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
     return [tap for tap in taps if outside[tap] == min(outside)]
 
 
-def _bias(conv: nn.Conv2d, weights: tuple[Tensor, Tensor], settings: Settings, evidence: Evidence | None) -> Tensor:
-    """The conv's own bias, or with evidence the one that gives the output its wanted mean."""
-    if evidence is None:
+def _bias(
+    conv: nn.Conv2d, weights: tuple[Tensor, Tensor], settings: Settings, statistics: SiteStatistics | None
+) -> Tensor:
+    """The conv's own bias, or with statistics the one that gives the output its wanted mean."""
+    if statistics is None:
         return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     kernel = svd.compose(*weights, conv.groups, settings.order == "vertical-first")
-    seen = torch.einsum("god,gd->go", kernel.flatten(1).unflatten(0, (conv.groups, -1)), evidence.mean_GD)
-    return (evidence.target_mean_GO - seen).flatten()
+    seen = torch.einsum("god,gd->go", kernel.flatten(1).unflatten(0, (conv.groups, -1)), statistics.mean_GD)
+    return (statistics.target_mean_GO - seen).flatten()
 
 
 def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
@@ -359,18 +363,20 @@ def _along(pair: Size, vertical: bool, rest: int = 1) -> Size:
     return (pair[0], rest) if vertical else (rest, pair[1])
 
 
-def _curve(site: Site, conv: nn.Conv2d, order: Order, settings: Settings, evidence: Evidence | None) -> list[Option]:
+def _curve(
+    site: Site, conv: nn.Conv2d, order: Order, settings: Settings, statistics: SiteStatistics | None
+) -> list[Option]:
     """One option for each rank; the error is what truncation leaves out, relative to the whole."""
     vertical_first = order == "vertical-first"
-    bias = settings.bias or (evidence is not None and not site.conv.bias)
-    if evidence is None:
+    bias = settings.bias or (statistics is not None and not site.conv.bias)
+    if statistics is None:
         errors = _left(svd.energies(svd.as_matrix(conv.weight, conv.groups, vertical_first)))
     else:
-        problem = covariance.arrange(evidence, site.conv.kernel, vertical_first)
+        problem = covariance.arrange(statistics, site.conv.kernel, vertical_first)
         plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
         errors = _left(covariance.energies(plain))
     divergences: Sequence[float | None] = [None] * len(errors)
-    if evidence is not None and evidence.weight_GOO is not None:
+    if statistics is not None and statistics.weight_GOO is not None:
         weighted = covariance.energies(problem)
         whole = 0.5 * float(weighted.sum())
         divergences = [whole * left for left in _left(weighted)]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import offset
 from asymswap.replacements.offset import SIZES, OffsetConv2d, Settings, fuse, init_, preserves, refuse, tap_offsets
 from asymswap.types import ConvSpec, Cost, Option, Site
@@ -39,12 +39,14 @@ def cost(site: Site, settings: Settings) -> Cost:
     return offset.cost(site, settings) + Cost(0, math.prod(site.conv.kernel))
 
 
-def options(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Sequence[Option]:
+def options(
+    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+) -> Sequence[Option]:
     """The one size that there is."""
-    return [settle(site, conv, settings, evidence)]
+    return [settle(site, conv, settings, statistics)]
 
 
-def settle(site: Site, conv: nn.Conv2d, settings: Settings, evidence: Evidence | None = None) -> Option:
+def settle(site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> Option:
     """The limit is all there is to settle, and it is given."""
     return Option({"limit": settings.limit}, cost(site, settings), error=0.0, loss=0.0)
 

@@ -50,7 +50,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Outset:
+class RunStart:
     """A run before its next step: how long it is, how much of it is done, and how good the weights were at first."""
 
     epochs: int

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from asymswap.results.finetune import EpochRow, Outset, StepRow
+from asymswap.results.finetune import EpochRow, RunStart, StepRow
 
 
-class Watcher(Protocol):
+class Callback(Protocol):
     """Who is told of a run while it lasts."""
 
-    def begin(self, outset: Outset) -> None:
+    def begin(self, outset: RunStart) -> None:
         """The run begins, or goes on."""
 
     def step(self, row: StepRow) -> None:
@@ -20,10 +20,10 @@ class Watcher(Protocol):
         """An epoch is done and validated."""
 
 
-class Unwatched:
+class NoCallback:
     """The watcher that does nothing."""
 
-    def begin(self, outset: Outset) -> None:
+    def begin(self, outset: RunStart) -> None:
         """Nothing."""
 
     def step(self, row: StepRow) -> None:

@@ -25,6 +25,7 @@ from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
 from asymswap.results.finetune import EpochRow, StepRow
 from asymswap.utils.files import real_cause, whole_file, write_text
+from asymswap.utils.tensors import list_tensors, tensors_hash
 
 STATE_FORMAT = 1
 _STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}
@@ -88,7 +89,7 @@ class RunFolder:
         assert payload.keys() == _STATE
         with whole_file(self.state) as draft, draft.open("wb") as file:
             try:
-                torch.save({"asymswap_training": STATE_FORMAT, **payload}, file)
+                torch.save({"asymswap_training": STATE_FORMAT, "sha256": _hash(payload), **payload}, file)
             except RuntimeError as error:
                 raise real_cause(error) from error
 
@@ -102,6 +103,9 @@ class RunFolder:
             raise CheckpointError(f"the run's state {self.state} is damaged ({error}); begin anew: --force") from None
         if not isinstance(found, dict) or found.get("asymswap_training") != STATE_FORMAT or not found.keys() >= _STATE:
             raise CheckpointError(f"{self.state} is not the state of a run of this version; begin anew: --force")
+        # Runs of earlier versions have no hash.
+        if "sha256" in found and found["sha256"] != _hash(found):
+            raise CheckpointError(f"the run's state {self.state} is damaged (its numbers changed); begin anew: --force")
         return found
 
     def close(self) -> None:
@@ -120,6 +124,12 @@ def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
             f"there is a run in {folder.folder} already; --resume continues it, --force begins anew, "
             "--run names another"
         )
+
+
+def _hash(state: Mapping[str, Any]) -> str:
+    """SHA-256 over all numbers of a state."""
+    parts = list_tensors({key: state[key] for key in sorted(_STATE)})
+    return tensors_hash({str(number): tensor for number, tensor in enumerate(parts)})
 
 
 def _step_of(line: str) -> float:

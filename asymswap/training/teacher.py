@@ -14,7 +14,7 @@ from asymswap.checkpoint import Header, ToldReport, read_checkpoint, told
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.models import builders, timm_models
-from asymswap.models.opening import Opened, open_model
+from asymswap.models.opening import OpenedModel, open_model
 from asymswap.models.references import FILE_SUFFIXES, Request
 from asymswap.training.distillation import Teacher
 from asymswap.types import Swap
@@ -65,14 +65,14 @@ def _is_block(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _open_named(reference: str) -> Opened:
+def _open_named(reference: str) -> OpenedModel:
     try:
         return open_model(reference, Request())
     except AsymswapError as error:
         raise SourceError(f"the teacher {reference} cannot be used: {error}") from None
 
 
-def _open_original(header: Header, folder: Path | None) -> Opened:
+def _open_original(header: Header, folder: Path | None) -> OpenedModel:
     reference, request = _recorded(header, folder)
     try:
         with _offline():

@@ -25,8 +25,8 @@ from asymswap.data.batches import Batch, Reader, Schedule, TrainingImages
 from asymswap.data.predict import placement, predict
 from asymswap.data.splits import Parts
 from asymswap.errors import AsymswapError
-from asymswap.results.finetune import EpochRow, Outset, Scores, StepRow
-from asymswap.training.callbacks import Watcher
+from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
+from asymswap.training.callbacks import Callback
 from asymswap.training.config import Training, check_same
 from asymswap.training.distillation import Objective
 from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
@@ -91,7 +91,7 @@ class Work:
     identity: Mapping[str, Any]
     team: Team
     folder: RunFolder | None
-    watcher: Watcher
+    watcher: Callback
     write: Callable[[Path, nn.Module, Progress], None]
     classes: int = field(default=0)
 
@@ -153,7 +153,7 @@ class Trainer:
             self._open_folder()
             if self.progress.before is None:
                 self.progress.before = self._validate(self.raw)
-            self.work.watcher.begin(Outset(self.epochs, self.steps, self.progress.step, self.progress.before))
+            self.work.watcher.begin(RunStart(self.epochs, self.steps, self.progress.step, self.progress.before))
             try:
                 while not self.progress.done:
                     self._epoch()

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -232,6 +232,20 @@ def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
         if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             return name, "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
     return None
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory, row by row."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and numbers: a flipped bit of a number would show nowhere else."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(bytes_of(tensors[key]))
+    return digest.hexdigest()
 
 
 def number_for(*words: object) -> int:

@@ -38,8 +38,8 @@ def test_each_point_is_what_a_conversion_of_its_own_gives() -> None:
 
 def test_the_images_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    real = sweep_module.gather_evidence
-    monkeypatch.setattr(sweep_module, "gather_evidence", lambda *args: looks.append(1) or real(*args))
+    real = sweep_module.gather_statistics
+    monkeypatch.setattr(sweep_module, "gather_statistics", lambda *args: looks.append(1) or real(*args))
     found = asymswap.sweep(
         "digits-resnet", ["half-macs", "3x3-only"], "digits", budgets=[0.6, 0.4], calibration=CALIBRATION
     )

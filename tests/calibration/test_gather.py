@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from asymswap.calibration import gather as gathering
 from asymswap.calibration.gather import (
-    EvidenceSummary,
     PatchSums,
+    StatisticsSummary,
     choose_positions,
     gather,
-    load_evidence,
+    load_statistics,
     outputs_at,
     patches_of,
-    save_evidence,
+    save_statistics,
 )
 from asymswap.calibration.sequential import refine_
 from asymswap.errors import SourceError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import trace
 from asymswap.measure.macs import count_costs
 from asymswap.planning.apply import apply_plan
@@ -97,7 +97,7 @@ def spatial(model: nn.Module, images: Tensor) -> list[Site]:
     return [site for site in trace(model, (images[:1],)).sites if site.conv.kernel == (3, 3)]
 
 
-def test_evidence_is_the_moments_of_all_patches(
+def test_statistics_is_the_moments_of_all_patches(
     net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gathering, "_POSITIONS", 144)
@@ -158,9 +158,9 @@ def test_the_same_seed_finds_the_same_bits(net: nn.Module, images: Tensor) -> No
     runs = [
         gather(net, spatial(net, images), lambda: enumerate(images.split(32)), len(images), seed=5) for _ in range(2)
     ]
-    for name, evidence in runs[0].items():
-        assert torch.equal(evidence.cov_GDD, runs[1][name].cov_GDD)
-        assert torch.equal(evidence.weight_GOO, runs[1][name].weight_GOO)
+    for name, statistics in runs[0].items():
+        assert torch.equal(statistics.cov_GDD, runs[1][name].cov_GDD)
+        assert torch.equal(statistics.weight_GOO, runs[1][name].weight_GOO)
 
 
 def test_activations_that_are_not_finite_name_the_first_layer(net: nn.Module, images: Tensor) -> None:
@@ -170,10 +170,10 @@ def test_activations_that_are_not_finite_name_the_first_layer(net: nn.Module, im
         gather(net, spatial(net, images), lambda: enumerate(spoilt.split(32)), len(images))
 
 
-def plan_of(net: nn.Module, images: Tensor, evidence: object) -> tuple[Plan, list[Site]]:
+def plan_of(net: nn.Module, images: Tensor, statistics: object) -> tuple[Plan, list[Site]]:
     sites = spatial(net, images)
     total = count_costs(net, (images[:1],)).total
-    return make_plan(net, sites, parse_recipe(RECIPE, "r"), total, evidence=evidence), sites  # type: ignore[arg-type]
+    return make_plan(net, sites, parse_recipe(RECIPE, "r"), total, statistics=statistics), sites  # type: ignore[arg-type]
 
 
 def output_error(net: nn.Module, other: nn.Module, x: Tensor) -> float:
@@ -183,12 +183,12 @@ def output_error(net: nn.Module, other: nn.Module, x: Tensor) -> float:
 
 def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn.Module, images: Tensor) -> None:
     fresh = torch.randn(256, 3, 12, 12, generator=torch.Generator().manual_seed(9))
-    evidence = gather(net, spatial(net, images), lambda: enumerate(images.split(32)), len(images))
-    plan, sites = plan_of(net, images, evidence)
+    statistics = gather(net, spatial(net, images), lambda: enumerate(images.split(32)), len(images))
+    plan, sites = plan_of(net, images, statistics)
     blind = apply_plan(net, plan_of(net, images, None)[0])
-    one_pass = apply_plan(net, plan, evidence=evidence)
-    refined = apply_plan(net, plan, evidence=evidence)
-    used = refine_(net, refined, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+    one_pass = apply_plan(net, plan, statistics=statistics)
+    refined = apply_plan(net, plan, statistics=statistics)
+    used = refine_(net, refined, sites, plan, statistics, lambda: enumerate(images.split(32)), len(images), images[:1])
     assert used.used.keys() == {swap.site for swap in plan.swaps}
     assert used.by_graph
     errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
@@ -197,7 +197,7 @@ def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn
 
 def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, images: Tensor) -> None:
     sites = spatial(net, images)
-    evidence = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
+    statistics = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
     settings = {"order": "vertical-first", "bias": True}
     full = Plan(
         tuple(
@@ -205,8 +205,8 @@ def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, imag
             for s in sites
         )
     )
-    converted = apply_plan(net, full, evidence=evidence)
-    refine_(net, converted, sites, full, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+    converted = apply_plan(net, full, statistics=statistics)
+    refine_(net, converted, sites, full, statistics, lambda: enumerate(images.split(32)), len(images), images[:1])
     assert output_error(net, converted, images) < 1e-3
 
 
@@ -223,10 +223,10 @@ def test_refining_keeps_the_kernel_where_the_images_never_vary(images: Tensor) -
         # A kernel of rank two: the pair can be exact.
         last.weight.copy_(torch.einsum("orj,rci->ocij", torch.randn(6, 2, 3), torch.randn(2, 4, 3)))
     sites = spatial(net, images)
-    evidence = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
+    statistics = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
     plan = Plan((Swap("2", "separable", {"order": "vertical-first", "rank": 2, "bias": True}),))
-    converted = apply_plan(net, plan, evidence=evidence)
-    refine_(net, converted, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+    converted = apply_plan(net, plan, statistics=statistics)
+    refine_(net, converted, sites, plan, statistics, lambda: enumerate(images.split(32)), len(images), images[:1])
     pair = [half.weight for half in converted.get_submodule("2").children() if isinstance(half, nn.Conv2d)]
     kernel = torch.einsum("orj,rci->ocij", pair[1][:, :, 0], pair[0][..., 0])
     assert torch.allclose(kernel, last.weight, rtol=1e-2, atol=1e-2)
@@ -235,13 +235,13 @@ def test_refining_keeps_the_kernel_where_the_images_never_vary(images: Tensor) -
 def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: Tensor) -> None:
     """Spoil the stem only: the last conv of the first block must then make the sum better than it would by itself."""
     sites = spatial(net, images)
-    evidence = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
+    statistics = gather(net, sites, lambda: enumerate(images.split(32)), len(images))
     pair = {"order": "vertical-first", "bias": True}
     plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("a2", "separable", {**pair, "rank": 20})))
-    aware, unaware = (apply_plan(net, plan, evidence=evidence) for _ in range(2))
-    refine_(net, aware, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+    aware, unaware = (apply_plan(net, plan, statistics=statistics) for _ in range(2))
+    refine_(net, aware, sites, plan, statistics, lambda: enumerate(images.split(32)), len(images), images[:1])
     alone = replace(plan, swaps=plan.swaps[:1])
-    refine_(net, unaware, sites, alone, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+    refine_(net, unaware, sites, alone, statistics, lambda: enumerate(images.split(32)), len(images), images[:1])
 
     def block_error(model: nn.Module) -> float:
         with torch.no_grad():
@@ -275,9 +275,9 @@ def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
         torch.manual_seed(0)
         model = Halved(alpha).eval()
         sites = spatial(model, images)
-        evidence = gather(model, sites, lambda: enumerate(images.split(32)), len(images))
-        converted = apply_plan(model, plan, evidence=evidence)
-        refine_(model, converted, sites, plan, evidence, lambda: enumerate(images.split(32)), len(images), images[:1])
+        statistics = gather(model, sites, lambda: enumerate(images.split(32)), len(images))
+        converted = apply_plan(model, plan, statistics=statistics)
+        refine_(model, converted, sites, plan, statistics, lambda: enumerate(images.split(32)), len(images), images[:1])
         found.append(converted.state_dict())
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
@@ -286,12 +286,12 @@ def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
 def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, images: Tensor, memory: float) -> None:
     """In none, some and most of the layers the activations of all images fit; the model works in place, too."""
     batches = lambda: enumerate(images.split(32))  # noqa: E731
-    evidence = gather(net, spatial(net, images), batches, len(images))
-    plan, sites = plan_of(net, images, evidence)
+    statistics = gather(net, spatial(net, images), batches, len(images))
+    plan, sites = plan_of(net, images, statistics)
     found = []
     for limit in (memory, 4.0):
-        converted = apply_plan(net, plan, evidence=evidence)
-        refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
+        converted = apply_plan(net, plan, statistics=statistics)
+        refine_(net, converted, sites, plan, statistics, batches, len(images), images[:1], memory_gib=limit)
         found.append(converted.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[1])
 
@@ -303,39 +303,39 @@ def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> 
         passes.append(1)
         return enumerate(images.split(32))
 
-    evidence = gather(net, spatial(net, images), batches, len(images))
-    plan, sites = plan_of(net, images, evidence)
+    statistics = gather(net, spatial(net, images), batches, len(images))
+    plan, sites = plan_of(net, images, statistics)
     needed = {}
     for limit in (4.0, 1.5e-3, 0.0):
         passes.clear()
-        converted = apply_plan(net, plan, evidence=evidence)
-        refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], memory_gib=limit)
+        converted = apply_plan(net, plan, statistics=statistics)
+        refine_(net, converted, sites, plan, statistics, batches, len(images), images[:1], memory_gib=limit)
         needed[limit] = len(passes) - 1  # one is the look at the first batch
     # All fits; what is needed at the first swapped conv fits, so that nobody starts from the images.
     assert needed[4.0] == needed[1.5e-3] == 1
     assert needed[0.0] == len(plan.swaps) > 2
 
 
-def test_evidence_survives_a_file(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    evidence = gather(net, spatial(net, images), lambda: enumerate(images.split(32)), len(images))
-    summary = EvidenceSummary("images", len(images), "0" * 64, 3, "1" * 64)
-    save_evidence(tmp_path / "e.safetensors", evidence, summary)
-    again, read = load_evidence(tmp_path / "e.safetensors")
+def test_statistics_survives_a_file(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    statistics = gather(net, spatial(net, images), lambda: enumerate(images.split(32)), len(images))
+    summary = StatisticsSummary("images", len(images), "0" * 64, 3, "1" * 64)
+    save_statistics(tmp_path / "e.safetensors", statistics, summary)
+    again, read = load_statistics(tmp_path / "e.safetensors")
     assert read == summary
-    assert again.keys() == evidence.keys()
-    for name, one in evidence.items():
+    assert again.keys() == statistics.keys()
+    for name, one in statistics.items():
         for part in ("mean_GD", "cov_GDD", "target_GOD", "target_mean_GO", "weight_GOO"):
             assert torch.equal(getattr(one, part), getattr(again[name], part))
         assert one.patches == again[name].patches
 
 
-def test_a_file_that_is_no_evidence(tmp_path: Path) -> None:
+def test_a_file_that_is_no_statistics(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
-    with pytest.raises(SourceError, match="cannot read the evidence"):
-        load_evidence(tmp_path / "x")
+    with pytest.raises(SourceError, match="cannot read the statistics"):
+        load_statistics(tmp_path / "x")
 
 
-EVIDENCE = Evidence(
+EVIDENCE = SiteStatistics(
     mean_GD=torch.zeros(1, 3, dtype=torch.float64),
     cov_GDD=torch.eye(3, dtype=torch.float64)[None],
     target_GOD=torch.ones(1, 2, 3, dtype=torch.float64),
@@ -356,25 +356,25 @@ EVIDENCE = Evidence(
         ({"weight_GOO": EVIDENCE.weight_GOO - 0.8}, "conv/weight_GOO is not symmetric and positive semidefinite"),
     ],
 )
-def test_evidence_that_no_images_can_give(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
-    summary = EvidenceSummary("images", 5, "0" * 64, 3, "1" * 64)
-    save_evidence(tmp_path / "good", {"conv": EVIDENCE}, summary)
-    assert load_evidence(tmp_path / "good")[0]["conv"].patches == 5
-    save_evidence(tmp_path / "bad", {"conv": replace(EVIDENCE, **changed)}, summary)
+def test_statistics_that_no_images_can_give(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+    summary = StatisticsSummary("images", 5, "0" * 64, 3, "1" * 64)
+    save_statistics(tmp_path / "good", {"conv": EVIDENCE}, summary)
+    assert load_statistics(tmp_path / "good")[0]["conv"].patches == 5
+    save_statistics(tmp_path / "bad", {"conv": replace(EVIDENCE, **changed)}, summary)
     with pytest.raises(SourceError, match=told):
-        load_evidence(tmp_path / "bad")
+        load_statistics(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(("lacking", "told"), [("tensors", "not those that were written"), ("model", "model")])
-def test_evidence_that_does_not_tell_what_it_is_of(tmp_path: Path, lacking: str, told: str) -> None:
-    save_evidence(tmp_path / "e", {"conv": EVIDENCE}, EvidenceSummary("images", 5, "0" * 64, 3, "1" * 64))
+def test_statistics_that_does_not_tell_what_it_is_of(tmp_path: Path, lacking: str, told: str) -> None:
+    save_statistics(tmp_path / "e", {"conv": EVIDENCE}, StatisticsSummary("images", 5, "0" * 64, 3, "1" * 64))
     with safetensors.safe_open(tmp_path / "e", framework="pt") as file:
         about = json.loads(file.metadata()["asymswap-evidence"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     del about[lacking]
     save_file(tensors, tmp_path / "e", metadata={"asymswap-evidence": json.dumps(about)})
     with pytest.raises(SourceError, match=told):
-        load_evidence(tmp_path / "e")
+        load_statistics(tmp_path / "e")
 
 
 @pytest.mark.parametrize("last", [1, 2])

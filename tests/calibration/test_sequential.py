@@ -122,9 +122,9 @@ def solved(net: nn.Module, images: Tensor = X, **options: Any) -> tuple[nn.Modul
     chosen = [site for site in sites if site.calls]
     plan = Plan(tuple(Swap(site.name, "separable", RANK) for site in chosen))
     batches = lambda: enumerate(images.split(16))  # noqa: E731
-    evidence = gather(net, chosen, batches, len(images), outputs="values")
-    converted = apply_plan(net, plan, evidence=evidence, unset={site.name for site in chosen})
-    return converted, refine_(net, converted, sites, plan, evidence, batches, len(images), images[:1], **options)
+    statistics = gather(net, chosen, batches, len(images), outputs="values")
+    converted = apply_plan(net, plan, statistics=statistics, unset={site.name for site in chosen})
+    return converted, refine_(net, converted, sites, plan, statistics, batches, len(images), images[:1], **options)
 
 
 @functools.cache

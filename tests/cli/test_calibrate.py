@@ -37,20 +37,20 @@ def test_the_same_seed_writes_the_same_weights_and_they_load_again(run: Run, tmp
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_evidence_from_a_file_gives_the_plan_that_it_gave_at_first(run: Run, tmp_path: Path) -> None:
-    evidence = ("--calibrate", "digits", "--evidence", "e.safetensors")
-    first = json.loads(run(*CONVERT, *evidence, "--json").out)
+def test_statistics_from_a_file_gives_the_plan_that_it_gave_at_first(run: Run, tmp_path: Path) -> None:
+    statistics = ("--calibrate", "digits", "--calibration-cache", "e.safetensors")
+    first = json.loads(run(*CONVERT, *statistics, "--json").out)
     assert (tmp_path / "e.safetensors").exists()
-    again = json.loads(run(*CONVERT, *evidence, "--json", "--force").out)
+    again = json.loads(run(*CONVERT, *statistics, "--json", "--force").out)
     assert [row["settings"] for row in again["sites"]] == [row["settings"] for row in first["sites"]]
     assert again["after"] == first["after"]
-    alone = json.loads(run(*CONVERT, "--evidence", "e.safetensors", "--json", "--force").out)
+    alone = json.loads(run(*CONVERT, "--calibration-cache", "e.safetensors", "--json", "--force").out)
     assert alone["calibration"]["sequential"] is False
     assert "not refined layer by layer: the images are not given" in " ".join(alone["calibration"]["notes"])
 
 
-def test_evidence_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is solved layer by layer is told of the images that are there, not of those that the evidence was of."""
+def test_statistics_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is solved layer by layer is told of the images that are there, not of those that the statistics was of."""
     told: list[int] = []
 
     def refine(*arguments: Any, **options: Any) -> Any:
@@ -59,15 +59,23 @@ def test_evidence_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest.M
         return refine_(*arguments, **options)
 
     monkeypatch.setattr("asymswap.calibration.calibrate.refine_", refine)
-    evidence = ("--calibrate", "digits", "--evidence", "e.safetensors", "--json", "--dry-run", "--calibration-images")
-    first = json.loads(run(*CONVERT, *evidence, "16").out)
-    again = json.loads(run(*CONVERT, *evidence, "200").out)
+    statistics = (
+        "--calibrate",
+        "digits",
+        "--calibration-cache",
+        "e.safetensors",
+        "--json",
+        "--dry-run",
+        "--calibration-images",
+    )
+    first = json.loads(run(*CONVERT, *statistics, "16").out)
+    again = json.loads(run(*CONVERT, *statistics, "200").out)
     assert told == [16, 200]
     assert "layer by layer on" not in " ".join(first["calibration"]["notes"])
     assert "solved layer by layer on 200 images" in again["calibration"]["notes"]
 
 
-def test_an_evidence_file_that_cannot_be_written_is_told_before_the_pass(
+def test_an_statistics_file_that_cannot_be_written_is_told_before_the_pass(
     refusal: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gather(*_: Any, **__: Any) -> Any:
@@ -75,7 +83,7 @@ def test_an_evidence_file_that_cannot_be_written_is_told_before_the_pass(
 
     monkeypatch.setattr("asymswap.calibration.calibrate.gather", gather)
     assert "the folder nowhere does not exist" in refusal(
-        *CONVERT, "--calibrate", "digits", "--evidence", "nowhere/e.safetensors"
+        *CONVERT, "--calibrate", "digits", "--calibration-cache", "nowhere/e.safetensors"
     )
 
 
@@ -126,8 +134,11 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
         (("--calibrate", "broken"), r"image '.*png' cannot be read"),
         (("--calibrate", "digits", "--calibration-images", "0"), "--calibration-images 0 is no number of images"),
         (("--calibrate", "digits", "--calibration-memory", "0"), "--calibration-memory 0 is no amount of memory"),
-        (("--evidence", "none.safetensors"), "no evidence file none.safetensors; --calibrate DATA gathers"),
-        (("--evidence", "text"), "cannot read the evidence text"),
+        (
+            ("--calibration-cache", "none.safetensors"),
+            "no calibration cache none.safetensors; --calibrate DATA gathers",
+        ),
+        (("--calibration-cache", "text"), "cannot read the statistics text"),
         (("--polish", "5"), "--polish is of calibration, which needs images: give --calibrate"),
         (("--no-sequential",), "--no-sequential is of calibration"),
         (("--calibration-images", "64"), "--calibration-images is of calibration"),
@@ -141,14 +152,14 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
 def test_what_cannot_be_calibrated(refusal: Run, tmp_path: Path, options: tuple[str, ...], reason: str) -> None:
 
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text").write_text("no evidence")
+    (tmp_path / "text").write_text("no statistics")
     broken = pictures(tmp_path / "broken")
     for path in broken.rglob("*.png"):
         path.write_bytes(b"no picture")
     assert re.search(reason, refusal(*CONVERT, *options))
 
 
-def test_evidence_of_another_model_is_refused(run: Run, refusal: Run) -> None:
-    run(*CONVERT, "--calibrate", "digits", "--calibration-images", "16", "--evidence", "e.safetensors")
-    other = ("convert", "out.pt", "--recipe", "all-spatial", "-o", "again.pt", "--evidence", "e.safetensors")
+def test_statistics_of_another_model_is_refused(run: Run, refusal: Run) -> None:
+    run(*CONVERT, "--calibrate", "digits", "--calibration-images", "16", "--calibration-cache", "e.safetensors")
+    other = ("convert", "out.pt", "--recipe", "all-spatial", "-o", "again.pt", "--calibration-cache", "e.safetensors")
     assert "was gathered from another model" in refusal(*other)

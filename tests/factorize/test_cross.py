@@ -5,7 +5,7 @@ import pytest
 import torch
 from conv_cases import Case, cases
 from hypothesis import given
-from patch_evidence import see_all
+from patch_statistics import see_all
 from torch import Tensor, nn
 
 from asymswap.factorize import cross
@@ -26,19 +26,19 @@ def centred(patches_DN: Tensor) -> np.ndarray:
 def test_is_the_least_squares_solution_on_the_patches(case: Case) -> None:
     """Against numpy's lstsq on the patches themselves: no covariance is used."""
     seen = see_all(case)
-    evidence, spec = seen.evidence, case.site.conv
+    statistics, spec = seen.statistics, case.site.conv
     on_cross = cross.places(spec.group_in, spec.kernel)
-    found = cross.fit(evidence.target_GOD, on_cross, evidence.ridged())
+    found = cross.fit(statistics.target_GOD, on_cross, statistics.ridged())
     error = whole = 0.0
     for group in range(spec.groups):
-        patches, kernel = centred(seen.patches_GDN[group]), evidence.target_GOD[group].numpy()
+        patches, kernel = centred(seen.patches_GDN[group]), statistics.target_GOD[group].numpy()
         taps = on_cross.numpy()
         expected = np.zeros_like(kernel)
         expected[:, taps] = np.linalg.lstsq(patches[taps].T, (kernel @ patches).T, rcond=None)[0].T
         np.testing.assert_allclose(found[group].numpy(), expected, rtol=1e-6, atol=1e-8)
         error += np.square((kernel - expected) @ patches).sum()
         whole += np.square(kernel @ patches).sum()
-    measured = cross.relative_error(evidence.target_GOD, found, evidence.ridged())
+    measured = cross.relative_error(statistics.target_GOD, found, statistics.ridged())
     assert measured == pytest.approx(error / whole, abs=1e-9)
 
 
@@ -84,21 +84,21 @@ def test_divergence_weights_the_outputs_errors() -> None:
     torch.manual_seed(0)
     case = Case(nn.Conv2d(6, 8, 3, groups=2, dtype=torch.float64), torch.randn(3, 6, 9, 9, dtype=torch.float64))
     seen = see_all(case, weighted=True)
-    evidence = seen.evidence
-    found = cross.fit(evidence.target_GOD, cross.places(3, (3, 3)), evidence.ridged())
+    statistics = seen.statistics
+    found = cross.fit(statistics.target_GOD, cross.places(3, (3, 3)), statistics.ridged())
     expected = 0.0
     for group in range(2):
-        errors = (evidence.target_GOD - found)[group].numpy() @ centred(seen.patches_GDN[group])
-        expected += 0.5 * np.einsum("on,op,pn->", errors, evidence.output_weight()[group].numpy(), errors)
-    assert cross.divergence(evidence, found) == pytest.approx(expected)
+        errors = (statistics.target_GOD - found)[group].numpy() @ centred(seen.patches_GDN[group])
+        expected += 0.5 * np.einsum("on,op,pn->", errors, statistics.output_weight()[group].numpy(), errors)
+    assert cross.divergence(statistics, found) == pytest.approx(expected)
 
 
 def test_a_kernel_that_is_a_cross_is_kept_to_the_last_bit() -> None:
     torch.manual_seed(0)
     case = Case(nn.Conv2d(2, 3, 5, dtype=torch.float64), torch.randn(2, 2, 12, 12, dtype=torch.float64))
-    evidence = see_all(case).evidence
+    statistics = see_all(case).statistics
     on_cross = cross.places(2, (5, 5))
-    kernel = evidence.target_GOD * on_cross
-    assert torch.equal(cross.fit(kernel, on_cross, evidence.ridged()), kernel)
-    assert cross.relative_error(kernel, kernel, evidence.ridged()) == 0.0
+    kernel = statistics.target_GOD * on_cross
+    assert torch.equal(cross.fit(kernel, on_cross, statistics.ridged()), kernel)
+    assert cross.relative_error(kernel, kernel, statistics.ridged()) == 0.0
     assert cross.relative_error(0 * kernel, 0 * kernel) == 0.0

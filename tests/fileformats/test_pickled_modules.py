@@ -15,7 +15,7 @@ from torchvision import models
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.module_structure import from_skeleton, to_skeleton
+from asymswap.fileformats.module_structure import from_structure, to_structure
 from asymswap.fileformats.pickle_objects import is_allowed_module
 from asymswap.fileformats.state_dict import find_weights
 from asymswap.fileformats.torch_files import load_object
@@ -88,7 +88,7 @@ def test_torchvisions_modules_load(name: str) -> None:
     assert type(loaded) is type(model)
     assert repr(loaded) == repr(model)
     assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert to_skeleton(model) is not None
+    assert to_structure(model) is not None
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, lambda model: {"epoch": 1, "model": model}])
@@ -111,10 +111,10 @@ def test_a_module_of_the_old_form_is_read_without_its_source_code(tmp_path: Path
 
 def test_structures_round_trip_without_weights() -> None:
     model = plain()
-    data = to_skeleton(model)
+    data = to_structure(model)
     assert data is not None
     assert len(data) < 20_000
-    again = from_skeleton(data)
+    again = from_structure(data)
     assert repr(again) == repr(model)
     assert not any(tensor.is_meta for tensor in again.state_dict().values())
     assert [p.dtype for p in again.parameters()] == [p.dtype for p in model.parameters()]
@@ -124,9 +124,9 @@ def test_structures_keep_ties_and_what_is_not_in_the_state_dict() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[1].weight = model[0].weight
     model.register_buffer("table", torch.arange(3.0), persistent=False)
-    data = to_skeleton(model)
+    data = to_structure(model)
     assert data is not None
-    again = from_skeleton(data)
+    again = from_structure(data)
     assert again.get_parameter("0.weight") is again.get_parameter("1.weight")
     assert torch.equal(again.get_buffer("table"), torch.arange(3.0))
 
@@ -145,7 +145,7 @@ def with_function() -> nn.Module:
 
 @pytest.mark.parametrize("build", [lambda: Mine(nn.ReLU()), lambda: nn.Sequential(Mine()), hooked, with_function])
 def test_structures_that_could_not_be_read_back_are_not_stored(build: Callable[[], nn.Module]) -> None:
-    assert to_skeleton(build()) is None
+    assert to_structure(build()) is None
 
 
 def test_only_whole_trees_of_allowed_classes_count() -> None:
@@ -158,4 +158,4 @@ def test_a_structure_that_is_none(value: object) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     with pytest.raises(SourceError, match=r"the checkpoint's stored structure is a \w+, not a module"):
-        from_skeleton(buffer.getvalue())
+        from_structure(buffer.getvalue())

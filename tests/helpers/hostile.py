@@ -149,8 +149,8 @@ def sound_files() -> dict[str, bytes]:
         with contextlib.chdir(folder):
             data = _data(folder)
             sweep, begun = _sweep_state(), _training_state()
-            evidence = asymswap.Calibration(data="digits", images=16, evidence=folder / "seen.safetensors")
-            asymswap.convert("digits-resnet", "half-macs", calibration=evidence)
+            statistics = asymswap.Calibration(data="digits", images=16, cache=folder / "seen.safetensors")
+            asymswap.convert("digits-resnet", "half-macs", calibration=statistics)
         shutil.rmtree(folder / "run")
         written = {path.name: path.read_bytes() for path in folder.iterdir()}
     return {
@@ -170,7 +170,7 @@ def sound_files() -> dict[str, bytes]:
         **data,
         "training state": begun,
         "sweep state": sweep,
-        "evidence": written["seen.safetensors"],
+        "statistics": written["seen.safetensors"],
     }
 
 
@@ -250,7 +250,7 @@ def _saved(value: Any, **options: Any) -> bytes:
 
 
 _SUFFIX = {"safetensors": ".safetensors", "asymswap .safetensors": ".safetensors", "recipe": ".toml", "plan": ".json"}
-_SUFFIX |= {"torch.export .pt2": ".pt2", "evidence": ".safetensors", "sweep state": ".json"}
+_SUFFIX |= {"torch.export .pt2": ".pt2", "statistics": ".safetensors", "sweep state": ".json"}
 _SUFFIX |= {"data .npy": ".npy", "data .npz": ".npz"}
 _PATH = {"training state": "run/state.pt"}
 _STATES = ("state_dict", "training checkpoint", "old torch.save", "safetensors", "TorchScript", "torch.export .pt2")
@@ -272,8 +272,8 @@ def commands(kind: str) -> list[tuple[str, ...]]:
         return [("finetune", "c.pt", *_TRAIN, "-o", "y.pt", "--resume")]
     if kind == "sweep state":
         return [("sweep", "digits-resnet", *_SWEEP, "-o", path)]
-    if kind == "evidence":
-        return [("convert", "digits-resnet", "--recipe", "half-macs", "--evidence", path, "-o", "y.pt")]
+    if kind == "statistics":
+        return [("convert", "digits-resnet", "--recipe", "half-macs", "--calibration-cache", path, "-o", "y.pt")]
     convert = ("--recipe", "3x3-only", "-o", "y.pt")
     if kind == "recipe":
         return [
@@ -579,7 +579,7 @@ def mutations(kind: str, data: bytes) -> list[Callable[[bytes, random.Random], b
         found += [_mutate_old]
     if kind.startswith("asymswap .pt"):
         found += [mutate_header, mutate_header]
-    if "safetensors" in kind or kind == "evidence":
+    if "safetensors" in kind or kind == "statistics":
         found += [mutate_safetensors, mutate_safetensors]
     if kind in ("plan", "sweep state"):
         found += [mutate_json, mutate_json, mutate_text]

@@ -19,7 +19,7 @@ from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import trace
 from asymswap.models.builders import build, known_references, near
 from asymswap.models.networks import BUILDERS
-from asymswap.models.opening import Opened, open_model
+from asymswap.models.opening import OpenedModel, open_model
 from asymswap.models.references import (
     Request,
     build_architecture,
@@ -78,7 +78,7 @@ def random_net(reference: str, **arguments: Any) -> nn.Module:
     return build(reference, arguments).eval()
 
 
-def check_rebuilt(opened: Opened) -> None:
+def check_rebuilt(opened: OpenedModel) -> None:
     """The origin leads to the same structure, and it takes the state."""
     again = rebuild(opened.source.origin, opened.source.skeleton)
     assert type(again) is type(opened.model)

@@ -18,7 +18,7 @@ import asymswap
 from asymswap.errors import CheckpointError, SourceError
 from asymswap.models import timm_models
 from asymswap.models.builders import canonical
-from asymswap.models.opening import Opened, open_model
+from asymswap.models.opening import OpenedModel, open_model
 from asymswap.models.references import Request, is_file_reference, rebuild
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -401,7 +401,7 @@ def theirs(key: str) -> str:
     return key.replace("head.fc.", "head.").replace("head.norm.", "norm.")
 
 
-def check_rebuilt(opened: Opened) -> None:
+def check_rebuilt(opened: OpenedModel) -> None:
     """The origin leads to the same structure, and it takes the state."""
     again = rebuild(opened.source.origin, opened.source.skeleton)
     assert type(again) is type(opened.model)

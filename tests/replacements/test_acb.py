@@ -10,13 +10,13 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
-from patch_evidence import see_all
+from patch_statistics import see_all
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.replacements import acb, parse_settings
@@ -27,15 +27,15 @@ MODES = st.sampled_from(["shared", "branch"])
 
 
 def convert(
-    conv: nn.Conv2d, bn: str, norm: nn.BatchNorm2d | None = None, evidence: Evidence | None = None
+    conv: nn.Conv2d, bn: str, norm: nn.BatchNorm2d | None = None, statistics: SiteStatistics | None = None
 ) -> tuple[acb.AsymmetricBlock, acb.Settings]:
     wanted = parse_settings("acb", {"bn": bn})
     if norm is not None:
         wanted = acb.adopt(wanted, norm)
     site = Site("conv", read_conv(conv), ())
-    settled = parse_settings("acb", acb.settle(site, conv, wanted, evidence).settings)
+    settled = parse_settings("acb", acb.settle(site, conv, wanted, statistics).settings)
     block = acb.build(site.conv, settled)
-    acb.init_(block, conv, settled, evidence, norm)
+    acb.init_(block, conv, settled, statistics, norm)
     return block.train(conv.training), settled
 
 
@@ -70,7 +70,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 
 @given(case=cases(sides=ODD), bn=MODES, calibrated=st.booleans())
 def test_the_function_of_every_form_of_conv_is_preserved(case: Case, bn: str, calibrated: bool) -> None:
-    block, _ = convert(case.conv.eval(), bn, evidence=see_all(case).evidence if calibrated else None)
+    block, _ = convert(case.conv.eval(), bn, statistics=see_all(case).statistics if calibrated else None)
     with torch.no_grad():
         got, expected = block(case.x), case.conv(case.x)
     assert got.shape == expected.shape
@@ -89,7 +89,7 @@ def test_a_batch_norm_is_taken_over_in_eval_and_in_train_mode(
     case: Case, affine: bool, eps: float, momentum: float | None, calibrated: bool
 ) -> None:
     norm = new_norm(case.conv.out_channels, affine=affine, eps=eps, momentum=momentum)
-    block, _ = convert(case.conv, "branch", norm, see_all(case).evidence if calibrated else None)
+    block, _ = convert(case.conv, "branch", norm, see_all(case).statistics if calibrated else None)
     with torch.no_grad():
         assert close(block.eval()(case.x), norm.eval()(case.conv(case.x)))
         assert close(block.train()(case.x), norm.train()(case.conv(case.x)), 1e-4)
@@ -184,7 +184,7 @@ def test_the_first_steps_move_the_strips_as_far_as_the_square(bn: str, groups: i
     conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)
     case = smooth(Case(conv, torch.randn(2, 8, 12, 12)))
     norm = new_norm(8) if bn == "branch" else None
-    block, _ = convert(conv, bn, norm, see_all(case).evidence)
+    block, _ = convert(conv, bn, norm, see_all(case).statistics)
     target = torch.randn(16, 8, 12, 12)
     for number in range(3):
         moved = step(block, case.x, target)
@@ -201,7 +201,7 @@ def test_strips_of_zeros_behind_batch_norms_would_leap() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
     case = smooth(Case(conv, torch.randn(2, 8, 12, 12)))
-    block, _ = convert(conv, "branch", new_norm(8), see_all(case).evidence)
+    block, _ = convert(conv, "branch", new_norm(8), see_all(case).statistics)
     for strip in (block.vertical, block.horizontal):
         nn.init.zeros_(strip.conv.weight)
         nn.init.ones_(strip.norm.weight)
@@ -210,9 +210,9 @@ def test_strips_of_zeros_behind_batch_norms_would_leap() -> None:
 
 
 @given(case=cases(dtype=torch.float64, sides=ODD), with_norm=st.booleans())
-def test_evidence_gives_the_strips_the_statistics_that_they_see(case: Case, with_norm: bool) -> None:
+def test_statistics_gives_the_strips_the_statistics_that_they_see(case: Case, with_norm: bool) -> None:
     norm = new_norm(case.conv.out_channels, torch.float64) if with_norm else None
-    block, _ = convert(case.conv.eval(), "branch", norm, see_all(case).evidence)
+    block, _ = convert(case.conv.eval(), "branch", norm, see_all(case).statistics)
     seen: dict[str, Tensor] = {}
     for name, branch in block.named_children():
         branch.conv.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y.detach()}))
@@ -224,14 +224,14 @@ def test_evidence_gives_the_strips_the_statistics_that_they_see(case: Case, with
 
 
 @given(case=cases(sides=ODD))
-def test_without_a_norm_evidence_keeps_the_train_mode_too(case: Case) -> None:
-    """On the images that the evidence is of: another batch has other statistics."""
-    block, _ = convert(case.conv, "branch", None, see_all(case).evidence)
+def test_without_a_norm_statistics_keeps_the_train_mode_too(case: Case) -> None:
+    """On the images that the statistics is of: another batch has other statistics."""
+    block, _ = convert(case.conv, "branch", None, see_all(case).statistics)
     with torch.no_grad():
         assert close(block.train()(case.x), case.conv(case.x), 1e-3)
 
 
-def test_without_evidence_the_norm_tells_the_scale_of_the_strips() -> None:
+def test_without_statistics_the_norm_tells_the_scale_of_the_strips() -> None:
     """White inputs, for which the guess is right: measured on the inputs themselves."""
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 32, 5, padding="valid")
@@ -383,9 +383,9 @@ def test_adopts_batch_norms_with_statistics_only(norm: nn.Module) -> None:
 def test_variances_beyond_the_range_of_float16_are_undone() -> None:
     torch.manual_seed(0)
     conv, x = nn.Conv2d(4, 4, 3, padding=1), 600 * torch.randn(4, 4, 9, 9)
-    evidence = see_all(Case(conv, x)).evidence
+    statistics = see_all(Case(conv, x)).statistics
     half = copy.deepcopy(conv).half().eval()
-    block, _ = convert(half, "branch", evidence=evidence)
+    block, _ = convert(half, "branch", statistics=statistics)
     with torch.no_grad():
         assert float(conv(x).var()) > 65504  # the largest number in float16
         assert close(block(x.half()).float(), conv(x), tolerance=5e-3)

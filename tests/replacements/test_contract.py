@@ -16,7 +16,7 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
-from patch_evidence import see_all
+from patch_statistics import see_all
 from pydantic import ValidationError
 from torch import nn
 
@@ -81,7 +81,7 @@ def _parameter_faults(kind: Any, name: str, contract: type) -> Iterator[str]:
     for parameter in given:
         needed = any(parameter.name == other.name and other.default is other.empty for other in wanted)
         if not needed and parameter.default is parameter.empty:
-            yield f"{name} needs a default for {parameter.name}: it is called with ({text}) alone, or without evidence"
+            yield f"{name} needs a default for {parameter.name}: it is called with ({text}) alone"
 
 
 def _constant_faults(kind: Any) -> Iterator[str]:
@@ -138,8 +138,8 @@ def test_its_author_is_told_what_is_missing(part: str) -> None:
         ({"fuse": lambda module, conv: None}, "fuse takes (module, conv), not (module, conv, settings)"),
         ({"refuse": lambda conv, strict: None}, "refuse needs a default for strict: it is called with (conv) alone"),
         (
-            {"settle": lambda site, conv, settings, evidence: None},
-            "settle needs a default for evidence: it is called with (site, conv, settings, evidence) alone",
+            {"settle": lambda site, conv, settings, statistics: None},
+            "settle needs a default for statistics: it is called with (site, conv, settings, statistics) alone",
         ),
         ({"absorbs": lambda site, settings: None}, "it holds absorbs, but of absorbs and adopt a kind holds both"),
         (
@@ -201,10 +201,10 @@ class Made:
         self.kind, self.case = replacements.load(name), case
         assume(self.kind.refuse(read_conv(case.conv)) is None)
         self.site = case.site
-        self.evidence = see_all(case).evidence if calibrated else None
+        self.statistics = see_all(case).statistics if calibrated else None
         wish = data.draw(st.sampled_from(variants(name)), label="settings")
         try:
-            options = list(self.kind.options(self.site, case.conv, wish, self.evidence))
+            options = list(self.kind.options(self.site, case.conv, wish, self.statistics))
         except RecipeError:
             assert wish != self.kind.Settings(), "the settings by default suit every conv that is not refused"
             reject()
@@ -219,7 +219,7 @@ class Made:
     def module(self) -> nn.Module:
         """The replacement, in eval mode."""
         module = self.kind.build(self.site.conv, self.settings)
-        self.kind.init_(module, self.case.conv, self.settings, self.evidence)
+        self.kind.init_(module, self.case.conv, self.settings, self.statistics)
         return module.eval()
 
 

@@ -11,14 +11,14 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
-from patch_evidence import see_all
+from patch_statistics import see_all
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import RecipeError
 from asymswap.factorize import cross as mathematics
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.replacements import cross, parse_settings
@@ -27,11 +27,13 @@ from asymswap.types import ConvSpec, Option
 ODD = (3, 5)
 
 
-def convert(case: Case, evidence: Evidence | None = None, **wish: object) -> tuple[cross.Cross, cross.Settings, Option]:
-    option = cross.settle(case.site, case.conv, parse_settings("cross", wish), evidence)
+def convert(
+    case: Case, statistics: SiteStatistics | None = None, **wish: object
+) -> tuple[cross.Cross, cross.Settings, Option]:
+    option = cross.settle(case.site, case.conv, parse_settings("cross", wish), statistics)
     settled = parse_settings("cross", option.settings)
     module = cross.build(case.site.conv, settled)
-    cross.init_(module, case.conv, settled, evidence)
+    cross.init_(module, case.conv, settled, statistics)
     return module, settled, option
 
 
@@ -86,7 +88,7 @@ def test_each_channel_is_fitted_to_inputs_of_the_correlation(case: Case, correla
 
 @given(case=cases(sides=ODD))
 def test_fuses_to_one_conv_after_any_training(case: Case) -> None:
-    module, settled, _ = convert(case, see_all(case).evidence)
+    module, settled, _ = convert(case, see_all(case).statistics)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     fused = cross.fuse(module, case.site.conv, settled)
@@ -95,10 +97,10 @@ def test_fuses_to_one_conv_after_any_training(case: Case) -> None:
 
 
 @given(case=cases(dtype=torch.float64, sides=ODD))
-def test_evidence_never_errs_more_than_copying_and_corrects_the_mean(case: Case) -> None:
+def test_statistics_never_errs_more_than_copying_and_corrects_the_mean(case: Case) -> None:
     case = Case(case.conv, torch.randn(8, *case.x.shape[1:], dtype=torch.float64).abs())
-    evidence = see_all(case).evidence
-    fitted, _, _ = convert(case, evidence)
+    statistics = see_all(case).statistics
+    fitted, _, _ = convert(case, statistics)
     plain, plain_settings, _ = convert(case, correlation=0)
     y = case.conv(case.x).detach()
     gaps = [module(case.x).detach() - y for module in (fitted, plain)]
@@ -106,17 +108,17 @@ def test_evidence_never_errs_more_than_copying_and_corrects_the_mean(case: Case)
     # The ridge may cost on these inputs what it saves on those that it stands for, and no more.
     dropped = case.conv.weight - cross.fuse(plain, case.site.conv, plain_settings).weight
     dropped_G = dropped.detach().unflatten(0, (case.site.conv.groups, -1)).square().sum((1, 2, 3, 4))
-    slack = evidence.patches * float((evidence.ridge()[:, 0] * dropped_G).sum())
+    slack = statistics.patches * float((statistics.ridge()[:, 0] * dropped_G).sum())
     assert squares[0] <= squares[1] + slack + 1e-9
     assert torch.allclose(gaps[0].mean((0, 2, 3)), torch.zeros(()).double(), atol=1e-9)
 
 
-def test_evidence_of_smooth_inputs_takes_over_the_corners() -> None:
+def test_statistics_of_smooth_inputs_takes_over_the_corners() -> None:
     """What copying drops can be foretold of the neighbours, on images that the fit has not seen."""
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 6, 5, padding=2, groups=6, dtype=torch.float64)
     nn.init.uniform_(conv.weight)
-    fitted, _, option = convert(Case(conv, smooth(0, 6)), see_all(Case(conv, smooth(0, 6))).evidence)
+    fitted, _, option = convert(Case(conv, smooth(0, 6)), see_all(Case(conv, smooth(0, 6))).statistics)
     assumed, _, _ = convert(Case(conv, smooth(0, 6)))
     copied, _, without = convert(Case(conv, smooth(0, 6)), correlation=0.0)
     x = smooth(1, 6)
@@ -133,7 +135,7 @@ def test_loss_is_that_of_the_error_or_also_of_the_divergence() -> None:
     case = Case(nn.Conv2d(3, 4, 3, dtype=torch.float64), smooth(0, 3))
     _, _, plain = convert(case)
     assert plain.loss == pytest.approx(-math.log(1 - plain.error))
-    seen = see_all(case, weighted=True).evidence
+    seen = see_all(case, weighted=True).statistics
     _, _, unweighted = convert(case, replace(seen, weight_GOO=None))
     assert unweighted.loss == pytest.approx(-math.log(1 - unweighted.error))
     module, settled, weighted = convert(case, seen)
@@ -143,21 +145,21 @@ def test_loss_is_that_of_the_error_or_also_of_the_divergence() -> None:
     assert weighted.loss == pytest.approx(math.sqrt(unweighted.loss * divergence))
 
 
-def test_the_target_of_the_evidence_goes_before_the_kernel() -> None:
+def test_the_target_of_the_statistics_goes_before_the_kernel() -> None:
     """As in sequential calibration, where other outputs are wanted than those of the conv."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, bias=False, dtype=torch.float64)
     other = nn.Conv2d(3, 4, 3, dtype=torch.float64)
     x = smooth(0, 3)
-    evidence = see_all(Case(other, x)).evidence
-    module, _, _ = convert(Case(conv, x), evidence)
-    expected, _, _ = convert(Case(other, x), evidence)
+    statistics = see_all(Case(other, x)).statistics
+    module, _, _ = convert(Case(conv, x), statistics)
+    expected, _, _ = convert(Case(other, x), statistics)
     assert torch.allclose(module(x), expected(x))
 
 
-def test_evidence_gives_a_bias_and_weights_alone_do_not() -> None:
+def test_statistics_gives_a_bias_and_weights_alone_do_not() -> None:
     case = Case(nn.Conv2d(3, 4, 3, bias=False, dtype=torch.float64), smooth(0, 3))
-    module, _, option = convert(case, see_all(case).evidence)
+    module, _, option = convert(case, see_all(case).statistics)
     assert option.settings == {"bias": True}
     assert module.vertical.bias is not None
     module, _, option = convert(case)
@@ -181,14 +183,14 @@ def test_both_convs_hold_half_of_the_centre_tap() -> None:
 
 @given(case=cases(sides=ODD))
 def test_offered_cost_is_the_cost_counted_by_torch(case: Case) -> None:
-    for evidence in (None, see_all(case).evidence):
-        module, settled, option = convert(case, evidence)
+    for statistics in (None, see_all(case).statistics):
+        module, settled, option = convert(case, statistics)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(case.x[:1])
         assert counter.get_total_flops() == option.cost.flops
         assert sum(p.numel() for p in module.parameters()) == option.cost.params
         assert cross.cost(case.site, settled) == option.cost
-        assert cross.options(case.site, case.conv, parse_settings("cross", {}), evidence) == [option]
+        assert cross.options(case.site, case.conv, parse_settings("cross", {}), statistics) == [option]
 
 
 def test_never_promises_the_function_and_never_grows() -> None:
@@ -200,7 +202,7 @@ def test_never_promises_the_function_and_never_grows() -> None:
 def test_nothing_to_learn_from_stays_finite() -> None:
     conv = nn.Conv2d(3, 3, 3, dtype=torch.float64)
     case = Case(conv, torch.zeros(1, 3, 6, 6, dtype=torch.float64))
-    module, _, option = convert(case, see_all(case).evidence)
+    module, _, option = convert(case, see_all(case).statistics)
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
     assert math.isfinite(option.loss)
     nn.init.zeros_(conv.weight)

@@ -15,7 +15,7 @@ import torchvision
 from conv_cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
-from patch_evidence import see_all
+from patch_statistics import see_all
 from torch import fx, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -369,10 +369,10 @@ def test_building_draws_no_random_numbers_and_names_its_state(kind_name: str) ->
 
 
 @pytest.mark.parametrize("kind_name", BOTH)
-def test_evidence_changes_nothing(kind_name: str) -> None:
+def test_statistics_changes_nothing(kind_name: str) -> None:
     case = simple_case(groups=2)
     module, settled = moved(case, kind_name, 1)
-    replacements.load(kind_name).init_(module, case.conv, settled, see_all(case).evidence)
+    replacements.load(kind_name).init_(module, case.conv, settled, see_all(case).statistics)
     assert not module.offsets().any()
     assert torch.equal(module.weight, case.conv.weight)
     assert torch.equal(module.bias, case.conv.bias)

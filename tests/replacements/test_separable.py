@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.replacements import parse_settings, separable
 from asymswap.types import Call, ConvSpec, Site
@@ -228,7 +228,7 @@ def test_a_budget_chooses_round_ranks_of_large_convs_only(channels: int, size: i
     assert len(every) == full
 
 
-def test_the_ranks_on_evidence_cost_what_eigenvalues_made_by_hand_leave_out() -> None:
+def test_the_ranks_on_statistics_cost_what_eigenvalues_made_by_hand_leave_out() -> None:
     """Every entry of the kernel is alone in its row of the first conv's inputs: their squares are the eigenvalues."""
     conv = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)
     with torch.no_grad():
@@ -237,17 +237,17 @@ def test_the_ranks_on_evidence_cost_what_eigenvalues_made_by_hand_leave_out() ->
     site = Site("conv", read_conv(conv), (Call((8, 8), (8, 8)),))
     zeros, eye = torch.zeros(1, 18, dtype=torch.float64), torch.eye(18, dtype=torch.float64)[None]
     weight = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))[None]
-    evidence = Evidence(zeros, eye, conv.weight.detach().flatten(1)[None], torch.zeros(1, 3), weight, 1000)
+    statistics = SiteStatistics(zeros, eye, conv.weight.detach().flatten(1)[None], torch.zeros(1, 3), weight, 1000)
     wish = parse_settings("separable", {"order": "vertical-first", "multiple": 1})
     errors = [14 / 30, 5 / 30, 1 / 30, 0, 0, 0]
     # A twentieth of the mean weight is added to each, a thousandth of the mean variance to each variance.
     floor = 0.05 * 14 / 3
     weighted = [9 * (4 + floor), 4 * (9 + floor), 16 * (1 + floor), 1 + floor, 0, 0]
     nats = [0.5 * 1.001 * sum(weighted[rank:]) for rank in range(1, 7)]
-    found = separable.options(site, conv, wish, evidence)
+    found = separable.options(site, conv, wish, statistics)
     assert [option.settings["rank"] for option in found] == [1, 2, 3, 4, 5, 6]
     assert [option.error for option in found] == pytest.approx(errors, abs=1e-9)
     expected = [math.sqrt(-math.log1p(-error) * nat) for error, nat in zip(errors, nats, strict=True)]
     assert [option.loss for option in found] == pytest.approx(expected, abs=1e-6)
-    unweighted = separable.options(site, conv, wish, replace(evidence, weight_GOO=None))
+    unweighted = separable.options(site, conv, wish, replace(statistics, weight_GOO=None))
     assert [option.loss for option in unweighted] == pytest.approx([-math.log1p(-error) for error in errors], abs=1e-9)

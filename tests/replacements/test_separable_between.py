@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import asymswap
 from asymswap.calibration.sequential import refine_
 from asymswap.errors import RecipeError
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.planning.apply import apply_plan
@@ -30,8 +30,8 @@ RELUS = st.sampled_from(["relu", "bn-relu"])
 NORMS = st.sampled_from(["bn", "bn-relu"])
 
 
-def see(case: Case, target_of: nn.Conv2d | None = None) -> Evidence:
-    """Evidence from all patches of the case's input, which torch's own unfold cuts out."""
+def see(case: Case, target_of: nn.Conv2d | None = None) -> SiteStatistics:
+    """Statistics from all patches of the case's input, which torch's own unfold cuts out."""
     conv, other = case.conv, target_of or case.conv
     patches = patches_of(conv, case.x)
     mean = patches.mean(2)
@@ -40,7 +40,7 @@ def see(case: Case, target_of: nn.Conv2d | None = None) -> Evidence:
     if other.bias is not None:
         wanted = wanted + other.bias.detach().double().unflatten(0, (conv.groups, -1))
     covariance = torch.stack([torch.atleast_2d(torch.cov(group, correction=0)) for group in patches])
-    return Evidence(mean, covariance, kernel, wanted, None, patches.shape[2])
+    return SiteStatistics(mean, covariance, kernel, wanted, None, patches.shape[2])
 
 
 def patches_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -52,12 +52,14 @@ def patches_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return columns.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def convert(case: Case, evidence: Evidence | None = None, **wish: object) -> tuple[nn.Sequential, separable.Settings]:
+def convert(
+    case: Case, statistics: SiteStatistics | None = None, **wish: object
+) -> tuple[nn.Sequential, separable.Settings]:
     wanted = parse_settings("separable", wish)
-    option = separable.settle(case.site, case.conv, cast(separable.Settings, wanted), evidence)
+    option = separable.settle(case.site, case.conv, cast(separable.Settings, wanted), statistics)
     settled = cast(separable.Settings, parse_settings("separable", option.settings))
     pair = separable.build(case.site.conv, settled)
-    separable.init_(pair, case.conv, settled, evidence)
+    separable.init_(pair, case.conv, settled, statistics)
     return pair.eval(), settled
 
 
@@ -86,14 +88,14 @@ def lopsided(case: Case) -> bool:
 def test_a_batch_norm_is_exact_at_full_rank_borders_included(
     case: Case, order: separable.Order, calibrated: bool
 ) -> None:
-    evidence = see(case) if calibrated else None
+    statistics = see(case) if calibrated else None
     rank = separable.full_rank(case.site.conv, order)
-    pair, settled = convert(case, evidence, rank=rank, order=order, between="bn")
+    pair, settled = convert(case, statistics, rank=rank, order=order, between="bn")
     with torch.no_grad():
         expected, got = case.conv(case.x), pair(case.x)
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
-    # The ridge of the evidence keeps what it does not know at the conv's own weights, so that both are exact.
+    # The ridge of the statistics keeps what it does not know at the conv's own weights, so that both are exact.
     assert relative(got, expected) < 1e-4
     assert separable.preserves(case.site.conv, settled)
 
@@ -102,10 +104,10 @@ def test_a_batch_norm_is_exact_at_full_rank_borders_included(
 def test_a_batch_norm_changes_nothing_at_any_rank(
     case: Case, data: st.DataObject, order: separable.Order, calibrated: bool
 ) -> None:
-    evidence = see(case) if calibrated else None
+    statistics = see(case) if calibrated else None
     rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
-    plain, _ = convert(case, evidence, rank=rank, order=order)
-    pair, settled = convert(case, evidence, rank=rank, order=order, between="bn")
+    plain, _ = convert(case, statistics, rank=rank, order=order)
+    pair, settled = convert(case, statistics, rank=rank, order=order, between="bn")
     x = 3 * case.x + 1
     with torch.no_grad():
         torch.testing.assert_close(pair(x), plain(x), rtol=1e-9, atol=1e-9)
@@ -123,12 +125,12 @@ def test_a_relu_that_cuts_nothing_changes_nothing(
     """At any rank, of any conv, borders included, whatever is padded."""
     assume(not lopsided(case))
     calibrated = data.draw(st.booleans())
-    evidence = see(case) if calibrated else None
+    statistics = see(case) if calibrated else None
     rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
-    # The start of the plain pair is solved for the same evidence, with a bias to hold the mean where there is one.
-    plain, _ = convert(case, evidence, rank=rank, order=order)
-    pair, _ = convert(case, evidence, rank=rank, order=order, between=between)
-    # About the mean, that of the inputs that are assumed where there is no evidence being zero, nothing is cut.
+    # The start of the plain pair is solved for the same statistics, with a bias to hold the mean where there is one.
+    plain, _ = convert(case, statistics, rank=rank, order=order)
+    pair, _ = convert(case, statistics, rank=rank, order=order, between=between)
+    # About the mean, that of the inputs that are assumed where there is no statistics being zero, nothing is cut.
     middle = case.x.mean() if calibrated else 0.0
     x = middle + 0.02 * (case.x - middle)
     assume(bool((before(pair, "relu", x) >= 0).all()))
@@ -156,9 +158,9 @@ def test_zeros_that_are_padded_pass_where_the_mean_is_far_above_them(between: st
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, padding=1, dtype=torch.float64)
     case = Case(conv, 50 + torch.randn(2, 3, 8, 8, dtype=torch.float64))
-    evidence = see(Case(_like(conv, 3, 0, "zeros"), case.x), conv)
-    plain, _ = convert(case, evidence, rank=9, order="vertical-first")
-    pair, _ = convert(case, evidence, rank=9, order="vertical-first", between=between)
+    statistics = see(Case(_like(conv, 3, 0, "zeros"), case.x), conv)
+    plain, _ = convert(case, statistics, rank=9, order="vertical-first")
+    pair, _ = convert(case, statistics, rank=9, order="vertical-first", between=between)
     assert float(before(pair, "relu", case.x)[..., 1:-1].mean((0, 2, 3)).max()) > 10
     with torch.no_grad():
         # All columns: the second conv reads what was padded beside them. A row at the border is half empty itself.
@@ -187,7 +189,7 @@ def test_a_relu_cuts_no_more_than_any_distribution_must(
     case = Case(_like(case.conv, case.conv.kernel_size, (0, 0), "zeros"), case.x)
     rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
     pair, _ = convert(case, see(case), rank=rank, order=order, between=between)
-    # A patch reads one value a tap of the second conv, and all that are read are those that the evidence is of.
+    # A patch reads one value a tap of the second conv, and all that are read are those that the statistics is of.
     axis = 3 if order == "vertical-first" else 2
     got, wanted = before(pair, "relu", case.x), case.conv(case.x)
     step = cast(Any, case.conv.dilation)[axis - 2]
@@ -256,7 +258,7 @@ def test_the_statistics_are_those_of_the_parts_of_real_patches(
     torch.testing.assert_close(norm.running_var, values.var(1, correction=0), rtol=1e-8, atol=1e-9)
 
 
-def test_in_train_mode_it_does_about_the_same_on_the_images_of_the_evidence() -> None:
+def test_in_train_mode_it_does_about_the_same_on_the_images_of_the_statistics() -> None:
     """A ReLU's batch norm sees the padding too, which the patches tell of only in part."""
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1)
@@ -270,7 +272,7 @@ def test_in_train_mode_it_does_about_the_same_on_the_images_of_the_evidence() ->
         assert relative(copy.deepcopy(assumed).train()(case.x), assumed(case.x)) > 0.1
 
 
-def test_without_evidence_white_inputs_are_assumed() -> None:
+def test_without_statistics_white_inputs_are_assumed() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 6, 3, bias=False)
     case = Case(conv, torch.randn(64, 6, 20, 20))
@@ -293,21 +295,21 @@ def test_without_evidence_white_inputs_are_assumed() -> None:
 def test_offered_cost_is_the_cost_counted_by_torch(
     case: Case, data: st.DataObject, order: separable.Order, between: separable.Between, calibrated: bool
 ) -> None:
-    evidence = see(case) if calibrated else None
+    statistics = see(case) if calibrated else None
     wish = cast(separable.Settings, parse_settings("separable", {"order": order, "between": between, "multiple": 1}))
-    offered = separable.options(case.site, case.conv, wish, evidence)
+    offered = separable.options(case.site, case.conv, wish, statistics)
     assert [option.settings["rank"] for option in offered] == list(
         range(1, separable.full_rank(case.site.conv, order) + 1)
     )
     option = data.draw(st.sampled_from(offered))
     settled = cast(separable.Settings, parse_settings("separable", option.settings))
     pair = separable.build(case.site.conv, settled).eval()
-    separable.init_(pair, case.conv, settled, evidence)
+    separable.init_(pair, case.conv, settled, statistics)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pair(case.x[:1])
     assert counter.get_total_flops() == option.cost.flops == separable.cost(case.site, settled).flops
     assert sum(p.numel() for p in pair.parameters()) == option.cost.params == separable.cost(case.site, settled).params
-    assert separable.settle(case.site, case.conv, settled, evidence).settings == option.settings
+    assert separable.settle(case.site, case.conv, settled, statistics).settings == option.settings
 
 
 def test_what_a_relu_adds_to_the_cost_by_hand() -> None:
@@ -350,8 +352,8 @@ def test_a_batch_norm_that_was_just_made_fuses_though_float32_rounds() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
     case = Case(conv, 30 + 5 * torch.randn(2, 16, 9, 9))
-    evidence = see(case)
-    pair, settled = convert(case, evidence, rank=20, order="vertical-first", between="bn")
+    statistics = see(case)
+    pair, settled = convert(case, statistics, rank=20, order="vertical-first", between="bn")
     fused = separable.fuse(pair, case.site.conv, settled)
     assert fused is not None
     with torch.no_grad():
@@ -368,9 +370,9 @@ def test_a_relu_fuses_with_nothing(between: str) -> None:
 def test_variances_beyond_the_range_of_float16_are_undone() -> None:
     torch.manual_seed(0)
     conv, x = nn.Conv2d(4, 4, 3), 3000 * torch.randn(4, 4, 9, 9)
-    evidence = see(Case(conv, x))
+    statistics = see(Case(conv, x))
     half = copy.deepcopy(conv).half().eval()
-    pair, _ = convert(Case(half, x.half()), evidence, rank=12, between="bn")
+    pair, _ = convert(Case(half, x.half()), statistics, rank=12, between="bn")
     with torch.no_grad():
         assert float(pair[0](x.half()).float().var((0, 2, 3)).max()) > 65504  # the largest number in float16
         assert relative(pair(x.half()).float(), conv(x)) < 0.01
@@ -439,8 +441,8 @@ def test_a_conv_of_zeros_stays_zero_and_finite(between: str) -> None:
     conv = nn.Conv2d(3, 3, 3, bias=False)
     nn.init.zeros_(conv.weight)
     case = Case(conv, torch.randn(4, 3, 6, 6))
-    for evidence in (None, see(case)):
-        pair, _ = convert(case, evidence, rank=2, between=between)
+    for statistics in (None, see(case)):
+        pair, _ = convert(case, statistics, rank=2, between=between)
         for mode in (False, True):
             with torch.no_grad():
                 assert float(pair.train(mode)(case.x).abs().max()) < 1e-6
@@ -468,12 +470,12 @@ def test_solving_layer_by_layer_sets_it_anew(between: str, monkeypatch: pytest.M
     sites = trace(model, (x[:1],)).sites
     with torch.no_grad():
         hidden = torch.relu(model.one(x))
-    evidence = {"one": see(Case(model.one, x)), "two": see(Case(model.two, hidden))}
+    statistics = {"one": see(Case(model.one, x)), "two": see(Case(model.two, hidden))}
     held = {"order": "vertical-first", "between": between, "bias": True}
     plan = Plan(tuple(Swap(name, "separable", {**held, "rank": 2}) for name in ("one", "two")))
-    converted = apply_plan(model, plan, evidence=evidence)
+    converted = apply_plan(model, plan, statistics=statistics)
     one_pass = copy.deepcopy(converted)
-    used = refine_(model, converted, sites, plan, evidence, lambda: [(0, x)], len(x), x[:1]).used
+    used = refine_(model, converted, sites, plan, statistics, lambda: [(0, x)], len(x), x[:1]).used
     with torch.no_grad():
         now = torch.relu(converted.get_submodule("one")(x))
     pair = cast(nn.Sequential, converted.get_submodule("two"))

@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A page with all that it has complained about and asked for."""
 
     page: Any
@@ -59,13 +59,13 @@ class Opened:
 
 
 @pytest.fixture
-def opened(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opened]:
+def opened(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[OpenedModel]:
     """The report of a network like ResNet-50, opened from a file."""
     path = tmp_path / "report.html"
     path.write_text(to_html(like_resnet50(), MAKING), encoding="utf-8")
     context = browser.new_context(viewport=getattr(request, "param", DESKTOP), reduced_motion="reduce")
     page = context.new_page()
-    found = Opened(page)
+    found = OpenedModel(page)
     page.on("console", lambda message: found.complaints.append(message.text))
     page.on("pageerror", lambda error: found.complaints.append(str(error)))
     page.on("request", lambda asked: found.requests.append(asked.url))
@@ -80,11 +80,11 @@ ROWS = like_resnet50().sites
 
 
 class TestTable:
-    def test_it_stands_in_the_order_of_the_network_at_first(self, opened: Opened) -> None:
+    def test_it_stands_in_the_order_of_the_network_at_first(self, opened: OpenedModel) -> None:
         assert opened.names() == [row.site for row in ROWS]
         assert opened.heading("#").get_attribute("aria-sort") == "ascending"
 
-    def test_numbers_sort_by_their_value_the_largest_first(self, opened: Opened) -> None:
+    def test_numbers_sort_by_their_value_the_largest_first(self, opened: OpenedModel) -> None:
         opened.sort("MACs")
         assert opened.names() == [row.site for row in sorted(ROWS, key=lambda row: -row.before.macs)]
         assert opened.heading("MACs").get_attribute("aria-sort") == "descending"
@@ -93,25 +93,25 @@ class TestTable:
         assert opened.names() == [row.site for row in sorted(ROWS, key=lambda row: row.before.macs)]
         assert opened.heading("MACs").get_attribute("aria-sort") == "ascending"
 
-    def test_what_has_no_value_stands_last_both_ways(self, opened: Opened) -> None:
+    def test_what_has_no_value_stands_last_both_ways(self, opened: OpenedModel) -> None:
         swapped = [row for row in ROWS if row.output_error is not None]
         for sign in (-1, 1):
             opened.sort("Output")
             expected = sorted(swapped, key=lambda row: sign * (row.output_error or 0.0))
             assert opened.names()[: len(swapped)] == [row.site for row in expected]
 
-    def test_text_sorts_with_its_numbers_as_numbers(self, opened: Opened) -> None:
+    def test_text_sorts_with_its_numbers_as_numbers(self, opened: OpenedModel) -> None:
         opened.sort("How")
         hows = opened.page.locator("table.layers tbody summary").all_inner_texts()
         ranks = [int(how.split()[1].rstrip(",")) for how in hows if how.startswith("rank")]
         assert ranks == sorted(ranks)
         assert ranks[0] < 10 <= ranks[-1]
 
-    def test_the_totals_stay_below(self, opened: Opened) -> None:
+    def test_the_totals_stay_below(self, opened: OpenedModel) -> None:
         opened.sort("MACs")
         assert opened.page.locator("table.layers tfoot th").all_inner_texts() == ["other layers", "total"]
 
-    def test_a_text_filters(self, opened: Opened) -> None:
+    def test_a_text_filters(self, opened: OpenedModel) -> None:
         opened.page.get_by_label("Find").fill("LAYER3 1x1")
         wanted = [row.site for row in ROWS if row.site.startswith("layer3") and "1x1" in row.conv]
         assert opened.names() == wanted
@@ -121,7 +121,7 @@ class TestTable:
         opened.page.get_by_label("Find").fill("")
         assert len(opened.names()) == 53
 
-    def test_what_was_done_filters(self, opened: Opened) -> None:
+    def test_what_was_done_filters(self, opened: OpenedModel) -> None:
         opened.page.get_by_label("Show").select_option("swapped")
         assert opened.names() == [row.site for row in ROWS if row.action == "swap"]
         opened.page.get_by_label("Find").fill("layer1")
@@ -129,13 +129,13 @@ class TestTable:
         wanted = [row for row in ROWS if row.action == "swap" and row.site.startswith("layer1")]
         assert opened.names() == [row.site for row in sorted(wanted, key=lambda row: -row.before.macs)]
 
-    def test_details_open(self, opened: Opened) -> None:
+    def test_details_open(self, opened: OpenedModel) -> None:
         row = opened.page.locator("#layer-2")
         assert not row.get_by_text("vertical-first").is_visible()
         row.locator("summary").click()
         assert row.get_by_text("vertical-first").is_visible()
 
-    def test_all_of_it_goes_by_keyboard(self, opened: Opened) -> None:
+    def test_all_of_it_goes_by_keyboard(self, opened: OpenedModel) -> None:
         page = opened.page
         page.get_by_label("Find").focus()
         page.keyboard.type("layer2")
@@ -154,7 +154,7 @@ class TestTable:
 
 
 class TestPicture:
-    def test_pointing_at_a_layer_tells_of_it(self, opened: Opened) -> None:
+    def test_pointing_at_a_layer_tells_of_it(self, opened: OpenedModel) -> None:
         tip = opened.page.locator(".tip")
         assert not tip.is_visible()
         opened.page.locator(".column .hit").nth(4).hover()
@@ -172,7 +172,7 @@ class TestPicture:
         opened.page.mouse.move(5, 5)
         assert not tip.is_visible()
 
-    def test_it_goes_by_keyboard(self, opened: Opened) -> None:
+    def test_it_goes_by_keyboard(self, opened: OpenedModel) -> None:
         page, tip = opened.page, opened.page.locator(".tip")
         assert page.locator(".column[tabindex='0']").count() == 1
         page.locator(".column").first.focus()
@@ -198,19 +198,19 @@ class TestPicture:
         assert page.evaluate("document.activeElement.closest('tr').id") == "layer-2"
         assert page.locator("tr.found > th").inner_text() == "layer1.1.conv2"
 
-    def test_a_layer_that_is_filtered_out_is_found_too(self, opened: Opened) -> None:
+    def test_a_layer_that_is_filtered_out_is_found_too(self, opened: OpenedModel) -> None:
         opened.page.get_by_label("Show").select_option("kept")
         opened.page.locator(".column .hit").nth(1).click()
         assert opened.page.locator("#layer-2").is_visible()
         assert len(opened.names()) == 53
 
-    def test_every_column_has_a_name(self, opened: Opened) -> None:
+    def test_every_column_has_a_name(self, opened: OpenedModel) -> None:
         labels = [column.get_attribute("aria-label") for column in opened.page.locator(".column").all()]
         assert [label.split(";")[0] for label in labels] == [row.site for row in ROWS]
 
 
 @pytest.mark.parametrize("opened", [PHONE], indirect=True)
-def test_a_phone_scrolls_the_page_one_way_only(opened: Opened) -> None:
+def test_a_phone_scrolls_the_page_one_way_only(opened: OpenedModel) -> None:
     wide, seen = opened.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert wide == seen == 375
     opened.page.locator(".column .hit").nth(3).scroll_into_view_if_needed()
@@ -219,7 +219,7 @@ def test_a_phone_scrolls_the_page_one_way_only(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_reader_chooses_light_or_dark(opened: Opened, scheme: str) -> None:
+def test_the_reader_chooses_light_or_dark(opened: OpenedModel, scheme: str) -> None:
     opened.page.emulate_media(color_scheme=scheme)
     paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 25, 31)"}[scheme]
@@ -227,7 +227,7 @@ def test_the_reader_chooses_light_or_dark(opened: Opened, scheme: str) -> None:
     assert drawn == {"light": "rgb(109, 121, 133)", "dark": "rgb(152, 164, 176)"}[scheme]
 
 
-def test_paper_is_light_and_has_no_controls(opened: Opened) -> None:
+def test_paper_is_light_and_has_no_controls(opened: OpenedModel) -> None:
     opened.page.emulate_media(media="print", color_scheme="dark")
     assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not opened.page.get_by_label("Find").is_visible()

@@ -23,7 +23,7 @@ from torch import nn
 import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import AsymswapError, CheckpointError, OutputError
-from asymswap.results.finetune import EpochRow, Outset, StepRow
+from asymswap.results.finetune import EpochRow, RunStart, StepRow
 from asymswap.training import trainer as loop
 from asymswap.training.config import Training
 from asymswap.training.run_folder import RunFolder
@@ -241,11 +241,11 @@ def test_all_state_matters(start: Start, whole: Start) -> None:
 
 class Seen:
     def __init__(self) -> None:
-        self.outset: Outset | None = None
+        self.outset: RunStart | None = None
         self.steps: list[StepRow] = []
         self.epochs: list[EpochRow] = []
 
-    def begin(self, outset: Outset) -> None:
+    def begin(self, outset: RunStart) -> None:
         self.outset = outset
 
     def step(self, row: StepRow) -> None:
@@ -264,7 +264,7 @@ def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
     tops = [row.validation.top1 for row in seen.epochs if row.validation is not None]
     assert report.best.top1 == max(tops)
     assert report.best_epoch == next(row.epoch for row in reversed(seen.epochs) if row.best)
-    assert seen.outset == Outset(4, 4 * STEPS, 0, report.before)
+    assert seen.outset == RunStart(4, 4 * STEPS, 0, report.before)
     assert [row.step for row in seen.steps] == list(range(1, 4 * STEPS + 1))
     assert seen.epochs[-1].train.loss < seen.epochs[0].train.loss
     # What is returned, what is written and what is told are one.

@@ -24,7 +24,9 @@ def torchrun(folder: Path, *command: str, processes: int = 2) -> subprocess.Comp
 
 def test_two_processes_give_the_plan_and_the_weights_of_one(tmp_path: Path) -> None:
     options = (*CONVERT, "--calibrate", "digits", "--calibration-images", "300", "--polish", "3", "--json")
-    two = torchrun(tmp_path, *options, "-o", "two.pt", "--write-plan", "two.json", "--evidence", "e.safetensors")
+    two = torchrun(
+        tmp_path, *options, "-o", "two.pt", "--write-plan", "two.json", "--calibration-cache", "e.safetensors"
+    )
     assert two.returncode == 0, two.stderr
     # torchrun gives each process one thread: another number of them would round otherwise.
     one = subprocess.run(

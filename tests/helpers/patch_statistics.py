@@ -1,4 +1,4 @@
-"""Evidence of one conv from every patch of an input, and the patches themselves."""
+"""Statistics of one conv from every patch of an input, and the patches themselves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from conv_cases import Case
 from torch import Tensor
 
 from asymswap.calibration.gather import PatchSums, choose_positions, patches_of
-from asymswap.factorize.statistics import Evidence
+from asymswap.factorize.statistics import SiteStatistics
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The evidence, and the patches (G, D, N) that it was gathered from, in float64."""
+    """The statistics, and the patches (G, D, N) that it was gathered from, in float64."""
 
-    evidence: Evidence
+    statistics: SiteStatistics
     patches_GDN: Tensor
 
 
@@ -38,4 +38,4 @@ def see_all(case: Case, weighted: bool = False) -> Seen:
         if weighted:
             slopes = torch.randn(conv.groups, 20, kernel.shape[1], dtype=torch.float64)
             weight = slopes.mT @ slopes / 20
-    return Seen(Evidence(mean, covariance, kernel, wanted, weight, sums.patches), patches)
+    return Seen(SiteStatistics(mean, covariance, kernel, wanted, weight, sums.patches), patches)
