@@ -27,12 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asymswap.api.candidates import candidates
 from asymswap.api.conversion_report import check_finite, check_output_finite, check_promises, make_report, state_bytes
-from asymswap.api.evaluate import evaluate
-from asymswap.api.finetune import FineTuned, finetune
-from asymswap.api.fuse import Fusion, fuse, save_fused
-from asymswap.api.load import load
 from asymswap.calibration.calibrate import (
     UNSEEN,
     Calibration,
@@ -54,6 +49,7 @@ from asymswap.measure.macs import Costs, count_costs, count_swapped
 from asymswap.measure.stand_ins import check_stand_ins, describe_calls
 from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opening import (
+    Model,
     OpenedModel,
     costs_of,
     open_model,
@@ -65,37 +61,13 @@ from asymswap.planning.apply import apply_plan
 from asymswap.planning.latency_budget import Timing, plan_in_time
 from asymswap.planning.plan import check_not_empty, check_replay, find_choices, make_plan, matched_sites, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
-from asymswap.results.candidates import Candidates
 from asymswap.results.convert import AccuracyRow, CalibrationRow, FileRow, LatencyRow, Report
 from asymswap.results.records import to_json
-from asymswap.training.config import Training
 from asymswap.types import Origin, Plan, Progress, Site, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import Inputs, portions, probe
 from asymswap.utils.tensors import eval_mode, first_not_finite
-
-__all__ = [
-    "Calibration",
-    "Candidates",
-    "Conversion",
-    "FineTuned",
-    "Fusion",
-    "PreprocessingOptions",
-    "Timing",
-    "Training",
-    "candidates",
-    "convert",
-    "evaluate",
-    "finetune",
-    "fuse",
-    "load",
-    "plan",
-    "save",
-    "save_fused",
-]
-
-Model = str | Path | nn.Module
 
 
 @dataclass

@@ -43,11 +43,11 @@ def candidates(
         check_output(plot, force, "--plot")
         check_plot_file(plot)
     with screen.progress(quiet) as step:
-        from asymswap.api import convert
+        import asymswap
         from asymswap.reporting import terminal
         from asymswap.reporting.candidates import to_json
 
-        found = convert.candidates(
+        found = asymswap.candidates(
             model,
             recipe=recipe,
             weights=weights,

@@ -139,12 +139,12 @@ def convert(
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
     with joined() as team, screen.progress(quiet or not team.leads) as step:
-        from asymswap.api import convert
+        import asymswap
         from asymswap.checkpoint import check_suffix
 
         if not dry_run:
             check_suffix(target)
-        conversion = convert.convert(
+        conversion = asymswap.convert(
             model,
             recipe,
             plan=None if plan is None else _read_plan(plan),
@@ -170,7 +170,7 @@ def convert(
             input_size=o.parse_input_size(input_size),
             preprocessing=preprocessing,
             evaluate=evaluate,
-            timing=None if memory_format is None else convert.Timing(memory_format.value),
+            timing=None if memory_format is None else asymswap.Timing(memory_format.value),
             allow_drift=allow_drift,
             seed=seed,
             progress=step,
@@ -178,7 +178,7 @@ def convert(
         conversion.header = _with_command(conversion.header)
         if not dry_run and team.leads:
             step("writing", 0, 1)
-            convert.save(conversion, target, force=force)
+            asymswap.save(conversion, target, force=force)
     if not team.leads:
         return
     result = conversion.report

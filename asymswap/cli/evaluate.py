@@ -45,11 +45,11 @@ def evaluate(
     from asymswap.cli import screen
 
     with screen.progress(quiet) as step:
-        from asymswap.api import convert
+        import asymswap
         from asymswap.reporting.evaluate import evaluation_view
         from asymswap.results.records import to_json
 
-        report = convert.evaluate(
+        report = asymswap.evaluate(
             models,
             data,
             part=part,

@@ -172,10 +172,10 @@ def finetune(
         check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with joined(gpus=not cpu) as team, screen.training(quiet or json or not team.leads) as watcher:
-        from asymswap.api import convert
+        import asymswap
         from asymswap.data.augmentation import parse_presets
 
-        settings = convert.Training(
+        settings = asymswap.Training(
             epochs=epochs,
             steps=steps,
             batch_size=batch_size,
@@ -208,7 +208,7 @@ def finetune(
             workers=workers,
             save_every=save_every,
         )
-        tuned = convert.finetune(
+        tuned = asymswap.finetune(
             checkpoint,
             data,
             settings,

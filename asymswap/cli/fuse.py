@@ -57,11 +57,11 @@ def fuse(
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with screen.progress(quiet) as step:
-        from asymswap.api import convert
+        import asymswap
         from asymswap.checkpoint import check_suffix
 
         check_suffix(target)
-        fusion = convert.fuse(
+        fusion = asymswap.fuse(
             checkpoint,
             separable=separable,
             max_offset=max_offset,
@@ -72,7 +72,7 @@ def fuse(
             trust_code=trust_code,
             progress=step,
         )
-        report = convert.save_fused(fusion, target, as_original=as_original, force=force)
+        report = asymswap.save_fused(fusion, target, as_original=as_original, force=force)
     if json:
         from asymswap.results.records import to_json
 
