@@ -30,23 +30,23 @@ screens: $(READY)
 	$(RUN)/python -m pytest tests/cli/test_screens.py -q --record-screens
 	git diff --stat -- tests/golden
 
-# The pictures of docs/gallery.md, by the commands that stand there. Those of CIFAR-10 need a folder with the folders
+# The pictures of docs/guide/gallery.md, by the commands that stand there. Those of CIFAR-10 need a folder with the folders
 # train and test of class folders, and a ResNet-20 trained on it: make gallery CIFAR=cifar10/ RESNET20=resnet20.pt
 gallery: $(READY)
 	$(RUN)/python benchmarks/gallery.py $(if $(CIFAR),--cifar '$(CIFAR)') $(if $(RESNET20),--resnet20 '$(RESNET20)')
 
-# Thousands of damaged and hostile files; killed and disturbed commands. A quarter of an hour each, and docs/robustness.md.
+# Thousands of damaged and hostile files; killed and disturbed commands. A quarter of an hour each, and docs/results/robustness.md.
 fuzz: $(READY)
-	$(RUN)/python benchmarks/fuzz.py --again --markdown docs/robustness.md
+	$(RUN)/python benchmarks/fuzz.py --again --markdown docs/results/robustness.md
 
 kill: $(READY)
-	$(RUN)/python benchmarks/kill.py --again --markdown docs/robustness.md
+	$(RUN)/python benchmarks/kill.py --again --markdown docs/results/robustness.md
 
 # One small fault after the other in the code that decides what a model becomes, and whether a test notices: hours of one
-# core, and the last section of docs/robustness.md. It goes on where it was stopped.
+# core, and the last section of docs/results/robustness.md. It goes on where it was stopped.
 mutate: $(READY)
 	$(RUN)/python -m pip install --quiet 'mutmut>=3.8'
-	$(RUN)/python benchmarks/mutate.py --markdown docs/robustness.md
+	$(RUN)/python benchmarks/mutate.py --markdown docs/results/robustness.md
 
 # The site, in site/: pages made from code first, then everything, without a warning.
 docs: $(READY)

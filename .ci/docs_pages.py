@@ -1,8 +1,8 @@
-"""A hook of MkDocs: the pages that lie beside the folder docs/, and links that lead to where pages are.
+"""MkDocs hook: add the pages outside docs/ to the site, and rewrite links for the site.
 
-README.md is the site's first page, and SECURITY.md, CONTRIBUTING.md and CHANGELOG.md are pages as well. Their links,
-and those of docs/*.md to them, are written for readers of the repository; here they are turned to the site's pages, and
-those to other files of the repository, which the site does not hold, become plain text.
+README.md is the site's first page; SECURITY.md, CONTRIBUTING.md and CHANGELOG.md are pages too. Links are written for
+readers of the repository. Here they are rewritten to the site's pages; links to files that are not on the site become
+plain text.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages from beside the folder."""
+    """Add the pages outside docs/."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=_turned(text, "")))
+        files.append(File.generated(config, page, content=_site_links(text, page, "")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn the links of a page of docs/."""
-    return markdown if page.file.src_uri in PAGES.values() else _turned(markdown, "docs")
+    """Rewrite the links of a page of docs/."""
+    page_uri = page.file.src_uri
+    if page_uri in PAGES.values():  # rewritten in `on_files`
+        return markdown
+    return _site_links(markdown, page_uri, posixpath.dirname(f"docs/{page_uri}"))
 
 
-def _turned(text: str, folder: str) -> str:
-    """The text with its links, which are relative to this folder of the repository, made those of the site."""
+def _site_links(text: str, page: str, folder: str) -> str:
+    """Rewrite links that are relative to `folder` of the repository so that they are relative to `page` of the site."""
 
     def link(found: re.Match[str]) -> str:
         target = found["target"]
@@ -52,6 +55,7 @@ def _turned(text: str, folder: str) -> str:
             path = path.removeprefix("docs/")
         elif (ROOT / path).exists():
             return found["text"]
+        path = posixpath.relpath(path, posixpath.dirname(page) or ".")
         return f"{found['image']}[{found['text']}]({path}{found['anchor'] or ''})"
 
     return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in _FENCE.split(text))

@@ -142,7 +142,7 @@ def main() -> None:
     """Build, install, run; exit code 1 where something does not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--borrow", action="store_true")
-    parser.add_argument("--pages", nargs="+", default=["README.md", "tutorial.md"])
+    parser.add_argument("--pages", nargs="+", default=["README.md", "docs/guide/tutorial.md"])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "release")
     wanted = parser.parse_args()
     folder = wanted.folder.resolve()
@@ -153,7 +153,7 @@ def main() -> None:
     _call([str(programs / "python"), "-c", _IS_INSTALLED.format(str(folder))], cwd=folder)
     faults = total = 0
     for name in wanted.pages:
-        page = next(path for path in (ROOT / name, ROOT / "docs" / name) if path.exists())
+        page = ROOT / name
         for ran in run_page(page, programs):
             print(f"{'FAILED' if ran.fault else 'ok':6} {ran.seconds:6.1f} s  {ran.place:16} {ran.text}", flush=True)
             total += 1

@@ -1,7 +1,7 @@
 """Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
 
     python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out benchmarks/results/coverage.json]
-        [--markdown docs/coverage.md]
+        [--markdown docs/reference/coverage.md]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
 and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
@@ -184,7 +184,7 @@ def markdown(data: dict[str, Any]) -> str:
     lines = [
         "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank",
         "",
-        "Written by `python benchmarks/coverage.py --markdown docs/coverage.md`.",
+        "Written by `python benchmarks/coverage.py --markdown docs/reference/coverage.md`.",
         "",
         *(f"- {line}" for line in totals(data["models"])),
         f"- Machine: {facts}.",

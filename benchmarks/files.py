@@ -1,7 +1,7 @@
 """A file of each of torchvision's classifiers, converted by the shortest command there is.
 
     python benchmarks/files.py [--models resnet18 vgg16] [--again] [--out benchmarks/results/files.json]
-        [--folder build/files] [--markdown docs/files.md]
+        [--folder build/files] [--markdown docs/reference/files.md]
 
 For each classifier with random weights (seed 0): its state_dict by torch.save, and `torch.save(model)`. Of both,
 
@@ -225,7 +225,7 @@ def markdown(data: dict[str, Any]) -> str:
     told = "\n".join(f"- {line}" for line in totals(data))
     return f"""# Files of torchvision's classifiers
 
-Written by `python benchmarks/files.py --markdown docs/files.md`.
+Written by `python benchmarks/files.py --markdown docs/reference/files.md`.
 
 {told}
 - Machine: {facts}.

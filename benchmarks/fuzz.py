@@ -1,6 +1,7 @@
 """What asymswap makes of thousands of damaged and hostile files: refusals in one line, and nothing else.
 
-    python benchmarks/fuzz.py [--cases 3600] [--kinds recipe plan] [--seed 0] [--again] [--markdown docs/robustness.md]
+    python benchmarks/fuzz.py [--cases 3600] [--kinds recipe plan] [--seed 0] [--again]
+        [--markdown docs/results/robustness.md]
 
 Files of every kind are mutated (bytes, entries of archives, operations of pickles, values of JSON, words of TOML), made
 up by hypothesis, or written by hand; see tests/helpers/hostile.py and hostile_made.py. Each is given to a command in a

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/gallery.md: runs the commands that stand there, and photographs the report.
+"""Makes the pictures of docs/guide/gallery.md: runs the commands that stand there, and photographs the report.
 
     python benchmarks/gallery.py [--cifar FOLDER --resnet20 FILE]
 
@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guide" / "gallery.md"
 PICTURES = PAGE.parent / "gallery"
-BUILD = PAGE.parents[1] / "build" / "gallery"
+BUILD = PAGE.parents[2] / "build" / "gallery"
 GIVEN = {"resnet20.pt": "resnet20", "cifar10": "cifar"}
 """What the commands call those things that a reader brings, and by which option."""
 
@@ -58,7 +58,7 @@ def photograph(page: Path, picture: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the pictures of docs/gallery.md again.")
+    parser = argparse.ArgumentParser(description="Make the pictures of docs/guide/gallery.md again.")
     parser.add_argument("--cifar", type=Path, help="folder with train and test, which hold class folders of images")
     parser.add_argument("--resnet20", type=Path, help="checkpoint of a ResNet-20 that was trained on them")
     options = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
     for name, option in GIVEN.items():
         if getattr(options, option):
             (BUILD / name).symlink_to(getattr(options, option).resolve())
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PAGE.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PAGE.parents[2]), os.environ.get("PYTHONPATH", "")])}
     for words in commands(page):
         print("$", shlex.join(words), flush=True)
         lacking = missing(words, options)

@@ -1,6 +1,6 @@
 """What becomes of asymswap when it is killed, disturbed, or given strange names and strange images.
 
-    python benchmarks/kill.py [--kills 30] [--parts convert finetune] [--again] [--markdown docs/robustness.md]
+    python benchmarks/kill.py [--kills 30] [--parts convert finetune] [--again] [--markdown docs/results/robustness.md]
 
 convert, finetune and sweep are killed (SIGKILL, which nothing can catch) at random moments; afterwards the output is
 absent or whole, and where the command can go on, it comes to what an undisturbed run comes to. The other parts

@@ -16,7 +16,7 @@ import torchvision
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-OUT = Path(__file__).parents[1] / "asymswap" / "sources" / "allowlist.txt"
+OUT = Path(__file__).parents[1] / "asymswap" / "fileformats" / "allowlist.txt"
 ROOTS = (nn.modules, torchvision.models, torchvision.ops)
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md and docs/commands.md: what recipes may say, and what every command takes.
+"""Writes docs/reference/recipes.md and docs/reference/commands.md: what recipes may say, and what every command takes.
 
 The first comes from the JSON Schema (`asymswap recipes --schema`) and the shipped recipes, the second from the command
 line itself. `--check` compares instead of writing.
@@ -21,7 +21,7 @@ from asymswap import replacements
 from asymswap.cli import commands
 from asymswap.planning.recipe import GROUPS, json_schema, read_about, read_recipe_text, shipped_names
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "reference"
 WRITTEN = "<!-- Written by benchmarks/make_reference.py; change that, or what it reads, not this. -->"
 
 Schema = Mapping[str, Any]

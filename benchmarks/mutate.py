@@ -2,7 +2,7 @@
 
     pip install mutmut
     python benchmarks/mutate.py [asymswap/factorize ...] [--tests tests/factorize ...] [--out build/mutants]
-        [--markdown docs/robustness.md]
+        [--markdown docs/results/robustness.md]
 
 Folders or files, and tests, are those of `[tool.mutmut]` in pyproject.toml where none are given. mutmut works on a copy
 of the tracked files in the folder `--out` and goes on where a run before was cut off. The table counts what was run,

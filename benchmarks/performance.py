@@ -1,6 +1,6 @@
 """What using asymswap costs beside its targets: start-up, the commands of the first minute, converting over its floor.
 
-    python benchmarks/performance.py [--runs 5] [--out build/performance.json] [--markdown docs/performance.md]
+    python benchmarks/performance.py [--runs 5] [--out build/performance.json] [--markdown docs/results/performance.md]
 
 Each command is a process of its own, in turn with the others, with the files in the disk's cache; runs that other
 processes disturbed are done again. The floor of a command without torch is the help of a typer program that does
@@ -104,11 +104,11 @@ ELSEWHERE = [
     ["accuracy at a budget, and the time it takes, beside AIMET and others", "[accuracy](accuracy.md)"],
     ["latency beside MACs", "[latency](latency.md)"],
     ["memory: at most what importing takes, and 2.2 x the weights", "[large models](large-models.md)"],
-    ["every builder of torchvision, a hundred CNNs of timm", "[coverage](coverage.md)"],
-    ["a file of each of torchvision's classifiers, with no flag but the recipe's", "[files](files.md)"],
+    ["every builder of torchvision, a hundred CNNs of timm", "[coverage](../reference/coverage.md)"],
+    ["a file of each of torchvision's classifiers, with no flag but the recipe's", "[files](../reference/files.md)"],
     ["damaged and hostile files, killed processes", "[robustness](robustness.md)"],
-    ["fine-tuning within a point of the original", "[fine-tuning](finetuning.md)"],
-    ["what each kind of replacement costs", "[kinds](kinds.md)"],
+    ["fine-tuning within a point of the original", "[fine-tuning](../guide/finetuning.md)"],
+    ["what each kind of replacement costs", "[kinds](../reference/kinds.md)"],
 ]
 
 
@@ -116,7 +116,7 @@ def markdown(found: dict[str, dict[str, float]], runs: int) -> str:
     lines = [
         "# Performance",
         "",
-        "Written by `python benchmarks/performance.py --markdown docs/performance.md`.",
+        "Written by `python benchmarks/performance.py --markdown docs/results/performance.md`.",
         "",
         "What asymswap costs beside what it was meant to cost at most. Seconds are medians.",
         "",

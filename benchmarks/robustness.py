@@ -1,4 +1,4 @@
-"""The page that benchmarks/fuzz.py, kill.py and mutate.py write together: docs/robustness.md.
+"""The page that benchmarks/fuzz.py, kill.py and mutate.py write together: docs/results/robustness.md.
 
 The first two share a file of results and write everything before the mark; mutate.py writes what follows it.
 """
@@ -17,7 +17,7 @@ GOOD = ("accepted", "refused", "refused, out of memory")
 HEAD = """# Damaged files, hostile files, and killed processes
 
 Written by `make fuzz` (`benchmarks/fuzz.py`), `make kill` (`benchmarks/kill.py`) and `make mutate`
-(`benchmarks/mutate.py`). [SECURITY.md](../SECURITY.md) says what is promised, and what not.
+(`benchmarks/mutate.py`). [SECURITY.md](../../SECURITY.md) says what is promised, and what not.
 """
 
 FUZZ = """

@@ -1,7 +1,7 @@
 """How far the solution of a pair is from the least error there is, and what it takes, by the size of the covariance.
 
     python benchmarks/solver.py --calibration-cache resnet20.safetensors dncnn.safetensors [--minutes 10] [--seed 0]
-        [--out benchmarks/results/solver.json] [--markdown docs/calibration.md]
+        [--out benchmarks/results/solver.json] [--markdown docs/results/calibration-experiments.md]
 
 The files are what `asymswap convert --calibration-cache FILE` writes. Layers, orders and ranks (their logarithm
 uniform up to the full rank), with and without the weight of the outputs, are drawn until the minutes are over; a third

@@ -1,4 +1,4 @@
-"""The figures of docs/claims.md: differences over pairs of runs, and what of them may be said."""
+"""The figures of docs/results/claims.md: differences over pairs of runs, and what of them may be said."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 # For what it imports of its own folder.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "studies"))
 from claims_page import Book, Difference, Result, difference, verdicts, write_page
 
 PERCENT = st.integers(0, 1000).map(lambda right: right / 10)

@@ -187,7 +187,7 @@ def test_the_pages_made_from_code_are_those_of_this_code() -> None:
 
 
 def test_the_python_page_speaks_of_every_public_name() -> None:
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
     spoken_of = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
     assert spoken_of == {*asymswap.__all__} - {"__version__"}
 
@@ -211,10 +211,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_has_every_page_and_every_docstring(site: Path) -> None:
-    built = {path.name for path in site.glob("*.html")}
-    assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= built
+    built = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    docs = ROOT / "docs"
+    assert {path.relative_to(docs).with_suffix(".html").as_posix() for path in docs.rglob("*.md")} <= built
     assert {"index.html", "security.html", "contributing.html", "changelog.html"} <= built
-    python = (site / "python.html").read_text(encoding="utf-8")
+    python = (site / "reference" / "python.html").read_text(encoding="utf-8")
     for name in {*asymswap.__all__} - {"__version__"}:
         about = (getattr(asymswap, name).__doc__ or "").split("`")[0].split(":")[0].split("\n")[0].strip()[:40]
         assert about
@@ -222,7 +223,7 @@ def test_the_site_has_every_page_and_every_docstring(site: Path) -> None:
 
 
 def test_the_site_links_to_its_own_pages_and_asks_nobody(site: Path) -> None:
-    for page in {*site.glob("*.html")} - {site / "404.html"}:  # that one is served from anywhere
+    for page in {*site.rglob("*.html")} - {site / "404.html"}:  # that one is served from anywhere
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r'(?:src|href)="(https?:)?//[^"]*\.(?:css|js|woff2?|png|svg)"', text)
         for target in re.findall(r'href="([\w./-]+\.(?:html|md))(?:#[^"]*)?"', text):

@@ -1,4 +1,4 @@
-"""docs/gallery.md and the script that makes its pictures by the commands that stand there."""
+"""docs/guide/gallery.md and the script that makes its pictures by the commands that stand there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from asymswap.planning.recipe import parse_recipe, shipped_names
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guide" / "gallery.md").read_text(encoding="utf-8")
 NOTHING = argparse.Namespace(cifar=None, resnet20=None)
 
 
@@ -26,17 +26,17 @@ def gallery(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_every_picture_is_there_small_and_made_by_a_command(gallery: ModuleType) -> None:
     names = gallery.pictures(PAGE)
-    assert sorted(names) == sorted(path.name for path in (ROOT / "docs" / "gallery").iterdir())
+    assert sorted(names) == sorted(path.name for path in (ROOT / "docs" / "guide" / "gallery").iterdir())
     made = {word for words in gallery.commands(PAGE) for word in words}
     for name in names:
-        path = ROOT / "docs" / "gallery" / name
+        path = ROOT / "docs" / "guide" / "gallery" / name
         assert path.stat().st_size < 200_000
         assert {name, name.replace(".png", ".html")} & made
         if path.suffix == ".svg":
             assert ET.parse(path).getroot().tag.endswith("svg")
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
-    assert sum(path.stat().st_size for path in (ROOT / "docs" / "gallery").iterdir()) < 1_500_000
+    assert sum(path.stat().st_size for path in (ROOT / "docs" / "guide" / "gallery").iterdir()) < 1_500_000
 
 
 def test_the_recipes_of_the_page_can_be_read(gallery: ModuleType) -> None:

@@ -134,7 +134,7 @@ def test_the_public_names_can_all_be_had() -> None:
 
 
 def test_the_architecture_page_has_these_layers() -> None:
-    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (PACKAGE.parent / "docs" / "reference" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
     assert [int(floor) for floor, _ in rows] == [*range(1, len(LAYERS) + 1)]
     assert [set(re.findall(r"`(\w+)`", parts)) for _, parts in rows] == [set(names) for names in LAYERS]

@@ -13,7 +13,7 @@ def loss(error: float, divergence: float | None = None) -> float:
     itself; but no budget may save by spoiling one layer altogether, as sums of errors would.
 
     The divergence is K-FAC's estimate: half the error as `SiteStatistics.output_weight` weights it. The geometric mean
-    ranks layers better than either does (docs/calibration.md).
+    ranks layers better than either does (docs/results/calibration-experiments.md).
     """
     spoilt = -math.log1p(-min(error, 1 - 1e-12))
     return spoilt if divergence is None else math.sqrt(spoilt * divergence)

@@ -396,7 +396,7 @@ def _multiple(curve: Sequence[Option], site: Site) -> int:
 
     Processors work on 16 channels at once (AVX-512), or on 8 or 4: a pair of rank 65 takes as long as one of rank 80.
     The time of small convs does not depend on their rank, so that rounding would cost accuracy for nothing
-    (docs/calibration.md).
+    (docs/results/calibration-experiments.md).
     """
     if site.cost.macs < _SMALL:
         return 1

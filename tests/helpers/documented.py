@@ -30,7 +30,7 @@ from asymswap.cli.main import app
 from asymswap.planning.recipe import Rule, parse_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = ("bash", "console")
 LANGUAGES = (*SHELL, "python", "toml", "text", "mermaid")
 

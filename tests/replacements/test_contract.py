@@ -1,4 +1,4 @@
-"""What every kind must hold and keep to, whoever adds it; the example of docs/adding-a-kind.md is held to it too."""
+"""The contract that every kind must keep; the example of docs/guide/adding-a-kind.md is tested too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from asymswap.types import Cost
 
 Run = Callable[..., Any]
 
-GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-kind.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "adding-a-kind.md"
 EXAMPLE = "bottleneck"
 KINDS = [*replacements.names(), EXAMPLE]
 

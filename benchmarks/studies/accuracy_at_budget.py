@@ -1,13 +1,14 @@
 """Accuracy over MACs kept: asymswap's ways to choose ranks and weights, and its peers, on the same network and images.
 
-    python benchmarks/accuracy_at_budget.py [--model digits-resnet] [--arch REF] [--data digits] [--budgets 0.5 0.4 …]
-        [--calibration-images 512] [--seeds 0 1 2] [--methods NAME …] [--markdown FILE] [--picture FILE]
+    python benchmarks/studies/accuracy_at_budget.py [--model digits-resnet] [--arch REF] [--data digits]
+        [--budgets 0.5 0.4 …] [--calibration-images 512] [--seeds 0 1 2] [--methods NAME …]
+        [--markdown FILE] [--picture FILE]
 
-    python benchmarks/accuracy_at_budget.py --model resnet20-cifar10-jpg.pt --arch cifar:resnet20 --data cifar10-jpg
-        --polish-minutes 5 --out benchmarks/results/accuracy.json --markdown docs/accuracy.md
-        --picture docs/accuracy.svg
+    python benchmarks/studies/accuracy_at_budget.py --model resnet20-cifar10-jpg.pt --arch cifar:resnet20
+        --data cifar10-jpg --polish-minutes 5 --out benchmarks/studies/results/accuracy.json
+        --markdown docs/results/accuracy.md --picture docs/results/accuracy.svg
 
-The second is that of docs/accuracy.md, whose results are kept in the repository.
+The second is that of docs/results/accuracy.md, whose results are kept in the repository.
 
 Prints tables, and writes JSON, Markdown and a picture (which needs matplotlib). What is in the JSON already is not
 done again, so an interrupted run goes on where it was; failed entries are tried again. Peers run in an environment of
@@ -36,6 +37,9 @@ from statistics import mean
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
+
 from measured import machine, markdown_table, table, write_json
 from torch.utils.data import TensorDataset
 
@@ -549,7 +553,7 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         "# Accuracy over MACs kept",
         "",
         *([f"![Top-1 accuracy over the MACs kept]({wanted.picture.name})", ""] if beside else []),
-        "<!-- Written by benchmarks/accuracy_at_budget.py; change that, not this. -->",
+        "<!-- Written by benchmarks/studies/accuracy_at_budget.py; change that, not this. -->",
         "",
         f"Network `{setting['network']}` ({setting['weights']}; {setting['macs'] / 1e6:.1f} MMACs), "
         f"{100 * setting['original']:.2f} % as it is, on {setting['test']}. Calibration images: "

@@ -1,8 +1,8 @@
 """Latency under budgets of MACs and of latency: original and converted networks timed in turn.
 
-    python benchmarks/latency_at_budget.py [--models resnet18 …] [--budgets 0.7 0.5 0.35] [--processes 5] [--threads 2]
-        [--rounds 40] [--wait-policy active] [--out benchmarks/results/latency_at_budget.json]
-        [--markdown docs/latency.md]
+    python benchmarks/studies/latency_at_budget.py [--models resnet18 …] [--budgets 0.7 0.5 0.35] [--processes 5]
+        [--threads 2] [--rounds 40] [--wait-policy active] [--out benchmarks/studies/results/latency_at_budget.json]
+        [--markdown docs/results/latency.md]
 
 Random weights (seed 0), which do not matter for the time; batch 1, each network's own input size. In a process of its
 own the original and its conversions by the recipe half-macs run in turn: at each budget of MACs, with ranks rounded to
@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from measured import QUIET, machine, machine_text, markdown_table, read_json, run, table, write_json
 
@@ -286,7 +288,7 @@ def markdown(data: dict[str, Any]) -> str:
     lines = [
         "# Latency and MACs",
         "",
-        "Written by `python benchmarks/latency_at_budget.py --markdown docs/latency.md`.",
+        "Written by `python benchmarks/studies/latency_at_budget.py --markdown docs/results/latency.md`.",
         "",
         *(f"- {line}" for line in findings(data)),
         f"- Machine: {facts}; {data['threads']} threads, {processes} processes, at most {data['rounds']} rounds in "
@@ -308,7 +310,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--wait-policy", choices=("passive", "active"), default="active")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency_at_budget.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/studies/results/latency_at_budget.json"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--everything", action="store_true", help=argparse.SUPPRESS)

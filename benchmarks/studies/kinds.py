@@ -1,7 +1,7 @@
 """Every kind in a dozen networks: what it costs, what it preserves, whether it trains, and whether it fuses back.
 
-    python benchmarks/kinds.py [--models resnet18 …] [--kinds separable …] [--threads 2] [--again]
-        [--out build/kinds.json] [--markdown docs/kinds.md]
+    python benchmarks/studies/kinds.py [--models resnet18 …] [--kinds separable …] [--threads 2] [--again]
+        [--out build/kinds.json] [--markdown docs/reference/kinds.md]
 
 One process for each network, in which each kind is tried in turn; what is in the JSON is not done again, but for what
 failed. Weights are random (seed 0); the statistics of batch norms are those of random images, so that outputs are of
@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from measured import QUIET, machine, machine_text, markdown_table, read_json, run, table, write_json
 
@@ -394,7 +396,7 @@ half of the MACs of these convs, `predicted-offset` has one offset group; everyt
 - fused: outputs of the trained network with every replacement fused to one conv against those without, relative; `-`
   where a kind has no such conv once it is trained."""
 
-MARKER = "<!-- What follows is written by benchmarks/kinds.py; change that, not this. -->"
+MARKER = "<!-- What follows is written by benchmarks/studies/kinds.py; change that, not this. -->"
 
 
 def sides(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The networks of benchmarks/claims.py: those of `cifar:`, made narrow enough to be trained many times on two cores."""
+"""Networks of claims.py: those of `cifar:`, narrow enough to train many times on two cores."""
 
 from __future__ import annotations
 

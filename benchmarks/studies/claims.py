@@ -1,7 +1,8 @@
 """Do asymmetric convolutions converge faster, recognise better, and need fewer parameters and less computation?
 
-    python benchmarks/claims.py [--data digits cifar10] [--cifar10 DATA] [--networks …] [--kinds …] [--ways …]
-        [--minutes M] [--out benchmarks/results/claims.json] [--work build/claims] [--markdown docs/claims.md]
+    python benchmarks/studies/claims.py [--data digits cifar10] [--cifar10 DATA] [--networks …] [--kinds …] [--ways …]
+        [--minutes M] [--out benchmarks/studies/results/claims.json] [--work build/claims]
+        [--markdown docs/results/claims.md]
 
 Every kind in three networks, (a) trained from scratch: a network with random weights is converted, then trained, and
 (b) converted from the trained plain network of the same seed, then fine-tuned; beside the plain network, trained
@@ -31,6 +32,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from claims_page import read, write_page
 from measured import read_json, state, write_json
@@ -102,7 +105,7 @@ SETTINGS = {
 
 ABOUT = (
     "Networks: `cifar:resnet18`, `cifar:se-resnet18` and `cifar:densenet` made narrow "
-    "(benchmarks/claims_networks.py): the ResNets have 8, 16, 32 and 64 channels, an eighth of their width, "
+    "(benchmarks/studies/claims_networks.py): the ResNets have 8, 16, 32 and 64 channels, an eighth of their width, "
     "squeeze-and-excitation by 4; the DenseNet has growth 8 and four blocks of three layers.",
     "Every 3x3 conv but the first is replaced; by `predicted-offset` only those whose input is 4x4 (as detectors "
     "have it, in the second half of the network): its backward pass is a hundred times that of a conv here.",
@@ -445,7 +448,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--minutes", type=float, help="begin no run after so many; 0: only make the page")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/studies/results/claims.json"))
     parser.add_argument("--work", type=Path, default=Path("build/claims"), help="where networks and images are kept")
     parser.add_argument("--markdown", type=Path, help="write the page here, and its pictures beside it")
     parser.add_argument("--run", help=argparse.SUPPRESS)

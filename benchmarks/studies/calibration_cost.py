@@ -1,8 +1,8 @@
 """What calibration costs: seconds of each stage and peak memory, by the number of images, and whether that is linear.
 
-    python benchmarks/calibration_cost.py [--models resnet18 resnet50 vgg16] [--images 128 256 512 1024 2048]
-        [--ways "one pass" "layer by layer"] [--out benchmarks/results/calibration_cost.json]
-        [--markdown docs/calibration-cost.md]
+    python benchmarks/studies/calibration_cost.py [--models resnet18 resnet50 vgg16] [--images 128 256 512 1024 2048]
+        [--ways "one pass" "layer by layer"] [--out benchmarks/studies/results/calibration_cost.json]
+        [--markdown docs/results/calibration-cost.md]
 
 Each is `asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run`
 in a process of its own, with the default memory limit of 4 GiB; one pass is with `--no-sequential`. ResNet-50 keeps
@@ -28,6 +28,9 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
+
 from measured import ASYMSWAP, QUIET, machine_text, markdown_table, read_json, run, state, states, table, write_json
 from PIL import Image
 
@@ -243,7 +246,7 @@ def markdown(data: dict[str, Any]) -> str:
     text = [
         "# What calibration costs",
         "",
-        "Written by `python benchmarks/calibration_cost.py --markdown docs/calibration-cost.md`.",
+        "Written by `python benchmarks/studies/calibration_cost.py --markdown docs/results/calibration-cost.md`.",
         "",
         *(f"- {line}" for line in findings(data)),
         f"- Measured with {states(list(data['runs'].values()))}; {data['threads']} threads.",
@@ -268,7 +271,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--timeout", type=float, default=7200, help="seconds that one run may take")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/calibration_cost.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/studies/results/calibration_cost.json"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
     return parser.parse_args()
 

@@ -1,16 +1,19 @@
-"""docs/claims.md and its pictures, made of the results that benchmarks/claims.py has written until now."""
+"""Write docs/results/claims.md and its pictures from the results that claims.py has written so far."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from measured import markdown_table, read_json, states
 
@@ -23,7 +26,7 @@ ENOUGH = 3
 INTRODUCTION = """\
 # The claims made for asymmetric convolutions
 
-<!-- Written by benchmarks/claims.py; change that (or claims_page.py beside it), not this. -->
+<!-- Written by benchmarks/studies/claims.py; change that (or claims_page.py beside it), not this. -->
 
 The article that this project starts from says of asymmetric convolutions in ResNets, DenseNets and SE networks that
 they converge faster, recognise better, and need fewer parameters and less computation. Here each kind is held to that,

@@ -1,7 +1,7 @@
 """Converting large models within memory: time and peak of `asymswap convert`, per model and per kind of source.
 
-    python benchmarks/large_models.py [--models vgg19 …] [--sources "state dict" …] [--again]
-                                      [--out build/large_models.json] [--markdown docs/large-models.md]
+    python benchmarks/studies/large_models.py [--models vgg19 …] [--sources "state dict" …] [--again]
+                                      [--out build/large_models.json] [--markdown docs/results/large-models.md]
 
 Every conversion is a process of its own. The target: its peak is at most that of a process which only imports what the
 command imports, and 2.2 x the model's weights. Models and sources that are in the JSON already are skipped, unless
@@ -24,6 +24,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from measured import ASYMSWAP, QUIET, machine, machine_text, markdown_table, read_json, run, table, write_json
 
@@ -304,7 +306,7 @@ def markdown(data: dict[str, Any]) -> str:
         [
             "# Large models",
             "",
-            "Written by `python benchmarks/large_models.py --markdown docs/large-models.md`.",
+            "Written by `python benchmarks/studies/large_models.py --markdown docs/results/large-models.md`.",
             "",
             *(f"- {line}" for line in totals(data)),
             f"- Machine: {facts}.",
@@ -334,9 +336,9 @@ def threads_text(data: dict[str, Any]) -> list[str]:
         "",
         "## Several layers at a time",
         "",
-        "Measured by `python benchmarks/large_models.py --threads`: the error curves of both orders and one pair, for",
-        "each spatial conv of a network; one layer after the other with as many threads as there are cores, against as",
-        f"many layers at a time with one thread each; in turn, in one process. The results are {bits}. Other",
+        "Measured by `python benchmarks/studies/large_models.py --threads`: error curves of both orders and one pair,",
+        "for each spatial conv of a network. One layer at a time with as many threads as there are cores, against as",
+        f"many layers at a time with one thread each, alternating in one process. The results are {bits}. Other",
         f"programs kept {busy:.1f} cores busy meanwhile"
         + (", which favours the way with more threads of its own." if busy >= QUIET else "."),
         "",
