@@ -8,7 +8,7 @@ two channels is the squared Hellinger distance of normal distributions,
     1 - sqrt(2 s t / (s^2 + t^2)) exp(-(m - n)^2 / (4 (s^2 + t^2))),
 
 0 where they agree and 1 where they have nothing in common, so that no single channel decides; that of a normalisation
-is the mean over channels and over the first batch norms. docs/guide/preprocessing.md has what was measured.
+is the mean over channels and over the first batch norms. docs/results/normalization.md has measurements.
 """
 
 from __future__ import annotations

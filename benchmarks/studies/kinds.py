@@ -1,7 +1,7 @@
 """Every kind in a dozen networks: what it costs, what it preserves, whether it trains, and whether it fuses back.
 
     python benchmarks/studies/kinds.py [--models resnet18 …] [--kinds separable …] [--threads 2] [--again]
-        [--out build/kinds.json] [--markdown docs/reference/kinds.md]
+        [--out build/kinds.json] [--markdown docs/results/kind-costs.md]
 
 One process for each network, in which each kind is tried in turn; what is in the JSON is not done again, but for what
 failed. Weights are random (seed 0); the statistics of batch norms are those of random images, so that outputs are of
