@@ -147,21 +147,21 @@ def totals(rows: dict[str, Any]) -> list[str]:
     for reason in sorted({reason for row in good.values() for reason in row["kept"] if reason.startswith(prefix)}):
         names = [name for name, row in good.items() if reason in row["kept"]]
         lines.append(
-            f"Kept, for it {reason.removeprefix(prefix)}: in {', '.join(names[:8])}{' and more' * (len(names) > 8)}."
+            f"Kept because it {reason.removeprefix(prefix)}: in {', '.join(names[:8])}{' and more' * (len(names) > 8)}."
         )
     none = [name for name, row in good.items() if not row["convs"]]
-    lines.append(f"Without any Conv2d, so that nothing can be swapped: {', '.join(none) or 'none'}.")
+    lines.append(f"Without a Conv2d, so nothing can be swapped: {', '.join(none) or 'none'}.")
     for key, what in (("layer_difference", "a layer's"), ("output_difference", "a whole model's")):
         worst = max(good, key=lambda name: good[name][key] if math.isfinite(good[name][key]) else -1.0)
         lines.append(f"Greatest relative difference of {what} output: {good[worst][key]:.1e} ({worst}).")
     for kind in sorted({row["output"] for row in good.values()} - {"usable"}):
         names = [name for name, row in good.items() if row["output"] == kind]
-        lines.append(f"(*) With random weights the output is of little use, for it is {kind}: {', '.join(names)}.")
+        lines.append(f"(*) With random weights the output is {kind} and says little: {', '.join(names)}.")
     seconds = [sum(row["seconds"][step] for row in good.values()) for step in ("candidates", "convert")]
-    lines.append(f"Time: {seconds[0]:.0f} s for candidates, {seconds[1]:.0f} s for convert, models built in both.")
+    lines.append(f"Time: {seconds[0]:.0f} s for candidates, {seconds[1]:.0f} s for convert; both build the models.")
     disturbed = sum(row["others"] >= QUIET for row in good.values())
     if disturbed:
-        lines[-1] += f" Other programs were busy while {disturbed} of the models were measured, which takes longer."
+        lines[-1] += f" Other programs were busy while {disturbed} of the models were measured, which slows it down."
     largest = max(good, key=lambda name: good[name]["peak_mb"])
     lines.append(f"Most memory: {good[largest]['peak_mb']:,} MB ({largest}).")
     lines.append(f"Measured with {states([*rows.values()])}.")
@@ -169,12 +169,12 @@ def totals(rows: dict[str, Any]) -> list[str]:
 
 
 EXPLANATION = """\
-Each model has random weights (seed 0). `candidates` lists its convs: how many are candidates, and what share of the
-model's MACs they hold. `convert` by the recipe `all-spatial` with `energy = 1` and `allow_growth = true` then swaps
-every conv with a kernel of more than one row and column by a pair of full rank, which must compute the same. Layer,
-output: the greatest relative difference of a swapped layer's output, and that of the whole model's. Seconds: both
-commands, without the imports. Peak memory: that of a process forked off one that has done the imports, whose data count
-in it, while libraries count as far as the model uses them.""".splitlines()
+Every builder of torchvision and a hundred CNNs of timm, converted at full rank, with random weights (seed 0).
+`candidates` lists the convs: how many are candidates, and their share of the model's MACs. `convert` by the recipe
+`all-spatial` with `energy = 1` and `allow_growth = true` then replaces every conv with a kernel of more than one row
+and column by a pair of full rank, which must compute the same. Layer, output: the greatest relative difference of a
+swapped layer's output, and of the whole model's. Seconds: both commands, without the imports. Peak memory: of a process
+forked from one that has done the imports; their data count, libraries only as far as the model uses them.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -182,7 +182,7 @@ def markdown(data: dict[str, Any]) -> str:
     rows = [cells(name, row) for name, row in data["models"].items()]
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     lines = [
-        "# Every builder of torchvision and a hundred CNNs of timm, converted at full rank",
+        "# Supported models",
         "",
         "Written by `python benchmarks/coverage.py --markdown docs/reference/coverage.md`.",
         "",

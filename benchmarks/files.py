@@ -202,17 +202,19 @@ def totals(data: dict[str, Any]) -> list[str]:
         names = [name for name, one, _ in rows if one == kind]
         failed = [name for name, one, row in rows if one == kind and not good(name, row)]
         line = f"`asymswap convert FILE.pt --recipe {RECIPE}` of a {kind}: {len(names) - len(failed)} of {len(names)}"
-        line += " classifiers of torchvision taken for what they are, converted, and loaded again"
-        lines.append(line + (f"; not so: {', '.join(failed)}." if failed else "."))
+        line += " classifiers of torchvision recognised, converted, and loaded again"
+        lines.append(line + (f"; failed: {', '.join(failed)}." if failed else "."))
     loaded = [(name, row) for name, _, row in rows if "taken_for" in row]
     for key, what in (("tensors", "every tensor"), ("output", "the output")):
         worst, row = max(loaded, key=lambda pair: pair[1][key])
         equal = sum(not row[key] for _, row in loaded)
-        line = f"Against a conversion of the module in memory, {what} is equal to the bit in {equal} of {len(loaded)}"
+        line = (
+            f"Compared with a conversion of the module in memory, {what} is bit-identical in {equal} of {len(loaded)}"
+        )
         lines.append(line + (f"; it differs by at most {row[key]:.1e} ({worst})." if row[key] else "."))
     none = sorted({name for name, row in loaded if not row["swapped"]})
     lines.append(
-        f"{len(none)} classifiers have no conv that {RECIPE} speaks of: said, exit code 0, written as they were."
+        f"{len(none)} classifiers have no conv that {RECIPE} matches: reported, exit code 0, written unchanged."
     )
     lines.append(f"Measured with {states([row for _, _, row in rows])}.")
     return lines
@@ -223,18 +225,18 @@ def markdown(data: dict[str, Any]) -> str:
     shown = markdown_table(COLUMNS, [cells(*row) for row in every_row(data)], left=4)
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     told = "\n".join(f"- {line}" for line in totals(data))
-    return f"""# Files of torchvision's classifiers
+    return f"""# Supported files
 
 Written by `python benchmarks/files.py --markdown docs/reference/files.md`.
 
 {told}
 - Machine: {facts}.
 
-Each classifier with random weights (seed 0) as a state_dict and as a
-`torch.save(model)`; `asymswap convert FILE.pt --recipe {RECIPE}`, with no other flag, in a process of its own; what it
-wrote is loaded in another process and compared with a conversion of the module in memory, whose architecture needed no
-guess. Tensors, output: the largest difference relative to the largest value, of any tensor and of the output for one
-random image. Seconds and peak memory: those of the command.
+Every classifier of torchvision with random weights (seed 0), as a state_dict and as a `torch.save(model)`. A process
+runs `asymswap convert FILE.pt --recipe {RECIPE}`, with no other flag. Another process loads the result and compares it
+with a conversion of the module in memory, whose architecture is known. Tensors, output: the largest difference
+relative to the largest value, of any tensor and of the output for one random image. Seconds and peak memory: of the
+command.
 
 {shown}
 """

@@ -175,7 +175,7 @@ def killed_convert(folder: Path, wanted: Any, tell: Tell) -> Found:
         seconds, seen = (moment * writing, ".*.part") if late else (moment * whole, "")
         killed = kill_after(seconds, place, *CONVERT, "-o", name, seen=seen)
         output, wrong = place / name, []
-        end = "output whole" if output.exists() else "output absent"
+        end = "complete output" if output.exists() else "no output"
         if output.exists() and not loads(output):
             wrong.append(f"{name} does not load")
         drafts = [path.name for path in place.iterdir() if path != output]

@@ -27,9 +27,9 @@ SURVIVED, NO_TESTS, INTERRUPTED = 0, (5, 33), 2
 COLUMNS = ["file", "mutants", "noticed", "survived", "without a test", "not run", "score"]
 
 TEXT = """
-## Faults planted by machine
+## Mutation testing
 
-[mutmut](https://mutmut.readthedocs.io) changes one operator, number, argument or word at a time, and runs the tests
+[mutmut](https://mutmut.readthedocs.io) changes one operator, number, argument or string at a time, and runs the tests
 that reach the changed function:
 
 ```bash
@@ -37,7 +37,7 @@ that reach the changed function:
 {command}
 ```
 
-Noticed: a test failed, or ran out of time. The score is the share that was noticed of all that were run. Files that are
+Noticed: a test failed or timed out. The score is the share of the mutants that were run and noticed. Files that are
 not in the table were not run.
 
 {table}

@@ -17,43 +17,44 @@ GOOD = ("accepted", "refused", "refused, out of memory")
 HEAD = """# Damaged files, hostile files, and killed processes
 
 Written by `make fuzz` (`benchmarks/fuzz.py`), `make kill` (`benchmarks/kill.py`) and `make mutate`
-(`benchmarks/mutate.py`). [SECURITY.md](../../SECURITY.md) says what is promised, and what not.
+(`benchmarks/mutate.py`). [SECURITY.md](../../SECURITY.md) says what is promised and what is not.
 """
 
 FUZZ = """
 ## Files
 
-A small sound file of every kind that asymswap reads is changed: bytes (cut, bits flipped, overwritten, moved, wrong
-lengths), entries of archives (swapped, renamed, doubled, left out, compressed, false sizes and offsets), operations
-of pickles (numbers, names and words replaced, operations left out, doubled and put in between, with a right
-checksum), values of JSON headers and plans, words of recipes. More are made up by hypothesis, and traps are written
-by hand: pickles that would run code, in zip archives, in the old form, plain, and as the stored structure of a
-checkpoint, and claims of sizes that are not there. Files by hand are small and would cost much: shared structure
-walked again and again, keys of one hash, loops by a number of the file, one text made into bytes thousands of times,
-archives of zeros, tensors of unusual kinds as images, labels, names of classes and weights. Each is read by
-`convert`, `candidates`, `show`, `fuse`, `recipes`, `evaluate`, `finetune --resume` or `sweep` in a worker process.
+A small valid file of every kind that asymswap reads is damaged: bytes (cut off, bits flipped, overwritten, moved,
+wrong lengths), entries of archives (swapped, renamed, doubled, left out, compressed, false sizes and offsets),
+operations of pickles (numbers, names and words replaced, operations left out, doubled and inserted, with a correct
+checksum), values of JSON headers and plans, words of recipes. Hypothesis generates more files. Traps are written by
+hand: pickles that would run code (in zip archives, in the old form, plain, and as the stored structure of a
+checkpoint), and sizes that the file does not have. Other hand-written files are small but expensive to read: shared
+structure walked repeatedly, keys with one hash, loops controlled by a number in the file, one text made into bytes
+thousands of times, archives of zeros, tensors of unusual kinds as images, labels, names of classes and weights. A
+worker process reads each by `convert`, `candidates`, `show`, `fuse`, `recipes`, `evaluate`, `finetune --resume` or
+`sweep`.
 
-Accepted: the command did its work, for what was changed did not matter or made another sound file (`show` looks at no
-stored structure). Refused: exit code 1, one line on stderr, no output, no file. Faults, of which there must be none:
-a traceback or an error that is not ours (traceback), a file that stays although the command was refused (files), code
-of the file that ran, told by a file that every trap makes and by Python's audit events (executed), a worker that died
-(crash), more than 10 s of processor time (hang), more than 1 GiB of memory (GiB). Memory: refused because 3 GB did
-not suffice. Seconds and MB: the most processor time and memory that a case took, on top of PyTorch's own.
+Accepted: the command succeeded, because the change did not matter or made another valid file (`show` does not look at
+the stored structure). Refused: exit code 1, one line on stderr, no output, no file. Faults, of which there must be
+none: a traceback or an error that is not ours (traceback), a file left behind by a refused command (files), code of
+the file that ran, detected by a file that every trap creates and by Python's audit events (executed), a worker that
+died (crash), more than 10 s of processor time (hang), more than 1 GiB of memory (GiB). Memory: refused because 3 GB
+were not enough. Seconds and MB: the most processor time and memory that a case took, on top of PyTorch's own.
 """
 
 KILL = """
 ## Killed and disturbed commands
 
-Killed with SIGKILL at random moments between start and end: `convert` of a ResNet-18 (half of the times while the
-output was written; `.pt` and `.safetensors` in turn), `finetune`, and `sweep` of the digits network. Afterwards the
-output is absent or loads as a whole model. `finetune --resume` then writes the very bytes of a run that was not
-killed, and the next `sweep` has the points of one that was not. A killed process may leave a draft, a hidden folder
-`.NAME.XXXXXXXX.part` beside the output; the next command that writes into that folder removes it.
+Killed with SIGKILL at random moments: `convert` of a ResNet-18 (half of the times while the output was written;
+`.pt` and `.safetensors` alternating), `finetune`, and `sweep` of the digits network. Afterwards there is no output, or
+it loads as a complete model. `finetune --resume` then writes the same bytes as an uninterrupted run, and the next
+`sweep` has the same points. A killed process may leave a hidden folder `.NAME.XXXXXXXX.part` beside the output; the
+next command that writes into that folder removes it.
 
-The other parts: two commands that write one file at once; a reader of the output that goes away (`| head -1`); no
-HOME, none that can be written, LANG=C and an output of ASCII alone; files of strange names (spaces, a newline, a
-leading dash, 200 characters, no UTF-8); folders of images with a strange one among them (cut off, empty, 16 bits,
-CMYK, a palette, animated, rotated, 1 x 1, 10,000 x 10,000); a folder of 20,000 images.
+The other parts: two commands that write one file at the same time; a closed output pipe (`| head -1`); no HOME, an
+unwritable one, LANG=C and ASCII output; strange file names (spaces, a newline, a leading dash, 200 characters, not
+UTF-8); folders of images with a strange one among them (cut off, empty, 16 bits, CMYK, a palette, animated, rotated,
+1 x 1, 10,000 x 10,000); a folder of 20,000 images.
 
 {table}
 
@@ -99,7 +100,7 @@ def _fuzz_totals(found: dict[str, Any]) -> str:
     faults = ", ".join(f"{counts[name]} {name}" for name in BAD)
     return f"""
 - {total:,} files: {counts["accepted"]:,} accepted, {counts["refused"]:,} refused, {counts["refused, out of memory"]:,}
-  refused for want of memory; faults: {faults} (seed {found["fuzz_seed"]}).
+  refused for lack of memory; faults: {faults} (seed {found["fuzz_seed"]}).
 """
 
 

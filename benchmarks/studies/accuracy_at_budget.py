@@ -459,8 +459,8 @@ TABLES = {
     "Top-1 accuracy in %": as_accuracy,
     "Seconds": as_seconds,
     "Processor seconds": as_cpu_seconds,
-    "MACs really kept": as_macs,
-    "Load average of the machine when it began": as_load,
+    "MACs actually kept": as_macs,
+    "Load average of the machine at the start": as_load,
 }
 
 
@@ -556,32 +556,32 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         "<!-- Written by benchmarks/studies/accuracy_at_budget.py; change that, not this. -->",
         "",
         f"Network `{setting['network']}` ({setting['weights']}; {setting['macs'] / 1e6:.1f} MMACs), "
-        f"{100 * setting['original']:.2f} % as it is, on {setting['test']}. Calibration images: "
-        f"{setting['calibration_images']} of the training part's {setting['train']}; where they were drawn several "
-        "times, the mean and half of the range. No fine-tuning with labels anywhere.",
+        f"{100 * setting['original']:.2f} % originally, on {setting['test']}. Calibration images: "
+        f"{setting['calibration_images']} of the training part's {setting['train']}; with several draws of them, "
+        "the tables have the mean and half of the range. Nothing was fine-tuned with labels.",
         "",
         f"Machine: {on['cores']} cores ({on['processor']}), {' or '.join(map(str, sorted(threads)))} threads, Python "
         f"{on['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
-        "All methods got the same weights and were measured on the same images; the peers, which ran once, got the "
-        "first draw. AIMET needs labels: its evaluation callback got the calibration images with theirs.",
+        "All methods got the same weights and were measured on the same images. The peers ran once, on the first draw. "
+        "AIMET needs labels: its evaluation callback got those of the calibration images.",
     ]
     for title, show in TABLES.items():
         lines += ["", f"## {title}", "", markdown_table(*grid(book, wanted, show), left=2)]
         if title == "Seconds":
             lines += [
                 "",
-                "Of the method alone, at the load that the last table shows: ours with loading the model, decoding the "
-                "images and measuring for the report, the peers' with model and images in memory.",
+                "Time of the method alone, at the load in the last table. Ours includes loading the model, decoding the "
+                "images and measuring for the report; the peers have model and images in memory.",
                 "",
                 *(f"- {line}" for line in against_aimet(book, wanted)),
             ]
-    lines += ["", "## What was used", "", *(f"- {line}" for line in remarks(book, wanted))]
+    lines += ["", "## Settings", "", *(f"- {line}" for line in remarks(book, wanted))]
     lines += [
-        "- asymswap: recipe `3x3-only` with one ratio for all (uniform ranks), else `half-macs` with the budget set.",
-        '- tensorly-torch: `FactorizedConv` with `implementation="factorized"` on the same convs, one fraction of both '
-        "channel ranks for all; the spatial modes keep full rank.",
-        "- Torch-Pruning: global ranking; of four variants the one that agrees best with the original on the "
+        "- asymswap: recipe `3x3-only` with the same ratio for every conv (uniform ranks), else `half-macs` with the budget.",
+        '- tensorly-torch: `FactorizedConv` with `implementation="factorized"` on the same convs, the same fraction '
+        "of both channel ranks everywhere; the spatial modes keep full rank.",
+        "- Torch-Pruning: global ranking; the one of four variants that agrees best with the original on the "
         "calibration images.",
         "- BN re-estimation: mean and variance of every batch norm from the calibration images in the compressed "
         "network.",

@@ -211,40 +211,38 @@ def findings(data: dict[str, Any]) -> list[str]:
     if disturbed:
         found.append(f"DISTURBED: other programs were busy during {len(disturbed)} of {len(done)} runs.")
     if "reading_ms" in data:
-        found.append(f"Reading one of the images takes {data['reading_ms']:.2f} ms, beside cropping and normalising.")
+        found.append(f"Reading an image takes {data['reading_ms']:.2f} ms, without cropping and normalising.")
     return found
 
 
 EXPLANATION = f"""\
 Each row is one process of
 `asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run`
-with the default `--calibration-memory` of 4 GiB, and for one pass with `--no-sequential`; ResNet-50 with
-`--macs 0.75`, since its spatial convs hold too few of the MACs for half. The weights are random, and so are the images:
-{SIDE} x {SIDE} pixels with detail of three sizes, in PPM files, so that reading them costs next to nothing; networks
-see 224 x 224.
+with the default `--calibration-memory` of 4 GiB, and with `--no-sequential` for one pass; ResNet-50 with
+`--macs 0.75`, since its spatial convs hold too few of the MACs for half. Weights and images are random: {SIDE} x {SIDE}
+pixels with detail at three scales, in PPM files, which cost almost nothing to read; the networks get 224 x 224.
 
 - load, trace: building the network, and reading its graph.
-- calibrate: images forwards and their gradients backwards, covariances summed.
+- calibrate: forward and backward passes of the images, covariances summed.
 - plan: ranks from the curves of all convs.
-- convert: pairs solved; layer by layer both networks walk along, and where the activations of all images do not fit
-  into the memory limit, the images walk again.
+- convert: solving the pairs; layer by layer both networks run along, and if the activations of all images do not fit
+  into the memory limit, the images run again.
 - measure: the report's figures, on 32 images.
-- whole process: with importing torch; processor: the seconds of all cores together, which a busy machine disturbs
-  least.
-- others: cores that other programs kept busy meanwhile.
+- whole process: including importing torch; processor: the seconds of all cores, which a busy machine disturbs least.
+- others: cores that other programs kept busy.
 
-Images are decoded once where they fit into 1 GiB (1,783 of this size), else for every walk.""".splitlines()
+Images are decoded once if they fit into 1 GiB (1,783 of this size), otherwise for every pass.""".splitlines()
 
 OF_THE_FIT = """\
 Least squares; the worst miss is the largest distance from the line, relative to the seconds measured there. Two things
-are not linear: with few images more positions of each are looked at, so that the covariances are known well enough; and
-with many the activations of more layers exceed the memory limit.""".splitlines()
+are not linear: with few images more positions of each are used, so that there are enough patches for the covariances;
+and with many the activations of more layers exceed the memory limit.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:
     rows = [[model, way, f"{images}", *cells(row)] for model, way, images, row in known(data)]
     text = [
-        "# What calibration costs",
+        "# Calibration cost",
         "",
         "Written by `python benchmarks/studies/calibration_cost.py --markdown docs/results/calibration-cost.md`.",
         "",

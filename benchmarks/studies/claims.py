@@ -76,7 +76,7 @@ class Setting:
 
 SETTINGS = {
     "digits": Setting(
-        images="scikit-learn's digits, 1,437 images to train on and 360 to test",
+        images="scikit-learn's digits, 1,437 training and 360 test images",
         test=360,
         size=(1, 8, 8),
         epochs={"scratch": 10, "converted": 5},
@@ -89,7 +89,7 @@ SETTINGS = {
         seeds=5,
     ),
     "cifar10": Setting(
-        images="10,000 images to train on and 2,000 to test, made half as wide and high by averaging",
+        images="10,000 training and 2,000 test images, averaged down to half the width and height",
         test=2000,
         size=(3, 16, 16),
         epochs={"scratch": 5, "converted": 3},
@@ -104,18 +104,18 @@ SETTINGS = {
 }
 
 ABOUT = (
-    "Networks: `cifar:resnet18`, `cifar:se-resnet18` and `cifar:densenet` made narrow "
+    "Networks: narrow versions of `cifar:resnet18`, `cifar:se-resnet18` and `cifar:densenet` "
     "(benchmarks/studies/claims_networks.py): the ResNets have 8, 16, 32 and 64 channels, an eighth of their width, "
     "squeeze-and-excitation by 4; the DenseNet has growth 8 and four blocks of three layers.",
-    "Every 3x3 conv but the first is replaced; by `predicted-offset` only those whose input is 4x4 (as detectors "
-    "have it, in the second half of the network): its backward pass is a hundred times that of a conv here.",
-    "`separable` at half of each conv's MACs; `acb` with a batch norm a branch, as in ACNet, its strips beginning "
-    "without effect; offsets learn at ten times the rate of the weights, else AdamW would not let them get anywhere "
-    "in so few steps; predictors at that of the weights.",
-    "From scratch: a network with random weights of the seed is converted, then trained. Converted: the plain "
-    "network that was trained from scratch with this seed is converted, `separable` and `acb` with 256 of its "
-    "training images (no labels), then fine-tuned; the plain network is fine-tuned beside it, too.",
-    "Accuracy is measured on the test part at each epoch's end; nothing is chosen by it: the last epoch counts.",
+    "Every 3x3 conv but the first is replaced; `predicted-offset` replaces only those whose input is 4x4 (in the "
+    "second half of the network, as in detectors), because its backward pass takes a hundred times that of a conv.",
+    "`separable` at half of each conv's MACs; `acb` with a batch norm per branch, as in ACNet, its strips starting "
+    "with no effect. Offsets learn at ten times the rate of the weights, because AdamW would hardly move them in so "
+    "few steps; predictors at the rate of the weights.",
+    "From scratch: a network with random weights is converted, then trained. Converted: the plain network trained "
+    "from scratch with this seed is converted, `separable` and `acb` with 256 of its training images (no labels), "
+    "then fine-tuned; so is the plain network.",
+    "Accuracy is measured on the test part at the end of each epoch; it chooses nothing: the last epoch counts.",
 )
 
 

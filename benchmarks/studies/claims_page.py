@@ -24,17 +24,17 @@ ENOUGH = 3
 """Fewer pairs than these decide nothing."""
 
 INTRODUCTION = """\
-# The claims made for asymmetric convolutions
+# Claims about asymmetric convolutions, tested
 
 <!-- Written by benchmarks/studies/claims.py; change that (or claims_page.py beside it), not this. -->
 
-The article that this project starts from says of asymmetric convolutions in ResNets, DenseNets and SE networks that
-they converge faster, recognise better, and need fewer parameters and less computation. Here each kind is held to that,
-by `asymswap.convert`, `finetune`, `evaluate` and `fuse` themselves, beside the plain network of the same seed: equally
-many epochs, the same images in the same order, the same settings.
+The article behind this project says that ResNets, DenseNets and SE networks with asymmetric convolutions converge
+faster, recognise better, and need fewer parameters and less computation. Here each kind is tested against these claims
+with `asymswap.convert`, `finetune`, `evaluate` and `fuse`, beside the plain network of the same seed: the same number
+of epochs, the same images in the same order, the same settings.
 
-All numbers are of **narrow networks, few epochs and few images**, which is what two cores can train many times. What is
-decided here is decided for that setting alone; what is not may show at full size.
+All numbers are for **narrow networks, few epochs and few images**, which two cores can train many times. A verdict holds
+only for that setting; an undecided claim may be decided at full size.
 """
 
 
@@ -178,14 +178,14 @@ def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
         "",
         "All networks and seeds of one kind together; each run is compared with the plain network of its own seed. "
         "Differences are in points of accuracy, with Student's 95 % interval over the pairs. *Holds* and *does not "
-        f"hold* take at least {ENOUGH} pairs and a paired t-test that stays below 0.05 once corrected for all the "
-        "tests of this page (Holm); *leans* says that it does so only uncorrected, which with so many tests happens by "
-        "chance too; all else is *not decided*. The intervals are about other seeds: the test images are always the "
-        "same (360 of digits, one of which is 0.28 points; 2,000 of CIFAR-10), and the networks are these.",
+        f"hold* need at least {ENOUGH} pairs and a paired t-test below 0.05 after correction for all tests on this "
+        "page (Holm). *Leans* means below 0.05 only without correction, which with so many tests also happens by "
+        "chance. Everything else is *not decided*. The intervals are about other seeds: the test images are always "
+        "the same (360 of digits, one of which is 0.28 points; 2,000 of CIFAR-10), and so are the networks.",
     ]
     rows = _judged(book, wanted)
     for claim, about in (
-        ("They converge faster", "averaged over the ends of all epochs"),
+        ("They converge faster", "averaged over all epochs"),
         ("They recognise better", LAST),
     ):
         mine = [row for row in rows if row.claim == claim]
@@ -246,7 +246,7 @@ def _summary(rows: Sequence[Judged]) -> str:
     for row in rows:
         by_verdict[row.verdict].append(f"`{row.kind}` on {TITLES[row.data]}, {row.way}: {row.found}")
     told = [f"**{name.capitalize()}**: {'; '.join(by_verdict[name])}." for name in sorted(by_verdict)]
-    return "\n\n".join(told or ["**Not decided**: nothing is measured yet."])
+    return "\n\n".join(told or ["**Not decided**: nothing measured yet."])
 
 
 def _costs(book: Book, wanted: Mapping[str, Any]) -> str:
@@ -274,11 +274,11 @@ def _costs(book: Book, wanted: Mapping[str, Any]) -> str:
     if more:
         verdict.append(f"**Does not hold** for {', '.join(more)}, which cost as much as the plain network or more.")
     return (
-        "As fractions of the plain network's, smallest and largest of all networks and data. *In training* is the "
-        "converted network, which for the offset kinds counts building their kernels, once a batch whatever its "
-        "size; *deployed* is what `asymswap fuse` makes of it, where it makes anything.\n\n"
-        f"{text}\n\n{' '.join(verdict)} `separable` was told to keep half of the MACs of the convs that it replaces "
-        "(`ratio = 0.5`), so this holds because it was asked for; what it costs in accuracy is above."
+        "As fractions of the plain network's, smallest and largest over all networks and data. *In training* is the "
+        "converted network; for the offset kinds it includes building their kernels, once per batch of any size. "
+        "*Deployed* is after `asymswap fuse`, if the kind fuses.\n\n"
+        f"{text}\n\n{' '.join(verdict)} `separable` was set to keep half of the MACs of the convs that it replaces "
+        "(`ratio = 0.5`), so this holds by construction; its cost in accuracy is above."
     )
 
 
@@ -302,11 +302,11 @@ def _inference(book: Book) -> str:
     moved = 100 * max(abs(one["top1"] - one["top1_before"]) for one in fused)
     fitting = sum(one["as_original"] for one in fused)
     lines.append(
-        f"{len(pairs)} trained networks were fused back and measured again. Of the plain network's MACs they have "
-        f"{macs}, of its parameters {params}; {fitting} of them fit its own state dict. Their outputs are those of the "
-        f"unfused ones but for {changed:.1e} of their size, their classes on the test images the same for at least "
-        f"{agreement:.2f} %, their accuracies within {moved:.2f} points. Time of a batch of 32, each timed beside "
-        f"the plain network: {median(before):.2f} of it before fusing, {median(after):.2f} after (medians)."
+        f"{len(pairs)} trained networks were fused and measured again. They have {macs} x the plain network's MACs "
+        f"and {params} x its parameters; the state dicts of {fitting} fit it. Their outputs differ from those before "
+        f"fusing by {changed:.1e} (relative), their classes agree on at least {agreement:.2f} % of the test images, "
+        f"and their accuracies are within {moved:.2f} points. Time of a batch of 32, each timed beside the plain "
+        f"network: {median(before):.2f} x before fusing, {median(after):.2f} x after (medians)."
     )
     return "\n".join(lines)
 
@@ -353,7 +353,7 @@ def _missing(book: Book, wanted: Mapping[str, Any]) -> str:
     head = f"{len(book.results)} of {all_runs} runs are done"
     if not lines:
         return f"\n## What is missing\n\nNothing: {head}."
-    return "\n".join(["", "## What is missing", "", f"{head}. The same command makes the others:", "", *lines])
+    return "\n".join(["", "## What is missing", "", f"{head}. The same command runs the others:", "", *lines])
 
 
 COLUMNS = [
@@ -377,17 +377,15 @@ def _tables(book: Book, data: str, way: str, wanted: Mapping[str, Any], picture:
             "",
             f"![Accuracy over epochs: {title}]({picture})",
             "",
-            "Lines are means over the seeds, bands reach from the lowest to the highest. Epoch 0 is before "
-            "training, and may lie below the frame.",
+            "Lines are means over the seeds, bands the range. Epoch 0 is before training, and may be below the frame.",
             "",
             markdown_table(COLUMNS, rows, left=2),
             "",
             "Final accuracy with the standard deviation over the seeds; *points* with the 95 % interval over pairs; "
-            "*epochs* is the first, seed by seed, at which the accuracy is at least that which the plain network of "
-            "the seed ends with (- for never, 0 for before training); *s/epoch* are processor seconds of one epoch's "
-            "training on one thread, of its fastest epoch; *MB* is what one step keeps: activations of a batch, "
-            "weights, gradients, AdamW's moments, counted in float32; *offset* is the mean distance that taps have "
-            "moved, in pixels.",
+            "*epochs* is the first epoch of each seed with at least the final accuracy of the plain network of that "
+            "seed (- for never, 0 for before training); *s/epoch*: processor seconds of the fastest training epoch "
+            "on one thread; *MB*: memory of one training step in float32 (activations of a batch, weights, gradients, "
+            "AdamW's moments); *offset*: mean distance that taps have moved, in pixels.",
         ]
     )
 

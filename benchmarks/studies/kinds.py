@@ -379,22 +379,23 @@ def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
 
 
 EXPLANATION = f"""\
-Weights are random (seed 0), and so are images and labels: this is about cost and about whether everything works, not
-about accuracy. The same convs for each kind: 3x3 and larger with at least 8 input channels, grouped and depthwise ones
-too; a kind may refuse some (even kernels), and the offset kinds were kept away from dilated convs. `separable` keeps
-half of the MACs of these convs, `predicted-offset` has one offset group; everything else is as it is by default.
+Weights, images and labels are random (seed 0): this measures costs and whether everything works, not accuracy. Each
+kind gets the same convs: 3x3 and larger with at least 8 input channels, grouped and depthwise ones too. A kind may
+refuse some (even kernels), and dilated convs were excluded from the offset kinds. `separable` keeps half of the MACs of
+these convs, `predicted-offset` has one offset group; all other settings are defaults.
 
-- swapped: how many convs. Parameters, MACs: of the whole network, x the original's.
-- latency: x the original's, one image of 224 x 224 (CIFAR networks: 32 x 32), channels_last, networks in turn, the
+- swapped: number of convs. Parameters, MACs: of the whole network, x the original's.
+- latency: x the original's, one image of 224 x 224 (CIFAR networks: 32 x 32), channels_last, networks alternating, the
   minimum of {ROUNDS} rounds or of half a minute of them.
-- at conversion, largest: the network's outputs against the original's, relative (norm over norm) and the largest
-  absolute difference, on two random images. Random kernels have no structure that `separable` or `cross` could keep.
-- loss: before the first and the last of {STEPS} training steps (SGD, rate {RATE}, momentum 0.9, {BATCH} images over and
-  over, {{sides}}); no gradient: parameters of the replacements that never got one.
-- after training: how far the outputs, in eval mode, have moved from those at conversion, relative to the larger of the
-  two; batch norms' statistics have moved as well.
-- fused: outputs of the trained network with every replacement fused to one conv against those without, relative; `-`
-  where a kind has no such conv once it is trained."""
+- at conversion, largest: difference of the network's outputs from the original's, relative (norm over norm) and the
+  largest absolute difference, on two random images. Random kernels have no structure for `separable` or `cross` to
+  keep.
+- loss: before the first and the last of {STEPS} training steps (SGD, rate {RATE}, momentum 0.9, the same {BATCH} images
+  in every step, {{sides}}); no gradient: parameters of the replacements that never got one.
+- after training: difference of the outputs, in eval mode, from those at conversion, relative to the larger of the two;
+  batch norms' statistics have changed as well.
+- fused: relative difference of the trained network's outputs after fusing every replacement to one conv; `-` if the
+  kind does not fuse once it is trained."""
 
 MARKER = "<!-- What follows is written by benchmarks/studies/kinds.py; change that, not this. -->"
 

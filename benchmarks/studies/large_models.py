@@ -202,9 +202,9 @@ def totals(data: dict[str, Any]) -> list[str]:
         lines.append(f"Most: {over[worst]:.2f} x the weights ({worst[0]}, {worst[1]}).")
     for name in dict.fromkeys(name for name, _ in rows):
         said = {row["said"] for row in data["models"][name]["rows"].values()} - {""}
-        lines += [f"{name} is opened, and not converted; the command says why: `{one}`" for one in sorted(said)]
+        lines += [f"{name} cannot be converted, and the command says why: `{one}`" for one in sorted(said)]
     if any(data["models"][name]["rows"][source]["others"] >= QUIET for name, source in rows):
-        lines.append("Other programs were busy meanwhile: the seconds are too long. Memory does not depend on that.")
+        lines.append("Other programs were busy: the seconds are too long. Memory does not depend on that.")
     return lines
 
 
@@ -266,36 +266,34 @@ def threads_of(name: str, rounds: int) -> dict[str, Any]:
 
 
 EXPLANATION = f"""\
-Each model with random weights (seed 0), one conversion a process, on the input size of its published weights: every
-conv with a kernel of more than one row and column and at least 16 inputs becomes a pair, and all of them keep half of
-their MACs. x weights: peak memory less the floor, over the bytes of the model's state dict. Target: at most {TARGET}.
-Seconds: the whole command; loading, and solving (ranks and weights), are parts of it as the report has them.
+Each model with random weights (seed 0), one conversion per process, on the input size of its published weights: every
+conv with a kernel of more than one row and column and at least 16 inputs becomes a pair, and together they keep half of
+their MACs. x weights: peak memory minus the floor, divided by the bytes of the model's state dict. Target: at most
+{TARGET}. Seconds: the whole command; loading and solving (ranks and weights) are parts of it, as in the report.
 
 Sources: a torchvision name with `--weights none`; its state dict by torch.save, with `--arch` and without; the whole
 module by torch.save; a safetensors file; the result of an earlier conversion of half of the convs.
 
-## How it is kept small
+## How memory is kept low
 
-- A file's weights are read once, and become the model's own: the network is built without numbers (on the meta device),
-  and memory is given to it that nobody writes to, until each tensor is put in the place of another. Nothing is drawn at
-  random only to be overwritten.
-- Original and converted model share the weights that no swap touches. Only where we have made the original: a module
-  that you give to `asymswap.convert`, or that your own factory makes, is copied, and is never changed by what happens
-  to the converted one.
+- A file's weights are read once and used directly: the network is built on the meta device, then gets memory that is
+  never written to, until the file's tensors replace it. No random weights are drawn only to be overwritten.
+- Original and converted model share the weights that no swap touches, if asymswap built the original. A module that you
+  pass to `asymswap.convert`, or that your own factory makes, is copied, and never changes with the converted one.
 - Two layers are solved at once, each on one thread; one of over four million weights (a dense 3x3 conv of more than 683
-  channels) alone. What a layer needs in float64 goes before the next one comes.
-- Both forms of checkpoint are written from the tensors where they are.
-- Files are read, not mapped into memory. A mapping would take no less, for the weights are all looked at anyway (for
-  NaN, for one), and it would tie the process to a file that others may change: what is cut off while it is mapped ends
-  the process by a signal, what is overwritten changes the weights. So `-o` may name the source file itself, and the
-  file may change as soon as it has been read.
+  channels) alone. A layer's float64 copies are freed before the next one starts.
+- Both forms of checkpoint are written without copying the tensors.
+- Files are read, not mapped into memory. Mapping would save nothing, since all weights are read anyway (to look for
+  NaN, for example), and would tie the process to a file that others may change: truncating a mapped file kills the
+  process by a signal, overwriting it changes the weights. So `-o` may name the source file itself, and the file may
+  change as soon as it has been read.
 
-What takes more: a training checkpoint is read whole, with the state of its optimizer (twice the weights for Adam); a
-network of your own is built with its random weights before a file's are copied into it; swaps that grow the model (acb,
-offset) need room for what they add. Of small models the feature maps are most, not the weights: outputs are compared on
-one image of the usual size at a time, or on as many small ones as hold as many pixels. The unset memory of a network
-that waits for its weights comes from the system, not from malloc, which would keep feature maps in its heap afterwards,
-with holes between them: densenet161 took up to 2.35 x its weights with two images and such memory, 1.63 without.
+What needs more: a training checkpoint is read as a whole, with the state of its optimizer (twice the weights for Adam);
+your own network is built with random weights before a file's are copied into it; swaps that grow the model (acb,
+offset) need room for what they add. In small models the feature maps dominate, not the weights: outputs are compared on
+one image of the usual size at a time, or on as many small ones with the same number of pixels. A network that waits for
+its weights gets unset memory from the system, not from malloc, which would keep feature maps in its heap afterwards,
+with holes between them: densenet161 took up to 2.35 x its weights with two images and memory from malloc, 1.63 without.
 """
 
 

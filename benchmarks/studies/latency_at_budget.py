@@ -222,14 +222,14 @@ def rows(data: dict[str, Any]) -> list[list[str]]:
 
 def cells(row: Row) -> list[str]:
     if row.failed:
-        return ["out of reach", *[""] * (len(COLUMNS) - 4)]
+        return ["unreachable", *[""] * (len(COLUMNS) - 4)]
     spread = f"{row.low:.2f} to {row.high:.2f}" if row.processes > 1 and row.macs < 1 else ""
     shares = [f"{row.macs:.3f}", f"{row.min_ms:.1f}", f"{row.time:.2f}", spread, f"{row.time / row.macs:.2f}"]
     return [*shares, f"{row.parts:.2f}", f"{row.convs:.2f}", f"{100 * row.conv_share:.0f} %"]
 
 
 def findings(data: dict[str, Any]) -> Iterator[str]:
-    """What the table comes to, in sentences."""
+    """Summarise the table in sentences."""
     for name, processes in data["networks"].items():
         found = network_rows(processes)
         yield f"{name}: {verdict(name, found)}"
@@ -239,10 +239,10 @@ def findings(data: dict[str, Any]) -> Iterator[str]:
             lowest = [float(least[1]) for row in mine.values() if (least := LOWEST.search(row.failed))]
             if failed:
                 told = f"; the least is {max(lowest):.2f}" if lowest else ""
-                yield f"{name}, {memory_format}: out of reach, and refused: {', '.join(failed)}{told}."
+                yield f"{name}, {memory_format}: unreachable, so refused: {', '.join(failed)}{told}."
             for key, row in mine.items():
                 if row.undone:
-                    yield f"{name}, {memory_format}, {key}: slower, and so kept: {', '.join(row.undone)}."
+                    yield f"{name}, {memory_format}, {key}: slower, so kept: {', '.join(row.undone)}."
         most = max(process["others"] for process in processes)
         if most >= QUIET:
             yield f"{name}: DISTURBED, other processes kept {most:.2f} cores busy: the times are too long."
@@ -262,23 +262,23 @@ def verdict(name: str, found: dict[tuple[str, str], Row]) -> str:
 
 
 EXPLANATION = """\
-Random weights (seed 0; for the time they do not matter), one image of the network's own size. The original and its
-conversions run in turn in one process. `x` is the minimum over the rounds, over the original's in the same process and
-memory format; of the budgets of MACs the median of several processes is shown, and the range, for where its memory
-happens to lie makes a process's convs faster or slower. `x / MACs` is the same over the share of MACs that is left.
-`--macs B`, and `--latency B --memory-format …`, go with `--recipe half-macs`. Parts: each layer's own minimum, summed,
-which a busy machine disturbs least. Convs: those of them that are convs, or what took their place; the others are batch
-norms, activations, pooling and linear layers.
+Random weights (seed 0; they do not matter for the time), one image of the network's own size. The original and its
+conversions alternate in one process. `x` is the minimum over the rounds, divided by the original's in the same process
+and memory format. For budgets of MACs the table has the median and the range of several processes, because a process's
+convs are faster or slower depending on where its memory is. `x / MACs` is `x` divided by the share of MACs that is
+left. `--macs B` and `--latency B --memory-format …` are used with `--recipe half-macs`. Parts: each layer's own
+minimum, summed, which a busy machine disturbs least. Convs: only convs and their replacements; the other parts are
+batch norms, activations, pooling and linear layers.
 
-MACs say nothing of a linear layer's time at batch 1: each weight is read from memory for a single multiply-add. The
+MACs say nothing about a linear layer's time at batch 1: each weight is read from memory for a single multiply-add. The
 three of VGG-16 hold 0.8 % of its MACs, and 89 % of its parameters.
 
-Why time does not follow MACs: what is no conv stays as it was; and the two convs of a pair write and read a tensor
-between them, and sum over fewer numbers each. In channels_last, a 3x3 conv of 64 to 256 channels runs at 85 to 108
-billion MACs a second on two threads of an AMD EPYC (Zen 4), its pair at 70 to 85 (512 channels on 7 x 7: 44 to 51, and
-the pair 42 to 46); on a core of an Intel Xeon at 90 to 110, and the pair at 75 to 85. Which of the two comes first
-makes 2 to 5 %. A network as small as `cifar:resnet20`, whose convs take 0.1 ms each, gains nothing at batch 1: what a
-conv costs beside its arithmetic is paid twice by a pair.""".splitlines()
+Why time does not follow MACs: other layers stay as they are, the two convs of a pair write and read a tensor between
+them, and each sums over fewer numbers. In channels_last, a 3x3 conv of 64 to 256 channels runs at 85 to 108 billion
+MACs per second on two threads of an AMD EPYC (Zen 4), its pair at 70 to 85 (512 channels on 7 x 7: 44 to 51, and the
+pair 42 to 46); on a core of an Intel Xeon at 90 to 110, and the pair at 75 to 85. The order of the two convs makes 2 to
+5 %. A network as small as `cifar:resnet20`, whose convs take 0.1 ms each, gains nothing at batch 1: a pair pays the
+overhead of a conv twice.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:
