@@ -174,7 +174,8 @@ Every builder of torchvision and a hundred CNNs of timm, converted at full rank,
 `all-spatial` with `energy = 1` and `allow_growth = true` then replaces every conv with a kernel of more than one row
 and column by a pair of full rank, which must compute the same. Layer, output: the greatest relative difference of a
 swapped layer's output, and of the whole model's. Seconds: both commands, without the imports. Peak memory: of a process
-forked from one that has done the imports; their data count, libraries only as far as the model uses them.""".splitlines()
+forked from one that has done the imports; their data count, libraries only as far as the model uses
+them.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Writes docs/reference/recipes.md and docs/reference/commands.md: what recipes may say, and what every command takes.
+"""Write docs/reference/recipes.md and docs/reference/commands.md: the keys of recipes, and the options of commands.
 
-The first comes from the JSON Schema (`asymswap recipes --schema`) and the shipped recipes, the second from the command
-line itself. `--check` compares instead of writing.
+The first is made from the JSON Schema (`asymswap recipes --schema`) and the shipped recipes, the second from the
+command line itself. `--check` compares instead of writing.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ RECIPES_HEAD = """\
 
 {written}
 
-A recipe is a TOML file. It says which convs are swapped (`match`), what they become (`swap`), and what the result may
-cost (`[budget]`). It is data: nothing in it is executed, and a key that nobody knows is an error, with near names.
+A recipe is a TOML file. It says which convs are replaced (`match`), by what (`swap`), and what the result may cost
+(`[budget]`). It is data: nothing in it is executed, and an unknown key is an error that suggests similar names.
 
 ```bash
-asymswap recipes                      # those that come with asymswap
-asymswap recipes 3x3-only > my.toml   # one of them as a start for your own
-asymswap recipes my.toml              # is it one?
-asymswap recipes --schema             # the JSON Schema from which this page is made, for your editor
+asymswap recipes                      # list the shipped recipes
+asymswap recipes 3x3-only > my.toml   # copy one to start your own
+asymswap recipes my.toml              # check it
+asymswap recipes --schema             # the JSON Schema behind this page, for your editor
 ```
 
 ```toml
@@ -54,31 +54,31 @@ macs = 0.7
 over = "model"
 ```
 
-How a value is written:
+How to write values:
 
-- **size**: `"3x5"` (height x width), `3` for both sides, or a list of these, of which any will do;
-- **range**: `{{ min = 16, max = 64 }}`, ends included, either of them alone; for sizes it holds for both sides; a
-  number stands for itself;
-- **words**: one, or a list of which any will do;
-- **globs**: match whole names: `layer1.*` is not `layer10.conv`.
+- **size**: `"3x5"` (height x width), `3` for both sides, or a list of alternatives;
+- **range**: `{{ min = 16, max = 64 }}`, ends included, or only one of them; for sizes it holds for both sides; a single
+  number matches exactly;
+- **words**: one, or a list of alternatives;
+- **globs**: match whole names: `layer1.*` does not match `layer10.conv`.
 
-What a recipe would do to a network is seen without doing it, and can be changed by hand and replayed:
+A dry run shows what a recipe would do to a network. Its plan can be edited and replayed:
 
 ```bash
 asymswap convert digits-resnet --recipe 3x3-only --dry-run --write-plan plan.json
 asymswap convert digits-resnet --plan plan.json
 ```
 
-From the command line, `--set rank=8` changes a setting of every rule whose kind has it, and `--macs`, `--params`,
-`--latency` and `--max-error` take the place of the budget.
+On the command line, `--set rank=8` changes a setting of every rule whose kind has it, and `--macs`, `--params`,
+`--latency` and `--max-error` replace the budget.
 """
 
 RECIPES_MIDDLE = """\
 ## `swap`
 
-`kind` names one of the kinds that follow ([their mathematics](kinds.md)); every other key is a setting of it. A rule
-with one of `rank`, `ratio` and `energy` says its own size, and without any of them a budget is needed, which chooses. A
-swap that costs more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
+`kind` names one of the kinds below ([their mathematics](kinds.md)); every other key is a setting of that kind. One of
+`rank`, `ratio` and `energy` sets the size; without them the recipe needs a budget, which chooses it. A swap that costs
+more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
 """
 
 COMMANDS_HEAD = """\
@@ -86,14 +86,14 @@ COMMANDS_HEAD = """\
 
 {written}
 
-Exit codes: 0 done; 1 it cannot be done: one line `error: …` on stderr says what, which, the value and what to do, and
-nothing is written; 2 wrong usage; 130 after Ctrl-C. No file is overwritten without `--force`. `asymswap COMMAND --help`
-prints what follows here.
+Exit codes: 0 done; 1 failed: one line `error: …` on stderr says what, which, the value and what to do, and nothing is
+written; 2 wrong usage; 130 after Ctrl-C. No file is overwritten without `--force`. `asymswap COMMAND --help` prints the
+same as this page.
 """
 
 
 def recipes_page() -> str:
-    """What recipes may say, from the schema, and those that there are."""
+    """The keys of recipes, from the schema, and the shipped recipes."""
     schema = json_schema()
     parts = schema["$defs"]
     rule = parts["Rule"]["properties"]
@@ -118,7 +118,7 @@ def recipes_page() -> str:
     for swap in rule["swap"]["oneOf"]:
         kind = replacements.load(swap["title"])
         text += [f"### `{swap['title']}`", f"Keeps {kind.PRESERVES}.", fields(swap, skip=("kind",))]
-    text += ["## The recipes that come with asymswap", *shipped()]
+    text += ["## Shipped recipes", *shipped()]
     return "\n\n".join(part.strip("\n") for part in text) + "\n"
 
 
@@ -133,7 +133,7 @@ def shipped() -> Iterator[str]:
 
 
 def paragraph(schema: Schema) -> str:
-    """What a schema says of itself, its lines joined within a paragraph."""
+    """The description of a schema."""
     return inspect.cleandoc(schema["description"])
 
 
@@ -155,12 +155,12 @@ def meaning(part: Schema) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that cannot end a table's cell."""
+    """Escape text for a cell of a table."""
     return text.replace("|", "\\|")
 
 
 def default(part: Schema, required: bool) -> str:
-    """What holds where the key is not given."""
+    """The default of a key, as text."""
     value = part.get("default")
     if required:
         return "must be given"
@@ -179,7 +179,7 @@ def toml(value: Any) -> str:
 
 
 def values(part: Schema) -> str:
-    """What may be given, in a few words."""
+    """The values that a key takes, in a few words."""
     if "$ref" in part:
         name = str(part["$ref"]).rpartition("/")[2]
         return {"Match": "[`match`](#match)", "Budget": "[`[budget]`](#budget)", "SizeRange": "range of sizes"}.get(
@@ -200,7 +200,7 @@ def values(part: Schema) -> str:
 
 
 def plain(part: Schema) -> str:
-    """What a type without choices takes."""
+    """The values of a type without choices."""
     kind = str(part["type"])
     if kind == "array":
         return "list of these" if "$ref" not in part["items"] else "tables"
@@ -210,7 +210,7 @@ def plain(part: Schema) -> str:
 
 
 def bounds(part: Schema) -> str:
-    """Between what a number lies."""
+    """The limits of a number."""
     low = [f"at least {part['minimum']:g}"] if "minimum" in part else []
     low += [f"above {part['exclusiveMinimum']:g}"] if "exclusiveMinimum" in part else []
     high = [f"at most {part['maximum']:g}"] if "maximum" in part else []
@@ -224,7 +224,7 @@ def words(part: Schema) -> str:
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options, as `--help` has them."""
+    """Every command with its arguments and options, as in `--help`."""
     text = [COMMANDS_HEAD.format(written=WRITTEN)]
     for command in map(commands.function, commands.SUMMARIES):
         about, _, example = inspect.cleandoc(command.__doc__ or "").partition("Example: ")
@@ -250,7 +250,7 @@ class Parameter:
 
     @property
     def info(self) -> Any:
-        """What Typer is told of it."""
+        """Its typer.Option or typer.Argument."""
         return self.hint.__metadata__[0]
 
     @property
@@ -261,7 +261,7 @@ class Parameter:
         return tuple(part for part in parts if part is not type(None))
 
     def row(self, given: Any) -> str:
-        """Its line of the table."""
+        """Its row of the table."""
         argument = isinstance(self.info, ArgumentInfo)
         # With Annotated, the first name stands where a default value would.
         given_names = (self.info.default, *(self.info.param_decls or ()))
@@ -272,7 +272,7 @@ class Parameter:
         return f"| {shown} | {self.value()} | {self.default(given)} | {cell(' '.join(self.info.help.split()))} |"
 
     def value(self) -> str:
-        """What may be given, in a word."""
+        """The type of its value, in a word."""
         (kind, *_) = self.taken
         if isinstance(kind, type) and issubclass(kind, Enum):
             return ", ".join(f"`{choice.value}`" for choice in kind)
@@ -280,7 +280,7 @@ class Parameter:
         return words.get(kind, "text, several times")
 
     def default(self, given: Any) -> str:
-        """What holds where it is not given."""
+        """Its default, as text."""
         if given is inspect.Parameter.empty:
             return "must be given"
         if isinstance(self.info.show_default, str):
@@ -292,7 +292,7 @@ PAGES = {"recipes.md": recipes_page, "commands.md": commands_page}
 
 
 def main() -> None:
-    """Write the pages, or with `--check` say which are not what they would be."""
+    """Write the pages, or with `--check` list those that are out of date."""
     stale = []
     for name, make in PAGES.items():
         path, text = DOCS / name, make()

@@ -571,14 +571,15 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         if title == "Seconds":
             lines += [
                 "",
-                "Time of the method alone, at the load in the last table. Ours includes loading the model, decoding the "
-                "images and measuring for the report; the peers have model and images in memory.",
+                "Time of the method alone, at the load in the last table. Ours includes loading the model, decoding "
+                "the images and measuring for the report; the peers have model and images in memory.",
                 "",
                 *(f"- {line}" for line in against_aimet(book, wanted)),
             ]
     lines += ["", "## Settings", "", *(f"- {line}" for line in remarks(book, wanted))]
     lines += [
-        "- asymswap: recipe `3x3-only` with the same ratio for every conv (uniform ranks), else `half-macs` with the budget.",
+        "- asymswap: recipe `3x3-only` with the same ratio for every conv (uniform ranks), else `half-macs` with the "
+        "budget.",
         '- tensorly-torch: `FactorizedConv` with `implementation="factorized"` on the same convs, the same fraction '
         "of both channel ranks everywhere; the spatial modes keep full rank.",
         "- Torch-Pruning: global ranking; the one of four variants that agrees best with the original on the "

@@ -33,8 +33,8 @@ faster, recognise better, and need fewer parameters and less computation. Here e
 with `asymswap.convert`, `finetune`, `evaluate` and `fuse`, beside the plain network of the same seed: the same number
 of epochs, the same images in the same order, the same settings.
 
-All numbers are for **narrow networks, few epochs and few images**, which two cores can train many times. A verdict holds
-only for that setting; an undecided claim may be decided at full size.
+All numbers are for **narrow networks, few epochs and few images**, which two cores can train many times. A verdict
+holds only for that setting; an undecided claim may be decided at full size.
 """
 
 
