@@ -352,7 +352,7 @@ def _team(calibration: Calibration | None) -> Team:
 
 
 def _sites_to_learn(opened: OpenedModel, traced: Trace, wanted: Recipe | Plan) -> list[Site]:
-    """The sites of which statistics is needed: all that the recipe or the plan may swap."""
+    """The sites that need statistics: all that the recipe or the plan may swap."""
     if not isinstance(wanted, Plan):
         return matched_sites(opened.model, traced.sites, wanted)
     swapped = {swap.site for swap in wanted.swaps}

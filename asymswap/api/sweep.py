@@ -70,7 +70,7 @@ def sweep(
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
-    SiteStatistics is gathered once for all of them. `data` is a data reference on whose test part top-1 is measured;
+    Calibration statistics are gathered once for all of them. `data` is a data reference on whose test part top-1 is measured;
     `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so far after
     each point; a sweep of the same setting given as `known` is gone on with. The other options are those of
     `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
@@ -115,7 +115,7 @@ def sweep(
 
 
 _SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
-"""What of a calibration changes figures; where statistics is kept and in how much memory does not."""
+"""The calibration settings that change figures; where statistics are stored, and how much memory is used, do not."""
 
 
 def _setting(

@@ -371,7 +371,7 @@ def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], sites: Sequence[Site]) -> list[str]:
-    """What the statistics was made by, and where the images say little."""
+    """What the statistics were made from, and where the images say little."""
     notes = [f"outputs taken for {summary.outputs}"] if summary.outputs else []
     if summary.unseen:
         number = len(summary.unseen)

@@ -396,7 +396,7 @@ def check_not_empty(plan: Plan, recipe: Recipe) -> None:
 
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:
-    """The sites that the recipe's rules would swap if their size suited: those of which statistics is needed."""
+    """The sites that the recipe's rules would swap if their size suited: those that need statistics."""
     rules = find_rule(sites, recipe)
     return [site for site in sites if isinstance(_decide(model, site, recipe, rules[site.name], None), _Matched)]
 
@@ -406,7 +406,7 @@ def check_replay(
 ) -> Plan:
     """Fit a plan from elsewhere to this model: settings and errors settled anew, sites that it does not name kept.
 
-    `statistics` are those of each site, Raises PlanError for a site that the model lacks, that cannot be
+    `statistics` are those of each site. Raises PlanError for a site that the model lacks, that cannot be
     swapped so, or that would cost more although the swap's settings do not allow it.
     """
     by_name = {site.name: site for site in sites}

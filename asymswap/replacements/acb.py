@@ -50,8 +50,8 @@ class Settings(KindSettings):
     """`shared`: none; one that follows the conv normalises the sum. `branch`: one a branch, as in the paper.
 
     A batch norm that follows is then taken over, if nothing else reads the conv. Where there is none, those of the
-    branches do nothing in eval mode but normalise in train mode, which the original did not: to what statistics tell of
-    the output's mean and variance, and without statistics to mean 0 and variance 1.
+    branches do nothing in eval mode but normalise in train mode, which the original did not: by the output's mean and
+    variance from calibration, and without calibration by mean 0 and variance 1.
     """
 
     eps: Annotated[float, Field(ge=0)] = 1e-5
@@ -289,7 +289,7 @@ def _init_square_norm_(branch: _Branch, statistics: SiteStatistics | None, norm:
     own = cast(nn.BatchNorm2d, branch.norm)
     if norm is None:
         seen = _moments(branch.conv.weight, branch.conv, statistics, None)
-        # Without statistics the mean is taken to be zero, be it what it may.
+        # Without statistics we assume zero mean, so the bias is not adjusted.
         bias = branch.conv.bias if statistics is not None else None
         store_(_tensor(own.running_mean), seen.mean_O if bias is None else seen.mean_O + _float64(bias))
         store_(_tensor(own.running_var), seen.variance_O)

@@ -27,13 +27,13 @@ PRESERVES = "the function as well as one row and one column of taps can, by leas
 
 
 class Settings(KindSettings):
-    """A bias, and what is assumed of the inputs without statistics; a cross has one size."""
+    """A bias, and what is assumed about the inputs without statistics; a cross has one size."""
 
     bias: bool = False
     """Give the cross a bias even where the conv has none; calibration corrects the output's mean by it."""
 
     correlation: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Of neighbouring input pixels, as long as no statistics tells it. 0 copies the kernel's centre row and column."""
+    """Of neighbouring input pixels, assumed without calibration. 0 copies the kernel's centre row and column."""
 
 
 def refuse(conv: ConvSpec) -> str | None:
@@ -112,7 +112,7 @@ def init_(
     settings: Settings,
     statistics: SiteStatistics | None = None,
 ) -> None:
-    """The best cross for inputs of the assumed correlation, or for those that the statistics tells of."""
+    """The best cross for inputs of the assumed correlation, or for those that the statistics describe."""
     vertical, horizontal = _strips(module)
     _, found = _solve(conv, settings, statistics)
     kernel = found.flatten(0, 1).unflatten(1, (-1, *cast(Size, conv.kernel_size)))

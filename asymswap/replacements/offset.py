@@ -170,7 +170,7 @@ def build(conv: ConvSpec, settings: Settings) -> OffsetConv2d:
 
 
 def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> None:
-    """The conv's own weights at zero offset; statistics has nothing to add to an exact replacement."""
+    """The conv's own weights at zero offset; statistics have nothing to add to an exact replacement."""
     assert isinstance(module, OffsetConv2d)
     with torch.no_grad():
         nn.init.zeros_(module.raw_offsets)

@@ -169,7 +169,7 @@ def init_(
     settings: Settings,
     statistics: SiteStatistics | None = None,
 ) -> None:
-    """The conv's own weights and a predictor of zeros; statistics has nothing to add to an exact replacement."""
+    """The conv's own weights and a predictor of zeros; statistics have nothing to add to an exact replacement."""
     deformable = cast(PredictedOffsetConv2d, module)
     with torch.no_grad():
         deformable.weight.copy_(conv.weight)
