@@ -435,7 +435,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StatisticsSummary:
-    """What statistics were made from, so that they can be made again: the data, how many images, their hash, and the seed.
+    """What statistics were made from, to reproduce them: the data, the number of images, their hash, the seed.
 
     `unseen` are sites that did not run on the images, `outputs` says what the model's outputs were taken for.
     """
