@@ -70,9 +70,9 @@ def sweep(
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
-    Calibration statistics are gathered once for all of them. `data` is a data reference on whose test
-    part top-1 is measured; `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets
-    the sweep so far after each point; a sweep of the same setting given as `known` is gone on with. The other options are those of
+    Calibration statistics are gathered once for all of them. `data` is a data reference on whose test part top-1 is
+    measured; `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so
+    far after each point; a sweep of the same setting given as `known` is gone on with. The other options are those of
     `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
     budget that a recipe cannot reach is a point that says so.
     """
