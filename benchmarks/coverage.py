@@ -1,13 +1,13 @@
-"""Every builder of torchvision, and over a hundred CNNs of timm: what asymswap sees, and whether it can be converted.
+"""Every builder of torchvision and over a hundred CNNs of timm: what asymswap finds, and whether it converts them.
 
     python benchmarks/coverage.py [--models resnet18 timm:convnext_tiny] [--out benchmarks/results/coverage.json]
         [--markdown docs/reference/coverage.md]
 
 For each model, with random weights (seed 0): `candidates`, then `convert` by the recipe all-spatial with `energy = 1`
-and `allow_growth = true`. That swaps every conv with a kernel of more than one row and column, grouped and depthwise
-ones too, by a pair that must compute the same. One process a model, forked off one that has done the imports, so that
-peak memory is that model's; models that are in the JSON already are skipped (those that failed are tried again, as are
-those named by --models). The JSON is kept in the repository, for all of it takes hours.
+and `allow_growth = true`. That replaces every conv with a kernel of more than one row and column, grouped and
+depthwise ones too, by a pair that must compute the same. Each model has its own process, forked from one that has done
+the imports, so that peak memory is that model's. Models in the JSON are skipped, unless they failed or are named by
+--models. The JSON is kept in the repository, because a full run takes hours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLUMNS = ["model", "read by", "convs", "candidates", "MACs held", "swapped", "l
 
 
 def measure(name: str) -> dict[str, Any]:
-    """What is told of one model."""
+    """The row of one model."""
     import torch
 
     import asymswap
@@ -83,7 +83,7 @@ def describe_output(conversion: Any) -> str:
 
     preprocessing, model = conversion.header.preprocessing, conversion.model.eval()
     if preprocessing.form == "image-list":
-        # What a detector keeps is no measure; the outputs of its parts are compared, and those were not zero.
+        # What a detector keeps says nothing; the outputs of its parts are compared, and those were not zero.
         return "usable" if conversion.report.output.largest > 0 else "all zeros"
     outputs = []
     with torch.no_grad():
@@ -95,12 +95,12 @@ def describe_output(conversion: Any) -> str:
         return "not finite"
     if float(one.norm()) == 0:
         return "all zeros"
-    # Biases may drown what is left of the input after many layers of random weights.
+    # After many layers of random weights, biases may dominate what is left of the input.
     return "usable" if float((one - other).norm() / one.norm()) > SAME else "hardly moved by the input"
 
 
 def every_model() -> list[str]:
-    """torchvision's builders by its own list, asked for in another process to keep torch out of this one; timm's."""
+    """torchvision's own list of builders, from another process to keep torch out of this one; and timm's."""
     code = "from torchvision import models; print(*models.list_models())"
     return run_well([sys.executable, "-c", code]).out.split() + [f"timm:{name}" for name in TIMM.read_text().split()]
 
@@ -132,7 +132,7 @@ def by_package(rows: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def totals(rows: dict[str, Any]) -> list[str]:
-    """What all rows together say."""
+    """Summarise all rows."""
     good = {name: row for name, row in rows.items() if "failed" not in row}
     lines = []
     for package, names in by_package(rows).items():
@@ -199,7 +199,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict[str, Any]:
-    """Measure what the JSON lacks, and write it after each model."""
+    """Measure what is missing in the JSON, and write it after each model."""
     data = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"models": {}}
     data["machine"] = machine()
     measured_with = state()
@@ -215,16 +215,16 @@ def survey(names: Sequence[str], again: bool, out: Path, timeout: float) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="only these, and again where they are in the JSON already")
+    parser.add_argument("--models", nargs="+", help="only these, also if they are in the JSON already")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/coverage.json"))
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one model may take")
-    wanted = parser.parse_args()
-    data = survey(wanted.models or every_model(), bool(wanted.models), wanted.out, wanted.timeout)
+    args = parser.parse_args()
+    data = survey(args.models or every_model(), bool(args.models), args.out, args.timeout)
     shown = table(COLUMNS, [cells(name, row) for name, row in data["models"].items()])
     print(machine_text(), "", *totals(data["models"]), "", shown, sep="\n")
-    if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

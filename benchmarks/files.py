@@ -1,4 +1,4 @@
-"""A file of each of torchvision's classifiers, converted by the shortest command there is.
+"""A file of each of torchvision's classifiers, converted by the shortest command.
 
     python benchmarks/files.py [--models resnet18 vgg16] [--again] [--out benchmarks/results/files.json]
         [--folder build/files] [--markdown docs/reference/files.md]
@@ -7,12 +7,11 @@ For each classifier with random weights (seed 0): its state_dict by torch.save, 
 
     asymswap convert FILE.pt --recipe 3x3-only
 
-in a process of its own. Then, in another process, forked off one that has done nothing but the imports, what was
-written is loaded and compared, tensor by tensor and at the output, with a conversion of the very module in memory,
-whose architecture needed no guess. The files are made in
---folder, each model's when its turn comes, and deleted after it: room for four times the largest model's weights is
-needed there (regnet_y_128gf: 2.6 GB), and as much memory. Models that are in the JSON already are skipped, unless
---again, or they failed; the JSON is kept in the repository.
+in its own process. Another process, forked from one that has only done the imports, loads the result and compares it,
+tensor by tensor and at the output, with a conversion of the module in memory, whose architecture is known. The files
+are made in --folder and deleted after each model: that needs room for four times the largest model's weights
+(regnet_y_128gf: 2.6 GB), and as much memory. Models in the JSON are skipped, unless --again, or they failed; the JSON
+is kept in the repository.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ RECIPE = "3x3-only"
 TIMEOUT = 1800.0
 KINDS = {"state dict": "state.pt", "pickled module": "module.pt"}
 STRUCTURE = "skeleton:"
-"""What a checkpoint says of a module that was pickled: its structure is stored, by the name of its class."""
+"""A checkpoint's reference of a pickled module: its stored structure, by the name of its class."""
 
 COLUMNS = ["model", "file", "exit", "taken for", "swapped", "tensors", "output", "seconds", "peak MB"]
 
@@ -78,12 +77,12 @@ def check(folder: Path) -> dict[str, Any]:
             if not path.exists():
                 continue
             header, model = read_checkpoint(path).header, asymswap.load(path)
-            # A module does not tell its input's size: at the usual one Inception would get other ranks than at its own.
+            # A module does not know its input size: Inception would get other ranks at the usual size than at its own.
             size = (header.preprocessing.channels, *header.preprocessing.size)
             if size not in conversions:
                 conversions[size] = asymswap.convert(original, RECIPE, input_size=size).model
-            wanted, state = conversions[size], model.state_dict()
-            tensors = wanted.state_dict()
+            args, state = conversions[size], model.state_dict()
+            tensors = args.state_dict()
             inputs = probe(header.preprocessing, torch.float32, images=1, seed=1)
             found[kind] = {
                 "taken_for": header.origin.reference,
@@ -91,7 +90,7 @@ def check(folder: Path) -> dict[str, Any]:
                 "swapped": sum(len(plan.swaps) for plan in header.plans),
                 "same_keys": list(state) == list(tensors),
                 "tensors": max(gap(tensor, state[key]) for key, tensor in tensors.items() if key in state),
-                "output": gap(wanted(*inputs), model(*inputs)),
+                "output": gap(args(*inputs), model(*inputs)),
             }
             del model, state
     return found
@@ -108,7 +107,7 @@ def gap(one: Any, other: Any) -> float:
 
 
 def result(file: str) -> str:
-    """The name that the command gives to what it makes of a file."""
+    """The command's default output name."""
     return f"{Path(file).stem}.asym.pt"
 
 
@@ -134,24 +133,24 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def good(name: str, row: dict[str, Any]) -> bool:
-    """Whether a file was taken for what it is, and became what the module in memory becomes."""
+    """Whether a file was recognised, and its conversion equals that of the module in memory."""
     if row["exit"] or "taken_for" not in row:
         return False
     same = row["same_keys"] and row["tensors"] <= 1e-5 and row["output"] <= 1e-4
     return bool(same) and row["taken_for"] in (f"torchvision:{name}", f"{STRUCTURE}{row['class']}")
 
 
-def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the JSON lacks, and write it after each model."""
-    data = read_json(wanted.out, {"models": {}})
+def survey(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is missing in the JSON, and write it after each model."""
+    data = read_json(args.out, {"models": {}})
     data["machine"] = machine()
     measured_with = state()
     import_everything()
     for number, name in enumerate(names, start=1):
         rows = data["models"].get(name)
-        if rows and not wanted.again and all(good(name, row) for row in rows.values()):
+        if rows and not args.again and all(good(name, row) for row in rows.values()):
             continue
-        folder = (wanted.folder / name).resolve()
+        folder = (args.folder / name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             rows = measure(name, folder)
@@ -159,7 +158,7 @@ def survey(names: list[str], wanted: argparse.Namespace) -> dict[str, Any]:
             shutil.rmtree(folder)
         data["models"][name] = {kind: {**row, "state": measured_with} for kind, row in rows.items()}
         data["models"] = dict(sorted(data["models"].items()))
-        write_json(wanted.out, data)
+        write_json(args.out, data)
         for kind, row in data["models"][name].items():
             print(f"{number}/{len(names)}", "  ".join(cells(name, kind, row)), file=sys.stderr, flush=True)
     return data
@@ -193,7 +192,7 @@ def every_row(data: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def totals(data: dict[str, Any]) -> list[str]:
-    """What all rows together say."""
+    """Summarise all rows."""
     rows = every_row(data)
     if not rows:
         return []
@@ -224,12 +223,12 @@ def markdown(data: dict[str, Any]) -> str:
     """The page: the totals, then a row for each file."""
     shown = markdown_table(COLUMNS, [cells(*row) for row in every_row(data)], left=4)
     facts = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
-    told = "\n".join(f"- {line}" for line in totals(data))
+    summary = "\n".join(f"- {line}" for line in totals(data))
     return f"""# Supported files
 
 Written by `python benchmarks/files.py --markdown docs/reference/files.md`.
 
-{told}
+{summary}
 - Machine: {facts}.
 
 Every classifier of torchvision with random weights (seed 0), as a state_dict and as a `torch.save(model)`. A process
@@ -249,15 +248,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/files.json"))
     parser.add_argument("--folder", type=Path, default=Path("build/files"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
-    wanted = parser.parse_args()
-    # Asked for in another process, to keep torch out of this one until the environment is set.
+    args = parser.parse_args()
+    # In another process, to keep torch out of this one until the environment is set.
     code = "from torchvision import models; print(*models.list_models(models))"
-    names = wanted.models or run_well([sys.executable, "-c", code]).out.split()
-    data = survey(names, wanted)
+    names = args.models or run_well([sys.executable, "-c", code]).out.split()
+    data = survey(names, args)
     shown = table(COLUMNS, [cells(*row) for row in every_row(data)])
     print(machine_text(), "", *totals(data), "", shown, sep="\n")
-    if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/guide/gallery.md: runs the commands that stand there, and photographs the report.
+"""Make the pictures of docs/guide/gallery.md: run its commands, and take a screenshot of the report.
 
     python benchmarks/gallery.py [--cifar FOLDER --resnet20 FILE]
 
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "guide" / "gallery.md"
 PICTURES = PAGE.parent / "gallery"
 BUILD = PAGE.parents[2] / "build" / "gallery"
 GIVEN = {"resnet20.pt": "resnet20", "cifar10": "cifar"}
-"""What the commands call those things that a reader brings, and by which option."""
+"""Names in the commands for what a reader must bring, and the option for each."""
 
 
 def commands(page: str) -> list[list[str]]:
@@ -29,7 +29,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def files(page: str) -> dict[str, str]:
-    """The files that stand in a page, by name: code blocks whose first line says what they are called."""
+    """The files in a page, by name: code blocks whose first line is a file name."""
     return dict(re.findall(r"^```toml\n# ([\w.-]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
 
 
@@ -39,7 +39,7 @@ def pictures(page: str) -> list[str]:
 
 
 def missing(words: list[str], options: argparse.Namespace) -> str | None:
-    """What a command names that was not given."""
+    """What a command needs and was not given."""
     parts = {part for word in words for part in Path(word).parts}
     return next((name for name, option in GIVEN.items() if name in parts and not getattr(options, option)), None)
 
@@ -80,7 +80,7 @@ def main() -> None:
         print("$", shlex.join(words), flush=True)
         lacking = missing(words, options)
         if lacking:
-            print(f"left out: {lacking} is yours to give with --{GIVEN[lacking]}")
+            print(f"left out: {lacking} must be given with --{GIVEN[lacking]}")
             continue
         subprocess.run([sys.executable, "-m", *words], cwd=BUILD, env=here, check=True)
     photograph(BUILD / "report.html", BUILD / "report.png")

@@ -1,4 +1,4 @@
-"""What becomes of asymswap when it is killed, disturbed, or given strange names and strange images.
+"""Kill and disturb commands, and give them strange names and strange images.
 
     python benchmarks/kill.py [--kills 30] [--parts convert finetune] [--again] [--markdown docs/results/robustness.md]
 
@@ -56,7 +56,7 @@ FINETUNE = ("finetune", "c.pt", *TRAIN)
 
 Tell = Callable[[str], object]
 Found = dict[str, Any]
-"""What a part found: how often it ended how, its faults, and the longest time and the most memory of one case."""
+"""Results of a part: counts of how it ended, its faults, and the longest time and the most memory of one case."""
 
 
 def main() -> None:
@@ -70,28 +70,28 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run parts that the JSON holds already, too")
     parser.add_argument("--out", type=Path, default=Path("build/robustness.json"))
     parser.add_argument("--markdown", type=Path)
-    wanted = parser.parse_args()
-    if wanted.quick:
-        wanted.kills, wanted.images = 3, 500
-    results: Found = read_json(wanted.out, {})
-    for name in wanted.parts:
+    args = parser.parse_args()
+    if args.quick:
+        args.kills, args.images = 3, 500
+    results: Found = read_json(args.out, {})
+    for name in args.parts:
         known = results.setdefault("kill", {})
-        setting = {"seed": wanted.seed, "kills": wanted.kills, "images": wanted.images}
-        if not wanted.again and known.get(name, {}).get("setting") == setting:
+        setting = {"seed": args.seed, "kills": args.kills, "images": args.images}
+        if not args.again and known.get(name, {}).get("setting") == setting:
             print(f"{name}: known", flush=True)
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="asymswap-kill-") as folder:
-            found = PARTS[name](Path(folder), wanted, lambda line, name=name: print(f"{name} {line}", flush=True))
+            found = PARTS[name](Path(folder), args, lambda line, name=name: print(f"{name} {line}", flush=True))
         seconds = round(time.perf_counter() - start)
         known[name] = {**found, "setting": setting, "took": seconds}
         results |= {"kill_machine": machine()}
-        write_json(wanted.out, results)
+        write_json(args.out, results)
         print(f"{name}: {seconds} s, {found['ends']}, {len(found['faults'])} faults", flush=True)
     rows = [[part, end, str(count)] for part, row in results["kill"].items() for end, count in row["ends"].items()]
     print(table(["part", "end", "times"], rows))
-    if wanted.markdown:
-        write_page(wanted.markdown, results)
+    if args.markdown:
+        write_page(args.markdown, results)
     faults = [f"{part}: {fault}" for part, row in results["kill"].items() for fault in row["faults"]]
     if faults:
         sys.exit("\n".join(faults))
@@ -117,7 +117,7 @@ def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[byt
 def undisturbed(folder: Path, *arguments: str, seen: str = "") -> tuple[float, float]:
     """Run to the end; the seconds that it took, and those from when the first file `seen` (a pattern) was there.
 
-    Raises SystemExit where it fails, for then nothing can be told.
+    Raises SystemExit if it fails.
     """
     begun = time.perf_counter()
     process = start(folder, *arguments)
@@ -146,24 +146,24 @@ def kill_after(seconds: float, folder: Path, *arguments: str, seen: str = "") ->
     return process.wait() == -signal.SIGKILL
 
 
-def each_killed(folder: Path, wanted: Any, one: Callable[[Path, float], tuple[str, list[str]]], tell: Tell) -> Found:
+def each_killed(folder: Path, args: Any, one: Callable[[Path, float], tuple[str, list[str]]], tell: Tell) -> Found:
     """Kill a command again and again, each time in a folder of its own, at a share of its time drawn at random."""
-    rng = random.Random(wanted.seed)
-    moments = [rng.random() for _ in range(wanted.kills)]
+    rng = random.Random(args.seed)
+    moments = [rng.random() for _ in range(args.kills)]
     ends: Counter[str] = Counter()
     faults: list[str] = []
-    with ThreadPoolExecutor(wanted.workers) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(one, folder / str(number), moment) for number, moment in enumerate(moments)]
         for number, (moment, job) in enumerate(zip(moments, jobs, strict=True), 1):
             end, wrong = job.result()
             ends[end] += 1
             faults += [f"after {moment:.0%}: {fault}" for fault in wrong]
-            tell(f"{number}/{wanted.kills}: after {moment:.0%}: {end} {wrong or ''}")
+            tell(f"{number}/{args.kills}: after {moment:.0%}: {end} {wrong or ''}")
     return result(ends, faults)
 
 
-def killed_convert(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """Half of the kills are meant for the time in which the output is written."""
+def killed_convert(folder: Path, args: Any, tell: Tell) -> Found:
+    """Half of the kills are timed for while the output is written."""
     (folder / "first").mkdir()
     whole, writing = undisturbed(folder / "first", *CONVERT, "-o", "out.pt", seen=".*.part")
 
@@ -188,11 +188,11 @@ def killed_convert(folder: Path, wanted: Any, tell: Tell) -> Found:
         shutil.rmtree(place)
         return end if killed else "ended before", wrong
 
-    return each_killed(folder, wanted, one, tell)
+    return each_killed(folder, args, one, tell)
 
 
-def killed_finetune(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """Each is gone on with by --resume, and must write the very bytes of the run that was not killed.
+def killed_finetune(folder: Path, args: Any, tell: Tell) -> Found:
+    """--resume continues each, and must write the same bytes as the run that was not killed.
 
     Half of the kills come after a first saving: without that, most would meet the imports.
     """
@@ -224,7 +224,7 @@ def killed_finetune(folder: Path, wanted: Any, tell: Tell) -> Found:
         )
         return end if killed else "ended before", wrong
 
-    return each_killed(folder, wanted, one, tell)
+    return each_killed(folder, args, one, tell)
 
 
 def _with_checkpoint(folder: Path) -> None:
@@ -234,8 +234,8 @@ def _with_checkpoint(folder: Path) -> None:
     asymswap.save(asymswap.convert("digits-resnet", "3x3-only"), folder / "c.pt")
 
 
-def killed_sweep(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """Each is started again, and must come to the points of the sweep that was not killed.
+def killed_sweep(folder: Path, args: Any, tell: Tell) -> Found:
+    """Each is started again, and must reach the same points as the sweep that was not killed.
 
     Half of the kills come after a first point.
     """
@@ -265,7 +265,7 @@ def killed_sweep(folder: Path, wanted: Any, tell: Tell) -> Found:
         end = f"after {points} of {len(expected)} points" if points else "before the first point"
         return end if killed else "ended before", wrong
 
-    return each_killed(folder, wanted, one, tell)
+    return each_killed(folder, args, one, tell)
 
 
 def _points(path: Path) -> list[Any]:
@@ -274,7 +274,7 @@ def _points(path: Path) -> list[Any]:
 
 
 def loads(path: Path) -> bool:
-    """Whether a file is a whole converted model."""
+    """Whether a file is a complete converted model."""
     import asymswap
 
     try:
@@ -287,11 +287,11 @@ def loads(path: Path) -> bool:
 # ---- disturbed
 
 
-def two_writers(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """Pairs of commands that write the same file at once: it is one's or the other's, and both say how they ended."""
+def two_writers(folder: Path, args: Any, tell: Tell) -> Found:
+    """Pairs of commands that write the same file at once: one of them writes it, and both report how they ended."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
-    for number in range(max(3, wanted.kills // 5)):
+    for number in range(max(3, args.kills // 5)):
         place = folder / str(number)
         place.mkdir()
         name, options = (("x.pt", "--force"), ("x.safetensors", "--force"), ("x.pt", ""))[number % 3]
@@ -311,7 +311,7 @@ def two_writers(folder: Path, wanted: Any, tell: Tell) -> Found:
 
 
 def one_line(err: str) -> bool:
-    """Whether this is how a command must fail."""
+    """Whether a command failed as it must."""
     return err.startswith("error: ") and err.count("\n") == 1 and "this is a bug" not in err
 
 
@@ -331,11 +331,11 @@ PRINTING = (
 )
 
 
-def each_run(tries: Iterable[Any], one: Callable[[Any], tuple[str, str, bool]], wanted: Any, tell: Tell) -> Found:
+def each_run(tries: Iterable[Any], one: Callable[[Any], tuple[str, str, bool]], args: Any, tell: Tell) -> Found:
     """Run commands, some at a time; each tells what was done, how it ended, and whether that is a fault."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
-    with ThreadPoolExecutor(wanted.workers) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:
         for said, end, wrong in pool.map(one, tries):
             ends[end] += 1
             faults += [said] * wrong
@@ -343,8 +343,8 @@ def each_run(tries: Iterable[Any], one: Callable[[Any], tuple[str, str, bool]], 
     return result(ends, faults)
 
 
-def closed_stdout(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """The reader of the output has gone, before anything is printed or after the first line (`| head -1`)."""
+def closed_stdout(folder: Path, args: Any, tell: Tell) -> Found:
+    """The output pipe is closed, before anything is printed or after the first line (`| head -1`)."""
     _with_checkpoint(folder / "x")
 
     def one(job: tuple[int, tuple[str, ...], int]) -> tuple[str, str, bool]:
@@ -364,7 +364,7 @@ def closed_stdout(folder: Path, wanted: Any, tell: Tell) -> Found:
         return said, "silent" if not err.strip() else "one line" if one_line(err) else "lines of progress", wrong
 
     jobs = [(command, lines) for command in PRINTING for lines in (0, 1)]
-    return each_run(((number, *job) for number, job in enumerate(jobs)), one, wanted, tell)
+    return each_run(((number, *job) for number, job in enumerate(jobs)), one, args, tell)
 
 
 ENVIRONMENTS = {
@@ -385,11 +385,11 @@ IN_EACH = (
     ("evaluate", "c.pt", "--data", "digits"),
     ("convert", "nowhere-é.pt", "--recipe", "3x3-only"),
 )
-"""What is run in each environment; the last must fail in one line, the others succeed."""
+"""Commands to run in each environment; the last must fail in one line, the others succeed."""
 
 
-def environments(folder: Path, wanted: Any, tell: Tell) -> Found:
-    """No home, one that is not there or cannot be written, the C locale, ASCII alone."""
+def environments(folder: Path, args: Any, tell: Tell) -> Found:
+    """No home, a missing or unwritable one, the C locale, ASCII only."""
     _with_checkpoint(folder / "x")
     plain = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
 
@@ -404,18 +404,18 @@ def environments(folder: Path, wanted: Any, tell: Tell) -> Found:
         return said, f"{name}: {'as always' if good else 'otherwise'}", not good
 
     jobs = [(name, command) for name in ENVIRONMENTS for command in IN_EACH]
-    return each_run(((number, *job) for number, job in enumerate(jobs)), one, wanted, tell)
+    return each_run(((number, *job) for number, job in enumerate(jobs)), one, args, tell)
 
 
 # ---- strange names and images, in worker processes
 
 
-def in_workers(cases: list[Case], wanted: Any, tell: Tell) -> Found:
-    """How cases ended, each a fault that no case may end in."""
+def in_workers(cases: list[Case], args: Any, tell: Tell) -> Found:
+    """Count how the cases ended, and collect the faults."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
     seconds = grown = 0.0
-    with Workers(wanted.workers) as workers:
+    with Workers(args.workers) as workers:
         for case, ending in workers.run(cases):
             how = verdict(case, ending)
             ends[how] += 1
@@ -449,15 +449,15 @@ NAMES = {
 }
 
 
-def names(_: Path, wanted: Any, tell: Tell) -> Found:
-    """Files of every name are read, written and told of; or refused in one line."""
+def names(_: Path, args: Any, tell: Tell) -> Found:
+    """Files of every name are read, written and reported; or refused in one line."""
     import asymswap
 
     with tempfile.TemporaryDirectory() as folder:
         asymswap.save(asymswap.convert("digits-resnet", "3x3-only"), Path(folder) / "c.pt")
         content = (Path(folder) / "c.pt").read_bytes()
     cases = []
-    for told, name in NAMES.items():
+    for what, name in NAMES.items():
         dashed = name if not name.startswith("-") else f"./{name}"
         for arguments, files in (
             (("convert", "digits-resnet", "--recipe", "3x3-only", "-o", dashed.removeprefix("./")), {}),
@@ -471,18 +471,18 @@ def names(_: Path, wanted: Any, tell: Tell) -> Found:
             (("convert", "digits-resnet", "--recipe", f"{dashed}.toml", "-o", "y.pt"), {f"{name}.toml": b"x"}),
         ):
             report = (f"{name}.md",) if "--report" in arguments else ()
-            cases.append(Case("names", told, arguments, files, may_leave=tuple(map(_literal, report))))
-    return in_workers(cases, wanted, tell)
+            cases.append(Case("names", what, arguments, files, may_leave=tuple(map(_literal, report))))
+    return in_workers(cases, args, tell)
 
 
 def _literal(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def images(_: Path, wanted: Any, tell: Tell) -> Found:
+def images(_: Path, args: Any, tell: Tell) -> Found:
     """Folders of classes with one strange image among others, for calibration and evaluation."""
     cases = []
-    for told, (name, content) in strange_images().items():
+    for what, (name, content) in strange_images().items():
         for arguments in (
             ("evaluate", "digits-resnet", "--data", "photos"),
             (
@@ -499,8 +499,8 @@ def images(_: Path, wanted: Any, tell: Tell) -> Found:
         ):
             part = "test" if arguments[0] == "evaluate" else "train"
             files = {f"photos/{part}/{label}/{n}.png": _png(8, 8, n) for label in range(10) for n in range(2)}
-            cases.append(Case("images", told, arguments, {**files, f"photos/{part}/3/{name}": content}))
-    return in_workers(cases, wanted, tell)
+            cases.append(Case("images", what, arguments, {**files, f"photos/{part}/3/{name}": content}))
+    return in_workers(cases, args, tell)
 
 
 def _png(width: int, height: int, seed: int = 0, **options: Any) -> bytes:
@@ -518,7 +518,7 @@ def _image(width: int, height: int, mode: str, form: str, seed: int = 0, **optio
 
 
 def strange_images() -> dict[str, tuple[str, bytes]]:
-    """A name and the content of each, by what is strange about it."""
+    """Name and content of strange images, by what is strange about them."""
     from PIL import Image
 
     whole = _image(64, 64, "RGB", "JPEG")
@@ -583,9 +583,9 @@ def _claiming(size: int) -> bytes:
     return head + _png(8, 8)[33:]
 
 
-def large_folder(folder: Path, wanted: Any, tell: Tell) -> Found:
+def large_folder(folder: Path, args: Any, tell: Tell) -> Found:
     """Calibration on a few images of a folder that holds many, and evaluation on all of them."""
-    for number in range(wanted.images):
+    for number in range(args.images):
         place = folder / "photos" / str(number % 10)
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number}.png").write_bytes(_png(8, 8, number % 97))

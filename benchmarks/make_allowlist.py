@@ -1,4 +1,4 @@
-"""Writes asymswap/sources/allowlist.txt: the classes that a pickled module may name.
+"""Write asymswap/fileformats/allowlist.txt: the classes that a pickled module may name.
 
 These are the subclasses of nn.Module that torch.nn and torchvision define, by the names under which pickle finds
 them, and nothing else: no function, no GraphModule, which is made from code that stands in the file, and no lazy

@@ -1,4 +1,4 @@
-"""Writes asymswap/models/fingerprints.tsv: what the state dicts of the known networks look like.
+"""Write asymswap/models/fingerprints.tsv: hashes of the state dicts of the known networks.
 
 Every network is built without weights, and built again with another number of classes (of input channels, of pixels):
 the sizes that change are those that follow the argument. `--check` compares instead of writing.

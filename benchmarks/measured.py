@@ -1,4 +1,4 @@
-"""What the benchmarks share: commands run in processes of their own, timed, with their peak memory, and tables of it.
+"""Shared by the benchmarks: run commands in their own processes, measure time and peak memory, make tables.
 
 Nothing here imports torch unasked: what a process inherits from its parent would count as memory of its own.
 """
@@ -93,7 +93,7 @@ def apart(work: Callable[[], Any], timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as answer:
         pid = os.fork()
         if pid == 0:
-            # Whatever happens, the fork does not go on with what its parent does.
+            # The fork must never continue as its parent.
             code = 1
             try:
                 answer.write(_told(work))
@@ -174,19 +174,19 @@ def machine() -> dict[str, Any]:
 
 
 def machine_text() -> str:
-    """The same as one line."""
+    """`machine()` in one line."""
     return ", ".join(f"{name} {value}" for name, value in machine().items())
 
 
 def state() -> str:
-    """The commit that is measured, and on what, as one line: kept with each row of results that take several days."""
+    """The measured commit and the processor, in one line: kept with each row of results that take several days."""
     root = Path(__file__).parents[1]
     described = run_well(["git", "describe", "--always", "--dirty", "--abbrev=7"], root).out.strip()
     return f"{described} on {_processor()}"
 
 
 def states(rows: Sequence[dict[str, Any]]) -> str:
-    """With which states the rows were measured, and how many with each."""
+    """The states that the rows were measured with, and the number of rows of each."""
     counted = Counter(row["state"] for row in rows)
     return "; ".join(f"{name}: {number} rows" for name, number in counted.most_common())
 
@@ -210,18 +210,18 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same in Markdown; `left` columns are set to the left."""
+    """A table in Markdown; the first `left` columns are left-aligned."""
     rule = ["---"] * left + ["---:"] * (len(columns) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
 
 
 def read_json(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run wrote there, or `empty` where there was none."""
+    """The content of a JSON file, or `empty` if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, and the folders above it, as a whole or not at all."""
+    """Write JSON completely or not at all, and make its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ State {state}; machine: {machine}.
 
 
 def copy_tracked(folder: Path) -> None:
-    """The tracked files of the repository as they are now; what mutmut has found there before stays."""
+    """Copy the tracked files of the repository; earlier results of mutmut stay."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in listed.splitlines():
         target = folder / name
@@ -56,14 +56,14 @@ def copy_tracked(folder: Path) -> None:
 
 
 def narrow(project: Path, key: str, values: list[str]) -> None:
-    """Put other values into `[tool.mutmut]` of the copy."""
+    """Replace values in `[tool.mutmut]` of the copy."""
     before, mark, after = project.read_text(encoding="utf-8").partition("[tool.mutmut]")
     changed = [f"{key} = {json.dumps(values)}" if line.startswith(f"{key} ") else line for line in after.split("\n")]
     project.write_text(before + mark + "\n".join(changed), encoding="utf-8")
 
 
 def counts(folder: Path, folders: list[str]) -> dict[str, Counter[str]]:
-    """For each file of the folders, its mutants by what became of them."""
+    """For each file of the folders, the fates of its mutants."""
     found: dict[str, Counter[str]] = {}
     for meta in sorted((folder / "mutants").rglob("*.py.meta")):
         name = str(meta.relative_to(folder / "mutants")).removesuffix(".meta")
@@ -98,21 +98,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/mutants"))
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--count", action="store_true", help="run nothing, count what is there")
-    wanted = parser.parse_args()
-    if not wanted.count:
-        copy_tracked(wanted.out)
-        narrow(wanted.out / "pyproject.toml", "only_mutate", [f"{folder}*" for folder in wanted.folders])
-        if wanted.tests:
-            narrow(wanted.out / "pyproject.toml", "pytest_add_cli_args_test_selection", wanted.tests)
-        subprocess.run([sys.executable, "-m", "mutmut", "run"], cwd=wanted.out, check=True)
-    found = counts(wanted.out, wanted.folders)
+    args = parser.parse_args()
+    if not args.count:
+        copy_tracked(args.out)
+        narrow(args.out / "pyproject.toml", "only_mutate", [f"{folder}*" for folder in args.folders])
+        if args.tests:
+            narrow(args.out / "pyproject.toml", "pytest_add_cli_args_test_selection", args.tests)
+        subprocess.run([sys.executable, "-m", "mutmut", "run"], cwd=args.out, check=True)
+    found = counts(args.out, args.folders)
     table = markdown_table(COLUMNS, rows(found))
     print(table)
-    if wanted.markdown is not None:
-        tests = ["--tests", *wanted.tests] if wanted.tests else []
-        command = " ".join(["python benchmarks/mutate.py", *wanted.folders, *tests])
+    if args.markdown is not None:
+        tests = ["--tests", *args.tests] if args.tests else []
+        command = " ".join(["python benchmarks/mutate.py", *args.folders, *tests])
         text = TEXT.format(command=command, table=table, state=state(), machine=machine_text())
-        wanted.markdown.write_text(page_without_mutation(wanted.markdown) + MUTATION_MARK + text, encoding="utf-8")
+        args.markdown.write_text(page_without_mutation(args.markdown) + MUTATION_MARK + text, encoding="utf-8")
 
 
 if __name__ == "__main__":

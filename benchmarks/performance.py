@@ -1,4 +1,4 @@
-"""What using asymswap costs beside its targets: start-up, the commands of the first minute, converting over its floor.
+"""Costs of asymswap beside their targets: start-up, the first commands, converting above its floor.
 
     python benchmarks/performance.py [--runs 5] [--out build/performance.json] [--markdown docs/results/performance.md]
 
@@ -63,7 +63,7 @@ COLUMNS = ["command", "min s", "median s", "peak MB"]
 
 @dataclass(frozen=True)
 class Target:
-    """A figure, what it may be at most, and what it is measured in."""
+    """A figure, its limit, and its unit."""
 
     name: str
     value: float
@@ -79,7 +79,7 @@ class Target:
 
 
 def split(command: str) -> list[str]:
-    """The command as a process is given it."""
+    """The arguments of the process."""
     if command in SCRIPTS:
         return [sys.executable, "-c", SCRIPTS[command]]
     return [ASYMSWAP, *command.split()[1:]]
@@ -152,19 +152,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("build/performance.json"))
     parser.add_argument("--markdown", type=Path, help="write this page as well")
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run_well([sys.executable, "-c", SAVE.format(name="resnet18", file="resnet18.pt")], Path(folder))
-        runs = interleaved({command: split(command) for command in COMMANDS}, wanted.runs, Path(folder))
+        runs = interleaved({command: split(command) for command in COMMANDS}, args.runs, Path(folder))
     found = {command: summary(each) for command, each in runs.items()}
     judged: dict[str, Any] = {
         target.name: {"measured": target.value, "at most": target.most} for target in targets(found)
     }
     print(machine_text(), "", table(COLUMNS, rows(found)), "", disturbance(found), "", sep="\n")
     print(table(TARGETS, [target.cells() for target in targets(found)]))
-    write_json(wanted.out, {"machine": machine(), "runs": wanted.runs, "commands": found, "targets": judged})
-    if wanted.markdown:
-        wanted.markdown.write_text(markdown(found, wanted.runs), encoding="utf-8")
+    write_json(args.out, {"machine": machine(), "runs": args.runs, "commands": found, "targets": judged})
+    if args.markdown:
+        args.markdown.write_text(markdown(found, args.runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page that benchmarks/fuzz.py, kill.py and mutate.py write together: docs/results/robustness.md.
+"""docs/results/robustness.md, which benchmarks/fuzz.py, kill.py and mutate.py write together.
 
 The first two share a file of results and write everything before the mark; mutate.py writes what follows it.
 """
@@ -85,7 +85,7 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
 
 
 def page_without_mutation(path: Path) -> str:
-    """What fuzz.py and kill.py have written of the page."""
+    """The part of the page that fuzz.py and kill.py have written."""
     return path.read_text(encoding="utf-8").partition(MUTATION_MARK)[0] if path.exists() else ""
 
 

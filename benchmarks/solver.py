@@ -1,4 +1,4 @@
-"""How far the solution of a pair is from the least error there is, and what it takes, by the size of the covariance.
+"""How far the error of a solved pair is above the smallest possible one, and how long solving takes.
 
     python benchmarks/solver.py --calibration-cache resnet20.safetensors dncnn.safetensors [--minutes 10] [--seed 0]
         [--out benchmarks/results/solver.json] [--markdown docs/results/calibration-experiments.md]
@@ -117,12 +117,12 @@ def measure(
     }
 
 
-def survey(wanted: argparse.Namespace) -> list[dict[str, Any]]:
+def survey(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure drawn cases until the minutes are over, each source in its turn."""
-    draw = random.Random(wanted.seed)
-    sources = [(file.stem, list(load_statistics(file)[0].items())) for file in wanted.statistics]
+    draw = random.Random(args.seed)
+    sources = [(file.stem, list(load_statistics(file)[0].items())) for file in args.statistics]
     found: list[dict[str, Any]] = []
-    end = time.monotonic() + 60 * wanted.minutes
+    end = time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
         number = len(found) % (len(sources) + 1)
         if number == len(sources):
@@ -138,10 +138,10 @@ def survey(wanted: argparse.Namespace) -> list[dict[str, Any]]:
 
 def rows_of(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each source and one for all: the gaps in percent, and the processor time of a solution."""
-    told = [case for case in found if case["error"] > EXACT]
+    inexact = [case for case in found if case["error"] > EXACT]
     rows = []
-    for name in [*dict.fromkeys(case["layer"].split()[0] for case in told), "all"]:
-        some = [case for case in told if name in ("all", case["layer"].split()[0])]
+    for name in [*dict.fromkeys(case["layer"].split()[0] for case in inexact), "all"]:
+        some = [case for case in inexact if name in ("all", case["layer"].split()[0])]
         gaps = sorted(case["above"] for case in some)
         at_ninety = gaps[int(0.9 * (len(gaps) - 1))]
         figures = [f"{100 * gap:.2f}" for gap in (median(gaps), at_ninety, gaps[-1])]
@@ -170,16 +170,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--markdown", type=Path)
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    found = survey(wanted)
+    found = survey(args)
     print(markdown_table(COLUMNS, rows_of(found)))
     for case in sorted(found, key=lambda case: -case["above"] * (case["error"] > EXACT))[:8]:
         print(f"{100 * case['above']:.2f} % {case}")
-    if wanted.out is not None:
-        write_json(wanted.out, {"state": state(), "cases": found})
-    if wanted.markdown is not None:
-        write_section(wanted.markdown, found)
+    if args.out is not None:
+        write_json(args.out, {"state": state(), "cases": found})
+    if args.markdown is not None:
+        write_section(args.markdown, found)
 
 
 if __name__ == "__main__":

@@ -75,17 +75,17 @@ class Method:
 class Bench:
     """The network and the images of this run."""
 
-    def __init__(self, wanted: argparse.Namespace) -> None:
-        self.wanted = wanted
-        self.opened: OpenedModel = open_model(wanted.model, Request(arch=wanted.arch))
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.opened: OpenedModel = open_model(args.model, Request(arch=args.arch))
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
-        self.test = in_memory(self._open("test"), None if wanted.test_images is None else wanted.test_images)
+        self.test = in_memory(self._open("test"), None if args.test_images is None else args.test_images)
         self.train = self._open("train")
         self.original = evaluate(self.opened.model, self.test).top1
         self._sites: list[Site] | None = None
 
     def _open(self, part: Part) -> LabelledImages:
-        return open_data(self.wanted.data, self.opened.source.preprocessing, part)
+        return open_data(self.args.data, self.opened.source.preprocessing, part)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -99,24 +99,24 @@ class Bench:
             "original": self.original,
             "test": f"{len(self.test)} images of {len(self.test.classes)} classes",
             "train": f"{len(self.train)} images",
-            "calibration_images": self.wanted.calibration_images,
+            "calibration_images": self.args.calibration_images,
         }
 
     def convert(self, recipe: str, overrides: Mapping[str, Any], calibration: Any = None) -> asymswap.Conversion:
         """Convert the model, read anew from its file."""
-        wanted = self.wanted
-        return asymswap.convert(wanted.model, recipe, overrides=overrides, calibration=calibration, arch=wanted.arch)
+        args = self.args
+        return asymswap.convert(args.model, recipe, overrides=overrides, calibration=calibration, arch=args.arch)
 
     def calibration(self, seed: int, **options: Any) -> asymswap.Calibration:
         """The calibration images of a seed."""
         return asymswap.Calibration(
-            **{"data": self.wanted.data, "images": self.wanted.calibration_images, "seed": seed, **options}
+            **{"data": self.args.data, "images": self.args.calibration_images, "seed": seed, **options}
         )
 
     def sites(self) -> list[Site]:
         """The convs that recipe 3x3-only swaps."""
         if self._sites is None:
-            rows = asymswap.candidates(self.wanted.model, recipe="3x3-only", arch=self.wanted.arch).rows
+            rows = asymswap.candidates(self.args.model, recipe="3x3-only", arch=self.args.arch).rows
             self._sites = [row.site for row in rows if row.reason is None]
         return self._sites
 
@@ -169,17 +169,17 @@ def layer_by_layer(bench: Bench, budget: float, seed: int) -> asymswap.Conversio
     return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=True))
 
 
-def polish_option(wanted: argparse.Namespace) -> tuple[str, float]:
+def polish_option(args: argparse.Namespace) -> tuple[str, float]:
     """How long to polish, as Calibration takes it."""
-    if wanted.polish_minutes is not None:
-        return "polish_minutes", wanted.polish_minutes
-    return "polish_steps", wanted.polish_steps
+    if args.polish_minutes is not None:
+        return "polish_minutes", args.polish_minutes
+    return "polish_steps", args.polish_steps
 
 
 def polished(bench: Bench, budget: float, seed: int) -> asymswap.Conversion:
     """Then trained to answer as the original does."""
-    wanted = bench.wanted
-    options = {**dict([polish_option(wanted)]), "polish_images": wanted.polish_images}
+    args = bench.args
+    options = {**dict([polish_option(args)]), "polish_images": args.polish_images}
     return bench.convert("half-macs", {"budget.macs": budget}, bench.calibration(seed, sequential=True, **options))
 
 
@@ -251,8 +251,8 @@ def run_ours(bench: Bench, book: Book, name: str, budget: float, seed: int) -> N
         entry["threads"] = torch.get_num_threads()
         entry["stages"] = conversion.report.seconds
         if name == "polish":
-            option, value = polish_option(bench.wanted)
-            entry["note"] = f"{option} {value:g} on {bench.wanted.polish_images} images"
+            option, value = polish_option(bench.args)
+            entry["note"] = f"{option} {value:g} on {bench.args.polish_images} images"
         entry["macs"] = count_costs(conversion.model, bench.opened.example()).total.macs / bench.macs
         entry["top1"] = evaluate(conversion.model, bench.test).top1
         if conversion.report.calibration is not None:
@@ -265,7 +265,7 @@ class Peers:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.folder: Path = bench.wanted.peer_env
+        self.folder: Path = bench.args.peer_env
         self.python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         self._refused: dict[tuple[str, ...], str | None] = {}
         self._bundle: str | None = None
@@ -304,7 +304,7 @@ class Peers:
         reference = origin.reference.partition("@")[0]
         if builders.canonical(reference) is None:
             return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"
-        chosen = in_memory(bench.train, bench.wanted.calibration_images, bench.wanted.seeds[0])
+        chosen = in_memory(bench.train, bench.args.calibration_images, bench.args.seeds[0])
         self.images = images_hash(lambda: iter([(0, chosen.images.tensors[0])]))
         self._bundle = str(Path(self._work.name) / "bundle.pt")
         torch.save(
@@ -326,7 +326,7 @@ class Peers:
 
     def run(self, book: Book, script: str, budget: float) -> None:
         """One run of a script, which gives a row for each of its variants."""
-        seed = self.bench.wanted.seeds[0]
+        seed = self.bench.args.seeds[0]
         names = [name for name, method in METHODS.items() if method.script == script]
         method = METHODS[names[0]]
         entry: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
@@ -346,11 +346,11 @@ class Peers:
         out = Path(self._work.name) / "rows.json"
         out.unlink(missing_ok=True)
         command = [str(self.python.absolute()), str(PEERS / method.script), str(self._bundle), str(budget), str(out)]
-        if method.keeps_scores and self.bench.wanted.reuse_scores:
+        if method.keeps_scores and self.bench.args.reuse_scores:
             command += ["--scores", str(self.scores().absolute())]
         reason = None
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.bench.wanted.peer_timeout)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.bench.args.peer_timeout)
             if done.returncode < 0:
                 reason = f"killed by signal {-done.returncode}"
             elif done.returncode:
@@ -368,15 +368,15 @@ def last_line(text: str) -> str:
 
 def run_all(bench: Bench, book: Book) -> None:
     """Everything that is still lacking, budget by budget."""
-    wanted = bench.wanted
+    args = bench.args
     peers = Peers(bench)
-    first, *rest = wanted.seeds
-    ours = [name for name in wanted.methods if METHODS[name].run is not None]
-    for budget in wanted.budgets:
+    first, *rest = args.seeds
+    ours = [name for name in args.methods if METHODS[name].run is not None]
+    for budget in args.budgets:
         for name in ours:
             if book.lacks(name, budget, first):
                 run_ours(bench, book, name, budget, first)
-        scripts = dict.fromkeys(METHODS[name].script for name in wanted.methods if METHODS[name].script)
+        scripts = dict.fromkeys(METHODS[name].script for name in args.methods if METHODS[name].script)
         for script in scripts:
             names = [name for name, method in METHODS.items() if method.script == script]
             if any(book.lacks(name, budget, first) for name in names):
@@ -412,13 +412,13 @@ def cell(book: Book, name: str, budget: float, seeds: Sequence[int]) -> Cell | N
     return Cell(**means, spread=max(accuracies) - min(accuracies), seeds=len(done))
 
 
-def grid(book: Book, wanted: argparse.Namespace, show: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
+def grid(book: Book, args: argparse.Namespace, show: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one table: methods by budgets."""
-    budgets = sorted(wanted.budgets, reverse=True)
+    budgets = sorted(args.budgets, reverse=True)
     rows = []
     for name in shown(book):
         method = METHODS[name]
-        cells = [cell(book, name, budget, wanted.seeds) for budget in budgets]
+        cells = [cell(book, name, budget, args.seeds) for budget in budgets]
         texts = ["-" if one is None else "failed" if one.failed else show(one) for one in cells]
         rows.append([method.title, "yes" if method.labels else "no", *texts])
     return ["method", "labels", *(f"{budget:g}" for budget in budgets)], rows
@@ -464,15 +464,15 @@ TABLES = {
 }
 
 
-def against_aimet(book: Book, wanted: argparse.Namespace) -> list[str]:
+def against_aimet(book: Book, args: argparse.Namespace) -> list[str]:
     """How many times faster than AIMET's auto mode, budget by budget."""
     lines = []
-    for budget in sorted(wanted.budgets, reverse=True):
-        aimet = cell(book, "aimet", budget, wanted.seeds)
+    for budget in sorted(args.budgets, reverse=True):
+        aimet = cell(book, "aimet", budget, args.seeds)
         if aimet is None or aimet.seconds is None or aimet.cpu_seconds is None:
             continue
         for name in ("one-pass", "sequential", "polish"):
-            ours = cell(book, name, budget, wanted.seeds)
+            ours = cell(book, name, budget, args.seeds)
             if ours is not None and ours.seconds and ours.cpu_seconds:
                 wall, cpu = aimet.seconds / ours.seconds, aimet.cpu_seconds / ours.cpu_seconds
                 lines.append(
@@ -482,64 +482,62 @@ def against_aimet(book: Book, wanted: argparse.Namespace) -> list[str]:
     return lines
 
 
-def failures(book: Book, wanted: argparse.Namespace) -> list[str]:
+def failures(book: Book, args: argparse.Namespace) -> list[str]:
     """One line for each method and reason, and one where the peers had other images than we."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for name in shown(book):
-        for budget in sorted(wanted.budgets, reverse=True):
-            one = cell(book, name, budget, wanted.seeds)
+        for budget in sorted(args.budgets, reverse=True):
+            one = cell(book, name, budget, args.seeds)
             if one is not None and one.failed:
                 reasons.setdefault((METHODS[name].title, one.failed), []).append(f"{budget:g}")
     lines = [f"{title} at {', '.join(budgets)} failed: {reason}" for (title, reason), budgets in reasons.items()]
-    first = wanted.seeds[0]
+    first = args.seeds[0]
     hashes = {
         entry["images"]
         for name in METHODS
-        for budget in wanted.budgets
+        for budget in args.budgets
         if name != "polish"  # it may have more
         if (entry := book.get(name, budget, first)) is not None and "images" in entry
     }
     return lines if len(hashes) < 2 else [*lines, "the calibration images were not the same for all: these tables lie"]
 
 
-def remarks(book: Book, wanted: argparse.Namespace) -> list[str]:
+def remarks(book: Book, args: argparse.Namespace) -> list[str]:
     """What the entries say of themselves, one line for each method and note; what failed, and what was left out."""
     notes: dict[tuple[str, str], list[str]] = {}
     for name in shown(book):
         method = METHODS[name]
-        for budget in sorted(wanted.budgets, reverse=True):
-            entry = book.get(name, budget, wanted.seeds[0])
+        for budget in sorted(args.budgets, reverse=True):
+            entry = book.get(name, budget, args.seeds[0])
             if entry is not None and entry.get("note") and not method.variant:
                 notes.setdefault((method.title, entry["note"]), []).append(f"{budget:g}")
-            one = cell(book, name, budget, wanted.seeds)
+            one = cell(book, name, budget, args.seeds)
             if method.seeded and one is not None and one.seeds:
                 notes.setdefault((method.title, f"{one.seeds} draw{'s' * (one.seeds > 1)} of images"), []).append(
                     f"{budget:g}"
                 )
     lines = [f"{title} at {', '.join(budgets)}: {note}" for (title, note), budgets in notes.items()]
-    return [*lines, *left_out(book, wanted), *failures(book, wanted)]
+    return [*lines, *left_out(book, args), *failures(book, args)]
 
 
-def left_out(book: Book, wanted: argparse.Namespace) -> list[str]:
+def left_out(book: Book, args: argparse.Namespace) -> list[str]:
     """What was not tried, one line for each method."""
     lines = []
     for name in shown(book):
-        missing = [
-            budget for budget in sorted(wanted.budgets, reverse=True) if not cell(book, name, budget, wanted.seeds)
-        ]
+        missing = [budget for budget in sorted(args.budgets, reverse=True) if not cell(book, name, budget, args.seeds)]
         if missing:
             lines.append(f"{METHODS[name].title} at {', '.join(f'{budget:g}' for budget in missing)}: not run")
     return lines
 
 
-def print_tables(book: Book, wanted: argparse.Namespace) -> None:
+def print_tables(book: Book, args: argparse.Namespace) -> None:
     """Everything, for the terminal."""
     for title, show in TABLES.items():
-        print(f"\n{title}, by MACs kept\n{table(*grid(book, wanted, show))}")
-    print("", *against_aimet(book, wanted), *remarks(book, wanted), sep="\n")
+        print(f"\n{title}, by MACs kept\n{table(*grid(book, args, show))}")
+    print("", *against_aimet(book, args), *remarks(book, args), sep="\n")
 
 
-def markdown(book: Book, wanted: argparse.Namespace) -> str:
+def markdown(book: Book, args: argparse.Namespace) -> str:
     """The document."""
     setting, on = book.data["setting"], book.data["machine"]
     versions = {"asymswap": on["asymswap"], "torch": on["torch"], "torchvision": on["torchvision"]}
@@ -548,11 +546,11 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         versions |= entry.get("versions", {})
         if "threads" in entry:
             threads.add(entry["threads"])
-    beside = wanted.markdown is not None and wanted.picture.parent == wanted.markdown.parent
+    beside = args.markdown is not None and args.picture.parent == args.markdown.parent
     lines = [
         "# Accuracy over MACs kept",
         "",
-        *([f"![Top-1 accuracy over the MACs kept]({wanted.picture.name})", ""] if beside else []),
+        *([f"![Top-1 accuracy over the MACs kept]({args.picture.name})", ""] if beside else []),
         "<!-- Written by benchmarks/studies/accuracy_at_budget.py; change that, not this. -->",
         "",
         f"Network `{setting['network']}` ({setting['weights']}; {setting['macs'] / 1e6:.1f} MMACs), "
@@ -567,16 +565,16 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
         "AIMET needs labels: its evaluation callback got those of the calibration images.",
     ]
     for title, show in TABLES.items():
-        lines += ["", f"## {title}", "", markdown_table(*grid(book, wanted, show), left=2)]
+        lines += ["", f"## {title}", "", markdown_table(*grid(book, args, show), left=2)]
         if title == "Seconds":
             lines += [
                 "",
                 "Time of the method alone, at the load in the last table. Ours includes loading the model, decoding "
                 "the images and measuring for the report; the peers have model and images in memory.",
                 "",
-                *(f"- {line}" for line in against_aimet(book, wanted)),
+                *(f"- {line}" for line in against_aimet(book, args)),
             ]
-    lines += ["", "## Settings", "", *(f"- {line}" for line in remarks(book, wanted))]
+    lines += ["", "## Settings", "", *(f"- {line}" for line in remarks(book, args))]
     lines += [
         "- asymswap: recipe `3x3-only` with the same ratio for every conv (uniform ranks), else `half-macs` with the "
         "budget.",
@@ -590,20 +588,20 @@ def markdown(book: Book, wanted: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(book: Book, wanted: argparse.Namespace) -> str:
+def draw(book: Book, args: argparse.Namespace) -> str:
     """Draw the picture; returns what there is to say about it."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        return f"no picture {wanted.picture}: it needs matplotlib (pip install matplotlib)"
+        return f"no picture {args.picture}: it needs matplotlib (pip install matplotlib)"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    budgets = sorted(wanted.budgets)
+    budgets = sorted(args.budgets)
     axes.axhline(100 * book.data["setting"]["original"], color="black", linewidth=0.8, linestyle=":", label="original")
     for name in shown(book):
-        cells = [cell(book, name, budget, wanted.seeds) for budget in budgets]
+        cells = [cell(book, name, budget, args.seeds) for budget in budgets]
         points = [(one.macs, 100 * one.top1) for one in cells if one is not None and one.top1 is not None]
         if points:
             ours = METHODS[name].run is not None
@@ -613,9 +611,9 @@ def draw(book: Book, wanted: argparse.Namespace) -> str:
     axes.set_ylabel("top-1 accuracy in %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    wanted.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(wanted.picture, dpi=150)
-    return f"picture: {wanted.picture}"
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=150)
+    return f"picture: {args.picture}"
 
 
 def parse() -> argparse.Namespace:
@@ -647,15 +645,15 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    wanted = parse()
-    bench = Bench(wanted)
-    book = Book(wanted.out, bench.setting)
+    args = parse()
+    bench = Bench(args)
+    book = Book(args.out, bench.setting)
     run_all(bench, book)
-    print_tables(book, wanted)
-    if wanted.markdown is not None:
-        wanted.markdown.parent.mkdir(parents=True, exist_ok=True)
-        wanted.markdown.write_text(markdown(book, wanted), encoding="utf-8")
-    print("", draw(book, wanted), sep="\n")
+    print_tables(book, args)
+    if args.markdown is not None:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(markdown(book, args), encoding="utf-8")
+    print("", draw(book, args), sep="\n")
 
 
 if __name__ == "__main__":

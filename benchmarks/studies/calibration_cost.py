@@ -127,30 +127,30 @@ def key_of(model: str, way: str, images: int) -> str:
     return f"{model}|{way}|{images}"
 
 
-def survey(wanted: argparse.Namespace) -> dict[str, Any]:
+def survey(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the JSON lacks, the cheapest first, and write it after each run."""
-    data = {**read_json(wanted.out, {"runs": {}}), "threads": threads()}
+    data = {**read_json(args.out, {"runs": {}}), "threads": threads()}
     lacking = [
         (model, way, images)
-        for images in sorted(wanted.images)
-        for model in wanted.models
-        for way in wanted.ways
+        for images in sorted(args.images)
+        for model in args.models
+        for way in args.ways
         if "stages" not in data["runs"].get(key_of(model, way, images), {})
     ]
     if not lacking:
         return data
     with tempfile.TemporaryDirectory() as folder:
-        data["reading_ms"] = round(1e3 * make_images(Path(folder), max(wanted.images) + HELD_BACK), 3)
+        data["reading_ms"] = round(1e3 * make_images(Path(folder), max(args.images) + HELD_BACK), 3)
         for number, (model, way, images) in enumerate(lacking, start=1):
-            row = measure(model, way, images, Path(folder), wanted.timeout)
+            row = measure(model, way, images, Path(folder), args.timeout)
             data["runs"][key_of(model, way, images)] = row
-            write_json(wanted.out, data)
+            write_json(args.out, data)
             print(f"{number}/{len(lacking)} {'  '.join([model, way, str(images), *cells(row)])}", file=sys.stderr)
     return data
 
 
 def threads() -> int:
-    """How many threads torch takes."""
+    """The number of threads of torch."""
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
@@ -194,7 +194,7 @@ def line_cells(line: Line) -> list[str]:
 
 
 def findings(data: dict[str, Any]) -> list[str]:
-    """What the tables come to, in sentences."""
+    """Summarise the tables in sentences."""
     done = [item for item in known(data) if "failed" not in item[3]]
     found = []
     for stage, what in (("whole process", "Seconds"), ("processor", "Processor seconds")):
@@ -275,13 +275,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    wanted = parse()
-    data = survey(wanted)
+    args = parse()
+    data = survey(args)
     rows = [[model, way, f"{images}", *cells(row)] for model, way, images, row in known(data)]
     print(machine_text(), "", table(COLUMNS, rows), "", table(FIT_COLUMNS, fit_rows(data)), "", sep="\n")
     print(*findings(data), sep="\n")
-    if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -357,39 +357,39 @@ def kept_bytes(model: Any, setting: Setting) -> int:
     return sum(storages.values()) + 4 * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def wanted_runs(wanted: argparse.Namespace) -> Iterator[Run]:
+def wanted_runs(args: argparse.Namespace) -> Iterator[Run]:
     """All of them; on large images the kind whose training takes longest by far comes at the end."""
     slow = ["predicted-offset"]
-    for data in wanted.data:
-        late = [] if SETTINGS[data].together else [kind for kind in wanted.kinds if kind in slow]
-        early = [kind for kind in wanted.kinds if kind not in late]
+    for data in args.data:
+        late = [] if SETTINGS[data].together else [kind for kind in args.kinds if kind in slow]
+        early = [kind for kind in args.kinds if kind not in late]
         for kinds in (early, late):
             seeds = range(SETTINGS[data].seeds)
-            for network, seed, way, kind in itertools.product(wanted.networks, seeds, wanted.ways, kinds):
+            for network, seed, way, kind in itertools.product(args.networks, seeds, args.ways, kinds):
                 yield Run(data, network, way, kind, seed)
 
 
 def main() -> None:
-    wanted = parse()
-    end = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
-    if wanted.run is None and "cifar10" in wanted.data and wanted.minutes != 0:
-        wanted.cifar10 = packed(wanted.cifar10, wanted.work)
-    bench = Bench(wanted.out, wanted.work, {"digits": "digits", "cifar10": wanted.cifar10})
-    if wanted.run is not None:
-        for fields in json.loads(wanted.run):
+    args = parse()
+    end = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    if args.run is None and "cifar10" in args.data and args.minutes != 0:
+        args.cifar10 = packed(args.cifar10, args.work)
+    bench = Bench(args.out, args.work, {"digits": "digits", "cifar10": args.cifar10})
+    if args.run is not None:
+        for fields in json.loads(args.run):
             if time.monotonic() < end:
                 bench.train(Run(**fields))
         return
-    runs = list(wanted_runs(wanted))
+    runs = list(wanted_runs(args))
     for group in _processes(runs):
         lacking = bench.lacking(group)
         # A plain network comes before what is converted from it.
         ordered = sorted(lacking, key=lambda run: (run != run.plain, group.index(run) if run in group else -1))
         if ordered and time.monotonic() < end:
-            _in_a_process(ordered, wanted, end)
+            _in_a_process(ordered, args, end)
     print(f"{len(set(runs) - bench.lacking(runs))} of {len(runs)} runs are there")
-    if wanted.markdown is not None:
-        write_page(wanted.markdown, wanted.out, vars(wanted) | {"settings": SETTINGS, "about": ABOUT})
+    if args.markdown is not None:
+        write_page(args.markdown, args.out, vars(args) | {"settings": SETTINGS, "about": ABOUT})
 
 
 def _processes(runs: Sequence[Run]) -> Iterator[list[Run]]:
@@ -403,12 +403,12 @@ def _processes(runs: Sequence[Run]) -> Iterator[list[Run]]:
             yield from ([run] for run in some)
 
 
-def _in_a_process(runs: Sequence[Run], wanted: argparse.Namespace, end: float) -> None:
-    command = [sys.executable, __file__, "--out", str(wanted.out), "--work", str(wanted.work)]
-    command += ["--cifar10", str(wanted.cifar10), "--run", json.dumps([vars(run) for run in runs])]
+def _in_a_process(runs: Sequence[Run], args: argparse.Namespace, end: float) -> None:
+    command = [sys.executable, __file__, "--out", str(args.out), "--work", str(args.work)]
+    command += ["--cifar10", str(args.cifar10), "--run", json.dumps([vars(run) for run in runs])]
     if math.isfinite(end):
         command += ["--minutes", str((end - time.monotonic()) / 60)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(wanted.threads)}, check=False)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}, check=False)
     if done.returncode:
         sys.exit(f"{runs[0].name} ended with {done.returncode}")
 

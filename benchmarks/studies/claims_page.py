@@ -61,20 +61,20 @@ class Result:
 
 
 class Book:
-    """All results that there are."""
+    """All results."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.results = {(one.data, one.network, one.way, one.kind, one.seed): one for one in results}
 
-    def some(self, **wanted: Any) -> list[Result]:
-        """Those whose fields are these, by seed."""
-        chosen = [one for one in self.results.values() if all(getattr(one, key) == wanted[key] for key in wanted)]
+    def some(self, **fields: Any) -> list[Result]:
+        """Results with these fields, by seed."""
+        chosen = [one for one in self.results.values() if all(getattr(one, key) == fields[key] for key in fields)]
         return sorted(chosen, key=lambda one: (one.network, one.seed))
 
-    def pairs(self, **wanted: Any) -> list[tuple[Result, Result]]:
-        """Each of those with the plain network that it must be compared with, where that is there."""
+    def pairs(self, **fields: Any) -> list[tuple[Result, Result]]:
+        """Each of these results with the plain network to compare it with, if there is one."""
         found = []
-        for one in self.some(**wanted):
+        for one in self.some(**fields):
             plain = self.results.get((one.data, one.network, one.way, PLAIN, one.seed))
             if plain is not None:
                 found.append((one, plain))
@@ -100,10 +100,10 @@ class Difference:
 def difference(
     pairs: Sequence[tuple[Result, Result]], of: Callable[[Result], float], grain: float = 0.0
 ) -> Difference | None:
-    """How much more the first of each pair has than the second.
+    """The difference of the first and the second of each pair.
 
-    `grain` is what one test image counts: the deviation over the pairs is not taken for less, for a few differences
-    that happen to be equal do not make an accuracy finer than that.
+    `grain` is the weight of one test image: the deviation over the pairs is never taken to be less, because a few
+    differences that happen to be equal do not make accuracy finer than that.
     """
     from scipy import stats
 
@@ -120,8 +120,8 @@ def difference(
 
 
 def verdicts(found: Sequence[Difference]) -> list[str]:
-    """What may be said of "better than plain": the tests of all together err in one page of twenty (Holm, 1979)."""
-    told = []
+    """Verdicts on "better than plain", corrected so that one page in twenty has any wrong one (Holm, 1979)."""
+    verdict = []
     corrected: dict[int, float] = {}
     largest = 0.0
     for place, number in enumerate(sorted(range(len(found)), key=lambda n: found[n].p)):
@@ -129,40 +129,40 @@ def verdicts(found: Sequence[Difference]) -> list[str]:
         corrected[number] = largest
     for number, one in enumerate(found):
         if one.pairs < ENOUGH or one.p >= 0.05:
-            told.append("not decided")
+            verdict.append("not decided")
         elif corrected[number] >= 0.05:
-            told.append(f"not decided, leans to {'yes' if one.mean > 0 else 'no'}")
+            verdict.append(f"not decided, leans to {'yes' if one.mean > 0 else 'no'}")
         else:
-            told.append("holds" if one.mean > 0 else "does not hold")
-    return told
+            verdict.append("holds" if one.mean > 0 else "does not hold")
+    return verdict
 
 
-def write_page(page: Path, out: Path, wanted: Mapping[str, Any]) -> None:
-    """Write the page and its pictures; `wanted` names data, networks, kinds, ways and the settings."""
+def write_page(page: Path, out: Path, study: Mapping[str, Any]) -> None:
+    """Write the page and its pictures; `study` names data, networks, kinds, ways and the settings."""
     book = Book(read(out))
-    seeds = sum(wanted["settings"][data].seeds for data in wanted["data"])
-    runs = seeds * math.prod(len(wanted[name]) for name in ("networks", "ways", "kinds"))
+    seeds = sum(study["settings"][data].seeds for data in study["data"])
+    runs = seeds * math.prod(len(study[name]) for name in ("networks", "ways", "kinds"))
     state = f"**{len(book.results)} of {runs} runs are done**; see [what is missing](#what-is-missing).\n"
     parts = [
         INTRODUCTION,
         state,
-        _claims(book, wanted),
+        _claims(book, study),
         _inference(book),
-        _setting(book, wanted),
-        _missing(book, wanted),
+        _setting(book, study),
+        _missing(book, study),
     ]
-    for data in wanted["data"]:
-        for way in wanted["ways"]:
+    for data in study["data"]:
+        for way in study["ways"]:
             if book.some(data=data, way=way):
                 picture = page.with_name(f"claims-{data}-{way}.svg")
-                _draw(book, data, way, wanted, picture)
-                parts.append(_tables(book, data, way, wanted, picture.name))
+                _draw(book, data, way, study, picture)
+                parts.append(_tables(book, data, way, study, picture.name))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
 def read(out: Path) -> list[Result]:
-    """Every result in the file; its key says of what run it is."""
+    """Every result in the file; the key identifies its run."""
     found = []
     for key, content in read_json(out, {}).items():
         name = re.fullmatch(r"([^/]+)/(.+)-(scratch|converted)-(.+)-(\d+)", key)
@@ -172,7 +172,7 @@ def read(out: Path) -> list[Result]:
     return found
 
 
-def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
+def _claims(book: Book, study: Mapping[str, Any]) -> str:
     lines = [
         "## The claims",
         "",
@@ -183,7 +183,7 @@ def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
         "chance. Everything else is *not decided*. The intervals are about other seeds: the test images are always "
         "the same (360 of digits, one of which is 0.28 points; 2,000 of CIFAR-10), and so are the networks.",
     ]
-    rows = _judged(book, wanted)
+    rows = _judged(book, study)
     for claim, about in (
         ("They converge faster", "averaged over all epochs"),
         ("They recognise better", LAST),
@@ -193,7 +193,7 @@ def _claims(book: Book, wanted: Mapping[str, Any]) -> str:
         cells = [[TITLES[r.data], r.way, r.kind, r.of_which, str(r.found), _chance(r.found.p), r.verdict] for r in mine]
         lines += ["", f"### {claim}", "", _summary(mine), "", f"Difference in accuracy {about}:", ""]
         lines += [markdown_table(columns, cells, left=4)]
-    return "\n".join([*lines, "", "### They need fewer parameters and less computation", "", _costs(book, wanted)])
+    return "\n".join([*lines, "", "### They need fewer parameters and less computation", "", _costs(book, study)])
 
 
 LAST = "after the last epoch"
@@ -201,7 +201,7 @@ LAST = "after the last epoch"
 
 @dataclass(frozen=True)
 class Judged:
-    """One line of the tables of the claims."""
+    """One row of the tables of the claims."""
 
     claim: str
     data: str
@@ -212,28 +212,26 @@ class Judged:
     verdict: str = ""
 
 
-def _judged(book: Book, wanted: Mapping[str, Any]) -> list[Judged]:
+def _judged(book: Book, study: Mapping[str, Any]) -> list[Judged]:
     """All comparisons of which there is at least one pair, judged together."""
     rows = []
     claims: dict[str, Callable[[Result], float]] = {
         "They converge faster": lambda one: one.speed,
         "They recognise better": lambda one: one.final,
     }
-    for (claim, of), data, way, kind in itertools.product(
-        claims.items(), wanted["data"], wanted["ways"], _kinds(wanted)
-    ):
+    for (claim, of), data, way, kind in itertools.product(claims.items(), study["data"], study["ways"], _kinds(study)):
         pairs = book.pairs(data=data, way=way, kind=kind)
-        found = difference(pairs, of, 100 / wanted["settings"][data].test)
+        found = difference(pairs, of, 100 / study["settings"][data].test)
         if found is not None:
             counts = Counter(one.network for one, _ in pairs)
             of_which = ", ".join(f"{network} {count}" for network, count in counts.items())
             rows.append(Judged(claim, data, way, kind, of_which, found))
-    told = verdicts([row.found for row in rows])
-    return [replace(row, verdict=verdict) for row, verdict in zip(rows, told, strict=True)]
+    found_verdicts = verdicts([row.found for row in rows])
+    return [replace(row, verdict=verdict) for row, verdict in zip(rows, found_verdicts, strict=True)]
 
 
-def _kinds(wanted: Mapping[str, Any]) -> list[str]:
-    return [kind for kind in wanted["kinds"] if kind != PLAIN]
+def _kinds(study: Mapping[str, Any]) -> list[str]:
+    return [kind for kind in study["kinds"] if kind != PLAIN]
 
 
 def _chance(p: float) -> str:
@@ -245,14 +243,14 @@ def _summary(rows: Sequence[Judged]) -> str:
     by_verdict: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         by_verdict[row.verdict].append(f"`{row.kind}` on {TITLES[row.data]}, {row.way}: {row.found}")
-    told = [f"**{name.capitalize()}**: {'; '.join(by_verdict[name])}." for name in sorted(by_verdict)]
-    return "\n\n".join(told or ["**Not decided**: nothing measured yet."])
+    paragraphs = [f"**{name.capitalize()}**: {'; '.join(by_verdict[name])}." for name in sorted(by_verdict)]
+    return "\n\n".join(paragraphs or ["**Not decided**: nothing measured yet."])
 
 
-def _costs(book: Book, wanted: Mapping[str, Any]) -> str:
-    """What the kinds cost of the plain network's parameters and MACs, which no seed changes."""
+def _costs(book: Book, study: Mapping[str, Any]) -> str:
+    """Costs of the kinds relative to the plain network; they are the same for all seeds."""
     rows, fewer, more = [], [], []
-    for kind in _kinds(wanted):
+    for kind in _kinds(study):
         cells: dict[str, list[float]] = defaultdict(list)
         for one, plain in book.pairs(kind=kind):
             for form, cost in (("trained", one.found), ("fused", one.found.get("fused", one.found))):
@@ -311,13 +309,13 @@ def _inference(book: Book) -> str:
     return "\n".join(lines)
 
 
-def _setting(book: Book, wanted: Mapping[str, Any]) -> str:
+def _setting(book: Book, study: Mapping[str, Any]) -> str:
     lines = ["", "## What was trained", ""]
-    lines += [f"- {line}" for line in wanted["about"]]
-    for data in wanted["data"]:
-        setting = wanted["settings"][data]
+    lines += [f"- {line}" for line in study["about"]]
+    for data in study["data"]:
+        setting = study["settings"][data]
         sizes = []
-        for network in wanted["networks"]:
+        for network in study["networks"]:
             plain = book.some(data=data, network=network, kind=PLAIN)
             if plain:
                 found = plain[0].found
@@ -333,20 +331,20 @@ def _setting(book: Book, wanted: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _missing(book: Book, wanted: Mapping[str, Any]) -> str:
+def _missing(book: Book, study: Mapping[str, Any]) -> str:
     lines, all_runs = [], 0
-    for data in wanted["data"]:
-        seeds = range(wanted["settings"][data].seeds)
-        for network in wanted["networks"]:
-            for way in wanted["ways"]:
+    for data in study["data"]:
+        seeds = range(study["settings"][data].seeds)
+        for network in study["networks"]:
+            for way in study["ways"]:
                 gaps = []
-                for kind in wanted["kinds"]:
+                for kind in study["kinds"]:
                     there = {one.seed for one in book.some(data=data, network=network, way=way, kind=kind)}
                     lacking = [seed for seed in seeds if seed not in there]
                     all_runs += len(seeds)
                     if lacking:
                         gaps.append(kind if len(lacking) == len(seeds) else f"{kind} (seeds {lacking})")
-                if len(gaps) == len(wanted["kinds"]) and not any("seeds" in gap for gap in gaps):
+                if len(gaps) == len(study["kinds"]) and not any("seeds" in gap for gap in gaps):
                     gaps = ["everything"]
                 if gaps:
                     lines.append(f"- {TITLES[data]}, {network}, {way}: {', '.join(gaps)}")
@@ -362,13 +360,13 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def _tables(book: Book, data: str, way: str, wanted: Mapping[str, Any], picture: str) -> str:
+def _tables(book: Book, data: str, way: str, study: Mapping[str, Any], picture: str) -> str:
     rows = []
-    for network in wanted["networks"]:
-        for kind in wanted["kinds"]:
+    for network in study["networks"]:
+        for kind in study["kinds"]:
             found = book.some(data=data, network=network, way=way, kind=kind)
             if found:
-                rows.append([network, kind, *_cells(book, found, 100 / wanted["settings"][data].test)])
+                rows.append([network, kind, *_cells(book, found, 100 / study["settings"][data].test)])
     title = f"{TITLES[data]}, {WAY_TITLES[way]}"
     return "\n".join(
         [
@@ -420,19 +418,19 @@ def _reached(one: Result, plain: Result) -> str:
     return next((str(epoch) for epoch, top1 in enumerate(one.found["top1"]) if top1 >= aim), "-")
 
 
-def _draw(book: Book, data: str, way: str, wanted: Mapping[str, Any], target: Path) -> None:
+def _draw(book: Book, data: str, way: str, study: Mapping[str, Any], target: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     matplotlib.rcParams["svg.hashsalt"] = "claims"  # the same picture from the same numbers
-    networks = [network for network in wanted["networks"] if book.some(data=data, way=way, network=network)]
+    networks = [network for network in study["networks"] if book.some(data=data, way=way, network=network)]
     figure = Figure(figsize=(4 * max(2, len(networks)), 4), layout="constrained")
     every = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
     floor = 100.0
     for axes, network in zip(every, networks, strict=True):
-        for number, kind in enumerate(wanted["kinds"]):
+        for number, kind in enumerate(study["kinds"]):
             curves = [one.found["top1"] for one in book.some(data=data, way=way, network=network, kind=kind)]
             if not curves:
                 continue
@@ -448,7 +446,7 @@ def _draw(book: Book, data: str, way: str, wanted: Mapping[str, Any], target: Pa
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     every[0].set_ylabel("top-1 accuracy in %")
-    # From the first epoch's end on: what chance has made before would leave the rest no room.
+    # From the end of the first epoch on: the accuracy of chance would leave the rest no room.
     every[0].set_ylim(bottom=floor - 2)
     figure.legend(
         handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=6, fontsize="small"

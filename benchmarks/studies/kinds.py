@@ -3,9 +3,9 @@
     python benchmarks/studies/kinds.py [--models resnet18 …] [--kinds separable …] [--threads 2] [--again]
         [--out build/kinds.json] [--markdown docs/results/kind-costs.md]
 
-One process for each network, in which each kind is tried in turn; what is in the JSON is not done again, but for what
-failed. Weights are random (seed 0); the statistics of batch norms are those of random images, so that outputs are of
-the usual size. The Markdown file is kept up to its marker; only what follows that is written anew.
+One process per network tries each kind; rows in the JSON are not measured again, unless they failed. Weights are random
+(seed 0); batch norms have the statistics of random images, so that outputs have a usual size. In the Markdown file only
+the part after the marker is rewritten.
 
 For each kind the same convs: kernels of 3x3 and larger with at least 8 input channels, grouped and depthwise ones too.
 """
@@ -225,7 +225,7 @@ def difference(before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
 
 
 def measure(bench: Bench, kind: str) -> tuple[dict[str, Any], Any]:
-    """What is told of one kind, but for its latency, and the converted model."""
+    """The row of one kind without its latency, and the converted model."""
     import copy
 
     start = time.perf_counter()
@@ -255,7 +255,7 @@ def measure(bench: Bench, kind: str) -> tuple[dict[str, Any], Any]:
 
 
 def measure_latency(bench: Bench, models: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of each model, all in turn, in channels_last, which they are in afterwards."""
+    """Milliseconds of each model, alternating, in channels_last, in which they stay afterwards."""
     import torch
 
     from asymswap.measure.latency import inputs_like, time_models
@@ -267,7 +267,7 @@ def measure_latency(bench: Bench, models: dict[str, Any]) -> dict[str, float]:
 
 
 def work(name: str, kinds: Sequence[str], threads: int) -> dict[str, Any]:
-    """All wanted kinds of one network; runs in a process of its own."""
+    """All requested kinds of one network; runs in a process of its own."""
     import torch
 
     torch.set_num_threads(threads)
@@ -278,7 +278,7 @@ def work(name: str, kinds: Sequence[str], threads: int) -> dict[str, Any]:
         try:
             rows[kind], models[kind] = measure(bench, kind)
         except Exception as error:
-            # Whatever it is, the other kinds are still of interest.
+            # The other kinds are measured all the same.
             rows[kind] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     start = time.perf_counter()
     timed = measure_latency(bench, models)
@@ -288,27 +288,27 @@ def work(name: str, kinds: Sequence[str], threads: int) -> dict[str, Any]:
     return rows
 
 
-def survey(wanted: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the JSON lacks, and write it after each network."""
-    data = {**read_json(wanted.out, {"rows": {}}), "machine": machine()}
-    for number, name in enumerate(wanted.models, start=1):
+def survey(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is missing in the JSON, and write it after each network."""
+    data = {**read_json(args.out, {"rows": {}}), "machine": machine()}
+    for number, name in enumerate(args.models, start=1):
         rows = data["rows"].setdefault(name, {})
-        lacking = [kind for kind in wanted.kinds if wanted.again or "ms" not in rows.get(kind, {})]
+        lacking = [kind for kind in args.kinds if args.again or "ms" not in rows.get(kind, {})]
         if not lacking:
             continue
-        command = [sys.executable, __file__, "--worker", name, "--threads", f"{wanted.threads}", "--kinds", *lacking]
+        command = [sys.executable, __file__, "--worker", name, "--threads", f"{args.threads}", "--kinds", *lacking]
         # Threads that wait do so asleep, as in the command: see asymswap.cli.main.
-        done = run(command, timeout=wanted.timeout, OMP_WAIT_POLICY="PASSIVE")
+        done = run(command, timeout=args.timeout, OMP_WAIT_POLICY="PASSIVE")
         if done.code:
             last = (done.err.strip().splitlines() or ["no message"])[-1]
             reason = f"killed after {done.seconds:.0f} s" if done.code == -9 else last
             found = {kind: {"failed": reason} for kind in lacking}
         else:
             found = json.loads(done.out.splitlines()[-1])
-        about = {"threads": wanted.threads, "others": round(done.others, 2), "peak_mb": round(done.peak_mb)}
+        about = {"threads": args.threads, "others": round(done.others, 2), "peak_mb": round(done.peak_mb)}
         rows |= {kind: {**row, **about} for kind, row in found.items()}
-        write_json(wanted.out, data)
-        print(f"{number}/{len(wanted.models)} {name}: {done.seconds:.0f} s", file=sys.stderr)
+        write_json(args.out, data)
+        print(f"{number}/{len(args.models)} {name}: {done.seconds:.0f} s", file=sys.stderr)
         print(table(COLUMNS, [[kind, name, *cells(found[kind])] for kind in lacking]), file=sys.stderr)
     return data
 
@@ -338,7 +338,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def findings(data: dict[str, Any]) -> Iterator[str]:
-    """What the table comes to, in sentences."""
+    """Summarise the table in sentences."""
     every = ordered(data)
     done = [item for item in every if "failed" not in item[2]]
     yield f"{len(done)} of {len(every)} pairs of kind and network were converted, trained and timed."
@@ -363,7 +363,7 @@ def findings(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
-    """What went otherwise than it should, or that nothing did."""
+    """List what went wrong, or say that nothing did."""
     before = len(done)
     odd = []
     for name, kind, row in done:
@@ -452,18 +452,18 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    wanted = parse()
-    if wanted.worker:
-        print(json.dumps(work(wanted.worker, wanted.kinds, wanted.threads)))
+    args = parse()
+    if args.worker:
+        print(json.dumps(work(args.worker, args.kinds, args.threads)))
         return
-    head = "" if wanted.markdown is None else page_head(wanted.markdown)
-    data = survey(wanted)
+    head = "" if args.markdown is None else page_head(args.markdown)
+    data = survey(args)
     print(
         machine_text(), "", table(COLUMNS, [[kind, name, *cells(row)] for name, kind, row in ordered(data)]), sep="\n"
     )
     print("", *findings(data), sep="\n")
-    if wanted.markdown is not None:
-        wanted.markdown.write_text(head + markdown(data), encoding="utf-8")
+    if args.markdown is not None:
+        args.markdown.write_text(head + markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

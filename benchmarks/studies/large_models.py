@@ -64,7 +64,7 @@ SOURCES: dict[str, list[str]] = {
     "safetensors to safetensors": ["state.safetensors", "--arch", "{name}", "-o", "out.safetensors"],
     "asymswap checkpoint": ["half.asym.pt"],
 }
-"""What is given to `asymswap convert`, beside the recipe."""
+"""Arguments of `asymswap convert` besides the recipe."""
 LAST = "asymswap checkpoint"
 
 IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.terminal"
@@ -127,18 +127,18 @@ def floor(folder: Path) -> dict[str, Any]:
     return {"peak_mb": round(max(done.peak_mb for done in runs)), "seconds": round(min(r.seconds for r in runs), 2)}
 
 
-def survey(wanted: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the JSON lacks, and write it after each row."""
-    data = read_json(wanted.out, {"models": {}})
+def survey(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is missing in the JSON, and write it after each row."""
+    data = read_json(args.out, {"models": {}})
     data["machine"] = machine()
-    wanted.folder.mkdir(parents=True, exist_ok=True)
-    data["floor"] = floor(wanted.folder)
-    for name in wanted.models:
+    args.folder.mkdir(parents=True, exist_ok=True)
+    data["floor"] = floor(args.folder)
+    for name in args.models:
         found = data["models"].setdefault(name, {"rows": {}})
-        todo = [source for source in wanted.sources if wanted.again or source not in found["rows"]]
+        todo = [source for source in args.sources if args.again or source not in found["rows"]]
         if not todo:
             continue
-        folder = wanted.folder / name
+        folder = args.folder / name
         folder.mkdir(exist_ok=True)
         try:
             made = run(
@@ -149,7 +149,7 @@ def survey(wanted: argparse.Namespace) -> dict[str, Any]:
             found |= json.loads(made.out.splitlines()[-1])
             for source in todo:
                 found["rows"][source] = measure(name, source, folder)
-                write_json(wanted.out, data)
+                write_json(args.out, data)
                 print("  ".join(cells(name, source, data)), file=sys.stderr)
         finally:
             shutil.rmtree(folder)
@@ -157,7 +157,7 @@ def survey(wanted: argparse.Namespace) -> dict[str, Any]:
 
 
 def models_over(name: str, source: str, data: dict[str, Any]) -> float:
-    """By how many times the model's weights the peak is over the floor."""
+    """Peak memory above the floor, in multiples of the model's weights."""
     found = data["models"][name]
     return (found["rows"][source]["peak_mb"] - data["floor"]["peak_mb"]) * 1e6 / found["bytes"]
 
@@ -187,7 +187,7 @@ def every_row(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def totals(data: dict[str, Any]) -> list[str]:
-    """What all rows together say."""
+    """Summarise all rows."""
     rows = every_row(data)
     over = {row: models_over(*row, data) for row in rows}
     missed = [row for row in rows if over[row] > TARGET]
@@ -209,7 +209,7 @@ def totals(data: dict[str, Any]) -> list[str]:
 
 
 def threads_of(name: str, rounds: int) -> dict[str, Any]:
-    """Seconds of planning and solving all layers of a network one by one, and two at a time, in turn."""
+    """Seconds of planning and solving all layers of a network one by one and two at a time, alternating."""
     import torch
 
     from asymswap import replacements
@@ -319,7 +319,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def threads_text(data: dict[str, Any]) -> list[str]:
-    """What was found about several layers at a time."""
+    """The section on several layers at a time."""
     if "threads" not in data:
         return []
     every = data["threads"].values()
@@ -361,29 +361,29 @@ def main() -> None:
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     parser.add_argument("--earlier", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads-of", help=argparse.SUPPRESS)
-    wanted = parser.parse_args()
-    if wanted.prepare:
-        prepare(wanted.prepare, wanted.folder, wanted.earlier)
+    args = parser.parse_args()
+    if args.prepare:
+        prepare(args.prepare, args.folder, args.earlier)
         return
-    if wanted.threads_of:
-        print(json.dumps(threads_of(wanted.threads_of, wanted.rounds)))
+    if args.threads_of:
+        print(json.dumps(threads_of(args.threads_of, args.rounds)))
         return
-    if wanted.threads:
-        data = read_json(wanted.out, {"models": {}})
+    if args.threads:
+        data = read_json(args.out, {"models": {}})
         for name in THREADED:
-            done = run([sys.executable, __file__, "--threads-of", name, "--rounds", f"{wanted.rounds}"])
+            done = run([sys.executable, __file__, "--threads-of", name, "--rounds", f"{args.rounds}"])
             if done.code:
                 sys.exit(f"{name} failed:\n{done.err}")
             found = json.loads(done.out.splitlines()[-1])
             data.setdefault("threads", {})[name] = {**found, "others": round(done.others, 2)}
-            write_json(wanted.out, data)
+            write_json(args.out, data)
         print("\n".join(threads_text(data)))
     else:
-        data = survey(wanted)
+        data = survey(args)
         print(machine_text(), "", *totals(data), "", sep="\n")
         print(table(COLUMNS, [cells(*row, data) for row in every_row(data)]))
-    if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Latency under budgets of MACs and of latency: original and converted networks timed in turn.
+"""Latency under budgets of MACs and of latency: original and converted networks timed alternately.
 
     python benchmarks/studies/latency_at_budget.py [--models resnet18 …] [--budgets 0.7 0.5 0.35] [--processes 5]
         [--threads 2] [--rounds 40] [--wait-policy active] [--out benchmarks/studies/results/latency_at_budget.json]
@@ -47,7 +47,7 @@ TARGET, PROMISED = 0.6, ("resnet18", "vgg16")
 FOLLOWS = 1.15
 """How many times the share of MACs the share of time may be."""
 LOWEST = re.compile(r"ask for at least ([\d.]+)")
-"""What a budget that cannot be reached is answered with."""
+"""The message for a budget that cannot be reached."""
 COLUMNS = [
     "network",
     "memory format",
@@ -64,7 +64,7 @@ COLUMNS = [
 
 
 def measure(name: str, budgets: Sequence[float], threads: int, rounds: int, everything: bool) -> dict[str, Any]:
-    """What one process tells of one network: the budgets of MACs, or `everything`, those of latency too."""
+    """Measure one network in this process: the budgets of MACs, or with `everything` those of latency too."""
     import torch
 
     import asymswap
@@ -129,31 +129,31 @@ def timed_name(budget: float) -> str:
     return f"--latency {budget:g}"
 
 
-def measure_apart(name: str, wanted: argparse.Namespace, everything: bool) -> dict[str, Any]:
+def measure_apart(name: str, args: argparse.Namespace, everything: bool) -> dict[str, Any]:
     """The same in a process of its own, and how much the machine was disturbed meanwhile."""
-    settings = ["--threads", f"{wanted.threads}", "--rounds", f"{wanted.rounds}"]
-    settings += ["--budgets", *map(str, wanted.budgets), *["--everything"] * everything]
+    settings = ["--threads", f"{args.threads}", "--rounds", f"{args.rounds}"]
+    settings += ["--budgets", *map(str, args.budgets), *["--everything"] * everything]
     command = [sys.executable, __file__, "--worker", name, *settings]
-    done = run(command, OMP_WAIT_POLICY=wanted.wait_policy.upper())
+    done = run(command, OMP_WAIT_POLICY=args.wait_policy.upper())
     if done.code:
         sys.exit(f"{name} ended with {done.code}:\n{done.err}")
     return {**json.loads(done.out.splitlines()[-1]), "seconds": done.seconds, "others": round(done.others, 2)}
 
 
-def survey(wanted: argparse.Namespace) -> dict[str, Any]:
+def survey(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the JSON lacks, and write it after each process."""
-    setting = {key: getattr(wanted, key) for key in ("budgets", "threads", "rounds", "wait_policy")}
+    setting = {key: getattr(args, key) for key in ("budgets", "threads", "rounds", "wait_policy")}
     setting["machine"] = machine()
-    data = read_json(wanted.out, {"networks": {}, **setting})
+    data = read_json(args.out, {"networks": {}, **setting})
     other = [key for key, value in setting.items() if data[key] != value]
     if other:
-        sys.exit(f"error: {wanted.out} holds results of another {other[0]}; give another --out, or remove it")
-    for name in wanted.models:
+        sys.exit(f"error: {args.out} holds results of another {other[0]}; give another --out, or remove it")
+    for name in args.models:
         processes = data["networks"].setdefault(name, [])
-        while len(processes) < wanted.processes:
-            processes.append(measure_apart(name, wanted, everything=not processes))
-            write_json(wanted.out, data)
-            print(f"{name}, {len(processes)}/{wanted.processes}: {processes[-1]['seconds']:.0f} s", file=sys.stderr)
+        while len(processes) < args.processes:
+            processes.append(measure_apart(name, args, everything=not processes))
+            write_json(args.out, data)
+            print(f"{name}, {len(processes)}/{args.processes}: {processes[-1]['seconds']:.0f} s", file=sys.stderr)
     return data
 
 
@@ -178,7 +178,7 @@ class Row:
 
 
 def row_of(processes: Sequence[dict[str, Any]], memory_format: str, key: str) -> Row:
-    """That of one version, which the first process at least has measured."""
+    """The row of one version, which at least the first process has measured."""
     formats = [process["formats"][memory_format] for process in processes]
     found = [(versions[key], versions[ORIGINAL]) for versions in formats if key in versions]
     first = found[0][0]
@@ -238,8 +238,8 @@ def findings(data: dict[str, Any]) -> Iterator[str]:
             failed = [key for key, row in mine.items() if row.failed]
             lowest = [float(least[1]) for row in mine.values() if (least := LOWEST.search(row.failed))]
             if failed:
-                told = f"; the least is {max(lowest):.2f}" if lowest else ""
-                yield f"{name}, {memory_format}: unreachable, so refused: {', '.join(failed)}{told}."
+                least_text = f"; the least is {max(lowest):.2f}" if lowest else ""
+                yield f"{name}, {memory_format}: unreachable, so refused: {', '.join(failed)}{least_text}."
             for key, row in mine.items():
                 if row.undone:
                     yield f"{name}, {memory_format}, {key}: slower, so kept: {', '.join(row.undone)}."
@@ -252,9 +252,9 @@ def verdict(name: str, found: dict[tuple[str, str], Row]) -> str:
     """The shares of time at the budgets of MACs, and whether they keep the targets."""
     counted = {key: row for (one, key), row in found.items() if one == FORMATS[0] and key.startswith("--macs")}
     done = [row for row in counted.values() if not row.failed]
-    told = ", ".join(f"{row.time:.2f} of the time at {row.macs:.2f} of the MACs" for row in done)
+    shares = ", ".join(f"{row.time:.2f} of the time at {row.macs:.2f} of the MACs" for row in done)
     kept = sum(row.time <= FOLLOWS * row.macs for row in done)
-    line = f"{told}; within {FOLLOWS} x at {kept} of {len(done)} budgets"
+    line = f"{shares}; within {FOLLOWS} x at {kept} of {len(done)} budgets"
     half = counted.get(counted_name(0.5))
     if name in PROMISED and half is not None:
         line += f"; at half of the MACs at most {TARGET:.2f}: {'met' if half.time <= TARGET else 'missed'}"
@@ -314,15 +314,15 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write this page as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--everything", action="store_true", help=argparse.SUPPRESS)
-    wanted = parser.parse_args()
-    if wanted.worker:
-        found = measure(wanted.worker, wanted.budgets, wanted.threads, wanted.rounds, wanted.everything)
+    args = parser.parse_args()
+    if args.worker:
+        found = measure(args.worker, args.budgets, args.threads, args.rounds, args.everything)
         print(json.dumps(found))
         return
-    data = survey(wanted)
+    data = survey(args)
     print(machine_text(), "", table(COLUMNS, rows(data)), "", *findings(data), sep="\n")
-    if wanted.markdown:
-        wanted.markdown.write_text(markdown(data), encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the peers' scripts share: the benchmark's model and images read from a file, and the results written to one.
+"""Shared by the peers' scripts: read the model and the images from a file, write the results to another.
 
 Each script runs in the peers' environment, with a Python that has torch and the peer but not asymswap: of the checkout
 it imports only the networks, which need nothing but torch and torchvision.
@@ -93,12 +93,12 @@ def start(description: str | None, packages: Sequence[str]) -> tuple[Task, Resul
     parser.add_argument("budget", type=float, help="fraction of the MACs to keep")
     parser.add_argument("out", type=Path, help="JSON file of the results")
     parser.add_argument("--scores", type=Path, help="file of what does not depend on the budget: read, else written")
-    wanted = parser.parse_args()
-    bundle = torch.load(wanted.bundle, weights_only=True)
+    args = parser.parse_args()
+    bundle = torch.load(args.bundle, weights_only=True)
     model = builders.build(bundle["reference"], bundle["arguments"])
     model.load_state_dict(bundle["state_dict"])
-    task = Task(model.eval(), bundle["calibration"], bundle["test"], wanted.budget, wanted.scores)
-    return task, Results(task, packages, wanted.out)
+    task = Task(model.eval(), bundle["calibration"], bundle["test"], args.budget, args.scores)
+    return task, Results(task, packages, args.out)
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
@@ -120,10 +120,10 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def agreement(model: nn.Module, original: nn.Module, images: Tensor) -> float:
-    """The fraction of the images for which both models decide alike: what can be told without labels."""
+    """The fraction of the images for which both models predict the same class; it needs no labels."""
     with torch.inference_mode():
-        wanted = torch.cat([original.eval()(x).argmax(1) for x in images.split(2 * BATCH)])
-    return top1(model, images, wanted)
+        args = torch.cat([original.eval()(x).argmax(1) for x in images.split(2 * BATCH)])
+    return top1(model, images, args)
 
 
 def reestimate_batch_norm_(model: nn.Module, images: Tensor) -> None:
