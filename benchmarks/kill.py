@@ -599,16 +599,29 @@ def large_folder(folder: Path, args: Any, tell: Tell) -> Found:
     ):
         process = start(folder, *command)
         assert process.stderr is not None
+        memory = _peak_mb(process)
         err = process.stderr.read().decode()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        seconds, memory = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+        seconds = used.ru_utime + used.ru_stime
         longest, most = max(longest, seconds), max(most, memory)
         tell(f"{command[0]}: code {process.returncode}, {seconds:.1f} s, {memory:.0f} MB with PyTorch")
         ends[f"{command[0]}: code {process.returncode}"] += 1
         if process.returncode:
             faults.append(f"{command[0]}: {err[-300:]}")
     return result(ends, faults, longest, most)
+
+
+def _peak_mb(process: subprocess.Popen[bytes]) -> float:
+    """The most memory that a process has held by its end; `ru_maxrss` would count that of the parent before exec."""
+    peak = 0.0
+    status = Path(f"/proc/{process.pid}/status")
+    while True:
+        text = status.read_text()
+        if "VmHWM" not in text:
+            return peak
+        peak = int(text.partition("VmHWM:")[2].split()[0]) / 1024
+        time.sleep(0.02)
 
 
 PARTS: dict[str, Callable[[Path, Any, Tell], Found]] = {

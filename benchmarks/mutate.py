@@ -2,7 +2,7 @@
 
     pip install mutmut
     python benchmarks/mutate.py [asymswap/factorize ...] [--tests tests/factorize ...] [--out build/mutants]
-        [--markdown docs/results/robustness.md]
+        [--sample 40] [--markdown docs/results/robustness.md]
 
 Folders or files, and tests, are those of `[tool.mutmut]` in pyproject.toml where none are given. mutmut works on a copy
 of the tracked files in the folder `--out` and goes on where a run before was cut off. The table counts what was run,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,16 @@ def counts(folder: Path, folders: list[str]) -> dict[str, Counter[str]]:
     return found
 
 
+def drawn(folder: Path, folders: list[str], most: int) -> list[str]:
+    """Names of at most so many mutants of each file, always the same."""
+    found: list[str] = []
+    for meta in sorted((folder / "mutants").rglob("*.py.meta")):
+        names = sorted(json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"])
+        if any(str(meta.relative_to(folder / "mutants")).startswith(part) for part in folders):
+            found += random.Random(0).sample(names, min(most, len(names)))
+    return found
+
+
 def _fate(code: int | None) -> str:
     if code is None or code == INTERRUPTED:
         return "not run"
@@ -93,10 +104,17 @@ def rows(found: dict[str, Counter[str]]) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", default=["asymswap/factorize", "asymswap/planning", "asymswap/measure"])
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        default=["asymswap/factorize", "asymswap/calibration", "asymswap/planning", "asymswap/measure"],
+    )
     parser.add_argument("--tests", nargs="+", default=[])
     parser.add_argument("--out", type=Path, default=Path("build/mutants"))
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument(
+        "--sample", type=int, help="run at most this many mutants of each file, drawn at random (seed 0)"
+    )
     parser.add_argument("--count", action="store_true", help="run nothing, count what is there")
     args = parser.parse_args()
     if not args.count:
@@ -104,12 +122,19 @@ def main() -> None:
         narrow(args.out / "pyproject.toml", "only_mutate", [f"{folder}*" for folder in args.folders])
         if args.tests:
             narrow(args.out / "pyproject.toml", "pytest_add_cli_args_test_selection", args.tests)
-        subprocess.run([sys.executable, "-m", "mutmut", "run"], cwd=args.out, check=True)
+        mutmut = [sys.executable, "-m", "mutmut", "run"]
+        if args.sample is None:
+            subprocess.run(mutmut, cwd=args.out, check=True)
+        else:
+            # A name that no mutant has: the mutants are made, and none is run.
+            subprocess.run([*mutmut, "none"], cwd=args.out, check=False)
+            subprocess.run([*mutmut, *drawn(args.out, args.folders, args.sample)], cwd=args.out, check=True)
     found = counts(args.out, args.folders)
     table = markdown_table(COLUMNS, rows(found))
     print(table)
     if args.markdown is not None:
         tests = ["--tests", *args.tests] if args.tests else []
+        tests += ["--sample", str(args.sample)] if args.sample else []
         command = " ".join(["python benchmarks/mutate.py", *args.folders, *tests])
         text = TEXT.format(command=command, table=table, state=state(), machine=machine_text())
         args.markdown.write_text(page_without_mutation(args.markdown) + MUTATION_MARK + text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
@@ -73,6 +74,10 @@ def main() -> NoReturn:
     if os.environ.get("NO_COLOR"):
         # Typer's help would keep bold and dim.
         os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal's encoding lacks becomes a question mark; it must not end the command.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     sys.argv[1:] = options.fill_in(sys.argv[1:])
     try:
         app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import os
 import pkgutil
@@ -524,3 +525,20 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "warning: a copy may be made\n"
     with pytest.warns(UserWarning, match="Triggered internally"):
         reporting_errors(command)(debug=True)
+
+
+def test_what_the_encoding_of_the_terminal_lacks_is_a_question_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    recipe = tmp_path / "größe.toml"
+    recipe.write_text('summary = "größe"\n[[rules]]\nmatch = {}\nswap = { kind = "acb" }\n', encoding="utf-8")
+    written = io.BytesIO()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["asymswap", "convert", "digits-resnet", "--recipe", recipe.name, "--dry-run"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    sys.stdout.flush()
+    assert not stop.value.code
+    assert b"gr??e" in written.getvalue()
