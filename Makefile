@@ -1,5 +1,4 @@
-# `make demo` and `make test` do all their set-up themselves: the environment is made once, and made again only when
-# pyproject.toml has changed since.
+# `make demo` and `make test` need no set-up: they create the environment, and again only after pyproject.toml has changed.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -14,51 +13,52 @@ demo: $(READY)
 test: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal
 
-# The tests of what needs a program besides Python (chromium, git, mount, g++); they are skipped where it is not installed.
+# Tests that need a program besides Python (chromium, git, mount, g++); skipped if it is not installed.
 test-programs: $(READY)
 	$(RUN)/python -m pytest -m programs $$(grep -rl --include='*.py' mark.programs tests)
 
 test-fast: $(READY)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
 
-# Every model of torchvision, where `make test` takes one of each family.
+# Every model of torchvision; `make test` takes one of each family.
 test-exhaustive: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(RUN)/python -m pytest -n auto --dist worksteal -m exhaustive
 
-# What every command shows in a terminal, recorded again in tests/golden; read the difference before you keep it.
+# Record again what every command shows in a terminal (tests/golden); read the difference before you keep it.
 screens: $(READY)
 	$(RUN)/python -m pytest tests/cli/test_screens.py -q --record-screens
 	git diff --stat -- tests/golden
 
-# The pictures of docs/guide/gallery.md, by the commands that stand there. Those of CIFAR-10 need a folder with the folders
-# train and test of class folders, and a ResNet-20 trained on it: make gallery CIFAR=cifar10/ RESNET20=resnet20.pt
+# The pictures of docs/guide/gallery.md, by the commands on that page. Those of CIFAR-10 need a folder with train and test
+# (both with class folders), and a ResNet-20 trained on it: make gallery CIFAR=cifar10/ RESNET20=resnet20.pt
 gallery: $(READY)
 	$(RUN)/python benchmarks/gallery.py $(if $(CIFAR),--cifar '$(CIFAR)') $(if $(RESNET20),--resnet20 '$(RESNET20)')
 
-# Thousands of damaged and hostile files; killed and disturbed commands. A quarter of an hour each, and docs/results/robustness.md.
+# Thousands of damaged and hostile files; killed and disturbed commands. A quarter of an hour each; both write
+# docs/results/robustness.md.
 fuzz: $(READY)
 	$(RUN)/python benchmarks/fuzz.py --again --markdown docs/results/robustness.md
 
 kill: $(READY)
 	$(RUN)/python benchmarks/kill.py --again --markdown docs/results/robustness.md
 
-# One small fault after the other in the code that decides what a model becomes, and whether a test notices: hours of one
-# core, and the last section of docs/results/robustness.md. It goes on where it was stopped.
+# Mutation testing of the code that decides how a model is converted: hours of one core, writes the last section of
+# docs/results/robustness.md. It continues where it was stopped.
 mutate: $(READY)
 	$(RUN)/python -m pip install --quiet 'mutmut>=3.8'
 	$(RUN)/python benchmarks/mutate.py --markdown docs/results/robustness.md
 
-# The site, in site/: pages made from code first, then everything, without a warning.
+# The site, in site/: first the pages made from code, then everything; a warning is an error.
 docs: $(READY)
 	$(RUN)/python benchmarks/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-# Wheel and sdist in build/release/, and every command of README and tutorial from the wheel in a new environment.
+# Build wheel and sdist in build/release/, and run every command of README and tutorial from the wheel.
 release-check: $(READY)
 	$(RUN)/python .ci/release_check.py
 
-# What pyproject.toml allows, at its oldest and at its newest. Old releases meet newer ones of what they need themselves,
-# which warns them of what they do: that is no fault of ours.
+# The oldest and the newest versions that pyproject.toml allows. Old releases raise deprecation warnings together with
+# newer releases of their own dependencies, which is not our fault.
 test-minimal:
 	mkdir -p build && $(PYTHON) .ci/lower_bounds.py > build/lower_bounds.txt
 	$(PYTHON) -m venv build/minimal

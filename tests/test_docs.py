@@ -1,4 +1,4 @@
-"""Every example of README.md, CONTRIBUTING.md and docs/*.md: it can be typed, and it runs where a small machine can."""
+"""Every example of README.md, CONTRIBUTING.md and docs/ is valid, and runs if a small machine can run it."""
 
 from __future__ import annotations
 

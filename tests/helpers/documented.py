@@ -1,13 +1,13 @@
-"""The examples of README.md, CONTRIBUTING.md and docs/*.md: where they stand, whether they can be, how they run.
+"""The examples of README.md, CONTRIBUTING.md and docs/: where they are, whether they are valid, how to run them.
 
-What a fenced block is follows from its language and its first line:
+The language and the first line of a fenced block say what it is:
 
-- `bash`: commands; `console`: commands behind `$ `, and beneath each what it prints, of which the numbers may differ;
+- `bash`: commands; `console`: commands after `$ `, each followed by its output, in which numbers may differ;
 - `python` runs in the page's folder, `toml` is a recipe or a part of one;
-- `# NAME.toml` or `# NAME.py` as the first line: the block is that file, and lies there when the next block runs;
-- `# needs …` as the first line: it is not run, because a small machine without a network cannot; but it is checked.
+- `# NAME.toml` or `# NAME.py` as the first line: the block is that file, which exists when the next block runs;
+- `# needs …` as the first line: the block is checked but not run, because a small machine without a network cannot.
 
-The blocks of a page run in turn, in one folder, with the files of `prepared.py` in it.
+The blocks of a page run in order, in one folder, with the files of `prepared.py`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LANGUAGES = (*SHELL, "python", "toml", "text", "mermaid")
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
-# Options that the text names and no command has: those of all commands and of our benchmarks, of accelerate's launcher,
-# and of the scripts of timm and torchvision.
+# Options in the text that no command has: of all commands, of our benchmarks, of accelerate's launcher, and of the
+# scripts of timm and torchvision.
 _FURTHER = {
     *("--help", "--version", "--check", "--multi_gpu", "--num_processes"),
     *("--num-classes", "--input-size", "--crop-pct", "--grad-checkpointing", "--torchscript"),

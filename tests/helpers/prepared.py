@@ -1,4 +1,4 @@
-"""What the readers of a page have of their own: files of theirs, and the names that its Python code speaks of.
+"""What the examples of a page expect of the reader: files, and names that the Python code uses.
 
     python tests/helpers/prepared.py README.md FOLDER
 
@@ -169,12 +169,12 @@ from net import Net
 
 
 def prepare(page: str, folder: Path) -> None:
-    """Write the files that a reader of this page has."""
+    """Write the files that the examples of this page expect."""
     _FILES.get(page, lambda folder: None)(folder)
 
 
 def yours(page: str) -> str:
-    """The Python code that stands for a reader's own, before that of the page."""
+    """Python code that runs before that of the page, in place of the reader's own."""
     return _NAMES.get(page, "")
 
 
