@@ -7,7 +7,7 @@ For each model, with random weights (seed 0): `candidates`, then `convert` by th
 and `allow_growth = true`. That replaces every conv with a kernel of more than one row and column, grouped and
 depthwise ones too, by a pair that must compute the same. Each model has its own process, forked from one that has done
 the imports, so that peak memory is that model's. Models in the JSON are skipped, unless they failed or are named by
---models. The JSON is kept in the repository, because a full run takes hours.
+--models; a full run takes hours.
 """
 
 from __future__ import annotations
