@@ -2,6 +2,7 @@
 
     git worktree add ../before COMMIT
     python benchmarks/studies/reading.py ../before [--models resnet18 vgg16] [--rounds 5] [--out build/reading.json]
+        [--markdown docs/results/reading.md]
 
 Each classifier with random weights (seed 0) is written as a state dict by torch.save, the same in torch's legacy form,
 and as a pickled module. Two long-lived processes, one of each state, read each file alternately; the shortest time of
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
-from measured import markdown_table, read_json, write_json
+from measured import machine_text, markdown_table, read_json, write_json
+
+FORMS = ("state dict", "legacy", "module")
+
+TEXT = """\
+# Seconds to read a model file
+
+Written by `python benchmarks/studies/reading.py ../before --markdown docs/results/reading.md`.
+
+torchvision's {count} classifiers with random weights, each as a state dict by `torch.save`, as the same in torch's
+legacy form, and as a pickled module. Two processes, one of each state of the code, read each file alternately; the
+shortest of {rounds} times counts, one thread. The ratio is the time of this state over that of {before}, which used
+torch's unpickler behind three checks of its own; this state has one reader of pickles.
+
+| file | median ratio | largest | model |
+| --- | ---: | ---: | --- |
+{summary}
+
+{table}
+
+Machine: {machine}.
+"""
 
 READER = """
 import sys, time
@@ -65,6 +88,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("build/reading.json"))
+    parser.add_argument("--markdown", type=Path, help="write this page as well")
     args = parser.parse_args()
     import torch
     from torchvision import models
@@ -77,7 +101,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             model = models.get_model(name, weights=None)
-            files = {form: Path(folder, f"{form}.pt") for form in ("state dict", "legacy", "module")}
+            files = {form: Path(folder, f"{form}.pt") for form in FORMS}
             torch.save(model.state_dict(), files["state dict"])
             torch.save(model.state_dict(), files["legacy"], _use_new_zipfile_serialization=False)
             torch.save(model, files["module"])
@@ -93,7 +117,25 @@ def main() -> None:
         [name, *(f"{new / old:.2f} ({1000 * old:.0f} -> {1000 * new:.0f} ms)" for old, new in row.values())]
         for name, row in found.items()
     ]
-    print(markdown_table(["model", "state dict", "legacy", "module"], cells))
+    page = markdown_table(["model", *FORMS], cells)
+    print(page)
+    if args.markdown is None:
+        return
+    lines = []
+    for form in FORMS:
+        ratios = {name: row[form][1] / row[form][0] for name, row in found.items()}
+        worst = max(ratios, key=lambda name: ratios[name])
+        lines.append(f"| {form} | {statistics.median(ratios.values()):.2f} | {ratios[worst]:.2f} | {worst} |")
+    before = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=args.before, text=True).strip()
+    text = TEXT.format(
+        count=len(found),
+        rounds=args.rounds,
+        before=before,
+        summary="\n".join(lines),
+        table=page,
+        machine=machine_text(),
+    )
+    args.markdown.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
