@@ -1,4 +1,4 @@
-"""`candidates`: every Conv2d of a model, what could be saved at it, or why not."""
+"""The verb `candidates`: every Conv2d of a model, what could be saved at it, or why not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asymswap.graph.trace import check_runs, trace
-from asymswap.models.opening import (
-    Model,
-    costs_of,
-    open_model,
-    sizes_assumed,
-)
+from asymswap.models.opening import Model, costs_of, open_model, sizes_assumed
 from asymswap.models.references import Request
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text

@@ -1,4 +1,4 @@
-"""Where the taps of a converted model's layers are, read from the model itself."""
+"""The verb `offsets`: where the taps of a converted model's layers are, read from the model itself."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def offsets(
     trust_code: bool = False,
     seed: int = 0,
 ) -> OffsetReport:
-    """Where the taps of a converted model have gone, layer by layer.
+    """Return where the taps of a converted model have moved, layer by layer.
 
-    What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`)
-    is the unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
+    Predicted offsets are read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`) is the
+    unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
     """
     check_needed(preprocessing, data)
     stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
@@ -59,9 +59,9 @@ def offsets(
 
 
 def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:
-    """The offsets of every layer whose kind moves taps, in the order of the plans; the model is run on the inputs.
+    """Run the model and return the offsets of every layer whose kind moves taps, in the order of the plans.
 
-    A layer that a later conversion has changed, or that was fused, is left out, and so is one that never runs.
+    A layer that a later conversion has changed, that was fused, or that never runs is left out.
     """
     found: dict[str, OffsetRow] = {}
     handles = []

@@ -1,8 +1,8 @@
-"""Whether a model would run as before if other modules stood where its convs are, found before any is replaced.
+"""Check, before any conv is replaced, that a model runs as before with other modules in their places.
 
 Some networks look at what their layers are: they pad only before an nn.Conv2d, or collect the outputs of these alone.
 Each conv in question is hidden in a module that computes exactly the same, and both models are run on one input: where
-the calls or the outputs differ, it is the model's code that tells the two apart.
+the calls or the outputs differ, the model's code treats the two differently.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from asymswap.utils.inputs import Inputs, with_values
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 _SAME = 1e-4
-"""Relative difference of outputs up to which they are the same: threads may add numbers in another order."""
+"""Largest relative difference of equal outputs: threads may add numbers in another order."""
 
 
 class _StandIn(nn.Module):
-    """Computes what the module does that it holds, which is no part of the model any more."""
+    """Computes what the module does that it holds, hidden from the model."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
     )
 
 
-def describe_calls(name: str, calls: Sequence[Call], wanted: Sequence[Call]) -> str | None:
-    """How the calls of a module differ from those of before, in words; None where they are the same."""
-    if len(calls) != len(wanted):
-        return f"{name} is called {len(calls)} times instead of {len(wanted)}"
-    for call, other in zip(calls, wanted, strict=True):
+def describe_calls(name: str, calls: Sequence[Call], expected: Sequence[Call]) -> str | None:
+    """Say how the calls of a module differ from the expected ones; None where they are the same."""
+    if len(calls) != len(expected):
+        return f"{name} is called {len(calls)} times instead of {len(expected)}"
+    for call, other in zip(calls, expected, strict=True):
         if call != other:
             old, new = (f"{c.batch} of {c.input[0]}x{c.input[1]} to {c.output[0]}x{c.output[1]}" for c in (other, call))
             return f"{name} is called on {new} pixels instead of {old}"
@@ -102,16 +102,16 @@ def _run(model: nn.Module, names: Sequence[str], inputs: Inputs) -> _Run:
 
 
 def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: _Run) -> str | None:
-    """What changes where stand-ins do the work of the named modules, in words."""
+    """Say what changes where stand-ins do the work of the named modules, if anything."""
     stand_ins = {name: _StandIn(model.get_submodule(name)) for name in names}
     try:
         after = _run(swap(model, stand_ins, share=True), names, inputs)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for name in names:
-        told = describe_calls(name, after.calls[name], before.calls[name])
-        if told is not None:
-            return told
+        change = describe_calls(name, after.calls[name], before.calls[name])
+        if change is not None:
+            return change
     gap = _gap(before.outputs, after.outputs)
     if gap is None or gap <= _SAME:
         return None if gap is not None else "the model's outputs are others in number or size"
@@ -123,7 +123,7 @@ def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: 
 
 
 def _gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float | None:
-    """The relative difference of two runs' outputs; None where they are not of the same number and sizes."""
+    """Return the relative difference of two runs' outputs; None where their number or sizes differ."""
     if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
         return None
     sums = Sums()
