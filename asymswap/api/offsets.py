@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +65,20 @@ def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tup
     A layer that a later conversion has changed, that was fused, or that never runs is left out.
     """
     found: dict[str, OffsetRow] = {}
-    handles = []
     modules = dict(model.named_modules())
-    for swap in (swap for plan in plans for swap in plan.swaps):
-        kind, module = replacements.load(swap.kind), modules.get(swap.site)
-        if module is None or not isinstance(kind, replacements.Moving):
-            continue
+    swaps = [swap for plan in plans for swap in plan.swaps]
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for swap in swaps:
+            kind, module = replacements.load(swap.kind), modules.get(swap.site)
+            if module is None or not isinstance(kind, replacements.Moving):
+                continue
 
-        def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: replacements.Moving = kind) -> None:
-            found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
+            def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: Any = kind) -> None:
+                found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
 
-        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    order = [swap.site for plan in plans for swap in plan.swaps]
-    return tuple(found[site] for site in order if site in found)
+            hooks.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
+        model(*inputs)
+    return tuple(found[swap.site] for swap in swaps if swap.site in found)
 
 
 def _row(swap: Swap, module: Any, offsets_ST2: Tensor) -> OffsetRow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,30 +103,29 @@ def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Seq
 @contextmanager
 def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums) -> Iterator[None]:
     """While open, compare what each part of `one` computes with what that of `other` makes of the same input."""
-    handles = []
-    for name in parts:
-        counterpart = other.get_submodule(name)
-        results: list[Any] = []
+    with ExitStack() as hooks:
+        for name in parts:
+            counterpart = other.get_submodule(name)
+            results: list[Any] = []
 
-        def run(_: nn.Module, args: Any, kwargs: Any, part: nn.Module = counterpart, made: list[Any] = results) -> None:
-            # On copies: a part may write into what it is given.
-            made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
+            def run(
+                _: nn.Module, args: Any, kwargs: Any, part: nn.Module = counterpart, made: list[Any] = results
+            ) -> None:
+                # On copies: a part may write into what it is given.
+                made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
 
-        def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
-            ones, others = list_tensors(output), list_tensors(made.pop())
-            if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
-                shapes = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
-                raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*shapes))
-            for mine, its in zip(ones, others, strict=True):
-                sums.add(mine, its)
+            def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
+                ones, others = list_tensors(output), list_tensors(made.pop())
+                if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
+                    shapes = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
+                    raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*shapes))
+                for mine, its in zip(ones, others, strict=True):
+                    sums.add(mine, its)
 
-        module = one.get_submodule(name)
-        handles += [module.register_forward_pre_hook(run, with_kwargs=True), module.register_forward_hook(compare)]
-    try:
+            module = one.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(run, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(compare))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Sums:

@@ -13,8 +13,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -181,32 +181,22 @@ def time_models(
 
 def _time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
     seconds = dict.fromkeys(names, 0.0)
-    with _stopwatches(model, seconds):
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+
+            def enter(*_: Any, name: str = name) -> None:
+                seconds[name] -= time.perf_counter()
+
+            def leave(*_: Any, name: str = name) -> None:
+                seconds[name] += time.perf_counter()
+
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         start = time.perf_counter()
         model(*inputs)
         whole = time.perf_counter() - start
     return Timed(whole, seconds, whole - sum(seconds.values()))
-
-
-@contextmanager
-def _stopwatches(model: nn.Module, seconds: dict[str, float]) -> Iterator[None]:
-    """While open, add the time that each named module runs to `seconds`."""
-    handles = []
-    for name in seconds:
-        module = model.get_submodule(name)
-
-        def enter(*_: Any, name: str = name) -> None:
-            seconds[name] -= time.perf_counter()
-
-        def leave(*_: Any, name: str = name) -> None:
-            seconds[name] += time.perf_counter()
-
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:

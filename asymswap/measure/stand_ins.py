@@ -8,6 +8,7 @@ the calls or the outputs differ, the model's code treats the two differently.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,22 +84,16 @@ def describe_calls(name: str, calls: Sequence[Call], expected: Sequence[Call]) -
 
 def _run(model: nn.Module, names: Sequence[str], inputs: Inputs) -> _Run:
     calls: dict[str, list[Call]] = {name: [] for name in names}
-    handles = []
-    for name in names:
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name in names:
 
-        def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            seen = args[0] if args else next(iter(kwargs.values()))
-            calls[name].append(Call.of(seen.shape, output.shape))
+            def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                seen = args[0] if args else next(iter(kwargs.values()))
+                calls[name].append(Call.of(seen.shape, output.shape))
 
-        handles.append(model.get_submodule(name).register_forward_hook(see, with_kwargs=True))
-    try:
-        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            outputs = [tensor.clone() for tensor in list_tensors(model(*inputs))]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Run(outputs, calls)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(see, with_kwargs=True))
+        torch.manual_seed(0)
+        return _Run([tensor.clone() for tensor in list_tensors(model(*inputs))], calls)
 
 
 def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: _Run) -> str | None:

@@ -7,6 +7,7 @@ comes first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -176,24 +177,17 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) ->
     if wanted.max_offset is None or wanted.inputs is None:
         return {}
     found: dict[str, float] = {}
-    handles = []
-    for entry in (entry for plan in plans for entry in plan.swaps):
-        kind = replacements.load(entry.kind)
-        if isinstance(kind, replacements.Sampling):
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for entry in (entry for plan in plans for entry in plan.swaps):
+            kind = replacements.load(entry.kind)
+            if isinstance(kind, replacements.Sampling):
 
-            def see(
-                module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: replacements.Sampling = kind
-            ) -> None:
-                largest = kind.largest_offset(module, conv_input(args, kwargs))
-                found[name] = max(found.get(name, 0.0), largest)
+                def see(module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: Any = kind) -> None:
+                    largest = kind.largest_offset(module, conv_input(args, kwargs))
+                    found[name] = max(found.get(name, 0.0), largest)
 
-            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(*wanted.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
+        model(*wanted.inputs)
     return found
 
 

@@ -78,18 +78,11 @@ def _check_word(word: str) -> str:
 
 
 class _OrOne:
-    """Allows in the JSON Schema one item in place of a list."""
+    """Allows in the JSON Schema one item in place of a list, or a number in place of a range."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         several = handler(schema)
-        return {"anyOf": [several["items"], several]}
-
-
-class _OrNumber:
-    """Allows in the JSON Schema a number in place of a range."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "number"}, handler(schema)]}
+        return {"anyOf": [several.get("items", {"type": "number"}), several]}
 
 
 Pair = Annotated[Size, BeforeValidator(_as_size), replacements.SIZE_SCHEMA]
@@ -155,7 +148,7 @@ Sizes = Annotated[
     Annotated[SizeRange, Tag("range")] | Annotated[AnyOf, Tag("any of")],
     Discriminator(lambda value: "range" if isinstance(value, dict | SizeRange) else "any of"),
 ]
-Numbers = Annotated[Range, BeforeValidator(_as_range), _OrNumber()]
+Numbers = Annotated[Range, BeforeValidator(_as_range), _OrOne()]
 
 
 class Match(_Strict):
@@ -365,19 +358,18 @@ class Budget(_Strict):
         return self.macs or self.params or self.latency or 1.0
 
     def __str__(self) -> str:
-        if self.max_error is not None:
-            return (
-                f"a predicted error of at most {self.max_error:g} (the measured one is usually several times smaller)"
-            )
-        what = "the matched convs'" if self.over == "matched" else "the model's"
-        return f"{self.fraction:g} of {what} {_MEASURES[self.measure]}"
+        error = self.max_error
+        if error is not None:
+            return f"a predicted error of at most {error:g} (the measured one is usually several times smaller)"
+        owner = "the matched convs'" if self.over == "matched" else "the model's"
+        measure = {"macs": "MACs", "params": "parameters", "latency": "latency"}[self.measure]
+        return f"{self.fraction:g} of {owner} {measure}"
 
 
 _LARGEST, _LONGEST_KEY = 2**20, 100
 _STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 BUDGETS = ("macs", "params", "latency", "max_error")
-_MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 class About(_Strict):
