@@ -30,7 +30,7 @@ def candidates(
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
-    wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
+    parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
     opened = open_model(
         model,
         Request(
@@ -51,7 +51,7 @@ def candidates(
         reference=opened.reference,
         traced_by=traced.by,
         input=describe(opened.example()),
-        rows=tuple(find_candidates(opened.model, traced.sites, wanted)),
+        rows=tuple(find_candidates(opened.model, traced.sites, parsed)),
         total=costs.total,
         notes=opened.source.notes + traced.notes + costs.notes(),
         warnings=sizes_assumed([opened]),

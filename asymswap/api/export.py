@@ -31,7 +31,7 @@ from asymswap.models.converted import restore, unconverted
 from asymswap.models.opening import build_named, model_dtype
 from asymswap.models.preprocessing import size_warning
 from asymswap.models.references import Request
-from asymswap.planning.fuse import Wanted, fuse_model
+from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
 from asymswap.types import Preprocessing, Progress, silent
@@ -150,7 +150,7 @@ def _read(
         )
     if not fuse:
         return _Work(converted, preprocessing, 0, not any(plan.swaps for plan in plans), origin)
-    result = fuse_model(converted, original, plans, Wanted(), progress)
+    result = fuse_model(converted, original, plans, FusionOptions(), progress)
     fused = sum(row.outcome != "left" for row in result.sites)
     return _Work(result.model, preprocessing, fused, result.as_before, origin)
 

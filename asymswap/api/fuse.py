@@ -22,7 +22,7 @@ from asymswap.models.converted import restore, save_checkpoint, unconverted
 from asymswap.models.opening import build_named, model_dtype, prepared, stored_preprocessing
 from asymswap.models.preprocessing import PreprocessingOptions, check_needed, size_warning
 from asymswap.models.references import Request
-from asymswap.planning.fuse import Wanted, fuse_model
+from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
@@ -75,7 +75,7 @@ def fuse(
     takes = takes if feeding is None else feeding.preprocessing
     inputs, about = some_inputs(data, takes, dtype, seed)
     plans = stored.header.plans
-    fused = fuse_model(converted, original, plans, Wanted(separable, max_offset, inputs), progress)
+    fused = fuse_model(converted, original, plans, FusionOptions(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"

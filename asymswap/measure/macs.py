@@ -81,16 +81,29 @@ def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) ->
 
 def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
     """Count a model that may be run and given hooks."""
+    names = list(dict.fromkeys(names))
     flops = dict.fromkeys(names, 0)
     calls: dict[str, list[Call]] = {name: [] for name in names}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     uncounted = _Uncounted(structure, counter.flop_registry)
-    for name in flops:
-        _watch(structure.get_submodule(name), name, flops, calls[name], counter)
+    for name in names:
+
+        def enter(*_: Any, name: str = name) -> None:
+            flops[name] -= counter.get_total_flops()
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            flops[name] += counter.get_total_flops()
+            seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
+                calls[name].append(Call.of(seen[0].shape, output.shape))
+
+        module = structure.get_submodule(name)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, with_kwargs=True)
     # The counter comes last: it takes operators apart, and what it cannot take apart goes on to the other.
     with torch.no_grad(), _plain_attention(), uncounted, counter:
         structure(*inputs)
-    by_name = {name: Cost(flops[name] // 2, _params(structure.get_submodule(name))) for name in flops}
+    by_name = {name: Cost(flops[name] // 2, _params(structure.get_submodule(name))) for name in names}
     total = Cost(counter.get_total_flops() // 2, _params(structure))
     return Costs(total, by_name, calls, tuple(sorted(uncounted.found)))
 
@@ -110,35 +123,6 @@ def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _watch(module: nn.Module, name: str, flops: dict[str, int], calls: list[Call], counter: FlopCounterMode) -> None:
-    """Add what the counter counts while the module runs to `flops[name]`, and its calls on feature maps to `calls`."""
-
-    def enter(*_: Any) -> None:
-        flops[name] -= counter.get_total_flops()
-
-    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        flops[name] += counter.get_total_flops()
-        seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
-            calls.append(Call.of(seen[0].shape, output.shape))
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, with_kwargs=True)
-
-
-def _first(one: Shape, *_: Any, **__: Any) -> int:
-    # A matrix or a vector, each number of which meets one of a vector.
-    return 2 * math.prod(one)
-
-
-def _added_first(_: Any, one: Shape, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(one)
-
-
-def _added_batches(_: Any, one: Shape, other: Shape, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(one) * other[-1]
-
-
 def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
     # Each sample is a weighted sum of four pixels of the input, and with a mask it is scaled once more.
     use_mask = bool(others[-1])
@@ -151,35 +135,28 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
     return 2 * math.prod(batch) * rows * key[-2] * (depth + value[-1])
 
 
-def _trilinear(one: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    # What nn.Bilinear runs: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
-    return 2 * one[0] * math.prod(weight)
-
-
-def _conv_tbc(_x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    return 2 * out_shape[0] * out_shape[1] * math.prod(weight)
-
-
-def _recurrent(x: Shape, to_gates: Shape, between_steps: Shape, *_: Any, **__: Any) -> int:
-    # Each row of the input, (steps, images, features) or packed, meets both matrices of the layer once.
-    return 2 * math.prod(x[:-1]) * (math.prod(to_gates) + math.prod(between_steps))
-
-
-def _recurrent_layers(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+def _product(one: Shape, *_: Any, **__: Any) -> int:
+    # A matrix or a vector, each number of which meets one of a vector.
+    return 2 * math.prod(one)
 
 
 # What torch's counter lacks: FLOPs by the shapes of the arguments.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mv: _first,
-    aten.addmv: _added_first,
-    aten.dot: _first,
-    aten.vdot: _first,
-    aten.addbmm: _added_batches,
-    aten._trilinear: _trilinear,
-    aten.conv_tbc: _conv_tbc,
-    aten.mkldnn_rnn_layer: _recurrent,
-    aten._cudnn_rnn: _recurrent_layers,
+    aten.mv: _product,
+    aten.dot: _product,
+    aten.vdot: _product,
+    aten.addmv: lambda _, one, *__, **___: _product(one),
+    aten.addbmm: lambda _, one, other, *__, **___: _product(one) * other[-1],
+    # nn.Bilinear: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
+    aten._trilinear: lambda one, weight, *_, **__: 2 * one[0] * math.prod(weight),
+    aten.conv_tbc: lambda _, weight, *__, out_shape, **___: 2 * out_shape[0] * out_shape[1] * math.prod(weight),
+    # Each row of the input, (steps, images, features) or packed, meets the matrices of a layer once.
+    aten.mkldnn_rnn_layer: lambda x, to_gates, between_steps, *_, **__: (
+        2 * math.prod(x[:-1]) * (math.prod(to_gates) + math.prod(between_steps))
+    ),
+    aten._cudnn_rnn: lambda x, weights, *_, **__: (
+        2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
     torch.ops.torchvision.deform_conv2d: _deform_conv,

@@ -43,7 +43,7 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FusionOptions:
     """Which replacements to fuse beside those that fuse exactly and cost no more then.
 
     `separable`: pairs and crosses as well, whose one conv costs more. `max_offset`: predicted offsets that stay below
@@ -59,7 +59,7 @@ def fuse_model(
     model: nn.Module,
     original: nn.Module,
     plans: Sequence[Plan],
-    wanted: Wanted,
+    options: FusionOptions,
     progress: Progress = silent,
 ) -> Fused:
     """Fuse what can be fused in a copy of the converted `model`, in eval mode.
@@ -69,7 +69,7 @@ def fuse_model(
     structures = [meta_copy(original)]
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))
-    offsets = _largest_offsets(model, plans, wanted)
+    offsets = _largest_offsets(model, plans, options)
     sites: list[FusionRow] = []
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
@@ -82,7 +82,7 @@ def fuse_model(
                 results.append(_leave(entry, "a later conversion has changed its insides"))
             else:
                 offset = offsets.get(entry.site)
-                results.append(_fuse_site(entry, model, before, norms[entry.site], wanted, offset))
+                results.append(_fuse_site(entry, model, before, norms[entry.site], options, offset))
             progress("fusing", len(sites) + len(results), total)
         model = swap(model, {name: new for result in results for name, new in result.modules.items()})
         sites = [result.site for result in results] + sites
@@ -104,7 +104,7 @@ def _leave(entry: Swap, reason: str) -> _Result:
 
 
 def _fuse_site(
-    entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, wanted: Wanted, offset: float | None
+    entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, options: FusionOptions, offset: float | None
 ) -> _Result:
     """Fuse one replacement, if it can be.
 
@@ -115,14 +115,14 @@ def _fuse_site(
     module = model.get_submodule(entry.site)
     if isinstance(module, nn.Conv2d):
         return _leave(entry, "it is one conv already")
-    if not type(settings).model_fields["allow_growth"].default and not wanted.separable:
+    if not type(settings).model_fields["allow_growth"].default and not options.separable:
         return _leave(entry, "one conv would cost more; --separable fuses it nevertheless")
     conv = read_conv(cast(nn.Conv2d, before.get_submodule(entry.site)))
     changed = _changed(module, kind.build(conv, settings))
     if changed is not None:
         return _leave(entry, changed)
     fused, reason = kind.fuse(module, conv, settings), ""
-    most = wanted.max_offset
+    most = options.max_offset
     if fused is None and isinstance(kind, replacements.Sampling) and offset is not None and most is not None:
         if offset > most:
             return _leave(entry, f"it predicts offsets of up to {offset:.3g} pixels")
@@ -172,9 +172,9 @@ def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
     return None
 
 
-def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) -> dict[str, float]:
+def _largest_offsets(model: nn.Module, plans: Sequence[Plan], options: FusionOptions) -> dict[str, float]:
     """Return the largest offset that each predictor gives on the images, in pixels."""
-    if wanted.max_offset is None or wanted.inputs is None:
+    if options.max_offset is None or options.inputs is None:
         return {}
     found: dict[str, float] = {}
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
@@ -187,7 +187,7 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) ->
                     found[name] = max(found.get(name, 0.0), largest)
 
                 hooks.enter_context(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
-        model(*wanted.inputs)
+        model(*options.inputs)
     return found
 
 

@@ -265,7 +265,7 @@ def _decide(
         return Keep(site.name, f"rule {number}, but {reason}")
     settings = replacements.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
-    settings, absorbs = _adopt(model, site, kind, settings)
+    settings, absorbs = _fold_norm(model, site, kind, settings)
     return _Matched(site, conv, rule, number, kind_name, kind, settings, statistics, absorbs)
 
 
@@ -274,13 +274,13 @@ def refusal_of(site: Site, kind: Kind) -> str | None:
     return site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
 
 
-def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
+def _fold_norm(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
     """Return the settings, and the batch norm that the kind folds in at this site, if there is one."""
     if not isinstance(kind, replacements.Absorbing):
         return settings, None
     name = kind.absorbs(site, settings)
-    adopted = None if name is None else kind.adopt(settings, model.get_submodule(name))
-    return (settings, None) if adopted is None else (adopted, name)
+    folded = None if name is None else kind.adopt(settings, model.get_submodule(name))
+    return (settings, None) if folded is None else (folded, name)
 
 
 def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
@@ -417,7 +417,7 @@ def check_replay(
                 f"the plan cannot swap {swap.site!r}: {_no_gain(option, site.cost)}; where that is meant, give it "
                 '"allow_growth": true among its settings'
             )
-        absorbs = _adopt(model, site, kind, settings)[1] if swap.absorbs is not None else None
+        absorbs = _fold_norm(model, site, kind, settings)[1] if swap.absorbs is not None else None
         if absorbs != swap.absorbs:
             raise PlanError(
                 f"the plan cannot swap {swap.site!r}: it says absorbs = {swap.absorbs!r}, where "
