@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +147,7 @@ def _open(
     preprocessing: Preprocessing, data: str, part: str, validation: str | None, seed: int, download: bool
 ) -> LabelledImages:
     if part == "test" or (part == "train" and validation is None):
-        name: Literal["train", "test"] = "test" if part == "test" else "train"
-        return open_data(data, preprocessing, name, download=download)
+        return open_data(data, preprocessing, "test" if part == "test" else "train", download=download)
     parts = open_parts(data, preprocessing, validation, seed, download=download)
     if part == "train":
         return parts.train

@@ -69,7 +69,11 @@ def export(
     where only you can build it. Raises AsymswapError where it cannot be exported, or computes something else.
     """
     path = Path(path)
-    form = form or _form_of(path)
+    if form is None:
+        form = next((known for known, suffixes in SUFFIXES.items() if path.suffix in suffixes), None)
+    if form is None:
+        endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
     check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
@@ -120,14 +124,6 @@ class _Work:
         """Return random inputs, of another size of images where one is given."""
         preprocessing = self.preprocessing if size is None else replace(self.preprocessing, size=size)
         return probe(preprocessing, model_dtype(self.model), images, seed)
-
-
-def _form_of(path: Path) -> Form:
-    for form, suffixes in SUFFIXES.items():
-        if path.suffix in suffixes:
-            return form
-    endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-    raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
 
 
 def _read(

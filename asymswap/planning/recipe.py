@@ -118,9 +118,9 @@ class Range(_Strict):
             raise ValueError(f"min = {self.min:g} is above max = {self.max:g}")
         return self
 
-    def holds(self, *values: float) -> bool:
-        """Whether every one of the values lies in the range."""
-        return all((self.min is None or v >= self.min) and (self.max is None or v <= self.max) for v in values)
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in the range."""
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
 class SizeRange(_Strict):
