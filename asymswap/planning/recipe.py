@@ -298,9 +298,14 @@ class Rule(_Strict):
         return () if self.swap is None else replacements.load(self.swap["kind"]).SIZES
 
     @property
+    def size(self) -> str | None:
+        """The one of these settings that the rule says; None where a budget chooses."""
+        return next((name for name in self.sizes if name in self.swap_settings), None)
+
+    @property
     def lacks_size(self) -> bool:
         """Whether the rule swaps and says no size, although its kind has one."""
-        return bool(self.sizes) and not any(name in self.swap_settings for name in self.sizes)
+        return bool(self.sizes) and self.size is None
 
     @property
     def leaves_choice(self) -> bool:
