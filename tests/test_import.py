@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "asymswap"
 LAYERS = (
     ("errors", "types"),
     ("utils", "results"),
-    ("fileformats", "factorize", "deploy"),
+    ("fileformats", "factorize"),
     ("replacements", "graph"),
     ("measure",),
     ("planning",),

@@ -1,4 +1,4 @@
-"""`candidates`: every Conv2d of a model, what could be saved at it, or why not."""
+"""The verb `candidates`: every Conv2d of a model, what could be saved at it, or why not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asymswap.graph.trace import check_runs, trace
-from asymswap.models.opening import (
-    Model,
-    costs_of,
-    open_model,
-    sizes_assumed,
-)
+from asymswap.models.opening import Model, costs_of, open_model, sizes_assumed
 from asymswap.models.references import Request
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
@@ -35,7 +30,7 @@ def candidates(
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
-    wanted = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
+    parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
     opened = open_model(
         model,
         Request(
@@ -56,7 +51,7 @@ def candidates(
         reference=opened.reference,
         traced_by=traced.by,
         input=describe(opened.example()),
-        rows=tuple(find_candidates(opened.model, traced.sites, wanted)),
+        rows=tuple(find_candidates(opened.model, traced.sites, parsed)),
         total=costs.total,
         notes=opened.source.notes + traced.notes + costs.notes(),
         warnings=sizes_assumed([opened]),

@@ -1,32 +1,32 @@
-"""Models beside each other: what each costs on its own, and how it differs from the first."""
+"""The verb `compare`: what each model costs, as `benchmark` counts it, and how it differs from the first."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import asymswap
+from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.conversion_report import state_bytes
+from asymswap.api.evaluate import against_first
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
 from asymswap.data.predict import check_classifier, placement
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
-from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
 from asymswap.measure.machine import machine
-from asymswap.measure.statistics import mcnemar_exact
-from asymswap.models.opening import Model, OpenedModel, costs_of, open_together, sizes_assumed
+from asymswap.models.opening import Model, OpenedModel, open_together, sizes_assumed
 from asymswap.models.preprocessing import PreprocessingOptions, check_needed
 from asymswap.models.references import Request
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
-from asymswap.types import Progress, Ratio, Seconds, silent
+from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs, probe
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 
@@ -77,136 +77,116 @@ def compare(
         preprocessing,
     )
     feedings: list[Feeding | None] = [None] * len(opened)
+    sets: list[LabelledImages] = []
+    total = None
     if data is not None:
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-    rows = [_row(one) for one in opened]
-    timed = None if timing is None else _times(opened, timing, progress)
-    outcome = _on_random(opened, seed) if data is None else _on_data(opened, data, images, seed, progress)
+        sets = [open_data(data, one.source.preprocessing, "test") for one in opened]
+        total = min(images or len(sets[0]), len(sets[0]))
+    costs = [cost_row(one) for one in opened]
+    timed = None if timing is None else time_in_turn(opened, timing, progress)
+    if total is None:
+        found, outputs_on = _on_random(opened, seed), f"{_RANDOM} random images (seed {seed})"
+    else:
+        found, outputs_on = _on_data(opened, sets, total, seed, progress), f"{total:,} images of {data}"
+    rows = []
+    for number, (one, cost, finding) in enumerate(zip(opened, costs, found, strict=True)):
+        source = one.source
+        random = ("its weights are random",) if source.weights == "random" else ()
+        row = ComparedRow(
+            model=cost.model,
+            origin=cost.origin,
+            weights=cost.weights,
+            input=cost.input,
+            cost=cost.cost,
+            weights_bytes=state_bytes(one.model),
+            file_bytes=None if source.file is None else source.file.stat().st_size,
+            latency=None if timed is None else timed[number][0],
+            latency_ratio=None if timed is None else timed[number][1],
+            gap=finding.gap,
+            accuracy=finding.accuracy,
+            notes=(*cost.notes, *random, *finding.notes),
+            fed=fed_of(feedings[number]),
+        )
+        rows.append(row)
+    if timing is not None:
+        threads, processor = torch.get_num_threads(), machine()["processor"]
+        measured = TimingRow(timing.memory_format, timing.batch, threads, processor, timing.rounds)
     return Comparison(
         asymswap=asymswap.__version__,
-        models=tuple(
-            replace(
-                row,
-                latency=None if timed is None else timed[number][0],
-                latency_ratio=None if timed is None else timed[number][1],
-                gap=outcome.gaps[number],
-                accuracy=outcome.accuracies[number],
-                fed=fed_of(feedings[number]),
-                notes=(*row.notes, *outcome.notes[number]),
-            )
-            for number, row in enumerate(rows)
-        ),
-        outputs_on=outcome.on,
-        data=outcome.data,
-        images=outcome.images,
-        timing=None if timing is None else _timing_row(timing),
+        models=tuple(rows),
+        outputs_on=outputs_on,
+        data=sets[0].description if sets else None,
+        images=total if sets and total != len(sets[0]) else None,
+        timing=None if timing is None else measured,
         warnings=all_warnings(feedings) if data is not None else sizes_assumed(opened),
     )
 
 
-def _row(opened: OpenedModel) -> ComparedRow:
-    source, costs = opened.source, costs_of(opened)
-    return ComparedRow(
-        model=opened.reference,
-        origin=source.origin.reference,
-        weights=source.weights,
-        input=source.preprocessing.describe(),
-        cost=costs.total,
-        weights_bytes=state_bytes(opened.model),
-        file_bytes=None if source.file is None else source.file.stat().st_size,
-        notes=(*source.notes, *costs.notes(), *(("its weights are random",) if source.weights == "random" else ())),
-    )
+@dataclass(frozen=True)
+class _Finding:
+    """What running a model has shown."""
 
-
-def _times(opened: Sequence[OpenedModel], timing: Timing, progress: Progress) -> list[tuple[Seconds, Ratio | None]]:
-    turns = {
-        number: forward(
-            in_format(one.model, timing.memory_format).eval(),
-            inputs_like(one.example(), timing.memory_format, timing.batch),
-        )
-        for number, one in enumerate(opened)
-    }
-    found = take_turns(turns, rounds=timing.rounds, progress=progress)
-    return [(seconds_of(own), ratio_of(own, found[0]) if number else None) for number, own in found.items()]
-
-
-def _timing_row(timing: Timing) -> TimingRow:
-    return TimingRow(
-        memory_format=timing.memory_format,
-        batch=timing.batch,
-        threads=torch.get_num_threads(),
-        machine=machine()["processor"],
-        rounds=timing.rounds,
-    )
+    gap: OutputGap | None = None
+    accuracy: Accuracy | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
-class _Outcome:
-    """What running the models has shown, one entry a model."""
+class _Outputs:
+    """A model's outputs beside the first one's, batch by batch; `note` says why they cannot be compared."""
 
-    on: str
-    gaps: list[OutputGap | None]
-    accuracies: list[Accuracy | None]
-    notes: list[list[str]]
-    data: str | None = None
-    images: int | None = None
-
-
-@dataclass
-class _Tally:
-    """What is counted of one model beside the first, batch by batch."""
-
-    outputs: Sums = field(default_factory=Sums)
-    agreed: int = 0
-    right: int = 0
-    gained: int = 0
-    lost: int = 0
-    seen: int = 0
+    sums: Sums = field(default_factory=Sums)
+    guesses: list[Tensor] = field(default_factory=list)
     note: str | None = None
 
-    def add_outputs(self, first: Any, own: Any) -> None:
-        """Take in both models' outputs of a batch."""
+    def add(self, first: Any, own: Any) -> None:
+        """Compare both models' outputs of a batch."""
         ones, others = list_tensors(first), list_tensors(own)
-        before, after = (tuple("x".join(map(str, t.shape[1:])) for t in tensors) for tensors in (ones, others))
+        before, after = (["x".join(map(str, t.shape[1:])) for t in tensors] for tensors in (ones, others))
         if before != after:
-            said = (", ".join(shapes) or "nothing" for shapes in (after, before))
-            self.note = "its outputs ({}) cannot be compared with the first's ({})".format(*said)
+            shapes = (", ".join(sizes) or "nothing" for sizes in (after, before))
+            self.note = "its outputs ({}) cannot be compared with the first's ({})".format(*shapes)
             return
         for one, other in zip(ones, others, strict=True):
-            self.outputs.add(one, other)
+            self.sums.add(one, other)
 
-    def gap(self, scores: bool) -> OutputGap | None:
-        """The difference over all batches."""
+    def gap(self, agreement: float | None = None) -> OutputGap | None:
+        """Return the difference over all batches."""
         if self.note is not None:
             return None
-        gap = self.outputs.difference()
-        return OutputGap(gap.relative, gap.largest, self.agreed / self.seen if scores and self.seen else None)
+        gap = self.sums.difference()
+        return OutputGap(gap.relative, gap.largest, agreement)
 
 
-def _on_random(opened: Sequence[OpenedModel], seed: int) -> _Outcome:
-    """The outputs on two random inputs, of those models that take the first's."""
-    count = 2
+_RANDOM = 2
+"""Random images on which outputs are compared where no data is given."""
+
+
+def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Finding]:
+    """Compare the outputs of those models that take the first's inputs."""
     first = opened[0]
-    outcome = _Outcome(f"{count} random images (seed {seed})", [], [None] * len(opened), [[] for _ in opened])
-    wanted = first.source.preprocessing
-    inputs = probe(wanted, first.dtype(), images=count, seed=seed)
+    expected = first.source.preprocessing
+    inputs = probe(expected, first.dtype(), images=_RANDOM, seed=seed)
     reference = _run(first, inputs)
-    for number, one in enumerate(opened):
-        tally, own = _Tally(), one.source.preprocessing
-        if (own.form, own.describe()) != (wanted.form, wanted.describe()):
-            tally.note = f"it takes {own.describe()}, so its outputs cannot be compared with the first's; give --input"
-        elif own.form == "image-list" and number:
-            tally.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
-        elif number:
-            tally.add_outputs(reference, _run(one, inputs))
-        outcome.gaps.append(None if number == 0 else tally.gap(scores=False))
-        outcome.notes[number] += [] if tally.note is None else [tally.note]
-    return outcome
+    findings = [_Finding()]
+    for one in opened[1:]:
+        outputs, own = _Outputs(), one.source.preprocessing
+        if (own.form, own.describe()) != (expected.form, expected.describe()):
+            outputs.note = (
+                f"it takes {own.describe()}, so its outputs cannot be compared with the first's; give --input"
+            )
+        elif own.form == "image-list":
+            outputs.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
+        else:
+            outputs.add(reference, _run(one, inputs))
+        findings.append(_Finding(outputs.gap(), notes=() if outputs.note is None else (outputs.note,)))
+    return findings
 
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:
-    """The model's outputs in eval mode, on the processor."""
+    """Return the model's outputs in eval mode, on the processor."""
     device, dtype = placement(opened.model)
     with eval_mode(opened.model), torch.inference_mode():
         placed = map_tensors(inputs, lambda tensor: tensor.to(device, dtype))
@@ -214,75 +194,51 @@ def _run(opened: OpenedModel, inputs: Inputs) -> Any:
 
 
 def _on_data(
-    opened: Sequence[OpenedModel], reference: str, wanted: int | None, seed: int, progress: Progress
-) -> _Outcome:
-    """One pass of all models through the same images, each with its own preprocessing."""
-    data = [open_data(reference, one.source.preprocessing, "test") for one in opened]
-    refusals = [_refusal(one.model, images) for one, images in zip(opened, data, strict=True)]
-    tallies = [_Tally() for _ in opened]
-    total = min(wanted or len(data[0]), len(data[0]))
-    for done, labels, outputs in _batches(opened, data, total, seed):
-        answers = [None if why else output.argmax(1) for output, why in zip(outputs, refusals, strict=True)]
-        for tally, output, own in zip(tallies, outputs, answers, strict=True):
-            tally.add_outputs(outputs[0], output)
-            tally.seen += len(labels)
-            if own is None:
-                continue
-            right = own == labels
-            tally.right += int(right.sum())
-            if answers[0] is not None:
-                also = answers[0] == labels
-                tally.agreed += int((own == answers[0]).sum())
-                tally.gained += int((right & ~also).sum())
-                tally.lost += int((also & ~right).sum())
-        progress("running all models", done, total)
-    scored = [why is None and refusals[0] is None for why in refusals]
-    return _Outcome(
-        on=f"{total:,} images of {reference}",
-        gaps=[None, *(tally.gap(scores) for tally, scores in zip(tallies[1:], scored[1:], strict=True))],
-        accuracies=[
-            _accuracy(tally, why, number, scored[number])
-            for number, (tally, why) in enumerate(zip(tallies, refusals, strict=True))
-        ],
-        notes=[
-            [*([] if why is None else [f"no accuracy: {why}"]), *([] if tally.note is None else [tally.note])]
-            for tally, why in zip(tallies, refusals, strict=True)
-        ],
-        data=data[0].description,
-        images=total if total < len(data[0]) else None,
-    )
+    opened: Sequence[OpenedModel], sets: Sequence[LabelledImages], total: int, seed: int, progress: Progress
+) -> list[_Finding]:
+    """Run all models on the same images in one pass, each with its own preprocessing."""
+    refusals: list[str | None] = []
+    for one, images in zip(opened, sets, strict=True):
+        try:
+            check_classifier(one.model, images)
+            refusals.append(None)
+        except SourceError as error:
+            refusals.append(str(error))
+    every = [_Outputs() for _ in opened]
+    labels: list[Tensor] = []
+    for batch_labels, answers in _batches(opened, sets, total, seed):
+        labels.append(batch_labels)
+        for outputs, answer, refusal in zip(every, answers, refusals, strict=True):
+            outputs.add(answers[0], answer)
+            if refusal is None:
+                outputs.guesses.append(answer.argmax(1))
+        progress("running all models", sum(map(len, labels)), total)
+    truth = torch.cat(labels)
+    findings = []
+    for number, (outputs, refusal) in enumerate(zip(every, refusals, strict=True)):
+        accuracy, agreement = None, None
+        if refusal is None:
+            guesses = torch.cat(outputs.guesses)
+            top1 = int((guesses == truth).sum()) / len(truth)
+            accuracy = Accuracy(top1)
+            if number and refusals[0] is None:
+                against = against_first(truth, torch.cat(every[0].guesses), guesses)
+                accuracy = Accuracy(top1, against.only_this, against.only_first, against.p)
+                agreement = against.agreement
+        notes = (None if refusal is None else f"no accuracy: {refusal}", outputs.note)
+        gap = outputs.gap(agreement) if number else None
+        findings.append(_Finding(gap, accuracy, tuple(note for note in notes if note is not None)))
+    return findings
 
 
 def _batches(
-    opened: Sequence[OpenedModel], data: Sequence[LabelledImages], total: int, seed: int
-) -> Iterator[tuple[int, Tensor, list[Any]]]:
-    """How many images are done, their labels, and all models' outputs, batch by batch."""
-    order = sorted(torch.randperm(len(data[0]), generator=seeded(seed)).tolist()[:total])
+    opened: Sequence[OpenedModel], sets: Sequence[LabelledImages], total: int, seed: int
+) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Yield labels and all models' outputs, batch by batch."""
+    order = sorted(torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total])
     largest = max(math.prod(one.source.preprocessing.size) for one in opened)
     batch = max(4, min(128, 2**20 // largest))
     # A generator of its own: the loader would otherwise draw from the global one.
-    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in data]
-    done = 0
-    for together in zip(*loaders, strict=True):
-        labels = together[0][1]
-        done += len(labels)
-        outputs = [_run(one, (images,)) for one, (images, _) in zip(opened, together, strict=True)]
-        yield done, labels, outputs
-
-
-def _refusal(model: nn.Module, data: LabelledImages) -> str | None:
-    """Why the model's accuracy on the data cannot be told, if it cannot."""
-    try:
-        check_classifier(model, data)
-    except SourceError as error:
-        return str(error)
-    return None
-
-
-def _accuracy(tally: _Tally, refusal: str | None, number: int, paired: bool) -> Accuracy | None:
-    if refusal is not None:
-        return None
-    top1 = tally.right / tally.seen
-    if number == 0 or not paired:
-        return Accuracy(top1)
-    return Accuracy(top1, tally.gained, tally.lost, mcnemar_exact(tally.gained, tally.lost))
+    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]
+    for parts in zip(*loaders, strict=True):
+        yield parts[0][1], [_run(one, (images,)) for one, (images, _) in zip(opened, parts, strict=True)]

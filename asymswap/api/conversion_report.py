@@ -1,45 +1,50 @@
-"""The report of a conversion, put together from what was planned and measured."""
+"""The report of a conversion: what was planned and measured, and the checks on it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 import asymswap
 from asymswap import replacements
+from asymswap.api.session import Converted, Session
 from asymswap.errors import AsymswapError
-from asymswap.graph.trace import Trace
-from asymswap.measure.fidelity import Fidelity
+from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
-from asymswap.models.opening import OpenedModel
 from asymswap.reporting import format as fmt
-from asymswap.results.convert import FileRow, ModelRow, OutputChange, Report, SiteRow
-from asymswap.types import Cost, Keep, Plan, Site, Swap
-from asymswap.utils.inputs import Inputs, portions
-from asymswap.utils.tensors import eval_mode, first_not_finite, list_tensors
+from asymswap.results.convert import CalibrationRow, FileRow, ModelRow, OutputChange, Report, SiteRow
+from asymswap.types import Cost, Keep, Site, Swap
+from asymswap.utils.inputs import Inputs, portions, probe
+from asymswap.utils.tensors import eval_mode, list_tensors
 
 
-def make_report(
-    opened: OpenedModel,
-    traced: Trace,
-    plan: Plan,
-    recipe: str,
-    budget: str | None,
-    costs: tuple[Costs, Costs],
-    fidelity: Fidelity,
-    probe_text: str,
-    weights_bytes: tuple[int, int],
-) -> Report:
-    """Rows of all sites, the rest of the model, and totals; costs are those counted before and after."""
-    before, after = costs
+def make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
+    """Measure what has changed, on held-back images where there are some, else on random ones by the seed.
+
+    Raises AsymswapError where the converted model's output is not finite.
+    """
+    opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
+    gathered, source = session.gathered, session.opened.source
+    if gathered is not None and gathered.held_back is not None:
+        inputs: Inputs = (gathered.held_back.to(opened.dtype()),)
+        probed = f"{len(gathered.held_back)} images of {gathered.summary.data}"
+    else:
+        inputs = probe(source.preprocessing, opened.dtype(), seed=seed)
+        probed = f"{len(inputs[0])} random images (seed {seed})"
+    parts = compared_parts(traced)
+    if not traced.on_meta:
+        probed += f", compared at the outputs of {len(parts)} parts"
+    fidelity = measure_fidelity(opened.model, converted.model, plan, inputs, parts)
+    _check_output_finite(opened.model, fidelity, inputs)
     entries: dict[str, Swap | Keep] = {keep.site: keep for keep in plan.keeps}
     entries |= {swap.site: swap for swap in plan.swaps}
-    rows = tuple(_row(site, entries[site.name], before, after.by_name[site.name], fidelity) for site in traced.sites)
-    source = opened.source
-    files = () if source.file is None else (FileRow(str(source.file), source.file.stat().st_size),)
+    rows = tuple(
+        _row(site, entries[site.name], before, converted.costs.by_name[site.name], fidelity) for site in traced.sites
+    )
     return Report(
         asymswap=asymswap.__version__,
         model=ModelRow(
@@ -57,13 +62,35 @@ def make_report(
         sites=rows,
         rest=before.total - sum((row.before for row in rows), start=Cost(0, 0)),
         before=before.total,
-        after=after.total,
-        output=OutputChange(fidelity.output.relative, fidelity.output.largest, probe_text),
+        after=converted.costs.total,
+        output=OutputChange(fidelity.output.relative, fidelity.output.largest, probed),
         warnings=tuple(_surprises(rows, fidelity)),
         multiplier=plan.multiplier,
-        weights_bytes=weights_bytes,
-        files=files,
+        weights_bytes=(state_bytes(opened.model), state_bytes(converted.model)),
+        files=() if source.file is None else (FileRow(str(source.file), source.file.stat().st_size),),
     )
+
+
+def calibration_row(session: Session, converted: Converted, evaluated_on: str | None) -> CalibrationRow | None:
+    """Return what the conversion was calibrated on; `evaluated_on` describes the images of its accuracy."""
+    gathered, polished = session.gathered, converted.polished
+    if gathered is None:
+        return None
+    notes = list(gathered.notes)
+    if polished is not None:
+        notes.append(
+            f"polished for {polished.steps} steps on {polished.images} images: difference of the outputs on held-back "
+            f"ones {polished.before:.3g} -> {polished.after:.3g} (the weights of step {polished.kept_step})"
+        )
+    if evaluated_on is not None and evaluated_on == gathered.description:
+        notes.append(SAME_IMAGES)
+    summary = gathered.summary
+    return CalibrationRow(
+        summary.data, summary.images, summary.sha256, summary.seed, converted.sequential, tuple(notes)
+    )
+
+
+SAME_IMAGES = "calibrated and evaluated on the same images: the accuracy is too good to be trusted"
 
 
 _PROMISED = 1e-4
@@ -86,17 +113,7 @@ def check_promises(report: Report, dtype: torch.dtype) -> None:
         )
 
 
-def check_finite(original: nn.Module, converted: nn.Module) -> None:
-    """Raise AsymswapError where a weight of the converted model is not finite, which all of the original's are."""
-    found = first_not_finite(converted)
-    if found is not None and first_not_finite(original) is None:
-        raise AsymswapError(
-            f"the converted model's {found[0]!r} holds {found[1]}, so nothing is written; keep that conv by a rule "
-            "with keep = true, and report it as a bug"
-        )
-
-
-def check_output_finite(original: nn.Module, fidelity: Fidelity, inputs: Inputs) -> None:
+def _check_output_finite(original: nn.Module, fidelity: Fidelity, inputs: Inputs) -> None:
     """Raise AsymswapError where the converted model's output holds NaN or infinity, and the original's does not."""
     if math.isfinite(fidelity.output.largest):
         return
@@ -107,18 +124,6 @@ def check_output_finite(original: nn.Module, fidelity: Fidelity, inputs: Inputs)
             "the converted model's output is not finite, where the original's is, so nothing is written; give it a "
             "larger budget, or another dtype than half precision"
         )
-
-
-def _in_short(swap: Swap) -> str:
-    """The settings that are not what the kind has by itself, or its name where there are none."""
-    fields = replacements.load(swap.kind).Settings.model_fields
-    told = {key: value for key, value in swap.settings.items() if value != fields[key].default}
-    return fmt.settings(told if told.keys() - {"bias"} else {swap.kind: True, **told})
-
-
-def promises(site: Site, swap: Swap) -> bool:
-    """Whether the swap's kind promises that nothing changes at this site."""
-    return replacements.load(swap.kind).preserves(site.conv, replacements.parse_settings(swap.kind, swap.settings))
 
 
 _SURPRISE = 5.0
@@ -148,33 +153,43 @@ def _surprises(rows: Sequence[SiteRow], fidelity: Fidelity) -> Iterator[str]:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors of the state dict."""
-    state: Mapping[str, object] = model.state_dict()
-    return sum(getattr(t, "numel", int)() * getattr(t, "element_size", int)() for t in state.values())
+    """Return the bytes of all tensors of the state dict."""
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> SiteRow:
-    swap = entry if isinstance(entry, Swap) else None
     error = fidelity.site_outputs.get(site.name)
-    if swap is not None and swap.absorbs is not None:
-        # What the batch norm cost stays with the rest of the model, so that the sums come out right.
-        after -= before.by_name[swap.absorbs]
-    return SiteRow(
+    row = SiteRow(
         site=site.name,
         conv=site.conv.describe(),
         feature_map=site.feature_map,
         calls=len(site.calls),
-        action="swap" if swap else "keep",
-        kind=swap.kind if swap else None,
-        becomes="" if swap is None else _in_short(swap),
-        settings=dict(swap.settings) if swap else {},
+        action="keep",
+        kind=None,
+        becomes="",
+        settings={},
         reason=entry.reason,
         before=before.by_name[site.name],
         after=after,
-        predicted_error=swap.predicted if swap else None,
         kernel_error=fidelity.kernels.get(site.name),
         output_error=error.relative if error else None,
         output_largest=error.largest if error else None,
-        exact=None if swap is None else promises(site, swap),
-        absorbs=None if swap is None else swap.absorbs,
+    )
+    if isinstance(entry, Keep):
+        return row
+    kind = replacements.load(entry.kind)
+    fields = kind.Settings.model_fields
+    unusual = {key: value for key, value in entry.settings.items() if value != fields[key].default}
+    return replace(
+        row,
+        action="swap",
+        kind=entry.kind,
+        becomes=fmt.settings(unusual if unusual.keys() - {"bias"} else {entry.kind: True, **unusual}),
+        settings=dict(entry.settings),
+        # The absorbed batch norm's cost stays with the rest of the model, so that the sums come out right.
+        after=after if entry.absorbs is None else after - before.by_name[entry.absorbs],
+        predicted_error=entry.predicted,
+        exact=kind.preserves(site.conv, replacements.parse_settings(entry.kind, entry.settings)),
+        absorbs=entry.absorbs,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from asymswap.checkpoint import told
 from asymswap.data.classes import check_class_names, known_classes, published_classes
 from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.normalization import Feeding, all_warnings, settle
+from asymswap.data.normalization import all_warnings, settle
 from asymswap.data.predict import Predictions, predict
 from asymswap.data.splits import open_parts
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
-from asymswap.models.opening import OpenedModel, open_together
+from asymswap.models.opening import open_together
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.models.references import Request
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
@@ -76,27 +77,77 @@ def evaluate(
     # All are opened, and checked, before the first is measured.
     opened = open_together(wanted, request, input_size, progress, preprocessing)
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
-    opened = [one for one, _ in settled]
+    opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
     images = [_open(one.source.preprocessing, data, part, validation, seed, download) for one in opened]
     for one, mine in zip(opened, images, strict=True):
-        _check_names(one, mine)
-    found = []
+        known = known_classes(told(one.provenance, one.reference), one.source.origin)
+        check_class_names(known or published_classes(one.source.origin.reference, one.source.weights), mine)
+    found: list[Predictions] = []
     for number, (one, mine) in enumerate(zip(opened, images, strict=True), start=1):
-        found.append(_predict(one, mine, place, batch_size, workers, strict, _told(progress, number, len(opened))))
-    return _report(opened, images, [feeding for _, feeding in settled], found, confusions, batch_size, place)
+        stage = "evaluating" if len(opened) == 1 else f"evaluating {number} of {len(opened)}"
+        # A module of the caller's stays where it is.
+        placed = one.model if one.source.weights == "as given" else one.model.to(place)
+        try:
+            predictions = predict(
+                placed,
+                mine,
+                batch_size=batch_size,
+                workers=workers,
+                strict=strict,
+                progress=functools.partial(progress, stage),
+            )
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise AsymswapError(
+                f"not enough memory for --batch-size {batch_size}; try --batch-size {max(1, batch_size // 2)}"
+            ) from None
+        found.append(predictions)
+    rows, notes = [], []
+    for one, feeding, mine, predictions in zip(opened, feedings, images, found, strict=True):
+        scores = _scores(one.reference, mine.classes, predictions, confusions)
+        if predictions is not found[0]:
+            # The same data in the same order, so the same images are unreadable.
+            assert torch.equal(found[0].numbers, predictions.numbers)
+            against = against_first(predictions.labels, found[0].guesses, predictions.guesses)
+            scores = replace(scores, against_first=against)
+        rows.append(replace(scores, fed=feeding.fed))
+        if predictions.scores != len(mine.classes):
+            notes.append(
+                f"the data has {len(mine.classes)} classes, {one.reference} scores {predictions.scores}: do they agree?"
+            )
+        training = told(one.provenance, one.reference).training
+        description = images[0].description
+        if training and description in training[-1].data and training[-1].validation != description:
+            notes.append(
+                f"{one.reference} was trained on images of the same place: its accuracy here is too good to be trusted "
+                "(--part validation measures on those that were held back)"
+            )
+    return EvaluationReport(
+        data=images[0].description,
+        images=len(found[0]),
+        unreadable=found[0].unreadable,
+        batch=batch_size,
+        device=str(place),
+        models=tuple(rows),
+        notes=tuple(dict.fromkeys(notes)),
+        warnings=all_warnings(feedings),
+    )
 
 
-def _told(progress: Progress, number: int, count: int) -> Any:
-    stage = "evaluating" if count == 1 else f"evaluating {number} of {count}"
-    return lambda done, total: progress(stage, done, total)
+def against_first(labels: Tensor, first: Tensor, other: Tensor) -> AgainstFirst:
+    """Compare the guesses of two models on the same images, all class numbers."""
+    right, also = first == labels, other == labels
+    only_first, only_other = int((right & ~also).sum()), int((~right & also).sum())
+    agreement = int((first == other).sum()) / len(labels)
+    return AgainstFirst(agreement, only_first, only_other, mcnemar_exact(only_first, only_other))
 
 
 def _open(
     preprocessing: Preprocessing, data: str, part: str, validation: str | None, seed: int, download: bool
 ) -> LabelledImages:
     if part == "test" or (part == "train" and validation is None):
-        name: Literal["train", "test"] = "test" if part == "test" else "train"
-        return open_data(data, preprocessing, name, download=download)
+        return open_data(data, preprocessing, "test" if part == "test" else "train", download=download)
     parts = open_parts(data, preprocessing, validation, seed, download=download)
     if part == "train":
         return parts.train
@@ -105,76 +156,18 @@ def _open(
     return parts.validation
 
 
-def _check_names(opened: OpenedModel, images: LabelledImages) -> None:
-    known = known_classes(told(opened.provenance, opened.reference), opened.source.origin)
-    check_class_names(known or published_classes(opened.source.origin.reference, opened.source.weights), images)
+def _scores(name: str, classes: Sequence[str], found: Predictions, confusions: int) -> ModelScores:
+    labels, guesses = found.labels, found.guesses
+    correct = guesses == labels
+    right = int(correct.sum())
+    images_by_class = torch.bincount(labels, minlength=len(classes)).tolist()
+    right_by_class = torch.bincount(labels[correct], minlength=len(classes)).tolist()
+    pairs = Counter(zip(labels[~correct].tolist(), guesses[~correct].tolist(), strict=True))
+    most_confused = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:confusions]
 
+    def class_name(number: int) -> str:
+        return classes[number] if number < len(classes) else f"class {number}"
 
-def _predict(
-    opened: OpenedModel, images: LabelledImages, place: torch.device, batch: int, workers: int, strict: bool, told: Any
-) -> Predictions:
-    # A module of the caller's stays where it is.
-    model = opened.model if opened.source.weights == "as given" else opened.model.to(place)
-    try:
-        return predict(model, images, batch_size=batch, workers=workers, strict=strict, progress=told)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise AsymswapError(
-            f"not enough memory for --batch-size {batch}; try --batch-size {max(1, batch // 2)}"
-        ) from None
-
-
-def _report(
-    opened: Sequence[OpenedModel],
-    images: Sequence[LabelledImages],
-    feedings: Sequence[Feeding],
-    found: Sequence[Predictions],
-    confusions: int,
-    batch: int,
-    place: torch.device,
-) -> EvaluationReport:
-    first = found[0]
-    rows = []
-    for one, mine, feeding, predictions in zip(opened, images, feedings, found, strict=True):
-        against = None if predictions is first else _against(first, predictions)
-        scores = _scores(one.reference, mine.classes, predictions, confusions, against)
-        rows.append(replace(scores, fed=feeding.fed))
-    notes = []
-    for one, predictions in zip(opened, found, strict=True):
-        if predictions.scores != len(images[0].classes):
-            notes.append(
-                f"the data has {len(images[0].classes)} classes, {one.reference} scores {predictions.scores}: "
-                "do they agree?"
-            )
-        notes += _seen(one, images[0])
-    return EvaluationReport(
-        images[0].description,
-        len(first),
-        first.unreadable,
-        batch,
-        str(place),
-        tuple(rows),
-        tuple(dict.fromkeys(notes)),
-        all_warnings(feedings),
-    )
-
-
-def _seen(opened: OpenedModel, images: LabelledImages) -> list[str]:
-    """Say where a model was trained on images of this very description."""
-    training = told(opened.provenance, opened.reference).training
-    if not training or images.description not in training[-1].data or training[-1].validation == images.description:
-        return []
-    return [
-        f"{opened.reference} was trained on images of the same place: its accuracy here is too good to be trusted "
-        "(--part validation measures on those that were held back)"
-    ]
-
-
-def _scores(
-    name: str, classes: Sequence[str], found: Predictions, confusions: int, against: AgainstFirst | None
-) -> ModelScores:
-    right = int((found.guesses == found.labels).sum())
     return ModelScores(
         model=name,
         top1=right / len(found),
@@ -184,33 +177,6 @@ def _scores(
         loss=float(found.losses.mean()),
         images_per_second=len(found) / found.seconds if found.seconds else 0.0,
         scores=found.scores,
-        classes=_by_class(classes, found.labels, found.guesses),
-        confusions=_most_confused(classes, found.labels, found.guesses, confusions),
-        against_first=against,
+        classes=tuple(ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
+        confusions=tuple(ConfusionRow(class_name(of), class_name(as_), n) for (of, as_), n in most_confused),
     )
-
-
-def _by_class(classes: Sequence[str], labels: Tensor, guesses: Tensor) -> tuple[ClassRow, ...]:
-    images = torch.bincount(labels, minlength=len(classes)).tolist()
-    right = torch.bincount(labels[guesses == labels], minlength=len(classes)).tolist()
-    return tuple(ClassRow(*row) for row in zip(classes, images, right, strict=True))
-
-
-def _most_confused(classes: Sequence[str], labels: Tensor, guesses: Tensor, most: int) -> tuple[ConfusionRow, ...]:
-    wrong = guesses != labels
-    pairs = Counter(zip(labels[wrong].tolist(), guesses[wrong].tolist(), strict=True))
-    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return tuple(ConfusionRow(_class(classes, of), _class(classes, as_), count) for (of, as_), count in ranked)
-
-
-def _class(classes: Sequence[str], number: int) -> str:
-    return classes[number] if number < len(classes) else f"class {number}"
-
-
-def _against(first: Predictions, other: Predictions) -> AgainstFirst:
-    # The same data in the same order, so the same images are unreadable.
-    assert torch.equal(first.numbers, other.numbers)
-    one, two = first.guesses == first.labels, other.guesses == other.labels
-    only_first, only_this = int((one & ~two).sum()), int((~one & two).sum())
-    agreement = int((first.guesses == other.guesses).sum()) / len(first)
-    return AgainstFirst(agreement, only_first, only_this, mcnemar_exact(only_first, only_this))

@@ -7,23 +7,31 @@ something else is never written. A state dict computes nothing; it holds the mod
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asymswap.checkpoint import read_checkpoint, save_state
-from asymswap.deploy.onnx_files import OPSET, check_versions, feed, open_session, write_onnx
-from asymswap.deploy.programs import failing_clearly, quiet, widest_gap
 from asymswap.errors import AsymswapError, OutputError, check_choice
+from asymswap.measure.runtimes import (
+    OPSET,
+    check_versions,
+    failing_clearly,
+    forward_in,
+    open_session,
+    quiet,
+    widest_gap,
+    write_onnx,
+)
 from asymswap.models.converted import restore, unconverted
 from asymswap.models.opening import build_named, model_dtype
 from asymswap.models.preprocessing import size_warning
 from asymswap.models.references import Request
-from asymswap.planning.fuse import Wanted, fuse_model
+from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
 from asymswap.types import Preprocessing, Progress, silent
@@ -61,7 +69,11 @@ def export(
     where only you can build it. Raises AsymswapError where it cannot be exported, or computes something else.
     """
     path = Path(path)
-    form = form or _form_of(path)
+    if form is None:
+        form = next((known for known, suffixes in SUFFIXES.items() if path.suffix in suffixes), None)
+    if form is None:
+        endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
     check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
@@ -73,12 +85,16 @@ def export(
     progress("exporting", 0, 1)
     checks: tuple[Check, ...] = ()
     dynamic: tuple[str, ...] = ()
-    if form == "state-dict":
-        _write_state(work, path)
-    else:
-        write = _write_onnx if form == "onnx" else _write_pt2
+    if form != "state-dict":
         with whole_file(path) as draft:
-            checks, dynamic = write(work, draft, dynamic_size, seed)
+            checks, dynamic = _write_program(work, form, draft, dynamic_size, seed)
+    elif work.as_original:
+        save_state(path, work.model)
+    else:
+        raise AsymswapError(
+            f"a plain state_dict is one that {work.origin} loads, and some replacements do not fuse to its convs; "
+            f"export to onnx or pt2, or use asymswap.load"
+        )
     progress("exporting", 1, 1)
     return ExportReport(
         model=str(checkpoint),
@@ -105,16 +121,9 @@ class _Work:
     origin: str
 
     def inputs(self, images: int, seed: int, size: tuple[int, int] | None = None) -> Inputs:
+        """Return random inputs, of another size of images where one is given."""
         preprocessing = self.preprocessing if size is None else replace(self.preprocessing, size=size)
         return probe(preprocessing, model_dtype(self.model), images, seed)
-
-
-def _form_of(path: Path) -> Form:
-    for form, suffixes in SUFFIXES.items():
-        if path.suffix in suffixes:
-            return form
-    endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-    raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
 
 
 def _read(
@@ -129,78 +138,48 @@ def _read(
         model = build_named(stored.header.origin, request)
     original = unconverted(stored, label, model)
     converted = restore(stored, label, original)
-    preprocessing, plans = stored.header.preprocessing, stored.header.plans
+    preprocessing, plans, origin = stored.header.preprocessing, stored.header.plans, stored.header.origin.reference
     if preprocessing.form == "image-list":
         raise AsymswapError(
             f"{label} takes lists of images and keeps a number of boxes that depends on them: "
             f"export its backbone from Python with torch.onnx.export"
         )
     if not fuse:
-        return _Work(converted, preprocessing, 0, not any(plan.swaps for plan in plans), stored.header.origin.reference)
-    result = fuse_model(converted, original, plans, Wanted(), progress)
+        return _Work(converted, preprocessing, 0, not any(plan.swaps for plan in plans), origin)
+    result = fuse_model(converted, original, plans, FusionOptions(), progress)
     fused = sum(row.outcome != "left" for row in result.sites)
-    return _Work(result.model, preprocessing, fused, result.as_before, stored.header.origin.reference)
+    return _Work(result.model, preprocessing, fused, result.as_before, origin)
 
 
-def _write_onnx(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+def _write_program(
+    work: _Work, form: Form, draft: Path, dynamic_size: bool, seed: int
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Write ONNX or .pt2, and run it beside PyTorch; return the checks, and the names of its sizes that may vary."""
     dtype = model_dtype(work.model)
-    if dtype in (torch.float64, torch.bfloat16):
+    if form == "onnx" and dtype in (torch.float64, torch.bfloat16):
         raise AsymswapError(
             f"ONNX Runtime has no convolutions of {str(dtype).removeprefix('torch.')} on the processor; export a model "
             "of float32, or --to pt2"
         )
     inputs = work.inputs(2, seed)
-    shapes, names = _dynamic(inputs, dynamic_size)
-    write_onnx(work.model, inputs, shapes, draft)
-    session = open_session(draft)
-
-    def run(given: Inputs) -> Sequence[Tensor]:
-        return [torch.as_tensor(value) for value in session.run(None, feed(session, given))]
-
-    return _compare(work, run, dynamic_size, seed, "ONNX Runtime"), names
-
-
-def _write_pt2(work: _Work, draft: Path, dynamic_size: bool, seed: int) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    inputs = work.inputs(2, seed)
-    shapes, names = _dynamic(inputs, dynamic_size)
-    with quiet(), failing_clearly("torch.export"):
-        program = torch.export.export(work.model, inputs, dynamic_shapes=shapes)
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-        draft.write_bytes(buffer.getvalue())
-        loaded = torch.export.load(io.BytesIO(draft.read_bytes())).module()
-
-    def run(given: Inputs) -> Sequence[Tensor]:
-        with torch.no_grad():
-            return list_tensors(loaded(*given))
-
-    return _compare(work, run, dynamic_size, seed, "the exported program"), names
-
-
-def _write_state(work: _Work, path: Path) -> None:
-    if not work.as_original:
-        raise AsymswapError(
-            f"a plain state_dict is one that {work.origin} loads, and some replacements do not fuse to its convs; "
-            f"export to onnx or pt2, or use asymswap.load"
-        )
-    save_state(path, work.model)
-
-
-def _dynamic(inputs: Inputs, dynamic_size: bool) -> tuple[tuple[dict[int, Any], ...], tuple[str, ...]]:
-    """What may vary of every input, for torch.export, and its names; all inputs vary alike."""
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    names: tuple[str, ...] = ("batch",)
     if dynamic_size:
         last = list_tensors(inputs)[0].dim() - 1
         dims |= {last - 1: torch.export.Dim.AUTO, last: torch.export.Dim.AUTO}
-        names += ("height", "width")
-    return tuple(dims for _ in inputs), names
-
-
-def _compare(
-    work: _Work, run: Callable[[Inputs], Sequence[Tensor]], dynamic_size: bool, seed: int, runner: str
-) -> tuple[Check, ...]:
-    """Run the written file on several batches, and sizes; raises AsymswapError where it computes something else."""
+    shapes = tuple(dims for _ in inputs)
+    run: Callable[[Inputs], Any]
+    if form == "onnx":
+        write_onnx(work.model, inputs, shapes, draft)
+        session = open_session(draft)
+        runner, run = "ONNX Runtime", lambda given: forward_in(session, given)()
+    else:
+        with quiet(), failing_clearly("torch.export"):
+            program = torch.export.export(work.model, inputs, dynamic_shapes=shapes)
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            draft.write_bytes(buffer.getvalue())
+            loaded = torch.export.load(io.BytesIO(draft.read_bytes())).module()
+        runner, run = "the exported program", lambda given: loaded(*given)
     height, width = work.preprocessing.size
     tried = [None, (height * 3 // 2, width * 5 // 4)] if dynamic_size else [None]
     checks = []
@@ -215,4 +194,4 @@ def _compare(
                 f"{check.allowed:.0e} are allowed; nothing was written"
             )
         checks.append(check)
-    return tuple(checks)
+    return tuple(checks), ("batch", "height", "width") if dynamic_size else ("batch",)

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from asymswap.api.convert import Conversion
-from asymswap.calibration.calibrate import (
-    some_inputs,
-)
+from asymswap.calibration.calibrate import some_inputs
 from asymswap.checkpoint import Header, Stored, read_checkpoint, save_state
 from asymswap.data.normalization import fed_of, feeding_of
 from asymswap.errors import AsymswapError
@@ -21,15 +19,10 @@ from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
 from asymswap.models.converted import restore, save_checkpoint, unconverted
-from asymswap.models.opening import (
-    build_named,
-    model_dtype,
-    prepared,
-    stored_preprocessing,
-)
+from asymswap.models.opening import build_named, model_dtype, prepared, stored_preprocessing
 from asymswap.models.preprocessing import PreprocessingOptions, check_needed, size_warning
 from asymswap.models.references import Request
-from asymswap.planning.fuse import Wanted, fuse_model
+from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
@@ -40,7 +33,7 @@ from asymswap.utils.inputs import example
 
 @dataclass
 class Fusion:
-    """A model whose replacements have been fused, and what was done; `save_fused` writes it."""
+    """A model whose replacements have been fused, and the report; `save_fused` writes it."""
 
     model: nn.Module
     report: FusionReport
@@ -61,11 +54,11 @@ def fuse(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Fusion:
-    """Turn the replacements of a converted model back into ordinary convs that compute the same in eval mode.
+    """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
     By default those are fused whose one conv costs no more: acb and the static offset kinds. `separable` fuses pairs
-    and crosses too; `max_offset` leaves out predicted offsets that stay below so many pixels on `data` (or on random
-    images), which changes the function: by how much is told. `model` (or `arch`) is the unconverted model, of any
+    and crosses too; `max_offset` leaves out predicted offsets that stay below this number of pixels on `data` (or on
+    random images), which changes the function, as the report says. `model` (or `arch`) is the unconverted model, of any
     weights, where only you can build it. Raises AsymswapError where nothing can be fused, where the model is in train
     mode, and where the fused model does not compute the same.
     """
@@ -82,7 +75,7 @@ def fuse(
     takes = takes if feeding is None else feeding.preprocessing
     inputs, about = some_inputs(data, takes, dtype, seed)
     plans = stored.header.plans
-    fused = fuse_model(converted, original, plans, Wanted(separable, max_offset, inputs), progress)
+    fused = fuse_model(converted, original, plans, FusionOptions(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"

@@ -1,8 +1,9 @@
-"""Where the taps of a converted model's layers are, read from the model itself."""
+"""The verb `offsets`: where the taps of a converted model's layers are, read from the model itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ def offsets(
     trust_code: bool = False,
     seed: int = 0,
 ) -> OffsetReport:
-    """Where the taps of a converted model have gone, layer by layer.
+    """Return where the taps of a converted model have moved, layer by layer.
 
-    What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`)
-    is the unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
+    Predicted offsets are read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`) is the
+    unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
     """
     check_needed(preprocessing, data)
     stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
@@ -59,30 +60,25 @@ def offsets(
 
 
 def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:
-    """The offsets of every layer whose kind moves taps, in the order of the plans; the model is run on the inputs.
+    """Run the model and return the offsets of every layer whose kind moves taps, in the order of the plans.
 
-    A layer that a later conversion has changed, or that was fused, is left out, and so is one that never runs.
+    A layer that a later conversion has changed, that was fused, or that never runs is left out.
     """
     found: dict[str, OffsetRow] = {}
-    handles = []
     modules = dict(model.named_modules())
-    for swap in (swap for plan in plans for swap in plan.swaps):
-        kind, module = replacements.load(swap.kind), modules.get(swap.site)
-        if module is None or not isinstance(kind, replacements.Moving):
-            continue
+    swaps = [swap for plan in plans for swap in plan.swaps]
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for swap in swaps:
+            kind, module = replacements.load(swap.kind), modules.get(swap.site)
+            if module is None or not isinstance(kind, replacements.Moving):
+                continue
 
-        def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: replacements.Moving = kind) -> None:
-            found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
+            def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: Any = kind) -> None:
+                found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
 
-        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    order = [swap.site for plan in plans for swap in plan.swaps]
-    return tuple(found[site] for site in order if site in found)
+            hooks.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
+        model(*inputs)
+    return tuple(found[swap.site] for swap in swaps if swap.site in found)
 
 
 def _row(swap: Swap, module: Any, offsets_ST2: Tensor) -> OffsetRow:

@@ -31,12 +31,12 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
 
 
 def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
-    """The report in the header of a checkpoint, in the form that the ending of `path` stands for."""
+    """Return the report in the header of a checkpoint, in the form of the ending of `path`."""
     report = read_report(header.provenance, str(checkpoint))
     report = replace(report, files=(*report.files, FileRow(str(checkpoint), checkpoint.stat().st_size)))
     making = read_making(header.provenance, str(checkpoint))
     try:
         return report_text(report, making, path)
     except (ArithmeticError, ValueError) as error:
-        # The numbers are the file's, and nobody has vouched for them.
+        # The numbers are the file's, and may be anything.
         raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None

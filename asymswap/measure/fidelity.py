@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The whole model's output difference, and each swapped site's: of its output on the original's input, of its
-    kernel.
+    """Differences of the whole model's output, of each swapped site's output on the original's input, and its kernel.
 
     A kernel's is missing where the replacement amounts to no kernel of the original size.
     """
@@ -42,14 +41,14 @@ class Fidelity:
 
 
 WHOLE = ("",)
-"""The parts of a model whose outputs are compared: the model itself, by the name that torch has for it."""
+"""The model itself, by the name that torch has for it, as the one part whose outputs are compared."""
 
 
 def compared_parts(traced: Trace) -> tuple[str, ...]:
-    """The parts whose outputs tell whether two versions of a model compute the same.
+    """Return the parts whose outputs tell whether two versions of a model compute the same.
 
-    What depends on values (which boxes a detector keeps) jumps where scores are close, so that the final outputs of two
-    equal networks may differ: there, the parts that torch.fx could read are compared, and the convs outside of them.
+    Outputs that depend on values (which boxes a detector keeps) jump where scores are close, even of equal networks:
+    there, the parts that torch.fx could read are compared, and the convs outside of them.
     """
     if traced.on_meta:
         return WHOLE
@@ -63,78 +62,70 @@ def measure_fidelity(
 ) -> Fidelity:
     """Run both models on the same inputs in eval mode and compare; both are unchanged afterwards.
 
-    At each swapped site the replacement sees the very input that the original conv sees, so that a site's error is its
-    own and not what came before it. Where it has taken over a batch norm, the output is that of conv and batch norm.
-    So does each of the `parts`, whose outputs together are the model's.
+    Each replacement, and each of the `parts`, gets the very input that the original one gets, so that a site's error is
+    its own. Where it has taken over a batch norm, the output is that of conv and batch norm.
     """
     sums = {swap.site: Sums() for swap in plan.swaps}
     norms = {swap.site: original.get_submodule(swap.absorbs) for swap in plan.swaps if swap.absorbs is not None}
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
         if name in sums:
-            wanted = norms[name](output) if name in norms else output
-            sums[name].add(wanted, converted.get_submodule(name)(seen))
+            expected = norms[name](output) if name in norms else output
+            sums[name].add(expected, converted.get_submodule(name)(seen))
 
-    whole = Sums()
-    comparing = _compared(original, converted, parts, whole)
-    with eval_mode(original, converted), torch.no_grad(), conv_hooks(original, see), comparing:
-        for portion in portions(inputs):
-            original(*portion)
+    with conv_hooks(original, see):
+        output = compare_outputs(original, converted, inputs, parts)
     return Fidelity(
-        output=_told(whole, parts),
+        output=output,
         site_outputs={name: total.difference() for name, total in sums.items()},
         kernels=dict(_kernel_errors(original, converted, plan)),
     )
 
 
 def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Sequence[str] = WHOLE) -> Difference:
-    """Compare the outputs of both models on the same inputs, or those of their parts, in eval mode.
+    """Compare the outputs of both models, or of their parts, on the same inputs in eval mode.
 
-    Each part of `other` gets the very input that the part of `one` gets. Both are unchanged afterwards.
+    Each part of `other` gets the very input that the part of `one` gets. Both are unchanged afterwards. Raises
+    AsymswapError where they give no tensor, or tensors of other sizes.
     """
     whole = Sums()
     with eval_mode(one, other), torch.no_grad(), _compared(one, other, parts, whole):
         for portion in portions(inputs):
             one(*portion)
-    return _told(whole, parts)
-
-
-def _told(sums: Sums, parts: Sequence[str]) -> Difference:
-    if parts and not sums.tensors:
+    if parts and not whole.tensors:
         raise AsymswapError(
             "the model gives no tensor that could be compared; let its forward return tensors, or lists, tuples, "
             "dicts or dataclasses of them"
         )
-    return sums.difference()
+    return whole.difference()
 
 
 @contextmanager
 def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums) -> Iterator[None]:
-    """While open, whatever a part of `one` computes is compared with what that of `other` makes of the same input."""
-    handles = []
-    for name in parts:
-        counterpart = other.get_submodule(name)
-        results: list[Any] = []
+    """While open, compare what each part of `one` computes with what that of `other` makes of the same input."""
+    with ExitStack() as hooks:
+        for name in parts:
+            counterpart = other.get_submodule(name)
+            results: list[Any] = []
 
-        def run(_: nn.Module, args: Any, kwargs: Any, part: nn.Module = counterpart, made: list[Any] = results) -> None:
-            # On copies: a part may write into what it is given.
-            made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
+            def run(
+                _: nn.Module, args: Any, kwargs: Any, part: nn.Module = counterpart, made: list[Any] = results
+            ) -> None:
+                # On copies: a part may write into what it is given.
+                made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
 
-        def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
-            ones, others = list_tensors(output), list_tensors(made.pop())
-            if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
-                told = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
-                raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*told))
-            for mine, its in zip(ones, others, strict=True):
-                sums.add(mine, its)
+            def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
+                ones, others = list_tensors(output), list_tensors(made.pop())
+                if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
+                    shapes = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
+                    raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*shapes))
+                for mine, its in zip(ones, others, strict=True):
+                    sums.add(mine, its)
 
-        module = one.get_submodule(name)
-        handles += [module.register_forward_pre_hook(run, with_kwargs=True), module.register_forward_hook(compare)]
-    try:
+            module = one.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(run, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(compare))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Sums:
@@ -145,33 +136,25 @@ class Sums:
         self.squares = self.energy = self.largest = 0.0
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        """Take in two tensors of one shape, the second compared with the first; of complex numbers both parts."""
+        """Compare two tensors of one shape, the second with the first; of complex numbers both parts."""
         self.tensors += 1
-        one, other = _real(one), _real(other)
+        one, other = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (one, other))
         # Subtracting close numbers loses nothing, so the tensors' own precision will do; only the sums need more.
         dtype = torch.promote_types(one.dtype, torch.float32)
         gap = other.to(dtype) - one.to(dtype)
-        self.squares += _energy(gap)
-        self.energy += _energy(one.to(dtype))
+        self.squares += float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
+        self.energy += float(torch.linalg.vector_norm(one.to(dtype), dtype=torch.float64)) ** 2
         largest = float(gap.abs().max()) if gap.numel() else 0.0
         # Nothing is greater than a NaN: max keeps one that comes first, and passes over one that comes second.
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
 
     def difference(self) -> Difference:
-        """What all of them come to."""
+        """Return the difference over all of them."""
         relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
         return Difference(relative, self.largest)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _energy(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-
-
-def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Any:
+def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Iterator[tuple[str, float]]:
     convs: dict[str, nn.Conv2d] = {name: conv for name, (conv, _) in find_convs(original).items()}
     for swap in plan.swaps:
         if swap.absorbs is not None:
@@ -187,7 +170,7 @@ def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Any
 
 
 def difference(teacher: object, student: object) -> Tensor:
-    """The squared difference of all outputs relative to the teacher's own squares."""
+    """Return the squared difference of all outputs relative to the teacher's own squares."""
     gaps, wholes = [], []
     for one, other in zip(list_tensors(teacher), list_tensors(student), strict=True):
         if one.is_floating_point():

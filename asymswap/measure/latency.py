@@ -1,19 +1,20 @@
-"""How long models and their convs take on this machine: in turn, the minimum and the median of several rounds.
+"""Seconds of models and their convs on this machine: taken in turn, the minimum and the median of several rounds.
 
 Other programs can only make a run longer, so that the minimum is the best estimate of what the work itself takes; and
-as the models run in turn, a slow spell of the machine falls upon all of them alike, and hardly changes the ratio of two
-of them within a round. Convs are timed where they stand, inside of the running model: with the input that was just
-computed, and with weights that other layers have pushed out of the caches, both of which make a difference.
+as the models run in turn, a slow spell of the machine hardly changes the ratio of two of them within a round. Convs are
+timed inside of the running model: with the input that was just computed, and with weights that other layers have pushed
+out of the caches, both of which make a difference.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -39,9 +40,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Turn(Generic[T]):
-    """What is run when a model's turn comes: one forward pass, which is measured by itself, on so many threads.
+    """What is run when a model's turn comes: one forward pass that measures itself, on a number of threads.
 
-    `pool` names those who compute: the threads of one library wait for work awake for a while, and slow down another's.
+    `pool` names the library that computes: its threads stay awake for a while, and slow down another's.
     """
 
     measure: Callable[[], T]
@@ -52,15 +53,14 @@ class Turn(Generic[T]):
 def take_turns(
     turns: Mapping[Any, Turn[T]], *, rounds: int, seconds: float = _MOST_SECONDS, progress: Progress = silent
 ) -> dict[Any, list[list[T]]]:
-    """Run all in turn, round after round: for each of them, its passes of every round.
+    """Run all in turn, round after round, and return for each of them its passes of every round.
 
-    The order is another one in every round, so that none always follows the same other one. There are `rounds` of
-    them, but at least five where they would take longer than `seconds`, the rounds that warm up not counted. Threads
-    are as before in the end.
+    The order changes from round to round, so that none always follows the same other one. There are `rounds` of them,
+    but at least five where they would take longer than `seconds`; rounds that warm up do not count.
     """
     found: dict[Any, list[list[T]]] = {key: [] for key in turns}
-    # Whoever comes after another library's threads, or after another number of them, must wake up its own.
-    settle = len({(turn.threads, turn.pool) for turn in turns.values()}) > 1
+    # After another library's threads, or another number of them, a pass must wake up its own.
+    waking = len({(turn.threads, turn.pool) for turn in turns.values()}) > 1
     order, shuffle = list(turns), random.Random(0).shuffle
     threads, start = torch.get_num_threads(), time.perf_counter()
     try:
@@ -68,7 +68,7 @@ def take_turns(
             for number in range(-_WARM_UPS, rounds):
                 shuffle(order)
                 for key in order:
-                    passes = _one_turn(turns[key], settle)
+                    passes = _one_turn(turns[key], waking)
                     if number >= 0:
                         found[key].append(passes)
                 spent = time.perf_counter() - start
@@ -82,10 +82,10 @@ def take_turns(
     return found
 
 
-def _one_turn(turn: Turn[T], settle: bool) -> list[T]:
+def _one_turn(turn: Turn[T], waking: bool) -> list[T]:
     if turn.threads is not None and turn.threads != torch.get_num_threads():
         torch.set_num_threads(turn.threads)
-    if settle:
+    if waking:
         turn.measure()
     passes: list[T] = []
     start = time.perf_counter()
@@ -95,12 +95,12 @@ def _one_turn(turn: Turn[T], settle: bool) -> list[T]:
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Turn[float]:
-    """A turn of the model as it is, in PyTorch; it must be in eval mode."""
+    """Return a turn of a model in eval mode, in PyTorch."""
     return Turn(stopwatch(lambda: model(*inputs)))
 
 
 def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
-    """The same as something that tells how many seconds it took."""
+    """Return a function that runs it and returns the seconds that it took."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -115,7 +115,7 @@ Passes = Sequence[Sequence[float]]
 
 
 def seconds_of(rounds: Passes) -> Seconds:
-    """All rounds of one model in three numbers."""
+    """Return all rounds of one model in three numbers."""
     every = [seconds for passes in rounds for seconds in passes]
     best = [min(passes) for passes in rounds]
     quartiles = statistics.quantiles(best, method="inclusive") if len(best) > 1 else [best[0]] * 3
@@ -124,7 +124,7 @@ def seconds_of(rounds: Passes) -> Seconds:
 
 
 def ratio_of(rounds: Passes, first: Passes) -> Ratio:
-    """The time of one model over another's that took turns with it."""
+    """Return the time of one model over another's that took turns with it."""
     ratios = [min(own) / min(other) for own, other in zip(rounds, first, strict=True)]
     low, high, confidence = median_interval(ratios)
     return Ratio(statistics.median(ratios), low, high, confidence)
@@ -164,62 +164,48 @@ def time_models(
     each, are taken as they are: see `in_format`.
     """
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
-
-    def turn(model: nn.Module, own: Inputs) -> Turn[Timed]:
-        return Turn(lambda: _time_once(model, own, names))
-
-    turns = {key: turn(model, given[key]) for key, model in models.items()}
+    turns = {key: Turn(functools.partial(_time_once, model, given[key], names)) for key, model in models.items()}
     with eval_mode(*models.values()):
         found = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
-    return {key: _best([timed for passes in rounds for timed in passes]) for key, rounds in found.items()}
-
-
-def _best(passes: Sequence[Timed]) -> Timed:
-    return Timed(
-        min(timed.whole for timed in passes),
-        {name: min(timed.modules[name] for timed in passes) for name in passes[0].modules},
-        min(timed.rest for timed in passes),
-        statistics.median(timed.whole for timed in passes),
-    )
+    best = {}
+    for key, every in found.items():
+        passes = [timed for one_round in every for timed in one_round]
+        best[key] = Timed(
+            min(timed.whole for timed in passes),
+            {name: min(timed.modules[name] for timed in passes) for name in names},
+            min(timed.rest for timed in passes),
+            statistics.median(timed.whole for timed in passes),
+        )
+    return best
 
 
 def _time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
     seconds = dict.fromkeys(names, 0.0)
-    with _stopwatches(model, seconds):
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+
+            def enter(*_: Any, name: str = name) -> None:
+                seconds[name] -= time.perf_counter()
+
+            def leave(*_: Any, name: str = name) -> None:
+                seconds[name] += time.perf_counter()
+
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         start = time.perf_counter()
         model(*inputs)
         whole = time.perf_counter() - start
     return Timed(whole, seconds, whole - sum(seconds.values()))
 
 
-@contextmanager
-def _stopwatches(model: nn.Module, seconds: dict[str, float]) -> Iterator[None]:
-    """While open, the time that each named module runs is added to `seconds`."""
-    handles = []
-    for name in seconds:
-        module = model.get_submodule(name)
-
-        def enter(*_: Any, name: str = name) -> None:
-            seconds[name] -= time.perf_counter()
-
-        def leave(*_: Any, name: str = name) -> None:
-            seconds[name] += time.perf_counter()
-
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
-    """A copy of the model with its weights in that memory format."""
+    """Return a copy of the model with its weights in that memory format."""
     return deep_copy(model).to(memory_format=_FORMATS[memory_format])
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:
-    """Random inputs of the example's sizes and dtypes in that memory format, `batch` images, pairs or clips of them."""
+    """Return random inputs of the example's sizes and dtypes: a `batch` of images, pairs or clips."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:

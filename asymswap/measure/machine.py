@@ -14,7 +14,7 @@ _STAT = Path("/proc/stat")
 
 
 def machine() -> dict[str, Any]:
-    """What measured times depend on beside the work."""
+    """Return what measured times depend on beside the work."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -31,13 +31,13 @@ def machine() -> dict[str, Any]:
 
 
 class Bystanders:
-    """How many cores other programs keep busy from now on."""
+    """Counts the cores that other programs keep busy from now on."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def cores(self) -> float | None:
-        """Their average until now; None where the system does not tell."""
+        """Return their average until now; None where the system does not report it."""
         if self._start is None:
             return None
         now = self._now()
@@ -46,7 +46,7 @@ class Bystanders:
         return max(0.0, (busy - own) / passed) if passed > 0 else 0.0
 
     def _now(self) -> tuple[float, float, float] | None:
-        """Seconds that all cores were busy, that this process kept one busy, and of the clock."""
+        """Return the busy seconds of all cores, those of this process, and the clock."""
         try:
             user, nice, system, _, _, irq, softirq, steal = map(int, _STAT.read_text().split()[1:9])
             busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -1,10 +1,8 @@
-"""MACs and parameters of a whole model, counted on meta tensors.
+"""MACs and parameters of a whole model, counted in eval mode while it runs on one input of meta tensors.
 
-The convention is that of `asymswap.types`: convolutions (transposed and deformable ones too), linear and bilinear
-layers, recurrent cells and matrix products, attention included, counted while the model runs on meta tensors, one
-input, eval mode. torch's FlopCounterMode counts, by formulas from shapes, with the formulas here that it lacks;
-functional calls are seen as well as modules. Not counted: additions of biases, normalisation, activations, pooling,
-interpolation of feature maps. Operators that read weights and have no formula are named in `Costs.uncounted`.
+The convention is that of `asymswap.types.MACS`. torch's FlopCounterMode counts, modules and functional calls, by
+formulas from shapes, with the formulas here that it lacks. Operators that read weights and have no formula are named in
+`Costs.uncounted`.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of a model, and that of the modules in it that were asked for, with their calls.
+    """The cost of a model, and that of some modules in it by name, with their calls.
 
     `uncounted` names the operators that read weights and have no formula.
     """
@@ -45,56 +43,68 @@ class Costs:
     uncounted: tuple[str, ...] = ()
 
     def notes(self) -> tuple[str, ...]:
-        """What the number of MACs leaves out, for the report; nothing where it is whole."""
+        """Return a note on what the number of MACs leaves out, if anything."""
         if not self.uncounted:
             return ()
         return (f"MACs leave out operators that read weights and have no formula: {', '.join(self.uncounted)}",)
 
 
 def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> Costs:
-    """MACs of one forward pass in eval mode and parameters, each counted once; the model itself is not run.
+    """Count the MACs of one forward pass in eval mode, and each parameter once, on a copy of the model.
 
     `names` are modules of the model whose share is counted too; of one that runs several times, all runs are summed.
     """
-    wanted = list(names)
+    names = list(names)
     try:
-        return _count(meta_copy(model).eval(), to_meta(inputs), wanted)
+        return _count(meta_copy(model).eval(), to_meta(inputs), names)
     except Exception:
         # What looks at values, as detection does, needs some; what fails for another reason fails again.
-        return _count(deep_copy(model).eval(), with_values(inputs), wanted)
+        return _count(deep_copy(model).eval(), with_values(inputs), names)
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:
-    """The cost after a conversion, each site's at the sizes that its calls had before.
+    """Return the cost after a conversion, each site's at the sizes that its calls had before.
 
-    For models in which it depends on values what runs, so that two runs cannot be compared. `before` is the cost of
-    all sites before.
+    For models in which values decide what runs, so that two runs cannot be compared. `before` is the cost of all sites
+    before.
     """
-    after = {site.name: _count_calls(converted.get_submodule(site.name), site) for site in sites}
+    after = {}
+    for site in sites:
+        structure = meta_copy(converted.get_submodule(site.name)).eval()
+        dtype = getattr(torch, site.conv.dtype)
+        sizes = [(call.batch, site.conv.in_channels, *call.input) for call in site.calls]
+        runs = [_count(structure, (torch.empty(size, dtype=dtype, device="meta"),), []) for size in sizes]
+        after[site.name] = Cost(sum(run.total.macs for run in runs), _params(structure))
     saved = sum(before.by_name[name].macs - cost.macs for name, cost in after.items())
     return Costs(Cost(before.total.macs - saved, _params(converted)), after)
 
 
-def _count_calls(module: nn.Module, site: Site) -> Cost:
-    skeleton, dtype = meta_copy(module).eval(), getattr(torch, site.conv.dtype)
-    sizes = [(call.batch, site.conv.in_channels, *call.input) for call in site.calls]
-    runs = [_count(skeleton, (torch.empty(size, dtype=dtype, device="meta"),), []) for size in sizes]
-    return Cost(sum(run.total.macs for run in runs), _params(skeleton))
-
-
-def _count(skeleton: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
-    """The cost of a model that may be run and given hooks."""
+def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
+    """Count a model that may be run and given hooks."""
+    names = list(dict.fromkeys(names))
     flops = dict.fromkeys(names, 0)
     calls: dict[str, list[Call]] = {name: [] for name in names}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    uncounted = _Uncounted(skeleton, counter.flop_registry)
-    for name in flops:
-        _watch(skeleton.get_submodule(name), name, flops, calls[name], counter)
+    uncounted = _Uncounted(structure, counter.flop_registry)
+    for name in names:
+
+        def enter(*_: Any, name: str = name) -> None:
+            flops[name] -= counter.get_total_flops()
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            flops[name] += counter.get_total_flops()
+            seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
+                calls[name].append(Call.of(seen[0].shape, output.shape))
+
+        module = structure.get_submodule(name)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, with_kwargs=True)
     # The counter comes last: it takes operators apart, and what it cannot take apart goes on to the other.
     with torch.no_grad(), _plain_attention(), uncounted, counter:
-        skeleton(*inputs)
-    by_name = {name: Cost(flops[name] // 2, _params(skeleton.get_submodule(name))) for name in flops}
-    total = Cost(counter.get_total_flops() // 2, _params(skeleton))
+        structure(*inputs)
+    by_name = {name: Cost(flops[name] // 2, _params(structure.get_submodule(name))) for name in names}
+    total = Cost(counter.get_total_flops() // 2, _params(structure))
     return Costs(total, by_name, calls, tuple(sorted(uncounted.found)))
 
 
@@ -113,35 +123,6 @@ def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _watch(module: nn.Module, name: str, flops: dict[str, int], calls: list[Call], counter: FlopCounterMode) -> None:
-    """Add what the counter counts while the module runs to `flops[name]`, and its calls on feature maps to `calls`."""
-
-    def enter(*_: Any) -> None:
-        flops[name] -= counter.get_total_flops()
-
-    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        flops[name] += counter.get_total_flops()
-        seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
-            calls.append(Call.of(seen[0].shape, output.shape))
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, with_kwargs=True)
-
-
-def _first(one: Shape, *_: Any, **__: Any) -> int:
-    # A matrix or a vector, each number of which meets one of a vector.
-    return 2 * math.prod(one)
-
-
-def _added_first(_: Any, one: Shape, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(one)
-
-
-def _added_batches(_: Any, one: Shape, other: Shape, *__: Any, **___: Any) -> int:
-    return 2 * math.prod(one) * other[-1]
-
-
 def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
     # Each sample is a weighted sum of four pixels of the input, and with a mask it is scaled once more.
     use_mask = bool(others[-1])
@@ -154,41 +135,34 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
     return 2 * math.prod(batch) * rows * key[-2] * (depth + value[-1])
 
 
-def _trilinear(one: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    # What nn.Bilinear runs: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
-    return 2 * one[0] * math.prod(weight)
-
-
-def _conv_tbc(_x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    return 2 * out_shape[0] * out_shape[1] * math.prod(weight)
-
-
-def _recurrent(x: Shape, to_gates: Shape, between_steps: Shape, *_: Any, **__: Any) -> int:
-    # Each row of the input, (steps, images, features) or packed, meets both matrices of the layer once.
-    return 2 * math.prod(x[:-1]) * (math.prod(to_gates) + math.prod(between_steps))
-
-
-def _recurrent_layers(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+def _product(one: Shape, *_: Any, **__: Any) -> int:
+    # A matrix or a vector, each number of which meets one of a vector.
+    return 2 * math.prod(one)
 
 
 # What torch's counter lacks: FLOPs by the shapes of the arguments.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mv: _first,
-    aten.addmv: _added_first,
-    aten.dot: _first,
-    aten.vdot: _first,
-    aten.addbmm: _added_batches,
-    aten._trilinear: _trilinear,
-    aten.conv_tbc: _conv_tbc,
-    aten.mkldnn_rnn_layer: _recurrent,
-    aten._cudnn_rnn: _recurrent_layers,
+    aten.mv: _product,
+    aten.dot: _product,
+    aten.vdot: _product,
+    aten.addmv: lambda _, one, *__, **___: _product(one),
+    aten.addbmm: lambda _, one, other, *__, **___: _product(one) * other[-1],
+    # nn.Bilinear: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
+    aten._trilinear: lambda one, weight, *_, **__: 2 * one[0] * math.prod(weight),
+    aten.conv_tbc: lambda _, weight, *__, out_shape, **___: 2 * out_shape[0] * out_shape[1] * math.prod(weight),
+    # Each row of the input, (steps, images, features) or packed, meets the matrices of a layer once.
+    aten.mkldnn_rnn_layer: lambda x, to_gates, between_steps, *_, **__: (
+        2 * math.prod(x[:-1]) * (math.prod(to_gates) + math.prod(between_steps))
+    ),
+    aten._cudnn_rnn: lambda x, weights, *_, **__: (
+        2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
     torch.ops.torchvision.deform_conv2d: _deform_conv,
 }
 
-# What reads weights and is left out by the convention: normalisation, look-ups, and what only moves or sums numbers up.
+# Operators that read weights and are left out by the convention: normalisation, look-ups, moves and sums.
 _FREE = re.compile(
     r"batch_norm|layer_norm|group_norm|rms_norm|weight_norm|embedding|index|gather|scatter|cat$|stack|copy|clone|fill"
     r"|repeat|select|roll|flip|tril|triu|pad|im2col|sum|mean|var|std|norm|max|min|sort|topk|softmax|pool|upsample|grid_sampl"
@@ -217,7 +191,7 @@ class _Uncounted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _is_free(self, func: Any) -> bool:
-        """Whether it is known that an operator multiplies no weights, or only as the convention leaves out."""
+        """Whether an operator multiplies no weights, or only as the convention leaves out."""
         if getattr(func, "namespace", "") not in ("aten", "prim", "prims"):
             return False
         moves = func.is_view or _FREE.search(func._overloadpacket.__name__) is not None

@@ -1,20 +1,28 @@
-"""What runs a model: PyTorch as it is, torch.compile, and ONNX Runtime."""
+"""What runs a model: PyTorch as it is, torch.compile, ONNX Runtime; programs are checked against PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from asymswap.deploy.onnx_files import check_versions, feed, open_session, write_onnx
-from asymswap.deploy.programs import failing_clearly, quiet, widest_gap
 from asymswap.errors import AsymswapError
 from asymswap.results.benchmark import TITLES
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import list_tensors
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Runtime = Literal["eager", "compile", "onnx"]
 RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "onnx")
@@ -24,10 +32,14 @@ Run = Callable[[], Any]
 
 _MANY = 1 << 20
 _NUMPY_HAS = (torch.float16, torch.float32, torch.float64)
+_NEEDED = {"onnx": (1, 17), "onnxscript": (0, 7, 1), "onnxruntime": (1, 25)}
+"""Versions from which deformable convs are written and run on the processor."""
+
+OPSET = 20
 
 
 def compiled(model: nn.Module, inputs: Inputs) -> Run:
-    """The model compiled for these inputs' sizes and for the present number of threads; it must be in eval mode.
+    """Compile a model in eval mode for these inputs' sizes and the present number of threads.
 
     Raises AsymswapError where it cannot be compiled.
     """
@@ -42,13 +54,12 @@ def compiled(model: nn.Module, inputs: Inputs) -> Run:
             raise AsymswapError(
                 "torch.compile finds no C++ compiler; install g++ or clang, or name it in CXX"
             ) from None
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise AsymswapError(f"torch.compile cannot compile it: {reason}") from error
+        raise AsymswapError(f"torch.compile cannot compile it: {_one_line(error)}") from error
     return lambda: run(*inputs)
 
 
 def write_for_runtime(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    """Write the ONNX file of a model in eval mode that takes any batch, as `asymswap export` does, but fusing nothing.
+    """Write the ONNX file of a model in eval mode that takes any batch, as `asymswap export` does without fusing.
 
     Raises AsymswapError where the packages are missing or too old, or where ONNX cannot express the model.
     """
@@ -57,22 +68,78 @@ def write_for_runtime(model: nn.Module, inputs: Inputs, path: Path) -> None:
         raise AsymswapError("models that take lists of images are not exported to ONNX")
     dtypes = {tensor.dtype for tensor in list_tensors(inputs)}
     if not dtypes <= set(_NUMPY_HAS):
-        raise AsymswapError(f"ONNX Runtime is not given {', '.join(_short(dtype) for dtype in dtypes)}")
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise AsymswapError(f"ONNX Runtime is not given {names}")
     batch = torch.export.Dim("batch")
     write_onnx(model, inputs, tuple({0: batch} for _ in inputs), path)
 
 
-def session_on(path: Path, inputs: Inputs, threads: int) -> Run:
-    """An ONNX file in ONNX Runtime, with so many threads; raises AsymswapError where it cannot be loaded."""
-    with failing_clearly("ONNX Runtime"):
-        session = open_session(path, threads)
-    values = feed(session, inputs)
+def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], ...], path: Path) -> None:
+    """Write a model in eval mode, and check the file; `shapes` has for each input the sizes that may vary.
+
+    Raises AsymswapError where ONNX cannot express it.
+    """
+    import onnx
+
+    with quiet(), failing_clearly("ONNX"):
+        program = torch.onnx.export(
+            model,
+            inputs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[f"input_{number}" for number in range(len(inputs))] if len(inputs) > 1 else ["input"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def open_session(path: Path, threads: int | None = None) -> InferenceSession:
+    """Open a file in ONNX Runtime on the processor, with as many threads as it likes where no number is given."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def forward_in(session: InferenceSession, inputs: Inputs) -> Run:
+    """Return one forward pass of the file on these inputs."""
+    keys = [item.name for item in session.get_inputs()]
+    values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(inputs), strict=True)}
     return lambda: [torch.as_tensor(value) for value in session.run(None, values)]
 
 
-def check_same(found: Any, wanted: Any, runtime: Runtime) -> None:
+def session_on(path: Path, inputs: Inputs, threads: int) -> Run:
+    """Open an ONNX file for these inputs on a number of threads; raises AsymswapError where it cannot be loaded."""
+    with failing_clearly("ONNX Runtime"):
+        session = open_session(path, threads)
+    return forward_in(session, inputs)
+
+
+def check_versions() -> tuple[str, ...]:
+    """Return the packages that ONNX needs with their versions; raises AsymswapError for one missing or too old."""
+    found = []
+    for name, needed in _NEEDED.items():
+        try:
+            version = importlib.import_module(name).__version__
+        except ImportError:
+            raise AsymswapError(f"ONNX needs {name}; pip install 'asymswap[onnx]'") from None
+        parts = version.split("+")[0].split(".")[:3]
+        if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts) < needed:
+            lowest = ".".join(map(str, needed))
+            raise AsymswapError(f"{name} {version} is too old for ONNX, which needs {lowest}; pip install -U {name}")
+        found.append(f"{name} {version}")
+    return tuple(found)
+
+
+def check_same(found: Any, expected: Any, runtime: Runtime) -> None:
     """Raise AsymswapError where a runtime has computed something else than PyTorch: its time would be worth nothing."""
-    gap = widest_gap(wanted, found)
+    gap = widest_gap(expected, found)
     if gap.share > 1:
         raise AsymswapError(
             f"{TITLES[runtime]} computes something else than PyTorch: {gap.largest:.1e} at most, where "
@@ -80,5 +147,67 @@ def check_same(found: Any, wanted: Any, runtime: Runtime) -> None:
         )
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+SAME = 1e-4
+"""Largest difference of a program's outputs from PyTorch's, relative to the largest number among them, or to 1.
+
+Eight times the precision of the output's dtype, where that is more.
+"""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference between an output of a program and PyTorch's, and the largest that is allowed."""
+
+    largest: float
+    allowed: float
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of what is allowed; infinite where there is a NaN or an infinity."""
+        return self.largest / self.allowed if math.isfinite(self.largest) else math.inf
+
+
+def widest_gap(expected: Any, found: Any) -> Gap:
+    """Return the gap of the output that is farthest from PyTorch's, as a share of what is allowed there."""
+    ours, theirs = list_tensors(expected), list_tensors(found)
+    if [one.shape for one in ours] != [other.shape for other in theirs]:
+        return Gap(math.inf, SAME)
+    return max(map(_gap, ours, theirs), key=lambda gap: gap.share, default=Gap(0.0, SAME))
+
+
+def _gap(expected: Tensor, found: Tensor) -> Gap:
+    if not expected.numel():
+        return Gap(0.0, SAME)
+    precision = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
+    exact = expected.double()
+    largest, scale = float((exact - found.double()).abs().max()), float(exact.abs().max())
+    return Gap(largest, max(SAME, 8 * precision) * max(1.0, scale))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence exporters and compilers, which talk about their own insides; checks follow."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def failing_clearly(what: str) -> Iterator[None]:
+    """Raise AsymswapError where `what` fails, with its reason on one line."""
+    try:
+        yield
+    except (AsymswapError, OSError):
+        raise
+    except Exception as error:
+        # An exporter may fail in any of its many passes, with any error.
+        raise AsymswapError(f"{what} cannot express this model: {_one_line(error)} (--debug shows where)") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]

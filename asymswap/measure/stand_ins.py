@@ -1,13 +1,14 @@
-"""Whether a model would run as before if other modules stood where its convs are, found before any is replaced.
+"""Check, before any conv is replaced, that a model runs as before with other modules in their places.
 
 Some networks look at what their layers are: they pad only before an nn.Conv2d, or collect the outputs of these alone.
 Each conv in question is hidden in a module that computes exactly the same, and both models are run on one input: where
-the calls or the outputs differ, it is the model's code that tells the two apart.
+the calls or the outputs differ, the model's code treats the two differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,11 @@ from asymswap.utils.inputs import Inputs, with_values
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 _SAME = 1e-4
-"""Relative difference of outputs up to which they are the same: threads may add numbers in another order."""
+"""Largest relative difference of equal outputs: threads may add numbers in another order."""
 
 
 class _StandIn(nn.Module):
-    """Computes what the module does that it holds, which is no part of the model any more."""
+    """Computes what the module does that it holds, hidden from the model."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -70,11 +71,11 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
     )
 
 
-def describe_calls(name: str, calls: Sequence[Call], wanted: Sequence[Call]) -> str | None:
-    """How the calls of a module differ from those of before, in words; None where they are the same."""
-    if len(calls) != len(wanted):
-        return f"{name} is called {len(calls)} times instead of {len(wanted)}"
-    for call, other in zip(calls, wanted, strict=True):
+def describe_calls(name: str, calls: Sequence[Call], expected: Sequence[Call]) -> str | None:
+    """Say how the calls of a module differ from the expected ones; None where they are the same."""
+    if len(calls) != len(expected):
+        return f"{name} is called {len(calls)} times instead of {len(expected)}"
+    for call, other in zip(calls, expected, strict=True):
         if call != other:
             old, new = (f"{c.batch} of {c.input[0]}x{c.input[1]} to {c.output[0]}x{c.output[1]}" for c in (other, call))
             return f"{name} is called on {new} pixels instead of {old}"
@@ -83,35 +84,29 @@ def describe_calls(name: str, calls: Sequence[Call], wanted: Sequence[Call]) -> 
 
 def _run(model: nn.Module, names: Sequence[str], inputs: Inputs) -> _Run:
     calls: dict[str, list[Call]] = {name: [] for name in names}
-    handles = []
-    for name in names:
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name in names:
 
-        def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            seen = args[0] if args else next(iter(kwargs.values()))
-            calls[name].append(Call.of(seen.shape, output.shape))
+            def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                seen = args[0] if args else next(iter(kwargs.values()))
+                calls[name].append(Call.of(seen.shape, output.shape))
 
-        handles.append(model.get_submodule(name).register_forward_hook(see, with_kwargs=True))
-    try:
-        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            outputs = [tensor.clone() for tensor in list_tensors(model(*inputs))]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Run(outputs, calls)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(see, with_kwargs=True))
+        torch.manual_seed(0)
+        return _Run([tensor.clone() for tensor in list_tensors(model(*inputs))], calls)
 
 
 def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: _Run) -> str | None:
-    """What changes where stand-ins do the work of the named modules, in words."""
+    """Say what changes where stand-ins do the work of the named modules, if anything."""
     stand_ins = {name: _StandIn(model.get_submodule(name)) for name in names}
     try:
         after = _run(swap(model, stand_ins, share=True), names, inputs)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for name in names:
-        told = describe_calls(name, after.calls[name], before.calls[name])
-        if told is not None:
-            return told
+        change = describe_calls(name, after.calls[name], before.calls[name])
+        if change is not None:
+            return change
     gap = _gap(before.outputs, after.outputs)
     if gap is None or gap <= _SAME:
         return None if gap is not None else "the model's outputs are others in number or size"
@@ -123,7 +118,7 @@ def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: 
 
 
 def _gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float | None:
-    """The relative difference of two runs' outputs; None where they are not of the same number and sizes."""
+    """Return the relative difference of two runs' outputs; None where their number or sizes differ."""
     if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
         return None
     sums = Sums()

@@ -1,7 +1,4 @@
-"""How sure one can be of an accuracy, of a difference of two, and of a median.
-
-Wilson's interval, McNemar's exact test, and the interval between order statistics.
-"""
+"""Wilson's interval of an accuracy, McNemar's exact test of two, and the interval of a median by order statistics."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ from statistics import NormalDist
 
 
 def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of Wilson (1927, equation 4) for the fraction of images that a model gets right, of which `right`
-    of `images` are known; unlike the usual one it stays within 0 and 1, and has a width where none or all are right.
+    """Return the interval of Wilson (1927, equation 4) for the accuracy of which `right` of `images` is a sample.
+
+    Unlike the usual one it stays within 0 and 1, and has a width where none or all are right.
     """
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     fraction, spread = right / images, z * z / images
@@ -24,10 +22,10 @@ def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of McNemar's test (1947) in its exact form, for two models on the same images.
+    """Return the two-sided p-value of McNemar's test (1947) in its exact form, for two models on the same images.
 
-    Of the images that one model alone gets right, each would be either's with probability one half if the models were
-    equally good: how likely a split is that is at least as uneven as this one. 1 where there are none.
+    Each image that one model alone gets right would be either's with probability one half if the models were equally
+    good: the p-value is the probability of a split at least as uneven. 1 where there are none.
     """
     images, fewer = only_first + only_second, min(only_first, only_second)
     term = total = 1
@@ -39,14 +37,14 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """The interval between two order statistics that holds the true median with that confidence, which comes third.
+    """Return the interval between two order statistics that holds the true median, and the confidence of that.
 
     It assumes nothing of the distribution: each value lies below the median as a coin falls (Thompson 1936). Of few
-    values it is all of their range, and the confidence less: five hold the median with 94 %, three with 75 %.
+    values it is their whole range, and the confidence less: 94 % for five, 75 % for three.
     """
     ordered, number = sorted(values), len(values)
     place, term, below = 0, 1, 1
-    # Between the values at these places from both ends it lies, unless at most `place` of them lie on one side of it.
+    # The median lies between the values at these places, unless at most `place` values lie on one side of it.
     while True:
         term = term * (number - place) // (place + 1)
         below += term

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Point:
-    """One choice of a site: what it costs and the error that it makes."""
+    """One choice of a site: its cost and its error."""
 
     cost: int
     error: float
@@ -25,14 +25,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The index of each site's chosen point, and the multiplier: the error that one more unit of cost would buy."""
+    """The index of each site's chosen point, and the multiplier: the error that one more unit of cost would save."""
 
     chosen: tuple[int, ...]
     multiplier: float
 
 
 def least_cost(curves: Sequence[Sequence[Point]]) -> int:
-    """The sum of costs below which no budget can be met."""
+    """Return the sum of costs below which no budget can be met."""
     return sum(min(point.cost for point in curve) for curve in curves)
 
 
@@ -68,12 +68,9 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
 
 
 def _hull(curve: Sequence[Point]) -> list[int]:
-    """Indices of the lower convex hull from the cheapest point to that of least error, by rising cost."""
-    order = sorted(range(len(curve)), key=lambda index: (curve[index].cost, curve[index].error))
+    """Return the indices of the lower convex hull from the cheapest point to that of least error, by rising cost."""
     hull: list[int] = []
-    for index in order:
-        if hull and curve[index].error >= curve[hull[-1]].error:
-            continue
+    for index in _ladder(curve):
         while len(hull) > 1 and _slope(curve[hull[-2]], curve[hull[-1]]) <= _slope(curve[hull[-1]], curve[index]):
             hull.pop()
         hull.append(index)
@@ -81,19 +78,19 @@ def _hull(curve: Sequence[Point]) -> list[int]:
 
 
 def _slope(low: Point, high: Point) -> float:
-    """Error bought per unit of cost between two points of rising cost."""
+    """Return the error saved per unit of cost between two points of rising cost."""
     return (low.error - high.error) / max(high.cost - low.cost, 1)
 
 
 def _spend_rest(curves: Sequence[Sequence[Point]], chosen: list[int], rest: int) -> None:
     """Move single sites, in place, to the best point that the rest of the budget pays for, the largest gain first."""
-    ladders = [_Ladder(curve) for curve in curves]
-    # Where there is no site at all, there is none to move.
+    ladders = [_ladder(curve) for curve in curves]
+    costs = [[curve[index].cost for index in ladder] for curve, ladder in zip(curves, ladders, strict=True)]
     while curves:
         moves = []
         for site, curve in enumerate(curves):
             now = curve[chosen[site]]
-            index = ladders[site].best(now.cost + rest)
+            index = ladders[site][bisect.bisect_right(costs[site], now.cost + rest) - 1]
             moves.append((now.error - curve[index].error, site, index))
         gain, site, index = max(moves, key=lambda move: move[0])
         if gain <= 0:
@@ -102,17 +99,10 @@ def _spend_rest(curves: Sequence[Sequence[Point]], chosen: list[int], rest: int)
         chosen[site] = index
 
 
-class _Ladder:
-    """The points of a curve that are better than all cheaper ones, by rising cost."""
-
-    def __init__(self, curve: Sequence[Point]) -> None:
-        self._costs: list[int] = []
-        self._indices: list[int] = []
-        for index in sorted(range(len(curve)), key=lambda i: (curve[i].cost, curve[i].error)):
-            if not self._indices or curve[index].error < curve[self._indices[-1]].error:
-                self._costs.append(curve[index].cost)
-                self._indices.append(index)
-
-    def best(self, cost: int) -> int:
-        """The index of the best point that costs at most so much; the caller knows that there is one."""
-        return self._indices[bisect.bisect_right(self._costs, cost) - 1]
+def _ladder(curve: Sequence[Point]) -> list[int]:
+    """Return the indices of the points that are better than all cheaper ones, by rising cost."""
+    ladder: list[int] = []
+    for index in sorted(range(len(curve)), key=lambda index: (curve[index].cost, curve[index].error)):
+        if not ladder or curve[index].error < curve[ladder[-1]].error:
+            ladder.append(index)
+    return ladder

@@ -1,4 +1,4 @@
-"""Carrying out a plan: it holds every decision already, so nothing is decided here."""
+"""Apply a plan: it holds every decision already, so nothing is decided here."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from asymswap.types import Plan, Progress, Swap, silent
 from asymswap.utils.tensors import generator_for, side_by_side
 
 _ROOM = 2**22
-"""Numbers of a kernel; a dense 3x3 conv of 683 channels has so many, and its eigensolvers take 200 MB and more."""
+"""Numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more."""
 
 
 def takes_room(conv: nn.Conv2d) -> bool:
-    """Whether what a conv is solved in takes so much memory that no other may be solved beside it."""
+    """Whether solving a conv takes so much memory that no other may be solved beside it."""
     return conv.weight.numel() > _ROOM
 
 
@@ -34,12 +34,12 @@ def apply_plan(
     unset: Set[str] = frozenset(),
     share: bool = False,
 ) -> nn.Module:
-    """A deep copy of the model with the plan's swaps in it, initialised from the weights and, where there is some, from
-    the statistics of their sites; the model is unchanged.
+    """Return a deep copy of the model with the plan's swaps in it; the model is unchanged.
 
-    Replacements at the sites in `unset` are left for others to initialise, and hold NaN until then. With `share` what
-    is not swapped has the model's own parameters and buffers: for a model that nobody uses afterwards. Raises PlanError
-    for a site or a batch norm that the model lacks, RecipeError for a kind or a setting that does not exist.
+    Replacements are initialised from the weights and the `statistics` of their sites, if there are any; those at the
+    sites in `unset` hold NaN until others initialise them. With `share` what is not swapped has the model's own
+    parameters and buffers: for a model that nobody uses afterwards. Raises PlanError for a site or a batch norm that
+    the model lacks, RecipeError for a kind or a setting that does not exist.
     """
     found = statistics or {}
 
@@ -56,15 +56,12 @@ def apply_plan(
 
 
 def apply_structure(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
-    """The same with unset weights in the replacements, for loading a state dict into it; raises as `apply_plan`."""
+    """As `apply_plan`, with unset weights in the replacements: for loading a state dict into it."""
     return _apply(model, plan, share=share)
 
 
 def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
-    """The same with random weights in the replacements, which shares all others with the model: for being timed.
-
-    Raises as `apply_plan`.
-    """
+    """As `apply_plan` with `share`, with random weights in the replacements: for timing."""
 
     def start(built: _Built) -> None:
         generator = generator_for(built.entry.site)
@@ -80,7 +77,7 @@ def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Built:
-    """A swap that is being carried out: what stands in the model, and what takes its place."""
+    """A swap under way: what stands in the model, and what takes its place."""
 
     entry: Swap
     conv: nn.Conv2d
@@ -97,7 +94,7 @@ def _apply(
     share: bool = False,
     step: Callable[[int], None] = lambda _: None,
 ) -> nn.Module:
-    """Build all replacements, let `start` give them their weights, some at once, and swap them in."""
+    """Build all replacements, initialise them by `start`, some at once, and swap them in."""
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
     norms = dict(model.named_modules())
     every: list[_Built] = []

@@ -1,9 +1,11 @@
-"""What could be gained at each site, from the formulas alone: no weights are looked at."""
+"""What could be saved at each site, by the cost formulas alone, without the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import bisect
+import functools
+from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -18,57 +20,50 @@ _ORDERS: tuple[separable.Order, ...] = ("vertical-first", "horizontal-first")
 
 
 def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
-    """Every site of the model, in order; with a recipe, only those are candidates that one of its rules swaps."""
+    """Return every site of the model, in order; with a recipe, only what its rules swap is a candidate."""
     rules = find_rule(sites, recipe) if recipe is not None else {}
     return [_candidate(model, site, recipe, rules.get(site.name)) for site in sites]
 
 
 def _candidate(model: nn.Module, site: Site, recipe: Recipe | None, number: int | None) -> Candidate:
-    swap: Mapping[str, Any] = {"kind": "separable"}
+    name, given = "separable", {}
     if recipe is not None:
         if number is None:
             return Candidate(site, "no rule matches")
-        wanted = recipe.rules[number].swap
-        if wanted is None:
+        rule = recipe.rules[number]
+        if rule.swap is None:
             return Candidate(site, f"rule {number + 1} keeps it")
-        swap = wanted
-    name = swap["kind"]
+        name, given = rule.swap["kind"], rule.swap_settings
     kind = replacements.load(name)
     reason = refusal_of(site, kind)
     if reason is not None:
         return Candidate(site, reason, kind=name)
     if name != "separable":
-        wish = replacements.parse_settings(name, {key: value for key, value in swap.items() if key != "kind"})
-        # What approximates the conv is settled by its weights, which would take as long as a plan.
-        if kind.preserves(site.conv, wish):
+        settings = replacements.parse_settings(name, given)
+        # Settings of an approximation depend on the weights, and would take as long as a plan.
+        if kind.preserves(site.conv, settings):
             try:
-                kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), wish)
+                kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), settings)
             except RecipeError as error:
                 return Candidate(site, str(error), kind=name)
-        return Candidate(site, kind=name, becomes=None if kind.SIZES else kind.cost(site, wish))
+        return Candidate(site, kind=name, becomes=None if kind.SIZES else kind.cost(site, settings))
     best = _break_even(site)
     if best is None or best.rank == 1:
         # One column of weights for each input channel is no approximation that anybody keeps.
         return Candidate(site, "even rank 1 saves nothing" if best is None else "only rank 1 would save anything")
-    return Candidate(site, None, best, _at(site, best.rank // 2, best.order))
+    order = _ORDERS[best.order == "horizontal-first"]
+    half = best.rank // 2
+    return Candidate(site, None, best, RankCost(half, order, separable.pair_cost(site, half, order)))
 
 
 def _break_even(site: Site) -> RankCost | None:
-    """The largest rank that costs less than the conv, in the order that allows more of it."""
+    """Return the largest rank that costs less than the conv, in the order that allows more of it."""
     found = []
     for order in _ORDERS:
-        low, high = 0, separable.full_rank(site.conv, order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if saves(separable.pair_cost(site, middle, order), site.cost):
-                low = middle
-            else:
-                high = middle - 1
-        if low:
-            found.append(_at(site, low, order))
+        costs = functools.partial(separable.pair_cost, site, order=order)
+        ranks = range(1, separable.full_rank(site.conv, order) + 1)
+        # Costs rise with the rank: the ranks that save come first.
+        rank = bisect.bisect_left(ranks, True, key=lambda rank: not saves(costs(rank), site.cost))
+        if rank:
+            found.append(RankCost(rank, order, costs(rank)))
     return max(found, key=lambda item: (item.rank, -item.cost.macs), default=None)
-
-
-def _at(site: Site, rank: int, order: str) -> RankCost:
-    known: separable.Order = "vertical-first" if order == "vertical-first" else "horizontal-first"
-    return RankCost(rank, known, separable.pair_cost(site, rank, known))

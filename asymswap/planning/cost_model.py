@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from asymswap.errors import RecipeError
+from asymswap.planning.recipe import Budget
 from asymswap.types import Cost, Option, Site
 
 
-class Prices(Protocol):
-    """Prices in whole units, of which a budget may be spent."""
+class CostModel(Protocol):
+    """Costs in whole units of what a budget bounds."""
 
     @property
     def what(self) -> str:
@@ -17,21 +19,29 @@ class Prices(Protocol):
 
     @property
     def total(self) -> int:
-        """What the whole model costs before."""
+        """The cost of the whole original model."""
 
     def keep(self, site: Site) -> int:
-        """What a site costs as it is."""
+        """Return the cost of a site as it is."""
 
     def option(self, site: Site, kind: str, option: Option) -> int:
-        """What it costs when it is swapped so."""
+        """Return the cost of a site that is swapped so."""
 
 
 @dataclass(frozen=True)
-class Counted:
+class CountedCost:
     """MACs or parameters; `whole` is the cost of the model."""
 
     measure: Literal["macs", "params"]
     whole: Cost
+
+    @classmethod
+    def of(cls, budget: Budget | None, whole: Cost) -> CountedCost:
+        """Return the cost model of a budget; raises RecipeError for one of latency."""
+        measure = "macs" if budget is None else budget.measure
+        if measure == "latency":
+            raise RecipeError("a budget of latency needs measuring: use asymswap.convert")
+        return cls(measure, whole)
 
     @property
     def what(self) -> str:
@@ -39,13 +49,10 @@ class Counted:
 
     @property
     def total(self) -> int:
-        return self._of(self.whole)
+        return int(getattr(self.whole, self.measure))
 
     def keep(self, site: Site) -> int:
-        return self._of(site.cost)
+        return int(getattr(site.cost, self.measure))
 
-    def option(self, site: Site, kind: str, option: Option) -> int:  # noqa: ARG002 (other prices depend on these)
-        return self._of(option.cost)
-
-    def _of(self, cost: Cost) -> int:
-        return int(getattr(cost, self.measure))
+    def option(self, site: Site, kind: str, option: Option) -> int:  # noqa: ARG002 (other cost models need these)
+        return int(getattr(option.cost, self.measure))

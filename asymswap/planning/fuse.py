@@ -1,4 +1,4 @@
-"""Replacements back into ordinary convs, each computing what it computed, and batch norms back where they were.
+"""Merge replacements back into ordinary convs that compute the same, and put batch norms back where they were.
 
 Conversions are undone from the last to the first: what a later one has changed inside of an earlier one's replacement
 comes first.
@@ -7,6 +7,7 @@ comes first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -42,11 +43,11 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which replacements to fuse beside those that fuse exactly and grow no cost by it.
+class FusionOptions:
+    """Which replacements to fuse beside those that fuse exactly and cost no more then.
 
     `separable`: pairs and crosses as well, whose one conv costs more. `max_offset`: predicted offsets that stay below
-    so many pixels on `inputs` are left out.
+    this number of pixels on `inputs` are left out.
     """
 
     separable: bool = False
@@ -58,7 +59,7 @@ def fuse_model(
     model: nn.Module,
     original: nn.Module,
     plans: Sequence[Plan],
-    wanted: Wanted,
+    options: FusionOptions,
     progress: Progress = silent,
 ) -> Fused:
     """Fuse what can be fused in a copy of the converted `model`, in eval mode.
@@ -68,7 +69,7 @@ def fuse_model(
     structures = [meta_copy(original)]
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))
-    offsets = _largest_offsets(model, plans, wanted)
+    offsets = _largest_offsets(model, plans, options)
     sites: list[FusionRow] = []
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
@@ -80,8 +81,8 @@ def fuse_model(
             if any(name.startswith(f"{entry.site}.") for name in later):
                 results.append(_leave(entry, "a later conversion has changed its insides"))
             else:
-                here = _Here(model, before, norms[entry.site], offsets.get(entry.site))
-                results.append(_fuse_site(entry, here, wanted))
+                offset = offsets.get(entry.site)
+                results.append(_fuse_site(entry, model, before, norms[entry.site], options, offset))
             progress("fusing", len(sites) + len(results), total)
         model = swap(model, {name: new for result in results for name, new in result.modules.items()})
         sites = [result.site for result in results] + sites
@@ -90,19 +91,8 @@ def fuse_model(
 
 
 @dataclass(frozen=True)
-class _Here:
-    """Where a replacement stands: the model, its structure before the swap, the batch norm that alone reads the conv,
-    and the largest offset that was predicted."""
-
-    model: nn.Module
-    before: nn.Module
-    norm: str | None
-    largest_offset: float | None
-
-
-@dataclass(frozen=True)
 class _Result:
-    """What became of one replacement, the modules to put in, and the swap that stays in the plan."""
+    """The row of one replacement, the modules to put in, and the swap that stays in the plan."""
 
     site: FusionRow
     modules: Mapping[str, nn.Module]
@@ -113,26 +103,28 @@ def _leave(entry: Swap, reason: str) -> _Result:
     return _Result(FusionRow(entry.site, entry.kind, "left", reason), {}, entry)
 
 
-def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
+def _fuse_site(
+    entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, options: FusionOptions, offset: float | None
+) -> _Result:
+    """Fuse one replacement, if it can be.
+
+    `before` is the model's structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the
+    largest predicted one.
+    """
     kind, settings = replacements.load(entry.kind), replacements.parse_settings(entry.kind, entry.settings)
-    module = here.model.get_submodule(entry.site)
+    module = model.get_submodule(entry.site)
     if isinstance(module, nn.Conv2d):
         return _leave(entry, "it is one conv already")
-    if not type(settings).model_fields["allow_growth"].default and not wanted.separable:
+    if not type(settings).model_fields["allow_growth"].default and not options.separable:
         return _leave(entry, "one conv would cost more; --separable fuses it nevertheless")
-    conv = read_conv(cast(nn.Conv2d, here.before.get_submodule(entry.site)))
+    conv = read_conv(cast(nn.Conv2d, before.get_submodule(entry.site)))
     changed = _changed(module, kind.build(conv, settings))
     if changed is not None:
         return _leave(entry, changed)
     fused, reason = kind.fuse(module, conv, settings), ""
-    offset = here.largest_offset
-    if (
-        fused is None
-        and isinstance(kind, replacements.Sampling)
-        and offset is not None
-        and wanted.max_offset is not None
-    ):
-        if offset > wanted.max_offset:
+    most = options.max_offset
+    if fused is None and isinstance(kind, replacements.Sampling) and offset is not None and most is not None:
+        if offset > most:
             return _leave(entry, f"it predicts offsets of up to {offset:.3g} pixels")
         fused, reason = kind.without_offsets(module, conv), f"offsets of at most {offset:.3g} pixels were left out"
     if fused is None:
@@ -140,23 +132,35 @@ def _fuse_site(entry: Swap, here: _Here, wanted: Wanted) -> _Result:
         return _leave(entry, f"no ordinary conv computes the same{more}")
     modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
     if entry.absorbs is not None:
-        changed = _changed(here.model.get_submodule(entry.absorbs), nn.Identity())
+        changed = _changed(model.get_submodule(entry.absorbs), nn.Identity())
         if changed is not None:
             return _leave(entry, f"the batch norm's place has changed: {changed}")
-        absorbed = cast(nn.BatchNorm2d, here.before.get_submodule(entry.absorbs))
+        absorbed = cast(nn.BatchNorm2d, before.get_submodule(entry.absorbs))
         modules[entry.absorbs] = _put_back(fused, conv, absorbed, module)
-    elif fused.bias is not None and not conv.bias and here.norm is not None:
-        norm = here.model.get_submodule(here.norm)
-        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
-            modules[here.norm] = _take_bias(fused, norm)
+    elif fused.bias is not None and not conv.bias and norm is not None:
+        behind = model.get_submodule(norm)
+        if type(behind) is nn.BatchNorm2d and behind.running_mean is not None:
+            # A copy of the batch norm takes the conv's bias into its mean.
+            own = cast(nn.BatchNorm2d, swap(behind, {}))
+            with torch.no_grad():
+                cast(Tensor, own.running_mean).sub_(fused.bias)
+            fused.register_parameter("bias", None)
+            modules[norm] = own
+    now = read_conv(fused)
     # The network that was rebuilt has weights of the usual dtype, whatever those of the checkpoint are.
-    if replace(read_conv(fused), dtype=conv.dtype) == conv:
+    if replace(now, dtype=conv.dtype) == conv:
         return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
-    return _resized(entry, fused, conv, modules)
+    # One conv of another form stays as a swap of its own.
+    padding = now.padding if isinstance(now.padding, str) else list(now.padding)
+    fields = {"kernel": list(now.kernel), "dilation": list(now.dilation), "padding": padding}
+    bias = {"bias": True} if now.bias and not conv.bias else {}
+    stays = Swap(entry.site, "resized", {**fields, **bias}, f"fused from {entry.kind}")
+    what = f"one {now.describe()}" + (" with a bias" if bias else "")
+    return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
 
 
 def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
-    """What was added to a replacement or to a part of it, which one conv would drop; None where nothing was."""
+    """Return what was added to a replacement or a part of it, which one conv would drop; None for nothing."""
     untouched = dict(fresh.named_modules())
     for name, part in module.named_modules():
         own = untouched.get(name)
@@ -168,57 +172,30 @@ def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
     return None
 
 
-def _resized(entry: Swap, fused: nn.Conv2d, conv: ConvSpec, modules: Mapping[str, nn.Module]) -> _Result:
-    """One conv that is not of the original's form, as a swap of its own."""
-    now = read_conv(fused)
-    padding = now.padding if isinstance(now.padding, str) else list(now.padding)
-    fields = {"kernel": list(now.kernel), "dilation": list(now.dilation), "padding": padding}
-    bias = {"bias": True} if now.bias and not conv.bias else {}
-    stays = Swap(entry.site, "resized", {**fields, **bias}, f"fused from {entry.kind}")
-    what = f"one {now.describe()}" + (" with a bias" if bias else "")
-    return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
-
-
-def _largest_offsets(model: nn.Module, plans: Sequence[Plan], wanted: Wanted) -> dict[str, float]:
-    """The largest offset that each predictor gives on the images, in pixels."""
-    if wanted.max_offset is None or wanted.inputs is None:
+def _largest_offsets(model: nn.Module, plans: Sequence[Plan], options: FusionOptions) -> dict[str, float]:
+    """Return the largest offset that each predictor gives on the images, in pixels."""
+    if options.max_offset is None or options.inputs is None:
         return {}
     found: dict[str, float] = {}
-    handles = []
-    for entry in (entry for plan in plans for entry in plan.swaps):
-        kind = replacements.load(entry.kind)
-        if isinstance(kind, replacements.Sampling):
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for entry in (entry for plan in plans for entry in plan.swaps):
+            kind = replacements.load(entry.kind)
+            if isinstance(kind, replacements.Sampling):
 
-            def see(
-                module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: replacements.Sampling = kind
-            ) -> None:
-                largest = kind.largest_offset(module, conv_input(args, kwargs))
-                found[name] = max(found.get(name, 0.0), largest)
+                def see(module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: Any = kind) -> None:
+                    largest = kind.largest_offset(module, conv_input(args, kwargs))
+                    found[name] = max(found.get(name, 0.0), largest)
 
-            handles.append(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(*wanted.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
+        model(*options.inputs)
     return found
 
 
-def _take_bias(fused: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """A copy of the batch norm that takes the conv's bias into its mean; the conv loses it, in place."""
-    own = cast(nn.BatchNorm2d, swap(norm, {}))
-    with torch.no_grad():
-        cast(Tensor, own.running_mean).sub_(cast(Tensor, fused.bias))
-    fused.register_parameter("bias", None)
-    return own
-
-
 def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.Module) -> nn.BatchNorm2d:
-    """The batch norm behind a fused conv, in place of the bias that it has folded in; scales the conv, in place.
+    """Return the batch norm behind a fused conv, in place of the bias that it has folded in; scale the conv in place.
 
-    The batch norm keeps the weight and the variance of the block's square branch, so that what is trained on goes on
-    from the scale that it had; channels whose weight is next to nothing get a weight that does nothing instead.
+    The batch norm keeps the weight and the variance of the block's square branch, so that further training
+    starts from its scale; channels whose weight is next to nothing get a weight that does nothing instead.
     """
     own = next(part for part in block.modules() if isinstance(part, nn.BatchNorm2d))
     norm = nn.BatchNorm2d(
@@ -229,19 +206,19 @@ def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.
         weight_O = own.weight.double() if like.affine else torch.ones_like(deviation_O)
         if like.affine:
             own_O = (weight_O / deviation_O).abs()
-            # Not above, rather than below: where all are zero, none is below their average.
+            # At most, not below: where all are zero, none is below their average.
             weak_O = own_O <= _WEAKEST * own_O.mean()
             weight_O = torch.where(weak_O, deviation_O, weight_O)
         scale_O = weight_O / deviation_O
         bias_O = own.bias.double() if like.affine else torch.zeros_like(scale_O)
-        wanted_O = cast(Tensor, fused.bias).double()
+        target_O = cast(Tensor, fused.bias).double()
         fused.weight.copy_(fused.weight.double() / scale_O[:, None, None, None])
         if conv.bias:
             cast(Tensor, fused.bias).zero_()
         else:
             fused.register_parameter("bias", None)
         cast(Tensor, norm.running_var).copy_(cast(Tensor, own.running_var))
-        cast(Tensor, norm.running_mean).copy_((bias_O - wanted_O) / scale_O)
+        cast(Tensor, norm.running_mean).copy_((bias_O - target_O) / scale_O)
         cast(Tensor, norm.num_batches_tracked).copy_(cast(Tensor, own.num_batches_tracked))
         if like.affine:
             norm.weight.copy_(weight_O)

@@ -1,13 +1,14 @@
-"""Plans under a budget of latency: a table of what each conv and its swaps take on this machine, and the proof.
+"""Plans under a budget of latency: a table of the seconds of each conv and its swaps on this machine, then a check.
 
-The table has, for each conv of another form and for a grid of its options, the seconds that it takes inside of the
-model. It is kept in a file, together with the machine's description, since it costs some seconds to make. A plan by
-these prices is then measured as a whole beside the original: swaps that have become slower are undone, and where the
-whole takes longer than the budget allows, the next plan gets less.
+The table has the seconds inside of the model for each form of conv and a grid of its options. It is kept in a file
+with the machine's description, since it takes some seconds to make. A plan by this table is then measured as a whole
+beside the original: swaps that have become slower are undone, and where the whole takes longer than the budget allows,
+the next plan gets less.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,11 +31,11 @@ from asymswap.utils.files import write_text
 from asymswap.utils.inputs import Inputs
 
 _GRID = 8
-"""Options of each conv that are timed; between them the latency is taken to grow evenly with the MACs."""
+"""Options of each conv that are timed; between them latency is interpolated by the MACs."""
 
 _ATTEMPTS = 5
 _NOISE = 0.02
-"""Differences below this share are not told apart from the machine's noise."""
+"""Differences below this share are the machine's noise."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Timing:
 def plan_in_time(
     model: nn.Module, example: Inputs, choices: Choices, timing: Timing, progress: Progress = silent
 ) -> tuple[Plan, LatencyRow]:
-    """The plan that keeps the recipe's budget of latency when measured, or comes as near as a few attempts get.
+    """Return the plan that keeps the recipe's budget of latency when measured, or the nearest of a few attempts.
 
     `example` is one input; only its sizes count. Raises RecipeError for a budget that no plan can keep.
     """
@@ -69,59 +70,68 @@ def plan_in_time(
     inputs = inputs_like(example, timing.memory_format, timing.batch)
     table = _Table(timing)
     table.fill(original, inputs, choices, progress)
-    prices = _Prices(table, table.whole(original, inputs, choices))
+    costs = _TimedCost(table, table.whole(original, inputs, choices))
     undone: dict[str, str] = {}
+
+    def measure(plan: Plan) -> tuple[Timed, Timed, LatencyRow]:
+        """Time the original and the converted network in turn."""
+        models = {"original": original, "converted": apply_random(original, plan)}
+        names = [swap.site for swap in plan.swaps]
+        found = time_models(models, inputs, names, rounds=timing.rounds, progress=progress)
+        before, after = found["original"], found["converted"]
+        row = LatencyRow(
+            before=before.whole,
+            after=after.whole,
+            memory_format=timing.memory_format,
+            batch=timing.batch,
+            threads=torch.get_num_threads(),
+            machine=machine()["processor"],
+            wanted=budget.fraction,
+            undone=tuple(undone),
+        )
+        return before, after, row
+
+    def fit(ratio: float) -> tuple[bool, float]:
+        """Rank a measured ratio: best is one within the budget that uses most of it, else the nearest above."""
+        within = ratio <= budget.fraction
+        return within, ratio if within else -ratio
+
     fraction = budget.fraction
     best: tuple[float, Plan, LatencyRow] | None = None
     tried: Plan | None = None
     for _ in range(_ATTEMPTS):
         try:
-            plan = choose(choices, prices, fraction, undone)
+            plan = choose(choices, costs, fraction, undone)
         except RecipeError:
-            # By the table no plan takes as little as is now asked for: an earlier one is as near as we get.
+            # By the table no plan takes as little as is now requested: an earlier one is as near as we get.
             if best is None:
                 raise
             break
         if plan == tried:
             break
         tried = plan
-        before, after = _measure(original, plan, inputs, timing, progress)
-        # What a rule has asked for by its size, or to make the network stronger, is not the budget's to take back.
-        slower = [(name, reason) for name, reason in _slower(plan, before, after) if name in choices.curves]
+        before, after, row = measure(plan)
+        # A swap whose size a rule says, or that makes the network stronger, is not the budget's to undo.
+        slower = {name: reason for name, reason in _slower(plan, before, after) if name in choices.curves}
+        undone |= slower
+        if slower:
+            continue
         ratio = after.whole / before.whole
-        if not slower and (best is None or _suits(ratio, budget.fraction) > _suits(best[0], budget.fraction)):
-            best = ratio, plan, _row(before, after, timing, budget.fraction, undone)
-        if not slower and (1 - 2 * _NOISE) * budget.fraction <= ratio <= budget.fraction:
+        if best is None or fit(ratio) > fit(best[0]):
+            best = ratio, plan, row
+        if (1 - 2 * _NOISE) * budget.fraction <= ratio <= budget.fraction:
             break
-        undone |= dict(slower)
-        # A little below what is wanted: noise would otherwise make the next plan miss it as narrowly.
-        if not slower:
-            fraction = min(1.0, fraction * (1 - _NOISE / 2) * budget.fraction / ratio)
+        # A little below the budget: noise would otherwise make the next plan miss it as narrowly.
+        fraction = min(1.0, fraction * (1 - _NOISE / 2) * budget.fraction / ratio)
     if best is None:
-        # Every attempt found another swap to take back: the last one was not measured without it.
-        plan = choose(choices, prices, fraction, undone)
-        before, after = _measure(original, plan, inputs, timing, progress)
-        return plan, _row(before, after, timing, budget.fraction, undone)
+        # Every attempt found another swap to undo: the last one was not measured without it.
+        plan = choose(choices, costs, fraction, undone)
+        return plan, measure(plan)[2]
     return best[1], best[2]
 
 
-def _suits(ratio: float, wanted: float) -> tuple[bool, float]:
-    """How well a measured ratio suits: best is one within the budget that uses most of it, else the nearest above."""
-    return ratio <= wanted, ratio if ratio <= wanted else -ratio
-
-
-def _measure(
-    original: nn.Module, plan: Plan, inputs: Inputs, timing: Timing, progress: Progress
-) -> tuple[Timed, Timed]:
-    """Original and converted network beside each other."""
-    models = {"original": original, "converted": apply_random(original, plan)}
-    names = [swap.site for swap in plan.swaps]
-    found = time_models(models, inputs, names, rounds=timing.rounds, progress=progress)
-    return found["original"], found["converted"]
-
-
 def _slower(plan: Plan, before: Timed, after: Timed) -> Iterator[tuple[str, str]]:
-    """The swapped convs that have become slower, with the reason for keeping them."""
+    """Yield the swapped convs that have become slower, with the reason for keeping them."""
     for swap in plan.swaps:
         was, now = before.modules[swap.site], after.modules[swap.site]
         if now > was * (1 + _NOISE):
@@ -129,20 +139,7 @@ def _slower(plan: Plan, before: Timed, after: Timed) -> Iterator[tuple[str, str]
             yield swap.site, f"{settings} took {1e3 * now:.3f} ms where the conv takes {1e3 * was:.3f} ms"
 
 
-def _row(before: Timed, after: Timed, timing: Timing, wanted: float, undone: Mapping[str, str]) -> LatencyRow:
-    return LatencyRow(
-        before=before.whole,
-        after=after.whole,
-        memory_format=timing.memory_format,
-        batch=timing.batch,
-        threads=torch.get_num_threads(),
-        machine=machine()["processor"],
-        wanted=wanted,
-        undone=tuple(undone),
-    )
-
-
-class _Prices:
+class _TimedCost:
     """Latency in nanoseconds, from the table; `seconds` are those of the whole model."""
 
     what = "latency"
@@ -158,65 +155,79 @@ class _Prices:
         return round(1e9 * self._table.seconds_of(site, kind, option))
 
 
-@dataclass(frozen=True)
-class _Try:
-    """One option of a conv that is timed."""
-
-    swap: Swap
-    macs: int
-
-
 class _Table:
-    """Seconds of convs and of their options, by their form and not by their name."""
+    """Seconds of convs and of their options, by their form and not by their name.
+
+    `_known` has for each form of conv, and for "" (the conv itself) and each option, its MACs and seconds.
+    """
 
     def __init__(self, timing: Timing) -> None:
         self._machine = {**machine(), "memory_format": timing.memory_format, "batch": timing.batch}
-        mark = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
-        self._path = (timing.cache or _cache_folder()) / f"latency-{mark}.json"
+        digest = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
+        given = os.environ.get("XDG_CACHE_HOME")
+        folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"
+        self._path = folder / f"latency-{digest}.json"
         self._rounds = timing.rounds
-        self._known = _read(self._path)
+        self._known: dict[str, dict[str, list[float]]] = {}
+        # A file that cannot be read is measured again.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = json.loads(self._path.read_text(encoding="utf-8"))["seconds"]
+            self._known = {
+                form: {key: [int(macs), float(seconds)] for key, (macs, seconds) in entries.items()}
+                for form, entries in found.items()
+            }
 
     def fill(self, original: nn.Module, inputs: Inputs, choices: Choices, progress: Progress) -> None:
         """Time what is not known yet, and write it to the file, where that can be written."""
         sites = {site.name: site for site in choices.sites}
+        # For each site the swaps that are timed, with their MACs.
         tries = {name: _grid(name, kind, options) for name, (kind, options) in choices.named_options.items()}
         for name, (result, option) in choices.fixed.items():
-            tries[name] = [_Try(result, option.cost.macs)] if isinstance(result, Swap) and option is not None else []
-        if all(self._knows(sites[name], some) for name, some in tries.items()):
+            tries[name] = [(result, option.cost.macs)] if isinstance(result, Swap) and option is not None else []
+        if all(
+            {"", *(_option_key(swap.kind, swap.settings) for swap, _ in some)}
+            <= self._known.get(_form(sites[name]), {}).keys()
+            for name, some in tries.items()
+        ):
             return
         # In the n-th model every conv has its n-th option, or its last one.
         levels = [
             {name: some[min(level, len(some) - 1)] for name, some in tries.items() if some}
             for level in range(max(map(len, tries.values())))
         ]
-        models = {
-            str(n): apply_random(original, Plan(tuple(t.swap for t in lv.values()))) for n, lv in enumerate(levels)
-        }
-        found = time_models({"": original, **models}, inputs, list(tries), rounds=self._rounds, progress=progress)
+        models = {"": original}
+        for number, level in enumerate(levels):
+            models[str(number)] = apply_random(original, Plan(tuple(swap for swap, _ in level.values())))
+        found = time_models(models, inputs, list(tries), rounds=self._rounds, progress=progress)
         for name in tries:
             self._note(sites[name], "", sites[name].cost.macs, found[""].modules[name])
         for number, level in enumerate(levels):
-            for name, one in level.items():
-                key = _option_key(one.swap.kind, one.swap.settings)
-                self._note(sites[name], key, one.macs, found[str(number)].modules[name])
-        self._write()
+            for name, (swap, macs) in level.items():
+                key = _option_key(swap.kind, swap.settings)
+                self._note(sites[name], key, macs, found[str(number)].modules[name])
+        text = json.dumps({"machine": self._machine, "seconds": self._known}, indent=1)
+        # The file is a convenience: without it the next conversion measures again.
+        with contextlib.suppress(OSError, OutputError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._path, text + "\n")
 
-    def _knows(self, site: Site, tries: Sequence[_Try]) -> bool:
-        known = self._known.get(_form(site), {})
-        return "" in known and all(_option_key(one.swap.kind, one.swap.settings) in known for one in tries)
+    def _note(self, site: Site, key: str, macs: int, seconds: float) -> None:
+        """Write down the fastest of all convs of one form."""
+        known = self._known.setdefault(_form(site), {})
+        known[key] = [macs, min(seconds, known[key][1] if key in known else seconds)]
 
     def whole(self, original: nn.Module, inputs: Inputs, choices: Choices) -> float:
-        """What the whole model takes: the convs as in the table, and the rest as it is now."""
+        """Return the seconds of the whole model: the convs as in the table, and the rest as it is now."""
         names = [*choices.fixed, *choices.curves]
         rest = time_models({"": original}, inputs, names, rounds=self._rounds)[""].rest
         return rest + sum(self.seconds(site) for site in choices.sites if site.name in names)
 
     def seconds(self, site: Site) -> float:
-        """What a conv takes as it is."""
+        """Return the seconds of a conv as it is."""
         return self._known[_form(site)][""][1]
 
     def seconds_of(self, site: Site, kind: str, option: Option) -> float:
-        """What an option takes: as timed, or between the two timed ones of its kind with fewer and with more MACs."""
+        """Return the seconds of an option, as timed or between the two timed ones with fewer and with more MACs."""
         known = self._known[_form(site)]
         exact = known.get(_option_key(kind, option.settings))
         if exact is not None:
@@ -231,52 +242,20 @@ class _Table:
         (low, fast), (high, slow) = below[-1], above[0]
         return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
 
-    def _note(self, site: Site, key: str, macs: int, seconds: float) -> None:
-        """Convs of one form that stand in several places: the fastest."""
-        known = self._known.setdefault(_form(site), {})
-        known[key] = [macs, min(seconds, known[key][1] if key in known else seconds)]
 
-    def _write(self) -> None:
-        text = json.dumps({"machine": self._machine, "seconds": self._known}, indent=1)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, text + "\n")
-        except (OSError, OutputError):
-            # It is a convenience: without it the next conversion measures again.
-            return
-
-
-def _grid(name: str, kind: str, options: Sequence[Option]) -> list[_Try]:
-    """Some of a conv's options, from the cheapest to the dearest, one for each number of MACs."""
+def _grid(name: str, kind: str, options: Sequence[Option]) -> list[tuple[Swap, int]]:
+    """Return some of a conv's options with their MACs, in rising order, one for each number of MACs."""
     by_macs = {option.cost.macs: option for option in sorted(options, key=lambda option: -option.loss)}
-    every = [by_macs[macs] for macs in sorted(by_macs)]
+    every = sorted(by_macs)
     chosen = sorted({round(step * (len(every) - 1) / (_GRID - 1)) for step in range(_GRID)}) if every else []
-    return [_Try(Swap(name, kind, every[index].settings), every[index].cost.macs) for index in chosen]
+    return [(Swap(name, kind, by_macs[every[index]].settings), every[index]) for index in chosen]
 
 
 def _form(site: Site) -> str:
-    """All that the speed of a conv depends on, as text."""
+    """Return all that the speed of a conv depends on, as text."""
     calls = [[*call.input, call.batch] for call in site.calls]
     return f"{site.conv} on {json.dumps(calls)}"
 
 
 def _option_key(kind: str, settings: Mapping[str, Any]) -> str:
     return f"{kind} {json.dumps(dict(settings), sort_keys=True)}"
-
-
-def _cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "asymswap"
-
-
-def _read(path: Path) -> dict[str, dict[str, list[float]]]:
-    """The table in a file; an empty one where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return {
-            form: {key: [int(macs), float(seconds)] for key, (macs, seconds) in entries.items()}
-            for form, entries in found.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}

@@ -17,8 +17,8 @@ from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.planning.allocate import Allocation, Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
-from asymswap.planning.cost_model import Counted, Prices
-from asymswap.planning.recipe import Budget, Recipe, Rule
+from asymswap.planning.cost_model import CostModel, CountedCost
+from asymswap.planning.recipe import Recipe, Rule
 from asymswap.replacements import Kind, KindSettings
 from asymswap.types import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
 from asymswap.utils.tensors import side_by_side
@@ -39,19 +39,23 @@ class _Matched:
     absorbs: str | None = None
 
     def options(self) -> list[Option]:
-        """The sizes that pay, or all of them where the recipe wants growth."""
+        """Return the sizes that pay, or all of them where the recipe allows growth."""
         every = self.kind.options(self.site, self.conv, self.settings, self.statistics)
         return [option for option in every if self.settings.allow_growth or saves(option.cost, self.site.cost)]
 
     def swap(self, option: Option) -> Swap:
-        """The plan's entry for this option."""
+        """Return the plan's entry for this option."""
         settings = {**option.settings, **_growth(self.settings)}
         predicted = math.sqrt(option.error)
         return Swap(self.site.name, self.kind_name, settings, f"rule {self.number}", predicted, self.absorbs)
 
+    def keep(self, reason: str) -> Keep:
+        """Return the plan's entry for leaving the site as it is."""
+        return Keep(self.site.name, f"rule {self.number}, but {reason}")
+
 
 def _growth(settings: KindSettings) -> dict[str, bool]:
-    """The setting that allows growth, where it is not what the kind has by itself."""
+    """Return the setting that allows growth, where it is not the kind's default."""
     usual = type(settings).model_fields["allow_growth"].default
     return {} if settings.allow_growth == usual else {"allow_growth": settings.allow_growth}
 
@@ -63,9 +67,9 @@ def saves(new: Cost, old: Cost) -> bool:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe leaves to be chosen: the sites of which a budget sets the size, each with its `curve` of options.
+    """What a recipe leaves to a budget: the sites `left_open`, each with its `curve` of options.
 
-    Everything else is decided: `fixed` says what the rules with sizes of their own come to, `keeps` what stays.
+    `fixed` holds the sites whose rules say the size, `keeps` those that stay.
     """
 
     sites: Sequence[Site]
@@ -89,17 +93,13 @@ def make_plan(
     progress: Progress = silent,
     statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Plan:
-    """Decide about every site, settle all settings, and share the budget of MACs, parameters or error, if there is one.
+    """Decide about every site, settle all settings, and share a budget of MACs, parameters or error.
 
-    `total` is the cost of the whole model; `statistics` are those of each site, if there are any. Nothing is changed.
-    Raises RecipeError for a rule that matches nothing, a setting that a matched conv cannot have, or a budget that
-    cannot be reached.
+    `total` is the cost of the whole model; `statistics` are those of each site. Nothing is changed. Raises RecipeError
+    for a rule that matches nothing, a setting that a matched conv cannot have, or a budget that cannot be reached.
     """
-    choices = find_choices(model, sites, recipe, progress, statistics)
-    measure = "macs" if recipe.budget is None else recipe.budget.measure
-    if measure == "latency":
-        raise RecipeError("a budget of latency needs measuring: use asymswap.convert")
-    return choose(choices, Counted(measure, total))
+    costs = CountedCost.of(recipe.budget, total)
+    return choose(find_choices(model, sites, recipe, progress, statistics), costs)
 
 
 def find_choices(
@@ -118,10 +118,8 @@ def find_choices(
             keeps[site.name] = decision
         else:
             matched.append(decision)
-    decided: list[_Matched] = []
-    left_open: list[_Matched] = []
-    for item in matched:
-        (left_open if recipe.budget is not None and item.rule.leaves_choice else decided).append(item)
+    left_open = [item for item in matched if recipe.budget is not None and item.rule.leaves_choice]
+    decided = [item for item in matched if recipe.budget is None or not item.rule.leaves_choice]
 
     def step(done: int) -> None:
         progress("factorising", done, len(matched))
@@ -142,41 +140,54 @@ def find_choices(
 
 
 def choose(
-    choices: Choices, prices: Prices, fraction: float | None = None, undone: Mapping[str, str] | None = None
+    choices: Choices, costs: CostModel, fraction: float | None = None, undone: Mapping[str, str] | None = None
 ) -> Plan:
-    """Share the budget by the given prices, if there is one.
+    """Share the budget by the given costs, if there is one.
 
     `fraction` takes the place of the budget's own; sites in `undone` are kept, for the reasons given there. Raises
     RecipeError for a budget that cannot be reached.
     """
-    swaps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Swap)}
-    keeps = {name: result for name, (result, _) in choices.fixed.items() if isinstance(result, Keep)}
-    keeps |= choices.keeps
+    undone = undone or {}
+    entries: dict[str, Swap | Keep] = {name: entry for name, (entry, _) in choices.fixed.items()}
+    entries |= choices.keeps
     allocation = None
     budget = choices.recipe.budget
-    items = [item for item in choices.left_open if item.site.name not in (undone or {})]
+    items = [item for item in choices.left_open if item.site.name not in undone]
     curves = [choices.curves[item.site.name] for item in items]
-    points = [_points(item, curve, prices) for item, curve in zip(items, curves, strict=True)]
+    # Keeping the site is the last point of each curve.
+    points = [
+        [
+            *(Point(costs.option(item.site, item.kind_name, option), option.loss) for option in curve),
+            Point(costs.keep(item.site), 0.0),
+        ]
+        for item, curve in zip(items, curves, strict=True)
+    ]
     if budget is not None and budget.max_error is not None:
         others = [option.error for _, option in choices.fixed.values() if option is not None]
         allocation = _within_error(points, curves, budget.max_error, others)
     elif budget is not None:
-        limit = _limit(choices, budget, prices, fraction or budget.fraction, undone or {}, least_cost(points))
+        limit = _limit(choices, costs, fraction or budget.fraction, undone, least_cost(points))
         allocation = allocate(points, limit) if points else None
     if allocation is not None:
-        _share(items, curves, allocation.chosen, swaps, keeps)
+        for item, curve, index in zip(items, curves, allocation.chosen, strict=True):
+            if index < len(curve):
+                entries[item.site.name] = item.swap(curve[index])
+            else:
+                why = "the budget is better spent elsewhere" if curve else "no rank saves anything"
+                entries[item.site.name] = item.keep(why)
     for item in choices.left_open:
-        if item.site.name in (undone or {}):
-            keeps[item.site.name] = Keep(item.site.name, f"rule {item.number}, but {(undone or {})[item.site.name]}")
+        if item.site.name in undone:
+            entries[item.site.name] = item.keep(undone[item.site.name])
+    ordered = [entries[site.name] for site in choices.sites if site.name in entries]
     return Plan(
-        swaps=tuple(swaps[site.name] for site in choices.sites if site.name in swaps),
-        keeps=tuple(keeps[site.name] for site in choices.sites if site.name in keeps),
+        swaps=tuple(entry for entry in ordered if isinstance(entry, Swap)),
+        keeps=tuple(entry for entry in ordered if isinstance(entry, Keep)),
         multiplier=None if allocation is None else allocation.multiplier,
     )
 
 
 def combined_error(errors: Iterable[float]) -> float:
-    """What relative errors of single layers come to together: sqrt(1 - product of (1 - error^2)).
+    """Return the error of all layers together: sqrt(1 - product of (1 - error^2)).
 
     Of each layer's energy the share 1 - error^2 is right; the product of the shares is what a budget keeps large
     (Zhang, Zou, He and Sun, 2015, section 3.4).
@@ -187,9 +198,9 @@ def combined_error(errors: Iterable[float]) -> float:
 def _within_error(
     points: Sequence[Sequence[Point]], curves: Sequence[Sequence[Option]], most: float, others: Sequence[float]
 ) -> Allocation:
-    """The cheapest allocation found whose errors, and the squared ones of `others`, come to at most `most` together.
+    """Return the cheapest allocation found whose error, with the squared ones of `others`, is at most `most`.
 
-    Raises RecipeError where even the dearest comes to more.
+    Raises RecipeError where even the most expensive has more.
     """
 
     def error_of(allocation: Allocation) -> float:
@@ -219,7 +230,7 @@ _UNMATCHED = "no rule matches"
 
 
 def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
-    """For each site the index of the first rule that matches it, or None.
+    """Return for each site the index of the first rule that matches it, or None.
 
     Raises RecipeError for a rule that matches no site at all, or asks for neighbours where nothing was traced.
     """
@@ -230,9 +241,10 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
         if not found[number] and not rule.optional:
             if not sites:
                 raise RecipeError("the model has no Conv2d, so there is nothing to swap")
-            wanted = rule.match.model_dump(exclude_unset=True, mode="json")
+            match = rule.match.model_dump(exclude_unset=True, mode="json")
+            asked = ", ".join(f"{key} = {json.dumps(item)}" for key, item in match.items()) or "any conv"
             raise RecipeError(
-                f"rule {number + 1} matches none of the model's {len(sites)} Conv2d ({_flat(wanted)}); "
+                f"rule {number + 1} matches none of the model's {len(sites)} Conv2d ({asked}); "
                 f"`asymswap candidates MODEL` lists them"
             )
     return {site.name: next((n for n, names in enumerate(found) if site.name in names), None) for site in sites}
@@ -253,33 +265,33 @@ def _decide(
         return Keep(site.name, f"rule {number}, but {reason}")
     settings = replacements.parse_settings(kind_name, rule.swap_settings)
     conv = cast(nn.Conv2d, model.get_submodule(site.name))
-    settings, absorbs = _adopt(model, site, kind, settings)
+    settings, absorbs = _fold_norm(model, site, kind, settings)
     return _Matched(site, conv, rule, number, kind_name, kind, settings, statistics, absorbs)
 
 
 def refusal_of(site: Site, kind: Kind) -> str | None:
-    """The reason why this kind cannot replace the conv of a site, or None where it can."""
+    """Return the reason why this kind cannot replace the conv of a site, or None where it can."""
     return site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
 
 
-def _adopt(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
-    """The settings, and the batch norm that the kind takes over at this site, if there is one that can be."""
+def _fold_norm(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
+    """Return the settings, and the batch norm that the kind folds in at this site, if there is one."""
     if not isinstance(kind, replacements.Absorbing):
         return settings, None
     name = kind.absorbs(site, settings)
-    adopted = None if name is None else kind.adopt(settings, model.get_submodule(name))
-    return (settings, None) if adopted is None else (adopted, name)
+    folded = None if name is None else kind.adopt(settings, model.get_submodule(name))
+    return (settings, None) if folded is None else (folded, name)
 
 
 def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
-    """What a rule with a size of its own makes of a site, and by which option if it is swapped."""
+    """Return what a rule with a size of its own makes of a site, and by which option if it is swapped."""
     try:
         option = item.kind.settle(item.site, item.conv, item.settings, item.statistics)
     except RecipeError as error:
         raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
     if item.settings.allow_growth or saves(option.cost, item.site.cost):
         return item.swap(option), option
-    return Keep(item.site.name, f"rule {item.number}, but {_no_gain(option, item.site.cost)}"), None
+    return item.keep(_no_gain(option, item.site.cost)), None
 
 
 def _no_gain(option: Option, old: Cost) -> str:
@@ -288,58 +300,30 @@ def _no_gain(option: Option, old: Cost) -> str:
     return f"{chosen} would cost {macs:.2f} x the MACs and {params:.2f} x the parameters"
 
 
-def _limit(
-    choices: Choices, budget: Budget, prices: Prices, fraction: float, undone: Mapping[str, str], cheapest: int
-) -> int:
-    """What the open sites may cost together; raises RecipeError where that is less than their `cheapest` options."""
+def _limit(choices: Choices, costs: CostModel, fraction: float, undone: Mapping[str, str], cheapest: int) -> int:
+    """Return what the open sites may cost together; raises RecipeError where their `cheapest` options cost more."""
+    budget = choices.recipe.budget
+    assert budget is not None
     by_name = {site.name: site for site in choices.sites}
-    names = [*choices.fixed, *choices.curves]
-    matched_before = sum(prices.keep(by_name[name]) for name in names)
-    settled = sum(prices.keep(by_name[name]) for name in undone)
+    matched_before = sum(costs.keep(by_name[name]) for name in (*choices.fixed, *choices.curves))
+    settled = sum(costs.keep(by_name[name]) for name in undone)
     for name, (result, option) in choices.fixed.items():
         if isinstance(result, Swap) and option is not None:
-            settled += prices.option(by_name[name], result.kind, option)
+            settled += costs.option(by_name[name], result.kind, option)
         else:
-            settled += prices.keep(by_name[name])
-    whole = matched_before if budget.over == "matched" else prices.total
+            settled += costs.keep(by_name[name])
+    whole = matched_before if budget.over == "matched" else costs.total
     untouched = whole - matched_before + settled
     least = untouched + cheapest
     if least > fraction * whole:
-        share = matched_before / prices.total
         raise RecipeError(
-            f"the budget of {budget} cannot be reached: the matched convs hold {share:.1%} of the model's "
-            f"{prices.what}, and with the smallest swap everywhere {least / whole:.3f} is left; ask for at least "
-            f"{_round_up(least / whole)}"
+            f"the budget of {budget} cannot be reached: the matched convs hold {matched_before / costs.total:.1%} of "
+            f"the model's {costs.what}, and with the smallest swap everywhere {least / whole:.3f} is left; ask for at "
+            f"least {_round_up(least / whole)}"
             + (", or match more convs" if budget.over == "model" else "")
             + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
         )
     return int(fraction * whole) - untouched
-
-
-def _points(item: _Matched, options: Sequence[Option], prices: Prices) -> list[Point]:
-    """The options as points, and keeping the site as the last of them."""
-    points = [Point(prices.option(item.site, item.kind_name, option), option.loss) for option in options]
-    return [*points, Point(prices.keep(item.site), 0.0)]
-
-
-def _share(
-    left_open: Sequence[_Matched],
-    curves: Sequence[Sequence[Option]],
-    chosen: Sequence[int],
-    swaps: dict[str, Swap],
-    keeps: dict[str, Keep],
-) -> None:
-    """Add what was chosen for every open site to `swaps` or `keeps`."""
-    for item, curve, index in zip(left_open, curves, chosen, strict=True):
-        if index < len(curve):
-            swaps[item.site.name] = item.swap(curve[index])
-        else:
-            reason = "the budget is better spent elsewhere" if curve else "no rank saves anything"
-            keeps[item.site.name] = Keep(item.site.name, f"rule {item.number}, but {reason}")
-
-
-def _flat(value: Any) -> str:
-    return ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) or "any conv"
 
 
 def _round_up(fraction: float) -> str:
@@ -351,19 +335,19 @@ _PLAN_KEYS = sorted({item.name for cls in (Plan, Swap, Keep) for item in datacla
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data."""
+    """Return the plan as plain data."""
     return dataclasses.asdict(plan)
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as JSON text, to be written, edited and replayed."""
+    """Return the plan as JSON text, to be written, edited and replayed."""
     return json.dumps(plan_to_json(plan), indent=2) + "\n"
 
 
 def plan_from_json(value: Any, where: str) -> Plan:
-    """Check plan data that came from outside, down to each kind's settings; raises PlanError in one line.
+    """Check plan data from outside, JSON text or its value, down to each kind's settings.
 
-    `value` is JSON text, or what such text stands for.
+    Raises PlanError in one line.
     """
     try:
         plan = _PLAN.validate_json(value if isinstance(value, str | bytes) else json.dumps(value))
@@ -396,7 +380,7 @@ def check_not_empty(plan: Plan, recipe: Recipe) -> None:
 
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:
-    """The sites that the recipe's rules would swap if their size suited: those that need statistics."""
+    """Return the sites that the recipe's rules may swap: those whose statistics are needed."""
     rules = find_rule(sites, recipe)
     return [site for site in sites if isinstance(_decide(model, site, recipe, rules[site.name], None), _Matched)]
 
@@ -404,10 +388,10 @@ def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> li
 def check_replay(
     model: nn.Module, sites: Sequence[Site], plan: Plan, statistics: Mapping[str, SiteStatistics] | None = None
 ) -> Plan:
-    """Fit a plan from elsewhere to this model: settings and errors settled anew, sites that it does not name kept.
+    """Fit a plan from elsewhere to this model: settle settings and errors again, keep sites that it does not name.
 
-    `statistics` are those of each site. Raises PlanError for a site that the model lacks, that cannot be
-    swapped so, or that would cost more although the swap's settings do not allow it.
+    Raises PlanError for a site that the model lacks, that cannot be swapped so, or that would cost more although the
+    swap's settings do not allow it.
     """
     by_name = {site.name: site for site in sites}
     swaps = []
@@ -433,7 +417,7 @@ def check_replay(
                 f"the plan cannot swap {swap.site!r}: {_no_gain(option, site.cost)}; where that is meant, give it "
                 '"allow_growth": true among its settings'
             )
-        absorbs = _adopt(model, site, kind, settings)[1] if swap.absorbs is not None else None
+        absorbs = _fold_norm(model, site, kind, settings)[1] if swap.absorbs is not None else None
         if absorbs != swap.absorbs:
             raise PlanError(
                 f"the plan cannot swap {swap.site!r}: it says absorbs = {swap.absorbs!r}, where "

@@ -48,7 +48,7 @@ from pydantic_core import CoreSchema
 from asymswap import replacements
 from asymswap.errors import RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
-from asymswap.types import Site, Size
+from asymswap.types import Neighbour, Site, Size
 
 
 def _as_size(value: Any) -> Any:
@@ -78,18 +78,11 @@ def _check_word(word: str) -> str:
 
 
 class _OrOne:
-    """Says in the JSON Schema that one item may stand for a list of one."""
+    """Allows in the JSON Schema one item in place of a list, or a number in place of a range."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         several = handler(schema)
-        return {"anyOf": [several["items"], several]}
-
-
-class _OrNumber:
-    """Says in the JSON Schema that a number may stand for a range."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "number"}, handler(schema)]}
+        return {"anyOf": [several.get("items", {"type": "number"}), several]}
 
 
 Pair = Annotated[Size, BeforeValidator(_as_size), replacements.SIZE_SCHEMA]
@@ -125,9 +118,9 @@ class Range(_Strict):
             raise ValueError(f"min = {self.min:g} is above max = {self.max:g}")
         return self
 
-    def holds(self, *values: float) -> bool:
-        """Whether every one of the values lies in the range."""
-        return all((self.min is None or v >= self.min) and (self.max is None or v <= self.max) for v in values)
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in the range."""
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
 class SizeRange(_Strict):
@@ -145,10 +138,6 @@ class SizeRange(_Strict):
         return all(a <= b <= c for a, b, c in zip(low, size, high, strict=True))
 
 
-def _sizes_form(value: Any) -> str:
-    return "range" if isinstance(value, dict | SizeRange) else "any of"
-
-
 def _as_range(value: Any) -> Any:
     exact = isinstance(value, int | float) and not isinstance(value, bool)
     return {"min": value, "max": value} if exact else value
@@ -157,9 +146,9 @@ def _as_range(value: Any) -> Any:
 AnyOf = Annotated[tuple[Pair, ...], BeforeValidator(_as_tuple), _OrOne()]
 Sizes = Annotated[
     Annotated[SizeRange, Tag("range")] | Annotated[AnyOf, Tag("any of")],
-    Discriminator(_sizes_form),
+    Discriminator(lambda value: "range" if isinstance(value, dict | SizeRange) else "any of"),
 ]
-Numbers = Annotated[Range, BeforeValidator(_as_range), _OrNumber()]
+Numbers = Annotated[Range, BeforeValidator(_as_range), _OrOne()]
 
 
 class Match(_Strict):
@@ -212,31 +201,44 @@ class Match(_Strict):
     """Operations of which one makes the conv's input, likewise."""
 
     def find(self, sites: Sequence[Site]) -> set[str]:
-        """The names of those sites of a model, given in run order, that the rule speaks of."""
-        positions = _positions(sites)
+        """Return the names of the matching sites of a model, given in run order."""
+        running = [site.name for site in sites if site.calls]
+        ends: dict[str, Position] = {running[-1]: "last", running[0]: "first"} if running else {}
         stages = _stages([site for site in sites if self._is_named(site)])
         return {
-            site.name for site in sites if self.holds(site, positions[site.name], stages.get(site.name, frozenset()))
+            site.name
+            for site in sites
+            if self.holds(site, ends.get(site.name, "inner"), stages.get(site.name, frozenset()))
         }
 
     def holds(self, site: Site, position: Position, stages: Set[Position] = frozenset()) -> bool:
-        """Whether the rule speaks of this site, at this place among all sites and in these stages."""
+        """Whether a site matches, at this place among all sites and in these stages."""
         conv = site.conv
+
+        def size_holds(allowed: SizeRange | tuple[Size, ...] | None, size: Size | None) -> bool:
+            if allowed is None or size is None:
+                return allowed is None
+            return allowed.holds(size) if isinstance(allowed, SizeRange) else size in allowed
+
+        def any_fits(words: tuple[str, ...] | None, neighbours: tuple[Neighbour, ...] | None) -> bool:
+            operations = [neighbour.op for neighbour in neighbours or ()]
+            return words is None or any(vocabulary.fits(word, op) for word in words for op in operations)
+
         return (
             self._is_named(site)
-            and _size_holds(self.kernel, conv.kernel)
-            and _size_holds(self.stride, conv.stride)
-            and _size_holds(self.dilation, conv.dilation)
+            and size_holds(self.kernel, conv.kernel)
+            and size_holds(self.stride, conv.stride)
+            and size_holds(self.dilation, conv.dilation)
             and (self.groups is None or conv.grouping in self.groups)
             and (self.in_channels is None or self.in_channels.holds(conv.in_channels))
             and (self.out_channels is None or self.out_channels.holds(conv.out_channels))
-            and (self.feature_map is None or _size_holds(self.feature_map, site.feature_map))
+            and size_holds(self.feature_map, site.feature_map)
             and (self.position is None or position in self.position)
             and (self.stage is None or not stages.isdisjoint(self.stage))
             and (self.macs is None or self.macs.holds(site.cost.macs))
             and (self.params is None or self.params.holds(site.cost.params))
-            and _neighbour_holds(self.followed_by, site.after)
-            and _neighbour_holds(self.preceded_by, site.before)
+            and any_fits(self.followed_by, site.after)
+            and any_fits(self.preceded_by, site.before)
         )
 
     def _is_named(self, site: Site) -> bool:
@@ -291,23 +293,26 @@ class Rule(_Strict):
         return {key: value for key, value in (self.swap or {}).items() if key != "kind"}
 
     @property
+    def sizes(self) -> tuple[str, ...]:
+        """The settings that fix the size of the kind's replacements; none where nothing is swapped."""
+        return () if self.swap is None else replacements.load(self.swap["kind"]).SIZES
+
+    @property
     def size(self) -> str | None:
-        """The setting by which the rule fixes the size of its replacements; None where a budget chooses."""
-        if self.swap is None:
-            return None
-        return next((name for name in replacements.load(self.swap["kind"]).SIZES if name in self.swap), None)
+        """The one of these settings that the rule says; None where a budget chooses."""
+        return next((name for name in self.sizes if name in self.swap_settings), None)
 
     @property
     def lacks_size(self) -> bool:
         """Whether the rule swaps and says no size, although its kind has one."""
-        return self.swap is not None and bool(replacements.load(self.swap["kind"]).SIZES) and self.size is None
+        return bool(self.sizes) and self.size is None
 
     @property
     def leaves_choice(self) -> bool:
         """Whether a budget has something to choose: the size, or for a kind without one whether to swap at all."""
-        if self.swap is None or self.size is not None:
-            return False
-        return self.lacks_size or not replacements.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
+        if self.swap is None or self.sizes:
+            return self.lacks_size
+        return not replacements.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
 
 
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -358,19 +363,18 @@ class Budget(_Strict):
         return self.macs or self.params or self.latency or 1.0
 
     def __str__(self) -> str:
-        if self.max_error is not None:
-            return (
-                f"a predicted error of at most {self.max_error:g} (the measured one is usually several times smaller)"
-            )
-        what = "the matched convs'" if self.over == "matched" else "the model's"
-        return f"{self.fraction:g} of {what} {_MEASURES[self.measure]}"
+        error = self.max_error
+        if error is not None:
+            return f"a predicted error of at most {error:g} (the measured one is usually several times smaller)"
+        owner = "the matched convs'" if self.over == "matched" else "the model's"
+        measure = {"macs": "MACs", "params": "parameters", "latency": "latency"}[self.measure]
+        return f"{self.fraction:g} of {owner} {measure}"
 
 
 _LARGEST, _LONGEST_KEY = 2**20, 100
 _STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 BUDGETS = ("macs", "params", "latency", "max_error")
-_MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 class About(_Strict):
@@ -386,9 +390,6 @@ class About(_Strict):
     """How well the converted network, before any training, does what the original did."""
 
 
-_NO_CHOICE = "the [budget] has nothing to choose"
-
-
 class Recipe(About):
     """A whole recipe."""
 
@@ -402,35 +403,26 @@ class Recipe(About):
     def _sizes_and_budget(self) -> Recipe:
         lacking = [number for number, rule in enumerate(self.rules, start=1) if rule.lacks_size]
         if lacking and self.budget is None:
-            kind = (self.rules[lacking[0] - 1].swap or {})["kind"]
-            sizes = " or ".join(replacements.load(kind).SIZES)
+            sizes = " or ".join(self.rules[lacking[0] - 1].sizes)
             raise ValueError(f"rule {lacking[0]} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
-            if any(rule.swap and replacements.load(rule.swap["kind"]).SIZES for rule in self.rules):
-                raise ValueError(f"{_NO_CHOICE}: every rule says its own size; remove one of the two")
-            raise ValueError(f"{_NO_CHOICE}: no rule's kind has sizes; leave the budget out")
+            why = "no rule's kind has sizes; leave the budget out"
+            if any(rule.sizes for rule in self.rules):
+                why = "every rule says its own size; remove one of the two"
+            raise ValueError(f"the [budget] has nothing to choose: {why}")
         return self
 
 
 @functools.cache
 def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether any glob matches a name; what Python makes of a glob never goes back over what a `*` has taken."""
+    """Whether any glob matches a name; the patterns that `fnmatch` makes of globs never backtrack over a `*`."""
     plain = {glob for glob in globs if not set("*?[") & set(glob)}
     patterns = [re.compile(fnmatch.translate(glob)) for glob in globs if glob not in plain]
     return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
 
 
-def _positions(sites: Sequence[Site]) -> dict[str, Position]:
-    """Where each site is among those that run; whatever never runs is `inner`."""
-    running = [site.name for site in sites if site.calls]
-    found: dict[str, Position] = dict.fromkeys((site.name for site in sites), "inner")
-    if running:
-        found |= {running[-1]: "last", running[0]: "first"}
-    return found
-
-
 def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
-    """The stages of each site that has one: whatever runs at no spatial conv's size (squeeze and excitation) has none.
+    """Return the stages of each site; what runs at no spatial conv's size (squeeze and excitation) has none.
 
     Of a site that runs several times, as the heads of detection models do, the first call counts.
     """
@@ -444,39 +436,25 @@ def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
     }
 
 
-def _size_holds(wanted: SizeRange | tuple[Size, ...] | None, size: Size | None) -> bool:
-    if wanted is None:
-        return True
-    if size is None:
-        return False
-    return wanted.holds(size) if isinstance(wanted, SizeRange) else size in wanted
-
-
-def _neighbour_holds(words: tuple[str, ...] | None, neighbours: Any) -> bool:
-    if words is None:
-        return True
-    return any(vocabulary.fits(word, neighbour.op) for word in words for neighbour in neighbours or ())
-
-
 def shipped_folder() -> Path:
-    """Where the recipes are that come with asymswap: beside the package in a checkout, inside it in a wheel."""
+    """Return the folder of shipped recipes: beside the package in a checkout, inside it in a wheel."""
     inside = Path(str(resources.files("asymswap"))) / "recipes"
     return inside if inside.is_dir() else inside.parents[1] / "recipes"
 
 
 def shipped_names() -> list[str]:
-    """The names of the shipped recipes, sorted."""
+    """Return the names of the shipped recipes, sorted."""
     return sorted(path.stem for path in shipped_folder().glob("*.toml"))
 
 
 def read_about(name: str) -> About:
-    """What a shipped recipe says of itself. Its rules are not checked: their kinds would load torch."""
+    """Return what a shipped recipe says of itself, without checking its rules: their kinds would load torch."""
     value = tomllib.loads(read_recipe_text(name)[0])
     return About.model_validate({key: value[key] for key in About.model_fields if key in value})
 
 
 def read_recipe_text(reference: str) -> tuple[str, str]:
-    """The TOML text that a name or a file stands for, and how to call it; raises RecipeError where there is none."""
+    """Return the TOML text of a recipe's name or file, and its name for messages; raises RecipeError for none."""
     if reference in shipped_names():
         return (shipped_folder() / f"{reference}.toml").read_text(encoding="utf-8"), f"recipe {reference!r}"
     path = Path(reference)
@@ -495,7 +473,12 @@ def read_recipe_text(reference: str) -> tuple[str, str]:
 
 def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Check a recipe's text, with the user's overrides put in (see `override`); raises RecipeError in one line."""
-    _check_size(text, where)
+    if len(text) > _LARGEST:
+        raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
+    for number, line in enumerate(text.splitlines(), start=1):
+        # Reading a dotted key takes time that grows with the square of its length.
+        if line.count(".") > _LONGEST_KEY and _STRING.sub("", line).count(".") > _LONGEST_KEY:
+            raise RecipeError(f"{where}: line {number} has a key of more than {_LONGEST_KEY} parts")
     try:
         value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -510,15 +493,6 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
         raise RecipeError(f"{where}: {validation_text(error, _keys_at(error))}") from None
 
 
-def _check_size(text: str, where: str) -> None:
-    """Raise RecipeError for what is no recipe, and would take long to read: a key takes its length squared."""
-    if len(text) > _LARGEST:
-        raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.count(".") > _LONGEST_KEY and _STRING.sub("", line).count(".") > _LONGEST_KEY:
-            raise RecipeError(f"{where}: line {number} has a key of more than {_LONGEST_KEY} parts")
-
-
 def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Put `--set` and budget options into a recipe that has been read but not checked.
 
@@ -527,20 +501,17 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     size, and of the recipe's budget where no rule is left for it. Settings are put in first, then the last measure,
     then `over`, in whatever order they are given. Raises RecipeError for a key that no rule takes.
     """
-    given = value.get("rules")
-    budget = value.get("budget")
-    if (
-        not isinstance(given, list)
-        or not all(isinstance(rule, dict) for rule in given)
-        or not isinstance(budget, dict | None)
-    ):
-        # What is wrong with the rules, or the budget, is told when the whole is checked.
+    given, budget = value.get("rules"), value.get("budget")
+    if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
+        # The check of the whole says what is wrong with the rules, or the budget.
+        return value
+    if not isinstance(budget, dict | None):
         return value
     rules = [dict(rule) for rule in given]
-    sized = [_override_rules(rules, key, wanted) for key, wanted in overrides.items() if not key.startswith("budget.")]
+    sized = [_override_rules(rules, key, new) for key, new in overrides.items() if not key.startswith("budget.")]
     if any(sized) and not any(_leaves_choice(rule) for rule in rules):
         budget = None
-    parts = {key.removeprefix("budget."): wanted for key, wanted in overrides.items() if key.startswith("budget.")}
+    parts = {key.removeprefix("budget."): new for key, new in overrides.items() if key.startswith("budget.")}
     # Another measure makes another budget, of which `over` then speaks.
     for part in sorted(parts, key=lambda part: part not in BUDGETS):
         budget = {**({} if part in BUDGETS else budget or {}), part: parts[part]}
@@ -549,8 +520,8 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     return changed if budget is None else {**changed, "budget": budget}
 
 
-def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> bool:
-    """Put a setting into all rules that take it; returns whether it is the size of one of them."""
+def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
+    """Put a setting into all rules that take it, in place; return whether it is the size of one of them."""
     known: set[str] = set()
     taken = is_size = False
     for rule in rules:
@@ -561,7 +532,7 @@ def _override_rules(rules: list[dict[str, Any]], key: str, wanted: Any) -> bool:
         known |= set(kind.Settings.model_fields)
         if key in kind.Settings.model_fields:
             dropped = kind.SIZES if key in kind.SIZES else ()
-            rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: wanted}
+            rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: new}
             taken, is_size = True, is_size or key in kind.SIZES
     if not taken:
         hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
@@ -573,27 +544,29 @@ def _leaves_choice(rule: dict[str, Any]) -> bool:
     try:
         return Rule.model_validate(rule).leaves_choice
     except ValidationError:
-        # What is wrong with it is told when the whole is checked.
+        # The check of the whole says what is wrong with it.
         return False
 
 
 def _keys_at(error: ValidationError) -> list[str]:
-    """The keys that are known where the first unknown one stands, for near names."""
-    for item in error.errors(include_url=False):
-        if item["type"] == "extra_forbidden":
-            path = [part for part in item["loc"] if isinstance(part, str) and part not in ("range", "any of")]
-            owners: dict[str, type[BaseModel]] = {"rules": Rule, "budget": Budget}
-            owner = owners.get(path[0], Recipe) if path[1:] else Recipe
-            if "match" in path[:-1]:
-                owner = Match
-            if len(path) > 3:
-                owner = Range
-            return list(owner.model_fields)
-    return []
+    """Return the keys that are known at the first unknown one, for near names."""
+    unknown = next((item for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"), None)
+    if unknown is None:
+        return []
+    path = [part for part in unknown["loc"] if isinstance(part, str) and part not in ("range", "any of")]
+    owner: type[BaseModel] = Recipe
+    if len(path) > 3:
+        owner = Range
+    elif "match" in path[:-1]:
+        owner = Match
+    elif len(path) > 1:
+        owners: dict[str, type[BaseModel]] = {"rules": Rule, "budget": Budget}
+        owner = owners.get(path[0], Recipe)
+    return list(owner.model_fields)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors: each kind's settings stand beside its name."""
+    """Return the JSON Schema of a recipe, for editors, with the settings of each kind."""
     schema = Recipe.model_json_schema()
     swaps = []
     for name in replacements.names():

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import asymswap
 from asymswap.api import benchmark as benchmark_module
 from asymswap.api.benchmark import shared_layers
-from asymswap.deploy import onnx_files
 from asymswap.errors import AsymswapError, TraceError
-from asymswap.measure import latency
+from asymswap.measure import latency, runtimes
 from asymswap.results.benchmark import Benchmark, Result
 from asymswap.results.records import to_json
 
@@ -178,12 +177,12 @@ class TestFailures:
         assert of(found, 1).seconds is not None
 
     def test_where_nothing_can_be_run_it_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(onnx_files._NEEDED, "no_such_module", (1,))
+        monkeypatch.setitem(runtimes._NEEDED, "no_such_module", (1,))
         with pytest.raises(AsymswapError, match=r"^ONNX needs no_such_module; pip install 'asymswap\[onnx\]'$"):
             asymswap.benchmark([DIGITS, DIGITS], runtimes=["onnx"])
 
     def test_a_missing_runtime_leaves_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(onnx_files._NEEDED, "no_such_module", (1,))
+        monkeypatch.setitem(runtimes._NEEDED, "no_such_module", (1,))
         found = asymswap.benchmark([DIGITS], runtimes=["eager", "onnx"], rounds=1, memory_formats=["contiguous"])
         assert of(found, 0, 0).seconds is not None
         assert "no_such_module" in (of(found, 0, 1).failure or "")

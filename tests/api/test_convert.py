@@ -488,7 +488,7 @@ def test_data_that_does_not_fit_is_told_before_the_work_is_done(
     for number in range(11):
         (tmp_path / "photos" / str(number)).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "photos" / str(number) / "x.png")
-    monkeypatch.setattr("asymswap.api.convert._carry_out", lambda *_: pytest.fail("the conversion was begun"))
+    monkeypatch.setattr("asymswap.api.convert.Session", lambda *_: pytest.fail("the conversion was begun"))
     with pytest.raises(AsymswapError, match=r"the model scores 10 classes, but the data has 11"):
         asymswap.convert("digits-resnet", "3x3-only", evaluate=str(tmp_path / "photos"))
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import asymswap
-from asymswap.api import sweep as sweep_module
+from asymswap.api import session as session_module
+from asymswap.api.sweep import BUDGETS
 from asymswap.cli.commands import command
 from asymswap.cli.sweep import parse_fractions
 from asymswap.results.sweep import Tradeoff, from_json, to_json
@@ -38,8 +39,8 @@ def test_each_point_is_what_a_conversion_of_its_own_gives() -> None:
 
 def test_the_images_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    real = sweep_module.gather_statistics
-    monkeypatch.setattr(sweep_module, "gather_statistics", lambda *args: looks.append(1) or real(*args))
+    real = session_module.gather_statistics
+    monkeypatch.setattr(session_module, "gather_statistics", lambda *args: looks.append(1) or real(*args))
     found = asymswap.sweep(
         "digits-resnet", ["half-macs", "3x3-only"], "digits", budgets=[0.6, 0.4], calibration=CALIBRATION
     )
@@ -61,8 +62,8 @@ def test_a_sweep_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(StopError):
         run([0.6, 0.4], on_point=stop)
     converted = []
-    real = sweep_module.apply_plan
-    monkeypatch.setattr(sweep_module, "apply_plan", lambda *args: converted.append(1) or real(*args))
+    real = session_module.apply_plan
+    monkeypatch.setattr(session_module, "apply_plan", lambda *args, **how: converted.append(1) or real(*args, **how))
     resumed = run([0.6, 0.4], known=seen[0])
     assert len(converted) == 1
 
@@ -141,7 +142,7 @@ def test_budgets_are_read(text: str, expected: list[float]) -> None:
 
 def test_the_budgets_that_help_names_are_those_taken_without_any() -> None:
     (shown,) = (parameter.show_default for parameter in command("sweep").params if parameter.name == "macs")
-    assert parse_fractions("--macs", shown) == list(sweep_module.BUDGETS)
+    assert parse_fractions("--macs", shown) == list(BUDGETS)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
         (Seconds(0.0005, 0.000625, 0.02), Ratio(0.5, 0.49, 0.52)),
         (Seconds(0.0004, 0.0005, 0.03), Ratio(0.4, 0.36, 0.43)),
     ]
-    monkeypatch.setattr("asymswap.api.compare._times", lambda opened, timing, progress: times[: len(opened)])
+    monkeypatch.setattr("asymswap.api.compare.time_in_turn", lambda opened, timing, progress: times[: len(opened)])
     monkeypatch.setattr("asymswap.api.benchmark.machine", lambda: {"processor": "a processor", "cores": 2})
     monkeypatch.setattr("asymswap.api.benchmark.take_turns", _turns)
     monkeypatch.setattr("asymswap.api.benchmark.time_models", _layers)

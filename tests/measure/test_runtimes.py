@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asymswap.deploy import onnx_files
 from asymswap.errors import AsymswapError
+from asymswap.measure import runtimes
 from asymswap.measure.runtimes import check_same, compiled, session_on, write_for_runtime
 
 
@@ -98,7 +98,7 @@ def test_one_onnx_file_serves_all_batches_and_threads(tmp_path: Path) -> None:
 
 def test_sessions_have_the_threads_that_are_asked_for(tmp_path: Path) -> None:
     write_for_runtime(Net().eval(), (torch.randn(2, 3, 8, 8),), tmp_path / "net.onnx")
-    session = onnx_files.open_session(tmp_path / "net.onnx", 2)
+    session = runtimes.open_session(tmp_path / "net.onnx", 2)
     assert session.get_session_options().intra_op_num_threads == 2
 
 
@@ -116,7 +116,7 @@ def test_what_onnx_runtime_does_not_take(inputs: Any, said: str, tmp_path: Path)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(onnx_files._NEEDED, "no_such_module", (1,))
+    monkeypatch.setitem(runtimes._NEEDED, "no_such_module", (1,))
     with pytest.raises(AsymswapError, match=r"ONNX needs no_such_module; pip install 'asymswap\[onnx\]'"):
         write_for_runtime(Net(), (torch.zeros(2, 3, 8, 8),), tmp_path / "net.onnx")
 

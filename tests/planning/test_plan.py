@@ -16,7 +16,7 @@ from asymswap.models.opening import open_model
 from asymswap.models.references import Request
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
-from asymswap.planning.cost_model import Counted
+from asymswap.planning.cost_model import CountedCost
 from asymswap.planning.plan import (
     check_replay,
     choose,
@@ -320,7 +320,7 @@ def test_where_every_open_site_is_undone_only_the_fixed_ones_are_swapped(resnet:
     recipe = parse_recipe(f"{fixed}{left_open}[budget]\nmacs = 0.9\n", "r")
     choices = find_choices(resnet, traced.sites, recipe)
     total = count_costs(resnet, INPUTS).total
-    plan = choose(choices, Counted("macs", total), undone={"conv1": "it was slower"})
+    plan = choose(choices, CountedCost("macs", total), undone={"conv1": "it was slower"})
     assert {swap.site for swap in plan.swaps} == {site.name for site in traced.sites} - {"conv1"}
     assert plan.keeps == (Keep("conv1", "rule 2, but it was slower"),)
 

@@ -1,0 +1,215 @@
+"""One opened model on which plans are made and applied: `plan`, `convert` and `sweep` are thin over it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from asymswap.calibration.calibrate import (
+    UNSEEN,
+    Calibration,
+    Gathered,
+    Polished,
+    convert_on,
+    gather_statistics,
+    in_own_precision,
+    polish,
+)
+from asymswap.errors import AsymswapError, SourceError
+from asymswap.graph.trace import check_runs, trace
+from asymswap.measure.macs import Costs, count_costs, count_swapped
+from asymswap.measure.stand_ins import check_stand_ins, describe_calls
+from asymswap.models.opening import OpenedModel, costs_of
+from asymswap.planning.apply import apply_plan
+from asymswap.planning.cost_model import CountedCost
+from asymswap.planning.latency_budget import Timing, plan_in_time
+from asymswap.planning.plan import Choices, check_replay, choose, find_choices, matched_sites
+from asymswap.planning.recipe import Budget, Recipe
+from asymswap.results.convert import LatencyRow
+from asymswap.types import Plan, Progress, Site, silent
+from asymswap.utils.distributed import ALONE
+from asymswap.utils.inputs import portions, probe
+from asymswap.utils.tensors import eval_mode, first_not_finite
+
+
+class Clock:
+    """Wall time of consecutive stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """Write down the seconds since the last stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 3)
+        self._last = now
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted model, its plan and costs; `sequential` says whether it was solved layer by layer."""
+
+    model: nn.Module
+    plan: Plan
+    costs: Costs
+    sequential: bool = False
+    polished: Polished | None = None
+
+
+class Session:
+    """A model that is traced, counted and calibrated once, for any number of plans; it is never changed.
+
+    `traced` holds its conv sites, `costs` what it and they cost, `gathered` the calibration statistics, if there are
+    any. In a team of processes all must call alike, and all get the same results.
+    """
+
+    def __init__(self, opened: OpenedModel, calibration: Calibration | None = None, clock: Clock | None = None) -> None:
+        self.opened, self.calibration, self.clock = opened, calibration, clock or Clock()
+        self.team = ALONE if calibration is None else calibration.team
+        self.traced = trace(opened.model, opened.example())
+        check_runs(self.traced, opened.model, opened.example())
+        norms = [site.norm_behind for site in self.traced.sites if site.norm_behind is not None]
+        self.costs = costs_of(opened, [*(site.name for site in self.traced.sites), *norms])
+        self.gathered: Gathered | None = None
+        self._choices: Choices | None = None
+        self._replaceable: set[str] = set()
+        self.clock.stop("trace")
+
+    def sites_of(self, swapped_by: Sequence[Recipe | Plan]) -> list[Site]:
+        """Return the sites that one of these recipes or plans may swap."""
+        names: set[str] = set()
+        for one in swapped_by:
+            if isinstance(one, Plan):
+                names |= {swap.site for swap in one.swaps}
+            else:
+                names |= {site.name for site in matched_sites(self.opened.model, self.traced.sites, one)}
+        return [site for site in self.traced.sites if site.name in names and site.calls]
+
+    def gather(self, sites: Sequence[Site], classes: int | None = None, progress: Progress = silent) -> None:
+        """Gather the calibration statistics of these sites; `classes` is how many the data for the evaluation has."""
+        assert self.calibration is not None
+        self.gathered = gather_statistics(self.opened, sites, self.calibration, progress, classes)
+        self.traced = self.traced.refusing(self.gathered.summary.unseen, UNSEEN)
+        self.clock.stop("calibrate")
+
+    def plan(self, recipe: Recipe, budget: Budget | None = None, progress: Progress = silent) -> Plan:
+        """Plan by a recipe, under its own budget or under another one of MACs, parameters or error.
+
+        Raises RecipeError where the recipe does not fit the model or the budget cannot be reached.
+        """
+
+        def planned() -> Plan:
+            choices = self.choices(recipe, progress)
+            if budget is not None:
+                choices = replace(choices, recipe=recipe.model_copy(update={"budget": budget}))
+            return choose(choices, CountedCost.of(choices.recipe.budget, self.costs.total))
+
+        found = self.team.first(planned)
+        self.clock.stop("plan")
+        return found
+
+    def plan_in_time(self, recipe: Recipe, timing: Timing, progress: Progress = silent) -> tuple[Plan, LatencyRow]:
+        """Plan under the recipe's budget of latency, and return what was measured."""
+
+        def planned() -> tuple[Plan, LatencyRow]:
+            choices = self.choices(recipe, progress)
+            with _running_converted():
+                return plan_in_time(self.opened.model, self.opened.example(), choices, timing, progress)
+
+        found = self.team.first(planned)
+        self.clock.stop("plan")
+        return found
+
+    def replay(self, plan: Plan) -> Plan:
+        """Fit a plan from elsewhere to this model; raises PlanError where it does not."""
+        statistics = {} if self.gathered is None else self.gathered.by_site
+        fitted = self.team.first(lambda: check_replay(self.opened.model, self.traced.sites, plan, statistics))
+        self.clock.stop("plan")
+        return fitted
+
+    def choices(self, recipe: Recipe, progress: Progress = silent) -> Choices:
+        """Decide all that does not depend on the budget, once for all budgets of a recipe."""
+        if self._choices is None or self._choices.recipe is not recipe:
+            statistics = {} if self.gathered is None else self.gathered.by_site
+            self._choices = find_choices(self.opened.model, self.traced.sites, recipe, progress, statistics)
+        return self._choices
+
+    def check_replaceable(self, names: Sequence[str]) -> None:
+        """Raise AsymswapError where the model's code treats one of these modules unlike a replacement."""
+        new = [name for name in names if name not in self._replaceable]
+        if new:
+            check_stand_ins(self.opened.model, new, self.opened.example())
+        self._replaceable.update(new)
+
+    def apply(self, plan: Plan, progress: Progress = silent) -> Converted:
+        """Convert a copy of the model by a plan, solved on the statistics and polished where that is requested.
+
+        Raises AsymswapError where the converted model does not run as before, or holds NaN or infinity.
+        """
+        opened, gathered, calibration = self.opened, self.gathered, self.calibration
+        self.check_replaceable([name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None])
+        polished = None
+        if gathered is None or calibration is None:
+            # Weights that stay as they are need not be held twice where nobody else holds the original.
+            converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
+            sequential = False
+            self.clock.stop("convert")
+        else:
+            converted, sequential = convert_on(self.traced, plan, gathered, calibration, progress)
+            self.clock.stop("convert")
+            if calibration.polishes:
+                polished = self.team.first(lambda: polish(gathered, converted, calibration, progress))
+                self.team.follow_(converted)
+                self.clock.stop("polish")
+            converted = in_own_precision(opened, plan, converted, gathered)
+        found = first_not_finite(converted)
+        if found is not None and first_not_finite(opened.model) is None:
+            raise AsymswapError(
+                f"the converted model's {found[0]!r} holds {found[1]}, so nothing is written; keep that conv by a rule "
+                "with keep = true, and report it as a bug"
+            )
+        with _running_converted():
+            costs = self._costs_of(converted)
+        return Converted(converted, plan, costs, sequential, polished)
+
+    def _costs_of(self, converted: nn.Module) -> Costs:
+        """Count by running the converted model; raises AsymswapError where its sites run on other sizes than before."""
+        sites = self.traced.sites
+        if not self.traced.on_meta:
+            inputs = probe(self.opened.source.preprocessing, self.opened.dtype())
+            with eval_mode(converted), torch.no_grad():
+                converted(*next(iter(portions(inputs))))
+            return count_swapped(self.costs, converted, sites)
+        costs = count_costs(converted, self.opened.example(), [site.name for site in sites])
+        for site in sites:
+            change = describe_calls(site.name, costs.calls[site.name], site.calls)
+            if change is not None:
+                raise AsymswapError(f"in the converted model {change}; keep that conv by a rule with keep = true")
+        return costs
+
+
+def check_original_finite(opened: OpenedModel) -> None:
+    """Raise SourceError where a weight of the model is NaN or infinite."""
+    found = first_not_finite(opened.model)
+    if found is not None:
+        raise SourceError(
+            f"{opened.reference} cannot be converted: {found[0]!r} holds {found[1]}; use another checkpoint"
+        )
+
+
+@contextmanager
+def _running_converted() -> Iterator[None]:
+    """Raise AsymswapError where the model cannot run with its replacements, which lack what a Conv2d has beside."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise AsymswapError(
+            f"the converted model does not run ({error}): its code asks a layer that was replaced for more than its "
+            "output; keep that conv by a rule with keep = true"
+        ) from error

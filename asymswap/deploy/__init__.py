@@ -1,1 +1,0 @@
-"""The way out: converted models back as ordinary ones."""
