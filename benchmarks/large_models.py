@@ -65,7 +65,7 @@ SOURCES: dict[str, list[str]] = {
 """What is given to `asymswap convert`, beside the recipe."""
 LAST = "asymswap checkpoint"
 
-IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.terminal"
+IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.convert"
 
 COLUMNS = ["model", "source", "weights MB", "seconds", "loading", "solving", "peak MB", "x weights", "target"]
 
