@@ -20,23 +20,20 @@ def candidates_view(found: Candidates, width: int) -> RenderableType:
     share = found.held.macs / total.macs if total.macs else 0.0
     title = _verdict(found) if rows else f"{found.reference} has no Conv2d: there is nothing to swap"
     little = ["Little can be gained here."] if rows and share < 0.05 else []
-    pairs = any(row.half is not None for row in rows)
     fine_print = [
         f"Model: {fmt.count(total.macs)}MACs ({fmt.count(2 * total.macs)}FLOPs), {fmt.count(total.params)} parameters, "
         f"for {found.input}; read by {found.traced_by}."
     ]
-    if pairs:
+    if any(row.half is not None for row in rows):
         fine_print.append(
-            "Saves: of the conv's MACs, by a separable pair of half the rank up to which one saves anything."
+            "Even at: the largest rank of a separable pair that still saves something. Half of it saves: this share of "
+            "the conv's MACs / parameters."
+            if width >= WIDE
+            else "Saves: by a separable pair of half the rank up to which one saves anything, of the conv's MACs."
         )
-        if width >= WIDE:
-            fine_print.append(
-                "Saved: the same of its parameters. Even at: the largest rank of a separable pair that still saves "
-                "something."
-            )
     return layout(
         [*heading(title, found.warnings), *paragraphs(little, "yellow")],
-        [_table(found, "Saves" if pairs else "Becomes").terminal(width)] if rows else [],
+        [_table(found, width >= WIDE).terminal(width)] if rows else [],
         paragraphs([*fine_print, *map(fmt.sentence, found.notes)], "dim"),
     )
 
@@ -50,37 +47,33 @@ def _verdict(found: Candidates) -> str:
     )
 
 
-def _table(found: Candidates, last: str) -> Table:
+def _table(found: Candidates, wide: bool) -> Table:
     def even_at(row: Candidate) -> int | None:
         return None if row.break_even is None or row.becomes is not None else row.break_even.rank
 
-    def saved_params(row: Candidate) -> str | None:
-        if row.half is None or row.reason is not None or row.becomes is not None:
-            return None
-        params = row.site.cost.params
-        return fmt.share(params - row.half.cost.params, params)
-
     def outlook(row: Candidate) -> str | Text:
         """What could become of a conv, or why nothing."""
-        macs = row.site.cost.macs
+        cost = row.site.cost
         if row.becomes is not None:
-            return f"{row.kind}: costs {fmt.share(row.becomes.macs, macs)}"
+            return f"{row.kind}: costs {fmt.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
         if row.reason is not None:
             return written(row.reason, style="dim")
         if row.half is None:
             return row.kind
-        return f"rank {row.half.rank}: {fmt.share(macs - row.half.cost.macs, macs)}"
+        saved = cost - row.half.cost
+        text = f"rank {row.half.rank}: {fmt.share(saved.macs, cost.macs)}"
+        return text + f" / {fmt.share(saved.params, cost.params)}" * wide
 
+    pairs = any(row.half is not None for row in found.rows)
     columns = [
         Column("Layer", attrgetter("site.name"), side="fold"),
         Column("Conv", lambda row: row.site.conv.describe(), side="left"),
         Column("MACs", attrgetter("site.cost.macs"), fmt.count),
         Column("Share", lambda row: fmt.share(row.site.cost.macs, found.total.macs)),
         Column("Params", attrgetter("site.cost.params"), fmt.count, least=WIDE),
-        Column("Saved", saved_params, least=WIDE),
         Column("Map", attrgetter("site.feature_map"), fmt.extent, least=WIDE),
         Column("Even at", even_at, least=WIDE),
-        Column(last, lambda row: row, outlook, side="fold"),
+        Column(("Half of it saves" if wide else "Saves") if pairs else "Becomes", lambda row: row, outlook, "fold"),
     ]
     return Table(columns, found.rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -48,32 +48,37 @@ def report_text(report: Report, provenance: Provenance, path: Path) -> str:
 
 def _headline(report: Report) -> list[Change]:
     before, after = report.before, report.after
+    flops = f"FLOPs (2 x MACs): {fmt.count(before.flops)} to {fmt.count(after.flops)}"
     rows = [
-        Change("MACs", before.macs, after.macs),
+        Change("MACs", before.macs, after.macs, remark=flops),
         Change("FLOPs", before.flops, after.flops),
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
     if report.latency is not None:
         was, now = 1e3 * report.latency.before, 1e3 * report.latency.after
-        rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format))
+        remark = f"batch {report.latency.batch}, {report.latency.memory_format}"
+        rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format, remark=remark))
     if report.accuracy is not None:
         acc = report.accuracy
-        points = f"{100 * (acc.after - acc.before):+.2f} points"
-        rows.append(Change("top-1", acc.before, acc.after, fmt.accuracy, fmt.accuracy, points))
+        points, remark = f"{100 * (acc.after - acc.before):+.2f} points", f"{acc.images:,} images"
+        rows.append(Change("top-1", acc.before, acc.after, fmt.accuracy, fmt.accuracy, points, remark))
     return rows
 
 
-def layer_table(report: Report, *, brief: bool = False) -> Table:
+def layer_table(report: Report, width: int | None = None) -> Table:
     """Return a row for each conv, and below them the rest of the model and the total.
 
-    In brief, only swapped convs have one, and kinds are named only where they differ.
+    For a terminal, whose width is given, only swapped convs have one, and kinds are named only where they differ.
     """
 
     def becomes(row: SiteRow, settings: str) -> str:
         if row.kind is None:
             return f"kept: {row.reason}" if row.action == "keep" else ""
-        if settings.startswith(row.kind) or (brief and len(report.preserves) == 1):
+        if width is not None and width < WIDE:
+            # Names of layers need the room more than the second conv's bias does.
+            settings = settings.removesuffix(", bias")
+        if settings.startswith(row.kind) or (width is not None and len(report.preserves) == 1):
             return settings
         return f"{row.kind}: {settings}" if settings else row.kind
 
@@ -105,7 +110,7 @@ def layer_table(report: Report, *, brief: bool = False) -> Table:
         error("Kernel error", "kernel_error", "Relative change of the kernel", WIDE),
         error("Error", "output_error", "Relative change of the layer's output, on the original's input to it"),
     )
-    if brief:
+    if width is not None:
         return Table(columns, report.swapped)
     sums = [
         SiteRow(name, "", None, 0, "sum", None, "", {}, "", before, after)
@@ -123,7 +128,7 @@ def report_view(report: Report, width: int) -> RenderableType:
     return layout(
         [written(title, "bold"), *paragraphs(_first_lines(report), "yellow")],
         [changes(_headline(report)).terminal()],
-        [layer_table(report, brief=True).terminal(width)] if report.swapped else [],
+        [layer_table(report, width).terminal(width)] if report.swapped else [],
         paragraphs(["Kept: " + "; ".join(kept)] if kept else []),
         paragraphs(_fine_print(report), "dim"),
     )
@@ -246,12 +251,11 @@ def to_html(report: Report, provenance: Provenance) -> str:
         fmt=fmt,
         macs=MACS,
         errors=_ERRORS,
-        verdict=_verdict(report),
         first_lines=_first_lines(report),
-        figures=_figures(report),
+        figures=_headline(report),
+        percent_of=percent_of,
         marks=marks,
         panels=_panels(report),
-        about_layer=_about_layer,
         table=layer_table(report),
         details=lambda row: _details(row, report),
         kept=_kept(report.sites),
@@ -261,107 +265,50 @@ def to_html(report: Report, provenance: Provenance) -> str:
     )
 
 
-def _verdict(report: Report) -> str:
-    before, after = report.before, report.after
-    parts = [
-        f"{len(report.swapped)} of {len(report.sites)} convolutions swapped",
-        f"the model needs {fmt.share(after.macs, before.macs)} of its MACs and "
-        f"{fmt.share(after.params, before.params)} of its parameters",
-        f"output changed by {fmt.error(report.output.relative)} on {report.output.probe}",
-    ]
-    # A number and its sign belong on one line.
-    return f"{'; '.join(parts)}.".replace(" %", "\u00a0%")
-
-
-def _figures(report: Report) -> list[tuple[Change, str, tuple[int, int], str]]:
-    """Return the headline figures, each with what is said in large, its bars in per cent, and a remark."""
-    remarks = {"MACs": f"FLOPs (2 x MACs): {fmt.count(report.before.flops)} to {fmt.count(report.after.flops)}"}
-    if report.latency is not None:
-        remarks["latency"] = f"batch {report.latency.batch}, {report.latency.memory_format}"
-    if report.accuracy is not None:
-        remarks["top-1"] = f"{report.accuracy.images:,} images"
-    figures = []
-    for row in _headline(report):
-        if row.name == "FLOPs" or (row.name == "weights" and not row.before):
-            continue
-        left = row.difference or f"{row.left} left"
-        if not row.difference and row.after > row.before > 0:
-            left = f"{fmt.percent(row.after / row.before - 1)} more"
-        # An accuracy is a part of the whole.
-        most = 1.0 if row.name == "top-1" else max(row.before, row.after)
-        bars = (percent_of(row.before, most), percent_of(row.after, most))
-        figures.append((row, left, bars, remarks.get(row.name, "")))
-    return figures
+_PANELS: tuple[tuple[str, Callable[[Any], str], dict[str, Callable[[Any], float | None]]], ...] = (
+    ("MACs", fmt.count, {"before": attrgetter("before.macs"), "after": attrgetter("after.macs")}),
+    ("Parameters", fmt.count, {"before": attrgetter("before.params"), "after": attrgetter("after.params")}),
+    ("Error", fmt.error, {"after": attrgetter("output_error"), "predicted": attrgetter("predicted_error")}),
+)
+"""The panels of the picture: title, how a value is written, and what each bar of a layer shows, by its class."""
 
 
 def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
-    """Return the bars of all layers for each quantity: its title, what the highest bar stands for, and for each layer
-    the heights of its bars, in per cent, by their class.
-    """
-    rows = report.sites
-    panels: list[tuple[str, Any, list[dict[str, float | None]]]] = []
-    for title, name in (("MACs", "macs"), ("Parameters", "params")):
-        costs = [
-            {"before": getattr(row.before, name), "after": getattr(row.after, name)}
-            if row.action == "swap"
-            else {"after": getattr(row.before, name)}
-            for row in rows
-        ]
-        panels.append((title, fmt.count, costs))
-    if any(row.output_error is not None or row.predicted_error is not None for row in rows):
-        errors = [{"after": row.output_error, "predicted": row.predicted_error} for row in rows]
-        panels.append(("Error", fmt.error, errors))
-    drawn = []
-    for title, show, bars in panels:
-        values = [value for bar in bars for value in bar.values() if value is not None and math.isfinite(value)]
-        most = max(values, default=0)
-        heights = [{css: percent_of(value, most) for css, value in bar.items() if value is not None} for bar in bars]
-        drawn.append((title, show(most), heights))
-    return drawn
-
-
-def _about_layer(row: SiteRow) -> list[str]:
-    """Return what the picture says of a layer, line by line."""
-    at = "" if row.feature_map is None else f" at {fmt.extent(row.feature_map)}"
-    calls = "" if row.calls == 1 else f", {row.calls} calls"
-    lines = [row.site, f"{row.conv}{at}{calls}"]
-    if row.action == "keep":
-        lines.append(f"kept: {row.reason}")
-        return [*lines, f"MACs {fmt.count(row.before.macs)}, parameters {fmt.count(row.before.params)}"]
-    lines.append(f"{row.kind}: {row.becomes}")
-    for name, before, after in (
-        ("MACs", row.before.macs, row.after.macs),
-        ("parameters", row.before.params, row.after.params),
-    ):
-        lines.append(f"{name} {fmt.count(before)} to {fmt.count(after)} ({fmt.share(after, before)} left)")
-    errors = (("predicted", row.predicted_error), ("kernel", row.kernel_error), ("output", row.output_error))
-    known = [f"{name} {fmt.error(value)}" for name, value in errors if value is not None]
-    return [*lines, "error: " + ", ".join(known)] if known else lines
+    """Return each panel's title, what its highest bar stands for, and for each layer the heights of its bars."""
+    panels = []
+    for title, show, bars in _PANELS:
+        layers = [{css: value(row) for css, value in bars.items()} for row in report.sites]
+        values = [value for layer in layers for value in layer.values() if value is not None]
+        if values:
+            most = max(filter(math.isfinite, values), default=0.0)
+            heights = [
+                {css: percent_of(value, most) for css, value in layer.items() if value is not None} for layer in layers
+            ]
+            panels.append((title, show(most), heights))
+    return panels
 
 
 def _details(row: SiteRow, report: Report) -> list[tuple[str, str]]:
-    """Return what is said of a layer where its details are opened."""
+    """Return what is said of a layer where its details are opened; what is empty is left out."""
     facts = [("share of the model's MACs before", fmt.share(row.before.macs, report.before.macs))]
     facts += [(key, str(value)) for key, value in row.settings.items()]
     if row.action == "swap":
         facts.append(("MACs", f"{row.before.macs:,} to {row.after.macs:,}"))
         facts.append(("parameters", f"{row.before.params:,} to {row.after.params:,}"))
         facts.append(("promised to be exact", "yes" if row.exact else "no"))
-        if row.reason:
-            facts.append(("why", row.reason))
-    if row.absorbs is not None:
-        facts.append(("takes over the batch norm", row.absorbs))
+        facts.append(("why", row.reason))
+    facts.append(("takes over the batch norm", row.absorbs or ""))
     if row.output_largest is not None:
         facts.append(("largest change of an output value", f"{row.output_largest:.3g}"))
     return facts
 
 
 def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:
-    """Return which model was converted, and how."""
+    """Return which model was converted, and how; what is empty is left out."""
     model = report.model
     versions = {"asymswap": report.asymswap, **provenance.versions}
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
-    facts = [
+    return [
         ("Model", model.reference),
         ("Built from", model.origin),
         ("Weights", model.weights),
@@ -377,4 +324,3 @@ def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str
         *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
         ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
     ]
-    return [(name, value) for name, value in facts if value]

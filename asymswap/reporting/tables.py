@@ -142,7 +142,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
 
 @dataclass(frozen=True)
 class Change:
-    """A headline figure before and after, how it is written, and what is left of it (by default as a percentage)."""
+    """A headline figure before and after, how it is written, and its difference if that is no share of it."""
 
     name: str
     before: float
@@ -150,10 +150,11 @@ class Change:
     show: Callable[[Any], str] = fmt.count
     exact: Callable[[Any], str] = "{:,}".format
     difference: str = ""
+    remark: str = ""
 
     @property
     def left(self) -> str:
-        """What is left, in words."""
+        """The difference, or what is left as a percentage."""
         return self.difference or fmt.share(self.after, self.before)
 
 

@@ -27,7 +27,7 @@ CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only", "-q")
 
 def layers_of(page: str) -> list[str]:
     return re.findall(
-        r'<th scope="row">([^<]*)</th>', page.replace("<wbr>", "").partition("<tbody>")[2].partition("</tbody>")[0]
+        r'<th scope="row"[^>]*>([^<]*)</th>', page.replace("<wbr>", "").partition("<tbody>")[2].partition("</tbody>")[0]
     )
 
 

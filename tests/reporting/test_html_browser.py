@@ -181,8 +181,8 @@ class TestPicture:
         panel = layer.locator(".panel").first.bounding_box()
         before = layer.locator(".panel").first.locator(".before").bounding_box()
         after = layer.locator(".panel").first.locator(".after").bounding_box()
-        assert before["height"] == pytest.approx(panel["height"], abs=2)
-        assert after["height"] == pytest.approx(panel["height"] / 2, abs=2)
+        assert before["height"] == pytest.approx(panel["height"], rel=0.03)
+        assert after["height"] == pytest.approx(panel["height"] / 2, rel=0.03)
         assert before["y"] + before["height"] == pytest.approx(after["y"] + after["height"], abs=0.5)
 
     def test_a_layer_that_is_filtered_out_is_found_too(self, opened: OpenedModel) -> None:
