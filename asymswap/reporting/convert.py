@@ -240,7 +240,7 @@ _FUSED = (
 
 def to_html(report: Report, provenance: Provenance) -> str:
     """Return the whole report as the text of an HTML file."""
-    kinds = list(dict.fromkeys(row.kind for row in report.swapped if row.kind is not None))
+    kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
     return render(

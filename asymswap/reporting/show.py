@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from asymswap.errors import visible
 from asymswap.models.preprocessing import fed, size_warning
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import Column, Table, facts, heading, layout, written
@@ -15,7 +16,10 @@ from asymswap.types import Preprocessing
 
 
 def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
-    """Return origin, preprocessing, versions, headline figures, and the swaps of every conversion, from JSON."""
+    """Return origin, preprocessing, versions, headline figures, and the swaps of every conversion, from JSON.
+
+    Raises TypeError or another of Python's errors where a provenance, which is anybody's, is of another form.
+    """
     provenance, origin = header["provenance"], header["origin"]
     arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
     preprocessing = Preprocessing(**header["preprocessing"])
@@ -30,8 +34,8 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
         swaps = plan["swaps"]
         blocks.append([written(f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept")])
         columns = (
-            Column("Layer", itemgetter("site"), side="fold"),
-            Column("Kind", itemgetter("kind"), side="left"),
+            Column("Layer", itemgetter("site"), visible, "fold"),
+            Column("Kind", itemgetter("kind"), visible, "left"),
             Column("Settings", itemgetter("settings"), fmt.settings, side="left"),
         )
         blocks.append([Table(columns, swaps).terminal()] if swaps else [])
@@ -40,9 +44,9 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
         rows = fused["sites"]
         done = sum(row["outcome"] != "left" for row in rows)
         columns = (
-            Column("Layer", itemgetter("site"), side="fold"),
-            Column("Was", itemgetter("kind"), side="left"),
-            Column("Became", itemgetter("outcome"), side="left"),
+            Column("Layer", itemgetter("site"), visible, "fold"),
+            Column("Was", itemgetter("kind"), visible, "left"),
+            Column("Became", itemgetter("outcome"), visible, "left"),
         )
         blocks += [[written(f"Fused: {done} of {len(rows)} replacements")], [Table(columns, rows).terminal()]]
     for number, record in enumerate(provenance.get("training", []), start=1):

@@ -136,7 +136,7 @@ def _at_dots(name: str, room: int) -> list[str]:
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     """Return a table of names and values; what has no value is left out."""
-    columns = (Column("", itemgetter(0), side="left"), Column("", itemgetter(1), side="fold"))
+    columns = (Column("", itemgetter(0), visible, "left"), Column("", itemgetter(1), visible, "fold"))
     return Table(columns, [pair for pair in pairs if pair[1]])
 
 
