@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.terminal"
+IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.convert"
 
 # 531 MB of weights in 11 layers, of which 9 % are those of convs: what is held twice would show.
 NAME = "vgg11"

@@ -8,9 +8,9 @@ from pathlib import Path
 from asymswap.api.convert import Conversion
 from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import CheckpointError
-from asymswap.reporting.files import check_suffix, report_text
-from asymswap.reporting.provenance import read_making, read_report
+from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results.convert import FileRow
+from asymswap.results.records import read_provenance, read_report
 from asymswap.utils.files import check_output, write_text
 
 
@@ -24,7 +24,7 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
     check_output(path, force, "--report")
     check_suffix(path)
     if isinstance(of, Conversion):
-        text = report_text(of.report, read_making(of.header.provenance, "the conversion"), path)
+        text = report_text(of.report, read_provenance(of.header.provenance, "the conversion"), path)
     else:
         text = stored_report_text(read_checkpoint(Path(of)).header, Path(of), path)
     write_text(path, text)
@@ -34,9 +34,9 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
     """Return the report in the header of a checkpoint, in the form of the ending of `path`."""
     report = read_report(header.provenance, str(checkpoint))
     report = replace(report, files=(*report.files, FileRow(str(checkpoint), checkpoint.stat().st_size)))
-    making = read_making(header.provenance, str(checkpoint))
+    provenance = read_provenance(header.provenance, str(checkpoint))
     try:
-        return report_text(report, making, path)
+        return report_text(report, provenance, path)
     except (ArithmeticError, ValueError) as error:
         # The numbers are the file's, and may be anything.
         raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None

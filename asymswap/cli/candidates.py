@@ -17,7 +17,7 @@ def candidates(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw each conv's share of MACs and parameters (.svg).", rich_help_panel=o.RESULT),
+        typer.Option(help="Draw each conv's share of MACs and parameters (.svg or .png).", rich_help_panel=o.RESULT),
     ] = None,
     force: o.Force = False,
     weights: o.Weights = None,
@@ -36,16 +36,14 @@ def candidates(
     Example: asymswap candidates resnet18 --weights none
     """
     from asymswap.cli import screen
-    from asymswap.reporting.candidates import check_plot_file, to_picture
-    from asymswap.utils.files import check_output, write_text
+    from asymswap.utils.files import write_bytes
 
     if plot is not None:
-        check_output(plot, force, "--plot")
-        check_plot_file(plot)
+        o.check_picture("--plot", plot, force)
     with screen.progress(quiet) as step:
         import asymswap
-        from asymswap.reporting import terminal
-        from asymswap.reporting.candidates import to_json
+        from asymswap.reporting.candidates import candidates_view, draw
+        from asymswap.results.candidates import to_json
 
         found = asymswap.candidates(
             model,
@@ -60,23 +58,9 @@ def candidates(
             progress=step,
         )
     if plot is not None:
-        write_text(plot, to_picture(found.reference, found.rows, found.total))
+        write_bytes(plot, draw(found, plot.suffix[1:]))
     if json:
-        about = (found.reference, found.rows, found.total, found.traced_by, found.input, found.notes, found.warnings)
-        screen.print_json(to_json(*about))
-        return
-    if quiet:
-        return
-    console = screen.console()
-    view = terminal.candidates_view(
-        found.reference,
-        found.rows,
-        found.total,
-        found.held,
-        found.traced_by,
-        found.input,
-        console.width,
-        found.notes,
-        found.warnings,
-    )
-    screen.show(view, console)
+        screen.print_json(to_json(found))
+    elif not quiet:
+        console = screen.console()
+        screen.show(candidates_view(found, console.width), console)

@@ -112,7 +112,7 @@ def convert(
     """
     from asymswap.cli import screen
     from asymswap.errors import AsymswapError, OutputError
-    from asymswap.reporting import files
+    from asymswap.reporting.convert import check_suffix
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output, write_text
 
@@ -127,7 +127,7 @@ def convert(
         if path is not None:
             check_output(path, force, option)
     if report is not None:
-        files.check_suffix(report)
+        check_suffix(report)
     written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
     check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration_cache})
     budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
@@ -214,11 +214,11 @@ def _read_plan(path: Path) -> Any:
 
 def _print(result: Any, json: bool, quiet: bool) -> None:
     from asymswap.cli import screen
-    from asymswap.reporting import terminal
+    from asymswap.reporting.convert import report_view
     from asymswap.results.records import to_json
 
     if json:
         screen.print_json(to_json(result))
     elif not quiet:
         console = screen.console()
-        screen.show(terminal.report_view(result, console.width), console)
+        screen.show(report_view(result, console.width), console)

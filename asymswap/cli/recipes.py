@@ -64,20 +64,21 @@ def _listing(recipes: Mapping[str, About]) -> RenderableType:
     from rich.text import Text
 
     from asymswap.planning.recipe import GROUPS
-    from asymswap.reporting.terminal import table
+    from asymswap.reporting.tables import Column, Table
 
     name_width, function_width = max(map(len, recipes)), max(map(len, _FUNCTION.values()))
-    titles = ("Recipe".ljust(name_width), "Function".ljust(function_width), "What it does")
-    parts: list[RenderableType] = [table(list(zip(titles, _SIDES, strict=True)), [])]
-    for group in GROUPS:
-        rows = [
-            (name.ljust(name_width), _FUNCTION[about.preserves or "nothing"].ljust(function_width), about.summary)
-            for name, about in recipes.items()
-            if about.group == group
+
+    def columns(name: str, function: str, summary: str) -> list[Column]:
+        return [
+            Column(name, lambda row: row[0].ljust(name_width), side="left"),
+            Column(function, lambda row: _FUNCTION[row[1].preserves or "nothing"].ljust(function_width), side="left"),
+            Column(summary, lambda row: row[1].summary, side="fold"),
         ]
-        parts += [Text(f"\n{group}", style="bold"), table([("", side) for side in _SIDES], rows)]
+
+    titles = columns("Recipe".ljust(name_width), "Function".ljust(function_width), "What it does")
+    parts: list[RenderableType] = [Table(titles, []).terminal()]
+    for group in GROUPS:
+        rows = [(name, about) for name, about in recipes.items() if about.group == group]
+        parts += [Text(f"\n{group}", style="bold"), Table(columns("", "", ""), rows).terminal()]
     note = "Function: whether the network, before it is trained again, computes what it did."
     return Group(*parts, Text(f"\n{note}", style="dim"))
-
-
-_SIDES = ("left", "left", "fold")

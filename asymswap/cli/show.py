@@ -52,7 +52,7 @@ def show(
     """
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
-    from asymswap.reporting import files
+    from asymswap.reporting.convert import check_suffix
     from asymswap.utils.files import check_output, write_text
 
     if draw is not None or data is not None or offsets or preprocessing is not None:
@@ -62,7 +62,7 @@ def show(
         return
     if report is not None:
         check_output(report, force, "--report")
-        files.check_suffix(report)
+        check_suffix(report)
     with screen.progress(quiet):
         from asymswap.checkpoint import header_to_json, read_checkpoint
 
@@ -120,14 +120,15 @@ def _show_offsets(
         o.check_picture("--draw", picture, force)
     with screen.progress(quiet):
         from asymswap.api.offsets import offsets
-        from asymswap.reporting import offsets as shown
+        from asymswap.reporting.offsets import draw, offsets_view
+        from asymswap.results.offsets import to_json
 
         report = offsets(
             checkpoint, data=data, preprocessing=preprocessing, arch=arch, arguments=arguments, trust_code=trust_code
         )
     if picture is not None:
-        write_bytes(picture, shown.draw(report, picture.suffix[1:]))
+        write_bytes(picture, draw(report, picture.suffix[1:]))
     if json:
-        screen.print_json(shown.to_json(report))
+        screen.print_json(to_json(report))
     elif not quiet:
-        screen.show(shown.offsets_view(report), screen.console())
+        screen.show(offsets_view(report), screen.console())

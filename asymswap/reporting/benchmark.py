@@ -1,175 +1,157 @@
-"""Latency and throughput of models in several settings: numbers and text, and how they are shown."""
+"""How a benchmark is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.terminal import WIDE, table, written
+from asymswap.reporting.tables import WIDE, Column, Table, layout, paragraphs, written
 from asymswap.results.benchmark import TITLES, Benchmark, Gain, LayerRow, Layers, Result, Setting
+from asymswap.types import Ratio
 
 _BUSY = 0.2
-"""Cores that others may keep busy without a word."""
+"""Cores that other programs may keep busy without a warning."""
 
 _SPREAD = 0.1
-"""Of one model alone no ratio tells that the machine is busy; its own rounds do."""
+"""Relative spread of the rounds from which on the machine counts as busy, where a single model gives no ratio."""
 
 
 def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:
-    """A table for each setting, or one of all settings where there is a single model, layers and the fine print."""
-    wide = width >= WIDE
-    parts: list[RenderableType] = [written(fmt.sentence(line), style="yellow") for line in benchmark.warnings]
-    parts += [Text("")] * bool(parts)
+    """Return a table for each setting, or one of all settings where there is a single model, layers and fine print."""
+    blocks: list[Sequence[RenderableType]] = [paragraphs(map(fmt.sentence, benchmark.warnings), "yellow")]
     if len(benchmark.models) == 1:
-        title = written(", ".join([benchmark.models[0].model, *_same(benchmark)]), style="bold")
-        parts += [title, _table(benchmark, benchmark.results, "Setting", wide), Text("")]
+        title = ", ".join([benchmark.models[0].model, *_shared_words(benchmark)])
+        setting = Column("Setting", lambda row: _where(benchmark, row).strip(" ()") or "all", side="fold")
+        table = Table([setting, *_figures(benchmark, benchmark.results)], benchmark.results)
+        blocks.append([written(title, "bold"), table.terminal(width)])
     else:
-        for number, setting in enumerate(benchmark.settings):
+        model = Column("Model", lambda row: benchmark.models[row.model].model, side="fold")
+        for number, one in enumerate(benchmark.settings):
             results = [result for result in benchmark.results if result.setting == number]
-            if all(result.seconds is None for result in results):
-                continue
-            title = written(", ".join(_words(setting)), style="bold")
-            parts += [title, _table(benchmark, results, "Model", wide), Text("")]
-    for lines, style in ((_warnings(benchmark), "yellow"), (list(_advice(benchmark)), "")):
-        parts += [written(line, style=style) for line in lines] + [Text("")] * bool(lines)
-    for one in benchmark.layers if layers else ():
-        parts += [written(_layers_title(benchmark, one), style="bold"), _layers_table(one, layers), Text("")]
-    parts += [written(line, style="dim") for line in _fine_print(benchmark)]
-    return Group(*parts)
+            if any(result.seconds is not None for result in results):
+                table = Table([model, *_figures(benchmark, results)], results)
+                blocks.append([written(", ".join(_words(one)), "bold"), table.terminal(width)])
+    blocks += [paragraphs(_warnings(benchmark), "yellow"), paragraphs(_advice(benchmark))]
+    for found in benchmark.layers if layers else ():
+        title = _layers_title(benchmark, found)
+        blocks.append([written(title, "bold"), _layers_table(found, layers).terminal()])
+    return layout(*blocks, paragraphs(_fine_print(benchmark), "dim"))
 
 
 def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
-    """One table of everything, the layers and the fine print, to be pasted into a pull request."""
+    """Return one table of everything, the layers and the fine print, to be pasted into a pull request."""
+    settings = benchmark.settings
     shown = [result for result in benchmark.results if result.seconds is not None]
-    columns = _columns(shown, wide=True)
-    titles = ["Model", "Runtime", "Batch", "Threads", "Memory format", *(title for title in columns)]
-    lines = [titles, [*["---"] * 5, *["---:"] * len(columns)]]
-    for result in shown:
-        setting, cells = benchmark.settings[result.setting], _cells(benchmark, result)
-        about = [
-            fmt.markdown_code(benchmark.models[result.model].model),
-            TITLES[setting.runtime],
-            f"{setting.batch}",
-        ]
-        about += [f"{setting.threads}", setting.memory_format or "-"]
-        lines.append([*about, *(cells.get(title, "-") for title in columns)])
+    columns = [
+        Column("Model", lambda row: benchmark.models[row.model].model, side="fold", code=True),
+        Column("Runtime", lambda row: TITLES[settings[row.setting].runtime], side="left"),
+        Column("Batch", lambda row: settings[row.setting].batch, side="left"),
+        Column("Threads", lambda row: settings[row.setting].threads, side="left"),
+        Column("Memory format", lambda row: settings[row.setting].memory_format, side="left"),
+        *_figures(benchmark, shown),
+    ]
     text = [f"**{fmt.markdown_text(fmt.sentence(line))}**\n" for line in benchmark.warnings]
-    text += [*fmt.markdown_table(lines), ""]
+    text += [*Table(columns, shown).markdown(), ""]
     text += [f"**{fmt.markdown_text(line)}**\n" for line in _warnings(benchmark)]
     text += [f"{fmt.markdown_text(line)}\n" for line in _advice(benchmark)]
-    for one in benchmark.layers if layers else ():
-        heads = [[*_LAYER_TITLES], ["---", *["---:"] * (len(_LAYER_TITLES) - 1)]]
-        rows = [
-            [fmt.markdown_code(cells[0]) if known else cells[0], *cells[1:]]
-            for cells, known in _layer_cells(one, layers)
-        ]
-        text += [
-            f"{fmt.markdown_text(_layers_title(benchmark, one))}:",
-            "",
-            *fmt.markdown_table([*heads, *rows]),
-            "",
-        ]
+    for found in benchmark.layers if layers else ():
+        title = fmt.markdown_text(_layers_title(benchmark, found))
+        text += [f"{title}:", "", *_layers_table(found, layers).markdown(), ""]
     return "\n".join([*text, *(f"- {fmt.markdown_text(line)}" for line in _fine_print(benchmark)), ""])
 
 
+def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
+    """Return the columns of figures, which hold nothing for what could not be run."""
+
+    def macs_of_first(row: Result) -> str | None:
+        macs, first = (benchmark.models[number].cost.macs for number in (row.model, 0))
+        return None if row.seconds is None else fmt.share(macs, first)
+
+    def time_of_first(row: Result) -> str | None:
+        if row.model == 0:
+            return None if row.seconds is None else fmt.percent(1)
+        return None if row.ratio is None else fmt.time_share(row.ratio)
+
+    def interval(ratio: Ratio) -> str:
+        return f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"
+
+    columns = [
+        Column("ms", lambda row: row.seconds and row.seconds.minimum, fmt.milliseconds),
+        Column("Median", lambda row: row.seconds and row.seconds.median, fmt.milliseconds),
+        Column("Spread", lambda row: row.seconds and row.seconds.spread, fmt.percent),
+        Column(
+            "Images/s",
+            lambda row: row.images_per_second,
+            lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}",
+        ),
+    ]
+    if any(result.model for result in results):
+        confidence = next((fmt.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
+        columns += [
+            Column("of 1st", time_of_first),
+            Column(confidence, lambda row: row.ratio, interval, least=WIDE),
+            Column("MACs", macs_of_first),
+        ]
+    if any(result.ready is not None for result in results):
+        columns.append(Column("Ready s", lambda row: row.ready, "{:.1f}".format))
+    return columns
+
+
 def _words(setting: Setting) -> list[str]:
-    threads = f"{setting.threads} thread" + "s" * (setting.threads != 1)
-    format_ = [] if setting.memory_format is None else [setting.memory_format]
-    return [TITLES[setting.runtime], f"batch {setting.batch}", threads, *format_]
+    memory_format = [] if setting.memory_format is None else [setting.memory_format]
+    threads = fmt.plural(setting.threads, "thread")
+    return [TITLES[setting.runtime], f"batch {setting.batch}", threads, *memory_format]
 
 
-def _same(benchmark: Benchmark) -> list[str]:
-    """What all settings share."""
+def _shared_words(benchmark: Benchmark) -> list[str]:
+    """Return what all settings have in common."""
     every = [_words(setting) for setting in benchmark.settings]
     return [word for word in every[0] if all(word in other for other in every)]
 
 
-def _label(benchmark: Benchmark, result: Result, by: str) -> str:
-    if by == "Model":
-        return benchmark.models[result.model].model
-    return _where(benchmark, result).strip(" ()") or "all"
-
-
-def _table(benchmark: Benchmark, results: Sequence[Result], by: str, wide: bool) -> RenderableType:
-    titles = _columns(results, wide)
-    lines: list[list[str]] = []
-    for result in results:
-        cells = {} if result.seconds is None else _cells(benchmark, result)
-        lines.append([_label(benchmark, result, by), *(cells.get(title, "-") for title in titles)])
-    return table([(by, "fold"), *((title, "right") for title in titles)], lines)
-
-
-def _columns(results: Sequence[Result], wide: bool) -> list[str]:
-    titles = ["ms", "Median", "Spread", "Images/s"]
-    if any(result.model for result in results):
-        sure = next((fmt.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
-        titles += ["of 1st", *[sure] * wide, "MACs"]
-    return titles + ["Ready s"] * any(result.ready is not None for result in results)
-
-
-def _cells(benchmark: Benchmark, result: Result) -> dict[str, str]:
-    """What each column says of one result."""
-    seconds, ratio = result.seconds, result.ratio
-    assert seconds is not None
-    macs = [benchmark.models[number].cost.macs for number in (result.model, 0)]
-    rate = result.images_per_second or 0.0
-    return {
-        "ms": fmt.milliseconds(seconds.minimum),
-        "Median": fmt.milliseconds(seconds.median),
-        "Spread": fmt.percent(seconds.spread),
-        "Images/s": f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}",
-        "of 1st": fmt.percent(1) if result.model == 0 else fmt.time_share(ratio),
-        **({} if ratio is None else {fmt.confidence(ratio): f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"}),
-        "MACs": fmt.share(*macs),
-        "Ready s": "-" if result.ready is None else f"{result.ready:.1f}",
-    }
-
-
-def _failures(benchmark: Benchmark) -> dict[str, str]:
-    """Why what has no figures has none, and what that is."""
-    found: dict[str, list[Result]] = {}
-    for result in benchmark.results:
-        if result.failure is not None:
-            found.setdefault(result.failure, []).append(result)
-    return {reason: _who(benchmark, results) for reason, results in found.items()}
-
-
-def _who(benchmark: Benchmark, results: Sequence[Result]) -> str:
-    names = dict.fromkeys(benchmark.models[result.model].model for result in results)
-    settings = list(dict.fromkeys(result.setting for result in results))
-    runtimes = dict.fromkeys(TITLES[benchmark.settings[number].runtime] for number in settings)
-    every = [number for number, one in enumerate(benchmark.settings) if TITLES[one.runtime] in runtimes]
-    said = [", ".join(_words(benchmark.settings[number])) for number in settings] if settings != every else runtimes
-    return f"{'; '.join(said)}, {', '.join(names)}" if len(benchmark.models) > 1 else "; ".join(said)
+def _where(benchmark: Benchmark, result: Result) -> str:
+    """Return what is special about a result's setting, in brackets."""
+    shared = _shared_words(benchmark)
+    own = [word for word in _words(benchmark.settings[result.setting]) if word not in shared]
+    return f" ({', '.join(own)})" if own else ""
 
 
 def _warnings(benchmark: Benchmark) -> list[str]:
-    """What has no figures and why, and what the figures do not tell, because the machine was not quiet."""
+    """Return what could not be run and why, and which figures cannot be trusted because the machine was busy."""
+    failed: dict[str, list[Result]] = {}
+    for result in benchmark.results:
+        if result.failure is not None:
+            failed.setdefault(result.failure, []).append(result)
+    failures = [f"{_models_and_settings(benchmark, results)}: {reason}." for reason, results in failed.items()]
     doubts = fmt.doubts(
         benchmark.models[0].model,
         ((f"{benchmark.models[one.model].model}{_where(benchmark, one)}", one.ratio) for one in benchmark.results),
     )
     if len(benchmark.models) == 1:
-        spreads = [(one, one.seconds.spread) for one in benchmark.results if one.seconds is not None]
-        doubts += [
-            f"The machine was busy: the middle half of the rounds spreads over {fmt.percent(spread)}"
-            f"{_where(benchmark, one)}."
-            for one, spread in spreads
-            if spread > _SPREAD
-        ]
+        for result in benchmark.results:
+            if result.seconds is not None and result.seconds.spread > _SPREAD:
+                doubts.append(
+                    "The machine was busy: the middle half of the rounds spreads over "
+                    f"{fmt.percent(result.seconds.spread)}{_where(benchmark, result)}."
+                )
     if doubts and benchmark.others is not None and benchmark.others >= _BUSY:
         doubts.append(f"Other programs kept {benchmark.others:.1f} of {benchmark.cores} cores busy meanwhile.")
-    return [*(f"{where}: {reason}." for reason, where in _failures(benchmark).items()), *doubts]
+    return failures + doubts
 
 
-def _where(benchmark: Benchmark, result: Result) -> str:
-    """What is special about a result's setting, in brackets."""
-    shared = _same(benchmark)
-    own = [word for word in _words(benchmark.settings[result.setting]) if word not in shared]
-    return f" ({', '.join(own)})" if own else ""
+def _models_and_settings(benchmark: Benchmark, results: Sequence[Result]) -> str:
+    """Name the settings of results, by their runtime alone where all settings of it are among them, and the models."""
+    names = dict.fromkeys(benchmark.models[result.model].model for result in results)
+    numbers = list(dict.fromkeys(result.setting for result in results))
+    runtimes = list(dict.fromkeys(TITLES[benchmark.settings[number].runtime] for number in numbers))
+    every = [number for number, one in enumerate(benchmark.settings) if TITLES[one.runtime] in runtimes]
+    settings = runtimes if numbers == every else [", ".join(_words(benchmark.settings[number])) for number in numbers]
+    models = f", {', '.join(names)}" if len(benchmark.models) > 1 else ""
+    return "; ".join(settings) + models
 
 
 _HOW = {
@@ -179,23 +161,20 @@ _HOW = {
 
 
 def _advice(benchmark: Benchmark) -> Iterator[str]:
-    """In which memory format models are faster, where that could be told."""
+    """Say in which memory format each model is faster, where that could be told."""
     for number, model in enumerate(benchmark.models):
-        gains = [gain for gain in benchmark.gains if gain.model == number]
         by_format: dict[str, list[Gain]] = {}
-        for gain in gains:
-            by_format.setdefault(benchmark.settings[gain.setting].memory_format or "", []).append(gain)
-        for faster, those in by_format.items():
-            times = sorted(gain.times for gain in those)
-            much = f"{times[0]:.2f}" if len(times) == 1 else f"{times[0]:.2f} to {times[-1]:.2f}"
+        for gain in benchmark.gains:
+            if gain.model == number:
+                by_format.setdefault(benchmark.settings[gain.setting].memory_format or "", []).append(gain)
+        for faster, gains in by_format.items():
+            times = sorted(gain.times for gain in gains)
+            factor = f"{times[0]:.2f}" if len(times) == 1 else f"{times[0]:.2f} to {times[-1]:.2f}"
             where = ""
             if len(by_format) > 1:
-                settings = (benchmark.settings[gain.setting] for gain in those)
+                settings = (benchmark.settings[gain.setting] for gain in gains)
                 where = " (" + "; ".join(", ".join(_words(setting)[:-1]) for setting in settings) + ")"
-            yield f"{model.model}: {faster} is {much} x as fast here{where}: {_HOW[faster]}."
-
-
-_LAYER_TITLES = ("Layer", "1st ms", "ms", "of 1st", "MACs", "Above MACs")
+            yield f"{model.model}: {faster} is {factor} x as fast here{where}: {_HOW[faster]}."
 
 
 def _layers_title(benchmark: Benchmark, layers: Layers) -> str:
@@ -204,44 +183,43 @@ def _layers_title(benchmark: Benchmark, layers: Layers) -> str:
     return f"{title} ({setting})"
 
 
-def _layers_table(layers: Layers, most: int) -> RenderableType:
-    columns = [(title, "right" if number else "fold") for number, title in enumerate(_LAYER_TITLES)]
-    return table(columns, [cells for cells, _ in _layer_cells(layers, most)])
+def _layers_table(layers: Layers, most: int) -> Table:
+    """Return the layers of the greatest excess, and below them the others, the rest and the sum.
 
+    A row is a name and the layers that it sums.
+    """
 
-def _layer_cells(layers: Layers, most: int) -> Iterator[tuple[list[str], bool]]:
-    """The rows of the table, each with whether it is a layer: the greatest, the others together, the rest, the sum."""
-    shown, others = layers.rows[:most], layers.rows[most:]
-    for row in shown:
-        yield _layer_row(row), True
+    def total(name: str) -> Callable[[tuple[str, Sequence[LayerRow]]], Any]:
+        return lambda row: sum(getattr(layer, name) for layer in row[1])
+
+    def of_first(own: str, first: str) -> Callable[[tuple[str, Sequence[LayerRow]]], str]:
+        return lambda row: fmt.share(total(own)(row), total(first)(row))
+
+    def in_milliseconds(seconds: float) -> str:
+        return f"{1e3 * seconds:.3f}"
+
+    columns = (
+        Column("Layer", itemgetter(0), side="fold", code=True),
+        Column("1st ms", total("first"), in_milliseconds),
+        Column("ms", total("own"), in_milliseconds),
+        Column("of 1st", of_first("own", "first")),
+        Column("MACs", of_first("macs", "first_macs")),
+        Column("Above MACs", total("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
+    )
+    others, every = layers.rows[most:], (*layers.rows, layers.rest)
+    sums = [(layers.rest.layer, [layers.rest]), ("together", every)]
     if others:
-        yield _layer_row(_sum(f"{len(others)} others", others), sum(row.excess for row in others)), False
-    yield _layer_row(layers.rest), False
-    every = (*layers.rows, layers.rest)
-    yield _layer_row(_sum("together", every), sum(row.excess for row in every)), False
-
-
-def _sum(name: str, rows: Sequence[LayerRow]) -> LayerRow:
-    first, own = sum(row.first for row in rows), sum(row.own for row in rows)
-    return LayerRow(name, first, own, sum(row.first_macs for row in rows), sum(row.macs for row in rows))
-
-
-def _layer_row(row: LayerRow, excess: float | None = None) -> list[str]:
-    above = row.excess if excess is None else excess
-    return [
-        row.layer,
-        f"{1e3 * row.first:.3f}",
-        f"{1e3 * row.own:.3f}",
-        fmt.share(row.own, row.first),
-        fmt.share(row.macs, row.first_macs),
-        f"{1e3 * above:+.3f}",
-    ]
+        sums.insert(0, (f"{len(others)} others", others))
+    return Table(columns, [(row.layer, [row]) for row in layers.rows[:most]], sums)
 
 
 def _fine_print(benchmark: Benchmark) -> list[str]:
+    inputs = list(dict.fromkeys(model.input for model in benchmark.models))
+    if len(inputs) > 1:
+        inputs = [f"{model.input} ({model.model})" for model in benchmark.models]
     cores = "" if benchmark.cores is None else f", {benchmark.cores} cores"
     lines = [
-        f"Random inputs of {_inputs(benchmark)}, {benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on "
+        f"Random inputs of {', '.join(inputs)}, {benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on "
         f"{benchmark.machine}{cores}; {', '.join(benchmark.versions)}.",
         "ms: the fastest pass. Spread: between the quartiles of the rounds. Images/s: at the median.",
     ]
@@ -260,12 +238,4 @@ def _fine_print(benchmark: Benchmark) -> list[str]:
             "Above MACs: milliseconds more than the first's time times the ratio of MACs; of several layers, the sum. "
             "The hooks that time layers take some microseconds each."
         )
-    named = [f"{model.model}: {note}." for model in benchmark.models for note in model.notes]
-    return lines + list(dict.fromkeys(named))
-
-
-def _inputs(benchmark: Benchmark) -> str:
-    sizes = dict.fromkeys(model.input for model in benchmark.models)
-    if len(sizes) == 1:
-        return next(iter(sizes))
-    return ", ".join(f"{model.input} ({model.model})" for model in benchmark.models)
+    return lines + list(dict.fromkeys(f"{model.model}: {note}." for model in benchmark.models for note in model.notes))

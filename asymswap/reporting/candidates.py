@@ -1,106 +1,117 @@
-"""The list of candidates as JSON, and as a picture."""
+"""How the candidates of a model are shown: for a terminal, and as a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from operator import attrgetter
 
-from asymswap.errors import OutputError
+from rich.console import RenderableType
+from rich.text import Text
+
 from asymswap.reporting import format as fmt
-from asymswap.reporting.drawing import svg_file
-from asymswap.reporting.layers import Bar, Column, Panel, draw_layers
-from asymswap.results.records import plain
-from asymswap.results.records import to_json as whole
+from asymswap.reporting.plots import add_legend, new_figure, picture_of
+from asymswap.reporting.tables import WIDE, Column, Table, heading, layout, paragraphs, written
+from asymswap.results.candidates import Candidates
 from asymswap.types import Candidate, Cost
 
 
-def to_json(
-    reference: str,
-    rows: Sequence[Candidate],
-    total: Cost,
-    traced_by: str,
-    about: str,
-    notes: Sequence[str],
-    warnings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Everything that is known of each conv, and the sums over the candidates."""
-    held = sum((row.site.cost for row in rows if row.reason is None), start=Cost(0, 0))
-    found = {
-        "convs": sum(row.reason is None for row in rows),
-        **plain(held),
-        "macs_share": held.macs / total.macs if total.macs else 0.0,
-        "params_share": held.params / total.params if total.params else 0.0,
-    }
-    return whole(
-        {
-            "model": reference,
-            "warnings": warnings,
-            "traced_by": traced_by,
-            "input": about,
-            "notes": notes,
-            "total": total,
-            "candidates": found,
-            "sites": [_row(row) for row in rows],
-        }
+def candidates_view(found: Candidates, width: int) -> RenderableType:
+    """Return what the candidates hold, and every conv with what `separable` would save, or why it is no candidate."""
+    rows, total = found.rows, found.total
+    share = found.held.macs / total.macs if total.macs else 0.0
+    title = _verdict(found) if rows else f"{found.reference} has no Conv2d: there is nothing to swap"
+    little = ["Little can be gained here."] if rows and share < 0.05 else []
+    fine_print = [
+        f"Model: {fmt.count(total.macs)}MACs ({fmt.count(2 * total.macs)}FLOPs), {fmt.count(total.params)} parameters, "
+        f"for {found.input}; read by {found.traced_by}."
+    ]
+    if any(row.half is not None for row in rows):
+        fine_print.append(
+            "Even at: the largest rank of a separable pair that still saves something. Half of it saves: this share of "
+            "the conv's MACs / parameters."
+            if width >= WIDE
+            else "Saves: by a separable pair of half the rank up to which one saves anything, of the conv's MACs."
+        )
+    return layout(
+        [*heading(title, found.warnings), *paragraphs(little, "yellow")],
+        [_table(found, width >= WIDE).terminal(width)] if rows else [],
+        paragraphs([*fine_print, *map(fmt.sentence, found.notes)], "dim"),
     )
 
 
-def _row(row: Candidate) -> dict[str, Any]:
-    site = plain(row.site)
-    return {
-        **site,
-        "cost": plain(row.site.cost),
-        "candidate": row.reason is None,
-        "reason": row.reason,
-        "break_even": plain(row.break_even),
-        "half": plain(row.half),
-        "kind": row.kind,
-        "becomes": plain(row.becomes),
-    }
-
-
-def check_plot_file(path: Path) -> None:
-    """Raise OutputError for an ending other than .svg."""
-    if path.suffix != ".svg":
-        raise OutputError(f"--plot {path}: the file must end in .svg")
-
-
-def to_picture(reference: str, rows: Sequence[Candidate], total: Cost) -> str:
-    """Every conv's share of the model's MACs and parameters, in order, the candidates marked, as an SVG file."""
-    kinds = list(dict.fromkeys(row.kind for row in rows if row.reason is None))
-    columns = [
-        Column(row.site.name, _lines(row, total), kinds.index(row.kind) if row.reason is None else None) for row in rows
-    ]
-    shares = [(_part(row.site.cost.macs, total.macs), _part(row.site.cost.params, total.params)) for row in rows]
-    panels = [
-        Panel(f"Share of the {what}", fmt.percent, tuple(Bar(front=share[number]) for share in shares))
-        for number, what in enumerate(("MACs", "parameters"))
-    ]
-    held = sum((row.site.cost for row in rows if row.reason is None), start=Cost(0, 0))
-    convs = sum((row.site.cost for row in rows), start=Cost(0, 0))
-    rest = total - convs
-    heading = [
-        f"{reference}: {sum(row.reason is None for row in rows)} of {len(rows)} convs are candidates",
-        f"They hold {fmt.share(held.macs, total.macs)} of the MACs and {fmt.share(held.params, total.params)} of "
-        f"the parameters; what is no conv holds {fmt.share(rest.macs, total.macs)} and "
-        f"{fmt.share(rest.params, total.params)}.",
-    ]
-    names = ["candidate" if kind == "separable" else f"candidate: {kind}" for kind in kinds]
-    return svg_file(draw_layers(columns, panels, " ".join(heading), heading, [*names, "no candidate"]))
-
-
-def _part(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
-
-
-def _lines(row: Candidate, total: Cost) -> tuple[str, ...]:
-    site = row.site
-    size = "" if site.feature_map is None else f" at {site.feature_map[0]}x{site.feature_map[1]}"
+def _verdict(found: Candidates) -> str:
+    number, total = sum(row.reason is None for row in found.rows), found.total
     return (
-        site.name,
-        f"{site.conv.describe()}{size}",
-        f"{fmt.share(site.cost.macs, total.macs)} of the MACs, {fmt.share(site.cost.params, total.params)} of the "
-        "parameters",
-        f"candidate: {row.kind}" if row.reason is None else f"no candidate: {row.reason}",
+        f"{found.reference}: {number} of {len(found.rows)} convs are candidates; they hold "
+        f"{fmt.share(found.held.macs, total.macs)} of the MACs and {fmt.share(found.held.params, total.params)} of the "
+        "parameters"
     )
+
+
+def _table(found: Candidates, wide: bool) -> Table:
+    def even_at(row: Candidate) -> int | None:
+        return None if row.break_even is None or row.becomes is not None else row.break_even.rank
+
+    def outlook(row: Candidate) -> str | Text:
+        """What could become of a conv, or why nothing."""
+        cost = row.site.cost
+        if row.becomes is not None:
+            return f"{row.kind}: costs {fmt.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
+        if row.reason is not None:
+            return written(row.reason, style="dim")
+        if row.half is None:
+            return row.kind
+        saved = cost - row.half.cost
+        text = f"rank {row.half.rank}: {fmt.share(saved.macs, cost.macs)}"
+        return text + f" / {fmt.share(saved.params, cost.params)}" * wide
+
+    pairs = any(row.half is not None for row in found.rows)
+    columns = [
+        Column("Layer", attrgetter("site.name"), side="fold"),
+        Column("Conv", lambda row: row.site.conv.describe(), side="left"),
+        Column("MACs", attrgetter("site.cost.macs"), fmt.count),
+        Column("Share", lambda row: fmt.share(row.site.cost.macs, found.total.macs)),
+        Column("Params", attrgetter("site.cost.params"), fmt.count, least=WIDE),
+        Column("Map", attrgetter("site.feature_map"), fmt.extent, least=WIDE),
+        Column("Even at", even_at, least=WIDE),
+        Column(("Half of it saves" if wide else "Saves") if pairs else "Becomes", lambda row: row, outlook, "fold"),
+    ]
+    return Table(columns, found.rows)
+
+
+def draw(found: Candidates, form: str = "svg") -> bytes:
+    """Draw every conv's share of the model's MACs and parameters, in order, the kinds told apart; needs matplotlib.
+
+    What is no candidate is grey.
+    """
+    rows, total = found.rows, found.total
+    rest = total - sum((row.site.cost for row in rows), start=Cost(0, 0))
+    kinds = list(dict.fromkeys(row.kind for row in rows if row.reason is None))
+    series = [
+        ("candidate" if kind == "separable" else f"candidate: {kind}", f"C{number}", _HATCHES[number % len(_HATCHES)])
+        for number, kind in enumerate(kinds)
+    ]
+    series.append(("no candidate", "0.6", ""))
+    numbers = [kinds.index(row.kind) if row.reason is None else len(kinds) for row in rows]
+
+    figure = new_figure(min(60.0, max(7.2, 1.5 + 0.16 * len(rows))), 6.4)
+    upper, lower = figure.subplots(2, sharex=True)
+    for axes, what, title in ((upper, "macs", "MACs"), (lower, "params", "parameters")):
+        whole = getattr(total, what) or 1
+        named = []
+        for number, (name, colour, hatch) in enumerate(series):
+            places = [place for place, one in enumerate(numbers) if one == number]
+            shares = [100 * getattr(rows[place].site.cost, what) / whole for place in places]
+            named.append((axes.bar(places, shares, color=colour, hatch=hatch, edgecolor="white", linewidth=0), name))
+        axes.set_ylabel(f"share of the {title} in %")
+        axes.grid(axis="y", alpha=0.3)
+    add_legend(upper, named, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    names = [fmt.clean(row.site.name) for row in rows]
+    lower.set_xticks(range(len(rows)), names, rotation=90, fontsize=7, parse_math=False)
+    lower.set_xlim(-0.6, max(len(rows), 1) - 0.4)
+    no_conv = f"what is no conv holds {fmt.share(rest.macs, total.macs)} and {fmt.share(rest.params, total.params)}"
+    figure.suptitle(fmt.clean(f"{_verdict(found)};\n{no_conv}"), parse_math=False, fontsize=9)
+    return picture_of(figure, form)
+
+
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
+"""Kinds differ in these as well as in their colours."""

@@ -1,40 +1,35 @@
-"""What a training run has come to: numbers and text, and how they are shown, at its end and line by line."""
+"""How a training run is shown, at its end and line by line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from operator import itemgetter
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.terminal import table, written
+from asymswap.reporting.tables import Column, Table, heading, layout, paragraphs
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
 
 
 def training_view(report: TrainingReport) -> RenderableType:
-    """Scores before and after, what was trained on what, and the files."""
-    parts: list[RenderableType] = [written(_title(report), style="bold")]
-    parts += [*(written(fmt.sentence(line), style="yellow") for line in report.warnings), Text("")]
-    if report.before is not None and report.best is not None and report.last is not None:
-        columns = [("on validation images", "left"), ("before", "right"), ("kept", "right"), ("last epoch", "right")]
-        scores = (report.before, report.best, report.last)
-        rows: list[Sequence[str]] = [
-            ("top-1", *(f"{100 * one.top1:.2f} %" for one in scores)),
-            ("loss", *(f"{one.loss:.4f}" for one in scores)),
-        ]
-        parts += [table(columns, rows), Text("")]
-    parts += [written(line, style="dim") for line in _fine_print(report)]
-    return Group(*parts)
-
-
-def _title(report: TrainingReport) -> str:
+    """Return scores before and after, what was trained on what, and the files."""
     kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
-    return f"{report.model}: trained for {_count(report.epochs, 'epoch')}, {_count(report.steps, 'step')}; {kept}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
+    tables = []
+    if report.before is not None and report.best is not None and report.last is not None:
+        scores = (report.before, report.best, report.last)
+        columns = [Column("on validation images", itemgetter(0), side="left")]
+        columns += [
+            Column(title, itemgetter(number)) for number, title in enumerate(("before", "kept", "last epoch"), start=1)
+        ]
+        top1 = ("top-1", *(fmt.accuracy(one.top1) for one in scores))
+        loss = ("loss", *(f"{one.loss:.4f}" for one in scores))
+        tables.append(Table(columns, (top1, loss)).terminal())
+    return layout(
+        heading(f"{report.model}: trained for {length}; {kept}", report.warnings),
+        tables,
+        paragraphs(_fine_print(report), "dim"),
+    )
 
 
 def _fine_print(report: TrainingReport) -> list[str]:
@@ -56,7 +51,7 @@ def _fine_print(report: TrainingReport) -> list[str]:
 
 
 def epoch_line(row: EpochRow, epochs: int) -> str:
-    """One epoch in a line of 80 columns."""
+    """Return one epoch as a line of 80 columns."""
     text = f"epoch {row.epoch}/{epochs}: loss {row.train.loss:.4f}, top-1 {100 * row.train.top1:.1f} %"
     if row.validation is not None:
         text += f"; validation {100 * row.validation.top1:.2f} %{' (best)' if row.best else ''}"
@@ -65,5 +60,5 @@ def epoch_line(row: EpochRow, epochs: int) -> str:
 
 
 def step_words(row: StepRow) -> str:
-    """How the epoch goes, in a few words."""
+    """Return how the epoch goes, in a few words."""
     return f"loss {row.train.loss:.3f}  top-1 {100 * row.train.top1:.1f} %  {row.images_per_second:.0f} img/s"

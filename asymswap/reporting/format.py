@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from asymswap.errors import visible
-from asymswap.results.convert import LatencyRow, Report, SiteRow
+from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
 from asymswap.types import Fed, Ratio
 
 
@@ -30,33 +29,45 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def time_share(ratio: Ratio | None) -> str:
+def accuracy(fraction: float) -> str:
+    """An accuracy as a percentage with two digits."""
+    return f"{100 * fraction:.2f} %"
+
+
+def plural(number: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def time_share(ratio: Ratio) -> str:
     """A ratio of times as a percentage, with a question mark where it cannot be told from 1."""
-    return "-" if ratio is None else percent(ratio.value) + (" ?" if not ratio.told else "")
+    return percent(ratio.value) + (" ?" if not ratio.told else "")
 
 
 def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str]:
-    """What ratios of times to that of the model `first` do not tell; each is given with what it is the time of."""
-    vague: list[str] = []
-    untold: list[str] = []
+    """Say which times, each given with its name and its ratio to the time of `first`, cannot be told from that."""
+    noisy: list[str] = []
+    equal: list[str] = []
     surety = ""
-    for who, ratio in measured:
-        surety = surety if ratio is None else confidence(ratio)
-        if ratio is not None and (ratio.vague or not ratio.told):
-            (vague if ratio.vague else untold).append(f"{who} {ratio.low:.2f} to {ratio.high:.2f}")
+    for name, ratio in measured:
+        if ratio is None:
+            continue
+        surety = confidence(ratio)
+        if ratio.vague or not ratio.told:
+            (noisy if ratio.vague else equal).append(f"{name} {ratio.low:.2f} to {ratio.high:.2f}")
     lines = []
-    if vague:
+    if noisy:
         lines.append(
             f"The machine was too busy to tell times to within 5 %; more rounds would, or a quiet machine. Of the time "
-            f"of {first}, with {surety} confidence: {'; '.join(vague)}."
+            f"of {first}, with {surety} confidence: {'; '.join(noisy)}."
         )
-    if untold:
-        lines.append(f"Not told from {first}, or within 2 % of its time ({surety} confidence): {'; '.join(untold)}.")
+    if equal:
+        lines.append(f"Not told from {first}, or within 2 % of its time ({surety} confidence): {'; '.join(equal)}.")
     return lines
 
 
 def confidence(ratio: Ratio) -> str:
-    """How surely a ratio's interval holds the truth."""
+    """The confidence of a ratio's interval."""
     return f"{100 * ratio.confidence:.0f} %"
 
 
@@ -77,17 +88,30 @@ def error(value: float | None) -> str:
     return f"{value:.0e}" if value < 1e-3 else percent(value)
 
 
-def size(value: int) -> str:
+def size(value: float) -> str:
     """Bytes with a unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= scale:
             return f"{value / scale:.1f} {unit}"
-    return f"{value} B"
+    return f"{value:.0f} B"
+
+
+def extent(pixels: tuple[int, int]) -> str:
+    """A size in pixels: `56x56`."""
+    return "x".join(map(str, pixels))
 
 
 def sentence(note: str) -> str:
     """A note, which begins small and ends without a full stop, as a sentence."""
     return f"{note[:1].upper()}{note[1:]}" + "." * (not note.endswith("?"))
+
+
+_UNCLEAN = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
+
+
+def clean(text: str) -> str:
+    """The text without characters that XML forbids or that reorder what is read; names come from anybody's files."""
+    return _UNCLEAN.sub("\ufffd", text)
 
 
 _MARKUP = re.compile(r"[\\`*\[]|<(?=[A-Za-z/!?])")
@@ -96,7 +120,7 @@ _MARKUP = re.compile(r"[\\`*\[]|<(?=[A-Za-z/!?])")
 def markdown_text(text: str) -> str:
     """Text as Markdown that shows just it, in one line; names and reasons may come from anybody's file.
 
-    A `<` that begins no tag stays as it is. A `|` matters in tables alone, and `markdown_table` sees to it.
+    A `<` that begins no tag stays as it is. A `|` matters in tables alone, which escape it.
     """
     return _MARKUP.sub(r"\\\g<0>", visible(" ".join(text.split())))
 
@@ -105,11 +129,6 @@ def markdown_code(text: str) -> str:
     """A name as code in Markdown, or as plain text where code could not hold it: nothing can be escaped in there."""
     shown = visible(" ".join(text.split()))
     return markdown_text(text) if not shown or set(shown) & set("`\\") else f"`{shown}`"
-
-
-def markdown_table(lines: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of cells in Markdown, the second of which says how columns are aligned, as a table in Markdown."""
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -127,23 +146,6 @@ def settings(values: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def latency(row: LatencyRow) -> list[str]:
-    """How latency was measured, and what came of it beside the figures."""
-    threads = f"{row.threads} thread" + "s" * (row.threads != 1)
-    lines = [
-        f"Latency: batch {row.batch}, {row.memory_format}, {threads} of {row.machine}; both networks in turn, the "
-        "minimum of all rounds."
-    ]
-    if row.undone:
-        lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(row.undone)}.")
-    if row.wanted is not None and row.after > row.wanted * row.before:
-        lines.append(
-            f"The latency measured is above the budget of {row.wanted:g}: the machine is noisy, or the convs matched "
-            "cannot bring it about."
-        )
-    return lines
-
-
 _KNOWN_FROM = {
     "given": "given",
     "weights": "as the weights say",
@@ -156,7 +158,7 @@ _KNOWN_FROM = {
 
 
 def fed(row: Fed) -> str:
-    """What images become before a network sees them, and where it is known from, in one phrase."""
+    """How images are preprocessed before a network sees them, and where that is known from."""
     if row.resize is None:
         how = f"images resized to it ({row.interpolation})"
     else:
@@ -175,7 +177,7 @@ def fed(row: Fed) -> str:
 
 
 def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
-    """Sentences of what models are fed; those that are fed alike share one."""
+    """Sentences on how images are preprocessed for models; models that share it share a sentence."""
     models: dict[str, list[str]] = {}
     for name, row in rows:
         if row is not None:
@@ -183,30 +185,3 @@ def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
     if len(models) == 1:
         return [f"Fed: {text}." for text in models]
     return [f"Fed to {', '.join(names)}: {text}." for text, names in models.items()]
-
-
-def first_lines(report: Report) -> list[str]:
-    """What to read before any figure: the warnings, and that nothing was swapped, with the command that tells why."""
-    lines = [sentence(warning) for warning in report.warnings]
-    if report.swapped:
-        return lines
-    if not report.sites:
-        return [*lines, f"Nothing was swapped: {report.model.reference} has no Conv2d."]
-    command = f"`asymswap candidates {report.model.reference}`"
-    return [*lines, f"Nothing was swapped; {command} tells what each conv would save."]
-
-
-def kept(rows: Iterable[SiteRow]) -> list[str]:
-    """Why sites were kept, and how many for each reason, the commonest first; up to three are named."""
-    sites: dict[str, list[str]] = {}
-    for row in rows:
-        if row.action == "keep":
-            sites.setdefault(row.reason, []).append(row.site)
-    found = sorted(sites.items(), key=lambda item: -len(item[1]))
-    return [f"{_some(names)}: {reason}" for reason, names in found]
-
-
-def _some(names: Sequence[str]) -> str:
-    """`3 convs`, with their names where they are few."""
-    told = f"{len(names)} {'conv' if len(names) == 1 else 'convs'}"
-    return told + f" ({', '.join(names)})" * (len(names) <= 3)

@@ -1,74 +1,70 @@
-"""What each budget costs in accuracy: the points of a sweep, what they advise, and how they are shown."""
+"""How a sweep over budgets is shown: what each budget costs in accuracy, and what the curve advises."""
 
 from __future__ import annotations
 
 import base64
 import re
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.drawing import clean
-from asymswap.reporting.figures import legend_of, new_figure, picture_of
-from asymswap.reporting.pages import render
-from asymswap.reporting.terminal import table, written
-from asymswap.results.sweep import Point, Tradeoff, _cost
-
-COLUMNS = (
-    ("Recipe", "fold"),
-    ("Budget", "right"),
-    ("MACs", "right"),
-    ("Parameters", "right"),
-    ("Top-1", "right"),
-    ("Change", "right"),
-    ("", "left"),
-)
+from asymswap.reporting.html import render
+from asymswap.reporting.plots import add_legend, new_figure, picture_of
+from asymswap.reporting.tables import Column, Table, heading, layout, paragraphs
+from asymswap.results.sweep import Point, Tradeoff
+from asymswap.types import Cost
 
 
-def sweep_rows(sweep: Tradeoff) -> list[list[str]]:
-    """The network as it was and every point, as text; the last cell marks the front and what is advised."""
-    first = ["unchanged", "-", fmt.count(sweep.before.macs), fmt.count(sweep.before.params)]
-    rows = [[*first, fmt.percent(sweep.accuracy), "-", ""]]
-    for point in sweep.points:
-        if point.cost is None or point.accuracy is None:
-            rows.append([point.recipe, f"{point.budget:g}", "-", "-", "-", "-", "not met"])
-            continue
-        mark = "advised" if point == sweep.advised else ("front" if point in sweep.front else "")
-        cost = point.cost
-        rows.append(
-            [
-                point.recipe,
-                f"{point.budget:g}",
-                f"{fmt.count(cost.macs)} ({fmt.share(cost.macs, sweep.before.macs)})",
-                f"{fmt.count(cost.params)} ({fmt.share(cost.params, sweep.before.params)})",
-                fmt.percent(point.accuracy),
-                f"{100 * (point.accuracy - sweep.accuracy):+.2f}",
-                mark,
-            ]
-        )
-    return rows
+def _table(sweep: Tradeoff) -> Table:
+    """Return the table of the network as it was and of every point; the last cell marks the front and the advice."""
+    unchanged = Point("unchanged", 1.0, sweep.before, sweep.accuracy)
+
+    def mark(point: Point) -> str:
+        if point.failed is not None:
+            return "not met"
+        return "advised" if point == sweep.advised else "front" if point in sweep.front else ""
+
+    def cost(name: str) -> Any:
+        value = attrgetter(name)
+
+        def text(point: Point) -> str | None:
+            if point.cost is None:
+                return None
+            left = "" if point is unchanged else f" ({fmt.share(value(point.cost), value(sweep.before))})"
+            return fmt.count(value(point.cost)) + left
+
+        return text
+
+    def change(point: Point) -> float | None:
+        return None if point is unchanged or point.accuracy is None else 100 * (point.accuracy - sweep.accuracy)
+
+    columns = (
+        Column("Recipe", attrgetter("recipe"), side="fold"),
+        Column("Budget", lambda point: None if point is unchanged else point.budget, "{:g}".format),
+        Column("MACs", cost("macs")),
+        Column("Parameters", cost("params")),
+        Column("Top-1", attrgetter("accuracy"), fmt.percent),
+        Column("Change", change, "{:+.2f}".format),
+        Column("Note", mark, side="left"),
+    )
+    return Table(columns, [unchanged, *sweep.points])
 
 
 def fine_print(sweep: Tradeoff) -> list[str]:
-    """How the figures came about, and which budgets could not be met."""
+    """Return how the figures came about, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
     lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
-    return lines + _failures(sweep)
-
-
-def _failures(sweep: Tradeoff) -> list[str]:
-    """Why budgets were not met; those of a recipe for which the reason differs in its figures alone share a line."""
-    groups: dict[tuple[str, str], list[Point]] = {}
+    # Budgets of a recipe that were not met for reasons that differ in their figures alone share a line.
+    failed: dict[tuple[str, str], list[Point]] = {}
     for point in sweep.points:
         if point.failed is not None:
-            groups.setdefault((point.recipe, re.sub(r"\d[\d.]*", "", point.failed)), []).append(point)
-    lines = []
-    for (recipe, _), points in groups.items():
+            failed.setdefault((point.recipe, re.sub(r"\d[\d.]*", "", point.failed)), []).append(point)
+    for (recipe, _), points in failed.items():
         *most, last = [f"{point.budget:g}" for point in points]
         budgets = f"{', '.join(most)} and {last}" if most else last
         lines.append(f"{recipe} at {budgets}: {points[0].failed}.")
@@ -76,59 +72,54 @@ def _failures(sweep: Tradeoff) -> list[str]:
 
 
 def sweep_view(sweep: Tradeoff) -> RenderableType:
-    """The table for a terminal, the advice first."""
+    """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
-    return Group(
-        written(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", style="bold"),
-        *(written(fmt.sentence(line), style="yellow") for line in sweep.warnings),
-        Text(""),
-        table(COLUMNS, sweep_rows(sweep)),
-        Text(""),
-        *(written(line, style="dim") for line in fine_print(sweep)),
+    return layout(
+        heading(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", sweep.warnings),
+        [_table(sweep).terminal()],
+        paragraphs(fine_print(sweep), "dim"),
     )
 
 
 def to_markdown(sweep: Tradeoff) -> str:
-    """The table in Markdown."""
-    text = fmt.markdown_text
-    head = [title or "note" for title, _ in COLUMNS]
-    sides = ["---" if side in ("left", "fold") else "---:" for _, side in COLUMNS]
+    """Return the advice, the table and the fine print."""
     lines = [
-        f"# {text(sweep.model)}: accuracy over budgets",
+        f"# {fmt.markdown_text(sweep.model)}: accuracy over budgets",
         "",
-        *(line for warning in sweep.warnings for line in (f"**{text(fmt.sentence(warning))}**", "")),
-        text(sweep.advice()),
+        *(f"**{fmt.markdown_text(fmt.sentence(line))}**\n" for line in sweep.warnings),
+        fmt.markdown_text(sweep.advice()),
         "",
-        *fmt.markdown_table([head, sides, *(list(map(text, row)) for row in sweep_rows(sweep))]),
+        *_table(sweep).markdown(),
         "",
-        *(f"- {text(line)}" for line in fine_print(sweep)),
+        *(f"- {fmt.markdown_text(line)}" for line in fine_print(sweep)),
         "",
     ]
     return "\n".join(lines)
 
 
 def to_html(sweep: Tradeoff) -> str:
-    """The advice, the curve and the table as one page that needs nothing beside it; needs matplotlib."""
-    picture = "data:image/svg+xml;base64," + base64.b64encode(draw(sweep, "svg")).decode()
+    """Return the advice, the curve and the table as one page that needs nothing beside it; needs matplotlib."""
     return render(
         "sweep.html.j2",
         sweep=sweep,
-        picture=picture,
-        columns=COLUMNS,
-        rows=sweep_rows(sweep),
+        picture="data:image/svg+xml;base64," + base64.b64encode(draw(sweep, "svg")).decode(),
+        table=_table(sweep),
         lines=fine_print(sweep),
         warnings=[fmt.sentence(line) for line in sweep.warnings],
     )
 
 
 def draw(sweep: Tradeoff, form: str) -> bytes:
-    """The curve of each recipe, the Pareto front and the advice, as an SVG or PNG picture; needs matplotlib."""
+    """Draw the curve of each recipe, the Pareto front and the advice, as an SVG or PNG file; needs matplotlib."""
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
     named = []
     for number, recipe in enumerate(dict.fromkeys(point.recipe for point in sweep.measured)):
-        points = [point for point in sweep.measured if point.recipe == recipe]
-        named.append((_draw_recipe(axes, sweep, points, number), recipe))
+        places = _places(sweep, [point for point in sweep.measured if point.recipe == recipe])
+        # Each thinner than the one before: where recipes give the same, all of them are seen.
+        thick = 1.5 + 2.5 / (1 + 2 * number)
+        line = {"marker": "os^Dv<>"[number % 7], "markersize": 2.5 * thick, "linewidth": thick - 1}
+        named.append((axes.plot(*places, **line)[0], recipe))
     across = axes.get_yaxis_transform()
     for top, text, style, side in (
         (sweep.accuracy, "unchanged", "-", "bottom"),
@@ -137,33 +128,30 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         axes.axhline(100 * top, color="0.4", linewidth=1, linestyle=style)
         axes.text(0.01, 100 * top, text, transform=across, color="0.3", va=side)
     if sweep.advised is not None:
-        at = (sweep.share(_cost(sweep.advised)), 100 * (sweep.advised.accuracy or 0.0))
-        axes.plot(*at, marker="o", markersize=13, markerfacecolor="none", markeredgecolor="black", linestyle="")
+        ((share,), (top,)) = _places(sweep, [sweep.advised])
+        ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black"}
+        axes.plot(share, top, linestyle="", **ring)
         # The words stand below the curve, which falls to the left; they need room on the right, and ground of their own
         # where it rises again.
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
         words_at = {"textcoords": "offset points", "xytext": (4, -32)}
-        axes.annotate(f"advised: {sweep.advised.budget:g}", at, bbox=ground, zorder=9, **words_at)
+        axes.annotate(f"advised: {sweep.advised.budget:g}", (share, top), bbox=ground, zorder=9, **words_at)
         left, right = axes.get_xlim()
-        axes.set_xlim(left, max(right, at[0] + 0.25 * (right - left)))
+        axes.set_xlim(left, max(right, share + 0.25 * (right - left)))
     if len(sweep.front) > 1:
-        shares = [sweep.share(_cost(point)) for point in sweep.front]
-        tops = [100 * (point.accuracy or 0.0) for point in sweep.front]
-        (front,) = axes.plot(shares, tops, color="0.75", linewidth=6, alpha=0.6, zorder=0)
+        (front,) = axes.plot(*_places(sweep, sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
     axes.set_xlabel(f"{'MACs' if sweep.measure == 'macs' else 'parameters'} left, as a fraction")
     axes.set_ylabel("top-1 accuracy in %")
-    axes.set_title(clean(sweep.model), parse_math=False)
+    axes.set_title(fmt.clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)
     if named:
-        legend_of(axes, named, "lower right")
+        add_legend(axes, named, loc="lower right")
     return picture_of(figure, form)
 
 
-def _draw_recipe(axes: Any, sweep: Tradeoff, points: Sequence[Point], number: int) -> Any:
-    shares = [sweep.share(_cost(point)) for point in points]
-    tops = [100 * (point.accuracy or 0.0) for point in points]
-    # Each thinner than the one before: where recipes come to the same, all of them are seen.
-    thick = 1.5 + 2.5 / (1 + 2 * number)
-    (line,) = axes.plot(shares, tops, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1)
-    return line
+def _places(sweep: Tradeoff, points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """Return where measured points stand: what is left of the cost, and the accuracy in per cent."""
+    return [sweep.share(point.cost or Cost(0, 0)) for point in points], [
+        100 * (point.accuracy or 0.0) for point in points
+    ]

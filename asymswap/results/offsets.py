@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from asymswap.results import records
 from asymswap.types import Fed, Size
 
 STILL = 0.05
@@ -38,7 +40,7 @@ class OffsetRow:
 
     @property
     def still(self) -> bool:
-        """Whether no tap has gone anywhere."""
+        """True if no tap has moved."""
         return self.largest < STILL
 
 
@@ -51,3 +53,9 @@ class OffsetReport:
     probe: str
     fed: Fed | None = None
     warnings: tuple[str, ...] = ()
+
+
+def to_json(report: OffsetReport) -> dict[str, Any]:
+    """Return everything as plain data, with what follows from it."""
+    rows = [{**records.plain(row), "average": row.average, "still": row.still} for row in report.rows]
+    return records.to_json(report, rows=rows)

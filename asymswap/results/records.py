@@ -1,24 +1,30 @@
-"""Records as plain data."""
+"""Results as plain data, and what a checkpoint tells of the conversion that made it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from asymswap.errors import CheckpointError
+from asymswap.results.convert import Report
+from asymswap.results.fuse import FusionRow
 from asymswap.types import Cost
 
 SCHEMA = 1
 
+T = TypeVar("T")
+
 
 def to_json(report: Any, **more: Any) -> dict[str, Any]:
-    """What a command has to say as plain data, with the number of its form; `more` is what follows from it."""
+    """Return a result as plain data, with the number of its form; `more` is what follows from it."""
     return {"schema": SCHEMA, **plain(report), **more}
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs.
+    """Return dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs.
 
     A number that is infinite or undefined, such as a change relative to an output of zeros, is None: JSON has no word
     for it, and writes null.
@@ -32,3 +38,50 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a file was made: the recipe's text, what was changed of it, the command line, versions, and what was fused.
+
+    `command` is empty where the conversion was asked for from Python.
+    """
+
+    recipe: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    command: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[FusionRow, ...] = ()
+
+
+def read_provenance(stored: Mapping[str, Any], label: str) -> Provenance:
+    """Return how the file was made; `label` names it. Raises CheckpointError where the provenance is damaged."""
+    known = {key: stored[key] for key in ("recipe", "overrides", "seed", "command", "versions") if key in stored}
+    if isinstance(stored.get("fused"), Mapping):
+        known["fused"] = stored["fused"].get("sites", [])
+    return _checked(Provenance, known, label)
+
+
+def read_report(stored: Mapping[str, Any], label: str) -> Report:
+    """Return the report in a provenance; raises CheckpointError where there is none, or it is damaged."""
+    if "report" not in stored:
+        raise CheckpointError(f"{label} holds no report; convert the model again to have one")
+    report = stored["report"]
+    output = report.get("output") if isinstance(report, Mapping) else None
+    if isinstance(output, Mapping):
+        # The change of the output has no None: null is a number that JSON has none for.
+        undefined = {key: math.nan for key in ("relative", "largest") if output.get(key, 0) is None}
+        report = {**report, "output": {**output, **undefined}}
+    return _checked(Report, report, label)
+
+
+def _checked(form: type[T], data: Any, label: str) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(form).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{label} has a damaged {form.__name__.lower()}: {where}: {first['msg']}") from None

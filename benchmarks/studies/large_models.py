@@ -67,7 +67,7 @@ SOURCES: dict[str, list[str]] = {
 """Arguments of `asymswap convert` besides the recipe."""
 LAST = "asymswap checkpoint"
 
-IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.terminal"
+IMPORTS = "import torch, torchvision, asymswap.api.convert, asymswap.cli.main, asymswap.reporting.convert"
 
 COLUMNS = ["model", "source", "weights MB", "seconds", "loading", "solving", "peak MB", "x weights", "target"]
 

@@ -223,7 +223,7 @@ class TestViews:
     def test_markdown_is_a_table_with_everything(self) -> None:
         lines = comparison_to_markdown(made()).splitlines()
         assert lines[0] == (
-            "| Model | MACs | of 1st | Params | of 1st | Weights | File | ms (minimum) | ms (median) | of 1st | Output "
+            "| Model | MACs | of 1st | Params | of 1st | Weights | File | ms | Median | of 1st | Output "
             "| Agree | Top-1 |"
         )
         assert lines[2].startswith(

@@ -15,7 +15,7 @@ from asymswap.results.convert import (
     Report,
     SiteRow,
 )
-from asymswap.results.provenance import Making
+from asymswap.results.records import Provenance
 from asymswap.types import Cost
 
 
@@ -45,9 +45,9 @@ def site(number: int, **changes: Any) -> SiteRow:
 def kept(number: int, reason: str = "a 1x1 kernel has nothing to separate", **changes: Any) -> SiteRow:
     """The row of a conv that stays."""
     cost = Cost(3_000_000 + 10 * number, 4_096)
+    changes.setdefault("site", f"layer{1 + number // 8}.{number % 8}.conv1")
     return site(
         number,
-        site=f"layer{1 + number // 8}.{number % 8}.conv1",
         conv="256->64 1x1",
         action="keep",
         kind=None,
@@ -96,7 +96,7 @@ def report(*rows: SiteRow, rest: Cost = REST, **changes: Any) -> Report:
     return replace(whole, **changes)
 
 
-MAKING = Making(
+PROVENANCE = Provenance(
     recipe='summary = "half"\n\n[[rules]]\nmatch = { kernel = "3x3" }\n',
     overrides={"budget.macs": 0.5},
     seed=0,

@@ -165,5 +165,11 @@ def test_markdown_is_one_table_of_everything() -> None:
     assert "| 12.0 | 13.2 | 1.0 % | 75.8 | 60.0 % | 58.0 to 62.0 | 50.0 % | - |" in lines[3]
     assert lines[6].endswith("| ONNX Runtime | 8 | 1 | - | 100 | 110 | 1.0 % | 9.09 | 100.0 % | - | 100.0 % | 12.3 |")
     text = "\n".join(lines)
-    for words in ("cannot express", "| `layer1.0.conv1` |", "| together |", "- Random inputs of 3x8x8", ": a note."):
+    for words in (
+        "cannot express",
+        "| `layer1.0.conv1` |",
+        "| **together** |",
+        "- Random inputs of 3x8x8",
+        ": a note.",
+    ):
         assert words in text

@@ -13,15 +13,13 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_reports import MAKING, kept, like_resnet50, report, site
+from made_reports import PROVENANCE, kept, like_resnet50, report, site
 
 from asymswap.errors import CheckpointError
-from asymswap.reporting.html import to_html
-from asymswap.reporting.provenance import read_making, read_report
+from asymswap.reporting.convert import to_html
 from asymswap.results.convert import OutputChange, Report
 from asymswap.results.fuse import FusionRow
-from asymswap.results.provenance import Making
-from asymswap.results.records import to_json
+from asymswap.results.records import Provenance, read_provenance, read_report, to_json
 from asymswap.types import Cost
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
@@ -81,8 +79,8 @@ class Page(HTMLParser):
         self._open[-1].pieces.append(data)
 
 
-def page(told: Report, making: Making = MAKING) -> Tag:
-    return Page(to_html(told, making)).root
+def page(told: Report, provenance: Provenance = PROVENANCE) -> Tag:
+    return Page(to_html(told, provenance)).root
 
 
 def headings(tree: Tag) -> list[str]:
@@ -115,17 +113,17 @@ class TestRows:
         rows = table(page(MIXED)).all("tbody")[0].all("tr")
         assert [row.all("th")[0].text for row in rows] == [row.site for row in MIXED.sites]
         for shown, row in zip(rows, MIXED.sites, strict=True):
-            values = [cell.attributes.get("data-value") for cell in shown.all("td", class_="number")]
+            values = [cell.attributes.get("data-value") for cell in shown.all("td", class_="right")]
             costs = [row.before.macs, row.after.macs, row.before.params, row.after.params]
             errors = [row.predicted_error, row.kernel_error, row.output_error]
-            assert values[2:] == [*map(str, costs), *("" if error is None else str(error) for error in errors)]
-            assert (shown.attributes["data-action"], shown.attributes["data-kind"]) == (row.action, row.kind or "kept")
+            expected = [*map(str, costs), *("" if error is None else str(error) for error in errors)]
+            assert values[2:] == expected  # behind the place and the calls
 
     def test_the_totals_are_those_of_the_rows(self) -> None:
         found = table(page(MIXED))
         columns = zip(
             *(
-                [float(c.attributes["data-value"]) for c in row.all("td", class_="number")[2:6]]
+                [float(c.attributes["data-value"]) for c in row.all("td", class_="right")[2:6]]
                 for row in found.all("tbody")[0].all("tr")
             ),
             strict=True,
@@ -133,7 +131,7 @@ class TestRows:
         rest = [MIXED.rest.macs, MIXED.rest.macs, MIXED.rest.params, MIXED.rest.params]
         total = [MIXED.before.macs, MIXED.after.macs, MIXED.before.params, MIXED.after.params]
         assert [sum(column) + more for column, more in zip(columns, rest, strict=True)] == total
-        assert [c.text for c in found.all("tr", class_="total")[0].all("td", class_="number")] == [
+        assert [c.text for c in found.all("tr", class_="total")[0].all("td", class_="right") if c.text] == [
             "28 M",
             "18 M",
             "2.13 M",
@@ -145,15 +143,17 @@ class TestRows:
         assert len(opened) == len(MIXED.sites)
         assert "rank5" in opened[0].text
         assert "horizontal" not in opened[0].text
-        assert opened[1].all("summary")[0].text == "a 1x1 kernel has nothing to separate"
+        assert opened[1].all("summary")[0].text == " kept: a 1x1 kernel has nothing to separate-"
 
     def test_kinds_are_told_by_text_and_by_shape(self) -> None:
         rows = table(page(MIXED)).all("tbody")[0].all("tr")
-        done = [row.all("td", class_="done")[0] for row in rows]
-        assert [cell.text for cell in done] == ["separable", "kept", "acb", "kept"]
-        assert [cell.all("svg")[0].children[0].name for cell in done] == ["circle", "rect", "polygon", "rect"]
+        done = [row.all("summary")[0] for row in rows]
+        assert [cell.pieces[0].split(":")[0].strip() for cell in done] == ["separable", "kept", "acb", "kept"]
+        marks = [cell.all("span")[0] for cell in done]
+        assert [mark.text for mark in marks] == ["●", "-", "■", "-"]
+        assert [mark.attributes["class"] for mark in marks] == ["kind0", "kept", "kind1", "kept"]
         options = [option.attributes["value"] for option in page(MIXED).all("option")]
-        assert options == ["", "swap", "keep", "kind:separable", "kind:acb"]
+        assert options == ["", "swapped", "separable", "acb", "kept"]
 
     def test_markup_for_those_who_listen(self) -> None:
         tree = page(like_resnet50())
@@ -169,55 +169,72 @@ class TestRows:
         assert levels.count(1) == 1
 
 
+def lengths(tag: Tag) -> list[dict[str, int]]:
+    """The length of each bar in a tag by its first class: the number behind `w` or `h` in the second."""
+    return [{css: int(length[1:])} for css, length in (bar.attributes["class"].split() for bar in tag.all("i"))]
+
+
 class TestFigures:
     def test_bars_are_as_long_as_the_numbers(self) -> None:
         told = report(site(0))
-        pairs = page(told).all("svg", class_="pair")
-        for picture, before, after in (
+        pairs = page(told).all("div", class_="pair")
+        for pair, before, after in (
             (pairs[0], told.before.macs, told.after.macs),
             (pairs[1], told.before.params, told.after.params),
             (pairs[2], *told.weights_bytes),
             (pairs[3], 0.0262, 0.0193),
         ):
-            widths = [float(bar.attributes["width"]) for bar in picture.all("rect")]
-            assert widths == pytest.approx([100, 100 * after / before], abs=0.01)
+            assert lengths(pair) == [{"before": 100}, {"after": round(100 * after / before)}]
 
     def test_accuracy_is_drawn_of_the_whole(self) -> None:
-        bars = page(report(site(0))).all("svg", class_="pair")[4].all("rect")
-        assert [float(bar.attributes["width"]) for bar in bars] == [87.8, 86.7]
+        assert lengths(page(report(site(0))).all("div", class_="pair")[4]) == [{"before": 88}, {"after": 87}]
 
     def test_what_has_grown_is_drawn_longer(self) -> None:
         told = report(site(0, after=Cost(20_000_000, 80_000)), rest=Cost(0, 0))
-        first = page(told).all("svg", class_="pair")[0]
-        assert [float(bar.attributes["width"]) for bar in first.all("rect")] == [50, 100]
+        assert lengths(page(told).all("div", class_="pair")[0]) == [{"before": 50}, {"after": 100}]
         assert "MACs100.0 % more" in "".join(page(told).all("li", class_="figure")[0].text.split("\n"))
 
 
 class TestPicture:
     def test_columns_are_as_high_as_the_costs(self) -> None:
-        (picture,) = page(MIXED).all("svg", class_="layers")
-        columns = picture.all("g", class_="column")
-        assert [column.all("title")[0].text.split("\n")[0] for column in columns] == [row.site for row in MIXED.sites]
-        heights = [[float(bar.attributes["height"]) for bar in column.all("rect")[1:]] for column in columns]
-        macs = [row.before.macs for row in MIXED.sites]
-        # The tallest bar of the first panel sets the scale; the others follow it.
-        scale = heights[0][0] / macs[0]
-        assert heights[0][1] == pytest.approx(scale * MIXED.sites[0].after.macs, abs=0.01)
-        assert heights[1][0] == pytest.approx(scale * macs[1], abs=0.01)
-        params = heights[0][2] / MIXED.sites[0].before.params
-        assert heights[0][3] == pytest.approx(params * MIXED.sites[0].after.params, abs=0.01)
-        assert heights[1][1] == pytest.approx(params * MIXED.sites[1].before.params, abs=0.01)
+        tree = page(MIXED)
+        layers = tree.all("a", class_="layer")
+        assert [layer.all("span", class_="name")[0].text for layer in layers] == [row.site for row in MIXED.sites]
+        for title, layer, row in zip(("●", "-", "■", "-"), layers, MIXED.sites, strict=True):
+            assert layer.all("span", class_="shape")[0].text == title
+            panels = layer.all("span", class_="panel")
+            for panel, name, most in zip(panels, ("macs", "params"), (10_002_000, 36_866), strict=False):
+                before, after = (round(100 * getattr(cost, name) / most) for cost in (row.before, row.after))
+                assert lengths(panel) == [{"before": before}, {"after": after}]
 
     def test_errors_are_shown_predicted_and_measured(self) -> None:
-        (picture,) = page(MIXED).all("svg", class_="layers")
-        axis = [text.text for text in picture.all("g", class_="axis")[2].all("text")]
-        assert axis == ["Error", "0", "2.0 %", "4.0 %", "6.0 %", "8.0 %"]
-        first, second = picture.all("g", class_="column")[:2]
-        bar, line = first.all("rect")[-1], first.all("line")[0]
-        bottom = float(bar.attributes["y"]) + float(bar.attributes["height"])
-        ratio = (bottom - float(line.attributes["y1"])) / float(bar.attributes["height"])
-        assert ratio == pytest.approx(0.05 / 0.06, rel=1e-3)
-        assert second.all("line") == []
+        tree = page(MIXED)
+        (axis,) = tree.all("div", class_="axis")
+        assert [panel.text for panel in axis.all("span")] == ["10 MMACs", "36.9 kParameters", "6.3 %Error"]
+        first, second = (layer.all("span", class_="panel")[2] for layer in tree.all("a", class_="layer")[:2])
+        assert lengths(first) == [{"after": round(100 * 0.06 / 0.063)}, {"predicted": round(100 * 0.05 / 0.063)}]
+        assert lengths(second) == []
+
+    def test_a_column_leads_to_its_row_and_tells_of_the_layer(self) -> None:
+        tree = page(MIXED)
+        ids = [row.attributes["id"] for row in table(tree).all("tbody")[0].all("tr")]
+        layers = tree.all("a", class_="layer")
+        assert [layer.attributes["href"] for layer in layers] == [f"#{one}" for one in ids]
+        tips = [[line.text for line in layer.all("span", class_="tip")[0].all("span")] for layer in layers]
+        assert tips[0] == [
+            *("layer1.0.conv2", "Conv 64->64 3x3", "Map 56x56", "Calls 1", "Becomes separable: rank 5, vertical"),
+            *("MACs 10 M", "after 5 M", "Params 36.9 k", "after 18 k"),
+            *("Predicted 5.0 %", "Kernel error 20.0 %", "Error 6.0 %"),
+        ]
+        assert tips[1][4:] == ["Becomes kept: a 1x1 kernel has nothing to separate", *tips[1][5:9]]
+        assert [layer.attributes["aria-label"] for layer in layers] == ["; ".join(tip) for tip in tips]
+
+    def test_every_length_has_its_rule(self) -> None:
+        tree = page(like_resnet50())
+        style = tree.all("style")[0].text
+        for bar in [*tree.all("i", class_="before"), *tree.all("i", class_="after")]:
+            length = bar.attributes["class"].split()[-1]
+            assert f".{length}{{" in style
 
     def test_nothing_swapped_and_nothing_there_are_drawn_too(self) -> None:
         assert "0 of 1 convolutions swapped" in page(report(kept(0))).all("p", class_="verdict")[0].text
@@ -230,18 +247,18 @@ ALWAYS = ["Headline figures", "The layers in order", "All layers", "What the cha
 
 class TestSections:
     def test_all_that_is_known_has_its_place(self) -> None:
-        fused = replace(MAKING, fused=(FusionRow("layer1.0.conv2", "acb", "fused"),))
+        fused = replace(PROVENANCE, fused=(FusionRow("layer1.0.conv2", "acb", "fused"),))
         expected = [*ALWAYS, "Accuracy", "Latency", "Calibration", "Fused since", "How it was made"]
         assert headings(page(like_resnet50(), fused)) == expected
 
     def test_what_is_not_known_has_none(self) -> None:
         bare = report(site(0), accuracy=None, latency=None, calibration=None)
-        assert headings(page(bare, Making())) == [*ALWAYS, "How it was made"]
+        assert headings(page(bare, Provenance())) == [*ALWAYS, "How it was made"]
         assert len(page(bare).all("li", class_="figure")) == 3
 
     def test_how_it_was_made(self) -> None:
         tree = page(like_resnet50())
-        assert [tag.text for tag in tree.all("pre")] == [MAKING.command, MAKING.recipe.strip()]
+        assert [tag.text for tag in tree.all("pre")] == [PROVENANCE.command, PROVENANCE.recipe.strip()]
         facts = {tag.all("dt")[0].text: tag.all("dd")[0].text for tag in tree.all("section")[-1].all("div")}
         assert facts["Changed in it"] == "budget.macs = 0.5"
         assert facts["Versions"] == "asymswap 0.1.0, torch 2.14.1"
@@ -250,22 +267,21 @@ class TestSections:
 
     def test_accuracy_counts_images(self) -> None:
         (section,) = [one for one in page(like_resnet50()).all("section") if one.all("h2")[0].text == "Accuracy"]
-        cells = [cell.text for cell in section.all("td")]
-        assert cells == ["87.80 %", "1,756", "2,000", "86.70 %", "1,734", "2,000"]
+        assert "87.80 % before, 86.70 % after. Right: 1,756 before, 1,734 after, of 2,000 images." in section.text
         assert "Change: -1.10 points; one image is 0.05." in section.text
 
 
 class TestAlone:
     def test_what_a_mac_is_stands_as_it_is_counted(self) -> None:
-        page = to_html(like_resnet50(), MAKING)
+        page = to_html(like_resnet50(), PROVENANCE)
         for counted in ("FLOPs are 2 x MACs", "interpolation of feature maps", "4 MACs for each sample"):
             assert page.count(counted) == 1
 
     def test_it_is_small(self) -> None:
-        assert len(to_html(like_resnet50(), MAKING).encode()) < 300_000
+        assert len(to_html(like_resnet50(), PROVENANCE).encode()) < 300_000
 
     def test_it_asks_for_nothing(self) -> None:
-        text = to_html(like_resnet50(), MAKING)
+        text = to_html(like_resnet50(), PROVENANCE)
         assert not re.search(r"https?:|url\(|@import", text)
         tree = Page(text).root
         for tag in [*tree.all("a"), *tree.all("link"), *tree.all("script"), *tree.all("img"), *tree.all("use")]:
@@ -313,8 +329,8 @@ class TestNamesOfOthers:
             latency = replace(told.latency, machine=word) if told.latency else None
             model = replace(told.model, reference=word, origin=word, weights=word, notes=(word,))
             told = replace(told, calibration=calibration, accuracy=accuracy, latency=latency, model=model)
-            making = Making(word, {word: word}, 0, word, {word: word}, (FusionRow(word, word, word, word),))
-            made = to_html(told, making)
+            provenance = Provenance(word, {word: word}, 0, word, {word: word}, (FusionRow(word, word, word, word),))
+            made = to_html(told, provenance)
             made.encode()
             return Page(made).root
 
@@ -344,21 +360,21 @@ class TestReadBack:
         assert data["multiplier"] is None
         back = read_report({"report": data}, "x.pt")
         assert math.isnan(back.output.relative)
-        assert "nan % relative difference" in to_html(back, MAKING)
+        assert "nan % relative difference" in to_html(back, PROVENANCE)
 
     def test_how_it_was_made_comes_back(self) -> None:
         written = {
-            "recipe": MAKING.recipe,
-            "overrides": MAKING.overrides,
+            "recipe": PROVENANCE.recipe,
+            "overrides": PROVENANCE.overrides,
             "seed": 0,
-            "command": MAKING.command,
-            "versions": MAKING.versions,
+            "command": PROVENANCE.command,
+            "versions": PROVENANCE.versions,
             "fused": {"sites": [{"site": "a", "kind": "acb", "outcome": "left", "reason": "because"}]},
             "something newer": 1,
         }
         fused = (FusionRow("a", "acb", "left", "because"),)
-        assert read_making(written, "x.pt") == replace(MAKING, fused=fused)
-        assert read_making({}, "x.pt") == Making()
+        assert read_provenance(written, "x.pt") == replace(PROVENANCE, fused=fused)
+        assert read_provenance({}, "x.pt") == Provenance()
 
     @pytest.mark.parametrize(
         ("change", "said"),

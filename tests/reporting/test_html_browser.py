@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_reports import MAKING, kept, like_resnet50, report, site
+from made_reports import PROVENANCE, kept, like_resnet50, report, site
 
-from asymswap.reporting.html import to_html
+from asymswap.reporting.convert import to_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -62,7 +62,7 @@ class OpenedModel:
 def opened(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[OpenedModel]:
     """The report of a network like ResNet-50, opened from a file."""
     path = tmp_path / "report.html"
-    path.write_text(to_html(like_resnet50(), MAKING), encoding="utf-8")
+    path.write_text(to_html(like_resnet50(), PROVENANCE), encoding="utf-8")
     context = browser.new_context(viewport=getattr(request, "param", DESKTOP), reduced_motion="reduce")
     page = context.new_page()
     found = OpenedModel(page)
@@ -96,14 +96,14 @@ class TestTable:
     def test_what_has_no_value_stands_last_both_ways(self, opened: OpenedModel) -> None:
         swapped = [row for row in ROWS if row.output_error is not None]
         for sign in (-1, 1):
-            opened.sort("Output")
+            opened.sort("Error", 1)
             expected = sorted(swapped, key=lambda row: sign * (row.output_error or 0.0))
             assert opened.names()[: len(swapped)] == [row.site for row in expected]
 
     def test_text_sorts_with_its_numbers_as_numbers(self, opened: OpenedModel) -> None:
-        opened.sort("How")
+        opened.sort("Becomes")
         hows = opened.page.locator("table.layers tbody summary").all_inner_texts()
-        ranks = [int(how.split()[1].rstrip(",")) for how in hows if how.startswith("rank")]
+        ranks = [int(how.split("rank ")[1].split(",")[0]) for how in hows if "rank" in how]
         assert ranks == sorted(ranks)
         assert ranks[0] < 10 <= ranks[-1]
 
@@ -155,57 +155,44 @@ class TestTable:
 
 class TestPicture:
     def test_pointing_at_a_layer_tells_of_it(self, opened: OpenedModel) -> None:
-        tip = opened.page.locator(".tip")
-        assert not tip.is_visible()
-        opened.page.locator(".column .hit").nth(4).hover()
-        assert tip.inner_text().split("\n")[:3] == [
-            "layer1.4.conv2",
-            "64->64 3x3 at 52x56",
-            "separable: rank 9, vertical",
-        ]
-        assert "error: predicted 5.4 %, kernel 19.6 %, output 6.6 %" in tip.inner_text()
-        opened.page.locator(".column .hit").nth(52).hover()
-        assert tip.inner_text().startswith("layer7.4.conv2")
-        box, frame = tip.bounding_box(), opened.page.locator("figure").bounding_box()
-        assert frame["x"] <= box["x"]
-        assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
+        tips = opened.page.locator(".tip:visible")
+        assert tips.count() == 0
+        frame = opened.page.locator("figure").bounding_box()
+        for number, name in ((4, "layer1.4.conv2"), (52, "layer7.4.conv2")):
+            opened.page.locator("a.layer").nth(number).hover()
+            assert tips.count() == 1
+            assert tips.inner_text().startswith(name)
+            box = tips.bounding_box()
+            assert frame["x"] <= box["x"]
+            assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
         opened.page.mouse.move(5, 5)
-        assert not tip.is_visible()
+        assert tips.count() == 0
 
     def test_it_goes_by_keyboard(self, opened: OpenedModel) -> None:
-        page, tip = opened.page, opened.page.locator(".tip")
-        assert page.locator(".column[tabindex='0']").count() == 1
-        page.locator(".column").first.focus()
-        assert tip.inner_text().startswith("layer1.0.conv1")
-        page.keyboard.press("ArrowRight")
-        assert tip.inner_text().startswith("layer1.1.conv2")
-        page.keyboard.press("ArrowLeft")
-        page.keyboard.press("ArrowLeft")
-        assert tip.inner_text().startswith("layer1.0.conv1")
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("ArrowLeft")
-        page.keyboard.press("ArrowLeft")
-        page.keyboard.press("ArrowRight")
-        assert tip.inner_text().startswith("layer1.1.conv2")
-        page.keyboard.press("End")
-        page.keyboard.press("ArrowRight")
-        assert tip.inner_text().startswith("layer7.4.conv2")
-        page.keyboard.press("Escape")
-        assert not tip.is_visible()
-        page.keyboard.press("Home")
-        page.keyboard.press("ArrowRight")
+        page, tips = opened.page, opened.page.locator(".tip:visible")
+        page.locator("a.layer").first.focus()
+        page.keyboard.press("Tab")
+        assert tips.inner_text().startswith("layer1.1.conv2")
         page.keyboard.press("Enter")
-        assert page.evaluate("document.activeElement.closest('tr').id") == "layer-2"
-        assert page.locator("tr.found > th").inner_text() == "layer1.1.conv2"
+        assert page.locator("tr:target > th").inner_text() == "layer1.1.conv2"
+
+    def test_bars_have_their_heights(self, opened: OpenedModel) -> None:
+        layer = opened.page.locator("a.layer").nth(1)
+        panel = layer.locator(".panel").first.bounding_box()
+        before = layer.locator(".panel").first.locator(".before").bounding_box()
+        after = layer.locator(".panel").first.locator(".after").bounding_box()
+        assert before["height"] == pytest.approx(panel["height"], rel=0.03)
+        assert after["height"] == pytest.approx(panel["height"] / 2, rel=0.03)
+        assert before["y"] + before["height"] == pytest.approx(after["y"] + after["height"], abs=0.5)
 
     def test_a_layer_that_is_filtered_out_is_found_too(self, opened: OpenedModel) -> None:
         opened.page.get_by_label("Show").select_option("kept")
-        opened.page.locator(".column .hit").nth(1).click()
+        opened.page.locator("a.layer").nth(1).click()
         assert opened.page.locator("#layer-2").is_visible()
         assert len(opened.names()) == 53
 
     def test_every_column_has_a_name(self, opened: OpenedModel) -> None:
-        labels = [column.get_attribute("aria-label") for column in opened.page.locator(".column").all()]
+        labels = [column.get_attribute("aria-label") for column in opened.page.locator("a.layer").all()]
         assert [label.split(";")[0] for label in labels] == [row.site for row in ROWS]
 
 
@@ -213,9 +200,9 @@ class TestPicture:
 def test_a_phone_scrolls_the_page_one_way_only(opened: OpenedModel) -> None:
     wide, seen = opened.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert wide == seen == 375
-    opened.page.locator(".column .hit").nth(3).scroll_into_view_if_needed()
-    opened.page.locator(".column .hit").nth(3).hover()
-    assert opened.page.locator(".tip").is_visible()
+    opened.page.locator("a.layer").nth(3).scroll_into_view_if_needed()
+    opened.page.locator("a.layer").nth(3).hover()
+    assert opened.page.locator(".tip:visible").count() == 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -223,7 +210,7 @@ def test_the_reader_chooses_light_or_dark(opened: OpenedModel, scheme: str) -> N
     opened.page.emulate_media(color_scheme=scheme)
     paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 25, 31)"}[scheme]
-    drawn = opened.page.evaluate("getComputedStyle(document.querySelector('.column .f-kept')).fill")
+    drawn = opened.page.evaluate("getComputedStyle(document.querySelector('a.kept .after')).backgroundColor")
     assert drawn == {"light": "rgb(109, 121, 133)", "dark": "rgb(152, 164, 176)"}[scheme]
 
 
@@ -236,7 +223,7 @@ def test_paper_is_light_and_has_no_controls(opened: OpenedModel) -> None:
 
 def test_without_scripts_the_page_promises_nothing(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    path.write_text(to_html(like_resnet50(), MAKING), encoding="utf-8")
+    path.write_text(to_html(like_resnet50(), PROVENANCE), encoding="utf-8")
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(path.as_uri())
@@ -252,7 +239,7 @@ def test_a_script_in_a_name_never_runs(browser: Any, tmp_path: Path) -> None:
     wild = "</script></style><img src=x onerror=document.title='gone'><script>document.title='gone'</script>"
     told = report(site(0, site=wild), kept(1, reason=wild), recipe=wild)
     path = tmp_path / "report.html"
-    path.write_text(to_html(told, MAKING), encoding="utf-8")
+    path.write_text(to_html(told, PROVENANCE), encoding="utf-8")
     context = browser.new_context()
     page = context.new_page()
     requests: list[str] = []

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from made_reports import MAKING, report, site
+from made_reports import PROVENANCE, report, site
 from rich.console import Console
 
-from asymswap.reporting.html import to_html
-from asymswap.reporting.markdown import to_markdown
-from asymswap.reporting.terminal import report_view
+from asymswap.reporting.convert import report_view, to_html, to_markdown
 from asymswap.results.convert import Report
 
 
@@ -23,7 +21,7 @@ def in_terminal(told: Report) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("form", [in_terminal, to_markdown, lambda told: to_html(told, MAKING)])
+@pytest.mark.parametrize("form", [in_terminal, to_markdown, lambda told: to_html(told, PROVENANCE)])
 def test_warnings_come_before_any_figure(form: Callable[[Report], str]) -> None:
     warning = "the images were normalised by a guess"
     text = form(replace(report(site(0)), warnings=(warning,)))

@@ -15,7 +15,7 @@
   };
   const order = new Intl.Collator(undefined, { numeric: true });
   const sortBy = (column, descending) => {
-    const numeric = headings[column].classList.contains("number");
+    const numeric = headings[column].classList.contains("right");
     const sorted = rows.map((row) => [valueOf(row, column, numeric), row]);
     sorted.sort(([one, a], [other, b]) => {
       // What has no value stands last, whichever way the others go.
@@ -38,86 +38,40 @@
     button.addEventListener("click", () => {
       const current = heading.getAttribute("aria-sort");
       // The largest cost or error is what one looks for first.
-      const first = heading.classList.contains("number") && column !== 0 ? "descending" : "ascending";
+      const first = heading.classList.contains("right") && column !== 0 ? "descending" : "ascending";
       sortBy(column, current === "none" ? first === "descending" : current === "ascending");
     });
   });
 
   // Filtering by text and by what was done.
   const form = document.querySelector(".controls");
-  const told = form.querySelector("output");
+  const count = form.querySelector("output");
   const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
   const filter = () => {
-    const wanted = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
     const what = form.elements.what.value;
     let shown = 0;
     for (const row of rows) {
-      const kind = what === "" || what === row.dataset.action || what === `kind:${row.dataset.kind}`;
-      row.hidden = !(kind && wanted.every((word) => texts.get(row).includes(word)));
+      // `● separable: rank 17, vertical`, or `- kept: a reason`.
+      const done = row.querySelector("summary").textContent.split(":")[0].trim().split(/\s+/)[1];
+      const kind = what === "" || what === done || (what === "swapped" && done !== "kept");
+      row.hidden = !(kind && words.every((word) => texts.get(row).includes(word)));
       shown += !row.hidden;
     }
-    told.textContent = `${shown} of ${rows.length} layers`;
+    count.textContent = `${shown} of ${rows.length} layers`;
   };
   form.hidden = false;
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   filter();
 
-  // The picture: one column of it is in the order of the tab key, the arrow keys go on from there.
-  const picture = document.querySelector("svg.layers");
-  const tip = document.querySelector(".tip");
-  const columns = [...picture.querySelectorAll(".column")];
-  picture.setAttribute("role", "group");
-  const lines = columns.map((column) => {
-    // Its title would be shown as well as ours.
-    const title = column.querySelector("title");
-    title.remove();
-    return title.textContent;
-  });
-  const show = (index) => {
-    const frame = tip.parentElement.getBoundingClientRect();
-    const place = columns[index].querySelector(".hit").getBoundingClientRect();
-    tip.textContent = lines[index];
-    tip.hidden = false;
-    const right = place.right - frame.left + 8;
-    const left = right + tip.offsetWidth <= frame.width ? right : place.left - frame.left - tip.offsetWidth - 8;
-    tip.style.left = `${Math.max(0, left)}px`;
-  };
-  const hide = () => { tip.hidden = true; };
-  const find = (index) => {
-    const row = document.getElementById(`layer-${index + 1}`);
-    if (row.hidden) {
-      form.reset();
-      filter();
-    }
-    for (const other of rows) other.classList.toggle("found", other === row);
-    row.scrollIntoView({ block: "center" });
-    row.querySelector("summary").focus({ preventScroll: true });
-  };
-  columns.forEach((column, index) => {
-    column.setAttribute("tabindex", index === 0 ? "0" : "-1");
-    column.setAttribute("role", "button");
-    column.setAttribute("aria-label", lines[index].replaceAll("\n", "; "));
-    column.addEventListener("pointerenter", () => show(index));
-    column.addEventListener("pointerleave", hide);
-    column.addEventListener("focus", () => show(index));
-    column.addEventListener("blur", hide);
-    column.addEventListener("click", () => find(index));
-    column.addEventListener("keydown", (event) => {
-      const last = columns.length - 1;
-      const next = { ArrowRight: Math.min(last, index + 1), ArrowLeft: Math.max(0, index - 1), Home: 0, End: last };
-      if (event.key in next) {
-        columns[index].setAttribute("tabindex", "-1");
-        columns[next[event.key]].setAttribute("tabindex", "0");
-        columns[next[event.key]].focus();
-      } else if (event.key === "Enter" || event.key === " ") {
-        find(index);
-      } else if (event.key === "Escape") {
-        hide();
-      } else {
-        return;
+  // The picture leads to rows, also to those that are filtered out.
+  for (const link of document.querySelectorAll("a.layer")) {
+    link.addEventListener("click", () => {
+      if (document.querySelector(link.hash).hidden) {
+        form.reset();
+        filter();
       }
-      event.preventDefault();
     });
-  });
+  }
 })();

@@ -1,0 +1,326 @@
+"""How the report of a conversion is shown: for a terminal, as Markdown, as one HTML page, as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from asymswap.errors import OutputError, near_names
+from asymswap.reporting import format as fmt
+from asymswap.reporting.html import percent_of, render
+from asymswap.reporting.tables import WIDE, Change, Column, Table, changes, layout, paragraphs, written
+from asymswap.results.convert import LatencyRow, Report, SiteRow
+from asymswap.results.records import Provenance, to_json
+from asymswap.types import MACS
+
+_FULL = 150
+"""Terminals of at least this many columns show everything that is known of a layer."""
+
+_ERRORS = (
+    "Kernel error: Frobenius norm of the kernel's change over that of the kernel. Error: the same of the layer's "
+    "output on the probe, the layer seeing the original's input."
+)
+
+SUFFIXES = (".html", ".json", ".md")
+
+
+def check_suffix(path: Path) -> None:
+    """Raise OutputError for an ending that stands for no form of a report."""
+    if path.suffix not in SUFFIXES:
+        hint = near_names(path.suffix, SUFFIXES)
+        raise OutputError(f"--report {path}: the file must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}{hint}")
+
+
+def report_text(report: Report, provenance: Provenance, path: Path) -> str:
+    """Return the report in the form that the file's ending stands for."""
+    if path.suffix == ".html":
+        return to_html(report, provenance)
+    if path.suffix == ".md":
+        return to_markdown(report)
+    return json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+
+
+def _headline(report: Report) -> list[Change]:
+    before, after = report.before, report.after
+    flops = f"FLOPs (2 x MACs): {fmt.count(before.flops)} to {fmt.count(after.flops)}"
+    rows = [
+        Change("MACs", before.macs, after.macs, remark=flops),
+        Change("FLOPs", before.flops, after.flops),
+        Change("parameters", before.params, after.params),
+        Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
+    ]
+    if report.latency is not None:
+        was, now = 1e3 * report.latency.before, 1e3 * report.latency.after
+        remark = f"batch {report.latency.batch}, {report.latency.memory_format}"
+        rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format, remark=remark))
+    if report.accuracy is not None:
+        acc = report.accuracy
+        points, remark = f"{100 * (acc.after - acc.before):+.2f} points", f"{acc.images:,} images"
+        rows.append(Change("top-1", acc.before, acc.after, fmt.accuracy, fmt.accuracy, points, remark))
+    return rows
+
+
+def layer_table(report: Report, width: int | None = None) -> Table:
+    """Return a row for each conv, and below them the rest of the model and the total.
+
+    For a terminal, whose width is given, only swapped convs have one, and kinds are named only where they differ.
+    """
+
+    def becomes(row: SiteRow, settings: str) -> str:
+        if row.kind is None:
+            return f"kept: {row.reason}" if row.action == "keep" else ""
+        if width is not None and width < WIDE:
+            # Names of layers need the room more than the second conv's bias does.
+            settings = settings.removesuffix(", bias")
+        if settings.startswith(row.kind) or (width is not None and len(report.preserves) == 1):
+            return settings
+        return f"{row.kind}: {settings}" if settings else row.kind
+
+    def cost(title: str, path: str, about: str, least: int = 0) -> Column:
+        return Column(title, attrgetter(path), fmt.count, least=least, exact="{:,}".format, about=about)
+
+    def error(title: str, name: str, about: str, least: int = 0) -> Column:
+        return Column(title, attrgetter(name), fmt.error, least=least, about=about)
+
+    conv = "Channels, kernel, stride (s), dilation (d), groups (g; dw: depthwise)"
+    columns = (
+        Column("Layer", attrgetter("site"), side="fold", code=True, about="Name of the module"),
+        Column("Conv", attrgetter("conv"), side="left", about=conv),
+        Column("Map", attrgetter("feature_map"), fmt.extent, "left", _FULL, about="Height x width of the input"),
+        Column("Calls", lambda row: row.calls or None, least=_FULL, about="Calls in a forward pass"),
+        Column(
+            "Becomes",
+            lambda row: row,
+            lambda row: becomes(row, row.becomes),
+            "fold",
+            exact=lambda row: becomes(row, fmt.settings(row.settings)),
+            about="The kind that replaces the conv and its settings, or why the conv is kept",
+        ),
+        cost("MACs", "before.macs", "Multiply-adds of one forward pass, before"),
+        cost("after", "after.macs", "Multiply-adds of one forward pass, after"),
+        cost("Params", "before.params", "Parameters before", WIDE),
+        cost("after", "after.params", "Parameters after", WIDE),
+        error("Predicted", "predicted_error", "Error that the plan expected", _FULL),
+        error("Kernel error", "kernel_error", "Relative change of the kernel", WIDE),
+        error("Error", "output_error", "Relative change of the layer's output, on the original's input to it"),
+    )
+    if width is not None:
+        return Table(columns, report.swapped)
+    sums = [
+        SiteRow(name, "", None, 0, "sum", None, "", {}, "", before, after)
+        for name, before, after in (("other layers", report.rest, report.rest), ("total", report.before, report.after))
+    ]
+    return Table(columns, report.sites, sums)
+
+
+def report_view(report: Report, width: int) -> RenderableType:
+    """Return headline figures, what was done to each conv, what was kept and why, and the fine print."""
+    model = report.model
+    origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
+    title = f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped"
+    kept = _kept(report.sites)
+    return layout(
+        [written(title, "bold"), *paragraphs(_first_lines(report), "yellow")],
+        [changes(_headline(report)).terminal()],
+        [layer_table(report, width).terminal(width)] if report.swapped else [],
+        paragraphs(["Kept: " + "; ".join(kept)] if kept else []),
+        paragraphs(_fine_print(report), "dim"),
+    )
+
+
+def to_markdown(report: Report) -> str:
+    """Return the whole report as one Markdown document."""
+    model = report.model
+    calibration = report.calibration
+    facts = [f"Recipe: {report.recipe}.", *_fine_print(report)]
+    facts += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
+    facts += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration is not None else []
+    facts.append(f"asymswap {report.asymswap}.")
+    lines = [
+        f"# {fmt.markdown_text(model.reference)} converted: {len(report.swapped)} of {len(report.sites)} convs swapped",
+        "",
+        *(f"**{fmt.markdown_text(line)}**\n" for line in _first_lines(report)),
+        *changes(_headline(report)).markdown(),
+        "",
+        *(f"- {fmt.markdown_text(fact)}" for fact in facts),
+        "",
+        *layer_table(report).markdown(),
+        "",
+        f"{_ERRORS} MACs of one forward pass, batch 1.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _first_lines(report: Report) -> list[str]:
+    """Return what to read before any figure: the warnings, and if nothing was swapped, the command that tells why."""
+    lines = [fmt.sentence(warning) for warning in report.warnings]
+    reference = report.model.reference
+    if not report.sites:
+        lines.append(f"Nothing was swapped: {reference} has no Conv2d.")
+    elif not report.swapped:
+        lines.append(f"Nothing was swapped; `asymswap candidates {reference}` tells what each conv would save.")
+    return lines
+
+
+def _kept(rows: Iterable[SiteRow]) -> list[str]:
+    """Return the reasons why sites were kept, the commonest first, with their number; up to three are named."""
+    sites: dict[str, list[str]] = {}
+    for row in rows:
+        if row.action == "keep":
+            sites.setdefault(row.reason, []).append(row.site)
+    lines = []
+    for reason, names in sorted(sites.items(), key=lambda item: -len(item[1])):
+        named = f" ({', '.join(names)})" if len(names) <= 3 else ""
+        lines.append(f"{fmt.plural(len(names), 'conv')}{named}: {reason}")
+    return lines
+
+
+def _latency(row: LatencyRow) -> list[str]:
+    """Return how latency was measured, and what it changed."""
+    lines = [
+        f"Latency: batch {row.batch}, {row.memory_format}, {fmt.plural(row.threads, 'thread')} of {row.machine}; both "
+        "networks in turn, the minimum of all rounds."
+    ]
+    if row.undone:
+        lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(row.undone)}.")
+    if row.wanted is not None and row.after > row.wanted * row.before:
+        lines.append(
+            f"The latency measured is above the budget of {row.wanted:g}: the machine is noisy, or the convs matched "
+            "cannot bring it about."
+        )
+    return lines
+
+
+def _fine_print(report: Report) -> list[str]:
+    model, output, accuracy, calibration = report.model, report.output, report.accuracy, report.calibration
+    lines = [
+        f"Output of the whole model: {fmt.error(output.relative)} relative difference, {output.largest:.3g} at most, "
+        f"on {output.probe} of {model.input}."
+    ]
+    lines += [f"{kind} preserves {what}." for kind, what in report.preserves.items()]
+    if report.swapped:
+        lines.append("Error: relative change of the layer's own output, on the original's input to it.")
+    if report.budget is not None:
+        lines.append(f"Budget: {report.budget}.")
+    if report.latency is not None:
+        lines += _latency(report.latency)
+    if accuracy is not None:
+        lines.append(f"Top-1 on {accuracy.data}." + (f" {accuracy.note}" if accuracy.note else ""))
+    if calibration is not None:
+        how = "layer by layer" if calibration.sequential else "in one pass"
+        images = f"{calibration.images} unlabelled images of {calibration.data}"
+        lines.append(f"Calibrated {how} on {images} (seed {calibration.seed}).")
+        lines += map(fmt.sentence, calibration.notes)
+    lines += fmt.fed_by_model([(model.reference, report.fed)])
+    lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
+    lines += map(fmt.sentence, model.notes)
+    lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
+    total = sum(report.seconds.values())
+    lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")
+    return lines
+
+
+MARKS = "●■▲◆▼✚▮"
+"""What stands for the kinds in their order, so that they differ in shape as well as in colour."""
+
+
+_FUSED = (
+    Column("Layer", attrgetter("site"), side="fold"),
+    Column("Was", attrgetter("kind"), side="left"),
+    Column("Became", lambda row: row.outcome + (f": {row.reason}" if row.reason else ""), side="left"),
+)
+
+
+def to_html(report: Report, provenance: Provenance) -> str:
+    """Return the whole report as the text of an HTML file."""
+    kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
+    marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
+    marks["kept"] = ("kept", "-")
+    return render(
+        "report.html.j2",
+        "report.js",
+        report=report,
+        provenance=provenance,
+        fmt=fmt,
+        macs=MACS,
+        errors=_ERRORS,
+        first_lines=_first_lines(report),
+        figures=_headline(report),
+        percent_of=percent_of,
+        marks=marks,
+        panels=_panels(report),
+        table=layer_table(report),
+        details=lambda row: _details(row, report),
+        kept=_kept(report.sites),
+        latency=_latency(report.latency) if report.latency is not None else [],
+        fused=Table(_FUSED, provenance.fused),
+        origin=_origin_facts(report, provenance),
+    )
+
+
+_PANELS: tuple[tuple[str, Callable[[Any], str], dict[str, Callable[[Any], float | None]]], ...] = (
+    ("MACs", fmt.count, {"before": attrgetter("before.macs"), "after": attrgetter("after.macs")}),
+    ("Parameters", fmt.count, {"before": attrgetter("before.params"), "after": attrgetter("after.params")}),
+    ("Error", fmt.error, {"after": attrgetter("output_error"), "predicted": attrgetter("predicted_error")}),
+)
+"""The panels of the picture: title, how a value is written, and what each bar of a layer shows, by its class."""
+
+
+def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
+    """Return each panel's title, what its highest bar stands for, and for each layer the heights of its bars."""
+    panels = []
+    for title, show, bars in _PANELS:
+        layers = [{css: value(row) for css, value in bars.items()} for row in report.sites]
+        values = [value for layer in layers for value in layer.values() if value is not None]
+        if values:
+            most = max(filter(math.isfinite, values), default=0.0)
+            heights = [
+                {css: percent_of(value, most) for css, value in layer.items() if value is not None} for layer in layers
+            ]
+            panels.append((title, show(most), heights))
+    return panels
+
+
+def _details(row: SiteRow, report: Report) -> list[tuple[str, str]]:
+    """Return what is said of a layer where its details are opened; what is empty is left out."""
+    facts = [("share of the model's MACs before", fmt.share(row.before.macs, report.before.macs))]
+    facts += [(key, str(value)) for key, value in row.settings.items()]
+    if row.action == "swap":
+        facts.append(("MACs", f"{row.before.macs:,} to {row.after.macs:,}"))
+        facts.append(("parameters", f"{row.before.params:,} to {row.after.params:,}"))
+        facts.append(("promised to be exact", "yes" if row.exact else "no"))
+        facts.append(("why", row.reason))
+    facts.append(("takes over the batch norm", row.absorbs or ""))
+    if row.output_largest is not None:
+        facts.append(("largest change of an output value", f"{row.output_largest:.3g}"))
+    return facts
+
+
+def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:
+    """Return which model was converted, and how; what is empty is left out."""
+    model = report.model
+    versions = {"asymswap": report.asymswap, **provenance.versions}
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
+    return [
+        ("Model", model.reference),
+        ("Built from", model.origin),
+        ("Weights", model.weights),
+        ("SHA-256 of the file", model.sha256 or ""),
+        ("Input", model.input),
+        ("Read by", model.traced_by),
+        *(("Note", note) for note in model.notes),
+        ("Recipe", report.recipe),
+        ("Changed in it", ", ".join(f"{key} = {value}" for key, value in provenance.overrides.items())),
+        ("Budget", report.budget or ""),
+        ("Seed", "" if provenance.seed is None else str(provenance.seed)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
+        ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
+    ]

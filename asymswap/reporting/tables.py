@@ -1,0 +1,196 @@
+"""Tables: described once, drawn for a terminal, as Markdown, and as HTML by `templates/table.html.j2`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal
+
+import rich.table
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from asymswap.errors import visible
+from asymswap.reporting import format as fmt
+
+WIDE = 110
+"""Terminals of at least this many columns show more columns of most tables."""
+
+_LEAST = 12
+"""Columns of text that may break its lines keep at least this many characters."""
+
+_LEAST_PROSE = 19
+"""Where names of layers are in one piece, columns of prose beside them keep at least this many."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its title, what a row gives for it, and how that value is written.
+
+    A value of None is written `-`. `show` writes a value, `exact` writes it with all its digits, for Markdown. The
+    side is `left`, `right`, or `fold` for text that may break its lines; the first such column names the rows. `least`
+    is the width from which on a terminal shows the column; `code` marks names that Markdown sets as code, `about` is
+    the tooltip of its heading in HTML.
+    """
+
+    title: str
+    value: Callable[[Any], Any]
+    show: Callable[[Any], str | Text] = str
+    side: Literal["left", "right", "fold"] = "right"
+    least: int = 0
+    exact: Callable[[Any], str] | None = None
+    code: bool = False
+    about: str = ""
+
+    def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
+        """Return the cell of a row."""
+        value = self.value(row)
+        if value is None:
+            return none
+        return self.exact(value) if exact and self.exact else self.show(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and the rows that they are of; `sums` are rows below the others, the last of which is the total."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Any]
+    sums: Sequence[Any] = ()
+
+    @property
+    def named_by(self) -> Column:
+        """The column that names the rows."""
+        return next((column for column in self.columns if column.side == "fold"), self.columns[0])
+
+    def terminal(self, width: int | None = None, gap: int = 2) -> rich.table.Table:
+        """Return the table for a terminal of that width; None shows every column.
+
+        Where the width is given, names of rows are in one piece if there is room, and break at their dots if not.
+        """
+        columns = [column for column in self.columns if width is None or column.least <= width]
+        titles = [column.title for column in columns]
+        cells = [[_text(column.text(row)) for column in columns] for row in self.rows]
+        cells += [[_text(column.text(row, none="")) for column in columns] for row in self.sums]
+        folds = [number for number, column in enumerate(columns) if column.side == "fold"]
+        sizes = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+        if width is not None and folds:
+            names, *prose = folds
+            taken = sum(min(size, _LEAST_PROSE) if number in prose else size for number, size in enumerate(sizes))
+            room = width - (taken - sizes[names]) - gap * (len(columns) - 1)
+            if room >= _LEAST:
+                folds = prose
+                for row in cells:
+                    row[names] = Text("\n".join(_at_dots(row[names].plain, room)), row[names].style)
+        drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+        drawn.show_header = any(titles)
+        for number, column in enumerate(columns):
+            drawn.add_column(
+                column.title,
+                justify="right" if column.side == "right" else "left",
+                min_width=min(sizes[number], _LEAST) if number in folds else None,
+                no_wrap=number not in folds,
+                overflow="fold" if number in folds else "ellipsis",
+            )
+        for row in cells:
+            drawn.add_row(*row)
+        return drawn
+
+    def markdown(self) -> list[str]:
+        """Return the table as lines of Markdown, every column shown."""
+        lines = [[column.title for column in self.columns]]
+        lines.append(["---:" if column.side == "right" else "---" for column in self.columns])
+        for row in self.rows:
+            cells = [str(column.text(row, exact=True)) for column in self.columns]
+            lines.append(
+                [
+                    fmt.markdown_code(cell) if column.code else fmt.markdown_text(cell)
+                    for column, cell in zip(self.columns, cells, strict=True)
+                ]
+            )
+        for row in self.sums:
+            cells = [fmt.markdown_text(str(column.text(row, "", exact=True))) for column in self.columns]
+            lines.append([f"**{cell}**" if cell and row is self.sums[-1] else cell for cell in cells])
+        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _text(cell: str | Text) -> Text:
+    return cell if isinstance(cell, Text) else written(cell)
+
+
+def _at_dots(name: str, room: int) -> list[str]:
+    """Break a dotted name into lines of at most `room` characters: after dots, and inside of a part that is longer."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+", name):
+        while len(lines[-1]) + len(part) > room:
+            # What fits no line at all is cut where the line ends.
+            cut = room - len(lines[-1]) if len(part) > room else 0
+            lines[-1] += part[:cut]
+            part = part[cut:]
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and values; what has no value is left out."""
+    columns = (Column("", itemgetter(0), visible, "left"), Column("", itemgetter(1), visible, "fold"))
+    return Table(columns, [pair for pair in pairs if pair[1]])
+
+
+@dataclass(frozen=True)
+class Change:
+    """A headline figure before and after, how it is written, and its difference if that is no share of it."""
+
+    name: str
+    before: float
+    after: float
+    show: Callable[[Any], str] = fmt.count
+    exact: Callable[[Any], str] = "{:,}".format
+    difference: str = ""
+    remark: str = ""
+
+    @property
+    def left(self) -> str:
+        """The difference, or what is left as a percentage."""
+        return self.difference or fmt.share(self.after, self.before)
+
+
+def changes(rows: Sequence[Change]) -> Table:
+    """Return the table of headline figures."""
+    return Table(
+        (
+            Column("", lambda row: row.name, side="left"),
+            Column(
+                "before", lambda row: row, lambda row: row.show(row.before), exact=lambda row: row.exact(row.before)
+            ),
+            Column("after", lambda row: row, lambda row: row.show(row.after), exact=lambda row: row.exact(row.after)),
+            Column("left", lambda row: row.left),
+        ),
+        rows,
+    )
+
+
+def written(text: str, style: str = "") -> Text:
+    """Return text for a terminal, with nothing in it that the terminal, or rich, would obey."""
+    return Text(visible(text), style)
+
+
+def paragraphs(texts: Iterable[str], style: str = "") -> list[Text]:
+    """Return texts as lines of a terminal."""
+    return [written(text, style) for text in texts]
+
+
+def heading(title: str, warnings: Iterable[str] = ()) -> list[Text]:
+    """Return the first lines of a screen: what it is about, and what to know before any figure."""
+    return [written(title, "bold"), *paragraphs(map(fmt.sentence, warnings), "yellow")]
+
+
+def layout(*blocks: Sequence[RenderableType]) -> RenderableType:
+    """Return blocks one below the other with an empty line between them; an empty block is left out."""
+    parts: list[RenderableType] = []
+    for block in filter(None, blocks):
+        parts += [*([Text("")] if parts else []), *block]
+    return Group(*parts)
