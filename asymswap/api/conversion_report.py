@@ -111,14 +111,15 @@ def check_output_finite(original: nn.Module, fidelity: Fidelity, inputs: Inputs)
 
 def _in_short(swap: Swap) -> str:
     """The settings that are not what the kind has by itself, or its name where there are none."""
-    fields = replacements.load(swap.kind).Settings.model_fields
+    fields = replacements.load(swap.kind).settings.model_fields
     told = {key: value for key, value in swap.settings.items() if value != fields[key].default}
     return fmt.settings(told if told.keys() - {"bias"} else {swap.kind: True, **told})
 
 
 def promises(site: Site, swap: Swap) -> bool:
     """Whether the swap's kind promises that nothing changes at this site."""
-    return replacements.load(swap.kind).preserves(site.conv, replacements.parse_settings(swap.kind, swap.settings))
+    kind, settings = replacements.load_swap(swap)
+    return kind.preserves(site.conv, settings)
 
 
 _SURPRISE = 5.0
