@@ -18,6 +18,7 @@ have had: from calibration exactly, else from the batch norm as if the conv's in
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
@@ -101,12 +102,9 @@ class AsymmetricConvBlock(Replacement):
 
     def cost(self, site: Site, settings: Settings) -> Cost:
         """Return MACs over all calls and parameters of the block, those of its batch norms included."""
-        conv = site.conv
-        taps = conv.kernel[0] * conv.kernel[1] + sum(conv.kernel)
-        weights = conv.out_channels * conv.group_in * taps
-        pixels = sum(call.batch * call.output[0] * call.output[1] for call in site.calls)
-        norms = 6 if settings.bn == "branch" else 0
-        return Cost(weights * pixels, weights + conv.out_channels * (conv.bias + norms))
+        strips = _convs.strip_convs(site.conv)
+        norms = Cost(0, 6 * site.conv.out_channels if settings.bn == "branch" else 0)
+        return site.cost + replace(site, conv=strips.vertical).cost + replace(site, conv=strips.horizontal).cost + norms
 
     def resolve(
         self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
@@ -265,8 +263,8 @@ def _init_square_norm_(branch: _Branch, statistics: SiteStatistics | None, norm:
             mean_O = mean_O + _float64(branch.conv.bias)
         _convs.set_neutral_(own, mean_O, variance_O)
         return
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        _tensor(getattr(own, name)).copy_(_tensor(getattr(norm, name)))
+    for own_buffer, buffer in zip(own.buffers(), norm.buffers(), strict=True):
+        own_buffer.copy_(buffer)
     variance_O = _float64(norm.running_var)
     # Where `eps` is not that of the norm, the scale in eval mode is still that of the norm.
     weight_O = ((variance_O + own.eps) / (variance_O + norm.eps)).sqrt()

@@ -82,12 +82,11 @@ class Replacement(ABC):
 
     @abstractmethod
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
-        """Return the structure for settled settings, its weights unset; draw no random numbers.
+        """Return the structure for settled settings; its weights need not be set, and no random numbers are drawn.
 
         Its forward calls its argument `input`, as that of `nn.Conv2d` does: a model may pass it by that name.
         """
 
-    @abstractmethod
     def init_(
         self,
         module: nn.Module,
@@ -100,8 +99,11 @@ class Replacement(ABC):
 
         With statistics, as well as it can on the data, with their target in the place of the conv's kernel; a kind
         that always preserves the function keeps the conv's own weights. `norm` is the batch norm that `fold_norm`
-        agreed to take over.
+        agreed to take over. By default the conv's numbers are copied into the module's own `weight` and `bias`.
         """
+        from asymswap.replacements._convs import copy_  # loads torch, which the names of kinds do not need
+
+        copy_(module, conv.weight, conv.bias)
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
         """Return the one conv that computes the same as the replacement, or None where there is none."""

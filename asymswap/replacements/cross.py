@@ -69,10 +69,9 @@ class Cross(Replacement):
 
     def cost(self, site: Site, settings: Settings) -> Cost:
         """Return MACs over all calls and parameters of the two convs."""
-        conv = site.conv
-        weights = conv.out_channels * conv.group_in * sum(conv.kernel)
-        pixels = sum(call.batch * call.output[0] * call.output[1] for call in site.calls)
-        return Cost(weights * pixels, weights + conv.out_channels * (conv.bias or settings.bias))
+        strips = _convs.strip_convs(site.conv)
+        vertical = replace(strips.vertical, bias=site.conv.bias or settings.bias)
+        return replace(site, conv=vertical).cost + replace(site, conv=strips.horizontal).cost
 
     def resolve(
         self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None

@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from asymswap.factorize import bilinear
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
 from asymswap.replacements.base import KindSettings, Replacement
 from asymswap.types import ConvSpec, Cost, Site, Size
@@ -56,8 +55,8 @@ class OffsetConv2d(nn.Module):
         dtype = getattr(torch, conv.dtype)
         count = math.prod(conv.kernel)
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
-        self.raw_offsets = nn.Parameter(torch.empty(count, 2, dtype=dtype))
-        self.tap_weights = nn.Parameter(torch.empty(count, dtype=dtype)) if weighted else None
+        self.raw_offsets = nn.Parameter(torch.zeros(count, 2, dtype=dtype))
+        self.tap_weights = nn.Parameter(torch.ones(count, dtype=dtype)) if weighted else None
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -150,23 +149,8 @@ class Offset(Replacement):
         return Cost(running + building, conv.params + (3 if self.weighted else 2) * taps)
 
     def build(self, conv: ConvSpec, settings: Settings) -> OffsetConv2d:
-        """Return an `OffsetConv2d` with its weights unset."""
+        """Return an `OffsetConv2d` at zero offset, its weights unset."""
         return OffsetConv2d(conv, settings.limit, self.weighted)
-
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
-        """Copy the conv's own weights, at zero offset."""
-        own = cast(OffsetConv2d, module)
-        _convs.copy_(own, conv.weight, conv.bias)
-        nn.init.zeros_(own.raw_offsets)
-        if own.tap_weights is not None:
-            nn.init.ones_(own.tap_weights)
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the offsets (1, T, 2), which do not depend on the input."""

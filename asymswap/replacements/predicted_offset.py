@@ -65,7 +65,12 @@ class PredictedOffsetConv2d(nn.Module):
     def __init__(self, conv: ConvSpec, *, mask: bool = False, offset_groups: int = 1) -> None:
         super().__init__()
         self.conv, self.mask, self.offset_groups = conv, mask, offset_groups
-        self.margins, self.padding = _paddings(conv)
+        # deform_conv2d adds as many zeros after as before: one row or column more, as "same" has for even kernels, and
+        # any other padding mode come beforehand. Zeros either way are the same: samples beyond the input are zero too.
+        left, right, top, bottom = conv.pads
+        self.margins, self.padding = conv.pads, (0, 0)
+        if conv.padding_mode == "zeros":
+            self.margins, self.padding = (0, right - left, 0, bottom - top), (top, left)
         self.predictor: PredictorConv2d = nn.utils.skip_init(
             PredictorConv2d,
             conv.in_channels,
@@ -77,6 +82,8 @@ class PredictedOffsetConv2d(nn.Module):
             padding_mode=conv.padding_mode,
             dtype=getattr(torch, conv.dtype),
         )
+        for parameter in self.predictor.parameters():
+            nn.init.zeros_(parameter)
         dtype = self.predictor.weight.dtype
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
@@ -138,20 +145,6 @@ class PredictedOffset(Replacement):
             raise PlanError(f"kind 'predicted-offset': {problem}")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
-        """Copy the conv's own weights, and set the predictor to zero."""
-        own = cast(PredictedOffsetConv2d, module)
-        _convs.copy_(own, conv.weight, conv.bias)
-        for parameter in own.predictor.parameters():
-            nn.init.zeros_(parameter)
-
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
         """Return the conv with the replacement's weights while the predictor is zero; None once it has learned."""
         predictor = cast(PredictedOffsetConv2d, module).predictor
@@ -179,18 +172,6 @@ def _uneven(conv: ConvSpec, settings: Settings) -> str | None:
     if conv.in_channels % settings.offset_groups == 0:
         return None
     return f"offset_groups = {settings.offset_groups} does not divide the {conv.in_channels} input channels"
-
-
-def _paddings(conv: ConvSpec) -> tuple[tuple[int, int, int, int], Size]:
-    """Return what is padded beforehand (left, right, top, bottom), and what deform_conv2d pads (height, width).
-
-    deform_conv2d adds as many zeros after as before: one row or column more, as "same" has for even kernels, and any
-    other padding mode come beforehand. Zeros either way are the same, for samples beyond the input are zero too.
-    """
-    left, right, top, bottom = conv.pads
-    if conv.padding_mode == "zeros":
-        return (0, right - left, 0, bottom - top), (top, left)
-    return conv.pads, (0, 0)
 
 
 def _deform_conv2d(

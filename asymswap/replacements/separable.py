@@ -19,10 +19,9 @@ network that is trained on. They start as near to nothing as they can:
   walks over that many pixels more. (A batch norm then sees the padding in train mode, of which the patches tell only
   in part.) For `same` padding that is not alike on both sides no conv can do that: there the borders come out wrong.
 
-At the usual padding a smaller shift would be a compromise between what is cut and what the borders lose. On
-digits-resnet at a quarter of its MACs, those for the padding counted, calibrated in one pass on 256 images, top-1 is
-94 % with no ReLU, 92 % with one, and 68 % at the usual padding with the best shift (1.5 deviations); at half of the
-MACs without calibration it is 98, 97 and 81 %. On two other draws of the images no ReLU has 96 % and one 90 %.
+At the usual padding a smaller shift would be a compromise between what is cut and what the borders lose: on
+digits-resnet at a quarter of its MACs, calibrated in one pass on 256 images, top-1 is 94 % with no ReLU, 92 % with one,
+and 68 % at the usual padding with the best shift (1.5 deviations).
 """
 
 from __future__ import annotations
