@@ -69,7 +69,7 @@ def test_what_python_cannot_check_of_a_kind(name: str) -> None:
     [
         ("", "must define one subclass of Replacement; it defines 0"),
         ("class A(Replacement): ...\nclass B(A): ...", "must define one subclass of Replacement; it defines 2"),
-        ("class A(Replacement): ...", "abstract class A .*build.*cost.*init_"),
+        ("class A(Replacement): ...", "abstract class A .*build.*cost"),
     ],
 )
 def test_its_author_is_told_what_is_missing(text: str, message: str, tmp_path: Path) -> None:
