@@ -76,13 +76,11 @@ class AsymmetricBlock(nn.Module):
         self.crop = crop
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the sum of the branches."""
         square: Tensor = self.square(input)
         vertical, horizontal = _convs.run_strips(self.vertical, self.horizontal, input, self.crop)
         return square + vertical + horizontal
 
     def extra_repr(self) -> str:
-        """Return the fields in one phrase."""
         return f"crop={self.crop}" if any(self.crop) else ""
 
 

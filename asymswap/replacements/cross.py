@@ -44,12 +44,10 @@ class CrossConv2d(nn.Module):
         self.crop = crop
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the sum of the two convs."""
         vertical, horizontal = _convs.run_strips(self.vertical, self.horizontal, input, self.crop)
         return vertical + horizontal
 
     def extra_repr(self) -> str:
-        """Return the fields in one phrase."""
         return f"crop={self.crop}" if any(self.crop) else ""
 
 

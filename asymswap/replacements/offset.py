@@ -76,7 +76,6 @@ class OffsetConv2d(nn.Module):
         return _built_kernel(self.weight, self.raw_offsets, self.tap_weights, self.conv.dilation, self.limit)
 
     def extra_repr(self) -> str:
-        """Return the fields in one phrase."""
         return f"{self.conv.describe()}, limit={self.limit:g}"
 
 

@@ -105,7 +105,6 @@ class PredictedOffsetConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return the fields in one phrase."""
         mask = ", mask" if self.mask else ""
         return f"{self.conv.describe()}, padding={self.conv.padding}, offset_groups={self.offset_groups}{mask}"
 

@@ -84,7 +84,6 @@ class Resized(Replacement):
         )
 
     def build(self, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-        """Return the new conv."""
         return _convs.new_conv(resized(conv, settings))
 
     def init_(
