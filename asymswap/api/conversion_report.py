@@ -179,7 +179,7 @@ def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: F
     if isinstance(entry, Keep):
         return row
     kind = replacements.load(entry.kind)
-    fields = kind.Settings.model_fields
+    fields = kind.settings.model_fields
     unusual = {key: value for key, value in entry.settings.items() if value != fields[key].default}
     return replace(
         row,

@@ -53,7 +53,8 @@ def offsets(
     inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, dtype, seed)
     rows = read_offsets(converted, stored.header.plans, inputs)
     if not rows:
-        moving = [name for name in replacements.names() if isinstance(replacements.load(name), replacements.Moving)]
+        kinds = {name: type(replacements.load(name)) for name in replacements.names()}
+        moving = [name for name, kind in kinds.items() if kind.tap_offsets is not replacements.Replacement.tap_offsets]
         raise AsymswapError(f"{label} has no layer whose taps move; the kinds {', '.join(moving)} have such taps")
     warnings = size_warning(takes) if feeding is None else feeding.warnings
     return OffsetReport(label, rows, about, fed_of(feeding), warnings)
@@ -69,12 +70,14 @@ def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tup
     swaps = [swap for plan in plans for swap in plan.swaps]
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         for swap in swaps:
-            kind, module = replacements.load(swap.kind), modules.get(swap.site)
-            if module is None or not isinstance(kind, replacements.Moving):
+            module = modules.get(swap.site)
+            if module is None:
                 continue
 
-            def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap, kind: Any = kind) -> None:
-                found[swap.site] = _row(swap, module, kind.tap_offsets(module, conv_input(args, kwargs)))
+            def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap) -> None:
+                offsets = replacements.load(swap.kind).tap_offsets(module, conv_input(args, kwargs))
+                if offsets is not None:
+                    found[swap.site] = _row(swap, module, offsets)
 
             hooks.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
         model(*inputs)

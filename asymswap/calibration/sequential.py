@@ -86,15 +86,15 @@ def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
     by_name = {site.name: site for site in sites}
     found = set()
     for swap in plan.swaps:
-        site, settings = by_name[swap.site], replacements.parse_settings(swap.kind, swap.settings)
-        if len(site.calls) == 1 and not replacements.load(swap.kind).preserves(site.conv, settings):
+        site, (kind, settings) = by_name[swap.site], replacements.load_swap(swap)
+        if len(site.calls) == 1 and not kind.preserves(site.conv, settings):
             found.add(swap.site)
     return found
 
 
 def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, statistics: SiteStatistics, team: Team) -> None:
-    settings = replacements.parse_settings(swap.kind, swap.settings)
-    replacements.load(swap.kind).init_(module, conv, settings, statistics)
+    kind, settings = replacements.load_swap(swap)
+    kind.init_(module, conv, settings, statistics)
     team.follow_(module)
 
 

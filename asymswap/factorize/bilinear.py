@@ -16,7 +16,6 @@ function. Learning positions by growing the kernel: Khalfaoui-Hassani, Pellegrin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +25,13 @@ from asymswap.types import Size
 
 
 def grid_size(kernel: Size, dilation: Size, reach: int) -> Size:
-    """Rows and columns of the grown kernel."""
+    """Return rows and columns of the grown kernel."""
     height, width = (d * (k - 1) + 1 + 2 * reach for k, d in zip(kernel, dilation, strict=True))
     return height, width
 
 
 def hat(distance: Tensor) -> Tensor:
-    """The share of a tap at this signed distance from a cell: `max(0, 1 - |distance|)`, of the same shape.
+    """Return the share of a tap at this signed distance from a cell: `max(0, 1 - |distance|)`, of the same shape.
 
     It has kinks at -1, 0 and 1, and every tap of a conv that has just been converted sits on them. `relu` would take
     the derivative to be zero there, and no offset would ever learn. Here it is the mean of the two one-sided
@@ -46,16 +45,20 @@ def hat(distance: Tensor) -> Tensor:
 
 
 def spread(offset_T2: Tensor, kernel: Size, dilation: Size, reach: int) -> Tensor:
-    """The shares share_TYX of all taps for offsets of at most `reach` pixels; differentiable in the offsets."""
+    """Return the shares share_TYX of all taps for offsets of at most `reach` pixels; differentiable in the offsets."""
     offset_HW2 = offset_T2.unflatten(0, kernel)
-    height, width = grid_size(kernel, dilation, reach)
-    down_HWY = hat(offset_HW2[..., :1] - _steps(height, kernel[0], dilation[0], reach, offset_T2)[:, None])
-    right_HWX = hat(offset_HW2[..., 1:] - _steps(width, kernel[1], dilation[1], reach, offset_T2))
+    steps = []
+    for taps, step, cells in zip(kernel, dilation, grid_size(kernel, dilation, reach), strict=True):
+        # How far each cell (a column) of one axis is from where each tap (a row) originally is, in pixels.
+        at_taps = step * torch.arange(taps, dtype=offset_T2.dtype, device=offset_T2.device) + reach
+        steps.append(torch.arange(cells, dtype=offset_T2.dtype, device=offset_T2.device) - at_taps[:, None])
+    down_HWY = hat(offset_HW2[..., :1] - steps[0][:, None])
+    right_HWX = hat(offset_HW2[..., 1:] - steps[1])
     return (down_HWY[..., :, None] * right_HWX[..., None, :]).flatten(0, 1)
 
 
 def grow(w_OIHW: Tensor, share_TYX: Tensor) -> Tensor:
-    """The grown kernel: each tap's weight on the cells among which the tap is shared, overlaps added."""
+    """Return the grown kernel: each tap's weight on the cells among which the tap is shared, overlaps added."""
     grown = w_OIHW.flatten(2).flatten(0, 1) @ share_TYX.flatten(1)
     return grown.reshape(*w_OIHW.shape[:2], *share_TYX.shape[1:])
 
@@ -80,31 +83,21 @@ class Window:
 
 
 def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink: Size | None) -> tuple[Window, Window]:
-    """For rows and columns the smallest window about the kernel's middle that holds every cell that a tap touches.
+    """Return, for rows and columns, the smallest window about the kernel's middle with every cell that a tap touches.
 
     It keeps the dilation of an axis along which all taps sit where a tap of the original kernel could. A window is at
     most `shrink` pixels shorter than the original kernel on either side, where that is given: its padding is smaller by
     as much, and cannot be negative. What counts is where the taps are, not their weights: a pruned tap does not
     change the size.
     """
-    rows, columns = (torch.nonzero(share_TYX.detach().amax(other)).flatten().tolist() for other in ((0, 2), (0, 1)))
-    return (
-        _window(rows, kernel[0], dilation[0], reach, shrink and shrink[0]),
-        _window(columns, kernel[1], dilation[1], reach, shrink and shrink[1]),
-    )
-
-
-def _window(touched: Sequence[int], taps: int, dilation: int, reach: int, shrink: int | None) -> Window:
-    first, last = reach, reach + dilation * (taps - 1)
-    step = dilation if all((cell - first) % dilation == 0 for cell in touched) else 1
-    growth = max(first - min(touched), max(touched) - last)
-    if shrink is not None:
-        growth = max(growth, -shrink)
-    growth += -growth % step
-    return Window(first - growth, step, (last - first + 2 * growth) // step + 1, growth)
-
-
-def _steps(cells: int, taps: int, dilation: int, reach: int, like: Tensor) -> Tensor:
-    """How far each cell (a column) of one axis lies from where each tap (a row) originally is, in pixels."""
-    at_taps = dilation * torch.arange(taps, dtype=like.dtype, device=like.device) + reach
-    return torch.arange(cells, dtype=like.dtype, device=like.device) - at_taps[:, None]
+    found = []
+    for axis in (0, 1):
+        touched = torch.nonzero(share_TYX.detach().amax((0, 2 - axis))).flatten().tolist()
+        first, last = reach, reach + dilation[axis] * (kernel[axis] - 1)
+        step = dilation[axis] if all((cell - first) % dilation[axis] == 0 for cell in touched) else 1
+        growth = max(first - min(touched), max(touched) - last)
+        if shrink is not None:
+            growth = max(growth, -shrink[axis])
+        growth += -growth % step
+        found.append(Window(first - growth, step, (last - first + 2 * growth) // step + 1, growth))
+    return found[0], found[1]

@@ -41,7 +41,7 @@ _ITERATIONS = 150
 """At most; 15 to 40 are usual."""
 
 _GAIN = 1e-3
-"""Iterations end once the last `_WINDOW` of them have lowered the error by less than this share of it."""
+"""Iterations end once the last `_WINDOW` of them have lowered the error by less than this share."""
 
 _WINDOW = 5
 _MEMORY = 8
@@ -93,7 +93,7 @@ class Problem:
 
 
 def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first: bool) -> Problem:
-    """Put the statistics of a conv into the order of its taps for one order of the two convs."""
+    """Return the statistics of a conv in the order of its taps, for one order of the two convs."""
     groups, outputs, length = statistics.target_GOD.shape
     inputs = length // (kernel[0] * kernel[1])
     places = torch.arange(length).reshape(inputs, *kernel)
@@ -108,7 +108,7 @@ def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first:
 
 
 def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Start vectors v_GMM, the most useful first, and the error energy_GM that each takes away.
+    """Return start vectors v_GMM, the most useful first, and the error energy_GM that each takes away.
 
     The sum of what is left out estimates the error of a rank from above, and closely: it is exact where S is the same
     for all taps and has no correlation between them.
@@ -120,7 +120,7 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def energies(problem: Problem) -> Tensor:
-    """The energies of `spectrum` alone, which take a third of the time."""
+    """Return the energies of `spectrum` alone, which take a third of the time."""
     with one_thread():
         energy: Tensor = torch.linalg.eigvalsh(_whitened(problem))
     return energy.flip(-1).clamp_min(0.0)
@@ -147,7 +147,7 @@ class Point:
 
 
 def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
-    """The best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly between the two.
+    """Return the best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly.
 
     Never worse than the truncated SVD of the kernel, which is a start too. At low ranks L-BFGS ends in different minima
     now and then, and goes on from three starts; else, or with a large covariance, from the better one of two.
@@ -166,13 +166,15 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def starts(problem: Problem, rank: int) -> Iterator[Point]:
-    """Pairs to begin with, the best first as a rule.
+    """Yield pairs to begin with, the best first as a rule.
 
     By the leading eigenvectors of the whitened kernel, by the truncated SVD of the kernel, and by the leading
     eigenvectors of what the kernel makes of the patches.
     """
     yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
-    yield project(problem, _orthonormal(problem, _svd_start(problem.w_GOKM, rank)))
+    a_GMR, _ = svd.factors(problem.w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
+    padded_GRM = F.pad(a_GMR, (0, rank - a_GMR.shape[2])).mT  # rows of zero above its rank
+    yield project(problem, _orthonormal(problem, padded_GRM))
     moved = problem.moved_kernel
     gram_GMM = torch.einsum("gokm,gop,gpkn->gmn", moved, problem.p_GOO, moved)
     half_GMM = torch.linalg.solve_triangular(problem.tap_factor, gram_GMM, upper=False)
@@ -182,10 +184,15 @@ def starts(problem: Problem, rank: int) -> Iterator[Point]:
 
 
 def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Point:
-    """Lower the error by so many iterations of L-BFGS, or by fewer where it hardly falls any more."""
+    """Lower the error by L-BFGS, until nothing is left in any group or the last iterations hardly lowered it."""
     memory: list[_Pair] = []
     errors = [here.error_G]
-    while len(errors) <= iterations and not _is_enough(problem, errors):
+    while len(errors) <= iterations:
+        left = errors[-1] - _NOTHING * problem.output_energy
+        if len(errors) > _WINDOW:
+            left = torch.minimum(left, errors[-1 - _WINDOW] - (1 + _GAIN) * errors[-1])
+        if bool((left <= 0).all()):
+            break
         there = _search(problem, here, _direction(problem, here, memory))
         moved, change = there.v_GRM - here.v_GRM, there.gradient_GRM - here.gradient_GRM
         product = _dot(moved, change)
@@ -193,14 +200,6 @@ def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Poi
         here = there
         errors.append(here.error_G)
     return here
-
-
-def _is_enough(problem: Problem, errors: list[Tensor]) -> bool:
-    """Whether nothing is left in any group, or the last iterations have lowered it by too little to go on."""
-    left = errors[-1] - _NOTHING * problem.output_energy
-    if len(errors) > _WINDOW:
-        left = torch.minimum(left, errors[-1 - _WINDOW] - (1 + _GAIN) * errors[-1])
-    return bool((left <= 0).all())
 
 
 @dataclass(frozen=True)
@@ -279,12 +278,6 @@ def _cholesky(a_GMM: Tensor, shift: float = 1e-10) -> Tensor:
     mean_G1 = a_GMM.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-290)
     factor, failed = torch.linalg.cholesky_ex(a_GMM + torch.diag_embed((shift * mean_G1).expand(-1, a_GMM.shape[1])))
     return factor if shift > 1 or not bool(failed.any()) else _cholesky(a_GMM, 100 * shift)
-
-
-def _svd_start(w_GOKM: Tensor, rank: int) -> Tensor:
-    """The first conv of the truncated SVD of the kernel, its matrix being M x (O*K); rows of zero above its rank."""
-    a_GMR, _ = svd.factors(w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
-    return F.pad(a_GMR, (0, rank - a_GMR.shape[2])).mT
 
 
 def _orthonormal(problem: Problem, v_GRM: Tensor) -> Tensor:

@@ -3,19 +3,18 @@
 Shapes, G groups, C inputs and O outputs of one group, D = C*kh*kw in the order of a kernel (c, i, j), L = C*(kh+kw-1)
 the taps of the cross, R the others:
 
-    w_GOD       the kernel that is wanted
-    x_GOD       the one that is found, zero off the cross
+    w_GOD       the target kernel
+    x_GOD       the solution, zero off the cross
     s_GDD       covariance of the input patches
     p_GOO       weight of the outputs' errors
 
 The expected squared error trace(P (W - X) S (W - X)') depends on the data through S alone. Over all X on the cross it
 is least at X_L = W S_DL S_LL^-1 = W_L + W_R S_RL S_LL^-1, whatever P: ordinary least squares, in which the taps of the
-cross take over what can be foretold of the others' inputs.
+cross take over what predicts the others' inputs.
 
-Least squares on the kernel itself is the case S = 1: inputs are taken to be white, nothing can be foretold, and what is
-left is the centre row and column of W. Feature maps are not white: pixels are like their neighbours, and most are
-positive behind a ReLU, so that a kernel without its corners answers with the wrong mean above all. Who has no data does
-better to assume that than nothing: see `smooth`.
+Least squares on the kernel itself is the case S = 1, white inputs: its solution is the centre row and column of W. But
+feature maps are not white: pixels are like their neighbours, and most are positive behind a ReLU, so that a kernel
+without its corners answers above all with the wrong mean. Without data, `smooth` is a better assumption.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from asymswap.factorize.statistics import SiteStatistics
 
 
 def places(inputs: int, kernel: tuple[int, int]) -> Tensor:
-    """Which of the D taps are on the centre row or column: a mask of length D."""
+    """Return a mask of length D of the taps on the centre row or column."""
     on_cross = torch.zeros(inputs, *kernel, dtype=torch.bool)
     on_cross[:, kernel[0] // 2, :] = True
     on_cross[:, :, kernel[1] // 2] = True
@@ -35,20 +34,18 @@ def places(inputs: int, kernel: tuple[int, int]) -> Tensor:
 
 
 def smooth(kernel: tuple[int, int], dilation: tuple[int, int], correlation: float) -> Tensor:
-    """The covariance (kh*kw, kh*kw) of one channel's taps where neighbouring pixels have this correlation.
+    """Return the covariance (kh*kw, kh*kw) of one channel's taps where neighbouring pixels have this correlation.
 
     It falls by the same factor with each further pixel, in rows and columns apart: a first-order autoregressive
     process, the usual model of images (Jain, Fundamentals of Digital Image Processing, 1989).
     """
-    rows, columns = (
-        correlation ** (step * (places[:, None] - places).abs())
-        for step, places in zip(dilation, (torch.arange(side, dtype=torch.float64) for side in kernel), strict=True)
-    )
-    return torch.kron(rows, columns)
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in kernel)
+    along_rows = correlation ** (dilation[0] * (rows[:, None] - rows).abs())
+    return torch.kron(along_rows, correlation ** (dilation[1] * (columns[:, None] - columns).abs()))
 
 
 def fit(w_GOD: Tensor, on_cross_D: Tensor, s_GDD: Tensor) -> Tensor:
-    """The best kernel x_GOD on the cross for inputs of this covariance."""
+    """Return the best kernel x_GOD on the cross for inputs of this covariance."""
     x_GOD = w_GOD * on_cross_D
     s_GLD = s_GDD[:, on_cross_D]
     right_GLO = s_GLD[:, :, ~on_cross_D] @ w_GOD[:, :, ~on_cross_D].mT
@@ -58,21 +55,20 @@ def fit(w_GOD: Tensor, on_cross_D: Tensor, s_GDD: Tensor) -> Tensor:
 
 
 def relative_error(w_GOD: Tensor, x_GOD: Tensor, s_GDD: Tensor | None = None) -> float:
-    """The squared error summed over the groups, relative to the energy of what is wanted; 0 where that is nothing.
+    """Return the squared error summed over the groups, relative to the energy of the target; 0 where that is 0.
 
     Of the kernel itself, or with a covariance of the output; never above 1, which is the error of no kernel at all.
     """
-    whole = float(_energy(w_GOD, s_GDD))
-    return min(float(_energy(w_GOD - x_GOD, s_GDD)) / whole, 1.0) if whole else 0.0
+    whole, left = (
+        float(kernel.square().sum() if s_GDD is None else (kernel @ s_GDD * kernel).sum())
+        for kernel in (w_GOD, w_GOD - x_GOD)
+    )
+    return min(left / whole, 1.0) if whole else 0.0
 
 
 def divergence(statistics: SiteStatistics, x_GOD: Tensor) -> float:
-    """K-FAC's estimate, in nats, of what the error does to the network's prediction: half the weighted error."""
+    """Return K-FAC's estimate, in nats, of what the error does to the network's prediction: half the weighted error."""
     gap_GOD = statistics.target_GOD - x_GOD
     return 0.5 * float(
         torch.einsum("god,gde,gpe,gop->", gap_GOD, statistics.ridged(), gap_GOD, statistics.output_weight())
     )
-
-
-def _energy(kernel_GOD: Tensor, s_GDD: Tensor | None) -> Tensor:
-    return kernel_GOD.square().sum() if s_GDD is None else (kernel_GOD @ s_GDD * kernel_GOD).sum()

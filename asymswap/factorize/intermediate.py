@@ -1,4 +1,4 @@
-"""Mean and variance of what the first conv of a separable pair hands to the second, and how to bring it above zero.
+"""Mean and variance of the output of a separable pair's first conv, and how to bring it above zero.
 
 Shapes, G groups, C inputs of one group, R the rank, D = C*kh*kw the length of a patch (see `statistics`):
 
@@ -29,7 +29,7 @@ class Moments:
     variance_GR: Tensor
 
     def shift(self, deviations: float | None) -> Tensor:
-        """The least numbers (G, R), none below zero, that bring what is so far below the mean above zero.
+        """Return the least numbers (G, R), none below zero, that raise values so many deviations below the mean to 0.
 
         None below zero, so that a zero that was padded stays above it too; all zero where no deviations are given.
         """
@@ -39,7 +39,7 @@ class Moments:
 
 
 def seen(statistics: SiteStatistics, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]) -> Moments:
-    """The moments through the given taps of the second conv, all in one, on the images of the statistics.
+    """Return the moments through the given taps of the second conv together, on the images of the statistics.
 
     `kernel` is that of the k x k conv. Exact for the pixels that those taps read.
     """
@@ -61,13 +61,13 @@ def seen(statistics: SiteStatistics, first_OIHW: Tensor, kernel: tuple[int, int]
 
 
 def white(first_OIHW: Tensor, groups: int) -> Moments:
-    """The moments for inputs that are white, of mean 0 and variance 1: what is assumed where nothing was seen."""
+    """Return the moments for white inputs of mean 0 and variance 1: the assumption without statistics."""
     v_GRM = first_OIHW.detach().to(torch.float64).flatten(1).unflatten(0, (groups, -1))
     variance_GR = v_GRM.square().sum(2)
     return Moments(torch.zeros_like(variance_GR), variance_GR)
 
 
 def carried(shift_GR: Tensor, second_ORHW: Tensor) -> Tensor:
-    """What the second conv (G*O, R, …) makes of a constant that is added to its inputs: (G*O), away from padding."""
+    """Return the change (G*O) of the second conv's output for a constant added to its inputs, away from padding."""
     weight_GORx = second_ORHW.detach().flatten(2).unflatten(0, (len(shift_GR), -1))
     return torch.einsum("gorx,gr->go", weight_GORx.to(shift_GR), shift_GR).flatten()

@@ -1,16 +1,16 @@
-"""What calibration data told about one conv: its input patches' mean and covariance, and what its output should be.
+"""Calibration statistics of one conv: mean and covariance of its input patches, and its target output.
 
 Shapes, G groups, C inputs and O outputs of one group, D = C*kh*kw the length of a patch, in the order of a kernel (c,
 i, j):
 
     mean_GD         mean of the patches
     cov_GDD         their covariance
-    target_GOD      the kernel that reproduces the wanted output from these patches best
-    target_mean_GO  mean of the wanted output
-    weight_GOO      how much the network's own prediction minds errors of the output; see below
+    target_GOD      the kernel that reproduces the target output from these patches best
+    target_mean_GO  mean of the target output
+    weight_GOO      how much each output affects the prediction; see below
 
-In one-pass calibration the wanted output is the conv's own, so `target` is its kernel. In sequential calibration the
-patches come from the network as converted so far and the wanted output from the original network (the asymmetric
+In one-pass calibration the target output is the conv's own, so `target` is its kernel. In sequential calibration the
+patches come from the network as converted so far and the target output from the original network (the asymmetric
 reconstruction of Zhang, Zou, He and Sun, 2015, section 3.3): target = T S^-1 with T the cross-covariance.
 
 `weight` is the second moment of the gradient of the log-likelihood of labels that are drawn from the network's own
@@ -43,7 +43,7 @@ class SiteStatistics:
     patches: int
 
     def ridged(self) -> Tensor:
-        """The covariance with a ridge, positive definite.
+        """Return the covariance with a ridge, positive definite.
 
         Directions that the images hardly ever took (dead channels, fewer patches than D) would otherwise be free to
         take any weight at all. The ridge says that they occur a thousandth as often as the average one, so that the
@@ -53,14 +53,14 @@ class SiteStatistics:
         return self.cov_GDD + torch.diag_embed(self.ridge().expand(-1, self.cov_GDD.shape[1]))
 
     def ridge(self) -> Tensor:
-        """The number (G, 1) that is added to each diagonal; one where the patches never varied at all."""
+        """Return the number (G, 1) that is added to each diagonal; 1 where the patches never varied at all."""
         scale = self.cov_GDD.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
         return torch.where(scale > 0, RIDGE * scale, 1.0)
 
     def output_weight(self) -> Tensor:
-        """`weight_GOO` with a share of its own average on the diagonal, or the identity where there is none.
+        """Return `weight_GOO` with a share of its own average on the diagonal, or the identity where there is none.
 
-        The gradient of a few hundred images is noisy: no output channel may be given up altogether for its sake.
+        The gradient of a few hundred images is noisy: no output channel may be given up altogether because of it.
         """
         outputs = self.target_GOD.shape[1]
         eye_GOO = torch.eye(outputs, dtype=torch.float64).expand(len(self.target_GOD), -1, -1)

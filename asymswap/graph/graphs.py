@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from asymswap.utils.inputs import Inputs
@@ -41,33 +42,69 @@ class ModuleCall:
 
 @dataclass
 class Recording:
-    """The operations of a run that depend on its input, in order, and the calls of each module, by the module's id."""
+    """What a run did.
+
+    `operations` are those that depend on its input, in order; `calls` the calls of each module that holds a conv, by
+    the module's id. `functional_convs` counts the calls of `torch.nn.functional.conv2d` by other code than a Conv2d's
+    own, by the name and the class of the module whose forward made them, and `functional_weights` are the names of the
+    model's own parameters that these used.
+    """
 
     operations: list[Operation] = field(default_factory=list)
     calls: dict[int, list[ModuleCall]] = field(default_factory=lambda: defaultdict(list))
+    functional_convs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    functional_weights: set[str] = field(default_factory=set)
+
+    def notes(self) -> tuple[str, ...]:
+        """Name the functional convolutions, for which nothing can be swapped; nothing where there are none."""
+        if not self.functional_convs:
+            return ()
+        by_class: dict[str, list[str]] = defaultdict(list)
+        for (name, kind), calls in self.functional_convs.items():
+            by_class[kind].append((name or "the model itself") + (f" ({calls} times)" if calls > 1 else ""))
+        listed = []
+        for kind, names in by_class.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            listed.append(f"{kind} {', '.join(names[:4])}{more}")
+        number = self.functional_convs.total()
+        what = "1 convolution is a function call" if number == 1 else f"{number} convolutions are function calls"
+        where = "; ".join(listed)
+        return (f"{what} (conv2d without an nn.Conv2d), which nothing can be swapped for: {where}",)
 
 
 @contextmanager
 def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inputs]]:
-    """Record what the model does with the inputs that are given back, a copy of `inputs`, while this is open."""
+    """While open, record what the model does with the inputs that are yielded, a copy of `inputs`."""
     found = Recording()
+    running: list[tuple[str, nn.Module]] = []
     handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | torch.jit.ScriptModule) or not _holds_conv(module):
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+
+        def enter(module: nn.Module, _: Any, name: str = name) -> None:
+            running.append((name, module))
+
+        def leave(*_: Any) -> None:
+            running.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+        if isinstance(module, nn.Conv2d) or not _holds_conv(module):
             continue
         begun: list[tuple[tuple[Any, ...], Any, int]] = []
 
-        def enter(_: nn.Module, args: Any, kwargs: Any, begun: list[Any] = begun) -> None:
+        def begin(_: nn.Module, args: Any, kwargs: Any, begun: list[Any] = begun) -> None:
             begun.append((map_tensors(args, _ghost), map_tensors(kwargs, _ghost), len(found.operations)))
 
-        def leave(module: nn.Module, *_: Any, begun: list[Any] = begun) -> None:
+        def end(module: nn.Module, *_: Any, begun: list[Any] = begun) -> None:
             args, kwargs, start = begun.pop()
             found.calls[id(module)].append(ModuleCall(args, kwargs, slice(start, len(found.operations))))
 
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(module.register_forward_hook(end))
     try:
-        with _Recorder(found.operations, _names(model)):
+        with _Recorder(found, _names(model), running):
             yield found, tuple(map_tensors(argument, _marked_copy) for argument in inputs)
     finally:
         for handle in handles:
@@ -75,14 +112,22 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every function of torch that is given a tensor which depends on the marked ones."""
+    """Records every function of torch that is given a tensor which depends on the marked ones, and functional convs."""
 
-    def __init__(self, operations: list[Operation], names: Mapping[int, str]) -> None:
+    def __init__(
+        self, found: Recording, names: Mapping[int, str], running: Sequence[tuple[str, nn.Module]] = ()
+    ) -> None:
         super().__init__()
-        self._operations, self._names = operations, names
+        self._found, self._names, self._running = found, names, running
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.conv2d and self._running and not isinstance(self._running[-1][1], nn.Conv2d):
+            module_name, module = self._running[-1]
+            self._found.functional_convs[module_name, type(module).__name__] += 1
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(weight, nn.Parameter) and id(weight) in self._names:
+                self._found.functional_weights.add(self._names[id(weight)])
         given = list_tensors((args, kwargs))
         depends = any(hasattr(tensor, _MARK) for tensor in given)
         result = func(*args, **kwargs)
@@ -91,7 +136,7 @@ class _Recorder(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             if made:
                 read = tuple(self._names[id(tensor)] for tensor in given if id(tensor) in self._names)
-                self._operations.append((_plain(name), tuple(tuple(tensor.shape) for tensor in made), read))
+                self._found.operations.append((_plain(name), tuple(tuple(tensor.shape) for tensor in made), read))
             # What is written to depends on the input from then on.
             written = list_tensors(args[0]) if _works_in_place(name) else []
             for tensor in (*made, *written):
@@ -150,14 +195,14 @@ class _Tracer(fx.Tracer):
 
 
 def bind(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the module's forward by name, defaults included."""
+    """Return the arguments of the module's forward by name, defaults included."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
 def trace_graph(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
-    """The module's graph; numbers, text, truth values and None among its forward's arguments are taken as constants.
+    """Return the module's graph, in which numbers, text, truth values and None among the arguments are constants.
 
     Raises whatever torch.fx, which runs the module's own code, raises.
     """
@@ -168,7 +213,7 @@ def trace_graph(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
 
 
 def placeholder_value(node: fx.Node, arguments: Mapping[str, Any]) -> Any:
-    """The value of a graph's placeholder, from the arguments of `bind`."""
+    """Return the value of a graph's placeholder, from the arguments of `bind`."""
     name = str(node.target).lstrip("*")
     return arguments[name] if name in arguments else arguments[re.sub(r"_\d+$", "", name)]
 
@@ -185,26 +230,43 @@ class _Walk(fx.Interpreter):
 
 
 def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> dict[str, fx.Graph]:
-    """The graph of the whole model by the name "", or those of its largest parts that hold a conv and are what runs.
+    """Return the graph of the whole model by the name "", or those of its largest parts with a conv that are what runs.
 
     `model` is what was recorded; `ghost` is a copy of it on the meta device that may be changed, in eval mode: tracing
     leaves constants in some.
     """
+    names = _names(ghost)
 
     def graph_of(part: nn.Module, prefix: str) -> fx.Graph | None:
         calls = recorded.calls.get(id(model.get_submodule(prefix)), [])
-        return _graph_that_runs(part, calls, recorded, names) if calls else None
+        if not calls:
+            return None
+        try:
+            # The part's own code runs here, with stand-ins and again on meta tensors: anything may be raised.
+            graph = trace_graph(part, bind(part, calls[0].args, calls[0].kwargs))
+            to_meta_(part)
+            for call in calls:
+                found = Recording()
+                # Copies, since what works in place changes the marks.
+                arguments = bind(part, map_tensors(call.args, _ghost), map_tensors(call.kwargs, _ghost))
+                with torch.no_grad(), torch.device("meta"), _Recorder(found, names):
+                    _Walk(part, graph, arguments).run()
+                if found.operations != recorded.operations[call.operations]:
+                    return None
+        except Exception:
+            return None
+        return graph
 
-    names = _names(ghost)
     return dict(_graphs(ghost, "", graph_of))
 
 
 def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
-    """The same of a model that is not run: whether its graphs are what runs is not known. It may be changed."""
+    """Return the same of a model that is not run, and may be changed: its graphs may not be what runs."""
 
     def graph_of(part: nn.Module, _: str) -> fx.Graph | None:
         try:
-            return trace_graph(part, _defaults(part))
+            _first, *others = inspect.signature(part.forward).parameters.values()
+            return trace_graph(part, {one.name: one.default for one in others if one.default is not one.empty})
         except Exception:  # the part's own code runs with stand-ins: anything may be raised
             return None
 
@@ -224,33 +286,6 @@ def _graphs(
         yield from _graphs(child, f"{prefix}.{name}" if prefix else name, graph_of)
 
 
-def _graph_that_runs(
-    module: nn.Module, calls: Sequence[ModuleCall], recorded: Recording, names: Mapping[int, str]
-) -> fx.Graph | None:
-    """The module's graph, None where torch.fx cannot trace it or where it is not what runs in all of the calls."""
-    try:
-        # The module's own code runs here, with stand-ins and again on meta tensors: anything at all may be raised.
-        graph = trace_graph(module, bind(module, calls[0].args, calls[0].kwargs))
-        to_meta_(module)
-        for call in calls:
-            found: list[Operation] = []
-            # Copies, since what works in place changes the marks.
-            arguments = bind(module, map_tensors(call.args, _ghost), map_tensors(call.kwargs, _ghost))
-            with torch.no_grad(), torch.device("meta"), _Recorder(found, names):
-                _Walk(module, graph, arguments).run()
-            if found != recorded.operations[call.operations]:
-                return None
-    except Exception:
-        return None
-    return graph
-
-
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    """The defaults of the forward's arguments, but for the first."""
-    _, *others = inspect.signature(module.forward).parameters.values()
-    return {one.name: one.default for one in others if one.default is not inspect.Parameter.empty}
-
-
 def to_meta_(root: nn.Module) -> None:
     """Move the constants that tracing has put on a module of meta tensors to the meta device too."""
     for module in root.modules():
@@ -260,7 +295,7 @@ def to_meta_(root: nn.Module) -> None:
 
 
 def shared_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]:
-    """The graph of the whole model, and the copy that was traced: its modules are its own, its tensors the model's.
+    """Return the graph of the whole model, and the copy that was traced, which shares the model's tensors.
 
     Raises whatever torch.fx raises where the model does not trace whole.
     """
@@ -270,7 +305,7 @@ def shared_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]
 
 
 def meta_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]:
-    """The same with all tensors on the meta device."""
+    """Return the same with all tensors on the meta device."""
     root = meta_copy(model).eval()
     graph = trace_graph(root, bind(root, inputs, {}))
     to_meta_(root)

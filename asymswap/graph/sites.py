@@ -35,8 +35,7 @@ _FRESH = nn.Conv2d(1, 1, 1, device="meta")
 
 
 def read_conv(conv: nn.Conv2d) -> ConvSpec:
-    """All fields of a conv as data, as its forward reads them: channels and kernel are those of its weight."""
-    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    """Return all fields of a conv, as its forward reads them: channels and kernel are those of its weight."""
     outputs, inputs, *kernel = (conv.out_channels, conv.in_channels // conv.groups, *_pair(conv.kernel_size))
     if not isinstance(conv.weight, nn.parameter.UninitializedParameter):
         outputs, inputs, *kernel = conv.weight.shape
@@ -44,9 +43,9 @@ def read_conv(conv: nn.Conv2d) -> ConvSpec:
         in_channels=inputs * conv.groups,
         out_channels=outputs,
         kernel=(kernel[0], kernel[1]),
-        stride=stride,
+        stride=_pair(conv.stride),
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-        dilation=dilation,
+        dilation=_pair(conv.dilation),
         groups=conv.groups,
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
@@ -55,7 +54,7 @@ def read_conv(conv: nn.Conv2d) -> ConvSpec:
 
 
 def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]:
-    """Every Conv2d by its first name, with the further names (aliases) under which the same module is registered."""
+    """Return every Conv2d by its first name, with further names (aliases) under which the same module is registered."""
     names: dict[int, list[str]] = defaultdict(list)
     modules: dict[int, nn.Conv2d] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -71,7 +70,7 @@ def make_sites(
     neighbours: Mapping[str, Neighbours] | None,
     read_elsewhere: Set[str],
 ) -> tuple[Site, ...]:
-    """One Site for each Conv2d: those that run in the order of their first call, then those that never do.
+    """Return one Site for each Conv2d: those that run in the order of their first call, then those that never do.
 
     `calls` is in call order; `neighbours` is None where the model was not traced; `read_elsewhere` names convs whose
     parameters the model reads without calling the conv.
@@ -86,27 +85,30 @@ def make_sites(
     for name in order:
         conv, aliases = convs[name]
         before, after = (neighbours or {}).get(name, (None, None))
-        sites.append(
-            Site(
-                name=name,
-                conv=read_conv(conv),
-                calls=tuple(calls.get(name, ())),
-                aliases=aliases,
-                before=before,
-                after=after,
-                refusal=_refusal(name, conv, owners, read_elsewhere) or _refusal_by_calls(calls.get(name, ())),
-            )
-        )
+        seen = tuple(calls.get(name, ()))
+        refusal = _refusal(name, conv, owners, read_elsewhere)
+        if refusal is None and not all(call.batched for call in seen):
+            # Batch norms and calibration need batches, as some kinds do.
+            refusal = "is called on one image without a batch (C x H x W); give it 1 x C x H x W"
+        sites.append(Site(name, read_conv(conv), seen, aliases, before, after, refusal))
     return tuple(sites)
 
 
 def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
-    """Why nobody may swap this module, whatever the kind."""
+    """Return why no kind may replace this module, or None."""
     if type(conv) is not nn.Conv2d:
-        return f"is a {type(conv).__name__}{_what_it_computes(type(conv))}"
+        cls = type(conv)
+        names = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
+        known = next((f": {_SUBCLASSES[name]}" for name in names if name in _SUBCLASSES), None)
+        return f"is a {cls.__name__}{known or ', a subclass of Conv2d that may compute something else'}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
-    changed = additions(conv, _FRESH) or _replaced_method()
+    changed = additions(conv, _FRESH)
+    for method in ("forward", "_conv_forward", "__call__"):
+        # Where a method of nn.Conv2d itself has been replaced, every conv computes something else.
+        owner = getattr(nn.Conv2d, method).__module__
+        if changed is None and not owner.startswith("torch."):
+            changed = f"is an nn.Conv2d whose {method} {owner} has replaced"
     if changed is not None:
         return f"{changed}, which a swap would drop"
     others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
@@ -119,43 +121,19 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
     return None
 
 
-def _replaced_method() -> str | None:
-    """Which method of nn.Conv2d itself has been replaced, if one has: every conv then computes something else."""
-    for name in ("forward", "_conv_forward", "__call__"):
-        module = getattr(nn.Conv2d, name).__module__
-        if not module.startswith("torch."):
-            return f"is an nn.Conv2d whose {name} {module} has replaced"
-    return None
-
-
-def _refusal_by_calls(calls: Sequence[Call]) -> str | None:
-    """Why nobody may swap a module that is called so: batch norms and calibration want batches, as some kinds do."""
-    if all(call.batched for call in calls):
-        return None
-    return "is called on one image without a batch (C x H x W); give it 1 x C x H x W"
-
-
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
-    """What is to be told of convs that share their weights with another layer: nothing where there are none."""
+    """Name the convs that share their weights with another layer; nothing where there are none."""
     refusals = [(site.name, site.refusal or "") for site in sites]
-    tied = [(name, reason.removeprefix(_SHARES)) for name, reason in refusals if reason.startswith(_SHARES)]
+    tied = [f"{name} with {why.removeprefix(_SHARES)}" for name, why in refusals if why.startswith(_SHARES)]
     if not tied:
         return ()
-    told = ", ".join(f"{name} with {other}" for name, other in tied[:4])
-    more = f" and {len(tied) - 4} more" if len(tied) > 4 else ""
+    named = ", ".join(tied[:4]) + (f" and {len(tied) - 4} more" if len(tied) > 4 else "")
     what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"
-    return (f"{what} with another layer, and nothing is swapped there: {told}{more}",)
-
-
-def _what_it_computes(cls: type[nn.Conv2d]) -> str:
-    """What sets a subclass apart, as far as it, or what it derives from, is known."""
-    names = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
-    known = next((_SUBCLASSES[name] for name in names if name in _SUBCLASSES), None)
-    return ", a subclass of Conv2d that may compute something else" if known is None else f": {known}"
+    return (f"{what} with another layer, and nothing is swapped there: {named}",)
 
 
 def _memory(parameter: nn.Parameter) -> int:
-    """What tells a parameter's numbers from those of others; where it has none yet, the parameter itself."""
+    """Return where a parameter's numbers lie; where it has none yet, the id of the parameter itself."""
     if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.data_ptr()

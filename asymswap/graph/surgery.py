@@ -14,7 +14,7 @@ from asymswap.utils.tensors import deep_copy, is_channels_last, loose_tensors
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:
-    """A deep copy of the model in which each named module is the given one instead; the model stays unchanged.
+    """Return a deep copy of the model with each named module replaced by the given one; the model stays unchanged.
 
     With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed.
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from asymswap.errors import TraceError
-from asymswap.graph.functional import FunctionCalls, watch_functions
 from asymswap.graph.graphs import Recording, believed_parts, recording, traceable_parts
 from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
@@ -28,7 +27,7 @@ from asymswap.utils.inputs import Inputs, describe, with_values
 from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
 
 NORM_ACT = "batch_norm_act"
-"""What a node is that normalises and then does something else, in one module."""
+"""The operation of a node that normalises and then does something else, in one module."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,14 @@ class Trace:
     ghost: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
-        """The same with those sites refused that were not yet."""
-        return replace(
-            self,
-            sites=tuple(
-                replace(site, refusal=reason) if site.name in names and site.refusal is None else site
-                for site in self.sites
-            ),
-        )
+        """Return the same with those sites refused that were not yet."""
+        refused = {site.name for site in self.sites if site.name in names and site.refusal is None}
+        sites = (replace(site, refusal=reason) if site.name in refused else site for site in self.sites)
+        return replace(self, sites=tuple(sites))
 
     @property
     def by(self) -> str:
-        """By which way it was read: `torch.fx`, `torch.fx in N parts` or `forward hooks`."""
+        """How it was read: `torch.fx`, `torch.fx in N parts` or `forward hooks`."""
         if self.parts == ("",):
             return "torch.fx"
         parts = f"torch.fx in {len(self.parts)} part" + "s" * (len(self.parts) != 1)
@@ -72,15 +67,15 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     `inputs` are the positional arguments of one forward pass; only their shapes and dtypes matter. Raises TraceError
     where the model cannot take them.
     """
-    ran, calls, functions, recorded = _run_somehow(model, inputs)
+    ran, calls, recorded = _run_somehow(model, inputs)
     ghost = meta_copy(model).eval()
     graphs = believed_parts(ran, recorded, ghost)
     neighbours, read_elsewhere = _read_graphs(ghost, graphs)
     neighbours = _alone_in_training(model, inputs, neighbours)
-    read_elsewhere |= {name.rpartition(".")[0] for name in functions.weights}
+    read_elsewhere |= {name.rpartition(".")[0] for name in recorded.functional_weights}
     sites = make_sites(model, calls, neighbours, read_elsewhere)
     on_meta = all(parameter.is_meta for parameter in ran.parameters())
-    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + functions.note(), graphs, ghost)
+    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + recorded.notes(), graphs, ghost)
 
 
 def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
@@ -92,9 +87,11 @@ def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
     others = Counter(type(part).__name__ for part in model.modules() if isinstance(part, nn.Conv1d | nn.Conv3d))
     what += "".join(f"; its {count} {kind} are none" for kind, count in others.items() if not number)
     holders = [key for key, part in model.named_children() if find_convs(part)]
-    hidden = [
-        key for key, value in vars(model).items() if key != "_modules" and any(map(find_convs, _modules_in(value)))
-    ]
+    hidden = []  # networks that an attribute holds in a way that torch does not know
+    for key, value in vars(model).items():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        if key != "_modules" and any(isinstance(item, nn.Module) and find_convs(item) for item in values):
+            hidden.append(key)
     hint = ""
     if isinstance(model, torch.jit.ScriptModule):
         hint = "; it is a ScriptModule, whose layers are compiled: give the module that it was made from"
@@ -104,22 +101,16 @@ def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
     raise TraceError(f"{name} on {describe(inputs)}: {what}{f' ({seen})' if seen else ''}{hint}")
 
 
-def _modules_in(value: Any) -> list[nn.Module]:
-    """The modules that an attribute of a module holds, itself or in a list, tuple or dict, unknown to torch."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    return [item for item in values if isinstance(item, nn.Module)]
-
-
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
-    """Every Conv2d of a model with its neighbours but without calls: nothing is run, and weights may be unset."""
-    skeleton = meta_copy(model).eval()
-    return make_sites(model, {}, *_read_graphs(skeleton, traceable_parts(skeleton)))
+    """Return every Conv2d of a model with its neighbours, without calls: nothing is run, and weights may be unset."""
+    ghost = meta_copy(model).eval()
+    return make_sites(model, {}, *_read_graphs(ghost, traceable_parts(ghost)))
 
 
 def conv_input(args: Any, kwargs: Any) -> Tensor:
-    """What a conv, or what stands in its place, was called on: its one argument, which may go by its name."""
-    seen: Tensor = args[0] if args else kwargs["input"]
-    return seen
+    """Return the input of a conv, or of its replacement: its one argument, which may go by its name."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 @contextmanager
@@ -139,7 +130,7 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
             handle.remove()
 
 
-_Run = tuple[nn.Module, dict[str, list[Call]], FunctionCalls, Recording]
+_Run = tuple[nn.Module, dict[str, list[Call]], Recording]
 
 
 def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
@@ -157,17 +148,12 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
-        reason = _first_line(error)
-        raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; {_advice(model)}") from error
-
-
-def _advice(model: nn.Module) -> str:
-    """What to do about a model that does not run."""
-    dtypes = {parameter.dtype: name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-    if len(dtypes) < 2:
-        return "give another --input"
-    named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
-    return f"its layers have several dtypes, {named}: give them one, as with model.float()"
+        reason, advice = (str(error).strip() or type(error).__name__).splitlines()[0], "give another --input"
+        dtypes = {weight.dtype: name for name, weight in model.named_parameters() if weight.is_floating_point()}
+        if len(dtypes) > 1:
+            named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
+            advice = f"its layers have several dtypes, {named}: give them one, as with model.float()"
+        raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; {advice}") from error
 
 
 def _run(model: nn.Module, inputs: Inputs) -> _Run:
@@ -176,48 +162,44 @@ def _run(model: nn.Module, inputs: Inputs) -> _Run:
     def see(name: str, seen: Tensor, output: Tensor) -> None:
         calls[name].append(Call.of(seen.shape, output.shape))
 
-    with (
-        torch.no_grad(),
-        conv_hooks(model, see),
-        watch_functions(model) as functions,
-        recording(model, inputs) as (recorded, copies),
-    ):
+    with torch.no_grad(), conv_hooks(model, see), recording(model, inputs) as (recorded, copies):
         model(*copies)
-    return model, dict(calls), functions, recorded
+    return model, dict(calls), recorded
 
 
 def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[str, Neighbours], set[str]]:
-    """Neighbours of each conv, by its first name, and the convs whose parameters are read without a call."""
+    """Return the neighbours of each conv, by its first name, and the convs whose parameters are read without a call."""
     first_names = {id(conv): name for name, (conv, _) in find_convs(model).items()}
     found: dict[str, Neighbours] = {}
     read_elsewhere: set[str] = set()
     for prefix, graph in parts.items():
         root = model.get_submodule(prefix)
-        runs = Counter(id(module) for module in _used_modules(root, graph))
+        # The module of every call, and the owner of every parameter that is read without one.
+        used: dict[fx.Node, nn.Module] = {}
         for node in graph.nodes:
-            if node.op == "get_attr":
-                owner = str(node.target).rpartition(".")[0]
-                read_elsewhere.update(filter(None, [_conv_name(root, owner, first_names)]))
-            if node.op != "call_module" or (name := _conv_name(root, str(node.target), first_names)) is None:
+            if node.op == "call_module":
+                used[node] = root.get_submodule(str(node.target))
+            elif node.op == "get_attr":
+                used[node] = root.get_submodule(str(node.target).rpartition(".")[0])
+        runs = Counter(id(module) for module in used.values())
+        # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
+        seams = {"input", "output"} if prefix else set()
+        for node, module in used.items():
+            name = first_names.get(id(module))
+            if name is None:
                 continue
-            before, after = found.get(name, ((), ()))
-            # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
-            seams = {"input", "output"} if prefix else set()
-            feeds, follows = (
-                tuple(_named_from(prefix, n) for n in _walk(root, runs, node, forward) if n.op not in seams)
-                for forward in (False, True)
-            )
-            found[name] = (_merge(before, feeds), _merge(after, follows))
+            if node.op == "get_attr":
+                read_elsewhere.add(name)
+                continue
+            sides = []
+            for forward, known in zip((False, True), found.get(name, ((), ())), strict=True):
+                neighbours = [n for n in _walk(root, runs, node, forward) if n.op not in seams]
+                if prefix:
+                    # More may run a neighbour than its part shows.
+                    neighbours = [replace(n, name=f"{prefix}.{n.name}", alone=False) for n in neighbours]
+                sides.append(known + tuple(n for n in neighbours if n not in known))
+            found[name] = (sides[0], sides[1])
     return found, read_elsewhere
-
-
-def _used_modules(root: nn.Module, graph: fx.Graph) -> Iterator[nn.Module]:
-    """The module of every call, and the owner of every parameter that is read without one."""
-    for node in graph.nodes:
-        if node.op == "call_module":
-            yield root.get_submodule(str(node.target))
-        elif node.op == "get_attr":
-            yield root.get_submodule(str(node.target).rpartition(".")[0])
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
@@ -225,7 +207,7 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]) -> dict[str, Neighbours]:
-    """The same neighbours, with a batch norm `alone` behind its conv only where it is so in train mode, too.
+    """Return the same neighbours, with a batch norm `alone` behind its conv only where it is so in train mode, too.
 
     It is not where the train-time graph uses it or the conv's output elsewhere (auxiliary branches), where the two are
     not in the same mode, as given or after `train()`, and where it shares its weights.
@@ -233,36 +215,28 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     pairs = {name: norm for name, (_, after) in neighbours.items() if (norm := norm_behind(after)) is not None}
     if not pairs:
         return neighbours
-    skeleton = meta_copy(model)
+    ghost = meta_copy(model)
     with contextlib.suppress(Exception):
-        skeleton.train()
-    trained, _ = _read_graphs(skeleton, traceable_parts(skeleton))
+        ghost.train()
+    trained, _ = _read_graphs(ghost, traceable_parts(ghost))
     owners = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
-    runs: Counter[str] = Counter()
-    handles = []
-    for norm in pairs.values():
-
-        def hook(*_: Any, norm: str = norm) -> None:
-            runs[norm] += 1
-
-        handles.append(skeleton.get_submodule(norm).register_forward_hook(hook))
+    runs: Counter[int] = Counter()
+    # The copy is not used again: the hooks may stay.
+    for norm in set(pairs.values()):
+        ghost.get_submodule(norm).register_forward_hook(lambda module, *_: runs.update([id(module)]))
     # What cannot run in train mode, as without its targets, is judged by its graph and by what ran of it.
     with contextlib.suppress(Exception), torch.no_grad():
-        skeleton(*to_meta(inputs))
-    for handle in handles:
-        handle.remove()
-
-    def stays(name: str, norm: str) -> bool:
-        module = model.get_submodule(norm)
-        same_mode = all(
-            whole.get_submodule(norm).training == whole.get_submodule(name).training for whole in (model, skeleton)
-        )
-        own = all(owners[id(tensor)] == 1 for tensor in _own_tensors(module))
-        return same_mode and own and runs[norm] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
-
+        ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():
-        if not stays(name, norm):
+        modes = ((whole.get_submodule(norm).training, whole.get_submodule(name).training) for whole in (model, ghost))
+        alone = (
+            all(of_norm == of_conv for of_norm, of_conv in modes)
+            and all(owners[id(tensor)] == 1 for tensor in _own_tensors(model.get_submodule(norm)))
+            and runs[id(ghost.get_submodule(norm))] <= 1
+            and norm_behind(trained.get(name, ((), ()))[1]) == norm
+        )
+        if not alone:
             before, after = found[name]
             found[name] = before, tuple(replace(n, alone=False) if n.name == norm else n for n in after)
     return found
@@ -271,7 +245,7 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
 def _walk(
     root: nn.Module, runs: Mapping[int, int], node: fx.Node, forward: bool, direct: bool = True
 ) -> Iterator[Neighbour]:
-    """The nodes beside `node`; through a batch norm also those behind it. `runs` counts each module's, by its id."""
+    """Yield the nodes beside `node`; through a batch norm also those behind it. `runs` counts calls, by module id."""
     for other in node.users if forward else node.all_input_nodes:
         operation = node_operation(root, other)
         if other.op != "call_module":
@@ -288,13 +262,8 @@ def _walk(
             yield from _walk(root, runs, other, forward, direct=False)
 
 
-def _named_from(prefix: str, neighbour: Neighbour) -> Neighbour:
-    """A neighbour within a part of the model by its name in the whole, where more may run it than the part shows."""
-    return neighbour if not prefix else replace(neighbour, name=f"{prefix}.{neighbour.name}", alone=False)
-
-
 def node_operation(root: nn.Module, node: fx.Node) -> str:
-    """The canonical name of what a node does, with the modules of `root`."""
+    """Return the canonical name of what a node does, with the modules of `root`."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if isinstance(module, nn.Conv2d):
@@ -308,28 +277,13 @@ def node_operation(root: nn.Module, node: fx.Node) -> str:
 
 
 def _activation(module: nn.Module) -> str:
-    """What a batch norm's class does beside normalising: `identity` for torch's own, which do nothing.
+    """Return what a batch norm's class does beside normalising: `identity` for torch's own, which do nothing else.
 
-    timm's BatchNormAct2d applies its `act` as well, which may be an identity, too. Of other classes with a forward of
-    their own nothing is known: they are named for what they are.
+    timm's BatchNormAct2d applies its `act` as well, which may be an identity, too. Other classes with a forward of
+    their own go by their own name.
     """
     forwards = {cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)}
     if type(module).forward in forwards:
         return "identity"
     act = getattr(module, "act", None)
     return canonical(type(act if isinstance(act, nn.Module) else module).__name__)
-
-
-def _conv_name(root: nn.Module, target: str, first_names: dict[int, str]) -> str | None:
-    try:
-        return first_names.get(id(root.get_submodule(target)))
-    except AttributeError:
-        return None
-
-
-def _merge(old: tuple[Neighbour, ...], new: tuple[Neighbour, ...]) -> tuple[Neighbour, ...]:
-    return old + tuple(neighbour for neighbour in new if neighbour not in old)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

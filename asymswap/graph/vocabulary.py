@@ -4,54 +4,17 @@ from __future__ import annotations
 
 import re
 
-ACTIVATIONS = frozenset(
-    [
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "prelu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "sigmoid",
-        "tanh",
-        "softmax",
-        "hardswish",
-        "hardsigmoid",
-        "hardtanh",
-    ]
-)
+ACTIVATIONS = frozenset([
+    "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softmax",
+    "hardswish", "hardsigmoid", "hardtanh",
+])  # fmt: skip
 """What the word `activation` in a recipe stands for."""
 
-OTHERS = frozenset(
-    [
-        "add",
-        "mul",
-        "sub",
-        "div",
-        "concat",
-        "conv",
-        "conv_transpose",
-        "linear",
-        "batch_norm",
-        "layer_norm",
-        "group_norm",
-        "max_pool",
-        "avg_pool",
-        "dropout",
-        "identity",
-        "interpolate",
-        "flatten",
-        "reshape",
-        "permute",
-        "mean",
-        "input",
-        "output",
-    ]
-)
+OTHERS = frozenset([
+    "add", "mul", "sub", "div", "concat", "conv", "conv_transpose", "linear", "batch_norm", "layer_norm", "group_norm",
+    "max_pool", "avg_pool", "dropout", "identity", "interpolate", "flatten", "reshape", "permute", "mean", "input",
+    "output",
+])  # fmt: skip
 """Names that are no activation. An operation outside of both sets goes by its own name."""
 
 WORDS = ACTIVATIONS | OTHERS | {"activation"}
@@ -65,6 +28,10 @@ _SAME = {
     "cat": "concat",
     "concatenate": "concat",
     "si_lu": "silu",
+    "re_lu": "relu",
+    "re_lu6": "relu6",
+    "leaky_re_lu": "leaky_relu",
+    "pre_lu": "prelu",
     "swish": "silu",
     "view": "reshape",
     "frozen_batch_norm": "batch_norm",
@@ -76,13 +43,12 @@ _SAME = {
 
 
 def canonical(name: str) -> str:
-    """The canonical name of a module class, function or method: `BatchNorm2d` is `batch_norm`."""
+    """Return the canonical name of a module class, function or method: `BatchNorm2d` is `batch_norm`."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     snake = re.sub(r"_?[123]d$", "", snake).removeprefix("adaptive_").strip("_")
-    snake = {"re_lu": "relu", "re_lu6": "relu6", "leaky_re_lu": "leaky_relu", "pre_lu": "prelu"}.get(snake, snake)
     return _SAME.get(snake, snake)
 
 
 def fits(word: str, op: str) -> bool:
-    """Whether a recipe's word names this operation."""
+    """Return True if a recipe's word names this operation."""
     return op in ACTIVATIONS if word == "activation" else op == word

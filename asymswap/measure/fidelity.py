@@ -160,8 +160,7 @@ def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Ite
         if swap.absorbs is not None:
             # Its kernel holds the batch norm's scale, and cannot be compared with the conv's.
             continue
-        kind, conv = replacements.load(swap.kind), convs[swap.site]
-        settings = replacements.parse_settings(swap.kind, swap.settings)
+        (kind, settings), conv = replacements.load_swap(swap), convs[swap.site]
         fused = kind.fuse(converted.get_submodule(swap.site), read_conv(conv), settings)
         if fused is not None and fused.weight.shape == conv.weight.shape:
             sums = Sums()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -49,8 +50,8 @@ def apply_plan(
             for parameter in built.replacement.parameters():
                 nn.init.constant_(parameter, math.nan)
         else:
-            absorbed = {} if built.norm is None else {"norm": built.norm}
-            built.kind.init_(built.replacement, built.conv, built.settings, found.get(built.entry.site), **absorbed)
+            statistics, norm = found.get(built.entry.site), cast("nn.BatchNorm2d | None", built.norm)
+            built.kind.init_(built.replacement, built.conv, built.settings, statistics, norm)
 
     return _apply(model, plan, start, share, lambda done: progress("converting", done, len(plan.swaps)))
 
@@ -82,7 +83,7 @@ class _Built:
     entry: Swap
     conv: nn.Conv2d
     norm: nn.Module | None
-    kind: replacements.Kind
+    kind: replacements.Replacement
     settings: replacements.KindSettings
     replacement: nn.Module
 
@@ -104,7 +105,7 @@ def _apply(
             raise PlanError(f"the model has no Conv2d named {entry.site!r}{near_names(entry.site, convs)}")
         if entry.absorbs is not None and entry.absorbs not in norms:
             raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
-        kind, settings = replacements.load(entry.kind), replacements.parse_settings(entry.kind, entry.settings)
+        kind, settings = replacements.load_swap(entry)
         norm = None if entry.absorbs is None else norms[entry.absorbs]
         every.append(_Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings)))
     if start is not None:

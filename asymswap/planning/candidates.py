@@ -39,14 +39,16 @@ def _candidate(model: nn.Module, site: Site, recipe: Recipe | None, number: int 
     if reason is not None:
         return Candidate(site, reason, kind=name)
     if name != "separable":
-        settings = replacements.parse_settings(name, given)
-        # Settings of an approximation depend on the weights, and would take as long as a plan.
-        if kind.preserves(site.conv, settings):
+        wish = replacements.parse_settings(name, given)
+        if kind.SIZES:
+            return Candidate(site, kind=name)
+        # What approximates the conv is resolved from its weights, which would take as long as a plan.
+        if kind.preserves(site.conv, wish):
             try:
-                kind.settle(site, cast(nn.Conv2d, model.get_submodule(site.name)), settings)
+                kind.resolve(site, cast(nn.Conv2d, model.get_submodule(site.name)), wish)
             except RecipeError as error:
                 return Candidate(site, str(error), kind=name)
-        return Candidate(site, kind=name, becomes=None if kind.SIZES else kind.cost(site, settings))
+        return Candidate(site, kind=name, becomes=kind.cost(site, wish))
     best = _break_even(site)
     if best is None or best.rank == 1:
         # One column of weights for each input channel is no approximation that anybody keeps.

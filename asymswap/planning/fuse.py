@@ -111,24 +111,24 @@ def _fuse_site(
     `before` is the model's structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the
     largest predicted one.
     """
-    kind, settings = replacements.load(entry.kind), replacements.parse_settings(entry.kind, entry.settings)
+    kind, settings = replacements.load_swap(entry)
     module = model.get_submodule(entry.site)
     if isinstance(module, nn.Conv2d):
         return _leave(entry, "it is one conv already")
-    if not type(settings).model_fields["allow_growth"].default and not options.separable:
+    if not kind.settings.model_fields["allow_growth"].default and not options.separable:
         return _leave(entry, "one conv would cost more; --separable fuses it nevertheless")
     conv = read_conv(cast(nn.Conv2d, before.get_submodule(entry.site)))
     changed = _changed(module, kind.build(conv, settings))
     if changed is not None:
         return _leave(entry, changed)
     fused, reason = kind.fuse(module, conv, settings), ""
-    most = options.max_offset
-    if fused is None and isinstance(kind, replacements.Sampling) and offset is not None and most is not None:
+    most, plain = options.max_offset, kind.without_offsets(module, conv) if fused is None else None
+    if plain is not None and offset is not None and most is not None:
         if offset > most:
             return _leave(entry, f"it predicts offsets of up to {offset:.3g} pixels")
-        fused, reason = kind.without_offsets(module, conv), f"offsets of at most {offset:.3g} pixels were left out"
+        fused, reason = plain, f"offsets of at most {offset:.3g} pixels were left out"
     if fused is None:
-        more = "; --max-offset leaves small offsets out" if isinstance(kind, replacements.Sampling) else ""
+        more = "; --max-offset leaves small offsets out" if plain is not None else ""
         return _leave(entry, f"no ordinary conv computes the same{more}")
     modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
     if entry.absorbs is not None:
@@ -179,14 +179,13 @@ def _largest_offsets(model: nn.Module, plans: Sequence[Plan], options: FusionOpt
     found: dict[str, float] = {}
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         for entry in (entry for plan in plans for entry in plan.swaps):
-            kind = replacements.load(entry.kind)
-            if isinstance(kind, replacements.Sampling):
 
-                def see(module: nn.Module, args: Any, kwargs: Any, name: str = entry.site, kind: Any = kind) -> None:
-                    largest = kind.largest_offset(module, conv_input(args, kwargs))
-                    found[name] = max(found.get(name, 0.0), largest)
+            def see(module: nn.Module, args: Any, kwargs: Any, entry: Swap = entry) -> None:
+                offsets = replacements.load(entry.kind).tap_offsets(module, conv_input(args, kwargs))
+                if offsets is not None:
+                    found[entry.site] = max(found.get(entry.site, 0.0), float(offsets.abs().max()))
 
-                hooks.enter_context(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
+            hooks.enter_context(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
         model(*options.inputs)
     return found
 

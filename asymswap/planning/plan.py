@@ -19,7 +19,7 @@ from asymswap.planning.allocate import Allocation, Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
 from asymswap.planning.cost_model import CostModel, CountedCost
 from asymswap.planning.recipe import Recipe, Rule
-from asymswap.replacements import Kind, KindSettings
+from asymswap.replacements import KindSettings, Replacement
 from asymswap.types import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
 from asymswap.utils.tensors import side_by_side
 
@@ -33,7 +33,7 @@ class _Matched:
     rule: Rule
     number: int
     kind_name: str
-    kind: Kind
+    kind: Replacement
     settings: KindSettings
     statistics: SiteStatistics | None
     absorbs: str | None = None
@@ -269,24 +269,24 @@ def _decide(
     return _Matched(site, conv, rule, number, kind_name, kind, settings, statistics, absorbs)
 
 
-def refusal_of(site: Site, kind: Kind) -> str | None:
+def refusal_of(site: Site, kind: Replacement) -> str | None:
     """Return the reason why this kind cannot replace the conv of a site, or None where it can."""
-    return site.refusal or kind.refuse(site.conv) or (None if site.calls else "never runs in eval mode")
+    return site.refusal or kind.unsupported(site.conv) or (None if site.calls else "never runs in eval mode")
 
 
-def _fold_norm(model: nn.Module, site: Site, kind: Kind, settings: KindSettings) -> tuple[KindSettings, str | None]:
+def _fold_norm(
+    model: nn.Module, site: Site, kind: Replacement, settings: KindSettings
+) -> tuple[KindSettings, str | None]:
     """Return the settings, and the batch norm that the kind folds in at this site, if there is one."""
-    if not isinstance(kind, replacements.Absorbing):
-        return settings, None
-    name = kind.absorbs(site, settings)
-    folded = None if name is None else kind.adopt(settings, model.get_submodule(name))
+    name = site.norm_behind
+    folded = None if name is None else kind.fold_norm(settings, model.get_submodule(name))
     return (settings, None) if folded is None else (folded, name)
 
 
 def _settle(item: _Matched) -> tuple[Swap | Keep, Option | None]:
     """Return what a rule with a size of its own makes of a site, and by which option if it is swapped."""
     try:
-        option = item.kind.settle(item.site, item.conv, item.settings, item.statistics)
+        option = item.kind.resolve(item.site, item.conv, item.settings, item.statistics)
     except RecipeError as error:
         raise RecipeError(f"rule {item.number}, {item.site.name} ({item.site.conv.describe()}): {error}") from None
     if item.settings.allow_growth or saves(option.cost, item.site.cost):
@@ -409,7 +409,7 @@ def check_replay(
             raise PlanError(f"the plan swaps {swap.site!r} by {swap.kind!r} and says no size; give one of {sizes}")
         try:
             conv = cast(nn.Conv2d, model.get_submodule(site.name))
-            option = kind.settle(site, conv, settings, (statistics or {}).get(site.name))
+            option = kind.resolve(site, conv, settings, (statistics or {}).get(site.name))
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r}: {error}") from None
         if not settings.allow_growth and not saves(option.cost, site.cost):

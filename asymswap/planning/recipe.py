@@ -529,8 +529,8 @@ def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
         if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
             continue
         kind = replacements.load(swap["kind"])
-        known |= set(kind.Settings.model_fields)
-        if key in kind.Settings.model_fields:
+        known |= set(kind.settings.model_fields)
+        if key in kind.settings.model_fields:
             dropped = kind.SIZES if key in kind.SIZES else ()
             rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: new}
             taken, is_size = True, is_size or key in kind.SIZES
@@ -570,7 +570,7 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     swaps = []
     for name in replacements.names():
-        settings = replacements.load(name).Settings.model_json_schema()
+        settings = replacements.load(name).settings.model_json_schema()
         settings["properties"] = {"kind": {"const": name}, **settings["properties"]}
         settings["required"] = ["kind"]
         settings["title"] = name

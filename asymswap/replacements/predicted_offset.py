@@ -16,7 +16,6 @@ first: samples up to its rim see it, samples beyond the rim are zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, cast
 
 import torch
@@ -27,13 +26,10 @@ from torchvision import ops
 
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.replacements import KindSettings
-from asymswap.replacements import _strip_convs as strip_convs
+from asymswap.replacements import _convs
+from asymswap.replacements.base import KindSettings, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 from asymswap.utils.tensors import is_channels_last
-
-SIZES = ()
-PRESERVES = "the function, exactly, until its predictor is trained"
 
 BILINEAR_MACS = 4
 """Multiply-adds of one sample between pixels: one for each of the four pixels around it."""
@@ -69,7 +65,12 @@ class PredictedOffsetConv2d(nn.Module):
     def __init__(self, conv: ConvSpec, *, mask: bool = False, offset_groups: int = 1) -> None:
         super().__init__()
         self.conv, self.mask, self.offset_groups = conv, mask, offset_groups
-        self.margins, self.padding = _paddings(conv)
+        # deform_conv2d adds as many zeros after as before: one row or column more, as "same" has for even kernels, and
+        # any other padding mode come beforehand. Zeros either way are the same: samples beyond the input are zero too.
+        left, right, top, bottom = conv.pads
+        self.margins, self.padding = conv.pads, (0, 0)
+        if conv.padding_mode == "zeros":
+            self.margins, self.padding = (0, right - left, 0, bottom - top), (top, left)
         self.predictor: PredictorConv2d = nn.utils.skip_init(
             PredictorConv2d,
             conv.in_channels,
@@ -81,17 +82,21 @@ class PredictedOffsetConv2d(nn.Module):
             padding_mode=conv.padding_mode,
             dtype=getattr(torch, conv.dtype),
         )
+        for parameter in self.predictor.parameters():
+            nn.init.zeros_(parameter)
         dtype = self.predictor.weight.dtype
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
     def predict_offsets(self, x: Tensor) -> Tensor:
-        """The offsets in pixels, (N, 2 * offset_groups * taps, H, W) of the output's size; `.abs().max()` is how far
-        the taps move on this input."""
+        """Return the offsets in pixels, (N, 2 * offset_groups * taps, H, W) of the output's size.
+
+        Their `.abs().max()` is how far the taps move on this input.
+        """
         return cast(Tensor, self.predictor(x)).narrow(-3, 0, _predicted_channels(self.conv, False, self.offset_groups))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output of the conv with every tap moved by its offset."""
+        """Return the output of the conv with every tap moved by its offset."""
         x, predicted = input, self.predictor(input)
         if any(self.margins):
             x = F.pad(x, self.margins, "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode)
@@ -100,116 +105,62 @@ class PredictedOffsetConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The fields in one phrase."""
         mask = ", mask" if self.mask else ""
         return f"{self.conv.describe()}, padding={self.conv.padding}, offset_groups={self.offset_groups}{mask}"
 
 
-def refuse(conv: ConvSpec) -> str | None:
-    """Every form of conv can be moved; only real floating-point weights can be sampled for."""
-    if conv.dtype not in ("float64", "float32", "float16", "bfloat16"):
-        return f"{conv.dtype} convs cannot sample between pixels"
-    return None
+class PredictedOffset(Replacement):
+    """Offsets per pixel, from a predictor that starts at zero; a conv of any form can be replaced."""
 
+    settings = Settings
+    PRESERVES = "the function, exactly, until its predictor is trained"
 
-def preserves(conv: ConvSpec, settings: Settings) -> bool:
-    """True: a predictor of zeros moves nothing."""
-    return True
+    def cost(self, site: Site, settings: Settings) -> Cost:
+        """Return MACs over all calls and parameters of the predictor, the sampling, and the products of the conv.
 
+        Each of the C * kh * kw samples of an output pixel costs `BILINEAR_MACS`, and one more where it has a mask.
+        """
+        conv = site.conv
+        taps = math.prod(conv.kernel)
+        predicted = _predicted_channels(conv, settings.mask, settings.offset_groups)
+        predictor = predicted * conv.in_channels * taps
+        sampling = conv.in_channels * taps * (BILINEAR_MACS + settings.mask)
+        pixels = sum(math.prod(call.output) * call.batch for call in site.calls)
+        return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
 
-def cost(site: Site, settings: Settings) -> Cost:
-    """MACs over all calls and parameters: the predictor, the sampling, and the products of the conv itself.
+    def resolve(
+        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+    ) -> Option:
+        """Return the settings as they are; raises RecipeError where the channels do not divide into offset groups."""
+        problem = _uneven(site.conv, settings)
+        if problem is not None:
+            raise RecipeError(problem)
+        return super().resolve(site, conv, settings, statistics)
 
-    Each of the C * kh * kw samples of an output pixel costs `BILINEAR_MACS`, and one more where it has a mask.
-    """
-    conv = site.conv
-    taps = math.prod(conv.kernel)
-    predicted = _predicted_channels(conv, settings.mask, settings.offset_groups)
-    predictor = predicted * conv.in_channels * taps
-    sampling = conv.in_channels * taps * (BILINEAR_MACS + settings.mask)
-    pixels = sum(math.prod(call.output) * call.batch for call in site.calls)
-    return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
+    def build(self, conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
+        """Return a `PredictedOffsetConv2d`; raises PlanError where the channels do not divide into offset groups."""
+        problem = _uneven(conv, settings)
+        if problem is not None:
+            raise PlanError(f"kind 'predicted-offset': {problem}")
+        return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
+    def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
+        """Return the conv with the replacement's weights while the predictor is zero; None once it has learned."""
+        predictor = cast(PredictedOffsetConv2d, module).predictor
+        trained = any(bool(parameter.any()) for parameter in predictor.parameters())
+        return None if trained else self.without_offsets(module, conv)
 
-def options(
-    site: Site,
-    conv: nn.Conv2d,
-    settings: Settings,
-    statistics: SiteStatistics | None = None,
-) -> Sequence[Option]:
-    """The one replacement that the settings describe."""
-    return [settle(site, conv, settings, statistics)]
+    def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return the offsets (S, T, 2) that the predictor gives for inputs (N, C, H, W): per image, group and pixel."""
+        own = cast(PredictedOffsetConv2d, module)
+        with torch.no_grad():
+            predicted_NGTCHW: Tensor = own.predict_offsets(x).unflatten(1, (own.offset_groups, -1, 2))
+        return predicted_NGTCHW.permute(0, 1, 4, 5, 2, 3).flatten(0, 3)
 
-
-def settle(
-    site: Site,
-    conv: nn.Conv2d,
-    settings: Settings,
-    statistics: SiteStatistics | None = None,
-) -> Option:
-    """The settings as they are; raises RecipeError where the channels do not divide into the offset groups."""
-    problem = _uneven(site.conv, settings)
-    if problem is not None:
-        raise RecipeError(problem)
-    settled = {"mask": settings.mask, "offset_groups": settings.offset_groups}
-    return Option(settled, cost(site, settings), error=0.0, loss=0.0)
-
-
-def build(conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
-    """A `PredictedOffsetConv2d`; raises PlanError where the channels do not divide into the offset groups."""
-    problem = _uneven(conv, settings)
-    if problem is not None:
-        raise PlanError(f"kind 'predicted-offset': {problem}")
-    return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
-
-
-def init_(
-    module: nn.Module,
-    conv: nn.Conv2d,
-    settings: Settings,
-    statistics: SiteStatistics | None = None,
-) -> None:
-    """The conv's own weights and a predictor of zeros; statistics have nothing to add to an exact replacement."""
-    deformable = cast(PredictedOffsetConv2d, module)
-    with torch.no_grad():
-        deformable.weight.copy_(conv.weight)
-        if deformable.bias is not None:
-            deformable.bias.copy_(cast(Tensor, conv.bias))
-        for parameter in deformable.predictor.parameters():
-            parameter.zero_()
-
-
-def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
-    """The conv with the replacement's weights while its predictor is still zero; None once it has learned anything."""
-    deformable = cast(PredictedOffsetConv2d, module)
-    if any(bool(parameter.any()) for parameter in deformable.predictor.parameters()):
-        return None
-    return without_offsets(module, conv)
-
-
-def largest_offset(module: nn.Module, x: Tensor) -> float:
-    """The largest offset along an axis, in pixels, that the predictor gives for inputs (N, C, H, W)."""
-    with torch.no_grad():
-        return float(cast(PredictedOffsetConv2d, module).predict_offsets(x).abs().max())
-
-
-def tap_offsets(module: nn.Module, x: Tensor) -> Tensor:
-    """The offsets (S, T, 2) that the predictor gives for inputs (N, C, H, W): for each image, group and pixel."""
-    deformable = cast(PredictedOffsetConv2d, module)
-    with torch.no_grad():
-        predicted_NGTCHW: Tensor = deformable.predict_offsets(x).unflatten(1, (deformable.offset_groups, -1, 2))
-    return predicted_NGTCHW.permute(0, 1, 4, 5, 2, 3).flatten(0, 3)
-
-
-def without_offsets(module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
-    """The conv with the replacement's weights; a mask, which is near one where offsets are near zero, is left out."""
-    deformable = cast(PredictedOffsetConv2d, module)
-    plain = strip_convs.new_conv(conv, deformable.weight.dtype, deformable.weight.device)
-    with torch.no_grad():
-        plain.weight.copy_(deformable.weight)
-        if plain.bias is not None:
-            plain.bias.copy_(cast(Tensor, deformable.bias))
-    return plain
+    def without_offsets(self, module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
+        """Return the conv with the replacement's weights; masks, near one where offsets are near zero, are left out."""
+        own = cast(PredictedOffsetConv2d, module)
+        return _convs.conv_of(conv, own.weight, own.bias, own.weight)
 
 
 def _predicted_channels(conv: ConvSpec, mask: bool, offset_groups: int) -> int:
@@ -222,24 +173,6 @@ def _uneven(conv: ConvSpec, settings: Settings) -> str | None:
     return f"offset_groups = {settings.offset_groups} does not divide the {conv.in_channels} input channels"
 
 
-def _paddings(conv: ConvSpec) -> tuple[tuple[int, int, int, int], Size]:
-    """What is laid around the input beforehand (left, right, top, bottom), and what deform_conv2d adds (height, width).
-
-    deform_conv2d adds as many zeros after as before: one row or column more, as "same" has for even kernels, and any
-    other padding mode come beforehand. Zeros on either way are the same, for samples beyond the input are zero too.
-    """
-    before, after = [0, 0], [0, 0]
-    for axis, (kernel, dilation) in enumerate(zip(conv.kernel, conv.dilation, strict=True)):
-        if not isinstance(conv.padding, str):
-            before[axis] = after[axis] = conv.padding[axis]
-        elif conv.padding == "same":
-            before[axis] = dilation * (kernel - 1) // 2
-            after[axis] = dilation * (kernel - 1) - before[axis]
-    if conv.padding_mode == "zeros":
-        return (0, after[1] - before[1], 0, after[0] - before[0]), (before[0], before[1])
-    return (before[1], after[1], before[0], after[0]), (0, 0)
-
-
 def _deform_conv2d(
     x: Tensor,
     predicted: Tensor,
@@ -250,7 +183,7 @@ def _deform_conv2d(
     dilation: Size,
     with_mask: bool,
 ) -> Tensor:
-    """torchvision's operator on what the predictor gave, in the dtype and memory format that a conv would give."""
+    """Run torchvision's operator on the predictor's output; return the dtype and memory format of a conv's output."""
     if x.dim() == 3:
         return _deform_conv2d(x[None], predicted[None], weight, bias, stride, padding, dilation, with_mask)[0]
     # The operator wants one dtype, which autocast does not see to on the CPU, and it has no kernels for bfloat16.

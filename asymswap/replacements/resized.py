@@ -5,7 +5,6 @@ As a swap of its own it grows a kernel by taps of zero at its rim, which changes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
@@ -15,12 +14,9 @@ from torch import nn
 
 from asymswap.errors import RecipeError
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.replacements import SIZE_SCHEMA, KindSettings
-from asymswap.replacements import _strip_convs as strip_convs
+from asymswap.replacements import _convs
+from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
-
-SIZES = ()
-PRESERVES = "the function exactly: the new taps are zero"
 
 
 def _as_pair(value: Any) -> Any:
@@ -57,61 +53,82 @@ class Settings(KindSettings):
     """Give it a bias even where the conv has none."""
 
 
-def refuse(conv: ConvSpec) -> str | None:
-    """Padding by anything but zeros would have to be wider than some inputs are."""
-    if conv.padding_mode != "zeros":
-        return f"its padding mode is {conv.padding_mode}, which may not be wide enough for a larger kernel"
-    if conv.dtype not in ("float64", "float32", "float16", "bfloat16"):
-        return f"{conv.dtype} weights are not real floating-point numbers"
-    return None
+class Resized(Replacement):
+    """One conv of another size."""
 
+    settings = Settings
+    PRESERVES = "the function exactly: the new taps are zero"
 
-def preserves(conv: ConvSpec, settings: Settings) -> bool:
-    """Always: the new taps are zero."""
-    return True
+    def unsupported(self, conv: ConvSpec) -> str | None:
+        """Return the reason, if any: padding by anything but zeros would have to be wider than some inputs are."""
+        if conv.padding_mode != "zeros":
+            return f"its padding mode is {conv.padding_mode}, which may not be wide enough for a larger kernel"
+        return super().unsupported(conv)
 
+    def cost(self, site: Site, settings: Settings) -> Cost:
+        """Return MACs over all calls and parameters of the new conv."""
+        return replace(site, conv=resized(site.conv, settings)).cost
 
-def cost(site: Site, settings: Settings) -> Cost:
-    """MACs over all calls and parameters of the new conv."""
-    return replace(site, conv=resized(site.conv, settings)).cost
+    def resolve(
+        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
+    ) -> Option:
+        """Return all fields of the new conv; raises RecipeError where the conv cannot grow to them without a change."""
+        grown = resized(site.conv, settings)
+        problem = _change(site.conv, grown)
+        if problem is not None:
+            raise RecipeError(problem)
+        bias = {"bias": True} if settings.bias and not site.conv.bias else {}
+        return self.option(
+            site,
+            Settings(kernel=grown.kernel, dilation=grown.dilation, padding=cast(Any, grown.padding), **bias),
+        )
 
+    def build(self, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
+        return _convs.new_conv(resized(conv, settings))
 
-def options(
-    site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-) -> Sequence[Option]:
-    """The one new conv there is, which changes nothing."""
-    return [settle(site, conv, settings, statistics)]
+    def init_(
+        self,
+        module: nn.Module,
+        conv: nn.Conv2d,
+        settings: Settings,
+        statistics: SiteStatistics | None = None,
+        norm: nn.BatchNorm2d | None = None,
+    ) -> None:
+        """Copy the conv's own taps into the middle of zeros, as far apart as they were."""
+        new = cast(nn.Conv2d, module)
+        places = []
+        for axis in (0, 1):
+            taps, step, old_step = new.kernel_size[axis], new.dilation[axis], conv.dilation[axis]
+            margin = (step * (taps - 1) - old_step * (conv.kernel_size[axis] - 1)) // (2 * step)
+            places.append(slice(margin, taps - margin, max(1, old_step // step)))
+        kernel = torch.zeros_like(new.weight)
+        kernel[:, :, places[0], places[1]] = conv.weight.detach()
+        _convs.copy_(new, kernel, conv.bias)
 
-
-def settle(site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> Option:
-    """All fields of the new conv; raises RecipeError for those to which the conv cannot grow without a change."""
-    new_conv = resized(site.conv, settings)
-    problem = _change(site.conv, new_conv)
-    if problem is not None:
-        raise RecipeError(problem)
-    padding = new_conv.padding if isinstance(new_conv.padding, str) else list(new_conv.padding)
-    fields = {"kernel": list(new_conv.kernel), "dilation": list(new_conv.dilation), "padding": padding}
-    bias = {"bias": True} if settings.bias and not site.conv.bias else {}
-    return Option({**fields, **bias}, cost(site, settings), error=0.0, loss=0.0)
+    def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
+        """Return the module, which is an ordinary conv already."""
+        return cast(nn.Conv2d, module)
 
 
 def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
-    """The fields of the new conv."""
+    """Return the fields of the new conv."""
     kernel = settings.kernel or (conv.kernel[0] + 2, conv.kernel[1] + 2)
     grown = replace(conv, kernel=kernel, dilation=settings.dilation or conv.dilation, bias=conv.bias or settings.bias)
     return replace(grown, padding=_padding(conv, grown) if settings.padding is None else settings.padding)
 
 
 def _padding(conv: ConvSpec, grown: ConvSpec) -> Size | str:
-    """What leaves the output where it was."""
+    """Return the padding that leaves the output where it was."""
     if conv.padding == "same":
         return "same"
-    rows, columns = (margin[0] + extra // 2 for margin, extra in zip(_margins(conv), _growth(conv, grown), strict=True))
+    rows, columns = (
+        before + extra // 2 for (before, _), extra in zip(_convs.margins(conv), _growth(conv, grown), strict=True)
+    )
     return rows, columns
 
 
 def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
-    """Why the new conv could not compute what the conv does, in words; None where it can."""
+    """Return why the new conv could not compute what the conv does, or None where it can."""
     old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
     growth = _growth(conv, grown)
     if any(
@@ -121,64 +138,26 @@ def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
         if grown.dilation == conv.dilation:
             return f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis"
         return f"kernel = {new}, dilation = {step}: its taps would not meet those of {old} and dilation {dilation}"
-    wanted = _padding(conv, grown)
+    suitable = _text(_padding(conv, grown))
     if grown.padding == "same" and grown.stride != (1, 1):
-        return f'padding = "same": a conv of stride {_text(conv.stride)} cannot have it; give {_text(wanted)}'
+        return f'padding = "same": a conv of stride {_text(conv.stride)} cannot have it; give {suitable}'
     moved = tuple(
-        (before + extra // 2, after + extra // 2) for (before, after), extra in zip(_margins(conv), growth, strict=True)
+        (before + extra // 2, after + extra // 2)
+        for (before, after), extra in zip(_convs.margins(conv), growth, strict=True)
     )
-    if _margins(grown) != moved:
-        return f"padding = {_text(grown.padding)}: the output keeps its size and place with {_text(wanted)} only"
+    if _convs.margins(grown) != moved:
+        return f"padding = {_text(grown.padding)}: the output keeps its size and place with {suitable} only"
     return None
 
 
 def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
-    """By how many pixels more the new taps span, along each axis."""
-    rows, columns = (new - old for new, old in zip(_spans(grown), _spans(conv), strict=True))
+    """Return the number of pixels that the new taps span more, along each axis."""
+    rows, columns = (
+        grown.dilation[axis] * (grown.kernel[axis] - 1) - conv.dilation[axis] * (conv.kernel[axis] - 1)
+        for axis in (0, 1)
+    )
     return rows, columns
-
-
-def _spans(conv: ConvSpec) -> Size:
-    rows, columns = (step * (taps - 1) for step, taps in zip(conv.dilation, conv.kernel, strict=True))
-    return rows, columns
-
-
-def _margins(conv: ConvSpec) -> tuple[Size, Size]:
-    """The pixels of padding before and after, along each axis."""
-    if conv.padding == "same":
-        rows, columns = ((span // 2, span - span // 2) for span in _spans(conv))
-        return rows, columns
-    height, width = (0, 0) if isinstance(conv.padding, str) else conv.padding
-    return (height, height), (width, width)
 
 
 def _text(size: Size | str) -> str:
     return f'"{size}"' if isinstance(size, str) else "x".join(map(str, size))
-
-
-def build(conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-    """The new conv."""
-    return strip_convs.new_conv(resized(conv, settings))
-
-
-def init_(module: nn.Module, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None) -> None:
-    """The conv's own taps in the middle of zeros, and as far apart as they were."""
-    new = cast(nn.Conv2d, module)
-    sizes = (new.kernel_size, new.dilation, conv.kernel_size, conv.dilation)
-    rows, columns = (_places(*axis) for axis in zip(*(cast(Size, size) for size in sizes), strict=True))
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, :, rows, columns] = conv.weight
-        if new.bias is not None:
-            new.bias.copy_(torch.zeros_like(new.bias) if conv.bias is None else conv.bias)
-
-
-def _places(taps: int, step: int, old_taps: int, old_step: int) -> slice:
-    """Where the old taps are among the new ones, along one axis."""
-    margin = (step * (taps - 1) - old_step * (old_taps - 1)) // (2 * step)
-    return slice(margin, taps - margin, max(1, old_step // step))
-
-
-def fuse(module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-    """It is an ordinary conv already."""
-    return cast(nn.Conv2d, module)

@@ -198,14 +198,11 @@ class Bench:
         from asymswap.graph.sites import read_conv
         from asymswap.graph.surgery import swap
 
-        fused = {
-            entry.site: replacements.load(entry.kind).fuse(
-                model.get_submodule(entry.site),
-                read_conv(self.model.get_submodule(entry.site)),
-                replacements.parse_settings(entry.kind, entry.settings),
-            )
-            for entry in plan.swaps
-        }
+        fused = {}
+        for entry in plan.swaps:
+            kind, settings = replacements.load_swap(entry)
+            conv = read_conv(self.model.get_submodule(entry.site))
+            fused[entry.site] = kind.fuse(model.get_submodule(entry.site), conv, settings)
         count = sum(conv is not None for conv in fused.values())
         return (swap(model, fused) if count == len(fused) else None), count
 

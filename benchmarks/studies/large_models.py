@@ -216,18 +216,19 @@ def threads_of(name: str, rounds: int) -> dict[str, Any]:
     from asymswap.graph.sites import read_conv
     from asymswap.graph.trace import trace
     from asymswap.models.references import Request, open_reference
+    from asymswap.types import Swap
 
     torch.manual_seed(0)
     model = open_reference(name, Request(weights="none")).model.eval()
     kind = replacements.load("separable")
     settings = replacements.parse_settings("separable", {})
     sites = trace(model, (torch.empty(1, 3, 224, 224, device="meta"),)).sites
-    sites = tuple(site for site in sites if kind.refuse(site.conv) is None)
+    sites = tuple(site for site in sites if kind.unsupported(site.conv) is None)
 
     def solve(site: Any) -> list[Any]:
         conv: Any = model.get_submodule(site.name)
         options = list(kind.options(site, conv, settings))
-        chosen = replacements.parse_settings("separable", options[len(options) // 2].settings)
+        _, chosen = replacements.load_swap(Swap(site.name, "separable", options[len(options) // 2].settings))
         pair = kind.build(read_conv(conv), chosen)
         kind.init_(pair, conv, chosen)
         return [[option.error for option in options], *(tensor.clone() for tensor in pair.state_dict().values())]

@@ -17,7 +17,6 @@ from asymswap.errors import AsymswapError, PlanError
 from asymswap.measure.fidelity import compare_outputs
 from asymswap.measure.macs import count_costs
 from asymswap.planning.plan import plan_text
-from asymswap.replacements import acb
 
 RECIPE = "[[rules]]\nmatch = { kernel = '3x3' }\nswap = { kind = 'acb', bn = 'branch' }\n"
 
@@ -127,14 +126,15 @@ def test_a_promise_that_is_broken_is_an_error_unless_drift_is_allowed(
     net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "r.toml").write_text(RECIPE)
-    honest = acb.init_
+    kind = type(replacements.load("acb"))
+    honest = kind.init_
 
-    def init_(module: nn.Module, *args: object, **norm: object) -> None:
-        honest(module, *args, **norm)  # type: ignore[arg-type]
+    def init_(self: replacements.Replacement, module: nn.Module, *args: object) -> None:
+        honest(self, module, *args)  # type: ignore[arg-type]
         with torch.no_grad():
             module.square.conv.weight.mul_(1.01)
 
-    monkeypatch.setattr(replacements.load("acb"), "init_", init_)
+    monkeypatch.setattr(kind, "init_", init_)
     with pytest.raises(AsymswapError, match=r"acb promises to preserve plain, but .* has changed by \d\.\de-03"):
         asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10))
     drifted = asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10), allow_drift=True)

@@ -27,7 +27,7 @@ from asymswap.planning.plan import (
     plan_text,
 )
 from asymswap.planning.recipe import parse_recipe
-from asymswap.replacements import separable
+from asymswap.replacements import load_swap
 from asymswap.types import Keep, Plan, Swap
 
 INPUTS = (torch.empty(1, 3, 32, 32),)
@@ -86,7 +86,7 @@ def test_more_budget_is_never_worse(resnet: nn.Module, traced: Trace) -> None:
         converted = apply_plan(resnet, plan)
         total = 0.0
         for swap in plan.swaps:
-            settings = separable.Settings.model_validate(dict(swap.settings))
+            separable, settings = load_swap(swap)
             site = next(site for site in traced.sites if site.name == swap.site)
             conv = resnet.get_submodule(swap.site)
             kernel = separable.fuse(converted.get_submodule(swap.site), site.conv, settings).weight

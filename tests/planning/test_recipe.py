@@ -20,7 +20,7 @@ from asymswap.planning.recipe import (
     shipped_folder,
     shipped_names,
 )
-from asymswap.types import Call, ConvSpec, Neighbour, Site
+from asymswap.types import Call, ConvSpec, Neighbour, Site, Swap
 
 BASE = """
 [[rules]]
@@ -239,7 +239,7 @@ def test_which_convs_a_shipped_recipe_swaps_by_which_kind(name: str) -> None:
     found: dict[str, list[str]] = {}
     for each, (spoken, number) in zip(FORMS, find_rule(FORMS, recipe).items(), strict=True):
         kind = "" if number is None else (recipe.rules[number].swap or {})["kind"]
-        if kind and replacements.load(kind).refuse(each.conv) is None:
+        if kind and replacements.load(kind).unsupported(each.conv) is None:
             found.setdefault(kind, []).append(spoken)
     assert found == SPOKEN_OF[name]
 
@@ -251,8 +251,8 @@ def test_a_shipped_recipe_promises_what_its_kinds_do(name: str) -> None:
     for rule in recipe.rules:
         wish = rule.swap_settings | ({"rank": 1, "order": "vertical-first"} if rule.lacks_size or rule.size else {})
         wish = {key: value for key, value in wish.items() if key not in ("ratio", "energy")}
-        kind = replacements.load((rule.swap or {})["kind"])
-        promises.append(kind.preserves(FORMS[1].conv, replacements.parse_settings((rule.swap or {})["kind"], wish)))
+        kind, settings = replacements.load_swap(Swap("conv", (rule.swap or {})["kind"], wish))
+        promises.append(kind.preserves(FORMS[1].conv, settings))
     assert all(promises) == (recipe.preserves == "exactly")
 
 
@@ -364,7 +364,7 @@ def test_the_schema_holds_every_kind_and_every_setting() -> None:
     swaps = {s["properties"]["kind"]["const"]: s for s in schema["$defs"]["Rule"]["properties"]["swap"]["oneOf"]}
     assert swaps.keys() == set(replacements.names())
     for name, swap in swaps.items():
-        assert set(swap["properties"]) == {"kind", *replacements.load(name).Settings.model_fields}
+        assert set(swap["properties"]) == {"kind", *replacements.load(name).settings.model_fields}
 
 
 @pytest.mark.parametrize(

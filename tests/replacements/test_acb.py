@@ -19,9 +19,10 @@ from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
-from asymswap.replacements import acb, parse_settings
+from asymswap.replacements import acb, load, parse_settings
 from asymswap.types import ConvSpec, Neighbour, Site
 
+KIND = load("acb")
 ODD = (3, 5)
 MODES = st.sampled_from(["shared", "branch"])
 
@@ -31,11 +32,11 @@ def convert(
 ) -> tuple[acb.AsymmetricBlock, acb.Settings]:
     wanted = parse_settings("acb", {"bn": bn})
     if norm is not None:
-        wanted = acb.adopt(wanted, norm)
+        wanted = KIND.fold_norm(wanted, norm)
     site = Site("conv", read_conv(conv), ())
-    settled = parse_settings("acb", acb.settle(site, conv, wanted, statistics).settings)
-    block = acb.build(site.conv, settled)
-    acb.init_(block, conv, settled, statistics, norm)
+    settled = parse_settings("acb", KIND.resolve(site, conv, wanted, statistics).settings)
+    block = KIND.build(site.conv, settled)
+    KIND.init_(block, conv, settled, statistics, norm)
     return block.train(conv.training), settled
 
 
@@ -102,8 +103,8 @@ def test_a_batch_norm_is_taken_over_in_eval_and_in_train_mode(
 def test_other_constants_than_the_norms_still_preserve_the_function(case: Case) -> None:
     norm = new_norm(case.conv.out_channels, eps=0.1)
     settled = parse_settings("acb", {"bn": "branch"})
-    block = acb.build(case.site.conv, settled).eval()
-    acb.init_(block, case.conv, settled, norm=norm)
+    block = KIND.build(case.site.conv, settled).eval()
+    KIND.init_(block, case.conv, settled, norm=norm)
     with torch.no_grad():
         assert close(block(case.x), norm.eval()(case.conv(case.x)))
 
@@ -147,7 +148,7 @@ def test_fuses_to_one_conv_after_any_training(case: Case, bn: str, with_norm: bo
         optimiser.zero_grad()
         block.train()(case.x).square().mean().backward()
         optimiser.step()
-    fused = acb.fuse(block.eval(), case.site.conv, settled)
+    fused = KIND.fuse(block.eval(), case.site.conv, settled)
     with torch.no_grad():
         assert close(fused(case.x), block(case.x))
     spec = read_conv(fused)
@@ -158,7 +159,7 @@ def test_fuses_to_one_conv_after_any_training(case: Case, bn: str, with_norm: bo
 def test_fusing_what_is_untouched_gives_the_conv_back() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=False)
     block, settled = convert(conv, "shared")
-    fused = acb.fuse(block, read_conv(conv), settled)
+    fused = KIND.fuse(block, read_conv(conv), settled)
     assert torch.equal(fused.weight, conv.weight)
     assert fused.bias is None
 
@@ -271,12 +272,12 @@ def test_a_pruned_filter_stays_finite_and_pruned() -> None:
 @given(case=cases(sides=ODD), bn=MODES)
 def test_offered_cost_is_the_cost_counted_by_torch(case: Case, bn: str) -> None:
     block, settled = convert(case.conv.eval(), bn)
-    cost = acb.cost(case.site, settled)
+    cost = KIND.cost(case.site, settled)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         block(case.x[:1])
     assert counter.get_total_flops() == cost.flops
     assert sum(p.numel() for p in block.parameters()) == cost.params
-    assert [option.cost for option in acb.options(case.site, case.conv, settled)] == [cost]
+    assert [option.cost for option in KIND.options(case.site, case.conv, settled)] == [cost]
 
 
 @pytest.mark.parametrize("bn", ["shared", "branch"])
@@ -286,7 +287,7 @@ def test_copies_pickles_and_loads(bn: str, padding: int) -> None:
     block, settled = convert(conv, bn)
     scramble_(block)
     x = torch.randn(2, 4, 8, 8)
-    loaded = acb.build(read_conv(conv), settled).eval()
+    loaded = KIND.build(read_conv(conv), settled).eval()
     loaded.load_state_dict(block.state_dict())
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), loaded):
         assert torch.equal(other(x), block(x))
@@ -313,7 +314,7 @@ def test_half_precision_and_autocast_keep_their_dtype(dtype: torch.dtype, bn: st
     with torch.no_grad():
         got = block(torch.ones(1, 4, 8, 8, dtype=dtype))
     assert got.dtype == dtype
-    assert acb.preserves(read_conv(conv), settled) == (bn == "shared")
+    assert KIND.preserves(read_conv(conv), settled) == (bn == "shared")
     single, _ = convert(nn.Conv2d(4, 4, 3).eval(), bn)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert single(torch.ones(1, 4, 8, 8)).dtype == torch.bfloat16
@@ -338,7 +339,7 @@ def test_an_image_without_a_batch() -> None:
 @pytest.mark.parametrize("wish", [{"bn": "shared"}, {"bn": "branch"}])
 def test_building_draws_no_random_numbers(wish: Mapping[str, object]) -> None:
     before = torch.get_rng_state()
-    acb.build(ConvSpec(4, 4, (3, 3)), parse_settings("acb", wish))
+    KIND.build(ConvSpec(4, 4, (3, 3)), parse_settings("acb", wish))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -358,26 +359,30 @@ class Readers(nn.Module):
         return self.bare(x)
 
 
-def test_absorbs_a_batch_norm_that_alone_reads_the_conv() -> None:
+def test_takes_over_a_batch_norm_that_alone_reads_the_conv() -> None:
     sites = {site.name: site for site in trace(Readers(), (torch.randn(1, 3, 8, 8),)).sites}
+    assert {name: site.norm_behind for name, site in sites.items()} == {
+        "alone": "n1",
+        "both": None,
+        "late": None,
+        "bare": None,
+    }
     branch, shared = parse_settings("acb", {"bn": "branch"}), parse_settings("acb", {})
-    found = {name: acb.absorbs(site, branch) for name, site in sites.items()}
-    assert found == {"alone": "n1", "both": None, "late": None, "bare": None}
-    assert {acb.absorbs(site, shared) for site in sites.values()} == {None}
-    untraced = Site("conv", ConvSpec(3, 3, (3, 3)), ())
-    assert acb.absorbs(untraced, branch) is None
+    assert KIND.fold_norm(branch, nn.BatchNorm2d(3)) is not None
+    assert KIND.fold_norm(shared, nn.BatchNorm2d(3)) is None
+    assert Site("conv", ConvSpec(3, 3, (3, 3)), ()).norm_behind is None
     behind = (Neighbour("identity", "i"), Neighbour("batch_norm", "n", direct=False))
-    assert acb.absorbs(Site("conv", ConvSpec(3, 3, (3, 3)), (), after=behind), branch) is None
+    assert Site("conv", ConvSpec(3, 3, (3, 3)), (), after=behind).norm_behind is None
 
 
 @pytest.mark.parametrize(
     "norm", [nn.InstanceNorm2d(4, affine=True), nn.BatchNorm2d(4, track_running_stats=False), nn.SyncBatchNorm(4)]
 )
-def test_adopts_batch_norms_with_statistics_only(norm: nn.Module) -> None:
+def test_takes_over_batch_norms_with_statistics_only(norm: nn.Module) -> None:
     wanted = parse_settings("acb", {"bn": "branch"})
-    assert acb.adopt(wanted, norm) is None
+    assert KIND.fold_norm(wanted, norm) is None
     with pytest.raises(PlanError, match=f"cannot take over a {type(norm).__name__} with hooks or no running stat"):
-        acb.init_(acb.build(ConvSpec(4, 4, (3, 3)), wanted), nn.Conv2d(4, 4, 3), wanted, norm=norm)
+        KIND.init_(KIND.build(ConvSpec(4, 4, (3, 3)), wanted), nn.Conv2d(4, 4, 3), wanted, norm=norm)
 
 
 def test_variances_beyond_the_range_of_float16_are_undone() -> None:
@@ -392,25 +397,25 @@ def test_variances_beyond_the_range_of_float16_are_undone() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in block.state_dict().values())
 
 
-def test_adopts_no_hooks() -> None:
+def test_takes_over_no_hooks() -> None:
     norm = nn.BatchNorm2d(4)
     norm.register_forward_hook(lambda *_: None)
-    assert acb.adopt(parse_settings("acb", {"bn": "branch"}), norm) is None
+    assert KIND.fold_norm(parse_settings("acb", {"bn": "branch"}), norm) is None
 
 
-def test_adopted_constants_are_settled_and_survive() -> None:
-    adopted = acb.adopt(parse_settings("acb", {"bn": "branch"}), nn.BatchNorm2d(4, eps=1e-3, momentum=None))
+def test_constants_taken_over_are_settled_and_survive() -> None:
+    folded = KIND.fold_norm(parse_settings("acb", {"bn": "branch"}), nn.BatchNorm2d(4, eps=1e-3, momentum=None))
     conv = nn.Conv2d(4, 4, 3)
-    settled = acb.settle(Site("conv", read_conv(conv), ()), conv, adopted).settings
+    settled = KIND.resolve(Site("conv", read_conv(conv), ()), conv, folded).settings
     assert settled == {"bn": "branch", "eps": 1e-3, "momentum": "cumulative"}
-    norm = acb.build(read_conv(conv), parse_settings("acb", settled)).vertical.norm
+    norm = KIND.build(read_conv(conv), parse_settings("acb", settled)).vertical.norm
     assert (norm.eps, norm.momentum) == (1e-3, None)
 
 
 def test_a_shared_norm_is_not_taken_over() -> None:
     shared = parse_settings("acb", {})
     with pytest.raises(PlanError, match='takes over a batch norm with bn = "branch" only'):
-        acb.init_(acb.build(ConvSpec(4, 4, (3, 3)), shared), nn.Conv2d(4, 4, 3), shared, norm=nn.BatchNorm2d(4))
+        KIND.init_(KIND.build(ConvSpec(4, 4, (3, 3)), shared), nn.Conv2d(4, 4, 3), shared, norm=nn.BatchNorm2d(4))
 
 
 @pytest.mark.parametrize(
@@ -429,5 +434,5 @@ def test_settings_out_of_range(wish: dict[str, object], text: str) -> None:
 
 @pytest.mark.parametrize(("kernel", "reason"), [((4, 4), "no centre"), ((1, 3), "asymmetric already"), ((3, 3), None)])
 def test_refuses_what_has_no_centre(kernel: tuple[int, int], reason: str | None) -> None:
-    told = acb.refuse(ConvSpec(4, 4, kernel))
+    told = KIND.unsupported(ConvSpec(4, 4, kernel))
     assert told is None if reason is None else reason in str(told)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -25,17 +23,14 @@ from asymswap import replacements
 from asymswap.errors import RecipeError
 from asymswap.graph.sites import read_conv
 from asymswap.measure.macs import count_costs
-from asymswap.replacements import Absorbing, Kind, KindSettings
-from asymswap.types import Cost
+from asymswap.replacements import KindSettings
+from asymswap.types import Cost, Option, Swap
 
 Run = Callable[..., Any]
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "adding-a-kind.md"
 EXAMPLE = "bottleneck"
 KINDS = [*replacements.names(), EXAMPLE]
-
-FUNCTIONS = [name for name, part in vars(Kind).items() if inspect.isfunction(part) and not name.startswith("_")]
-CONSTANTS = [*Kind.__annotations__]
 
 
 def example(language: str) -> str:
@@ -56,112 +51,39 @@ def _documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     vars(replacements).pop(EXAMPLE, None)
 
 
-def faults(kind: Any) -> list[str]:
-    """Everything in which a kind's file falls short of the contract of kinds, in words for its author."""
-    found = [f"it holds no {name}" for name in (*CONSTANTS, *FUNCTIONS) if not hasattr(kind, name)]
-    found += [text for name in FUNCTIONS for text in _parameter_faults(kind, name, Kind)]
-    absorbing = [name for name in ("absorbs", "adopt") if hasattr(kind, name)]
-    if len(absorbing) == 1:
-        found.append(f"it holds {absorbing[0]}, but of absorbs and adopt a kind holds both or none")
-    if isinstance(kind, Absorbing):
-        found += [text for name in ("absorbs", "adopt") for text in _parameter_faults(kind, name, Absorbing)]
-        if hasattr(kind, "init_") and "norm" not in inspect.signature(kind.init_).parameters:
-            found.append("it holds absorbs and adopt, but init_ takes no norm")
-    return [*found, *_constant_faults(kind)]
-
-
-def _parameter_faults(kind: Any, name: str, contract: type) -> Iterator[str]:
-    wanted = list(inspect.signature(getattr(contract, name)).parameters.values())[1:]
-    if not hasattr(kind, name):
-        return
-    given = list(inspect.signature(getattr(kind, name)).parameters.values())
-    text = ", ".join(parameter.name for parameter in wanted)
-    if [parameter.name for parameter in given[: len(wanted)]] != [parameter.name for parameter in wanted]:
-        yield f"{name} takes ({', '.join(parameter.name for parameter in given)}), not ({text})"
-    for parameter in given:
-        needed = any(parameter.name == other.name and other.default is other.empty for other in wanted)
-        if not needed and parameter.default is parameter.empty:
-            yield f"{name} needs a default for {parameter.name}: it is called with ({text}) alone"
-
-
-def _constant_faults(kind: Any) -> Iterator[str]:
-    own = getattr(kind, "Settings", KindSettings)
-    sizes, preserves = getattr(kind, "SIZES", ()), getattr(kind, "PRESERVES", "the function")
-    if not (isinstance(own, type) and issubclass(own, KindSettings)):
-        yield "Settings is no subclass of KindSettings"
-        return
-    if not isinstance(sizes, tuple):
-        yield f"SIZES is {sizes!r}, no tuple"
-        return
-    for size in sizes:
-        if size not in own.model_fields:
-            yield f"SIZES names {size!r}, which is no field of Settings"
-        elif own.model_fields[size].default is not None:
-            yield f"Settings.{size} is one of SIZES, so that its default must be None"
-    if not (isinstance(preserves, str) and preserves and not preserves.endswith(".")):
-        yield f"PRESERVES is {preserves!r}, no few words that follow '<kind> preserves'"
-    try:
-        own()
-    except ValidationError:
-        yield "Settings needs defaults for all of its fields"
-
-
 @pytest.mark.parametrize("name", KINDS)
-def test_a_kind_holds_every_part_of_the_contract(name: str) -> None:
-    assert faults(replacements.load(name)) == []
-
-
-def stub(**changes: Any) -> types.SimpleNamespace:
-    """A kind as good as the guide's, with changes; a part that is None is missing."""
-    good = replacements.load(EXAMPLE)
-    parts = {name: getattr(good, name) for name in (*CONSTANTS, *FUNCTIONS)} | changes
-    return types.SimpleNamespace(**{name: part for name, part in parts.items() if part is not None})
-
-
-class Odd(KindSettings):
-    rank: int = 3
-
-
-class Bare(KindSettings):
-    rank: int
-
-
-@pytest.mark.parametrize("part", [*CONSTANTS, *FUNCTIONS])
-def test_its_author_is_told_what_is_missing(part: str) -> None:
-    assert f"it holds no {part}" in faults(stub(**{part: None}))
+def test_what_python_cannot_check_of_a_kind(name: str) -> None:
+    kind = replacements.load(name)
+    assert kind.settings() is not None, "every setting has a default"
+    for size in kind.SIZES:
+        assert kind.settings.model_fields[size].default is None, "without a size a budget chooses"
+    if kind.settled is not None:
+        assert kind.settled.model_fields.keys() <= kind.settings.model_fields.keys(), "settled settings are a wish too"
+        assert any(field.is_required() for field in kind.settled.model_fields.values())
+    assert kind.PRESERVES, "a few words that follow '<kind> preserves'"
+    assert not kind.PRESERVES.endswith(".")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("text", "message"),
     [
-        ({"cost": lambda settings, site: None}, "cost takes (settings, site), not (site, settings)"),
-        ({"fuse": lambda module, conv: None}, "fuse takes (module, conv), not (module, conv, settings)"),
-        ({"refuse": lambda conv, strict: None}, "refuse needs a default for strict: it is called with (conv) alone"),
-        (
-            {"settle": lambda site, conv, settings, statistics: None},
-            "settle needs a default for statistics: it is called with (site, conv, settings, statistics) alone",
-        ),
-        ({"absorbs": lambda site, settings: None}, "it holds absorbs, but of absorbs and adopt a kind holds both"),
-        (
-            {"absorbs": lambda site, settings: None, "adopt": lambda settings, norm: None},
-            "it holds absorbs and adopt, but init_ takes no norm",
-        ),
-        (
-            {"absorbs": lambda site: None, "adopt": lambda settings, norm: None},
-            "absorbs takes (site), not (site, settings)",
-        ),
-        ({"Settings": dict}, "Settings is no subclass of KindSettings"),
-        ({"SIZES": "rank"}, "SIZES is 'rank', no tuple"),
-        ({"SIZES": ("rnk",)}, "SIZES names 'rnk', which is no field of Settings"),
-        ({"Settings": Odd}, "Settings.rank is one of SIZES, so that its default must be None"),
-        ({"Settings": Bare, "SIZES": ()}, "Settings needs defaults for all of its fields"),
-        ({"PRESERVES": ""}, "PRESERVES is '', no few words"),
+        ("", "must define one subclass of Replacement; it defines 0"),
+        ("class A(Replacement): ...\nclass B(A): ...", "must define one subclass of Replacement; it defines 2"),
+        ("class A(Replacement): ...", "abstract class A .*build.*cost"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_its_author_is_told_what_is_wrong(changes: dict[str, Any], told: str) -> None:
-    found = faults(stub(**changes))
-    assert any(text.startswith(told) for text in found), found
+def test_its_author_is_told_what_is_missing(text: str, message: str, tmp_path: Path) -> None:
+    name = "half_done"
+    (tmp_path / f"{name}.py").write_text(f"from asymswap.replacements import Replacement\n{text}\n")
+    replacements.__path__.append(str(tmp_path))
+    importlib.invalidate_caches()
+    try:
+        with pytest.raises(TypeError, match=message):
+            replacements.load("half-done")
+    finally:
+        replacements.__path__.remove(str(tmp_path))
+        sys.modules.pop(f"{replacements.__name__}.{name}", None)
+        vars(replacements).pop(name, None)
 
 
 def choices(annotation: Any) -> set[Any]:
@@ -175,7 +97,7 @@ def choices(annotation: Any) -> set[Any]:
 
 def variants(name: str) -> list[KindSettings]:
     """The settings by default, and those that differ in one choice; numbers are for the kind's own tests."""
-    own = replacements.load(name).Settings
+    own = replacements.load(name).settings
     found = [own()]
     for key, field in own.model_fields.items():
         for value in sorted(choices(field.annotation) - {field.default}, key=str):
@@ -192,6 +114,11 @@ CASES = {
 }
 
 
+def settled(name: str, option: Option) -> KindSettings:
+    """The settled settings of an option, as a plan that is applied has them."""
+    return replacements.load_swap(Swap("conv", name, option.settings))[1]
+
+
 class Made:
     """A conv, and how some kind would replace it by one of the sizes that it offers."""
 
@@ -199,22 +126,22 @@ class Made:
         self, name: str, case: Case, data: st.DataObject, calibrated: bool = False, only_exact: bool = False
     ) -> None:
         self.kind, self.case = replacements.load(name), case
-        assume(self.kind.refuse(read_conv(case.conv)) is None)
+        assume(self.kind.unsupported(read_conv(case.conv)) is None)
         self.site = case.site
         self.statistics = see_all(case).statistics if calibrated else None
         wish = data.draw(st.sampled_from(variants(name)), label="settings")
         try:
             options = list(self.kind.options(self.site, case.conv, wish, self.statistics))
         except RecipeError:
-            assert wish != self.kind.Settings(), "the settings by default suit every conv that is not refused"
+            assert wish != self.kind.settings(), "the settings by default suit every conv that is not refused"
             reject()
         assert options, "a conv that is not refused has at least one option"
         if only_exact:
             spec = self.site.conv
-            exact = [o for o in options if self.kind.preserves(spec, replacements.parse_settings(name, o.settings))]
+            exact = [option for option in options if self.kind.preserves(spec, settled(name, option))]
             options = exact or options
         self.option = data.draw(st.sampled_from(options), label="option")
-        self.settings = replacements.parse_settings(name, self.option.settings)
+        self.settings = settled(name, self.option)
 
     def module(self) -> nn.Module:
         """The replacement, in eval mode."""
@@ -244,7 +171,7 @@ def test_settled_settings_survive_json_and_settling_again(name: str, case: Case,
     made = Made(name, case, data)
     stored = json.loads(json.dumps(dict(made.option.settings)))
     assert stored == made.option.settings
-    again = made.kind.settle(made.site, case.conv, replacements.parse_settings(name, stored))
+    again = made.kind.resolve(made.site, case.conv, replacements.parse_settings(name, stored))
     assert again.settings == made.option.settings
     assert again.cost == made.option.cost
 

@@ -21,19 +21,20 @@ from asymswap.factorize import cross as mathematics
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
-from asymswap.replacements import cross, parse_settings
+from asymswap.replacements import cross, load, parse_settings
 from asymswap.types import ConvSpec, Option
 
+KIND = load("cross")
 ODD = (3, 5)
 
 
 def convert(
     case: Case, statistics: SiteStatistics | None = None, **wish: object
-) -> tuple[cross.Cross, cross.Settings, Option]:
-    option = cross.settle(case.site, case.conv, parse_settings("cross", wish), statistics)
+) -> tuple[cross.CrossConv2d, cross.Settings, Option]:
+    option = KIND.resolve(case.site, case.conv, parse_settings("cross", wish), statistics)
     settled = parse_settings("cross", option.settings)
-    module = cross.build(case.site.conv, settled)
-    cross.init_(module, case.conv, settled, statistics)
+    module = KIND.build(case.site.conv, settled)
+    KIND.init_(module, case.conv, settled, statistics)
     return module, settled, option
 
 
@@ -56,7 +57,7 @@ def test_without_correlation_it_is_the_kernel_without_its_corners(case: Case) ->
     mask[spec.kernel[0] // 2] = 1
     mask[:, spec.kernel[1] // 2] = 1
     cropped.weight.data *= mask
-    fused = cross.fuse(module, spec, settled)
+    fused = KIND.fuse(module, spec, settled)
     assert module(case.x).shape == conv(case.x).shape
     for other in (module(case.x), fused(case.x)):
         assert relative(other, cropped(case.x)) < 1e-10
@@ -69,7 +70,7 @@ def test_each_channel_is_fitted_to_inputs_of_the_correlation(case: Case, correla
     """Against numpy's lstsq, the covariance being that of the columns of its Cholesky factor."""
     module, settled, option = convert(case, correlation=correlation)
     spec = case.site.conv
-    fused = cross.fuse(module, spec, settled).weight.detach().numpy()
+    fused = KIND.fuse(module, spec, settled).weight.detach().numpy()
     steps = [
         correlation ** (d * np.abs(np.subtract.outer(*[np.arange(k)] * 2)))
         for d, k in zip(spec.dilation, spec.kernel, strict=True)
@@ -91,7 +92,7 @@ def test_fuses_to_one_conv_after_any_training(case: Case) -> None:
     module, settled, _ = convert(case, see_all(case).statistics)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    fused = cross.fuse(module, case.site.conv, settled)
+    fused = KIND.fuse(module, case.site.conv, settled)
     assert relative(fused(case.x), module(case.x)) < 1e-5
     assert read_conv(fused) == replace(case.site.conv, bias=True)
 
@@ -106,7 +107,7 @@ def test_statistics_never_errs_more_than_copying_and_corrects_the_mean(case: Cas
     gaps = [module(case.x).detach() - y for module in (fitted, plain)]
     squares = [float((gap - gap.mean((0, 2, 3), keepdim=True)).square().sum()) for gap in gaps]
     # The ridge may cost on these inputs what it saves on those that it stands for, and no more.
-    dropped = case.conv.weight - cross.fuse(plain, case.site.conv, plain_settings).weight
+    dropped = case.conv.weight - KIND.fuse(plain, case.site.conv, plain_settings).weight
     dropped_G = dropped.detach().unflatten(0, (case.site.conv.groups, -1)).square().sum((1, 2, 3, 4))
     slack = statistics.patches * float((statistics.ridge()[:, 0] * dropped_G).sum())
     assert squares[0] <= squares[1] + slack + 1e-9
@@ -139,7 +140,7 @@ def test_loss_is_that_of_the_error_or_also_of_the_divergence() -> None:
     _, _, unweighted = convert(case, replace(seen, weight_GOO=None))
     assert unweighted.loss == pytest.approx(-math.log(1 - unweighted.error))
     module, settled, weighted = convert(case, seen)
-    found = cross.fuse(module, case.site.conv, settled).weight.detach().flatten(1)[None]
+    found = KIND.fuse(module, case.site.conv, settled).weight.detach().flatten(1)[None]
     divergence = mathematics.divergence(seen, found)
     assert weighted.error == unweighted.error
     assert weighted.loss == pytest.approx(math.sqrt(unweighted.loss * divergence))
@@ -166,9 +167,9 @@ def test_statistics_gives_a_bias_and_weights_alone_do_not() -> None:
     assert option.settings == {"correlation": 0.5}
     assert module.vertical.bias is None
     wanted = parse_settings("cross", {"bias": True})
-    assert cross.settle(case.site, case.conv, wanted).settings == {"bias": True, "correlation": 0.5}
-    module = cross.build(case.site.conv, wanted)
-    cross.init_(module, case.conv, wanted)
+    assert KIND.resolve(case.site, case.conv, wanted).settings == {"bias": True, "correlation": 0.5}
+    module = KIND.build(case.site.conv, wanted)
+    KIND.init_(module, case.conv, wanted)
     assert module.vertical.bias.tolist() == [0.0] * 4
 
 
@@ -189,13 +190,13 @@ def test_offered_cost_is_the_cost_counted_by_torch(case: Case) -> None:
             module(case.x[:1])
         assert counter.get_total_flops() == option.cost.flops
         assert sum(p.numel() for p in module.parameters()) == option.cost.params
-        assert cross.cost(case.site, settled) == option.cost
-        assert cross.options(case.site, case.conv, parse_settings("cross", {}), statistics) == [option]
+        assert KIND.cost(case.site, settled) == option.cost
+        assert KIND.options(case.site, case.conv, parse_settings("cross", {}), statistics) == [option]
 
 
 def test_never_promises_the_function_and_never_grows() -> None:
     wish = parse_settings("cross", {})
-    assert not cross.preserves(ConvSpec(4, 4, (3, 3)), wish)
+    assert not KIND.preserves(ConvSpec(4, 4, (3, 3)), wish)
     assert not wish.allow_growth
 
 
@@ -215,7 +216,7 @@ def test_copies_pickles_loads_compiles_exports_and_traces(padding: int) -> None:
     case = Case(nn.Conv2d(4, 4, 5, padding=padding, groups=4), torch.randn(2, 4, 9, 9))
     module, settled, _ = convert(case)
     x = case.x
-    loaded = cross.build(case.site.conv, settled)
+    loaded = KIND.build(case.site.conv, settled)
     loaded.load_state_dict(module.state_dict())
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
         assert torch.equal(other(x), module(x))
@@ -241,13 +242,13 @@ def test_half_precision_and_autocast_keep_their_dtype(dtype: torch.dtype) -> Non
 
 def test_building_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    cross.build(ConvSpec(4, 4, (3, 3)), parse_settings("cross", {}))
+    KIND.build(ConvSpec(4, 4, (3, 3)), parse_settings("cross", {}))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("kernel", "reason"), [((7, 4), "no centre"), ((1, 3), "asymmetric already"), ((7, 7), None)])
 def test_refuses_what_has_no_centre(kernel: tuple[int, int], reason: str | None) -> None:
-    told = cross.refuse(ConvSpec(4, 4, kernel))
+    told = KIND.unsupported(ConvSpec(4, 4, kernel))
     assert told is None if reason is None else reason in str(told)
 
 

@@ -42,7 +42,7 @@ def zero_cases(dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Case]:
 
 def convert(case: Case, kind_name: str, **wish: object) -> tuple[OffsetConv2d, Settings]:
     kind = replacements.load(kind_name)
-    option = kind.settle(case.site, case.conv, replacements.parse_settings(kind_name, wish))
+    option = kind.resolve(case.site, case.conv, replacements.parse_settings(kind_name, wish))
     settled = cast(Settings, replacements.parse_settings(kind_name, option.settings))
     assert settled.limit == wish.get("limit", 1.0)
     module = kind.build(case.site.conv, settled)
@@ -384,17 +384,17 @@ def test_statistics_changes_nothing(kind_name: str) -> None:
     [
         (ConvSpec(4, 4, (1, 1)), "a 1x1 kernel has a single tap"),
         (ConvSpec(4, 4, (3, 3), padding=(1, 1), padding_mode="reflect"), "beyond the reflect padding"),
-        (ConvSpec(4, 4, (3, 3), dtype="complex64"), "complex64 weights cannot be interpolated"),
+        (ConvSpec(4, 4, (3, 3), dtype="complex64"), "complex64 weights are not real floating-point numbers"),
     ],
 )
 def test_refuses_what_it_cannot_do(kind_name: str, conv: ConvSpec, text: str) -> None:
-    assert text in str(replacements.load(kind_name).refuse(conv))
+    assert text in str(replacements.load(kind_name).unsupported(conv))
 
 
 @pytest.mark.parametrize("kind_name", BOTH)
 def test_accepts_every_other_kernel(kind_name: str) -> None:
     for kernel in [(1, 2), (3, 1), (3, 3), (4, 7)]:
-        assert replacements.load(kind_name).refuse(ConvSpec(4, 4, kernel, groups=4, padding="same")) is None
+        assert replacements.load(kind_name).unsupported(ConvSpec(4, 4, kernel, groups=4, padding="same")) is None
 
 
 @pytest.mark.parametrize("kind_name", BOTH)
@@ -425,7 +425,7 @@ def test_a_limit_may_be_a_whole_number_and_growth_is_allowed(kind_name: str) -> 
 def test_a_conv_with_wide_holes_is_refused() -> None:
     """Built without its holes, the 3x3 conv of DeepLab's dilation 36 would have 75x75 taps."""
     spec = read_conv(nn.Conv2d(4, 4, 3, dilation=36, padding=36))
-    assert replacements.load("offset").refuse(spec) == (
+    assert replacements.load("offset").unsupported(spec) == (
         "its taps span 73 pixels, and one ordinary kernel would have to hold all that is between them"
     )
-    assert replacements.load("offset").refuse(read_conv(nn.Conv2d(4, 4, 3, dilation=12))) is None
+    assert replacements.load("offset").unsupported(read_conv(nn.Conv2d(4, 4, 3, dilation=12))) is None

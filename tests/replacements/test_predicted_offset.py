@@ -21,18 +21,18 @@ from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import swap, take_over_
 from asymswap.graph.trace import trace
 from asymswap.measure.macs import count_costs
-from asymswap.replacements import parse_settings, predicted_offset
+from asymswap.replacements import load, parse_settings, predicted_offset
 from asymswap.replacements.predicted_offset import PredictedOffsetConv2d
 from asymswap.types import Call, ConvSpec, Site
 
-KIND = "predicted-offset"
+KIND = load("predicted-offset")
 
 
 def convert(conv: nn.Conv2d, **wish: object) -> tuple[PredictedOffsetConv2d, predicted_offset.Settings]:
-    settled = parse_settings(KIND, wish)
+    settled = parse_settings("predicted-offset", wish)
     assert isinstance(settled, predicted_offset.Settings)
-    module = predicted_offset.build(read_conv(conv), settled)
-    predicted_offset.init_(module, conv, settled)
+    module = KIND.build(read_conv(conv), settled)
+    KIND.init_(module, conv, settled)
     return module, settled
 
 
@@ -95,8 +95,8 @@ def by_grid_sample(module: PredictedOffsetConv2d, conv: nn.Conv2d, x: Tensor) ->
 @given(case=cases(), data=st.data())
 def test_the_function_of_every_form_of_conv_is_preserved(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))
-    assert predicted_offset.refuse(case.site.conv) is None
-    assert predicted_offset.preserves(case.site.conv, settled)
+    assert KIND.unsupported(case.site.conv) is None
+    assert KIND.preserves(case.site.conv, settled)
     channels = (3 if module.mask else 2) * module.offset_groups * math.prod(case.conv.kernel_size)
     alike = replace(case.site.conv, out_channels=channels, groups=1, bias=True)
     assert read_conv(module.predictor) == alike
@@ -177,13 +177,13 @@ def test_the_predictor_learns_from_the_first_step(mask: bool) -> None:
     assert relative(module.weight.grad, conv.weight.grad) < 1e-5
     torch.optim.SGD(module.parameters(), 1e-3).step()
     assert float(module.predict_offsets(x).detach().abs().max()) > 0
-    assert predicted_offset.fuse(module, read_conv(conv), settled) is None
+    assert KIND.fuse(module, read_conv(conv), settled) is None
 
 
 @given(case=cases(), data=st.data())
 def test_an_untrained_replacement_fuses_into_the_conv_it_came_from(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))
-    fused = predicted_offset.fuse(module, case.site.conv, settled)
+    fused = KIND.fuse(module, case.site.conv, settled)
     assert fused is not None
     assert type(fused) is nn.Conv2d
     assert read_conv(fused) == case.site.conv
@@ -196,7 +196,7 @@ def test_a_predictor_with_one_number_in_it_does_not_fuse(name: str) -> None:
     module, settled = convert(conv, mask=True)
     with torch.no_grad():
         getattr(module.predictor, name).view(-1)[-1] = 1e-30
-    assert predicted_offset.fuse(module, read_conv(conv), settled) is None
+    assert KIND.fuse(module, read_conv(conv), settled) is None
 
 
 def only_products(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -207,9 +207,9 @@ def only_products(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any
 @given(case=cases(), data=st.data())
 def test_offered_cost_is_the_cost_counted_by_us_and_by_torch(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))
-    option = predicted_offset.settle(case.site, case.conv, settled)
-    assert [option] == predicted_offset.options(case.site, case.conv, settled)
-    assert option.cost == predicted_offset.cost(case.site, settled) == count_costs(module, (case.x[:1],)).total
+    option = KIND.resolve(case.site, case.conv, settled)
+    assert [option] == KIND.options(case.site, case.conv, settled)
+    assert option.cost == KIND.cost(case.site, settled) == count_costs(module, (case.x[:1],)).total
     assert option.cost.params == sum(parameter.numel() for parameter in module.parameters())
     formulas = {torch.ops.torchvision.deform_conv2d: only_products}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
@@ -223,7 +223,7 @@ def test_cost_is_that_of_all_calls() -> None:
     spec = ConvSpec(4, 8, (3, 3), padding=(1, 1))
     wish = predicted_offset.Settings(mask=True)
     one, other = Call((8, 8), (8, 8)), Call((4, 6), (4, 6), batch=5)
-    costs = [predicted_offset.cost(Site("c", spec, calls), wish) for calls in ((one,), (other,), (one, other))]
+    costs = [KIND.cost(Site("c", spec, calls), wish) for calls in ((one,), (other,), (one, other))]
     assert costs[2].macs == costs[0].macs + costs[1].macs
     # 27 predicted channels and 8 of the output, each of 4 * 9 products, and 4 * 9 samples of 4 + 1.
     assert costs[0].macs == 64 * (27 * 36 + 8 * 36 + 36 * 5)
@@ -335,7 +335,7 @@ def test_copies_pickles_and_state_dicts_compute_the_same() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1)
     module, settled = convert(conv, mask=True)
     train_(module)
-    loaded = predicted_offset.build(read_conv(conv), settled)
+    loaded = KIND.build(read_conv(conv), settled)
     loaded.load_state_dict(module.state_dict())
     assert sorted(module.state_dict()) == ["bias", "predictor.bias", "predictor.weight", "weight"]
     x = torch.randn(2, 4, 8, 8)
@@ -345,7 +345,7 @@ def test_copies_pickles_and_state_dicts_compute_the_same() -> None:
 
 def test_building_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    predicted_offset.build(ConvSpec(4, 4, (3, 3)), predicted_offset.Settings(mask=True))
+    KIND.build(ConvSpec(4, 4, (3, 3)), predicted_offset.Settings(mask=True))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -378,7 +378,7 @@ def test_a_converted_model_is_traced_and_counted_like_any_other() -> None:
     assert after is not None
     assert [neighbour.op for neighbour in after] == ["relu"]
     (site,) = (site for site in trace(model, (x,)).sites if site.name == "second")
-    assert count_costs(converted, (x,), ["second"]).by_name["second"] == predicted_offset.cost(site, settled)
+    assert count_costs(converted, (x,), ["second"]).by_name["second"] == KIND.cost(site, settled)
     train_(module)
     graph = fx.symbolic_trace(converted)
     assert torch.equal(graph(x), converted(x))
@@ -387,8 +387,8 @@ def test_a_converted_model_is_traced_and_counted_like_any_other() -> None:
 
 @pytest.mark.parametrize("dtype", ["complex64", "int8"])
 def test_refuses_weights_that_are_not_real(dtype: str) -> None:
-    assert predicted_offset.refuse(ConvSpec(4, 4, (3, 3), dtype=dtype)) == (
-        f"{dtype} convs cannot sample between pixels"
+    assert KIND.unsupported(ConvSpec(4, 4, (3, 3), dtype=dtype)) == (
+        f"{dtype} weights are not real floating-point numbers"
     )
 
 
@@ -402,7 +402,7 @@ def test_refuses_weights_that_are_not_real(dtype: str) -> None:
 )
 def test_settings_out_of_range(wish: dict[str, object], text: str) -> None:
     with pytest.raises(RecipeError, match=text):
-        parse_settings(KIND, wish)
+        parse_settings("predicted-offset", wish)
 
 
 def test_offset_groups_must_divide_the_channels() -> None:
@@ -410,18 +410,18 @@ def test_offset_groups_must_divide_the_channels() -> None:
     site = Site("c", read_conv(conv), (Call((8, 8), (6, 6)),))
     wish = predicted_offset.Settings(offset_groups=4)
     text = "offset_groups = 4 does not divide the 6 input channels"
-    for ask in (predicted_offset.settle, predicted_offset.options):
+    for ask in (KIND.resolve, KIND.options):
         with pytest.raises(RecipeError, match=f"^{text}"):
             ask(site, conv, wish)
     with pytest.raises(PlanError, match=f"^kind 'predicted-offset': {text}"):
-        predicted_offset.build(site.conv, wish)
+        KIND.build(site.conv, wish)
 
 
 def test_settled_settings_settle_to_themselves() -> None:
     conv = nn.Conv2d(6, 4, 3)
     site = Site("c", read_conv(conv), (Call((8, 8), (6, 6)),))
-    wish = parse_settings(KIND, {"mask": True, "offset_groups": 3})
-    option = predicted_offset.settle(site, conv, wish)
+    wish = parse_settings("predicted-offset", {"mask": True, "offset_groups": 3})
+    option = KIND.resolve(site, conv, wish)
     assert (option.settings, option.error, option.loss) == ({"mask": True, "offset_groups": 3}, 0.0, 0.0)
-    assert parse_settings(KIND, option.settings) == wish
+    assert parse_settings("predicted-offset", option.settings) == wish
     assert wish.allow_growth

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +10,18 @@ from conv_cases import Case
 from torch import nn
 
 from asymswap.errors import RecipeError
-from asymswap.replacements import parse_settings, resized
+from asymswap.replacements import load, parse_settings
 
+KIND = load("resized")
 X = torch.randn(2, 4, 13, 12, generator=torch.Generator().manual_seed(0))
 
 
 def grown(conv: nn.Conv2d, **wish: Any) -> nn.Conv2d:
     site = Case(conv, X).site
-    option = resized.settle(site, conv, cast(resized.Settings, parse_settings("resized", wish)))
-    settled = cast(resized.Settings, parse_settings("resized", option.settings))
-    new = resized.build(site.conv, settled)
-    resized.init_(new, conv, settled)
+    option = KIND.resolve(site, conv, parse_settings("resized", wish))
+    settled = parse_settings("resized", option.settings)
+    new = KIND.build(site.conv, settled)
+    KIND.init_(new, conv, settled)
     return new
 
 

@@ -15,18 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
-from asymswap.replacements import parse_settings, separable
-from asymswap.types import Call, ConvSpec, Site
+from asymswap.replacements import load, load_swap, parse_settings, separable
+from asymswap.types import Call, ConvSpec, Site, Swap
 
+KIND = load("separable")
 ORDERS = ("vertical-first", "horizontal-first")
 
 
-def convert(case: Case, **wish: object) -> tuple[nn.Sequential, separable.Settings]:
+def convert(case: Case, **wish: object) -> tuple[nn.Sequential, separable.Settled]:
     wanted = parse_settings("separable", wish)
-    option = separable.settle(case.site, case.conv, wanted)
-    settled = parse_settings("separable", option.settings)
-    pair = separable.build(case.site.conv, settled)
-    separable.init_(pair, case.conv, settled)
+    option = KIND.resolve(case.site, case.conv, wanted)
+    settled = separable.Settled.model_validate(option.settings)
+    pair = KIND.build(case.site.conv, settled)
+    KIND.init_(pair, case.conv, settled)
     return pair, settled
 
 
@@ -48,7 +49,7 @@ def test_full_rank_is_exact_for_every_form_of_conv(case: Case, order: separable.
 def test_output_is_that_of_the_truncated_kernel(case: Case, order: separable.Order, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
     pair, settled = convert(case, rank=rank, order=order)
-    fused = separable.fuse(pair, case.site.conv, settled)
+    fused = KIND.fuse(pair, case.site.conv, settled)
     with torch.no_grad():
         assert relative(pair(case.x), fused(case.x)) < 1e-10
     assert read_conv(fused) == case.site.conv
@@ -64,7 +65,7 @@ def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: sepa
     matrices = [torch.movedim(g[None], (2, along, 1, across), (1, 2, 3, 4))[0] for g in w]
     spectra = [torch.linalg.svdvals(m.reshape(m.shape[0] * m.shape[1], -1)) for m in matrices]
     total = sum(float(s.square().sum()) for s in spectra)
-    options = separable.options(case.site, case.conv, parse_settings("separable", {"order": order}))
+    options = KIND.options(case.site, case.conv, parse_settings("separable", {"order": order}))
     assert [option.settings["rank"] for option in options] == list(range(1, separable.full_rank(spec, order) + 1))
     for option in options:
         left = sum(float(s[option.settings["rank"] :].square().sum()) for s in spectra)
@@ -75,12 +76,12 @@ def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: sepa
 def test_error_falls_with_rank_and_the_measured_kernel_agrees(case: Case) -> None:
     for order in ORDERS:
         wish = parse_settings("separable", {"order": order})
-        options = separable.options(case.site, case.conv, wish)
+        options = KIND.options(case.site, case.conv, wish)
         for one, other in itertools.pairwise(options):
             assert other.error <= one.error + 1e-12
         middle = options[len(options) // 2]
         pair, settled = convert(case, **middle.settings)
-        fused = separable.fuse(pair, case.site.conv, settled)
+        fused = KIND.fuse(pair, case.site.conv, settled)
         measured = relative(fused.weight.detach(), case.conv.weight.detach()) ** 2
         assert measured == pytest.approx(middle.error, abs=1e-9)
 
@@ -114,12 +115,12 @@ def test_ratio_is_the_largest_rank_that_keeps_within_it(case: Case, ratio: float
 def test_energy_is_the_smallest_rank_that_keeps_it(case: Case, energy: float) -> None:
     pair, settled = convert(case, energy=energy)
     assert settled.rank is not None
-    fused = separable.fuse(pair, case.site.conv, settled)
+    fused = KIND.fuse(pair, case.site.conv, settled)
     kept = 1 - relative(fused.weight.detach(), case.conv.weight.detach()) ** 2
     assert kept >= energy - 1e-9
     if settled.rank > 1:
         less, settings_ = convert(case, rank=settled.rank - 1, order=settled.order)
-        kept = 1 - relative(separable.fuse(less, case.site.conv, settings_).weight, case.conv.weight) ** 2
+        kept = 1 - relative(KIND.fuse(less, case.site.conv, settings_).weight, case.conv.weight) ** 2
         assert float(kept) < energy + 1e-9
 
 
@@ -130,12 +131,12 @@ def test_auto_takes_the_better_order_at_equal_cost() -> None:
         # w[o, c, i, j] = a[c, i] b[o, j]: rank 1 with the vertical conv first, up to 3 the other way round.
         conv.weight.copy_(torch.einsum("ci,oj->ocij", torch.randn(6, 3), torch.randn(6, 3)))
     case = Case(conv, torch.randn(1, 6, 8, 8))
-    assert separable.settle(case.site, conv, parse_settings("separable", {"rank": 1})).settings == {
+    assert KIND.resolve(case.site, conv, parse_settings("separable", {"rank": 1})).settings == {
         "rank": 1,
         "order": "vertical-first",
     }
     conv.weight.data = conv.weight.data.mT.contiguous()
-    assert separable.settle(case.site, conv, parse_settings("separable", {"rank": 1})).settings["order"] == (
+    assert KIND.resolve(case.site, conv, parse_settings("separable", {"rank": 1})).settings["order"] == (
         "horizontal-first"
     )
 
@@ -146,7 +147,7 @@ def test_auto_takes_the_cheaper_order_at_equal_error() -> None:
     with torch.no_grad():
         conv.weight.copy_(torch.einsum("oc,i,j->ocij", torch.randn(4, 1) * torch.randn(4), *torch.randn(2, 3)))
     case = Case(conv, torch.randn(1, 4, 16, 16))
-    settled = separable.settle(case.site, conv, parse_settings("separable", {"rank": 1})).settings
+    settled = KIND.resolve(case.site, conv, parse_settings("separable", {"rank": 1})).settings
     costs = {order: separable.pair_cost(case.site, 1, order).macs for order in ORDERS}
     assert costs["vertical-first"] < costs["horizontal-first"]
     assert settled["order"] == "vertical-first"
@@ -154,13 +155,13 @@ def test_auto_takes_the_cheaper_order_at_equal_error() -> None:
 
 @pytest.mark.parametrize("kernel", [(1, 1), (1, 7), (7, 1)])
 def test_refuses_what_has_nothing_to_separate(kernel: tuple[int, int]) -> None:
-    reason = separable.refuse(ConvSpec(4, 4, kernel))
+    reason = KIND.unsupported(ConvSpec(4, 4, kernel))
     assert reason is not None
     assert "x".join(map(str, kernel)) in reason
 
 
 def test_refuses_weights_that_are_not_real() -> None:
-    assert "complex64 weights" in str(separable.refuse(ConvSpec(4, 4, (3, 3), dtype="complex64")))
+    assert "complex64 weights" in str(KIND.unsupported(ConvSpec(4, 4, (3, 3), dtype="complex64")))
 
 
 @pytest.mark.parametrize(
@@ -182,17 +183,17 @@ def test_rank_above_the_full_one() -> None:
     conv = nn.Conv2d(4, 8, 3)
     site = Site("c", read_conv(conv), (Call((8, 8), (6, 6)),))
     with pytest.raises(RecipeError, match="rank = 13 is above the full rank 12"):
-        separable.settle(site, conv, parse_settings("separable", {"rank": 13}))
+        KIND.resolve(site, conv, parse_settings("separable", {"rank": 13}))
 
 
-def test_unsettled_settings_build_nothing() -> None:
+def test_unsettled_settings_are_refused() -> None:
     with pytest.raises(PlanError, match="needs a settled rank and order"):
-        separable.build(ConvSpec(4, 4, (3, 3)), parse_settings("separable", {"energy": 0.5}))
+        load_swap(Swap("conv", "separable", {"energy": 0.5}))
 
 
 def test_building_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    separable.build(ConvSpec(4, 4, (3, 3)), parse_settings("separable", {"rank": 2, "order": "vertical-first"}))
+    KIND.build(ConvSpec(4, 4, (3, 3)), separable.Settled(rank=2, order="vertical-first"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -220,11 +221,11 @@ def test_a_budget_chooses_round_ranks_of_large_convs_only(channels: int, size: i
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     site = Site("conv", read_conv(conv), (Call((size, size), (size, size)),))
     wish = {"order": "vertical-first"}
-    ranks = {option.settings["rank"] for option in separable.options(site, conv, parse_settings("separable", wish))}
+    ranks = {option.settings["rank"] for option in KIND.options(site, conv, parse_settings("separable", wish))}
     full = 3 * channels
     assert {rank for rank in ranks if rank >= step} == {*range(step, full + 1, step), full}
     assert {rank for rank in ranks if rank < step} == {rank for rank in (1, 2, 4, 8) if rank < step}
-    every = separable.options(site, conv, parse_settings("separable", {**wish, "multiple": 1}))
+    every = KIND.options(site, conv, parse_settings("separable", {**wish, "multiple": 1}))
     assert len(every) == full
 
 
@@ -244,10 +245,10 @@ def test_the_ranks_on_statistics_cost_what_eigenvalues_made_by_hand_leave_out() 
     floor = 0.05 * 14 / 3
     weighted = [9 * (4 + floor), 4 * (9 + floor), 16 * (1 + floor), 1 + floor, 0, 0]
     nats = [0.5 * 1.001 * sum(weighted[rank:]) for rank in range(1, 7)]
-    found = separable.options(site, conv, wish, statistics)
+    found = KIND.options(site, conv, wish, statistics)
     assert [option.settings["rank"] for option in found] == [1, 2, 3, 4, 5, 6]
     assert [option.error for option in found] == pytest.approx(errors, abs=1e-9)
     expected = [math.sqrt(-math.log1p(-error) * nat) for error, nat in zip(errors, nats, strict=True)]
     assert [option.loss for option in found] == pytest.approx(expected, abs=1e-6)
-    unweighted = separable.options(site, conv, wish, replace(statistics, weight_GOO=None))
+    unweighted = KIND.options(site, conv, wish, replace(statistics, weight_GOO=None))
     assert [option.loss for option in unweighted] == pytest.approx([-math.log1p(-error) for error in errors], abs=1e-9)

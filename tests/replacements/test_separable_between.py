@@ -21,9 +21,10 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.planning.apply import apply_plan
-from asymswap.replacements import parse_settings, separable
+from asymswap.replacements import load, parse_settings, separable
 from asymswap.types import Call, Plan, Site, Swap
 
+KIND = load("separable")
 ORDERS = ("vertical-first", "horizontal-first")
 BETWEEN = ("relu", "bn", "bn-relu")
 RELUS = st.sampled_from(["relu", "bn-relu"])
@@ -54,12 +55,12 @@ def patches_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def convert(
     case: Case, statistics: SiteStatistics | None = None, **wish: object
-) -> tuple[nn.Sequential, separable.Settings]:
+) -> tuple[nn.Sequential, separable.Settled]:
     wanted = parse_settings("separable", wish)
-    option = separable.settle(case.site, case.conv, cast(separable.Settings, wanted), statistics)
-    settled = cast(separable.Settings, parse_settings("separable", option.settings))
-    pair = separable.build(case.site.conv, settled)
-    separable.init_(pair, case.conv, settled, statistics)
+    option = KIND.resolve(case.site, case.conv, wanted, statistics)
+    settled = separable.Settled.model_validate(option.settings)
+    pair = KIND.build(case.site.conv, settled)
+    KIND.init_(pair, case.conv, settled, statistics)
     return pair.eval(), settled
 
 
@@ -97,7 +98,7 @@ def test_a_batch_norm_is_exact_at_full_rank_borders_included(
     assert got.dtype == expected.dtype
     # The ridge of the statistics keeps what it does not know at the conv's own weights, so that both are exact.
     assert relative(got, expected) < 1e-4
-    assert separable.preserves(case.site.conv, settled)
+    assert KIND.preserves(case.site.conv, settled)
 
 
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS), calibrated=st.booleans())
@@ -111,7 +112,7 @@ def test_a_batch_norm_changes_nothing_at_any_rank(
     x = 3 * case.x + 1
     with torch.no_grad():
         torch.testing.assert_close(pair(x), plain(x), rtol=1e-9, atol=1e-9)
-    fused = separable.fuse(pair, case.site.conv, settled)
+    fused = KIND.fuse(pair, case.site.conv, settled)
     assert fused is not None
     with torch.no_grad():
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-9, atol=1e-9)
@@ -150,7 +151,7 @@ def test_a_relu_may_stand_in_a_conv_that_pads_zeros() -> None:
         assert float(before(pair, "relu", small).min()) >= 0
         with torch.no_grad():
             assert relative(pair(small), conv(small)) < 1e-4
-        assert not separable.preserves(read_conv(conv), settled)
+        assert not KIND.preserves(read_conv(conv), settled)
 
 
 @pytest.mark.parametrize("between", ["relu", "bn-relu"])
@@ -296,20 +297,20 @@ def test_offered_cost_is_the_cost_counted_by_torch(
     case: Case, data: st.DataObject, order: separable.Order, between: separable.Between, calibrated: bool
 ) -> None:
     statistics = see(case) if calibrated else None
-    wish = cast(separable.Settings, parse_settings("separable", {"order": order, "between": between, "multiple": 1}))
-    offered = separable.options(case.site, case.conv, wish, statistics)
+    wish = parse_settings("separable", {"order": order, "between": between, "multiple": 1})
+    offered = KIND.options(case.site, case.conv, wish, statistics)
     assert [option.settings["rank"] for option in offered] == list(
         range(1, separable.full_rank(case.site.conv, order) + 1)
     )
     option = data.draw(st.sampled_from(offered))
-    settled = cast(separable.Settings, parse_settings("separable", option.settings))
-    pair = separable.build(case.site.conv, settled).eval()
-    separable.init_(pair, case.conv, settled, statistics)
+    settled = separable.Settled.model_validate(option.settings)
+    pair = KIND.build(case.site.conv, settled).eval()
+    KIND.init_(pair, case.conv, settled, statistics)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pair(case.x[:1])
-    assert counter.get_total_flops() == option.cost.flops == separable.cost(case.site, settled).flops
-    assert sum(p.numel() for p in pair.parameters()) == option.cost.params == separable.cost(case.site, settled).params
-    assert separable.settle(case.site, case.conv, settled, statistics).settings == option.settings
+    assert counter.get_total_flops() == option.cost.flops == KIND.cost(case.site, settled).flops
+    assert sum(p.numel() for p in pair.parameters()) == option.cost.params == KIND.cost(case.site, settled).params
+    assert KIND.resolve(case.site, case.conv, parse_settings("separable", option.settings), statistics) == option
 
 
 def test_what_a_relu_adds_to_the_cost_by_hand() -> None:
@@ -336,7 +337,7 @@ def test_a_trained_batch_norm_fuses_where_no_zeros_are_padded_behind_it(
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             cast(Tensor, tensor).copy_(0.5 + torch.rand(tensor.shape, dtype=torch.float64))
-        got, wanted = separable.fuse(pair, spec, settled), pair(case.x)
+        got, wanted = KIND.fuse(pair, spec, settled), pair(case.x)
     second = cast(Any, pair[-1])
     padded = second._reversed_padding_repeated_twice
     if spec.padding_mode == "zeros" and any(padded):
@@ -354,7 +355,7 @@ def test_a_batch_norm_that_was_just_made_fuses_though_float32_rounds() -> None:
     case = Case(conv, 30 + 5 * torch.randn(2, 16, 9, 9))
     statistics = see(case)
     pair, settled = convert(case, statistics, rank=20, order="vertical-first", between="bn")
-    fused = separable.fuse(pair, case.site.conv, settled)
+    fused = KIND.fuse(pair, case.site.conv, settled)
     assert fused is not None
     with torch.no_grad():
         assert relative(fused(case.x), pair(case.x)) < 1e-5
@@ -364,7 +365,7 @@ def test_a_batch_norm_that_was_just_made_fuses_though_float32_rounds() -> None:
 def test_a_relu_fuses_with_nothing(between: str) -> None:
     case = Case(nn.Conv2d(3, 3, 3), torch.randn(1, 3, 6, 6))
     pair, settled = convert(case, rank=2, order="vertical-first", between=between)
-    assert separable.fuse(pair, case.site.conv, settled) is None
+    assert KIND.fuse(pair, case.site.conv, settled) is None
 
 
 def test_variances_beyond_the_range_of_float16_are_undone() -> None:
@@ -390,8 +391,8 @@ def test_half_precision_stays_what_it_is_and_is_not_promised(between: str, dtype
         got, wanted = pair(case.x), case.conv(case.x)
     assert got.dtype == dtype
     assert relative(got.float(), wanted.float()) < (0.05 if dtype == torch.float16 else 0.12)
-    assert not separable.preserves(case.site.conv, settled)
-    fused = separable.fuse(pair, case.site.conv, settled)
+    assert not KIND.preserves(case.site.conv, settled)
+    fused = KIND.fuse(pair, case.site.conv, settled)
     assert (fused is not None and fused.weight.dtype == dtype) == (between == "bn")
 
 
@@ -399,15 +400,15 @@ class TestSettled:
     def test_only_what_is_not_usual_is_held(self) -> None:
         case = Case(nn.Conv2d(4, 4, 3), torch.randn(1, 4, 8, 8))
         for between in ("none", *BETWEEN):
-            wish = cast(separable.Settings, parse_settings("separable", {"rank": 2, "between": between}))
-            held = separable.settle(case.site, case.conv, wish).settings
+            wish = parse_settings("separable", {"rank": 2, "between": between})
+            held = KIND.resolve(case.site, case.conv, wish).settings
             assert held.get("between", "none") == between
             assert ("between" in held) == (between != "none")
 
     def test_settings_of_before_build_what_they_did(self) -> None:
         """A plan that knows of no `between`, and the names and shapes that its file holds."""
-        settled = cast(separable.Settings, parse_settings("separable", {"rank": 2, "order": "horizontal-first"}))
-        state = separable.build(read_conv(nn.Conv2d(4, 5, 3)), settled).state_dict()
+        settled = separable.Settled.model_validate({"rank": 2, "order": "horizontal-first"})
+        state = KIND.build(read_conv(nn.Conv2d(4, 5, 3)), settled).state_dict()
         assert {key: tuple(value.shape) for key, value in state.items()} == {
             "horizontal.weight": (2, 4, 1, 3),
             "vertical.weight": (5, 2, 3, 1),
@@ -417,9 +418,7 @@ class TestSettled:
     def test_what_stands_between_stands_between(self) -> None:
         for between, names in (("relu", ["relu"]), ("bn", ["norm"]), ("bn-relu", ["norm", "relu"])):
             wish = {"rank": 2, "order": "vertical-first", "between": between}
-            pair = separable.build(
-                read_conv(nn.Conv2d(4, 4, 3, bias=False)), cast(separable.Settings, parse_settings("separable", wish))
-            )
+            pair = KIND.build(read_conv(nn.Conv2d(4, 4, 3, bias=False)), separable.Settled.model_validate(wish))
             assert [name for name, _ in pair.named_children()] == ["vertical", *names, "horizontal"]
             assert (cast(Any, pair.vertical).bias is not None) == (between == "relu")
             assert (cast(Any, pair.horizontal).bias is not None) == (between != "bn")
@@ -432,7 +431,7 @@ class TestSettled:
     def test_building_draws_no_random_numbers(self, between: str) -> None:
         state = torch.get_rng_state()
         wish = {"rank": 2, "order": "vertical-first", "between": between}
-        separable.build(read_conv(nn.Conv2d(4, 4, 3, device="meta")), cast(Any, parse_settings("separable", wish)))
+        KIND.build(read_conv(nn.Conv2d(4, 4, 3, device="meta")), separable.Settled.model_validate(wish))
         assert torch.equal(torch.get_rng_state(), state)
 
 

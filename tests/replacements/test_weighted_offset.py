@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from asymswap.replacements import offset, parse_settings, weighted_offset
+from asymswap.replacements import load, offset, parse_settings
+
+KIND, PLAIN = load("weighted-offset"), load("offset")
 
 
-def converted(case: Case) -> tuple[offset.OffsetConv2d, weighted_offset.Settings]:
-    settled = weighted_offset.Settings()
-    module = weighted_offset.build(case.site.conv, settled)
-    weighted_offset.init_(module, case.conv, settled)
+def converted(case: Case) -> tuple[offset.OffsetConv2d, offset.Settings]:
+    settled = offset.Settings()
+    module = KIND.build(case.site.conv, settled)
+    KIND.init_(module, case.conv, settled)
     return module, settled
 
 
@@ -27,7 +29,7 @@ def test_factors_are_those_of_the_original_taps(case: Case, seed: int) -> None:
     assert module.tap_weights is not None
     with torch.no_grad():
         module.tap_weights.copy_(factors)
-        fused = weighted_offset.fuse(module, case.site.conv, settled)
+        fused = KIND.fuse(module, case.site.conv, settled)
         torch.testing.assert_close(fused.weight, case.conv.weight * factors.reshape(case.site.conv.kernel))
         case.conv.weight *= factors.reshape(case.site.conv.kernel)
         torch.testing.assert_close(module(case.x), case.conv(case.x))
@@ -51,13 +53,13 @@ def test_a_factor_of_zero_does_not_change_the_size_of_the_fused_conv() -> None:
     assert module.tap_weights is not None
     with torch.no_grad():
         module.tap_weights[:3] = 0
-    assert weighted_offset.fuse(module, case.site.conv, settled).kernel_size == (3, 3)
+    assert KIND.fuse(module, case.site.conv, settled).kernel_size == (3, 3)
 
 
 def test_the_cost_is_that_of_offset_and_a_parameter_a_tap() -> None:
     case = Case(nn.Conv2d(3, 4, (3, 5)), torch.randn(1, 3, 9, 9))
-    plain = offset.cost(case.site, offset.Settings())
-    weighted = weighted_offset.cost(case.site, weighted_offset.Settings())
+    plain = PLAIN.cost(case.site, offset.Settings())
+    weighted = KIND.cost(case.site, offset.Settings())
     assert (weighted.macs, weighted.params) == (plain.macs, plain.params + 15)
 
 
@@ -65,4 +67,4 @@ def test_only_weighted_offset_has_factors() -> None:
     settled = parse_settings("offset", {})
     assert isinstance(settled, offset.Settings)
     case = Case(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 9, 9))
-    assert offset.build(case.site.conv, settled).tap_weights is None
+    assert PLAIN.build(case.site.conv, settled).tap_weights is None

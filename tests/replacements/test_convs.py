@@ -7,7 +7,7 @@ from hypothesis import given
 from torch.nn import functional as F
 
 from asymswap.graph.sites import read_conv
-from asymswap.replacements import _strip_convs as strip_convs
+from asymswap.replacements import _convs, load
 from asymswap.types import ConvSpec
 
 
@@ -28,23 +28,21 @@ def test_strips_see_the_centre_column_and_row_of_what_the_kernel_sees(case: Case
     (dh, dw), (kh, kw) = conv.dilation, conv.kernel_size
     padded = pad_by_hand(case)
     across, along = dw * (kw - 1) // 2, dh * (kh - 1) // 2
-    seen = {
-        strip_convs.vertical_strip: padded[..., across : padded.shape[3] - across],
-        strip_convs.horizontal_strip: padded[..., along : padded.shape[2] - along, :],
-    }
-    for strip_of, inputs in seen.items():
-        strip = strip_of(read_conv(conv))
-        module = strip_convs.new_conv(strip.conv)
+    seen = (padded[..., across : padded.shape[3] - across], padded[..., along : padded.shape[2] - along, :])
+    strips = _convs.strip_convs(read_conv(conv))
+    modules = [_convs.new_conv(strip) for strip in (strips.vertical, strips.horizontal)]
+    for module in modules:
         torch.nn.init.normal_(module.weight)
+    outputs = _convs.run_strips(modules[0], modules[1], case.x, strips.crop)
+    for module, inputs, got in zip(modules, seen, outputs, strict=True):
         expected = F.conv2d(inputs, module.weight, None, conv.stride, 0, conv.dilation, conv.groups)
-        got = module(strip_convs.cut(case.x, strip.crop))
         assert got.shape == case.conv(case.x).shape
         assert torch.allclose(got, expected, atol=1e-12)
 
 
 def test_a_square_of_two_strips_sums_them() -> None:
     column, row = torch.arange(1.0, 4).reshape(1, 1, 3, 1), torch.tensor([10.0, 20, 30, 40, 50]).reshape(1, 1, 1, 5)
-    square = strip_convs.as_square(column, row)[0, 0]
+    square = _convs.as_square(column, row)[0, 0]
     assert square.tolist() == [[0, 0, 1, 0, 0], [10, 20, 32, 40, 50], [0, 0, 3, 0, 0]]
 
 
@@ -60,5 +58,6 @@ def test_a_square_of_two_strips_sums_them() -> None:
         (ConvSpec(4, 4, (3, 5)), None),
     ],
 )
-def test_what_has_no_strips(conv: ConvSpec, reason: str | None) -> None:
-    assert strip_convs.refuse(conv) == reason
+@pytest.mark.parametrize("kind", ["acb", "cross"])
+def test_what_has_no_strips(conv: ConvSpec, reason: str | None, kind: str) -> None:
+    assert load(kind).unsupported(conv) == reason

@@ -1,0 +1,129 @@
+"""The base class of all kinds of replacement, and of their settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+
+from asymswap.types import ConvSpec, Cost, Option, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from asymswap.factorize.statistics import SiteStatistics
+
+
+SIZE_SCHEMA = WithJsonSchema(
+    {"title": "Size", "anyOf": [{"type": "string", "pattern": "^[0-9]+x[0-9]+$"}, {"type": "integer"}]}
+)
+"""The JSON Schema of a size in a recipe: "3x5", or 3 for both sides."""
+
+
+class KindSettings(BaseModel):
+    """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    allow_growth: bool = False
+    """Swap even where the replacement has more MACs or parameters than the original conv."""
+
+
+class Replacement(ABC):
+    """One kind of replacement for a conv.
+
+    `resolve`, `options` and `init_` run for several convs at once, in threads (`asymswap.utils.tensors.side_by_side`).
+    """
+
+    settings: ClassVar[type[KindSettings]]
+    """What a recipe may ask for; the fields are the keys of `swap = { kind = …, … }`."""
+
+    settled: ClassVar[type[KindSettings] | None] = None
+    """What a plan stores, where that is another type than `settings`: a rank, not a ratio."""
+
+    SIZES: ClassVar[tuple[str, ...]] = ()
+    """The settings that fix the size of the replacement, at most one of them given; without one a budget chooses."""
+
+    PRESERVES: ClassVar[str]
+    """What stays the same at conversion, in a few words for a person."""
+
+    def unsupported(self, conv: ConvSpec) -> str | None:
+        """Return the reason why this kind cannot replace such a conv, or None where it can."""
+        if conv.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            return f"{conv.dtype} weights are not real floating-point numbers"
+        return None
+
+    def preserves(self, conv: ConvSpec, settings: Any) -> bool:
+        """Return True if the replacement of these settled settings is promised to compute the conv's own function."""
+        return True
+
+    @abstractmethod
+    def cost(self, site: Site, settings: Any) -> Cost:
+        """Return MACs over all calls and parameters of the replacement of these settled settings, by formula alone."""
+
+    def options(
+        self, site: Site, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None
+    ) -> Sequence[Option]:
+        """Return all sizes that a budget may choose from, within the settings."""
+        return [self.resolve(site, conv, settings, statistics)]
+
+    def resolve(self, site: Site, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None) -> Option:
+        """Turn a wish (energy = 0.9) into settled settings (rank = 17); by default they are the same.
+
+        Raises RecipeError where this conv cannot meet the wish.
+        """
+        return self.option(site, type(settings)(**settings.model_dump(exclude={"allow_growth"})))
+
+    def option(self, site: Site, settled: KindSettings, error: float = 0.0, loss: float = 0.0) -> Option:
+        """Return the option of settled settings; a plan stores those fields that are set."""
+        return Option(settled.model_dump(mode="json", exclude_unset=True), self.cost(site, settled), error, loss)
+
+    @abstractmethod
+    def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
+        """Return the structure for settled settings; its weights need not be set, and no random numbers are drawn.
+
+        Its forward calls its argument `input`, as that of `nn.Conv2d` does: a model may pass it by that name.
+        """
+
+    def init_(
+        self,
+        module: nn.Module,
+        conv: nn.Conv2d,
+        settings: Any,
+        statistics: SiteStatistics | None = None,
+        norm: nn.BatchNorm2d | None = None,
+    ) -> None:
+        """Set the weights of `build`'s result, in place, so that it computes what `conv` does as well as it can.
+
+        With statistics, as well as it can on the data, with their target in the place of the conv's kernel; a kind
+        that always preserves the function keeps the conv's own weights. `norm` is the batch norm that `fold_norm`
+        agreed to take over. By default the conv's numbers are copied into the module's own `weight` and `bias`.
+        """
+        from asymswap.replacements._convs import copy_  # loads torch, which the names of kinds do not need
+
+        copy_(module, conv.weight, conv.bias)
+
+    def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
+        """Return the one conv that computes the same as the replacement, or None where there is none."""
+        return None
+
+    def fold_norm(self, settings: Any, norm: nn.Module) -> KindSettings | None:
+        """Return the settings with the constants of the batch norm that alone follows the conv, or None.
+
+        None where the replacement does not take it over.
+        """
+        return None
+
+    def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return how far each tap is from its place, (S, T, 2), or None where taps do not move.
+
+        For S samples, one where the input x (N, C, H, W) does not matter; T taps row by row, offsets (down, right) in
+        pixels of the input.
+        """
+        return None
+
+    def without_offsets(self, module: nn.Module, conv: ConvSpec) -> nn.Conv2d | None:
+        """Return the conv that the replacement is while no tap moves; None where offsets do not depend on the input."""
+        return None
