@@ -30,9 +30,7 @@ from torch import nn
 from asymswap.api.conversion_report import check_finite, check_output_finite, check_promises, make_report, state_bytes
 from asymswap.calibration.calibrate import (
     UNSEEN,
-    Calibration,
     Gathered,
-    Polished,
     convert_on,
     fed_on,
     gather_statistics,
@@ -40,6 +38,8 @@ from asymswap.calibration.calibrate import (
     options_of,
     polish,
 )
+from asymswap.calibration.config import Calibration
+from asymswap.calibration.polish import Polished
 from asymswap.checkpoint import Header, what_is_stored
 from asymswap.data.normalization import fed_of, settle
 from asymswap.errors import AsymswapError, SourceError

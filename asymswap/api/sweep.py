@@ -14,7 +14,6 @@ from torch import nn
 from asymswap.api.conversion_report import check_finite
 from asymswap.calibration.calibrate import (
     UNSEEN,
-    Calibration,
     Gathered,
     convert_on,
     fed_on,
@@ -23,6 +22,7 @@ from asymswap.calibration.calibrate import (
     options_of,
     polish,
 )
+from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, open_data

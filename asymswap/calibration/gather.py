@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import safetensors
 import torch
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asymswap.calibration.config import OutputKind
 from asymswap.errors import SourceError, validation_text
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
@@ -161,10 +162,6 @@ def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred_GCN = values_GCN - centre_GC[:, :, None]
     rest_GC = centred_GCN.sum(2).to(torch.float64)
     return centred_GCN, centre_GC.to(torch.float64) + rest_GC / values_GCN.shape[2], rest_GC
-
-
-OutputKind = Literal["scores", "values"]
-"""What a network gives: scores of classes (N, classes), before or after a softmax, or values of any other kind."""
 
 
 def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
