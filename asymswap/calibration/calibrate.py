@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import (
-    Batches,
+    Images,
     StatisticsSummary,
     gather,
     images_hash,
@@ -24,7 +24,7 @@ from asymswap.calibration.gather import (
 )
 from asymswap.calibration.polish import Polish, Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
-from asymswap.data.datasets import LabelledImages, Part, open_data
+from asymswap.data.datasets import Part, open_data
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
@@ -65,15 +65,14 @@ def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
 class Gathered:
     """The statistics of every site, how they were made, and the images for later steps.
 
-    `images` is how many the batches of all processes hold; statistics from a file may be of another number. `opened` is
-    the model to solve on: the given one, or a copy in float32 where that has half precision.
+    Statistics from a file may be of other images. `opened` is the model to solve on: the given one, or a copy in
+    float32 where that has half precision.
     """
 
     by_site: Mapping[str, SiteStatistics]
     summary: StatisticsSummary
     opened: OpenedModel
-    batches: Batches | None = None
-    images: int = 0
+    images: Images | None = None
     held_back: Tensor | None = None
     description: str = ""
     notes: list[str] = field(default_factory=list)
@@ -93,35 +92,28 @@ def gather_statistics(
     """
     opened = _in_float32(opened)
     cache, team = calibration.cache, calibration.team
-    images = None if calibration.data is None else _Images(calibration.data, opened, calibration)
+    images, held_back, description = None, None, ""
+    if calibration.data is not None:
+        images, held_back, description = _open_images(opened, calibration)
     if cache is not None and cache.exists():
         found, summary = _read_cache(cache, opened, sites)
         gathered = Gathered(found, summary, opened, notes=[f"statistics read from {cache}"])
     else:
         if images is None:
             raise SourceError(f"no calibration cache {cache}; --calibrate DATA gathers and writes it")
+        batches = images.batches
         if cache is not None:
             team.first(lambda: check_output(cache, force=False, option="--calibration-cache"))
         if calibration.outputs is not None:
             outputs, why = calibration.outputs, "as given"
         else:
-            outputs, why = team.first(lambda: output_kind(opened.model, images.batches, classes))
+            outputs, why = team.first(lambda: output_kind(opened.model, batches, classes))
             why += f"; --outputs {'values' if outputs == 'scores' else 'scores'} says otherwise"
-        found = gather(
-            opened.model,
-            sites,
-            images.batches,
-            images.count,
-            outputs=outputs,
-            memory_gib=calibration.memory_gib,
-            seed=calibration.seed,
-            team=team,
-            progress=progress,
-        )
+        found = gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
             data=str(calibration.data),
             images=images.count,
-            sha256=images_hash(images.batches, team),
+            sha256=images_hash(batches, team),
             seed=calibration.seed,
             model=model_hash(opened.model),
             unseen=tuple(site.name for site in sites if site.name not in found),
@@ -130,9 +122,7 @@ def gather_statistics(
         gathered = Gathered(found, summary, opened)
         if cache is not None and team.leads:
             save_statistics(cache, found, summary)
-    if images is not None:
-        gathered.batches, gathered.images, gathered.held_back = images.batches, images.count, images.held_back
-        gathered.description = images.description
+    gathered.images, gathered.held_back, gathered.description = images, held_back, description
     gathered.notes += _notes(summary, found, sites)
     return gathered
 
@@ -198,31 +188,19 @@ def convert_on(
     It is in the precision of `gathered.opened`. Raises AsymswapError where `sequential` is asked for and not possible.
     """
     opened, sequential = gathered.opened, calibration.sequential
-    if gathered.batches is None and sequential is not False:
+    if gathered.images is None and sequential is not False:
         reason = "the images are not given, only their statistics"
         if sequential:
             raise AsymswapError(f"--sequential cannot be done: {reason}")
         gathered.notes.append(f"not refined layer by layer: {reason}")
-    names = set() if gathered.batches is None or sequential is False else refinable(traced.sites, plan)
+    names = set() if gathered.images is None or sequential is False else refinable(traced.sites, plan)
     converted = apply_plan(opened.model, plan, progress, gathered.by_site, unset=names)
-    if not names or gathered.batches is None:
+    if not names or gathered.images is None:
         return converted, False
-    if gathered.images != gathered.summary.images:
-        gathered.notes.append(f"solved layer by layer on {gathered.images} images")
-    refined = refine_(
-        opened.model,
-        converted,
-        traced.sites,
-        plan,
-        gathered.by_site,
-        gathered.batches,
-        gathered.images,
-        opened.example()[0],
-        memory_gib=calibration.memory_gib,
-        seed=calibration.seed,
-        team=calibration.team,
-        progress=progress,
-    )
+    if gathered.images.count != gathered.summary.images:
+        gathered.notes.append(f"solved layer by layer on {gathered.images.count} images")
+    example = opened.example()[0]
+    refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, gathered.images, example, progress)
     if not refined.by_graph:
         gathered.notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
     if refined.one_pass:
@@ -235,7 +213,7 @@ def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, p
     """Let the converted network learn, in place, from the original's outputs on images of the calibration data."""
     opened = gathered.opened
     chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
-    images = torch.cat([batch for _, batch in _Images(str(calibration.data), opened, chosen).batches()])
+    images = torch.cat([batch for _, batch in _open_images(opened, chosen)[0].batches()])
     length = Polish(calibration.polish_steps, calibration.polish_minutes)
     return polish_(opened.model, converted, images, length, seed=calibration.seed, progress=progress)
 
@@ -255,39 +233,35 @@ def some_inputs(
     return (images,), f"{len(images)} images of {reference} (seed {seed})"
 
 
-class _Images:
-    """The chosen images of a data reference, in the same order and batches every time, and some more held back.
+def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Tensor, str]:
+    """Return the chosen images, some more that are held back, and a description of the data.
 
-    In a team these are the batches of this process.
+    Batches are decoded once where all images fit into a GiB.
     """
+    data = open_data(str(calibration.data), opened.source.preprocessing, "train", unlabelled=True)
+    order = torch.randperm(len(data), generator=seeded(calibration.seed)).tolist()
+    count = min(calibration.images, len(order))
+    height, width = opened.source.preprocessing.size
+    size = max(4, min(128, 2**20 // (height * width)))
+    chosen = [order[:count][start : start + size] for start in range(0, count, size)]
 
-    def __init__(self, reference: str, opened: OpenedModel, calibration: Calibration) -> None:
-        self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train", unlabelled=True)
-        self.description = self.data.description
-        order = torch.randperm(len(self.data), generator=seeded(calibration.seed)).tolist()
-        self.count = min(calibration.images, len(order))
-        height, width = opened.source.preprocessing.size
-        size = max(4, min(128, 2**20 // (height * width)))
-        chosen = order[: self.count]
-        batches = (chosen[start : start + size] for start in range(0, self.count, size))
-        self._batches = list(calibration.team.share(batches))
-        self._dtype = opened.dtype()
-        # Where all images are used, none is left to hold back: the report says which were probed.
-        self.held_back = self._load(order[self.count : self.count + _HELD_BACK] or order[:_HELD_BACK])
-        small = self.count * self.held_back[0].numel() * 4 < 2**30
-        self._kept: dict[int, Tensor] | None = {} if small else None
+    def load(indices: Sequence[int]) -> Tensor:
+        return torch.stack([data.images[index][0] for index in indices]).to(opened.dtype())
 
-    def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield numbered batches of preprocessed images; they are decoded once where all fit into a GiB."""
-        for number, chosen in self._batches:
-            kept = None if self._kept is None else self._kept.get(number)
-            batch = self._load(chosen) if kept is None else kept
-            if self._kept is not None:
-                self._kept[number] = batch
+    # Where all images are used, none is left to hold back: the report says which were probed.
+    held_back = load(order[count : count + _HELD_BACK] or order[:_HELD_BACK])
+    small = count * held_back[0].numel() * 4 < 2**30
+    kept: dict[int, Tensor] = {}
+
+    def batches() -> Iterator[tuple[int, Tensor]]:
+        for number, indices in calibration.team.share(chosen):
+            batch = kept[number] if number in kept else load(indices)
+            if small:
+                kept[number] = batch
             yield number, batch
 
-    def _load(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.data.images[index][0] for index in indices]).to(self._dtype)
+    images = Images(batches, count, calibration.memory_gib, calibration.seed, calibration.team)
+    return images, held_back, data.description
 
 
 def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], sites: Sequence[Site]) -> list[str]:

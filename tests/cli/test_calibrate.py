@@ -54,8 +54,9 @@ def test_statistics_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest
     told: list[int] = []
 
     def refine(*arguments: Any, **options: Any) -> Any:
-        told.append(arguments[6])
-        assert sum(len(batch) for _, batch in arguments[5]()) == arguments[6]
+        images = arguments[5]
+        told.append(images.count)
+        assert sum(len(batch) for _, batch in images.batches()) == images.count
         return refine_(*arguments, **options)
 
     monkeypatch.setattr("asymswap.calibration.calibrate.refine_", refine)
