@@ -34,9 +34,8 @@ from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.teacher import find_teacher
 from asymswap.training.trainer import Progress, Trainer, Work
 from asymswap.utils.distributed import ALONE, Team
-from asymswap.utils.files import check_output
+from asymswap.utils.files import check_output, fail_if_modified
 from asymswap.utils.tensors import deep_copy, first_not_finite
-from asymswap.utils.unchanged import unchanged
 
 
 class Converted(Protocol):
@@ -113,14 +112,6 @@ def finetune(
     presets = presets_for(data) if settings.augment is None else settings.augment
     about = {"data": data, "images": len(parts.train), "checkpoint": opened.sha256, "processes": team.size}
     identity = settings.identity() | {"augment": list(presets)} | about
-    objective = Objective(
-        settings.label_smoothing,
-        teacher,
-        settings.distill_weight,
-        settings.distill_loss,
-        settings.temperature,
-        settings.distill_features,
-    )
 
     def header(progress: Progress) -> Header:
         return _header(opened, parts, identity, teacher, progress)
@@ -133,7 +124,7 @@ def finetune(
         parts=parts,
         settings=settings,
         presets=presets,
-        objective=objective,
+        objective=Objective(settings, teacher),
         replacements=[swap.site for plan in opened.header.plans for swap in plan.swaps],
         classes=classes,
         identity=identity,
@@ -170,7 +161,7 @@ class _Opened:
 def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None, request: Request) -> _Opened:
     if isinstance(checkpoint, str | Path):
         path = Path(checkpoint)
-        with unchanged(path):
+        with fail_if_modified(path):
             stored, digest = read_checkpoint(path), sha256(path)
         base = base if base is not None else build_named(stored.header.origin, request)
         found = _Opened(restore(stored, str(path), base), stored.header, str(path), digest)

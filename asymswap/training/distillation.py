@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from asymswap.errors import SourceError
 from asymswap.measure.fidelity import difference
+from asymswap.training.config import Training
 
 _AUXILIARY = 0.3
 """The weight of auxiliary classifiers' losses (Szegedy et al., 2015)."""
@@ -35,24 +36,21 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss to minimise: see `Training` for the fields."""
+    """The loss to minimise: with a teacher, see `Training` for the parts of the loss."""
 
-    label_smoothing: float = 0.0
+    settings: Training
     teacher: Teacher | None = None
-    weight: float = 0.9
-    compare: str = "kl"
-    temperature: float = 4.0
-    features: float = 0.0
 
     def loss(self, student: nn.Module, runner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss summed over the images, and the class scores; `runner` is the student as it must be called.
 
         `labels` are class numbers (N) or fractions of classes (N x classes).
         """
+        settings = self.settings
         if self.teacher is None:
             output = runner(images)
             return self._by_labels(output, labels), all_scores(output)[0]
-        blocks = self.teacher.blocks if self.features else {}
+        blocks = self.teacher.blocks if settings.distill_features else {}
         # A copy: a model may change its input in place.
         with torch.no_grad(), caught(self.teacher.model, blocks.values()) as taught:
             target = all_scores(self.teacher.model(images.clone()))[0]
@@ -64,22 +62,22 @@ class Objective:
                 f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
                 f"{scores.shape[1]}; give --distill a teacher of the same classes"
             )
-        if self.compare == "mse":
-            loss = self.weight * len(scores) * difference(target, scores)
+        if settings.distill_loss == "mse":
+            loss = settings.distill_weight * (len(scores) * difference(target, scores))
         else:
-            loss = self.weight * divergence(target, scores, self.temperature)
-        if self.weight < 1:
-            loss = loss + (1 - self.weight) * self._by_labels(output, labels)
-        if self.features:
+            loss = settings.distill_weight * divergence(target, scores, settings.temperature)
+        if settings.distill_weight < 1:
+            loss = loss + (1 - settings.distill_weight) * self._by_labels(output, labels)
+        if settings.distill_features:
             error = feature_error(taught, learned, blocks)
             if error is None:
                 raise SourceError("--distill-features finds no block of the same output in the teacher; leave it out")
-            loss = loss + self.features * len(images) * error
+            loss = loss + settings.distill_features * len(images) * error
         return loss, scores
 
     def _by_labels(self, output: object, labels: Tensor) -> Tensor:
         main, *auxiliary = (
-            F.cross_entropy(scores.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
+            F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
             for scores in all_scores(output)
         )
         for loss in auxiliary:
