@@ -41,7 +41,7 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the run was interrupted.", rich_help_panel=o.RESULT)
     ] = False,
-    save_every: Any = None,
+    save_every: Any = None,  # a setting of the training; its option is shown here
     force: o.Force = False,
     arch: o.Arch = None,
     arguments: o.Arguments = None,

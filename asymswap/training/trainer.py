@@ -206,10 +206,15 @@ class Trainer:
             self._save()
 
     def _end_epoch(self, rate: float, speed: float, seconds: float) -> None:
+        """Validate, keep the weights if they are the best so far, and save."""
         progress = self.progress
         self._check_weights()
-        validation = self._validate(self.kept_model)
-        better = validation is None or progress.best is None or _beats(validation, progress.best)
+        # Running statistics differ between processes that do not share them: the first one's are kept.
+        self.team.follow_(self.kept_model)
+        validation, best = self._validate(self.kept_model), progress.best
+        better = True
+        if validation is not None and best is not None:
+            better = (validation.top1, -validation.loss) > (best.top1, -best.loss)
         progress.last = validation
         progress.skipped_in_all += progress.skipped
         progress.stale = 0 if better else progress.stale + 1
@@ -217,15 +222,15 @@ class Trainer:
         if better:
             progress.best, progress.best_epoch = validation, progress.epoch
         row = EpochRow(
-            progress.epoch,
-            progress.step,
-            progress.scores(),
-            validation,
-            better and validation is not None,
-            rate,
-            speed,
-            seconds,
-            progress.skipped,
+            epoch=progress.epoch,
+            step=progress.step,
+            train=progress.scores(),
+            validation=validation,
+            best=better and validation is not None,
+            lr=rate,
+            images_per_second=speed,
+            seconds=seconds,
+            skipped=progress.skipped,
         )
         patience = self.settings.patience
         progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
@@ -319,8 +324,6 @@ class Trainer:
         data = self.work.parts.validation
         if data is None:
             return None
-        # Their running statistics differ where batch norms are not shared; the first process's are saved.
-        self.team.follow_(model)
         found = predict(
             model,
             data,
@@ -429,8 +432,3 @@ def _same_kernels(deterministic: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-
-
-def _beats(one: Scores, other: Scores) -> bool:
-    """Whether more images are right, or as many at a smaller loss."""
-    return (one.top1, -one.loss) > (other.top1, -other.loss)
