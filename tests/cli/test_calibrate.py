@@ -139,7 +139,7 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
             ("--calibration-cache", "none.safetensors"),
             "no calibration cache none.safetensors; --calibrate DATA gathers",
         ),
-        (("--calibration-cache", "text"), "cannot read the statistics text"),
+        (("--calibration-cache", "text"), "cannot read the calibration cache text"),
         (("--polish", "5"), "--polish is of calibration, which needs images: give --calibrate"),
         (("--no-sequential",), "--no-sequential is of calibration"),
         (("--calibration-images", "64"), "--calibration-images is of calibration"),
