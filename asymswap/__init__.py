@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from asymswap.api.offsets import offsets
     from asymswap.api.report_files import write_report
     from asymswap.api.sweep import sweep
-    from asymswap.calibration.calibrate import Calibration
+    from asymswap.calibration.config import Calibration
     from asymswap.errors import AsymswapError
     from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.planning.latency_budget import Timing
@@ -76,7 +76,7 @@ _HOMES = {
     "offsets": "asymswap.api.offsets",
     "write_report": "asymswap.api.report_files",
     "sweep": "asymswap.api.sweep",
-    "Calibration": "asymswap.calibration.calibrate",
+    "Calibration": "asymswap.calibration.config",
     "AsymswapError": "asymswap.errors",
     "PreprocessingOptions": "asymswap.models.preprocessing",
     "Timing": "asymswap.planning.latency_budget",

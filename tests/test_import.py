@@ -105,7 +105,9 @@ def test_the_public_names_load_when_they_are_used() -> None:
     assert run_python(code) == "asymswap.api.convert True\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"], ["recipes"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", "--help"], ["finetune", "--help"], ["--version"], ["recipes"]], ids=" ".join
+)
 def test_what_needs_no_model_never_loads_torch(arguments: list[str]) -> None:
     code = f"""
 import sys

@@ -28,7 +28,8 @@ from torch import nn
 
 from asymswap.api.conversion_report import calibration_row, check_promises, make_report
 from asymswap.api.session import Clock, Session, check_original_finite
-from asymswap.calibration.calibrate import Calibration, fed_on, options_of
+from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, what_is_stored
 from asymswap.data import accuracy
 from asymswap.data.datasets import LabelledImages, open_data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,20 +27,19 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.models.references import Request, describe_module
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingReport
-from asymswap.training.callbacks import Callback, NoCallback
+from asymswap.training.callbacks import Callback
 from asymswap.training.config import Training
 from asymswap.training.distillation import Objective, Teacher
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.teacher import find_teacher
 from asymswap.training.trainer import Progress, Trainer, Work
 from asymswap.utils.distributed import ALONE, Team
-from asymswap.utils.files import check_output
+from asymswap.utils.files import check_output, fail_if_modified
 from asymswap.utils.tensors import deep_copy, first_not_finite
-from asymswap.utils.unchanged import unchanged
 
 
 class Converted(Protocol):
-    """What a conversion and a fusion have in common."""
+    """A conversion or a fusion."""
 
     model: nn.Module
     header: Header
@@ -48,7 +47,7 @@ class Converted(Protocol):
 
 @dataclass
 class FineTuned:
-    """The fine-tuned model, in eval mode, and what there is to say of how it came to be."""
+    """The fine-tuned model, in eval mode, with the report and the header for its checkpoint."""
 
     model: nn.Module
     report: TrainingReport
@@ -72,18 +71,20 @@ def finetune(
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
-    watcher: Callback | None = None,
+    callback: Callback | None = None,
 ) -> FineTuned:
     """Train a converted model (a checkpoint, a conversion, or any classifier) on a data reference.
 
-    `output` is the checkpoint that is written at the end, `run` the folder of what is needed to go on after an
-    interruption, by default beside it; with neither nothing is written. Images are prepared as the checkpoint says, but
-    for `input_size` (channels, height, width) and `preprocessing`. `resume` goes on where a run is, and begins
-    where there is none. `model` (or `arch`) is the unconverted model where only you can build it. In a `team` all
-    processes must call alike. Raises AsymswapError, with a one-line reason, for what cannot be done.
+    `output` is the checkpoint that is written at the end, `run` the folder from which an interrupted run can be
+    resumed, by default beside it (`tuned.run` beside `tuned.pt`); with neither nothing is written. Images are prepared
+    as the checkpoint says, but for `input_size` (channels, height, width) and `preprocessing`. `resume` continues a
+    run, and begins one where there is none. `model` (or `arch`) is the unconverted model where only you can build it.
+    In a `team` all processes must call alike. Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     start, settings = time.perf_counter(), training or Training()
-    target, folder = _places(output, run)
+    target = None if output is None else Path(output)
+    place = Path(run) if run is not None else None if target is None else target.with_suffix(".run")
+    folder = None if place is None else RunFolder(place)
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
     opened = _open(checkpoint, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
@@ -92,23 +93,25 @@ def finetune(
         team.first(lambda: feeding_of(opened.model, takes, data, "train", opened.label, download=True))
     feeding = feeding_of(opened.model, takes, data, "train", opened.label)
     opened = replace(opened, header=replace(opened.header, preprocessing=feeding.preprocessing))
-    parts = _open_parts(data, opened.header, settings, download, team)
-    classes = _check_data(opened, parts)
-    settings = replace(settings, workers=_workers(settings, parts))
+
+    def open_data(download: bool) -> Parts:
+        return open_parts(data, feeding.preprocessing, settings.validation, settings.seed, download=download)
+
+    if download:
+        team.first(lambda: len(open_data(download=True).train))
+    parts = open_data(download=False)
+    known = known_classes(told(opened.header.provenance, opened.label), opened.header.origin)
+    check_class_names(known, parts.train)
+    classes = check_class_count(opened.model, parts.train)
+    if settings.workers is None:
+        settings = replace(settings, workers=_workers(parts))
     teacher = None
     if settings.distill is not None:
         beside = Path(checkpoint).parent if isinstance(checkpoint, str | Path) else None
         teacher = find_teacher(opened.header, settings.distill, opened.model, beside)
     presets = presets_for(data) if settings.augment is None else settings.augment
-    identity = _identity(settings, presets, data, opened, parts, team)
-    objective = Objective(
-        settings.label_smoothing,
-        teacher,
-        settings.distill_weight,
-        settings.distill_loss,
-        settings.temperature,
-        settings.distill_features,
-    )
+    about = {"data": data, "images": len(parts.train), "checkpoint": opened.sha256, "processes": team.size}
+    identity = settings.identity() | {"augment": list(presets)} | about
 
     def header(progress: Progress) -> Header:
         return _header(opened, parts, identity, teacher, progress)
@@ -121,13 +124,13 @@ def finetune(
         parts=parts,
         settings=settings,
         presets=presets,
-        objective=objective,
+        objective=Objective(settings, teacher),
         replacements=[swap.site for plan in opened.header.plans for swap in plan.swaps],
         classes=classes,
         identity=identity,
         team=team,
         folder=folder,
-        watcher=watcher or NoCallback(),
+        callback=callback or Callback(),
         write=write,
     )
     trainer = Trainer(work)
@@ -158,7 +161,7 @@ class _Opened:
 def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None, request: Request) -> _Opened:
     if isinstance(checkpoint, str | Path):
         path = Path(checkpoint)
-        with unchanged(path):
+        with fail_if_modified(path):
             stored, digest = read_checkpoint(path), sha256(path)
         base = base if base is not None else build_named(stored.header.origin, request)
         found = _Opened(restore(stored, str(path), base), stored.header, str(path), digest)
@@ -178,14 +181,14 @@ def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None
 
 
 def _trainable(model: nn.Module) -> nn.Module:
-    """A copy to be trained: steps as small as those of training vanish in weights of half precision."""
+    """Return a copy to train, in float32: small steps vanish in weights of half precision."""
     trained = deep_copy(model)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     return trained.float() if half else trained
 
 
 def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-    """A copy of the model, in eval mode, with these weights in its own dtypes and formats."""
+    """Return a copy of the model, in eval mode, with these weights in its own dtypes and formats."""
     result = deep_copy(model).eval()
     own = result.state_dict()
     extra = extra_state.owners(result).keys()
@@ -194,61 +197,25 @@ def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     return result
 
 
-def _places(output: str | Path | None, run: str | Path | None) -> tuple[Path | None, RunFolder | None]:
-    """Where the result goes, and where the run is kept: `tuned.run` beside `tuned.pt`."""
-    target = None if output is None else Path(output)
-    if run is not None:
-        return target, RunFolder(Path(run))
-    return target, None if target is None else RunFolder(target.with_suffix(".run"))
-
-
 def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:
-    """Raise AsymswapError where something would be overwritten that nobody said may be."""
+    """Raise AsymswapError where something would be overwritten without leave."""
     if target is not None:
         check_suffix(target)
-        # A finished run that is resumed writes its result anew.
+        # A finished run that is resumed writes its result again.
         check_output(target, force or (resume and folder.exists))
     check_folder(folder, resume, force)
 
 
-def _open_parts(data: str, header: Header, settings: Training, download: bool, team: Team) -> Parts:
-    """The images, downloaded by the first process alone."""
-
-    def parts(download: bool) -> Parts:
-        return open_parts(data, header.preprocessing, settings.validation, settings.seed, download=download)
-
-    if download:
-        team.first(lambda: len(parts(download=True).train))
-    return parts(download=False)
-
-
-def _check_data(opened: _Opened, parts: Parts) -> int:
-    """How many classes there are; raises SourceError where they are not the model's."""
-    known = known_classes(told(opened.header.provenance, opened.label), opened.header.origin)
-    check_class_names(known, parts.train)
-    return check_class_count(opened.model, parts.train)
-
-
-def _workers(settings: Training, parts: Parts) -> int:
-    """Processes that read images: none for those in memory, else one for each core but one, four at most."""
-    if settings.workers is not None:
-        return settings.workers
+def _workers(parts: Parts) -> int:
+    """Return how many processes read images: none for images in memory, else one per core but one, at most four."""
     ready = parts.train.pictures is not None and parts.train.pictures.ready
     return 0 if ready else max(1, min(4, (os.cpu_count() or 1) - 1))
-
-
-def _identity(
-    settings: Training, presets: Sequence[str], data: str, opened: _Opened, parts: Parts, team: Team
-) -> dict[str, Any]:
-    """All that the result depends on, as plain data."""
-    about = {"data": data, "images": len(parts.train), "checkpoint": opened.sha256, "processes": team.size}
-    return settings.identity() | {"augment": list(presets)} | about
 
 
 def _header(
     opened: _Opened, parts: Parts, identity: Mapping[str, Any], teacher: Teacher | None, progress: Progress
 ) -> Header:
-    """The checkpoint's header with this training in its provenance; without times, so that equal runs are equal."""
+    """Return the header with this training in its provenance; without times, so that equal runs write equal files."""
     scores = {name: getattr(progress, name) for name in ("before", "best", "last")}
     record = {
         "model": opened.label,
@@ -271,7 +238,7 @@ def _header(
 def _report(opened: _Opened, identity: Mapping[str, Any], teacher: Teacher | None, trainer: Trainer) -> TrainingReport:
     progress, parts = trainer.progress, trainer.work.parts
     parameters = list(trainer.raw.parameters())
-    notes = []
+    notes = [trainer.note] if trainer.note else []
     if progress.skipped_in_all:
         notes.append(f"{progress.skipped_in_all} times an image could not be read and another stood in for it")
     if progress.before is not None and progress.best is not None and progress.best.top1 < progress.before.top1:

@@ -12,14 +12,14 @@ from torch import nn
 
 from asymswap.calibration.calibrate import (
     UNSEEN,
-    Calibration,
     Gathered,
-    Polished,
     convert_on,
     gather_statistics,
     in_own_precision,
     polish,
 )
+from asymswap.calibration.config import Calibration
+from asymswap.calibration.polish import Polished
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.macs import Costs, count_costs, count_swapped

@@ -14,7 +14,8 @@ from torch import nn
 
 from asymswap.api.conversion_report import SAME_IMAGES
 from asymswap.api.session import Session, check_original_finite
-from asymswap.calibration.calibrate import Calibration, fed_on, options_of
+from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, open_data

@@ -1,4 +1,4 @@
-"""Calibration as the user asks for it: images from a data reference, statistics from them or from a file."""
+"""Calibration of a model: images from a data reference, statistics from them or from a file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import (
-    Batches,
-    OutputKind,
+    Images,
     StatisticsSummary,
     gather,
     images_hash,
@@ -25,8 +24,8 @@ from asymswap.calibration.gather import (
 )
 from asymswap.calibration.polish import Polish, Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
-from asymswap.data.datasets import LabelledImages, Part, open_data
-from asymswap.errors import AsymswapError, SourceError, check_choice
+from asymswap.data.datasets import Part, open_data
+from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace
@@ -34,83 +33,21 @@ from asymswap.models.opening import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.apply import apply_plan, apply_structure
 from asymswap.types import Plan, Preprocessing, Progress, Site, silent
-from asymswap.utils.distributed import ALONE, Team
+from asymswap.utils.distributed import ALONE
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import Inputs, probe
 from asymswap.utils.tensors import eval_mode, seeded, store_
 
-__all__ = [
-    "UNSEEN",
-    "Calibration",
-    "Gathered",
-    "Polished",
-    "convert_on",
-    "fed_on",
-    "gather_statistics",
-    "in_own_precision",
-    "options_of",
-    "polish",
-    "some_inputs",
-]
-
 _HELD_BACK = 32
 
 UNSEEN = "did not run on the calibration images"
-"""Why a conv is kept of which calibration has learned nothing."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the user wants: `data` is a data reference, `cache` a file of statistics to read or, with
-    data, to write.
-
-    `sequential` is None where it is up to us: done where there are images. `outputs` says what the network gives:
-    `scores` of classes, or `values` (of a regressor, an embedder, a denoiser); None lets us judge. In a `team` of
-    several processes, each looks at its share of the images; all must call alike. `memory_gib` bounds what each keeps
-    of covariances, and of activations.
-    `polish_steps` or `polish_minutes` let the converted network learn from the original's outputs afterwards, on up to
-    `polish_images` images of the same data. `preprocessing` is how the images are prepared, where the model's weights,
-    family or file do not say it, or say it wrongly.
-    """
-
-    data: str | None = None
-    images: int = 512
-    cache: Path | None = None
-    sequential: bool | None = None
-    memory_gib: float = 4.0
-    seed: int = 0
-    polish_steps: int | None = None
-    polish_minutes: float | None = None
-    polish_images: int = 5000
-    outputs: OutputKind | None = None
-    team: Team = ALONE
-    preprocessing: PreprocessingOptions | None = None
-
-    def __post_init__(self) -> None:
-        if self.data is None and self.cache is None:
-            raise AsymswapError("calibration needs --calibrate DATA or an --calibration-cache file that exists")
-        if self.images < 1:
-            raise AsymswapError(f"--calibration-images {self.images} is no number of images; give 128 to 2048")
-        if self.outputs is not None:
-            check_choice("the kind of outputs", self.outputs, get_args(OutputKind))
-        polish = (self.polish_steps, self.polish_minutes)
-        if None not in polish or any(value is not None and value <= 0 for value in polish):
-            raise AsymswapError("polish takes either a number of steps or a number of minutes, above zero")
-        if self.polishes and self.data is None:
-            raise AsymswapError("--polish needs images: give --calibrate DATA too")
-        if self.memory_gib <= 0:
-            raise AsymswapError(f"--calibration-memory {self.memory_gib:g} is no amount of memory; give GiB, such as 4")
-
-    @property
-    def polishes(self) -> bool:
-        """Whether the converted network is to be polished."""
-        return self.polish_steps is not None or self.polish_minutes is not None
+"""Why a conv without statistics is kept."""
 
 
 def options_of(
     preprocessing: PreprocessingOptions | None, calibration: Calibration | None
 ) -> PreprocessingOptions | None:
-    """How images are prepared as the user says it, of the verb or of its calibration."""
+    """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
     if None not in (own, preprocessing) and own != preprocessing:
         raise AsymswapError("preprocessing= of the verb and of its Calibration contradict each other; give one of them")
@@ -118,7 +55,7 @@ def options_of(
 
 
 def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
-    """The data reference, and its part, on whose images it is settled how images are prepared."""
+    """Return the data reference, and its part, on whose images the preprocessing is settled."""
     if calibration is None or calibration.data is None:
         return evaluate, "test"
     return calibration.data, "train"
@@ -126,17 +63,16 @@ def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
 
 @dataclass
 class Gathered:
-    """The statistics of every site, what it was made of, and the images for what comes after.
+    """The statistics of every site, how they were made, and the images for later steps.
 
-    `images` is how many the batches of all processes hold; statistics that were read may be of another number. `opened`
-    is the model that is solved on: the given one, or a copy of it in float32 where that has half precision.
+    Statistics from a file may be of other images. `opened` is the model to solve on: the given one, or a copy in
+    float32 where that has half precision.
     """
 
     by_site: Mapping[str, SiteStatistics]
     summary: StatisticsSummary
     opened: OpenedModel
-    batches: Batches | None = None
-    images: int = 0
+    images: Images | None = None
     held_back: Tensor | None = None
     description: str = ""
     notes: list[str] = field(default_factory=list)
@@ -145,86 +81,76 @@ class Gathered:
 def gather_statistics(
     opened: OpenedModel,
     sites: Sequence[Site],
-    wanted: Calibration,
+    calibration: Calibration,
     progress: Progress = silent,
     classes: int | None = None,
 ) -> Gathered:
-    """Statistics of the given sites, from the file where there is one, else from images (and then written to it).
+    """Return the statistics of the given sites, from the cache if it exists, else from images (and then cache them).
 
     Raises SourceError where the data or the file cannot be used for this model, OutputError where the file cannot be
     written, before anything is gathered. `classes` is how many the data for the evaluation has.
     """
     opened = _in_float32(opened)
-    images = None if wanted.data is None else _Images(wanted.data, opened, wanted)
-    if wanted.cache is not None and wanted.cache.exists():
-        found, summary = load_statistics(wanted.cache)
-        if summary.model != model_hash(opened.model):
-            raise SourceError(
-                f"the calibration cache {wanted.cache} was gathered from another model; give another file name"
-            )
-        lacking = [site.name for site in sites if site.name not in found and site.name not in summary.unseen]
-        if lacking:
-            raise SourceError(
-                f"the calibration cache {wanted.cache} lacks {lacking[0]}; gather it anew under another name"
-            )
-        for site in sites:
-            if site.name in summary.unseen:
-                continue
-            conv = site.conv
-            shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
-            if found[site.name].target_GOD.shape != shape:
-                raise SourceError(f"the calibration cache {wanted.cache} does not fit {site.name} ({conv.describe()})")
-        gathered = Gathered(found, summary, opened, notes=[f"statistics read from {wanted.cache}"])
+    cache, team = calibration.cache, calibration.team
+    images, held_back, description = None, None, ""
+    if calibration.data is not None:
+        images, held_back, description = _open_images(opened, calibration)
+    if cache is not None and cache.exists():
+        found, summary = _read_cache(cache, opened, sites)
+        gathered = Gathered(found, summary, opened, notes=[f"statistics read from {cache}"])
     else:
         if images is None:
-            raise SourceError(f"no calibration cache {wanted.cache}; --calibrate DATA gathers and writes it")
-        if wanted.cache is not None:
-            target = wanted.cache
-            wanted.team.first(lambda: check_output(target, force=False, option="--calibration-cache"))
-        outputs, why = _outputs(opened, images, wanted, classes)
-        found = gather(
-            opened.model,
-            sites,
-            images.batches,
-            images.count,
-            outputs=outputs,
-            memory_gib=wanted.memory_gib,
-            seed=wanted.seed,
-            team=wanted.team,
-            progress=progress,
-        )
-        digest = images_hash(images.batches, wanted.team)
+            raise SourceError(f"no calibration cache {cache}; --calibrate DATA gathers and writes it")
+        batches = images.batches
+        if cache is not None:
+            team.first(lambda: check_output(cache, force=False, option="--calibration-cache"))
+        if calibration.outputs is not None:
+            outputs, why = calibration.outputs, "as given"
+        else:
+            outputs, why = team.first(lambda: output_kind(opened.model, batches, classes))
+            why += f"; --outputs {'values' if outputs == 'scores' else 'scores'} says otherwise"
+        found = gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
-            data=str(wanted.data),
+            data=str(calibration.data),
             images=images.count,
-            sha256=digest,
-            seed=wanted.seed,
+            sha256=images_hash(batches, team),
+            seed=calibration.seed,
             model=model_hash(opened.model),
             unseen=tuple(site.name for site in sites if site.name not in found),
             outputs=f"{'class scores' if outputs == 'scores' else 'values'} ({why})",
         )
         gathered = Gathered(found, summary, opened)
-        if wanted.cache is not None and wanted.team.leads:
-            save_statistics(wanted.cache, found, summary)
-    if images is not None:
-        gathered.batches, gathered.images, gathered.held_back = images.batches, images.count, images.held_back
-        gathered.description = images.description
+        if cache is not None and team.leads:
+            save_statistics(cache, found, summary)
+    gathered.images, gathered.held_back, gathered.description = images, held_back, description
     gathered.notes += _notes(summary, found, sites)
     return gathered
 
 
-def _outputs(opened: OpenedModel, images: _Images, wanted: Calibration, classes: int | None) -> tuple[OutputKind, str]:
-    if wanted.outputs is not None:
-        return wanted.outputs, "as given"
-    kind, why = wanted.team.first(lambda: output_kind(opened.model, images.batches, classes))
-    return kind, f"{why}; --outputs {'values' if kind == 'scores' else 'scores'} says otherwise"
+def _read_cache(
+    cache: Path, opened: OpenedModel, sites: Sequence[Site]
+) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
+    """Read statistics from a file; raise SourceError where they are not those of these sites of this model."""
+    found, summary = load_statistics(cache)
+    if summary.model != model_hash(opened.model):
+        raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
+    for site in sites:
+        if site.name in summary.unseen:
+            continue
+        if site.name not in found:
+            raise SourceError(f"the calibration cache {cache} lacks {site.name}; gather it anew under another name")
+        conv = site.conv
+        shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
+        if found[site.name].target_GOD.shape != shape:
+            raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
+    return found, summary
 
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def _in_float32(opened: OpenedModel) -> OpenedModel:
-    """The same model with float32 in place of half precision, where it has such and then still runs."""
+    """Return the model with float32 in place of half precision, if it has any and then still runs."""
     if not any(parameter.dtype in _HALF for parameter in opened.model.parameters()):
         return opened
     copied = swap(opened.model, {})
@@ -232,7 +158,7 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
         if tensor.dtype in _HALF:
             tensor.data = tensor.data.to(torch.float32)
     try:
-        # The model's own code may insist on its precision: then it is solved as it is.
+        # The model's own code may insist on its precision: then we solve on it as it is.
         with eval_mode(copied), torch.no_grad():
             copied(*probe(opened.source.preprocessing, torch.float32, images=1))
     except Exception:
@@ -241,7 +167,7 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
 
 
 def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gathered: Gathered) -> nn.Module:
-    """The converted model in the precision of the model that was given, where it was solved in another."""
+    """Return the converted model in the precision of the given model, where it was solved in another."""
     if gathered.opened.model is opened.model:
         return converted
     lowered = apply_structure(opened.model, plan)
@@ -255,38 +181,26 @@ def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gath
 
 
 def convert_on(
-    traced: Trace,
-    plan: Plan,
-    gathered: Gathered,
-    wanted: Calibration,
-    progress: Progress = silent,
+    traced: Trace, plan: Plan, gathered: Gathered, calibration: Calibration, progress: Progress = silent
 ) -> tuple[nn.Module, bool]:
-    """The converted model, its replacements solved layer by layer where that is wanted and can be; and whether it was.
+    """Return the converted model, and whether replacements were solved layer by layer.
 
-    It is in the precision of `gathered.opened`. Raises AsymswapError where solving layer by layer is wanted and cannot
-    be.
+    It is in the precision of `gathered.opened`. Raises AsymswapError where `sequential` is asked for and not possible.
     """
-    opened = gathered.opened
-    names = refinable(traced.sites, plan) if _goes_layer_by_layer(gathered, wanted) else set()
+    opened, sequential = gathered.opened, calibration.sequential
+    if gathered.images is None and sequential is not False:
+        reason = "the images are not given, only their statistics"
+        if sequential:
+            raise AsymswapError(f"--sequential cannot be done: {reason}")
+        gathered.notes.append(f"not refined layer by layer: {reason}")
+    names = set() if gathered.images is None or sequential is False else refinable(traced.sites, plan)
     converted = apply_plan(opened.model, plan, progress, gathered.by_site, unset=names)
-    if not names or gathered.batches is None:
+    if not names or gathered.images is None:
         return converted, False
-    if gathered.images != gathered.summary.images:
-        gathered.notes.append(f"solved layer by layer on {gathered.images} images")
-    refined = refine_(
-        opened.model,
-        converted,
-        traced.sites,
-        plan,
-        gathered.by_site,
-        gathered.batches,
-        gathered.images,
-        opened.example()[0],
-        memory_gib=wanted.memory_gib,
-        seed=wanted.seed,
-        team=wanted.team,
-        progress=progress,
-    )
+    if gathered.images.count != gathered.summary.images:
+        gathered.notes.append(f"solved layer by layer on {gathered.images.count} images")
+    example = opened.example()[0]
+    refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, gathered.images, example, progress)
     if not refined.by_graph:
         gathered.notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
     if refined.one_pass:
@@ -295,31 +209,19 @@ def convert_on(
     return converted, len(refined.one_pass) < len(names)
 
 
-def _goes_layer_by_layer(gathered: Gathered, wanted: Calibration) -> bool:
-    if wanted.sequential is False:
-        return False
-    if gathered.batches is not None:
-        return True
-    reason = "the images are not given, only their statistics"
-    if wanted.sequential:
-        raise AsymswapError(f"--sequential cannot be done: {reason}")
-    gathered.notes.append(f"not refined layer by layer: {reason}")
-    return False
-
-
-def polish(gathered: Gathered, converted: nn.Module, wanted: Calibration, progress: Progress = silent) -> Polished:
+def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, progress: Progress = silent) -> Polished:
     """Let the converted network learn, in place, from the original's outputs on images of the calibration data."""
     opened = gathered.opened
-    images = _Images(str(wanted.data), opened, replace(wanted, images=wanted.polish_images, team=ALONE))
-    every = torch.cat([batch for _, batch in images.batches()])
-    how = Polish(wanted.polish_steps, wanted.polish_minutes)
-    return polish_(opened.model, converted, every, how, seed=wanted.seed, progress=progress)
+    chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
+    images = torch.cat([batch for _, batch in _open_images(opened, chosen)[0].batches()])
+    length = Polish(calibration.polish_steps, calibration.polish_minutes)
+    return polish_(opened.model, converted, images, length, seed=calibration.seed, progress=progress)
 
 
 def some_inputs(
     reference: str | None, preprocessing: Preprocessing, dtype: torch.dtype, seed: int
 ) -> tuple[Inputs, str]:
-    """Inputs to compare outputs on, and what they are: up to 32 images of a reference's test part, or 8 random ones.
+    """Return inputs to compare outputs on, with a description: up to 32 images of the test part, or 8 random ones.
 
     Raises SourceError for data that cannot be used.
     """
@@ -331,51 +233,44 @@ def some_inputs(
     return (images,), f"{len(images)} images of {reference} (seed {seed})"
 
 
-class _Images:
-    """The chosen images of a data reference, in the same order and batches every time, and some more held back.
+def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Tensor, str]:
+    """Return the chosen images, some more that are held back, and a description of the data.
 
-    In a team these are the batches that fall to this process.
+    Batches are decoded once where all images fit into a GiB.
     """
+    data = open_data(str(calibration.data), opened.source.preprocessing, "train", unlabelled=True)
+    order = torch.randperm(len(data), generator=seeded(calibration.seed)).tolist()
+    count = min(calibration.images, len(order))
+    height, width = opened.source.preprocessing.size
+    size = max(4, min(128, 2**20 // (height * width)))
+    chosen = [order[:count][start : start + size] for start in range(0, count, size)]
 
-    def __init__(self, reference: str, opened: OpenedModel, wanted: Calibration) -> None:
-        self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train", unlabelled=True)
-        self.description = self.data.description
-        order = torch.randperm(len(self.data), generator=seeded(wanted.seed)).tolist()
-        self.count = min(wanted.images, len(order))
-        height, width = opened.source.preprocessing.size
-        size = max(4, min(128, 2**20 // (height * width)))
-        self._batches = list(wanted.team.share(_batched(order[: self.count], size)))
-        self._dtype = opened.dtype()
-        # Where all images were asked for, none is left to be held back: the report says which were probed.
-        self.held_back = self._load(order[self.count : self.count + _HELD_BACK] or order[:_HELD_BACK])
-        small = self.count * self.held_back[0].numel() * 4 < 2**30
-        self._kept: dict[int, Tensor] | None = {} if small else None
+    def load(indices: Sequence[int]) -> Tensor:
+        return torch.stack([data.images[index][0] for index in indices]).to(opened.dtype())
 
-    def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """Batches of preprocessed images with their numbers; decoded once where they all fit into a GiB."""
-        for number, chosen in self._batches:
-            if self._kept is None:
-                yield number, self._load(chosen)
-                continue
-            if number not in self._kept:
-                self._kept[number] = self._load(chosen)
-            yield number, self._kept[number]
+    # Where all images are used, none is left to hold back: the report says which were probed.
+    held_back = load(order[count : count + _HELD_BACK] or order[:_HELD_BACK])
+    small = count * held_back[0].numel() * 4 < 2**30
+    kept: dict[int, Tensor] = {}
 
-    def _load(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.data.images[index][0] for index in indices]).to(self._dtype)
+    def batches() -> Iterator[tuple[int, Tensor]]:
+        for number, indices in calibration.team.share(chosen):
+            batch = kept[number] if number in kept else load(indices)
+            if small:
+                kept[number] = batch
+            yield number, batch
 
-
-def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Runs of `size` items, the last of what is left."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+    images = Images(batches, count, calibration.memory_gib, calibration.seed, calibration.team)
+    return images, held_back, data.description
 
 
 def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], sites: Sequence[Site]) -> list[str]:
-    """What the statistics were made from, and where the images say little."""
+    """Return notes on how the statistics were made, and where the images say little."""
     notes = [f"outputs taken for {summary.outputs}"] if summary.outputs else []
     if summary.unseen:
-        number = len(summary.unseen)
-        convs = "1 conv did not run on the images and is" if number == 1 else f"{number} convs did not run and are"
+        convs = "1 conv did not run on the images and is"
+        if len(summary.unseen) > 1:
+            convs = f"{len(summary.unseen)} convs did not run and are"
         notes.append(f"{convs} kept: {', '.join(summary.unseen[:3])}")
     if found and all(statistics.weight_GOO is None for statistics in found.values()):
         notes.append("the outputs have no gradient (no_grad or argmax): all outputs of a layer count alike")
@@ -396,12 +291,8 @@ def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], site
     return notes
 
 
-_LOOKED_AT = 256
-
-
 def _hardly_varies(statistics: SiteStatistics) -> bool:
-    """Whether most directions of the patches, of the first ones in each group, have next to no variance."""
-    part_GDD = statistics.cov_GDD[:, :_LOOKED_AT, :_LOOKED_AT]
-    energy_GD = torch.linalg.eigvalsh(part_GDD)
+    """True if most directions of the patches, among the first 256 dimensions, have next to no variance."""
+    energy_GD = torch.linalg.eigvalsh(statistics.cov_GDD[:, :256, :256])
     largest_G = energy_GD[:, -1:]
     return bool(((energy_GD > 1e-6 * largest_G) & (largest_G > 0)).double().mean() < 0.5)

@@ -1,8 +1,8 @@
 """Statistics of every site from images without labels, in one pass, with memory that does not grow with their number.
 
 While the unconverted model runs, each site's input patches are taken at random positions and their mean and covariance
-summed in float64; while the gradient of the network's own prediction runs back, the second moment of each site's output
-gradient is summed too. See `asymswap.factorize.statistics` for what these are.
+are summed in float64; while the gradient of the network's own prediction runs back, so is the second moment of each
+site's output gradient. See `asymswap.factorize.statistics` for their use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import safetensors
 import torch
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asymswap.calibration.config import OutputKind
 from asymswap.errors import SourceError, validation_text
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
@@ -35,27 +36,38 @@ from asymswap.utils.files import whole_file
 from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tensors, tensors_hash
 
 Batches = Callable[[], Iterable[tuple[int, Tensor]]]
-"""Makes a fresh iterator over the same batches of images (N, C, H, W) and their numbers at every call.
+"""Makes a fresh iterator over the same batches of images (N, C, H, W) and their numbers at every call."""
 
-Several processes have different ones of the batches. What is drawn for a batch depends on its number alone, so that it
-does not matter which process it is in.
-"""
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a calibration, and how they are used.
+
+    `count` is the number of images in the batches of all processes of the `team`, each of which has some of them. What
+    is drawn for a batch depends on the seed and its number alone, so it does not matter which process has it.
+    """
+
+    batches: Batches
+    count: int
+    memory_gib: float = 4.0
+    seed: int = 0
+    team: Team = ALONE
+
 
 _POSITIONS = 32
-"""Positions of a feature map that are looked at in each image, at least, where it has so many."""
+"""Positions of a feature map to look at in each image, at least, if it has so many."""
 
 _SAMPLES_PER_DIMENSION = 8
-"""Patches, at least, for each row of a covariance, where the images have so many."""
-
+"""Patches for each row of a covariance, at least, if the images have so many."""
 
 _ASYMMETRY = 1e-5
-"""What rounding in float32 may make of a symmetric matrix, relative to its norm."""
+"""Asymmetry that rounding in float32 may cause, relative to a matrix's norm."""
 
 _JUDGED = 128
-"""Images by whose outputs it is judged what they are."""
+"""Images whose outputs decide what kind of outputs they are."""
 
 _BLOCK = 256
-"""Rows of a gram that are multiplied at once."""
+"""Rows of a Gram matrix to multiply at once."""
 
 
 class PatchSums:
@@ -66,21 +78,18 @@ class PatchSums:
     """
 
     def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
-        groups, device = conv.groups, conv.weight.device
-        outputs, length = conv.out_channels // groups, conv.weight[0].numel()
-        if not targets:
-            outputs = 0
+        outputs, length = conv.out_channels // conv.groups if targets else 0, conv.weight[0].numel()
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+            return torch.zeros(conv.groups, *shape, dtype=torch.float64, device=conv.weight.device)
 
         self.patches = 0
         self._mean_GD, self._gram_GDD = zeros(length), zeros(length, length)
-        self._mean_GO, self._cross_GOD = zeros(outputs), zeros(outputs, length if targets else 0)
+        self._mean_GO, self._cross_GOD = zeros(outputs), zeros(outputs, length)
         self._energy_G = zeros()
 
     def add(self, patches_GDN: Tensor, targets_GON: Tensor | None = None) -> None:
-        """Add N patches, and their target outputs; raises ValueError where they are not finite."""
+        """Add N patches, and their target outputs; raise ValueError where they are not finite."""
         number = patches_GDN.shape[2]
         if not number:
             return
@@ -88,7 +97,7 @@ class PatchSums:
         weight = self.patches * number / (self.patches + number)
         share = number / (self.patches + number)
         step_GD = mean_GD - self._mean_GD
-        # The gram is symmetrical: what is right of the blocks on its diagonal is left out.
+        # The Gram matrix is symmetric: we leave out what is right of the blocks on its diagonal.
         for start in range(0, x_GDN.shape[1], _BLOCK):
             end = start + _BLOCK
             block = (x_GDN[:, start:end] @ x_GDN[:, :end].mT).to(torch.float64)
@@ -110,7 +119,7 @@ class PatchSums:
         self.patches += number
 
     def meet(self, team: Team) -> None:
-        """Put together what all processes have seen."""
+        """Merge the sums of all processes."""
         if team.size == 1:
             return
         own, self.patches = self.patches, int(team.sum(torch.tensor(self.patches)))
@@ -126,18 +135,18 @@ class PatchSums:
             self._energy_G = team.sum(self._energy_G + own * step_GO.square().sum(1))
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (G, D) and covariance (G, D, D) of the patches."""
+        """Return mean (G, D) and covariance (G, D, D) of the patches."""
         lower_GDD = self._gram_GDD.tril() / self.patches
         return self._mean_GD, lower_GDD + lower_GDD.tril(-1).mT
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """Mean (G, O) of the target outputs, and their covariance (G, O, D) with the patches."""
+        """Return the mean (G, O) of the target outputs, and their covariance (G, O, D) with the patches."""
         return self._mean_GO, self._cross_GOD / self.patches
 
     def unexplained(self, kernel_GOD: Tensor) -> float:
-        """The share of the target outputs' variance that a kernel on the patches, with the best bias, leaves.
+        """Return the fraction of the target outputs' variance that a kernel with the best bias leaves unexplained.
 
-        Corrected for what so many free numbers explain by chance; 0 where the patches are too few to tell.
+        Corrected for what so many free numbers explain by chance; 0 where there are too few patches to tell.
         """
         cov_GDD, (_, cross_GOD) = self.moments()[1], self.targets()
         free = 1 - kernel_GOD.shape[2] / self.patches
@@ -149,7 +158,7 @@ class PatchSums:
 
 
 def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values less their mean, the mean in float64, and what the rounding of the mean has left in their sum.
+    """Return values less their mean, the mean in float64, and what rounding the mean has left in their sum.
 
     Raises ValueError where they are not finite.
     """
@@ -163,16 +172,12 @@ def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred_GCN, centre_GC.to(torch.float64) + rest_GC / values_GCN.shape[2], rest_GC
 
 
-OutputKind = Literal["scores", "values"]
-"""What a network gives: scores of classes (N, classes), before or after a softmax, or values of any other kind."""
-
-
 def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
-    """Whether a model's outputs are scores of classes or values, judged by what it gives for some images, and why.
+    """Decide whether a model's outputs are scores of classes or values, by its outputs for some images; and say why.
 
-    Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax does
-    not see what is added to all of them; probabilities are positive and add up to one. `classes` is how many the user's
-    own labelled data has, if there is some.
+    Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax ignores
+    what is added to all of them; probabilities are positive and add up to one. `classes` is the number of classes of
+    the user's own labelled data, if there is any.
     """
     norms: list[Any] = []
     handles = [
@@ -225,54 +230,49 @@ def _are_probabilities(outputs_NK: Tensor) -> bool:
 def gather(
     model: nn.Module,
     sites: Sequence[Site],
-    batches: Batches,
-    images: int,
-    *,
+    images: Images,
     outputs: OutputKind = "scores",
-    memory_gib: float = 4.0,
-    seed: int = 0,
-    team: Team = ALONE,
     progress: Progress = silent,
 ) -> dict[str, SiteStatistics]:
-    """Statistics of those sites that run, from all batches, which hold `images` images; the model is unchanged.
+    """Return the statistics of the sites that run, from all images; the model is unchanged.
 
-    In a team each process has its share of the batches and gets the statistics from all of them. Where the prediction
-    has no gradient at one of the sites, all are without the weights of their outputs: they could not be compared.
+    In a team every process gets the statistics from the images of all. Where the prediction has no gradient at one of
+    the sites, all are without the weights of their outputs: they could not be compared.
 
-    The covariances of as many sites as fit into `memory_gib` are gathered in one pass over the images. Raises
+    One pass over the images gathers the covariances of as many sites as fit into `images.memory_gib`. Raises
     SourceError for activations that are not finite, naming the first layer.
     """
-    groups = list(within(memory_gib * 2**30, sites, _covariance_bytes))
+
+    def covariance_bytes(site: Site) -> float:
+        return 8.0 * site.conv.groups * (site.conv.group_in * math.prod(site.conv.kernel)) ** 2
+
+    groups = list(within(images.memory_gib * 2**30, sites, covariance_bytes))
     found: dict[str, SiteStatistics] = {}
     everywhere = True
     for number, group in enumerate(groups):
 
         def step(done: int, number: int = number) -> None:
-            progress("calibrating", done + number * images, len(groups) * images)
+            progress("calibrating", done + number * images.count, len(groups) * images.count)
 
-        gathered, with_gradient = _pass(model, group, batches, images, outputs, seed, team, step)
+        gathered, with_gradient = _pass(model, group, images, outputs, step)
         found |= gathered
         everywhere = everywhere and with_gradient
     return found if everywhere else {name: replace(one, weight_GOO=None) for name, one in found.items()}
 
 
 def _pass(
-    model: nn.Module,
-    sites: Sequence[Site],
-    batches: Batches,
-    images: int,
-    outputs: OutputKind,
-    seed: int,
-    team: Team,
-    step: Callable[[int], None],
+    model: nn.Module, sites: Sequence[Site], images: Images, outputs: OutputKind, step: Callable[[int], None]
 ) -> tuple[dict[str, SiteStatistics], bool]:
-    """Statistics of the sites that run, and whether the prediction has a gradient at all of them."""
+    """Return the statistics of the sites that run, and whether the prediction has a gradient at all of them."""
     convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
     sums = {name: PatchSums(conv) for name, conv in convs.items()}
-    weights = {name: _no_weight(conv) for name, conv in convs.items()}
-    positions = {site.name: positions_for(site, images) for site in sites}
+    weights = {}
+    for name, conv in convs.items():
+        size = conv.groups, conv.out_channels // conv.groups, conv.out_channels // conv.groups
+        weights[name] = torch.zeros(size, dtype=torch.float64, device=conv.weight.device)
+    positions = {site.name: positions_for(site, images.count) for site in sites}
     gradients: Counter[str] = Counter()
-    # The number of the batch that is on its way, and how often each conv has run on it.
+    # The number of the current batch, and how often each conv has run on it.
     number = 0
     runs: Counter[str] = Counter()
 
@@ -282,16 +282,18 @@ def _pass(
         conv = convs[name]
         runs[name] += 1
         with torch.no_grad():
-            generator = generator_for(seed, name, number, runs[name])
+            generator = generator_for(images.seed, name, number, runs[name])
             at = choose_positions(output.shape[-2:], positions[name], generator)
             try:
                 sums[name].add(patches_of(conv, seen.detach(), at))
             except ValueError:
-                advice = "check the preprocessing"
-                raise SourceError(f"the input of {name} is not finite on the calibration images; {advice}") from None
+                raise SourceError(
+                    f"the input of {name} is not finite on the calibration images; check the preprocessing"
+                ) from None
 
         def back(gradient: Tensor) -> None:
-            weights[name] += _output_gram(gradient, conv.groups)
+            g = _at_least_float32(gradient).unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+            weights[name] += (g.mT @ g).to(torch.float64)
             gradients[name] += 1
 
         if output.requires_grad:
@@ -299,53 +301,48 @@ def _pass(
 
     done = 0
     with eval_mode(model), _frozen(model), torch.enable_grad(), conv_hooks(model, see):
-        for number, batch in batches():
+        for number, batch in images.batches():
             runs.clear()
             # A copy that is no leaf: the model may change its input in place.
             output = model(batch.clone().requires_grad_(True) * 1)
-            surprise = _surprise(output, outputs, generator_for(seed, "labels", number))
+            surprise = _surprise(output, outputs, generator_for(images.seed, "labels", number))
             if surprise is not None:
                 surprise.backward()
             done += len(batch)
-            step(min(team.size * done, images))
-    for one in sums.values():
-        one.meet(team)
-    seen = [name for name in convs if sums[name].patches]
-    found = {name: _statistics(convs[name], sums[name], team.sum(weights[name]) / images) for name in seen}
-    return found, all(int(team.sum(torch.tensor(gradients[name]))) for name in seen)
-
-
-def _no_weight(conv: nn.Conv2d) -> Tensor:
-    outputs = conv.out_channels // conv.groups
-    return torch.zeros(conv.groups, outputs, outputs, dtype=torch.float64, device=conv.weight.device)
-
-
-def _statistics(conv: nn.Conv2d, sums: PatchSums, weight_GOO: Tensor) -> SiteStatistics:
-    mean_GD, cov_GDD = sums.moments()
-    kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
-    wanted_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
-    if conv.bias is not None:
-        wanted_GO = wanted_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
-    known = bool(torch.isfinite(weight_GOO).all()) and bool(weight_GOO.any())
-    weight = weight_GOO if known else None
-    return SiteStatistics(mean_GD, cov_GDD, kernel_GOD, wanted_GO, weight, sums.patches)
+            step(min(images.team.size * done, images.count))
+    found = {}
+    with_gradient = True
+    for name, conv in convs.items():
+        sums[name].meet(images.team)
+        if not sums[name].patches:
+            continue
+        mean_GD, cov_GDD = sums[name].moments()
+        kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
+        target_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
+        if conv.bias is not None:
+            target_GO = target_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
+        weight_GOO = images.team.sum(weights[name]) / images.count
+        weight = weight_GOO if torch.isfinite(weight_GOO).all() and weight_GOO.any() else None
+        found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, sums[name].patches)
+        with_gradient = with_gradient and bool(images.team.sum(torch.tensor(gradients[name])))
+    return found, with_gradient
 
 
 def positions_for(site: Site, images: int) -> int:
-    """How many positions of an image are looked at: enough for the covariance, and no more."""
+    """Return how many positions of an image to look at: enough for the covariance, and no more."""
     length = site.conv.group_in * math.prod(site.conv.kernel)
     return max(_POSITIONS, math.ceil(_SAMPLES_PER_DIMENSION * length / max(images, 1)))
 
 
 def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows and columns of at most so many pixels of a feature map, drawn without repetition."""
+    """Return rows and columns of at most so many pixels of a feature map, drawn without repetition."""
     pixels = size[0] * size[1]
     flat = torch.arange(pixels) if pixels <= most else torch.randperm(pixels, generator=generator)[:most]
     return flat // size[1], flat % size[1]
 
 
 def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
-    """The patches (G, D, N) that a conv sees at the given output pixels, in the order of its kernel (c, i, j)."""
+    """Return the patches (G, D, N) that a conv sees at the given output pixels, in its kernel's order (c, i, j)."""
     spec = read_conv(conv)
     mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
     x_CNHW = F.pad(x_NCHW, spec.pads, mode=mode).transpose(0, 1)
@@ -359,16 +356,9 @@ def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Te
 
 
 def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor:
-    """The outputs (G, O, N) at the given pixels, in the order of `patches_of`."""
+    """Return the outputs (G, O, N) at the given pixels, in the order of `patches_of`."""
     taken = y_NCHW.transpose(0, 1)[:, :, at[0], at[1]]
     return taken.reshape(groups, taken.shape[0] // groups, -1)
-
-
-def _output_gram(gradient_NCHW: Tensor, groups: int) -> Tensor:
-    """The second moment of the gradient, summed over images and pixels: (G, O, O)."""
-    g = _at_least_float32(gradient_NCHW).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
-    gram_GOO: Tensor = (g.mT @ g).to(torch.float64)
-    return gram_GOO
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -376,11 +366,11 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tensor | None:
-    """A scalar whose gradient has the second moment of the Fisher information, summed over the images.
+    """Return a scalar whose gradient has the second moment of the Fisher information, summed over the images.
 
-    Scores of classes (N, classes, ...) stand for categorical distributions: a label is drawn from each. Values stand
-    for a normal one of the deviation that the output itself has; or, where it never varies, as a single number cannot,
-    of its own size. None where the output has no gradient: under `torch.no_grad`, or behind an argmax.
+    Scores of classes (N, classes, ...) are categorical distributions: we draw a label from each. Values are normal
+    distributions with the deviation of the output itself; or, where it never varies, with its own size. None where the
+    output has no gradient: under `torch.no_grad`, or behind an argmax.
     """
     tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not tensors:
@@ -401,43 +391,36 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
     return torch.stack(parts).sum()
 
 
-def _covariance_bytes(site: Site) -> float:
-    return 8.0 * site.conv.groups * (site.conv.group_in * math.prod(site.conv.kernel)) ** 2
-
-
 def within(limit: float, sites: Sequence[Site], bytes_of: Callable[[Site], float]) -> Iterator[list[Site]]:
-    """Sites in runs of which what is held fits into the limit, one site at a time at least."""
+    """Yield runs of sites whose bytes fit into the limit, at least one site at a time."""
     group: list[Site] = []
-    held = 0.0
     for site in sites:
-        size = bytes_of(site)
-        if group and held + size > limit:
+        if group and sum(map(bytes_of, [*group, site])) > limit:
             yield group
-            group, held = [], 0.0
+            group = []
         group.append(site)
-        held += size
     if group:
         yield group
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of parameters for a while: only those of the outputs are wanted."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
+    """Compute no gradients of parameters while the block lasts: only those of the outputs are needed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class StatisticsSummary:
     """What statistics were made from, to reproduce them: the data, the number of images, their hash, the seed.
 
-    `unseen` are sites that did not run on the images, `outputs` says what the model's outputs were taken for.
+    `unseen` are sites that did not run on the images, `outputs` is the kind of the model's outputs.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -455,14 +438,14 @@ _SUMMARY = TypeAdapter(StatisticsSummary)
 
 
 def images_hash(batches: Batches, team: Team = ALONE) -> str:
-    """SHA-256 over the SHA-256 of every image's pixels, as the network sees them, in their order."""
+    """Return the SHA-256 over the SHA-256 of every image's pixels, as the network gets them, in their order."""
     own = [(number, [hashlib.sha256(bytes_of(image)).digest() for image in batch]) for number, batch in batches()]
     every = sorted(itertools.chain.from_iterable(team.gather(own)))
     return hashlib.sha256(b"".join(itertools.chain.from_iterable(digests for _, digests in every))).hexdigest()
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over the keys and values of a state dict."""
+    """Return the SHA-256 over the keys and values of a state dict."""
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())
@@ -477,13 +460,13 @@ def save_statistics(path: Path, found: Mapping[str, SiteStatistics], summary: St
         parts = {key: value for key, value in vars(statistics).items() if isinstance(value, Tensor)}
         tensors |= {f"{name}/{key}": value.contiguous() for key, value in parts.items()}
         tensors[f"{name}/patches"] = torch.tensor(statistics.patches)
-    told = {**vars(summary), "tensors": tensors_hash(tensors)}
+    header = {**vars(summary), "tensors": tensors_hash(tensors)}
     with whole_file(path) as draft:
-        save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(told)})
+        save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(header)})
 
 
 def load_statistics(path: Path) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
-    """Read what `save_statistics` wrote; raises SourceError for any other file."""
+    """Read what `save_statistics` wrote; raise SourceError for any other file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("asymswap-evidence")
@@ -492,10 +475,10 @@ def load_statistics(path: Path) -> tuple[dict[str, SiteStatistics], StatisticsSu
                     f"{path} holds no statistics; --calibration-cache names a file that a calibration wrote"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        told = json.loads(text)
-        if told.pop("tensors", None) != tensors_hash(tensors):
+        header = json.loads(text)
+        if header.pop("tensors", None) != tensors_hash(tensors):
             raise ValueError("its numbers are not those that were written")
-        summary = _SUMMARY.validate_json(json.dumps(told))
+        summary = _SUMMARY.validate_json(json.dumps(header))
         names = sorted({key.rpartition("/")[0] for key in tensors})
         return {name: _read_statistics(name, tensors) for name in names}, summary
     except ValidationError as error:
@@ -505,7 +488,7 @@ def load_statistics(path: Path) -> tuple[dict[str, SiteStatistics], StatisticsSu
 
 
 def _read_statistics(name: str, tensors: Mapping[str, Tensor]) -> SiteStatistics:
-    """The statistics of one site; raises ValueError where its parts do not fit each other."""
+    """Return the statistics of one site; raise ValueError where their parts do not fit each other."""
 
     def part(key: str, *shape: int) -> Tensor:
         tensor = tensors.get(f"{name}/{key}")
@@ -535,7 +518,7 @@ def _read_statistics(name: str, tensors: Mapping[str, Tensor]) -> SiteStatistics
 
 
 def _check_moment(name: str, matrix: Tensor, definite: Tensor) -> None:
-    """Raise ValueError where a matrix is no second moment: `definite` is what is factorised of it."""
+    """Raise ValueError where a matrix is no second moment; `definite` is the form of it that gets factorised."""
     symmetric = torch.allclose(matrix, matrix.mT, atol=_ASYMMETRY * float(matrix.norm()))
     factor, failed = torch.linalg.cholesky_ex(definite)
     if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):

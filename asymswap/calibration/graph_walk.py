@@ -1,49 +1,41 @@
 """Both networks side by side through the graph of the model, which must be what runs.
 
-Of the activations only what later nodes still need is kept. Where those of all images fit into the memory limit, they
-are kept at every site, and one pass over the images does for all layers. Where they do not, as in the first layers of
-large networks, the images walk again from the last site at which they fitted, or from the start.
+We keep only the activations that later nodes still need. Where those of all images fit into the memory limit, they are
+kept at every site, and one pass over the images does for all layers. Where they do not, as in the first layers of large
+networks, the images walk again from the last site at which they fitted, or from the start.
 
-Where a conv ends the branch of a residual sum, its output is asked to make the *sum* right: the error accumulated on
-the shortcut is corrected by the branch.
+Where a conv ends the branch of a residual sum, its output is to make the *sum* right: the branch corrects the error
+accumulated on the shortcut.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from asymswap.calibration.gather import Batches, PatchSums, choose_positions, outputs_at, patches_of, positions_for
+from asymswap.calibration.gather import Images, PatchSums, choose_positions, outputs_at, patches_of, positions_for
 from asymswap.graph.graphs import bind, meta_graph, placeholder_value, shared_graph
 from asymswap.graph.trace import node_operation
 from asymswap.types import Site
-from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import generator_for, list_tensors
 
 Env = dict[fx.Node, Any]
 
 _DAMPING = 0.05
-"""The scale of a batch norm, relative to the average of its channels, below which undoing it stops to grow."""
+"""Batch norm scales below this fraction of the channels' average are not undone in full."""
 
 _SAME = 1e-3
 """Relative difference of outputs up to which a graph computes what the model does."""
 
 
 def walk_graph(
-    model: nn.Module,
-    converted: nn.Module,
-    sites: Sequence[Site],
-    batches: Batches,
-    images: int,
-    example: Tensor,
-    memory_gib: float,
-    seed: int,
-    team: Team,
+    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Tensor
 ) -> Iterator[tuple[str, PatchSums]] | None:
     """Yield each site that the graph calls, in order, with the sums of its patches and target outputs.
 
@@ -52,42 +44,54 @@ def walk_graph(
     """
     try:
         # The model's own code runs here, with stand-ins, on meta tensors and node by node: it may raise anything.
-        walk = _walk_of(model, example)
-        held = _held(model, example)
-        wrong = not _computes_the_same(walk, model, next(iter(batches()), None))
+        walk = _Walk(*shared_graph(model, (example,)), model)
+        held = _bytes_held(model, example)
+        wrong = not _computes_the_same(walk, model, next(iter(images.batches()), None))
     except Exception:
         wrong = True
-    if team.sum(torch.tensor(int(wrong))):
+    if images.team.sum(torch.tensor(int(wrong))):
         return None
-    limit = memory_gib * 2**30 * team.size
-    return _steps(walk, model, converted, {site.name: site for site in sites}, batches, images, held, limit, seed)
+    return _steps(walk, model, converted, sites, images, held)
 
 
 def _steps(
     walk: _Walk,
     model: nn.Module,
     converted: nn.Module,
-    sites: Mapping[str, Site],
-    batches: Batches,
-    images: int,
+    sites: Sequence[Site],
+    images: Images,
     held: Sequence[int],
-    limit: float,
-    seed: int,
 ) -> Iterator[tuple[str, PatchSums]]:
-    kept: _Start | _Kept = _Start(batches)
+    by_name = {site.name: site for site in sites}
+    limit = images.memory_gib * 2**30 * images.team.size
+    kept: list[_Pair] | None = None  # the pairs of all batches at the last site where they fitted
+
+    def pairs(last: bool) -> Iterator[_Pair]:
+        """Yield the pairs of all batches where they were kept, or at the start; copies unless it is the last time."""
+        if kept is None:
+            yield from (_Pair(number, batch) for number, batch in images.batches())
+        elif last:
+            while kept:
+                yield kept.pop(0)
+        else:
+            # What walks on may change its values in place.
+            for pair in kept:
+                nodes = {id(node): node for node in (*pair.original, *pair.converted)}
+                yield copy.deepcopy(pair, nodes)
+
     for stop, node in enumerate(walk.order):
-        name = walk.site_of(node, sites)
-        if name is None:
+        name = str(node.target)
+        if node.op != "call_module" or name not in by_name:
             continue
-        keep = images * held[stop] <= limit
+        keep = images.count * held[stop] <= limit
         sums = PatchSums(cast(nn.Conv2d, walk.module(node)), targets=True)
-        most = positions_for(sites[name], images)
+        most = positions_for(by_name[name], images.count)
         here: list[_Pair] = []
-        for pair in kept.take() if keep else kept.copies():
+        for pair in pairs(last=keep):
             walk.advance(pair, stop, model, converted)
-            _add(walk, node, sums, pair, most, generator_for(seed, name, pair.number))
+            _add(walk, node, sums, pair, most, generator_for(images.seed, name, pair.number))
             here += [pair] * keep
-        kept = _Kept(here) if keep else kept
+        kept = here if keep else kept
         yield name, sums
 
 
@@ -97,25 +101,44 @@ def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Tensor] 
         return True
     env: Env = {}
     for position, node in enumerate(walk.order):
-        env[node] = walk.run(node, model, env, first[1])
-        last = env[node]
+        last = env[node] = walk.run(node, model, env, first[1])
         walk.forget(env, position)
     ours, theirs = list_tensors(last), list_tensors(model(first[1].clone()))
     if [one.shape for one in ours] != [other.shape for other in theirs]:
         return False
-    gaps = [(one.double() - other.double()).norm() for one, other in zip(ours, theirs, strict=True)]
-    return all(
-        bool(gap <= _SAME * other.double().norm()) or not bool(other.isfinite().all())
-        for gap, other in zip(gaps, theirs, strict=True)
-    )
+    for one, other in zip(ours, theirs, strict=True):
+        gap, size = (one.double() - other.double()).norm(), other.double().norm()
+        if not gap <= _SAME * size and bool(other.isfinite().all()):
+            return False
+    return True
+
+
+def _bytes_held(model: nn.Module, example: Tensor) -> list[int]:
+    """Return for each node the bytes that a pair of one image holds there, including the image itself (1xCxHxW)."""
+    ghost = example.to("meta")
+    graph, root = meta_graph(model, (ghost,))
+    walk = _Walk(graph, root, root)
+    env: Env = {}
+    held = []
+
+    def size(*values: Any) -> int:
+        return sum(tensor.nbytes for tensor in list_tensors(values))
+
+    with torch.no_grad(), torch.device("meta"):
+        for position, node in enumerate(walk.order):
+            before = size(*env.values())
+            env[node] = walk.run(node, root, env, ghost)
+            held.append(before + size(*env.values(), ghost))
+            walk.forget(env, position)
+    return held
 
 
 @dataclass
 class _Pair:
-    """Both networks' values for one batch, somewhere on their way.
+    """Both networks' values for one batch at one point of the walk.
 
-    The original has run up to the node at `position`, that one included; the converted one up to the node before it,
-    since that at `position` may be a replacement that is still to be solved.
+    The original has run up to the node at `position`, including it; the converted one up to the node before it, since
+    that at `position` may be a replacement that is still to be solved.
     """
 
     number: int
@@ -123,64 +146,6 @@ class _Pair:
     position: int = -1
     original: Env = field(default_factory=dict)
     converted: Env = field(default_factory=dict)
-
-
-class _Start:
-    """The pairs of all batches before the first node."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
-
-    def copies(self) -> Iterator[_Pair]:
-        """A pair for each batch."""
-        return (_Pair(number, images) for number, images in self._batches())
-
-    take = copies
-
-
-class _Kept:
-    """The pairs of all batches at one site."""
-
-    def __init__(self, pairs: list[_Pair]) -> None:
-        self._pairs = pairs
-
-    def take(self) -> Iterator[_Pair]:
-        """The pairs themselves, one after the other; none is left."""
-        while self._pairs:
-            yield self._pairs.pop(0)
-
-    def copies(self) -> Iterator[_Pair]:
-        """Copies of the pairs: what walks on may change its values in place."""
-        return (copy.deepcopy(pair, {id(node): node for node in _nodes(pair)}) for pair in self._pairs)
-
-
-def _nodes(pair: _Pair) -> list[fx.Node]:
-    return [*pair.original, *pair.converted]
-
-
-def _held(model: nn.Module, example: Tensor) -> list[int]:
-    """For each node, the bytes that a pair of one image holds there, the image itself (1xCxHxW) included."""
-    ghost = example.to("meta")
-    graph, root = meta_graph(model, (ghost,))
-    walk = _Walk(graph, root, root)
-    env: Env = {}
-    held = []
-    with torch.no_grad(), torch.device("meta"):
-        for position, node in enumerate(walk.order):
-            before = _bytes(env)
-            env[node] = walk.run(node, root, env, ghost)
-            held.append(before + _bytes(env) + _bytes({node: ghost}))
-            walk.forget(env, position)
-    return held
-
-
-def _bytes(env: Env) -> int:
-    return sum(tensor.numel() * tensor.element_size() for value in env.values() for tensor in list_tensors(value))
-
-
-def _walk_of(model: nn.Module, example: Tensor) -> _Walk:
-    graph, root = shared_graph(model, (example,))
-    return _Walk(graph, root, model)
 
 
 def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, at_most: int, generator: torch.Generator) -> None:
@@ -199,7 +164,7 @@ def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, at_most: int,
 
 @dataclass(frozen=True)
 class _Residual:
-    """The other operand of the sum that a conv's branch ends in, and what undoes the batch norm before it."""
+    """The other operand of the sum at the end of a conv's branch, and the inverse scale of the batch norm before it."""
 
     other: fx.Node
     inverse_scale: Tensor
@@ -223,17 +188,15 @@ class _Walk:
     def advance(self, pair: _Pair, stop: int, model: nn.Module, converted: nn.Module) -> None:
         """Walk on to the node at position `stop`."""
         for position in range(pair.position, stop):
-            # What the original has of the node where it stands is still read there: it is forgotten on leaving.
+            # The original's value at the current node is read there: it is forgotten on leaving.
             if position >= 0:
-                self._step(pair.converted, position, converted, pair.images)
+                node = self.order[position]
+                pair.converted[node] = self.run(node, converted, pair.converted, pair.images)
                 self.forget(pair.original, position)
                 self.forget(pair.converted, position)
-            self._step(pair.original, position + 1, model, pair.images)
+            node = self.order[position + 1]
+            pair.original[node] = self.run(node, model, pair.original, pair.images)
         pair.position = stop
-
-    def _step(self, env: Env, position: int, model: nn.Module, images: Tensor) -> None:
-        node = self.order[position]
-        env[node] = self.run(node, model, env, images)
 
     def forget(self, env: Env, position: int) -> None:
         """Drop the values that no node after that position reads."""
@@ -241,22 +204,22 @@ class _Walk:
             env.pop(gone, None)
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls."""
+        """Return the module that a node calls."""
         return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def site_of(self, node: fx.Node, names: Mapping[str, Any]) -> str | None:
-        """The name of the swapped site that a node calls."""
-        return str(node.target) if node.op == "call_module" and str(node.target) in names else None
-
     def run(self, node: fx.Node, model: nn.Module, env: Env, images: Tensor) -> Any:
-        """The value of one node, with the modules of `model`; the images are the model's first argument."""
+        """Return the value of one node, with the modules of `model`; the images are the model's first argument."""
         args: Any = fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "placeholder":
             # A copy, since a model may change its input in place.
             return placeholder_value(node, bind(self._model, (images.clone(),), {}))
         if node.op == "get_attr":
-            return _attribute(model, self._root, str(node.target))
+            # A parameter or buffer of the model, or a constant that tracing has put on its root.
+            try:
+                return attrgetter(str(node.target))(model)
+            except AttributeError:
+                return attrgetter(str(node.target))(self._root)
         if node.op == "call_module":
             return model.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -264,7 +227,7 @@ class _Walk:
         return args[0] if node.op == "output" else cast(Callable[..., Any], node.target)(*args, **kwargs)
 
     def _find_residual(self, node: fx.Node) -> _Residual | None:
-        """Follow conv [-> batch norm] -> sum, where nobody else reads what is in between."""
+        """Follow conv [-> batch norm] -> sum, where nothing else reads what is in between."""
         conv = self.module(node)
         if not isinstance(conv, nn.Conv2d):
             return None
@@ -286,7 +249,7 @@ class _Walk:
         return None
 
     def _schedule(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        """Bring what a sum's other operand needs before the conv that ends the branch, where that is safe."""
+        """Move what a sum's other operand needs before the conv that ends the branch, where that is safe."""
         order: list[fx.Node] = []
         placed: set[fx.Node] = set()
         for position, node in enumerate(nodes):
@@ -294,9 +257,14 @@ class _Walk:
                 continue
             residual = self.residuals.get(node)
             if residual is not None and residual.other not in placed:
-                early = _needed(residual.other, placed)
+                early = {residual.other}
+                waiting = [residual.other]
+                while waiting:
+                    new = set(waiting.pop().all_input_nodes) - early - placed
+                    early |= new
+                    waiting += new
                 jumped = nodes[position : max(nodes.index(n) for n in early) + 1]
-                # Something that works in place would be read before it has happened, or after.
+                # What works in place would be read too early or too late.
                 if node in early or any(self._in_place(n) for n in jumped):
                     del self.residuals[node]
                 else:
@@ -314,34 +282,9 @@ class _Walk:
         return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in ("iadd", "imul", "isub", "setitem")
 
 
-def _needed(node: fx.Node, placed: set[fx.Node]) -> set[fx.Node]:
-    """A node and all that it depends on, but what is there already."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        if one not in found and one not in placed:
-            found.add(one)
-            waiting += one.all_input_nodes
-    return found
-
-
 def _undo(norm: nn.BatchNorm2d) -> Tensor:
-    """The inverse of a batch norm's scale in eval mode, damped where the scale is next to nothing."""
+    """Return the inverse of a batch norm's scale in eval mode, damped where the scale is nearly zero."""
     scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.detach()
     return scale / (scale.square() + _DAMPING**2 * scale.square().mean())
-
-
-def _attribute(model: nn.Module, root: nn.Module, target: str) -> Any:
-    """A parameter or buffer of the model, or a constant that tracing has put on its root."""
-    for owner in (model, root):
-        value: Any = owner
-        try:
-            for part in target.split("."):
-                value = getattr(value, part)
-            return value
-        except AttributeError:
-            continue
-    raise AssertionError(f"the traced graph reads {target}, which is nowhere")

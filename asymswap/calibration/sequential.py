@@ -1,31 +1,31 @@
 """Layer after layer: each replacement is solved for the input that it will really get.
 
-At each swapped site the patches come from the converted network as it is so far, and the target output from the
-original one (Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics). Where the graph of
-the whole model is what runs, both networks walk through it side by side (`graph_walk`); elsewhere both are run for each
-layer, and stopped there (`stopped_runs`).
+At each swapped site the patches come from the network as converted so far, and the target output from the original one
+(Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics). Where the graph of the whole
+model is what runs, both networks walk through it side by side (`graph_walk`); elsewhere both are run for each layer,
+and stopped there (`stopped_runs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from asymswap import replacements
-from asymswap.calibration.gather import Batches, PatchSums
+from asymswap.calibration.gather import Images, PatchSums
 from asymswap.calibration.graph_walk import walk_graph
 from asymswap.calibration.stopped_runs import stop_at_sites
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.types import Plan, Progress, Site, Swap, silent
-from asymswap.utils.distributed import ALONE, Team
+from asymswap.types import Plan, Progress, Site, silent
+from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import eval_mode
 
 _UNEXPLAINED = 0.8
-"""The share of a target output's energy that no kernel could make of the patches, from which on the two do not belong
-together: a detector's second stage looks at other boxes in the converted network than in the original."""
+"""If no kernel explains more than the rest of a target output's energy, patches and targets do not belong together: a
+detector's second stage looks at other boxes in the converted network than in the original."""
 
 
 @dataclass
@@ -43,46 +43,48 @@ def refine_(
     sites: Sequence[Site],
     plan: Plan,
     statistics: Mapping[str, SiteStatistics],
-    batches: Batches,
-    images: int,
+    images: Images,
     example: Tensor,
-    *,
-    memory_gib: float = 4.0,
-    seed: int = 0,
-    team: Team = ALONE,
     progress: Progress = silent,
 ) -> Refined:
     """Solve every refinable replacement in `converted`, in place, in the order in which the sites run.
 
-    `images` is how many the batches of all processes hold, and `example` one of them (1xCxHxW), of which only the size
-    and the dtype count: a process may have no batch at all. A conv that runs more than once in a forward pass keeps its
-    one-pass solution, since its later inputs are not known yet when it is needed first; what is promised to preserve
-    the conv's function is left alone.
+    `example` is an image (1xCxHxW), of which only the size and the dtype count: a process may have no batch at all. A
+    conv that runs more than once in a forward pass keeps its one-pass solution, since its later inputs are not known
+    when it is needed first; a replacement that preserves the conv's function is left alone.
     """
-    by_name = {site.name: site for site in sites}
     names = refinable(sites, plan)
     swaps = {swap.site: swap for swap in plan.swaps if swap.site in names}
+    by_name = {site.name: site for site in sites}
     chosen = [by_name[name] for name in swaps]
     found = Refined()
+
+    def solve_(name: str, sums: PatchSums | str) -> None:
+        used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, images.team)
+        if isinstance(used, str):
+            found.one_pass[name], used = used, statistics[name]
+        found.used[name] = used
+        module, conv, swap = converted.get_submodule(name), model.get_submodule(name), swaps[name]
+        assert isinstance(conv, nn.Conv2d)
+        kind, settings = replacements.load_swap(swap)
+        kind.init_(module, conv, settings, used)
+        images.team.follow_(module)
+        progress("solving layer by layer", len(found.used), len(swaps))
+
     with eval_mode(model, converted), torch.inference_mode():
-        walk = walk_graph(model, converted, chosen, batches, images, example, memory_gib, seed, team)
+        walk = walk_graph(model, converted, chosen, images, example)
         found.by_graph = walk is not None
-        steps = walk or stop_at_sites(model, converted, chosen, batches, images, memory_gib, seed, team)
-        for name, sums in _with_rest(steps, chosen):
-            used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, team)
-            if isinstance(used, str):
-                found.one_pass[name] = used
-            found.used[name] = statistics[name] if isinstance(used, str) else used
-            conv = model.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            _solve_(converted.get_submodule(name), conv, swaps[name], found.used[name], team)
-            progress("solving layer by layer", len(found.used), len(swaps))
-    assert found.used.keys() == swaps.keys(), "every replacement is solved by exactly one way"
+        for name, sums in walk or stop_at_sites(model, converted, chosen, images):
+            assert name not in found.used, "every replacement is solved by exactly one way"
+            solve_(name, sums)
+        for name in swaps:
+            if name not in found.used:
+                solve_(name, "it did not run")
     return found
 
 
 def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
-    """The swapped sites that `refine_` solves: whose input is known in time, and whose function is not promised."""
+    """Return the swapped sites that `refine_` solves: those that run once and whose function is not preserved."""
     by_name = {site.name: site for site in sites}
     found = set()
     for swap in plan.swaps:
@@ -92,25 +94,8 @@ def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
     return found
 
 
-def _solve_(module: nn.Module, conv: nn.Conv2d, swap: Swap, statistics: SiteStatistics, team: Team) -> None:
-    kind, settings = replacements.load_swap(swap)
-    kind.init_(module, conv, settings, statistics)
-    team.follow_(module)
-
-
-def _with_rest(
-    steps: Iterator[tuple[str, PatchSums | str]], chosen: Sequence[Site]
-) -> Iterator[tuple[str, PatchSums | str]]:
-    """The steps, and the sites that none of them was for."""
-    waiting = {site.name for site in chosen}
-    for name, sums in steps:
-        waiting.remove(name)
-        yield name, sums
-    yield from ((site.name, "it did not run") for site in chosen if site.name in waiting)
-
-
 def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team) -> SiteStatistics | str:
-    """Statistics of the converted network's patches from all processes, or the reason why they tell nothing.
+    """Return statistics of the converted network's patches from all processes, or why they are of no use.
 
     The ridge pulls the target kernel towards the conv's own.
     """

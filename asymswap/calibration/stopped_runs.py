@@ -1,4 +1,4 @@
-"""Real forward passes of both networks, stopped at the layer in hand: for models whose graph is not what runs.
+"""Real forward passes of both networks, stopped at the current layer: for models whose graph is not what runs.
 
 The original runs once for many sites: of each site's output only the sampled positions are kept. The converted network
 runs for every site, up to it.
@@ -7,6 +7,7 @@ runs for every site, up to it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from asymswap.calibration.gather import (
     Batches,
+    Images,
     PatchSums,
     choose_positions,
     outputs_at,
@@ -23,7 +25,6 @@ from asymswap.calibration.gather import (
 )
 from asymswap.graph.trace import conv_hooks, conv_input
 from asymswap.types import Site
-from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import generator_for
 
 
@@ -32,62 +33,52 @@ class _Stop(BaseException):
 
 
 def stop_at_sites(
-    model: nn.Module,
-    converted: nn.Module,
-    sites: Sequence[Site],
-    batches: Batches,
-    images: int,
-    memory_gib: float,
-    seed: int,
-    team: Team,
+    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images
 ) -> Iterator[tuple[str, PatchSums | str]]:
     """Yield each site in call order, with the sums of its patches and target outputs, or why there are none.
 
     The replacement must be solved before the next site is asked for.
     """
     by_name = {site.name: site for site in sites}
-    order = [by_name[name] for name in team.first(lambda: _call_order(model, by_name, batches))]
+
+    def call_order() -> list[str]:
+        """Return the convs in the order in which they run on the first batch."""
+        seen: dict[str, None] = {}
+        with conv_hooks(model, lambda name, _, __: seen.setdefault(name)):
+            for _, batch in images.batches():
+                model(batch.clone())
+                break
+        return [name for name in seen if name in by_name]
 
     def output_bytes(site: Site) -> float:
-        return 4.0 * images * positions_for(site, images) * site.conv.out_channels
+        return 4.0 * images.count * positions_for(site, images.count) * site.conv.out_channels
 
-    for group in within(memory_gib * 2**30, order, output_bytes):
-        targets = _targets(model, group, batches, images, seed)
+    order = [by_name[name] for name in images.team.first(call_order)]
+    for group in within(images.memory_gib * 2**30, order, output_bytes):
+        targets = _targets(model, group, images)
         for site in group:
-            sums = PatchSums(cast(nn.Conv2d, model.get_submodule(site.name)), targets=True)
-            reason = _add_runs(model, converted, site.name, sums, targets[site.name], batches)
-            reasons = [one for one in team.gather(reason) if one is not None]
-            del targets[site.name]
+            conv = cast(nn.Conv2d, model.get_submodule(site.name))
+            sums = PatchSums(conv, targets=True)
+            reason = _add_runs(conv, converted, site.name, sums, targets.pop(site.name), images.batches)
+            reasons = [one for one in images.team.gather(reason) if one is not None]
             yield site.name, reasons[0] if reasons else sums
 
 
-def _call_order(model: nn.Module, names: Mapping[str, Any], batches: Batches) -> list[str]:
-    """The given convs in the order in which they run on the first batch."""
-    seen: dict[str, None] = {}
-    with conv_hooks(model, lambda name, _, __: seen.setdefault(name)):
-        for _, batch in batches():
-            model(batch.clone())
-            break
-    return [name for name in seen if name in names]
-
-
+@dataclass
 class _Target:
-    """What the original gives at one site for one batch: positions, outputs there, and the shape of its input."""
+    """The original network at one site for one batch: its input's shape, some positions, and the outputs there."""
 
-    def __init__(self, conv: nn.Conv2d, seen: Tensor, output: Tensor, most: int, generator: torch.Generator) -> None:
-        self.input = seen.shape
-        self.at = choose_positions(output.shape[-2:], most, generator)
-        self.outputs_GON = outputs_at(output, conv.groups, self.at)
-        self.calls = 1
+    input: torch.Size
+    at: tuple[Tensor, Tensor]
+    outputs_GON: Tensor
+    calls: int = 1
 
 
-def _targets(
-    model: nn.Module, group: Sequence[Site], batches: Batches, images: int, seed: int
-) -> dict[str, dict[int, _Target]]:
-    """For each site and batch what the original gives."""
-    most = {site.name: positions_for(site, images) for site in group}
+def _targets(model: nn.Module, group: Sequence[Site], images: Images) -> dict[str, dict[int, _Target]]:
+    """Return the targets for each site and batch."""
+    most = {site.name: positions_for(site, images.count) for site in group}
     found: dict[str, dict[int, _Target]] = {site.name: {} for site in group}
-    for number, batch in batches():
+    for number, batch in images.batches():
 
         def see(name: str, seen: Tensor, output: Tensor, number: int = number) -> None:
             if name not in found:
@@ -96,7 +87,8 @@ def _targets(
                 found[name][number].calls += 1
                 return
             conv = cast(nn.Conv2d, model.get_submodule(name))
-            found[name][number] = _Target(conv, seen, output, most[name], generator_for(seed, name, number))
+            at = choose_positions(output.shape[-2:], most[name], generator_for(images.seed, name, number))
+            found[name][number] = _Target(seen.shape, at, outputs_at(output, conv.groups, at))
 
         with conv_hooks(model, see):
             model(batch.clone())
@@ -104,17 +96,16 @@ def _targets(
 
 
 def _add_runs(
-    model: nn.Module,
+    conv: nn.Conv2d,
     converted: nn.Module,
     name: str,
     sums: PatchSums,
     targets: Mapping[int, _Target],
     batches: Batches,
 ) -> str | None:
-    """Add the patches that the converted network gives the site; return why they do not suit the targets, if so."""
+    """Add the site's patches in the converted network; return why they do not fit the targets, if so."""
     if any(target.calls > 1 for target in targets.values()):
         return "it runs several times in a forward pass"
-    conv = cast(nn.Conv2d, model.get_submodule(name))
     for number, batch in batches():
         seen = _input_at(converted, name, batch)
         target = targets.get(number)
@@ -130,7 +121,7 @@ def _add_runs(
 
 
 def _input_at(converted: nn.Module, name: str, batch: Tensor) -> Tensor | None:
-    """What the named module is called on first; None where it is not called."""
+    """Return the input of the named module's first call; None where it is not called."""
     found: list[Tensor] = []
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -2,121 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from asymswap.cli.options import DATA_FORMS, parse_polish
+from asymswap.calibration.config import Calibration
+from asymswap.cli.fields import takes_fields
+from asymswap.cli.options import parse_polish
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
-    from asymswap.calibration.calibrate import Calibration
     from asymswap.utils.distributed import Team
 
-PANEL = "Calibration (no labels needed)"
-
-Calibrate = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Choose ranks and weights on images: any folder of them, {DATA_FORMS}",
-        rich_help_panel=PANEL,
-    ),
-]
-Images = Annotated[
-    int | None,
-    typer.Option("--calibration-images", help="How many of them.", rich_help_panel=PANEL, show_default="512"),
-]
-Sequential = Annotated[
-    bool | None,
-    typer.Option(
-        "--sequential/--no-sequential",
-        help="Solve layer by layer on what each really gets.",
-        rich_help_panel=PANEL,
-        show_default="where there are images",
-    ),
-]
-CalibrationCache = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration-cache",
-        help="File of what calibration learned: read if it exists, else written.",
-        rich_help_panel=PANEL,
-    ),
-]
-Polish = Annotated[
-    str | None,
-    typer.Option(
-        help="Then learn from the original's outputs for so many steps (500) or minutes (5min).", rich_help_panel=PANEL
-    ),
-]
-PolishImages = Annotated[
-    int | None, typer.Option(help="On how many images, at most.", rich_help_panel=PANEL, show_default="5000")
-]
-Outputs = Annotated[
-    str | None,
-    typer.Option(
-        help="What the network gives: scores (of classes) or values (of a regressor, an embedder, a denoiser).",
-        metavar="KIND",
-        rich_help_panel=PANEL,
-        show_default="judged by them",
-    ),
-]
-Memory = Annotated[
-    float | None,
-    typer.Option("--calibration-memory", help="Memory limit in GiB.", rich_help_panel=PANEL, show_default="4"),
-]
+takes_calibration = takes_fields("calibration", Calibration, given_only=True)
 
 
-def wanted(
-    data: str | None,
-    images: int | None,
-    cache: Path | None,
-    sequential: bool | None,
-    polish: str | None,
-    polish_images: int | None,
-    memory_gib: float | None,
-    outputs: str | None,
-    seed: int,
-    team: Team,
-) -> Calibration | None:
-    """What the options come to; None where no data is given. Raises AsymswapError where they need some.
+def calibration_of(values: Mapping[str, Any], seed: int, team: Team) -> Calibration | None:
+    """Return what the options of `takes_calibration` amount to; None where no data is given.
 
-    What is None was not given, and is as `Calibration` has it by itself.
+    Raises AsymswapError where an option needs data.
     """
-    from asymswap.calibration.calibrate import Calibration
-
-    if data is None and cache is None:
-        given = {
-            "--polish": polish,
-            "--sequential" if sequential else "--no-sequential": sequential,
-            "--calibration-images": images,
-            "--polish-images": polish_images,
-            "--calibration-memory": memory_gib,
-            "--outputs": outputs,
-        }
-        useless = [option for option, value in given.items() if value is not None]
-        if useless:
-            raise AsymswapError(f"{useless[0]} is of calibration, which needs images: give --calibrate DATA")
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given.keys() & {"data", "cache"}:
+        if given:
+            flags = {
+                "polish_steps": "--polish",
+                "sequential": "--sequential" if given.get("sequential") else "--no-sequential",
+                "images": "--calibration-images",
+                "polish_images": "--polish-images",
+                "memory_gib": "--calibration-memory",
+                "outputs": "--outputs",
+            }
+            useless = next(flag for name, flag in flags.items() if name in given)
+            raise AsymswapError(f"{useless} is of calibration, which needs images: give --calibrate DATA")
         if team.size > 1:
             raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
         return None
-    if polish_images is not None and polish is None:
+    if "polish_images" in given and "polish_steps" not in given:
         raise AsymswapError("--polish-images is of polishing: give --polish STEPS or MINUTES")
-    steps, minutes = parse_polish(polish)
-    numbers: dict[str, Any] = {
-        "images": images,
-        "memory_gib": memory_gib,
-        "polish_images": polish_images,
-        "outputs": outputs,
-    }
-    return Calibration(
-        data=data,
-        cache=cache,
-        sequential=sequential,
-        seed=seed,
-        polish_steps=steps,
-        polish_minutes=minutes,
-        team=team,
-        **{name: value for name, value in numbers.items() if value is not None},
-    )
+    given["polish_steps"], given["polish_minutes"] = parse_polish(given.get("polish_steps"))
+    return Calibration(**given, seed=seed, team=team)

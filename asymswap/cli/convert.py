@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from asymswap.cli import calibration as c
 from asymswap.cli import options as o
+from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.commandline import repeatable
 
 _CHANGE = "What to do"
 
 
 @o.takes_preprocessing
+@takes_calibration
 def convert(
     model: o.Model,
     recipe: Annotated[
@@ -85,14 +86,7 @@ def convert(
         str | None,
         typer.Option(help=f"Measure accuracy on {o.DATA_FORMS}", rich_help_panel=o.RESULT),
     ] = None,
-    calibrate: c.Calibrate = None,
-    calibration_images: c.Images = None,
-    sequential: c.Sequential = None,
-    calibration_cache: c.CalibrationCache = None,
-    polish: c.Polish = None,
-    polish_images: c.PolishImages = None,
-    calibration_memory: c.Memory = None,
-    outputs: c.Outputs = None,
+    calibration: Any = None,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
     weights: o.Weights = None,
     arch: o.Arch = None,
@@ -129,7 +123,7 @@ def convert(
     if report is not None:
         check_suffix(report)
     written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
-    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration_cache})
+    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration["cache"]})
     budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
     given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
     if len(given) > 1:
@@ -149,18 +143,7 @@ def convert(
             recipe,
             plan=None if plan is None else _read_plan(plan),
             overrides=overrides,
-            calibration=c.wanted(
-                calibrate,
-                calibration_images,
-                calibration_cache,
-                sequential,
-                polish,
-                polish_images,
-                calibration_memory,
-                outputs,
-                seed,
-                team,
-            ),
+            calibration=calibration_of(calibration, seed, team),
             weights=weights,
             arch=arch,
             key=key,

@@ -9,118 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from asymswap.cli import options as o
-
-_LENGTH = "How long, and how"
-_TEACHER = "Distillation"
+from asymswap.cli.fields import takes_fields
+from asymswap.training.config import Training
 
 
 @o.takes_preprocessing
+@takes_fields("training", Training)
 def finetune(
     checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
     data: o.Data,
-    epochs: Annotated[
-        int | None, typer.Option(help="So many epochs.", show_default="10", rich_help_panel=_LENGTH)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Or so many steps.", rich_help_panel=_LENGTH)] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Images in one forward pass of each process.", rich_help_panel=_LENGTH)
-    ] = 128,
-    accumulate: Annotated[int, typer.Option(help="Forward passes that make one step.", rich_help_panel=_LENGTH)] = 1,
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd.", rich_help_panel=_LENGTH)] = "adamw",
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            "--lr",
-            help="The highest learning rate.",
-            show_default="0.001 (adamw), 0.02 (sgd)",
-            rich_help_panel=_LENGTH,
-        ),
-    ] = None,
-    momentum: Annotated[float, typer.Option(help="Of sgd.", rich_help_panel=_LENGTH)] = 0.9,
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(
-            help="Not on batch norms, biases and offsets.",
-            show_default="0.01 (adamw), 0.0005 (sgd)",
-            rich_help_panel=_LENGTH,
-        ),
-    ] = None,
-    offset_lr_scale: Annotated[
-        float, typer.Option(help="The learning rate of offsets is so much of the others'.", rich_help_panel=_LENGTH)
-    ] = 0.1,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.", rich_help_panel=_LENGTH)] = "cosine",
-    warmup: Annotated[
-        float, typer.Option(help="The part of all steps in which the learning rate rises.", rich_help_panel=_LENGTH)
-    ] = 0.05,
-    clip: Annotated[
-        float | None, typer.Option(help="Cut the gradient's norm to this.", rich_help_panel=_LENGTH)
-    ] = None,
-    label_smoothing: Annotated[float, typer.Option(help="0.1 is usual.", rich_help_panel=_LENGTH)] = 0.0,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=_LENGTH)] = "fp32",
-    ema: Annotated[
-        float | None,
-        typer.Option(help="Keep a moving average of the weights with this decay.", rich_help_panel=_LENGTH),
-    ] = None,
-    train: Annotated[
-        str, typer.Option(help="all, new (the replaced layers) or bn (the batch norms).", rich_help_panel=_LENGTH)
-    ] = "all",
-    freeze_bn: Annotated[
-        bool,
-        typer.Option("--freeze-bn", help="Batch norms keep and use their statistics.", rich_help_panel=_LENGTH),
-    ] = False,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without a better one.", rich_help_panel=_LENGTH)
-    ] = None,
-    sync_bn: Annotated[
-        bool,
-        typer.Option(
-            "--sync-bn/--no-sync-bn",
-            help="Let several processes share the statistics of batch norms.",
-            rich_help_panel=_LENGTH,
-        ),
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of all that is random.", rich_help_panel=_LENGTH)] = 0,
-    augment: Annotated[
-        str | None,
-        typer.Option(
-            help="none, flip, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
-            show_default="what suits the data",
-            rich_help_panel=o.IMAGES,
-        ),
-    ] = None,
-    validation: o.Validation = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that read images.", show_default="by the cores", rich_help_panel=o.IMAGES),
-    ] = None,
-    strict: o.Strict = False,
+    training: Any = None,
     download: o.Download = False,
-    distill: Annotated[
-        str | None,
-        typer.Option(
-            help="Learn from another model too: a reference, or nothing for the original that was converted.",
-            metavar="[REF]",
-            rich_help_panel=_TEACHER,
-        ),
-    ] = None,
-    distill_weight: Annotated[
-        float, typer.Option(help="The teacher's part of the loss.", rich_help_panel=_TEACHER)
-    ] = 0.9,
-    distill_loss: Annotated[
-        str,
-        typer.Option(
-            help="kl, of class probabilities, or mse, of the scores before the softmax.", rich_help_panel=_TEACHER
-        ),
-    ] = "kl",
-    temperature: Annotated[
-        float, typer.Option(help="Class scores are divided by this.", rich_help_panel=_TEACHER)
-    ] = 4.0,
-    distill_features: Annotated[
-        float,
-        typer.Option(
-            help="Add so much times the error of the outputs of blocks with swapped layers.", rich_help_panel=_TEACHER
-        ),
-    ] = 0.0,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -142,11 +41,8 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the run was interrupted.", rich_help_panel=o.RESULT)
     ] = False,
-    save_every: Annotated[
-        int | None, typer.Option(help="Save after so many steps, not only epochs.", rich_help_panel=o.RESULT)
-    ] = None,
+    save_every: Any = None,  # a setting of the training; its option is shown here
     force: o.Force = False,
-    cpu: o.Cpu = False,
     arch: o.Arch = None,
     arguments: o.Arguments = None,
     trust_code: o.TrustCode = False,
@@ -171,47 +67,16 @@ def finetune(
     if not resume:
         check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
-    with joined(gpus=not cpu) as team, screen.training(quiet or json or not team.leads) as watcher:
+    with joined(gpus=not training["cpu"]) as team, screen.training(quiet or json or not team.leads) as shown:
         import asymswap
         from asymswap.data.augmentation import parse_presets
 
-        settings = asymswap.Training(
-            epochs=epochs,
-            steps=steps,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            offset_lr_scale=offset_lr_scale,
-            schedule=schedule,
-            warmup=warmup,
-            clip=clip,
-            label_smoothing=label_smoothing,
-            precision=precision,
-            ema=ema,
-            train=train,
-            freeze_bn=freeze_bn,
-            augment=None if augment is None else parse_presets(augment),
-            distill=distill,
-            distill_weight=distill_weight,
-            distill_loss=distill_loss,
-            temperature=temperature,
-            distill_features=distill_features,
-            validation=validation,
-            patience=patience,
-            sync_bn=sync_bn,
-            seed=seed,
-            strict=strict,
-            cpu=cpu,
-            workers=workers,
-            save_every=save_every,
-        )
+        if training["augment"] is not None:
+            training["augment"] = parse_presets(training["augment"])
         tuned = asymswap.finetune(
             checkpoint,
             data,
-            settings,
+            Training(**training),
             output=target,
             run=run,
             resume=resume,
@@ -223,7 +88,7 @@ def finetune(
             input_size=o.parse_input_size(input_size),
             preprocessing=preprocessing,
             team=team,
-            watcher=watcher,
+            callback=shown,
         )
     if team.leads:
         _print(tuned.report, json, quiet)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from asymswap.training.callbacks import Callback
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from asymswap.results.finetune import EpochRow, RunStart, StepRow
-    from asymswap.training.callbacks import Callback
     from asymswap.types import Progress
 
 
@@ -97,22 +98,24 @@ def training(quiet: bool) -> Iterator[Callback]:
         yield _Shown(live, screen, quiet)
 
 
-class _Shown:
-    """The watcher that shows a run."""
+class _Shown(Callback):
+    """Shows a training run."""
 
     def __init__(self, live: Any, screen: Console, quiet: bool) -> None:
         self._live, self._screen, self._quiet = live, screen, quiet
         self._task = live.add_task("loading", total=None, words="")
         self._epochs = 0
 
-    def begin(self, outset: RunStart) -> None:
+    def begin(self, start: RunStart) -> None:
         """Say how long it will be, and where it begins."""
-        self._epochs = outset.epochs
-        self._live.update(self._task, description="epoch 1", completed=outset.done, total=outset.steps)
-        if outset.done:
-            self._say(f"resumed after {outset.done} of {outset.steps} steps")
-        elif outset.before is not None:
-            self._say(f"before: validation {100 * outset.before.top1:.2f} %, loss {outset.before.loss:.4f}")
+        self._epochs = start.epochs
+        self._live.update(self._task, description="epoch 1", completed=start.done, total=start.steps)
+        if start.note:
+            self._say(start.note)
+        if start.done:
+            self._say(f"resumed after {start.done} of {start.steps} steps")
+        elif start.before is not None:
+            self._say(f"before: validation {100 * start.before.top1:.2f} %, loss {start.before.loss:.4f}")
 
     def step(self, row: StepRow) -> None:
         """Move the bar."""

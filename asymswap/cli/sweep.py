@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from asymswap.cli import calibration as c
 from asymswap.cli import options as o
+from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.errors import AsymswapError
 
 _BUDGET, _DATA = "Budgets", "Data"
@@ -18,6 +18,7 @@ _REPORTS = (".html", ".md", *o.PICTURES)
 
 
 @o.takes_preprocessing
+@takes_calibration
 def sweep(
     model: o.Model,
     recipe: Annotated[
@@ -41,14 +42,7 @@ def sweep(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
     ] = 1.0,
-    calibrate: c.Calibrate = None,
-    calibration_images: c.Images = None,
-    calibration_cache: c.CalibrationCache = None,
-    sequential: c.Sequential = None,
-    polish: c.Polish = None,
-    polish_images: c.PolishImages = None,
-    calibration_memory: c.Memory = None,
-    outputs: c.Outputs = None,
+    calibration: Any = None,
     seed: Annotated[int, typer.Option(help="Seed of the images' choice.")] = 0,
     output: Annotated[
         Path | None,
@@ -111,18 +105,7 @@ def sweep(
             evaluate,
             budgets=budgets or BUDGETS,
             measure=measure,
-            calibration=c.wanted(
-                calibrate,
-                calibration_images,
-                calibration_cache,
-                sequential,
-                polish,
-                polish_images,
-                calibration_memory,
-                outputs,
-                seed,
-                ALONE,
-            ),
+            calibration=calibration_of(calibration, seed, ALONE),
             tolerance=tolerance / 100,
             known=known,
             on_point=write,

@@ -1,4 +1,4 @@
-"""How many images of a labelled set a classifier gets right."""
+"""Top-1 accuracy on a labelled set."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from asymswap.data.predict import predict
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The fraction `top1` of images whose highest score is their class's, the counts behind it, and the wall time.
-
-    `scores` is how many classes the model has, which may be more than the data's.
-    """
+    """The fraction `top1` of correct images, the counts behind it, the model's number of classes, and the wall time."""
 
     top1: float
     correct: int
@@ -34,10 +31,8 @@ def evaluate(
 ) -> Accuracy:
     """Measure the top-1 accuracy of `model` on `data`, in eval mode and where its parameters are; it stays unchanged.
 
-    `progress` is called with the images done and the images in all after each batch.
-
-    Raises:
-        SourceError: the data is empty, or the model does not return scores for all of its classes.
+    `progress` is called with the images done and the images in all after each batch. Raises SourceError where the data
+    is empty, or the model does not return scores for all of its classes.
     """
     start = time.perf_counter()
     found = predict(model, data, batch_size=batch_size, strict=True, progress=progress)

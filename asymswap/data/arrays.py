@@ -26,17 +26,24 @@ _LABELS = ("labels", "y", "targets")
 _MOST_CLASSES = 1_000_000
 _UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
 """Bytes that an .npz may unpack to, or that factor of its own size where this is more."""
+# numpy parses a header as Python, hence the TokenError; the RuntimeErrors include zipfile's NotImplementedError.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError)
 _HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes or floats from 0 to 1) and 'labels' (N)"
 
 
 def read_arrays(path: Path, part: Literal["train", "test"], channels: int) -> tuple[InMemory, tuple[str, ...]]:
-    """The pictures in a file and the names of their classes; where it has no labels, all are -1 and there is no class.
+    """Return the pictures in a file and the names of their classes; without labels, all are -1 and there is no class.
 
     A file may hold both parts: `images_train`, `labels_train`, `images_test` … (or `x_train`, as others name them).
     Raises SourceError where they are no images.
     """
     entries = _read(path)
-    images, labels = (_entry(entries, names, part) for names in (_IMAGES, _LABELS))
+
+    def entry(names: tuple[str, ...]) -> Any:
+        known = [f"{name}_{part}" for name in names] + [f"{part}_{name}" for name in names] + list(names)
+        return next((entries[name] for name in known if name in entries), None)
+
+    images, labels = entry(_IMAGES), entry(_LABELS)
     if images is None:
         raise SourceError(f"data {path} holds no images (its entries: {', '.join(entries) or 'none'}); {_HOW}")
     tensor = _as_images(_tensor(images, path), path)
@@ -60,18 +67,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except SourceError as error:
         raise SourceError(f"data {path} cannot be read ({error}); {_HOW}") from None
-    # A damaged header of numpy's is Python that cannot be parsed.
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        KeyError,
-        NotImplementedError,
-        BadZipFile,
-        zlib.error,
-        TokenError,
-    ) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"data {path} cannot be read ({reason}); {_HOW}") from None
     if isinstance(value, Tensor):
@@ -97,7 +93,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_npy(file: IO[bytes], size: int) -> Any:
-    """An array of an .npy file of so many bytes, none of which is believed before it is there."""
+    """Read an array from an .npy file of `size` bytes; no size in its header is trusted."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"it is an .npy file of version {version[0]}.{version[1]}, which holds no plain arrays")
@@ -121,13 +117,8 @@ def _read_npy(file: IO[bytes], size: int) -> Any:
     return array.reshape(shape, order="F" if in_columns else "C")
 
 
-def _entry(entries: Mapping[str, Any], names: tuple[str, ...], part: str) -> Any:
-    wanted = [f"{name}_{part}" for name in names] + [f"{part}_{name}" for name in names] + list(names)
-    return next((entries[name] for name in wanted if name in entries), None)
-
-
 def _tensor(value: Any, path: Path) -> Tensor:
-    """Numbers as a tensor; only tensors, numpy's own arrays and lists of plain numbers are such."""
+    """Return tensors, numpy's own arrays and lists of plain numbers as a tensor; refuse everything else."""
     if isinstance(value, np.ndarray) and value.dtype.itemsize > 8:
         raise SourceError(f"data {path} holds an array of {value.dtype}; store numbers of at most 64 bits")
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -155,12 +146,8 @@ def _is_strided(tensor: Any) -> bool:
 
 
 def _as_names(classes: Any, path: Path) -> tuple[str, ...]:
-    """Names of classes: a list or an array of text or numbers."""
-    if (
-        isinstance(classes, np.ndarray | Tensor)
-        and classes.ndim == 1
-        and not (isinstance(classes, Tensor) and not _is_strided(classes))
-    ):
+    """Return the names of classes: a list or an array of text or numbers."""
+    if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
         classes = classes.tolist()
     if not isinstance(classes, list | tuple) or not all(isinstance(name, str | int | float) for name in classes):
         raise SourceError(f"data {path} has 'classes' that are no list of names; give one text for each class")
@@ -168,7 +155,7 @@ def _as_names(classes: Any, path: Path) -> tuple[str, ...]:
 
 
 def _as_images(images: Tensor, path: Path) -> Tensor:
-    """N x C x H x W of images that may come without channels, or with them last."""
+    """Return images that may come without channels, or with them last, as N x C x H x W."""
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
@@ -188,7 +175,7 @@ def _as_images(images: Tensor, path: Path) -> Tensor:
 def _as_labels(labels: Tensor, count: int, path: Path) -> list[int]:
     labels = labels.reshape(-1) if labels.numel() == count else labels
     if not (labels.is_floating_point() or labels.is_complex()):
-        # Of the larger unsigned ones torch knows no minimum.
+        # torch has no minimum of the larger unsigned types.
         labels = labels.to(torch.int64)
     if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or int(labels.min()) < 0:
         raise SourceError(

@@ -14,7 +14,7 @@ from asymswap.types import Preprocessing
 PRESETS = ("none", "flip", "crop", "flip-crop", "randaugment")
 MIXES = ("mixup", "cutmix")
 _BORDER = 8
-"""Small pictures are shifted by up to this part of their sides: one eighth, 4 of CIFAR's 32 pixels."""
+"""Small pictures are shifted by up to an eighth of their sides, 4 of CIFAR's 32 pixels."""
 
 
 def parse_presets(text: str) -> tuple[str, ...]:
@@ -30,15 +30,24 @@ def parse_presets(text: str) -> tuple[str, ...]:
 
 
 def presets_for(reference: str) -> tuple[str, ...]:
-    """What suits the data where nobody says it: mirrored digits would be other signs."""
+    """Return the default for a data reference: digits are not mirrored, they would be other signs."""
     drawn = reference == "digits" or reference.partition(":")[0] == "mnist"
     return ("crop",) if drawn else ("flip-crop",)
 
 
 def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:
-    """The transform from a picture to a network's input, at random as the presets say."""
-    cropped = {"crop", "flip-crop", "randaugment"} & set(presets)
-    steps = _cropped(preprocessing) if cropped else list(geometry(preprocessing))
+    """Return the random transform from a picture to a network's input.
+
+    Small pictures are shifted, their borders reflected; of large ones a part is taken, as networks for ImageNet are
+    trained.
+    """
+    size, steps = list(preprocessing.size), geometry(preprocessing)
+    if {"crop", "flip-crop", "randaugment"} & set(presets):
+        if preprocessing.resize is not None:
+            steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode(preprocessing.interpolation))]
+        else:
+            border = [max(1, side // _BORDER) for side in reversed(size)]
+            steps.append(v2.RandomCrop(size, padding=border, padding_mode="reflect"))
     if {"flip", "flip-crop", "randaugment"} & set(presets):
         steps.append(v2.RandomHorizontalFlip())
     if "randaugment" in presets:
@@ -46,17 +55,8 @@ def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> 
     return v2.Compose([*steps, *to_input(preprocessing)])
 
 
-def _cropped(preprocessing: Preprocessing) -> list[v2.Transform]:
-    """Small pictures shifted, their borders reflected; of large ones a part, as networks for ImageNet are trained."""
-    size = list(preprocessing.size)
-    if preprocessing.resize is not None:
-        return [v2.RandomResizedCrop(size, interpolation=InterpolationMode(preprocessing.interpolation))]
-    border = [max(1, side // _BORDER) for side in reversed(size)]
-    return [*geometry(preprocessing), v2.RandomCrop(size, padding=border, padding_mode="reflect")]
-
-
 class Mixing:
-    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), one of them for each batch where both are wanted."""
+    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019); with both, one of them for each batch."""
 
     def __init__(self, presets: Sequence[str], classes: int) -> None:
         known = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
@@ -64,7 +64,7 @@ class Mixing:
         self._mix = v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0] if chosen else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch mixed, its labels as shares of classes; or as it is, where nothing is to be mixed."""
+        """Return the mixed batch with its labels as shares of classes; unchanged where there is nothing to mix."""
         if self._mix is None or len(images) < 2:
             return images, labels
         mixed: tuple[Tensor, Tensor] = self._mix(images, labels)

@@ -1,4 +1,4 @@
-"""In which order images are trained on, by which process, and how they are read.
+"""The order of training images, their distribution over processes, and reading them.
 
 An epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for: every image is seen
 once, and no step is left with a handful. A step is cut into its forward passes and processes in the same way.
@@ -24,12 +24,12 @@ Key = tuple[int, int]
 """An epoch and the number of an image."""
 
 _MOST_SKIPPED = 100
-"""Where so many images in a row cannot be read, something else is wrong."""
+"""If so many images in a row cannot be read, something else is wrong."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N x C x H x W), their class numbers, and in how many places a readable neighbour stands in."""
+    """Images (N x C x H x W), their class numbers, and how many unreadable ones a neighbour replaces."""
 
     images: Tensor
     labels: Tensor
@@ -37,7 +37,7 @@ class Batch:
 
 
 class Schedule(Sampler[list[Key]]):
-    """The batches of this process, epoch by epoch; `begin` says which epoch is read next, and from which step on."""
+    """The batches of this process, epoch by epoch; `begin` sets which epoch is read next, from which step on."""
 
     def __init__(self, images: int, batch_size: int, accumulate: int, team: Team, seed: int) -> None:
         parts = accumulate * team.size
@@ -46,7 +46,7 @@ class Schedule(Sampler[list[Key]]):
                 f"{images} images cannot be shared among {team.size} processes x --accumulate {accumulate}; give more "
                 "images, or fewer of those"
             )
-        # One image for each at least, even where that makes a batch of one image one of two.
+        # At least one image for each, even where a batch of one image then has two.
         self.steps = min(-(-images // (batch_size * parts)), images // parts)
         self._images, self._accumulate, self._team, self._seed = images, accumulate, team, seed
         self._epoch = self._start = 0
@@ -56,15 +56,14 @@ class Schedule(Sampler[list[Key]]):
         self._epoch, self._start = epoch, start
 
     def size(self, step: int) -> int:
-        """How many images all processes see in this step of an epoch."""
+        """Return how many images all processes together see in this step of an epoch."""
         return len(torch.arange(self._images).tensor_split(self.steps)[step])
 
     def __len__(self) -> int:
         return (self.steps - self._start) * self._accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        generator = generator_for(self._seed, "order", self._epoch)
-        order = torch.randperm(self._images, generator=generator)
+        order = torch.randperm(self._images, generator=generator_for(self._seed, "order", self._epoch))
         for group in order.tensor_split(self.steps)[self._start :]:
             pieces = group.tensor_split(self._accumulate * self._team.size)
             for piece in pieces[self._team.rank :: self._team.size]:
@@ -72,9 +71,9 @@ class Schedule(Sampler[list[Key]]):
 
 
 class TrainingImages(Dataset[Any]):
-    """Augmented network inputs; what is drawn for an image depends on the seed, the epoch and its number alone.
+    """Augmented network inputs; the augmentation depends on the seed, the epoch and the image's number alone.
 
-    Where an image cannot be read the next one stands in for it; with `strict` the error is the sample.
+    The next image replaces one that cannot be read; with `strict` the error is the sample.
     """
 
     def __init__(self, pictures: Pictures, transform: Any, seed: int, strict: bool) -> None:
@@ -90,7 +89,7 @@ class TrainingImages(Dataset[Any]):
             try:
                 picture = self._pictures.picture(place)
             except SourceError as error:
-                # Returned, for raised in a worker it would arrive as a page of traceback.
+                # Returned: raised in a worker it would arrive as a page of traceback.
                 if self._strict:
                     return error
                 continue
@@ -124,7 +123,7 @@ class Reader:
         )
 
     def read(self, epoch: int, start: int) -> Generator[Batch, None, None]:
-        """The batches of an epoch from a step on; raises SourceError for an image that cannot be read."""
+        """Yield the batches of an epoch from a step on; raise SourceError for an image that cannot be read."""
         self.schedule.begin(epoch, start)
         for batch in self._loader:
             if isinstance(batch, SourceError):

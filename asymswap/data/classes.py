@@ -1,4 +1,4 @@
-"""Whether a model's classes are the data's."""
+"""Check that a model's classes are the data's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asymswap.utils.tensors import eval_mode
 
 
 def check_class_count(model: nn.Module, data: LabelledImages) -> int:
-    """How many classes the model scores; raises SourceError where the data has others, or it is no classifier."""
+    """Return the model's number of classes; raise SourceError where the data has others, or it is no classifier."""
     assert data.preprocessing is not None
     pre = data.preprocessing
     device, dtype = placement(model)
@@ -31,14 +31,14 @@ def check_class_count(model: nn.Module, data: LabelledImages) -> int:
 
 
 def known_classes(told: Told, origin: Origin) -> tuple[str, ...]:
-    """The names of the model's classes in order, as far as its checkpoint tells them or its weights do; else none."""
+    """Return the names of the model's classes in order, if its checkpoint or its published weights have them."""
     if told.training:
         return told.training[-1].classes
     return published_classes(origin.reference, told.report.model.weights)
 
 
 def published_classes(reference: str, weights: str) -> tuple[str, ...]:
-    """The names that torchvision gives the classes of published weights; none for others."""
+    """Return the names that torchvision gives the classes of published weights; none for other weights."""
     if not reference.startswith("torchvision:"):
         return ()
     from torchvision import models
@@ -51,7 +51,7 @@ def published_classes(reference: str, weights: str) -> tuple[str, ...]:
 
 
 def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
-    """Raise SourceError where a class of the data bears the name of another class of the model."""
+    """Raise SourceError where a class of the data has the name of a class of the model, but another number."""
     numbers = {name: number for number, name in enumerate(known)}
     if len(numbers) != len(known):
         return

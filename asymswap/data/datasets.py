@@ -11,20 +11,24 @@
 
 from __future__ import annotations
 
+import urllib.error
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from asymswap.data import arrays
 from asymswap.data.images import (
     PIL_MODES,
-    ClassFolders,
     ImageFiles,
     InMemory,
     Pictures,
@@ -32,12 +36,20 @@ from asymswap.data.images import (
     Subset,
     class_names,
     image_files,
+    read_class_folders,
 )
-from asymswap.data.published import COLLECTIONS, open_collection
 from asymswap.errors import SourceError, near_names
 from asymswap.types import Preprocessing
 
 Part = Literal["train", "test"]
+
+COLLECTIONS: dict[str, tuple[Any, str]] = {
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+    "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+    "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST"),
+    "mnist": (datasets.MNIST, "MNIST"),
+}
+"""The name in references: torchvision's class, and the folder that it looks for."""
 
 _HOW_TO_NAME = (
     "give digits, or a folder that holds one folder of images for each class, or "
@@ -48,10 +60,9 @@ _PART_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("tes
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images as a network takes them (float C x H x W) with their class numbers, the classes' names, and what it is.
+    """Network inputs (float C x H x W) with their class numbers, the classes' names, and a description.
 
-    `pictures` are the same before they were preprocessed by `preprocessing`, for those who augment them; `has_val` says
-    that there is a part for validation beside this one.
+    `pictures` are the images before `preprocessing`, to be augmented; `has_val`: there is a part for validation too.
     """
 
     images: Dataset[tuple[Tensor, int]]
@@ -65,7 +76,7 @@ class LabelledImages:
         return len(cast(Sized, self.images))
 
     def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
-        """Some of these images, in a given order."""
+        """Return some of these images, in a given order."""
         assert self.pictures is not None
         assert self.preprocessing is not None
         return _preprocessed(Subset(self.pictures, chosen), self.classes, description, self.preprocessing)
@@ -80,8 +91,7 @@ def open_data(
     the same for both parts, and so is a file of tensors that does not name parts itself. A folder that is itself called
     digits is named `./digits`. `download` fetches what torchvision can; `unlabelled` says that labels are not needed.
 
-    Raises:
-        SourceError: there is no such data, it holds no images, or it cannot be preprocessed so.
+    Raises SourceError where there is no such data, it holds no images, or it cannot be preprocessed so.
     """
     _check(preprocessing)
     if reference == "digits":
@@ -153,20 +163,42 @@ def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
     pictures = InMemory(images, [labels[i] for i in chosen], preprocessing.channels)
     classes = tuple(str(name) for name in digits.target_names)
     description = f"digits (scikit-learn): {len(chosen)} {part} images of {len(classes)} classes"
-    return _preprocessed(pictures, classes, description, _uncropped(preprocessing))
+    # These pictures fill their frame, so that a crop would cut them: they are always resized as a whole.
+    return _preprocessed(pictures, classes, description, replace(preprocessing, resize=None))
 
 
-def _uncropped(preprocessing: Preprocessing) -> Preprocessing:
-    """What is drawn into small pictures fills them, so a crop would cut it: they are always resized as a whole."""
-    return replace(preprocessing, resize=None)
+class _Collection:
+    """The pictures of one of torchvision's datasets that keep them in memory."""
+
+    ready = True
+
+    def __init__(self, images: Any, labels: Sequence[int], channels: int) -> None:
+        self._images, self.labels, self._mode = images, labels, PIL_MODES[channels]
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one picture; both NumPy arrays and tensors give their pixels as an array."""
+        return Image.fromarray(self._images[index].__array__()).convert(self._mode)
 
 
 def _open_collection(
     name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
 ) -> LabelledImages:
-    pictures, classes = open_collection(name, folder, part == "train", preprocessing.channels, download)
+    """Open one of torchvision's data sets below a folder, or in the unpacked folder itself."""
+    make, holds = COLLECTIONS[name]
+    root = folder.parent if folder.name == holds else folder
+    if not download and not (root / holds).is_dir():
+        raise SourceError(f"data {name}:{folder} has no folder {holds}; give the folder that holds it, or --download")
+    try:
+        found = make(str(root), train=part == "train", download=download)
+    except (urllib.error.URLError, HTTPException) as error:
+        raise SourceError(f"data {name} cannot be downloaded ({getattr(error, 'reason', error)})") from None
+    except (RuntimeError, OSError, ValueError, EOFError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise SourceError(f"data {name}:{folder} cannot be read ({reason}); --download fetches it anew") from None
+    pictures = _Collection(found.data, [int(label) for label in found.targets], preprocessing.channels)
+    classes = tuple(found.classes)
     description = f"{name} in {folder}: {len(pictures.labels)} {part} images of {len(classes)} classes"
-    return _preprocessed(pictures, classes, description, _uncropped(preprocessing))
+    return _preprocessed(pictures, classes, description, replace(preprocessing, resize=None))
 
 
 def _open_arrays(path: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
@@ -180,40 +212,35 @@ def _open_arrays(path: Path, preprocessing: Preprocessing, part: Part, unlabelle
 def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
     root = _part_folder(folder, part)
     if unlabelled and not class_names(root):
-        return _read_images(root, preprocessing)
+        files = image_files(root)
+        if not files:
+            raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
+        pictures = ImageFiles(files, [-1] * len(files), preprocessing.channels)
+        return _preprocessed(pictures, (), f"folder {root}: {len(files)} images", preprocessing)
     has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
-    return replace(_read_folder(root, preprocessing), has_val=has_val)
+    return _read_folder(root, preprocessing, has_val)
 
 
-def _read_images(folder: Path, preprocessing: Preprocessing) -> LabelledImages:
-    files = image_files(folder)
-    if not files:
-        raise SourceError(f"data folder '{folder}' holds no images, and no folders of images; put some into it")
-    pictures = ImageFiles(files, preprocessing.channels)
-    return _preprocessed(pictures, (), f"folder {folder}: {len(files)} images", preprocessing)
-
-
-def _read_folder(root: Path, preprocessing: Preprocessing) -> LabelledImages:
+def _read_folder(root: Path, preprocessing: Preprocessing, has_val: bool = False) -> LabelledImages:
     if not class_names(root):
         raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
-    pictures = ClassFolders(root, preprocessing.channels)
+    pictures, classes = read_class_folders(root, preprocessing.channels)
     if not pictures.labels:
-        raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(pictures.extensions)}")
-    classes = tuple(pictures.classes)
-    description = f"folder {root}: {len(pictures)} images of {len(classes)} classes"
-    return _preprocessed(pictures, classes, description, preprocessing)
+        raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
+    description = f"folder {root}: {len(pictures.labels)} images of {len(classes)} classes"
+    return _preprocessed(pictures, tuple(classes), description, preprocessing, has_val)
 
 
 def _part_folder(folder: Path, part: Part) -> Path:
-    """The folder of the part where `folder` is split into parts, else `folder` itself."""
+    """Return the folder of the part where `folder` is split into parts, else `folder` itself."""
     parts = [name for name in ("train", "test", "val") if class_names(folder / name)]
     if not parts:
         return folder
     name = next((name for name in _PART_FOLDERS[part] if name in parts), None)
     if name is None:
-        wanted = " or ".join(_PART_FOLDERS[part])
+        lacking = " or ".join(_PART_FOLDERS[part])
         raise SourceError(
-            f"data folder '{folder}' holds {' and '.join(parts)}, but no folder {wanted} that holds class folders; "
+            f"data folder '{folder}' holds {' and '.join(parts)}, but no folder {lacking} that holds class folders; "
             "add it, or give the folder that is meant"
         )
     _check_same_classes(folder, name)
@@ -221,7 +248,7 @@ def _part_folder(folder: Path, part: Part) -> Path:
 
 
 def _check_same_classes(folder: Path, name: str) -> None:
-    """Labels are positions among the sorted names: other classes in one part would shift its labels in silence."""
+    """Check that parts have the same classes: labels are positions among the names, and would shift in silence."""
     train, other = class_names(folder / "train"), class_names(folder / name)
     if train and train != other:
         odd = sorted(set(train) ^ set(other))
@@ -232,12 +259,12 @@ def _check_same_classes(folder: Path, name: str) -> None:
 
 
 def image_transform(preprocessing: Preprocessing) -> v2.Transform:
-    """The torchvision transform from a picture to a network's input, a float C x H x W tensor."""
+    """Return the transform from a picture to a network's input, a float C x H x W tensor."""
     return v2.Compose([*geometry(preprocessing), *to_input(preprocessing)])
 
 
 def geometry(preprocessing: Preprocessing) -> list[v2.Transform]:
-    """Resizing and cropping to the network's input size."""
+    """Return the transforms to the network's input size."""
     interpolation = InterpolationMode(preprocessing.interpolation)
     if preprocessing.resize is None:
         return [v2.Resize(list(preprocessing.size), interpolation)]
@@ -245,12 +272,13 @@ def geometry(preprocessing: Preprocessing) -> list[v2.Transform]:
 
 
 def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
-    """From a picture of the right size to normalised numbers."""
+    """Return the transforms from a picture of the right size to normalised numbers."""
     normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
     steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize, v2.ToPureTensor()]
-    return [*steps[:2], _reverse_channels, *steps[2:]] if preprocessing.bgr else steps
+    if preprocessing.bgr:
+        steps.insert(2, _reverse_channels)
+    return steps
 
 
 def _reverse_channels(image: Tensor) -> Tensor:
-    """From red, green, blue to blue, green, red."""
     return image.flip(-3)

@@ -1,9 +1,9 @@
-"""What a network is fed where nobody said it: the network itself is asked, by the statistics in its batch norms.
+"""Find out, or check, how images are normalised for a network, by the statistics in its batch norms.
 
-In training a batch norm keeps the mean and the variance of every channel that it gets. Images that are normalised as in
-training give the same ones again; normalised otherwise, they do not. So a few images are run through the network under
-each usual normalisation, and the statistics at its first batch norms are held against those kept there. The distance of
-two channels is the squared Hellinger distance of normal distributions,
+In training a batch norm keeps the mean and the variance of every channel that it gets. Images normalised as in training
+give the same statistics again; normalised otherwise, they do not. So we run a few images through the network under each
+usual normalisation, and compare the statistics at its first batch norms with those kept there. The distance of two
+channels is the squared Hellinger distance of normal distributions,
 
     1 - sqrt(2 s t / (s^2 + t^2)) exp(-(m - n)^2 / (4 (s^2 + t^2))),
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -40,31 +40,31 @@ from asymswap.types import Fed, Preprocessing, Size
 from asymswap.utils.tensors import eval_mode, seeded
 
 _NORMS = 4
-"""Later batch norms say less: what the images differ in from those of training adds up from layer to layer."""
+"""Later batch norms say less: differences from the training images add up from layer to layer."""
 
 _IMAGES = 64
 _PIXELS = 2**21
-"""Images that are looked at: fewer where they are large."""
+"""Images to look at: fewer where they are large."""
 
 _ALIKE = 0.02
-"""Two normalisations are alike where the distance of what the network gets is below this: ImageNet's and CIFAR-10's."""
+"""Two normalisations are alike if the distance of their inputs is below this, as ImageNet's and CIFAR-10's."""
 
 _FITS = 0.12
 """A normalisation fits up to this distance."""
 
 _CLEARLY = 2.0
-"""The best one is a clear winner where every other, if it is not alike, is at least so many times farther away."""
+"""The best one wins clearly if every other that is not alike is at least so many times farther away."""
 
 _PRECISELY = 3.0
 """Of those that are alike the most usual one is taken, unless it is so many times farther away than the best."""
 
 _WRONG = 0.02
-"""What was given is wrong where the best is `_PRECISELY` times nearer, and by at least so much."""
+"""A given normalisation is wrong if the best is `_PRECISELY` times nearer, and by at least so much."""
 
 
 @dataclass(frozen=True)
 class Feeding:
-    """How images are prepared for a network, settled; the same for a report; and what a reader must know first."""
+    """How images are prepared for a network, the same for a report, and warnings for its first lines."""
 
     preprocessing: Preprocessing
     fed: Fed
@@ -72,19 +72,19 @@ class Feeding:
 
 
 def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
-    """An opened model with its preprocessing settled on images of a data reference; see `feeding_of`."""
+    """Return an opened model with its preprocessing settled on images of a data reference; see `feeding_of`."""
     known = opened.source.preprocessing
     found = feeding_of(opened.model, known, reference, part, opened.reference, download=download)
     return replace(opened, source=replace(opened.source, preprocessing=found.preprocessing)), found
 
 
 def fed_of(feeding: Feeding | None) -> Fed | None:
-    """What a model is fed, for its report."""
+    """Return the preprocessing for a model's report."""
     return None if feeding is None else feeding.fed
 
 
 def all_warnings(feedings: Iterable[Feeding | None]) -> tuple[str, ...]:
-    """What a reader must know first of all models, once."""
+    """Return the warnings of all models, each once."""
     return tuple(dict.fromkeys(line for one in feedings if one is not None for line in one.warnings))
 
 
@@ -93,26 +93,26 @@ def feeding_of(
 ) -> Feeding:
     """Settle how the images of a data reference are prepared for a model.
 
-    A size that nobody knows is that of the images, where all have the same; a normalisation that nobody knows is asked
-    of the model's batch norms, and one that is known is held against them. Raises SourceError where it cannot be told,
-    TraceError where the model does not run on an image of that size.
+    An unknown size is that of the images, if all have the same; an unknown normalisation is found out from the model's
+    batch norms, and a known one is checked against them. Raises SourceError where it cannot be found out, TraceError
+    where the model does not run on an image of that size.
     """
     data = open_data(reference, known, part, download=download, unlabelled=True)
     assert data.pictures is not None
     chosen = torch.randperm(len(data), generator=seeded(0)).tolist()
     known, warnings = _sized(known, data.pictures, chosen)
     found = _ask(model, known, _sample(reference, known, part, chosen), label)
-    settled, told = _decide(known, found, label, reference if _holds_tensors(reference) else None)
-    return Feeding(settled, fed(settled, found.distances), (*told, *warnings))
+    settled, decided = _decide(known, found, label, reference if _holds_tensors(reference) else None)
+    return Feeding(settled, fed(settled, found.distances), (*decided, *warnings))
 
 
 def _holds_tensors(reference: str) -> bool:
-    """Whether a data reference is a file: folders and data sets by name hold pictures."""
+    """True if a data reference is a file: folders and data sets by name hold pictures."""
     return os.path.isfile(reference)  # noqa: PTH113 (never raises)
 
 
 def _sized(known: Preprocessing, pictures: Pictures, chosen: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The size of the input, and what to say of it where it is a guess."""
+    """Return the preprocessing with the size of the input, and a warning where the size is a guess."""
     if known.size_from not in ("assumed", "family"):
         return known, ()
     native = _common_size(pictures, chosen)
@@ -134,40 +134,40 @@ def _sized(known: Preprocessing, pictures: Pictures, chosen: Sequence[int]) -> t
 
 
 def _common_size(pictures: Pictures, chosen: Sequence[int]) -> Size | None:
-    """The (height, width) of the pictures, if those looked at have the same."""
+    """Return the (height, width) of the pictures, if those looked at all have the same."""
     sizes = set()
     for index in chosen[:_IMAGES]:
-        try:
+        with contextlib.suppress(SourceError):
             picture = pictures.picture(index)
-        except SourceError:
-            continue
-        # PIL says width first.
-        own = picture.shape[-2:] if isinstance(picture, Tensor) else (picture.height, picture.width)
-        sizes.add((int(own[0]), int(own[1])))
+            # PIL says width first.
+            own = picture.shape[-2:] if isinstance(picture, Tensor) else (picture.height, picture.width)
+            sizes.add((int(own[0]), int(own[1])))
         if len(sizes) > 1:
             return None
     return sizes.pop() if sizes else None
 
 
 def _sample(reference: str, known: Preprocessing, part: Part, chosen: Sequence[int]) -> Tensor | None:
-    """Some images of the network's size with pixels from 0 to 1 (N x C x H x W), those that can be read."""
-    plain = Normalization((0.0,) * known.channels, (1.0,) * known.channels)
-    data = open_data(reference, with_normalization(known, plain, known.normalization_from), part, unlabelled=True)
+    """Return some readable images of the network's size with pixels from 0 to 1 (N x C x H x W)."""
+    unnormalized = with_normalization(known, _none(known.channels), known.normalization_from)
+    data = open_data(reference, unnormalized, part, unlabelled=True)
     height, width = known.size
-    wanted, found = max(8, min(_IMAGES, _PIXELS // (height * width))), []
+    count, found = max(8, min(_IMAGES, _PIXELS // (height * width))), []
     for index in chosen:
-        try:
+        with contextlib.suppress(SourceError):
             found.append(data.images[index][0])
-        except SourceError:
-            continue
-        if len(found) == wanted:
+        if len(found) == count:
             break
     return torch.stack(found) if found else None
 
 
+def _none(channels: int) -> Normalization:
+    return Normalization((0.0,) * channels, (1.0,) * channels)
+
+
 @dataclass(frozen=True)
-class _Answer:
-    """What the batch norms said: the distance of each normalisation, or why they say nothing."""
+class _Distances:
+    """The distance of each normalisation, and those that are alike; or why the batch norms say nothing."""
 
     distances: Mapping[str, float]
     alike: Mapping[str, frozenset[str]]
@@ -177,47 +177,43 @@ class _Answer:
 _OWN = "its own"
 
 
-def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: str) -> _Answer:
-    """Run the images through the network's first batch norms under every usual normalisation."""
+def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: str) -> _Distances:
+    """Run the images through the network's first batch norms under every usual normalisation.
+
+    Raises TraceError where the network does not run on images of this size.
+    """
     if images is None:
-        return _Answer({}, {}, "no image can be read")
+        return _Distances({}, {}, "no image can be read")
     norms = [module for module in model.modules() if _keeps_statistics(module)]
     own = name_of(known) or _OWN
     candidates = dict(usual(known.channels))
     if own == _OWN:
         candidates = {own: normalization_of(known), **candidates}
-    with _naming_the_input(known, label):
+    try:
         _run(model, _normalized(images[:1], candidates[own]))
         if not norms:
-            return _Answer({}, {}, "it has no batch norm with statistics of its training")
+            return _Distances({}, {}, "it has no batch norm with statistics of its training")
         if known.normalization_from != "assumed":
             found = _distances(model, norms, _normalized(images, candidates[own]))
             if found and max(found) < _WRONG:
                 # It fits, so that no other one can be better by as much as matters.
-                return _Answer({own: round(sum(found) / len(found), 4)}, {own: frozenset({own})})
+                return _Distances({own: round(sum(found) / len(found), 4)}, {own: frozenset({own})})
         elif own == _OWN:
             del candidates[own]
         seen = {name: _distances(model, norms, _normalized(images, how)) for name, how in candidates.items()}
-    rows = list(zip(*seen.values(), strict=False))
-    # A batch norm to which the image does not matter says nothing.
-    telling = [number for number, row in enumerate(rows) if max(row) - min(row) > 1e-3]
-    if not telling:
-        return _Answer({}, {}, "its batch norms get the same whatever the normalisation")
-    distances = {name: sum(row[number] for number in telling) / len(telling) for name, row in seen.items()}
-    return _Answer({name: round(value, 4) for name, value in distances.items()}, _alike(images, candidates))
-
-
-@contextlib.contextmanager
-def _naming_the_input(known: Preprocessing, label: str) -> Iterator[None]:
-    """Raise TraceError, which names the option, where a network does not run on images of a size."""
-    try:
-        yield
     except Exception as error:
-        # Whatever the network says about an input that it does not take is its own.
+        # The network's own code may raise anything for an input that it does not take.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TraceError(
             f"{label} does not run on images of {known.describe()}: {reason}; give another --input"
         ) from error
+    rows = list(zip(*seen.values(), strict=False))
+    # A batch norm whose input does not depend on the image says nothing.
+    telling = [number for number, row in enumerate(rows) if max(row) - min(row) > 1e-3]
+    if not telling:
+        return _Distances({}, {}, "its batch norms get the same whatever the normalisation")
+    means = {name: sum(row[number] for number in telling) / len(telling) for name, row in seen.items()}
+    return _Distances({name: round(value, 4) for name, value in means.items()}, _alike(images, candidates))
 
 
 def _run(model: nn.Module, images: Tensor) -> None:
@@ -227,7 +223,7 @@ def _run(model: nn.Module, images: Tensor) -> None:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    """Whether it is a batch norm (of whatever class) that has seen training: untrained ones keep mean 0, variance 1."""
+    """True for a batch norm (of whatever class) that has seen training: untrained ones keep mean 0, variance 1."""
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if not (isinstance(mean, Tensor) and isinstance(variance, Tensor)) or mean.is_meta:
         return False
@@ -237,11 +233,11 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 class _EnoughError(Exception):
-    """The forward pass has come as far as is needed."""
+    """Ends a forward pass after the last batch norm that is needed."""
 
 
 def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> list[float]:
-    """The distances of the first calls of batch norms, in order."""
+    """Return the distances at the first calls of batch norms, in order."""
     batches = images.split(max(1, _PIXELS // 8 // images[0, 0].numel()))
     sums: list[tuple[nn.Module, list[Tensor]]] = []
     count = 0
@@ -268,17 +264,18 @@ def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return [_distance(module, mean, square - mean.square()) for module, (mean, square) in sums]
-
-
-def _distance(module: Any, mean: Tensor, variance: Tensor) -> float:
-    epsilon = float(getattr(module, "eps", 1e-5))
-    kept = [t.detach().to(mean) for t in (module.running_mean, module.running_var)]
-    return float(hellinger(mean, variance.clamp(min=0) + epsilon, kept[0], kept[1].clamp(min=0) + epsilon).mean())
+    distances = []
+    for module, (mean, square) in sums:
+        norm: Any = module
+        epsilon = float(getattr(norm, "eps", 1e-5))
+        kept_mean, kept_variance = (t.detach().to(mean) for t in (norm.running_mean, norm.running_var))
+        variance = (square - mean.square()).clamp(min=0) + epsilon
+        distances.append(float(hellinger(mean, variance, kept_mean, kept_variance.clamp(min=0) + epsilon).mean()))
+    return distances
 
 
 def hellinger(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
-    """The squared Hellinger distance of normal distributions, element by element, between 0 and 1."""
+    """Return the squared Hellinger distance of normal distributions, element by element, between 0 and 1."""
     both = variance + other_variance
     overlap = (2 * (variance * other_variance).sqrt() / both).sqrt()
     return 1 - overlap * torch.exp(-((mean - other_mean) ** 2) / (4 * both))
@@ -290,7 +287,7 @@ def _normalized(images: Tensor, how: Normalization) -> Tensor:
 
 
 def _alike(images: Tensor, candidates: Mapping[str, Normalization]) -> dict[str, frozenset[str]]:
-    """For each normalisation those that give the network nearly the same."""
+    """Return for each normalisation those that give the network nearly the same input."""
     moments = {}
     for name, how in candidates.items():
         inputs = _normalized(images, how).double()
@@ -302,21 +299,20 @@ def _alike(images: Tensor, candidates: Mapping[str, Normalization]) -> dict[str,
 
 
 def _decide(
-    known: Preprocessing, answer: _Answer, label: str, tensors: str | None
+    known: Preprocessing, answer: _Distances, label: str, tensors: str | None
 ) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The normalisation to take, and what to say first.
+    """Return the preprocessing to use, and warnings.
 
-    Tensors are what their maker feeds his network, so that they are taken as they are where nobody says otherwise;
-    `tensors` names the data if it holds some.
+    Tensors in a file (named by `tensors`) are usually what their maker feeds his network: they are used as they are
+    where nobody says otherwise.
     """
     if known.normalization_from == "assumed":
         try:
-            return _taken(known, answer, label)
+            return _clear_winner(known, answer, label)
         except SourceError:
             if tensors is None:
                 raise
-        plain = Normalization((0.0,) * known.channels, (1.0,) * known.channels)
-        return with_normalization(known, plain, "images"), (
+        return with_normalization(known, _none(known.channels), "images"), (
             f"{label} is fed the tensors of {tensors} as they are: give --normalize if the network takes others",
         )
     own = name_of(known) or _OWN
@@ -332,8 +328,8 @@ def _decide(
     beaten = distances[own] >= max(_PRECISELY * distances[best], distances[best] + _WRONG)
     if own in answer.alike[best] or not beaten or distances[best] > _FITS:
         return known, ()
-    told = {"given": "as you gave it", "family": "as is usual in its family", "weights": "as its weights say"}
-    origin = told.get(known.normalization_from, "as its file says")
+    origins = {"given": "as you gave it", "family": "as is usual in its family", "weights": "as its weights say"}
+    origin = origins.get(known.normalization_from, "as its file says")
     return known, (
         f"{label} is fed images normalised as {_named(known)}, {origin}, but the statistics in its batch norms fit "
         f"{best} better (distance {distances[best]:.3f} instead of {distances[own]:.3f}, 0 is best): try --normalize "
@@ -341,8 +337,8 @@ def _decide(
     )
 
 
-def _taken(known: Preprocessing, answer: _Answer, label: str) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The normalisation that clearly fits best; raises SourceError where none does."""
+def _clear_winner(known: Preprocessing, answer: _Distances, label: str) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Return the normalisation that clearly fits best; raise SourceError where none does."""
     distances = answer.distances
     if not distances:
         _cannot_tell(known, label, answer.silence)

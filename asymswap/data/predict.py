@@ -1,4 +1,4 @@
-"""What a classifier says of every image of a labelled set, or of this process's share of it."""
+"""Predictions of a classifier for every image of a labelled set, or for this process's share of it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from asymswap.utils.tensors import eval_mode
 
 @dataclass(frozen=True)
 class Predictions:
-    """For each image that could be read: its number, class, likeliest class, rank of its class (0 is best), and loss.
+    """For each readable image: its number, class, likeliest class, rank of its class (0 is best), and loss.
 
-    `scores` is how many classes the model has; `seconds` were spent in its forward passes; `unreadable` images are
-    left out.
+    `scores` is the model's number of classes; `seconds` were spent in forward passes; `unreadable` images are left out.
     """
 
     numbers: Tensor
@@ -57,7 +56,7 @@ class _Readable(Dataset[Any]):
         return image, label, self._chosen[place]
 
 
-def _sift(samples: Sequence[Any]) -> tuple[list[Tensor] | None, list[SourceError]]:
+def _collate(samples: Sequence[Any]) -> tuple[list[Tensor] | None, list[SourceError]]:
     errors = [sample for sample in samples if isinstance(sample, SourceError)]
     readable = [sample for sample in samples if not isinstance(sample, SourceError)]
     return (default_collate(readable) if readable else None), errors
@@ -76,14 +75,14 @@ def predict(
 ) -> Predictions:
     """Run the model in eval mode, where its parameters are; it stays unchanged. `context` surrounds each forward pass.
 
-    Raises SourceError where there is no image, where the model is no classifier of these classes, and with `strict`
-    where an image cannot be read.
+    Raises SourceError where there is no image or the model is no classifier of these classes, with `strict` also where
+    an image cannot be read.
     """
     _check_any(data)
     chosen = range(team.rank, len(data), team.size)
-    # A generator of its own: the loader would otherwise draw from the global one and change what is random afterwards.
+    # A generator of its own: the loader would otherwise draw from the global one.
     loader: Iterable[Any] = DataLoader(
-        _Readable(data, chosen), batch_size, num_workers=workers, collate_fn=_sift, generator=torch.Generator()
+        _Readable(data, chosen), batch_size, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
     )
     device, dtype = placement(model)
     parts: list[list[Tensor]] = []
@@ -93,7 +92,6 @@ def predict(
             if errors and strict:
                 raise errors[0]
             unreadable += len(errors)
-            done += len(errors)
             if readable is None:
                 continue
             images, labels, numbers = readable
@@ -106,7 +104,7 @@ def predict(
             parts.append([numbers, labels, *_judge(output, labels)])
             done += len(labels)
             if progress is not None:
-                progress(done, len(chosen))
+                progress(done + unreadable, len(chosen))
     if not parts and team.size == 1:
         raise SourceError(f"no image can be read of {data.description}; --strict names the first that cannot")
     columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
@@ -115,18 +113,18 @@ def predict(
 
 
 def _judge(scores_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest classes, how many classes are likelier than the right one, and the losses."""
+    """Return the likeliest classes, how many classes are likelier than the right one, and the losses."""
     own = scores_NC.gather(1, labels_N[:, None])
     guesses = scores_NC.argmax(1)
     ranks = (scores_NC > own).sum(1)
-    # Of equal scores argmax takes one: where it is not the right one, that one counts as likelier.
+    # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
     ranks = torch.where((ranks == 0) & (guesses != labels_N), 1, ranks)
     losses = F.cross_entropy(scores_NC, labels_N, reduction="none").double()
     return guesses, ranks, losses
 
 
 def check_classifier(model: nn.Module, data: LabelledImages) -> None:
-    """Raise what `predict` would raise, from the first image alone."""
+    """Raise what `predict` would raise, after the first image alone."""
     _check_any(data)
     device, dtype = placement(model)
     with eval_mode(model), torch.inference_mode():
@@ -139,7 +137,7 @@ def _check_any(data: LabelledImages) -> None:
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a model's parameters are, and in which dtype."""
+    """Return the device and the dtype of a model's parameters."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
@@ -147,7 +145,7 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def check_scores(output: object, data: LabelledImages) -> Tensor:
-    """The output itself, if it is class scores for the data's classes at least; raises SourceError otherwise."""
+    """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
     if not isinstance(output, Tensor):
         raise SourceError(
             f"the model returns a {type(output).__name__}, not a tensor of class scores; give a classifier"

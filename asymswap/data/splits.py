@@ -1,4 +1,4 @@
-"""Which images are trained on, and which are held back to see how well that goes."""
+"""Which images are trained on, and which are held back for validation."""
 
 from __future__ import annotations
 
@@ -34,22 +34,35 @@ def open_parts(
     part stays unseen. Raises SourceError for what cannot be trained on.
     """
     train = open_data(reference, preprocessing, "train", download=download)
-    _check_every_class(train)
-    fraction = _fraction(validation)
+    assert train.pictures is not None
+    counts = Counter(train.pictures.labels)
+    empty = [name for label, name in enumerate(train.classes) if not counts[label]]
+    if empty:
+        raise SourceError(
+            f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
+            "add some, or remove the class"
+        )
     if validation is None and train.has_val:
-        parts = Parts(train, open_part(reference, preprocessing, "val"))
-    elif fraction is not None:
-        parts = _held_back(train, fraction, seed) if fraction else Parts(train, None)
+        other = open_part(reference, preprocessing, "val")
     elif validation == "test":
-        parts = Parts(train, open_data(reference, preprocessing, "test", download=download))
+        other = open_data(reference, preprocessing, "test", download=download)
     else:
-        parts = Parts(train, open_data(str(validation), preprocessing, "test"))
-    _check_same_classes(parts)
-    return parts
+        fraction = _fraction(validation)
+        if fraction == 0:
+            return Parts(train, None)
+        if fraction is not None:
+            return _hold_back(train, fraction, seed)
+        other = open_data(str(validation), preprocessing, "test")
+    if other.classes != train.classes:
+        raise SourceError(
+            f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
+            f"({', '.join(train.classes[:5])} …); give data of the same classes"
+        )
+    return Parts(train, other)
 
 
 def _fraction(validation: str | None) -> float | None:
-    """The fraction that the text means, zero for none at all; None where it means something else."""
+    """Return the fraction that the text means, 0 for no images; None where it means something else."""
     if validation is None:
         return DEFAULT_FRACTION
     if validation == "none":
@@ -63,7 +76,7 @@ def _fraction(validation: str | None) -> float | None:
     return fraction
 
 
-def _held_back(train: LabelledImages, fraction: float, seed: int) -> Parts:
+def _hold_back(train: LabelledImages, fraction: float, seed: int) -> Parts:
     assert train.pictures is not None
     kept, held = split(train.pictures.labels, fraction, seed)
     if not held:
@@ -76,12 +89,11 @@ def _held_back(train: LabelledImages, fraction: float, seed: int) -> Parts:
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers of those that stay, and of `fraction` of each class, rounded, chosen by the seed; both in order.
+    """Return the numbers of the images that stay, and of those held back: `fraction` of each class, rounded.
 
-    Of each class one stays at least.
+    The seed chooses them; both lists are in order. At least one of each class stays.
     """
-    generator = generator_for(seed, "validation")
-    order = torch.randperm(len(labels), generator=generator).tolist()
+    order = torch.randperm(len(labels), generator=generator_for(seed, "validation")).tolist()
     left = {label: min(round(fraction * count), count - 1) for label, count in Counter(labels).items()}
     held = set()
     for index in order:
@@ -89,23 +101,3 @@ def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int],
             left[labels[index]] -= 1
             held.add(index)
     return [index for index in range(len(labels)) if index not in held], sorted(held)
-
-
-def _check_every_class(train: LabelledImages) -> None:
-    assert train.pictures is not None
-    counts = Counter(train.pictures.labels)
-    empty = [name for label, name in enumerate(train.classes) if not counts[label]]
-    if empty:
-        raise SourceError(
-            f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
-            "add some, or remove the class"
-        )
-
-
-def _check_same_classes(parts: Parts) -> None:
-    train, other = parts.train, parts.validation
-    if other is not None and other.classes != train.classes:
-        raise SourceError(
-            f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
-            f"({', '.join(train.classes[:5])} …); give data of the same classes"
-        )

@@ -33,10 +33,10 @@ from asymswap.models.references import (
     weights_in,
 )
 from asymswap.types import Origin, Plan, Preprocessing, Progress, silent
+from asymswap.utils.files import fail_if_modified
 from asymswap.utils.inputs import Inputs, describe
 from asymswap.utils.inputs import example as make_example
 from asymswap.utils.tensors import meta_copy
-from asymswap.utils.unchanged import unchanged
 
 Model = str | Path | nn.Module
 """A reference, a file, or a module that exists already."""
@@ -178,7 +178,7 @@ def stored_preprocessing(header: Header) -> Preprocessing:
 
 def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:
     path = resolve(path)
-    with unchanged(*files_of(path)):
+    with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
         told = about_trust(path, raw, request)
         try:

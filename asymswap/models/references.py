@@ -37,7 +37,7 @@ from asymswap.models.key_prefixes import View, views
 from asymswap.models.preprocessing import with_channels
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Preprocessing, Progress, silent
-from asymswap.utils.unchanged import unchanged
+from asymswap.utils.files import fail_if_modified
 
 FILE_SUFFIXES = (
     ".pt",
@@ -293,7 +293,7 @@ def _describe_built(model: nn.Module, reference: str, arguments: Mapping[str, An
 
 def _fill_from_file(reference: str, request: Request) -> Source:
     path = resolve(Path(str(request.weights)))
-    with unchanged(*files_of(path)):
+    with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
         found = weights_in(path, raw, request, arch_known=True)
         if isinstance(found.value, nn.Module):

@@ -51,12 +51,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run before its next step: how long it is, how much of it is done, and how good the weights were at first."""
+    """A run before its next step: how long it is, how much of it is done, and how good the weights were at first.
+
+    `note` says what a reader must know of this run; it may be empty.
+    """
 
     epochs: int
     steps: int
     done: int
     before: Scores | None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,18 @@
-"""What a training run tells while it lasts and at its end: numbers and text, and who listens."""
+"""What a training run calls while it lasts."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 from asymswap.results.finetune import EpochRow, RunStart, StepRow
 
 
-class Callback(Protocol):
-    """Who is told of a run while it lasts."""
+class Callback:
+    """Follows a training run; override what you need. In a team only the first process calls `step` and `epoch`."""
 
-    def begin(self, outset: RunStart) -> None:
-        """The run begins, or goes on."""
-
-    def step(self, row: StepRow) -> None:
-        """A step is done."""
-
-    def epoch(self, row: EpochRow) -> None:
-        """An epoch is done and validated."""
-
-
-class NoCallback:
-    """The watcher that does nothing."""
-
-    def begin(self, outset: RunStart) -> None:
-        """Nothing."""
+    def begin(self, start: RunStart) -> None:
+        """Called before the next step of a run, new or resumed."""
 
     def step(self, row: StepRow) -> None:
-        """Nothing."""
+        """Called after a step."""
 
     def epoch(self, row: EpochRow) -> None:
-        """Nothing."""
+        """Called after an epoch and its validation."""

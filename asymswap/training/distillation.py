@@ -1,10 +1,10 @@
-"""What a network is taught by: labels, another network's class probabilities or scores, and its layers' outputs.
+"""The training loss: labels, a teacher's class probabilities or scores, and the outputs of its blocks.
 
 Distillation of class probabilities follows Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
-temperature, and the divergence is multiplied by its square. Of a network that is sure of what it was trained on the
-scores before the softmax tell more: their squared difference (Ba and Caruana, 2014). A converted network has what
-others lack: blocks that stand for blocks of its teacher. Their outputs are compared too where that is wanted (Romero et
-al., 2015, without a regressor, since the shapes are the same).
+temperature, and the divergence is multiplied by its square. Where the teacher is sure of its training images, the
+scores before the softmax say more: their squared difference (Ba and Caruana, 2014). Blocks of a converted network
+correspond to blocks of its teacher; their outputs can be compared too (Romero et al., 2015, without a regressor, since
+the shapes are the same).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from asymswap.errors import SourceError
 from asymswap.measure.fidelity import difference
+from asymswap.training.config import Training
 
 _AUXILIARY = 0.3
 """The weight of auxiliary classifiers' losses (Szegedy et al., 2015)."""
@@ -26,7 +27,7 @@ _AUXILIARY = 0.3
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network to learn from, what it is, and which block of the student stands for which of its own."""
+    """A network to learn from; `blocks` maps blocks of the student to the teacher's blocks with the same output."""
 
     model: nn.Module
     description: str
@@ -35,82 +36,78 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is made small: see `Training` for the fields."""
+    """The loss to minimise: with a teacher, see `Training` for the parts of the loss."""
 
-    label_smoothing: float = 0.0
+    settings: Training
     teacher: Teacher | None = None
-    weight: float = 0.9
-    compare: str = "kl"
-    temperature: float = 4.0
-    features: float = 0.0
 
     def loss(self, student: nn.Module, runner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss summed over the images, and the class scores; `runner` is the student as it has to be called.
+        """Return the loss summed over the images, and the class scores; `runner` is the student as it must be called.
 
-        `labels` are class numbers (N) or shares of classes (N x classes).
+        `labels` are class numbers (N) or fractions of classes (N x classes).
         """
+        settings = self.settings
         if self.teacher is None:
             output = runner(images)
-            return self._by_labels(output, labels), main_scores(output)
-        blocks = self.teacher.blocks if self.features else {}
+            return self._by_labels(output, labels), all_scores(output)[0]
+        blocks = self.teacher.blocks if settings.distill_features else {}
         # A copy: a model may change its input in place.
         with torch.no_grad(), caught(self.teacher.model, blocks.values()) as taught:
-            target = main_scores(self.teacher.model(images.clone()))
+            target = all_scores(self.teacher.model(images.clone()))[0]
         with caught(student, blocks) as learned:
             output = runner(images)
-        scores = main_scores(output)
+        scores = all_scores(output)[0]
         if target.shape != scores.shape:
             raise SourceError(
                 f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
                 f"{scores.shape[1]}; give --distill a teacher of the same classes"
             )
-        loss = self.weight * self._by_teacher(target, scores)
-        if self.weight < 1:
-            loss = loss + (1 - self.weight) * self._by_labels(output, labels)
-        if self.features:
+        if settings.distill_loss == "mse":
+            loss = settings.distill_weight * (len(scores) * difference(target, scores))
+        else:
+            loss = settings.distill_weight * divergence(target, scores, settings.temperature)
+        if settings.distill_weight < 1:
+            loss = loss + (1 - settings.distill_weight) * self._by_labels(output, labels)
+        if settings.distill_features:
             error = feature_error(taught, learned, blocks)
             if error is None:
                 raise SourceError("--distill-features finds no block of the same output in the teacher; leave it out")
-            loss = loss + self.features * len(images) * error
+            loss = loss + settings.distill_features * len(images) * error
         return loss, scores
 
-    def _by_teacher(self, target: Tensor, scores: Tensor) -> Tensor:
-        if self.compare == "mse":
-            return len(scores) * difference(target, scores)
-        return divergence(target, scores, self.temperature)
-
     def _by_labels(self, output: object, labels: Tensor) -> Tensor:
-        total = torch.zeros(())
-        for number, scores in enumerate(all_scores(output)):
-            loss = F.cross_entropy(scores.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
-            total = loss if number == 0 else total + _AUXILIARY * loss
-        return total
+        main, *auxiliary = (
+            F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
+            for scores in all_scores(output)
+        )
+        for loss in auxiliary:
+            main = main + _AUXILIARY * loss
+        return main
 
 
 def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tensor:
-    """The Kullback-Leibler divergence of class probabilities at a temperature, times its square, summed over images."""
-    wanted, given = (F.log_softmax(scores.float() / temperature, 1) for scores in (target_NC, scores_NC))
-    return F.kl_div(given, wanted, reduction="sum", log_target=True) * temperature**2
+    """Return the KL divergence of class probabilities at a temperature, times its square, summed over the images."""
+    target, given = (F.log_softmax(scores.float() / temperature, 1) for scores in (target_NC, scores_NC))
+    return F.kl_div(given, target, reduction="sum", log_target=True) * temperature**2
 
 
 def feature_error(
     taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
 ) -> Tensor | None:
-    """The squared error of the blocks' outputs relative to the teacher's own variance, the mean over all blocks.
+    """Return the squared error of the blocks' outputs relative to the teacher's variance, averaged over the blocks.
 
-    `blocks` says which of the teacher's stands for each of the student's. None where no two have given outputs of the
-    same shape.
+    `blocks` maps the student's blocks to the teacher's. None where no pair has outputs of the same shape.
     """
     errors = []
-    for mine, theirs in blocks.items():
-        target, output = taught.get(theirs), learned.get(mine)
+    for own, theirs in blocks.items():
+        target, output = taught.get(theirs), learned.get(own)
         if target is not None and output is not None and target.shape == output.shape:
             errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
     return torch.stack(errors).mean() if errors else None
 
 
 def all_scores(output: object) -> list[Tensor]:
-    """The class scores (N x classes) that a classifier returns in train mode, those of auxiliary classifiers last.
+    """Return the class scores (N x classes) of a classifier in train mode, the main ones first.
 
     Raises SourceError where there are none.
     """
@@ -122,14 +119,9 @@ def all_scores(output: object) -> list[Tensor]:
     return scores
 
 
-def main_scores(output: object) -> Tensor:
-    """The class scores that count."""
-    return all_scores(output)[0]
-
-
 @contextmanager
 def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """What the named modules return, where that is a tensor, while this lasts, the last time that each is called."""
+    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
     outputs: dict[str, Tensor] = {}
 
     def catch(name: str) -> torch.utils.hooks.RemovableHandle:

@@ -1,9 +1,9 @@
-"""What is trained, and how each parameter is: its weight decay, its learning rate, and the schedule of both."""
+"""Which parameters are trained, with which weight decay and learning rate, and the schedule of the rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -32,11 +32,13 @@ def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) ->
 
 
 def frozen_norms(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
-    """The batch norms whose statistics must not change either."""
+    """Return the batch norms whose statistics must not change either."""
     new = tuple(replacements)
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     return [
-        module for name, module in norms if settings.freeze_bn or (settings.train == "new" and not _within(name, new))
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and (settings.freeze_bn or (settings.train == "new" and not _within(name, new)))
     ]
 
 
@@ -45,43 +47,33 @@ def _within(name: str, roots: tuple[str, ...]) -> bool:
 
 
 def parameter_groups(model: nn.Module, settings: Training) -> list[dict[str, object]]:
-    """The trained parameters as torch's optimizers take them: weights that decay, all others, and offsets.
+    """Return the trained parameters as torch's optimizers take them: weights that decay, all others, and offsets.
 
-    Weights decay that are neither batch norms' or other normalisations', nor biases, nor offsets. Each group holds its
-    highest learning rate as `initial_lr`.
+    Biases, offsets and the parameters of normalisations do not decay. Each group holds its highest learning rate as
+    `initial_lr`.
     """
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "offsets": []}
-    for name, parameter, owner in _trained(model):
-        if "offset" in name or isinstance(owner, PredictorConv2d):
-            groups["offsets"].append(parameter)
-        else:
-            groups["decayed" if parameter.ndim > 1 else "plain"].append(parameter)
-    rates = {"offsets": settings.base_lr * settings.offset_lr_scale}
-    return [
-        {
-            "params": parameters,
-            "name": name,
-            "lr": rates.get(name, settings.base_lr),
-            "initial_lr": rates.get(name, settings.base_lr),
-            "weight_decay": settings.decay if name == "decayed" else 0.0,
-        }
-        for name, parameters in groups.items()
-        if parameters
-    ]
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Each trained parameter once, with its own name and the module that holds it."""
     seen = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter, module
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if "offset" in name or isinstance(module, PredictorConv2d):
+                groups["offsets"].append(parameter)
+            else:
+                groups["decayed" if parameter.ndim > 1 else "plain"].append(parameter)
+    result: list[dict[str, object]] = []
+    for name, parameters in groups.items():
+        rate = settings.base_lr * (settings.offset_lr_scale if name == "offsets" else 1)
+        decay = settings.decay if name == "decayed" else 0.0
+        if parameters:
+            result.append({"params": parameters, "name": name, "lr": rate, "initial_lr": rate, "weight_decay": decay})
+    return result
 
 
 def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """The optimizer over the trained parameters."""
+    """Return the optimizer over the trained parameters."""
     groups = parameter_groups(model, settings)
     if settings.optimizer == "sgd":
         nesterov = settings.momentum > 0
@@ -90,7 +82,7 @@ def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimize
 
 
 def rate_at(step: int, steps: int, settings: Training) -> float:
-    """The part of the highest learning rate at a step of so many, the first being 0."""
+    """Return the learning rate at a step (counted from 0) of `steps`, as a fraction of the highest."""
     warm = round(settings.warmup * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -100,7 +92,7 @@ def rate_at(step: int, steps: int, settings: Training) -> float:
 
 
 def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's learning rate to this part of its highest; returns the largest."""
+    """Set every group's learning rate to this fraction of its highest; return the largest."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(max(group["lr"] for group in optimizer.param_groups))

@@ -1,7 +1,6 @@
-"""The folder of a training run: what is needed to go on with it after it was killed at any moment, and what it told.
+"""The folder of a training run: all that is needed to continue after it was killed at any moment, and its metrics.
 
-state.pt       everything that the next step depends on, in one file: written beside itself and renamed, so that
-               there is always a whole one; read as any file is
+state.pt       everything that the next step depends on, in one file: replaced as a whole; read as any file is
 best.pt        the checkpoint of the best epoch so far
 last.pt        the checkpoint of the last epoch
 metrics.jsonl  one line of JSON for every step and every epoch
@@ -29,7 +28,7 @@ from asymswap.utils.tensors import list_tensors, tensors_hash
 
 STATE_FORMAT = 1
 _STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}
-"""What a state holds beside its format."""
+"""The keys of a state besides its format."""
 
 
 class RunFolder:
@@ -43,36 +42,38 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run in it, of whatever age, that can be gone on with or has come to something."""
+        """Whether the folder holds a run, of any version, that can be continued or has written a checkpoint."""
         return any(path.exists() for path in (self.state, self.best, self.last))
 
     def clear(self) -> None:
-        """Remove what a former run has left."""
+        """Remove the files of a former run."""
         if not self.exists:
             return
-        # TensorBoard's are first: a run of which the others are left is still one.
-        for path in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
-            path.unlink(missing_ok=True)
-        for path in (self.state, self.best, self.last, self.metrics):
+        # TensorBoard's go first: while the other files are left, `exists` still finds the run.
+        events = (self.folder / "tensorboard").glob("events.out.tfevents.*")
+        for path in (*events, self.state, self.best, self.last, self.metrics):
             path.unlink(missing_ok=True)
 
     def begin(self, step: int, identity: Mapping[str, Any]) -> None:
-        """Make the folder, or drop what was told of steps after this one, which will be done again.
+        """Make the folder, and drop the metrics of steps after this one, which will be done again.
 
-        At step 0 nothing was saved to go on with: what was told then is another run's.
+        At step 0 nothing was saved: any metrics are another run's.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            told = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+            rows = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         except OSError as error:
             raise OutputError(f"cannot write to the run's folder {self.folder}: {error.strerror or error}") from None
-        lines = [line for line in told if _step_of(line) <= step] if step else []
+        lines = [line for line in rows if _step_of(line) <= step] if step else []
         if not lines:
             lines = [json.dumps({"event": "start", "step": 0, "settings": identity})]
         write_text(self.metrics, "".join(f"{line}\n" for line in lines))
-        self._board = _tensorboard(self.folder / "tensorboard", step)
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def tell(self, row: StepRow | EpochRow) -> None:
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, row: StepRow | EpochRow) -> None:
         """Add a line to the metrics."""
         event = "epoch" if isinstance(row, EpochRow) else "step"
         try:
@@ -80,12 +81,16 @@ class RunFolder:
                 file.write(json.dumps({"event": event, **asdict(row)}) + "\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.metrics}: {error.strerror or error}") from None
-        if self._board is not None:
-            for name, value in _scalars(row, event):
-                self._board.add_scalar(name, value, row.step)
+        if self._board is None:
+            return
+        scalars = {f"{event}/loss": row.train.loss, f"{event}/top1": row.train.top1, f"{event}/lr": row.lr}
+        if isinstance(row, EpochRow) and row.validation is not None:
+            scalars |= {"validation/loss": row.validation.loss, "validation/top1": row.validation.top1}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, row.step)
 
     def save_state(self, payload: Mapping[str, Any]) -> None:
-        """Replace the state at once; where that fails the former one stays."""
+        """Replace the state; where that fails the former one stays."""
         assert payload.keys() == _STATE
         with whole_file(self.state) as draft, draft.open("wb") as file:
             try:
@@ -94,7 +99,7 @@ class RunFolder:
                 raise real_cause(error) from error
 
     def read_state(self) -> dict[str, Any] | None:
-        """The state, or None where no step was saved yet; raises CheckpointError where the file is something else."""
+        """Return the state, or None where no step was saved yet; raise CheckpointError for any other file."""
         if not self.state.exists():
             return None
         try:
@@ -109,14 +114,14 @@ class RunFolder:
         return found
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds back."""
+        """Let TensorBoard write what it still buffers."""
         if self._board is not None:
             with suppress(OSError):
                 self._board.close()
 
 
 def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
-    """Raise AsymswapError where a run is there already, and nobody said what is to become of it."""
+    """Raise AsymswapError where there is a run already that is neither to be resumed nor to be replaced."""
     if folder.folder.exists() and not folder.folder.is_dir():
         raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another with --run")
     if folder.exists and not resume and not force:
@@ -127,30 +132,14 @@ def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
 
 
 def _hash(state: Mapping[str, Any]) -> str:
-    """SHA-256 over all numbers of a state."""
+    """Return the SHA-256 over all numbers of a state."""
     parts = list_tensors({key: state[key] for key in sorted(_STATE)})
     return tensors_hash({str(number): tensor for number, tensor in enumerate(parts)})
 
 
 def _step_of(line: str) -> float:
-    """The step that a line speaks of; infinite for one that was cut off."""
+    """Return the step of a line of metrics; infinite for a line that was cut off."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _scalars(row: StepRow | EpochRow, event: str) -> list[tuple[str, float]]:
-    values = [(f"{event}/loss", row.train.loss), (f"{event}/top1", row.train.top1), (f"{event}/lr", row.lr)]
-    if isinstance(row, EpochRow) and row.validation is not None:
-        values += [("validation/loss", row.validation.loss), ("validation/top1", row.validation.top1)]
-    return values
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard's files, or None where it is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from asymswap.checkpoint import read_checkpoint
@@ -31,18 +32,19 @@ from asymswap.training.config import Training, check_same
 from asymswap.training.distillation import Objective
 from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
 from asymswap.training.run_folder import RunFolder
-from asymswap.training.sync_batch_norm import share_statistics
 from asymswap.utils.distributed import Team
 from asymswap.utils.randomness import kept, seed_
 from asymswap.utils.tensors import first_not_finite, map_tensors
 
 _LOOK_ON_GPU = 10
-"""Every so many steps the loss is fetched from a device that runs ahead otherwise."""
+"""The loss is fetched from a GPU every so many steps only: each time the GPU waits."""
+
+_NOT_SHARED = "each process keeps its own batch statistics; those of the first are kept (they are shared on GPUs only)"
 
 
 @dataclass
 class Progress:
-    """How far a run is: epochs and steps done, those within the epoch and what they came to, and the best so far."""
+    """How far a run is: epochs and steps done, the steps within the epoch and their sums, and the best so far."""
 
     epoch: int = 0
     step: int = 0
@@ -61,25 +63,25 @@ class Progress:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Progress:
-        """What `asdict` has made of one."""
+        """Return the progress that `asdict` made plain."""
         scores = {key: None if plain[key] is None else Scores(**plain[key]) for key in ("before", "best", "last")}
         return cls(**{**plain, **scores})
 
     def scores(self) -> Scores:
-        """How the images of this epoch went until now."""
+        """Return the scores on the images of this epoch so far."""
         return Scores(self.loss / max(1.0, self.seen), self.correct / max(1.0, self.seen))
 
     def start_epoch(self) -> None:
-        """Begin to count anew."""
+        """Start to count again."""
         self.within, self.loss, self.correct, self.seen, self.skipped = 0, 0.0, 0.0, 0.0, 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do: the model (changed in place), the images, the settings, and who is told.
+    """What to train: the model (changed in place), on which images, with which settings, and who follows the run.
 
-    `replacements` are the names of its new layers; `identity` is what a resumed run must share; `write` puts an
-    asymswap checkpoint of a model's weights into a file.
+    `replacements` are the names of its new layers; `identity` is what a resumed run must share; `write` writes a
+    checkpoint with a model's weights to a file.
     """
 
     model: nn.Module
@@ -91,9 +93,9 @@ class Work:
     identity: Mapping[str, Any]
     team: Team
     folder: RunFolder | None
-    watcher: Callback
+    callback: Callback
     write: Callable[[Path, nn.Module, Progress], None]
-    classes: int = field(default=0)
+    classes: int
 
 
 class Trainer:
@@ -109,10 +111,13 @@ class Trainer:
         if self.settings.channels_last:
             raw = raw.to(memory_format=torch.channels_last)
         choose_trained_(raw, self.settings.train, work.replacements)
-        if self.team.size > 1 and self.settings.sync_bn:
-            raw = share_statistics(raw, device)
+        if self.team.size > 1 and device.type == "cuda":
+            raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
         self.raw = raw
-        self._still = frozen_norms(raw, self.settings, work.replacements)
+        self._frozen_norms = frozen_norms(raw, self.settings, work.replacements)
+        norms = sum(isinstance(module, _BatchNorm) for module in raw.modules())
+        apart = self.team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
+        self.note = _NOT_SHARED if apart else ""
         self.average = None
         if self.settings.ema is not None:
             self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
@@ -139,46 +144,46 @@ class Trainer:
 
     @property
     def kept_model(self) -> nn.Module:
-        """The model whose weights are validated and kept."""
+        """Return the model whose weights are validated and kept."""
         return self.raw if self.average is None else self.average.module
 
     def run(self, resume: bool) -> Progress:
-        """Train, from the folder's state on where that is wanted; afterwards `best` are the weights to keep.
+        """Train, with `resume` from the state in the folder on; afterwards `best` holds the weights to keep.
 
-        Raises AsymswapError where the loss is not a number any more, memory does not suffice, or nothing can be saved.
+        Raises AsymswapError where the loss is not finite, memory does not suffice, or nothing can be saved.
         """
+        folder, progress = self.work.folder, self.progress
         with kept(), _same_kernels(self.settings.deterministic):
             if resume:
                 self._restore()
-            self._open_folder()
-            if self.progress.before is None:
-                self.progress.before = self._validate(self.raw)
-            self.work.watcher.begin(RunStart(self.epochs, self.steps, self.progress.step, self.progress.before))
+                progress = self.progress
+            if folder is not None:
+                # All wait for the first: the others would else begin to train for a run that cannot be written.
+                self.team.first(lambda: folder.begin(progress.step, self.work.identity))
+            if progress.before is None:
+                progress.before = self._validate(self.raw)
+            self.work.callback.begin(RunStart(self.epochs, self.steps, progress.step, progress.before, self.note))
             try:
-                while not self.progress.done:
+                while not progress.done:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
                 understood = self._understood(error)
                 if understood is None:
                     raise
                 raise understood from error
-            if self.work.folder is not None and self.team.leads:
-                self.work.folder.close()
-        return self.progress
-
-    def _open_folder(self) -> None:
-        folder = self.work.folder
-        if folder is not None:
-            # All wait for the first: the others would else begin to train for a run that cannot be written.
-            self.team.first(lambda: folder.begin(self.progress.step, self.work.identity))
+            if folder is not None and self.team.leads:
+                folder.close()
+        return progress
 
     def _epoch(self) -> None:
-        """What is left of one epoch, then its validation and savings."""
+        """Train for the rest of one epoch, validate and save."""
         progress, settings = self.progress, self.settings
         start, here = time.perf_counter(), 0
         end = min(self.reader.schedule.steps, progress.within + self.steps - progress.step)
         rate = 0.0
-        self._set_modes()
+        self.runner.train()
+        for norm in self._frozen_norms:
+            norm.eval()
         with closing(self.reader.read(progress.epoch, progress.within)) as batches:
             while progress.within < end:
                 group = [next(batches) for _ in range(settings.accumulate)]
@@ -190,21 +195,26 @@ class Trainer:
         self._end_epoch(rate, here / seconds if seconds else 0.0, seconds)
 
     def _after_step(self, rate: float, speed: float, last: bool) -> None:
-        """Look at the loss, tell it, and save, each where it is due; an epoch's last step is saved with its end."""
+        """Check the loss, report it, and save, each where it is due; an epoch's last step is saved with its end."""
         progress, every = self.progress, self.settings.save_every
         due = every is not None and progress.step % every == 0
         if due or last or progress.step % self._look_every == 0:
-            self._look()
-            self._tell(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
+            self._check_loss()
+            self._report(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
         if due and not last:
             self._check_weights()
             self._save()
 
     def _end_epoch(self, rate: float, speed: float, seconds: float) -> None:
+        """Validate, keep the weights if they are the best so far, and save."""
         progress = self.progress
         self._check_weights()
-        validation = self._validate(self.kept_model)
-        better = validation is None or progress.best is None or _beats(validation, progress.best)
+        # Running statistics differ between processes that do not share them: the first one's are kept.
+        self.team.follow_(self.kept_model)
+        validation, best = self._validate(self.kept_model), progress.best
+        better = True
+        if validation is not None and best is not None:
+            better = (validation.top1, -validation.loss) > (best.top1, -best.loss)
         progress.last = validation
         progress.skipped_in_all += progress.skipped
         progress.stale = 0 if better else progress.stale + 1
@@ -212,31 +222,26 @@ class Trainer:
         if better:
             progress.best, progress.best_epoch = validation, progress.epoch
         row = EpochRow(
-            progress.epoch,
-            progress.step,
-            progress.scores(),
-            validation,
-            better and validation is not None,
-            rate,
-            speed,
-            seconds,
-            progress.skipped,
+            epoch=progress.epoch,
+            step=progress.step,
+            train=progress.scores(),
+            validation=validation,
+            best=better and validation is not None,
+            lr=rate,
+            images_per_second=speed,
+            seconds=seconds,
+            skipped=progress.skipped,
         )
         patience = self.settings.patience
         progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
         progress.start_epoch()
-        self._tell(row)
+        self._report(row)
         if better:
             self.best = map_tensors(dict(self.kept_model.state_dict()), lambda tensor: tensor.detach().cpu().clone())
         self._save(better)
 
-    def _set_modes(self) -> None:
-        self.runner.train()
-        for norm in self._still:
-            norm.eval()
-
     def _step(self, group: Sequence[Batch], size: int) -> float:
-        """Forward and backward passes of one step of `size` images over all processes; returns the learning rate."""
+        """Make one step on `size` images over all processes; return the learning rate."""
         settings, progress = self.settings, self.progress
         seed_(settings.seed, "step", progress.step, self.team.rank)
         rate = set_rate_(self.optimizer, rate_at(progress.step, self.steps, settings))
@@ -261,23 +266,21 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
             loss, scores = self.work.objective.loss(self.raw, self.runner, images, targets)
-        # Processes' gradients are averaged: this makes of them that of the mean over all images of the step.
+        # Gradients are averaged over the processes: this factor makes it the gradient of the mean over all images.
         self.accelerator.backward(loss * self.team.size / size)
         right = (scores.detach().argmax(1) == labels).sum()
         counts = (loss.detach().float(), right.float(), torch.tensor(float(len(labels)), device=device))
         self._pending += torch.stack(counts)
         self.progress.skipped += batch.skipped
 
-    def _look(self) -> None:
-        """Add up what all processes have seen since the last look; raises AsymswapError where that is no number."""
+    def _check_loss(self) -> None:
+        """Add up the sums of all processes since the last call; raise AsymswapError where the loss is not finite."""
         loss, correct, seen = self.team.sum(self._pending.double().cpu()).tolist()
         self._pending.zero_()
         progress = self.progress
-        progress.loss, progress.correct, progress.seen = (
-            progress.loss + loss,
-            progress.correct + correct,
-            progress.seen + seen,
-        )
+        progress.loss += loss
+        progress.correct += correct
+        progress.seen += seen
         if not math.isfinite(progress.loss):
             raise self._diverged(f"the loss is {loss:g} at step {progress.step}")
 
@@ -297,7 +300,7 @@ class Trainer:
         )
 
     def _understood(self, error: Exception) -> AsymswapError | None:
-        """An error of torch in the user's words, where it is one that they can do something about."""
+        """Return an error of torch in the user's words, if it is one that the user can do something about."""
         text, settings = str(error), self.settings
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
             half = max(1, settings.batch_size // 2)
@@ -337,18 +340,18 @@ class Trainer:
             raise self._diverged(f"the validation loss is {loss:g} at step {self.progress.step}")
         return Scores(loss / max(1.0, seen), correct / max(1.0, seen))
 
-    def _tell(self, row: StepRow | EpochRow) -> None:
+    def _report(self, row: StepRow | EpochRow) -> None:
         if not self.team.leads:
             return
         if self.work.folder is not None:
-            self.work.folder.tell(row)
+            self.work.folder.add(row)
         if isinstance(row, EpochRow):
-            self.work.watcher.epoch(row)
+            self.work.callback.epoch(row)
         else:
-            self.work.watcher.step(row)
+            self.work.callback.step(row)
 
     def _save(self, better: bool = False) -> None:
-        """Save what the next step depends on; at the end of an epoch the checkpoints too, and before it."""
+        """Save all that the next step depends on; at the end of an epoch first the checkpoints."""
         folder, progress = self.work.folder, self.progress
         if folder is None:
             return
@@ -358,28 +361,27 @@ class Trainer:
                 if better:
                     self.work.write(folder.best, self.kept_model, progress)
                 self.work.write(folder.last, self.kept_model, progress)
-            folder.save_state(self._state())
+            scaler = self.accelerator.scaler
+            folder.save_state(
+                {
+                    "identity": dict(self.work.identity),
+                    "progress": asdict(progress),
+                    "model": self.raw.state_dict(),
+                    "average": None if self.average is None else self.average.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                }
+            )
 
         self.team.first(write)
 
-    def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        return {
-            "identity": dict(self.work.identity),
-            "progress": asdict(self.progress),
-            "model": self.raw.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-
     def _restore(self) -> None:
-        """Continue where the folder's state is, if there is one."""
+        """Take over the state in the folder, if there is one."""
         folder = self.work.folder
         found = None if folder is None else self.team.first(folder.read_state)
         if folder is None or found is None:
             return
-        check_same(dict(self.work.identity), found["identity"], folder.folder)
+        check_same(self.work.identity, found["identity"], folder.folder)
         self.raw.load_state_dict(found["model"])
         if self.average is not None:
             self.average.load_state_dict(found["average"])
@@ -393,7 +395,7 @@ class Trainer:
 
 
 def make_accelerator(settings: Training, team: Team) -> Any:
-    """accelerate's Accelerator of the settings; raises AsymswapError for a precision that the device does not have."""
+    """Return accelerate's Accelerator; raise AsymswapError for a precision that the device does not have."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -407,7 +409,7 @@ def make_accelerator(settings: Training, team: Team) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise AsymswapError(
-            f"--precision {settings.precision} cannot be had here ({reason}); try bf16 or fp32"
+            f"--precision {settings.precision} is not available here ({reason}); try bf16 or fp32"
         ) from None
     if precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in fp32 without a word.
@@ -421,17 +423,12 @@ def make_accelerator(settings: Training, team: Team) -> Any:
 
 
 @contextmanager
-def _same_kernels(wanted: bool) -> Iterator[None]:
+def _same_kernels(deterministic: bool) -> Iterator[None]:
     """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run, on as many threads."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    if wanted:
+    if deterministic:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-
-
-def _beats(one: Scores, other: Scores) -> bool:
-    """Whether more images are right, or as many at a smaller loss."""
-    return (one.top1, -one.loss) > (other.top1, -other.loss)

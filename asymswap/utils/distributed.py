@@ -1,6 +1,6 @@
-"""Several processes that work on one conversion, as `torchrun` starts them: who has which batches, and sums of all.
+"""Several processes that work on one conversion or training, as `torchrun` starts them.
 
-torch is loaded where there are several only: the command line asks here before it shows its first progress bar.
+torch is loaded only where there are several: the command line asks here before it shows its first progress bar.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE = datetime.timedelta(days=1)
-"""How long a process waits for the others: a polish of hours is done by the first one alone."""
+_TIMEOUT = datetime.timedelta(days=1)
+"""How long a process waits for the others: the first one alone may polish for hours."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """This process's number among `size` of them; a team of one, the default, does nothing and needs nothing.
+    """This process's number among `size` of them; in a team of one, the default, nothing is exchanged.
 
     Every process must make the same calls in the same order.
     """
@@ -36,15 +36,15 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """True in the process that writes and prints."""
         return self.rank == 0
 
     def share(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
-        """Of all items every `size`-th, with its number."""
+        """Return every `size`-th of all items, with its number."""
         return ((number, item) for number, item in enumerate(items) if number % self.size == self.rank)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all processes' tensors of one shape, the same bits for every process."""
+        """Return the sum of all processes' tensors of one shape, the same bits in every process."""
         if self.size == 1:
             return tensor
         from torch import distributed as dist
@@ -54,7 +54,7 @@ class Team:
         return total.to(tensor.device)
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the first process, which alone does it; where it fails, all do."""
+        """Return the result of `work`, which the first process alone does; where it fails, all do."""
         if self.size == 1:
             return work()
         from torch import distributed as dist
@@ -72,7 +72,7 @@ class Team:
         return result  # type: ignore[return-value]  # it is what work returned
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of their numbers."""
+        """Return every process's value, in the order of their numbers."""
         if self.size == 1:
             return [value]
         from torch import distributed as dist
@@ -97,16 +97,16 @@ ALONE = Team()
 
 
 def in_team() -> bool:
-    """Whether `torchrun` has started this process as one of several."""
+    """True if `torchrun` has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def end_process(code: str | int | None) -> NoReturn:
-    """End this process with what `SystemExit` was given, after its exit handlers, but without Python's own teardown.
+    """End this process with the code of a `SystemExit`, after its exit handlers, but without Python's own teardown.
 
-    torch's DistributedDataParallel never lets go of its process group, destroyed or not: the threads of the group
-    outlive both (torch 2.14). One that drops a tensor while Python is torn down aborts the process, and torchrun then
-    counts a training as failed whose results are all written. `multiprocessing` ends its processes like this too.
+    torch's DistributedDataParallel never releases its process group, destroyed or not: the threads of the group outlive
+    both (torch 2.14). One that drops a tensor during the teardown aborts the process, and torchrun then counts a
+    training as failed whose results are all written. `multiprocessing` ends its processes like this too.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)  # noqa: T201  # as Python itself does
@@ -118,7 +118,7 @@ def end_process(code: str | int | None) -> NoReturn:
 
 @contextmanager
 def _stdout_as_stderr() -> Iterator[None]:
-    """What libraries print meanwhile goes to stderr: gloo tells on stdout whom it has met (torch 2.9)."""
+    """Send what libraries print to stderr while the block lasts: gloo reports its peers on stdout (torch 2.9)."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -131,9 +131,9 @@ def _stdout_as_stderr() -> Iterator[None]:
 
 @contextmanager
 def joined(gpus: bool = False) -> Iterator[Team]:
-    """The team that `torchrun` has started this process in, while the block lasts; a team of one without it.
+    """Join the team in which `torchrun` has started this process, while the block lasts; a team of one without it.
 
-    `gpus` says that tensors on GPUs are exchanged too, where there are any.
+    With `gpus`, tensors on GPUs are exchanged too, if there are any.
     """
     if not in_team():
         yield ALONE
@@ -143,13 +143,13 @@ def joined(gpus: bool = False) -> Iterator[Team]:
     from torch.distributed.rendezvous import rendezvous
 
     both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
-    # torchrun keeps one store for all its attempts: the addresses of processes that died would still stand in it.
-    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    # torchrun keeps one store for all its attempts, with the addresses of processes that died.
+    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
     backend = "cpu:gloo,cuda:nccl" if both else "gloo"
     with _stdout_as_stderr():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield Team(dist.get_rank(), size)
     finally:

@@ -1,9 +1,8 @@
-"""Writing files so that there is never half a file, and never one lost that the user did not mean to lose.
+"""Files are written completely or not at all, none is replaced without leave, and none may change while it is read.
 
 A file is written into a folder of its own beside its target, `.NAME.XXXXXXXX.part`, and renamed from there. Whatever
-goes wrong, the folder is removed; only a process that is killed, or a computer that loses its power, leaves one behind.
-Its writer holds a lock in it for as long as it lives, so that whoever next writes a file to the same place can tell
-that nobody writes there any more, and removes it.
+goes wrong, the folder is removed; only a process that is killed, or a power failure, leaves one behind. Its writer
+holds a lock in it while it lives, so that the next writer in the same place can tell an abandoned one, and removes it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from asymswap.errors import OutputError
+from asymswap.errors import AsymswapError, OutputError, SourceError
 
 try:
     import fcntl
@@ -59,7 +58,7 @@ def check_distinct(files: Mapping[str, Path | None]) -> None:
 
 
 def real_cause(error: Exception) -> BaseException:
-    """What has stopped a writer: torch's and safetensors' wrap an error of the system's, or Ctrl-C, in their own."""
+    """Return what stopped a writer: torch's and safetensors' wrap an error of the system's, or Ctrl-C, in their own."""
     cause = error.__context__
     if isinstance(cause, OSError | KeyboardInterrupt):
         return cause
@@ -68,7 +67,7 @@ def real_cause(error: Exception) -> BaseException:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it takes the place of `path` at the end, or vanishes at any error."""
+    """Yield a temporary path to write to; it replaces `path` at the end, or is removed at any error."""
     try:
         _remove_abandoned(path.parent)
         with _draft_folder(path) as folder:
@@ -86,26 +85,26 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file, or nothing."""
+    """Write a text file completely, or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file, or nothing."""
+    """Write a file completely, or not at all."""
     with whole_file(path) as draft:
         draft.write_bytes(data)
 
 
 @contextmanager
 def _draft_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, on the same disk, that is gone in the end; its lock is held meanwhile."""
+    """Yield a folder beside `path`, on the same disk, with a lock held; it is removed in the end."""
     # The name must not grow too long with what is added, nor be that of another draft for the same file.
     folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     folder.mkdir(mode=0o700)
     try:
         with (folder / "unlocked").open("w") as lock:
             if fcntl is not None:
-                # A disk of the network may know no locks: then nobody removes what is left on it.
+                # A network disk may have no locks: then nobody removes what is left on it.
                 with suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_EX)
             # Only now: nobody else sees it without its lock.
@@ -116,7 +115,7 @@ def _draft_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(place: Path) -> None:
-    """Remove the draft folders in a place whose writers have died; whatever cannot be removed stays."""
+    """Remove the draft folders of dead writers in a place; whatever cannot be removed stays."""
     if fcntl is None:
         return
     with suppress(OSError):
@@ -125,3 +124,33 @@ def _remove_abandoned(place: Path) -> None:
             with suppress(OSError), (folder / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def fail_if_modified(*paths: Path) -> Iterator[None]:
+    """Raise SourceError where one of the files is written to, cut off or replaced while the block runs.
+
+    That goes before errors of the block itself, which may come from the change.
+    """
+    before = [_state(path) for path in paths]
+    cause = None
+    try:
+        yield
+    except AsymswapError as error:
+        cause = error
+    for path, state in zip(paths, before, strict=True):
+        if _state(path) != state:
+            raise SourceError(
+                f"{path} was changed while it was being read; run again when nothing writes to it"
+            ) from cause
+    if cause is not None:
+        raise cause
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return which file it is, and when it was last changed."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

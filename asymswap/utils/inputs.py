@@ -1,4 +1,4 @@
-"""What a network's forward takes: images, lists of images, pairs of images or clips, made up or put together."""
+"""Inputs of a network's forward: images, lists of images, pairs of images or clips."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
 
 PORTION = 3 * 224 * 224
-"""Numbers in the inputs of one forward pass where that can be chosen: an image of the usual size, many small ones."""
+"""Numbers in the inputs of one forward pass, if there is a choice: one image of the usual size, many small ones."""
 
 
 def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:
-    """One input of the right sizes and dtype on the meta device: enough to trace and to count."""
+    """Return one input of the right sizes and dtype on the meta device: enough to trace and to count."""
     return _make(preprocessing, 1, lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, seed: int = 0) -> Inputs:
-    """Random inputs, the same for a seed: normal with mean 0 and deviation 1, as normalised images nearly are.
+    """Return random inputs, the same for a seed: normal with mean 0 and deviation 1, much like normalised images.
 
-    Networks that take lists of images normalise by themselves: theirs are uniform between 0 and 1.
+    Networks that take lists of images normalise them themselves: theirs are uniform between 0 and 1.
     """
     generator = seeded(seed)
     draw = torch.rand if preprocessing.form == "image-list" else torch.randn
@@ -34,7 +34,7 @@ def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, see
 
 
 def with_values(inputs: Inputs) -> Inputs:
-    """The same inputs with random numbers between 0 and 1, always the same, in the tensors that hold none."""
+    """Return the inputs with random numbers between 0 and 1, always the same, in place of meta tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ def with_values(inputs: Inputs) -> Inputs:
 
 
 def portions(inputs: Inputs) -> Iterator[Inputs]:
-    """The same inputs in order, as few at a time as hold PORTION numbers, and at least one.
+    """Yield the inputs in order, in pieces of at most PORTION numbers, and at least one input.
 
-    For feature maps are what a small network takes most memory for.
+    In a small network feature maps take most of the memory.
     """
     count = len(inputs[0])
     each = sum(tensor.numel() for tensor in list_tensors(inputs)) // count
@@ -57,12 +57,12 @@ def portions(inputs: Inputs) -> Iterator[Inputs]:
 
 
 def sizes(inputs: Inputs) -> str:
-    """The inputs' sizes: `1x3x224x224`, several with commas between."""
+    """Return the inputs' sizes: `1x3x224x224`, several with commas between."""
     return ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
 
 
 def describe(inputs: Inputs) -> str:
-    """The inputs for a message: `an input of 1x3x224x224`."""
+    """Return the inputs' description for a message: `an input of 1x3x224x224`."""
     return f"an input of {sizes(inputs)}"
 
 

@@ -1,7 +1,7 @@
-"""Random numbers of a training run, all of them functions of its seed and of where in the run they are drawn.
+"""Random numbers of a training run, all of them functions of its seed and of the place in the run.
 
-Nothing is left to be saved with a checkpoint then, and nothing depends on how many workers read images, in which order
-they come, or how often the run was interrupted.
+So a checkpoint need not save any random state, and nothing depends on how many workers read images, in which order they
+come, or how often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from asymswap.utils.tensors import number_for
 
 
 def seed_(*words: object) -> None:
-    """Seed Python's, NumPy's and torch's global generators, those of all devices too, by the words."""
+    """Seed Python's, NumPy's and torch's global generators, on all devices, by the words."""
     number = number_for(*words)
     random.seed(number)
     np.random.seed(number % 2**32)
@@ -26,26 +26,19 @@ def seed_(*words: object) -> None:
 
 @contextmanager
 def drawn_from(*words: object) -> Iterator[None]:
-    """Let torch's CPU generator, from which augmentations draw, depend on the words alone for a while."""
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(number_for(*words))
-    try:
+    """Let torch's CPU generator, which augmentations use, depend on the words alone while the block lasts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(number_for(*words))
         yield
-    finally:
-        torch.default_generator.set_state(before)
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Give the program that calls us its own random numbers back at the end."""
+    """Restore the caller's global random states at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
-    cpu = torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)

@@ -1,4 +1,4 @@
-"""Small helpers on nested values of tensors and on modules as a whole."""
+"""Helpers for nested values of tensors and for whole modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from asymswap.errors import AsymswapError
 
 _AT_ONCE = 2
-"""Items that `side_by_side` has at work: each layer holds float64 copies of its kernel and covariance meanwhile."""
+"""Threads of `side_by_side`: each layer holds float64 copies of its kernel and covariance meanwhile."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -35,46 +35,37 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(item, change) for item in value)
-    if _is_record(value):
-        # Not dataclasses.replace: what a dataclass does when it is made may go wrong a second time.
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Not dataclasses.replace: a dataclass's own __post_init__ may fail the second time.
         changed = copy.copy(value)
-        for name, item in _fields(value).items():
-            object.__setattr__(changed, name, map_tensors(item, change))
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(changed, field.name, map_tensors(getattr(value, field.name), change))
         return changed
     return value
 
 
 def list_tensors(value: Any) -> list[Tensor]:
-    """Every tensor of a nested value, in order."""
+    """Return every tensor of a nested value, in order."""
     found: list[Tensor] = []
     map_tensors(value, found.append)
     return found
 
 
-def _is_record(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    """What a dataclass holds, those fields left out that are not set."""
-    names = [field.name for field in dataclasses.fields(record)]
-    return {name: getattr(record, name) for name in names if hasattr(record, name)}
-
-
 def to_meta(value: Any) -> Any:
-    """The same nested value with every tensor on the meta device."""
+    """Return the nested value with every tensor on the meta device."""
     return map_tensors(value, lambda tensor: tensor.to("meta"))
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy` of a module that keeps what torch's own loses: each module's mode, all that a GraphModule holds.
+    """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule.
 
     A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: torchvision's feature extractors
-    then lose their other graph, and every graph its hooks and what the graph does not call.
+    then lose their other graph, and every graph its hooks and the modules that it does not call.
     """
     memo = {} if memo is None else memo
     given = set(memo)
-    # From the inside out: what is copied first is found in the memo by all that holds it.
+    # From the inside out: a copy is found in the memo by the modules that hold it.
     for module in reversed(list(model.modules())):
         if isinstance(module, fx.GraphModule) and id(module) not in memo:
             new = type(module).__new__(type(module))
@@ -90,9 +81,9 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
 
 
 def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy of a module in which each of the given tensors of it is replaced by `change(tensor)`.
+    """Return a deep copy of a module with `change(tensor)` in place of each of the given tensors.
 
-    What was shared stays shared, a parameter stays a parameter and keeps its `requires_grad`.
+    What was shared stays shared; a parameter stays a parameter and keeps its `requires_grad`.
     """
     memo: dict[int, Any] = {}
     for tensor in tensors:
@@ -102,32 +93,32 @@ def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Ten
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules hold as plain attributes, neither parameter nor buffer (weight_norm's weight is one)."""
+    """Yield tensors that modules hold as plain attributes, neither parameter nor buffer (such as weight_norm's)."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def store_(target: Tensor, numbers: Tensor) -> None:
-    """Copy numbers into a tensor, in place; those beyond the range of its dtype become the last ones within."""
+    """Copy numbers into a tensor, in place, clamped to the range of its dtype."""
     limits = torch.finfo(target.dtype)
     target.copy_(numbers.clamp(limits.min, limits.max))
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor of four dimensions has that memory format, and could not as well have the usual one."""
+    """True for a tensor of four dimensions in that memory format, and not in the usual one as well."""
     fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return fits and not tensor.is_contiguous()
 
 
 _HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
-"""Attributes that transformers and earlier torch versions leave on modules and weights; nothing computes with them."""
+"""Attributes that transformers and earlier torch versions leave on modules and weights; they do nothing."""
 
 
 def additions(module: nn.Module, fresh: nn.Module) -> str | None:
-    """What was added to a module that a `fresh` one of its class lacks, in words; None for nothing.
+    """Describe what a module has that a `fresh` one of its class lacks; None for nothing.
 
-    That is whatever a module that takes its place would drop: hooks, methods replaced on the instance, attributes,
-    further parameters and buffers, and hooks and attributes of its parameters.
+    A module in its place would drop it: hooks, methods replaced on the instance, attributes, further parameters and
+    buffers, and hooks and attributes of its parameters.
     """
     own = vars(fresh)
     added = [key for key in vars(module) if key not in own and key not in _HARMLESS]
@@ -154,26 +145,25 @@ def additions(module: nn.Module, fresh: nn.Module) -> str | None:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose tensors are on the meta device: the structure without the numbers."""
+    """Return a deep copy with all tensors on the meta device: the structure without the numbers."""
     every = itertools.chain(model.parameters(), model.buffers(), loose_tensors(model))
     return copy_with(model, every, lambda tensor: tensor.to("meta"))
 
 
 def allocated(model: nn.Module) -> nn.Module:
-    """A deep copy with unset memory on the CPU for every parameter and buffer on the meta device.
+    """Return a deep copy with unset memory on the CPU for every parameter and buffer on the meta device.
 
-    The system hands memory out as it is written to: what gets its numbers from a file by taking its tensors over never
-    takes any.
+    The system hands out memory when it is written to: a module that takes over the tensors of a file never takes any.
     """
     ghosts = [tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_meta]
     return copy_with(model, ghosts, _unset)
 
 
 def _unset(ghost: Tensor) -> Tensor:
-    """A tensor like it on the CPU, in memory of its own from the system.
+    """Return a tensor like it on the CPU, in memory of its own from the system.
 
-    Not from malloc: once it is given a block of megabytes back, it takes all smaller ones from its heap, where feature
-    maps of ever other sizes leave holes, in a DenseNet as large as its weights.
+    Not from malloc: after the first free of a block of megabytes it takes all smaller ones from its heap, where feature
+    maps of many sizes leave holes, in a DenseNet as large as its weights.
     """
     size = ghost.untyped_storage().nbytes()
     nothing = torch.empty_like(ghost.new_empty(0), device="cpu")
@@ -182,15 +172,15 @@ def _unset(ghost: Tensor) -> Tensor:
     try:
         memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
     except (OSError, OverflowError) as error:
-        raise MemoryError(f"{size} bytes cannot be had") from error
+        raise MemoryError(f"{size} bytes are not available") from error
     return torch.frombuffer(memory, dtype=ghost.dtype).as_strided(ghost.shape, ghost.stride())
 
 
 class WithoutMemory(TorchFunctionMode):
-    """While it lasts, what the given functions of torch make is on the meta device.
+    """Make the given functions of torch create their tensors on the meta device while it lasts.
 
-    `torch.device("meta")` would take everything, and some networks compute their sizes with tensors. With `torch.empty`
-    it takes all weights of layers, and nothing else.
+    `torch.device("meta")` would affect every tensor, and some networks compute their sizes with tensors. `torch.empty`
+    alone makes all weights of layers, and nothing else.
     """
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
@@ -205,7 +195,7 @@ class WithoutMemory(TorchFunctionMode):
 
 
 class WithinMemory(TorchFunctionMode):
-    """While it lasts, what `torch.empty` makes, as every layer makes its weights, is at most so many bytes together.
+    """Limit the bytes that `torch.empty`, with which every layer makes its weights, takes in all while it lasts.
 
     MemoryError is raised instead of taking more.
     """
@@ -224,23 +214,23 @@ class WithinMemory(TorchFunctionMode):
 
 
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
-    """The first parameter or buffer that holds a NaN or an infinity, and which of the two; None where there is none."""
+    """Return the first parameter or buffer with a NaN or an infinity, and which of the two; None if all are finite."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
-        # The extremes carry a NaN or an infinity along, and need no tensor of the same size to hold the answers.
+        # The extremes pass on a NaN or an infinity, without a second tensor of the same size.
         if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             return name, "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
     return None
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The numbers of a tensor as they lie in memory, row by row."""
+    """Return the bytes of a tensor's numbers, row by row."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and numbers: a flipped bit of a number would show nowhere else."""
+    """Return the SHA-256 over names and numbers: a flipped bit of a number would show nowhere else."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())
@@ -249,18 +239,18 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def number_for(*words: object) -> int:
-    """A number of 63 bits that depends on the words alone."""
+    """Return a number of 63 bits that depends on the words alone."""
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator_for(*words: object) -> torch.Generator:
-    """Random numbers that depend on the words alone: not on what was drawn before, nor on who else draws."""
+    """Return a generator that depends on the words alone, not on what else was drawn."""
     return torch.Generator().manual_seed(number_for(*words))
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Random numbers by a seed that was given; raises AsymswapError where torch takes none so large."""
+    """Return a generator for a user's seed; raise AsymswapError for one that torch does not take."""
     try:
         return torch.Generator().manual_seed(seed)
     except ValueError:
@@ -269,7 +259,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; then each module's own former mode, for frozen batch norms differ from the rest."""
+    """Put models into eval mode while the block lasts, then each module into its own former mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -284,8 +274,8 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Keep LAPACK's eigensolvers to one thread.
 
-    They meet the other threads thousands of times for little work each: that gains a sixth to a third of the time on
-    idle cores, and costs ten to a hundred times as much where another program keeps one of the cores busy.
+    They synchronise threads thousands of times for little work each: that saves a sixth to a third of the time on idle
+    cores, and takes ten to a hundred times as long where another program keeps one of the cores busy.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -301,13 +291,13 @@ def side_by_side(
     step: Callable[[int], None] = lambda _: None,
     alone: Callable[[_Item], bool] = lambda _: False,
 ) -> list[_Result]:
-    """`function` of every item, in their order; two at once where torch has two threads, each on one thread.
+    """Return `function` of every item, in order; two run at once where torch has two threads, each on one thread.
 
-    Eigensolvers on a thread each take little more than half the time of one after the other on two, and every result
-    is the same to the bit however many there are. What `alone` says of an item is that it takes too much memory to have
-    company; these come first. `step` is told how many are done. Of several exceptions the first in this order is raised
-    once those at work have ended; what was not begun is left. The function may run in other threads: it must not draw
-    from torch's global generator, nor count on a mode (`torch.no_grad`) that was set here.
+    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, and results are
+    the same to the bit either way. Items that are `alone` take too much memory to run beside another; they come first.
+    `step` gets the number of items done. Of several exceptions the first in this order is raised once running items
+    have ended; the rest are not begun. The function may run in other threads: it must not draw from torch's global
+    generator, nor rely on a mode (`torch.no_grad`) that was set here.
     """
     results: dict[int, _Result] = {}
 

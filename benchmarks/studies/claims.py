@@ -169,7 +169,7 @@ class Bench:
         torch.manual_seed(run.seed)
         model = self._start(run, network, code)
         converted = time.process_time() - start
-        watcher = Stopwatch()
+        stopwatch = Stopwatch()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tuned = asymswap.finetune(
@@ -180,7 +180,7 @@ class Bench:
                 input_size=setting.size,
                 mean=setting.mean,
                 std=setting.std,
-                watcher=watcher,
+                callback=stopwatch,
                 arch=None if not isinstance(model, Path) else network,
                 arguments=code["arguments"],
                 trust_code=True,
@@ -192,12 +192,12 @@ class Bench:
                 self.weights(run).parent.mkdir(parents=True, exist_ok=True)
                 self.weights(run).write_bytes((folder / "last.pt").read_bytes())
         assert tuned.report.before is not None
-        curve = [tuned.report.before, *watcher.scores]
+        curve = [tuned.report.before, *stopwatch.scores]
         result = {
             "top1": [scores.top1 for scores in curve],
             "loss": [scores.loss for scores in curve],
-            "train_loss": watcher.train_losses,
-            "cpu_seconds_per_epoch": watcher.seconds,
+            "train_loss": stopwatch.train_losses,
+            "cpu_seconds_per_epoch": stopwatch.seconds,
             "convert_cpu_seconds": converted,
             **after,
             "state": state(),
@@ -205,8 +205,8 @@ class Bench:
         results = read_json(self.out, {})
         write_json(self.out, {**results, run.name: result})
         print(
-            f"{run.name}: {100 * result['top1'][-1]:.2f} % after {len(watcher.scores)} epochs, "
-            f"{min(watcher.seconds):.1f} processor seconds an epoch",
+            f"{run.name}: {100 * result['top1'][-1]:.2f} % after {len(stopwatch.scores)} epochs, "
+            f"{min(stopwatch.seconds):.1f} processor seconds an epoch",
             flush=True,
         )
 
@@ -307,7 +307,7 @@ class Stopwatch:
         self.train_losses: list[float] = []
         self._start = self._last = 0.0
 
-    def begin(self, outset: Any) -> None:  # noqa: ARG002  # a Callback's
+    def begin(self, start: Any) -> None:  # noqa: ARG002
         """Training begins."""
         self._start = time.process_time()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import asymswap
-from asymswap.calibration.gather import PatchSums, gather, output_kind
+from asymswap.calibration.gather import Images, PatchSums, gather, output_kind
 from asymswap.calibration.sequential import refine_
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
@@ -122,9 +122,11 @@ def solved(net: nn.Module, images: Tensor = X, **options: Any) -> tuple[nn.Modul
     chosen = [site for site in sites if site.calls]
     plan = Plan(tuple(Swap(site.name, "separable", RANK) for site in chosen))
     batches = lambda: enumerate(images.split(16))  # noqa: E731
-    statistics = gather(net, chosen, batches, len(images), outputs="values")
+    statistics = gather(net, chosen, Images(batches, len(images)), outputs="values")
     converted = apply_plan(net, plan, statistics=statistics, unset={site.name for site in chosen})
-    return converted, refine_(net, converted, sites, plan, statistics, batches, len(images), images[:1], **options)
+    return converted, refine_(
+        net, converted, sites, plan, statistics, Images(batches, len(images), **options), images[:1]
+    )
 
 
 @functools.cache
@@ -318,7 +320,7 @@ def test_a_conv_that_runs_on_no_image_is_kept() -> None:
         net(X)
     sites = [site for site in trace(net, (X[:1],)).sites if site.calls]
     bright = torch.ones_like(X)
-    found = gather(net, sites, lambda: enumerate(bright.split(16)), len(bright), outputs="values")
+    found = gather(net, sites, Images(lambda: enumerate(bright.split(16)), len(bright)), outputs="values")
     assert found.keys() == {"stem.0", "last.0"}
 
 

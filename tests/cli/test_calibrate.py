@@ -54,8 +54,9 @@ def test_statistics_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest
     told: list[int] = []
 
     def refine(*arguments: Any, **options: Any) -> Any:
-        told.append(arguments[6])
-        assert sum(len(batch) for _, batch in arguments[5]()) == arguments[6]
+        images = arguments[5]
+        told.append(images.count)
+        assert sum(len(batch) for _, batch in images.batches()) == images.count
         return refine_(*arguments, **options)
 
     monkeypatch.setattr("asymswap.calibration.calibrate.refine_", refine)
@@ -138,7 +139,7 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
             ("--calibration-cache", "none.safetensors"),
             "no calibration cache none.safetensors; --calibrate DATA gathers",
         ),
-        (("--calibration-cache", "text"), "cannot read the statistics text"),
+        (("--calibration-cache", "text"), "cannot read the calibration cache text"),
         (("--polish", "5"), "--polish is of calibration, which needs images: give --calibrate"),
         (("--no-sequential",), "--no-sequential is of calibration"),
         (("--calibration-images", "64"), "--calibration-images is of calibration"),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import asymswap
+from asymswap.calibration.gather import Images
 from asymswap.calibration.sequential import refine_
 from asymswap.errors import RecipeError
 from asymswap.factorize.statistics import SiteStatistics
@@ -474,7 +475,7 @@ def test_solving_layer_by_layer_sets_it_anew(between: str, monkeypatch: pytest.M
     plan = Plan(tuple(Swap(name, "separable", {**held, "rank": 2}) for name in ("one", "two")))
     converted = apply_plan(model, plan, statistics=statistics)
     one_pass = copy.deepcopy(converted)
-    used = refine_(model, converted, sites, plan, statistics, lambda: [(0, x)], len(x), x[:1]).used
+    used = refine_(model, converted, sites, plan, statistics, Images(lambda: [(0, x)], len(x)), x[:1]).used
     with torch.no_grad():
         now = torch.relu(converted.get_submodule("one")(x))
     pair = cast(nn.Sequential, converted.get_submodule("two"))

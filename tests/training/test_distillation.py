@@ -17,6 +17,7 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import SourceError
 from asymswap.models.networks import digits_resnet
 from asymswap.models.references import Request, open_reference
+from asymswap.training.config import Training
 from asymswap.training.distillation import Objective, Teacher, all_scores, caught, divergence, feature_error
 from asymswap.training.teacher import ORIGINAL, blocks_around, find_teacher
 from asymswap.types import Origin, Swap
@@ -34,13 +35,17 @@ class Scores(nn.Module):
         return self.layer(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+def taught(teacher: Teacher, **settings: Any) -> Objective:
+    return Objective(Training(distill=teacher.description, **settings), teacher)
+
+
 IMAGES = torch.ones(2, 1, 2, 2)
 LABELS = torch.tensor([0, 2])
 
 
 def test_labels_alone_are_cross_entropy_summed() -> None:
     student = Scores(1.0, 2.0, -1.0)
-    loss, scores = Objective(label_smoothing=0.1).loss(student, student, IMAGES, LABELS)
+    loss, scores = Objective(Training(label_smoothing=0.1)).loss(student, student, IMAGES, LABELS)
     expected = F.cross_entropy(scores, LABELS, label_smoothing=0.1) * 2
     torch.testing.assert_close(loss, expected)
 
@@ -57,7 +62,7 @@ def test_divergence_by_hand() -> None:
 def test_both_parts_and_the_features_add_up() -> None:
     student, master = Scores(1.0, 2.0, -1.0), Scores(0.5, 2.5, 0.0)
     teacher = Teacher(master, "master", {"layer": "layer"})
-    objective = Objective(0.0, teacher, weight=0.75, temperature=2.0, features=3.0)
+    objective = taught(teacher, distill_weight=0.75, temperature=2.0, distill_features=3.0)
     loss, scores = objective.loss(student, student, IMAGES, LABELS)
     target = master(IMAGES)
     features = (scores - target).square().mean() / target.var()
@@ -72,7 +77,7 @@ def test_both_parts_and_the_features_add_up() -> None:
 def test_scores_may_be_compared_instead_of_probabilities() -> None:
     """Scores 1, 2, -1 instead of 0.5, 2.5, 0: squares 0.25, 0.25 and 1 beside 0.25 and 6.25, for each of two images."""
     student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", {})
-    loss, scores = Objective(0.0, teacher, weight=0.8, compare="mse").loss(student, student, IMAGES, LABELS)
+    loss, scores = taught(teacher, distill_weight=0.8, distill_loss="mse").loss(student, student, IMAGES, LABELS)
     expected = 0.8 * 2 * 1.5 / 6.5 + 0.2 * F.cross_entropy(scores, LABELS, reduction="sum")
     torch.testing.assert_close(loss, expected)
 
@@ -80,7 +85,7 @@ def test_scores_may_be_compared_instead_of_probabilities() -> None:
 def test_a_student_that_agrees_has_nothing_to_learn() -> None:
     student = Scores(1.0, 2.0)
     teacher = Teacher(Scores(1.0, 2.0), "twin", {"layer": "layer"})
-    loss, _ = Objective(0.0, teacher, weight=1.0, features=1.0).loss(student, student, IMAGES, LABELS)
+    loss, _ = taught(teacher, distill_weight=1.0, distill_features=1.0).loss(student, student, IMAGES, LABELS)
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -90,7 +95,7 @@ def test_auxiliary_classifiers_count_a_little() -> None:
             return torch.tensor([[1.0, 0.0]]).expand(2, -1), None, torch.tensor([[0.0, 3.0]]).expand(2, -1)
 
     labels = torch.tensor([0, 1])
-    loss, scores = Objective().loss(Two(), Two(), IMAGES, labels)
+    loss, scores = Objective(Training()).loss(Two(), Two(), IMAGES, labels)
     main, auxiliary = (torch.tensor([row, row]) for row in ([1.0, 0.0], [0.0, 3.0]))
     assert torch.equal(scores, main)
     parts = [F.cross_entropy(part, labels, reduction="sum") for part in (main, auxiliary)]
@@ -102,9 +107,9 @@ def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
         all_scores(torch.zeros(2, 3, 4))
     student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", {})
     with pytest.raises(SourceError, match=r"the teacher wide scores 3 classes, the model 2; give --distill a teacher"):
-        Objective(0.0, teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
+        taught(teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
     with pytest.raises(SourceError, match=r"--distill-features finds no block of the same output in the teacher"):
-        Objective(0.0, Teacher(Scores(1.0, 2.0), "same", {}), features=1.0).loss(
+        taught(Teacher(Scores(1.0, 2.0), "same", {}), distill_features=1.0).loss(
             student, student, IMAGES, torch.tensor([0, 1])
         )
 

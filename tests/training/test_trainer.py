@@ -25,6 +25,7 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import AsymswapError, CheckpointError, OutputError
 from asymswap.results.finetune import EpochRow, RunStart, StepRow
 from asymswap.training import trainer as loop
+from asymswap.training.callbacks import Callback
 from asymswap.training.config import Training
 from asymswap.training.run_folder import RunFolder
 
@@ -239,14 +240,14 @@ def test_all_state_matters(start: Start, whole: Start) -> None:
     assert not same(weights(start / "broken.pt"), weights(whole / "whole.pt"))
 
 
-class Seen:
+class Seen(Callback):
     def __init__(self) -> None:
-        self.outset: RunStart | None = None
+        self.start: RunStart | None = None
         self.steps: list[StepRow] = []
         self.epochs: list[EpochRow] = []
 
-    def begin(self, outset: RunStart) -> None:
-        self.outset = outset
+    def begin(self, start: RunStart) -> None:
+        self.start = start
 
     def step(self, row: StepRow) -> None:
         self.steps.append(row)
@@ -257,14 +258,14 @@ class Seen:
 
 def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
     seen = Seen()
-    tuned = start.train("out.pt", dataclasses.replace(SHORT, epochs=4, ema=None, augment=("none",)), watcher=seen)
+    tuned = start.train("out.pt", dataclasses.replace(SHORT, epochs=4, ema=None, augment=("none",)), callback=seen)
     report = tuned.report
     assert report.before.top1 < 0.3 < report.best.top1
     assert report.best.loss < report.before.loss
     tops = [row.validation.top1 for row in seen.epochs if row.validation is not None]
     assert report.best.top1 == max(tops)
     assert report.best_epoch == next(row.epoch for row in reversed(seen.epochs) if row.best)
-    assert seen.outset == RunStart(4, 4 * STEPS, 0, report.before)
+    assert seen.start == RunStart(4, 4 * STEPS, 0, report.before)
     assert [row.step for row in seen.steps] == list(range(1, 4 * STEPS + 1))
     assert seen.epochs[-1].train.loss < seen.epochs[0].train.loss
     # What is returned, what is written and what is told are one.

@@ -256,7 +256,7 @@ def finetune(made: Made) -> None:
     shutil.rmtree("whole.run")
     Path("whole.pt").unlink()
     with suppress(KeyboardInterrupt):
-        asymswap.finetune(start, "digits", training, output="tuned.pt", watcher=Interrupt())
+        asymswap.finetune(start, "digits", training, output="tuned.pt", callback=Interrupt())
     options = [text for name, value in TRAINING.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     made.told["finetune"] = {"options": [start, "--data", "digits", "--cpu", *options, "-o", "tuned.pt"], "step": 8}
     for name in ("best", "last"):

@@ -12,11 +12,8 @@ from typing import Any
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import distributed as dist
-from torch import nn
 
 import asymswap
-from asymswap.training.sync_batch_norm import SharedBatchNorm, share_statistics
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPTIONS = (
@@ -50,17 +47,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_two_processes_come_to_what_one_comes_to_with_the_double_batch(start: Path) -> None:
-    folder = start.parent
-    two = torchrun(folder, "finetune", str(start), *OPTIONS, "--batch-size", "10", "-o", "two.pt", "--json")
+    """With the statistics of batch norms frozen: without GPUs each process has its own."""
+    folder, options = start.parent, (*OPTIONS, "--freeze-bn")
+    two = torchrun(folder, "finetune", str(start), *options, "--batch-size", "10", "-o", "two.pt", "--json")
     assert two.returncode == 0, two.stderr
     one = subprocess.run(
-        [sys.executable, "-m", "asymswap", "finetune", str(start), *OPTIONS, "--batch-size", "20", "-o", "one.pt"],
+        [sys.executable, "-m", "asymswap", "finetune", str(start), *options, "--batch-size", "20", "-o", "one.pt"],
         cwd=folder, env=ENV, capture_output=True, text=True,
     )  # fmt: skip
     assert one.returncode == 0, one.stderr
     # One process prints and writes.
     report = json.loads(two.stdout)
     assert report["steps"] == 2 * 8
+    assert not any("batch statistics" in note for note in report["notes"])
     states = [asymswap.load(folder / name).state_dict() for name in ("one.pt", "two.pt")]
     origin = asymswap.load(start).state_dict()
     for key, tensor in states[0].items():
@@ -99,46 +98,18 @@ def test_a_killed_worker_is_started_again_from_the_last_saving(start: Path) -> N
     broken = torchrun(folder, *command, "-o", "broken.pt", restarts=1, script="killed.py")
     assert broken.returncode == 0, broken.stderr
     assert "resumed after 10 of 16 steps" in broken.stderr
+    assert "each process keeps its own batch statistics" in broken.stderr
+    assert "keeps its own batch statistics" in " ".join(broken.stdout.split())
     whole = torchrun(folder, *command, "-o", "unbroken.pt")
     assert whole.returncode == 0, whole.stderr
     states = [asymswap.load(folder / name).state_dict() for name in ("broken.pt", "unbroken.pt")]
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Any:
-    """A team of this process alone, for what only asks that there is one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.usefixtures("alone")
-def test_a_shared_batch_norm_is_a_batch_norm(momentum: float | None, affine: bool) -> None:
-    torch.manual_seed(0)
-    norm = nn.BatchNorm2d(3, momentum=momentum, affine=affine).double()
-    if affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    twin = nn.BatchNorm2d(3, momentum=momentum, affine=affine).double()
-    twin.load_state_dict(norm.state_dict())
-    model = share_statistics(nn.Sequential(twin), torch.device("cpu"))
-    shared = model[0]  # type: ignore[index]
-    assert type(shared) is SharedBatchNorm
-    for _ in range(3):
-        x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
-        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-        results = norm(one), model(other)
-        torch.testing.assert_close(results[0], results[1])
-        for result in results:
-            (result.square() * torch.arange(5.0)[:, None]).sum().backward()
-        torch.testing.assert_close(one.grad, other.grad)
-    for key, tensor in norm.state_dict().items():
-        torch.testing.assert_close(shared.state_dict()[key], tensor)
-    if affine:
-        torch.testing.assert_close(shared.weight.grad, norm.weight.grad)
-        torch.testing.assert_close(shared.bias.grad, norm.bias.grad)
-    x = torch.randn(2, 3, 5, 2, dtype=torch.float64)
-    torch.testing.assert_close(model.eval()(x), norm.eval()(x))
+def test_one_process_has_no_batch_statistics_to_share(start: Path) -> None:
+    folder = start.parent
+    options = ("--data", "few.pt", "--steps", "2", "--validation", "none", "--cpu", "-o", "alone.pt")
+    command = [sys.executable, "-m", "asymswap", "finetune", str(start), *options]
+    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "batch statistics" not in done.stderr + done.stdout

@@ -14,9 +14,9 @@ import torch
 
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
-from asymswap.models import references
+from asymswap.models import opening, references
 from asymswap.models.networks import digits_resnet
-from asymswap.utils.unchanged import unchanged
+from asymswap.utils.files import fail_if_modified
 
 Refusal = Callable[..., str]
 CHANGED = r"was changed while it was being read; run again when nothing writes to it"
@@ -51,14 +51,14 @@ CHANGES = [write_to, cut_off, write_over, replace_it, Path.unlink]
 def test_changes_are_seen(change: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(b"1234")
-    with pytest.raises(SourceError, match=CHANGED), unchanged(path):
+    with pytest.raises(SourceError, match=CHANGED), fail_if_modified(path):
         change(path)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_goes_wrong_meanwhile_is_the_change_s_doing(change: Callable[[Path], None], tmp_path: Path) -> None:
     def read() -> None:
-        with unchanged(path):
+        with fail_if_modified(path):
             change(path)
             raise CheckpointError("x.pt is damaged")
 
@@ -71,11 +71,11 @@ def test_what_goes_wrong_meanwhile_is_the_change_s_doing(change: Callable[[Path]
 def test_reading_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(b"1234")
-    with unchanged(path):
+    with fail_if_modified(path):
         path.read_bytes()
-    with pytest.raises(CheckpointError, match="x is damaged"), unchanged(path):
+    with pytest.raises(CheckpointError, match="x is damaged"), fail_if_modified(path):
         raise CheckpointError("x is damaged")
-    with pytest.raises(SourceError, match="no file"), unchanged(tmp_path / "none"):
+    with pytest.raises(SourceError, match="no file"), fail_if_modified(tmp_path / "none"):
         raise SourceError("no file")
 
 
@@ -102,14 +102,15 @@ def test_a_source_that_changes_after_it_was_read_makes_no_report(
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load = references.load
+    read_raw = references.read_raw
 
     def read_and_change(path: Path, *others: Any) -> Any:
-        loaded = load(path, *others)
+        loaded = read_raw(path, *others)
         change(path)
         return loaded
 
-    monkeypatch.setattr(references, "load", read_and_change)
+    for module in (references, opening):
+        monkeypatch.setattr(module, "read_raw", read_and_change)
     outcome = run(*arguments)
     assert outcome.code == 1
     assert re.fullmatch(rf"error: x\.pt {CHANGED}\n", outcome.err)
