@@ -45,8 +45,8 @@ from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.measure.macs import count_costs
 from asymswap.models import builders
-from asymswap.models.opening import OpenedModel, open_model
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import open_model
 from asymswap.replacements.separable import full_rank, pair_cost
 from asymswap.types import Site
 
@@ -73,7 +73,7 @@ class Bench:
 
     def __init__(self, wanted: argparse.Namespace) -> None:
         self.wanted = wanted
-        self.opened: OpenedModel = open_model(wanted.model, Request(arch=wanted.arch))
+        self.opened: OpenedModel = open_model(wanted.model, arch=wanted.arch)
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
         self.test = in_memory(self._open("test"), None if wanted.test_images is None else wanted.test_images)
         self.train = self._open("train")
@@ -81,7 +81,7 @@ class Bench:
         self._sites: list[Site] | None = None
 
     def _open(self, part: Part) -> LabelledImages:
-        return open_data(self.wanted.data, self.opened.source.preprocessing, part)
+        return open_data(self.wanted.data, self.opened.preprocessing, part)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -101,7 +101,9 @@ class Bench:
     def convert(self, recipe: str, overrides: Mapping[str, Any], calibration: Any = None) -> asymswap.Conversion:
         """Convert the model, read anew from its file."""
         wanted = self.wanted
-        return asymswap.convert(wanted.model, recipe, overrides=overrides, calibration=calibration, arch=wanted.arch)
+        return asymswap.convert(
+            asymswap.open_model(wanted.model, arch=wanted.arch), recipe, overrides=overrides, calibration=calibration
+        )
 
     def calibration(self, seed: int, **options: Any) -> asymswap.Calibration:
         """The calibration images of a seed."""
@@ -112,7 +114,9 @@ class Bench:
     def sites(self) -> list[Site]:
         """The convs that recipe 3x3-only swaps."""
         if self._sites is None:
-            rows = asymswap.candidates(self.wanted.model, recipe="3x3-only", arch=self.wanted.arch).rows
+            rows = asymswap.candidates(
+                asymswap.open_model(self.wanted.model, arch=self.wanted.arch), recipe="3x3-only"
+            ).rows
             self._sites = [row.site for row in rows if row.reason is None]
         return self._sites
 
@@ -296,7 +300,7 @@ class Peers:
         if self._bundle is not None:
             return None
         bench = self.bench
-        origin = bench.opened.source.origin
+        origin = bench.opened.origin
         reference = origin.reference.partition("@")[0]
         if builders.canonical(reference) is None:
             return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"

@@ -81,7 +81,7 @@ def check(folder: Path) -> dict[str, Any]:
             # A module does not tell its input's size: at the usual one Inception would get other ranks than at its own.
             size = (header.preprocessing.channels, *header.preprocessing.size)
             if size not in conversions:
-                conversions[size] = asymswap.convert(original, RECIPE, input_size=size).model
+                conversions[size] = asymswap.convert(asymswap.open_model(original, input_size=size), RECIPE).model
             wanted, state = conversions[size], model.state_dict()
             tensors = wanted.state_dict()
             inputs = probe(header.preprocessing, torch.float32, images=1, seed=1)

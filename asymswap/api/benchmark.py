@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -30,8 +30,8 @@ from asymswap.measure.latency import (
 from asymswap.measure.machine import Bystanders, machine
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
-from asymswap.models.opening import Model, OpenedModel, costs_of, open_together, sizes_assumed
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs
@@ -52,13 +52,6 @@ def benchmark(
     rounds: int = 20,
     seconds: float = 60.0,
     layers: bool = True,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Benchmark:
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none of them is changed.
@@ -77,19 +70,7 @@ def benchmark(
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
-    opened = open_together(
-        models,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-    )
+    opened = [open_for_verb(model, progress) for model in models]
     rows = tuple(_row(one) for one in opened)
     with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
         lineup = _Lineup(opened, dtype, Path(folder))
@@ -143,14 +124,14 @@ def _settings(
 
 
 def _row(opened: OpenedModel) -> BenchmarkedModel:
-    source, costs = opened.source, costs_of(opened)
+    costs = costs_of(opened)
     return BenchmarkedModel(
         model=opened.reference,
-        origin=source.origin.reference,
-        weights=source.weights,
-        input=source.preprocessing.describe(),
+        origin=opened.origin.reference,
+        weights=opened.weights,
+        input=opened.preprocessing.describe(),
         cost=costs.total,
-        notes=source.notes + costs.notes(),
+        notes=opened.notes + costs.notes(),
     )
 
 
@@ -204,7 +185,7 @@ class _Lineup:
             start = time.perf_counter()
             run = session_on(path, inputs, setting.threads)
             seconds, pool = exporting + time.perf_counter() - start, "onnx"
-        if self.opened[number].source.preprocessing.form != "image-list":
+        if self.opened[number].preprocessing.form != "image-list":
             # Which boxes a detector keeps jumps where scores are close.
             with torch.inference_mode():
                 check_same(run(), wanted, "compile" if setting.runtime == "compile" else "onnx")

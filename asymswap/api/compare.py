@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +21,8 @@ from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import forward, in_format, inputs_like, ratio_of, seconds_of, take_turns
 from asymswap.measure.machine import machine
 from asymswap.measure.statistics import mcnemar_exact
-from asymswap.models.opening import Model, OpenedModel, costs_of, open_together, sizes_assumed
-from asymswap.models.preprocessing import PreprocessingOptions, check_needed
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.types import Progress, Ratio, Seconds, silent
@@ -36,14 +35,6 @@ def compare(
     *,
     data: str | None = None,
     images: int | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     timing: Timing | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -51,9 +42,8 @@ def compare(
     """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
 
     With `data`, a data reference, outputs and accuracy are those on its test part, or on `images` of them, each model
-    with its own preprocessing but for what `preprocessing` says; without, outputs are compared on random inputs. `arch`
-    is that of the state-dict files among the models, `weights` those of the references. `timing` says how latency is
-    measured; without one it is not.
+    with its own preprocessing; without, outputs are compared on random inputs. `timing` says how latency is measured;
+    without one it is not.
 
     Raises AsymswapError where there are fewer than two models, or one of them cannot be opened.
     """
@@ -61,21 +51,7 @@ def compare(
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
         raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
-    check_needed(preprocessing, data)
-    opened = open_together(
-        models,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-        preprocessing,
-    )
+    opened = [open_for_verb(model, progress) for model in models]
     feedings: list[Feeding | None] = [None] * len(opened)
     if data is not None:
         settled = [settle(one, data, "test") for one in opened]
@@ -106,16 +82,16 @@ def compare(
 
 
 def _row(opened: OpenedModel) -> ComparedRow:
-    source, costs = opened.source, costs_of(opened)
+    costs = costs_of(opened)
     return ComparedRow(
         model=opened.reference,
-        origin=source.origin.reference,
-        weights=source.weights,
-        input=source.preprocessing.describe(),
+        origin=opened.origin.reference,
+        weights=opened.weights,
+        input=opened.preprocessing.describe(),
         cost=costs.total,
         weights_bytes=state_bytes(opened.model),
-        file_bytes=None if source.file is None else source.file.stat().st_size,
-        notes=(*source.notes, *costs.notes(), *(("its weights are random",) if source.weights == "random" else ())),
+        file_bytes=None if opened.file is None else opened.file.stat().st_size,
+        notes=(*opened.notes, *costs.notes(), *(("its weights are random",) if opened.weights == "random" else ())),
     )
 
 
@@ -189,11 +165,11 @@ def _on_random(opened: Sequence[OpenedModel], seed: int) -> _Outcome:
     count = 2
     first = opened[0]
     outcome = _Outcome(f"{count} random images (seed {seed})", [], [None] * len(opened), [[] for _ in opened])
-    wanted = first.source.preprocessing
+    wanted = first.preprocessing
     inputs = probe(wanted, first.dtype(), images=count, seed=seed)
     reference = _run(first, inputs)
     for number, one in enumerate(opened):
-        tally, own = _Tally(), one.source.preprocessing
+        tally, own = _Tally(), one.preprocessing
         if (own.form, own.describe()) != (wanted.form, wanted.describe()):
             tally.note = f"it takes {own.describe()}, so its outputs cannot be compared with the first's; give --input"
         elif own.form == "image-list" and number:
@@ -217,7 +193,7 @@ def _on_data(
     opened: Sequence[OpenedModel], reference: str, wanted: int | None, seed: int, progress: Progress
 ) -> _Outcome:
     """One pass of all models through the same images, each with its own preprocessing."""
-    data = [open_data(reference, one.source.preprocessing, "test") for one in opened]
+    data = [open_data(reference, one.preprocessing, "test") for one in opened]
     refusals = [_refusal(one.model, images) for one, images in zip(opened, data, strict=True)]
     tallies = [_Tally() for _ in opened]
     total = min(wanted or len(data[0]), len(data[0]))
@@ -258,7 +234,7 @@ def _batches(
 ) -> Iterator[tuple[int, Tensor, list[Any]]]:
     """How many images are done, their labels, and all models' outputs, batch by batch."""
     order = sorted(torch.randperm(len(data[0]), generator=seeded(seed)).tolist()[:total])
-    largest = max(math.prod(one.source.preprocessing.size) for one in opened)
+    largest = max(math.prod(one.preprocessing.size) for one in opened)
     batch = max(4, min(128, 2**20 // largest))
     # A generator of its own: the loader would otherwise draw from the global one.
     loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in data]

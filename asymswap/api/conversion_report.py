@@ -14,7 +14,7 @@ from asymswap.errors import AsymswapError
 from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import Fidelity
 from asymswap.measure.macs import Costs
-from asymswap.models.opening import OpenedModel
+from asymswap.models.opened import OpenedModel
 from asymswap.reporting import format as fmt
 from asymswap.results.convert import FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.types import Cost, Keep, Plan, Site, Swap
@@ -38,18 +38,17 @@ def make_report(
     entries: dict[str, Swap | Keep] = {keep.site: keep for keep in plan.keeps}
     entries |= {swap.site: swap for swap in plan.swaps}
     rows = tuple(_row(site, entries[site.name], before, after.by_name[site.name], fidelity) for site in traced.sites)
-    source = opened.source
-    files = () if source.file is None else (FileRow(str(source.file), source.file.stat().st_size),)
+    files = () if opened.file is None else (FileRow(str(opened.file), opened.file.stat().st_size),)
     return Report(
         asymswap=asymswap.__version__,
         model=ModelRow(
             reference=opened.reference,
-            origin=source.origin.reference,
-            weights=source.weights,
+            origin=opened.origin.reference,
+            weights=opened.weights,
             traced_by=traced.by,
-            input=source.preprocessing.describe(),
-            sha256=source.sha256,
-            notes=source.notes + traced.notes + before.notes(),
+            input=opened.preprocessing.describe(),
+            sha256=opened.sha256,
+            notes=opened.notes + traced.notes + before.notes(),
         ),
         recipe=recipe,
         budget=budget,

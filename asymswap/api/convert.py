@@ -1,14 +1,8 @@
-"""The public verbs that open, change and write models; compare, benchmark, export and sweep have files of their own.
+"""The verbs `plan`, `convert` and `save`.
 
-A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
-that several verbs share:
+A model is a reference (`"resnet18"`), a file, an `nn.Module`, or what `open_model` has made of one of them with further
+options; it is never changed. Options that several verbs share:
 
-- `weights`, `arch`, `arguments`, `key`, `trust_pickle`, `trust_code`: as `--weights`, `--arch`, `--arg`, `--key`,
-  `--trust-pickle` and `--trust-code`;
-- `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
-  frames, height, width);
-- `preprocessing`: `PreprocessingOptions`, how images are prepared where that is not what weights, family or file say;
-  what is given is stored in the file that is written;
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
@@ -37,7 +31,6 @@ from asymswap.calibration.calibrate import (
     fed_on,
     gather_statistics,
     in_own_precision,
-    options_of,
     polish,
 )
 from asymswap.checkpoint import Header, what_is_stored
@@ -48,15 +41,8 @@ from asymswap.measure.fidelity import compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs, count_costs, count_swapped
 from asymswap.measure.stand_ins import check_stand_ins, describe_calls
 from asymswap.models.converted import save_checkpoint, versions
-from asymswap.models.opening import (
-    Model,
-    OpenedModel,
-    costs_of,
-    open_model,
-    sizes_assumed,
-)
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.latency_budget import Timing, plan_in_time
 from asymswap.planning.plan import check_not_empty, check_replay, find_choices, make_plan, matched_sites, plan_from_json
@@ -85,30 +71,11 @@ def plan(
     recipe: str | Path,
     *,
     overrides: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     wanted = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-    )
+    opened = open_for_verb(model, progress)
     _check_finite(opened)
     traced = trace(opened.model, opened.example())
     check_runs(traced, opened.model, opened.example())
@@ -123,14 +90,6 @@ def convert(
     plan: Plan | str | bytes | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
@@ -147,7 +106,6 @@ def convert(
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
-    clock = _Clock()
     replay = plan if isinstance(plan, Plan) or plan is None else plan_from_json(plan, "the given plan")
     text, where = ("", "a plan") if recipe is None else read_recipe_text(str(recipe))
     wanted = parse_recipe(text, where, overrides) if recipe is not None else replay
@@ -156,20 +114,8 @@ def convert(
         raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
     if timing is not None and not _in_time(wanted):
         raise AsymswapError("a memory format to time in goes with a budget of latency: give --latency, or leave it out")
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-        options_of(preprocessing, calibration),
-    )
+    opened = open_for_verb(model, progress)
+    clock = _Clock(opened.seconds)
     _check_finite(opened)
     feeding = None
     reference = None if calibration is None else calibration.data
@@ -201,12 +147,10 @@ def convert(
         return replace(report, seconds=clock.seconds)
 
     report = _team(calibration).first(measured)
-    header = Header(
-        origin=opened.source.origin,
+    header = replace(
+        opened.header(),
         plans=(*opened.plans, done.plan),
-        preprocessing=opened.source.preprocessing,
-        provenance=_provenance(report, text, overrides or {}, seed, opened.source.origin),
-        skeleton=opened.source.skeleton,
+        provenance=_provenance(report, text, overrides or {}, seed, opened.origin),
     )
     return Conversion(done.model, done.plan, report, header)
 
@@ -227,11 +171,11 @@ def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Re
 
 
 class _Clock:
-    """Wall time of consecutive stages."""
+    """Wall time of consecutive stages, of the first of which `spent` seconds have passed."""
 
-    def __init__(self) -> None:
+    def __init__(self, spent: float) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last = time.perf_counter() - spent
 
     def stop(self, stage: str) -> None:
         now = time.perf_counter()
@@ -250,7 +194,7 @@ def _open_data(reference: str, opened: OpenedModel) -> Any:
     from asymswap.data.datasets import open_data
     from asymswap.data.predict import check_classifier
 
-    data = open_data(reference, opened.source.preprocessing, "test")
+    data = open_data(reference, opened.preprocessing, "test")
     # Now, and not when the conversion has been made.
     check_classifier(opened.model, data)
     return data
@@ -329,7 +273,7 @@ def _carry_out(
         converted, sequential = convert_on(traced, plan, gathered, calibration, progress)
     else:
         # Weights that stay as they are need not be held twice where nobody else holds the original.
-        converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
+        converted = apply_plan(opened.model, plan, progress, share=opened.may_share)
     clock.stop("convert")
     if gathered is not None and calibration is not None:
         if calibration.polishes:
@@ -369,7 +313,7 @@ def _costs_after(opened: OpenedModel, converted: nn.Module, traced: Trace, befor
                 if told is not None:
                     raise AsymswapError(f"in the converted model {told}; keep that conv by a rule with keep = true")
             return after
-        inputs = probe(opened.source.preprocessing, opened.dtype())
+        inputs = probe(opened.preprocessing, opened.dtype())
         with eval_mode(converted), torch.no_grad():
             converted(*next(iter(portions(inputs))))
         return count_swapped(before, converted, traced.sites)
@@ -412,7 +356,7 @@ def _probe(opened: OpenedModel, gathered: Gathered | None, seed: int) -> tuple[I
     """The inputs on which outputs are compared, and what they are: real images where there are some."""
     if gathered is not None and gathered.held_back is not None:
         return (gathered.held_back.to(opened.dtype()),), f"{len(gathered.held_back)} images of {gathered.summary.data}"
-    inputs = probe(opened.source.preprocessing, opened.dtype(), seed=seed)
+    inputs = probe(opened.preprocessing, opened.dtype(), seed=seed)
     return inputs, f"{len(inputs[0])} random images (seed {seed})"
 
 

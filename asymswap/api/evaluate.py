@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from asymswap.checkpoint import told
 from asymswap.data.classes import check_class_names, known_classes, published_classes
@@ -19,17 +18,17 @@ from asymswap.data.predict import Predictions, predict
 from asymswap.data.splits import open_parts
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
-from asymswap.models.opening import OpenedModel, open_together
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
 from asymswap.types import Preprocessing, Progress, silent
+from asymswap.utils.tensors import deep_copy
 
 PARTS = ("test", "validation", "train")
 
 
 def evaluate(
-    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    models: Model | Sequence[Model],
     data: str,
     *,
     part: str = "test",
@@ -41,43 +40,26 @@ def evaluate(
     strict: bool = False,
     download: bool = False,
     device: str | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> EvaluationReport:
-    """Measure classifiers (references, files or modules) on the test, validation or train part of data.
+    """Measure one classifier or several on the test, validation or train part of data.
 
     The validation part is the one that `finetune` holds back for the same `validation` and `seed`. Each model gets the
-    images in its own preprocessing, but for what `preprocessing` and `input_size` say. Images that cannot be read are
-    left out and counted, or an error with `strict`.
+    images in its own preprocessing. Images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     check_choice("--part", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("--batch-size must be above 0, --confusions and --workers at least 0")
-    wanted = [models] if isinstance(models, str | Path | nn.Module) else list(models)
-    if not wanted:
+    several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    if not several:
         raise AsymswapError("give at least one model to evaluate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    request = Request(
-        arch=arch,
-        weights=weights,
-        arguments=arguments or {},
-        trust_pickle=trust_pickle,
-        key=key,
-        trust_code=trust_code,
-    )
     # All are opened, and checked, before the first is measured.
-    opened = open_together(wanted, request, input_size, progress, preprocessing)
+    opened = [open_for_verb(model, progress) for model in several]
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
     opened = [one for one, _ in settled]
-    images = [_open(one.source.preprocessing, data, part, validation, seed, download) for one in opened]
+    images = [_open(one.preprocessing, data, part, validation, seed, download) for one in opened]
     for one, mine in zip(opened, images, strict=True):
         _check_names(one, mine)
     found = []
@@ -106,15 +88,17 @@ def _open(
 
 
 def _check_names(opened: OpenedModel, images: LabelledImages) -> None:
-    known = known_classes(told(opened.provenance, opened.reference), opened.source.origin)
-    check_class_names(known or published_classes(opened.source.origin.reference, opened.source.weights), images)
+    known = known_classes(told(opened.provenance, opened.reference), opened.origin)
+    check_class_names(known or published_classes(opened.origin.reference, opened.weights), images)
 
 
 def _predict(
     opened: OpenedModel, images: LabelledImages, place: torch.device, batch: int, workers: int, strict: bool, told: Any
 ) -> Predictions:
+    model = opened.model
     # A module of the caller's stays where it is.
-    model = opened.model if opened.source.weights == "as given" else opened.model.to(place)
+    if opened.weights != "as given":
+        model = (model if opened.handed_over else deep_copy(model)).to(place)
     try:
         return predict(model, images, batch_size=batch, workers=workers, strict=strict, progress=told)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

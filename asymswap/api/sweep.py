@@ -20,7 +20,6 @@ from asymswap.calibration.calibrate import (
     fed_on,
     gather_statistics,
     in_own_precision,
-    options_of,
     polish,
 )
 from asymswap.calibration.gather import model_hash
@@ -32,9 +31,8 @@ from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.graph.trace import Trace, check_runs, trace
 from asymswap.measure.macs import count_costs
 from asymswap.measure.stand_ins import check_stand_ins
-from asymswap.models.opening import OpenedModel, costs_of, open_model
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel, costs_of
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.cost_model import Counted
 from asymswap.planning.plan import Choices, check_not_empty, choose, find_choices, matched_sites
@@ -48,7 +46,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 def sweep(
-    model: str | Path | nn.Module,
+    model: Model,
     recipes: Sequence[str | Path],
     data: str,
     *,
@@ -58,23 +56,15 @@ def sweep(
     tolerance: float = 0.01,
     known: Tradeoff | None = None,
     on_point: Callable[[Tradeoff], None] = lambda _: None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
-    SiteStatistics is gathered once for all of them. `data` is a data reference on whose test part top-1 is measured;
-    `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so far after
-    each point; a sweep of the same setting given as `known` is gone on with. The other options are those of
-    `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
-    budget that a recipe cannot reach is a point that says so.
+    Calibration statistics are gathered once for all of them. `data` is a data reference on whose test part top-1 is
+    measured; `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so
+    far after each point; a sweep of the same setting given as `known` is gone on with. Raises AsymswapError where
+    `known` is of another setting, or anything cannot be done at all; a budget that a recipe cannot reach is a point
+    that says so.
     """
     check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]
@@ -82,22 +72,9 @@ def sweep(
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-        options_of(preprocessing, calibration),
-    )
+    opened = open_for_verb(model, progress)
     opened, feeding = settle(opened, *fed_on(calibration, data))
-    images = open_data(data, opened.source.preprocessing, "test")
+    images = open_data(data, opened.preprocessing, "test")
     check_classifier(opened.model, images)
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, images, data, measure, calibration)
     known = None if known is None else _go_on(known, setting)
@@ -130,7 +107,7 @@ def _setting(
     labels = () if images.pictures is None else images.pictures.labels
     return {
         "weights": model_hash(opened.model),
-        "input": plain(opened.source.preprocessing),
+        "input": plain(opened.preprocessing),
         "data": data,
         "images": len(images),
         "labels": hashlib.sha256(repr((images.classes, [int(label) for label in labels])).encode()).hexdigest(),

@@ -30,8 +30,7 @@ from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace
-from asymswap.models.opening import OpenedModel
-from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.models.opened import OpenedModel
 from asymswap.planning.apply import apply_plan, apply_structure
 from asymswap.types import Plan, Preprocessing, Progress, Site, silent
 from asymswap.utils.distributed import ALONE, Team
@@ -48,7 +47,6 @@ __all__ = [
     "fed_on",
     "gather_statistics",
     "in_own_precision",
-    "options_of",
     "polish",
     "some_inputs",
 ]
@@ -69,8 +67,7 @@ class Calibration:
     several processes, each looks at its share of the images; all must call alike. `memory_gib` bounds what each keeps
     of covariances, and of activations.
     `polish_steps` or `polish_minutes` let the converted network learn from the original's outputs afterwards, on up to
-    `polish_images` images of the same data. `preprocessing` is how the images are prepared, where the model's weights,
-    family or file do not say it, or say it wrongly.
+    `polish_images` images of the same data.
     """
 
     data: str | None = None
@@ -84,7 +81,6 @@ class Calibration:
     polish_images: int = 5000
     outputs: OutputKind | None = None
     team: Team = ALONE
-    preprocessing: PreprocessingOptions | None = None
 
     def __post_init__(self) -> None:
         if self.data is None and self.cache is None:
@@ -105,16 +101,6 @@ class Calibration:
     def polishes(self) -> bool:
         """Whether the converted network is to be polished."""
         return self.polish_steps is not None or self.polish_minutes is not None
-
-
-def options_of(
-    preprocessing: PreprocessingOptions | None, calibration: Calibration | None
-) -> PreprocessingOptions | None:
-    """How images are prepared as the user says it, of the verb or of its calibration."""
-    own = None if calibration is None else calibration.preprocessing
-    if None not in (own, preprocessing) and own != preprocessing:
-        raise AsymswapError("preprocessing= of the verb and of its Calibration contradict each other; give one of them")
-    return preprocessing or own
 
 
 def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
@@ -234,10 +220,10 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
     try:
         # The model's own code may insist on its precision: then it is solved as it is.
         with eval_mode(copied), torch.no_grad():
-            copied(*probe(opened.source.preprocessing, torch.float32, images=1))
+            copied(*probe(opened.preprocessing, torch.float32, images=1))
     except Exception:
         return opened
-    return replace(opened, source=replace(opened.source, model=copied))
+    return replace(opened, model=copied)
 
 
 def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gathered: Gathered) -> nn.Module:
@@ -338,11 +324,11 @@ class _Images:
     """
 
     def __init__(self, reference: str, opened: OpenedModel, wanted: Calibration) -> None:
-        self.data: LabelledImages = open_data(reference, opened.source.preprocessing, "train", unlabelled=True)
+        self.data: LabelledImages = open_data(reference, opened.preprocessing, "train", unlabelled=True)
         self.description = self.data.description
         order = torch.randperm(len(self.data), generator=seeded(wanted.seed)).tolist()
         self.count = min(wanted.images, len(order))
-        height, width = opened.source.preprocessing.size
+        height, width = opened.preprocessing.size
         size = max(4, min(128, 2**20 // (height * width)))
         self._batches = list(wanted.team.share(_batched(order[: self.count], size)))
         self._dtype = opened.dtype()

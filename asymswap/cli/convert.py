@@ -144,31 +144,38 @@ def convert(
 
         if not dry_run:
             check_suffix(target)
+        # Mistakes in what is small are told before a large model is read.
+        o.check_recipe(recipe, overrides)
+        replayed = None if plan is None else _read_plan(plan)
+        calibration = c.wanted(
+            calibrate,
+            calibration_images,
+            calibration_cache,
+            sequential,
+            polish,
+            polish_images,
+            calibration_memory,
+            outputs,
+            seed,
+            team,
+        )
         conversion = asymswap.convert(
-            model,
-            recipe,
-            plan=None if plan is None else _read_plan(plan),
-            overrides=overrides,
-            calibration=c.wanted(
-                calibrate,
-                calibration_images,
-                calibration_cache,
-                sequential,
-                polish,
-                polish_images,
-                calibration_memory,
-                outputs,
-                seed,
-                team,
+            o.open_model(
+                model,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
             ),
-            weights=weights,
-            arch=arch,
-            key=key,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_pickle=trust_pickle,
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
-            preprocessing=preprocessing,
+            recipe,
+            plan=replayed,
+            overrides=overrides,
+            calibration=calibration,
             evaluate=evaluate,
             timing=None if memory_format is None else asymswap.Timing(memory_format.value),
             allow_drift=allow_drift,

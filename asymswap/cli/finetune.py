@@ -174,6 +174,7 @@ def finetune(
     with joined(gpus=not cpu) as team, screen.training(quiet or json or not team.leads) as watcher:
         import asymswap
         from asymswap.data.augmentation import parse_presets
+        from asymswap.types import silent
 
         settings = asymswap.Training(
             epochs=epochs,
@@ -209,7 +210,15 @@ def finetune(
             save_every=save_every,
         )
         tuned = asymswap.finetune(
-            checkpoint,
+            o.open_model(
+                checkpoint,
+                silent,
+                arch=arch,
+                arguments=arguments,
+                trust_code=trust_code,
+                input_size=input_size,
+                preprocessing=preprocessing,
+            ),
             data,
             settings,
             output=target,
@@ -217,11 +226,6 @@ def finetune(
             resume=resume,
             force=force,
             download=download,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
-            preprocessing=preprocessing,
             team=team,
             watcher=watcher,
         )

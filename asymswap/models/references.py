@@ -34,9 +34,11 @@ from asymswap.models import builders, factories, networks, timm_models, torchvis
 from asymswap.models.builders import DIGITS
 from asymswap.models.identify import YOUR_OWN, identify, nearest
 from asymswap.models.key_prefixes import View, views
+from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Preprocessing, Progress, silent
+from asymswap.utils.tensors import deep_copy
 from asymswap.utils.unchanged import unchanged
 
 FILE_SUFFIXES = (
@@ -59,30 +61,12 @@ FILE_SUFFIXES = (
 class Request:
     """What the user said about the model beside its reference; see the options of the same names."""
 
-    arch: str | None = None
+    arch: str | nn.Module | None = None
     weights: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trust_pickle: bool = False
     key: str | None = None
     trust_code: bool = False
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model with its weights, and all that is known about where it came from.
-
-    `private`: no code but ours, torch's and torchvision's made it, so that nobody else holds it or its tensors.
-    """
-
-    model: nn.Module
-    origin: Origin
-    preprocessing: Preprocessing
-    weights: str
-    notes: tuple[str, ...] = ()
-    skeleton: bytes | None = None
-    file: Path | None = None
-    sha256: str | None = None
-    private: bool = False
 
 
 def is_file_reference(reference: str) -> bool:
@@ -93,7 +77,7 @@ def is_file_reference(reference: str) -> bool:
     return exists(path) or path.suffix in FILE_SUFFIXES or "/" in reference or "\\" in reference
 
 
-def open_reference(reference: str, request: Request) -> Source:
+def open_reference(reference: str, request: Request) -> OpenedModel:
     """The model that a reference other than a file names, with weights; raises SourceError where it cannot be had."""
     if request.arch is not None:
         raise SourceError(f"--arch goes with a file, and {reference!r} names a network itself")
@@ -144,7 +128,7 @@ def weights_in(path: Path, raw: RawFile, request: Request, arch_known: bool = Fa
     return replace(found, notes=notes + found.notes)
 
 
-def open_loaded(path: Path, found: Found, request: Request, progress: Progress = silent) -> Source:
+def open_loaded(path: Path, found: Found, request: Request, progress: Progress = silent) -> OpenedModel:
     """The model of a file that has been read: a module as it is, or a state dict put into its architecture."""
     notes: tuple[str, ...] = (f"weights taken from {found.key!r} in {path.name}",) if found.key else ()
     notes += found.notes
@@ -161,11 +145,14 @@ def open_loaded(path: Path, found: Found, request: Request, progress: Progress =
             # Unpickling sets attributes, and builds nothing: what the file lacks is missing from the module.
             raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
         if request.arch is not None:
-            notes += (f"--arch {request.arch} was not needed: {path.name} holds the whole module",)
+            arch = request.arch if isinstance(request.arch, str) else type(request.arch).__name__
+            notes += (f"--arch {arch} was not needed: {path.name} holds the whole module",)
         source = replace(source, private=not request.trust_pickle)
         return replace(source, notes=notes + source.notes, file=path, sha256=digest)
     published = torchvision_models.published(digest)
-    if request.arch is not None:
+    if isinstance(request.arch, nn.Module):
+        reference, state = type(request.arch).__name__, found.value
+    elif request.arch is not None:
         reference, state = _architecture(request.arch), found.value
     elif published is not None:
         reference, state = f"torchvision:{published.model}", found.value
@@ -184,19 +171,19 @@ def fingerprint_of(path: Path) -> str:
     return fingerprint(path) if sniff(path) is FileKind.SHARDS else sha256(path)
 
 
-def describe_module(model: nn.Module, weights: str) -> Source:
-    """A Source for a module that exists already: its structure is stored where the allowlist can read it back."""
+def describe_module(model: nn.Module, weights: str) -> OpenedModel:
+    """An OpenedModel for a module that exists already: its structure is stored where the allowlist can read it back."""
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     skeleton = to_structure(model)
     if skeleton is not None:
-        return Source(model, Origin(f"skeleton:{name}"), _assumed_preprocessing(model), weights, (), skeleton)
+        return OpenedModel(model, Origin(f"skeleton:{name}"), _assumed_preprocessing(model), weights, (), skeleton)
     origin = builders.origin_of_timm(model)
     if origin is not None:
-        return Source(model, origin, timm_models.preprocessing(model, origin.arguments), weights)
+        return OpenedModel(model, origin, timm_models.preprocessing(model, origin.arguments), weights)
     note = f"load the result with asymswap.load(path, model=…), for {name} is not made of allowlisted classes alone"
     known = timm_models.made_by_timm(model) is not None
     preprocessing = timm_models.preprocessing(model, {}) if known else _assumed_preprocessing(model)
-    return Source(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
+    return OpenedModel(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
 
 
 def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
@@ -220,7 +207,7 @@ def build_architecture(reference: str, arguments: Mapping[str, Any], trust_code:
     return builders.build(full, arguments)
 
 
-def _open_known(full: str, request: Request) -> Source:
+def _open_known(full: str, request: Request) -> OpenedModel:
     if request.weights not in (None, "none") and _is_weights_file(str(request.weights)):
         return _fill_from_file(full, request)
     random = request.weights == "none"
@@ -238,17 +225,17 @@ def _open_known(full: str, request: Request) -> Source:
         # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
         skeleton = None if name in torchvision_models.classifiers() else to_structure(model)
         preprocessing = torchvision_models.preprocessing(name, model, weights)
-        return Source(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton, private=True)
+        return OpenedModel(model, Origin(full, arguments), preprocessing, weights, skeleton=skeleton, private=True)
     if full.startswith(timm_models.PREFIX):
         return _open_timm(full.removeprefix(timm_models.PREFIX), request)
     if not random:
         raise SourceError(f"{full} has no published weights; use --weights FILE, or --weights none for random ones")
     model = builders.build(full, request.arguments)
     origin = Origin(full, dict(request.arguments))
-    return Source(model, origin, _preprocessing(full, model), "random", private=True)
+    return OpenedModel(model, origin, _preprocessing(full, model), "random", private=True)
 
 
-def _open_timm(name: str, request: Request) -> Source:
+def _open_timm(name: str, request: Request) -> OpenedModel:
     """A model of timm with published weights, or with `--weights none` with random ones."""
     architecture, tag = timm_models.split(name)
     remarks: tuple[str, ...] = ()
@@ -269,29 +256,29 @@ def _open_timm(name: str, request: Request) -> Source:
 
 def _timm_source(
     model: nn.Module, name: str, arguments: Mapping[str, Any], weights: str, notes: tuple[str, ...] = ()
-) -> Source:
+) -> OpenedModel:
     # Another version of timm may no longer know the tag: what is stored is what follows from it.
     arguments = timm_models.settled(name, arguments)
     origin = Origin(timm_models.PREFIX + timm_models.split(name)[0], arguments)
-    return Source(model, origin, timm_models.preprocessing(model, arguments), weights, notes)
+    return OpenedModel(model, origin, timm_models.preprocessing(model, arguments), weights, notes)
 
 
-def _open_factory(reference: str, request: Request) -> Source:
+def _open_factory(reference: str, request: Request) -> OpenedModel:
     if request.weights not in (None, "none"):
         return _fill_from_file(reference, request)
     model = factories.call_factory(reference, request.arguments, request.trust_code)
     return _describe_built(model, reference, request.arguments, f"as {reference} made them")
 
 
-def _describe_built(model: nn.Module, reference: str, arguments: Mapping[str, Any], weights: str) -> Source:
-    """A Source for what the user's own code has built; what timm can build again needs that code no more."""
+def _describe_built(model: nn.Module, reference: str, arguments: Mapping[str, Any], weights: str) -> OpenedModel:
+    """An OpenedModel for what the user's own code has built; what timm can build again needs that code no more."""
     source = describe_module(model, weights)
     if not source.origin.reference.startswith(timm_models.PREFIX):
         source = replace(source, origin=Origin(reference, dict(arguments)))
     return replace(source, notes=(*factories.how_built(reference), *source.notes))
 
 
-def _fill_from_file(reference: str, request: Request) -> Source:
+def _fill_from_file(reference: str, request: Request) -> OpenedModel:
     path = resolve(Path(str(request.weights)))
     with unchanged(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
@@ -313,19 +300,22 @@ def _fill(
     progress: Progress,
     published: Published | None = None,
     extra: Mapping[str, Any] | None = None,
-) -> Source:
+) -> OpenedModel:
     """The network of a reference with a state dict loaded strictly; class count and input channels follow the state.
 
     `published` says which of torchvision's files it comes from, where it does; `extra` is what the file holds of the
     modules' extra state.
     """
-    full = builders.canonical(reference)
+    made = deep_copy(request.arch) if isinstance(request.arch, nn.Module) else None
+    full = builders.canonical(reference) if made is None else None
     if full is None or published is None or full != f"torchvision:{published.model}":
         published = None
     if full is not None:
         state = torchvision_models.with_current_keys(state)
     arguments = {**({} if published is None else published.arguments), **request.arguments}
-    model, arguments, view = _fitting(reference, state, arguments, request, label, progress)
+    if full is None and made is None:
+        made = factories.call_factory(reference, arguments, request.trust_code)
+    model, arguments, view = _fitting(reference, state, arguments, made, label, progress)
     try:
         # The user's own code may keep what it has built or read, and views of it.
         private = full is not None and not request.trust_pickle
@@ -333,6 +323,9 @@ def _fill(
         notes = view.notes() + _load_extra(model, extra or {}, view)
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
+    if isinstance(request.arch, nn.Module):
+        source = describe_module(model, label)
+        return replace(source, notes=notes + source.notes)
     if full is None:
         source = _describe_built(model, reference, arguments, label)
         return replace(source, notes=notes + source.notes)
@@ -341,7 +334,7 @@ def _fill(
         return replace(source, private=private)
     notes += _about_inputs(full, arguments, published)
     preprocessing = _preprocessing(full, model, None if published is None else published.weights)
-    return Source(model, Origin(full, arguments), preprocessing, label, notes, private=private)
+    return OpenedModel(model, Origin(full, arguments), preprocessing, label, notes, private=private)
 
 
 def _load_extra(model: nn.Module, extra: Mapping[str, Any], view: View) -> tuple[str, ...]:
@@ -355,14 +348,13 @@ def _load_extra(model: nn.Module, extra: Mapping[str, Any], view: View) -> tuple
 
 
 def _fitting(
-    reference: str, state: State, arguments: Mapping[str, Any], request: Request, label: str, progress: Progress
+    reference: str, state: State, arguments: Mapping[str, Any], made: nn.Module | None, label: str, progress: Progress
 ) -> tuple[nn.Module, dict[str, Any], View]:
     """The network, the arguments that it was built with, and the state dict without what stands before its keys.
 
     Raises SourceError where no such view of the state dict fits.
     """
-    full = builders.canonical(reference)
-    made = factories.call_factory(reference, arguments, request.trust_code) if full is None else None
+    full = builders.canonical(reference) if made is None else None
     of_timm = full is not None and full.startswith(timm_models.PREFIX)
     plain = builders.on_meta(str(full), arguments) if of_timm else None
     most, closest = -1, Difference((), (), ())

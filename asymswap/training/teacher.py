@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from asymswap.checkpoint import Header, ToldReport, read_checkpoint, told
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.models import builders, timm_models
-from asymswap.models.opening import OpenedModel, open_model
-from asymswap.models.references import FILE_SUFFIXES, Request
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import open_model
+from asymswap.models.references import FILE_SUFFIXES
 from asymswap.training.distillation import Teacher
 from asymswap.types import Swap
 
@@ -67,21 +69,21 @@ def _is_block(model: nn.Module, name: str) -> bool:
 
 def _open_named(reference: str) -> OpenedModel:
     try:
-        return open_model(reference, Request())
+        return open_model(reference)
     except AsymswapError as error:
         raise SourceError(f"the teacher {reference} cannot be used: {error}") from None
 
 
 def _open_original(header: Header, folder: Path | None) -> OpenedModel:
-    reference, request = _recorded(header, folder)
+    reference, options = _recorded(header, folder)
     try:
         with _offline():
-            return open_model(reference, request)
+            return open_model(reference, **options)
     except AsymswapError as error:
         raise SourceError(f"the original {reference} cannot be fetched ({error}); {_GIVE}") from None
 
 
-def _recorded(header: Header, folder: Path | None) -> tuple[str, Request]:
+def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]:
     """How the original was opened when it was converted, and so can be opened again."""
     report = told(header.provenance, "the checkpoint").report
     reference, weights = report.model.reference, report.model.weights
@@ -99,13 +101,13 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, Request]:
     if recorded is not None:
         path = _same_file(recorded, str(report.model.sha256), folder)
         if reference != recorded:
-            return origin, Request(weights=str(path), arguments=arguments)
-        return str(path), Request() if whole or _is_ours(path) else Request(arch=origin, arguments=arguments)
+            return origin, {"weights": str(path), "arguments": arguments}
+        return str(path), {} if whole or _is_ours(path) else {"arch": origin, "arguments": arguments}
     if any(mark in weights for mark in "/\\") or Path(weights).suffix in FILE_SUFFIXES:
         raise SourceError(f"the checkpoint names the weights {weights!r}, a path, which is not followed; {_GIVE}")
     if weights == "random":
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
-    return origin, Request(weights=weights, arguments=arguments) if origin.startswith("torchvision:") else Request()
+    return origin, {"weights": weights, "arguments": arguments} if origin.startswith("torchvision:") else {}
 
 
 def _recorded_file(report: ToldReport) -> str | None:

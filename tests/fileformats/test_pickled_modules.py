@@ -21,7 +21,6 @@ from asymswap.fileformats.state_dict import find_weights
 from asymswap.fileformats.torch_files import load_object
 from asymswap.models import torchvision_models
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
 SMALL = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"]
@@ -61,7 +60,7 @@ def sparse() -> nn.Module:
 def test_modules_without_numbers_to_compute_with(make: Callable[[], nn.Module], reason: str, tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "x.pt")
     with pytest.raises(SourceError, match=rf"x\.pt cannot be used: {reason}"):
-        open_model(tmp_path / "x.pt", Request())
+        open_model(tmp_path / "x.pt")
 
 
 def plain() -> nn.Module:

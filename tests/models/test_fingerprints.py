@@ -19,7 +19,6 @@ from asymswap.models.builders import fit, known_references, on_meta
 from asymswap.models.fingerprints import from_line, matches, shapes_of, table, to_line
 from asymswap.models.identify import identify
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent
 from asymswap.utils.tensors import WithoutMemory, meta_copy
@@ -151,10 +150,10 @@ def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = builders.build(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3}).eval()
     torch.save(model.state_dict(), tmp_path / "x.pt")
-    for request in (Request(), Request(arch=name)):
-        opened = open_model(tmp_path / "x.pt", request)
-        assert opened.source.origin == Origin(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3})
-        assert opened.source.preprocessing.channels == len(opened.source.preprocessing.mean) == 1
+    for request in ({}, {"arch": name}):
+        opened = open_model(tmp_path / "x.pt", **request)
+        assert opened.origin == Origin(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3})
+        assert opened.preprocessing.channels == len(opened.preprocessing.mean) == 1
         image = torch.rand(2, *opened.example()[0].shape[1:])
         with torch.no_grad():
             assert torch.equal(opened.model(image), model(image))
@@ -206,18 +205,15 @@ def test_published_weights_set_what_they_were_trained_with(
     given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(builders.build("torchvision:googlenet", {}).state_dict(), tmp_path / "x.pt")
-    unknown = open_model(tmp_path / "x.pt", Request(**given))  # type: ignore[arg-type]
-    assert unknown.source.origin.arguments == {}
-    assert (
-        "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
-        in unknown.source.notes
-    )
+    unknown = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
+    assert unknown.origin.arguments == {}
+    assert "set --arg transform_input=true for weights that descend from torchvision's; it is off here" in unknown.notes
     known = Published("googlenet", "IMAGENET1K_V1", {"transform_input": True})
     monkeypatch.setattr(torchvision_models, "published", lambda _: known)
-    opened = open_model(tmp_path / "x.pt", Request(**given))  # type: ignore[arg-type]
-    assert opened.source.origin.arguments == {"transform_input": True}
+    opened = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
+    assert opened.origin.arguments == {"transform_input": True}
     assert opened.model.transform_input is True
-    assert opened.source.notes == (
+    assert opened.notes == (
         "known by its SHA-256 as torchvision's IMAGENET1K_V1 of googlenet, which sets transform_input=True",
     )
 
@@ -242,6 +238,6 @@ def test_a_state_dict_and_a_module_of_every_classifier_open(name: str, tmp_path:
     model = meta_copy(on_meta(f"torchvision:{name}", {}))
     torch.save(model.state_dict(), tmp_path / "state.pt")
     torch.save(model, tmp_path / "module.pt")
-    assert open_model(tmp_path / "state.pt", Request()).source.origin.reference == f"torchvision:{name}"
-    opened = open_model(tmp_path / "module.pt", Request())
-    assert opened.source.origin.reference == f"skeleton:{type(model).__module__}.{type(model).__qualname__}"
+    assert open_model(tmp_path / "state.pt").origin.reference == f"torchvision:{name}"
+    opened = open_model(tmp_path / "module.pt")
+    assert opened.origin.reference == f"skeleton:{type(model).__module__}.{type(model).__qualname__}"
