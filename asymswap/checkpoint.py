@@ -77,58 +77,6 @@ class Stored:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ToldModel:
-    """Which model was converted, as its report says."""
-
-    reference: str = ""
-    weights: str = ""
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class ToldFile:
-    """A file of a report."""
-
-    path: str | None = None
-
-
-@dataclass(frozen=True)
-class ToldReport:
-    """What is read back of a report."""
-
-    model: ToldModel = ToldModel()
-    files: tuple[ToldFile, ...] = ()
-
-
-@dataclass(frozen=True)
-class ToldTraining:
-    """What is read back of a training."""
-
-    classes: tuple[str, ...] = ()
-    data: str = ""
-    validation: str | None = None
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a provenance tells, in so far as anything depends on it; what else is in it is for people to read."""
-
-    report: ToldReport = ToldReport()
-    training: tuple[ToldTraining, ...] = ()
-
-
-_TOLD = TypeAdapter(Told)
-
-
-def told(provenance: Mapping[str, Any], label: str) -> Told:
-    """What a checkpoint's provenance tells; raises CheckpointError where it is damaged."""
-    try:
-        return _TOLD.validate_python(dict(provenance))
-    except ValidationError as error:
-        raise CheckpointError(f"{label} has a damaged provenance: {validation_text(error)}") from None
-
-
 def check_suffix(path: Path) -> None:
     """Raise OutputError for an ending that stands for no form of a checkpoint."""
     if path.suffix not in SUFFIXES:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from asymswap.checkpoint import told
 from asymswap.data.classes import check_class_names, known_classes, published_classes
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import Feeding, all_warnings, settle
@@ -21,6 +20,7 @@ from asymswap.measure.statistics import mcnemar_exact, wilson_interval
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
+from asymswap.results.provenance import read_history
 from asymswap.types import Preprocessing, Progress, silent
 from asymswap.utils.tensors import deep_copy
 
@@ -88,7 +88,7 @@ def _open(
 
 
 def _check_names(opened: OpenedModel, images: LabelledImages) -> None:
-    known = known_classes(told(opened.provenance, opened.reference), opened.origin)
+    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
     check_class_names(known or published_classes(opened.origin.reference, opened.weights), images)
 
 
@@ -146,7 +146,7 @@ def _report(
 
 def _seen(opened: OpenedModel, images: LabelledImages) -> list[str]:
     """Say where a model was trained on images of this very description."""
-    training = told(opened.provenance, opened.reference).training
+    training = read_history(opened.provenance, opened.reference).training
     if not training or images.description not in training[-1].data or training[-1].validation == images.description:
         return []
     return [

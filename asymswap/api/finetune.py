@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Header, check_suffix, told
+from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.augmentation import presets_for
 from asymswap.data.classes import check_class_count, check_class_names, known_classes
 from asymswap.data.normalization import settle
@@ -24,7 +24,9 @@ from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.convert import FileRow
-from asymswap.results.finetune import TrainingReport
+from asymswap.results.finetune import TrainingRecord, TrainingReport
+from asymswap.results.provenance import read_history
+from asymswap.results.records import plain
 from asymswap.training.callbacks import Callback, NoCallback
 from asymswap.training.config import Training
 from asymswap.training.distillation import Objective, Teacher
@@ -186,7 +188,7 @@ def _open_parts(data: str, preprocessing: Preprocessing, settings: Training, dow
 
 def _check_data(opened: OpenedModel, parts: Parts) -> int:
     """How many classes there are; raises SourceError where they are not the model's."""
-    known = known_classes(told(opened.provenance, opened.reference), opened.origin)
+    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
     check_class_names(known, parts.train)
     return check_class_count(opened.model, parts.train)
 
@@ -211,23 +213,22 @@ def _header(
     opened: OpenedModel, parts: Parts, identity: Mapping[str, Any], teacher: Teacher | None, progress: Progress
 ) -> Header:
     """The checkpoint's header with this training in its provenance; without times, so that equal runs are equal."""
-    scores = {name: getattr(progress, name) for name in ("before", "best", "last")}
-    record = {
-        "model": opened.reference,
-        "sha256": opened.sha256,
-        "data": parts.train.description,
-        "validation": None if parts.validation is None else parts.validation.description,
-        "classes": list(parts.train.classes),
-        "teacher": None if teacher is None else teacher.description,
-        "settings": dict(identity),
-        "epochs": progress.epoch,
-        "steps": progress.step,
-        "best_epoch": progress.best_epoch,
-        "scores": {name: None if found is None else asdict(found) for name, found in scores.items()},
-        "versions": versions(opened.origin),
-    }
+    record = TrainingRecord(
+        model=opened.reference,
+        sha256=opened.sha256,
+        data=parts.train.description,
+        validation=None if parts.validation is None else parts.validation.description,
+        classes=parts.train.classes,
+        teacher=None if teacher is None else teacher.description,
+        settings=identity,
+        epochs=progress.epoch,
+        steps=progress.step,
+        best_epoch=progress.best_epoch,
+        scores={name: getattr(progress, name) for name in ("before", "best", "last")},
+        versions=versions(opened.origin),
+    )
     before = opened.provenance.get("training", [])
-    return replace(opened.header(), provenance={**opened.provenance, "training": [*before, record]})
+    return replace(opened.header(), provenance={**opened.provenance, "training": [*before, plain(record)]})
 
 
 def _report(

@@ -9,8 +9,8 @@ from asymswap.api.convert import Conversion
 from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import CheckpointError
 from asymswap.reporting.files import check_suffix, report_text
-from asymswap.reporting.provenance import read_making, read_report
 from asymswap.results.convert import FileRow
+from asymswap.results.provenance import read_making, read_report
 from asymswap.utils.files import check_output, write_text
 
 

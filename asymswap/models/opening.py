@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import nn
 
-from asymswap.checkpoint import Header, Stored, stored_in, told
+from asymswap.checkpoint import Header, Stored, stored_in
 from asymswap.errors import AsymswapError, CheckpointError, SourceError
 from asymswap.fileformats.detect import resolve, sha256
 from asymswap.fileformats.model_file import read_raw
@@ -32,6 +32,7 @@ from asymswap.models.references import (
     rebuild,
     weights_in,
 )
+from asymswap.results.provenance import read_history
 from asymswap.types import Origin, Preprocessing, Progress, silent
 from asymswap.utils.tensors import meta_copy
 from asymswap.utils.unchanged import unchanged
@@ -184,7 +185,7 @@ def _from_result(result: Converted, request: Request) -> OpenedModel:
     header = getattr(result, "header", None)
     if not isinstance(header, Header):
         raise SourceError(f"a {type(result).__name__} is no model; give a reference, a file or an nn.Module")
-    reference = told(header.provenance, "the conversion").report.model.reference or header.origin.reference
+    reference = read_history(header.provenance, "the conversion").report.model.reference or header.origin.reference
     return replace(
         _describe_converted(result.model, header, _build_named(header.origin, request)),
         reference=reference,

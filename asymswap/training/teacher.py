@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Header, ToldReport, read_checkpoint, told
+from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.models import builders, timm_models
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
 from asymswap.models.references import FILE_SUFFIXES
+from asymswap.results.provenance import Source, read_history
 from asymswap.training.distillation import Teacher
 from asymswap.types import Swap
 
@@ -85,7 +86,7 @@ def _open_original(header: Header, folder: Path | None) -> OpenedModel:
 
 def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]:
     """How the original was opened when it was converted, and so can be opened again."""
-    report = told(header.provenance, "the checkpoint").report
+    report = read_history(header.provenance, "the checkpoint").report
     reference, weights = report.model.reference, report.model.weights
     if not reference or weights in ("", "as given"):
         raise SourceError(f"the checkpoint does not tell which model it was made of; {_GIVE}")
@@ -110,7 +111,7 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
     return origin, {"weights": weights, "arguments": arguments} if origin.startswith("torchvision:") else {}
 
 
-def _recorded_file(report: ToldReport) -> str | None:
+def _recorded_file(report: Source) -> str | None:
     """The path of the file that was converted, as it was given then; None where the model was no file."""
     if not report.model.sha256:
         return None

@@ -18,7 +18,7 @@ from asymswap.cli.commandline import repeatable
 from asymswap.errors import AsymswapError
 from asymswap.models.converted import restore, save_checkpoint
 from asymswap.reporting.markdown import to_markdown
-from asymswap.reporting.provenance import read_report
+from asymswap.results.provenance import read_report
 
 Run = Callable[..., Any]
 Refusal = Callable[..., str]

@@ -17,10 +17,9 @@ from made_reports import MAKING, kept, like_resnet50, report, site
 
 from asymswap.errors import CheckpointError
 from asymswap.reporting.html import to_html
-from asymswap.reporting.provenance import read_making, read_report
 from asymswap.results.convert import OutputChange, Report
 from asymswap.results.fuse import FusionRow
-from asymswap.results.provenance import Making
+from asymswap.results.provenance import Making, read_making, read_report
 from asymswap.results.records import to_json
 from asymswap.types import Cost
 
