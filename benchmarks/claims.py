@@ -327,9 +327,9 @@ class Stopwatch:
 
 def _built(network: str, code: dict[str, Any]) -> Any:
     """The plain network, with weights from the current seed."""
-    from asymswap.models.references import build_architecture
+    from asymswap.models.factories import UserCode
 
-    return build_architecture(network, code["arguments"], trust_code=True)
+    return UserCode(trust_code=True).build(network, code["arguments"])
 
 
 def kept_bytes(model: Any, setting: Setting) -> int:

@@ -66,5 +66,5 @@ def nearest(state: State, progress: Progress) -> tuple[float, str, View]:
 def _told(state: State, progress: Progress) -> str:
     likeness, reference, view = nearest(state, progress)
     prefix = f" under {view.prefix!r}" if view.prefix else ""
-    difference = compare(builders.on_meta(reference, {}), view.state)
+    difference = compare(builders.family_of(reference).on_meta(reference, {}), view.state)
     return f"nearest known: {reference} ({likeness:.0%} of keys and shapes{prefix}; {difference})"

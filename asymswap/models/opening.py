@@ -19,18 +19,17 @@ from asymswap.fileformats.shards import files_of
 from asymswap.models.builders import canonical
 from asymswap.models.converted import HOW_TO_BUILD, restore
 from asymswap.models.factories import how_built, same_callable
+from asymswap.models.modules import describe_module
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.models.references import (
     Request,
     about_trust,
-    build_architecture,
-    describe_module,
+    find_architecture,
     is_file_reference,
     open_loaded,
     open_reference,
     rebuild,
-    weights_in,
 )
 from asymswap.results.provenance import read_history
 from asymswap.types import Origin, Preprocessing, Progress, silent
@@ -203,7 +202,7 @@ def _open_file(path: Path, request: Request, progress: Progress) -> OpenedModel:
             if stored is not None:
                 opened = _open_converted(path, stored, request)
             else:
-                opened = open_loaded(path, weights_in(path, raw, request), request, progress)
+                opened = open_loaded(path, raw, request, progress)
         except AsymswapError as error:
             if not raw.executed:
                 raise
@@ -264,4 +263,5 @@ def _build_named(origin: Origin, request: Request) -> nn.Module | None:
         return arch
     same = canonical(arch) == origin.reference or same_callable(arch, origin.reference)
     stored = origin.arguments if same else {}
-    return build_architecture(arch, {**stored, **request.arguments}, request.trust_code)
+    family, full = find_architecture(arch, request.trust_code)
+    return family.build(full, {**stored, **request.arguments})

@@ -1,4 +1,4 @@
-"""The models of torchvision by name: built, filled with published weights, described so that they can be rebuilt."""
+"""The models of torchvision: built, filled with published weights, described so that they can be rebuilt."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +18,15 @@ from torchvision import models
 
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.state_dict import State
+from asymswap.fileformats.module_structure import to_structure
+from asymswap.fileformats.state_dict import Difference, State
 from asymswap.fileformats.torch_files import load_object
-from asymswap.types import InputForm, Preprocessing, Size
+from asymswap.models.family import Family, Fit, Published, input_channels
+from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import with_channels
+from asymswap.types import InputForm, Origin, Preprocessing, Size
+
+PREFIX = "torchvision:"
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,52 +40,9 @@ _OLD_KEYS = (
 )
 
 
-def names() -> list[str]:
-    """All model names that torchvision registers."""
-    return list(models.list_models())
-
-
 def classifiers() -> list[str]:
-    """The names of the image classifiers among them."""
+    """The names of torchvision's image classifiers."""
     return list(models.list_models(models))
-
-
-def task(name: str) -> str:
-    """What a network is for, as torchvision's packages say: classification, segmentation, detection, video …"""
-    parts: list[str] = models.get_model_builder(name).__module__.split(".")
-    return parts[2] if len(parts) > 3 else "classification"
-
-
-@dataclass(frozen=True)
-class Published:
-    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
-
-    model: str
-    weights: str
-    arguments: Mapping[str, Any]
-
-
-def published(digest: str) -> Published | None:
-    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
-    return _published().get(digest[:8])
-
-
-@functools.cache
-def _published() -> dict[str, Published]:
-    found: dict[str, Published] = {}
-    for name in names():
-        for weights in models.get_model_weights(name):
-            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
-            if digits and not name.startswith("quantized_"):
-                # The heads that torchvision drops from its pretrained models are in their files.
-                arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
-                found.setdefault(digits[1][:8], Published(name, weights.name, arguments))
-    return found
-
-
-def transforms_input(name: str) -> bool:
-    """Whether the model has the switch that torchvision turns on with its published weights alone."""
-    return name in ("googlenet", "inception_v3")
 
 
 def with_current_keys(state: State) -> State:
@@ -92,83 +54,6 @@ def with_current_keys(state: State) -> State:
         return key
 
     return {current(key): tensor for key, tensor in state.items()}
-
-
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model with random weights, downloading nothing; raises whatever the builder does for a wrong argument."""
-    builder = models.get_model_builder(name)
-    takes = inspect.signature(builder).parameters
-    # Given weights are ours to load.
-    none = {key: None for key in ("weights", "weights_backbone") if key in takes}
-    _check_arguments(name, arguments)
-    model: nn.Module = builder(**none, **{**_defaults(name), **arguments})
-    return model
-
-
-def build_pretrained(
-    name: str, weights_name: str, arguments: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any], str]:
-    """The model with published weights, the arguments that rebuild its structure, and the weights' own name.
-
-    The weights are read from torch.hub's cache, or downloaded into it. Raises SourceError where neither can be done.
-    """
-    weights = _weights(name, weights_name)
-    _check_arguments(name, arguments)
-    cached = _fetch(name, weights)
-    state = _read(name, cached)
-    try:
-        with _given(weights, state):
-            model = models.get_model(name, weights=weights, progress=False, **{**_defaults(name), **arguments})
-    except Exception as error:
-        # Weights that do not fit can raise about anything; so can a builder at an argument that it was not made for.
-        if arguments and isinstance(error, TypeError | ValueError):
-            raise SourceError(f"torchvision's {name} does not take {dict(arguments)}: {_reason(error)}") from None
-        raise SourceError(f"cannot load {cached} into {name}: {_reason(error)}; {_DELETE}") from None
-    return model, {**_set_by_weights(name, weights), **arguments}, weights.name
-
-
-def _fetch(name: str, weights: Any) -> Path:
-    """Where torch.hub keeps the file of these weights; it is downloaded where it is missing."""
-    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-    try:
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            digits = torch.hub.HASH_REGEX.search(cached.name)
-            torch.hub.download_url_to_file(
-                weights.url, str(cached), hash_prefix=digits and digits[1], progress=sys.stderr.isatty()
-            )
-    except (OSError, HTTPException, RuntimeError) as error:
-        # The RuntimeError is torch's word for a download with another hash than its name says.
-        raise SourceError(
-            f"the weights {weights.name} of {name} are not in {cached.parent} and cannot be downloaded "
-            f"({_reason(error)}); use --weights none for random weights or --weights FILE for a state_dict"
-        ) from None
-    return cached
-
-
-def _read(name: str, cached: Path) -> Any:
-    """What a file of torch.hub's cache holds, read as any file is; raises SourceError.
-
-    Anybody can write to that folder, and torchvision would unpickle what lies there without restriction.
-    """
-    digits = torch.hub.HASH_REGEX.search(cached.name)
-    try:
-        kind = sniff(cached)
-        if digits and not sha256(cached).startswith(digits[1]):
-            raise SourceError("its SHA-256 is not the one in its name")
-        return load_object(cached, kind, False, "it", "take weights of your own with --weights FILE")
-    except SourceError as error:
-        raise SourceError(f"cannot load {cached} into {name}: {error}; {_DELETE}") from None
-
-
-@contextmanager
-def _given(weights: Any, state: Any) -> Iterator[None]:
-    """While open, torchvision's builder takes this state dict for the weights' own; what they set is left to it."""
-    weights.get_state_dict = lambda **_: state
-    try:
-        yield
-    finally:
-        del weights.get_state_dict
 
 
 _FRAMES = 16
@@ -220,32 +105,197 @@ def _detection_size(model: nn.Module) -> Size:
     return side, side
 
 
-def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
-    """How the weights' own transforms prepare an image; for random weights, those of the default weights."""
-    assumed = assumed_preprocessing(model)
-    if assumed.form in ("image-list", "image-pair"):
-        return assumed
-    weights = _weights(name, weights_name or "DEFAULT")
-    transforms = weights.transforms()
-    sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
-    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
-    weights_crop = crop
-    # Vision transformers fix their input size when they are built.
-    fixed = getattr(model, "image_size", None)
-    if isinstance(fixed, int) and fixed != crop:
-        crop, resize = fixed, None
-    return Preprocessing(
-        channels=3,
-        size=(crop or 224, crop or 224),
-        mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
-        std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
-        resize=resize,
-        interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
-        form=assumed.form,
-        frames=assumed.frames,
-        normalization_from="weights" if weights_name else "family",
-        size_from="weights" if weights_name and crop == weights_crop else "family",
-    )
+class Torchvision(Family):
+    """`torchvision:NAME`, or NAME alone."""
+
+    def names(self) -> list[str]:
+        """The full references of all models that torchvision registers."""
+        return [f"{PREFIX}{name}" for name in models.list_models()]
+
+    def canonical(self, reference: str) -> str | None:
+        """`torchvision:resnet18` for `resnet18`."""
+        full = PREFIX + reference.removeprefix(PREFIX)
+        return full if full in self.names() else None
+
+    def construct(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """The model with random weights, downloading nothing; `in_channels` makes its first conv anew."""
+        name = reference.removeprefix(PREFIX)
+        own = {key: value for key, value in arguments.items() if key != "in_channels"}
+        _check_arguments(name, own)
+        builder = models.get_model_builder(name)
+        takes = inspect.signature(builder).parameters
+        # Given weights are ours to load.
+        none = {key: None for key in ("weights", "weights_backbone") if key in takes}
+        model: nn.Module = builder(**none, **{**_defaults(name), **own})
+        if "in_channels" in arguments:
+            _set_channels_(model, reference, arguments["in_channels"])
+        return model
+
+    def weights(self, reference: str, name: str | None, arguments: Mapping[str, Any]) -> OpenedModel:
+        """The model with published weights, from torch.hub's cache, or downloaded into it; raises SourceError."""
+        model_name = reference.removeprefix(PREFIX)
+        weights = _weights(model_name, name or "DEFAULT")
+        _check_arguments(model_name, arguments)
+        cached = _fetch(model_name, weights)
+        state = _read(model_name, cached)
+        # While this is set, torchvision's builder takes our state dict for the weights' own; it still sets what the
+        # weights ask for.
+        weights.get_state_dict = lambda **_: state
+        try:
+            own = {**_defaults(model_name), **arguments}
+            model = models.get_model(model_name, weights=weights, progress=False, **own)
+        except Exception as error:
+            # Weights that do not fit can raise about anything; so can a builder at an argument of another network.
+            if arguments and isinstance(error, TypeError | ValueError):
+                raise SourceError(
+                    f"torchvision's {model_name} does not take {dict(arguments)}: {_reason(error)}"
+                ) from None
+            raise SourceError(f"cannot load {cached} into {model_name}: {_reason(error)}; {_DELETE}") from None
+        finally:
+            del weights.get_state_dict
+        origin = Origin(reference, {**_set_by_weights(model_name, weights), **arguments})
+        # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
+        skeleton = None if model_name in classifiers() else to_structure(model)
+        preprocessing = self._preprocessing(model_name, model, weights.name)
+        return OpenedModel(model, origin, preprocessing, weights.name, skeleton=skeleton, private=True)
+
+    def describe(
+        self,
+        model: nn.Module,
+        reference: str,
+        arguments: Mapping[str, Any],
+        weights: str,
+        published: Published | None = None,
+    ) -> OpenedModel:
+        """A filled model, with a note on the switch that published weights turn on, and files do not speak of."""
+        opened = super().describe(model, reference, arguments, weights, published)
+        notes: tuple[str, ...] = ()
+        if published is not None:
+            set_so = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
+            name = published.reference.removeprefix(PREFIX)
+            known = f"known by its SHA-256 as torchvision's {published.weights} of {name}"
+            notes = (f"{known}{', which sets ' if set_so else ''}{set_so}",)
+        elif reference.removeprefix(PREFIX) in ("googlenet", "inception_v3") and "transform_input" not in arguments:
+            notes = ("set --arg transform_input=true for weights that descend from torchvision's; it is off here",)
+        return replace(opened, notes=notes)
+
+    def fit(self, reference: str, arguments: Mapping[str, Any], state: State) -> Fit:
+        """As for any family, under the names that torchvision's densenets and vision transformers have now."""
+        return super().fit(reference, arguments, with_current_keys(state))
+
+    def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
+        guess = super()._guess(model, difference)
+        if difference.missing and all(key.lower().startswith("aux") for key in difference.missing):
+            # torchvision drops the auxiliary heads of its own pretrained models.
+            guess["aux_logits"] = False
+        return guess
+
+    def preprocessing(
+        self,
+        reference: str,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        weights: str | None = None,
+    ) -> Preprocessing:
+        """How the weights' own transforms prepare an image; for other weights, those of the default weights."""
+        own = self._preprocessing(reference.removeprefix(PREFIX), model, weights)
+        return with_channels(own, input_channels(model))
+
+    def _preprocessing(self, name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
+        assumed = assumed_preprocessing(model)
+        if assumed.form in ("image-list", "image-pair"):
+            return assumed
+        weights = _weights(name, weights_name or "DEFAULT")
+        transforms = weights.transforms()
+        sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
+        crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
+        weights_crop = crop
+        # Vision transformers fix their input size when they are built.
+        fixed = getattr(model, "image_size", None)
+        if isinstance(fixed, int) and fixed != crop:
+            crop, resize = fixed, None
+        return Preprocessing(
+            channels=3,
+            size=(crop or 224, crop or 224),
+            mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
+            std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
+            resize=resize,
+            interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
+            form=assumed.form,
+            frames=assumed.frames,
+            normalization_from="weights" if weights_name else "family",
+            size_from="weights" if weights_name and crop == weights_crop else "family",
+        )
+
+
+def published(digest: str) -> Published | None:
+    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
+    return _published().get(digest[:8])
+
+
+@functools.cache
+def _published() -> dict[str, Published]:
+    found: dict[str, Published] = {}
+    for name in models.list_models():
+        for weights in models.get_model_weights(name):
+            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
+            if digits and not name.startswith("quantized_"):
+                # The heads that torchvision drops from its pretrained models are in their files.
+                arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
+                found.setdefault(digits[1][:8], Published(f"{PREFIX}{name}", weights.name, arguments))
+    return found
+
+
+def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
+    """Give the network another number of input channels: its first conv becomes one of those, with random weights."""
+    name, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+    # What a network is for, as torchvision's packages say: classification, segmentation, detection, video …
+    package: list[str] = models.get_model_builder(reference.removeprefix(PREFIX)).__module__.split(".")
+    if conv is None or (len(package) > 3 and package[2] != "segmentation"):
+        raise SourceError(f"{reference} does not take 'in_channels'; its input has the channels of an image")
+    if type(channels) is not int or channels < 1 or channels % conv.groups:
+        raise SourceError(f"{reference} cannot have in_channels={channels!r}; give a whole number from 1 on")
+    if channels == conv.in_channels:
+        return
+    other = nn.Conv2d(
+        channels, conv.out_channels, cast(Any, conv.kernel_size), cast(Any, conv.stride), cast(Any, conv.padding),
+        cast(Any, conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
+    )  # fmt: skip
+    model.set_submodule(name, other)
+
+
+def _fetch(name: str, weights: Any) -> Path:
+    """Where torch.hub keeps the file of these weights; it is downloaded where it is missing."""
+    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    try:
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            digits = torch.hub.HASH_REGEX.search(cached.name)
+            torch.hub.download_url_to_file(
+                weights.url, str(cached), hash_prefix=digits and digits[1], progress=sys.stderr.isatty()
+            )
+    except (OSError, HTTPException, RuntimeError) as error:
+        # The RuntimeError is torch's word for a download with another hash than its name says.
+        raise SourceError(
+            f"the weights {weights.name} of {name} are not in {cached.parent} and cannot be downloaded "
+            f"({_reason(error)}); use --weights none for random weights or --weights FILE for a state_dict"
+        ) from None
+    return cached
+
+
+def _read(name: str, cached: Path) -> Any:
+    """What a file of torch.hub's cache holds, read as any file is; raises SourceError.
+
+    Anybody can write to that folder, and torchvision would unpickle what lies there without restriction.
+    """
+    digits = torch.hub.HASH_REGEX.search(cached.name)
+    try:
+        kind = sniff(cached)
+        if digits and not sha256(cached).startswith(digits[1]):
+            raise SourceError("its SHA-256 is not the one in its name")
+        return load_object(cached, kind, False, "it", "take weights of your own with --weights FILE")
+    except SourceError as error:
+        raise SourceError(f"cannot load {cached} into {name}: {error}; {_DELETE}") from None
 
 
 def _weights(name: str, weights_name: str) -> Any:

@@ -137,12 +137,12 @@ def _offline() -> Iterator[None]:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("nothing is downloaded on a checkpoint's word")
 
-    before = torch.hub.download_url_to_file, timm_models._find_hub
-    torch.hub.download_url_to_file, timm_models._find_hub = refuse, refuse
+    before = torch.hub.download_url_to_file, timm_models.find_hub
+    torch.hub.download_url_to_file, timm_models.find_hub = refuse, refuse
     try:
         yield
     finally:
-        torch.hub.download_url_to_file, timm_models._find_hub = before
+        torch.hub.download_url_to_file, timm_models.find_hub = before
 
 
 def _is_ours(path: Path) -> bool:

@@ -245,7 +245,7 @@ def test_from_file_to_file_and_back(nets: Path) -> None:
     with pytest.raises(SourceError, match="--trust-code"):
         asymswap.convert(asymswap.open_model("net.asym.pt", arch=f"{NAME}:Net"), plan={"swaps": []})
     assert not Path("canary").exists()
-    own = factories.call_factory(f"{NAME}:Net", {"width": 8}, trust_code=True)
+    own = factories.UserCode(trust_code=True).build(f"{NAME}:Net", {"width": 8})
     assert torch.equal(asymswap.load("net.asym.pt", model=own)(x), expected)
     # By another path, and with the arguments that the checkpoint holds.
     again = asymswap.convert(

@@ -16,8 +16,7 @@ from torch import nn
 
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
-from asymswap.models import timm_models
-from asymswap.models.builders import canonical
+from asymswap.models.builders import build, canonical
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
 from asymswap.models.references import is_file_reference, rebuild
@@ -70,7 +69,7 @@ class TestInstalled:
 
         def put(name: str = f"{NAME}.{TAG}", change: Callable[[dict[str, Any]], Any] = dict) -> nn.Module:
             torch.manual_seed(1)
-            model = timm_models.build(name, {}).eval()
+            model = build(f"timm:{name}", {}).eval()
             folder = tmp_path / "hub" / f"models--timm--{name}"
             (folder / "refs").mkdir(parents=True)
             (folder / "refs" / "main").write_text("0" * 40)
@@ -116,7 +115,7 @@ class TestInstalled:
         with pytest.raises(SourceError, match=r"cannot be downloaded \(.*\); use --weights none"):
             open_model(f"timm:{name}")
         torch.manual_seed(1)
-        expected = timm_models.build(name, {})
+        expected = build(f"timm:{name}", {})
         (tmp_path / "torch" / "checkpoints").mkdir(parents=True, exist_ok=True)
         torch.save(expected.state_dict(), tmp_path / "torch" / "checkpoints" / "w-1.pth")
         assert same_weights(open_model(f"timm:{name}").model, expected)
@@ -269,7 +268,7 @@ class TestInstalled:
     )
     def test_state_dicts(self, built: dict[str, int], arguments: dict[str, int], arch: str, tmp_path: Path) -> None:
         torch.manual_seed(1)
-        model = timm_models.build(NAME, built)
+        model = build(f"timm:{NAME}", built)
         torch.save({"epoch": 1, "arch": NAME, "state_dict": model.state_dict()}, tmp_path / "w.pt")
         opened = open_model(tmp_path / "w.pt", arch=arch)
         assert same_weights(opened.model, model)
@@ -279,14 +278,14 @@ class TestInstalled:
 
     @pytest.mark.slow
     def test_a_state_dict_that_fits_another_model(self, tmp_path: Path, refusal: Refusal) -> None:
-        torch.save(timm_models.build("test_efficientnet", {}).state_dict(), tmp_path / "w.pt")
+        torch.save(build("timm:test_efficientnet", {}).state_dict(), tmp_path / "w.pt")
         assert "w.pt does not fit timm:test_resnet: missing: " in refusal(
             "candidates", "w.pt", "--arch", f"timm:{NAME}"
         )
 
     def test_keys_as_authors_published_them(self, tmp_path: Path) -> None:
         """Facebook's ConvNeXt files nest the weights and name blocks otherwise; timm renames them."""
-        model = timm_models.build("test_convnext", {})
+        model = build("timm:test_convnext", {})
         old = {theirs(key): tensor for key, tensor in model.state_dict().items()}
         assert not old.keys() <= model.state_dict().keys()
         torch.save({"model": old}, tmp_path / "w.pt")

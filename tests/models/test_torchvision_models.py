@@ -55,7 +55,7 @@ MEDIUM = [
     if name not in SMALL and models.get_model_weights(name)["DEFAULT"].meta["num_params"] < 50_000_000
 ]
 DEFAULT = [*references(["googlenet", "inception_v3", "resnet18"]), *SWAG]
-REST = [reference for reference in references(torchvision_models.names()) if reference not in DEFAULT]
+REST = [reference for reference in references(models.list_models()) if reference not in DEFAULT]
 
 
 @contextmanager
