@@ -1,4 +1,4 @@
-"""Writes asymswap/sources/allowlist.txt: the classes that a pickled module may name.
+"""Writes asymswap/fileformats/allowlist.txt: the classes that a pickled module may name.
 
 These are the subclasses of nn.Module that torch.nn and torchvision define, by the names under which pickle finds
 them, and nothing else: no function, no GraphModule, which is made from code that stands in the file, and no lazy
@@ -16,7 +16,7 @@ import torchvision
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-OUT = Path(__file__).parents[1] / "asymswap" / "sources" / "allowlist.txt"
+OUT = Path(__file__).parents[1] / "asymswap" / "fileformats" / "allowlist.txt"
 ROOTS = (nn.modules, torchvision.models, torchvision.ops)
 
 

@@ -19,7 +19,7 @@ from asymswap.errors import SourceError
 from asymswap.models import builders, fingerprints
 from asymswap.models.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash, to_line
 
-OUT = Path(__file__).parents[1] / "asymswap" / "sources" / "fingerprints.tsv"
+OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
 
 # Numbers that no network has by default and that share no divisor with each other.
 CLASSES, CHANNELS = (11, 13), 5

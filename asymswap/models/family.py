@@ -17,6 +17,8 @@ from asymswap.models.opened import OpenedModel
 from asymswap.types import Origin, Preprocessing
 from asymswap.utils.tensors import WithinMemory, WithoutMemory, allocated, list_tensors
 
+Arguments = Mapping[str, Any]
+
 _MOST_BYTES = 2**30
 """Of weights, where a network that nobody has filled yet takes memory: a file may claim any arguments for it."""
 
@@ -28,15 +30,6 @@ class Fit:
     arguments: dict[str, Any]
     state: State
     difference: Difference
-
-
-@dataclass(frozen=True)
-class Published:
-    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
-
-    reference: str
-    weights: str
-    arguments: Mapping[str, Any]
 
 
 class Family(ABC):
@@ -58,35 +51,25 @@ class Family(ABC):
         """The full form of a reference to one of these networks, None for others."""
 
     @abstractmethod
-    def construct(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """The network with random weights; raises whatever the builder does for a wrong argument."""
 
     @abstractmethod
-    def preprocessing(
-        self, reference: str, model: nn.Module, arguments: Mapping[str, Any], weights: str | None = None
-    ) -> Preprocessing:
-        """What a network takes, with published weights of that name or with others."""
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
+        """What a network takes."""
 
-    def weights(self, reference: str, name: str | None, arguments: Mapping[str, Any]) -> OpenedModel:
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """The network with published weights, the default ones where none are named; raises SourceError."""
         raise SourceError(
             f"{reference} has no published weights; use --weights FILE, or --weights none for random ones"
         )
 
-    def describe(
-        self,
-        model: nn.Module,
-        reference: str,
-        arguments: Mapping[str, Any],
-        weights: str,
-        published: Published | None = None,
-    ) -> OpenedModel:
-        """A network of this family that has been built and filled; `published` is the file that its weights are of."""
-        known = None if published is None else published.weights
-        preprocessing = self.preprocessing(reference, model, arguments, known)
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
+        """A network of this family that has been built and filled."""
+        preprocessing = self.preprocessing(reference, model, arguments)
         return OpenedModel(model, Origin(reference, dict(arguments)), preprocessing, weights, private=self.private)
 
-    def build(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def build(self, reference: str, arguments: Arguments) -> nn.Module:
         """The network with random weights; raises SourceError for arguments that it does not take."""
         try:
             return self.construct(reference, arguments)
@@ -99,7 +82,7 @@ class Family(ABC):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
 
-    def on_meta(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def on_meta(self, reference: str, arguments: Arguments) -> nn.Module:
         """The network with its weights on the meta device: enough to compare keys and shapes.
 
         Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte at most.
@@ -114,7 +97,7 @@ class Family(ABC):
                 with WithinMemory(_MOST_BYTES):
                     return self.build(reference, arguments)
 
-    def build_unset(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def build_unset(self, reference: str, arguments: Arguments) -> nn.Module:
         """The network with unset weights, to load a state dict into: no memory is taken before that is done."""
         model = self.on_meta(reference, arguments)
         stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
@@ -127,7 +110,7 @@ class Family(ABC):
                 return self.build(reference, arguments)
         return allocated(model)
 
-    def fit(self, reference: str, arguments: Mapping[str, Any], state: State) -> Fit:
+    def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """The arguments, class count and input channels as a state dict shows them among them, and how it differs then.
 
         The network is built without weights. Raises SourceError where it does not take the given arguments.

@@ -32,7 +32,7 @@ from asymswap.models.references import (
     rebuild,
 )
 from asymswap.results.provenance import read_history
-from asymswap.types import Origin, Preprocessing, Progress, silent
+from asymswap.types import Origin, Progress, silent
 from asymswap.utils.tensors import meta_copy
 from asymswap.utils.unchanged import unchanged
 
@@ -80,12 +80,7 @@ def open_model(
     if isinstance(arch, nn.Module) and arguments:
         raise SourceError(f"arch= is a module already, so the argument {next(iter(arguments))!r} changes nothing")
     request = Request(
-        arch=arch,
-        weights=weights,
-        arguments=arguments or {},
-        trust_pickle=trust_pickle,
-        key=key,
-        trust_code=trust_code,
+        arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle, trust_code=trust_code
     )
     if isinstance(model, OpenedModel):
         if request != Request():
@@ -185,11 +180,8 @@ def _from_result(result: Converted, request: Request) -> OpenedModel:
     if not isinstance(header, Header):
         raise SourceError(f"a {type(result).__name__} is no model; give a reference, a file or an nn.Module")
     reference = read_history(header.provenance, "the conversion").report.model.reference or header.origin.reference
-    return replace(
-        _describe_converted(result.model, header, _build_named(header.origin, request)),
-        reference=reference,
-        weights="as given",
-    )
+    opened = _describe_converted(result.model, header, _build_named(header.origin, request), "as given")
+    return replace(opened, reference=reference)
 
 
 def _open_file(path: Path, request: Request, progress: Progress) -> OpenedModel:
@@ -216,40 +208,30 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
     if request.key is not None:
         raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
-    header = stored.header
-    base = _build_named(header.origin, request)
-    count = len(header.plans)
-    times = {1: "once", 2: "twice"}.get(count, f"{count} times")
-    return replace(
-        _describe_converted(restore(stored, str(path), base), header, base),
-        weights=f"file {path.name}",
-        notes=(f"converted before, {times}", *how_built(request.arch if isinstance(request.arch, str) else "")),
-        file=path,
-        sha256=sha256(path),
-        private=True,
+    base = _build_named(stored.header.origin, request)
+    opened = _describe_converted(restore(stored, str(path), base), stored.header, base, f"file {path.name}")
+    times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
+    built = how_built(request.arch) if isinstance(request.arch, str) else ()
+    return replace(opened, notes=(f"converted before, {times}", *built), file=path, sha256=sha256(path), private=True)
+
+
+def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None, weights: str) -> OpenedModel:
+    """A converted model; of its preprocessing, what was only taken for granted when it was written stays so."""
+    known, guesses = header.preprocessing, ("family", "assumed")
+    preprocessing = replace(
+        known,
+        normalization_from=known.normalization_from if known.normalization_from in guesses else "file",
+        size_from=known.size_from if known.size_from in guesses else "file",
     )
-
-
-def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None) -> OpenedModel:
     return OpenedModel(
         model=model,
         origin=header.origin,
-        preprocessing=_stored_preprocessing(header.preprocessing),
-        weights="",
+        preprocessing=preprocessing,
+        weights=weights,
         skeleton=header.skeleton,
         plans=header.plans,
         provenance=header.provenance,
         base=base,
-    )
-
-
-def _stored_preprocessing(stored: Preprocessing) -> Preprocessing:
-    """The preprocessing in a converted file; what was only taken for granted when it was written stays so."""
-    guesses = ("family", "assumed")
-    return replace(
-        stored,
-        normalization_from=stored.normalization_from if stored.normalization_from in guesses else "file",
-        size_from=stored.size_from if stored.size_from in guesses else "file",
     )
 
 

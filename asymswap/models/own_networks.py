@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
@@ -12,7 +10,7 @@ from torch import nn
 from asymswap.errors import SourceError
 from asymswap.fileformats.state_dict import load_state_
 from asymswap.models import networks
-from asymswap.models.family import Family, input_channels
+from asymswap.models.family import Arguments, Family, input_channels
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.types import Preprocessing
@@ -32,7 +30,7 @@ class OwnNetworks(Family):
         """The reference itself, which has no shorter form."""
         return reference if reference in self.names() else None
 
-    def construct(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """The network with random weights."""
         builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix(_PREFIX)]
         unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
@@ -40,7 +38,7 @@ class OwnNetworks(Family):
             raise SourceError(f"{reference} does not take {unknown[0]!r}; it takes num_classes and in_channels")
         return builder(**arguments)
 
-    def weights(self, reference: str, name: str | None, arguments: Mapping[str, Any]) -> OpenedModel:
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """The weights of the demo's network, which are shipped."""
         if reference != DIGITS:
             return super().weights(reference, name, arguments)
@@ -52,13 +50,7 @@ class OwnNetworks(Family):
         known = replace(opened.preprocessing, normalization_from="weights", size_from="weights")
         return replace(opened, preprocessing=known)
 
-    def preprocessing(
-        self,
-        reference: str,
-        model: nn.Module,
-        arguments: Mapping[str, Any],
-        weights: str | None = None,
-    ) -> Preprocessing:
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
         """What the published checkpoints of these networks were trained with."""
         own = networks.DIGITS_PREPROCESSING if reference == DIGITS else networks.CIFAR_PREPROCESSING
         return with_channels(own, input_channels(model))

@@ -31,11 +31,11 @@ from asymswap.fileformats.shards import files_of, fingerprint
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
 from asymswap.models import builders, timm_models, torchvision_models
 from asymswap.models.factories import Given, UserCode, names_code, names_python_file
-from asymswap.models.family import Family, Published
-from asymswap.models.identify import YOUR_OWN, identify, nearest
-from asymswap.models.key_prefixes import View, views
+from asymswap.models.family import Family
+from asymswap.models.identify import YOUR_OWN, View, identify, nearest, views
 from asymswap.models.modules import describe_module
 from asymswap.models.opened import OpenedModel
+from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Progress, silent
 from asymswap.utils.unchanged import unchanged
 
@@ -243,7 +243,9 @@ def _fill(
         notes = view.notes() + _load_extra(model, found.extra, view)
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
-    opened = family.describe(model, reference, fit.arguments, label, published)
+    opened = family.describe(model, reference, fit.arguments, label)
+    if published is not None:
+        opened = torchvision_models.as_published(opened, published)
     return replace(opened, notes=notes + opened.notes, private=private)
 
 

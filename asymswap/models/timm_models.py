@@ -20,14 +20,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.client import HTTPException
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.state_dict import Difference, State, compare
-from asymswap.models.family import Family, Fit, Published
+from asymswap.models.family import Arguments, Family, Fit
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Origin, Preprocessing
 
@@ -51,11 +50,11 @@ class Timm(Family):
         """The reference itself: whether timm has such a model is for timm to say, which takes seconds to load."""
         return reference if reference.startswith(PREFIX) else None
 
-    def construct(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """The model with random weights, downloading nothing; raises SourceError where timm cannot build it."""
         return _create(_name(reference), arguments, pretrained=False)
 
-    def weights(self, reference: str, name: str | None, arguments: Mapping[str, Any]) -> OpenedModel:
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """The model with published weights, with what timm has to remark on them as notes.
 
         Raises SourceError where there are none, where they are neither in a cache nor can be downloaded, or do not fit.
@@ -92,31 +91,18 @@ class Timm(Family):
         known = replace(opened.preprocessing, normalization_from="weights", size_from="weights")
         return replace(opened, preprocessing=known)
 
-    def describe(
-        self,
-        model: nn.Module,
-        reference: str,
-        arguments: Mapping[str, Any],
-        weights: str,
-        published: Published | None = None,
-    ) -> OpenedModel:
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """A filled model; another version of timm may not know the tag, so what follows from it is stored instead."""
         name = _name(reference)
         arguments = _settled(name, arguments)
         origin = Origin(PREFIX + split(name)[0], arguments)
         return OpenedModel(model, origin, preprocessing_of(model, arguments), weights, private=False)
 
-    def preprocessing(
-        self,
-        reference: str,
-        model: nn.Module,
-        arguments: Mapping[str, Any],
-        weights: str | None = None,
-    ) -> Preprocessing:
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
         """How timm's own evaluation prepares an image."""
         return preprocessing_of(model, arguments)
 
-    def fit(self, reference: str, arguments: Mapping[str, Any], state: State) -> Fit:
+    def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """As for any family; timm's files are partly in the form in which the model's authors had published them."""
         plain = self.on_meta(reference, arguments)
         convert = getattr(sys.modules.get(type(plain).__module__), "checkpoint_filter_fn", None)
@@ -262,23 +248,15 @@ def _timm() -> Any:
     return timm
 
 
-def _registry() -> ModuleType:
-    _timm()
-    import timm.models
-
-    registry: ModuleType = timm.models
-    return registry
-
-
 def _config(name: str) -> Any:
     """timm's description of the weights of a name, or None where it has none."""
-    return _registry().get_pretrained_cfg(name)
+    return _timm().models.get_pretrained_cfg(name)
 
 
 def _check_name(name: str) -> None:
     """Raise SourceError, with near names, for an architecture or a tag that the installed timm lacks."""
     architecture, tag = split(name)
-    timm, registry = _timm(), _registry()
+    timm, registry = _timm(), _timm().models
     if not timm.is_model(architecture):
         hint = near_names(architecture, timm.list_models()) or "; timm.list_models() lists them"
         raise SourceError(f"timm {timm.__version__} has no model {architecture!r}{hint}")
@@ -339,6 +317,8 @@ def find_hub() -> None:
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
     """Keep timm and the hub's client from writing to the screen; what timm warns of is for the report to tell."""
+    from huggingface_hub import utils
+
     remarks: list[str] = []
 
     class Listener(logging.Handler):
@@ -350,28 +330,18 @@ def _listening() -> Iterator[list[str]]:
     own.addHandler(listener)
     own.propagate = False
     hub.setLevel(logging.CRITICAL)
+    # The hub's client shall draw its progress on a terminal only.
+    silenced = not (sys.stderr.isatty() or utils.are_progress_bars_disabled())
+    if silenced:
+        utils.disable_progress_bars()
     try:
-        with _no_bars():
-            yield remarks
+        yield remarks
     finally:
+        if silenced:
+            utils.enable_progress_bars()
         own.removeHandler(listener)
         own.propagate = before[0]
         hub.setLevel(before[1])
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Let the hub's client draw its progress on a terminal only."""
-    from huggingface_hub import utils
-
-    if sys.stderr.isatty() or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
 
 
 def _why_no_weights(name: str, arguments: Mapping[str, Any], error: Exception) -> str:

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from asymswap.fileformats.detect import sha256, sniff
 from asymswap.fileformats.module_structure import to_structure
 from asymswap.fileformats.state_dict import Difference, State
 from asymswap.fileformats.torch_files import load_object
-from asymswap.models.family import Family, Fit, Published, input_channels
+from asymswap.models.family import Arguments, Family, Fit, input_channels
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.types import InputForm, Origin, Preprocessing, Size
@@ -63,46 +63,40 @@ _FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "imag
 """What the models of torchvision's packages take, where it is not a batch of images."""
 
 
-def input_form(model: nn.Module) -> InputForm:
-    """What the forward of one of torchvision's models takes; a batch of images for any other."""
-    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
-    return _FORMS.get(package, "images")
-
-
 def assumed_preprocessing(model: nn.Module) -> Preprocessing:
     """What a model of which nothing else is known most likely takes, by its class and its attributes."""
-    form = input_form(model)
+    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
+    form, side = _FORMS.get(package, "images"), getattr(model, "image_size", None)
+    known = type(model).__module__.startswith("torchvision.models.") or form in ("image-list", "image-pair")
+    size: Size = (side, side) if isinstance(side, int) else (224, 224)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if form == "image-list":
         # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
-        return _of_family(Preprocessing(3, _detection_size(model), (0.0,) * 3, (1.0,) * 3, form=form))
-    if form == "image-pair":
-        return _of_family(Preprocessing(3, (256, 256), (0.5,) * 3, (0.5,) * 3, form=form))
-    side = getattr(model, "image_size", None)
-    ours = type(model).__module__.startswith("torchvision.models.")
-    frames = _FRAMES if form == "clips" else 1
+        transform = getattr(model, "transform", None)
+        fixed, shortest = getattr(transform, "fixed_size", None), int(getattr(transform, "min_size", (800,))[-1])
+        size = (shortest, shortest) if fixed is None else (int(fixed[1]), int(fixed[0]))
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif form == "image-pair":
+        size, mean, std = (256, 256), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     return Preprocessing(
         3,
-        (side, side) if isinstance(side, int) else (224, 224),
-        IMAGENET_MEAN,
-        IMAGENET_STD,
+        size,
+        mean,
+        std,
         form=form,
-        frames=frames,
-        normalization_from="family" if ours else "assumed",
-        size_from="family" if ours or isinstance(side, int) else "assumed",
+        frames=_FRAMES if form == "clips" else 1,
+        normalization_from="family" if known else "assumed",
+        size_from="family" if known or isinstance(side, int) else "assumed",
     )
 
 
-def _of_family(preprocessing: Preprocessing) -> Preprocessing:
-    return replace(preprocessing, normalization_from="family", size_from="family")
+@dataclass(frozen=True)
+class Published:
+    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
 
-
-def _detection_size(model: nn.Module) -> Size:
-    transform = getattr(model, "transform", None)
-    fixed = getattr(transform, "fixed_size", None)
-    if fixed is not None:
-        return int(fixed[1]), int(fixed[0])
-    side = int(getattr(transform, "min_size", (800,))[-1])
-    return side, side
+    reference: str
+    weights: str
+    arguments: Mapping[str, Any]
 
 
 class Torchvision(Family):
@@ -117,7 +111,7 @@ class Torchvision(Family):
         full = PREFIX + reference.removeprefix(PREFIX)
         return full if full in self.names() else None
 
-    def construct(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """The model with random weights, downloading nothing; `in_channels` makes its first conv anew."""
         name = reference.removeprefix(PREFIX)
         own = {key: value for key, value in arguments.items() if key != "in_channels"}
@@ -131,7 +125,7 @@ class Torchvision(Family):
             _set_channels_(model, reference, arguments["in_channels"])
         return model
 
-    def weights(self, reference: str, name: str | None, arguments: Mapping[str, Any]) -> OpenedModel:
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """The model with published weights, from torch.hub's cache, or downloaded into it; raises SourceError."""
         model_name = reference.removeprefix(PREFIX)
         weights = _weights(model_name, name or "DEFAULT")
@@ -156,30 +150,18 @@ class Torchvision(Family):
         origin = Origin(reference, {**_set_by_weights(model_name, weights), **arguments})
         # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
         skeleton = None if model_name in classifiers() else to_structure(model)
-        preprocessing = self._preprocessing(model_name, model, weights.name)
+        preprocessing = _preprocessing(model_name, model, weights.name)
         return OpenedModel(model, origin, preprocessing, weights.name, skeleton=skeleton, private=True)
 
-    def describe(
-        self,
-        model: nn.Module,
-        reference: str,
-        arguments: Mapping[str, Any],
-        weights: str,
-        published: Published | None = None,
-    ) -> OpenedModel:
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """A filled model, with a note on the switch that published weights turn on, and files do not speak of."""
-        opened = super().describe(model, reference, arguments, weights, published)
-        notes: tuple[str, ...] = ()
-        if published is not None:
-            set_so = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
-            name = published.reference.removeprefix(PREFIX)
-            known = f"known by its SHA-256 as torchvision's {published.weights} of {name}"
-            notes = (f"{known}{', which sets ' if set_so else ''}{set_so}",)
-        elif reference.removeprefix(PREFIX) in ("googlenet", "inception_v3") and "transform_input" not in arguments:
-            notes = ("set --arg transform_input=true for weights that descend from torchvision's; it is off here",)
-        return replace(opened, notes=notes)
+        opened = super().describe(model, reference, arguments, weights)
+        if reference.removeprefix(PREFIX) in ("googlenet", "inception_v3") and "transform_input" not in arguments:
+            note = "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
+            opened = replace(opened, notes=(note,))
+        return opened
 
-    def fit(self, reference: str, arguments: Mapping[str, Any], state: State) -> Fit:
+    def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """As for any family, under the names that torchvision's densenets and vision transformers have now."""
         return super().fit(reference, arguments, with_current_keys(state))
 
@@ -190,42 +172,50 @@ class Torchvision(Family):
             guess["aux_logits"] = False
         return guess
 
-    def preprocessing(
-        self,
-        reference: str,
-        model: nn.Module,
-        arguments: Mapping[str, Any],
-        weights: str | None = None,
-    ) -> Preprocessing:
-        """How the weights' own transforms prepare an image; for other weights, those of the default weights."""
-        own = self._preprocessing(reference.removeprefix(PREFIX), model, weights)
-        return with_channels(own, input_channels(model))
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
+        """How the transforms of the default weights prepare an image."""
+        return with_channels(_preprocessing(reference.removeprefix(PREFIX), model, None), input_channels(model))
 
-    def _preprocessing(self, name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
-        assumed = assumed_preprocessing(model)
-        if assumed.form in ("image-list", "image-pair"):
-            return assumed
-        weights = _weights(name, weights_name or "DEFAULT")
-        transforms = weights.transforms()
-        sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
-        crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
-        weights_crop = crop
-        # Vision transformers fix their input size when they are built.
-        fixed = getattr(model, "image_size", None)
-        if isinstance(fixed, int) and fixed != crop:
-            crop, resize = fixed, None
-        return Preprocessing(
-            channels=3,
-            size=(crop or 224, crop or 224),
-            mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
-            std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
-            resize=resize,
-            interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
-            form=assumed.form,
-            frames=assumed.frames,
-            normalization_from="weights" if weights_name else "family",
-            size_from="weights" if weights_name and crop == weights_crop else "family",
-        )
+
+def as_published(opened: OpenedModel, published: Published) -> OpenedModel:
+    """A filled model whose weights have been found to be published ones."""
+    name = published.reference.removeprefix(PREFIX)
+    set_so = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
+    note = f"known by its SHA-256 as torchvision's {published.weights} of {name}"
+    own = _preprocessing(name, opened.model, published.weights)
+    return replace(
+        opened,
+        preprocessing=with_channels(own, input_channels(opened.model)),
+        notes=(f"{note}, which sets {set_so}" if set_so else note,),
+    )
+
+
+def _preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
+    """How the transforms of these weights, or of the default ones, prepare an image."""
+    assumed = assumed_preprocessing(model)
+    if assumed.form in ("image-list", "image-pair"):
+        return assumed
+    weights = _weights(name, weights_name or "DEFAULT")
+    transforms = weights.transforms()
+    sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
+    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
+    weights_crop = crop
+    # Vision transformers fix their input size when they are built.
+    fixed = getattr(model, "image_size", None)
+    if isinstance(fixed, int) and fixed != crop:
+        crop, resize = fixed, None
+    return Preprocessing(
+        channels=3,
+        size=(crop or 224, crop or 224),
+        mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
+        std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
+        resize=resize,
+        interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
+        form=assumed.form,
+        frames=assumed.frames,
+        normalization_from="weights" if weights_name else "family",
+        size_from="weights" if weights_name and crop == weights_crop else "family",
+    )
 
 
 def published(digest: str) -> Published | None:

@@ -34,7 +34,7 @@ from asymswap.fileformats.pickle_parts import Record
 from asymswap.fileformats.torch_files import load_object
 
 ROOT = Path(__file__).parents[2]
-ALLOWLIST = resources.files("asymswap.sources").joinpath("allowlist.txt").read_text().split()
+ALLOWLIST = resources.files("asymswap.fileformats").joinpath("allowlist.txt").read_text().split()
 
 
 class Mine(nn.Sequential):

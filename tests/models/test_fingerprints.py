@@ -16,10 +16,10 @@ from torch import Tensor
 from asymswap.errors import SourceError
 from asymswap.models import builders, references, torchvision_models
 from asymswap.models.builders import family_of, known_references
-from asymswap.models.family import Published
 from asymswap.models.fingerprints import from_line, matches, shapes_of, table, to_line
 from asymswap.models.identify import identify
 from asymswap.models.opening import open_model
+from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
