@@ -21,7 +21,7 @@ from asymswap.data.datasets import open_data
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
 from asymswap.models.builders import build
-from asymswap.models.opening import open_model
+from asymswap.models.opening import open_model, open_models
 from asymswap.planning.latency_budget import Timing
 from asymswap.reporting.compare import comparison_to_markdown
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
@@ -213,8 +213,6 @@ def test_mcnemar_of_very_many() -> None:
     [
         ([DIGITS], {}, AsymswapError, r"compare takes two models or more, not 1"),
         ([DIGITS, DIGITS], {"images": 0}, AsymswapError, r"--images 0 leaves nothing to compare on"),
-        ([DIGITS, DIGITS], {"arch": "resnet18"}, AsymswapError, r"--arch resnet18 goes with a file, and none"),
-        (["a.pt", "b.pt"], {"weights": "none"}, AsymswapError, r"--weights none goes with a reference, and all models"),
         ([DIGITS, "no-such.pt"], {}, SourceError, r"no-such\.pt"),
         ([DIGITS, "digits-resnte"], {}, SourceError, r"did you mean digits-resnet"),
         ([DIGITS, DIGITS], {"data": "digit"}, SourceError, r"did you mean digits"),
@@ -223,6 +221,13 @@ def test_mcnemar_of_very_many() -> None:
 def test_what_cannot_be_compared(models: list[str], options: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         asymswap.compare(models, **options)
+
+
+def test_options_that_suit_none_of_several_models() -> None:
+    with pytest.raises(AsymswapError, match=r"--arch resnet18 goes with a file, and none"):
+        open_models([DIGITS, DIGITS], arch="resnet18")
+    with pytest.raises(AsymswapError, match=r"--weights none goes with a reference, and all models"):
+        open_models(["a.pt", "b.pt"], weights="none")
 
 
 def made() -> Comparison:
