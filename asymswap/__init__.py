@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from asymswap.api.sweep import sweep
     from asymswap.calibration.config import Calibration
     from asymswap.errors import AsymswapError
+    from asymswap.models.opened import OpenedModel
+    from asymswap.models.opening import open_model
     from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.planning.latency_budget import Timing
     from asymswap.training.config import Training
@@ -36,6 +38,7 @@ __all__ = [
     "Conversion",
     "FineTuned",
     "Fusion",
+    "OpenedModel",
     "PreprocessingOptions",
     "Timing",
     "Training",
@@ -50,6 +53,7 @@ __all__ = [
     "fuse",
     "load",
     "offsets",
+    "open_model",
     "plan",
     "save",
     "save_fused",
@@ -78,6 +82,8 @@ _HOMES = {
     "sweep": "asymswap.api.sweep",
     "Calibration": "asymswap.calibration.config",
     "AsymswapError": "asymswap.errors",
+    "OpenedModel": "asymswap.models.opened",
+    "open_model": "asymswap.models.opening",
     "PreprocessingOptions": "asymswap.models.preprocessing",
     "Timing": "asymswap.planning.latency_budget",
     "Training": "asymswap.training.config",

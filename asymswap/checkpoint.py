@@ -77,58 +77,6 @@ class Stored:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ToldModel:
-    """Which model was converted, as its report says."""
-
-    reference: str = ""
-    weights: str = ""
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class ToldFile:
-    """A file of a report."""
-
-    path: str | None = None
-
-
-@dataclass(frozen=True)
-class ToldReport:
-    """What is read back of a report."""
-
-    model: ToldModel = ToldModel()
-    files: tuple[ToldFile, ...] = ()
-
-
-@dataclass(frozen=True)
-class ToldTraining:
-    """What is read back of a training."""
-
-    classes: tuple[str, ...] = ()
-    data: str = ""
-    validation: str | None = None
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a provenance tells, in so far as anything depends on it; what else is in it is for people to read."""
-
-    report: ToldReport = ToldReport()
-    training: tuple[ToldTraining, ...] = ()
-
-
-_TOLD = TypeAdapter(Told)
-
-
-def told(provenance: Mapping[str, Any], label: str) -> Told:
-    """What a checkpoint's provenance tells; raises CheckpointError where it is damaged."""
-    try:
-        return _TOLD.validate_python(dict(provenance))
-    except ValidationError as error:
-        raise CheckpointError(f"{label} has a damaged provenance: {validation_text(error)}") from None
-
-
 def check_suffix(path: Path) -> None:
     """Raise OutputError for an ending that stands for no form of a checkpoint."""
     if path.suffix not in SUFFIXES:
@@ -150,11 +98,10 @@ def write_checkpoint(path: Path, model: nn.Module, header: Header, check: Callab
     check(stored)
     if path.suffix == ".safetensors":
         unique, aliases = _without_aliases(state)
-        text = _header_text(header, aliases, extra_text if extra else "")
         # One entry only: safetensors writes several in random order, and equal models would make unequal files.
-        _write(path, lambda draft: save_file(unique, draft, metadata={"asymswap": text}))
+        _write(path, unique, {"asymswap": _header_text(header, aliases, extra_text if extra else "")})
     else:
-        _write(path, lambda draft: _save_zip({"asymswap": text, "state_dict": state}, draft))
+        _write(path, {"asymswap": text, "state_dict": state})
 
 
 def what_is_stored(model: nn.Module) -> tuple[State, dict[str, Any]]:
@@ -170,10 +117,7 @@ def save_state(path: Path, model: nn.Module) -> None:
     if path.suffix == ".safetensors" and not all(isinstance(value, Tensor) for value in extra.values()):
         raise OutputError(f"{path.name} cannot hold the model's extra state ({next(iter(extra))}); write a .pt file")
     state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in (tensors | extra).items()}
-    if path.suffix == ".safetensors":
-        _write(path, lambda draft: save_file(_without_aliases(state)[0], draft))
-    else:
-        _write(path, lambda draft: _save_zip(state, draft))
+    _write(path, _without_aliases(state)[0] if path.suffix == ".safetensors" else state)
 
 
 def stored_in(raw: RawFile, label: str) -> Stored | None:
@@ -212,18 +156,17 @@ def read_checkpoint(path: Path) -> Stored:
     return stored
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def _write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     with whole_file(path) as draft:
         try:
-            write(draft)
+            if path.suffix == ".safetensors":
+                save_file(content, draft, metadata=metadata)
+            else:
+                # Given a path, torch.save would write its name into the file: equal models would make unequal files.
+                with draft.open("wb") as file:
+                    torch.save(content, file)
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise real_cause(error) from error
-
-
-def _save_zip(value: Any, draft: Path) -> None:
-    # Given a path, torch.save would write its name into the file, and equal models would make unequal files.
-    with draft.open("wb") as file:
-        torch.save(value, file)
 
 
 def _without_aliases(state: State) -> tuple[State, dict[str, str]]:

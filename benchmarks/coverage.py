@@ -51,9 +51,9 @@ def measure(name: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     start = time.perf_counter()
-    found = asymswap.candidates(name, weights="none")
+    found = asymswap.candidates(asymswap.open_model(name, weights="none"))
     middle = time.perf_counter()
-    conversion = asymswap.convert(name, RECIPE, overrides=FULL_RANK, weights="none")
+    conversion = asymswap.convert(asymswap.open_model(name, weights="none"), RECIPE, overrides=FULL_RANK)
     end = time.perf_counter()
     report = conversion.report
     return {
@@ -77,7 +77,6 @@ def describe_output(conversion: Any) -> str:
     """Whether the random network's own output is worth comparing: `usable`, or how it is degenerate."""
     import torch
 
-    from asymswap.models.opening import model_dtype
     from asymswap.utils.inputs import probe
     from asymswap.utils.tensors import list_tensors
 
@@ -88,7 +87,7 @@ def describe_output(conversion: Any) -> str:
     outputs = []
     with torch.no_grad():
         for seed in (0, 1):
-            made = list_tensors(model(*probe(preprocessing, model_dtype(model), images=1, seed=seed)))
+            made = list_tensors(model(*probe(preprocessing, next(model.parameters()).dtype, images=1, seed=seed)))
             outputs.append(torch.cat([tensor.double().flatten() for tensor in made]))
     one, other = outputs
     if not bool(torch.isfinite(one).all()):

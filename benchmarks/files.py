@@ -80,7 +80,7 @@ def check(folder: Path) -> dict[str, Any]:
             # A module does not know its input size: Inception would get other ranks at the usual size than at its own.
             size = (header.preprocessing.channels, *header.preprocessing.size)
             if size not in conversions:
-                conversions[size] = asymswap.convert(original, RECIPE, input_size=size).model
+                conversions[size] = asymswap.convert(asymswap.open_model(original, input_size=size), RECIPE).model
             args, state = conversions[size], model.state_dict()
             tensors = args.state_dict()
             inputs = probe(header.preprocessing, torch.float32, images=1, seed=1)

@@ -16,7 +16,7 @@ from typing import Any
 import torchvision
 
 from asymswap.errors import SourceError
-from asymswap.models import builders
+from asymswap.models import builders, fingerprints
 from asymswap.models.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash, to_line
 
 OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
@@ -32,7 +32,7 @@ def references() -> list[str]:
 
 def forms(reference: str) -> list[dict[str, Any]]:
     """The arguments that change which keys a network has: auxiliary heads, there or not."""
-    base = builders.shapes(reference, {})
+    base = shapes_of(reference, {})
     found: list[dict[str, Any]] = [{}]
     for arguments in ({"aux_logits": False}, {"aux_loss": True}):
         shapes = shapes_or_none(reference, arguments)
@@ -41,17 +41,22 @@ def forms(reference: str) -> list[dict[str, Any]]:
     return found
 
 
+def shapes_of(reference: str, arguments: Mapping[str, Any]) -> Shapes:
+    """The keys and shapes of a network's state dict."""
+    return fingerprints.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
+
+
 def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | None:
     """The shapes of a network, or None where it does not take the arguments."""
     try:
-        return builders.shapes(reference, arguments)
+        return shapes_of(reference, arguments)
     except SourceError:
         return None
 
 
 def fingerprint(reference: str, arguments: dict[str, Any]) -> Fingerprint:
     """What one form of a network looks like."""
-    base = builders.shapes(reference, arguments)
+    base = shapes_of(reference, arguments)
     entry = Fingerprint(reference, arguments, keys_hash(base), "")
     some, others = (shapes_or_none(reference, {**arguments, "num_classes": n}) for n in CLASSES)
     if some is not None and others is not None and some.keys() == others.keys() == base.keys():

@@ -77,7 +77,7 @@ def write(name: str, folder: Path, model: nn.Module) -> tuple[Path, str]:
         recipe.write_text('[[rules]]\nmatch = { names = "layer1.*", kernel = "3x3" }\nswap = { kind = "acb" }\n')
         state = folder / "state.pt"
         torch.save(model.state_dict(), state)
-        asymswap.save(asymswap.convert(state, recipe, arch=ARCH), path, force=True)
+        asymswap.save(asymswap.convert(asymswap.open_model(state, arch=ARCH), recipe), path, force=True)
         return path, ""
     if "module" in name:
         torch.save(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 64, 3)), path)
@@ -113,7 +113,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Changed:
     for name in FORMS:
         sources[name], arch = write(name, folder, network())
         found[name], wanted[name] = folder / f"found.{name}", folder / f"wanted.{name}"
-        asymswap.save(asymswap.convert(sources[name], "3x3-only", arch=arch or None), wanted[name])
+        asymswap.save(asymswap.convert(asymswap.open_model(sources[name], arch=arch or None), "3x3-only"), wanted[name])
         arguments += [sources[name], arch, found[name]]
     cut, _ = write("cut.safetensors", folder, network())
     command = [sys.executable, "-c", CHANGING, *map(str, arguments), str(cut)]
@@ -138,8 +138,8 @@ def test_a_safetensors_file_that_is_cut_off_while_it_is_read(changed: Changed) -
 def test_the_output_may_take_the_place_of_the_source(name: str, tmp_path: Path) -> None:
     path, arch = write(name, tmp_path, network())
     wanted = path.with_name(f"wanted{path.suffix}")
-    asymswap.save(asymswap.convert(path, "3x3-only", arch=arch or None), wanted)
-    asymswap.save(asymswap.convert(path, "3x3-only", arch=arch or None), path, force=True)
+    asymswap.save(asymswap.convert(asymswap.open_model(path, arch=arch or None), "3x3-only"), wanted)
+    asymswap.save(asymswap.convert(asymswap.open_model(path, arch=arch or None), "3x3-only"), path, force=True)
     assert path.read_bytes() == wanted.read_bytes()
 
 

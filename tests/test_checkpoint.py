@@ -121,7 +121,9 @@ def module(make: Callable[[], nn.Module], size: tuple[int, int, int], **options:
 
     def convert(_: Path) -> asymswap.Conversion:
         torch.manual_seed(0)
-        return asymswap.convert(make(), "all-spatial", overrides={"rank": 1}, input_size=size, **options)
+        return asymswap.convert(
+            asymswap.open_model(make(), input_size=size), "all-spatial", overrides={"rank": 1}, **options
+        )
 
     return Case(convert, (2, *size))
 
@@ -129,18 +131,20 @@ def module(make: Callable[[], nn.Module], size: tuple[int, int, int], **options:
 def pickled_resnet18(folder: Path) -> asymswap.Conversion:
     torch.manual_seed(0)
     torch.save(models.resnet18(num_classes=7), folder / "resnet18.pt")
-    return asymswap.convert(folder / "resnet18.pt", "3x3-only", input_size=(3, 64, 64))
+    return asymswap.convert(asymswap.open_model(folder / "resnet18.pt", input_size=(3, 64, 64)), "3x3-only")
 
 
 def state_dict_of_resnet20(folder: Path) -> asymswap.Conversion:
     torch.manual_seed(0)
     torch.save({"state_dict": BUILDERS["resnet20"]().state_dict(), "epoch": 3}, folder / "resnet20.th")
-    return asymswap.convert(folder / "resnet20.th", "3x3-only", arch="cifar:resnet20")
+    return asymswap.convert(asymswap.open_model(folder / "resnet20.th", arch="cifar:resnet20"), "3x3-only")
 
 
 def factory(folder: Path) -> asymswap.Conversion:
     torch.manual_seed(0)
-    return asymswap.convert("asymswap_user_nets:make", "all-spatial", overrides={"rank": 4}, input_size=(3, 32, 32))
+    return asymswap.convert(
+        asymswap.open_model("asymswap_user_nets:make", input_size=(3, 32, 32)), "all-spatial", overrides={"rank": 4}
+    )
 
 
 CASES = {
@@ -303,7 +307,9 @@ class TestClassOfTheUser:
             asymswap.load(self.path(written), model=nn.Sequential(nn.Conv2d(3, 3, 3)))
 
     def test_it_can_be_converted_again_with_arch(self, written: dict[str, Written]) -> None:
-        again = asymswap.convert(self.path(written), plan={"swaps": []}, arch="asymswap_user_nets:make")
+        again = asymswap.convert(
+            asymswap.open_model(self.path(written), arch="asymswap_user_nets:make"), plan={"swaps": []}
+        )
         assert len(again.header.plans) == 2
         assert again.header.origin.reference == "asymswap_user_nets:make"
 
@@ -366,7 +372,9 @@ def test_convs_with_one_weight_are_kept_and_stay_tied(suffix: str, written: dict
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_dtype_is_kept(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None:
-    conversion = asymswap.convert(every_field().to(dtype), "all-spatial", overrides={"rank": 1}, input_size=(3, 24, 24))
+    conversion = asymswap.convert(
+        asymswap.open_model(every_field().to(dtype), input_size=(3, 24, 24)), "all-spatial", overrides={"rank": 1}
+    )
     asymswap.save(conversion, tmp_path / f"out.{suffix}")
     for model in (conversion.model, asymswap.load(tmp_path / f"out.{suffix}")):
         assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {dtype}
@@ -374,7 +382,7 @@ def test_the_dtype_is_kept(dtype: torch.dtype, suffix: str, tmp_path: Path) -> N
 
 def test_a_state_dict_in_bfloat16_is_loaded_as_such(tmp_path: Path) -> None:
     torch.save(BUILDERS["resnet20"]().bfloat16().state_dict(), tmp_path / "half.pt")
-    conversion = asymswap.convert(tmp_path / "half.pt", "3x3-only", arch="cifar:resnet20")
+    conversion = asymswap.convert(asymswap.open_model(tmp_path / "half.pt", arch="cifar:resnet20"), "3x3-only")
     asymswap.save(conversion, tmp_path / "out.pt")
     loaded = asymswap.load(tmp_path / "out.pt")
     x = torch.randn(2, 3, 32, 32).bfloat16()
@@ -384,7 +392,9 @@ def test_a_state_dict_in_bfloat16_is_loaded_as_such(tmp_path: Path) -> None:
 
 def test_memory_format_survives(tmp_path: Path) -> None:
     model = every_field().to(memory_format=torch.channels_last)
-    conversion = asymswap.convert(model, "all-spatial", overrides={"rank": 2}, input_size=(3, 24, 24))
+    conversion = asymswap.convert(
+        asymswap.open_model(model, input_size=(3, 24, 24)), "all-spatial", overrides={"rank": 2}
+    )
     asymswap.save(conversion, tmp_path / "out.pt")
     pairs = zip(conversion.model.parameters(), asymswap.load(tmp_path / "out.pt").parameters(), strict=True)
     assert all(one.stride() == other.stride() for one, other in pairs)
@@ -501,7 +511,7 @@ def test_the_header_is_plain_data(small: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["fuse", "export"])
 def test_what_only_the_users_code_can_build_is_told_with_the_file_and_what_to_do(verb: str, tmp_path: Path) -> None:
-    conversion = asymswap.convert(OwnNet().eval(), "acnet", input_size=(3, 8, 8))
+    conversion = asymswap.convert(asymswap.open_model(OwnNet().eval(), input_size=(3, 8, 8)), "acnet")
     asymswap.save(conversion, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"x\.pt cannot be rebuilt: it was built by .*OwnNet.*; .*give --arch"):
         getattr(asymswap, verb)(tmp_path / "x.pt", *([tmp_path / "x.onnx"] if verb == "export" else []))

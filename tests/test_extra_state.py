@@ -14,7 +14,6 @@ import asymswap
 from asymswap.checkpoint import FORMAT, read_checkpoint
 from asymswap.errors import AsymswapError, OutputError, SourceError
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 
 SIZE = (3, 8, 8)
 
@@ -73,13 +72,13 @@ def same(one: Any, other: Any) -> bool:
 def test_extra_state_comes_back_from_every_file(tmp_path: Path, suffix: str, kept: Any) -> None:
     net, x = Net(kept).eval(), torch.randn(2, *SIZE)
     net.norm.running_mean.normal_(generator=torch.Generator().manual_seed(0))
-    conversion = asymswap.convert(net, "acnet", input_size=SIZE)
+    conversion = asymswap.convert(asymswap.open_model(net, input_size=SIZE), "acnet")
     path = tmp_path / f"net{suffix}"
     asymswap.save(conversion, path)
     loaded = asymswap.load(path, model=Net())
     assert same(loaded.scale.kept, kept)
     torch.testing.assert_close(loaded(x), net(x))
-    fusion = asymswap.fuse(path, model=Net())
+    fusion = asymswap.fuse(asymswap.open_model(path, arch=Net()))
     assert same(fusion.model.scale.kept, kept)
     asymswap.save_fused(fusion, tmp_path / f"fused{suffix}")
     assert same(asymswap.load(tmp_path / f"fused{suffix}", model=Net()).scale.kept, kept)
@@ -107,9 +106,9 @@ def test_a_state_dict_of_such_a_network_fills_an_architecture(tmp_path: Path, mo
     ):
         path = tmp_path / f"{number}.pt"
         torch.save(stored, path)
-        opened = open_model(path, Request(arch=f"{tmp_path}/extra_net.py:Net", trust_code=True), SIZE)
+        opened = open_model(path, arch=f"{tmp_path}/extra_net.py:Net", trust_code=True, input_size=SIZE)
         assert opened.model.scale.kept == kept
-        assert note is None or any(told.startswith(note) for told in opened.source.notes)
+        assert note is None or any(told.startswith(note) for told in opened.notes)
 
 
 class Unset(Scale):
@@ -137,7 +136,9 @@ def test_what_cannot_be_restored_is_refused_before_any_work(scale: Scale, messag
     net = Net()
     net.scale = scale
     with pytest.raises(SourceError, match=message):
-        asymswap.convert(net, "acnet", input_size=SIZE, progress=lambda *_: pytest.fail("work was done"))
+        asymswap.convert(
+            asymswap.open_model(net, input_size=SIZE), "acnet", progress=lambda *_: pytest.fail("work was done")
+        )
 
 
 def test_a_state_dict_that_could_not_be_loaded_again_is_refused() -> None:
@@ -155,12 +156,14 @@ def test_a_state_dict_that_could_not_be_loaded_again_is_refused() -> None:
     leaves_out.register_buffer("offset", torch.zeros(1))
     for net, message in ((Renames(), "has 'version', a int"), (leaves_out, "leaves out 'offset'")):
         with pytest.raises(SourceError, match=message):
-            asymswap.convert(net, "acnet", input_size=SIZE)
+            asymswap.convert(asymswap.open_model(net, input_size=SIZE), "acnet")
 
 
 def test_nothing_is_written_that_would_not_load_again(tmp_path: Path) -> None:
     """The structure is stored, and somebody has changed the converted network since."""
-    conversion = asymswap.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "acnet", input_size=SIZE)
+    conversion = asymswap.convert(
+        asymswap.open_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), input_size=SIZE), "acnet"
+    )
     conversion.model.append(nn.Linear(2, 2))
     with pytest.raises(OutputError, match=r"net.pt would not load again, so it is not written: unexpected: 2.weight"):
         asymswap.save(conversion, tmp_path / "net.pt")
@@ -170,7 +173,7 @@ def test_nothing_is_written_that_would_not_load_again(tmp_path: Path) -> None:
 def test_a_file_says_its_format_by_what_is_in_it(tmp_path: Path) -> None:
     for net, number in ((Net(), FORMAT), (nn.Sequential(nn.Conv2d(3, 8, 3)), 1)):
         path = tmp_path / f"{number}.pt"
-        asymswap.save(asymswap.convert(net, "acnet", input_size=SIZE), path)
+        asymswap.save(asymswap.convert(asymswap.open_model(net, input_size=SIZE), "acnet"), path)
         header = torch.load(path, weights_only=True)["asymswap"]
         assert header.startswith(f'{{"format": {number},')
     damaged = torch.load(tmp_path / f"{FORMAT}.pt", weights_only=True)
@@ -183,7 +186,7 @@ def test_a_file_says_its_format_by_what_is_in_it(tmp_path: Path) -> None:
 def test_files_of_format_1_with_a_tensor_as_extra_state_load(tmp_path: Path) -> None:
     net = Net(torch.tensor(2.5)).eval()
     path = tmp_path / "old.pt"
-    asymswap.save(asymswap.convert(net, "acnet", input_size=SIZE), path)
+    asymswap.save(asymswap.convert(asymswap.open_model(net, input_size=SIZE), "acnet"), path)
     stored = torch.load(path, weights_only=True)
     text = stored["asymswap"].replace('"format": 2', '"format": 1')
     start = text.index(', "extra_state"')

@@ -28,7 +28,7 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustiv
 
 def convert(name: str) -> asymswap.Conversion:
     torch.manual_seed(0)
-    return asymswap.convert(name, "all-spatial", weights="none", overrides=FULL_RANK)
+    return asymswap.convert(asymswap.open_model(name, weights="none"), "all-spatial", overrides=FULL_RANK)
 
 
 def training_inputs(name: str, preprocessing: Preprocessing) -> Inputs:
@@ -61,7 +61,7 @@ def form_of(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_model_of_any_family_is_read_converted_written_and_trained(name: str, tmp_path: Path) -> None:
-    found = asymswap.candidates(name, weights="none")
+    found = asymswap.candidates(asymswap.open_model(name, weights="none"))
     conversion = convert(name)
     report = conversion.report
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_a_changed_detector_is_told_by_its_parts() -> None:
     torch.manual_seed(0)
     overrides = {"rank": 1, "allow_growth": True}
     detector = "ssdlite320_mobilenet_v3_large"
-    report = asymswap.convert(detector, "all-spatial", weights="none", overrides=overrides).report
+    report = asymswap.convert(asymswap.open_model(detector, weights="none"), "all-spatial", overrides=overrides).report
     assert report.output.relative > 0.01
 
 
@@ -134,22 +134,21 @@ def test_a_pickled_detector_is_known_by_its_class(tmp_path: Path) -> None:
 )
 def test_a_network_of_other_convs_has_nothing_to_swap(name: str) -> None:
     with pytest.raises(asymswap.AsymswapError, match=r"the model has no Conv2d to swap; its \d+ Conv3d are none"):
-        asymswap.candidates(name, weights="none")
+        asymswap.candidates(asymswap.open_model(name, weights="none"))
 
 
 def test_clips_have_frames() -> None:
     with pytest.raises(asymswap.AsymswapError, match="--input 3x64x64 does not suit: one input is channels x frames x"):
-        asymswap.candidates("r3d_18", weights="none", input_size=(3, 64, 64))
+        asymswap.candidates(asymswap.open_model("r3d_18", weights="none", input_size=(3, 64, 64)))
     with pytest.raises(asymswap.AsymswapError, match="--input 3x8x64x64 does not suit: one input is channels x height"):
-        asymswap.candidates("resnet18", weights="none", input_size=(3, 8, 64, 64))
+        asymswap.candidates(asymswap.open_model("resnet18", weights="none", input_size=(3, 8, 64, 64)))
 
 
 def test_data_is_for_networks_that_take_single_images() -> None:
     with pytest.raises(asymswap.AsymswapError, match="this network takes lists of images; data can be given to"):
         asymswap.convert(
-            "ssdlite320_mobilenet_v3_large",
+            asymswap.open_model("ssdlite320_mobilenet_v3_large", weights="none"),
             "3x3-only",
-            weights="none",
             calibration=asymswap.Calibration(data="digits"),
         )
 
@@ -175,7 +174,7 @@ def test_models_of_every_form_can_stand_beside_each_other(
     name: str, small: tuple[int, ...] | None, tmp_path: Path
 ) -> None:
     torch.save(build(f"torchvision:{name}", {}), tmp_path / "x.pt")
-    second = asymswap.compare([tmp_path / "x.pt"] * 2, input_size=small).models[1]
+    second = asymswap.compare([asymswap.open_model(tmp_path / "x.pt", input_size=small)] * 2).models[1]
     if small is None:
         assert second.gap is None
         assert "which boxes it keeps jumps where scores are close, so its outputs are not compared" in second.notes
@@ -185,7 +184,9 @@ def test_models_of_every_form_can_stand_beside_each_other(
 
 
 def test_models_of_two_forms_cannot_be_compared_on_the_same_inputs() -> None:
-    mixed = asymswap.compare(["mobilenet_v3_small", "r3d_18"], weights="none")
+    mixed = asymswap.compare(
+        [asymswap.open_model("mobilenet_v3_small", weights="none"), asymswap.open_model("r3d_18", weights="none")]
+    )
     assert "it takes 3x16x112x112, so its outputs cannot be compared with the first's; give --input" in (
         mixed.models[1].notes
     )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import asymswap
 from asymswap.measure.fidelity import compare_outputs
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.utils.tensors import list_tensors
 
 NETWORKS = {
@@ -52,14 +51,14 @@ RULE = "[[rules]]\nmatch = {{ kernel = {{ min = '3x3', max = '7x7' }} }}\nswap =
 def test_it_converts_keeps_its_promise_and_trains(network: str, kind: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     size = NETWORKS[network]
-    original = open_model(network, Request(weights="none"), (3, size, size)).model
+    original = open_model(network, weights="none", input_size=(3, size, size)).model
     rule = RULE.format(KINDS[kind])
     if kind == "separable":
         # A depthwise 3x3 conv is of rank 3: half of its cost is out of reach. Wide kernels take long to factorise.
         rule = rule.replace("match = {", "match = { groups = 'dense', in_channels = { max = 128 },")
     (tmp_path / "r.toml").write_text(rule)
     # A promise that is not kept would be an error here.
-    conversion = asymswap.convert(original, tmp_path / "r.toml", input_size=(3, size, size))
+    conversion = asymswap.convert(asymswap.open_model(original, input_size=(3, size, size)), tmp_path / "r.toml")
     model, report = conversion.model, conversion.report
     assert report.swapped
     assert report.after == sum((row.after for row in report.sites), start=report.rest)
@@ -89,7 +88,7 @@ def check_training(original: nn.Module, model: nn.Module, x: Tensor, sites: list
 def test_weights_keep_their_dtype(kind: str, dtype: torch.dtype, tmp_path: Any) -> None:
     (tmp_path / "r.toml").write_text(RULE.format(KINDS[kind]))
     original = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).to(dtype)
-    model = asymswap.convert(original.eval(), tmp_path / "r.toml", input_size=(4, 12, 12)).model
+    model = asymswap.convert(asymswap.open_model(original.eval(), input_size=(4, 12, 12)), tmp_path / "r.toml").model
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {dtype}
     with torch.no_grad():
         assert model(torch.randn(2, 4, 12, 12, dtype=dtype)).dtype == dtype
@@ -100,7 +99,7 @@ def test_they_compile_and_run_in_channels_last(kind: str, tmp_path: Any) -> None
     torch.manual_seed(0)
     (tmp_path / "r.toml").write_text(RULE.format(KINDS[kind]))
     original = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
-    model = asymswap.convert(original, tmp_path / "r.toml", input_size=(4, 12, 12)).model
+    model = asymswap.convert(asymswap.open_model(original, input_size=(4, 12, 12)), tmp_path / "r.toml").model
     x = torch.randn(2, 4, 12, 12)
     with torch.no_grad():
         expected = model(x)

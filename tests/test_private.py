@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torchvision import models
 
 import asymswap
 from asymswap.api import convert as convert_module
-from asymswap.models.opening import OpenedModel, open_model
+from asymswap.errors import SourceError
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import Model, open_for_verb, open_model
+from asymswap.types import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,17 +61,19 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OpenedModel]]:
     """The models that `convert` opens while the test runs."""
     found: list[OpenedModel] = []
 
-    def watch(*arguments: object, **options: object) -> OpenedModel:
-        found.append(open_model(*arguments, **options))  # type: ignore[arg-type]
+    def watch(model: Model, progress: Progress) -> OpenedModel:
+        found.append(open_for_verb(model, progress))
         return found[-1]
 
-    monkeypatch.setattr(convert_module, "open_model", watch)
+    monkeypatch.setattr(convert_module, "open_for_verb", watch)
     yield found
     assert found
 
 
-def convert(model: str | Path | nn.Module, **options: object) -> nn.Module:
-    converted = asymswap.convert(model, "all-spatial", overrides={"rank": 1}, input_size=SIZE, **options)  # type: ignore[arg-type]
+def convert(model: str | Path | nn.Module, **options: Any) -> nn.Module:
+    """Convert a model that was opened for this alone, as the command line does it."""
+    opened = asymswap.open_model(model, input_size=SIZE, **options).hand_over()
+    converted = asymswap.convert(opened, "all-spatial", overrides={"rank": 1})
     assert converted.plan.swaps
     return converted.model
 
@@ -128,7 +134,7 @@ def test_what_we_have_opened_ourselves_is_not_held_twice(
             recipe.write_text(
                 '[[rules]]\nmatch = { names = "features.3.*", kernel = "3x3" }\nswap = { kind = "acb" }\n'
             )
-            asymswap.save(asymswap.convert(model, recipe, input_size=SIZE), path)
+            asymswap.save(asymswap.convert(asymswap.open_model(model, input_size=SIZE), recipe), path)
         converted = convert(path, arch=arch)
     original = opened[-1].model
     swapped = {f"{name}." for name, part in converted.named_modules() if isinstance(part, nn.Sequential)}
@@ -157,7 +163,9 @@ def test_polishing_leaves_the_original_as_it_was(opened: list[OpenedModel], monk
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_module_given_to_load_stays_as_it_is(fused: bool, tmp_path: Path) -> None:
     model = small().eval()
-    conversion = asymswap.convert(small().eval(), "offset" if fused else "3x3-only", input_size=SIZE)
+    conversion = asymswap.convert(
+        asymswap.open_model(small().eval(), input_size=SIZE), "offset" if fused else "3x3-only"
+    )
     path = tmp_path / "x.pt"
     if fused:
         asymswap.save_fused(asymswap.fuse(conversion), path)
@@ -171,6 +179,60 @@ def test_a_module_given_to_load_stays_as_it_is(fused: bool, tmp_path: Path) -> N
     assert shared(loaded, model) == set()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not torch.equal(loaded.get_parameter("5.weight"), before["5.weight"])
+
+
+def test_an_opened_model_serves_several_verbs_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was opened from; and what the verbs return shares no memory with it."""
+    torch.save(small().state_dict(), tmp_path / "x.pt")
+    asymswap.save(asymswap.convert(small().eval(), "offset"), tmp_path / "x.asym.pt")
+    for source, arch in (("squeezenet1_1", None), (tmp_path / "x.pt", small()), (tmp_path / "x.asym.pt", None)):
+        weights = "none" if source == "squeezenet1_1" else None
+        model = asymswap.open_model(source, weights=weights, arch=arch, input_size=SIZE)
+        before = copy.deepcopy(model.model.state_dict())
+        monkeypatch.setattr("asymswap.models.opening.open_model", pytest.fail)
+        first = asymswap.convert(model, "all-spatial", overrides={"rank": 1})
+        again = asymswap.convert(model, "all-spatial", overrides={"rank": 1})
+        assert shared(first.model, model.model) == shared(again.model, first.model) == set()
+        asymswap.candidates(model)
+        asymswap.compare([model, model])
+        asymswap.benchmark([model], rounds=1, layers=False)
+        results = [first.model]
+        if source != "squeezenet1_1":
+            asymswap.export(model, tmp_path / "x.pt2", force=True)
+        if source == tmp_path / "x.asym.pt":
+            results.append(asymswap.fuse(model).model)
+            assert shared(results[-1], model.model) == set()
+        for result in results:
+            train_a_step(result)
+        assert not model.model.training
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.model.state_dict().items())
+        monkeypatch.undo()
+
+
+def test_what_a_verb_returned_is_a_model_for_the_next(tmp_path: Path) -> None:
+    net = small().eval()
+    conversion = asymswap.convert(asymswap.open_model(net, input_size=SIZE), "offset")
+    opened = asymswap.open_model(conversion)
+    assert opened.plans == (conversion.plan,)
+    assert opened.reference == "Sequential"
+    assert asymswap.compare([asymswap.open_model(net, input_size=SIZE), conversion]).models[1].gap is not None
+    fusion = asymswap.fuse(conversion)
+    assert shared(fusion.model, conversion.model) == set()
+    assert asymswap.export(fusion, tmp_path / "x.pt").model == "Sequential"
+    assert shared(asymswap.convert(fusion, "all-spatial", overrides={"rank": 1}).model, fusion.model) == set()
+
+
+def test_what_is_no_model_and_what_cannot_be_said_twice() -> None:
+    with pytest.raises(SourceError, match="a int is no model"):
+        asymswap.open_model(7)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="digits-resnet has been opened already; say how to where it is opened first"):
+        asymswap.open_model(asymswap.open_model("digits-resnet"), weights="none")
+    with pytest.raises(SourceError, match="arch= is a module already, so the argument 'width' changes nothing"):
+        asymswap.open_model("x.pt", arch=small(), arguments={"width": 2})
+    wider = asymswap.open_model(asymswap.open_model("digits-resnet"), input_size=(1, 16, 16))
+    assert wider.preprocessing.size == (16, 16)
 
 
 def test_two_loads_share_nothing(tmp_path: Path) -> None:

@@ -194,9 +194,9 @@ def test_the_plans_of_a_checkpoint_are_shown_as_they_stand_in_it(path: Path, run
 def test_a_checkpoint_fuses_where_it_can(path: Path) -> None:
     if path.stem in NOTHING_TO_FUSE:
         with pytest.raises(asymswap.AsymswapError, match="has nothing to fuse"):
-            asymswap.fuse(path, separable=True, model=unconverted(path))
+            asymswap.fuse(asymswap.open_model(path, arch=unconverted(path)), separable=True)
         return
-    fusion = asymswap.fuse(path, separable=True, model=unconverted(path))
+    fusion = asymswap.fuse(asymswap.open_model(path, arch=unconverted(path)), separable=True)
     assert {row.outcome for row in fusion.report.sites} <= {"fused", "resized"}
     # Kernels have been added up, in another order than their outputs were.
     check_outputs(fusion.model, home(path), path.stem, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from torchvision import models
 
 from asymswap.graph.trace import trace
 from asymswap.measure.macs import count_costs
-from asymswap.models import torchvision_models
+from asymswap.models import builders
 from asymswap.utils.tensors import WithoutMemory
 
 NAMES = models.list_models(models)
@@ -20,7 +20,7 @@ NAMES = models.list_models(models)
 def build(name: str) -> nn.Module:
     """The network in eval mode, its weights on the meta device: the largest would hold 2.5 GB."""
     with WithoutMemory(torch.empty):
-        return torchvision_models.build(name, {}).eval().to("meta")
+        return builders.build(f"torchvision:{name}", {}).eval().to("meta")
 
 
 def torch_counts(model: nn.Module, image: torch.Tensor) -> FlopCounterMode:
@@ -36,7 +36,7 @@ def test_there_are_as_many_as_ever() -> None:
 @pytest.mark.parametrize("name", one_of_each_family(NAMES))
 def test_costs_and_convs_are_those_that_torch_finds(name: str) -> None:
     model = build(name)
-    preprocessing = torchvision_models.preprocessing(name, model, None)
+    preprocessing = builders.TORCHVISION.preprocessing(f"torchvision:{name}", model, {})
     image = torch.empty(1, 3, *preprocessing.size, device="meta")
     sites = trace(model, (image,)).sites
     counted = count_costs(model, (image,), [site.name for site in sites])

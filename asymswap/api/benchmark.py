@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -32,8 +32,8 @@ from asymswap.measure.latency import (
 from asymswap.measure.machine import Bystanders, machine
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
-from asymswap.models.opening import Model, OpenedModel, costs_of, open_together, sizes_assumed
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Progress, Ratio, Seconds, silent
@@ -55,13 +55,6 @@ def benchmark(
     rounds: int = 20,
     seconds: float = 60.0,
     layers: bool = True,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Benchmark:
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none of them is changed.
@@ -80,19 +73,7 @@ def benchmark(
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
-    opened = open_together(
-        models,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-    )
+    opened = [open_for_verb(model, progress) for model in models]
     costs = tuple(cost_row(one) for one in opened)
     with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
         lineup = _Lineup(opened, settings, dtype, Path(folder))
@@ -128,14 +109,14 @@ def benchmark(
 
 def cost_row(opened: OpenedModel) -> BenchmarkedModel:
     """Return what a model is and what it costs."""
-    source, costs = opened.source, costs_of(opened)
+    costs = costs_of(opened)
     return BenchmarkedModel(
         model=opened.reference,
-        origin=source.origin.reference,
-        weights=source.weights,
-        input=source.preprocessing.describe(),
+        origin=opened.origin.reference,
+        weights=opened.weights,
+        input=opened.preprocessing.describe(),
         cost=costs.total,
-        notes=source.notes + costs.notes(),
+        notes=opened.notes + costs.notes(),
     )
 
 
@@ -227,7 +208,7 @@ class _Lineup:
         else:
             run = session_on(path, inputs, setting.threads)
         seconds = exporting + time.perf_counter() - start
-        if self._opened[number].source.preprocessing.form != "image-list":
+        if self._opened[number].preprocessing.form != "image-list":
             # Which boxes a detector keeps jumps where scores are close.
             with torch.inference_mode():
                 check_same(run(), expected, runtime)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from asymswap.graph.trace import check_runs, trace
-from asymswap.models.opening import Model, costs_of, open_model, sizes_assumed
-from asymswap.models.references import Request
+from asymswap.models.opened import costs_of, sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.candidates import Candidates
@@ -20,30 +18,11 @@ def candidates(
     model: Model,
     *,
     recipe: str | Path | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
     parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-    )
+    opened = open_for_verb(model, progress)
     traced = trace(opened.model, opened.example())
     check_runs(traced, opened.model, opened.example())
     costs = costs_of(opened)
@@ -53,6 +32,6 @@ def candidates(
         input=describe(opened.example()),
         rows=tuple(find_candidates(opened.model, traced.sites, parsed)),
         total=costs.total,
-        notes=opened.source.notes + traced.notes + costs.notes(),
+        notes=opened.notes + traced.notes + costs.notes(),
         warnings=sizes_assumed([opened]),
     )

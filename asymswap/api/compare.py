@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,8 @@ from asymswap.data.predict import check_classifier, placement
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.machine import machine
-from asymswap.models.opening import Model, OpenedModel, open_together, sizes_assumed
-from asymswap.models.preprocessing import PreprocessingOptions, check_needed
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel, sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.types import Progress, silent
@@ -36,14 +35,6 @@ def compare(
     *,
     data: str | None = None,
     images: int | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     timing: Timing | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -51,9 +42,8 @@ def compare(
     """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
 
     With `data`, a data reference, outputs and accuracy are those on its test part, or on `images` of them, each model
-    with its own preprocessing but for what `preprocessing` says; without, outputs are compared on random inputs. `arch`
-    is that of the state-dict files among the models, `weights` those of the references. `timing` says how latency is
-    measured; without one it is not.
+    with its own preprocessing; without, outputs are compared on random inputs. `timing` says how latency is measured;
+    without one it is not.
 
     Raises AsymswapError where there are fewer than two models, or one of them cannot be opened.
     """
@@ -61,28 +51,14 @@ def compare(
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
         raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
-    check_needed(preprocessing, data)
-    opened = open_together(
-        models,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-        preprocessing,
-    )
+    opened = [open_for_verb(model, progress) for model in models]
     feedings: list[Feeding | None] = [None] * len(opened)
     sets: list[LabelledImages] = []
     total = None
     if data is not None:
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-        sets = [open_data(data, one.source.preprocessing, "test") for one in opened]
+        sets = [open_data(data, one.preprocessing, "test") for one in opened]
         total = min(images or len(sets[0]), len(sets[0]))
     costs = [cost_row(one) for one in opened]
     timed = None if timing is None else time_in_turn(opened, timing, progress)
@@ -92,8 +68,7 @@ def compare(
         found, outputs_on = _on_data(opened, sets, total, seed, progress), f"{total:,} images of {data}"
     rows = []
     for number, (one, cost, finding) in enumerate(zip(opened, costs, found, strict=True)):
-        source = one.source
-        random = ("its weights are random",) if source.weights == "random" else ()
+        random = ("its weights are random",) if one.weights == "random" else ()
         row = ComparedRow(
             model=cost.model,
             origin=cost.origin,
@@ -101,7 +76,7 @@ def compare(
             input=cost.input,
             cost=cost.cost,
             weights_bytes=state_bytes(one.model),
-            file_bytes=None if source.file is None else source.file.stat().st_size,
+            file_bytes=None if one.file is None else one.file.stat().st_size,
             latency=None if timed is None else timed[number][0],
             latency_ratio=None if timed is None else timed[number][1],
             gap=finding.gap,
@@ -167,12 +142,12 @@ _RANDOM = 2
 def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Finding]:
     """Compare the outputs of those models that take the first's inputs."""
     first = opened[0]
-    expected = first.source.preprocessing
+    expected = first.preprocessing
     inputs = probe(expected, first.dtype(), images=_RANDOM, seed=seed)
     reference = _run(first, inputs)
     findings = [_Finding()]
     for one in opened[1:]:
-        outputs, own = _Outputs(), one.source.preprocessing
+        outputs, own = _Outputs(), one.preprocessing
         if (own.form, own.describe()) != (expected.form, expected.describe()):
             outputs.note = (
                 f"it takes {own.describe()}, so its outputs cannot be compared with the first's; give --input"
@@ -236,7 +211,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, list[Any]]]:
     """Yield labels and all models' outputs, batch by batch."""
     order = sorted(torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total])
-    largest = max(math.prod(one.source.preprocessing.size) for one in opened)
+    largest = max(math.prod(one.preprocessing.size) for one in opened)
     batch = max(4, min(128, 2**20 // largest))
     # A generator of its own: the loader would otherwise draw from the global one.
     loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]

@@ -28,12 +28,12 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
     Raises AsymswapError where the converted model's output is not finite.
     """
     opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
-    gathered, source = session.gathered, session.opened.source
+    gathered = session.gathered
     if gathered is not None and gathered.held_back is not None:
         inputs: Inputs = (gathered.held_back.to(opened.dtype()),)
         probed = f"{len(gathered.held_back)} images of {gathered.summary.data}"
     else:
-        inputs = probe(source.preprocessing, opened.dtype(), seed=seed)
+        inputs = probe(opened.preprocessing, opened.dtype(), seed=seed)
         probed = f"{len(inputs[0])} random images (seed {seed})"
     parts = compared_parts(traced)
     if not traced.on_meta:
@@ -49,12 +49,12 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
         asymswap=asymswap.__version__,
         model=ModelRow(
             reference=opened.reference,
-            origin=source.origin.reference,
-            weights=source.weights,
+            origin=opened.origin.reference,
+            weights=opened.weights,
             traced_by=traced.by,
-            input=source.preprocessing.describe(),
-            sha256=source.sha256,
-            notes=source.notes + traced.notes + before.notes(),
+            input=opened.preprocessing.describe(),
+            sha256=opened.sha256,
+            notes=opened.notes + traced.notes + before.notes(),
         ),
         recipe=recipe,
         budget=budget,
@@ -67,7 +67,7 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
         warnings=tuple(_surprises(rows, fidelity)),
         multiplier=plan.multiplier,
         weights_bytes=(state_bytes(opened.model), state_bytes(converted.model)),
-        files=() if source.file is None else (FileRow(str(source.file), source.file.stat().st_size),),
+        files=() if opened.file is None else (FileRow(str(opened.file), opened.file.stat().st_size),),
     )
 
 

@@ -1,14 +1,8 @@
-"""The public verbs that open, change and write models; compare, benchmark, export and sweep have files of their own.
+"""The verbs `plan`, `convert` and `save`.
 
-A model is a reference (`"resnet18"`), a file, or an `nn.Module` that exists already, which is never changed. Options
-that several verbs share:
+A model is a reference (`"resnet18"`), a file, an `nn.Module`, or what `open_model` has made of one of them with further
+options; it is never changed. Options that several verbs share:
 
-- `weights`, `arch`, `arguments`, `key`, `trust_pickle`, `trust_code`: as `--weights`, `--arch`, `--arg`, `--key`,
-  `--trust-pickle` and `--trust-code`;
-- `input_size`: (channels, height, width) of one image, where the model's own is not known; for a clip (channels,
-  frames, height, width);
-- `preprocessing`: `PreprocessingOptions`, how images are prepared where that is not what weights, family or file say;
-  what is given is stored in the file that is written;
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
@@ -28,7 +22,7 @@ from torch import nn
 
 from asymswap.api.conversion_report import calibration_row, check_promises, make_report
 from asymswap.api.session import Clock, Session, check_original_finite
-from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.calibrate import fed_on
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, what_is_stored
 from asymswap.data import accuracy
@@ -37,9 +31,8 @@ from asymswap.data.normalization import fed_of, settle
 from asymswap.data.predict import check_classifier
 from asymswap.errors import AsymswapError
 from asymswap.models.converted import save_checkpoint, versions
-from asymswap.models.opening import Model, open_model, sizes_assumed
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request
+from asymswap.models.opened import sizes_assumed
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
@@ -64,30 +57,11 @@ def plan(
     recipe: str | Path,
     *,
     overrides: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-    )
+    opened = open_for_verb(model, progress)
     check_original_finite(opened)
     return Session(opened).plan(parsed, progress=progress)
 
@@ -99,14 +73,6 @@ def convert(
     plan: Plan | str | bytes | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
@@ -123,7 +89,6 @@ def convert(
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
-    clock = Clock()
     requested: Recipe | Plan
     if recipe is not None:
         name, (text, where) = str(recipe), read_recipe_text(str(recipe))
@@ -136,27 +101,15 @@ def convert(
         raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
     if timing is not None and (budget is None or budget.latency is None):
         raise AsymswapError("a memory format to time in goes with a budget of latency: give --latency, or leave it out")
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-        options_of(preprocessing, calibration),
-    )
+    opened = open_for_verb(model, progress)
+    clock = Clock(opened.seconds)
     check_original_finite(opened)
     feeding = None
     if evaluate is not None or (calibration is not None and calibration.data is not None):
         opened, feeding = settle(opened, *fed_on(calibration, str(evaluate)))
     data = None
     if evaluate is not None:
-        data = open_data(evaluate, opened.source.preprocessing, "test")
+        data = open_data(evaluate, opened.preprocessing, "test")
         # Now, and not when the conversion has been made.
         check_classifier(opened.model, data)
     clock.stop("load")
@@ -196,20 +149,14 @@ def convert(
 
     report = session.team.first(measured)
     provenance = {
-        "versions": versions(opened.source.origin),
+        "versions": versions(opened.origin),
         "recipe": text,
         "overrides": dict(overrides or {}),
         "seed": seed,
         # Without wall times equal runs write equal files.
         "report": to_json(replace(report, seconds={})),
     }
-    header = Header(
-        origin=opened.source.origin,
-        plans=(*opened.plans, settled),
-        preprocessing=opened.source.preprocessing,
-        provenance=provenance,
-        skeleton=opened.source.skeleton,
-    )
+    header = replace(opened.header(), plans=(*opened.plans, settled), provenance=provenance)
     return Conversion(converted.model, settled, report, header)
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from asymswap.checkpoint import told
 from asymswap.data.classes import check_class_names, known_classes, published_classes
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import all_warnings, settle
@@ -20,17 +17,17 @@ from asymswap.data.predict import Predictions, predict
 from asymswap.data.splits import open_parts
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
-from asymswap.models.opening import open_together
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
+from asymswap.results.records import read_history
 from asymswap.types import Preprocessing, Progress, silent
+from asymswap.utils.tensors import deep_copy
 
 PARTS = ("test", "validation", "train")
 
 
 def evaluate(
-    models: str | Path | nn.Module | Sequence[str | Path | nn.Module],
+    models: Model | Sequence[Model],
     data: str,
     *,
     part: str = "test",
@@ -42,51 +39,36 @@ def evaluate(
     strict: bool = False,
     download: bool = False,
     device: str | None = None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> EvaluationReport:
-    """Measure classifiers (references, files or modules) on the test, validation or train part of data.
+    """Measure one classifier or several on the test, validation or train part of data.
 
     The validation part is the one that `finetune` holds back for the same `validation` and `seed`. Each model gets the
-    images in its own preprocessing, but for what `preprocessing` and `input_size` say. Images that cannot be read are
-    left out and counted, or an error with `strict`.
+    images in its own preprocessing. Images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     check_choice("--part", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("--batch-size must be above 0, --confusions and --workers at least 0")
-    wanted = [models] if isinstance(models, str | Path | nn.Module) else list(models)
-    if not wanted:
+    several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    if not several:
         raise AsymswapError("give at least one model to evaluate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    request = Request(
-        arch=arch,
-        weights=weights,
-        arguments=arguments or {},
-        trust_pickle=trust_pickle,
-        key=key,
-        trust_code=trust_code,
-    )
     # All are opened, and checked, before the first is measured.
-    opened = open_together(wanted, request, input_size, progress, preprocessing)
+    opened = [open_for_verb(model, progress) for model in several]
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
     opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-    images = [_open(one.source.preprocessing, data, part, validation, seed, download) for one in opened]
+    images = [_open(one.preprocessing, data, part, validation, seed, download) for one in opened]
     for one, mine in zip(opened, images, strict=True):
-        known = known_classes(told(one.provenance, one.reference), one.source.origin)
-        check_class_names(known or published_classes(one.source.origin.reference, one.source.weights), mine)
+        known = known_classes(read_history(one.provenance, one.reference), one.origin)
+        check_class_names(known or published_classes(one.origin.reference, one.weights), mine)
     found: list[Predictions] = []
     for number, (one, mine) in enumerate(zip(opened, images, strict=True), start=1):
         stage = "evaluating" if len(opened) == 1 else f"evaluating {number} of {len(opened)}"
         # A module of the caller's stays where it is.
-        placed = one.model if one.source.weights == "as given" else one.model.to(place)
+        placed = one.model
+        if one.weights != "as given":
+            placed = (placed if one.handed_over else deep_copy(placed)).to(place)
         try:
             predictions = predict(
                 placed,
@@ -116,7 +98,7 @@ def evaluate(
             notes.append(
                 f"the data has {len(mine.classes)} classes, {one.reference} scores {predictions.scores}: do they agree?"
             )
-        training = told(one.provenance, one.reference).training
+        training = read_history(one.provenance, one.reference).training
         description = images[0].description
         if training and description in training[-1].data and training[-1].validation != description:
             notes.append(

@@ -7,7 +7,7 @@ something else is never written. A state dict computes nothing; it holds the mod
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from asymswap.checkpoint import read_checkpoint, save_state
+from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.measure.runtimes import (
     OPSET,
@@ -27,17 +27,16 @@ from asymswap.measure.runtimes import (
     widest_gap,
     write_onnx,
 )
-from asymswap.models.converted import restore, unconverted
-from asymswap.models.opening import build_named, model_dtype
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import Model, open_for_verb, original_of
 from asymswap.models.preprocessing import size_warning
-from asymswap.models.references import Request
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
 from asymswap.types import Preprocessing, Progress, silent
 from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, probe, sizes
-from asymswap.utils.tensors import list_tensors
+from asymswap.utils.tensors import deep_copy, list_tensors
 
 Form = Literal["onnx", "pt2", "state-dict"]
 SUFFIXES: dict[Form, tuple[str, ...]] = {
@@ -48,25 +47,21 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
 
 
 def export(
-    checkpoint: str | Path,
+    model: Model,
     path: str | Path,
     *,
     form: Form | None = None,
     fuse: bool = True,
     dynamic_size: bool = False,
-    model: nn.Module | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    trust_code: bool = False,
     force: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> ExportReport:
-    """Write a converted model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
+    """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
     `form` follows the file's ending where it is not given. What fuses exactly is fused before, unless `fuse` is False.
-    The batch may have any size, with `dynamic_size` height and width too. `model` (or `arch`) is the unconverted model
-    where only you can build it. Raises AsymswapError where it cannot be exported, or computes something else.
+    The batch may have any size, with `dynamic_size` height and width too. Raises AsymswapError where the model cannot
+    be exported, or the file computes something else.
     """
     path = Path(path)
     if form is None:
@@ -79,9 +74,8 @@ def export(
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
     versions = check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
-    work = _read(
-        checkpoint, fuse, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code), progress
-    )
+    opened = open_for_verb(model, progress)
+    work = _read(opened, fuse, progress)
     progress("exporting", 0, 1)
     checks: tuple[Check, ...] = ()
     dynamic: tuple[str, ...] = ()
@@ -97,7 +91,7 @@ def export(
         )
     progress("exporting", 1, 1)
     return ExportReport(
-        model=str(checkpoint),
+        model=opened.reference,
         form=form,
         runner={"onnx": "ONNX Runtime", "pt2": "torch.export", "state-dict": "none"}[form],
         fused=work.fused,
@@ -116,6 +110,7 @@ class _Work:
 
     model: nn.Module
     preprocessing: Preprocessing
+    dtype: torch.dtype
     fused: int
     as_original: bool
     origin: str
@@ -123,43 +118,33 @@ class _Work:
     def inputs(self, images: int, seed: int, size: tuple[int, int] | None = None) -> Inputs:
         """Return random inputs, of another size of images where one is given."""
         preprocessing = self.preprocessing if size is None else replace(self.preprocessing, size=size)
-        return probe(preprocessing, model_dtype(self.model), images, seed)
+        return probe(preprocessing, self.dtype, images, seed)
 
 
-def _read(
-    checkpoint: str | Path,
-    fuse: bool,
-    model: nn.Module | None,
-    request: Request,
-    progress: Progress,
-) -> _Work:
-    stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
-    if model is None:
-        model = build_named(stored.header.origin, request)
-    original = unconverted(stored, label, model)
-    converted = restore(stored, label, original)
-    preprocessing, plans, origin = stored.header.preprocessing, stored.header.plans, stored.header.origin.reference
-    if preprocessing.form == "image-list":
+def _read(opened: OpenedModel, fuse: bool, progress: Progress) -> _Work:
+    if opened.preprocessing.form == "image-list":
         raise AsymswapError(
-            f"{label} takes lists of images and keeps a number of boxes that depends on them: "
+            f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them: "
             f"export its backbone from Python with torch.onnx.export"
         )
-    if not fuse:
-        return _Work(converted, preprocessing, 0, not any(plan.swaps for plan in plans), origin)
-    result = fuse_model(converted, original, plans, FusionOptions(), progress)
-    fused = sum(row.outcome != "left" for row in result.sites)
-    return _Work(result.model, preprocessing, fused, result.as_before, origin)
+    model, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
+    if fuse and opened.plans:
+        result = fuse_model(model, original_of(opened), opened.plans, FusionOptions(), progress)
+        model, as_original = result.model, result.as_before
+        fused = sum(row.outcome != "left" for row in result.sites)
+    elif not opened.handed_over:
+        model = deep_copy(model)
+    return _Work(model.eval(), opened.preprocessing, opened.dtype(), fused, as_original, opened.origin.reference)
 
 
 def _write_program(
     work: _Work, form: Form, draft: Path, dynamic_size: bool, seed: int
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Write ONNX or .pt2, and run it beside PyTorch; return the checks, and the names of its sizes that may vary."""
-    dtype = model_dtype(work.model)
-    if form == "onnx" and dtype in (torch.float64, torch.bfloat16):
+    if form == "onnx" and work.dtype in (torch.float64, torch.bfloat16):
         raise AsymswapError(
-            f"ONNX Runtime has no convolutions of {str(dtype).removeprefix('torch.')} on the processor; export a model "
-            "of float32, or --to pt2"
+            f"ONNX Runtime has no convolutions of {str(work.dtype).removeprefix('torch.')} on the processor; export a "
+            "model of float32, or --to pt2"
         )
     inputs = work.inputs(2, seed)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}

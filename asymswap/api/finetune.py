@@ -5,44 +5,37 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Header, check_suffix, read_checkpoint, told
+from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.augmentation import presets_for
 from asymswap.data.classes import check_class_count, check_class_names, known_classes
-from asymswap.data.normalization import feeding_of
+from asymswap.data.normalization import settle
 from asymswap.data.splits import Parts, open_parts
 from asymswap.errors import CheckpointError
 from asymswap.fileformats import extra_state
-from asymswap.fileformats.detect import sha256
 from asymswap.fileformats.state_dict import load_state_
-from asymswap.models.converted import restore, save_checkpoint, versions
-from asymswap.models.opening import build_named, prepared, stored_preprocessing
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request, describe_module
+from asymswap.models.converted import save_checkpoint, versions
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.convert import FileRow
-from asymswap.results.finetune import TrainingReport
+from asymswap.results.finetune import TrainingRecord, TrainingReport
+from asymswap.results.records import plain, read_history
 from asymswap.training.callbacks import Callback
 from asymswap.training.config import Training
 from asymswap.training.distillation import Objective, Teacher
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.teacher import find_teacher
 from asymswap.training.trainer import Progress, Trainer, Work
+from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
-from asymswap.utils.files import check_output, fail_if_modified
+from asymswap.utils.files import check_output
 from asymswap.utils.tensors import deep_copy, first_not_finite
-
-
-class Converted(Protocol):
-    """A conversion or a fusion."""
-
-    model: nn.Module
-    header: Header
 
 
 @dataclass
@@ -55,7 +48,7 @@ class FineTuned:
 
 
 def finetune(
-    checkpoint: str | Path | nn.Module | Converted,
+    model: Model,
     data: str,
     training: Training | None = None,
     *,
@@ -64,22 +57,15 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
-    model: nn.Module | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
     callback: Callback | None = None,
 ) -> FineTuned:
-    """Train a converted model (a checkpoint, a conversion, or any classifier) on a data reference.
+    """Train a converted model, or any other classifier, on a data reference; the given model is not changed.
 
-    `output` is the checkpoint that is written at the end, `run` the folder from which an interrupted run can be
-    resumed, by default beside it (`tuned.run` beside `tuned.pt`); with neither nothing is written. Images are prepared
-    as the checkpoint says, but for `input_size` (channels, height, width) and `preprocessing`. `resume` continues a
-    run, and begins one where there is none. `model` (or `arch`) is the unconverted model where only you can build it.
-    In a `team` all processes must call alike. Raises AsymswapError, with a one-line reason, for what cannot be done.
+    `output` is the checkpoint that is written at the end, `run` the folder of what is needed to go on after an
+    interruption, by default beside it; with neither nothing is written. `resume` goes on where a run is, and begins
+    where there is none. In a `team` all processes must call alike. Raises AsymswapError, with a one-line reason, for
+    what cannot be done.
     """
     start, settings = time.perf_counter(), training or Training()
     target = None if output is None else Path(output)
@@ -87,28 +73,17 @@ def finetune(
     folder = None if place is None else RunFolder(place)
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
-    opened = _open(checkpoint, model, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
-    takes = prepared(stored_preprocessing(opened.header), input_size, preprocessing)
+    opened = _open(model)
     if download:
-        team.first(lambda: feeding_of(opened.model, takes, data, "train", opened.label, download=True))
-    feeding = feeding_of(opened.model, takes, data, "train", opened.label)
-    opened = replace(opened, header=replace(opened.header, preprocessing=feeding.preprocessing))
-
-    def open_data(download: bool) -> Parts:
-        return open_parts(data, feeding.preprocessing, settings.validation, settings.seed, download=download)
-
-    if download:
-        team.first(lambda: len(open_data(download=True).train))
-    parts = open_data(download=False)
-    known = known_classes(told(opened.header.provenance, opened.label), opened.header.origin)
-    check_class_names(known, parts.train)
-    classes = check_class_count(opened.model, parts.train)
-    if settings.workers is None:
-        settings = replace(settings, workers=_workers(parts))
+        team.first(lambda: settle(opened, data, "train", download=True))
+    opened, feeding = settle(opened, data, "train")
+    parts = _open_parts(data, opened.preprocessing, settings, download, team)
+    classes = _check_data(opened, parts)
+    settings = replace(settings, workers=_workers(settings, parts))
     teacher = None
     if settings.distill is not None:
-        beside = Path(checkpoint).parent if isinstance(checkpoint, str | Path) else None
-        teacher = find_teacher(opened.header, settings.distill, opened.model, beside)
+        beside = None if opened.file is None else opened.file.parent
+        teacher = find_teacher(opened.header(), settings.distill, opened.model, beside)
     presets = presets_for(data) if settings.augment is None else settings.augment
     about = {"data": data, "images": len(parts.train), "checkpoint": opened.sha256, "processes": team.size}
     identity = settings.identity() | {"augment": list(presets)} | about
@@ -125,7 +100,7 @@ def finetune(
         settings=settings,
         presets=presets,
         objective=Objective(settings, teacher),
-        replacements=[swap.site for plan in opened.header.plans for swap in plan.swaps],
+        replacements=[swap.site for plan in opened.plans for swap in plan.swaps],
         classes=classes,
         identity=identity,
         team=team,
@@ -148,36 +123,16 @@ def finetune(
     return FineTuned(result, replace(report, seconds=time.perf_counter() - start), header(progress))
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """The model before it is trained, how it is stored, what it is called, and the SHA-256 of its file."""
-
-    model: nn.Module
-    header: Header
-    label: str
-    sha256: str | None = None
-
-
-def _open(checkpoint: str | Path | nn.Module | Converted, base: nn.Module | None, request: Request) -> _Opened:
-    if isinstance(checkpoint, str | Path):
-        path = Path(checkpoint)
-        with fail_if_modified(path):
-            stored, digest = read_checkpoint(path), sha256(path)
-        base = base if base is not None else build_named(stored.header.origin, request)
-        found = _Opened(restore(stored, str(path), base), stored.header, str(path), digest)
-    elif isinstance(checkpoint, nn.Module):
-        source = describe_module(checkpoint, "as given")
-        header = Header(source.origin, (), source.preprocessing, skeleton=source.skeleton)
-        found = _Opened(deep_copy(checkpoint).eval(), header, type(checkpoint).__name__)
-    else:
-        label = checkpoint.header.origin.reference
-        found = _Opened(deep_copy(checkpoint.model).eval(), checkpoint.header, label)
-    broken = first_not_finite(found.model)
+def _open(model: Model) -> OpenedModel:
+    opened = open_for_verb(model)
+    if not opened.may_share:
+        opened = replace(opened, model=deep_copy(opened.model).eval())
+    broken = first_not_finite(opened.model)
     if broken is not None:
         raise CheckpointError(
-            f"{found.label} cannot be trained: {broken[0]!r} holds {broken[1]}; use another checkpoint"
+            f"{opened.reference} cannot be trained: {broken[0]!r} holds {broken[1]}; use another checkpoint"
         )
-    return found
+    return opened
 
 
 def _trainable(model: nn.Module) -> nn.Module:
@@ -206,36 +161,57 @@ def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: b
     check_folder(folder, resume, force)
 
 
-def _workers(parts: Parts) -> int:
-    """Return how many processes read images: none for images in memory, else one per core but one, at most four."""
+def _open_parts(data: str, preprocessing: Preprocessing, settings: Training, download: bool, team: Team) -> Parts:
+    """The images, downloaded by the first process alone."""
+
+    def parts(download: bool) -> Parts:
+        return open_parts(data, preprocessing, settings.validation, settings.seed, download=download)
+
+    if download:
+        team.first(lambda: len(parts(download=True).train))
+    return parts(download=False)
+
+
+def _check_data(opened: OpenedModel, parts: Parts) -> int:
+    """How many classes there are; raises SourceError where they are not the model's."""
+    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
+    check_class_names(known, parts.train)
+    return check_class_count(opened.model, parts.train)
+
+
+def _workers(settings: Training, parts: Parts) -> int:
+    """Processes that read images: none for those in memory, else one for each core but one, four at most."""
+    if settings.workers is not None:
+        return settings.workers
     ready = parts.train.pictures is not None and parts.train.pictures.ready
     return 0 if ready else max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
 def _header(
-    opened: _Opened, parts: Parts, identity: Mapping[str, Any], teacher: Teacher | None, progress: Progress
+    opened: OpenedModel, parts: Parts, identity: Mapping[str, Any], teacher: Teacher | None, progress: Progress
 ) -> Header:
-    """Return the header with this training in its provenance; without times, so that equal runs write equal files."""
-    scores = {name: getattr(progress, name) for name in ("before", "best", "last")}
-    record = {
-        "model": opened.label,
-        "sha256": opened.sha256,
-        "data": parts.train.description,
-        "validation": None if parts.validation is None else parts.validation.description,
-        "classes": list(parts.train.classes),
-        "teacher": None if teacher is None else teacher.description,
-        "settings": dict(identity),
-        "epochs": progress.epoch,
-        "steps": progress.step,
-        "best_epoch": progress.best_epoch,
-        "scores": {name: None if found is None else asdict(found) for name, found in scores.items()},
-        "versions": versions(opened.header.origin),
-    }
-    before = opened.header.provenance.get("training", [])
-    return replace(opened.header, provenance={**opened.header.provenance, "training": [*before, record]})
+    """The checkpoint's header with this training in its provenance; without times, so that equal runs are equal."""
+    record = TrainingRecord(
+        model=opened.reference,
+        sha256=opened.sha256,
+        data=parts.train.description,
+        validation=None if parts.validation is None else parts.validation.description,
+        classes=parts.train.classes,
+        teacher=None if teacher is None else teacher.description,
+        settings=identity,
+        epochs=progress.epoch,
+        steps=progress.step,
+        best_epoch=progress.best_epoch,
+        scores={name: getattr(progress, name) for name in ("before", "best", "last")},
+        versions=versions(opened.origin),
+    )
+    before = opened.provenance.get("training", [])
+    return replace(opened.header(), provenance={**opened.provenance, "training": [*before, plain(record)]})
 
 
-def _report(opened: _Opened, identity: Mapping[str, Any], teacher: Teacher | None, trainer: Trainer) -> TrainingReport:
+def _report(
+    opened: OpenedModel, identity: Mapping[str, Any], teacher: Teacher | None, trainer: Trainer
+) -> TrainingReport:
     progress, parts = trainer.progress, trainer.work.parts
     parameters = list(trainer.raw.parameters())
     notes = [trainer.note] if trainer.note else []
@@ -246,7 +222,7 @@ def _report(opened: _Opened, identity: Mapping[str, Any], teacher: Teacher | Non
     if progress.step < trainer.steps:
         notes.append(f"stopped early: no better epoch since epoch {progress.best_epoch}")
     return TrainingReport(
-        model=opened.label,
+        model=opened.reference,
         data=parts.train.description,
         validation=None if parts.validation is None else parts.validation.description,
         classes=parts.train.classes,

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.api.convert import Conversion
 from asymswap.calibration.calibrate import some_inputs
-from asymswap.checkpoint import Header, Stored, read_checkpoint, save_state
+from asymswap.checkpoint import Header, save_state
 from asymswap.data.normalization import fed_of, feeding_of
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
-from asymswap.models.converted import restore, save_checkpoint, unconverted
-from asymswap.models.opening import build_named, model_dtype, prepared, stored_preprocessing
-from asymswap.models.preprocessing import PreprocessingOptions, check_needed, size_warning
-from asymswap.models.references import Request
+from asymswap.models.converted import save_checkpoint
+from asymswap.models.opening import Model, open_for_verb, original_of
+from asymswap.models.preprocessing import size_warning
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
@@ -41,41 +37,31 @@ class Fusion:
 
 
 def fuse(
-    checkpoint: str | Path | Conversion,
+    model: Model,
     *,
     separable: bool = False,
     max_offset: float | None = None,
     data: str | None = None,
-    preprocessing: PreprocessingOptions | None = None,
-    model: nn.Module | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    trust_code: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
     By default those are fused whose one conv costs no more: acb and the static offset kinds. `separable` fuses pairs
-    and crosses too; `max_offset` leaves out predicted offsets that stay below this number of pixels on `data` (or on
-    random images), which changes the function, as the report says. `model` (or `arch`) is the unconverted model, of any
-    weights, where only you can build it. Raises AsymswapError where nothing can be fused, where the model is in train
-    mode, and where the fused model does not compute the same.
+    and crosses too; `max_offset` leaves out predicted offsets that stay below so many pixels on `data` (or on random
+    images), which changes the function: by how much is told. Raises AsymswapError where nothing can be fused, where the
+    model is in train mode, and where the fused model does not compute the same.
     """
-    check_needed(preprocessing, data)
-    stored, label = _stored(checkpoint)
-    if model is None:
-        model = build_named(stored.header.origin, Request(arch=arch, arguments=arguments or {}, trust_code=trust_code))
-    original = unconverted(stored, label, model)
-    converted = checkpoint.model if isinstance(checkpoint, Conversion) else restore(stored, label, original)
+    opened = open_for_verb(model, progress)
+    converted, label = opened.model, opened.reference
+    original = original_of(opened)
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
-    takes, dtype = prepared(stored_preprocessing(stored.header), None, preprocessing), model_dtype(converted)
+    takes, dtype = opened.preprocessing, opened.dtype()
     feeding = None if data is None else feeding_of(converted, takes, data, "test", label)
     takes = takes if feeding is None else feeding.preprocessing
     inputs, about = some_inputs(data, takes, dtype, seed)
-    plans = stored.header.plans
-    fused = fuse_model(converted, original, plans, FusionOptions(separable, max_offset, inputs), progress)
+    fused = fuse_model(converted, original, opened.plans, FusionOptions(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
@@ -85,14 +71,13 @@ def fuse(
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
     costs = [count_costs(model, one).total for model in (converted, fused.model)]
-    origin = stored.header.origin.reference
+    origin = opened.origin.reference
     report = FusionReport(label, origin, rows, costs[0], costs[1], gap.relative, gap.largest, about, fused.as_before)
     warnings = size_warning(takes) if feeding is None else feeding.warnings
     report = replace(report, fed=fed_of(feeding), warnings=warnings)
-    provenance = {**stored.header.provenance, "fused": plain(report)}
-    header = replace(stored.header, plans=fused.plans, provenance=provenance)
-    # What was not said now stays as the file has it.
-    return Fusion(fused.model, report, header if feeding is None else replace(header, preprocessing=takes))
+    provenance = {**opened.provenance, "fused": plain(report)}
+    header = replace(opened.header(), plans=fused.plans, preprocessing=takes, provenance=provenance)
+    return Fusion(fused.model, report, header)
 
 
 def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:
@@ -111,9 +96,3 @@ def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, f
         save_checkpoint(path, fusion.model, fusion.header)
     fusion.report = replace(fusion.report, files=(FileRow(str(path), path.stat().st_size),))
     return fusion.report
-
-
-def _stored(checkpoint: str | Path | Conversion) -> tuple[Stored, str]:
-    if isinstance(checkpoint, Conversion):
-        return Stored(checkpoint.header, {}), checkpoint.report.model.reference
-    return read_checkpoint(Path(checkpoint)), str(checkpoint)

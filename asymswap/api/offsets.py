@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +11,11 @@ from torch import Tensor, nn
 
 from asymswap import replacements
 from asymswap.calibration.calibrate import some_inputs
-from asymswap.checkpoint import read_checkpoint
 from asymswap.data.normalization import fed_of, feeding_of
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import conv_input
-from asymswap.models.converted import restore
-from asymswap.models.opening import build_named, model_dtype, prepared, stored_preprocessing
-from asymswap.models.preprocessing import PreprocessingOptions, check_needed, size_warning
-from asymswap.models.references import Request
+from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.preprocessing import size_warning
 from asymswap.results.offsets import OffsetReport, OffsetRow
 from asymswap.types import Plan, Swap
 from asymswap.utils.inputs import Inputs
@@ -27,31 +23,21 @@ from asymswap.utils.tensors import eval_mode
 
 
 def offsets(
-    checkpoint: str | Path,
+    model: Model,
     *,
     data: str | None = None,
-    preprocessing: PreprocessingOptions | None = None,
-    model: nn.Module | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    trust_code: bool = False,
     seed: int = 0,
 ) -> OffsetReport:
     """Return where the taps of a converted model have moved, layer by layer.
 
-    Predicted offsets are read on 8 random images, or on up to 32 of a data reference. `model` (or `arch`) is the
-    unconverted model where only you can build it. Raises AsymswapError where no layer has taps that move.
+    What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. Raises
+    AsymswapError where no layer has taps that move.
     """
-    check_needed(preprocessing, data)
-    stored, label = read_checkpoint(Path(checkpoint)), str(checkpoint)
-    if model is None:
-        request = Request(arch=arch, arguments=arguments or {}, trust_code=trust_code)
-        model = build_named(stored.header.origin, request)
-    converted = restore(stored, label, model)
-    takes, dtype = prepared(stored_preprocessing(stored.header), None, preprocessing), model_dtype(converted)
-    feeding = None if data is None else feeding_of(converted, takes, data, "test", label)
-    inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, dtype, seed)
-    rows = read_offsets(converted, stored.header.plans, inputs)
+    opened = open_for_verb(model)
+    label, takes = opened.reference, opened.preprocessing
+    feeding = None if data is None else feeding_of(opened.model, takes, data, "test", label)
+    inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, opened.dtype(), seed)
+    rows = read_offsets(opened.model, opened.plans, inputs)
     if not rows:
         kinds = {name: type(replacements.load(name)) for name in replacements.names()}
         moving = [name for name, kind in kinds.items() if kind.tap_offsets is not replacements.Replacement.tap_offsets]

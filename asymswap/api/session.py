@@ -24,7 +24,7 @@ from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.macs import Costs, count_costs, count_swapped
 from asymswap.measure.stand_ins import check_stand_ins, describe_calls
-from asymswap.models.opening import OpenedModel, costs_of
+from asymswap.models.opened import OpenedModel, costs_of
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.cost_model import CountedCost
 from asymswap.planning.latency_budget import Timing, plan_in_time
@@ -38,11 +38,11 @@ from asymswap.utils.tensors import eval_mode, first_not_finite
 
 
 class Clock:
-    """Wall time of consecutive stages."""
+    """Wall time of consecutive stages; `spent` seconds of the first one have passed already."""
 
-    def __init__(self) -> None:
+    def __init__(self, spent: float = 0.0) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last = time.perf_counter() - spent
 
     def stop(self, stage: str) -> None:
         """Write down the seconds since the last stage."""
@@ -157,7 +157,7 @@ class Session:
         polished = None
         if gathered is None or calibration is None:
             # Weights that stay as they are need not be held twice where nobody else holds the original.
-            converted = apply_plan(opened.model, plan, progress, share=opened.source.private)
+            converted = apply_plan(opened.model, plan, progress, share=opened.may_share)
             sequential = False
             self.clock.stop("convert")
         else:
@@ -182,7 +182,7 @@ class Session:
         """Count by running the converted model; raises AsymswapError where its sites run on other sizes than before."""
         sites = self.traced.sites
         if not self.traced.on_meta:
-            inputs = probe(self.opened.source.preprocessing, self.opened.dtype())
+            inputs = probe(self.opened.preprocessing, self.opened.dtype())
             with eval_mode(converted), torch.no_grad():
                 converted(*next(iter(portions(inputs))))
             return count_swapped(self.costs, converted, sites)

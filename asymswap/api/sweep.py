@@ -10,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
-
 from asymswap.api.conversion_report import SAME_IMAGES
 from asymswap.api.session import Session, check_original_finite
-from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.calibrate import fed_on
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.accuracy import evaluate
@@ -22,9 +20,8 @@ from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import settle
 from asymswap.data.predict import check_classifier
 from asymswap.errors import AsymswapError, RecipeError, check_choice
-from asymswap.models.opening import OpenedModel, open_model
-from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.results.records import plain
@@ -36,7 +33,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 def sweep(
-    model: str | Path | nn.Module,
+    model: Model,
     recipes: Sequence[str | Path],
     data: str,
     *,
@@ -46,14 +43,6 @@ def sweep(
     tolerance: float = 0.01,
     known: Tradeoff | None = None,
     on_point: Callable[[Tradeoff], None] = lambda _: None,
-    weights: str | None = None,
-    arch: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust_pickle: bool = False,
-    trust_code: bool = False,
-    input_size: tuple[int, ...] | None = None,
-    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
@@ -70,23 +59,10 @@ def sweep(
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
-    opened = open_model(
-        model,
-        Request(
-            arch=arch,
-            weights=weights,
-            arguments=arguments or {},
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-        ),
-        input_size,
-        progress,
-        options_of(preprocessing, calibration),
-    )
+    opened = open_for_verb(model, progress)
     check_original_finite(opened)
     opened, feeding = settle(opened, *fed_on(calibration, data))
-    images = open_data(data, opened.source.preprocessing, "test")
+    images = open_data(data, opened.preprocessing, "test")
     check_classifier(opened.model, images)
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, images, data, measure, calibration)
     if known is not None:
@@ -182,7 +158,7 @@ def _setting(
     labels = () if images.pictures is None else images.pictures.labels
     return {
         "weights": model_hash(opened.model),
-        "input": plain(opened.source.preprocessing),
+        "input": plain(opened.preprocessing),
         "data": data,
         "images": len(images),
         "labels": hashlib.sha256(repr((images.classes, [int(label) for label in labels])).encode()).hexdigest(),

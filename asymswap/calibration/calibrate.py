@@ -29,8 +29,7 @@ from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace
-from asymswap.models.opening import OpenedModel
-from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.models.opened import OpenedModel
 from asymswap.planning.apply import apply_plan, apply_structure
 from asymswap.types import Plan, Preprocessing, Progress, Site, silent
 from asymswap.utils.distributed import ALONE
@@ -42,16 +41,6 @@ _HELD_BACK = 32
 
 UNSEEN = "did not run on the calibration images"
 """Why a conv without statistics is kept."""
-
-
-def options_of(
-    preprocessing: PreprocessingOptions | None, calibration: Calibration | None
-) -> PreprocessingOptions | None:
-    """Return the user's preprocessing, given to the verb or to its calibration."""
-    own = None if calibration is None else calibration.preprocessing
-    if None not in (own, preprocessing) and own != preprocessing:
-        raise AsymswapError("preprocessing= of the verb and of its Calibration contradict each other; give one of them")
-    return preprocessing or own
 
 
 def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
@@ -160,10 +149,10 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
     try:
         # The model's own code may insist on its precision: then we solve on it as it is.
         with eval_mode(copied), torch.no_grad():
-            copied(*probe(opened.source.preprocessing, torch.float32, images=1))
+            copied(*probe(opened.preprocessing, torch.float32, images=1))
     except Exception:
         return opened
-    return replace(opened, source=replace(opened.source, model=copied))
+    return replace(opened, model=copied)
 
 
 def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gathered: Gathered) -> nn.Module:
@@ -238,10 +227,10 @@ def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images,
 
     Batches are decoded once where all images fit into a GiB.
     """
-    data = open_data(str(calibration.data), opened.source.preprocessing, "train", unlabelled=True)
+    data = open_data(str(calibration.data), opened.preprocessing, "train", unlabelled=True)
     order = torch.randperm(len(data), generator=seeded(calibration.seed)).tolist()
     count = min(calibration.images, len(order))
-    height, width = opened.source.preprocessing.size
+    height, width = opened.preprocessing.size
     size = max(4, min(128, 2**20 // (height * width)))
     chosen = [order[:count][start : start + size] for start in range(0, count, size)]
 

@@ -95,7 +95,6 @@ def benchmark(
         raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
-    size = o.parse_input_size(input_size)
     with screen.progress(quiet) as step:
         from asymswap.api.benchmark import FORMATS
         from asymswap.api.benchmark import benchmark as run
@@ -103,7 +102,17 @@ def benchmark(
         from asymswap.results.records import to_json
 
         found = run(
-            models,
+            o.open_models(
+                models,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+            ),
             runtimes=[one.value for one in runtime or [Runtime.eager]],
             batches=batches,
             threads=counts,
@@ -112,13 +121,6 @@ def benchmark(
             rounds=rounds,
             seconds=seconds,
             layers=layers > 0,
-            weights=weights,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            key=key,
-            trust_pickle=trust_pickle,
-            trust_code=trust_code,
-            input_size=size,
             progress=step,
         )
     if json:

@@ -45,16 +45,21 @@ def candidates(
         from asymswap.reporting.candidates import candidates_view, draw
         from asymswap.results.candidates import to_json
 
+        o.check_recipe(recipe)
+
         found = asymswap.candidates(
-            model,
+            o.open_model(
+                model,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+            ),
             recipe=recipe,
-            weights=weights,
-            arch=arch,
-            key=key,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_pickle=trust_pickle,
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
             progress=step,
         )
     if plot is not None:

@@ -77,24 +77,29 @@ def compare(
         import torch
 
         from asymswap.api.compare import compare as beside
+        from asymswap.models.preprocessing import check_needed
         from asymswap.planning.latency_budget import Timing
         from asymswap.reporting import compare as views
         from asymswap.results.records import to_json
 
         if threads is not None:
             torch.set_num_threads(threads)
+        check_needed(preprocessing, data)
         found = beside(
-            models,
+            o.open_models(
+                models,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
+            ),
             data=data,
             images=images,
-            weights=weights,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            key=key,
-            trust_pickle=trust_pickle,
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
-            preprocessing=preprocessing,
             timing=Timing(memory_format.value, batch, rounds) if latency else None,
             seed=seed,
             progress=step,

@@ -138,20 +138,26 @@ def convert(
 
         if not dry_run:
             check_suffix(target)
+        # Mistakes in what is small are told before a large model is read.
+        o.check_recipe(recipe, overrides)
+        replayed = None if plan is None else _read_plan(plan)
         conversion = asymswap.convert(
-            model,
+            o.open_model(
+                model,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
+            ),
             recipe,
-            plan=None if plan is None else _read_plan(plan),
+            plan=replayed,
             overrides=overrides,
             calibration=calibration_of(calibration, seed, team),
-            weights=weights,
-            arch=arch,
-            key=key,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_pickle=trust_pickle,
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
-            preprocessing=preprocessing,
             evaluate=evaluate,
             timing=None if memory_format is None else asymswap.Timing(memory_format.value),
             allow_drift=allow_drift,

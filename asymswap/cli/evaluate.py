@@ -50,7 +50,18 @@ def evaluate(
         from asymswap.results.records import to_json
 
         report = asymswap.evaluate(
-            models,
+            o.open_models(
+                models,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
+            ),
             data,
             part=part,
             validation=validation,
@@ -61,14 +72,6 @@ def evaluate(
             strict=strict,
             download=download,
             device="cpu" if cpu else None,
-            weights=weights,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            preprocessing=preprocessing,
-            trust_pickle=trust_pickle,
-            key=key,
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
             progress=step,
         )
     if json:

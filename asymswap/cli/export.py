@@ -64,14 +64,11 @@ def export(
         from asymswap.api.export import export as run
 
         report = run(
-            checkpoint,
+            o.open_model(checkpoint, step, arch=arch, arguments=arguments, trust_code=trust_code),
             target,
             form=None if to is None else to.value,
             fuse=fuse,
             dynamic_size=dynamic_size,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_code=trust_code,
             force=force,
             progress=step,
         )

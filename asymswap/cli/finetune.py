@@ -70,11 +70,20 @@ def finetune(
     with joined(gpus=not training["cpu"]) as team, screen.training(quiet or json or not team.leads) as shown:
         import asymswap
         from asymswap.data.augmentation import parse_presets
+        from asymswap.types import silent
 
         if training["augment"] is not None:
             training["augment"] = parse_presets(training["augment"])
         tuned = asymswap.finetune(
-            checkpoint,
+            o.open_model(
+                checkpoint,
+                silent,
+                arch=arch,
+                arguments=arguments,
+                trust_code=trust_code,
+                input_size=input_size,
+                preprocessing=preprocessing,
+            ),
             data,
             Training(**training),
             output=target,
@@ -82,11 +91,6 @@ def finetune(
             resume=resume,
             force=force,
             download=download,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
-            preprocessing=preprocessing,
             team=team,
             callback=shown,
         )

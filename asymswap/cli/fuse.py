@@ -59,17 +59,22 @@ def fuse(
     with screen.progress(quiet) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
+        from asymswap.models.preprocessing import check_needed
 
         check_suffix(target)
+        check_needed(preprocessing, data)
         fusion = asymswap.fuse(
-            checkpoint,
+            o.open_model(
+                checkpoint,
+                step,
+                arch=arch,
+                arguments=arguments,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
+            ),
             separable=separable,
             max_offset=max_offset,
             data=data,
-            preprocessing=preprocessing,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            trust_code=trust_code,
             progress=step,
         )
         report = asymswap.save_fused(fusion, target, as_original=as_original, force=force)

@@ -17,7 +17,9 @@ import typer
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
+    from asymswap.models.opened import OpenedModel
     from asymswap.models.preprocessing import PreprocessingOptions
+    from asymswap.types import Progress
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
@@ -302,6 +304,33 @@ def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
             raise AsymswapError(f"{option} {text!r} is not key=value")
         pairs[key.strip()] = _value(value.strip())
     return pairs
+
+
+def check_recipe(recipe: str | None, overrides: dict[str, Any] | None = None) -> None:
+    """Raise RecipeError for a mistake in a recipe; the verb would tell it only when the model has been opened."""
+    from asymswap.planning.recipe import parse_recipe, read_recipe_text
+
+    if recipe is not None:
+        parse_recipe(*read_recipe_text(recipe), overrides)
+
+
+def open_model(model: str | Path, step: Progress, **options: Any) -> OpenedModel:
+    """Open the model of a command by the shared options, under their names here, for the verb that gets it."""
+    from asymswap.models import opening
+
+    return opening.open_model(str(model), progress=step, **_parsed(options)).hand_over()
+
+
+def open_models(models: list[str], step: Progress, **options: Any) -> list[OpenedModel]:
+    """The same for several models, all of them before the verb begins."""
+    from asymswap.models import opening
+
+    return [opened.hand_over() for opened in opening.open_models(models, progress=step, **_parsed(options))]
+
+
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    size, arguments = options.pop("input_size", None), options.pop("arguments", None)
+    return {**options, "input_size": parse_input_size(size), "arguments": parse_pairs("--arg", arguments)}
 
 
 PICTURES = (".svg", ".png")

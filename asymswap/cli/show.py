@@ -53,12 +53,35 @@ def show(
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
     from asymswap.reporting.convert import check_suffix
-    from asymswap.utils.files import check_output, write_text
+    from asymswap.utils.files import check_output, write_bytes, write_text
 
     if draw is not None or data is not None or offsets or preprocessing is not None:
         _check_alone(report, plan)
-        given = o.parse_pairs("--arg", arguments)
-        _show_offsets(checkpoint, draw, data, preprocessing, arch, given, trust_code, force, json, quiet)
+        if draw is not None:
+            o.check_picture("--draw", draw, force)
+        with screen.progress(quiet) as step:
+            from asymswap.api.offsets import offsets as find_offsets
+            from asymswap.models.preprocessing import check_needed
+            from asymswap.reporting.offsets import draw as draw_offsets
+            from asymswap.reporting.offsets import offsets_view
+            from asymswap.results.offsets import to_json
+
+            check_needed(preprocessing, data)
+            opened = o.open_model(
+                checkpoint,
+                step,
+                arch=arch,
+                arguments=arguments,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
+            )
+            moved = find_offsets(opened, data=data)
+        if draw is not None:
+            write_bytes(draw, draw_offsets(moved, draw.suffix[1:]))
+        if json:
+            screen.print_json(to_json(moved))
+        elif not quiet:
+            screen.show(offsets_view(moved), screen.console())
         return
     if report is not None:
         check_output(report, force, "--report")
@@ -99,36 +122,3 @@ def _check_alone(report: Path | None, plan: bool) -> None:
         raise AsymswapError(
             f"{other} tells of the conversion, --offsets, --draw and --data of where taps are; ask twice"
         )
-
-
-def _show_offsets(
-    checkpoint: Path,
-    picture: Path | None,
-    data: str | None,
-    preprocessing: Any,
-    arch: str | None,
-    arguments: dict[str, Any],
-    trust_code: bool,
-    force: bool,
-    json: bool,
-    quiet: bool,
-) -> None:
-    from asymswap.cli import screen
-    from asymswap.utils.files import write_bytes
-
-    if picture is not None:
-        o.check_picture("--draw", picture, force)
-    with screen.progress(quiet):
-        from asymswap.api.offsets import offsets
-        from asymswap.reporting.offsets import draw, offsets_view
-        from asymswap.results.offsets import to_json
-
-        report = offsets(
-            checkpoint, data=data, preprocessing=preprocessing, arch=arch, arguments=arguments, trust_code=trust_code
-        )
-    if picture is not None:
-        write_bytes(picture, draw(report, picture.suffix[1:]))
-    if json:
-        screen.print_json(to_json(report))
-    elif not quiet:
-        screen.show(offsets_view(report), screen.console())

@@ -99,8 +99,21 @@ def sweep(
         def write(result: Tradeoff) -> None:
             write_text(target, jsonlib.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
 
+        for one in recipe:
+            o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
         result = run(
-            model,
+            o.open_model(
+                model,
+                step,
+                weights=weights,
+                arch=arch,
+                arguments=arguments,
+                key=key,
+                input_size=input_size,
+                trust_pickle=trust_pickle,
+                trust_code=trust_code,
+                preprocessing=preprocessing,
+            ),
             recipe,
             evaluate,
             budgets=budgets or BUDGETS,
@@ -109,14 +122,6 @@ def sweep(
             tolerance=tolerance / 100,
             known=known,
             on_point=write,
-            weights=weights,
-            arch=arch,
-            arguments=o.parse_pairs("--arg", arguments),
-            key=key,
-            trust_pickle=trust_pickle,
-            trust_code=trust_code,
-            input_size=o.parse_input_size(input_size),
-            preprocessing=preprocessing,
             progress=step,
         )
         write(result)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Told
 from asymswap.data.datasets import LabelledImages
 from asymswap.data.predict import check_scores, placement
 from asymswap.errors import SourceError
+from asymswap.results.records import History
 from asymswap.types import Origin
 from asymswap.utils.tensors import eval_mode
 
@@ -30,11 +30,11 @@ def check_class_count(model: nn.Module, data: LabelledImages) -> int:
     return scores.shape[1]
 
 
-def known_classes(told: Told, origin: Origin) -> tuple[str, ...]:
+def known_classes(history: History, origin: Origin) -> tuple[str, ...]:
     """Return the names of the model's classes in order, if its checkpoint or its published weights have them."""
-    if told.training:
-        return told.training[-1].classes
-    return published_classes(origin.reference, told.report.model.weights)
+    if history.training:
+        return history.training[-1].classes
+    return published_classes(origin.reference, history.report.model.weights)
 
 
 def published_classes(reference: str, weights: str) -> tuple[str, ...]:

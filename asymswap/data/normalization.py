@@ -26,7 +26,7 @@ from asymswap.data.datasets import Part, open_data
 from asymswap.data.images import Pictures
 from asymswap.data.predict import placement
 from asymswap.errors import SourceError, TraceError
-from asymswap.models.opening import OpenedModel
+from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import (
     Normalization,
     fed,
@@ -73,9 +73,9 @@ class Feeding:
 
 def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
     """Return an opened model with its preprocessing settled on images of a data reference; see `feeding_of`."""
-    known = opened.source.preprocessing
+    known = opened.preprocessing
     found = feeding_of(opened.model, known, reference, part, opened.reference, download=download)
-    return replace(opened, source=replace(opened.source, preprocessing=found.preprocessing)), found
+    return replace(opened, preprocessing=found.preprocessing), found
 
 
 def fed_of(feeding: Feeding | None) -> Fed | None:

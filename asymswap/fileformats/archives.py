@@ -45,7 +45,7 @@ def read_torchscript(path: Path) -> State:
         root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
         if not isinstance(root, Record):
             raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
-        state = dict(_script_tensors(root))
+        state = dict(_tensors_below(root, lambda record: record.state if isinstance(record.state, dict) else {}))
     if not state:
         raise SourceError(
             f"{path} is a TorchScript archive without named weights, as torch.jit.freeze leaves it; "
@@ -88,7 +88,7 @@ def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
     Raises MalformedError for a module inside of itself, or one named without end.
     """
     if is_module(value):
-        return dict(_module_tensors(value)), (value.name,)
+        return dict(_tensors_below(value, _module_attributes)), (value.name,)
     if not isinstance(value, dict):
         return value, ()
     changed = {key: states_of_modules(part) if is_module(part) else (part, ()) for key, part in value.items()}
@@ -127,21 +127,15 @@ def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) ->
     return Builder(lambda s: entries.storage(s.key, s.claimed), storage.claimed, name, foreign=False).tensor(ref)
 
 
-def _script_tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
-    return _tensors_below(root, lambda record: record.state if isinstance(record.state, dict) else {})
-
-
-def _module_tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
-    def attributes(record: Record) -> dict[str, Any]:
-        if not is_module(record):
-            return {}
-        state = record.state
-        passing = state.get("_non_persistent_buffers_set")
-        passing = passing if isinstance(passing, set) else set()
-        kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
-        return {**state["_parameters"], **kept, **state["_modules"]}
-
-    return _tensors_below(root, attributes)
+def _module_attributes(record: Record) -> dict[str, Any]:
+    """What the state dict of a module has: its parameters, its buffers but for passing ones, its children's."""
+    if not is_module(record):
+        return {}
+    state = record.state
+    passing = state.get("_non_persistent_buffers_set")
+    passing = passing if isinstance(passing, set) else set()
+    kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
+    return {**state["_parameters"], **kept, **state["_modules"]}
 
 
 def _tensors_below(root: Record, attributes: Callable[[Record], dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -36,7 +36,13 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
     """Read a model file; raises SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
     if kind is FileKind.SAFETENSORS:
-        return _read_safetensors(path)
+        try:
+            # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
+            with safetensors.safe_open(path, framework="pt", backend="pread") as file:
+                metadata = file.metadata() or {}
+                return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise SourceError(f"{path} is cut off or damaged: {error}") from None
     if kind is FileKind.TORCHSCRIPT:
         note = "weights taken out of a TorchScript archive, whose code was not executed"
         return RawFile(read_torchscript(path), notes=(note,))
@@ -46,30 +52,18 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label, instead))
         return RawFile(state, notes=("weights taken out of a torch.export archive, whose graph was not read",))
     if kind is FileKind.SHARDS:
-        executed: list[bool] = []
-        value = read_shards(path, lambda shard: _read_shard(shard, trust_pickle, executed))
-        return RawFile(value, executed=any(executed))
+        parts: list[RawFile] = []
+
+        def read_shard(shard: Path) -> Any:
+            if sniff(shard) is FileKind.SHARDS:
+                raise SourceError(f"{shard} is an index of shards that an index names; give that one")
+            parts.append(read_raw(shard, trust_pickle))
+            return parts[-1].value
+
+        return RawFile(read_shards(path, read_shard), executed=any(part.executed for part in parts))
     loaded = load(path, kind, trust_pickle, str(path))
     if not loaded.unread:
         return RawFile(loaded.value, executed=loaded.executed)
     more = f" and {len(loaded.unread) - 3} more" if len(loaded.unread) > 3 else ""
     note = f"left unread, being outside of the allowlist: {', '.join(loaded.unread[:3])}{more}"
     return RawFile(loaded.value, notes=(note,), refusal=refusal(loaded.unread, str(path)))
-
-
-def _read_safetensors(path: Path) -> RawFile:
-    try:
-        # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
-        with safetensors.safe_open(path, framework="pt", backend="pread") as file:
-            metadata = file.metadata() or {}
-            return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise SourceError(f"{path} is cut off or damaged: {error}") from None
-
-
-def _read_shard(path: Path, trust_pickle: bool, executed: list[bool]) -> Any:
-    if sniff(path) is FileKind.SHARDS:
-        raise SourceError(f"{path} is an index of shards that an index names; give that one")
-    raw = read_raw(path, trust_pickle)
-    executed.append(raw.executed)
-    return raw.value

@@ -229,13 +229,12 @@ class Builder:
         items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
         changed = []
         for key, item in items:
-            kind_of_item = type(item)
-            if kind_of_item not in _COMPOSITE:
-                parts += 1 + (len(key) >> 5 if type(key) is str else 0)
+            weight = 1 + (len(key) >> 5 if type(key) is str else 0)
+            if type(item) not in _COMPOSITE:
+                parts += weight
                 continue
             found = self.visit(item, depth)
-            levels, whole = max(levels, found.levels), whole and found.whole
-            parts += found.parts * (1 + (len(key) >> 5 if type(key) is str else 0))
+            levels, whole, parts = max(levels, found.levels), whole and found.whole, parts + found.parts * weight
             if found.value is not item:
                 changed.append((key, found.value))
         if parts > MOST_PARTS:
@@ -257,7 +256,10 @@ class Builder:
     def _of_record(self, record: Record, depth: int) -> _Found:
         maker = _MAKERS.get(record.name)
         if maker is not None:
-            return _Found(maker(self, record, depth))
+            made = maker(self, record, depth)
+            if made is None:
+                raise Odd(f"calls {record.name} in another way")
+            return _Found(made)
         array = _ARRAYS.get(record.name.replace("numpy.core.", "numpy._core."))
         if array is not None:
             try:
@@ -302,20 +304,14 @@ class Builder:
         """Raise Odd for a tensor that its storage does not hold, or that is far larger than all storages."""
         total = math.prod(ref.size)
         last = ref.offset + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if total else -1
-        storage = ref.storage
-        own = storage.dtype.itemsize
-        held = storage.length * own
+        held = ref.storage.length * ref.storage.dtype.itemsize
         if (last + 1) * dtype.itemsize > held:
-            raise Odd(
-                f"has a tensor of {_shape(ref.size)} that reaches beyond the {held:,} bytes of its storage "
-                f"{storage.key!r}"
-            )
+            what = f"has a tensor of {_shape(ref.size)} that reaches beyond the {held:,} bytes of its storage"
+            raise Odd(f"{what} {ref.storage.key!r}")
         self._left -= total * dtype.itemsize
         if self._left < 0:
-            raise Odd(
-                f"has a tensor of {_shape(ref.size)} expanded from the {held:,} bytes of its storage {storage.key!r}, "
-                "or far too many of such"
-            )
+            what = f"has a tensor of {_shape(ref.size)} expanded from the {held:,} bytes of its storage"
+            raise Odd(f"{what} {ref.storage.key!r}, or far too many of such")
 
     def spend(self, made: int) -> None:
         """Count bytes that are made."""
@@ -338,9 +334,14 @@ class Builder:
             raise Odd(f"makes a {owner} in another way")
         kind = argparse.Namespace if owner == "argparse.Namespace" else look_up(owner, self._label)
         state = {} if state is None else state
-        if type(state) is not dict or not all(_may_be_filled(key, value) for key, value in state.items()):
+        if type(state) is not dict:
             raise Odd(f"fills a {owner} in another way")
-        state.pop("__overloads__", None)
+        if state.get("__overloads__") == {}:
+            # torch.jit.script leaves it on every module that it has been given.
+            del state["__overloads__"]
+        for key in state:
+            if not isinstance(key, str) or len(key) > _LONGEST_ATTRIBUTE or key.startswith("__"):
+                raise Odd(f"fills a {owner} in another way")
         found = self.visit(state, depth)
         if not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
@@ -392,11 +393,8 @@ def look_up(name: str, label: str) -> Any:
         ) from None
 
 
-def _may_be_filled(key: Any, value: Any) -> bool:
-    # torch.jit.script leaves an empty `__overloads__` on every module that it has been given.
-    if not isinstance(key, str) or len(key) > _LONGEST_ATTRIBUTE:
-        return False
-    return not key.startswith("__") or (key == "__overloads__" and value == {})
+def _shape(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
 
 
 def _complete(module: nn.Module) -> None:
@@ -417,26 +415,22 @@ def _complete(module: nn.Module) -> None:
         own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
 
 
-def _shape(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
-
-
-# How each call is written of which something is made here. Each gets the builder, the record and the depth.
+# How each call is written of which something is made here. Each gets the builder, the record and the depth, and returns
+# None for a call that torch does not write so.
 
 
 def _parameter(builder: Builder, record: Record, depth: int) -> Any:
     """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
+    state = None
     match record.arguments:
         case (data,):
-            requires_grad, state = True, None
+            requires_grad = True
         case (data, bool(requires_grad)):
-            state = None
-        case (data, bool(requires_grad), hooks) if not hooks:
-            state = None
-        case (data, bool(requires_grad), hooks, state) if not hooks:
             pass
+        case (data, bool(requires_grad), hooks, *rest) if not hooks and len(rest) < 2:
+            state = rest[0] if rest else None
         case _:
-            raise Odd(f"calls {record.name} in another way")
+            return None
     match record.state:
         case None:
             pass
@@ -456,7 +450,7 @@ def _typed(builder: Builder, record: Record, depth: int) -> Any:
         ):
             pass
         case _:
-            raise Odd(f"calls {record.name} in another way")
+            return None
     described: Any = Record(function, inner)
     if function in TENSOR_CALLS:
         described = described_tensor(inner, typed=function.endswith("_v3"))
@@ -480,39 +474,35 @@ def _with_attributes(builder: Builder, tensor: Tensor, state: Any, depth: int) -
 
 def _is_attribute(key: Any) -> bool:
     """Whether a tensor may have an attribute of this name: numpy and torch obey those with underscores around them."""
-    special = isinstance(key, str) and (key.startswith("__") or key in ("_is_param", "_is_buffer"))
-    return isinstance(key, str) and key.isidentifier() and not special and not hasattr(Tensor, key)
+    if not isinstance(key, str) or key.startswith("__") or key in ("_is_param", "_is_buffer"):
+        return False
+    return key.isidentifier() and not hasattr(Tensor, key)
 
 
 def _quantised(builder: Builder, record: Record, depth: int) -> Any:
     match record.arguments:
         case (StorageRef() as storage, int(offset), tuple(size), tuple(stride), (scheme, *scales), bool(grad), hooks):
-            if hooks or not isinstance(scheme, torch.qscheme) or not all(map(_is_scale, scales)):
-                raise Odd(f"calls {record.name} in another way")
+            if hooks or not isinstance(scheme, torch.qscheme):
+                return None
         case _:
-            raise Odd(f"calls {record.name} in another way")
+            return None
     ref = described_tensor((storage, offset, size, stride))
-    if ref is None:
-        raise Odd(f"calls {record.name} in another way")
+    if ref is None or not all(isinstance(one, float | int | TensorRef) for one in scales):
+        return None
     builder.check(ref, storage.dtype)
     scales = [builder.visit(one, depth).value for one in scales]
     typed = TypedStorage(wrap_storage=builder._storage(storage), dtype=storage.dtype, _internal=True)
     return _rebuild_qtensor(typed, offset + storage.start, size, stride, (scheme, *scales), grad, OrderedDict())
 
 
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, float | int | TensorRef)
-
-
 def _sparse(builder: Builder, record: Record, depth: int) -> Any:
     match record.arguments:
         case (torch.layout() as layout, tuple(parts)):
-            pass
+            made = [builder.visit(part, depth).value for part in parts]
         case _:
-            raise Odd(f"calls {record.name} in another way")
-    made = [builder.visit(part, depth).value for part in parts]
+            return None
     if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in made):
-        raise Odd(f"calls {record.name} in another way")
+        return None
     # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
     try:
         if layout == torch.sparse_coo:
@@ -529,7 +519,7 @@ def _without_numbers(builder: Builder, record: Record, depth: int) -> Any:  # no
     match record.arguments:
         case (torch.dtype() as dtype, size, stride, bool(grad)) if are_sizes(size) and are_sizes(stride):
             return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
-    raise Odd(f"calls {record.name} in another way")
+    return None
 
 
 def _moved(builder: Builder, record: Record, depth: int) -> Any:
@@ -538,7 +528,7 @@ def _moved(builder: Builder, record: Record, depth: int) -> Any:
             tensor = builder.inner(data, depth).detach()
             builder.spend(tensor.numel() * dtype.itemsize)
             return tensor.to(dtype).requires_grad_(grad)
-    raise Odd(f"calls {record.name} in another way")
+    return None
 
 
 def _partial(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG001
@@ -552,18 +542,12 @@ def _partial(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG0
         case _:
             raise Odd(f"fills a {record.name} in another way")
     if name not in module_names():
-        raise Odd(f"calls {record.name} in another way")
-    if not all(_is_word(key) and _is_plain(value) for key, value in (keywords or {}).items()):
-        raise Odd(f"fills a {record.name} in another way")
+        return None
+    for key, value in (keywords or {}).items():
+        plain = value is None or type(value) in (bool, int, float, str, bytes)
+        if not (isinstance(key, str) and key.isidentifier() and plain):
+            raise Odd(f"fills a {record.name} in another way")
     return functools.partial(look_up(name, builder._label), **(keywords or {}))
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier()
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str, bytes)
 
 
 _PARAMETER = "torch.nn.parameter.Parameter"

@@ -109,7 +109,8 @@ def described_tensor(arguments: tuple[Any, ...], typed: bool = False) -> TensorR
         case _:
             return None
     fits = are_sizes(size) and are_sizes(stride) and len(size) == len(stride) and are_sizes((offset,))
-    if not fits or not _are_flags(metadata) or isinstance(dtype, torch.dtype) != typed:
+    flags = isinstance(metadata, dict) and all(type(k) is str and type(v) is bool for k, v in metadata.items())
+    if not fits or not flags or isinstance(dtype, torch.dtype) != typed:
         return None
     return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, metadata, dtype)
 
@@ -148,10 +149,6 @@ def are_sizes(value: Any) -> bool:
     if not isinstance(value, tuple | list):
         return False
     return len(value) <= MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _are_flags(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(k) is str and type(v) is bool for k, v in value.items())
 
 
 @functools.cache

@@ -11,7 +11,6 @@ work (operations, and items that an operation copies), the bytes that calls make
 from __future__ import annotations
 
 import collections
-import functools
 import pathlib
 import struct
 from collections.abc import Callable, Iterable
@@ -70,9 +69,7 @@ class Reader:
         self._data, self._at, self._stack, self._marks, self._memo = data, start, [], [], {}
         try:
             return self._run(), self._at
-        except (Odd, MalformedError):
-            raise
-        except (MemoryError, KeyboardInterrupt):
+        except (Odd, MalformedError, MemoryError):
             raise
         except Exception as error:
             # A damaged pickle can go wrong in every way that a stack machine knows.
@@ -115,13 +112,10 @@ class Reader:
         (number,) = form.unpack(self._take(form.size))
         return number
 
-    def _line(self) -> str:
-        return self._line_bytes().decode()
-
-    def _line_bytes(self) -> bytes:
+    def _line(self, encoding: str = "utf-8") -> str:
         line = self._take(self._data.index(b"\n", self._at) - self._at)
         self._at += 1
-        return line
+        return str(line, encoding)
 
     def _sized(self, form: struct.Struct) -> bytes:
         return self._take(self._number(form))
@@ -249,17 +243,17 @@ class Reader:
             # TorchScript's marks of a list's static type.
             self._stack.append(arguments[0])
             return
-        simple = _SIMPLE.get(what.name)
-        made = simple(self, arguments) if simple is not None else Record(what.name, arguments, made_by)
+        if what.name not in _KNOWN_CALLS:
+            self._stack.append(Record(what.name, arguments, made_by))
+            return
+        made = self._made_by(what.name, arguments)
         if made is _UNKNOWN:
             raise Odd(f"calls {what.name} in another way")
         self._stack.append(made)
 
     def _push_storage(self) -> None:
         match self._stack.pop():
-            case ("storage", Global(kind), str(key), str(), int(count)) if count >= 0:
-                storage = StorageRef(key, storage_dtype(kind), count)
-            case ("storage", Global(kind), str(key), str(), int(count), None) if count >= 0:
+            case ("storage", Global(kind), str(key), str(), int(count), *rest) if count >= 0 and rest in ([], [None]):
                 storage = StorageRef(key, storage_dtype(kind), count)
             case ("storage", Global(kind), str(key), str(), int(count), (str(), int(start), int(size))):
                 if not 0 <= start <= start + size <= count:
@@ -274,108 +268,68 @@ class Reader:
         self.storages.append(storage)
         self._stack.append(storage)
 
-    # What calls of known functions make, or `_UNKNOWN` where it is not a call that pickle or torch.save writes.
-
-    def _ordered(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case ():
+    def _made_by(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """What a call of one of `_KNOWN_CALLS` makes; `_UNKNOWN` where pickle and torch.save do not write it so."""
+        match name, arguments:
+            case "collections.OrderedDict", ():
                 return collections.OrderedDict()
-            case (list(pairs),):
+            case "collections.OrderedDict", (list(pairs),):
                 self._spend(len(pairs))
                 if all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
                     return collections.OrderedDict((key_of(key), value) for key, value in pairs)
-        return _UNKNOWN
-
-    def _counter(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case ():
+            case "collections.Counter", ():
                 return collections.Counter()
-            case (dict(counts),):
+            case "collections.Counter", (dict(counts),):
                 self._spend(len(counts))
                 made: collections.Counter[Any] = collections.Counter()
                 dict.update(made, counts)
                 return made
-        return _UNKNOWN
-
-    def _default(self, a: tuple[Any, ...]) -> Any:
-        return {} if len(a) <= 1 else _UNKNOWN
-
-    def _as_set(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case ():
-                return set()
-            case (list(values) | tuple(values),):
-                self._spend(len(values))
-                return set(map(key_of, values))
-        return _UNKNOWN
-
-    def _complex(self, a: tuple[Any, ...]) -> Any:
-        return complex(*a) if len(a) == 2 and all(type(one) is float for one in a) else _UNKNOWN
-
-    def _as_bytes(self, a: tuple[Any, ...]) -> Any:
-        return b"" if not a else _UNKNOWN
-
-    def _bytearray(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case ():
+            case ("collections.defaultdict", () | (_,)) | ("builtins.dict", ()):
+                return {}
+            case "builtins.list", ():
+                return []
+            case "builtins.tuple", ():
+                return ()
+            case "builtins.bytes", ():
+                return b""
+            case "builtins.bytearray", ():
                 return bytearray()
-            case (bytes(raw),):
+            case "builtins.bytearray", (bytes(raw),):
                 self._spend(1, len(raw))
                 return bytearray(raw)
-            case (str(text), "latin-1" | "latin1"):
+            case "builtins.bytearray" | "_codecs.encode", (str(text), "latin-1" | "latin1"):
                 self._spend(1, len(text))
-                return bytearray(text, "latin-1")
-        return _UNKNOWN
-
-    def _encoded(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case (str(text), "latin1" | "latin-1"):
-                self._spend(1, len(text))
-                return text.encode("latin-1")
-        return _UNKNOWN
-
-    def _path(self, a: tuple[Any, ...], kind: type[pathlib.PurePath]) -> Any:
-        if not all(type(part) is str for part in a):
-            return _UNKNOWN
-        length = sum(map(len, a))
-        self._spend(len(a), 64 * length)
-        return kind(*a)
-
-    def _size(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case (tuple(size) | list(size),) if are_sizes(size):
+                return text.encode("latin-1") if name == "_codecs.encode" else bytearray(text, "latin-1")
+            case "builtins.set" | "builtins.frozenset", ():
+                return set()
+            case "builtins.set" | "builtins.frozenset", (list(values) | tuple(values),):
+                self._spend(len(values))
+                return set(map(key_of, values))
+            case "builtins.complex", (real, imaginary) if type(real) is float and type(imaginary) is float:
+                return complex(real, imaginary)
+            case "torch.Size", (tuple(size) | list(size),) if are_sizes(size):
                 return torch.Size(size)
-        return _UNKNOWN
-
-    def _device(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case (str(kind),) | (str(kind), None):
+            case "torch.device", (str(kind),) | (str(kind), None):
                 return torch.device(kind)
-            case (str(kind), int(index)) if 0 <= index < 2**15:
+            case "torch.device", (str(kind), int(index)) if 0 <= index < 2**15:
                 return torch.device(kind, index)
-        return _UNKNOWN
-
-    def _layout(self, a: tuple[Any, ...]) -> Any:
-        match a:
-            case (str(name),):
-                found = getattr(torch, name.removeprefix("torch."), None)
+            case "torch.serialization._get_layout", (str(layout),):
+                found = getattr(torch, layout.removeprefix("torch."), None)
                 return found if isinstance(found, torch.layout) else _UNKNOWN
+            case "torch.storage._load_from_bytes", (bytes(raw),) if not self._inside:
+                return self._storage_of_bytes(raw)
+        if name in TENSOR_CALLS:
+            described = described_tensor(arguments, typed=name.endswith("_v3"))
+            if described is not None:
+                self._spend(len(described.size))
+                return described
+        if name in _PATHS and all(type(part) is str for part in arguments):
+            self._spend(len(arguments), 64 * sum(map(len, arguments)))
+            return _PATHS[name](*arguments)
         return _UNKNOWN
 
-    def _tensor(self, a: tuple[Any, ...], typed: bool = False) -> Any:
-        described = described_tensor(a, typed)
-        if described is None:
-            return _UNKNOWN
-        self._spend(len(described.size))
-        return described
-
-    def _storage_of_bytes(self, a: tuple[Any, ...]) -> Any:
+    def _storage_of_bytes(self, raw: bytes) -> Any:
         """What `pickle.dump` writes for a storage: the bytes of a torch.save file of the old form, of one storage."""
-        match a:
-            case (bytes(raw),) if not self._inside:
-                pass
-            case _:
-                return _UNKNOWN
         outside = (self._data, self._at, self._stack, self._marks, self._memo, self.storages)
         self._inside, self.storages = True, []
         try:
@@ -456,34 +410,20 @@ def _called_text(value: Any) -> str:
     return f"a {value.name if isinstance(value, Global) else type(value).__name__}"
 
 
-_SIMPLE: dict[str, Callable[[Reader, tuple[Any, ...]], Any]] = {
-    "collections.OrderedDict": Reader._ordered,
-    "collections.Counter": Reader._counter,
-    "collections.defaultdict": Reader._default,
-    "builtins.set": Reader._as_set,
-    "builtins.frozenset": Reader._as_set,
-    "builtins.complex": Reader._complex,
-    "builtins.bytes": Reader._as_bytes,
-    "builtins.bytearray": Reader._bytearray,
-    "builtins.dict": lambda _, a: _UNKNOWN if a else {},
-    "builtins.list": lambda _, a: _UNKNOWN if a else [],
-    "builtins.tuple": lambda _, a: _UNKNOWN if a else (),
-    "_codecs.encode": Reader._encoded,
-    "torch.Size": Reader._size,
-    "torch.device": Reader._device,
-    "torch.serialization._get_layout": Reader._layout,
-    "torch._utils._rebuild_tensor": Reader._tensor,
-    "torch._utils._rebuild_tensor_v2": Reader._tensor,
-    "torch._utils._rebuild_tensor_v3": functools.partial(Reader._tensor, typed=True),
-    "torch.storage._load_from_bytes": Reader._storage_of_bytes,
-}  # fmt: skip
-for _kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
-    # Where pathlib keeps its classes depends on Python's version; a path is text, and never opened.
-    for _name in (_kind.__name__, _kind.__name__.removeprefix("Pure")):
-        _SIMPLE[f"pathlib.{_name}"] = _SIMPLE[f"pathlib._local.{_name}"] = functools.partial(Reader._path, kind=_kind)
-
+# Where pathlib keeps its classes depends on Python's version; a path is text, and never opened.
+_PATHS = {
+    f"{module}.{name}": kind
+    for kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
+    for name in (kind.__name__, kind.__name__.removeprefix("Pure"))
+    for module in ("pathlib", "pathlib._local")
+}
 TENSOR_CALLS = frozenset(f"torch._utils._rebuild_tensor{end}" for end in ("", "_v2", "_v3"))
-NAMES_READ = frozenset(_SIMPLE) | {"copyreg._reconstructor", "builtins.object"}
+_KNOWN_CALLS = TENSOR_CALLS | _PATHS.keys() | {
+    "collections.OrderedDict", "collections.Counter", "collections.defaultdict", "builtins.set", "builtins.frozenset",
+    "builtins.complex", "builtins.bytes", "builtins.bytearray", "builtins.dict", "builtins.list", "builtins.tuple",
+    "_codecs.encode", "torch.Size", "torch.device", "torch.serialization._get_layout", "torch.storage._load_from_bytes",
+}  # fmt: skip
+NAMES_READ = _KNOWN_CALLS | {"copyreg._reconstructor", "builtins.object"}
 """Names that the reader knows itself; it makes plain data of calls to them."""
 
 _U1, _U2, _U4, _U8, _I4, _F8 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<Q", "<i", ">d"))
@@ -520,7 +460,7 @@ _STEPS: dict[int, Callable[[Reader], object]] = {ord(code): step for code, step 
     "S": lambda r: r._push_quoted(),
     "T": lambda r: r._push_ascii(_I4),
     "U": lambda r: r._push_ascii(_U1),
-    "V": _push(lambda r: str(r._line_bytes(), "raw-unicode-escape")),
+    "V": _push(lambda r: r._line("raw-unicode-escape")),
     "X": lambda r: r._push_text(_U4),
     "\x8c": lambda r: r._push_text(_U1),
     "\x8d": lambda r: r._push_text(_U8),

@@ -22,7 +22,7 @@ NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_em
 
 # What DataParallel and torch.compile put before all keys, and wrappers that stand anywhere in a key.
 _PREFIXES = ("module.", "_orig_mod.")
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # What holds tensors by name as well, and is no network.
 _NO_NETWORKS = ("optim", "lr_sched", "sched", "scaler", "callback", "loop", "message_hub", "meta", "metric", "rng")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -85,10 +85,17 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
         yield Found(_as_state(stripped), key, extra={name: item for name, item in stripped.items() if is_extra(name)})
     elif isinstance(value, Mapping) and depth < _DEEPEST:
         names = [name for name in NESTS if name in value]
-        names += [name for name in value if name not in NESTS and isinstance(name, str) and _may_hold_network(name)]
+        others = [name for name in value if name not in NESTS and isinstance(name, str)]
+        names += [name for name in others if not name.lower().startswith(_NO_NETWORKS)]
         for name in names:
-            below = _candidates(value[name], f"{key}.{name}" if key else name, depth + 1)
-            yield from (found for found in below if name in NESTS or _has_kernels(found.value))
+            for found in _candidates(value[name], f"{key}.{name}" if key else name, depth + 1):
+                # Elsewhere than in the usual places, tensors by name may be some statistics.
+                if (
+                    name in NESTS
+                    or isinstance(found.value, nn.Module)
+                    or any(t.ndim >= 2 for t in found.value.values())
+                ):
+                    yield found
 
 
 def _as_state(value: Mapping[Any, Any]) -> State:
@@ -101,8 +108,9 @@ def _as_state(value: Mapping[Any, Any]) -> State:
     state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     others = [item for name, item in kept.items() if tensors[name] is None]
     weights = not others or any(tensor.ndim >= 2 for tensor in state.values())
-    fits = weights and all(isinstance(name, str) for name in state) and all(map(_is_remark, others))
-    return state if fits else {}
+    # A number or a text may stand beside weights, as an epoch does.
+    remarks = all(item is None or isinstance(item, bool | int | float | str | np.generic) for item in others)
+    return state if weights and remarks and all(isinstance(name, str) for name in state) else {}
 
 
 def _as_tensor(value: Any) -> Tensor | None:
@@ -110,20 +118,6 @@ def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
     return value if isinstance(value, Tensor) else None
-
-
-def _is_remark(value: Any) -> bool:
-    """Whether this is a number or a text that stands beside weights, as an epoch does."""
-    return value is None or isinstance(value, bool | int | float | str | np.generic)
-
-
-def _may_hold_network(name: str) -> bool:
-    return not name.lower().startswith(_NO_NETWORKS)
-
-
-def _has_kernels(value: State | nn.Module) -> bool:
-    """Whether this can be a network, and not some statistics by name."""
-    return isinstance(value, nn.Module) or any(tensor.ndim >= 2 for tensor in value.values())
 
 
 def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
@@ -143,18 +137,14 @@ def _behind(found: list[Found], key: str, label: str) -> Found:
             if part:
                 return Found(strip_prefixes(part), key)
     keys = [one.key for one in found if one.key]
-    known = keys + [prefix for one in found for prefix in _prefixes(one)]
+    known = list(keys)
+    for one in found:
+        if not isinstance(one.value, nn.Module):
+            firsts = dict.fromkeys(name.partition(".")[0] for name in one.value if "." in name)
+            known += [f"{one.key}.{first}" if one.key else first for first in firsts]
     all_of_them = f"; it has {_listed(known)}" if known else "; it has no keys to choose from"
     hint = near_names(key, keys) or near_names(key, known) or all_of_them
     raise SourceError(f"{label} has no state_dict under --key {key!r}{hint}")
-
-
-def _prefixes(found: Found) -> list[str]:
-    """The first parts of a state dict's keys, as paths."""
-    if isinstance(found.value, nn.Module):
-        return []
-    firsts = dict.fromkeys(name.partition(".")[0] for name in found.value if "." in name)
-    return [f"{found.key}.{first}" if found.key else first for first in firsts]
 
 
 def _listed(names: list[str]) -> str:
@@ -166,7 +156,7 @@ def strip_prefixes(state: State) -> State:
 
     An `AveragedModel`, as moving averages are kept, is a `module.` too, with a counter `n_averaged` beside it.
     """
-    unwrapped = {_unwrapped(key): tensor for key, tensor in state.items()}
+    unwrapped = {_WRAPPERS.sub(r"\1", key): tensor for key, tensor in state.items()}
     # Where keys would fall together they are no wrappers but names of the network's own.
     state = unwrapped if len(unwrapped) == len(state) else state
     while True:
@@ -175,12 +165,6 @@ def strip_prefixes(state: State) -> State:
         if prefix is None:
             return state
         state = {key.removeprefix(prefix): state[key] for key in keys}
-
-
-def _unwrapped(key: str) -> str:
-    for wrapper in _WRAPPERS:
-        key = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", key)
-    return key
 
 
 @dataclass(frozen=True)

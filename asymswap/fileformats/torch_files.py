@@ -76,8 +76,7 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
     try:
         loaded = _read(file, kind, label)
         if not trust_pickle:
-            running = [name for name in loaded.unread if wants_code(name)]
-            if running:
+            if any(map(wants_code, loaded.unread)):
                 raise refusal(loaded.unread, label, instead)
         elif loaded.unread:
             return Loaded(_load_trusting(file, label), executed=True)
@@ -118,11 +117,8 @@ def wants_code(name: str) -> bool:
     """Whether a global is of the kind that runs something, rather than stores something."""
     module, _, attribute = name.rpartition(".")
     root = module.partition(".")[0]
-    if name.startswith(_RUNS_CODE):
-        return True
-    if root not in sys.stdlib_module_names:
-        return False
-    return attribute not in _STORING.get(module, ()) and root not in _STORING_MODULES
+    stores = attribute in _STORING.get(module, ()) or root in _STORING_MODULES
+    return name.startswith(_RUNS_CODE) or (root in sys.stdlib_module_names and not stores)
 
 
 def import_from_here() -> None:
@@ -167,7 +163,11 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> Loaded:
             content = stream.read()
             reader = Reader(len(content))
             root, _ = reader.read(content)
-            return _built(root, reader, label, _no_storage, _no_storage)
+
+            def refuse(storage: StorageRef) -> Any:
+                raise Odd(f"asks for the storage {storage.key!r}, which no pickle by itself holds")
+
+            return _built(root, reader, label, refuse, refuse)
         return _read_old_form(stream, label, file.stat().st_size)
 
 
@@ -205,10 +205,6 @@ def _read_old_form(stream: BinaryIO, label: str, size: int) -> Loaded:
         return made[storage.key]
 
     return _built(root, reader, label, lambda _: None, memory)
-
-
-def _no_storage(storage: StorageRef) -> Any:
-    raise Odd(f"asks for the storage {storage.key!r}, which no pickle by itself holds")
 
 
 def _built(

@@ -29,11 +29,11 @@ class Entries:
 
     def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
         self._archive = archive
-        self._infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        self._infos = {info.filename: info for info in infos}
         self._storages: dict[str, torch.UntypedStorage] = {}
         self._verify = verify
         self.size = size
-        infos = [info for info in archive.infolist() if not info.is_dir()]
         # torch does not tell upper from lower case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
             raise Odd("is an archive with two entries of one name")

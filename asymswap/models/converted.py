@@ -26,7 +26,7 @@ from asymswap.planning.apply import apply_structure
 from asymswap.types import Origin
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
-_HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
+HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
 
 
 def versions(origin: Origin) -> dict[str, str]:
@@ -51,7 +51,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
             base = swap(base, {}) if base is model else base
             difference = compare(base, stored.state)
     except AsymswapError as error:
-        how = _HOW_TO_BUILD if model is None else "the model given is not the one that was converted"
+        how = HOW_TO_BUILD if model is None else "the model given is not the one that was converted"
         raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
@@ -65,19 +65,6 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
     except SourceError as error:
         raise CheckpointError(f"{label} cannot be used: {error}") from None
     return base.eval()
-
-
-def unconverted(stored: Stored, label: str, model: nn.Module | None) -> nn.Module:
-    """The model that was converted: the one given, or what the header speaks of, with unset weights.
-
-    Raises CheckpointError where only the user's own code can build it.
-    """
-    if model is not None:
-        return model
-    try:
-        return rebuild(stored.header.origin, stored.header.skeleton)
-    except AsymswapError as error:
-        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {_HOW_TO_BUILD}") from None
 
 
 def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:

@@ -21,7 +21,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PureWindowsPath
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,14 @@ from typing import Any
 from torch import nn
 
 from asymswap.errors import SourceError, near_names
+from asymswap.fileformats.state_dict import State, compare
 from asymswap.fileformats.torch_files import import_from_here
+from asymswap.models.family import Arguments, Family, Fit
+from asymswap.models.modules import describe_module
+from asymswap.models.opened import OpenedModel
+from asymswap.models.timm_models import PREFIX
+from asymswap.types import Origin, Preprocessing
+from asymswap.utils.tensors import deep_copy
 
 _PREFIXES = ("cifar", "timm", "torchvision")
 
@@ -77,19 +84,76 @@ def how_built(reference: str) -> tuple[str, ...]:
     return (f"built by running {code.home}, which --trust-code allowed",) if code.is_file else ()
 
 
-def call_factory(reference: str, arguments: Mapping[str, Any], trust_code: bool) -> nn.Module:
-    """Run the user's own code and return the model that it builds; one that stands there ready is returned as it is.
+class UserCode(Family):
+    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model.
 
-    Raises SourceError where there is no such code, where it fails or returns something else, and for a Python file
-    without `trust_code`. What the code prints goes to stderr, for stdout is the report's.
+    What the code prints goes to stderr, for stdout is the report's.
     """
-    code = _parse(reference)
-    with contextlib.redirect_stdout(sys.stderr):
-        if not code.is_file:
-            return _build(code, _attribute(code, _import_module(code)), arguments)
-        path = _check_file(code, trust_code)
-        with _importing_from(path.parent):
-            return _build(code, _attribute(code, _run_file(code, path)), arguments)
+
+    private = False
+
+    def __init__(self, trust_code: bool) -> None:
+        self._trust_code = trust_code
+        self._built: nn.Module | None = None
+
+    def canonical(self, reference: str) -> str | None:
+        """The reference itself, if it names code."""
+        return reference if names_code(reference) else None
+
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
+        """Run the code and return the model that it builds; one that stands there ready is returned as it is.
+
+        Raises SourceError where there is no such code, where it fails or returns something else, and for a Python file
+        that is not trusted.
+        """
+        code = _parse(reference)
+        with contextlib.redirect_stdout(sys.stderr):
+            if not code.is_file:
+                return _build(code, _import_module(code), arguments)
+            path = _check_file(code, self._trust_code)
+            with _importing_from(path.parent):
+                return _build(code, _run_file(code, path), arguments)
+
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
+        """The model with the weights that the code gives it."""
+        return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
+
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
+        """What most networks of its class take."""
+        return describe_module(model, "").preprocessing
+
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
+        """The model as a module; what timm can build again needs the user's code no more."""
+        opened = describe_module(model, weights)
+        if not opened.origin.reference.startswith(PREFIX):
+            opened = replace(opened, origin=Origin(reference, dict(arguments)))
+        return replace(opened, notes=(*how_built(reference), *opened.notes))
+
+    def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
+        """How the state dict differs from the model, which is built once."""
+        return Fit(dict(arguments), state, compare(self.build_unset(reference, arguments), state))
+
+    def build_unset(self, reference: str, arguments: Arguments) -> nn.Module:
+        """The model with the weights that the code gives it."""
+        if self._built is None:
+            self._built = self.build(reference, arguments)
+        return self._built
+
+
+class Given(UserCode):
+    """A module that the user gives for its architecture; it is copied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(trust_code=False)
+        self._module = module
+
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
+        """A copy of the module."""
+        return deep_copy(self._module)
+
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
+        """The module by itself: no reference builds it."""
+        return describe_module(model, weights)
 
 
 def _parse(reference: str) -> _Code:
@@ -183,19 +247,15 @@ def _import_module(code: _Code) -> ModuleType:
         raise SourceError(f"{cannot}: {_told(error)}") from error
 
 
-def _attribute(code: _Code, module: ModuleType) -> Callable[..., Any]:
-    """What a reference names in its module; `Class.method` is looked up part by part."""
+def _build(code: _Code, module: ModuleType, arguments: Mapping[str, Any]) -> nn.Module:
+    """What the callable that a reference names builds; `Class.method` is looked up part by part."""
     try:
-        found = functools.reduce(getattr, code.attribute.split("."), module)
+        factory = functools.reduce(getattr, code.attribute.split("."), module)
     except AttributeError:
-        found = None
-    if not callable(found):
+        factory = None
+    if not callable(factory):
         hint = near_names(code.attribute, [key for key, value in vars(module).items() if callable(value)])
         raise SourceError(f"{code.home} has no callable {code.attribute!r}{hint}")
-    return found
-
-
-def _build(code: _Code, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
     if isinstance(factory, nn.Module):
         if arguments:
             raise SourceError(f"{code.reference} is a module already, so --arg {next(iter(arguments))} changes nothing")
@@ -219,12 +279,13 @@ def _check_arguments(code: _Code, factory: Callable[..., Any], arguments: Mappin
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        by_name = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        missing = [name for name in by_name if signature.parameters[name].default is inspect.Parameter.empty]
-        missing = [name for name in missing if name not in arguments]
-        unknown = [name for name in arguments if name not in by_name]
+        takes = {
+            p.name: p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        missing = [name for name, p in takes.items() if p.default is p.empty and name not in arguments]
+        unknown = [name for name in arguments if name not in takes]
         if unknown:
-            hint = near_names(unknown[0], by_name) or f"; it takes {', '.join(by_name) or 'none'}"
+            hint = near_names(unknown[0], takes) or f"; it takes {', '.join(takes) or 'none'}"
         else:
             hint = f"; give {' '.join(f'--arg {name}=…' for name in missing)}" if missing else ""
         raise SourceError(f"{code.reference} cannot be called with {dict(arguments)}: {error}{hint}") from None

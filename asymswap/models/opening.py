@@ -1,132 +1,155 @@
-"""From whatever names a model (a reference, a file, an asymswap checkpoint, a module) to one that can be worked on."""
+"""`open_model`: from whatever names a model (a reference, a file, a module, a conversion) to an `OpenedModel`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import nn
 
 from asymswap.checkpoint import Header, Stored, stored_in
-from asymswap.errors import AsymswapError, SourceError, TraceError
+from asymswap.errors import AsymswapError, CheckpointError, SourceError
 from asymswap.fileformats.detect import resolve, sha256
-from asymswap.fileformats.model_file import RawFile, read_raw
+from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.shards import files_of
-from asymswap.measure.macs import Costs, count_costs
 from asymswap.models.builders import canonical
-from asymswap.models.converted import restore
+from asymswap.models.converted import HOW_TO_BUILD, restore
 from asymswap.models.factories import how_built, same_callable
-from asymswap.models.preprocessing import PreprocessingOptions, size_warning, with_size
+from asymswap.models.modules import describe_module
+from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.models.references import (
     Request,
-    Source,
     about_trust,
-    build_architecture,
-    describe_module,
+    find_architecture,
     is_file_reference,
     open_loaded,
     open_reference,
-    weights_in,
+    rebuild,
 )
-from asymswap.types import Origin, Plan, Preprocessing, Progress, silent
+from asymswap.results.records import read_history
+from asymswap.types import Origin, Progress, silent
 from asymswap.utils.files import fail_if_modified
-from asymswap.utils.inputs import Inputs, describe
-from asymswap.utils.inputs import example as make_example
 from asymswap.utils.tensors import meta_copy
 
-Model = str | Path | nn.Module
-"""A reference, a file, or a module that exists already."""
+
+class Converted(Protocol):
+    """What a conversion, a fusion and a fine-tuned model have in common."""
+
+    model: nn.Module
+    header: Header
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model with its origin, the conversions that it has been through already, and what it takes as input.
-
-    `provenance` is what an asymswap checkpoint tells of itself.
-    """
-
-    source: Source
-    plans: tuple[Plan, ...]
-    reference: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def model(self) -> nn.Module:
-        """The module itself."""
-        return self.source.model
-
-    def example(self) -> Inputs:
-        """One input of the right size and dtype, on the meta device: enough to trace and to count."""
-        return make_example(self.source.preprocessing, self.dtype())
-
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights, and so of the input."""
-        return model_dtype(self.model)
-
-
-def open_together(
-    models: Sequence[Model],
-    request: Request,
-    input_size: tuple[int, ...] | None = None,
-    progress: Progress = silent,
-    prepare: PreprocessingOptions | None = None,
-) -> list[OpenedModel]:
-    """Open several models by one request: its `arch` and `key` are the files' among them, its `weights` the others'.
-
-    Raises AsymswapError where one of these suits none of the models, and where one of them cannot be had.
-    """
-    names = [str(model) for model in models if not isinstance(model, nn.Module)]
-    files = [name for name in names if is_file_reference(name)]
-    if request.arch is not None and not files:
-        raise AsymswapError(f"--arch {request.arch} goes with a file, and none of the models is one")
-    if request.weights is not None and len(files) == len(names):
-        raise AsymswapError(
-            f"--weights {request.weights} goes with a reference, and all models are files with their own"
-        )
-    opened = []
-    for model in models:
-        file = not isinstance(model, nn.Module) and is_file_reference(str(model))
-        own = replace(request, weights=None) if file else replace(request, arch=None, key=None)
-        opened.append(open_model(model, own, input_size, progress, prepare))
-    return opened
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+Model = str | Path | nn.Module | OpenedModel | Converted
+"""What every verb takes: a reference, a file, a module that exists already, an opened model, or a verb's result."""
 
 
 def open_model(
     model: Model,
-    request: Request,
+    *,
+    arch: str | nn.Module | None = None,
+    weights: str | None = None,
+    key: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
-    prepare: PreprocessingOptions | None = None,
 ) -> OpenedModel:
-    """Open any model, one that is read or built in eval mode; `input_size` is (channels, height, width).
+    """Open a model once, for any number of verbs; what is read or built is in eval mode, a module stays as it is.
 
-    For clips, `input_size` has the frames behind the channels; `prepare` is what else the user says of the input.
-    Raises SourceError where the model cannot be had.
+    - `model`: a reference (`"resnet18"`, `"timm:…"`, `"pkg.mod:factory"`, `"net.py:Net"`), a file of any kind, an
+      `nn.Module`, or what `convert`, `fuse` or `finetune` returned;
+    - `arch`: the architecture of a state-dict file, or the unconverted network of a checkpoint that only your code
+      builds: a reference, or a module with any weights, which is not changed;
+    - `weights`: name of published weights, `"none"` for random ones, or a state-dict file, for a reference;
+    - `key`: which state dict of the file, as a dotted path;
+    - `arguments`: for the architecture's builder;
+    - `trust_pickle`, `trust_code`: let a pickle, or a Python file named in a reference, run its code;
+    - `input_size`: (channels, height, width) of one image, for a clip (channels, frames, height, width);
+    - `preprocessing`: how images are prepared, where that is not what weights, family or file say.
+
+    Raises SourceError where the model cannot be had, CheckpointError for a damaged asymswap checkpoint.
     """
-    header: Header | None = None
-    if isinstance(model, nn.Module):
-        model = _unwrapped(model)
-        source, reference = describe_module(model, "as given"), type(model).__name__
+    start = time.perf_counter()
+    if isinstance(arch, nn.Module) and arguments:
+        raise SourceError(f"arch= is a module already, so the argument {next(iter(arguments))!r} changes nothing")
+    request = Request(
+        arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle, trust_code=trust_code
+    )
+    if isinstance(model, OpenedModel):
+        if request != Request():
+            raise SourceError(f"{model.reference} has been opened already; say how to where it is opened first")
+        opened = model
+    elif isinstance(model, nn.Module):
+        network = _unwrapped(model)
+        opened = replace(describe_module(network, "as given"), reference=type(network).__name__)
+    elif not isinstance(model, str | Path):
+        opened = _from_result(model, request)
     else:
         reference = str(model)
         if is_file_reference(reference):
-            source, header = _open_file(Path(reference), request, progress)
+            opened = _open_file(Path(reference), request, progress)
         else:
-            source = open_reference(reference, request)
-        source.model.eval()
-    source = replace(source, preprocessing=prepared(source.preprocessing, input_size, prepare))
-    if header is None:
-        return OpenedModel(source, (), reference)
-    return OpenedModel(source, header.plans, reference, header.provenance)
+            opened = open_reference(reference, request)
+        opened = replace(opened, reference=reference)
+        opened.model.eval()
+    prepared = opened.preprocessing if input_size is None else with_size(opened.preprocessing, input_size)
+    prepared = prepared if preprocessing is None else preprocessing.apply(prepared)
+    return replace(opened, preprocessing=prepared, seconds=opened.seconds + time.perf_counter() - start)
+
+
+def open_for_verb(model: Model, progress: Progress = silent) -> OpenedModel:
+    """The model as a verb takes it; one that was opened here is the verb's alone."""
+    return model if isinstance(model, OpenedModel) else open_model(model, progress=progress).hand_over()
+
+
+def open_models(
+    models: Sequence[Model],
+    *,
+    arch: str | None = None,
+    weights: str | None = None,
+    key: str | None = None,
+    **options: Any,
+) -> list[OpenedModel]:
+    """Open several models by one set of options: `arch` and `key` are the files', `weights` the references'.
+
+    `options` are the further ones of `open_model`. Raises AsymswapError where one of these suits none of the models,
+    and where one of them cannot be had.
+    """
+    names = [str(model) for model in models if isinstance(model, str | Path)]
+    files = [name for name in names if is_file_reference(name)]
+    if arch is not None and not files:
+        raise AsymswapError(f"--arch {arch} goes with a file, and none of the models is one")
+    if weights is not None and len(files) == len(names):
+        raise AsymswapError(f"--weights {weights} goes with a reference, and all models are files with their own")
+    opened = []
+    for model in models:
+        if isinstance(model, str | Path) and is_file_reference(str(model)):
+            opened.append(open_model(model, arch=arch, key=key, **options))
+        else:
+            opened.append(open_model(model, weights=weights, **options))
+    return opened
+
+
+def original_of(opened: OpenedModel) -> nn.Module:
+    """The unconverted model: of a checkpoint the structure alone, with unset weights.
+
+    Raises CheckpointError where only the user's own code can build it.
+    """
+    if not opened.plans:
+        return opened.model
+    if opened.base is not None:
+        return opened.base
+    try:
+        return rebuild(opened.origin, opened.skeleton)
+    except AsymswapError as error:
+        raise CheckpointError(f"{opened.reference} cannot be rebuilt: {error}; {HOW_TO_BUILD}") from None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -151,104 +174,76 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def prepared(
-    known: Preprocessing, input_size: tuple[int, ...] | None, prepare: PreprocessingOptions | None
-) -> Preprocessing:
-    """How images are prepared: as it is known, but for what the user says."""
-    sized = known if input_size is None else with_size(known, input_size)
-    return sized if prepare is None else prepare.apply(sized)
+def _from_result(result: Converted, request: Request) -> OpenedModel:
+    """A conversion, a fusion or a fine-tuned model, which stays the caller's."""
+    header = getattr(result, "header", None)
+    if not isinstance(header, Header):
+        raise SourceError(f"a {type(result).__name__} is no model; give a reference, a file or an nn.Module")
+    reference = read_history(header.provenance, "the conversion").report.model.reference or header.origin.reference
+    opened = _describe_converted(result.model, header, _build_named(header.origin, request), "as given")
+    return replace(opened, reference=reference)
 
 
-def sizes_assumed(opened: Iterable[OpenedModel]) -> tuple[str, ...]:
-    """What to say first where nobody gave the size of a model's input."""
-    warnings = [f"{one.reference}: {line}" for one in opened for line in size_warning(one.source.preprocessing)]
-    return tuple(dict.fromkeys(warnings))
-
-
-def stored_preprocessing(header: Header) -> Preprocessing:
-    """The preprocessing in a converted file; what was only taken for granted when it was written stays so."""
-    preprocessing = header.preprocessing
-    guesses = ("family", "assumed")
-    origins = [
-        origin if origin in guesses else "file"
-        for origin in (preprocessing.normalization_from, preprocessing.size_from)
-    ]
-    return replace(preprocessing, normalization_from=origins[0], size_from=origins[1])
-
-
-def _open_file(path: Path, request: Request, progress: Progress) -> tuple[Source, Header | None]:
+def _open_file(path: Path, request: Request, progress: Progress) -> OpenedModel:
     path = resolve(path)
     with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
-        told = about_trust(path, raw, request)
+        notes = about_trust(path, raw, request)
         try:
-            source, header = _open_raw(path, raw, request, progress)
+            stored = stored_in(raw, str(path))
+            if stored is not None:
+                opened = _open_converted(path, stored, request)
+            else:
+                opened = open_loaded(path, raw, request, progress)
         except AsymswapError as error:
             if not raw.executed:
                 raise
             # What was run was run, whatever came of it.
-            raise SourceError(f"{error}; {told[0]}") from error
-    return replace(source, notes=(*told, *source.notes)), header
+            raise SourceError(f"{error}; {notes[0]}") from error
+    return replace(opened, notes=(*notes, *opened.notes))
 
 
-def _open_raw(path: Path, raw: RawFile, request: Request, progress: Progress) -> tuple[Source, Header | None]:
-    stored = stored_in(raw, str(path))
-    if stored is not None:
-        return _open_converted(path, stored, request), stored.header
-    return open_loaded(path, weights_in(path, raw, request), request, progress), None
-
-
-def _times(number: int) -> str:
-    return {1: "once", 2: "twice"}.get(number, f"{number} times")
-
-
-def _open_converted(path: Path, stored: Stored, request: Request) -> Source:
+def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel:
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
     if request.key is not None:
         raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
-    header = stored.header
-    return Source(
-        model=restore(stored, str(path), build_named(header.origin, request)),
+    base = _build_named(stored.header.origin, request)
+    opened = _describe_converted(restore(stored, str(path), base), stored.header, base, f"file {path.name}")
+    times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
+    built = how_built(request.arch) if isinstance(request.arch, str) else ()
+    return replace(opened, notes=(f"converted before, {times}", *built), file=path, sha256=sha256(path), private=True)
+
+
+def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None, weights: str) -> OpenedModel:
+    """A converted model; of its preprocessing, what was only taken for granted when it was written stays so."""
+    known, guesses = header.preprocessing, ("family", "assumed")
+    preprocessing = replace(
+        known,
+        normalization_from=known.normalization_from if known.normalization_from in guesses else "file",
+        size_from=known.size_from if known.size_from in guesses else "file",
+    )
+    return OpenedModel(
+        model=model,
         origin=header.origin,
-        preprocessing=stored_preprocessing(header),
-        weights=f"file {path.name}",
-        notes=(f"converted before, {_times(len(header.plans))}", *how_built(request.arch or "")),
+        preprocessing=preprocessing,
+        weights=weights,
         skeleton=header.skeleton,
-        file=path,
-        sha256=sha256(path),
-        private=True,
+        plans=header.plans,
+        provenance=header.provenance,
+        base=base,
     )
 
 
-def build_named(origin: Origin, request: Request) -> nn.Module | None:
-    """The unconverted model of a checkpoint as `--arch` names it, if it does.
+def _build_named(origin: Origin, request: Request) -> nn.Module | None:
+    """The unconverted model of a checkpoint as `arch` names it, if it does.
 
     The same network or callable named again is built as it was when the checkpoint was made.
     """
-    if request.arch is None:
-        return None
-    same = canonical(request.arch) == origin.reference or same_callable(request.arch, origin.reference)
+    arch = request.arch
+    if arch is None or isinstance(arch, nn.Module):
+        return arch
+    same = canonical(arch) == origin.reference or same_callable(arch, origin.reference)
     stored = origin.arguments if same else {}
-    return build_architecture(request.arch, {**stored, **request.arguments}, request.trust_code)
-
-
-def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
-    """The cost of an opened model, and of the named modules in it.
-
-    Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.
-    """
-    try:
-        costs = count_costs(opened.model, opened.example(), names)
-    except Exception as error:
-        # What a network says about an input that it does not take is its own.
-        about, reason = describe(opened.example()), " ".join(str(error).split())[:200]
-        raise TraceError(
-            f"{opened.reference} does not run on {about}: {reason or type(error).__name__}; give another --input"
-        ) from error
-    if costs.total.macs == 0:
-        raise TraceError(
-            f"{opened.reference} costs 0 MACs on {describe(opened.example())}: no convolution, linear layer or matrix "
-            "product was seen to run; give the network itself if this is a wrapper around it"
-        )
-    return costs
+    family, full = find_architecture(arch, request.trust_code)
+    return family.build(full, {**stored, **request.arguments})

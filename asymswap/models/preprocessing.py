@@ -64,12 +64,11 @@ def normalization_of(preprocessing: Preprocessing) -> Normalization:
 def name_of(preprocessing: Preprocessing) -> str | None:
     """The usual name of how it normalises, if it has one."""
     own = normalization_of(preprocessing)
-    return next((name for name, one in usual(preprocessing.channels).items() if _same(one, own)), None)
-
-
-def _same(one: Normalization, other: Normalization) -> bool:
-    pairs = zip((*one.mean, *one.std), (*other.mean, *other.std), strict=True)
-    return one.bgr == other.bgr and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs)
+    for name, one in usual(preprocessing.channels).items():
+        pairs = zip((*one.mean, *one.std), (*own.mean, *own.std), strict=True)
+        if one.bgr == own.bgr and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
+            return name
+    return None
 
 
 def fed(preprocessing: Preprocessing, distances: Mapping[str, float] | None = None) -> Fed:
@@ -140,11 +139,6 @@ class PreprocessingOptions:
                 f"--resize {max(self.size)} or more"
             )
 
-    @property
-    def normalizes(self) -> bool:
-        """Whether they say how images are normalised."""
-        return self.normalize is not None or self.mean is not None
-
     def apply(self, known: Preprocessing) -> Preprocessing:
         """What is known, with what was given; raises AsymswapError where the numbers do not suit the channels."""
         result = known
@@ -163,7 +157,7 @@ class PreprocessingOptions:
             result = replace(result, resize=self.resize)
         if self.interpolation is not None:
             result = replace(result, interpolation=self.interpolation)
-        if self.normalizes:
+        if self.normalize is not None or self.mean is not None:
             result = with_normalization(result, self._normalization(known.channels), "given")
         elif self.bgr is not None:
             raise AsymswapError("--bgr goes with --mean and --std: give those too, in the order blue, green, red")

@@ -18,15 +18,17 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from http.client import HTTPException
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from asymswap.errors import SourceError, near_names
-from asymswap.fileformats.state_dict import State, compare
-from asymswap.types import Preprocessing
+from asymswap.fileformats.state_dict import Difference, State, compare
+from asymswap.models.family import Arguments, Family, Fit
+from asymswap.models.opened import OpenedModel
+from asymswap.types import Origin, Preprocessing
 
 PREFIX = "timm:"
 
@@ -37,59 +39,128 @@ _CHOSEN_ELSEWHERE = ("cache_dir", "checkpoint_path")
 _DOWNLOADERS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
 
-def exact_hint(name: str) -> str:
-    """For a message: that timm has a model of this very name, where timm is installed; nothing otherwise."""
-    architecture = name.partition(".")[0]
-    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
-    if not architecture or importlib.util.find_spec("timm") is None or not _timm().is_model(architecture):
-        return ""
-    return f"; timm has one: {PREFIX}{name}"
+class Timm(Family):
+    """`timm:NAME`, where the name may hold the tag of published weights: `timm:resnet50.a1_in1k`, or with an @."""
+
+    # timm's own code builds them.
+    private = False
+    channels = "in_chans"
+
+    def canonical(self, reference: str) -> str | None:
+        """The reference itself: whether timm has such a model is for timm to say, which takes seconds to load."""
+        return reference if reference.startswith(PREFIX) else None
+
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
+        """The model with random weights, downloading nothing; raises SourceError where timm cannot build it."""
+        return _create(_name(reference), arguments, pretrained=False)
+
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
+        """The model with published weights, with what timm has to remark on them as notes.
+
+        Raises SourceError where there are none, where they are neither in a cache nor can be downloaded, or do not fit.
+        """
+        architecture, tag = split(_name(reference))
+        named = None if name == "DEFAULT" else name
+        if tag is not None and named not in (None, tag):
+            raise SourceError(f"{reference} names weights and --weights {named} others; give one of them")
+        full = ".".join(filter(None, (architecture, named or tag)))
+        _check_name(full)
+        config = _config(full)
+        if config is None or not config.has_weights:
+            raise SourceError(
+                f"timm's {full} has no published weights; use --weights FILE, or --weights none for random ones"
+            )
+        full = f"{architecture}.{config.tag}" if config.tag else full
+        with _listening() as remarks:
+            try:
+                file = _in_hubs_cache(config)
+                if file is None and config.hf_hub_id:
+                    find_hub()
+                own = {} if file is None else {"pretrained_cfg_overlay": {"file": file}}
+                model = _create(full, arguments, pretrained=True, **own)
+            except SourceError:
+                raise
+            except Exception as error:
+                raise SourceError(_why_no_weights(full, arguments, error)) from None
+        classes = arguments.get("num_classes", config.num_classes)
+        if classes not in (config.num_classes, 0):
+            remarks.append(f"the classifier is random: the published weights tell {config.num_classes} classes apart")
+        opened = replace(self.describe(model, PREFIX + full, arguments, config.tag or "DEFAULT"), notes=tuple(remarks))
+        if opened.preprocessing.normalization_from != "family":
+            return opened
+        known = replace(opened.preprocessing, normalization_from="weights", size_from="weights")
+        return replace(opened, preprocessing=known)
+
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
+        """A filled model; another version of timm may not know the tag, so what follows from it is stored instead."""
+        name = _name(reference)
+        arguments = _settled(name, arguments)
+        origin = Origin(PREFIX + split(name)[0], arguments)
+        return OpenedModel(model, origin, preprocessing_of(model, arguments), weights, private=False)
+
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
+        """How timm's own evaluation prepares an image."""
+        return preprocessing_of(model, arguments)
+
+    def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
+        """As for any family; timm's files are partly in the form in which the model's authors had published them."""
+        plain = self.on_meta(reference, arguments)
+        convert = getattr(sys.modules.get(type(plain).__module__), "checkpoint_filter_fn", None)
+        if convert is not None and compare(plain, state):
+            # It looks for what it knows, and may fall over anything else.
+            with contextlib.suppress(Exception):
+                converted = convert(dict(state), plain)
+                state = state if compare(plain, converted) else converted
+        return super().fit(reference, arguments, state)
+
+    def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
+        guess = super()._guess(model, difference)
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+        heads = (names,) if isinstance(names, str) else tuple(names)
+        if heads and difference.missing and all(key.rpartition(".")[0] in heads for key in difference.missing):
+            # A backbone, as timm writes it for those who want its features.
+            guess["num_classes"] = 0
+        return guess
 
 
-def split(name: str) -> tuple[str, str | None]:
-    """The architecture and the tag of published weights in a name."""
-    architecture, _, tag = name.partition(".")
-    return architecture, tag or None
+def origin_of(model: nn.Module) -> Origin | None:
+    """From what timm builds this very structure again, where the module is one that timm has built; None otherwise."""
+    name = made_by_timm(model)
+    if name is None:
+        return None
+    own = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
+    arguments = {key: value for key, value in own.items() if isinstance(value, int)}
+    arguments |= getattr(model, "_model_args", {})
+    try:
+        arguments = _settled(name, json.loads(json.dumps(arguments, allow_nan=False)))
+        again = Timm().on_meta(PREFIX + name, arguments)
+    except (TypeError, ValueError, SourceError):
+        # JSON cannot hold the arguments, or timm does not take them again.
+        return None
+    return Origin(PREFIX + name, arguments) if _same_structure(model, again) else None
 
 
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model with random weights, downloading nothing.
-
-    Raises SourceError where timm is not installed, has no such model, or cannot build it so.
-    """
-    return _create(name, arguments, pretrained=False)
-
-
-def build_pretrained(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, str, tuple[str, ...]]:
-    """The model with published weights, the tag of these, and what timm has to remark on them.
-
-    Raises SourceError where there are none, where they are neither in a cache nor can be downloaded, or do not fit.
-    """
-    _check_name(name)
-    config = _config(name)
-    if config is None or not config.has_weights:
-        raise SourceError(
-            f"timm's {name} has no published weights; use --weights FILE, or --weights none for random ones"
-        )
-    full = f"{split(name)[0]}.{config.tag}" if config.tag else name
-    with _listening() as remarks:
-        try:
-            file = _in_hubs_cache(config)
-            if file is None and config.hf_hub_id:
-                _find_hub()
-            own = {} if file is None else {"pretrained_cfg_overlay": {"file": file}}
-            model = _create(full, arguments, pretrained=True, **own)
-        except SourceError:
-            raise
-        except Exception as error:
-            raise SourceError(_why_no_weights(full, arguments, error)) from None
-    classes = arguments.get("num_classes", config.num_classes)
-    if classes not in (config.num_classes, 0):
-        remarks.append(f"the classifier is random: the published weights tell {config.num_classes} classes apart")
-    return model, config.tag or "DEFAULT", tuple(remarks)
+def _same_structure(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models agree in all but their weights: names and classes, attributes, shapes."""
+    first, second = (dict(model.named_modules(remove_duplicate=False)) for model in (one, other))
+    if first.keys() != second.keys() or compare(one, other.state_dict()):
+        return False
+    return all(
+        type(module) is type(second[name])
+        and vars(module).keys() == vars(second[name]).keys()
+        and _plain_attributes(module) == _plain_attributes(second[name])
+        for name, module in first.items()
+    )
 
 
-def settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_attributes(module: nn.Module) -> dict[str, str]:
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        name: repr(value) for name, value in vars(module).items() if name != "training" and isinstance(value, plain)
+    }
+
+
+def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with those that timm takes from the tag's description, which another version of timm may change."""
     config = _config(name)
     own: dict[str, Any] = {}
@@ -103,7 +174,27 @@ def settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **arguments}
 
 
-def preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
+def exact_hint(name: str) -> str:
+    """For a message: that timm has a model of this very name, where timm is installed; nothing otherwise."""
+    architecture = name.partition(".")[0]
+    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
+    if not architecture or importlib.util.find_spec("timm") is None or not _timm().is_model(architecture):
+        return ""
+    return f"; timm has one: {PREFIX}{name}"
+
+
+def _name(reference: str) -> str:
+    """The model's name in a reference, the tag of weights behind a dot, as timm has it."""
+    return reference.removeprefix(PREFIX).replace("@", ".")
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """The architecture and the tag of published weights in a name."""
+    architecture, _, tag = name.partition(".")
+    return architecture, tag or None
+
+
+def preprocessing_of(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
     """How timm's own evaluation prepares an image for a model that it has built with these arguments."""
     _timm()
     from timm.data import resolve_data_config
@@ -129,28 +220,6 @@ def preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessi
     )
 
 
-def with_current_keys(state: State, model: nn.Module) -> State:
-    """A published state dict under timm's own keys, where it fits the model so; unchanged where it does not.
-
-    timm's files are partly in the form in which the model's authors had published them.
-    """
-    convert = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
-    if convert is None or not compare(model, state):
-        return state
-    try:
-        converted = convert(dict(state), model)
-    except Exception:
-        # It looks for what it knows, and may fall over anything else.
-        return state
-    return state if compare(model, converted) else converted
-
-
-def classifier_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of a timm model's classifying layers; none for other models."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def made_by_timm(model: nn.Module) -> str | None:
     """The name of the architecture that a module says it is one of, if timm defines its class."""
     config = getattr(model, "pretrained_cfg", None)
@@ -158,18 +227,6 @@ def made_by_timm(model: nn.Module) -> str | None:
         return None
     name = config.get("architecture")
     return name if isinstance(name, str) and _timm().is_model(name) else None
-
-
-def arguments_of(model: nn.Module) -> dict[str, Any] | None:
-    """The arguments with which timm has built a model, as far as it remembers; None where JSON cannot hold them."""
-    own = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
-    arguments = {key: value for key, value in own.items() if isinstance(value, int)}
-    arguments |= getattr(model, "_model_args", {})
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(arguments, allow_nan=False))
-    except (TypeError, ValueError):
-        return None
-    return plain
 
 
 def version() -> str:
@@ -191,23 +248,15 @@ def _timm() -> Any:
     return timm
 
 
-def _registry() -> ModuleType:
-    _timm()
-    import timm.models
-
-    registry: ModuleType = timm.models
-    return registry
-
-
 def _config(name: str) -> Any:
     """timm's description of the weights of a name, or None where it has none."""
-    return _registry().get_pretrained_cfg(name)
+    return _timm().models.get_pretrained_cfg(name)
 
 
 def _check_name(name: str) -> None:
     """Raise SourceError, with near names, for an architecture or a tag that the installed timm lacks."""
     architecture, tag = split(name)
-    timm, registry = _timm(), _registry()
+    timm, registry = _timm(), _timm().models
     if not timm.is_model(architecture):
         hint = near_names(architecture, timm.list_models()) or "; timm.list_models() lists them"
         raise SourceError(f"timm {timm.__version__} has no model {architecture!r}{hint}")
@@ -257,7 +306,7 @@ def _in_hubs_cache(config: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _find_hub() -> None:
+def find_hub() -> None:
     """Raise OSError at once where the hub's address is not known, for which its client would ask again and again."""
     from huggingface_hub import constants
 
@@ -268,6 +317,8 @@ def _find_hub() -> None:
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
     """Keep timm and the hub's client from writing to the screen; what timm warns of is for the report to tell."""
+    from huggingface_hub import utils
+
     remarks: list[str] = []
 
     class Listener(logging.Handler):
@@ -279,28 +330,18 @@ def _listening() -> Iterator[list[str]]:
     own.addHandler(listener)
     own.propagate = False
     hub.setLevel(logging.CRITICAL)
+    # The hub's client shall draw its progress on a terminal only.
+    silenced = not (sys.stderr.isatty() or utils.are_progress_bars_disabled())
+    if silenced:
+        utils.disable_progress_bars()
     try:
-        with _no_bars():
-            yield remarks
+        yield remarks
     finally:
+        if silenced:
+            utils.enable_progress_bars()
         own.removeHandler(listener)
         own.propagate = before[0]
         hub.setLevel(before[1])
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Let the hub's client draw its progress on a terminal only."""
-    from huggingface_hub import utils
-
-    if sys.stderr.isatty() or utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
 
 
 def _why_no_weights(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
@@ -312,7 +353,7 @@ def _why_no_weights(name: str, arguments: Mapping[str, Any], error: Exception) -
         told = _reason(getattr(error, "reason", None) or error.__cause__ or error)
         return f"the weights {name} of timm are in no cache and cannot be downloaded ({told}); {where}"
     # The arguments may be to blame: then it can't be built without weights either.
-    build(name, arguments)
+    _create(name, arguments, pretrained=False)
     return f"cannot load the weights {name} of timm: {_reason(error)}; {where}"
 
 

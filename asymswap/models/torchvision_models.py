@@ -1,4 +1,4 @@
-"""The models of torchvision by name: built, filled with published weights, described so that they can be rebuilt."""
+"""The models of torchvision: built, filled with published weights, described so that they can be rebuilt."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +18,15 @@ from torchvision import models
 
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.state_dict import State
+from asymswap.fileformats.module_structure import to_structure
+from asymswap.fileformats.state_dict import Difference, State
 from asymswap.fileformats.torch_files import load_object
-from asymswap.types import InputForm, Preprocessing, Size
+from asymswap.models.family import Arguments, Family, Fit, input_channels
+from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import with_channels
+from asymswap.types import InputForm, Origin, Preprocessing, Size
+
+PREFIX = "torchvision:"
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,52 +40,9 @@ _OLD_KEYS = (
 )
 
 
-def names() -> list[str]:
-    """All model names that torchvision registers."""
-    return list(models.list_models())
-
-
 def classifiers() -> list[str]:
-    """The names of the image classifiers among them."""
+    """The names of torchvision's image classifiers."""
     return list(models.list_models(models))
-
-
-def task(name: str) -> str:
-    """What a network is for, as torchvision's packages say: classification, segmentation, detection, video …"""
-    parts: list[str] = models.get_model_builder(name).__module__.split(".")
-    return parts[2] if len(parts) > 3 else "classification"
-
-
-@dataclass(frozen=True)
-class Published:
-    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
-
-    model: str
-    weights: str
-    arguments: Mapping[str, Any]
-
-
-def published(digest: str) -> Published | None:
-    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
-    return _published().get(digest[:8])
-
-
-@functools.cache
-def _published() -> dict[str, Published]:
-    found: dict[str, Published] = {}
-    for name in names():
-        for weights in models.get_model_weights(name):
-            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
-            if digits and not name.startswith("quantized_"):
-                # The heads that torchvision drops from its pretrained models are in their files.
-                arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
-                found.setdefault(digits[1][:8], Published(name, weights.name, arguments))
-    return found
-
-
-def transforms_input(name: str) -> bool:
-    """Whether the model has the switch that torchvision turns on with its published weights alone."""
-    return name in ("googlenet", "inception_v3")
 
 
 def with_current_keys(state: State) -> State:
@@ -94,37 +56,202 @@ def with_current_keys(state: State) -> State:
     return {current(key): tensor for key, tensor in state.items()}
 
 
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model with random weights, downloading nothing; raises whatever the builder does for a wrong argument."""
-    builder = models.get_model_builder(name)
-    takes = inspect.signature(builder).parameters
-    # Given weights are ours to load.
-    none = {key: None for key in ("weights", "weights_backbone") if key in takes}
-    _check_arguments(name, arguments)
-    model: nn.Module = builder(**none, **{**_defaults(name), **arguments})
-    return model
+_FRAMES = 16
+"""Of a clip: as many as the published video networks were trained on, and the least that some of them take."""
+
+_FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "image-pair", "video": "clips"}
+"""What the models of torchvision's packages take, where it is not a batch of images."""
 
 
-def build_pretrained(
-    name: str, weights_name: str, arguments: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any], str]:
-    """The model with published weights, the arguments that rebuild its structure, and the weights' own name.
+def assumed_preprocessing(model: nn.Module) -> Preprocessing:
+    """What a model of which nothing else is known most likely takes, by its class and its attributes."""
+    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
+    form, side = _FORMS.get(package, "images"), getattr(model, "image_size", None)
+    known = type(model).__module__.startswith("torchvision.models.") or form in ("image-list", "image-pair")
+    size: Size = (side, side) if isinstance(side, int) else (224, 224)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if form == "image-list":
+        # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
+        transform = getattr(model, "transform", None)
+        fixed, shortest = getattr(transform, "fixed_size", None), int(getattr(transform, "min_size", (800,))[-1])
+        size = (shortest, shortest) if fixed is None else (int(fixed[1]), int(fixed[0]))
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif form == "image-pair":
+        size, mean, std = (256, 256), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    return Preprocessing(
+        3,
+        size,
+        mean,
+        std,
+        form=form,
+        frames=_FRAMES if form == "clips" else 1,
+        normalization_from="family" if known else "assumed",
+        size_from="family" if known or isinstance(side, int) else "assumed",
+    )
 
-    The weights are read from torch.hub's cache, or downloaded into it. Raises SourceError where neither can be done.
-    """
-    weights = _weights(name, weights_name)
-    _check_arguments(name, arguments)
-    cached = _fetch(name, weights)
-    state = _read(name, cached)
-    try:
-        with _given(weights, state):
-            model = models.get_model(name, weights=weights, progress=False, **{**_defaults(name), **arguments})
-    except Exception as error:
-        # Weights that do not fit can raise about anything; so can a builder at an argument that it was not made for.
-        if arguments and isinstance(error, TypeError | ValueError):
-            raise SourceError(f"torchvision's {name} does not take {dict(arguments)}: {_reason(error)}") from None
-        raise SourceError(f"cannot load {cached} into {name}: {_reason(error)}; {_DELETE}") from None
-    return model, {**_set_by_weights(name, weights), **arguments}, weights.name
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
+
+    reference: str
+    weights: str
+    arguments: Mapping[str, Any]
+
+
+class Torchvision(Family):
+    """`torchvision:NAME`, or NAME alone."""
+
+    def names(self) -> list[str]:
+        """The full references of all models that torchvision registers."""
+        return [f"{PREFIX}{name}" for name in models.list_models()]
+
+    def canonical(self, reference: str) -> str | None:
+        """`torchvision:resnet18` for `resnet18`."""
+        full = PREFIX + reference.removeprefix(PREFIX)
+        return full if full in self.names() else None
+
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
+        """The model with random weights, downloading nothing; `in_channels` makes its first conv anew."""
+        name = reference.removeprefix(PREFIX)
+        own = {key: value for key, value in arguments.items() if key != "in_channels"}
+        _check_arguments(name, own)
+        builder = models.get_model_builder(name)
+        takes = inspect.signature(builder).parameters
+        # Given weights are ours to load.
+        none = {key: None for key in ("weights", "weights_backbone") if key in takes}
+        model: nn.Module = builder(**none, **{**_defaults(name), **own})
+        if "in_channels" in arguments:
+            _set_channels_(model, reference, arguments["in_channels"])
+        return model
+
+    def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
+        """The model with published weights, from torch.hub's cache, or downloaded into it; raises SourceError."""
+        model_name = reference.removeprefix(PREFIX)
+        weights = _weights(model_name, name or "DEFAULT")
+        _check_arguments(model_name, arguments)
+        cached = _fetch(model_name, weights)
+        state = _read(model_name, cached)
+        # While this is set, torchvision's builder takes our state dict for the weights' own; it still sets what the
+        # weights ask for.
+        weights.get_state_dict = lambda **_: state
+        try:
+            own = {**_defaults(model_name), **arguments}
+            model = models.get_model(model_name, weights=weights, progress=False, **own)
+        except Exception as error:
+            # Weights that do not fit can raise about anything; so can a builder at an argument of another network.
+            if arguments and isinstance(error, TypeError | ValueError):
+                raise SourceError(
+                    f"torchvision's {model_name} does not take {dict(arguments)}: {_reason(error)}"
+                ) from None
+            raise SourceError(f"cannot load {cached} into {model_name}: {_reason(error)}; {_DELETE}") from None
+        finally:
+            del weights.get_state_dict
+        origin = Origin(reference, {**_set_by_weights(model_name, weights), **arguments})
+        # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
+        skeleton = None if model_name in classifiers() else to_structure(model)
+        preprocessing = _preprocessing(model_name, model, weights.name)
+        return OpenedModel(model, origin, preprocessing, weights.name, skeleton=skeleton, private=True)
+
+    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
+        """A filled model, with a note on the switch that published weights turn on, and files do not speak of."""
+        opened = super().describe(model, reference, arguments, weights)
+        if reference.removeprefix(PREFIX) in ("googlenet", "inception_v3") and "transform_input" not in arguments:
+            note = "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
+            opened = replace(opened, notes=(note,))
+        return opened
+
+    def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
+        """As for any family, under the names that torchvision's densenets and vision transformers have now."""
+        return super().fit(reference, arguments, with_current_keys(state))
+
+    def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
+        guess = super()._guess(model, difference)
+        if difference.missing and all(key.lower().startswith("aux") for key in difference.missing):
+            # torchvision drops the auxiliary heads of its own pretrained models.
+            guess["aux_logits"] = False
+        return guess
+
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
+        """How the transforms of the default weights prepare an image."""
+        return with_channels(_preprocessing(reference.removeprefix(PREFIX), model, None), input_channels(model))
+
+
+def as_published(opened: OpenedModel, published: Published) -> OpenedModel:
+    """A filled model whose weights have been found to be published ones."""
+    name = published.reference.removeprefix(PREFIX)
+    set_so = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
+    note = f"known by its SHA-256 as torchvision's {published.weights} of {name}"
+    own = _preprocessing(name, opened.model, published.weights)
+    return replace(
+        opened,
+        preprocessing=with_channels(own, input_channels(opened.model)),
+        notes=(f"{note}, which sets {set_so}" if set_so else note,),
+    )
+
+
+def _preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
+    """How the transforms of these weights, or of the default ones, prepare an image."""
+    assumed = assumed_preprocessing(model)
+    if assumed.form in ("image-list", "image-pair"):
+        return assumed
+    weights = _weights(name, weights_name or "DEFAULT")
+    transforms = weights.transforms()
+    sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
+    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
+    weights_crop = crop
+    # Vision transformers fix their input size when they are built.
+    fixed = getattr(model, "image_size", None)
+    if isinstance(fixed, int) and fixed != crop:
+        crop, resize = fixed, None
+    return Preprocessing(
+        channels=3,
+        size=(crop or 224, crop or 224),
+        mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
+        std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
+        resize=resize,
+        interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
+        form=assumed.form,
+        frames=assumed.frames,
+        normalization_from="weights" if weights_name else "family",
+        size_from="weights" if weights_name and crop == weights_crop else "family",
+    )
+
+
+def published(digest: str) -> Published | None:
+    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
+    return _published().get(digest[:8])
+
+
+@functools.cache
+def _published() -> dict[str, Published]:
+    found: dict[str, Published] = {}
+    for name in models.list_models():
+        for weights in models.get_model_weights(name):
+            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
+            if digits and not name.startswith("quantized_"):
+                # The heads that torchvision drops from its pretrained models are in their files.
+                arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
+                found.setdefault(digits[1][:8], Published(f"{PREFIX}{name}", weights.name, arguments))
+    return found
+
+
+def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
+    """Give the network another number of input channels: its first conv becomes one of those, with random weights."""
+    name, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+    # What a network is for, as torchvision's packages say: classification, segmentation, detection, video …
+    package: list[str] = models.get_model_builder(reference.removeprefix(PREFIX)).__module__.split(".")
+    if conv is None or (len(package) > 3 and package[2] != "segmentation"):
+        raise SourceError(f"{reference} does not take 'in_channels'; its input has the channels of an image")
+    if type(channels) is not int or channels < 1 or channels % conv.groups:
+        raise SourceError(f"{reference} cannot have in_channels={channels!r}; give a whole number from 1 on")
+    if channels == conv.in_channels:
+        return
+    other = nn.Conv2d(
+        channels, conv.out_channels, cast(Any, conv.kernel_size), cast(Any, conv.stride), cast(Any, conv.padding),
+        cast(Any, conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
+    )  # fmt: skip
+    model.set_submodule(name, other)
 
 
 def _fetch(name: str, weights: Any) -> Path:
@@ -159,93 +286,6 @@ def _read(name: str, cached: Path) -> Any:
         return load_object(cached, kind, False, "it", "take weights of your own with --weights FILE")
     except SourceError as error:
         raise SourceError(f"cannot load {cached} into {name}: {error}; {_DELETE}") from None
-
-
-@contextmanager
-def _given(weights: Any, state: Any) -> Iterator[None]:
-    """While open, torchvision's builder takes this state dict for the weights' own; what they set is left to it."""
-    weights.get_state_dict = lambda **_: state
-    try:
-        yield
-    finally:
-        del weights.get_state_dict
-
-
-_FRAMES = 16
-"""Of a clip: as many as the published video networks were trained on, and the least that some of them take."""
-
-_FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "image-pair", "video": "clips"}
-"""What the models of torchvision's packages take, where it is not a batch of images."""
-
-
-def input_form(model: nn.Module) -> InputForm:
-    """What the forward of one of torchvision's models takes; a batch of images for any other."""
-    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
-    return _FORMS.get(package, "images")
-
-
-def assumed_preprocessing(model: nn.Module) -> Preprocessing:
-    """What a model of which nothing else is known most likely takes, by its class and its attributes."""
-    form = input_form(model)
-    if form == "image-list":
-        # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
-        return _of_family(Preprocessing(3, _detection_size(model), (0.0,) * 3, (1.0,) * 3, form=form))
-    if form == "image-pair":
-        return _of_family(Preprocessing(3, (256, 256), (0.5,) * 3, (0.5,) * 3, form=form))
-    side = getattr(model, "image_size", None)
-    ours = type(model).__module__.startswith("torchvision.models.")
-    frames = _FRAMES if form == "clips" else 1
-    return Preprocessing(
-        3,
-        (side, side) if isinstance(side, int) else (224, 224),
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        form=form,
-        frames=frames,
-        normalization_from="family" if ours else "assumed",
-        size_from="family" if ours or isinstance(side, int) else "assumed",
-    )
-
-
-def _of_family(preprocessing: Preprocessing) -> Preprocessing:
-    return replace(preprocessing, normalization_from="family", size_from="family")
-
-
-def _detection_size(model: nn.Module) -> Size:
-    transform = getattr(model, "transform", None)
-    fixed = getattr(transform, "fixed_size", None)
-    if fixed is not None:
-        return int(fixed[1]), int(fixed[0])
-    side = int(getattr(transform, "min_size", (800,))[-1])
-    return side, side
-
-
-def preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
-    """How the weights' own transforms prepare an image; for random weights, those of the default weights."""
-    assumed = assumed_preprocessing(model)
-    if assumed.form in ("image-list", "image-pair"):
-        return assumed
-    weights = _weights(name, weights_name or "DEFAULT")
-    transforms = weights.transforms()
-    sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
-    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
-    weights_crop = crop
-    # Vision transformers fix their input size when they are built.
-    fixed = getattr(model, "image_size", None)
-    if isinstance(fixed, int) and fixed != crop:
-        crop, resize = fixed, None
-    return Preprocessing(
-        channels=3,
-        size=(crop or 224, crop or 224),
-        mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
-        std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
-        resize=resize,
-        interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
-        form=assumed.form,
-        frames=assumed.frames,
-        normalization_from="weights" if weights_name else "family",
-        size_from="weights" if weights_name and crop == weights_crop else "family",
-    )
 
 
 def _weights(name: str, weights_name: str) -> Any:

@@ -94,18 +94,18 @@ class FileRow:
     """A file read or written, and its size in bytes."""
 
     path: str
-    bytes: int
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
 class ModelRow:
     """Which model was converted, and how it was read."""
 
-    reference: str
-    origin: str
-    weights: str
-    traced_by: str
-    input: str
+    reference: str = ""
+    origin: str = ""
+    weights: str = ""
+    traced_by: str = ""
+    input: str = ""
     sha256: str | None = None
     notes: tuple[str, ...] = ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from asymswap.results.convert import FileRow
@@ -39,6 +39,27 @@ class TrainingReport:
     seconds: float = 0.0
     fed: Fed | None = None
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """A training run as the checkpoint records it: what it began with, on what, by which settings, to which end.
+
+    `sha256` is that of the file that was trained, `scores` those before it, of the best and of the last epoch.
+    """
+
+    model: str = ""
+    sha256: str | None = None
+    data: str = ""
+    validation: str | None = None
+    classes: tuple[str, ...] = ()
+    teacher: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int = 0
+    scores: Mapping[str, Scores | None] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

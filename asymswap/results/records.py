@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from asymswap.errors import CheckpointError
-from asymswap.results.convert import Report
+from asymswap.results.convert import FileRow, ModelRow, Report
+from asymswap.results.finetune import TrainingRecord
 from asymswap.results.fuse import FusionRow
 from asymswap.types import Cost
 
@@ -55,12 +56,33 @@ class Provenance:
     fused: tuple[FusionRow, ...] = ()
 
 
+@dataclass(frozen=True)
+class Source:
+    """Which model was converted, and from which files."""
+
+    model: ModelRow = field(default_factory=ModelRow)
+    files: tuple[FileRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class History:
+    """What later commands need of a provenance; a field that an older file lacks has its default."""
+
+    report: Source = field(default_factory=Source)
+    training: tuple[TrainingRecord, ...] = ()
+
+
+def read_history(stored: Mapping[str, Any], label: str) -> History:
+    """Return the history in a provenance; raises CheckpointError where it is damaged."""
+    return _checked(History, dict(stored), f"{label} has a damaged provenance")
+
+
 def read_provenance(stored: Mapping[str, Any], label: str) -> Provenance:
     """Return how the file was made; `label` names it. Raises CheckpointError where the provenance is damaged."""
     known = {key: stored[key] for key in ("recipe", "overrides", "seed", "command", "versions") if key in stored}
     if isinstance(stored.get("fused"), Mapping):
         known["fused"] = stored["fused"].get("sites", [])
-    return _checked(Provenance, known, label)
+    return _checked(Provenance, known, f"{label} has a damaged provenance")
 
 
 def read_report(stored: Mapping[str, Any], label: str) -> Report:
@@ -73,10 +95,10 @@ def read_report(stored: Mapping[str, Any], label: str) -> Report:
         # The change of the output has no None: null is a number that JSON has none for.
         undefined = {key: math.nan for key in ("relative", "largest") if output.get(key, 0) is None}
         report = {**report, "output": {**output, **undefined}}
-    return _checked(Report, report, label)
+    return _checked(Report, report, f"{label} has a damaged report")
 
 
-def _checked(form: type[T], data: Any, label: str) -> T:
+def _checked(form: type[T], data: Any, what: str) -> T:
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -84,4 +106,4 @@ def _checked(form: type[T], data: Any, label: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{label} has a damaged {form.__name__.lower()}: {where}: {first['msg']}") from None
+        raise CheckpointError(f"{what}: {where}: {first['msg']}") from None

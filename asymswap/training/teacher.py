@@ -6,16 +6,19 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.checkpoint import Header, read_checkpoint, told
+from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.models import builders, timm_models
+from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
-from asymswap.models.references import FILE_SUFFIXES, Request
+from asymswap.models.references import FILE_SUFFIXES
+from asymswap.results.records import Source, read_history
 from asymswap.training.distillation import Teacher
 from asymswap.types import Swap
 
@@ -31,18 +34,7 @@ def find_teacher(header: Header, reference: str, student: nn.Module, folder: Pat
 
     Raises SourceError where it is not available, or where a file is no longer what it was when it was converted.
     """
-    if reference == ORIGINAL:
-        original, request = _recorded(header, folder)
-        try:
-            with _offline():
-                opened = open_model(original, request)
-        except AsymswapError as error:
-            raise SourceError(f"the original {original} cannot be fetched ({error}); {_GIVE}") from None
-    else:
-        try:
-            opened = open_model(reference, Request())
-        except AsymswapError as error:
-            raise SourceError(f"the teacher {reference} cannot be used: {error}") from None
+    opened = _open_original(header, folder) if reference == ORIGINAL else _open_named(reference)
     swaps = [swap for plan in header.plans for swap in plan.swaps]
     teacher = opened.model.eval().requires_grad_(False)
     return Teacher(teacher, opened.reference, blocks_around(swaps, student, teacher))
@@ -73,9 +65,35 @@ def blocks_around(swaps: Iterable[Swap], student: nn.Module, teacher: nn.Module)
     return found
 
 
-def _recorded(header: Header, folder: Path | None) -> tuple[str, Request]:
-    """Return how the original was opened when it was converted."""
-    report = told(header.provenance, "the checkpoint").report
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _is_block(model: nn.Module, name: str) -> bool:
+    try:
+        return not isinstance(model.get_submodule(name), _LISTS)
+    except AttributeError:
+        return False
+
+
+def _open_named(reference: str) -> OpenedModel:
+    try:
+        return open_model(reference)
+    except AsymswapError as error:
+        raise SourceError(f"the teacher {reference} cannot be used: {error}") from None
+
+
+def _open_original(header: Header, folder: Path | None) -> OpenedModel:
+    reference, options = _recorded(header, folder)
+    try:
+        with _offline():
+            return open_model(reference, **options)
+    except AsymswapError as error:
+        raise SourceError(f"the original {reference} cannot be fetched ({error}); {_GIVE}") from None
+
+
+def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]:
+    """How the original was opened when it was converted, and so can be opened again."""
+    report = read_history(header.provenance, "the checkpoint").report
     reference, weights = report.model.reference, report.model.weights
     if not reference or weights in ("", "as given"):
         raise SourceError(f"the checkpoint does not tell which model it was made of; {_GIVE}")
@@ -93,19 +111,20 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, Request]:
     if recorded is not None:
         path = _same_file(recorded, str(report.model.sha256), folder)
         if reference != recorded:
-            return origin, Request(weights=str(path), arguments=arguments)
-        if whole:
-            return str(path), Request()
-        try:
-            read_checkpoint(path)
-        except AsymswapError:
-            return str(path), Request(arch=origin, arguments=arguments)
-        return str(path), Request()  # a checkpoint of ours names its architecture itself
+            return origin, {"weights": str(path), "arguments": arguments}
+        return str(path), {} if whole or _is_ours(path) else {"arch": origin, "arguments": arguments}
     if any(mark in weights for mark in "/\\") or Path(weights).suffix in FILE_SUFFIXES:
         raise SourceError(f"the checkpoint names the weights {weights!r}, a path, which is not followed; {_GIVE}")
     if weights == "random":
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
-    return origin, Request(weights=weights, arguments=arguments) if origin.startswith("torchvision:") else Request()
+    return origin, {"weights": weights, "arguments": arguments} if origin.startswith("torchvision:") else {}
+
+
+def _recorded_file(report: Source) -> str | None:
+    """The path of the file that was converted, as it was given then; None where the model was no file."""
+    if not report.model.sha256:
+        return None
+    return (report.files[0].path if report.files else None) or report.model.reference
 
 
 def _same_file(recorded: str, expected: str, folder: Path | None) -> Path:
@@ -127,9 +146,18 @@ def _offline() -> Iterator[None]:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("nothing is downloaded on a checkpoint's word")
 
-    before = torch.hub.download_url_to_file, timm_models._find_hub
-    torch.hub.download_url_to_file, timm_models._find_hub = refuse, refuse
+    before = torch.hub.download_url_to_file, timm_models.find_hub
+    torch.hub.download_url_to_file, timm_models.find_hub = refuse, refuse
     try:
         yield
     finally:
-        torch.hub.download_url_to_file, timm_models._find_hub = before
+        torch.hub.download_url_to_file, timm_models.find_hub = before
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is an asymswap checkpoint, which tells its architecture itself."""
+    try:
+        read_checkpoint(path)
+    except AsymswapError:
+        return False
+    return True

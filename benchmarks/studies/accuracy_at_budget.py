@@ -49,8 +49,8 @@ from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.measure.macs import count_costs
 from asymswap.models import builders
-from asymswap.models.opening import OpenedModel, open_model
-from asymswap.models.references import Request
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import open_model
 from asymswap.replacements.separable import full_rank, pair_cost
 from asymswap.types import Site
 
@@ -77,7 +77,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.opened: OpenedModel = open_model(args.model, Request(arch=args.arch))
+        self.opened: OpenedModel = open_model(args.model, arch=args.arch)
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
         self.test = in_memory(self._open("test"), None if args.test_images is None else args.test_images)
         self.train = self._open("train")
@@ -85,12 +85,12 @@ class Bench:
         self._sites: list[Site] | None = None
 
     def _open(self, part: Part) -> LabelledImages:
-        return open_data(self.args.data, self.opened.source.preprocessing, part)
+        return open_data(self.args.data, self.opened.preprocessing, part)
 
     @property
     def setting(self) -> dict[str, Any]:
         """What all results of one file have in common."""
-        source = self.opened.source
+        source = self.opened
         return {
             "network": source.origin.reference,
             "weights": source.weights,
@@ -104,8 +104,7 @@ class Bench:
 
     def convert(self, recipe: str, overrides: Mapping[str, Any], calibration: Any = None) -> asymswap.Conversion:
         """Convert the model, read anew from its file."""
-        args = self.args
-        return asymswap.convert(args.model, recipe, overrides=overrides, calibration=calibration, arch=args.arch)
+        return asymswap.convert(self.opened, recipe, overrides=overrides, calibration=calibration)
 
     def calibration(self, seed: int, **options: Any) -> asymswap.Calibration:
         """The calibration images of a seed."""
@@ -116,7 +115,7 @@ class Bench:
     def sites(self) -> list[Site]:
         """The convs that recipe 3x3-only swaps."""
         if self._sites is None:
-            rows = asymswap.candidates(self.args.model, recipe="3x3-only", arch=self.args.arch).rows
+            rows = asymswap.candidates(self.opened, recipe="3x3-only").rows
             self._sites = [row.site for row in rows if row.reason is None]
         return self._sites
 
@@ -300,7 +299,7 @@ class Peers:
         if self._bundle is not None:
             return None
         bench = self.bench
-        origin = bench.opened.source.origin
+        origin = bench.opened.origin
         reference = origin.reference.partition("@")[0]
         if builders.canonical(reference) is None:
             return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"

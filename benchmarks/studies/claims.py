@@ -173,17 +173,16 @@ class Bench:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tuned = asymswap.finetune(
-                model,
+                asymswap.open_model(
+                    model,
+                    input_size=setting.size,
+                    preprocessing=asymswap.PreprocessingOptions(mean=setting.mean, std=setting.std),
+                    **({"arch": network, **code} if isinstance(model, Path) else {}),
+                ),
                 self.references[run.data],
                 self._training(run),
                 run=folder,
-                input_size=setting.size,
-                mean=setting.mean,
-                std=setting.std,
                 callback=stopwatch,
-                arch=None if not isinstance(model, Path) else network,
-                arguments=code["arguments"],
-                trust_code=True,
             )
             # The weights of the last epoch: the best are chosen by the images that they are measured on here.
             trained = asymswap.load(folder / "last.pt", model=_built(network, code))
@@ -220,16 +219,22 @@ class Bench:
             source = _built(network, code)
         if run.kind == "plain":
             return source
+        opening: dict[str, Any] = {}
         options: dict[str, Any] = {}
         if run.way == "converted":
-            options = {"arch": network, **code}
+            opening = {"arch": network, **code}
             if run.kind in ("separable", "acb"):
                 # Without labels; for the pairs' weights, and for the statistics of new batch norms.
                 options["calibration"] = asymswap.Calibration(self.references[run.data], images=256, seed=run.seed)
         with tempfile.TemporaryDirectory() as name:
             recipe = Path(name) / "recipe.toml"
             recipe.write_text(RECIPES[run.kind], encoding="utf-8")
-            return asymswap.convert(source, recipe, input_size=SETTINGS[run.data].size, seed=run.seed, **options)
+            return asymswap.convert(
+                asymswap.open_model(source, input_size=SETTINGS[run.data].size, **opening),
+                recipe,
+                seed=run.seed,
+                **options,
+            )
 
     def _training(self, run: Run) -> Any:
         import asymswap
@@ -257,7 +262,9 @@ class Bench:
         cost = count_costs(model, (torch.empty(1, *setting.size, device="meta"),)).total
         found: dict[str, Any] = {"params": cost.params, "macs": cost.macs, "memory": kept_bytes(model, setting)}
         if run.kind in OFFSET_SCALE:
-            rows = asymswap.offsets(path, data=self.references[run.data], arch=network, **code).rows
+            rows = asymswap.offsets(
+                asymswap.open_model(path, arch=network, **code), data=self.references[run.data]
+            ).rows
             taps = [tap for row in rows for tap in row.mean]
             found["offset"] = sum((down**2 + right**2) ** 0.5 for down, right in taps) / len(taps)
             found["largest_offset"] = max(row.largest for row in rows)
@@ -272,13 +279,11 @@ class Bench:
         from asymswap.measure.latency import time_models
 
         setting = SETTINGS[run.data]
-        fusion = asymswap.fuse(path, arch=network, **code)
+        fusion = asymswap.fuse(asymswap.open_model(path, arch=network, **code))
+        fed = asymswap.PreprocessingOptions(mean=setting.mean, std=setting.std)
         report = asymswap.evaluate(
-            [model, fusion.model],
+            [asymswap.open_model(one, input_size=setting.size, preprocessing=fed) for one in (model, fusion.model)],
             self.references[run.data],
-            input_size=setting.size,
-            mean=setting.mean,
-            std=setting.std,
         )
         first, second = report.models
         assert second.against_first is not None
@@ -325,9 +330,9 @@ class Stopwatch:
 
 def _built(network: str, code: dict[str, Any]) -> Any:
     """The plain network, with weights from the current seed."""
-    from asymswap.models.references import build_architecture
+    from asymswap.models.factories import UserCode
 
-    return build_architecture(network, code["arguments"], trust_code=True)
+    return UserCode(trust_code=True).build(network, code["arguments"])
 
 
 def kept_bytes(model: Any, setting: Setting) -> int:

@@ -98,12 +98,11 @@ class Bench:
         import torch
 
         from asymswap.models.opening import open_model
-        from asymswap.models.references import Request
 
         self.network = NETWORKS[name]
         torch.manual_seed(0)
-        request = Request(weights="none", arguments=self.network.arguments)
-        self.opened = open_model(name, request, (3, self.network.size, self.network.size))
+        size = (3, self.network.size, self.network.size)
+        self.opened = open_model(name, weights="none", arguments=self.network.arguments, input_size=size)
         self.model = self.opened.model
         generator = torch.Generator().manual_seed(0)
         side = self.network.train
@@ -142,7 +141,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.toml"
             recipe.write_text(RECIPES[kind], encoding="utf-8")
-            return asymswap.convert(self.model, recipe, input_size=size)
+            return asymswap.convert(asymswap.open_model(self.model, input_size=size), recipe)
 
     def outputs(self, model: Any) -> list[Any]:
         """All outputs on the probe, in eval mode."""

@@ -96,9 +96,9 @@ def prepare(name: str, folder: Path, earlier: bool) -> None:
     }
     del model, state
     if earlier:
-        plan = asymswap.plan(folder / "state.pt", folder / "recipe.toml", arch=name)
+        plan = asymswap.plan(asymswap.open_model(folder / "state.pt", arch=name), folder / "recipe.toml")
         some = [dataclasses.asdict(swap) for swap in plan.swaps[::2]]
-        half = asymswap.convert(folder / "state.pt", plan={"swaps": some}, arch=name)
+        half = asymswap.convert(asymswap.open_model(folder / "state.pt", arch=name), plan={"swaps": some})
         asymswap.save(half, folder / "half.asym.pt")
     print(json.dumps(facts))
 
@@ -215,11 +215,11 @@ def threads_of(name: str, rounds: int) -> dict[str, Any]:
     from asymswap import replacements
     from asymswap.graph.sites import read_conv
     from asymswap.graph.trace import trace
-    from asymswap.models.references import Request, open_reference
+    from asymswap.models.opening import open_model
     from asymswap.types import Swap
 
     torch.manual_seed(0)
-    model = open_reference(name, Request(weights="none")).model.eval()
+    model = open_model(name, weights="none").model
     kind = replacements.load("separable")
     settings = replacements.parse_settings("separable", {})
     sites = trace(model, (torch.empty(1, 3, 224, 224, device="meta"),)).sites

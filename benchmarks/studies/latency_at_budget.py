@@ -70,17 +70,18 @@ def measure(name: str, budgets: Sequence[float], threads: int, rounds: int, ever
     import asymswap
     from asymswap.measure.latency import in_format, inputs_like, time_models
     from asymswap.models.opening import open_model
-    from asymswap.models.references import Request
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    opened = open_model(name, Request(weights="none"))
+    opened = open_model(name, weights="none")
     size = tuple(opened.example()[0].shape[1:])
 
     def convert(measure: str, fraction: float, timing: Any) -> Any:
         overrides = {f"budget.{measure}": fraction}
         try:
-            return asymswap.convert(opened.model, RECIPE, overrides=overrides, timing=timing, input_size=size)
+            return asymswap.convert(
+                asymswap.open_model(opened.model, input_size=size), RECIPE, overrides=overrides, timing=timing
+            )
         except asymswap.AsymswapError as error:
             return str(error)
 

@@ -21,8 +21,7 @@ from asymswap.data.datasets import open_data
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
 from asymswap.models.builders import build
-from asymswap.models.opening import open_model
-from asymswap.models.references import Request
+from asymswap.models.opening import open_model, open_models
 from asymswap.planning.latency_budget import Timing
 from asymswap.reporting.compare import comparison_to_markdown
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
@@ -37,7 +36,7 @@ HALF = asymswap.PreprocessingOptions(normalize="half")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The network of the digits: as a state dict, at half of its MACs, and at so few that it errs."""
     folder = tmp_path_factory.mktemp("models")
-    original = open_model(DIGITS, Request()).model
+    original = open_model(DIGITS).model
     torch.save(original.state_dict(), folder / "plain.pt")
     paths = {"plain": folder / "plain.pt"}
     for name, fraction in (("half", 0.5), ("quarter", 0.25)):
@@ -54,7 +53,7 @@ def on_digits(files: dict[str, Path]) -> Comparison:
 
 def answers(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, answers and labels on all test digits, one by one."""
-    data = open_data("digits", open_model(DIGITS, Request()).source.preprocessing, "test")
+    data = open_data("digits", open_model(DIGITS).preprocessing, "test")
     pairs = [data.images[index] for index in range(len(data))]
     with torch.no_grad():
         scores = torch.cat([model.eval()(image[None]) for image, _ in pairs])
@@ -63,9 +62,9 @@ def answers(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 class TestOnData:
     def test_accuracy_is_that_of_evaluate(self, on_digits: Comparison, files: dict[str, Path]) -> None:
-        data = open_data("digits", open_model(DIGITS, Request()).source.preprocessing, "test")
+        data = open_data("digits", open_model(DIGITS).preprocessing, "test")
         for row, model in zip(
-            on_digits.models, [open_model(DIGITS, Request()).model, None, asymswap.load(files["quarter"])], strict=True
+            on_digits.models, [open_model(DIGITS).model, None, asymswap.load(files["quarter"])], strict=True
         ):
             if model is not None:
                 assert row.accuracy is not None
@@ -74,7 +73,7 @@ class TestOnData:
     def test_outputs_and_answers_are_compared_image_by_image(
         self, on_digits: Comparison, files: dict[str, Path]
     ) -> None:
-        one, first, labels = answers(open_model(DIGITS, Request()).model)
+        one, first, labels = answers(open_model(DIGITS).model)
         other, own, _ = answers(asymswap.load(files["quarter"]))
         row = on_digits.models[2]
         assert row.gap is not None
@@ -102,7 +101,7 @@ class TestOnData:
         first, plain, quarter = on_digits.models
         assert first.file_bytes is None
         assert plain.file_bytes == files["plain"].stat().st_size
-        model = open_model(DIGITS, Request()).model
+        model = open_model(DIGITS).model
         assert first.cost.params == sum(p.numel() for p in model.parameters())
         assert first.weights_bytes == sum(t.numel() * t.element_size() for t in model.state_dict().values())
         assert quarter.cost.macs / first.cost.macs == pytest.approx(0.25, abs=0.01)
@@ -128,7 +127,12 @@ class Net(nn.Module):
 
 class TestOnRandomImages:
     def test_outputs_of_two_shapes_are_not_compared(self) -> None:
-        found = asymswap.compare([Net(), Net(classes=7)], input_size=(3, 8, 8))
+        found = asymswap.compare(
+            [
+                asymswap.open_model(Net(), input_size=(3, 8, 8)),
+                asymswap.open_model(Net(classes=7), input_size=(3, 8, 8)),
+            ]
+        )
         assert found.models[1].gap is None
         assert found.models[1].notes[-1] == "its outputs (7) cannot be compared with the first's (4)"
 
@@ -143,7 +147,9 @@ class TestOnRandomImages:
         with torch.no_grad():
             other.conv.weight.mul_(1.5)
             other.conv.bias.mul_(1.5)  # type: ignore[union-attr]
-        found = asymswap.compare([one, other], input_size=(3, 8, 8))
+        found = asymswap.compare(
+            [asymswap.open_model(one, input_size=(3, 8, 8)), asymswap.open_model(other, input_size=(3, 8, 8))]
+        )
         assert found.models[1].gap is not None
         assert found.models[1].gap.relative == pytest.approx(0.5, rel=1e-5)
         assert found.models[1].gap.agreement is None
@@ -151,21 +157,33 @@ class TestOnRandomImages:
     def test_models_stay_as_they_are(self) -> None:
         model = Net().train()
         before = [p.clone() for p in model.parameters()]
-        asymswap.compare([model, Net()], input_size=(3, 8, 8), timing=Timing(rounds=1))
+        asymswap.compare(
+            [asymswap.open_model(model, input_size=(3, 8, 8)), asymswap.open_model(Net(), input_size=(3, 8, 8))],
+            timing=Timing(rounds=1),
+        )
         assert model.training
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert next(model.parameters()).is_contiguous()
 
     def test_what_has_no_class_scores_has_no_accuracy(self) -> None:
         found = asymswap.compare(
-            [Net(1, 10), Net(1, 10, maps=True)], input_size=(1, 8, 8), data="digits", preprocessing=HALF
+            [
+                asymswap.open_model(Net(1, 10), input_size=(1, 8, 8), preprocessing=HALF),
+                asymswap.open_model(Net(1, 10, maps=True), input_size=(1, 8, 8), preprocessing=HALF),
+            ],
+            data="digits",
         )
         assert found.models[0].accuracy is not None
         assert found.models[1].accuracy is None
         assert found.models[1].notes[-2].startswith("no accuracy: the model returns a tensor of shape (1, 10, 6, 6)")
 
     def test_time_is_taken_only_when_it_is_asked_for(self) -> None:
-        assert asymswap.compare([Net(), Net()], input_size=(3, 8, 8)).timing is None
+        assert (
+            asymswap.compare(
+                [asymswap.open_model(Net(), input_size=(3, 8, 8)), asymswap.open_model(Net(), input_size=(3, 8, 8))]
+            ).timing
+            is None
+        )
         found = asymswap.compare([Net(), Net(channels=1)], timing=Timing("contiguous", 2, 3))
         assert found.timing is not None
         assert (found.timing.memory_format, found.timing.batch, found.timing.rounds) == ("contiguous", 2, 3)
@@ -195,8 +213,6 @@ def test_mcnemar_of_very_many() -> None:
     [
         ([DIGITS], {}, AsymswapError, r"compare takes two models or more, not 1"),
         ([DIGITS, DIGITS], {"images": 0}, AsymswapError, r"--images 0 leaves nothing to compare on"),
-        ([DIGITS, DIGITS], {"arch": "resnet18"}, AsymswapError, r"--arch resnet18 goes with a file, and none"),
-        (["a.pt", "b.pt"], {"weights": "none"}, AsymswapError, r"--weights none goes with a reference, and all models"),
         ([DIGITS, "no-such.pt"], {}, SourceError, r"no-such\.pt"),
         ([DIGITS, "digits-resnte"], {}, SourceError, r"did you mean digits-resnet"),
         ([DIGITS, DIGITS], {"data": "digit"}, SourceError, r"did you mean digits"),
@@ -205,6 +221,13 @@ def test_mcnemar_of_very_many() -> None:
 def test_what_cannot_be_compared(models: list[str], options: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         asymswap.compare(models, **options)
+
+
+def test_options_that_suit_none_of_several_models() -> None:
+    with pytest.raises(AsymswapError, match=r"--arch resnet18 goes with a file, and none"):
+        open_models([DIGITS, DIGITS], arch="resnet18")
+    with pytest.raises(AsymswapError, match=r"--weights none goes with a reference, and all models"):
+        open_models(["a.pt", "b.pt"], weights="none")
 
 
 def made() -> Comparison:

@@ -23,7 +23,6 @@ from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.planning.plan import plan_text
 from asymswap.replacements import separable
 from asymswap.results.convert import Report
@@ -116,8 +115,9 @@ def digits() -> asymswap.Conversion:
     return asymswap.convert("digits-resnet", "3x3-only")
 
 
-def convert(model: nn.Module, **options: Any) -> asymswap.Conversion:
-    return asymswap.convert(model, "all-spatial", overrides=RANK, input_size=SIZE, **options)
+def convert(model: nn.Module, preprocessing: Any = None, **options: Any) -> asymswap.Conversion:
+    opened = asymswap.open_model(model, input_size=SIZE, preprocessing=preprocessing)
+    return asymswap.convert(opened, "all-spatial", overrides=RANK, **options)
 
 
 def same_state(one: nn.Module, other: nn.Module) -> bool:
@@ -145,7 +145,7 @@ def test_the_given_model_stays_as_it_was(net: Net) -> None:
 def test_nothing_random_is_drawn(net: Net) -> None:
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     convert(net)
-    asymswap.candidates(net, input_size=SIZE)
+    asymswap.candidates(asymswap.open_model(net, input_size=SIZE))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), str(np.random.get_state())) == states[1:]
 
@@ -216,7 +216,7 @@ def test_a_conv_with_a_hook_is_kept(net: Net) -> None:
 def test_a_module_of_known_classes_with_a_hook_of_ones_own_can_be_saved(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     model[1].register_forward_hook(lambda *_: None)
-    conversion = asymswap.convert(model, "all-spatial", overrides=RANK, input_size=SIZE)
+    conversion = asymswap.convert(asymswap.open_model(model, input_size=SIZE), "all-spatial", overrides=RANK)
     asymswap.save(conversion, tmp_path / "hooked.pt")
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     assert same_state(asymswap.load(tmp_path / "hooked.pt", model=plain), conversion.model)
@@ -323,7 +323,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[int, int, int
     make, size, recipe, overrides = MODELS[request.param]
     torch.manual_seed(0)
     model = make()
-    conversion = asymswap.convert(model, recipe, overrides=overrides, input_size=size)
+    conversion = asymswap.convert(asymswap.open_model(model, input_size=size), recipe, overrides=overrides)
     assert conversion.report.swapped
     return model, size, conversion
 
@@ -376,7 +376,9 @@ def test_the_budget_over_the_model_is_met() -> None:
 
 def test_a_conv_that_never_runs_costs_parameters_but_no_macs() -> None:
     model = models.googlenet(init_weights=False)
-    report = asymswap.convert(model, "large-kernels", overrides=RANK, input_size=(3, 64, 64)).report
+    report = asymswap.convert(
+        asymswap.open_model(model, input_size=(3, 64, 64)), "large-kernels", overrides=RANK
+    ).report
     unused = [row for row in report.sites if row.site.startswith("aux")]
     assert unused
     assert all(row.calls == 0 and row.before.macs == 0 and row.before.params > 0 for row in unused)
@@ -431,7 +433,7 @@ def test_no_number_of_the_report_is_a_tensor(digits: asymswap.Conversion) -> Non
 
 def test_the_report_of_a_saved_conversion_names_its_files(tmp_path: Path) -> None:
     torch.save(BUILDERS["resnet20"]().state_dict(), tmp_path / "in.pt")
-    conversion = asymswap.convert(tmp_path / "in.pt", "3x3-only", arch="cifar:resnet20")
+    conversion = asymswap.convert(asymswap.open_model(tmp_path / "in.pt", arch="cifar:resnet20"), "3x3-only")
     report = asymswap.save(conversion, tmp_path / "out.pt")
     sizes = {file.path: file.bytes for file in report.files}
     assert sizes == {str(path): path.stat().st_size for path in (tmp_path / "in.pt", tmp_path / "out.pt")}
@@ -449,18 +451,18 @@ def test_accuracy_is_measured_before_and_after_on_the_same_images() -> None:
 
 class TestCandidates:
     def test_what_they_hold_is_the_sum_of_their_rows(self, net: Net) -> None:
-        found = asymswap.candidates(net, input_size=SIZE)
+        found = asymswap.candidates(asymswap.open_model(net, input_size=SIZE))
         assert found.held == total([row.site.cost for row in found.rows if row.reason is None])
         assert found.total == measured(net, SIZE)
         assert found.traced_by == "torch.fx"
 
     def test_every_conv_is_listed_with_a_rank_or_a_reason(self) -> None:
-        found = asymswap.candidates("mobilenet_v2", weights="none")
+        found = asymswap.candidates(asymswap.open_model("mobilenet_v2", weights="none"))
         assert len(found.rows) == sum(isinstance(module, nn.Conv2d) for module in models.mobilenet_v2().modules())
         assert all((row.reason is None) == (row.break_even is not None) for row in found.rows)
 
     def test_one_rank_more_than_the_break_even_saves_nothing(self, net: Net) -> None:
-        for row in asymswap.candidates(net, input_size=SIZE).rows:
+        for row in asymswap.candidates(asymswap.open_model(net, input_size=SIZE)).rows:
             assert row.break_even is not None
             rank, order = row.break_even.rank, row.break_even.order
             at, above = (separable.pair_cost(row.site, rank + more, order) for more in (0, 1))  # type: ignore[arg-type]
@@ -496,13 +498,14 @@ def test_data_that_does_not_fit_is_told_before_the_work_is_done(
 def test_naming_the_architecture_of_a_converted_model_builds_it_as_it_was(tmp_path: Path) -> None:
     """Its number of classes is among the arguments that the checkpoint holds; `--arg` still overrides them."""
     conversion = asymswap.convert(
-        "squeezenet1_1", "3x3-only", weights="none", arguments={"num_classes": 7}, input_size=(3, 64, 64)
+        asymswap.open_model("squeezenet1_1", weights="none", arguments={"num_classes": 7}, input_size=(3, 64, 64)),
+        "3x3-only",
     )
     asymswap.save(conversion, tmp_path / "x.pt")
-    opened = open_model(tmp_path / "x.pt", Request(arch="squeezenet1_1"))
+    opened = open_model(tmp_path / "x.pt", arch="squeezenet1_1")
     assert opened.model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
     with pytest.raises(AsymswapError, match="7x512"):
-        open_model(tmp_path / "x.pt", Request(arch="squeezenet1_1", arguments={"num_classes": 8}))
+        open_model(tmp_path / "x.pt", arch="squeezenet1_1", arguments={"num_classes": 8})
 
 
 class Asking(nn.Module):
@@ -529,22 +532,29 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
         "plain": {},
         "polished": {
             "calibration": asymswap.Calibration(str(tmp_path), images=8, polish_steps=2),
-            "preprocessing": asymswap.PreprocessingOptions(normalize="none"),
         },
         "in time": {"overrides": {"budget.latency": 0.9}, "timing": asymswap.Timing(rounds=1)},
     }[way]
     said = r"more cannot be swapped: the model's code treats it unlike .* \(AttributeError: .*'out_channels'\); keep it"
     if way == "in time":
         said = r"the converted model does not run \(.*'out_channels'\): its code asks a layer that was replaced"
+    prepare = asymswap.PreprocessingOptions(normalize="none")
+    opened = asymswap.open_model(Asking(traceable), input_size=(3, 16, 16), preprocessing=prepare)
     with pytest.raises(AsymswapError, match=said):
-        asymswap.convert(Asking(traceable), "3x3-only", input_size=(3, 16, 16), **more)
+        asymswap.convert(opened, "3x3-only", **more)
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: asymswap.convert("digits-resnet", "3x3-only", input_size=(8, 8)), "--input 8x8 does not suit"),
-        (lambda: asymswap.convert("digits-resnet", "3x3-only", input_size=(1, -1, 8)), "--input 1x-1x8 does not suit"),
+        (
+            lambda: asymswap.convert(asymswap.open_model("digits-resnet", input_size=(8, 8)), "3x3-only"),
+            "--input 8x8 does not suit",
+        ),
+        (
+            lambda: asymswap.convert(asymswap.open_model("digits-resnet", input_size=(1, -1, 8)), "3x3-only"),
+            "--input 1x-1x8 does not suit",
+        ),
         (lambda: asymswap.export("x.pt", "y.onnx", form="tflite"), "the form 'tflite' is unknown; choose onnx, pt2"),
         (lambda: asymswap.benchmark(["digits-resnet"], dtype="float8"), "the dtype 'float8' is unknown; did you mean"),
         (
@@ -571,7 +581,13 @@ def test_models_and_files_are_evaluated_together(tmp_path: Path) -> None:
     from asymswap.models.networks import DIGITS_WEIGHTS
 
     torch.save(load_file(DIGITS_WEIGHTS), tmp_path / "x.pt")
-    report = asymswap.evaluate(["digits-resnet", tmp_path / "x.pt"], "digits", arch="digits-resnet")
+    report = asymswap.evaluate(
+        [
+            asymswap.open_model("digits-resnet", arch="digits-resnet"),
+            asymswap.open_model(tmp_path / "x.pt", arch="digits-resnet"),
+        ],
+        "digits",
+    )
     assert report.models[1].against_first is not None
     assert report.models[1].against_first.agreement == 1.0
 
@@ -584,7 +600,9 @@ def test_without_images_the_number_of_threads_does_not_matter() -> None:
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            states.append(asymswap.convert(net, "half-macs", input_size=(3, 16, 16)).model.state_dict())
+            states.append(
+                asymswap.convert(asymswap.open_model(net, input_size=(3, 16, 16)), "half-macs").model.state_dict()
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -46,7 +46,14 @@ def data(tmp_path: Path) -> str:
 
 
 def test_every_number_by_hand(data: str) -> None:
-    report = evaluate([Reads(0), Reads(1)], data, input_size=(1, 7, 7), preprocessing=HALF, batch_size=4)
+    report = evaluate(
+        [
+            asymswap.open_model(Reads(0), input_size=(1, 7, 7), preprocessing=HALF),
+            asymswap.open_model(Reads(1), input_size=(1, 7, 7), preprocessing=HALF),
+        ],
+        data,
+        batch_size=4,
+    )
     # The images come with mean 0 and deviation 1 as they are, but for what the default preprocessing does to them.
     first, second = report.models
     assert (report.images, report.unreadable) == (6, 0)
@@ -70,7 +77,7 @@ def test_the_loss_is_cross_entropy(data: str) -> None:
     model = Reads(0)
     with torch.no_grad():
         model.conv.weight.zero_()
-    scores = evaluate(model, data, input_size=(1, 7, 7), preprocessing=HALF).models[0]
+    scores = evaluate(asymswap.open_model(model, input_size=(1, 7, 7), preprocessing=HALF), data).models[0]
     assert scores.loss == pytest.approx(float(torch.log(torch.tensor(7.0))))
     # Of equal scores one is taken: no image is both wrong and first.
     assert scores.right == 2
@@ -79,15 +86,20 @@ def test_the_loss_is_cross_entropy(data: str) -> None:
 
 def test_top5_of_few_classes_says_nothing(tmp_path: Path) -> None:
     torch.save({"images": torch.rand(4, 1, 3, 3), "labels": torch.tensor([0, 1, 2, 2])}, tmp_path / "d.pt")
-    assert evaluate(Reads(0), str(tmp_path / "d.pt"), input_size=(1, 3, 3), preprocessing=HALF).models[0].top5 is None
+    assert (
+        evaluate(asymswap.open_model(Reads(0), input_size=(1, 3, 3), preprocessing=HALF), str(tmp_path / "d.pt"))
+        .models[0]
+        .top5
+        is None
+    )
 
 
 def test_wider_models_are_told_of_and_narrower_ones_refused(data: str, tmp_path: Path) -> None:
     torch.save({"images": torch.rand(2, 1, 7, 7), "labels": torch.tensor([0, 1])}, tmp_path / "few.pt")
-    report = evaluate(Reads(0), str(tmp_path / "few.pt"), input_size=(1, 7, 7), preprocessing=HALF)
+    report = evaluate(asymswap.open_model(Reads(0), input_size=(1, 7, 7), preprocessing=HALF), str(tmp_path / "few.pt"))
     assert report.notes == ("the data has 2 classes, Reads scores 7: do they agree?",)
     with pytest.raises(AsymswapError, match=r"the model scores 3 classes, but the data has 7"):
-        evaluate(Reads(0), data, input_size=(1, 3, 3), preprocessing=HALF)
+        evaluate(asymswap.open_model(Reads(0), input_size=(1, 3, 3), preprocessing=HALF), data)
     with pytest.raises(AsymswapError, match=r"give at least one model to evaluate"):
         evaluate([], data)
 
@@ -95,7 +107,7 @@ def test_wider_models_are_told_of_and_narrower_ones_refused(data: str, tmp_path:
 def test_a_model_stays_as_it_is(data: str) -> None:
     model = Reads(0).train()
     before = torch.get_rng_state()
-    evaluate(model, data, input_size=(1, 7, 7), preprocessing=HALF)
+    evaluate(asymswap.open_model(model, input_size=(1, 7, 7), preprocessing=HALF), data)
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
     assert asymswap.evaluate is evaluate

@@ -182,10 +182,10 @@ def test_half_precision_may_round_as_it_does(tmp_path: Path, monkeypatch: pytest
     """A number below 1 in float16 has a neighbour 5e-4 away: five times what float32 is allowed."""
     (tmp_path / "recipe.toml").write_text(RECIPE.format(swap=SWAPS["separable"]))
     network = build("digits-resnet", {}).half()
-    conversion = asymswap.convert(network, tmp_path / "recipe.toml", input_size=(1, 8, 8))
+    conversion = asymswap.convert(asymswap.open_model(network, input_size=(1, 8, 8)), tmp_path / "recipe.toml")
     asymswap.save(conversion, tmp_path / "model.pt")
     spoil_programs(monkeypatch, lambda logits: logits + 5e-4)
-    report = asymswap.export(tmp_path / "model.pt", tmp_path / "model.pt2", model=network)
+    report = asymswap.export(asymswap.open_model(tmp_path / "model.pt", arch=network), tmp_path / "model.pt2")
     assert all(check.largest > 1e-4 for check in report.checks)
 
 
@@ -212,7 +212,9 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_onnx_runtime_has_no_convs_of_some_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    conversion = asymswap.convert(nn.Sequential(nn.Conv2d(3, 32, 3)).to(dtype), "acnet", input_size=(3, 16, 16))
+    conversion = asymswap.convert(
+        asymswap.open_model(nn.Sequential(nn.Conv2d(3, 32, 3)).to(dtype), input_size=(3, 16, 16)), "acnet"
+    )
     asymswap.save(conversion, tmp_path / "x.pt")
     with pytest.raises(
         asymswap.AsymswapError, match=r"no convolutions of (float64|bfloat16) on the processor; export a model"

@@ -83,13 +83,13 @@ def test_offsets_are_read_where_a_model_gives_the_input_by_name(tmp_path: Path) 
         '[[rules]]\nmatch = { kernel = "3x3" }\nswap = { kind = "predicted-offset" }\n'
     )
     network = Named().eval()
-    conversion = asymswap.convert(network, tmp_path / "recipe.toml", input_size=(3, 8, 8))
+    conversion = asymswap.convert(asymswap.open_model(network, input_size=(3, 8, 8)), tmp_path / "recipe.toml")
     with torch.no_grad():
         conversion.model.conv.predictor.bias[1] = 0.25  # the first tap, to the right
     (row,) = read_offsets(conversion.model, (conversion.plan,), (torch.zeros(2, 3, 8, 8),))
     assert row.mean[0] == pytest.approx((0.0, 0.25))
     with pytest.raises(asymswap.AsymswapError, match=r"it predicts offsets of up to 0\.25 pixels"):
-        asymswap.fuse(conversion, model=network, max_offset=0.1)
+        asymswap.fuse(asymswap.open_model(conversion, arch=network), max_offset=0.1)
 
 
 def test_outputs_are_compared_on_images_without_labels_too(tmp_path: Path) -> None:

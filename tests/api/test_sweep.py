@@ -19,8 +19,8 @@ from asymswap.results.sweep import Tradeoff, from_json, to_json
 CALIBRATION = asymswap.Calibration("digits", images=64)
 
 
-def run(budgets: list[float], **options: Any) -> Tradeoff:
-    return asymswap.sweep("digits-resnet", ["half-macs"], "digits", budgets=budgets, **options)
+def run(budgets: list[float], model: Any = "digits-resnet", **options: Any) -> Tradeoff:
+    return asymswap.sweep(model, ["half-macs"], "digits", budgets=budgets, **options)
 
 
 def test_each_point_is_what_a_conversion_of_its_own_gives() -> None:
@@ -80,7 +80,7 @@ def test_a_sweep_of_another_setting_is_not_gone_on_with() -> None:
     with pytest.raises(asymswap.AsymswapError, match=r"another setting \(measure\)"):
         run([0.5], known=found, measure="params")
     with pytest.raises(asymswap.AsymswapError, match=r"another setting \(input\)"):
-        run([0.5], known=found, input_size=(1, 16, 16))
+        run([0.5], asymswap.open_model("digits-resnet", input_size=(1, 16, 16)), known=found)
 
 
 def test_images_that_have_changed_are_another_setting(tmp_path: Path) -> None:

@@ -206,7 +206,9 @@ def test_the_whole_way_says_how(tmp_path: Path) -> None:
     recipe.write_text('summary = "r"\n[[rules]]\nmatch = { kernel = "3x3" }\nswap = { kind = "separable", rank = 4 }\n')
     for form in (IsTensor, NoGradient):
         calibration = asymswap.Calibration(str(tmp_path / "images.pt"), images=48)
-        conversion = asymswap.convert(make(form), recipe, calibration=calibration, input_size=(3, 10, 10))
+        conversion = asymswap.convert(
+            asymswap.open_model(make(form), input_size=(3, 10, 10)), recipe, calibration=calibration
+        )
         row = conversion.report.calibration
         assert row is not None
         assert row.sequential
@@ -225,9 +227,13 @@ def test_half_precision_is_solved_and_polished_in_float32(dtype: torch.dtype, tm
     for steps in (None, 30):
         calibration = asymswap.Calibration(str(tmp_path / "images.pt"), images=48, polish_steps=steps)
         given = net if steps is None else copy.deepcopy(net)
-        found[steps] = asymswap.convert(given, recipe, calibration=calibration, input_size=(3, 10, 10))
+        found[steps] = asymswap.convert(
+            asymswap.open_model(given, input_size=(3, 10, 10)), recipe, calibration=calibration
+        )
         assert {p.dtype for p in found[steps].model.parameters()} == {dtype}
-    exact = asymswap.convert(copy.deepcopy(net).float(), recipe, calibration=calibration, input_size=(3, 10, 10))
+    exact = asymswap.convert(
+        asymswap.open_model(copy.deepcopy(net).float(), input_size=(3, 10, 10)), recipe, calibration=calibration
+    )
     solved, polished = (
         {key: value.float() for key, value in found[steps].model.state_dict().items()} for steps in (None, 30)
     )
@@ -301,7 +307,7 @@ def test_inputs_that_hardly_vary_are_converted_and_noted(data: str, sequential: 
     )
     for net in (dead(), make(Base)):
         calibration = asymswap.Calibration(str(tmp_path / "images.pt"), images=24, sequential=sequential)
-        conversion = asymswap.convert(net, recipe, calibration=calibration, input_size=(3, 8, 8))
+        conversion = asymswap.convert(asymswap.open_model(net, input_size=(3, 8, 8)), recipe, calibration=calibration)
         assert all(bool(tensor.isfinite().all()) for tensor in conversion.model.state_dict().values())
         assert conversion.report.calibration is not None
         told = [

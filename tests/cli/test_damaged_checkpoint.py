@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import asymswap
-from asymswap.checkpoint import FORMAT, told
+from asymswap.checkpoint import FORMAT
 from asymswap.errors import CheckpointError
+from asymswap.results.records import read_history
 
 Refusal = Callable[..., str]
 Stored = dict[str, Any]
@@ -231,7 +232,7 @@ def test_what_cannot_be_shown_is_refused(provenance: Stored, stored: Stored, ref
 @pytest.mark.parametrize(
     ("provenance", "where"),
     [
-        ({"training": [{"classes": 5}]}, r"training\.classes"),
+        ({"training": [{"classes": 5}]}, r"training\.0\.classes"),
         ({"training": 5}, "training"),
         ({"report": {"model": []}}, r"report\.model"),
         ({"report": {"model": {"reference": "x", "weights": "x", "sha256": "0"}, "files": 5}}, r"report\.files"),
@@ -239,7 +240,7 @@ def test_what_cannot_be_shown_is_refused(provenance: Stored, stored: Stored, ref
 )
 def test_what_a_provenance_tells_is_checked(provenance: Stored, where: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^x\.pt has a damaged provenance: {where}: Input should be "):
-        told(provenance, "x.pt")
+        read_history(provenance, "x.pt")
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "finetune"])

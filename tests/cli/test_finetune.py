@@ -94,7 +94,7 @@ def test_bad_input(run: Run, refusal: Run, start: Path) -> None:
     Path("photos/dog").mkdir()
     Image.new("L", (8, 8)).save("photos/cat/0.png")
     for command, said in (
-        (("plain.pt", *SHORT), "plain.pt is not an asymswap checkpoint; `asymswap convert` writes them"),
+        (("plain.pt", *SHORT), "plain.pt holds a state_dict of an unknown architecture; name it with --arch"),
         (("gone.pt", *SHORT), "gone.pt"),
         ((start, "--data", "digit"), "data 'digit' is neither .*; did you mean digits"),
         ((start, "--data", "photos"), "no image of class 'dog' to train on"),

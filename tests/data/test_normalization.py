@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap import AsymswapError, Calibration, PreprocessingOptions
+from asymswap.cli.main import main
 from asymswap.data.datasets import image_transform, open_data
 from asymswap.data.normalization import Feeding, hellinger, settle
 from asymswap.errors import SourceError, TraceError
 from asymswap.models.opening import open_model
 from asymswap.models.preprocessing import COLOUR, GREY, Normalization, usual
-from asymswap.models.references import Request
 
 
 class Net(nn.Module):
@@ -93,7 +93,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 def fed(net: nn.Module, reference: str, **options: Any) -> Feeding:
     prepare = PreprocessingOptions(**options) if options else None
-    return settle(open_model(net, Request(), prepare=prepare), reference, "test")[1]
+    return settle(open_model(net, preprocessing=prepare), reference, "test")[1]
 
 
 @pytest.mark.parametrize(("channels", "name"), [*((3, name) for name in COLOUR), *((1, name) for name in GREY)])
@@ -191,7 +191,7 @@ def test_what_cannot_be_told_stops(
             asymswap.convert(made, "3x3-only", calibration=calibration, evaluate=evaluate)
     assert fed(made, data[3], normalize="half").fed.normalization_from == "given"
     # Without images there is nothing to be normalised.
-    report = asymswap.convert(made, "3x3-only", input_size=(3, 8, 8)).report
+    report = asymswap.convert(asymswap.open_model(made, input_size=(3, 8, 8)), "3x3-only").report
     assert (report.fed, report.warnings) == (None, ())
 
 
@@ -211,13 +211,16 @@ def test_what_was_given_is_stored_and_used_by_what_comes_after(
     data: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = trained_on(COLOUR["half"], 0)
-    calibration = Calibration(data[3], images=16, preprocessing=PreprocessingOptions(normalize="half"))
-    conversion = asymswap.convert(net, "half-macs", calibration=calibration, evaluate=data[3])
+    opened = open_model(net, preprocessing=PreprocessingOptions(normalize="half"))
+    calibration = Calibration(data[3], images=16)
+    conversion = asymswap.convert(opened, "half-macs", calibration=calibration, evaluate=data[3])
     assert conversion.report.fed is not None
     assert conversion.report.fed.normalization_from == "given"
     asymswap.save(conversion, tmp_path / "half.pt")
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    scores = asymswap.evaluate(tmp_path / "half.pt", data[3], arch="test_normalization:Net").models[0]
+    scores = asymswap.evaluate(
+        asymswap.open_model(tmp_path / "half.pt", arch="test_normalization:Net"), data[3]
+    ).models[0]
     assert scores.fed is not None
     assert (scores.fed.mean, scores.fed.normalization_from) == ((0.5,) * 3, "file")
     assert conversion.report.accuracy is not None
@@ -230,20 +233,15 @@ def test_what_was_asked_is_stored_and_gives_what_it_gives_when_it_is_given(
     net = trained_on(COLOUR["bytes"], 0)
     given = PreprocessingOptions(normalize="bytes", size=(8, 8))
     made = [
-        asymswap.convert(net, "half-macs", calibration=Calibration(data[3], images=32), preprocessing=prepare)
+        asymswap.convert(
+            asymswap.open_model(net, preprocessing=prepare), "half-macs", calibration=Calibration(data[3], images=32)
+        )
         for prepare in (None, given)
     ]
     for one, other in zip(made[0].model.state_dict().values(), made[1].model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert [conversion.header.preprocessing.normalization_from for conversion in made] == ["asked", "given"]
     assert made[0].report.warnings[0].startswith("Net is fed images normalised as bytes")
-    with pytest.raises(AsymswapError, match="of the verb and of its Calibration contradict each other"):
-        asymswap.convert(
-            net,
-            "half-macs",
-            calibration=Calibration(data[3], preprocessing=PreprocessingOptions(normalize="half")),
-            preprocessing=given,
-        )
 
 
 @pytest.mark.parametrize(
@@ -265,7 +263,9 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
         PreprocessingOptions(**options)
 
 
-def test_options_that_do_not_suit_the_network_are_refused(data: dict[int, str]) -> None:
+def test_options_that_do_not_suit_the_network_are_refused(
+    data: dict[int, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = trained_on(COLOUR["half"], 0)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"mean": (0.5, 0.5), "std": (1.0,)}, "--mean has 2 numbers for 3 channels"),
@@ -278,23 +278,22 @@ def test_options_that_do_not_suit_the_network_are_refused(data: dict[int, str]) 
         with pytest.raises(AsymswapError, match=message):
             fed(net, data[3], **options)
     with pytest.raises(AsymswapError, match="--input 3x8x8 and --size 9x9 contradict each other"):
-        open_model(net, Request(), (3, 8, 8), prepare=PreprocessingOptions(size=(9, 9)))
-    for run in (
-        lambda: asymswap.compare([net, net], preprocessing=PreprocessingOptions(normalize="half")),
-        lambda: asymswap.fuse("no.pt", preprocessing=PreprocessingOptions(normalize="half")),
-    ):
-        with pytest.raises(AsymswapError, match="how images are prepared was said, but there are none: give --data"):
-            run()
+        open_model(net, input_size=(3, 8, 8), preprocessing=PreprocessingOptions(size=(9, 9)))
+    for arguments in (("compare", "digits-resnet", "digits-resnet"), ("fuse", "no.pt"), ("show", "no.pt", "--offsets")):
+        monkeypatch.setattr("sys.argv", ["asymswap", *arguments, "--normalize", "half"])
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        assert "how images are prepared was said, but there are none: give --data" in capsys.readouterr().err
 
 
 def test_blue_green_red_is_fed_so(data: dict[int, str]) -> None:
-    opened = open_model(trained_on(COLOUR["caffe"], 0), Request(), prepare=PreprocessingOptions(normalize="caffe"))
+    opened = open_model(trained_on(COLOUR["caffe"], 0), preprocessing=PreprocessingOptions(normalize="caffe"))
     opened, _ = settle(opened, data[3], "test")
-    image = open_data(data[3], opened.source.preprocessing, "test").images[5][0]
+    image = open_data(data[3], opened.preprocessing, "test").images[5][0]
     original = torch.from_numpy(np.load(data[3])["images"][5])
     means = torch.tensor([103.939, 116.779, 123.68])[:, None, None]
     torch.testing.assert_close(image, 255 * original[[2, 1, 0]] - means, atol=1e-3, rtol=0)
-    assert image_transform(opened.source.preprocessing)(original).shape == (3, 8, 8)
+    assert image_transform(opened.preprocessing)(original).shape == (3, 8, 8)
 
 
 def test_a_size_that_nobody_gave_is_that_of_the_images_or_said_first(data: dict[int, str], tmp_path: Path) -> None:
@@ -310,7 +309,7 @@ def test_a_size_that_nobody_gave_is_that_of_the_images_or_said_first(data: dict[
     assert asymswap.candidates(net).warnings == (assumed,)
     assert asymswap.convert(net, "3x3-only").report.warnings == (assumed,)
     assert asymswap.compare([net, net]).warnings == (assumed,)
-    assert asymswap.candidates(net, input_size=(3, 8, 8)).warnings == ()
+    assert asymswap.candidates(asymswap.open_model(net, input_size=(3, 8, 8))).warnings == ()
     path = tmp_path / "net.asym.pt"
     asymswap.save(asymswap.convert(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)), "acnet"), path)
     report = asymswap.export(path, tmp_path / "net.safetensors")
@@ -328,12 +327,17 @@ def test_a_size_that_does_not_suit_names_the_option(data: dict[int, str]) -> Non
             run(Flat())
     prepare = PreprocessingOptions(normalize="none")
     for run in (
-        lambda: asymswap.evaluate(Flat(), data[3], preprocessing=prepare),
-        lambda: asymswap.convert(Flat(), "3x3-only", calibration=Calibration(data[3], preprocessing=prepare)),
+        lambda: asymswap.evaluate(asymswap.open_model(Flat(), preprocessing=prepare), data[3]),
+        lambda: asymswap.convert(
+            asymswap.open_model(Flat(), preprocessing=prepare), "3x3-only", calibration=Calibration(data[3])
+        ),
     ):
         with pytest.raises(TraceError, match=r"Flat does not run on images of 3x8x8: .*; give another --input"):
             run()
-    assert asymswap.evaluate(Flat(), data[3], preprocessing=prepare, input_size=(3, 12, 12)).images == 96
+    assert (
+        asymswap.evaluate(asymswap.open_model(Flat(), preprocessing=prepare, input_size=(3, 12, 12)), data[3]).images
+        == 96
+    )
 
 
 def test_every_report_says_what_was_fed(data: dict[int, str], tmp_path: Path) -> None:

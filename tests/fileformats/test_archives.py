@@ -21,7 +21,7 @@ from asymswap.fileformats.archives import read_exported, read_torchscript, state
 from asymswap.fileformats.detect import FileKind, sniff
 from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.torch_files import load, load_object
-from asymswap.models.references import Request, weights_in
+from asymswap.models.references import weights_in
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -309,7 +309,7 @@ def test_a_module_that_is_none_is_refused_in_one_line(kind: type[Net], expected:
     torch.save({"model": kind()}, tmp_path / "x.pt")
     raw = read_raw(tmp_path / "x.pt", trust_pickle=False)
     with pytest.raises(SourceError, match=expected) as caught:
-        weights_in(tmp_path / "x.pt", raw, Request(arch="resnet18"))
+        weights_in(tmp_path / "x.pt", raw, None, arch_known=True)
     assert "\n" not in str(caught.value)
 
 

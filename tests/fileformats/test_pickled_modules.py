@@ -19,14 +19,13 @@ from asymswap.fileformats.module_structure import from_structure, to_structure
 from asymswap.fileformats.pickle_objects import is_allowed_module
 from asymswap.fileformats.state_dict import find_weights
 from asymswap.fileformats.torch_files import load_object
-from asymswap.models import torchvision_models
+from asymswap.models.builders import build
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
 SMALL = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"]
 # The quantisable ones hold stubs of torch.ao, which nobody would convert after quantising.
-OTHERS = [name for name in torchvision_models.names() if name not in SMALL and not name.startswith("quantized")]
+OTHERS = [name for name in models.list_models() if name not in SMALL and not name.startswith("quantized")]
 each_torchvision = pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(OTHERS)])
 
 
@@ -61,7 +60,7 @@ def sparse() -> nn.Module:
 def test_modules_without_numbers_to_compute_with(make: Callable[[], nn.Module], reason: str, tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "x.pt")
     with pytest.raises(SourceError, match=rf"x\.pt cannot be used: {reason}"):
-        open_model(tmp_path / "x.pt", Request())
+        open_model(tmp_path / "x.pt")
 
 
 def plain() -> nn.Module:
@@ -80,7 +79,7 @@ def test_torchvisions_modules_load(name: str) -> None:
     # On the meta device the structure is pickled without the weights: a few kilobytes for each of them. Ssdlite runs
     # itself while it is built, which needs numbers.
     with nullcontext() if name.startswith("ssdlite") else WithoutMemory(torch.empty):
-        model = meta_copy(torchvision_models.build(name, {}))
+        model = meta_copy(build(f"torchvision:{name}", {}))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -18,7 +18,6 @@ from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.shards import fingerprint
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,15 +49,15 @@ def test_shards_make_one_state_dict(save: Any, ending: str, by_folder: bool, tmp
     index = write_shards(tmp_path, save, ending)
     assert sniff(index) is FileKind.SHARDS
     assert resolve(tmp_path) == index
-    opened = open_model(tmp_path if by_folder else index, Request())
-    assert opened.source.origin.reference == "digits-resnet"
-    assert opened.source.file == index
+    opened = open_model(tmp_path if by_folder else index)
+    assert opened.origin.reference == "digits-resnet"
+    assert opened.file == index
     assert all(torch.equal(tensor, state()[key]) for key, tensor in opened.model.state_dict().items())
 
 
 def test_the_fingerprint_is_that_of_all_files(tmp_path: Path) -> None:
     index = write_shards(tmp_path)
-    before = open_model(index, Request()).source.sha256
+    before = open_model(index).sha256
     assert before == fingerprint(index)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     parts = read_raw(shard, trust_pickle=False).value
@@ -72,7 +71,7 @@ def test_shards_may_be_links(tmp_path: Path) -> None:
     index = write_shards(tmp_path / "blobs")
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert open_model(tmp_path / "snapshot" / index.name, Request()).source.origin.reference == "digits-resnet"
+    assert open_model(tmp_path / "snapshot" / index.name).origin.reference == "digits-resnet"
 
 
 OUTSIDE = ["../secret.safetensors", "/etc/passwd", "sub/secret.safetensors", "..", ".", "", "..\\secret", "a\0b"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.models import torchvision_models
-from asymswap.models.builders import build, build_unset, known_references
+from asymswap.models.builders import build, family_of, known_references
 from asymswap.utils.tensors import WithoutMemory, allocated, list_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +35,10 @@ def facts(model: nn.Module) -> Any:
         (key, tensor.shape, tensor.dtype, tensor.stride(), tensor.device, type(tensor), tensor.requires_grad)
         for key, tensor in model.state_dict(keep_vars=True).items()
     ]
+
+
+def build_unset(reference: str, arguments: dict[str, Any]) -> nn.Module:
+    return family_of(reference).build_unset(reference, arguments)
 
 
 @pytest.mark.parametrize("reference", SMALL)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.errors import AsymswapError, RecipeError, TraceError
-from asymswap.models.opening import costs_of, open_model
-from asymswap.models.references import Request
+from asymswap.models.opened import costs_of
+from asymswap.models.opening import open_model
 
 SIZE = (8, 8, 8)
 
@@ -66,26 +66,35 @@ HIDDEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_a_model_in_which_no_conv_runs_is_an_error_that_says_what_was_seen(name: str) -> None:
     make, message = HIDDEN[name]
     for verb in (
-        lambda model: asymswap.candidates(model, input_size=SIZE),
-        lambda model: asymswap.plan(model, "half-macs", input_size=SIZE),
-        lambda model: asymswap.convert(model, "half-macs", input_size=SIZE),
+        lambda model: asymswap.candidates(asymswap.open_model(model, input_size=SIZE)),
+        lambda model: asymswap.plan(asymswap.open_model(model, input_size=SIZE), "half-macs"),
+        lambda model: asymswap.convert(asymswap.open_model(model, input_size=SIZE), "half-macs"),
     ):
         with pytest.raises(TraceError, match=message):
             verb(make().eval())
 
 
 def test_a_model_of_no_macs_has_no_cost_to_compare() -> None:
-    opened = open_model(nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), Request(), SIZE)
+    opened = open_model(nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), input_size=SIZE)
     with pytest.raises(TraceError, match="Sequential costs 0 MACs on an input of 1x8x8x8: no convolution"):
         costs_of(opened)
     with pytest.raises(AsymswapError, match="costs 0 MACs"):
-        asymswap.compare([nn.Sequential(nn.ReLU()), net()], input_size=SIZE)
+        asymswap.compare(
+            [
+                asymswap.open_model(nn.Sequential(nn.ReLU()), input_size=SIZE),
+                asymswap.open_model(net(), input_size=SIZE),
+            ]
+        )
 
 
 def test_a_conversion_that_would_swap_nothing_is_an_error_with_the_reasons() -> None:
     with pytest.raises(RecipeError, match=r"the budget of .* is met without a single swap \(0: rule 1, but the budget"):
-        asymswap.convert(net(), "half-macs", input_size=SIZE, overrides={"budget.macs": 1.0, "budget.over": "model"})
+        asymswap.convert(
+            asymswap.open_model(net(), input_size=SIZE),
+            "half-macs",
+            overrides={"budget.macs": 1.0, "budget.over": "model"},
+        )
     hooked = net()
     hooked[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RecipeError, match=r"nothing would be swapped \(0: rule 1, but has hooks"):
-        asymswap.convert(hooked, "acnet", input_size=SIZE)
+        asymswap.convert(asymswap.open_model(hooked, input_size=SIZE), "acnet")

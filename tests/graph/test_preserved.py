@@ -169,7 +169,7 @@ def test_a_feature_extractor_keeps_its_mode_and_both_of_its_graphs() -> None:
     for training in (False, True):
         extractor = create_feature_extractor(net.train(training), ["conv2"], suppress_diff_warning=True)
         extractor.train(training)
-        converted = asymswap.convert(extractor, "acnet", input_size=(3, 8, 8)).model
+        converted = asymswap.convert(asymswap.open_model(extractor, input_size=(3, 8, 8)), "acnet").model
         assert modes(converted)[""] is training
         for mode in (training, not training):
             extractor.train(mode)
@@ -233,5 +233,5 @@ def test_a_batch_norm_in_another_mode_or_with_shared_weights_is_not_taken_over()
         assert site.norm_behind is None
     hooked = Norms(plain)
     hooked.norm.weight.register_hook(lambda gradient: gradient)
-    plan = asymswap.plan(hooked, "acnet-branch-bn", input_size=(3, 8, 8))
+    plan = asymswap.plan(asymswap.open_model(hooked, input_size=(3, 8, 8)), "acnet-branch-bn")
     assert [swap.absorbs for swap in plan.swaps] == [None]

@@ -285,7 +285,7 @@ def test_no_kind_takes_over_a_batch_norm_of_another_class(make: Callable[[], nn.
     """The branches of acb must not lose the activation behind them, and the block must compute the same."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), make(), nn.Conv2d(4, 5, 3, padding=1)).eval()
-    conversion = asymswap.convert(model, "acnet-branch-bn", input_size=(3, 9, 9))
+    conversion = asymswap.convert(asymswap.open_model(model, input_size=(3, 9, 9)), "acnet-branch-bn")
     assert [swap.absorbs for swap in conversion.plan.swaps] == [None, None]
     assert type(conversion.model.get_submodule("1")) is NormAct
     x = torch.randn(2, 3, 9, 9)

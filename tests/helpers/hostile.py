@@ -145,7 +145,10 @@ def sound_files() -> dict[str, bytes]:
         conversion = asymswap.convert("digits-resnet", "3x3-only")
         asymswap.save(conversion, folder / "pairs.pt")
         asymswap.save(conversion, folder / "pairs.safetensors")
-        asymswap.save(asymswap.convert(small, "acnet-branch-bn", input_size=(3, 8, 8)), folder / "skeleton.pt")
+        asymswap.save(
+            asymswap.convert(asymswap.open_model(small, input_size=(3, 8, 8)), "acnet-branch-bn"),
+            folder / "skeleton.pt",
+        )
         with contextlib.chdir(folder):
             data = _data(folder)
             sweep, begun = _sweep_state(), _training_state()

@@ -53,10 +53,10 @@ def _photos(folder: Path, train: int = 12, test: int = 6) -> None:
             Image.fromarray((pixels * 15.9).astype("uint8")).save(part / f"{number:03}.png")
 
 
-def _convert(folder: Path, name: str, model: str, recipe: str, **options: object) -> None:
+def _convert(folder: Path, name: str, model: str, recipe: str, arch: str | None = None, **options: object) -> None:
     import asymswap
 
-    asymswap.save(asymswap.convert(model, recipe, **options), folder / name)  # type: ignore[arg-type]
+    asymswap.save(asymswap.convert(asymswap.open_model(model, arch=arch), recipe, **options), folder / name)  # type: ignore[arg-type]
 
 
 def _readme(folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_totals_of_cifar_networks_are_the_published_ones(name: str, macs: float)
 def test_the_cost_after_a_swap_is_that_of_a_whole_run() -> None:
     """Site by site at the sizes of before, and counted on the converted network: two ways to one number."""
     model = models.resnet18()
-    conversion = asymswap.convert(model, "3x3-only", input_size=(3, 64, 64))
+    conversion = asymswap.convert(asymswap.open_model(model, input_size=(3, 64, 64)), "3x3-only")
     image = (torch.empty(1, 3, 64, 64, device="meta"),)
     sites = trace(model, image).sites
     names = [site.name for site in sites]
@@ -219,5 +219,5 @@ def test_operators_that_read_weights_and_have_no_formula_are_named() -> None:
     (note,) = costs.notes()
     assert note.endswith("have no formula: aten._fft_r2c, aten._linalg_solve_ex")
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), Unusual())
-    listed = asymswap.candidates(net, input_size=(3, 1, 1))
+    listed = asymswap.candidates(asymswap.open_model(net, input_size=(3, 1, 1)))
     assert note in listed.notes

@@ -97,11 +97,11 @@ def test_what_runs_alike_passes_also_where_it_draws_random_numbers_or_remembers(
 
 def test_convert_refuses_it_and_goes_on_where_the_layer_is_kept(tmp_path: Path) -> None:
     with pytest.raises(AsymswapError, match="two cannot be swapped"):
-        asymswap.convert(Net(activates), "acnet", input_size=(3, 8, 8))
+        asymswap.convert(asymswap.open_model(Net(activates), input_size=(3, 8, 8)), "acnet")
     recipe = tmp_path / "keep.toml"
     rules = '[[rules]]\nmatch = { names = ["two"] }\nkeep = true\n[[rules]]\nmatch = {}\nswap = { kind = "acb" }\n'
     recipe.write_text('summary = "all but two"\n' + rules)
-    conversion = asymswap.convert(Net(activates), recipe, input_size=(3, 8, 8))
+    conversion = asymswap.convert(asymswap.open_model(Net(activates), input_size=(3, 8, 8)), recipe)
     assert [swap.site for swap in conversion.plan.swaps] == ["one"]
 
 
@@ -113,7 +113,7 @@ def test_the_replacement_itself_must_be_called_as_the_conv_was() -> None:
         return net.two(y) if is_conv(net.two) or not list(net.two.children()) else net.two(F.pad(y, (1, 1, 1, 1)))
 
     with pytest.raises(AsymswapError, match="in the converted model two is called on 1 of 10x10 to 8x8 pixels"):
-        asymswap.convert(Net(inner), "acnet", input_size=(3, 8, 8))
+        asymswap.convert(asymswap.open_model(Net(inner), input_size=(3, 8, 8)), "acnet")
 
 
 def test_what_a_forward_keeps_on_its_model_is_kept_on_a_copy() -> None:

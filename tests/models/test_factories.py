@@ -16,7 +16,7 @@ import asymswap
 from asymswap.errors import CheckpointError, SourceError
 from asymswap.models import factories
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request, is_file_reference
+from asymswap.models.references import is_file_reference
 from asymswap.types import Origin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +83,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-TRUSTED = Request(trust_code=True)
+TRUSTED = {"trust_code": True}
 NAME = "nets@home/net.py"
 
 
@@ -138,19 +138,19 @@ def test_when_a_callable_is_named_again(one: str, other: str, same: bool) -> Non
 
 def test_a_file_is_not_run_unless_it_is_trusted(nets: Path) -> None:
     with pytest.raises(SourceError, match=r"is built by running nets@home/net\.py, which can then do whatever you can"):
-        open_model(f"{NAME}:Net", Request())
+        open_model(f"{NAME}:Net")
     torch.save({"conv.weight": torch.zeros(1)}, "w.pt")
     with pytest.raises(SourceError, match=r"if you trust it say --trust-code \(trust_code=True in Python\)"):
-        open_model("w.pt", Request(arch=f"{NAME}:Net", trust_pickle=True))
+        open_model("w.pt", arch=f"{NAME}:Net", trust_pickle=True)
     assert not Path("canary").exists()
 
 
 def test_a_trusted_file_is_run(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = list(sys.path)
-    opened = open_model(f"{NAME}:Net", Request(arguments={"width": 5}, trust_code=True))
+    opened = open_model(f"{NAME}:Net", arguments={"width": 5}, trust_code=True)
     assert opened.model.get_submodule("conv").out_channels == 5
-    assert opened.source.origin == Origin(f"{NAME}:Net", {"width": 5})
-    assert opened.source.notes[0] == "built by running nets@home/net.py, which --trust-code allowed"
+    assert opened.origin == Origin(f"{NAME}:Net", {"width": 5})
+    assert opened.notes[0] == "built by running nets@home/net.py, which --trust-code allowed"
     assert Path("canary").exists()
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "net.py was run\n")
@@ -160,14 +160,14 @@ def test_a_trusted_file_is_run(nets: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_file_that_has_changed_is_read_again(nets: Path) -> None:
-    assert open_model(f"{NAME}:Net", TRUSTED).model.get_submodule("conv").out_channels == 4
+    assert open_model(f"{NAME}:Net", **TRUSTED).model.get_submodule("conv").out_channels == 4
     (nets / "net.py").write_text(NET.replace("width=4", "width=7"))
-    assert open_model(f"{NAME}:Net", TRUSTED).model.get_submodule("conv").out_channels == 7
+    assert open_model(f"{NAME}:Net", **TRUSTED).model.get_submodule("conv").out_channels == 7
 
 
 @pytest.mark.parametrize(("attribute", "width"), [("Net", 4), ("Net.wide", 8), ("ready", 6)])
 def test_what_may_be_named(attribute: str, width: int, nets: Path) -> None:
-    assert open_model(f"{nets}/net.py:{attribute}", TRUSTED).model.get_submodule("conv").out_channels == width
+    assert open_model(f"{nets}/net.py:{attribute}", **TRUSTED).model.get_submodule("conv").out_channels == width
 
 
 @pytest.mark.parametrize(
@@ -207,37 +207,34 @@ def test_code_that_builds_nothing(reference: str, arguments: dict[str, int], exp
     Path("package").mkdir()
     Path("package/inner.py").write_text("from .other import Net")
     with pytest.raises(SourceError, match=expected) as caught:
-        open_model(reference, Request(arguments=arguments, trust_code=True))
+        open_model(reference, arguments=arguments, trust_code=True)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_fails_leaves_no_module_behind(nets: Path) -> None:
     Path("bad.py").write_text("1 / 0")
     with pytest.raises(SourceError, match="ZeroDivisionError"):
-        open_model("bad.py:Net", TRUSTED)
+        open_model("bad.py:Net", **TRUSTED)
     assert "bad.py" not in sys.modules
 
 
 def test_weights_for_a_network_of_a_file(nets: Path) -> None:
-    model = open_model(f"{NAME}:Net", TRUSTED).model
+    model = open_model(f"{NAME}:Net", **TRUSTED).model
     torch.save({"state_dict": model.state_dict()}, "w.pt")
     for name, request in (
-        ("w.pt", Request(arch=f"{NAME}:Net", trust_code=True)),
-        (f"{NAME}:Net", Request(weights="w.pt", trust_code=True)),
+        ("w.pt", {"arch": f"{NAME}:Net", "trust_code": True}),
+        (f"{NAME}:Net", {"weights": "w.pt", "trust_code": True}),
     ):
-        opened = open_model(name, request)
+        opened = open_model(name, **request)
         assert torch.equal(opened.model.get_parameter("conv.weight"), model.get_parameter("conv.weight"))
-        assert "built by running nets@home/net.py, which --trust-code allowed" in opened.source.notes
+        assert "built by running nets@home/net.py, which --trust-code allowed" in opened.notes
 
 
 def test_from_file_to_file_and_back(nets: Path) -> None:
     converted = asymswap.convert(
-        f"{NAME}:Net",
+        asymswap.open_model(f"{NAME}:Net", arguments={"width": 8}, input_size=(3, 9, 9), trust_code=True),
         "all-spatial",
         overrides={"rank": 2},
-        arguments={"width": 8},
-        input_size=(3, 9, 9),
-        trust_code=True,
     )
     asymswap.save(converted, "net.asym.pt")
     x = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -246,17 +243,21 @@ def test_from_file_to_file_and_back(nets: Path) -> None:
     with pytest.raises(CheckpointError, match=r"built by nets@home/net\.py:Net, which is code of yours; load it with"):
         asymswap.load("net.asym.pt")
     with pytest.raises(SourceError, match="--trust-code"):
-        asymswap.convert("net.asym.pt", plan={"swaps": []}, arch=f"{NAME}:Net")
+        asymswap.convert(asymswap.open_model("net.asym.pt", arch=f"{NAME}:Net"), plan={"swaps": []})
     assert not Path("canary").exists()
-    own = factories.call_factory(f"{NAME}:Net", {"width": 8}, trust_code=True)
+    own = factories.UserCode(trust_code=True).build(f"{NAME}:Net", {"width": 8})
     assert torch.equal(asymswap.load("net.asym.pt", model=own)(x), expected)
     # By another path, and with the arguments that the checkpoint holds.
-    again = asymswap.convert("net.asym.pt", plan={"swaps": []}, arch=f"{nets}/net.py:Net", trust_code=True)
+    again = asymswap.convert(
+        asymswap.open_model("net.asym.pt", arch=f"{nets}/net.py:Net", trust_code=True), plan={"swaps": []}
+    )
     assert torch.equal(again.model(x), expected)
 
 
 def test_what_is_made_of_known_classes_loads_without_the_file(nets: Path) -> None:
-    converted = asymswap.convert(f"{NAME}:plain", "all-spatial", overrides={"rank": 1}, trust_code=True)
+    converted = asymswap.convert(
+        asymswap.open_model(f"{NAME}:plain", trust_code=True), "all-spatial", overrides={"rank": 1}
+    )
     asymswap.save(converted, "plain.pt")
     (nets / "net.py").unlink()
     assert isinstance(asymswap.load("plain.pt"), nn.Sequential)

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.models import builders, references, torchvision_models
-from asymswap.models.builders import fit, known_references, on_meta
+from asymswap.models.builders import family_of, known_references
 from asymswap.models.fingerprints import from_line, matches, shapes_of, table, to_line
 from asymswap.models.identify import identify
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent
 from asymswap.utils.tensors import WithoutMemory, meta_copy
@@ -30,6 +29,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_fingerprints.py"
 SOME = ["resnet18", "googlenet", "vit_b_16", "squeezenet1_0", "densenet121", "mobilenet_v3_small", "regnet_y_400mf"]
 OTHERS = [name for name in torchvision_models.classifiers() if name not in SOME]
 each_classifier = pytest.mark.parametrize("name", [*SOME, *one_of_each_family(OTHERS)])
+
+
+def on_meta(reference: str, arguments: dict[str, Any]) -> torch.nn.Module:
+    return family_of(reference).on_meta(reference, arguments)
 
 
 def script() -> ModuleType:
@@ -105,7 +108,8 @@ def test_other_networks_and_arguments(reference: str, arguments: dict[str, Any])
     state = state_on_meta(reference, **arguments)
     found = identify(state, "x.pt", silent)
     assert (found.reference, dict(found.arguments)) == (reference, arguments)
-    assert fit(reference, {}, state) == (arguments, builders.Difference((), (), ()))
+    fit = family_of(reference).fit(reference, {}, state)
+    assert (fit.arguments, bool(fit.difference)) == (arguments, False)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def test_several_that_fit_are_listed() -> None:
 
 def test_no_network_is_built_to_find_out(monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_on_meta("torchvision:efficientnet_v2_s", num_classes=12)
-    monkeypatch.setattr(builders, "build", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr(torchvision_models.Torchvision, "build", lambda *_: pytest.fail("a network was built"))
     assert identify(state, "x.pt", silent).reference == "torchvision:efficientnet_v2_s"
 
 
@@ -151,10 +155,10 @@ def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = builders.build(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3}).eval()
     torch.save(model.state_dict(), tmp_path / "x.pt")
-    for request in (Request(), Request(arch=name)):
-        opened = open_model(tmp_path / "x.pt", request)
-        assert opened.source.origin == Origin(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3})
-        assert opened.source.preprocessing.channels == len(opened.source.preprocessing.mean) == 1
+    for request in ({}, {"arch": name}):
+        opened = open_model(tmp_path / "x.pt", **request)
+        assert opened.origin == Origin(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3})
+        assert opened.preprocessing.channels == len(opened.preprocessing.mean) == 1
         image = torch.rand(2, *opened.example()[0].shape[1:])
         with torch.no_grad():
             assert torch.equal(opened.model(image), model(image))
@@ -193,11 +197,11 @@ def test_channels_as_they_are_change_nothing() -> None:
 
 
 def test_files_that_torchvision_publishes_are_known_by_their_hash() -> None:
-    assert torchvision_models.published("f37072fd" + "0" * 56) == Published("resnet18", "IMAGENET1K_V1", {})
+    assert torchvision_models.published("f37072fd" + "0" * 56) == Published("torchvision:resnet18", "IMAGENET1K_V1", {})
     assert torchvision_models.published("0" * 64) is None
     googlenet = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.url.rpartition("-")[2].removesuffix(".pth")
     assert torchvision_models.published(googlenet + "0" * 56) == Published(
-        "googlenet", "IMAGENET1K_V1", {"transform_input": True}
+        "torchvision:googlenet", "IMAGENET1K_V1", {"transform_input": True}
     )
 
 
@@ -206,18 +210,15 @@ def test_published_weights_set_what_they_were_trained_with(
     given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(builders.build("torchvision:googlenet", {}).state_dict(), tmp_path / "x.pt")
-    unknown = open_model(tmp_path / "x.pt", Request(**given))  # type: ignore[arg-type]
-    assert unknown.source.origin.arguments == {}
-    assert (
-        "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
-        in unknown.source.notes
-    )
-    known = Published("googlenet", "IMAGENET1K_V1", {"transform_input": True})
+    unknown = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
+    assert unknown.origin.arguments == {}
+    assert "set --arg transform_input=true for weights that descend from torchvision's; it is off here" in unknown.notes
+    known = Published("torchvision:googlenet", "IMAGENET1K_V1", {"transform_input": True})
     monkeypatch.setattr(torchvision_models, "published", lambda _: known)
-    opened = open_model(tmp_path / "x.pt", Request(**given))  # type: ignore[arg-type]
-    assert opened.source.origin.arguments == {"transform_input": True}
+    opened = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
+    assert opened.origin.arguments == {"transform_input": True}
     assert opened.model.transform_input is True
-    assert opened.source.notes == (
+    assert opened.notes == (
         "known by its SHA-256 as torchvision's IMAGENET1K_V1 of googlenet, which sets transform_input=True",
     )
 
@@ -225,13 +226,13 @@ def test_published_weights_set_what_they_were_trained_with(
 @pytest.fixture
 def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is built to be filled stays on the meta device, and filling it from there is allowed."""
-    real = builders.build
+    real = torchvision_models.Torchvision.build
 
-    def build(reference: str, arguments: Any) -> torch.nn.Module:
+    def build(self: Any, reference: str, arguments: Any) -> torch.nn.Module:
         with WithoutMemory(torch.empty):
-            return real(reference, arguments)
+            return real(self, reference, arguments)
 
-    monkeypatch.setattr(builders, "build", build)
+    monkeypatch.setattr(torchvision_models.Torchvision, "build", build)
     monkeypatch.setattr(references, "load_state_", lambda *_, **__: None)
     monkeypatch.setattr(references, "check_numbers", lambda _: None)
 
@@ -242,6 +243,6 @@ def test_a_state_dict_and_a_module_of_every_classifier_open(name: str, tmp_path:
     model = meta_copy(on_meta(f"torchvision:{name}", {}))
     torch.save(model.state_dict(), tmp_path / "state.pt")
     torch.save(model, tmp_path / "module.pt")
-    assert open_model(tmp_path / "state.pt", Request()).source.origin.reference == f"torchvision:{name}"
-    opened = open_model(tmp_path / "module.pt", Request())
-    assert opened.source.origin.reference == f"skeleton:{type(model).__module__}.{type(model).__qualname__}"
+    assert open_model(tmp_path / "state.pt").origin.reference == f"torchvision:{name}"
+    opened = open_model(tmp_path / "module.pt")
+    assert opened.origin.reference == f"skeleton:{type(model).__module__}.{type(model).__qualname__}"

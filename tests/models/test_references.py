@@ -18,13 +18,12 @@ import asymswap
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import trace
 from asymswap.models.builders import build, known_references, near
+from asymswap.models.factories import UserCode
 from asymswap.models.networks import BUILDERS
-from asymswap.models.opening import OpenedModel, open_model
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import open_model
 from asymswap.models.references import (
-    Request,
-    build_architecture,
     is_file_reference,
-    open_reference,
     rebuild,
 )
 from asymswap.types import Origin
@@ -80,7 +79,7 @@ def random_net(reference: str, **arguments: Any) -> nn.Module:
 
 def check_rebuilt(opened: OpenedModel) -> None:
     """The origin leads to the same structure, and it takes the state."""
-    again = rebuild(opened.source.origin, opened.source.skeleton)
+    again = rebuild(opened.origin, opened.skeleton)
     assert type(again) is type(opened.model)
     assert repr(again) == repr(opened.model)
     again.to(opened.dtype()).load_state_dict(opened.model.state_dict())
@@ -116,51 +115,49 @@ def test_what_means_a_file(reference: str, is_file: bool, tmp_path: Path, monkey
 
 
 def test_digits_resnet_brings_its_weights() -> None:
-    opened = open_model("digits-resnet", Request())
-    assert opened.source.weights == "shipped, trained on scikit-learn's digits"
-    assert (opened.source.preprocessing.channels, opened.source.preprocessing.size) == (1, (8, 8))
-    assert not same_weights(opened.model, open_model("digits-resnet", Request(weights="none")).model)
+    opened = open_model("digits-resnet")
+    assert opened.weights == "shipped, trained on scikit-learn's digits"
+    assert (opened.preprocessing.channels, opened.preprocessing.size) == (1, (8, 8))
+    assert not same_weights(opened.model, open_model("digits-resnet", weights="none").model)
     check_rebuilt(opened)
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 7, "in_channels": 1}])
 def test_networks_of_cifar_size(name: str, arguments: dict[str, int]) -> None:
-    opened = open_model(f"cifar:{name}", Request(weights="none", arguments=arguments))
-    assert opened.source.origin == Origin(f"cifar:{name}", arguments)
-    assert (
-        opened.source.preprocessing.channels == len(opened.source.preprocessing.mean) == arguments.get("in_channels", 3)
-    )
+    opened = open_model(f"cifar:{name}", weights="none", arguments=arguments)
+    assert opened.origin == Origin(f"cifar:{name}", arguments)
+    assert opened.preprocessing.channels == len(opened.preprocessing.mean) == arguments.get("in_channels", 3)
     assert opened.example()[0].shape == (1, arguments.get("in_channels", 3), 32, 32)
     check_rebuilt(opened)
 
 
 def test_a_factory_is_called_with_its_arguments(user_nets: str) -> None:
-    opened = open_model(f"{user_nets}:own", Request(arguments={"width": 6}))
-    assert opened.source.origin == Origin("user_nets:own", {"width": 6})
+    opened = open_model(f"{user_nets}:own", arguments={"width": 6})
+    assert opened.origin == Origin("user_nets:own", {"width": 6})
     assert opened.model.get_submodule("conv").out_channels == 6
-    assert opened.source.preprocessing.channels == 1
-    assert "user_nets.Own is not made of allowlisted classes alone" in opened.source.notes[0]
+    assert opened.preprocessing.channels == 1
+    assert "user_nets.Own is not made of allowlisted classes alone" in opened.notes[0]
     with pytest.raises(SourceError, match=r"it was built by user_nets:own, which is code of yours"):
-        rebuild(opened.source.origin, opened.source.skeleton)
+        rebuild(opened.origin, opened.skeleton)
 
 
 def test_what_a_factory_makes_of_allowed_classes_is_built_again_without_it(user_nets: str) -> None:
-    opened = open_model(f"{user_nets}:plain", Request())
-    assert opened.source.notes == ()
+    opened = open_model(f"{user_nets}:plain")
+    assert opened.notes == ()
     check_rebuilt(opened)
 
 
 def test_a_factory_takes_weights_from_a_file(user_nets: str) -> None:
     for request in (
-        Request(weights="w.pt", arguments={"width": 5}),
-        Request(arch=f"{user_nets}:own", arguments={"width": 5}),
+        {"weights": "w.pt", "arguments": {"width": 5}},
+        {"arch": f"{user_nets}:own", "arguments": {"width": 5}},
     ):
-        model = build_architecture(f"{user_nets}:own", {"width": 5})
+        model = UserCode(trust_code=False).build(f"{user_nets}:own", {"width": 5})
         torch.save({"state_dict": model.state_dict()}, "w.pt")
-        opened = open_model(f"{user_nets}:own" if request.weights else "w.pt", request)
+        opened = open_model(f"{user_nets}:own" if "weights" in request else "w.pt", **request)
         assert same_weights(opened.model, model)
-        assert opened.source.file == Path("w.pt")
+        assert opened.file == Path("w.pt")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -170,10 +167,10 @@ def test_state_dicts_in_every_form(nest: str, prefix: str, form: str, tmp_path: 
     state = {f"{prefix}{key}": tensor for key, tensor in model.state_dict().items()}
     path = tmp_path / "weights.bin"
     FORMS[form]({"epoch": 1, nest: state} if nest else state, path)
-    opened = open_model(path, Request(arch="digits-resnet"))
+    opened = open_model(path, arch="digits-resnet")
     assert same_weights(opened.model, model)
-    assert opened.source.weights == "file weights.bin"
-    assert opened.source.notes == ((f"weights taken from {nest!r} in weights.bin",) if nest else ())
+    assert opened.weights == "file weights.bin"
+    assert opened.notes == ((f"weights taken from {nest!r} in weights.bin",) if nest else ())
     check_rebuilt(opened)
 
 
@@ -182,7 +179,7 @@ def test_state_dicts_in_every_form(nest: str, prefix: str, form: str, tmp_path: 
 def test_state_dicts_stay_in_their_dtype(dtype: torch.dtype, form: str, tmp_path: Path) -> None:
     model = random_net("digits-resnet").to(dtype)
     FORMS[form](model.state_dict(), tmp_path / "w.pt")
-    opened = open_model(tmp_path / "w.pt", Request(arch="digits-resnet"))
+    opened = open_model(tmp_path / "w.pt", arch="digits-resnet")
     assert opened.dtype() == opened.example()[0].dtype == dtype
     assert same_weights(opened.model, model)
     check_rebuilt(opened)
@@ -205,14 +202,12 @@ def test_class_count_and_channels_follow_the_weights(reference: str, arguments: 
     model = random_net(reference, **arguments)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     for request, name in (
-        (Request(arch=reference), tmp_path / "w.pt"),
-        (Request(weights=str(tmp_path / "w.pt")), reference),
+        ({"arch": reference}, tmp_path / "w.pt"),
+        ({"weights": str(tmp_path / "w.pt")}, reference),
     ):
-        opened = open_model(name, request)
-        assert opened.source.origin == Origin(reference, arguments)
-        assert opened.source.preprocessing.channels == arguments.get(
-            "in_channels", opened.source.preprocessing.channels
-        )
+        opened = open_model(name, **request)
+        assert opened.origin == Origin(reference, arguments)
+        assert opened.preprocessing.channels == arguments.get("in_channels", opened.preprocessing.channels)
         assert same_weights(opened.model, model)
 
 
@@ -231,10 +226,10 @@ def test_architectures_are_told_by_their_keys_and_shapes(
 ) -> None:
     model = random_net(reference, **arguments)
     torch.save({"model": model.state_dict()}, tmp_path / "w.pt")
-    opened = open_model(tmp_path / "w.pt", Request())
-    assert opened.source.origin == Origin(reference, arguments)
+    opened = open_model(tmp_path / "w.pt")
+    assert opened.origin == Origin(reference, arguments)
     taken = f"architecture taken from keys and shapes: {reference} (--arch names another); a variant that"
-    assert any(note.startswith(taken) for note in opened.source.notes)
+    assert any(note.startswith(taken) for note in opened.notes)
     assert same_weights(opened.model, model)
 
 
@@ -245,59 +240,59 @@ def test_architectures_are_told_by_their_keys_and_shapes(
 def test_pickled_modules(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model = make().eval()
     torch.save(wrap(model), tmp_path / "m.pt")
-    opened = open_model(tmp_path / "m.pt", Request())
-    assert opened.source.origin.reference == f"skeleton:{type(model).__module__}.{type(model).__qualname__}"
+    opened = open_model(tmp_path / "m.pt")
+    assert opened.origin.reference == f"skeleton:{type(model).__module__}.{type(model).__qualname__}"
     assert same_weights(opened.model, model)
     check_rebuilt(opened)
-    noted = open_model(tmp_path / "m.pt", Request(arch="resnet18")).source.notes
+    noted = open_model(tmp_path / "m.pt", arch="resnet18").notes
     assert noted == ("--arch resnet18 was not needed: m.pt holds the whole module",)
 
 
 def test_a_module_that_exists_is_taken_as_it_is() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3))
-    opened = open_model(model, Request(), input_size=(2, 9, 9))
+    opened = open_model(model, input_size=(2, 9, 9))
     assert opened.model is model
     assert (opened.reference, opened.example()[0].shape) == ("Sequential", (1, 2, 9, 9))
 
 
 def test_a_converted_model_is_opened_with_its_plans(tmp_path: Path) -> None:
     asymswap.save(asymswap.convert("digits-resnet", "3x3-only"), tmp_path / "one.pt")
-    opened = open_model(tmp_path / "one.pt", Request())
+    opened = open_model(tmp_path / "one.pt")
     assert len(opened.plans) == 1
-    assert opened.source.origin == Origin("digits-resnet")
+    assert opened.origin == Origin("digits-resnet")
     again = asymswap.convert(tmp_path / "one.pt", "all-spatial", overrides={"rank": 2, "allow_growth": True})
     asymswap.save(again, tmp_path / "two.pt")
-    assert len(open_model(tmp_path / "two.pt", Request()).plans) == 2
+    assert len(open_model(tmp_path / "two.pt").plans) == 2
     assert same_weights(asymswap.load(tmp_path / "two.pt"), again.model)
 
 
 @pytest.mark.parametrize(
     ("name", "request_", "expected"),
     [
-        ("digits-resnet", Request(arch="resnet18"), r"--arch goes with a file, and 'digits-resnet' names a network"),
-        ("resnet18@DEFAULT", Request(weights="none"), r"'resnet18@DEFAULT' names weights and --weights none others"),
-        ("digits-resnet", Request(arguments={"num_classes": 3}), r"one set of weights; use --weights none to change"),
+        ("digits-resnet", {"arch": "resnet18"}, r"--arch goes with a file, and 'digits-resnet' names a network"),
+        ("resnet18@DEFAULT", {"weights": "none"}, r"'resnet18@DEFAULT' names weights and --weights none others"),
+        ("digits-resnet", {"arguments": {"num_classes": 3}}, r"one set of weights; use --weights none to change"),
         (
             "cifar:resnet20",
-            Request(),
+            {},
             r"cifar:resnet20 has no published weights; use --weights FILE, or --weights none",
         ),
-        ("cifar:resnet20", Request(weights="no.pt"), r"no file no\.pt"),
-        ("w.pt", Request(weights="none"), r"--weights goes with a reference; w\.pt brings its own weights"),
-        ("w.pt", Request(arch="resnet18", arguments={"foo": 1}), r"torchvision:resnet18 does not take \{'foo': 1\}: "),
+        ("cifar:resnet20", {"weights": "no.pt"}, r"no file no\.pt"),
+        ("w.pt", {"weights": "none"}, r"--weights goes with a reference; w\.pt brings its own weights"),
+        ("w.pt", {"arch": "resnet18", "arguments": {"foo": 1}}, r"torchvision:resnet18 does not take \{'foo': 1\}: "),
     ],
 )
 def test_what_does_not_go_together(
-    name: str, request_: Request, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, request_: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(random_net("digits-resnet").state_dict(), "w.pt")
     with pytest.raises(SourceError, match=expected):
-        open_model(name, request_)
+        open_model(name, **request_)
 
 
 def test_a_model_without_convs_that_takes_no_images_is_refused() -> None:
-    opened = open_model(nn.Linear(1, 1), Request())
+    opened = open_model(nn.Linear(1, 1))
     with pytest.raises(TraceError, match="the model has no Conv2d, so there is nothing to swap"):
         trace(opened.model, opened.example())
 
@@ -317,4 +312,4 @@ def test_far_names_give_no_hint() -> None:
     with pytest.raises(
         SourceError, match=r"no model 'qqqq', and no such file; known are torchvision's names, timm:…, cifar:…"
     ):
-        open_reference("qqqq", Request())
+        open_model("qqqq")

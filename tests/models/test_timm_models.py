@@ -16,10 +16,10 @@ from torch import nn
 
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
-from asymswap.models import timm_models
-from asymswap.models.builders import canonical
-from asymswap.models.opening import OpenedModel, open_model
-from asymswap.models.references import Request, is_file_reference, rebuild
+from asymswap.models.builders import build, canonical
+from asymswap.models.opened import OpenedModel
+from asymswap.models.opening import open_model
+from asymswap.models.references import is_file_reference, rebuild
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +69,7 @@ class TestInstalled:
 
         def put(name: str = f"{NAME}.{TAG}", change: Callable[[dict[str, Any]], Any] = dict) -> nn.Module:
             torch.manual_seed(1)
-            model = timm_models.build(name, {}).eval()
+            model = build(f"timm:{name}", {}).eval()
             folder = tmp_path / "hub" / f"models--timm--{name}"
             (folder / "refs").mkdir(parents=True)
             (folder / "refs" / "main").write_text("0" * 40)
@@ -82,20 +82,20 @@ class TestInstalled:
     @pytest.mark.parametrize("reference", [f"timm:{NAME}", f"timm:{NAME}@{TAG}", f"timm:{NAME}.{TAG}"])
     def test_published_weights_come_from_the_cache(self, reference: str, hub: Callable[..., nn.Module]) -> None:
         expected = hub()
-        opened = open_model(reference, Request())
+        opened = open_model(reference)
         assert same_weights(opened.model, expected)
-        assert opened.source.weights == TAG
-        assert opened.source.origin.reference == f"timm:{NAME}"
-        assert opened.source.origin.arguments == {"num_classes": 1000}
-        assert opened.source.notes == ()
+        assert opened.weights == TAG
+        assert opened.origin.reference == f"timm:{NAME}"
+        assert opened.origin.arguments == {"num_classes": 1000}
+        assert opened.notes == ()
         assert not opened.model.training
         check_rebuilt(opened)
 
     def test_another_class_count_and_channels(self, hub: Callable[..., nn.Module]) -> None:
         expected = hub()
-        opened = open_model(f"timm:{NAME}", Request(arguments={"num_classes": 7, "in_chans": 1}))
-        assert opened.source.notes == ("the classifier is random: the published weights tell 1000 classes apart",)
-        assert opened.source.preprocessing.channels == len(opened.source.preprocessing.mean) == 1
+        opened = open_model(f"timm:{NAME}", arguments={"num_classes": 7, "in_chans": 1})
+        assert opened.notes == ("the classifier is random: the published weights tell 1000 classes apart",)
+        assert opened.preprocessing.channels == len(opened.preprocessing.mean) == 1
         assert opened.model.get_parameter("fc.weight").shape[0] == 7
         # timm makes the first conv of three channels one of one, and leaves all others as they are.
         assert torch.equal(opened.model.get_parameter("conv1.3.weight"), expected.get_parameter("conv1.3.weight"))
@@ -113,17 +113,17 @@ class TestInstalled:
         )
         monkeypatch.setitem(_registry._model_pretrained_cfgs, name, config)
         with pytest.raises(SourceError, match=r"cannot be downloaded \(.*\); use --weights none"):
-            open_model(f"timm:{name}", Request())
+            open_model(f"timm:{name}")
         torch.manual_seed(1)
-        expected = timm_models.build(name, {})
+        expected = build(f"timm:{name}", {})
         (tmp_path / "torch" / "checkpoints").mkdir(parents=True, exist_ok=True)
         torch.save(expected.state_dict(), tmp_path / "torch" / "checkpoints" / "w-1.pth")
-        assert same_weights(open_model(f"timm:{name}", Request()).model, expected)
+        assert same_weights(open_model(f"timm:{name}").model, expected)
 
     def test_random_weights_need_no_cache(self, hub: Callable[..., nn.Module]) -> None:
-        opened = open_model(f"timm:{NAME}", Request(weights="none", arguments={"num_classes": 3}))
-        assert opened.source.weights == "random"
-        assert opened.source.origin.arguments == {"num_classes": 3}
+        opened = open_model(f"timm:{NAME}", weights="none", arguments={"num_classes": 3})
+        assert opened.weights == "random"
+        assert opened.origin.arguments == {"num_classes": 3}
         check_rebuilt(opened)
 
     def test_without_network_one_line_says_what_else_there_is(self, hub: object, refusal: Refusal) -> None:
@@ -142,9 +142,9 @@ class TestInstalled:
         monkeypatch.setattr(socket, "getaddrinfo", unknown)
         monkeypatch.setattr("urllib.request.getproxies", dict)
         with pytest.raises(SourceError, match=r"cannot be downloaded \(\[Errno -2\] Name or service not known\); use"):
-            open_model(f"timm:{NAME}", Request())
+            open_model(f"timm:{NAME}")
         expected = hub()
-        assert same_weights(open_model(f"timm:{NAME}", Request()).model, expected)
+        assert same_weights(open_model(f"timm:{NAME}").model, expected)
 
     def test_damaged_weights(self, hub: Callable[..., nn.Module], refusal: Refusal) -> None:
         hub(change=lambda state: {key: tensor for key, tensor in state.items() if key != "layer1.0.conv1.weight"})
@@ -153,49 +153,49 @@ class TestInstalled:
     @pytest.mark.parametrize(
         ("reference", "request_", "expected"),
         [
-            ("timm:resnet5O", Request(), r"timm [\d.]+ has no model 'resnet5O'; did you mean .*resnet50"),
-            ("timm:qqqqqqqqqq", Request(), r"has no model 'qqqqqqqqqq'; timm\.list_models\(\) lists them"),
-            ("timm:hf-hub:timm/resnet18", Request(), r"has no model 'hf-hub:timm/resnet18'"),
-            ("timm:local-dir:here", Request(weights="none"), r"has no model 'local-dir:here'"),
-            ("timm:", Request(), r"has no model ''"),
-            ("timm:resnet18@a1_in1", Request(), r"timm's resnet18 has no weights 'a1_in1', .*; did you mean a1_in1k"),
-            ("timm:resnet18@zzzzz", Request(), r"has no weights 'zzzzz', no FILE of that name either; known: a1_in1k"),
-            ("timm:resnet18.zzzzz", Request(weights="none"), r"timm's resnet18 has no weights 'zzzzz'"),
+            ("timm:resnet5O", {}, r"timm [\d.]+ has no model 'resnet5O'; did you mean .*resnet50"),
+            ("timm:qqqqqqqqqq", {}, r"has no model 'qqqqqqqqqq'; timm\.list_models\(\) lists them"),
+            ("timm:hf-hub:timm/resnet18", {}, r"has no model 'hf-hub:timm/resnet18'"),
+            ("timm:local-dir:here", {"weights": "none"}, r"has no model 'local-dir:here'"),
+            ("timm:", {}, r"has no model ''"),
+            ("timm:resnet18@a1_in1", {}, r"timm's resnet18 has no weights 'a1_in1', .*; did you mean a1_in1k"),
+            ("timm:resnet18@zzzzz", {}, r"has no weights 'zzzzz', no FILE of that name either; known: a1_in1k"),
+            ("timm:resnet18.zzzzz", {"weights": "none"}, r"timm's resnet18 has no weights 'zzzzz'"),
             (
                 f"timm:{NAME}.{TAG}",
-                Request(weights="other"),
+                {"weights": "other"},
                 r"names weights and --weights other others; give one of them",
             ),
             (
                 f"timm:{NAME}@{TAG}",
-                Request(weights="none"),
+                {"weights": "none"},
                 r"names weights and --weights none others; give one of them",
             ),
             (
                 "timm:resnet10t",
-                Request(weights="none", arguments={"foo": 1}),
+                {"weights": "none", "arguments": {"foo": 1}},
                 r"timm cannot build resnet10t with .*'foo'",
             ),
             (
                 f"timm:{NAME}",
-                Request(weights="none", arguments={"pretrained": True}),
+                {"weights": "none", "arguments": {"pretrained": True}},
                 r"'pretrained' is not an argument for timm's test_resnet; choose weights with --weights",
             ),
             (
                 f"timm:{NAME}",
-                Request(weights="none", arguments={"checkpoint_path": "x.pt"}),
+                {"weights": "none", "arguments": {"checkpoint_path": "x.pt"}},
                 r"'checkpoint_path' is not an argument for timm's",
             ),
-            ("timm:dla34x", Request(), r"has no model 'dla34x'; did you mean dla34"),
-            ("timm:efficientnet_b2a", Request(), r"has no model 'efficientnet_b2a' any more; its name is now timm:"),
-            ("resnetv2_50", Request(), r"no model 'resnetv2_50', and no such file; timm has one: timm:resnetv2_50"),
+            ("timm:dla34x", {}, r"has no model 'dla34x'; did you mean dla34"),
+            ("timm:efficientnet_b2a", {}, r"has no model 'efficientnet_b2a' any more; its name is now timm:"),
+            ("resnetv2_50", {}, r"no model 'resnetv2_50', and no such file; timm has one: timm:resnetv2_50"),
         ],
     )
     def test_names_and_arguments_that_timm_does_not_know(
-        self, reference: str, request_: Request, expected: str, hub: object
+        self, reference: str, request_: dict[str, Any], expected: str, hub: object
     ) -> None:
         with pytest.raises(SourceError, match=expected) as caught:
-            open_model(reference, request_)
+            open_model(reference, **request_)
         assert "\n" not in str(caught.value)
 
     def test_no_published_weights(self, hub: object, timm: Any) -> None:
@@ -203,7 +203,7 @@ class TestInstalled:
         with pytest.raises(
             SourceError, match=rf"timm's {name} has no published weights; use --weights FILE, or --weights"
         ):
-            open_model(f"timm:{name}", Request())
+            open_model(f"timm:{name}")
 
     @pytest.mark.parametrize(
         ("name", "arguments"),
@@ -220,8 +220,8 @@ class TestInstalled:
         """Compared with the transform that timm's evaluation builds."""
         from timm.data import create_transform, resolve_data_config
 
-        opened = open_model(f"timm:{name}", Request(weights="none", arguments=arguments))
-        own = opened.source.preprocessing
+        opened = open_model(f"timm:{name}", weights="none", arguments=arguments)
+        own = opened.preprocessing
         config = resolve_data_config({}, model=opened.model)
         resize, crop, _, normalize = create_transform(**config).transforms
         assert (own.resize, own.size) == (resize.size, tuple(crop.size))
@@ -233,8 +233,8 @@ class TestInstalled:
         assert opened.example()[0].shape == (1, own.channels, *config["input_size"][1:])
 
     def test_an_image_size_that_is_asked_for(self) -> None:
-        opened = open_model("timm:test_vit", Request(weights="none", arguments={"img_size": [96, 96]}))
-        assert opened.source.preprocessing.size == (96, 96)
+        opened = open_model("timm:test_vit", weights="none", arguments={"img_size": [96, 96]})
+        assert opened.preprocessing.size == (96, 96)
         check_rebuilt(opened)
 
     @pytest.mark.parametrize("form", ["pt", "safetensors"])
@@ -268,28 +268,28 @@ class TestInstalled:
     )
     def test_state_dicts(self, built: dict[str, int], arguments: dict[str, int], arch: str, tmp_path: Path) -> None:
         torch.manual_seed(1)
-        model = timm_models.build(NAME, built)
+        model = build(f"timm:{NAME}", built)
         torch.save({"epoch": 1, "arch": NAME, "state_dict": model.state_dict()}, tmp_path / "w.pt")
-        opened = open_model(tmp_path / "w.pt", Request(arch=arch))
+        opened = open_model(tmp_path / "w.pt", arch=arch)
         assert same_weights(opened.model, model)
-        assert opened.source.origin.reference == f"timm:{NAME}"
-        assert opened.source.origin.arguments == arguments
+        assert opened.origin.reference == f"timm:{NAME}"
+        assert opened.origin.arguments == arguments
         check_rebuilt(opened)
 
     @pytest.mark.slow
     def test_a_state_dict_that_fits_another_model(self, tmp_path: Path, refusal: Refusal) -> None:
-        torch.save(timm_models.build("test_efficientnet", {}).state_dict(), tmp_path / "w.pt")
+        torch.save(build("timm:test_efficientnet", {}).state_dict(), tmp_path / "w.pt")
         assert "w.pt does not fit timm:test_resnet: missing: " in refusal(
             "candidates", "w.pt", "--arch", f"timm:{NAME}"
         )
 
     def test_keys_as_authors_published_them(self, tmp_path: Path) -> None:
         """Facebook's ConvNeXt files nest the weights and name blocks otherwise; timm renames them."""
-        model = timm_models.build("test_convnext", {})
+        model = build("timm:test_convnext", {})
         old = {theirs(key): tensor for key, tensor in model.state_dict().items()}
         assert not old.keys() <= model.state_dict().keys()
         torch.save({"model": old}, tmp_path / "w.pt")
-        assert same_weights(open_model(tmp_path / "w.pt", Request(arch="timm:test_convnext")).model, model)
+        assert same_weights(open_model(tmp_path / "w.pt", arch="timm:test_convnext").model, model)
 
     def test_a_module_in_memory_is_recognised(self, timm: Any, tmp_path: Path) -> None:
         model = timm.create_model(NAME, num_classes=4, in_chans=1, output_stride=16, drop_rate=0.25).eval()
@@ -319,19 +319,19 @@ class TestInstalled:
 
         for change in (renamed, with_attribute, with_forward, with_class):
             model = timm.create_model(NAME).eval()
-            assert open_model(model, Request()).source.origin.reference == f"timm:{NAME}"
+            assert open_model(model).origin.reference == f"timm:{NAME}"
             change(model)
-            opened = open_model(model, Request())
-            assert opened.source.origin.reference == "class:timm.models.resnet.ResNet", change
-            assert "load the result with asymswap.load(path, model=…)" in opened.source.notes[0]
-            assert opened.source.preprocessing.size == (160, 160)
+            opened = open_model(model)
+            assert opened.origin.reference == "class:timm.models.resnet.ResNet", change
+            assert "load the result with asymswap.load(path, model=…)" in opened.notes[0]
+            assert opened.preprocessing.size == (160, 160)
 
     def test_what_a_factory_gets_from_timm_needs_the_factory_no_more(self, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", list(sys.path))
         Path("net.py").write_text(f"import timm\ndef net(): return timm.create_model({NAME!r}, num_classes=3)")
-        opened = open_model("net.py:net", Request(trust_code=True))
-        assert opened.source.origin.reference == f"timm:{NAME}"
+        opened = open_model("net.py:net", trust_code=True)
+        assert opened.origin.reference == f"timm:{NAME}"
         check_rebuilt(opened)
 
     @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ class TestInstalled:
         ],
     )
     def test_convs_of_subclasses_are_listed_with_the_reason(self, name: str, kind: str, reason: str) -> None:
-        found = asymswap.candidates(f"timm:{name}", weights="none", input_size=(3, 64, 64))
+        found = asymswap.candidates(asymswap.open_model(f"timm:{name}", weights="none", input_size=(3, 64, 64)))
         refused = [row.reason or "" for row in found.rows if row.site.refusal]
         assert f"is a {kind}: {reason}" in refused
 
@@ -382,7 +382,9 @@ class TestInstalled:
         model = ConvMixer(dim=8, depth=2, kernel_size=6, patch_size=4, num_classes=3).eval()
         assert model.get_submodule("blocks.0.0.fn.0").padding == "same"
         conversion = asymswap.convert(
-            model, "all-spatial", overrides={"energy": 1.0, "allow_growth": True}, input_size=(3, 33, 31)
+            asymswap.open_model(model, input_size=(3, 33, 31)),
+            "all-spatial",
+            overrides={"energy": 1.0, "allow_growth": True},
         )
         assert len(conversion.plan.swaps) == 3
         assert conversion.report.output.relative < 1e-5
@@ -403,7 +405,7 @@ def theirs(key: str) -> str:
 
 def check_rebuilt(opened: OpenedModel) -> None:
     """The origin leads to the same structure, and it takes the state."""
-    again = rebuild(opened.source.origin, opened.source.skeleton)
+    again = rebuild(opened.origin, opened.skeleton)
     assert type(again) is type(opened.model)
     assert repr(again) == repr(opened.model)
     again.load_state_dict(opened.model.state_dict())

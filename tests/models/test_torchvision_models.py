@@ -22,8 +22,9 @@ from torchvision import models
 from asymswap.errors import SourceError
 from asymswap.models import torchvision_models
 from asymswap.models.builders import build
+from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request, Source, open_reference, rebuild
+from asymswap.models.references import rebuild
 from asymswap.types import Origin
 from asymswap.utils.tensors import WithoutMemory
 
@@ -54,7 +55,7 @@ MEDIUM = [
     if name not in SMALL and models.get_model_weights(name)["DEFAULT"].meta["num_params"] < 50_000_000
 ]
 DEFAULT = [*references(["googlenet", "inception_v3", "resnet18"]), *SWAG]
-REST = [reference for reference in references(torchvision_models.names()) if reference not in DEFAULT]
+REST = [reference for reference in references(models.list_models()) if reference not in DEFAULT]
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def test_weights_come_from_the_cache_and_the_origin_builds_the_same(
 ) -> None:
     arguments = {"aux_logits": True} if name in ("googlenet", "inception_v3") else {}
     cache(name, randomised(build(f"torchvision:{name}", arguments)).state_dict())
-    source = open_reference(name, Request())
+    source = open_model(name)
     again = rebuild(source.origin, source.skeleton)
     again.load_state_dict(source.model.state_dict())
     x = torch.rand(1, 3, *(min(side, 224) for side in source.preprocessing.size))
@@ -131,15 +132,15 @@ def test_origins_build_the_same_structure_for_all_weights(reference: str) -> Non
     # ssdlite runs itself while it is built, which needs numbers.
     if "ssdlite" in reference:
         with as_if_downloaded():
-            source = open_reference(f"torchvision:{reference}", Request())
+            source = open_model(f"torchvision:{reference}")
         assert structure(rebuild(source.origin, source.skeleton)) == structure(source.model)
         return
     with as_if_downloaded(), WithoutMemory(torch.empty):
-        source = open_reference(f"torchvision:{reference}", Request())
+        source = open_model(f"torchvision:{reference}")
     assert structure(rebuilt_on_meta(source)) == structure(source.model)
 
 
-def rebuilt_on_meta(source: Source) -> nn.Module:
+def rebuilt_on_meta(source: OpenedModel) -> nn.Module:
     if source.skeleton is not None:
         return rebuild(source.origin, source.skeleton)
     with WithoutMemory(torch.empty):
@@ -149,14 +150,14 @@ def rebuilt_on_meta(source: Source) -> nn.Module:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_weights_change_in_other_than_classifiers_is_stored(name: str) -> None:
     with as_if_downloaded(), WithoutMemory(torch.empty):
-        source = open_reference(name, Request())
+        source = open_model(name)
     assert structure(rebuilt_on_meta(source)) == structure(source.model)
 
 
 def test_arguments_that_weights_set_are_in_the_origin(cache: Callable[[str, State], Path]) -> None:
     model = build("torchvision:googlenet", {"aux_logits": True})
     cache("googlenet", model.state_dict())
-    source = open_reference("googlenet", Request())
+    source = open_model("googlenet")
     assert source.origin == Origin("torchvision:googlenet", {"transform_input": True, "aux_logits": False})
     assert source.weights == "IMAGENET1K_V1"
 
@@ -164,8 +165,8 @@ def test_arguments_that_weights_set_are_in_the_origin(cache: Callable[[str, Stat
 def test_arguments_that_do_not_fit_the_weights(cache: Callable[[str, State], Path]) -> None:
     cache("resnet18", build("torchvision:resnet18", {}).state_dict())
     with pytest.raises(SourceError, match=r"torchvision's resnet18 does not take \{'num_classes': 7\}: .*1000"):
-        open_reference("resnet18", Request(arguments={"num_classes": 7}))
-    source = open_reference("resnet18", Request(arguments={"zero_init_residual": True}))
+        open_model("resnet18", arguments={"num_classes": 7})
+    source = open_model("resnet18", arguments={"zero_init_residual": True})
     assert source.origin.arguments == {"zero_init_residual": True}
 
 
@@ -182,18 +183,18 @@ def test_every_way_to_choose_weights(
     reference, _, option = spelled.format(weights).partition(" --weights ")
     # Other numbers than those of the state dict: reading one draws none in between.
     torch.manual_seed(3)
-    opened = open_model(reference, Request(weights=option or None))
-    assert opened.source.origin == Origin("torchvision:resnet18")
+    opened = open_model(reference, weights=option or None)
+    assert opened.origin == Origin("torchvision:resnet18")
     same = torch.equal(opened.model.state_dict()["conv1.weight"], state["conv1.weight"])
     assert same is (weights != "none")
-    assert opened.source.weights == {"none": "random", "w.pt": "file w.pt"}.get(weights, weights)
+    assert opened.weights == {"none": "random", "w.pt": "file w.pt"}.get(weights, weights)
 
 
 @pytest.mark.parametrize("change", [lambda s: {}, lambda s: {"x": torch.ones(1)}, lambda s: [1]])
 def test_damaged_files_in_the_cache_are_named(change: Any, cache: Callable[[str, State], Path]) -> None:
     path = cache("squeezenet1_1", change({}))
     with pytest.raises(SourceError, match=rf"cannot load {path} into squeezenet1_1: .*; delete that file if it is dam"):
-        open_reference("squeezenet1_1", Request())
+        open_model("squeezenet1_1")
 
 
 class Trap:
@@ -215,7 +216,7 @@ def test_nothing_in_the_cache_is_executed(
         rf"cannot load {path} into {name}: it is a pickle that needs posix\.system, .*; delete that file if it is"
     )
     with pytest.raises(SourceError, match=expected) as caught:
-        open_reference(name, Request())
+        open_model(name)
     assert "--trust-pickle" not in str(caught.value)
     assert not Path("sprung").exists()
 
@@ -224,7 +225,7 @@ def test_a_file_in_the_cache_is_the_one_that_its_name_says(cache: Callable[[str,
     path = cache("squeezenet1_1", build("torchvision:squeezenet1_1", {}).state_dict())
     torch.save(build("torchvision:squeezenet1_1", {}).state_dict(), path)
     with pytest.raises(SourceError, match=rf"cannot load {path} into .*: its SHA-256 is not the one in its name; dele"):
-        open_reference("squeezenet1_1", Request())
+        open_model("squeezenet1_1")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_weights_that_cannot_be_downloaded(
         rf"the weights IMAGENET1K_V1 of resnet18 are not in .* \(.*{reason}.*\); use --weights none .* --weights FI"
     )
     with pytest.raises(SourceError, match=expected):
-        open_reference("resnet18", Request())
+        open_model("resnet18")
 
 
 def test_missing_weights_are_downloaded_into_the_cache(
@@ -266,7 +267,7 @@ def test_missing_weights_are_downloaded_into_the_cache(
         Path(target).write_bytes(content)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert open_reference("squeezenet1_1", Request()).weights == "IMAGENET1K_V1"
+    assert open_model("squeezenet1_1").weights == "IMAGENET1K_V1"
     url = models.SqueezeNet1_1_Weights.DEFAULT.url
     assert asked == [(url, str(path), url.rpartition("-")[2].removesuffix(".pth"))]
 
@@ -299,14 +300,14 @@ def test_arguments_that_no_builder_takes(reference: str, arguments: dict[str, An
 )
 def test_images_are_prepared_as_the_weights_say(name: str, weights: str, size: int, resize: int) -> None:
     with as_if_downloaded(), WithoutMemory(torch.empty):
-        preprocessing = open_reference(f"{name}@{weights}", Request()).preprocessing
+        preprocessing = open_model(f"{name}@{weights}").preprocessing
     assert (preprocessing.size, preprocessing.resize, preprocessing.channels) == ((size, size), resize, 3)
     assert preprocessing.mean == torchvision_models.IMAGENET_MEAN
 
 
 def test_a_vision_transformer_of_another_size_says_so() -> None:
     with WithoutMemory(torch.empty):
-        source = open_reference("vit_b_16", Request(weights="none", arguments={"image_size": 64}))
+        source = open_model("vit_b_16", weights="none", arguments={"image_size": 64})
     assert (source.preprocessing.size, source.preprocessing.resize) == ((64, 64), None)
 
 
@@ -321,14 +322,14 @@ def old_keys(state: State) -> State:
     return renamed
 
 
-@pytest.mark.parametrize("request_", [Request(arch="densenet121"), Request()])
-def test_published_densenets_load_from_their_files(request_: Request, tmp_path: Path) -> None:
+@pytest.mark.parametrize("request_", [{"arch": "densenet121"}, {}])
+def test_published_densenets_load_from_their_files(request_: dict[str, Any], tmp_path: Path) -> None:
     model = randomised(build("torchvision:densenet121", {}))
     state = old_keys(model.state_dict())
     assert not state.keys() & {"features.denseblock1.denselayer1.norm1.weight"}
     torch.save(state, tmp_path / "densenet121-a639ec97.pth")
-    opened = open_model(tmp_path / "densenet121-a639ec97.pth", request_)
-    assert opened.source.origin == Origin("torchvision:densenet121")
+    opened = open_model(tmp_path / "densenet121-a639ec97.pth", **request_)
+    assert opened.origin == Origin("torchvision:densenet121")
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in opened.model.state_dict().items())
 
 

@@ -58,7 +58,7 @@ def net() -> nn.Module:
 @pytest.fixture
 def conversion(net: nn.Module, tmp_path: Path) -> asymswap.Conversion:
     (tmp_path / "r.toml").write_text(RECIPE)
-    return asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10))
+    return asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), tmp_path / "r.toml")
 
 
 def test_only_a_batch_norm_that_sees_this_conv_alone_is_taken_over(
@@ -92,7 +92,7 @@ def test_the_sums_of_the_report_come_out_right(net: nn.Module, conversion: asyms
 def test_the_plan_can_be_replayed_and_the_file_loads(
     net: nn.Module, conversion: asymswap.Conversion, tmp_path: Path
 ) -> None:
-    again = asymswap.convert(net, plan=plan_text(conversion.plan), input_size=(6, 10, 10))
+    again = asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), plan=plan_text(conversion.plan))
     assert again.plan == dataclasses.replace(conversion.plan)
     x = torch.randn(3, 6, 10, 10)
     assert compare_outputs(conversion.model, again.model, (x,)).largest == 0
@@ -108,14 +108,14 @@ def test_a_plan_that_takes_over_what_cannot_be(
     data = json.loads(plan_text(conversion.plan))
     next(swap for swap in data["swaps"] if swap["site"] == site)["absorbs"] = norm
     with pytest.raises(PlanError, match=f"the plan cannot swap '{site}': it says absorbs = '{norm}', where "):
-        asymswap.convert(net, plan=data, input_size=(6, 10, 10))
+        asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), plan=data)
 
 
 def test_its_mode_and_trainability_are_those_of_the_batch_norm(net: nn.Module, tmp_path: Path) -> None:
     net.train()
     net.n1.requires_grad_(False)
     (tmp_path / "r.toml").write_text(RECIPE)
-    block = asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10)).model.plain
+    block = asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), tmp_path / "r.toml").model.plain
     assert block.square.conv.training
     assert block.square.conv.weight.requires_grad
     assert block.square.norm.training
@@ -136,7 +136,7 @@ def test_a_promise_that_is_broken_is_an_error_unless_drift_is_allowed(
 
     monkeypatch.setattr(kind, "init_", init_)
     with pytest.raises(AsymswapError, match=r"acb promises to preserve plain, but .* has changed by \d\.\de-03"):
-        asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10))
-    drifted = asymswap.convert(net, tmp_path / "r.toml", input_size=(6, 10, 10), allow_drift=True)
+        asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), tmp_path / "r.toml")
+    drifted = asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), tmp_path / "r.toml", allow_drift=True)
     assert drifted.report.sites[0].exact
     assert drifted.report.sites[0].output_error == pytest.approx(0.003, rel=0.5)

@@ -64,7 +64,9 @@ def recipe_text(swap: str) -> str:
 @pytest.fixture
 def converted(request: pytest.FixtureRequest, network: nn.Module, tmp_path: Path) -> asymswap.Conversion:
     (tmp_path / "recipe.toml").write_text(recipe_text(request.param))
-    return asymswap.convert(network, tmp_path / "recipe.toml", input_size=(3, 32, 32), allow_drift=True)
+    return asymswap.convert(
+        asymswap.open_model(network, input_size=(3, 32, 32)), tmp_path / "recipe.toml", allow_drift=True
+    )
 
 
 @pytest.mark.parametrize("converted", EXACT, indirect=True)
@@ -72,7 +74,7 @@ def test_a_trained_model_computes_the_same_when_it_is_fused(
     converted: asymswap.Conversion, network: nn.Module, images: Tensor
 ) -> None:
     train_a_little_(converted.model)
-    fusion = asymswap.fuse(converted, separable=True, model=network)
+    fusion = asymswap.fuse(asymswap.open_model(converted, arch=network), separable=True)
     assert {row.outcome for row in fusion.report.sites} <= {"fused", "resized"}
     assert compare_outputs(converted.model, fusion.model, (images,)).relative < 1e-5
     assert not any("Offset" in type(module).__name__ for module in fusion.model.modules())
@@ -87,7 +89,7 @@ def test_a_trained_model_computes_the_same_when_it_is_fused(
 @pytest.mark.parametrize("converted", ["acb with norms"], indirect=True)
 def test_batch_norms_come_back_with_the_scale_that_they_had(converted: asymswap.Conversion, network: nn.Module) -> None:
     assert converted.plan.swaps[0].absorbs is not None
-    fusion = asymswap.fuse(converted, model=network)
+    fusion = asymswap.fuse(asymswap.open_model(converted, arch=network))
     for swap in converted.plan.swaps:
         assert swap.absorbs is not None
         old, new = network.get_submodule(swap.absorbs), fusion.model.get_submodule(swap.absorbs)
@@ -107,20 +109,20 @@ def test_batch_norms_of_weight_zero_come_back(network: nn.Module, images: Tensor
         if name.endswith("bn2"):
             nn.init.zeros_(module.weight)
     (tmp_path / "recipe.toml").write_text(recipe_text("acb with norms"))
-    conversion = asymswap.convert(zeroed, tmp_path / "recipe.toml", input_size=(3, 32, 32))
+    conversion = asymswap.convert(asymswap.open_model(zeroed, input_size=(3, 32, 32)), tmp_path / "recipe.toml")
     assert "layer1.0.bn2" in {swap.absorbs for swap in conversion.plan.swaps}
-    fusion = asymswap.fuse(conversion, model=zeroed)
+    fusion = asymswap.fuse(asymswap.open_model(conversion, arch=zeroed))
     with torch.no_grad():
         assert torch.allclose(fusion.model(images), zeroed(images), atol=1e-4)
 
 
 @pytest.mark.parametrize("converted", ["acb", "acb with norms", "offset"], indirect=True)
 def test_trainability_and_memory_format_are_carried_over(converted: asymswap.Conversion, network: nn.Module) -> None:
-    trainable = asymswap.fuse(converted, model=network).model
+    trainable = asymswap.fuse(asymswap.open_model(converted, arch=network)).model
     assert all(parameter.requires_grad for parameter in trainable.parameters())
     assert trainable.layer1[0].conv1.weight.is_contiguous()
     converted.model.requires_grad_(False).to(memory_format=torch.channels_last)
-    frozen = asymswap.fuse(converted, model=network).model
+    frozen = asymswap.fuse(asymswap.open_model(converted, arch=network)).model
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert frozen.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert not frozen.layer1[0].conv1.weight.is_contiguous()
@@ -131,14 +133,14 @@ def test_what_would_cost_more_is_left_unless_it_is_asked_for(
     converted: asymswap.Conversion, network: nn.Module
 ) -> None:
     with pytest.raises(AsymswapError, match=r"nothing to fuse \(separable: one conv would cost more; --separable"):
-        asymswap.fuse(converted, model=network)
+        asymswap.fuse(asymswap.open_model(converted, arch=network))
 
 
 @pytest.mark.parametrize("converted", ["predicted-offset"], indirect=True)
 def test_offsets_are_left_out_below_a_threshold_only(
     converted: asymswap.Conversion, network: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    exact = asymswap.fuse(converted, model=network)
+    exact = asymswap.fuse(asymswap.open_model(converted, arch=network))
     assert exact.report.as_original
     with torch.no_grad():
         for name, parameter in converted.model.named_parameters():
@@ -147,10 +149,10 @@ def test_offsets_are_left_out_below_a_threshold_only(
     with pytest.raises(
         AsymswapError, match="no ordinary conv computes the same; --max-offset leaves small offsets out"
     ):
-        asymswap.fuse(converted, model=network)
+        asymswap.fuse(asymswap.open_model(converted, arch=network))
     with pytest.raises(AsymswapError, match=r"it predicts offsets of up to 0\.01 pixels"):
-        asymswap.fuse(converted, model=network, max_offset=0.005)
-    loose = asymswap.fuse(converted, model=network, max_offset=0.02)
+        asymswap.fuse(asymswap.open_model(converted, arch=network), max_offset=0.005)
+    loose = asymswap.fuse(asymswap.open_model(converted, arch=network), max_offset=0.02)
     assert loose.report.as_original
     assert "offsets of at most 0.01 pixels were left out" in loose.report.sites[0].reason
     assert 0 < loose.report.relative < 0.2
@@ -164,7 +166,7 @@ def test_a_conversion_inside_of_another_comes_first(network: nn.Module, tmp_path
         "[[rules]]\nmatch = { names = '*.square.*', kernel = '3x3' }\nswap = { kind = 'separable', ratio = 0.5 }\n"
     )
     torch.save(network.state_dict(), tmp_path / "net.pt")
-    one = asymswap.convert(tmp_path / "net.pt", tmp_path / "1.toml", arch="cifar:resnet20")
+    one = asymswap.convert(asymswap.open_model(tmp_path / "net.pt", arch="cifar:resnet20"), tmp_path / "1.toml")
     asymswap.save(one, tmp_path / "one.pt")
     two = asymswap.convert(tmp_path / "one.pt", tmp_path / "2.toml")
     asymswap.save(two, tmp_path / "two.pt")
@@ -182,7 +184,7 @@ def test_a_conversion_inside_of_another_comes_first(network: nn.Module, tmp_path
 def test_train_mode_is_refused(converted: asymswap.Conversion, network: nn.Module) -> None:
     converted.model.train()
     with pytest.raises(AsymswapError, match=r"needs the statistics of eval mode: call model\.eval\(\)"):
-        asymswap.fuse(converted, model=network)
+        asymswap.fuse(asymswap.open_model(converted, arch=network))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -194,7 +196,7 @@ def test_the_dtype_of_the_weights_does_not_matter(dtype: torch.dtype, tmp_path: 
         {key: value.to(dtype) if value.is_floating_point() else value for key, value in before.items()},
         tmp_path / "s.pt",
     )
-    other = asymswap.convert(tmp_path / "s.pt", "acnet", arch="digits-resnet")
+    other = asymswap.convert(asymswap.open_model(tmp_path / "s.pt", arch="digits-resnet"), "acnet")
     asymswap.save(other, tmp_path / "x.pt")
     fusion = asymswap.fuse(tmp_path / "x.pt")
     assert fusion.report.as_original

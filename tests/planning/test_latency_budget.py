@@ -158,10 +158,9 @@ def test_a_real_machine_is_measured_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)))
     conversion = asymswap.convert(
-        model,
+        asymswap.open_model(model, input_size=(64, 48, 48)),
         "half-macs",
         overrides={"budget.latency": 0.6},
-        input_size=(64, 48, 48),
         timing=asymswap.Timing(rounds=5, cache=tmp_path),
     )
     row = conversion.report.latency

@@ -13,7 +13,6 @@ from asymswap.graph.trace import Trace, trace
 from asymswap.measure.macs import count_costs
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
-from asymswap.models.references import Request
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.cost_model import CountedCost
@@ -269,7 +268,7 @@ def test_unknown_keys_of_a_plan_have_near_names() -> None:
 @pytest.fixture(scope="module")
 def digits() -> nn.Module:
     """Trained weights: those of a fresh network have no rank to spare."""
-    return open_model("digits-resnet", Request()).model
+    return open_model("digits-resnet").model
 
 
 def within(digits: nn.Module, most: float) -> Plan:

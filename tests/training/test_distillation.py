@@ -16,7 +16,7 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import SourceError
 from asymswap.models.networks import digits_resnet
-from asymswap.models.references import Request, open_reference
+from asymswap.models.opening import open_model
 from asymswap.training.config import Training
 from asymswap.training.distillation import Objective, Teacher, all_scores, caught, divergence, feature_error
 from asymswap.training.teacher import ORIGINAL, blocks_around, find_teacher
@@ -115,7 +115,9 @@ def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
 
 
 def stored(tmp_path: Path, reference: Any, **options: Any) -> Any:
-    asymswap.save(asymswap.convert(reference, "3x3-only", **options), tmp_path / "x.asym.pt", force=True)
+    asymswap.save(
+        asymswap.convert(asymswap.open_model(reference, **options), "3x3-only"), tmp_path / "x.asym.pt", force=True
+    )
     return read_checkpoint(tmp_path / "x.asym.pt").header
 
 
@@ -137,7 +139,7 @@ def test_a_layer_that_has_taken_over_a_batch_norm_gives_what_that_gives() -> Non
     teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval()
     nn.init.uniform_(teacher[1].weight)
     conversion = asymswap.convert(
-        teacher, "acnet-branch-bn", overrides={"allow_growth": True}, input_size=(2, 8, 8), seed=0
+        asymswap.open_model(teacher, input_size=(2, 8, 8)), "acnet-branch-bn", overrides={"allow_growth": True}, seed=0
     )
     blocks = blocks_around(conversion.plan.swaps, conversion.model, teacher)
     assert blocks == {"0": "1"}
@@ -207,7 +209,9 @@ def test_originals_that_cannot_be_fetched(tmp_path: Path) -> None:
         find_teacher(stored(tmp_path, "digits-resnet", weights="none"), ORIGINAL, digits_resnet())
     with pytest.raises(SourceError, match=r"does not tell which model it was made of; give the teacher: --distill REF"):
         find_teacher(
-            asymswap.convert(digits_resnet(), "3x3-only", input_size=(1, 8, 8)).header, ORIGINAL, digits_resnet()
+            asymswap.convert(asymswap.open_model(digits_resnet(), input_size=(1, 8, 8)), "3x3-only").header,
+            ORIGINAL,
+            digits_resnet(),
         )
     with pytest.raises(SourceError, match=r"the teacher digit-resnet cannot be used: no model 'digit-resnet'"):
         find_teacher(stored(tmp_path, "digits-resnet"), "digit-resnet", digits_resnet())
@@ -251,5 +255,5 @@ def test_an_origin_that_reads_like_code_is_never_imported(
     with pytest.raises(SourceError, match=r"does not tell which file it was made of; give the teacher: --distill REF"):
         find_teacher(header, ORIGINAL, digits_resnet())
     with pytest.raises(SourceError, match=rf"no model '{kind}:build', and no such file"):
-        open_reference(f"{kind}:build", Request())
+        open_model(f"{kind}:build")
     assert not Path("sprung").exists()

@@ -78,7 +78,9 @@ class Start:
     digits: str
 
     def train(self, name: str, settings: Training = SHORT, **options: Any) -> Any:
-        return asymswap.finetune(self.path, self.digits, settings, output=self / name, model=Net(), **options)
+        return asymswap.finetune(
+            asymswap.open_model(self.path, arch=Net()), self.digits, settings, output=self / name, **options
+        )
 
     def __truediv__(self, name: str) -> Path:
         return self.path.with_name(name)
@@ -88,7 +90,9 @@ def make_start(folder: Path, digits: str) -> Start:
     torch.manual_seed(0)
     (folder / "r.toml").write_text(RULE)
     asymswap.save(
-        asymswap.convert(Net().eval(), folder / "r.toml", input_size=(1, 8, 8), preprocessing=HALF),
+        asymswap.convert(
+            asymswap.open_model(Net().eval(), input_size=(1, 8, 8), preprocessing=HALF), folder / "r.toml"
+        ),
         folder / "x.asym.pt",
     )
     return Start(folder / "x.asym.pt", digits)
@@ -271,7 +275,10 @@ def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
     # What is returned, what is written and what is told are one.
     assert same(dict(tuned.model.state_dict()), weights(start / "out.pt"))
     again = asymswap.evaluate(
-        [tuned.model], start.digits, part="validation", validation="0.2", input_size=(1, 8, 8), preprocessing=HALF
+        [asymswap.open_model(tuned.model, input_size=(1, 8, 8), preprocessing=HALF)],
+        start.digits,
+        part="validation",
+        validation="0.2",
     ).models[0]
     assert again.top1 == report.best.top1
     assert again.loss == pytest.approx(report.best.loss, rel=1e-5)
@@ -298,7 +305,7 @@ def test_the_checkpoint_tells_of_its_training(start: Start) -> None:
 def test_equal_runs_write_equal_files_and_leave_the_caller_alone(start: Start) -> None:
     short, net = dataclasses.replace(SHORT, epochs=1), Net()
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    asymswap.finetune(start.path, start.digits, short, output=start / "a.pt", model=net)
+    asymswap.finetune(asymswap.open_model(start.path, arch=net), start.digits, short, output=start / "a.pt")
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.array_equal(np.random.get_state()[1], before[2][1])  # type: ignore[arg-type]
@@ -314,7 +321,7 @@ def test_without_an_output_nothing_is_written_and_the_module_stays(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     net = Net()
-    conversion = asymswap.convert(net, "offset", input_size=(1, 8, 8), preprocessing=HALF)
+    conversion = asymswap.convert(asymswap.open_model(net, input_size=(1, 8, 8), preprocessing=HALF), "offset")
     before = {key: value.clone() for key, value in conversion.model.state_dict().items()}
     tuned = asymswap.finetune(conversion, digits, Training(steps=3))
     assert tuned.report.steps == 3
@@ -410,7 +417,9 @@ def test_batches_of_one_image(start: Start) -> None:
 
     with pytest.raises(AsymswapError, match=r"a batch norm got a single image: .* give a larger --batch-size"):
         asymswap.finetune(
-            Normed(), start.digits, Training(steps=1, batch_size=1), input_size=(1, 8, 8), preprocessing=HALF
+            asymswap.open_model(Normed(), input_size=(1, 8, 8), preprocessing=HALF),
+            start.digits,
+            Training(steps=1, batch_size=1),
         )
 
 
@@ -453,7 +462,9 @@ def test_a_run_is_resumed_as_it_was_begun(start: Start) -> None:
     assert start.train("out.pt", Training(steps=2), resume=True).report.steps == 2
     assert (start / "out.pt").read_bytes() == before
     with pytest.raises(AsymswapError, match="no-such-data"):
-        asymswap.finetune(start.path, "no-such-data", output=start / "out.pt", model=Net(), force=True)
+        asymswap.finetune(
+            asymswap.open_model(start.path, arch=Net()), "no-such-data", output=start / "out.pt", force=True
+        )
     assert (start / "out.run" / "best.pt").exists()
     mine = start / "out.run" / "tensorboard" / "mine.txt"
     mine.parent.mkdir(exist_ok=True)
@@ -488,7 +499,9 @@ def test_half_precision(start: Start) -> None:
 
 def test_weights_of_half_precision_are_trained_in_full_and_stored_as_they_were(tmp_path: Path, digits: str) -> None:
     torch.manual_seed(0)
-    conversion = asymswap.convert(Net().eval().bfloat16(), "offset", input_size=(1, 8, 8), preprocessing=HALF)
+    conversion = asymswap.convert(
+        asymswap.open_model(Net().eval().bfloat16(), input_size=(1, 8, 8), preprocessing=HALF), "offset"
+    )
     tuned = asymswap.finetune(conversion, digits, Training(steps=10), output=tmp_path / "o.pt")
     assert {p.dtype for p in tuned.model.parameters()} == {torch.bfloat16}
     assert {t.dtype for t in weights(tmp_path / "o.pt").values() if t.is_floating_point()} == {torch.bfloat16}
@@ -501,10 +514,14 @@ def test_classes_that_do_not_match(start: Start, tmp_path: Path) -> None:
             self.head = nn.Linear(32, 9)
 
     with pytest.raises(AsymswapError, match=r"the model scores 9 classes, but the data has 10 .*; give data with the"):
-        asymswap.finetune(Nine(), "digits", Training(steps=1), input_size=(1, 8, 8), preprocessing=HALF)
+        asymswap.finetune(
+            asymswap.open_model(Nine(), input_size=(1, 8, 8), preprocessing=HALF), "digits", Training(steps=1)
+        )
     Nine.__init__ = lambda self: (Net.__init__(self), setattr(self, "head", nn.Linear(32, 12)))[0]  # type: ignore[method-assign]
     with pytest.raises(AsymswapError, match=r"the model scores 12 classes, but the data has 10 .*; give data of"):
-        asymswap.finetune(Nine(), "digits", Training(steps=1), input_size=(1, 8, 8), preprocessing=HALF)
+        asymswap.finetune(
+            asymswap.open_model(Nine(), input_size=(1, 8, 8), preprocessing=HALF), "digits", Training(steps=1)
+        )
     start.train("out.pt", Training(steps=1))
     torch.save(
         {"images": torch.rand(90, 1, 8, 8), "labels": torch.arange(90) % 10, "classes": [*"1234567890"]},
@@ -513,7 +530,7 @@ def test_classes_that_do_not_match(start: Start, tmp_path: Path) -> None:
     with pytest.raises(
         AsymswapError, match=r"class '1' is number 0 of the data and number 1 of the model .*; name the"
     ):
-        asymswap.finetune((start / "out.pt"), str(tmp_path / "d.pt"), Training(steps=1), model=Net())
+        asymswap.finetune(asymswap.open_model(start / "out.pt", arch=Net()), str(tmp_path / "d.pt"), Training(steps=1))
 
 
 NET_FILE = """
@@ -537,14 +554,19 @@ def test_a_network_of_the_users_file_is_built_as_it_was_when_it_was_converted(tm
     (tmp_path / "net.py").write_text(NET_FILE)
     reference = f"{tmp_path / 'net.py'}:Net"
     conversion = asymswap.convert(
-        reference, "acnet", arguments={"channels": 6}, input_size=(1, 8, 8), trust_code=True, weights="none"
+        asymswap.open_model(
+            reference, arguments={"channels": 6}, input_size=(1, 8, 8), trust_code=True, weights="none"
+        ),
+        "acnet",
     )
     asymswap.save(conversion, tmp_path / "x.pt")
     with pytest.raises(asymswap.AsymswapError, match="--trust-code"):
-        asymswap.finetune(tmp_path / "x.pt", digits, Training(steps=1), arch=reference)
+        asymswap.finetune(asymswap.open_model(tmp_path / "x.pt", arch=reference), digits, Training(steps=1))
     # The number of channels is the checkpoint's to tell.
     tuned = asymswap.finetune(
-        tmp_path / "x.pt", digits, Training(steps=1), arch=reference, trust_code=True, preprocessing=HALF
+        asymswap.open_model(tmp_path / "x.pt", arch=reference, trust_code=True, preprocessing=HALF),
+        digits,
+        Training(steps=1),
     )
     assert [key for key, _ in tuned.model.named_parameters()] == [key for key, _ in conversion.model.named_parameters()]
 

@@ -163,5 +163,5 @@ def test_a_file_that_is_of_no_use_once_it_has_run_is_told_of_too(content: object
 
 
 def test_the_library_says_so_too(model: Path) -> None:
-    conversion = asymswap.convert(model, "3x3-only", arch="digits-resnet", trust_pickle=True)
+    conversion = asymswap.convert(asymswap.open_model(model, arch="digits-resnet", trust_pickle=True), "3x3-only")
     assert "--trust-pickle was not needed: nothing in x.pt was executed" in conversion.report.model.notes

@@ -28,7 +28,7 @@ def net() -> nn.Module:
 
 
 def convert() -> asymswap.Conversion:
-    return asymswap.convert(net(), "all-spatial", input_size=(3, 8, 8), overrides={"rank": 4})
+    return asymswap.convert(asymswap.open_model(net(), input_size=(3, 8, 8)), "all-spatial", overrides={"rank": 4})
 
 
 def test_new_and_forced_files_may_be_written(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def moved(made: asymswap.Conversion) -> asymswap.Conversion:
 def converted(net: nn.Module, swap: str, recipe: str | None = None) -> asymswap.Conversion:
     if recipe is None:
         Path("swap.toml").write_text(RULE.format(swap), encoding="utf-8")
-    made = asymswap.convert(seen(net), recipe or "swap.toml", input_size=nets.SIZE)
+    made = asymswap.convert(asymswap.open_model(seen(net), input_size=nets.SIZE), recipe or "swap.toml")
     Path("swap.toml").unlink(missing_ok=True)
     return moved(made)
 
@@ -179,8 +179,8 @@ def twice(made: Made) -> None:
     for name, layer in nets.Net().named_children():
         if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
             network.add_module(name, layer)
-    asymswap.save(asymswap.convert(seen(network), "one.toml", input_size=nets.SIZE), "one.pt")
-    conversion = moved(asymswap.convert("one.pt", "other.toml", input_size=nets.SIZE))
+    asymswap.save(asymswap.convert(asymswap.open_model(seen(network), input_size=nets.SIZE), "one.toml"), "one.pt")
+    conversion = moved(asymswap.convert(asymswap.open_model("one.pt", input_size=nets.SIZE), "other.toml"))
     for name in ("one.toml", "other.toml", "one.pt"):
         Path(name).unlink()
     made.checkpoint("twice", conversion, None, nets.SIZE)
@@ -202,7 +202,7 @@ def fused(made: Made) -> None:
     """Into the convs and batch norms that were, and into convs with larger kernels."""
     for name, swap in (("fused", "acb-branch"), ("fused-offset", "weighted-offset")):
         conversion = converted(nets.Net(), SWAPS[swap])
-        made.checkpoint(name, asymswap.fuse(conversion, model=nets.Net()), "Net", nets.SIZE)
+        made.checkpoint(name, asymswap.fuse(asymswap.open_model(conversion, arch=nets.Net())), "Net", nets.SIZE)
 
 
 def digits(made: Made) -> None:
