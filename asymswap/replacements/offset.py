@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from asymswap.factorize import bilinear
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
 from asymswap.replacements.base import KindSettings, Replacement
 from asymswap.types import ConvSpec, Cost, Site, Size
@@ -150,6 +151,22 @@ class Offset(Replacement):
     def build(self, conv: ConvSpec, settings: Settings) -> OffsetConv2d:
         """Return an `OffsetConv2d` at zero offset, its weights unset."""
         return OffsetConv2d(conv, settings.limit, self.weighted)
+
+    def init_(
+        self,
+        module: nn.Module,
+        conv: nn.Conv2d,
+        settings: Settings,
+        statistics: SiteStatistics | None = None,
+        norm: nn.BatchNorm2d | None = None,
+    ) -> None:
+        """Copy the conv's own numbers, and put every tap back to its place."""
+        super().init_(module, conv, settings, statistics, norm)
+        assert isinstance(module, OffsetConv2d)
+        with torch.no_grad():
+            module.raw_offsets.zero_()
+            if module.tap_weights is not None:
+                module.tap_weights.fill_(1.0)
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the offsets (1, T, 2), which do not depend on the input."""
