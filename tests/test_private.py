@@ -154,8 +154,8 @@ def test_a_module_read_by_code_of_the_file_may_be_held_by_it(tmp_path: Path, ope
 
 
 def test_polishing_leaves_the_original_as_it_was(opened: list[OpenedModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = copy.deepcopy(open_model("digits-resnet", convert.Request()).model.state_dict())
-    calibration = asymswap.Calibration(data="digits", images=32, polish_steps=2, polish_images=64)
+    before = copy.deepcopy(open_model("digits-resnet").model.state_dict())
+    calibration = asymswap.calibration.calibrate.Calibration(data="digits", images=32, polish_steps=2, polish_images=64)
     asymswap.convert("digits-resnet", "3x3-only", calibration=calibration)
     assert all(torch.equal(tensor, before[key]) for key, tensor in opened[-1].model.state_dict().items())
 
