@@ -25,7 +25,8 @@ CHANGING = """
 import os, sys
 import asymswap
 from asymswap.errors import SourceError
-from asymswap.models import references
+from pathlib import Path
+from asymswap.fileformats import model_file
 
 def overwrite(path):
     size = os.path.getsize(path)
@@ -42,10 +43,10 @@ def convert(path, arch, out):
             overwrite(path)
             changed.append(path)
 
-    asymswap.save(asymswap.convert(path, "3x3-only", arch=arch or None, progress=change), out)
+    asymswap.save(asymswap.convert(asymswap.open_model(path, arch=arch or None), "3x3-only", progress=change), out)
     assert changed
 
-opening = references.safetensors.safe_open
+opening = model_file.safetensors.safe_open
 
 class Cutting:
     def __init__(self, path, **options):
@@ -61,9 +62,9 @@ class Cutting:
 
 for path, arch, out in zip(sys.argv[1:-1:3], sys.argv[2:-1:3], sys.argv[3:-1:3]):
     convert(path, arch, out)
-references.safetensors.safe_open = Cutting
+model_file.safetensors.safe_open = Cutting
 try:
-    references.read_raw(references.Path(sys.argv[-1]), False)
+    model_file.read_raw(Path(sys.argv[-1]), False)
 except SourceError as error:
     print(error)
 """

@@ -178,7 +178,7 @@ def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: F
     )
     if isinstance(entry, Keep):
         return row
-    kind = replacements.load(entry.kind)
+    kind, settings = replacements.load_swap(entry)
     fields = kind.settings.model_fields
     unusual = {key: value for key, value in entry.settings.items() if value != fields[key].default}
     return replace(
@@ -190,6 +190,6 @@ def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: F
         # The absorbed batch norm's cost stays with the rest of the model, so that the sums come out right.
         after=after if entry.absorbs is None else after - before.by_name[entry.absorbs],
         predicted_error=entry.predicted,
-        exact=kind.preserves(site.conv, replacements.parse_settings(entry.kind, entry.settings)),
+        exact=kind.preserves(site.conv, settings),
         absorbs=entry.absorbs,
     )

@@ -265,7 +265,7 @@ USAGE = {
     "data and report": (("show", "m.pt", "--data", "digits", "--report", "r.md"), "--report tells of"),
     "report exists": ((*CONVERT, "--report", __file__), r"exists already; give another name with --report, or --force"),
     "plan exists": ((*CONVERT, "--write-plan", __file__), r"already; give another name with --write-plan, or --force"),
-    "plot exists": (("candidates", "digits-resnet", "--plot", __file__), r"give another name with --plot, or --force"),
+    "plot of no form": (("candidates", "digits-resnet", "--plot", __file__), r"the file must end in \.svg or \.png"),
     "long output": ((*CONVERT, "-o", "x" * 300 + ".pt"), r"cannot be the name of a file: File name too long"),
 }  # fmt: skip
 
