@@ -140,3 +140,23 @@ def test_the_architecture_page_has_these_layers() -> None:
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
     assert [int(floor) for floor, _ in rows] == [*range(1, len(LAYERS) + 1)]
     assert [set(re.findall(r"`(\w+)`", parts)) for _, parts in rows] == [set(names) for names in LAYERS]
+
+
+def test_no_function_takes_more_than_eight_arguments() -> None:
+    """But the public verbs, and the commands, whose arguments are their options."""
+    import asymswap
+
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            number = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+            allowed = node.name in asymswap.__all__ and part_of(path) in ("api", "models", "cli")
+            allowed = allowed or (part_of(path) == "cli" and node.name == path.stem)
+            assert number <= 8 or allowed, f"{path.relative_to(PACKAGE)}: {node.name} takes {number} arguments"
+
+
+def test_results_and_types_know_nothing_else() -> None:
+    known = {"errors", "types", "results"}
+    assert {part for path in FILES if part_of(path) in ("results", "types") for part in parts_imported(path)} <= known
