@@ -195,7 +195,7 @@ def test_models_of_two_forms_cannot_be_compared_on_the_same_inputs() -> None:
 @pytest.mark.parametrize("form", ["images", "image-pair", "clips"])
 def test_an_export_of_any_size_keeps_the_form(form: Any) -> None:
     preprocessing = Preprocessing(3, (8, 8), (0.5,) * 3, (0.5,) * 3, form=form, frames=4 if form == "clips" else 1)
-    work = _Work(nn.Conv2d(3, 3, 1), preprocessing, 0, False, "x")
+    work = _Work(nn.Conv2d(3, 3, 1), preprocessing, torch.float32, 0, False, "x")
     plain, resized = work.inputs(2, seed=0), work.inputs(2, seed=0, size=(12, 10))
     assert [tensor.shape[:-2] for tensor in resized] == [tensor.shape[:-2] for tensor in plain]
     assert all(tensor.shape[-2:] == (12, 10) for tensor in resized)

@@ -67,7 +67,8 @@ print(sum(tensor.nbytes for tensor in state.values()))
 del model, state
 recipe = '[[rules]]\\nmatch = {{ names = "features.3" }}\\nswap = {{ kind = "separable", rank = 8 }}\\n'
 open("some.toml", "w").write(recipe)
-asymswap.save(asymswap.convert("state.pt", "some.toml", arch="{NAME}", input_size=(3, 64, 64)), "half.asym.pt")
+state = asymswap.open_model("state.pt", arch="{NAME}", input_size=(3, 64, 64))
+asymswap.save(asymswap.convert(state, "some.toml"), "half.asym.pt")
 """
 
 

@@ -156,7 +156,8 @@ class Torchvision(Family):
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """A filled model, with a note on the switch that published weights turn on, and files do not speak of."""
         opened = super().describe(model, reference, arguments, weights)
-        if reference.removeprefix(PREFIX) in ("googlenet", "inception_v3") and "transform_input" not in arguments:
+        switches = weights != "random" and reference.removeprefix(PREFIX) in ("googlenet", "inception_v3")
+        if switches and "transform_input" not in arguments:
             note = "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
             opened = replace(opened, notes=(note,))
         return opened

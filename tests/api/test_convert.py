@@ -583,7 +583,7 @@ def test_models_and_files_are_evaluated_together(tmp_path: Path) -> None:
     torch.save(load_file(DIGITS_WEIGHTS), tmp_path / "x.pt")
     report = asymswap.evaluate(
         [
-            asymswap.open_model("digits-resnet", arch="digits-resnet"),
+            "digits-resnet",
             asymswap.open_model(tmp_path / "x.pt", arch="digits-resnet"),
         ],
         "digits",

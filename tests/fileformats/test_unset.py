@@ -111,8 +111,8 @@ def test_what_no_state_dict_brings_is_computed(monkeypatch: pytest.MonkeyPatch) 
             self.conv = nn.Conv2d(3, 4, 3)
             self.register_buffer("grid", torch.empty(5).copy_(torch.arange(5.0)), persistent=False)
 
-    monkeypatch.setattr(torchvision_models, "build", lambda *_: Grid())
-    unset = build_unset("torchvision:grid", {})
+    monkeypatch.setattr(torchvision_models.Torchvision, "construct", lambda *_: Grid())
+    unset = build_unset("torchvision:resnet18", {})
     assert torch.equal(unset.get_buffer("grid"), torch.arange(5.0))
 
 
@@ -123,8 +123,8 @@ def test_memory_that_only_an_attribute_holds_is_computed_too(monkeypatch: pytest
             self.conv = nn.Conv2d(3, 4, 3)
             self.scale: Tensor = torch.empty(2).fill_(3.0)
 
-    monkeypatch.setattr(torchvision_models, "build", lambda *_: Scale())
-    unset = build_unset("torchvision:scale", {})
+    monkeypatch.setattr(torchvision_models.Torchvision, "construct", lambda *_: Scale())
+    unset = build_unset("torchvision:resnet18", {})
     assert torch.equal(unset.scale, torch.full((2,), 3.0))
 
 
