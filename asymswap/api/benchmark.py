@@ -55,6 +55,7 @@ def benchmark(
     rounds: int = 20,
     seconds: float = 60.0,
     layers: bool = True,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Benchmark:
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none of them is changed.
@@ -73,7 +74,7 @@ def benchmark(
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
-    opened = [open_for_verb(model, progress) for model in models]
+    opened = [open_for_verb(model, progress, input_size=input_size) for model in models]
     costs = tuple(cost_row(one) for one in opened)
     with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
         lineup = _Lineup(opened, settings, dtype, Path(folder))

@@ -18,11 +18,12 @@ def candidates(
     model: Model,
     *,
     recipe: str | Path | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
     parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_for_verb(model, progress)
+    opened = open_for_verb(model, progress, input_size=input_size)
     traced = trace(opened.model, opened.example())
     check_runs(traced, opened.model, opened.example())
     costs = costs_of(opened)

@@ -23,6 +23,7 @@ from asymswap.measure.fidelity import Sums
 from asymswap.measure.machine import machine
 from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.types import Progress, silent
@@ -37,6 +38,8 @@ def compare(
     images: int | None = None,
     timing: Timing | None = None,
     seed: int = 0,
+    input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
@@ -51,7 +54,7 @@ def compare(
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
         raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
-    opened = [open_for_verb(model, progress) for model in models]
+    opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in models]
     feedings: list[Feeding | None] = [None] * len(opened)
     sets: list[LabelledImages] = []
     total = None

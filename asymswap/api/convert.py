@@ -3,6 +3,7 @@
 A model is a reference (`"resnet18"`), a file, an `nn.Module`, or what `open_model` has made of one of them with further
 options; it is never changed. Options that several verbs share:
 
+- `input_size`, `preprocessing`: as those of `open_model`, where nothing else is to be said of the model;
 - `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from asymswap.api.conversion_report import calibration_row, check_promises, make_report
 from asymswap.api.session import Clock, Session, check_original_finite
-from asymswap.calibration.calibrate import fed_on
+from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, what_is_stored
 from asymswap.data import accuracy
@@ -33,6 +34,7 @@ from asymswap.errors import AsymswapError
 from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
@@ -57,11 +59,12 @@ def plan(
     recipe: str | Path,
     *,
     overrides: Mapping[str, Any] | None = None,
+    input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_for_verb(model, progress)
+    opened = open_for_verb(model, progress, input_size=input_size)
     check_original_finite(opened)
     return Session(opened).plan(parsed, progress=progress)
 
@@ -73,6 +76,8 @@ def convert(
     plan: Plan | str | bytes | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
@@ -101,7 +106,7 @@ def convert(
         raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
     if timing is not None and (budget is None or budget.latency is None):
         raise AsymswapError("a memory format to time in goes with a budget of latency: give --latency, or leave it out")
-    opened = open_for_verb(model, progress)
+    opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
     check_original_finite(opened)
     feeding = None

@@ -18,6 +18,7 @@ from asymswap.data.splits import open_parts
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
 from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
 from asymswap.results.records import read_history
 from asymswap.types import Preprocessing, Progress, silent
@@ -39,6 +40,8 @@ def evaluate(
     strict: bool = False,
     download: bool = False,
     device: str | None = None,
+    input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> EvaluationReport:
     """Measure one classifier or several on the test, validation or train part of data.
@@ -55,7 +58,7 @@ def evaluate(
         raise AsymswapError("give at least one model to evaluate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # All are opened, and checked, before the first is measured.
-    opened = [open_for_verb(model, progress) for model in several]
+    opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
     opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
     images = [_open(one.preprocessing, data, part, validation, seed, download) for one in opened]

@@ -23,6 +23,7 @@ from asymswap.fileformats.state_dict import load_state_
 from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain, read_history
@@ -57,6 +58,8 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
+    input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
     callback: Callback | None = None,
 ) -> FineTuned:
@@ -73,7 +76,7 @@ def finetune(
     folder = None if place is None else RunFolder(place)
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
-    opened = _open(model)
+    opened = _open(model, input_size, preprocessing)
     if download:
         team.first(lambda: settle(opened, data, "train", download=True))
     opened, feeding = settle(opened, data, "train")
@@ -123,8 +126,8 @@ def finetune(
     return FineTuned(result, replace(report, seconds=time.perf_counter() - start), header(progress))
 
 
-def _open(model: Model) -> OpenedModel:
-    opened = open_for_verb(model)
+def _open(model: Model, input_size: tuple[int, ...] | None, preprocessing: PreprocessingOptions | None) -> OpenedModel:
+    opened = open_for_verb(model, input_size=input_size, preprocessing=preprocessing)
     if not opened.may_share:
         opened = replace(opened, model=deep_copy(opened.model).eval())
     broken = first_not_finite(opened.model)

@@ -17,7 +17,7 @@ from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
 from asymswap.models.converted import save_checkpoint
 from asymswap.models.opening import Model, open_for_verb, original_of
-from asymswap.models.preprocessing import size_warning
+from asymswap.models.preprocessing import PreprocessingOptions, size_warning
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
@@ -43,6 +43,7 @@ def fuse(
     max_offset: float | None = None,
     data: str | None = None,
     seed: int = 0,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
@@ -52,7 +53,7 @@ def fuse(
     images), which changes the function: by how much is told. Raises AsymswapError where nothing can be fused, where the
     model is in train mode, and where the fused model does not compute the same.
     """
-    opened = open_for_verb(model, progress)
+    opened = open_for_verb(model, progress, preprocessing=preprocessing)
     converted, label = opened.model, opened.reference
     original = original_of(opened)
     if converted.training:

@@ -15,7 +15,7 @@ from asymswap.data.normalization import fed_of, feeding_of
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import conv_input
 from asymswap.models.opening import Model, open_for_verb
-from asymswap.models.preprocessing import size_warning
+from asymswap.models.preprocessing import PreprocessingOptions, size_warning
 from asymswap.results.offsets import OffsetReport, OffsetRow
 from asymswap.types import Plan, Swap
 from asymswap.utils.inputs import Inputs
@@ -26,6 +26,7 @@ def offsets(
     model: Model,
     *,
     data: str | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     seed: int = 0,
 ) -> OffsetReport:
     """Return where the taps of a converted model have moved, layer by layer.
@@ -33,7 +34,7 @@ def offsets(
     What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. Raises
     AsymswapError where no layer has taps that move.
     """
-    opened = open_for_verb(model)
+    opened = open_for_verb(model, preprocessing=preprocessing)
     label, takes = opened.reference, opened.preprocessing
     feeding = None if data is None else feeding_of(opened.model, takes, data, "test", label)
     inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, opened.dtype(), seed)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from asymswap.api.conversion_report import SAME_IMAGES
 from asymswap.api.session import Session, check_original_finite
-from asymswap.calibration.calibrate import fed_on
+from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.accuracy import evaluate
@@ -22,6 +22,7 @@ from asymswap.data.predict import check_classifier
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.results.records import plain
@@ -43,6 +44,8 @@ def sweep(
     tolerance: float = 0.01,
     known: Tradeoff | None = None,
     on_point: Callable[[Tradeoff], None] = lambda _: None,
+    input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
@@ -59,7 +62,7 @@ def sweep(
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
-    opened = open_for_verb(model, progress)
+    opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
     check_original_finite(opened)
     opened, feeding = settle(opened, *fed_on(calibration, data))
     images = open_data(data, opened.preprocessing, "test")

@@ -30,6 +30,7 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace
 from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.apply import apply_plan, apply_structure
 from asymswap.types import Plan, Preprocessing, Progress, Site, silent
 from asymswap.utils.distributed import ALONE
@@ -41,6 +42,16 @@ _HELD_BACK = 32
 
 UNSEEN = "did not run on the calibration images"
 """Why a conv without statistics is kept."""
+
+
+def options_of(
+    preprocessing: PreprocessingOptions | None, calibration: Calibration | None
+) -> PreprocessingOptions | None:
+    """Return the user's preprocessing, given to the verb or to its calibration."""
+    own = None if calibration is None else calibration.preprocessing
+    if None not in (own, preprocessing) and own != preprocessing:
+        raise AsymswapError("preprocessing= of the verb and of its Calibration contradict each other; give one of them")
+    return preprocessing or own
 
 
 def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:

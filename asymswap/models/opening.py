@@ -104,9 +104,15 @@ def open_model(
     return replace(opened, preprocessing=prepared, seconds=opened.seconds + time.perf_counter() - start)
 
 
-def open_for_verb(model: Model, progress: Progress = silent) -> OpenedModel:
+def open_for_verb(
+    model: Model,
+    progress: Progress = silent,
+    input_size: tuple[int, ...] | None = None,
+    preprocessing: PreprocessingOptions | None = None,
+) -> OpenedModel:
     """The model as a verb takes it; one that was opened here is the verb's alone."""
-    return model if isinstance(model, OpenedModel) else open_model(model, progress=progress).hand_over()
+    opened = open_model(model, input_size=input_size, preprocessing=preprocessing, progress=progress)
+    return opened if isinstance(model, OpenedModel) else opened.hand_over()
 
 
 def open_models(

@@ -606,3 +606,31 @@ def test_without_images_the_number_of_threads_does_not_matter() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_size_and_preprocessing_may_be_given_to_the_verb_or_to_open_model(tmp_path: Path) -> None:
+    """And to the calibration: all are the same model; where two of them contradict each other, it is an error."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1), nn.AdaptiveAvgPool2d(1))
+    torch.save({"images": torch.rand(8, 3, 12, 12)}, tmp_path / "images.pt")
+    data, given = str(tmp_path / "images.pt"), asymswap.PreprocessingOptions(normalize="half")
+    calibration = asymswap.Calibration(data, images=8)
+    ways = [
+        asymswap.convert(net, "half-macs", input_size=(3, 12, 12), preprocessing=given, calibration=calibration),
+        asymswap.convert(
+            asymswap.open_model(net, input_size=(3, 12, 12), preprocessing=given), "half-macs", calibration=calibration
+        ),
+        asymswap.convert(
+            net,
+            "half-macs",
+            input_size=(3, 12, 12),
+            calibration=asymswap.Calibration(data, images=8, preprocessing=given),
+        ),
+    ]
+    for one in ways:
+        assert one.header.preprocessing.mean == (0.5, 0.5, 0.5)
+        assert one.report.fed == ways[0].report.fed
+        assert all(map(torch.equal, one.model.state_dict().values(), ways[0].model.state_dict().values()))
+    other = asymswap.Calibration(data, images=8, preprocessing=asymswap.PreprocessingOptions(normalize="none"))
+    with pytest.raises(AsymswapError, match="contradict each other"):
+        asymswap.convert(net, "half-macs", input_size=(3, 12, 12), preprocessing=given, calibration=other)
