@@ -120,7 +120,7 @@ def measure(
 def survey(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure drawn cases until the minutes are over, each source in its turn."""
     draw = random.Random(args.seed)
-    sources = [(file.stem, list(load_statistics(file)[0].items())) for file in args.statistics]
+    sources = [(file.stem, list(load_statistics(file)[0].items())) for file in args.calibration_cache]
     found: list[dict[str, Any]] = []
     end = time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
