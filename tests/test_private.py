@@ -61,8 +61,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OpenedModel]]:
     """The models that `convert` opens while the test runs."""
     found: list[OpenedModel] = []
 
-    def watch(model: Model, progress: Progress) -> OpenedModel:
-        found.append(open_for_verb(model, progress))
+    def watch(model: Model, progress: Progress, **options: Any) -> OpenedModel:
+        found.append(open_for_verb(model, progress, **options))
         return found[-1]
 
     monkeypatch.setattr(convert_module, "open_for_verb", watch)

@@ -111,6 +111,8 @@ def open_for_verb(
     preprocessing: PreprocessingOptions | None = None,
 ) -> OpenedModel:
     """The model as a verb takes it; one that was opened here is the verb's alone."""
+    if isinstance(model, OpenedModel) and input_size is None and preprocessing is None:
+        return model
     opened = open_model(model, input_size=input_size, preprocessing=preprocessing, progress=progress)
     return opened if isinstance(model, OpenedModel) else opened.hand_over()
 
