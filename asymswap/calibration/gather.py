@@ -391,14 +391,17 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
     return torch.stack(parts).sum()
 
 
-def within(limit: float, sites: Sequence[Site], bytes_of: Callable[[Site], float]) -> Iterator[list[Site]]:
-    """Yield runs of sites whose bytes fit into the limit, at least one site at a time."""
+def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]) -> Iterator[list[Site]]:
+    """Yield sites in runs of which what is held (`size_of`, bytes) fits into the limit, at least one site at a time."""
     group: list[Site] = []
+    held = 0.0
     for site in sites:
-        if group and sum(map(bytes_of, [*group, site])) > limit:
+        size = size_of(site)
+        if group and held + size > limit:
             yield group
-            group = []
+            group, held = [], 0.0
         group.append(site)
+        held += size
     if group:
         yield group
 

@@ -18,7 +18,7 @@ from asymswap.models import builders, timm_models
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
 from asymswap.models.references import FILE_SUFFIXES
-from asymswap.results.records import Source, read_history
+from asymswap.results.records import read_history
 from asymswap.training.distillation import Teacher
 from asymswap.types import Swap
 
@@ -68,13 +68,6 @@ def blocks_around(swaps: Iterable[Swap], student: nn.Module, teacher: nn.Module)
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _is_block(model: nn.Module, name: str) -> bool:
-    try:
-        return not isinstance(model.get_submodule(name), _LISTS)
-    except AttributeError:
-        return False
-
-
 def _open_named(reference: str) -> OpenedModel:
     try:
         return open_model(reference)
@@ -118,13 +111,6 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
     if weights == "random":
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
     return origin, {"weights": weights, "arguments": arguments} if origin.startswith("torchvision:") else {}
-
-
-def _recorded_file(report: Source) -> str | None:
-    """The path of the file that was converted, as it was given then; None where the model was no file."""
-    if not report.model.sha256:
-        return None
-    return (report.files[0].path if report.files else None) or report.model.reference
 
 
 def _same_file(recorded: str, expected: str, folder: Path | None) -> Path:
