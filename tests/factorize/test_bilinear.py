@@ -113,6 +113,7 @@ WINDOWS = [
     pytest.param([1, 0, -1], 1, 0, (2, 1, 3, 0), id="no padding to take back"),
     pytest.param([2, 0, -2], 2, 1, (2, 2, 3, 0), id="a whole step of padding or none"),
     pytest.param([2, 0, -2], 2, 3, (4, 2, 1, -2), id="a step of padding"),
+    pytest.param([3, 0, -3], 3, 1, (2, 3, 3, 0), id="a third of a step of padding is none"),
 ]
 
 
