@@ -29,7 +29,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL, "python") for b in blocks(page))]
 # Those whose examples convert a ResNet-18, download nothing, and take longest.
 MINUTES = {"reports.md", "after-conversion.md", "models.md", "benchmarking.md", "finetuning.md", "tutorial.md"}
-"""Pages that `make test-exhaustive` runs."""
+"""Pages that `make test-nightly` runs."""
 
 SLOW = {
     "README.md",

@@ -1,7 +1,8 @@
-"""A few hundred damaged and hostile files of every kind; `make fuzz` runs thousands (benchmarks/fuzz.py)."""
+"""Damaged and hostile files of every kind: some in `make test`, hundreds in `make test-nightly`, thousands in `make fuzz`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hostile
@@ -18,6 +19,7 @@ KINDS = (
 
 SLOW = ("training state", "sweep state", "statistics")
 """Their commands take a second each where a file is accepted."""
+MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def test_every_kind_is_tried(sound: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_files_are_read_or_refused(kind: str, sound: dict[str, bytes], workers: Workers) -> None:
-    cases = [case for case in hostile.mutated(sound, kind, 40, seed=1) if quick(case)][: 4 if kind in SLOW else 10]
+    cases = [case for case in hostile.mutated(sound, kind, 40, seed=1) if quick(case)][
+        : 10 if MANY else 2 if kind in SLOW else 4
+    ]
     assert faults(workers, cases) == []
 
 
@@ -66,7 +70,7 @@ def test_sound_files_are_read(sound: dict[str, bytes], workers: Workers) -> None
 
 
 def test_what_hypothesis_makes_up_is_read_or_refused(workers: Workers) -> None:
-    assert faults(workers, hostile.made_up(60, seed=1)) == []
+    assert faults(workers, hostile.made_up(100 if MANY else 25, seed=1)) == []
 
 
 def test_no_trap_is_sprung(workers: Workers) -> None:

@@ -64,7 +64,7 @@ FUSABLE = [name for name in SWAPS if name.startswith(("acb", "offset", "weighted
 
 
 IN_SHORT = [("separable", False), ("predicted-offset-mask", False), ("acb-branch", True)]
-"""What `make test` tries; `make test-exhaustive` tries all."""
+"""What `make test` tries; `make test-nightly` tries all."""
 
 
 @pytest.mark.parametrize(

@@ -332,13 +332,14 @@ class TestHelp:
         assert command("--version").out == f"asymswap {asymswap.__version__}\n"
 
 
+DENSENET = ("densenet121", "--weights", "none", "--input", "3x64x64")
+
 # With long names, many columns, or text that has to be folded.
 TABLES = {
     "convert": CONVERT,
-    "convert densenet": ("convert", "densenet121", "--weights", "none", "--recipe", "last-block.toml", "--dry-run"),
+    "convert densenet": ("convert", *DENSENET, "--recipe", "last-block.toml", "--dry-run"),
     "candidates": ("candidates", "resnet18", "--weights", "none"),
-    "candidates densenet": ("candidates", "densenet121", "--weights", "none"),
-    "candidates inception": ("candidates", "inception_v3", "--weights", "none"),
+    "candidates densenet": ("candidates", *DENSENET),
     "recipes": ("recipes",),
     "show": ("show", "digits-resnet.asym.pt"),
 }

@@ -26,7 +26,7 @@ from asymswap.utils.tensors import WithoutMemory, meta_copy
 SMALL = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"]
 # The quantisable ones hold stubs of torch.ao, which nobody would convert after quantising.
 OTHERS = [name for name in models.list_models() if name not in SMALL and not name.startswith("quantized")]
-each_torchvision = pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(OTHERS)])
+each_torchvision = pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(OTHERS, SMALL)])
 
 
 class Mine(nn.Sequential):

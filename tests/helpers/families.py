@@ -9,13 +9,13 @@ import pytest
 from torchvision import models
 
 
-def one_of_each_family(references: Iterable[str]) -> list[Any]:
+def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> list[Any]:
     """The references (NAME, NAME@WEIGHTS, torchvision:NAME, or others) as parameters, most of them marked exhaustive.
 
-    A family is what one file of torchvision builds; its first reference is marked slow. Others than torchvision's are
-    families of their own.
+    A family is what one file of torchvision builds; its first reference is marked slow, unless a reference in `tried`
+    is of that family. Other references than torchvision's are families of their own.
     """
-    met: set[str] = set()
+    met = {_family(reference) for reference in tried}
     found = []
     for reference in references:
         family = _family(reference)

@@ -111,7 +111,7 @@ def structure(model: nn.Module) -> Any:
     return state, lines, fields
 
 
-@pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(MEDIUM)])
+@pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(MEDIUM, SMALL)])
 def test_weights_come_from_the_cache_and_the_origin_builds_the_same(
     name: str, cache: Callable[[str, State], Path]
 ) -> None:
@@ -127,7 +127,7 @@ def test_weights_come_from_the_cache_and_the_origin_builds_the_same(
         assert torch.equal(again.eval()(x), source.model.eval()(x))
 
 
-@pytest.mark.parametrize("reference", [*DEFAULT, *one_of_each_family(REST)])
+@pytest.mark.parametrize("reference", [*DEFAULT, *one_of_each_family(REST, DEFAULT)])
 def test_origins_build_the_same_structure_for_all_weights(reference: str) -> None:
     # ssdlite runs itself while it is built, which needs numbers.
     if "ssdlite" in reference:
