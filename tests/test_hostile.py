@@ -1,4 +1,4 @@
-"""Damaged and hostile files of every kind: some in `make test`, hundreds in `make test-nightly`, thousands in `make fuzz`."""
+"""Damaged and hostile files of every kind: a few here, hundreds in `make test-nightly`, thousands in `make fuzz`."""
 
 from __future__ import annotations
 
