@@ -27,7 +27,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -48,19 +48,15 @@ from pydantic_core import CoreSchema
 from asymswap import replacements
 from asymswap.errors import RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
-from asymswap.types import Neighbour, Site, Size
+from asymswap.replacements import KindSettings
+from asymswap.types import Site, Size
 
 
 def _as_size(value: Any) -> Any:
     """Read "3x5" or 3 as (height, width)."""
-    if isinstance(value, str):
-        parts = value.split("x")
-        if len(parts) == 2 and all(part.isdecimal() for part in parts):
-            return int(parts[0]), int(parts[1])
-    elif isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    elif isinstance(value, tuple) and len(value) == 2:
-        return value
+    size = replacements.as_size(value)
+    if isinstance(size, tuple) and len(size) == 2:
+        return size
     raise ValueError('give a size such as "3x3" or 3')
 
 
@@ -212,42 +208,42 @@ class Match(_Strict):
         }
 
     def holds(self, site: Site, position: Position, stages: Set[Position] = frozenset()) -> bool:
-        """Whether a site matches, at this place among all sites and in these stages."""
-        conv = site.conv
-
-        def size_holds(allowed: SizeRange | tuple[Size, ...] | None, size: Size | None) -> bool:
-            if allowed is None or size is None:
-                return allowed is None
-            return allowed.holds(size) if isinstance(allowed, SizeRange) else size in allowed
-
-        def any_fits(words: tuple[str, ...] | None, neighbours: tuple[Neighbour, ...] | None) -> bool:
-            operations = [neighbour.op for neighbour in neighbours or ()]
-            return words is None or any(vocabulary.fits(word, op) for word in words for op in operations)
-
+        """Return True if a site matches, at this place among all sites and in these stages."""
+        conv, cost = site.conv, site.cost
+        facts: dict[str, Collection[Any]] = {
+            "kernel": [conv.kernel],
+            "stride": [conv.stride],
+            "dilation": [conv.dilation],
+            "groups": [conv.grouping],
+            "in_channels": [conv.in_channels],
+            "out_channels": [conv.out_channels],
+            "feature_map": [call.input for call in site.calls[:1]],
+            "position": [position],
+            "stage": stages,
+            "macs": [cost.macs],
+            "params": [cost.params],
+        }
+        sides = [(self.followed_by, site.after), (self.preceded_by, site.before)]
         return (
             self._is_named(site)
-            and size_holds(self.kernel, conv.kernel)
-            and size_holds(self.stride, conv.stride)
-            and size_holds(self.dilation, conv.dilation)
-            and (self.groups is None or conv.grouping in self.groups)
-            and (self.in_channels is None or self.in_channels.holds(conv.in_channels))
-            and (self.out_channels is None or self.out_channels.holds(conv.out_channels))
-            and size_holds(self.feature_map, site.feature_map)
-            and (self.position is None or position in self.position)
-            and (self.stage is None or not stages.isdisjoint(self.stage))
-            and (self.macs is None or self.macs.holds(site.cost.macs))
-            and (self.params is None or self.params.holds(site.cost.params))
-            and any_fits(self.followed_by, site.after)
-            and any_fits(self.preceded_by, site.before)
+            and all(_allows(getattr(self, name), values) for name, values in facts.items())
+            and all(
+                words is None or any(vocabulary.fits(word, other.op) for word in words for other in neighbours or ())
+                for words, neighbours in sides
+            )
         )
 
     def _is_named(self, site: Site) -> bool:
         return _matches(self.names)(site.name) and not _matches(self.exclude)(site.name)
 
-    @property
-    def needs_graph(self) -> bool:
-        """Whether it asks for neighbours, which only a traced model has."""
-        return self.followed_by is not None or self.preceded_by is not None
+
+def _allows(condition: Range | SizeRange | tuple[Any, ...] | None, values: Collection[Any]) -> bool:
+    """Return True if one of the values meets a condition; without a condition any does, or none."""
+    if condition is None:
+        return True
+    if isinstance(condition, tuple):
+        return any(value in condition for value in values)
+    return any(condition.holds(value) for value in values)
 
 
 def _one_kind(value: Any) -> Any:
@@ -282,37 +278,35 @@ class Rule(_Strict):
             if not isinstance(self.swap.get("kind"), str):
                 raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
             try:
-                replacements.parse_settings(self.swap["kind"], self.swap_settings)
+                _ = self.settings
             except RecipeError as error:
                 raise ValueError(str(error)) from None
         return self
 
     @property
-    def swap_settings(self) -> dict[str, Any]:
-        """What `swap` says beside the kind."""
-        return {key: value for key, value in (self.swap or {}).items() if key != "kind"}
+    def kind(self) -> str:
+        """The name of the kind by which the rule swaps."""
+        assert self.swap is not None
+        return str(self.swap["kind"])
 
     @property
-    def sizes(self) -> tuple[str, ...]:
-        """The settings that fix the size of the kind's replacements; none where nothing is swapped."""
-        return () if self.swap is None else replacements.load(self.swap["kind"]).SIZES
-
-    @property
-    def size(self) -> str | None:
-        """The one of these settings that the rule says; None where a budget chooses."""
-        return next((name for name in self.sizes if name in self.swap_settings), None)
+    def settings(self) -> KindSettings:
+        """The settings of `swap` beside the kind, checked."""
+        assert self.swap is not None
+        return replacements.parse_settings(self.kind, {key: self.swap[key] for key in self.swap if key != "kind"})
 
     @property
     def lacks_size(self) -> bool:
-        """Whether the rule swaps and says no size, although its kind has one."""
-        return bool(self.sizes) and self.size is None
+        """True if the rule swaps and gives no size, although its kind has one."""
+        sizes = () if self.swap is None else replacements.load(self.kind).SIZES
+        return bool(sizes) and not any(name in sizes for name in self.swap or ())
 
     @property
     def leaves_choice(self) -> bool:
-        """Whether a budget has something to choose: the size, or for a kind without one whether to swap at all."""
-        if self.swap is None or self.sizes:
+        """True if a budget can choose: the size, or for a kind without one whether to swap at all."""
+        if self.swap is None or replacements.load(self.kind).SIZES:
             return self.lacks_size
-        return not replacements.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
+        return not self.settings.allow_growth
 
 
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -343,9 +337,8 @@ class Budget(_Strict):
     def _one_measure(self) -> Budget:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a budget needs one of {', '.join(BUDGETS)}" + (f", not {' and '.join(given)}" * bool(given))
-            )
+            instead = f", not {' and '.join(given)}" if given else ""
+            raise ValueError(f"a budget needs one of {', '.join(BUDGETS)}{instead}")
         if self.max_error is not None and "over" in self.model_fields_set:
             raise ValueError("over says of what a fraction is taken, and max_error is none; remove one of the two")
         return self
@@ -363,22 +356,20 @@ class Budget(_Strict):
         return self.macs or self.params or self.latency or 1.0
 
     def __str__(self) -> str:
-        error = self.max_error
-        if error is not None:
-            return f"a predicted error of at most {error:g} (the measured one is usually several times smaller)"
+        if self.max_error is not None:
+            return (
+                f"a predicted error of at most {self.max_error:g} (the measured one is usually several times smaller)"
+            )
         owner = "the matched convs'" if self.over == "matched" else "the model's"
-        measure = {"macs": "MACs", "params": "parameters", "latency": "latency"}[self.measure]
-        return f"{self.fraction:g} of {owner} {measure}"
+        return f"{self.fraction:g} of {owner} {MEASURES[self.measure]}"
 
 
-_LARGEST, _LONGEST_KEY = 2**20, 100
-_STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
-
-BUDGETS = ("macs", "params", "latency", "max_error")
+MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+BUDGETS = (*MEASURES, "max_error")
 
 
 class About(_Strict):
-    """What a recipe says of itself, for people; `group` is where `asymswap recipes` lists it."""
+    """What a recipe says of itself, for people."""
 
     summary: str = ""
     """What the recipe does, in one sentence."""
@@ -401,15 +392,14 @@ class Recipe(About):
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
-        lacking = [number for number, rule in enumerate(self.rules, start=1) if rule.lacks_size]
-        if lacking and self.budget is None:
-            sizes = " or ".join(self.rules[lacking[0] - 1].sizes)
-            raise ValueError(f"rule {lacking[0]} says no size: give {sizes}, or the recipe a [budget]")
+        for number, rule in enumerate(self.rules, start=1):
+            if self.budget is None and rule.lacks_size:
+                sizes = " or ".join(replacements.load(rule.kind).SIZES)
+                raise ValueError(f"rule {number} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
-            why = "no rule's kind has sizes; leave the budget out"
-            if any(rule.sizes for rule in self.rules):
-                why = "every rule says its own size; remove one of the two"
-            raise ValueError(f"the [budget] has nothing to choose: {why}")
+            sized = any(replacements.load(rule.kind).SIZES for rule in self.rules if rule.swap is not None)
+            why = "every rule says its own size" if sized else "no rule's kind has sizes"
+            raise ValueError(f"the [budget] has nothing to choose: {why}; remove one of the two")
         return self
 
 
@@ -434,6 +424,10 @@ def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
         for name, size in pixels.items()
         if size in sizes
     }
+
+
+_LARGEST, _LONGEST_KEY = 2**20, 100
+_STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 
 def shipped_folder() -> Path:
@@ -472,7 +466,7 @@ def read_recipe_text(reference: str) -> tuple[str, str]:
 
 
 def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Check a recipe's text, with the user's overrides put in (see `override`); raises RecipeError in one line."""
+    """Check a recipe's text, with the user's `overrides` (see `override`) put in; raises RecipeError in one line."""
     if len(text) > _LARGEST:
         raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -494,7 +488,7 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
 
 
 def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Put `--set` and budget options into a recipe that has been read but not checked.
+    """Put the user's `overrides` into a recipe that has been read but not checked.
 
     `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key
     goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
@@ -502,26 +496,23 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     then `over`, in whatever order they are given. Raises RecipeError for a key that no rule takes.
     """
     given, budget = value.get("rules"), value.get("budget")
-    if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in (*given, budget or {})):
         # The check of the whole says what is wrong with the rules, or the budget.
-        return value
-    if not isinstance(budget, dict | None):
         return value
     rules = [dict(rule) for rule in given]
     sized = [_override_rules(rules, key, new) for key, new in overrides.items() if not key.startswith("budget.")]
     if any(sized) and not any(_leaves_choice(rule) for rule in rules):
         budget = None
     parts = {key.removeprefix("budget."): new for key, new in overrides.items() if key.startswith("budget.")}
-    # Another measure makes another budget, of which `over` then speaks.
+    # Another measure makes another budget, to which `over` then applies.
     for part in sorted(parts, key=lambda part: part not in BUDGETS):
         budget = {**({} if part in BUDGETS else budget or {}), part: parts[part]}
-    changed = {**value, "rules": rules}
-    changed.pop("budget", None)
+    changed = {key: item for key, item in value.items() if key != "budget"} | {"rules": rules}
     return changed if budget is None else {**changed, "budget": budget}
 
 
 def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
-    """Put a setting into all rules that take it, in place; return whether it is the size of one of them."""
+    """Put a setting into all rules that take it, in place; return True if it is the size of one of them."""
     known: set[str] = set()
     taken = is_size = False
     for rule in rules:
@@ -529,14 +520,14 @@ def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
         if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
             continue
         kind = replacements.load(swap["kind"])
-        known |= set(kind.settings.model_fields)
+        known |= kind.settings.model_fields.keys()
         if key in kind.settings.model_fields:
             dropped = kind.SIZES if key in kind.SIZES else ()
-            rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: new}
+            rule["swap"] = {**{name: item for name, item in swap.items() if name not in dropped}, key: new}
             taken, is_size = True, is_size or key in kind.SIZES
     if not taken:
         hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
-        raise RecipeError(f"--set {key}: no rule of the recipe takes it{hint}")
+        raise RecipeError(f"no rule of the recipe has a setting {key!r}{hint}")
     return is_size
 
 
@@ -544,25 +535,18 @@ def _leaves_choice(rule: dict[str, Any]) -> bool:
     try:
         return Rule.model_validate(rule).leaves_choice
     except ValidationError:
-        # The check of the whole says what is wrong with it.
-        return False
+        return False  # the check of the whole says what is wrong with it
 
 
 def _keys_at(error: ValidationError) -> list[str]:
     """Return the keys that are known at the first unknown one, for near names."""
-    unknown = next((item for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"), None)
-    if unknown is None:
-        return []
-    path = [part for part in unknown["loc"] if isinstance(part, str) and part not in ("range", "any of")]
-    owner: type[BaseModel] = Recipe
-    if len(path) > 3:
-        owner = Range
-    elif "match" in path[:-1]:
-        owner = Match
-    elif len(path) > 1:
-        owners: dict[str, type[BaseModel]] = {"rules": Rule, "budget": Budget}
-        owner = owners.get(path[0], Recipe)
-    return list(owner.model_fields)
+    owners: dict[str | int, type[BaseModel]] = {"rules": Rule, "match": Match, "budget": Budget}
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            *path, _ = [part for part in item["loc"] if isinstance(part, str) and part not in ("range", "any of")]
+            owner = Range if len(path) > 2 else owners.get(path[-1], Recipe) if path else Recipe
+            return list(owner.model_fields)
+    return []
 
 
 def json_schema() -> dict[str, Any]:

@@ -26,9 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asymswap.errors import PlanError
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 from asymswap.utils.tensors import additions, store_
 
@@ -91,7 +90,6 @@ class AsymmetricConvBlock(Replacement):
     PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: only a kernel with two odd sides has a centre row and column."""
         return _convs.unsupported(conv) or super().unsupported(conv)
 
     def preserves(self, conv: ConvSpec, settings: Settings) -> bool:
@@ -99,14 +97,11 @@ class AsymmetricConvBlock(Replacement):
         return settings.bn == "shared" or conv.dtype in ("float32", "float64")
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls and parameters of the block, those of its batch norms included."""
         strips = _convs.strip_convs(site.conv)
         norms = Cost(0, 6 * site.conv.out_channels if settings.bn == "branch" else 0)
         return site.cost + replace(site, conv=strips.vertical).cost + replace(site, conv=strips.horizontal).cost + norms
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         """Return the settings as they are, with the constants of the batch norms where there are some."""
         stored = {"bn"} if settings.bn == "shared" else {"bn", "eps", "momentum"}
         return self.option(site, Settings(**settings.model_dump(include=stored)))
@@ -141,19 +136,13 @@ class AsymmetricConvBlock(Replacement):
 
         return AsymmetricBlock(branch(conv), branch(strips.vertical), branch(strips.horizontal), strips.crop)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Make the square branch the conv and the batch norm that is taken over, and the strips without effect.
 
         The conv's own weights are kept, whatever the target of the statistics, which set those of the branches alone.
         Raises PlanError for a batch norm that cannot be taken over.
         """
+        conv, norm = original.conv, original.norm
         if norm is not None and settings.bn == "shared":
             raise PlanError("kind 'acb' takes over a batch norm with bn = \"branch\" only")
         if norm is not None and self.fold_norm(settings, norm) is None:
@@ -167,14 +156,14 @@ class AsymmetricConvBlock(Replacement):
                 return
             vertical.conv.weight.copy_(_strongest_column(conv.weight))
             horizontal.conv.weight.copy_(_strongest_column(conv.weight.mT).mT)
-            _init_square_norm_(square, statistics, norm)
+            _init_square_norm_(square, original)
             column, row = vertical.conv.weight, horizontal.conv.weight
             for strip, kernel in (
                 (vertical, _convs.as_square(column, torch.zeros_like(row))),
                 (horizontal, _convs.as_square(torch.zeros_like(column), row)),
             ):
                 own = cast(nn.BatchNorm2d, strip.norm)
-                mean_O, variance_O = _moments(kernel, square.conv, statistics, norm)
+                mean_O, variance_O = _moments(kernel, square.conv, original)
                 store_(_tensor(own.running_mean), mean_O)
                 store_(_tensor(own.running_var), variance_O)
                 nn.init.zeros_(own.weight)
@@ -227,15 +216,14 @@ def _strongest_column(w_OIHW: Tensor) -> Tensor:
     return w_OIHW[torch.arange(len(w_OIHW), device=w_OIHW.device), ..., chosen][..., None]
 
 
-def _moments(
-    kernel_OIHW: Tensor, conv: nn.Conv2d, statistics: SiteStatistics | None, norm: nn.BatchNorm2d | None
-) -> tuple[Tensor, Tensor]:
+def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[Tensor, Tensor]:
     """Return mean and variance (O) of the output of a kernel in the place of the conv's own, without its bias.
 
     Known from the statistics. Without them, white inputs that explain those of the batch norm behind the conv: the
     output varies with the kernel's squared norm, and its mean follows from the part that is along the conv's kernel.
     With neither, those of outputs that are normal already.
     """
+    statistics, norm = original.statistics, original.norm
     kernel = _float64(kernel_OIHW).flatten(1)
     if statistics is not None:
         kernel_GOD = kernel.unflatten(0, (conv.groups, -1))
@@ -251,13 +239,13 @@ def _moments(
     return along_O * mean_O, share_O * _float64(norm.running_var)
 
 
-def _init_square_norm_(branch: _Branch, statistics: SiteStatistics | None, norm: nn.BatchNorm2d | None) -> None:
+def _init_square_norm_(branch: _Branch, original: Original) -> None:
     """Copy the batch norm that is taken over, or make one that does nothing in eval mode."""
-    own = cast(nn.BatchNorm2d, branch.norm)
+    own, norm = cast(nn.BatchNorm2d, branch.norm), original.norm
     if norm is None:
-        mean_O, variance_O = _moments(branch.conv.weight, branch.conv, statistics, None)
+        mean_O, variance_O = _moments(branch.conv.weight, branch.conv, original)
         # Without calibration statistics we assume zero mean, bias or not.
-        if statistics is not None and branch.conv.bias is not None:
+        if original.statistics is not None and branch.conv.bias is not None:
             mean_O = mean_O + _float64(branch.conv.bias)
         _convs.set_neutral_(own, mean_O, variance_O)
         return

@@ -21,9 +21,8 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from asymswap.factorize import bilinear
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Site, Size
 
 
@@ -152,16 +151,9 @@ class Offset(Replacement):
         """Return an `OffsetConv2d` at zero offset, its weights unset."""
         return OffsetConv2d(conv, settings.limit, self.weighted)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Copy the conv's own numbers, and put every tap back to its place."""
-        super().init_(module, conv, settings, statistics, norm)
+        super().init_(module, original, settings)
         assert isinstance(module, OffsetConv2d)
         with torch.no_grad():
             module.raw_offsets.zero_()

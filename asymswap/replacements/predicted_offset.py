@@ -25,9 +25,8 @@ from torch import Tensor, fx, nn
 from torchvision import ops
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 from asymswap.utils.tensors import is_channels_last
 
@@ -128,14 +127,12 @@ class PredictedOffset(Replacement):
         pixels = sum(math.prod(call.output) * call.batch for call in site.calls)
         return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         """Return the settings as they are; raises RecipeError where the channels do not divide into offset groups."""
         problem = _uneven(site.conv, settings)
         if problem is not None:
             raise RecipeError(problem)
-        return super().resolve(site, conv, settings, statistics)
+        return super().resolve(site, original, settings)
 
     def build(self, conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
         """Return a `PredictedOffsetConv2d`; raises PlanError where the channels do not divide into offset groups."""
@@ -144,16 +141,9 @@ class PredictedOffset(Replacement):
             raise PlanError(f"kind 'predicted-offset': {problem}")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Copy the conv's own numbers, and let the predictor predict zero."""
-        super().init_(module, conv, settings, statistics, norm)
+        super().init_(module, original, settings)
         for parameter in cast(PredictedOffsetConv2d, module).predictor.parameters():
             nn.init.zeros_(parameter)
 

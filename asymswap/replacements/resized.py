@@ -13,19 +13,13 @@ from pydantic import BeforeValidator, Field
 from torch import nn
 
 from asymswap.errors import RecipeError
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Replacement
+from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Original, Replacement, as_size
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
 
 def _as_pair(value: Any) -> Any:
-    if isinstance(value, str) and value not in ("same", "valid"):
-        parts = value.lower().split("x")
-        return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else as_size(value)
 
 
 Side = Annotated[int, Field(ge=1)]
@@ -66,12 +60,9 @@ class Resized(Replacement):
         return super().unsupported(conv)
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls and parameters of the new conv."""
         return replace(site, conv=resized(site.conv, settings)).cost
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         """Return all fields of the new conv; raises RecipeError where the conv cannot grow to them without a change."""
         grown = resized(site.conv, settings)
         problem = _change(site.conv, grown)
@@ -86,16 +77,9 @@ class Resized(Replacement):
     def build(self, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         return _convs.new_conv(resized(conv, settings))
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Copy the conv's own taps into the middle of zeros, as far apart as they were."""
-        new = cast(nn.Conv2d, module)
+        new, conv = cast(nn.Conv2d, module), original.conv
         places = []
         for axis in (0, 1):
             taps, step, old_step = new.kernel_size[axis], new.dilation[axis], conv.dilation[axis]
@@ -106,7 +90,6 @@ class Resized(Replacement):
         _convs.copy_(new, kernel, conv.bias)
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-        """Return the module, which is an ordinary conv already."""
         return cast(nn.Conv2d, module)
 
 

@@ -29,8 +29,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -39,9 +39,8 @@ from torch import Tensor, nn
 from asymswap.errors import RecipeError
 from asymswap.factorize import covariance, intermediate, svd
 from asymswap.factorize.allocation_cost import loss
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
 _SMALL = 10_000_000
@@ -53,8 +52,6 @@ _DEVIATIONS = 3.0
 On digits-resnet at a quarter of its MACs, calibrated in one pass, three draws of the images, the output's error is
 0.58 at 2 deviations, 0.54 at 2.5, 0.52 at 3 and 0.52 at 4, with no ReLU 0.40.
 """
-
-_SIZES = ("rank", "ratio", "energy")
 
 Order = Literal["vertical-first", "horizontal-first"]
 Between = Literal["none", "relu", "bn", "bn-relu"]
@@ -93,7 +90,8 @@ class Settings(KindSettings):
 
     @model_validator(mode="after")
     def _one_size(self) -> Settings:
-        given = [f"{name} = {getattr(self, name)}" for name in _SIZES if getattr(self, name) is not None]
+        sizes = {"rank": self.rank, "ratio": self.ratio, "energy": self.energy}
+        given = [f"{name} = {size}" for name, size in sizes.items() if size is not None]
         if len(given) > 1:
             raise ValueError(f"give one of rank, ratio and energy, not {' and '.join(given)}")
         return self
@@ -118,13 +116,12 @@ class Separable(Replacement):
 
     settings = Settings
     settled = Settled
-    SIZES = _SIZES
+    SIZES = ("rank", "ratio", "energy")
     PRESERVES = (
         "the function, as well as the rank allows; exactly at full rank, in eval mode, unless a ReLU stands between"
     )
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: a kernel of one row or one column has nothing to separate."""
         if conv.kernel == (1, 1):
             return "a 1x1 kernel has nothing to separate"
         if 1 in conv.kernel:
@@ -138,17 +135,14 @@ class Separable(Replacement):
         return settings.between == "none" or conv.dtype in ("float32", "float64")
 
     def cost(self, site: Site, settings: Settled) -> Cost:
-        """Return MACs over all calls and parameters of the pair."""
         return pair_cost(site, settings.rank, settings.order, settings.bias, settings.between)
 
-    def options(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Sequence[Option]:
+    def options(self, site: Site, original: Original, settings: Settings) -> Sequence[Option]:
         """Return the ranks of every order that the settings allow, whatever they cost."""
         found: list[Option] = []
         for order in _orders(settings):
-            curve = self._curve(site, conv, order, settings, statistics)
-            step = _multiple(curve, site) if settings.multiple == "auto" else settings.multiple
+            curve = self._curve(site, original, order, settings)
+            step = settings.multiple if settings.multiple != "auto" else _multiple(curve, site)
             for option in curve:
                 rank = option.settings["rank"]
                 # Powers of two below the step keep the cheapest ranks within reach.
@@ -156,15 +150,13 @@ class Separable(Replacement):
                     found.append(option)
         return found
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         """Choose the rank and the order; raises RecipeError for a rank above the full one or a ratio below rank 1."""
         found: list[Option] = []
         for order in _orders(settings):
             if settings.rank is not None and settings.rank > full_rank(site.conv, order):
                 continue
-            curve = self._curve(site, conv, order, settings, statistics)
+            curve = self._curve(site, original, order, settings)
             if settings.rank is not None:
                 found.append(curve[settings.rank - 1])
             elif settings.ratio is not None:
@@ -188,14 +180,12 @@ class Separable(Replacement):
         equal = [option for option in found if math.isclose(option.loss, best.loss, rel_tol=1e-9, abs_tol=1e-12)]
         return min(equal, key=lambda option: (option.cost.macs, option.cost.params))
 
-    def _curve(
-        self, site: Site, conv: nn.Conv2d, order: Order, settings: Settings, statistics: SiteStatistics | None
-    ) -> list[Option]:
+    def _curve(self, site: Site, original: Original, order: Order, settings: Settings) -> list[Option]:
         """Return one option for each rank; its error is the share of the energy that truncation leaves out."""
-        vertical_first = order == "vertical-first"
+        vertical_first, statistics = order == "vertical-first", original.statistics
         divergences: list[float] | None = None
         if statistics is None:
-            errors = _left(svd.energies(svd.as_matrix(conv.weight, conv.groups, vertical_first)))
+            errors = _left(svd.energies(svd.as_matrix(original.conv.weight, site.conv.groups, vertical_first)))
         else:
             problem = covariance.arrange(statistics, site.conv.kernel, vertical_first)
             plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
@@ -219,57 +209,29 @@ class Separable(Replacement):
 
         Between them are `norm` and `relu`, where the settings ask for them.
         """
+        vertical_first = settings.order == "vertical-first"
         channels = conv.groups * settings.rank
-        ends = [
-            (conv.in_channels, channels, settings.between == "relu"),
-            (channels, conv.out_channels, conv.bias or settings.bias or settings.rectifies),
-        ]
+        first = replace(_half(conv, vertical_first), out_channels=channels, bias=settings.between == "relu")
+        has_bias = conv.bias or settings.bias or settings.rectifies
+        second = replace(_half(conv, not vertical_first), in_channels=channels, bias=has_bias)
         if _early_padding(conv, settings.order, settings.between):
-            paddings: list[Size | str] = [(conv.pads[2], conv.pads[0]), (0, 0)]
-        elif isinstance(conv.padding, str):
-            paddings = [conv.padding, conv.padding]
-        else:
-            height, width = conv.padding
-            paddings = [(height, 0), (0, width)] if settings.order == "vertical-first" else [(0, width), (height, 0)]
-        names = ["vertical", "horizontal"] if settings.order == "vertical-first" else ["horizontal", "vertical"]
-        halves: list[tuple[str, nn.Module]] = []
-        for name, (inputs, outputs, bias), padding in zip(names, ends, paddings, strict=True):
-            kernel, stride, dilation = (
-                (size[0], 1) if name == "vertical" else (1, size[1])
-                for size in (conv.kernel, conv.stride, conv.dilation)
-            )
-            half = replace(
-                conv,
-                in_channels=inputs,
-                out_channels=outputs,
-                kernel=kernel,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                bias=bias,
-            )
-            halves.append((name, _convs.new_conv(half)))
-        between: list[tuple[str, nn.Module]] = []
+            first, second = replace(first, padding=(conv.pads[2], conv.pads[0])), replace(second, padding=(0, 0))
+        names = ("vertical", "horizontal") if vertical_first else ("horizontal", "vertical")
+        layers = OrderedDict[str, nn.Module]({names[0]: _convs.new_conv(first)})
         if settings.between in ("bn", "bn-relu"):
-            between.append(("norm", nn.BatchNorm2d(channels, dtype=getattr(torch, conv.dtype))))
+            layers["norm"] = nn.BatchNorm2d(channels, dtype=getattr(torch, conv.dtype))
         if settings.rectifies:
-            between.append(("relu", nn.ReLU()))
-        return nn.Sequential(OrderedDict([halves[0], *between, halves[1]]))
+            layers["relu"] = nn.ReLU()
+        layers[names[1]] = _convs.new_conv(second)
+        return nn.Sequential(layers)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settled,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settled) -> None:
         """Set the best pair of each group, by truncated SVD of the kernel or on the statistics, scale shared evenly.
 
-        With statistics the bias is the one that gives the output its target mean. What stands between the two starts as
-        the head of this file tells.
+        With statistics the bias is the one that gives the output its target mean. What is between the two starts as the
+        head of this file says.
         """
-        parts = _parts(module)
+        conv, statistics, parts = original.conv, original.statistics, _parts(module)
         vertical_first = settings.order == "vertical-first"
         kernel = cast(Size, conv.kernel_size)
         if statistics is None:
@@ -327,6 +289,18 @@ class Separable(Replacement):
                 bias_O = shift_O if bias_O is None else bias_O + shift_O
         kernel = svd.compose(first, second, conv.groups, vertical_first)
         return _convs.conv_of(conv, kernel, bias_O, parts.second.weight)
+
+
+def _half(conv: ConvSpec, vertical: bool) -> ConvSpec:
+    """Return the fields of a conv along one axis alone."""
+
+    def along(size: Size, across: int = 1) -> Size:
+        return (size[0], across) if vertical else (across, size[1])
+
+    padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
+    return replace(
+        conv, kernel=along(conv.kernel), stride=along(conv.stride), dilation=along(conv.dilation), padding=padding
+    )
 
 
 def full_rank(conv: ConvSpec, order: Order) -> int:
@@ -409,8 +383,7 @@ def _left(energy_GK: Tensor) -> list[float]:
     return [*left[1:].tolist(), 0.0]
 
 
-@dataclass(frozen=True)
-class _Parts:
+class _Parts(NamedTuple):
     """The modules of a pair that hold numbers."""
 
     first: nn.Conv2d
