@@ -37,25 +37,15 @@ from asymswap.factorize import svd
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.utils.tensors import one_thread
 
-_ITERATIONS = 150
-"""At most; 15 to 40 are usual."""
-
-_GAIN = 1e-3
-"""Iterations end once the last `_WINDOW` of them have lowered the error by less than this share."""
-
+_ITERATIONS = 150  # at most; 15 to 40 are usual
+_GAIN = 1e-3  # iterations end once the last `_WINDOW` of them have lowered the error by less than this share
 _WINDOW = 5
-_MEMORY = 8
-"""Pairs of steps and changes of the gradient that L-BFGS remembers."""
-
-_TRIALS = 6
-"""Lengths that a step is tried with before it is given up."""
-
+_MEMORY = 8  # pairs of steps and changes of the gradient that L-BFGS remembers
+_TRIALS = 6  # lengths that a step is tried with before it is given up
 _NOTHING = 1e-11
 """An error of this share of the output's energy is none: the shift of the least squares adds a tenth of it."""
 
-_LOW_RANK = 16
-"""Up to here minima differ by up to 2 %, above it by a tenth of that."""
-
+_LOW_RANK = 16  # up to here minima differ by up to 2 %, above it by a tenth of that
 _LARGE = 2000
 """Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
 

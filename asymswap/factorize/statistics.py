@@ -27,8 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3
-"""Added to a covariance, relative to the mean of its diagonal: see `SiteStatistics.ridged`."""
+RIDGE = 1e-3  # added to a covariance, relative to the mean of its diagonal: see `SiteStatistics.ridged`
 
 
 @dataclass(frozen=True)

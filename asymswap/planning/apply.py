@@ -18,8 +18,7 @@ from asymswap.replacements import Original
 from asymswap.types import Plan, Progress, Swap, silent
 from asymswap.utils.tensors import generator_for, side_by_side
 
-_ROOM = 2**22
-"""Numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more."""
+_ROOM = 2**22  # numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more
 
 
 def takes_room(conv: nn.Conv2d) -> bool:

@@ -62,10 +62,7 @@ def fuse_model(
     options: FusionOptions,
     progress: Progress = silent,
 ) -> Fused:
-    """Fuse what can be fused in a copy of the converted `model`, in eval mode.
-
-    `original` is the unconverted model, of any weights: only its structure counts.
-    """
+    """Fuse what can be fused in a copy of the converted `model`, in eval mode; of `original` only the structure counts."""
     structures = [meta_copy(original)]
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))
@@ -107,10 +104,9 @@ class _Result(NamedTuple):
 def _fuse_site(
     entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, options: FusionOptions, offset: float | None
 ) -> _Result:
-    """Fuse one replacement; raises _LeftError where it cannot be fused.
+    """Fuse one replacement; raises _LeftError where that cannot be done.
 
-    `before` is the model's structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the
-    largest predicted one.
+    `before` is the structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the largest.
     """
     kind, settings = replacements.load_swap(entry)
     module = model.get_submodule(entry.site)

@@ -32,12 +32,9 @@ from asymswap.types import Option, Plan, Progress, Site, Swap, silent
 from asymswap.utils.files import write_text
 from asymswap.utils.inputs import Inputs
 
-_GRID = 8
-"""Options of each conv that are timed; between them latency is interpolated by the MACs."""
-
+_GRID = 8  # options of each conv that are timed; between them latency is interpolated by the MACs
 _ATTEMPTS = 5
-_NOISE = 0.02
-"""Differences below this share are the machine's noise."""
+_NOISE = 0.02  # differences below this share are the machine's noise
 
 
 @dataclass(frozen=True)

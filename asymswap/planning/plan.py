@@ -120,23 +120,6 @@ class Choices:
     keeps: Mapping[str, Keep]
 
 
-def make_plan(
-    model: nn.Module,
-    sites: Sequence[Site],
-    recipe: Recipe,
-    total: Cost,
-    progress: Progress = silent,
-    statistics: Mapping[str, SiteStatistics] | None = None,
-) -> Plan:
-    """Decide about every site, settle all settings, and share a budget of MACs, parameters or error.
-
-    `total` is the cost of the whole model; `statistics` are those of each site. Nothing is changed. Raises RecipeError
-    for a rule that matches nothing, a setting that a matched conv cannot have, or a budget that cannot be reached.
-    """
-    choices = find_choices(model, sites, recipe, progress, statistics)
-    return choose(choices, counted_costs(recipe.budget, total))
-
-
 def find_choices(
     model: nn.Module,
     sites: Sequence[Site],
@@ -144,7 +127,10 @@ def find_choices(
     progress: Progress = silent,
     statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Choices:
-    """Decide all that does not depend on the budget; raises RecipeError as `make_plan` does."""
+    """Decide all that does not depend on the budget, and settle all settings; nothing is changed.
+
+    Raises RecipeError for a rule that matches nothing, or a setting that a matched conv cannot have.
+    """
     rules = find_rule(sites, recipe)
     decisions = [_decide(model, site, recipe, rules[site.name], (statistics or {}).get(site.name)) for site in sites]
     keeps = {decision.site: decision for decision in decisions if isinstance(decision, Keep)}
@@ -180,10 +166,9 @@ def find_choices(
 def choose(
     choices: Choices, costs: CostModel, fraction: float | None = None, undone: Mapping[str, str] | None = None
 ) -> Plan:
-    """Share the budget by the given costs, if there is one.
+    """Decide about every site, and share the budget by the given costs; raises RecipeError if it cannot be reached.
 
-    `fraction` takes the place of the budget's own; sites in `undone` are kept, for the reasons given there. Raises
-    RecipeError for a budget that cannot be reached.
+    `fraction` takes the place of the budget's own; sites in `undone` are kept, for the reasons given there.
     """
     undone = undone or {}
     entries: dict[str, Swap | Keep] = {name: item.swap(option) for name, (item, option) in choices.fixed.items()}
@@ -256,10 +241,7 @@ def combined_error(errors: Iterable[float]) -> float:
 def _within_error(
     points: Sequence[Sequence[Point]], curves: Sequence[Sequence[Option]], most: float, others: Sequence[float]
 ) -> Allocation:
-    """Return the cheapest allocation found whose error, with the squared ones of `others`, is at most `most`.
-
-    Raises RecipeError where even the most expensive has more.
-    """
+    """Return the cheapest allocation found whose error, with the squared ones of `others`, is at most `most`."""
 
     def error_of(allocation: Allocation) -> float:
         pairs = zip(curves, allocation.chosen, strict=True)
@@ -352,10 +334,6 @@ def _round_up(fraction: float) -> str:
     return f"{min(1.0, int(fraction * 1000 + 1) / 1000):.3f}"
 
 
-_PLAN = TypeAdapter(Plan)
-_PLAN_KEYS = sorted({item.name for cls in (Plan, Swap, Keep) for item in dataclasses.fields(cls)})
-
-
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain data."""
     return dataclasses.asdict(plan)
@@ -367,14 +345,12 @@ def plan_text(plan: Plan) -> str:
 
 
 def plan_from_json(value: Any, where: str) -> Plan:
-    """Check plan data from outside, JSON text or its value, down to each kind's settings.
-
-    Raises PlanError in one line.
-    """
+    """Check plan data from outside, JSON text or its value, down to each kind's settings; raises PlanError."""
     try:
-        plan = _PLAN.validate_json(value if isinstance(value, str | bytes) else json.dumps(value))
+        plan = TypeAdapter(Plan).validate_json(value if isinstance(value, str | bytes) else json.dumps(value))
     except ValidationError as error:
-        raise PlanError(f"{where} is not a plan: {validation_text(error, _PLAN_KEYS)}") from None
+        keys = sorted({item.name for cls in (Plan, Swap, Keep) for item in dataclasses.fields(cls)})
+        raise PlanError(f"{where} is not a plan: {validation_text(error, keys)}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{where} is not a plan: {error}") from None
     seen = Counter([swap.site for swap in plan.swaps] + [keep.site for keep in plan.keeps])

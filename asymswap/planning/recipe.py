@@ -102,11 +102,8 @@ class _Strict(BaseModel):
 class Range(_Strict):
     """A range of numbers, both ends included."""
 
-    min: Annotated[float, Field(strict=True)] | None = None
-    """The smallest number that is in it."""
-
-    max: Annotated[float, Field(strict=True)] | None = None
-    """The largest number that is in it."""
+    min: Annotated[float, Field(strict=True)] | None = Field(None, description="The smallest number that is in it.")
+    max: Annotated[float, Field(strict=True)] | None = Field(None, description="The largest number that is in it.")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Range:
@@ -122,11 +119,8 @@ class Range(_Strict):
 class SizeRange(_Strict):
     """A range of (height, width) pairs; it holds where both sides lie in it."""
 
-    min: Pair | None = None
-    """No side is below this one."""
-
-    max: Pair | None = None
-    """No side is above this one."""
+    min: Pair | None = Field(None, description="No side is below this one.")
+    max: Pair | None = Field(None, description="No side is above this one.")
 
     def holds(self, size: Size) -> bool:
         """Whether both sides lie in the range."""
@@ -150,51 +144,33 @@ Numbers = Annotated[Range, BeforeValidator(_as_range), _OrOne()]
 class Match(_Strict):
     """What a conv must be for a rule to speak of it; what is not said does not matter."""
 
-    names: Globs = ("*",)
-    """Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."""
-
-    exclude: Globs = ()
-    """Globs of names that are left out."""
-
-    kernel: Sizes | None = None
-    """Size of the kernel."""
-
-    stride: Sizes | None = None
-    """Stride, in the form of a size."""
-
-    dilation: Sizes | None = None
-    """Dilation, in the form of a size."""
-
-    groups: Groupings | None = None
-    """`dense` (one group), `depthwise` (a group for each input channel) or `grouped` (any other number)."""
-
-    in_channels: Numbers | None = None
-    """Input channels, of all groups together."""
-
-    out_channels: Numbers | None = None
-    """Output channels, of all groups together."""
-
-    feature_map: Sizes | None = None
-    """Height and width of the input where the conv runs first."""
-
-    position: Positions | None = None
-    """`first` and `last` of all convs in the order in which they run, `inner` for the others."""
-
+    names: Globs = Field(
+        ("*",), description="Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."
+    )
+    exclude: Globs = Field((), description="Globs of names that are left out.")
+    kernel: Sizes | None = Field(None, description="Size of the kernel.")
+    stride: Sizes | None = Field(None, description="Stride, in the form of a size.")
+    dilation: Sizes | None = Field(None, description="Dilation, in the form of a size.")
+    groups: Groupings | None = Field(
+        None,
+        description="`dense` (one group), `depthwise` (one for each input channel) or `grouped` (any other number).",
+    )
+    in_channels: Numbers | None = Field(None, description="Input channels, of all groups together.")
+    out_channels: Numbers | None = Field(None, description="Output channels, of all groups together.")
+    feature_map: Sizes | None = Field(None, description="Height and width of the input where the conv runs first.")
+    position: Positions | None = Field(
+        None, description="`first` and `last` of all convs in the order in which they run, `inner` for the others."
+    )
     stage: Positions | None = None
     """Of the convs that `names` and `exclude` leave: those with the largest outputs are the `first` stage, those with
     the smallest the `last`, all between are `inner`."""
 
-    macs: Numbers | None = None
-    """Multiply-adds of the conv in one forward pass, over all its calls."""
-
-    params: Numbers | None = None
-    """Parameters of the conv."""
-
-    followed_by: Words | None = None
-    """Operations of which one reads the conv's output; a batch norm between them is looked through."""
-
-    preceded_by: Words | None = None
-    """Operations of which one makes the conv's input, likewise."""
+    macs: Numbers | None = Field(None, description="Multiply-adds of the conv in one forward pass, over all its calls.")
+    params: Numbers | None = Field(None, description="Parameters of the conv.")
+    followed_by: Words | None = Field(
+        None, description="Operations of which one reads the conv's output, maybe behind a batch norm."
+    )
+    preceded_by: Words | None = Field(None, description="Operations of which one makes the conv's input, likewise.")
 
     def find(self, sites: Sequence[Site]) -> set[str]:
         """Return the names of the matching sites of a model, given in run order."""
@@ -258,17 +234,12 @@ class Rule(_Strict):
     That it matches no conv at all is an error, unless it is `optional`, as in recipes that are made for any network.
     """
 
-    match: Match = Match()
-    """Which convs the rule speaks of; without it, all."""
-
-    swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = None
-    """What they become: a kind and its settings."""
-
-    keep: Literal[True] | None = None
-    """They stay as they are, in the place of `swap`."""
-
-    optional: Annotated[bool, Field(strict=True)] = False
-    """It is no error if no conv matches."""
+    match: Match = Field(Match(), description="Which convs the rule speaks of; without it, all.")
+    swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = Field(
+        None, description="What they become: a kind and its settings."
+    )
+    keep: Literal[True] | None = Field(None, description="They stay as they are, in the place of `swap`.")
+    optional: Annotated[bool, Field(strict=True)] = Field(False, description="It is no error if no conv matches.")
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:
@@ -318,20 +289,18 @@ class Budget(_Strict):
     Or, with `max_error`, how large the error of all layers together may become, for as few MACs as that takes.
     """
 
-    macs: Fraction | None = None
-    """At most this fraction of the multiply-adds is left."""
-
-    params: Fraction | None = None
-    """At most this fraction of the parameters is left."""
-
-    latency: Fraction | None = None
-    """At most this fraction of the time of a forward pass on this machine is left."""
-
-    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
-    """The predicted relative error of all layers together, for as few MACs as that takes."""
-
-    over: Literal["model", "matched"] = "model"
-    """Of what the fraction is taken: of the whole model, or of the convs that rules match and their kinds can swap."""
+    macs: Fraction | None = Field(None, description="At most this fraction of the multiply-adds.")
+    params: Fraction | None = Field(None, description="At most this fraction of the parameters.")
+    latency: Fraction | None = Field(
+        None, description="At most this fraction of a forward pass's time on this machine."
+    )
+    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
+        None, description="The predicted relative error of all layers together, for as few MACs as that takes."
+    )
+    over: Literal["model", "matched"] = Field(
+        "model",
+        description="The fraction of the whole model, or of the convs that rules match and their kinds can swap.",
+    )
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:
@@ -371,14 +340,11 @@ BUDGETS = (*MEASURES, "max_error")
 class About(_Strict):
     """What a recipe says of itself, for people."""
 
-    summary: str = ""
-    """What the recipe does, in one sentence."""
-
-    group: Group | None = None
-    """Where `asymswap recipes` lists it."""
-
-    preserves: Preserves | None = None
-    """How well the converted network, before any training, does what the original did."""
+    summary: str = Field("", description="What the recipe does, in one sentence.")
+    group: Group | None = Field(None, description="Where `asymswap recipes` lists it.")
+    preserves: Preserves | None = Field(
+        None, description="How well the converted network, before any training, does what the original did."
+    )
 
 
 class Recipe(About):
@@ -387,8 +353,7 @@ class Recipe(About):
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=1000)]
     """The first rule that matches a conv decides about it."""
 
-    budget: Budget | None = None
-    """What may be left; it chooses the sizes that the rules do not say."""
+    budget: Budget | None = Field(None, description="What may be left; it chooses the sizes that the rules do not say.")
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
@@ -412,10 +377,7 @@ def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
 
 
 def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
-    """Return the stages of each site; what runs at no spatial conv's size (squeeze and excitation) has none.
-
-    Of a site that runs several times, as the heads of detection models do, the first call counts.
-    """
+    """Return the stages of each site by its first call; one of no spatial conv's size (squeeze-excitation) has none."""
     pixels = {site.name: math.prod(site.calls[0].output) for site in sites if site.calls}
     sizes = {pixels[site.name] for site in sites if site.calls and site.conv.kernel != (1, 1)}
     ends: dict[Position, int] = {"first": max(sizes, default=0), "last": min(sizes, default=0)}
@@ -490,10 +452,10 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
 def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Put the user's `overrides` into a recipe that has been read but not checked.
 
-    `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key
-    goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
-    size, and of the recipe's budget where no rule is left for it. Settings are put in first, then the last measure,
-    then `over`, in whatever order they are given. Raises RecipeError for a key that no rule takes.
+    `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key goes into
+    every rule that swaps by a kind with such a setting. A size there replaces the rule's own size, and the budget where
+    no rule is left for it. Settings come first, then the last measure, then `over`, in whatever order they are given.
+    Raises RecipeError for a key that no rule takes.
     """
     given, budget = value.get("rules"), value.get("budget")
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in (*given, budget or {})):

@@ -1,18 +1,17 @@
 """A k x k conv with a k x 1 and a 1 x k conv beside it, the three outputs summed (asymmetric convolution block).
 
 Ding, Guo, Ding and Han, ACNet, ICCV 2019: the strips strengthen the kernel's skeleton in training, and afterwards all
-three fuse into one k x k conv. The square conv keeps the weights of the original; the strips start without effect, but
-with a gradient of the usual size:
+three fuse into one k x k conv. The square conv keeps the original weights; the strips start without effect, but with a
+gradient of the usual size:
 
-- `bn = "shared"`: strips of zeros. What follows sees the plain sum, whose gradient a kernel of zeros gets in full: it
-  is that of the square kernel's centre row or column.
-- `bn = "branch"`: strips copied from the square kernel, behind batch norms of weight zero. A strip of zeros would not
-  do here: the deviation by which its batch norm divides would be nothing but sqrt(eps), and the first gradient about
-  1 / sqrt(eps) = 300 times too large. So the batch norm's weight gets its gradient first, and through it the strip.
+- `bn = "shared"`: strips of zeros. They get the full gradient of the sum, as the square kernel's centre row or column.
+- `bn = "branch"`: strips copied from the square kernel, behind batch norms of weight zero. Strips of zeros would not do:
+  the batch norm would divide by sqrt(eps), and make the first gradient 1 / sqrt(eps) = 300 times too large. So the
+  batch norm's weight gets its gradient first, and through it the strip.
 
-The square branch takes over the batch norm that follows the conv, where there is one, so that the block does in eval
-mode and in train mode what conv and batch norm did. The running statistics of the strips are those which they would
-have had: from calibration exactly, else from the batch norm as if the conv's inputs were white.
+The square branch takes over a batch norm that follows the conv, so that the block does in eval mode and in train mode
+what conv and batch norm did. The running statistics of the strips are what they would have been: from calibration
+exactly, else from the batch norm as if the conv's inputs were white.
 """
 
 from __future__ import annotations
@@ -27,19 +26,15 @@ from torch import Tensor, nn
 
 from asymswap.errors import PlanError
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Original, Replacement
+from asymswap.replacements.base import GrowingSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 from asymswap.utils.tensors import additions, store_
 
-_WEAKEST = 0.01
-"""A centre row or column below this share of the average one's energy gives way to the strongest one."""
+_WEAKEST = 0.01  # a centre row or column below this share of the average one's energy gives way to the strongest one
 
 
-class Settings(KindSettings):
+class Settings(GrowingSettings):
     """Which batch norms the block holds."""
-
-    allow_growth: bool = True
-    """Swap although the block has more MACs and parameters than the conv, which is its nature."""
 
     bn: Literal["shared", "branch"] = "shared"
     """`shared`: none; one that follows the conv normalises the sum. `branch`: one a branch, as in the paper.
@@ -48,12 +43,13 @@ class Settings(KindSettings):
     branches do nothing in eval mode but normalise in train mode, which the original did not: by the output's mean and
     variance from calibration, and without calibration by mean 0 and variance 1.
     """
-
-    eps: Annotated[float, Field(ge=0)] = 1e-5
-    """Added to the variance by the branches' batch norms; that of a batch norm that is taken over goes before it."""
-
-    momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = 0.1
-    """Of their running statistics, `cumulative` being torch's None; likewise."""
+    eps: Annotated[float, Field(ge=0)] = Field(
+        1e-5,
+        description="Added to the variance by the branches' batch norms; one that is taken over keeps its own.",
+    )
+    momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = Field(
+        0.1, description="Momentum of their running statistics, `cumulative` for torch's None; likewise."
+    )
 
     @model_validator(mode="after")
     def _norms_have_constants(self) -> Settings:
@@ -66,7 +62,7 @@ class Settings(KindSettings):
 class AsymmetricBlock(nn.Module):
     """The sum of three branches, each a conv and maybe a batch norm; the strips see the input less `crop` pixels.
 
-    Input (N, C, H, W), output that of the square conv; without batch norms also without N.
+    Input (N, C, H, W), output as of the square conv; without batch norms also without N.
     """
 
     def __init__(self, square: nn.Module, vertical: nn.Module, horizontal: nn.Module, crop: Size) -> None:
@@ -102,7 +98,6 @@ class AsymmetricConvBlock(Replacement):
         return site.cost + replace(site, conv=strips.vertical).cost + replace(site, conv=strips.horizontal).cost + norms
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
-        """Return the settings as they are, with the constants of the batch norms where there are some."""
         stored = {"bn"} if settings.bn == "shared" else {"bn", "eps", "momentum"}
         return self.option(site, Settings(**settings.model_dump(include=stored)))
 
@@ -189,8 +184,6 @@ class AsymmetricConvBlock(Replacement):
 
 
 class _Branch(NamedTuple):
-    """The layers of one branch."""
-
     conv: nn.Conv2d
     norm: nn.BatchNorm2d | None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from asymswap.types import ConvSpec, Cost, Option, Site
 
@@ -36,8 +36,13 @@ class KindSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    allow_growth: bool = False
-    """Swap even where the replacement has more MACs or parameters than the original conv."""
+    allow_growth: bool = Field(False, description="Swap even where the replacement has more MACs or parameters.")
+
+
+class GrowingSettings(KindSettings):
+    """The settings of kinds whose replacements cost more by their nature."""
+
+    allow_growth: bool = Field(True, description="Swap although the replacement has more MACs or parameters.")
 
 
 @dataclass(frozen=True)

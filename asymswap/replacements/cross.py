@@ -8,7 +8,7 @@ shrinks across the strip. The centre tap is in both, half of it each. Mathematic
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, cast
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -24,11 +24,13 @@ from asymswap.types import ConvSpec, Cost, Option, Site, Size
 class Settings(KindSettings):
     """A bias, and what is assumed about the inputs without statistics; a cross has one size."""
 
-    bias: bool = False
-    """Give the cross a bias even where the conv has none; calibration corrects the output's mean by it."""
-
-    correlation: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Of neighbouring input pixels, assumed without calibration. 0 copies the kernel's centre row and column."""
+    bias: bool = Field(False, description="Give the cross a bias even where the conv has none, for calibration to set.")
+    correlation: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Of neighbouring pixels, without calibration. 0 copies the kernel's centre row and column.",
+    )
 
 
 class CrossConv2d(nn.Module):
@@ -60,8 +62,7 @@ class Cross(Replacement):
         return _convs.unsupported(conv) or super().unsupported(conv)
 
     def preserves(self, conv: ConvSpec, settings: Settings) -> bool:
-        """Return False: the taps off the cross are lost."""
-        return False
+        return False  # the taps off the cross are lost
 
     def cost(self, site: Site, settings: Settings) -> Cost:
         strips = _convs.strip_convs(site.conv)
@@ -69,7 +70,6 @@ class Cross(Replacement):
         return replace(site, conv=vertical).cost + replace(site, conv=strips.horizontal).cost
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
-        """Return the one cross there is, with the error of its kernel, or with statistics of its output."""
         target, found = _solve(original, settings)
         statistics = original.statistics
         bias = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}

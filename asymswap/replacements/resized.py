@@ -14,7 +14,7 @@ from torch import nn
 
 from asymswap.errors import RecipeError
 from asymswap.replacements import _convs
-from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Original, Replacement, as_size
+from asymswap.replacements.base import SIZE_SCHEMA, GrowingSettings, Original, Replacement, as_size
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
 
@@ -28,23 +28,17 @@ Pixels = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)
 Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(_as_pair)]
 
 
-class Settings(KindSettings):
+class Settings(GrowingSettings):
     """The fields of the new conv; those that are not given follow from the kernel's size."""
 
-    allow_growth: bool = True
-    """Swap although the new conv costs more, which is its nature."""
-
-    kernel: Taps | None = None
-    """Its size, such as "5x5": on each axis larger than the conv's by an even number of taps; by itself by two."""
-
-    dilation: Taps | None = None
-    """Pixels between its taps; by itself those of the conv."""
-
-    padding: Padding | None = None
-    """Pixels on each side, "same" or "valid"; by itself what leaves the output where it was."""
-
-    bias: bool = False
-    """Give it a bias even where the conv has none."""
+    kernel: Taps | None = Field(
+        None, description='Its size, such as "5x5": an even number of taps more; by default two.'
+    )
+    dilation: Taps | None = Field(None, description="Pixels between its taps; by default those of the conv.")
+    padding: Padding | None = Field(
+        None, description='Pixels, "same" or "valid"; by default the output stays in place.'
+    )
+    bias: bool = Field(False, description="Give it a bias even where the conv has none.")
 
 
 class Resized(Replacement):
@@ -54,7 +48,6 @@ class Resized(Replacement):
     PRESERVES = "the function exactly: the new taps are zero"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: padding by anything but zeros would have to be wider than some inputs are."""
         if conv.padding_mode != "zeros":
             return f"its padding mode is {conv.padding_mode}, which may not be wide enough for a larger kernel"
         return super().unsupported(conv)
@@ -63,7 +56,6 @@ class Resized(Replacement):
         return replace(site, conv=resized(site.conv, settings)).cost
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
-        """Return all fields of the new conv; raises RecipeError where the conv cannot grow to them without a change."""
         grown = resized(site.conv, settings)
         problem = _change(site.conv, grown)
         if problem is not None:

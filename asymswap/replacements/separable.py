@@ -1,23 +1,22 @@
 """A k x k conv as a pair: (kh x 1, C -> R) then (1 x kw, R -> O), or the other order.
 
-The first conv carries the stride, padding and dilation of its own axis, the second those of the other; groups are
-solved group by group, and the rank R is that of one group; both convs keep the padding mode, the bias stays on the
-second. With nothing between the two the pair is exact at full rank: without a bias on the first conv, padding its
-output by zeros is the same as padding its input. Mathematics and papers: `asymswap.factorize.svd` for the weights
-alone, `asymswap.factorize.covariance` for calibration data.
+Each conv carries the stride, padding and dilation of its own axis; groups are solved one by one, and R is the rank of
+one; both convs keep the padding mode, the bias stays on the second. With nothing between them the pair is exact at full
+rank: without a bias on the first conv, padding its output by zeros is the same as padding its input. Mathematics and
+papers: `asymswap.factorize.svd` for the weights alone, `asymswap.factorize.covariance` for calibration data.
 
 A batch norm, a ReLU or both can stand between (Inception: Szegedy et al., 2016; ERFNet: Romera et al., 2018), for a
 network that is trained on. They start as near to nothing as they can:
 
 - The batch norm has the mean and variance of the first conv's output as its statistics, and a weight and bias that
-  undo them. In eval mode it passes everything on, so that the pair computes what it would without it, at the borders
-  too; in train mode it does so as far as a batch has these statistics. They come from the statistics, else from the
-  assumption of white inputs: then eval mode is just as exact, but train mode rescales.
+  undo them, so that in eval mode the pair computes the same as without it, at the borders too; in train mode as far as
+  a batch has these statistics. They come from calibration, else from the assumption of white inputs: then eval mode is
+  just as exact, but train mode rescales.
 - The ReLU gets every channel raised by what brings three deviations below its mean above zero (by the batch norm's
   bias or else the first conv's), and the second conv's bias takes that away again. What lies lower is cut. Zeros that
   the second conv would pad were not raised: where it pads zeros, the first conv pads in its place, on both axes, and
-  walks over that many pixels more. (A batch norm then sees the padding in train mode, of which the patches tell only
-  in part.) For `same` padding that is not alike on both sides no conv can do that: there the borders come out wrong.
+  walks over that many pixels more. (A batch norm then sees the padding in train mode, which the patches show only in
+  part.) For uneven `same` padding no conv can do that: there the borders come out wrong.
 
 At the usual padding a smaller shift would be a compromise between what is cut and what the borders lose: on
 digits-resnet at a quarter of its MACs, calibrated in one pass on 256 images, top-1 is 94 % with no ReLU, 92 % with one,
@@ -43,15 +42,10 @@ from asymswap.replacements import _convs
 from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
-_SMALL = 10_000_000
-"""MACs of a conv below which its time does not depend on its arithmetic."""
-
+_SMALL = 10_000_000  # MACs of a conv below which its time does not depend on its arithmetic
+# This many deviations below a channel's mean still pass the ReLU. On digits-resnet at a quarter of its MACs, calibrated
+# in one pass, the output's error is 0.58 at 2 deviations, 0.54 at 2.5, 0.52 at 3 and 0.52 at 4, with no ReLU 0.40.
 _DEVIATIONS = 3.0
-"""This many deviations below a channel's mean still pass the ReLU.
-
-On digits-resnet at a quarter of its MACs, calibrated in one pass, three draws of the images, the output's error is
-0.58 at 2 deviations, 0.54 at 2.5, 0.52 at 3 and 0.52 at 4, with no ReLU 0.40.
-"""
 
 Order = Literal["vertical-first", "horizontal-first"]
 Between = Literal["none", "relu", "bn", "bn-relu"]
@@ -61,32 +55,23 @@ _RECTIFYING = ("relu", "bn-relu")
 class Settings(KindSettings):
     """Order of the two convs, and one of three ways to say how wide the middle is (or none, where a budget decides)."""
 
-    order: Literal["auto", "vertical-first", "horizontal-first"] = "auto"
-    """`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."""
-
-    rank: Annotated[int, Field(ge=1)] | None = None
-    """Channels between the two convs, of each group."""
-
-    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The largest rank that keeps at most this fraction of the conv's MACs."""
-
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm."""
-
-    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """A budget chooses ranks among the multiples of this number, and 1, 2, 4 … below it.
-
-    `auto`: 16, 8, 4, 2 or 1, by the conv's size.
-    """
-
-    bias: bool = False
-    """Give the second conv a bias even where the conv has none; calibration corrects the output's mean by it."""
-
-    between: Between = "none"
-    """What stands between the two convs: nothing, a ReLU, a batch norm, or a batch norm and a ReLU.
-
-    The errors by which ranks are chosen are those of the pair without it. A ReLU implies `bias`.
-    """
+    order: Literal["auto", "vertical-first", "horizontal-first"] = Field(
+        "auto", description="`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."
+    )
+    rank: int | None = Field(None, ge=1, description="Channels between the two convs, of each group.")
+    ratio: float | None = Field(None, gt=0, le=1, description="The largest rank that keeps this fraction of the MACs.")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="The smallest rank that keeps this fraction of the kernel's squared norm."
+    )
+    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below; `auto`: by the conv's size.",
+    )
+    bias: bool = Field(False, description="Give the second conv a bias even where the conv has none.")
+    between: Between = Field(
+        "none",
+        description="A ReLU (which implies `bias`), a batch norm or both between the convs, ignored in choosing ranks.",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Settings:
@@ -100,14 +85,14 @@ class Settings(KindSettings):
 class Settled(KindSettings):
     """What a plan stores: the rank of one group, the order, and what stands between the two convs."""
 
-    rank: Annotated[int, Field(ge=1)]
+    rank: int = Field(ge=1)
     order: Order
     bias: bool = False
     between: Between = "none"
 
     @property
     def rectifies(self) -> bool:
-        """True if a ReLU stands between the two convs."""
+        """True if there is a ReLU between the two convs."""
         return self.between in _RECTIFYING
 
 
@@ -205,10 +190,7 @@ class Separable(Replacement):
         return curve
 
     def build(self, conv: ConvSpec, settings: Settled) -> nn.Sequential:
-        """Return an `nn.Sequential` of two convs, `vertical` and `horizontal`, in the order in which they run.
-
-        Between them are `norm` and `relu`, where the settings ask for them.
-        """
+        """Return the convs `vertical` and `horizontal` in run order, with `norm` and `relu` between if requested."""
         vertical_first = settings.order == "vertical-first"
         channels = conv.groups * settings.rank
         first = replace(_half(conv, vertical_first), out_channels=channels, bias=settings.between == "relu")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from planned import make_plan
 from torch import nn
 from torchvision.models import googlenet
 
@@ -21,7 +22,6 @@ from asymswap.planning.plan import (
     combined_error,
     counted_costs,
     find_choices,
-    make_plan,
     plan_from_json,
     plan_text,
 )
