@@ -100,8 +100,7 @@ def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first:
 def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return start vectors v_GMM, the most useful first, and the error energy_GM that each takes away.
 
-    The sum of what is left out estimates the error of a rank from above, and closely: it is exact where S is the same
-    for all taps and has no correlation between them.
+    The sum of what is left out is a close upper bound of a rank's error, exact if S is alike for all taps and white.
     """
     with one_thread():
         energy, vectors = torch.linalg.eigh(_whitened(problem))
@@ -158,8 +157,7 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def starts(problem: Problem, rank: int) -> Iterator[Point]:
     """Yield pairs to begin with, the best first as a rule.
 
-    By the leading eigenvectors of the whitened kernel, by the truncated SVD of the kernel, and by the leading
-    eigenvectors of what the kernel makes of the patches.
+    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output.
     """
     yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
     a_GMR, _ = svd.factors(problem.w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)

@@ -45,9 +45,8 @@ class SiteStatistics:
         """Return the covariance with a ridge, positive definite.
 
         Directions that the images hardly ever took (dead channels, fewer patches than D) would otherwise be free to
-        take any weight at all. The ridge says that they occur a thousandth as often as the average one, so that the
-        kernel keeps its own values there; it is 100 times larger than the float32 noise of the sums, and where
-        patches are plenty it changes nothing that could be measured.
+        take any weight. With the ridge, as if they occurred a thousandth as often as the average one, the kernel keeps
+        its values there; it is 100 times the float32 noise of the sums, and harmless where patches are plenty.
         """
         return self.cov_GDD + torch.diag_embed(self.ridge().expand(-1, self.cov_GDD.shape[1]))
 

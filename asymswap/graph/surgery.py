@@ -79,7 +79,7 @@ def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None =
 
 
 def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
-    """Give a fused conv, in place, the memory format of its replacement; trainable if any part of that is; return it."""
+    """Give a fused conv the memory format of its replacement, and make it trainable if any part of that is."""
     parameters = list(replacement.parameters())
     fused.requires_grad_(any(parameter.requires_grad for parameter in parameters))
     if any(is_channels_last(parameter) for parameter in parameters):

@@ -56,13 +56,9 @@ class FusionOptions:
 
 
 def fuse_model(
-    model: nn.Module,
-    original: nn.Module,
-    plans: Sequence[Plan],
-    options: FusionOptions,
-    progress: Progress = silent,
+    model: nn.Module, original: nn.Module, plans: Sequence[Plan], options: FusionOptions, progress: Progress = silent
 ) -> Fused:
-    """Fuse what can be fused in a copy of the converted `model`, in eval mode; of `original` only the structure counts."""
+    """Fuse what can be fused in a copy of `model`, in eval mode; of the `original` only the structure counts."""
     structures = [meta_copy(original)]
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))

@@ -85,18 +85,14 @@ class Matched:
 
     def swap(self, option: Option) -> Swap:
         """Return the plan's entry for this option."""
-        settings = {**option.settings, **_growth(self.settings)}
+        settings, growth = dict(option.settings), self.settings.allow_growth
+        if growth != type(self.settings).model_fields["allow_growth"].default:
+            settings["allow_growth"] = growth
         return Swap(self.site.name, self.kind_name, settings, self.rule, math.sqrt(option.error), self.absorbs)
 
     def keep(self, reason: str) -> Keep:
         """Return the plan's entry for leaving the site as it is."""
         return Keep(self.site.name, f"{self.rule}, but {reason}")
-
-
-def _growth(settings: KindSettings) -> dict[str, bool]:
-    """Return the setting that allows growth, where it is not the kind's default."""
-    usual = type(settings).model_fields["allow_growth"].default
-    return {} if settings.allow_growth == usual else {"allow_growth": settings.allow_growth}
 
 
 def saves(new: Cost, old: Cost) -> bool:

@@ -112,7 +112,6 @@ class Range(_Strict):
         return self
 
     def holds(self, value: float) -> bool:
-        """Whether the value lies in the range."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
@@ -123,7 +122,6 @@ class SizeRange(_Strict):
     max: Pair | None = Field(None, description="No side is above this one.")
 
     def holds(self, size: Size) -> bool:
-        """Whether both sides lie in the range."""
         low, high = self.min or (0, 0), self.max or size
         return all(a <= b <= c for a, b, c in zip(low, size, high, strict=True))
 
@@ -177,11 +175,7 @@ class Match(_Strict):
         running = [site.name for site in sites if site.calls]
         ends: dict[str, Position] = {running[-1]: "last", running[0]: "first"} if running else {}
         stages = _stages([site for site in sites if self._is_named(site)])
-        return {
-            site.name
-            for site in sites
-            if self.holds(site, ends.get(site.name, "inner"), stages.get(site.name, frozenset()))
-        }
+        return {one.name for one in sites if self.holds(one, ends.get(one.name, "inner"), stages.get(one.name, set()))}
 
     def holds(self, site: Site, position: Position, stages: Set[Position] = frozenset()) -> bool:
         """Return True if a site matches, at this place among all sites and in these stages."""
@@ -234,7 +228,7 @@ class Rule(_Strict):
     That it matches no conv at all is an error, unless it is `optional`, as in recipes that are made for any network.
     """
 
-    match: Match = Field(Match(), description="Which convs the rule speaks of; without it, all.")
+    match: Match = Field(Match.model_validate({}), description="Which convs the rule speaks of; without it, all.")
     swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = Field(
         None, description="What they become: a kind and its settings."
     )
@@ -270,7 +264,7 @@ class Rule(_Strict):
     def lacks_size(self) -> bool:
         """True if the rule swaps and gives no size, although its kind has one."""
         sizes = () if self.swap is None else replacements.load(self.kind).SIZES
-        return bool(sizes) and not any(name in sizes for name in self.swap or ())
+        return bool(sizes) and set(sizes).isdisjoint(self.swap or ())
 
     @property
     def leaves_choice(self) -> bool:
@@ -291,15 +285,12 @@ class Budget(_Strict):
 
     macs: Fraction | None = Field(None, description="At most this fraction of the multiply-adds.")
     params: Fraction | None = Field(None, description="At most this fraction of the parameters.")
-    latency: Fraction | None = Field(
-        None, description="At most this fraction of a forward pass's time on this machine."
-    )
+    latency: Fraction | None = Field(None, description="At most this fraction of the latency on this machine.")
     max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         None, description="The predicted relative error of all layers together, for as few MACs as that takes."
     )
     over: Literal["model", "matched"] = Field(
-        "model",
-        description="The fraction of the whole model, or of the convs that rules match and their kinds can swap.",
+        "model", description="Fraction of the whole model, or of the convs that rules match and their kinds can swap."
     )
 
     @model_validator(mode="after")
@@ -325,10 +316,9 @@ class Budget(_Strict):
         return self.macs or self.params or self.latency or 1.0
 
     def __str__(self) -> str:
-        if self.max_error is not None:
-            return (
-                f"a predicted error of at most {self.max_error:g} (the measured one is usually several times smaller)"
-            )
+        error = self.max_error
+        if error is not None:
+            return f"a predicted error of at most {error:g} (the measured one is usually several times smaller)"
         owner = "the matched convs'" if self.over == "matched" else "the model's"
         return f"{self.fraction:g} of {owner} {MEASURES[self.measure]}"
 
@@ -458,7 +448,9 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     Raises RecipeError for a key that no rule takes.
     """
     given, budget = value.get("rules"), value.get("budget")
-    if not isinstance(given, list) or not all(isinstance(one, dict) for one in (*given, budget or {})):
+    if not isinstance(given, list) or not all(
+        isinstance(one, dict) for one in (*given, {} if budget is None else budget)
+    ):
         # The check of the whole says what is wrong with the rules, or the budget.
         return value
     rules = [dict(rule) for rule in given]

@@ -5,9 +5,8 @@ three fuse into one k x k conv. The square conv keeps the original weights; the 
 gradient of the usual size:
 
 - `bn = "shared"`: strips of zeros. They get the full gradient of the sum, as the square kernel's centre row or column.
-- `bn = "branch"`: strips copied from the square kernel, behind batch norms of weight zero. Strips of zeros would not do:
-  the batch norm would divide by sqrt(eps), and make the first gradient 1 / sqrt(eps) = 300 times too large. So the
-  batch norm's weight gets its gradient first, and through it the strip.
+- `bn = "branch"`: strips copied from the square kernel, behind batch norms of weight zero, which get their gradient
+  first. Behind strips of zeros a batch norm would divide by sqrt(eps), and make the first gradient 300 times too large.
 
 The square branch takes over a batch norm that follows the conv, so that the block does in eval mode and in train mode
 what conv and batch norm did. The running statistics of the strips are what they would have been: from calibration
@@ -44,8 +43,7 @@ class Settings(GrowingSettings):
     variance from calibration, and without calibration by mean 0 and variance 1.
     """
     eps: Annotated[float, Field(ge=0)] = Field(
-        1e-5,
-        description="Added to the variance by the branches' batch norms; one that is taken over keeps its own.",
+        1e-5, description="Added to the variance by the branches' batch norms; one that is taken over keeps its own."
     )
     momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = Field(
         0.1, description="Momentum of their running statistics, `cumulative` for torch's None; likewise."
@@ -80,8 +78,6 @@ class AsymmetricBlock(nn.Module):
 
 
 class AsymmetricConvBlock(Replacement):
-    """The block; exact at conversion, and one k x k conv again after training."""
-
     settings = Settings
     PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
 
@@ -104,9 +100,8 @@ class AsymmetricConvBlock(Replacement):
     def fold_norm(self, settings: Settings, norm: nn.Module) -> Settings | None:
         """Return the settings with the constants of a batch norm, or None where it cannot be taken over.
 
-        It cannot with `bn = "shared"`, and where the module is something else (an InstanceNorm2d or a
-        FrozenBatchNorm2d counts as batch_norm too), has hooks or attributes of the user's, or keeps no running
-        statistics.
+        It cannot with `bn = "shared"`, and where the module is something else (an InstanceNorm2d counts as batch_norm
+        too), has hooks or attributes of the user's, or keeps no running statistics.
         """
         if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d:
             return None
@@ -134,8 +129,7 @@ class AsymmetricConvBlock(Replacement):
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Make the square branch the conv and the batch norm that is taken over, and the strips without effect.
 
-        The conv's own weights are kept, whatever the target of the statistics, which set those of the branches alone.
-        Raises PlanError for a batch norm that cannot be taken over.
+        The statistics set those of the branches alone. Raises PlanError for a batch norm that cannot be taken over.
         """
         conv, norm = original.conv, original.norm
         if norm is not None and settings.bn == "shared":
@@ -159,12 +153,12 @@ class AsymmetricConvBlock(Replacement):
             ):
                 own = cast(nn.BatchNorm2d, strip.norm)
                 mean_O, variance_O = _moments(kernel, square.conv, original)
-                store_(_tensor(own.running_mean), mean_O)
-                store_(_tensor(own.running_var), variance_O)
+                store_(cast(Tensor, own.running_mean), mean_O)
+                store_(cast(Tensor, own.running_var), variance_O)
                 nn.init.zeros_(own.weight)
                 nn.init.zeros_(own.bias)
                 if norm is not None:
-                    _tensor(own.num_batches_tracked).copy_(_tensor(norm.num_batches_tracked))
+                    cast(Tensor, own.num_batches_tracked).copy_(cast(Tensor, norm.num_batches_tracked))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         """Return one k x k conv of the original fields, with a bias where the conv or the batch norms make one."""
@@ -212,9 +206,8 @@ def _strongest_column(w_OIHW: Tensor) -> Tensor:
 def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[Tensor, Tensor]:
     """Return mean and variance (O) of the output of a kernel in the place of the conv's own, without its bias.
 
-    Known from the statistics. Without them, white inputs that explain those of the batch norm behind the conv: the
-    output varies with the kernel's squared norm, and its mean follows from the part that is along the conv's kernel.
-    With neither, those of outputs that are normal already.
+    Without statistics we assume white inputs that explain the batch norm's: the variance goes with the kernel's squared
+    norm, the mean with its part along the conv's kernel. With neither, outputs that are normal already.
     """
     statistics, norm = original.statistics, original.norm
     kernel = _float64(kernel_OIHW).flatten(1)
@@ -252,9 +245,4 @@ def _init_square_norm_(branch: _Branch, original: Original) -> None:
 
 
 def _float64(tensor: Tensor | None) -> Tensor:
-    return _tensor(tensor).detach().to("cpu", torch.float64)
-
-
-def _tensor(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+    return cast(Tensor, tensor).detach().to("cpu", torch.float64)

@@ -111,9 +111,8 @@ class Replacement(ABC):
     def init_(self, module: nn.Module, original: Original, settings: Any) -> None:
         """Set the weights of `build`'s result, in place, so that it computes what the conv does as well as it can.
 
-        With statistics, as well as it can on the data, with their target in the place of the conv's kernel; a kind
-        that always preserves the function keeps the conv's own weights. By default the conv's numbers are copied into
-        the module's own `weight` and `bias`.
+        With statistics, as well as it can on the data, with their target in place of the kernel; a kind that always
+        preserves the function keeps the conv's weights. By default these go to the module's own `weight` and `bias`.
         """
         from asymswap.replacements._convs import copy_  # loads torch, which the names of kinds do not need
 
@@ -130,8 +129,7 @@ class Replacement(ABC):
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Return how far each tap is from its place, (S, T, 2), or None where taps do not move.
 
-        For S samples, one where the input x (N, C, H, W) does not matter; T taps row by row, offsets (down, right) in
-        pixels of the input.
+        S samples, one where the input x (N, C, H, W) does not matter; T taps row by row; pixels (down, right).
         """
         return None
 

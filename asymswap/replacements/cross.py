@@ -29,7 +29,7 @@ class Settings(KindSettings):
         0.5,
         ge=0,
         lt=1,
-        description="Of neighbouring pixels, without calibration. 0 copies the kernel's centre row and column.",
+        description="Of neighbouring input pixels, assumed without calibration; 0 copies the centre row and column.",
     )
 
 
@@ -53,8 +53,6 @@ class CrossConv2d(nn.Module):
 
 
 class Cross(Replacement):
-    """Two strip convs, side by side."""
-
     settings = Settings
     PRESERVES = "the function as well as one row and one column of taps can, by least squares"
 
@@ -87,10 +85,7 @@ class Cross(Replacement):
         return CrossConv2d(_convs.new_conv(vertical), _convs.new_conv(strips.horizontal), strips.crop)
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
-        """Set the best cross for inputs of the assumed correlation, or for those of the statistics.
-
-        With statistics the bias is the one that gives the output its target mean.
-        """
+        """Set the best cross for the assumed inputs, or those of the statistics, which set the output's mean, too."""
         own, conv, statistics = cast(CrossConv2d, module), original.conv, original.statistics
         _, found = _solve(original, settings)
         kernel = found.flatten(0, 1).unflatten(1, (-1, *cast(Size, conv.kernel_size)))

@@ -33,19 +33,17 @@ class Settings(GrowingSettings):
         ge=0.01,
         le=16,
         allow_inf_nan=False,
-        description="The largest offset, in pixels; the larger, the larger the kernel.",
+        description="The largest offset, in pixels of the input; the larger, the larger the kernel that is trained.",
     )
 
 
 class OffsetConv2d(nn.Module):
     """A 2-d convolution of an input (N, C, H, W) or (C, H, W), each tap of whose kernel has an offset of its own.
 
-    `raw_offsets` (T, 2) is what is trained; the offsets are `limit * tanh(raw_offsets / limit)`, which `offsets` gives.
-    Near zero the two are the same. The slope at an offset o is 1 - (o / limit)^2, so that a tap near its limit can
-    still return (in float32 the slope vanishes only beyond nine limits), where a clamp would leave one that has been
-    stepped past it without a gradient; no optimiser can pass the limit, and no tap rests on the outermost cell of the
-    grid, where half of its derivative would be missing. With `weighted`, `tap_weights` (T) are factors of the taps, for
-    all channels.
+    `raw_offsets` (T, 2) is what is trained; the offsets are `limit * tanh(raw_offsets / limit)`, nearly the same near
+    zero. A tap near its limit can still return, where a clamp would leave one that was stepped past it without a
+    gradient, and no tap rests on the outermost cell of the grid, where half of its derivative would be missing. With
+    `weighted`, `tap_weights` (T) are factors of the taps, for all channels.
     """
 
     def __init__(self, conv: ConvSpec, limit: float, weighted: bool = False) -> None:
@@ -61,7 +59,6 @@ class OffsetConv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution; its kernel is built for each call."""
         return F.conv2d(input, self.kernel(), self.bias, self.conv.stride, self.padding, groups=self.conv.groups)
 
     def offsets(self) -> Tensor:
@@ -113,8 +110,6 @@ _WIDEST = 31  # pixels that a conv's taps may span: the built kernel has no hole
 
 
 class Offset(Replacement):
-    """Taps at learned offsets."""
-
     settings = Settings
     PRESERVES = "the function, exactly: every offset starts at zero"
 
@@ -158,11 +153,7 @@ class Offset(Replacement):
             return cast(OffsetConv2d, module).offsets()[None]
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-        """Return one conv with the built kernel, cut to the pixels that taps touch.
-
-        It has the original's fields where no tap has moved. `nn.Conv2d` pads both sides alike, so the kernel is cut and
-        grown by the same on both sides.
-        """
+        """Return one conv with the built kernel, cut to the pixels that taps touch, by the same on both sides."""
         own = cast(OffsetConv2d, module)
         # "same" follows the kernel by itself, however short that becomes.
         shrink = None if conv.padding == "same" else _added(conv.padding, (0, 0))

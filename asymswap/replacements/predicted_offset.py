@@ -5,9 +5,8 @@ ICCV 2017; with `mask = true` each sampled value is also scaled, as in Zhu, Hu, 
 CVPR 2019. A mask is 2 * sigmoid, so that zero means one.
 
 The predictor has the kernel, stride, padding and dilation of the conv itself, as in both papers, so that there is one
-offset for every tap at every pixel of the output whatever form the conv has. It starts at zero: the replacement then
-computes what the conv does, and learns where to look when it is trained. It is dense where the conv is depthwise, and
-costs 2 (with masks 3) times as many output channels as the kernel has taps: the replacement always costs more.
+offset for every tap at every pixel of the output. It starts at zero: the replacement computes what the conv does until
+it is trained. It is dense even where the conv is depthwise, and has 2 (with masks 3) output channels for each tap.
 
 Samples between pixels are bilinear, samples beyond the input are zero. Padding of another mode is laid around the input
 first: samples up to its rim see it, samples beyond the rim are zero.
@@ -100,13 +99,11 @@ class PredictedOffsetConv2d(nn.Module):
 
 
 class PredictedOffset(Replacement):
-    """Offsets per pixel, from a predictor that starts at zero; a conv of any form can be replaced."""
-
     settings = Settings
     PRESERVES = "the function, exactly, until its predictor is trained"
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Count the predictor, the sampling (`BILINEAR_MACS` a sample, one more with a mask) and the conv's products."""
+        """Count the predictor, the sampling (`BILINEAR_MACS` each, one more with a mask) and the conv's products."""
         conv = site.conv
         taps = math.prod(conv.kernel)
         predicted = _predicted_channels(conv, settings.mask, settings.offset_groups)
@@ -116,15 +113,11 @@ class PredictedOffset(Replacement):
         return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
-        problem = _uneven(site.conv, settings)
-        if problem is not None:
-            raise RecipeError(problem)
+        _check_groups(site.conv, settings, RecipeError)
         return super().resolve(site, original, settings)
 
     def build(self, conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
-        problem = _uneven(conv, settings)
-        if problem is not None:
-            raise PlanError(f"kind 'predicted-offset': {problem}")
+        _check_groups(conv, settings, PlanError, "kind 'predicted-offset': ")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
@@ -154,10 +147,10 @@ def _predicted_channels(conv: ConvSpec, mask: bool, offset_groups: int) -> int:
     return (3 if mask else 2) * offset_groups * math.prod(conv.kernel)
 
 
-def _uneven(conv: ConvSpec, settings: Settings) -> str | None:
-    if conv.in_channels % settings.offset_groups == 0:
-        return None
-    return f"offset_groups = {settings.offset_groups} does not divide the {conv.in_channels} input channels"
+def _check_groups(conv: ConvSpec, settings: Settings, error: type[Exception], prefix: str = "") -> None:
+    groups, channels = settings.offset_groups, conv.in_channels
+    if channels % groups:
+        raise error(f"{prefix}offset_groups = {groups} does not divide the {channels} input channels")
 
 
 def _deform_conv2d(

@@ -42,8 +42,6 @@ class Settings(GrowingSettings):
 
 
 class Resized(Replacement):
-    """One conv of another size."""
-
     settings = Settings
     PRESERVES = "the function exactly: the new taps are zero"
 
@@ -62,8 +60,7 @@ class Resized(Replacement):
             raise RecipeError(problem)
         bias = {"bias": True} if settings.bias and not site.conv.bias else {}
         return self.option(
-            site,
-            Settings(kernel=grown.kernel, dilation=grown.dilation, padding=cast(Any, grown.padding), **bias),
+            site, Settings(kernel=grown.kernel, dilation=grown.dilation, padding=cast(Any, grown.padding), **bias)
         )
 
     def build(self, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
@@ -92,23 +89,27 @@ def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     return replace(grown, padding=_padding(conv, grown) if settings.padding is None else settings.padding)
 
 
+def _margins(conv: ConvSpec, grown: ConvSpec) -> tuple[Size, Size]:
+    """Return the pixels (before, after) that the new conv must pad, for rows and for columns, to stay in place."""
+    (top, bottom), (left, right) = _convs.margins(conv)
+    rows, columns = (extra // 2 for extra in _growth(conv, grown))
+    return (top + rows, bottom + rows), (left + columns, right + columns)
+
+
 def _padding(conv: ConvSpec, grown: ConvSpec) -> Size | str:
     """Return the padding that leaves the output where it was."""
-    if conv.padding == "same":
-        return "same"
-    rows, columns = (
-        before + extra // 2 for (before, _), extra in zip(_convs.margins(conv), _growth(conv, grown), strict=True)
-    )
-    return rows, columns
+    rows, columns = _margins(conv, grown)
+    return "same" if conv.padding == "same" else (rows[0], columns[0])
 
 
 def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
     """Return why the new conv could not compute what the conv does, or None where it can."""
     old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
-    growth = _growth(conv, grown)
     if any(
         extra < 0 or extra % (2 * new_step) or (taps > 1 and old_step % new_step)
-        for extra, taps, old_step, new_step in zip(growth, conv.kernel, conv.dilation, grown.dilation, strict=True)
+        for extra, taps, old_step, new_step in zip(
+            _growth(conv, grown), conv.kernel, conv.dilation, grown.dilation, strict=True
+        )
     ):
         if grown.dilation == conv.dilation:
             return f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis"
@@ -116,11 +117,7 @@ def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
     suitable = _text(_padding(conv, grown))
     if grown.padding == "same" and grown.stride != (1, 1):
         return f'padding = "same": a conv of stride {_text(conv.stride)} cannot have it; give {suitable}'
-    moved = tuple(
-        (before + extra // 2, after + extra // 2)
-        for (before, after), extra in zip(_convs.margins(conv), growth, strict=True)
-    )
-    if _convs.margins(grown) != moved:
+    if _convs.margins(grown) != _margins(conv, grown):
         return f"padding = {_text(grown.padding)}: the output keeps its size and place with {suitable} only"
     return None
 

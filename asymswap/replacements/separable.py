@@ -59,15 +59,22 @@ class Settings(KindSettings):
         "auto", description="`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."
     )
     rank: int | None = Field(None, ge=1, description="Channels between the two convs, of each group.")
-    ratio: float | None = Field(None, gt=0, le=1, description="The largest rank that keeps this fraction of the MACs.")
+    ratio: float | None = Field(
+        None, gt=0, le=1, description="The largest rank with at most this fraction of the MACs."
+    )
     energy: float | None = Field(
-        None, gt=0, le=1, description="The smallest rank that keeps this fraction of the kernel's squared norm."
+        None,
+        gt=0,
+        le=1,
+        description="The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm.",
     )
     multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below; `auto`: by the conv's size.",
+        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below; `auto`: 1 to 16, by the conv's size.",
     )
-    bias: bool = Field(False, description="Give the second conv a bias even where the conv has none.")
+    bias: bool = Field(
+        False, description="Give the second conv a bias even where the conv has none, for calibration to set."
+    )
     between: Between = Field(
         "none",
         description="A ReLU (which implies `bias`), a batch norm or both between the convs, ignored in choosing ranks.",
@@ -97,8 +104,6 @@ class Settled(KindSettings):
 
 
 class Separable(Replacement):
-    """Two convs in a row, of one column and of one row of taps."""
-
     settings = Settings
     settled = Settled
     SIZES = ("rank", "ratio", "energy")
@@ -210,8 +215,7 @@ class Separable(Replacement):
     def init_(self, module: nn.Module, original: Original, settings: Settled) -> None:
         """Set the best pair of each group, by truncated SVD of the kernel or on the statistics, scale shared evenly.
 
-        With statistics the bias is the one that gives the output its target mean. What is between the two starts as the
-        head of this file says.
+        With statistics the bias gives the output its target mean. What is between the two starts as said above.
         """
         conv, statistics, parts = original.conv, original.statistics, _parts(module)
         vertical_first = settings.order == "vertical-first"
@@ -292,10 +296,7 @@ def full_rank(conv: ConvSpec, order: Order) -> int:
 
 
 def pair_cost(site: Site, rank: int, order: Order, bias: bool = False, between: Between = "none") -> Cost:
-    """Return MACs over all calls and parameters of the pair, from the formula alone.
-
-    `bias` and `between` are the settings of these names.
-    """
+    """Return MACs over all calls and parameters of the pair with these settings, from the formula alone."""
     conv = site.conv
     vertical = order == "vertical-first"
     along, across = conv.kernel if vertical else conv.kernel[::-1]
@@ -329,8 +330,7 @@ def _orders(settings: Settings) -> tuple[Order, ...]:
 def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
     """Return the taps of the second conv through which the first one's output map is seen best.
 
-    Those that see no padding of the second conv, or the least: it is no output of the first. Where the first pads in
-    its place, all of them.
+    All of them where the first conv pads for the second; else those that see the least of the second one's padding.
     """
     axis = 1 if first.kernel_size[1] == 1 else 0
     taps = range(conv.kernel_size[axis])
@@ -348,9 +348,8 @@ def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
 def _multiple(curve: Sequence[Option], site: Site) -> int:
     """Return the largest of 16, 8, 4 and 2 that leaves five ranks below the break-even; 1 for small convs.
 
-    Processors work on 16 channels at once (AVX-512), or on 8 or 4: a pair of rank 65 takes as long as one of rank 80.
-    The time of small convs does not depend on their rank, so that rounding would cost accuracy for nothing
-    (docs/results/calibration-experiments.md).
+    Processors work on 16 channels at once (AVX-512), or on 8 or 4: rank 65 takes as long as rank 80. The time of small
+    convs does not depend on their rank (docs/results/calibration-experiments.md).
     """
     if site.cost.macs < _SMALL:
         return 1
