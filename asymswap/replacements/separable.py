@@ -70,7 +70,7 @@ class Settings(KindSettings):
     )
     multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below; `auto`: 1 to 16, by the conv's size.",
+        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below it; `auto` goes by the conv's size.",
     )
     bias: bool = Field(
         False, description="Give the second conv a bias even where the conv has none, for calibration to set."
