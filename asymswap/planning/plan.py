@@ -131,32 +131,26 @@ def find_choices(
     decisions = [_decide(model, site, recipe, rules[site.name], (statistics or {}).get(site.name)) for site in sites]
     keeps = {decision.site: decision for decision in decisions if isinstance(decision, Keep)}
     matched = [decision for decision in decisions if isinstance(decision, Matched)]
-    has_budget = recipe.budget is not None
-    left_open = [item for item in matched if has_budget and item.leaves_choice]
-    sized = [item for item in matched if not (has_budget and item.leaves_choice)]
 
-    def step(done: int) -> None:
-        progress("factorising", done, len(matched))
+    def settle(item: Matched) -> Sequence[Option] | Option | Keep:
+        return item.options() if recipe.budget is not None and item.leaves_choice else item.settle()
 
-    def alone(item: Matched) -> bool:
-        return takes_room(item.original.conv)
-
-    settled = side_by_side(Matched.settle, sized, step, alone)
-    curves = side_by_side(Matched.options, left_open, lambda done: step(len(sized) + done), alone)
+    results = side_by_side(
+        settle,
+        matched,
+        lambda done: progress("factorising", done, len(matched)),
+        lambda item: takes_room(item.original.conv),
+    )
+    left_open: dict[str, tuple[Matched, Sequence[Option]]] = {}
     fixed: dict[str, tuple[Matched, Option]] = {}
-    for item, result in zip(sized, settled, strict=True):
+    for item, result in zip(matched, results, strict=True):
         if isinstance(result, Keep):
             keeps[result.site] = result
-        else:
+        elif isinstance(result, Option):
             fixed[item.site.name] = item, result
-    return Choices(
-        sites,
-        recipe,
-        [item.site for item in matched],
-        {item.site.name: (item, curve) for item, curve in zip(left_open, curves, strict=True)},
-        fixed,
-        keeps,
-    )
+        else:
+            left_open[item.site.name] = item, result
+    return Choices(sites, recipe, [item.site for item in matched], left_open, fixed, keeps)
 
 
 def choose(

@@ -72,12 +72,12 @@ class Cross(Replacement):
         statistics = original.statistics
         bias = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
         if statistics is None:
-            error = cross.relative_error(target, found)
+            error, divergence = cross.relative_error(target, found), None
             settled = Settings(**bias, correlation=settings.correlation)
-            return self.option(site, settled, error, loss(error))
-        error = cross.relative_error(target, found, statistics.ridged())
-        divergence = None if statistics.weight_GOO is None else cross.divergence(statistics, found)
-        return self.option(site, Settings(**bias), error, loss(error, divergence))
+        else:
+            error, settled = cross.relative_error(target, found, statistics.ridged()), Settings(**bias)
+            divergence = None if statistics.weight_GOO is None else cross.divergence(statistics, found)
+        return self.option(site, settled, error, loss(error, divergence))
 
     def build(self, conv: ConvSpec, settings: Settings) -> CrossConv2d:
         strips = _convs.strip_convs(conv)

@@ -70,7 +70,7 @@ class Settings(KindSettings):
     )
     multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below it; `auto` goes by the conv's size.",
+        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below it; `auto`: by the conv's size.",
     )
     bias: bool = Field(
         False, description="Give the second conv a bias even where the conv has none, for calibration to set."
@@ -144,11 +144,9 @@ class Separable(Replacement):
         """Choose the rank and the order; raises RecipeError for a rank above the full one or a ratio below rank 1."""
         found: list[Option] = []
         for order in _orders(settings):
-            if settings.rank is not None and settings.rank > full_rank(site.conv, order):
-                continue
             curve = self._curve(site, original, order, settings)
             if settings.rank is not None:
-                found.append(curve[settings.rank - 1])
+                found += curve[settings.rank - 1 : settings.rank]
             elif settings.ratio is not None:
                 most = settings.ratio * site.cost.macs
                 found += [option for option in curve if option.cost.macs <= most][-1:]
