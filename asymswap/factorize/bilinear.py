@@ -8,8 +8,8 @@ Shapes, G groups, C inputs of one group and O outputs in all, T = kh*kw taps in 
     grown_OIYX (O, C, Y, X)      the grown kernel, of dilation 1
 
 The grid has a cell for each pixel that a tap can touch: a tap moves by at most `reach` pixels, so Y =
-dilation*(kh - 1) + 1 + 2*reach, and with `reach` pixels more padding on each side the grown kernel stands where the
-original one stood, whatever the stride. A tap at (y, x) is shared among the four cells around it, as
+dilation*(kh - 1) + 1 + 2*reach, and with `reach` pixels more padding on each side the grown kernel is where the
+original one was, whatever the stride. A tap at (y, x) is shared among the four cells around it, as
 `deform_conv2d` shares it among four pixels (Dai et al., ICCV 2017, equation 3): on zero padding the two are the same
 function. Learning positions by growing the kernel: Khalfaoui-Hassani, Pellegrini and Masquelier, ICLR 2023 (DCLS).
 """

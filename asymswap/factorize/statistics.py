@@ -58,7 +58,7 @@ class SiteStatistics:
     def output_weight(self) -> Tensor:
         """Return `weight_GOO` with a share of its own average on the diagonal, or the identity where there is none.
 
-        The gradient of a few hundred images is noisy: no output channel may be given up altogether because of it.
+        The gradient of a few hundred images is noisy: no output channel may be given up because of it.
         """
         outputs = self.target_GOD.shape[1]
         eye_GOO = torch.eye(outputs, dtype=torch.float64).expand(len(self.target_GOD), -1, -1)

@@ -27,7 +27,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
             raise PlanError(f"the model has no module named {name!r}{near_names(name, modules)}")
     # deepcopy asks its memo first: whoever refers to the module, by whatever path, gets the replacement.
     memo: dict[int, Any] = {id(modules[name]): new for name, new in replacements.items()}
-    # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it anew.
+    # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it again.
     memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     if share:
         memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}

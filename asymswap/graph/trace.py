@@ -1,7 +1,7 @@
 """Reading a model: sizes and calls from a run on meta tensors, neighbours from torch.fx.
 
 Sizes come from forward hooks on a run that computes nothing, which reach every Conv2d of every model that runs on meta
-tensors; torch.fx adds what stands beside each conv. Where the graph of the whole model cannot be made, or is not what
+tensors; torch.fx adds what is beside each conv. Where the graph of the whole model cannot be made, or is not what
 runs, the largest parts are read whose graphs are; where there is none, the sites have no neighbours, and `Trace.by`
 says so.
 """

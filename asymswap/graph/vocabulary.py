@@ -1,4 +1,4 @@
-"""The canonical names of the operations that stand beside a conv in a graph, as recipes use them."""
+"""The canonical names of the operations beside a conv in a graph, as recipes use them."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
 
 
 def _hull(curve: Sequence[Point]) -> list[int]:
-    """Return the indices of the lower convex hull from the cheapest point to that of least error, by rising cost."""
+    """Return the indices of the lower convex hull from the cheapest to the best point, by rising cost."""
     hull: list[int] = []
     for index in _ladder(curve):
         while len(hull) > 1 and _slope(curve[hull[-2]], curve[hull[-1]]) <= _slope(curve[hull[-1]], curve[index]):

@@ -136,7 +136,7 @@ def _fuse_site(
             fused.register_parameter("bias", None)
             modules[norm] = own
     now = read_conv(fused)
-    # The network that was rebuilt has weights of the usual dtype, whatever those of the checkpoint are.
+    # The rebuilt network has weights of the usual dtype, whatever the checkpoint has.
     if replace(now, dtype=conv.dtype) == conv:
         return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
     # One conv of another form stays as a swap of its own.

@@ -192,7 +192,7 @@ class _Table:
             write_text(self._path, text + "\n")
 
     def costs(self, original: nn.Module, inputs: Inputs, choices: Choices) -> CostModel:
-        """Return latency in nanoseconds; the whole model's is that of the convs in the table, and of the rest now."""
+        """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now."""
         names = [site.name for site in choices.matched]
         rest = time_models({"": original}, inputs, names, rounds=self._rounds)[""].rest
 

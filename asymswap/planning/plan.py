@@ -243,7 +243,7 @@ def _within_error(
     least = error_of(best)
     if least > most:
         raise RecipeError(
-            f"max_error = {most:g} cannot be kept: the rules that say their own sizes come to a predicted error of "
+            f"max_error = {most:g} cannot be kept: the rules that give their own sizes have a predicted error of "
             f"{_round_up(least)} by themselves; give them larger sizes, or the budget a larger max_error"
         )
     while low < high:

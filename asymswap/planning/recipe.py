@@ -140,7 +140,7 @@ Numbers = Annotated[Range, BeforeValidator(_as_range), _OrOne()]
 
 
 class Match(_Strict):
-    """What a conv must be for a rule to speak of it; what is not said does not matter."""
+    """What a conv must be for a rule to match it; what is not given does not matter."""
 
     names: Globs = Field(
         ("*",), description="Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."
@@ -223,12 +223,9 @@ def _one_kind(value: Any) -> Any:
 
 
 class Rule(_Strict):
-    """One rule: the convs that it speaks of, and what they become; or that they stay as they are.
+    """One rule: the convs that it matches, and what they become. Matching none is an error, unless `optional`."""
 
-    That it matches no conv at all is an error, unless it is `optional`, as in recipes that are made for any network.
-    """
-
-    match: Match = Field(Match.model_validate({}), description="Which convs the rule speaks of; without it, all.")
+    match: Match = Field(Match.model_validate({}), description="Which convs the rule matches; by default all.")
     swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = Field(
         None, description="What they become: a kind and its settings."
     )
@@ -328,7 +325,7 @@ BUDGETS = (*MEASURES, "max_error")
 
 
 class About(_Strict):
-    """What a recipe says of itself, for people."""
+    """The description of a recipe, for people."""
 
     summary: str = Field("", description="What the recipe does, in one sentence.")
     group: Group | None = Field(None, description="Where `asymswap recipes` lists it.")
@@ -343,7 +340,7 @@ class Recipe(About):
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=1000)]
     """The first rule that matches a conv decides about it."""
 
-    budget: Budget | None = Field(None, description="What may be left; it chooses the sizes that the rules do not say.")
+    budget: Budget | None = Field(None, description="What may be left; it chooses the sizes that the rules leave open.")
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
@@ -353,14 +350,14 @@ class Recipe(About):
                 raise ValueError(f"rule {number} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
             sized = any(replacements.load(rule.kind).SIZES for rule in self.rules if rule.swap is not None)
-            why = "every rule says its own size" if sized else "no rule's kind has sizes"
+            why = "every rule gives its own size" if sized else "no rule's kind has sizes"
             raise ValueError(f"the [budget] has nothing to choose: {why}; remove one of the two")
         return self
 
 
 @functools.cache
 def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether any glob matches a name; the patterns that `fnmatch` makes of globs never backtrack over a `*`."""
+    """Match a name against any of the globs; the patterns that `fnmatch` makes never backtrack over a `*`."""
     plain = {glob for glob in globs if not set("*?[") & set(glob)}
     patterns = [re.compile(fnmatch.translate(glob)) for glob in globs if glob not in plain]
     return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
@@ -394,7 +391,7 @@ def shipped_names() -> list[str]:
 
 
 def read_about(name: str) -> About:
-    """Return what a shipped recipe says of itself, without checking its rules: their kinds would load torch."""
+    """Return the description of a shipped recipe, without checking its rules: their kinds would load torch."""
     value = tomllib.loads(read_recipe_text(name)[0])
     return About.model_validate({key: value[key] for key in About.model_fields if key in value})
 

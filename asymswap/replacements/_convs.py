@@ -19,7 +19,7 @@ from asymswap.utils.tensors import store_
 
 
 def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Conv2d:
-    """Return a conv of these fields with unset weights; `dtype` takes precedence over that of the fields."""
+    """Return a conv of these fields with unset weights; `dtype` takes precedence over the fields'."""
     module: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
         conv.in_channels,

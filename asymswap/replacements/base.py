@@ -91,9 +91,9 @@ class Replacement(ABC):
         return [self.resolve(site, original, settings)]
 
     def resolve(self, site: Site, original: Original, settings: Any) -> Option:
-        """Turn a wish (energy = 0.9) into settled settings (rank = 17); by default they are the same.
+        """Turn settings of a recipe (energy = 0.9) into settled ones (rank = 17); by default they are the same.
 
-        Raises RecipeError where this conv cannot meet the wish.
+        Raises RecipeError where this conv cannot have them.
         """
         return self.option(site, type(settings)(**settings.model_dump(exclude={"allow_growth"})))
 

@@ -33,7 +33,7 @@ BILINEAR_MACS = 4  # multiply-adds of one sample between pixels: one for each of
 
 
 class Settings(GrowingSettings):
-    """Whether samples are also scaled, and how many groups of channels move on their own."""
+    """Masks, and the number of groups of channels that move on their own."""
 
     mask: bool = Field(False, description="Also predict a factor for every sample: 0 to 2, and 1 at conversion.")
     offset_groups: int = Field(

@@ -5,8 +5,8 @@ one; both convs keep the padding mode, the bias stays on the second. With nothin
 rank: without a bias on the first conv, padding its output by zeros is the same as padding its input. Mathematics and
 papers: `asymswap.factorize.svd` for the weights alone, `asymswap.factorize.covariance` for calibration data.
 
-A batch norm, a ReLU or both can stand between (Inception: Szegedy et al., 2016; ERFNet: Romera et al., 2018), for a
-network that is trained on. They start as near to nothing as they can:
+There can be a batch norm, a ReLU or both between them (Inception: Szegedy et al., 2016; ERFNet: Romera et al., 2018),
+for a network that is trained on. They start as near to nothing as they can:
 
 - The batch norm has the mean and variance of the first conv's output as its statistics, and a weight and bias that
   undo them, so that in eval mode the pair computes the same as without it, at the borders too; in train mode as far as
@@ -53,7 +53,7 @@ _RECTIFYING = ("relu", "bn-relu")
 
 
 class Settings(KindSettings):
-    """Order of the two convs, and one of three ways to say how wide the middle is (or none, where a budget decides)."""
+    """Order of the two convs, and one of three ways to give the rank (or none, where a budget decides)."""
 
     order: Literal["auto", "vertical-first", "horizontal-first"] = Field(
         "auto", description="`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."
@@ -90,7 +90,7 @@ class Settings(KindSettings):
 
 
 class Settled(KindSettings):
-    """What a plan stores: the rank of one group, the order, and what stands between the two convs."""
+    """What a plan stores: the rank of one group, the order, and what is between the two convs."""
 
     rank: int = Field(ge=1)
     order: Order
