@@ -26,9 +26,8 @@ from asymswap.measure.macs import Costs, count_costs, count_swapped
 from asymswap.measure.stand_ins import check_stand_ins, describe_calls
 from asymswap.models.opened import OpenedModel, costs_of
 from asymswap.planning.apply import apply_plan
-from asymswap.planning.cost_model import CountedCost
 from asymswap.planning.latency_budget import Timing, plan_in_time
-from asymswap.planning.plan import Choices, check_replay, choose, find_choices, matched_sites
+from asymswap.planning.plan import Choices, check_replay, choose, counted_costs, find_choices, matched_sites
 from asymswap.planning.recipe import Budget, Recipe
 from asymswap.results.convert import LatencyRow
 from asymswap.types import Plan, Progress, Site, silent
@@ -108,7 +107,7 @@ class Session:
             choices = self.choices(recipe, progress)
             if budget is not None:
                 choices = replace(choices, recipe=recipe.model_copy(update={"budget": budget}))
-            return choose(choices, CountedCost.of(choices.recipe.budget, self.costs.total))
+            return choose(choices, counted_costs(choices.recipe.budget, self.costs.total))
 
         found = self.team.first(planned)
         self.clock.stop("plan")

@@ -67,7 +67,7 @@ def refine_(
         module, conv, swap = converted.get_submodule(name), model.get_submodule(name), swaps[name]
         assert isinstance(conv, nn.Conv2d)
         kind, settings = replacements.load_swap(swap)
-        kind.init_(module, conv, settings, used)
+        kind.init_(module, replacements.Original(conv, used), settings)
         images.team.follow_(module)
         progress("solving layer by layer", len(found.used), len(swaps))
 

@@ -8,8 +8,8 @@ Shapes, G groups, C inputs of one group and O outputs in all, T = kh*kw taps in 
     grown_OIYX (O, C, Y, X)      the grown kernel, of dilation 1
 
 The grid has a cell for each pixel that a tap can touch: a tap moves by at most `reach` pixels, so Y =
-dilation*(kh - 1) + 1 + 2*reach, and with `reach` pixels more padding on each side the grown kernel stands where the
-original one stood, whatever the stride. A tap at (y, x) is shared among the four cells around it, as
+dilation*(kh - 1) + 1 + 2*reach, and with `reach` pixels more padding on each side the grown kernel is where the
+original one was, whatever the stride. A tap at (y, x) is shared among the four cells around it, as
 `deform_conv2d` shares it among four pixels (Dai et al., ICCV 2017, equation 3): on zero padding the two are the same
 function. Learning positions by growing the kernel: Khalfaoui-Hassani, Pellegrini and Masquelier, ICLR 2023 (DCLS).
 """
@@ -33,13 +33,11 @@ def grid_size(kernel: Size, dilation: Size, reach: int) -> Size:
 def hat(distance: Tensor) -> Tensor:
     """Return the share of a tap at this signed distance from a cell: `max(0, 1 - |distance|)`, of the same shape.
 
-    It has kinks at -1, 0 and 1, and every tap of a conv that has just been converted sits on them. `relu` would take
-    the derivative to be zero there, and no offset would ever learn. Here it is the mean of the two one-sided
-    derivatives, for `abs` has the derivative 0 at 0 and `maximum` parts the gradient evenly between equals. So the
-    gradient of an integer offset is half the difference between the pixel before and the one behind: it is zero where
-    the image is symmetrical about the tap, exact where it is a parabola, and prefers no direction, while the
-    right-hand side difference, which `deform_conv2d` takes, pulls down and right; and it lies between the two
-    one-sided derivatives, so at a minimum that is a kink the two can cancel.
+    It has kinks at -1, 0 and 1, and every tap of a conv that has just been converted sits on them. With `relu` the
+    derivative would be zero there, and no offset would ever learn. Here it is the mean of the two one-sided ones, for
+    `abs` has the derivative 0 at 0 and `maximum` parts the gradient evenly between equals: half the difference between
+    the pixel before and the one behind. It is exact where the image is a parabola, and prefers no direction, while the
+    right-hand side difference of `deform_conv2d` pulls down and right.
     """
     return torch.maximum(1 - distance.abs(), torch.zeros_like(distance))
 
@@ -67,8 +65,7 @@ def grow(w_OIHW: Tensor, share_TYX: Tensor) -> Tensor:
 class Window:
     """The cells of one axis of the grid that a kernel needs: `range(start, start + step*(count - 1) + 1, step)`.
 
-    `growth` is by how many pixels the window is longer than the original kernel, on each of its two sides; where it
-    is negative, shorter.
+    `growth` is by how many pixels the window is longer than the original kernel on each side, shorter if negative.
     """
 
     start: int
@@ -85,10 +82,9 @@ class Window:
 def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink: Size | None) -> tuple[Window, Window]:
     """Return, for rows and columns, the smallest window about the kernel's middle with every cell that a tap touches.
 
-    It keeps the dilation of an axis along which all taps sit where a tap of the original kernel could. A window is at
-    most `shrink` pixels shorter than the original kernel on either side, where that is given: its padding is smaller by
-    as much, and cannot be negative. What counts is where the taps are, not their weights: a pruned tap does not
-    change the size.
+    It keeps the dilation of an axis along which all taps sit where a tap of the original kernel could, and is at most
+    `shrink` pixels shorter on either side, if given: its padding, smaller by as much, cannot be negative. Places count,
+    not weights: a pruned tap does not change the size.
     """
     found = []
     for axis in (0, 1):

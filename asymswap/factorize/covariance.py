@@ -37,25 +37,15 @@ from asymswap.factorize import svd
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.utils.tensors import one_thread
 
-_ITERATIONS = 150
-"""At most; 15 to 40 are usual."""
-
-_GAIN = 1e-3
-"""Iterations end once the last `_WINDOW` of them have lowered the error by less than this share."""
-
+_ITERATIONS = 150  # at most; 15 to 40 are usual
+_GAIN = 1e-3  # iterations end once the last `_WINDOW` of them have lowered the error by less than this share
 _WINDOW = 5
-_MEMORY = 8
-"""Pairs of steps and changes of the gradient that L-BFGS remembers."""
-
-_TRIALS = 6
-"""Lengths that a step is tried with before it is given up."""
-
+_MEMORY = 8  # pairs of steps and changes of the gradient that L-BFGS remembers
+_TRIALS = 6  # lengths that a step is tried with before it is given up
 _NOTHING = 1e-11
 """An error of this share of the output's energy is none: the shift of the least squares adds a tenth of it."""
 
-_LOW_RANK = 16
-"""Up to here minima differ by up to 2 %, above it by a tenth of that."""
-
+_LOW_RANK = 16  # up to here minima differ by up to 2 %, above it by a tenth of that
 _LARGE = 2000
 """Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
 
@@ -110,8 +100,7 @@ def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first:
 def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return start vectors v_GMM, the most useful first, and the error energy_GM that each takes away.
 
-    The sum of what is left out estimates the error of a rank from above, and closely: it is exact where S is the same
-    for all taps and has no correlation between them.
+    The sum of what is left out is a close upper bound of a rank's error, exact if S is alike for all taps and white.
     """
     with one_thread():
         energy, vectors = torch.linalg.eigh(_whitened(problem))
@@ -168,8 +157,7 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def starts(problem: Problem, rank: int) -> Iterator[Point]:
     """Yield pairs to begin with, the best first as a rule.
 
-    By the leading eigenvectors of the whitened kernel, by the truncated SVD of the kernel, and by the leading
-    eigenvectors of what the kernel makes of the patches.
+    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output.
     """
     yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
     a_GMR, _ = svd.factors(problem.w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)

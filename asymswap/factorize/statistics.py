@@ -27,8 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3
-"""Added to a covariance, relative to the mean of its diagonal: see `SiteStatistics.ridged`."""
+RIDGE = 1e-3  # added to a covariance, relative to the mean of its diagonal: see `SiteStatistics.ridged`
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,8 @@ class SiteStatistics:
         """Return the covariance with a ridge, positive definite.
 
         Directions that the images hardly ever took (dead channels, fewer patches than D) would otherwise be free to
-        take any weight at all. The ridge says that they occur a thousandth as often as the average one, so that the
-        kernel keeps its own values there; it is 100 times larger than the float32 noise of the sums, and where
-        patches are plenty it changes nothing that could be measured.
+        take any weight. With the ridge, as if they occurred a thousandth as often as the average one, the kernel keeps
+        its values there; it is 100 times the float32 noise of the sums, and harmless where patches are plenty.
         """
         return self.cov_GDD + torch.diag_embed(self.ridge().expand(-1, self.cov_GDD.shape[1]))
 
@@ -60,7 +58,7 @@ class SiteStatistics:
     def output_weight(self) -> Tensor:
         """Return `weight_GOO` with a share of its own average on the diagonal, or the identity where there is none.
 
-        The gradient of a few hundred images is noisy: no output channel may be given up altogether because of it.
+        The gradient of a few hundred images is noisy: no output channel may be given up because of it.
         """
         outputs = self.target_GOD.shape[1]
         eye_GOO = torch.eye(outputs, dtype=torch.float64).expand(len(self.target_GOD), -1, -1)

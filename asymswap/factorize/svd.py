@@ -73,7 +73,7 @@ def as_kernels(a_GAR: Tensor, b_GRB: Tensor, kernel: tuple[int, int], vertical_f
 
 
 def compose(first: Tensor, second: Tensor, groups: int, vertical_first: bool) -> Tensor:
-    """The kernel w_OIHW that a pair of conv weights amounts to, where nothing stands between the two."""
+    """Return the kernel w_OIHW that equals a pair of conv weights with nothing between the two."""
     first_GRCx = first.flatten(2).unflatten(0, (groups, -1))
     second_GORy = second.flatten(2).unflatten(0, (groups, -1))
     equation = "grci,gorj->gocij" if vertical_first else "grcj,gori->gocij"

@@ -15,13 +15,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
+from asymswap.graph.sites import first_few
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import copy_with, list_tensors, map_tensors, meta_copy
 
@@ -31,8 +33,7 @@ Operation = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 _MARK = "_asymswap_depends_on_input"
 
 
-@dataclass(frozen=True)
-class ModuleCall:
+class ModuleCall(NamedTuple):
     """One call of a module: its arguments on the meta device, and which operations of the recording it did."""
 
     args: tuple[Any, ...]
@@ -45,9 +46,8 @@ class Recording:
     """What a run did.
 
     `operations` are those that depend on its input, in order; `calls` the calls of each module that holds a conv, by
-    the module's id. `functional_convs` counts the calls of `torch.nn.functional.conv2d` by other code than a Conv2d's
-    own, by the name and the class of the module whose forward made them, and `functional_weights` are the names of the
-    model's own parameters that these used.
+    the module's id. `functional_convs` counts the calls of `F.conv2d` that no Conv2d made, by the name and the class of
+    the module that did; `functional_weights` are the names of the model's own parameters that these used.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -62,13 +62,9 @@ class Recording:
         by_class: dict[str, list[str]] = defaultdict(list)
         for (name, kind), calls in self.functional_convs.items():
             by_class[kind].append((name or "the model itself") + (f" ({calls} times)" if calls > 1 else ""))
-        listed = []
-        for kind, names in by_class.items():
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            listed.append(f"{kind} {', '.join(names[:4])}{more}")
+        where = "; ".join(f"{kind} {first_few(names)}" for kind, names in by_class.items())
         number = self.functional_convs.total()
         what = "1 convolution is a function call" if number == 1 else f"{number} convolutions are function calls"
-        where = "; ".join(listed)
         return (f"{what} (conv2d without an nn.Conv2d), which nothing can be swapped for: {where}",)
 
 
@@ -77,32 +73,31 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
     """While open, record what the model does with the inputs that are yielded, a copy of `inputs`."""
     found = Recording()
     running: list[tuple[str, nn.Module]] = []
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
 
-        def enter(module: nn.Module, _: Any, name: str = name) -> None:
+    def watch(name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        begun: list[tuple[Any, Any, int]] = []
+
+        def enter(module: nn.Module, _: Any) -> None:
             running.append((name, module))
 
         def leave(*_: Any) -> None:
             running.pop()
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-        if isinstance(module, nn.Conv2d) or not _holds_conv(module):
-            continue
-        begun: list[tuple[tuple[Any, ...], Any, int]] = []
-
-        def begin(_: nn.Module, args: Any, kwargs: Any, begun: list[Any] = begun) -> None:
+        def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
             begun.append((map_tensors(args, _ghost), map_tensors(kwargs, _ghost), len(found.operations)))
 
-        def end(module: nn.Module, *_: Any, begun: list[Any] = begun) -> None:
+        def end(module: nn.Module, *_: Any) -> None:
             args, kwargs, start = begun.pop()
             found.calls[id(module)].append(ModuleCall(args, kwargs, slice(start, len(found.operations))))
 
-        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(module.register_forward_hook(end))
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave, always_call=True)
+        if _holds_conv(module):
+            yield module.register_forward_pre_hook(begin, with_kwargs=True)
+            yield module.register_forward_hook(end)
+
+    named = [(name, part) for name, part in model.named_modules() if not isinstance(part, torch.jit.ScriptModule)]
+    handles = [handle for name, module in named for handle in watch(name, module)]
     try:
         with _Recorder(found, _names(model), running):
             yield found, tuple(map_tensors(argument, _marked_copy) for argument in inputs)
@@ -133,37 +128,34 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if depends:
             made = list_tensors(result)
-            name = getattr(func, "__name__", str(func))
+            name, in_place = _plain(getattr(func, "__name__", str(func)))
             if made:
                 read = tuple(self._names[id(tensor)] for tensor in given if id(tensor) in self._names)
-                self._found.operations.append((_plain(name), tuple(tuple(tensor.shape) for tensor in made), read))
+                self._found.operations.append((name, tuple(tuple(tensor.shape) for tensor in made), read))
             # What is written to depends on the input from then on.
-            written = list_tensors(args[0]) if _works_in_place(name) else []
-            for tensor in (*made, *written):
+            for tensor in (*made, *(list_tensors(args[0]) if in_place else ())):
                 if not isinstance(tensor, nn.Parameter):
                     setattr(tensor, _MARK, True)
         return result
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """The names of a model's parameters and buffers by their ids."""
+    """Return the names of a model's parameters and buffers by their ids."""
     return {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
 
 
-def _plain(name: str) -> str:
-    """The name without the marks of working in place: a stand-in makes `x = x + y` of `x += y`."""
+def _plain(name: str) -> tuple[str, bool]:
+    """Return a function's name without the marks of working in place, and True if it works so."""
     bare = name.strip("_")
-    return bare[1:] if name.startswith("__i") and _works_in_place(name) else bare
-
-
-def _works_in_place(name: str) -> bool:
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__"))
-    return name.endswith("_")
+    if not name.startswith("__"):
+        return bare, name.endswith("_")
+    if name.startswith("__i") and name not in ("__index__", "__invert__"):
+        return bare[1:], True
+    return bare, name == "__setitem__"
 
 
 def _ghost(tensor: Tensor) -> Tensor:
-    """The tensor on the meta device, with its mark."""
+    """Return the tensor on the meta device, with its mark."""
     with torch._C.DisableTorchFunction():
         ghost = torch.empty_like(tensor, device="meta")
     if hasattr(tensor, _MARK):
@@ -179,7 +171,7 @@ def _marked_copy(tensor: Tensor) -> Tensor:
 
 
 def _holds_conv(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+    return not isinstance(module, nn.Conv2d) and any(isinstance(part, nn.Conv2d) for part in module.modules())
 
 
 class _Tracer(fx.Tracer):
@@ -189,8 +181,8 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.Conv2d | nn.modules.batchnorm._NormBase):
             return True
         if type(m).__module__.startswith("torchvision.ops"):
-            # Some of "torchvision.ops" are containers (SqueezeExcitation): those are walked through to their convs.
-            return not any(isinstance(child, nn.Conv2d) for child in m.modules())
+            # Some of them are containers (SqueezeExcitation): those are walked through to their convs.
+            return not _holds_conv(m)
         return super().is_leaf_module(m, module_qualified_name)
 
 
@@ -198,17 +190,13 @@ def bind(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     """Return the arguments of the module's forward by name, defaults included."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return bound.arguments
 
 
 def trace_graph(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
-    """Return the module's graph, in which numbers, text, truth values and None among the arguments are constants.
-
-    Raises whatever torch.fx, which runs the module's own code, raises.
-    """
-    constants = {
-        name: value for name, value in arguments.items() if value is None or type(value) in (bool, int, float, str)
-    }
+    """Return the module's graph, with arguments that are no tensors as constants; raises whatever torch.fx raises."""
+    kinds = (type(None), bool, int, float, str)
+    constants = {name: value for name, value in arguments.items() if type(value) in kinds}
     return _Tracer().trace(module, constants or None)
 
 
@@ -232,8 +220,7 @@ class _Walk(fx.Interpreter):
 def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> dict[str, fx.Graph]:
     """Return the graph of the whole model by the name "", or those of its largest parts with a conv that are what runs.
 
-    `model` is what was recorded; `ghost` is a copy of it on the meta device that may be changed, in eval mode: tracing
-    leaves constants in some.
+    `model` is what was recorded; `ghost` a copy on the meta device, in eval mode, in which tracing may leave constants.
     """
     names = _names(ghost)
 
@@ -261,7 +248,7 @@ def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> d
 
 
 def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
-    """Return the same of a model that is not run, and may be changed: its graphs may not be what runs."""
+    """Return the same for a model that is not run, and may be changed: its graphs may not be what runs."""
 
     def graph_of(part: nn.Module, _: str) -> fx.Graph | None:
         try:
@@ -276,7 +263,7 @@ def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
 def _graphs(
     module: nn.Module, prefix: str, graph_of: Callable[[nn.Module, str], fx.Graph | None]
 ) -> Iterator[tuple[str, fx.Graph]]:
-    if not _holds_conv(module) or isinstance(module, nn.Conv2d):
+    if not _holds_conv(module):
         return
     graph = graph_of(module, prefix)
     if graph is not None:
@@ -295,10 +282,7 @@ def to_meta_(root: nn.Module) -> None:
 
 
 def shared_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]:
-    """Return the graph of the whole model, and the copy that was traced, which shares the model's tensors.
-
-    Raises whatever torch.fx raises where the model does not trace whole.
-    """
+    """Return the graph of the whole model, and the traced copy with the model's own tensors; raises as torch.fx."""
     every = itertools.chain(model.parameters(), model.buffers())
     root = copy_with(model, every, lambda tensor: tensor).eval()
     return trace_graph(root, bind(root, inputs, {})), root

@@ -27,7 +27,7 @@ _SUBCLASSES = {
     "ScaledStdConv2dSame": f"{_SCALED}, {_RUN_TIME_PADDING}",
     "ConvWS2d": _STANDARDISED,
     "ConvAWS2d": _STANDARDISED,
-    "ParametrizedConv2d": "weights computed anew at every run (weight_norm, spectral_norm or your own)",
+    "ParametrizedConv2d": "weights computed again at every run (weight_norm, spectral_norm or your own)",
     "LazyConv2d": "no weights before the model has run once",
 }
 _SHARES = "shares its weights with "
@@ -55,13 +55,11 @@ def read_conv(conv: nn.Conv2d) -> ConvSpec:
 
 def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]:
     """Return every Conv2d by its first name, with further names (aliases) under which the same module is registered."""
-    names: dict[int, list[str]] = defaultdict(list)
-    modules: dict[int, nn.Conv2d] = {}
+    found: dict[int, tuple[nn.Conv2d, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d):
-            names[id(module)].append(name)
-            modules[id(module)] = module
-    return {names[key][0]: (module, tuple(names[key][1:])) for key, module in modules.items()}
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return {names[0]: (conv, tuple(names[1:])) for conv, names in found.values()}
 
 
 def make_sites(
@@ -72,17 +70,15 @@ def make_sites(
 ) -> tuple[Site, ...]:
     """Return one Site for each Conv2d: those that run in the order of their first call, then those that never do.
 
-    `calls` is in call order; `neighbours` is None where the model was not traced; `read_elsewhere` names convs whose
-    parameters the model reads without calling the conv.
+    `calls` is in call order; `read_elsewhere` names convs whose parameters the model reads without calling the conv.
     """
     convs = find_convs(model)
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners[_memory(parameter)].append(name)
-    order = [name for name in calls if name in convs] + [name for name in convs if name not in calls]
     sites = []
-    for name in order:
+    for name in [*(name for name in calls if name in convs), *(name for name in convs if name not in calls)]:
         conv, aliases = convs[name]
         before, after = (neighbours or {}).get(name, (None, None))
         seen = tuple(calls.get(name, ()))
@@ -96,10 +92,10 @@ def make_sites(
 
 def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
     """Return why no kind may replace this module, or None."""
-    if type(conv) is not nn.Conv2d:
-        cls = type(conv)
-        names = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
-        known = next((f": {_SUBCLASSES[name]}" for name in names if name in _SUBCLASSES), None)
+    cls = type(conv)
+    if cls is not nn.Conv2d:
+        ancestors = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
+        known = next((f": {_SUBCLASSES[ancestor]}" for ancestor in ancestors if ancestor in _SUBCLASSES), None)
         return f"is a {cls.__name__}{known or ', a subclass of Conv2d that may compute something else'}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
@@ -116,9 +112,7 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
         return f"{_SHARES}{others[0]}"
     if conv.padding_mode != "zeros" and read_conv(conv).pads != tuple(conv._reversed_padding_repeated_twice):
         return f"had its padding changed after construction, which padding_mode = {conv.padding_mode!r} does not see"
-    if name in read_elsewhere:
-        return "has parameters that the model reads without calling it"
-    return None
+    return "has parameters that the model reads without calling it" if name in read_elsewhere else None
 
 
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
@@ -127,9 +121,13 @@ def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
     tied = [f"{name} with {why.removeprefix(_SHARES)}" for name, why in refusals if why.startswith(_SHARES)]
     if not tied:
         return ()
-    named = ", ".join(tied[:4]) + (f" and {len(tied) - 4} more" if len(tied) > 4 else "")
     what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"
-    return (f"{what} with another layer, and nothing is swapped there: {named}",)
+    return (f"{what} with another layer, and nothing is swapped there: {first_few(tied)}",)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first four names as text, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _memory(parameter: nn.Parameter) -> int:

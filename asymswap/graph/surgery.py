@@ -16,12 +16,10 @@ from asymswap.utils.tensors import deep_copy, is_channels_last, loose_tensors
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = False) -> nn.Module:
     """Return a deep copy of the model with each named module replaced by the given one; the model stays unchanged.
 
-    With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed.
-
-    A module that is registered under several names is swapped under all of them, by one and the same module; the
-    weights of what is swapped are not copied. Every other module keeps its class, name, hooks and mode, every other
-    parameter its hooks, attributes and trainability. Raises PlanError for a name that is no module of the model, before
-    anything is copied, and for a model whose copy is another.
+    With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed. A module
+    that is registered under several names is swapped under all of them; the weights of what is swapped are not copied.
+    Every other module keeps its class, name, hooks and mode, every other parameter its hooks, attributes and
+    trainability. Raises PlanError for a name that is no module of the model, and for a model whose copy is another.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in replacements:
@@ -29,7 +27,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
             raise PlanError(f"the model has no module named {name!r}{near_names(name, modules)}")
     # deepcopy asks its memo first: whoever refers to the module, by whatever path, gets the replacement.
     memo: dict[int, Any] = {id(modules[name]): new for name, new in replacements.items()}
-    # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it anew.
+    # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it again.
     memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     if share:
         memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
@@ -61,9 +59,9 @@ def _keep_tensors_(model: nn.Module, copied: nn.Module, replacements: Mapping[st
 
 
 def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None = None) -> nn.Module:
-    """Give a replacement, in place, the conv's device, mode and trainability, and its memory format; returns it.
+    """Give a replacement, in place, the conv's device, mode, trainability and memory format; return it.
 
-    `norm` is a batch norm that it has taken over, whose mode and trainability its own batch norms get.
+    Its own batch norms get mode and trainability of `norm`, a batch norm that it has taken over.
     """
     replacement.to(conv.weight.device)
     replacement.train(conv.training)
@@ -81,10 +79,7 @@ def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None =
 
 
 def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
-    """Give the conv that a replacement was fused to, in place, its trainability and memory format; returns it.
-
-    The conv is trainable where anything of the replacement is: all of it has gone into the one kernel.
-    """
+    """Give a fused conv the memory format of its replacement, and make it trainable if any part of that is."""
     parameters = list(replacement.parameters())
     fused.requires_grad_(any(parameter.requires_grad for parameter in parameters))
     if any(is_channels_last(parameter) for parameter in parameters):

@@ -1,7 +1,7 @@
 """Reading a model: sizes and calls from a run on meta tensors, neighbours from torch.fx.
 
 Sizes come from forward hooks on a run that computes nothing, which reach every Conv2d of every model that runs on meta
-tensors; torch.fx adds what stands beside each conv. Where the graph of the whole model cannot be made, or is not what
+tensors; torch.fx adds what is beside each conv. Where the graph of the whole model cannot be made, or is not what
 runs, the largest parts are read whose graphs are; where there is none, the sites have no neighbours, and `Trace.by`
 says so.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,17 +26,16 @@ from asymswap.types import Call, Neighbour, Site, norm_behind
 from asymswap.utils.inputs import Inputs, describe, with_values
 from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
 
-NORM_ACT = "batch_norm_act"
-"""The operation of a node that normalises and then does something else, in one module."""
+NORM_ACT = "batch_norm_act"  # the operation of a node that normalises and then does something else, in one module
 
 
 @dataclass(frozen=True)
 class Trace:
     """What was read of a model: its sites, and the modules whose graphs are what runs (`""` is the whole model).
 
-    `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them. `notes` tell of
-    convolutions that can't be swapped for reasons that lie outside of a site. `graphs` are the graphs of the parts, and
-    `ghost` the copy of the model on the meta device that was traced.
+    `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them. `notes` name
+    convolutions that can't be swapped for reasons outside of a site. `graphs` are the graphs of the parts, and `ghost`
+    the copy of the model on the meta device that was traced.
     """
 
     sites: tuple[Site, ...]
@@ -48,8 +47,10 @@ class Trace:
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
         """Return the same with those sites refused that were not yet."""
-        refused = {site.name for site in self.sites if site.name in names and site.refusal is None}
-        sites = (replace(site, refusal=reason) if site.name in refused else site for site in self.sites)
+        sites = [
+            replace(site, refusal=reason) if site.name in names and site.refusal is None else site
+            for site in self.sites
+        ]
         return replace(self, sites=tuple(sites))
 
     @property
@@ -64,8 +65,7 @@ class Trace:
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Read every Conv2d of a model in eval mode; the model itself is neither run nor changed.
 
-    `inputs` are the positional arguments of one forward pass; only their shapes and dtypes matter. Raises TraceError
-    where the model cannot take them.
+    Of the `inputs` of one forward pass only shapes and dtypes matter; raises TraceError if the model can't take them.
     """
     ran, calls, recorded = _run_somehow(model, inputs)
     ghost = meta_copy(model).eval()
@@ -116,25 +116,18 @@ def conv_input(args: Any, kwargs: Any) -> Tensor:
 @contextmanager
 def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """While open, `see(name, input, output)` is called at every run of every Conv2d."""
-    handles = []
-    for name, (conv, _) in find_convs(model).items():
+    with ExitStack() as hooks:
+        for name, (conv, _) in find_convs(model).items():
 
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-            see(name, conv_input(args, kwargs), output)
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
+                see(name, conv_input(args, kwargs), output)
 
-        handles.append(conv.register_forward_hook(hook, with_kwargs=True))
-    try:
+            hooks.enter_context(conv.register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-_Run = tuple[nn.Module, dict[str, list[Call]], Recording]
-
-
-def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
-    """Run a copy of the model, on meta tensors if that can be."""
+def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
+    """Run a copy of the model, on meta tensors if possible; return the copy, the calls of its convs, and the record."""
     for device in (nullcontext(), torch.device("meta")):
         # Some make tensors of their own in their forward: those are made on the meta device at the second try.
         try:
@@ -148,7 +141,7 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
-        reason, advice = (str(error).strip() or type(error).__name__).splitlines()[0], "give another --input"
+        reason, advice = (str(error).strip() or type(error).__name__).splitlines()[0], "give another `input_size=…`"
         dtypes = {weight.dtype: name for name, weight in model.named_parameters() if weight.is_floating_point()}
         if len(dtypes) > 1:
             named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
@@ -156,7 +149,7 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> _Run:
         raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; {advice}") from error
 
 
-def _run(model: nn.Module, inputs: Inputs) -> _Run:
+def _run(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
     calls: dict[str, list[Call]] = defaultdict(list)
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
@@ -186,19 +179,17 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
         seams = {"input", "output"} if prefix else set()
         for node, module in used.items():
             name = first_names.get(id(module))
-            if name is None:
-                continue
-            if node.op == "get_attr":
+            if name is not None and node.op == "get_attr":
                 read_elsewhere.add(name)
-                continue
-            sides = []
-            for forward, known in zip((False, True), found.get(name, ((), ())), strict=True):
-                neighbours = [n for n in _walk(root, runs, node, forward) if n.op not in seams]
-                if prefix:
-                    # More may run a neighbour than its part shows.
-                    neighbours = [replace(n, name=f"{prefix}.{n.name}", alone=False) for n in neighbours]
-                sides.append(known + tuple(n for n in neighbours if n not in known))
-            found[name] = (sides[0], sides[1])
+            elif name is not None:
+                sides = []
+                for forward, known in zip((False, True), found.get(name, ((), ())), strict=True):
+                    neighbours = [n for n in _walk(root, runs, node, forward) if n.op not in seams]
+                    if prefix:
+                        # More may run a neighbour than its part shows.
+                        neighbours = [replace(n, name=f"{prefix}.{n.name}", alone=False) for n in neighbours]
+                    sides.append(known + tuple(n for n in neighbours if n not in known))
+                found[name] = sides[0], sides[1]
     return found, read_elsewhere
 
 
@@ -209,8 +200,8 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]) -> dict[str, Neighbours]:
     """Return the same neighbours, with a batch norm `alone` behind its conv only where it is so in train mode, too.
 
-    It is not where the train-time graph uses it or the conv's output elsewhere (auxiliary branches), where the two are
-    not in the same mode, as given or after `train()`, and where it shares its weights.
+    It is not where the train-time graph uses it or the conv's output elsewhere (auxiliary branches), where the modes of
+    the two differ, as given or after `train()`, and where it shares its weights.
     """
     pairs = {name: norm for name, (_, after) in neighbours.items() if (norm := norm_behind(after)) is not None}
     if not pairs:
@@ -229,14 +220,15 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
         ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():
-        modes = ((whole.get_submodule(norm).training, whole.get_submodule(name).training) for whole in (model, ghost))
-        alone = (
-            all(of_norm == of_conv for of_norm, of_conv in modes)
+        same_mode = all(
+            whole.get_submodule(norm).training == whole.get_submodule(name).training for whole in (model, ghost)
+        )
+        if not (
+            same_mode
             and all(owners[id(tensor)] == 1 for tensor in _own_tensors(model.get_submodule(norm)))
             and runs[id(ghost.get_submodule(norm))] <= 1
             and norm_behind(trained.get(name, ((), ()))[1]) == norm
-        )
-        if not alone:
+        ):
             before, after = found[name]
             found[name] = before, tuple(replace(n, alone=False) if n.name == norm else n for n in after)
     return found
@@ -277,10 +269,9 @@ def node_operation(root: nn.Module, node: fx.Node) -> str:
 
 
 def _activation(module: nn.Module) -> str:
-    """Return what a batch norm's class does beside normalising: `identity` for torch's own, which do nothing else.
+    """Return what a batch norm's class does beside normalising: `identity` for torch's own.
 
-    timm's BatchNormAct2d applies its `act` as well, which may be an identity, too. Other classes with a forward of
-    their own go by their own name.
+    timm's BatchNormAct2d applies its `act`, maybe an identity; other classes with a forward go by their own name.
     """
     forwards = {cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)}
     if type(module).forward in forwards:

@@ -1,4 +1,4 @@
-"""The canonical names of the operations that stand beside a conv in a graph, as recipes use them."""
+"""The canonical names of the operations beside a conv in a graph, as recipes use them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ _SAME = {
     "itruediv": "div",
     "cat": "concat",
     "concatenate": "concat",
-    "si_lu": "silu",
-    "re_lu": "relu",
-    "re_lu6": "relu6",
-    "leaky_re_lu": "leaky_relu",
-    "pre_lu": "prelu",
     "swish": "silu",
     "view": "reshape",
     "frozen_batch_norm": "batch_norm",
@@ -44,7 +39,7 @@ _SAME = {
 
 def canonical(name: str) -> str:
     """Return the canonical name of a module class, function or method: `BatchNorm2d` is `batch_norm`."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
     snake = re.sub(r"_?[123]d$", "", snake).removeprefix("adaptive_").strip("_")
     return _SAME.get(snake, snake)
 

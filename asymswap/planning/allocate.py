@@ -12,19 +12,17 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One choice of a site: its cost and its error."""
 
     cost: int
     error: float
 
 
-@dataclass(frozen=True)
-class Allocation:
+class Allocation(NamedTuple):
     """The index of each site's chosen point, and the multiplier: the error that one more unit of cost would save."""
 
     chosen: tuple[int, ...]
@@ -37,10 +35,7 @@ def least_cost(curves: Sequence[Sequence[Point]]) -> int:
 
 
 def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
-    """Choose a point of every curve such that the costs sum to at most `limit` and the errors to little.
-
-    The caller has made sure that `limit` is at least `least_cost(curves)`.
-    """
+    """Choose a point of every curve such that costs sum to at most `limit`, which is no less than the least cost."""
     hulls = [_hull(curve) for curve in curves]
     chosen = [hull[0] for hull in hulls]
     spent = sum(curve[index].cost for curve, index in zip(curves, chosen, strict=True))
@@ -68,7 +63,7 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
 
 
 def _hull(curve: Sequence[Point]) -> list[int]:
-    """Return the indices of the lower convex hull from the cheapest point to that of least error, by rising cost."""
+    """Return the indices of the lower convex hull from the cheapest to the best point, by rising cost."""
     hull: list[int] = []
     for index in _ladder(curve):
         while len(hull) > 1 and _slope(curve[hull[-2]], curve[hull[-1]]) <= _slope(curve[hull[-1]], curve[index]):
@@ -102,7 +97,7 @@ def _spend_rest(curves: Sequence[Sequence[Point]], chosen: list[int], rest: int)
 def _ladder(curve: Sequence[Point]) -> list[int]:
     """Return the indices of the points that are better than all cheaper ones, by rising cost."""
     ladder: list[int] = []
-    for index in sorted(range(len(curve)), key=lambda index: (curve[index].cost, curve[index].error)):
+    for index in sorted(range(len(curve)), key=curve.__getitem__):
         if not ladder or curve[index].error < curve[ladder[-1]].error:
             ladder.append(index)
     return ladder

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,15 +14,15 @@ from asymswap.errors import PlanError, near_names
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap, take_over_
+from asymswap.replacements import Original
 from asymswap.types import Plan, Progress, Swap, silent
 from asymswap.utils.tensors import generator_for, side_by_side
 
-_ROOM = 2**22
-"""Numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more."""
+_ROOM = 2**22  # numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more
 
 
 def takes_room(conv: nn.Conv2d) -> bool:
-    """Whether solving a conv takes so much memory that no other may be solved beside it."""
+    """Return True if solving a conv takes so much memory that no other may be solved beside it."""
     return conv.weight.numel() > _ROOM
 
 
@@ -42,7 +41,6 @@ def apply_plan(
     parameters and buffers: for a model that nobody uses afterwards. Raises PlanError for a site or a batch norm that
     the model lacks, RecipeError for a kind or a setting that does not exist.
     """
-    found = statistics or {}
 
     def start(built: _Built) -> None:
         if built.entry.site in unset:
@@ -50,10 +48,9 @@ def apply_plan(
             for parameter in built.replacement.parameters():
                 nn.init.constant_(parameter, math.nan)
         else:
-            statistics, norm = found.get(built.entry.site), cast("nn.BatchNorm2d | None", built.norm)
-            built.kind.init_(built.replacement, built.conv, built.settings, statistics, norm)
+            built.kind.init_(built.replacement, built.original, built.settings)
 
-    return _apply(model, plan, start, share, lambda done: progress("converting", done, len(plan.swaps)))
+    return _apply(model, plan, start, share, lambda done: progress("converting", done, len(plan.swaps)), statistics)
 
 
 def apply_structure(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
@@ -76,13 +73,11 @@ def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
     return _apply(model, plan, start, share=True)
 
 
-@dataclass(frozen=True)
-class _Built:
-    """A swap under way: what stands in the model, and what takes its place."""
+class _Built(NamedTuple):
+    """A swap under way."""
 
     entry: Swap
-    conv: nn.Conv2d
-    norm: nn.Module | None
+    original: Original
     kind: replacements.Replacement
     settings: replacements.KindSettings
     replacement: nn.Module
@@ -94,6 +89,7 @@ def _apply(
     start: Callable[[_Built], None] | None = None,
     share: bool = False,
     step: Callable[[int], None] = lambda _: None,
+    statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> nn.Module:
     """Build all replacements, initialise them by `start`, some at once, and swap them in."""
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
@@ -106,13 +102,14 @@ def _apply(
         if entry.absorbs is not None and entry.absorbs not in norms:
             raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
         kind, settings = replacements.load_swap(entry)
-        norm = None if entry.absorbs is None else norms[entry.absorbs]
-        every.append(_Built(entry, conv, norm, kind, settings, kind.build(read_conv(conv), settings)))
+        norm = None if entry.absorbs is None else cast(nn.BatchNorm2d, norms[entry.absorbs])
+        original = Original(conv, (statistics or {}).get(entry.site), norm)
+        every.append(_Built(entry, original, kind, settings, kind.build(read_conv(conv), settings)))
     if start is not None:
-        side_by_side(start, every, step, lambda built: takes_room(built.conv))
+        side_by_side(start, every, step, lambda built: takes_room(built.original.conv))
     swapped: dict[str, nn.Module] = {}
     for built in every:
-        swapped[built.entry.site] = take_over_(built.replacement, built.conv, built.norm)
+        swapped[built.entry.site] = take_over_(built.replacement, built.original.conv, built.original.norm)
         if built.entry.absorbs is not None:
             swapped[built.entry.absorbs] = nn.Identity()
     return swap(model, swapped, share)

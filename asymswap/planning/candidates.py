@@ -13,7 +13,7 @@ from asymswap import replacements
 from asymswap.errors import RecipeError
 from asymswap.planning.plan import find_rule, refusal_of, saves
 from asymswap.planning.recipe import Recipe
-from asymswap.replacements import separable
+from asymswap.replacements import Original, separable
 from asymswap.types import Candidate, RankCost, Site
 
 _ORDERS: tuple[separable.Order, ...] = ("vertical-first", "horizontal-first")
@@ -26,35 +26,33 @@ def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | No
 
 
 def _candidate(model: nn.Module, site: Site, recipe: Recipe | None, number: int | None) -> Candidate:
-    name, given = "separable", {}
+    name, rule = "separable", None
     if recipe is not None:
         if number is None:
             return Candidate(site, "no rule matches")
         rule = recipe.rules[number]
         if rule.swap is None:
             return Candidate(site, f"rule {number + 1} keeps it")
-        name, given = rule.swap["kind"], rule.swap_settings
+        name = rule.kind
     kind = replacements.load(name)
     reason = refusal_of(site, kind)
     if reason is not None:
         return Candidate(site, reason, kind=name)
-    if name != "separable":
-        wish = replacements.parse_settings(name, given)
+    if rule is not None and name != "separable":
         if kind.SIZES:
             return Candidate(site, kind=name)
         # What approximates the conv is resolved from its weights, which would take as long as a plan.
-        if kind.preserves(site.conv, wish):
+        if kind.preserves(site.conv, rule.settings):
             try:
-                kind.resolve(site, cast(nn.Conv2d, model.get_submodule(site.name)), wish)
+                kind.resolve(site, Original(cast(nn.Conv2d, model.get_submodule(site.name))), rule.settings)
             except RecipeError as error:
                 return Candidate(site, str(error), kind=name)
-        return Candidate(site, kind=name, becomes=kind.cost(site, wish))
+        return Candidate(site, kind=name, becomes=kind.cost(site, rule.settings))
     best = _break_even(site)
     if best is None or best.rank == 1:
         # One column of weights for each input channel is no approximation that anybody keeps.
         return Candidate(site, "even rank 1 saves nothing" if best is None else "only rank 1 would save anything")
-    order = _ORDERS[best.order == "horizontal-first"]
-    half = best.rank // 2
+    half, order = best.rank // 2, _ORDERS[best.order == "horizontal-first"]
     return Candidate(site, None, best, RankCost(half, order, separable.pair_cost(site, half, order)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class Fused:
 
     @property
     def as_before(self) -> bool:
-        """Whether the model has the structure of the original again."""
-        return not any(plan.swaps for plan in self.plans)
+        """True if the model has the structure of the original again."""
+        return not self.plans
 
 
 @dataclass(frozen=True)
@@ -56,85 +56,74 @@ class FusionOptions:
 
 
 def fuse_model(
-    model: nn.Module,
-    original: nn.Module,
-    plans: Sequence[Plan],
-    options: FusionOptions,
-    progress: Progress = silent,
+    model: nn.Module, original: nn.Module, plans: Sequence[Plan], options: FusionOptions, progress: Progress = silent
 ) -> Fused:
-    """Fuse what can be fused in a copy of the converted `model`, in eval mode.
-
-    `original` is the unconverted model, of any weights: only its structure counts.
-    """
+    """Fuse what can be fused in a copy of `model`, in eval mode; of the `original` only the structure counts."""
     structures = [meta_copy(original)]
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))
     offsets = _largest_offsets(model, plans, options)
-    sites: list[FusionRow] = []
+    rows: list[FusionRow] = []
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
     for plan, before in reversed(list(zip(plans, structures, strict=False))):
         norms = {site.name: site.norm_behind for site in read_structure(before)}
         later = [entry.site for other in left for entry in other.swaps]
-        results = []
+        results: list[_Result] = []
         for entry in plan.swaps:
-            if any(name.startswith(f"{entry.site}.") for name in later):
-                results.append(_leave(entry, "a later conversion has changed its insides"))
-            else:
+            try:
+                if any(name.startswith(f"{entry.site}.") for name in later):
+                    raise _LeftError("a later conversion has changed its insides")
                 offset = offsets.get(entry.site)
                 results.append(_fuse_site(entry, model, before, norms[entry.site], options, offset))
-            progress("fusing", len(sites) + len(results), total)
+            except _LeftError as reason:
+                results.append(_Result(FusionRow(entry.site, entry.kind, "left", str(reason)), {}, entry))
+            progress("fusing", len(rows) + len(results), total)
         model = swap(model, {name: new for result in results for name, new in result.modules.items()})
-        sites = [result.site for result in results] + sites
+        rows = [result.row for result in results] + rows
         left.insert(0, replace(plan, swaps=tuple(result.stays for result in results if result.stays is not None)))
-    return Fused(model.eval(), tuple(plan for plan in left if plan.swaps), tuple(sites))
+    return Fused(model.eval(), tuple(plan for plan in left if plan.swaps), tuple(rows))
 
 
-@dataclass(frozen=True)
-class _Result:
+class _LeftError(Exception):
+    """Why a replacement is left as it is."""
+
+
+class _Result(NamedTuple):
     """The row of one replacement, the modules to put in, and the swap that stays in the plan."""
 
-    site: FusionRow
+    row: FusionRow
     modules: Mapping[str, nn.Module]
     stays: Swap | None
-
-
-def _leave(entry: Swap, reason: str) -> _Result:
-    return _Result(FusionRow(entry.site, entry.kind, "left", reason), {}, entry)
 
 
 def _fuse_site(
     entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, options: FusionOptions, offset: float | None
 ) -> _Result:
-    """Fuse one replacement, if it can be.
+    """Fuse one replacement; raises _LeftError where that cannot be done.
 
-    `before` is the model's structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the
-    largest predicted one.
+    `before` is the structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the largest.
     """
     kind, settings = replacements.load_swap(entry)
     module = model.get_submodule(entry.site)
     if isinstance(module, nn.Conv2d):
-        return _leave(entry, "it is one conv already")
+        raise _LeftError("it is one conv already")
     if not kind.settings.model_fields["allow_growth"].default and not options.separable:
-        return _leave(entry, "one conv would cost more; --separable fuses it nevertheless")
+        raise _LeftError("one conv would cost more; `separable=True` fuses it nevertheless")
     conv = read_conv(cast(nn.Conv2d, before.get_submodule(entry.site)))
-    changed = _changed(module, kind.build(conv, settings))
-    if changed is not None:
-        return _leave(entry, changed)
+    _check_unchanged(module, kind.build(conv, settings))
     fused, reason = kind.fuse(module, conv, settings), ""
-    most, plain = options.max_offset, kind.without_offsets(module, conv) if fused is None else None
-    if plain is not None and offset is not None and most is not None:
-        if offset > most:
-            return _leave(entry, f"it predicts offsets of up to {offset:.3g} pixels")
-        fused, reason = plain, f"offsets of at most {offset:.3g} pixels were left out"
     if fused is None:
-        more = "; --max-offset leaves small offsets out" if plain is not None else ""
-        return _leave(entry, f"no ordinary conv computes the same{more}")
+        fused = kind.without_offsets(module, conv)
+        if fused is None or offset is None or options.max_offset is None:
+            more = "" if fused is None else "; `max_offset=…` leaves small offsets out"
+            raise _LeftError(f"no ordinary conv computes the same{more}")
+        if offset > options.max_offset:
+            raise _LeftError(f"it predicts offsets of up to {offset:.3g} pixels")
+        reason = f"offsets of at most {offset:.3g} pixels were left out"
     modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
     if entry.absorbs is not None:
-        changed = _changed(model.get_submodule(entry.absorbs), nn.Identity())
-        if changed is not None:
-            return _leave(entry, f"the batch norm's place has changed: {changed}")
+        _check_unchanged(model.get_submodule(entry.absorbs), nn.Identity(), "the batch norm's place has changed: ")
         absorbed = cast(nn.BatchNorm2d, before.get_submodule(entry.absorbs))
         modules[entry.absorbs] = _put_back(fused, conv, absorbed, module)
     elif fused.bias is not None and not conv.bias and norm is not None:
@@ -147,29 +136,29 @@ def _fuse_site(
             fused.register_parameter("bias", None)
             modules[norm] = own
     now = read_conv(fused)
-    # The network that was rebuilt has weights of the usual dtype, whatever those of the checkpoint are.
+    # The rebuilt network has weights of the usual dtype, whatever the checkpoint has.
     if replace(now, dtype=conv.dtype) == conv:
         return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
     # One conv of another form stays as a swap of its own.
     padding = now.padding if isinstance(now.padding, str) else list(now.padding)
-    fields = {"kernel": list(now.kernel), "dilation": list(now.dilation), "padding": padding}
-    bias = {"bias": True} if now.bias and not conv.bias else {}
-    stays = Swap(entry.site, "resized", {**fields, **bias}, f"fused from {entry.kind}")
-    what = f"one {now.describe()}" + (" with a bias" if bias else "")
+    fields: dict[str, Any] = {"kernel": list(now.kernel), "dilation": list(now.dilation), "padding": padding}
+    what = f"one {now.describe()}"
+    if now.bias and not conv.bias:
+        fields, what = {**fields, "bias": True}, f"{what} with a bias"
+    stays = Swap(entry.site, "resized", fields, f"fused from {entry.kind}")
     return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
 
 
-def _changed(module: nn.Module, fresh: nn.Module) -> str | None:
-    """Return what was added to a replacement or a part of it, which one conv would drop; None for nothing."""
+def _check_unchanged(module: nn.Module, fresh: nn.Module, prefix: str = "") -> None:
+    """Raise _LeftError where something was added to a replacement or a part of it, which one conv would drop."""
     untouched = dict(fresh.named_modules())
     for name, part in module.named_modules():
         own = untouched.get(name)
         if own is None or type(part) is not type(own):
-            return f"its {name or 'class'} was replaced by a {type(part).__name__}"
+            raise _LeftError(f"{prefix}its {name or 'class'} was replaced by a {type(part).__name__}")
         added = additions(part, own)
         if added is not None:
-            return f"it {added}" if not name else f"its {name} {added}"
-    return None
+            raise _LeftError(f"{prefix}its {name} {added}" if name else f"{prefix}it {added}")
 
 
 def _largest_offsets(model: nn.Module, plans: Sequence[Plan], options: FusionOptions) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,24 +19,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from asymswap.errors import AsymswapError, OutputError, RecipeError, check_choice
 from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
 from asymswap.measure.machine import machine
 from asymswap.planning.apply import apply_random
-from asymswap.planning.plan import Choices, choose
+from asymswap.planning.plan import Choices, CostModel, choose
 from asymswap.results.convert import LatencyRow
 from asymswap.types import Option, Plan, Progress, Site, Swap, silent
 from asymswap.utils.files import write_text
 from asymswap.utils.inputs import Inputs
 
-_GRID = 8
-"""Options of each conv that are timed; between them latency is interpolated by the MACs."""
-
+_GRID = 8  # options of each conv that are timed; between them latency is interpolated by the MACs
 _ATTEMPTS = 5
-_NOISE = 0.02
-"""Differences below this share are the machine's noise."""
+_NOISE = 0.02  # differences below this share are the machine's noise
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def plan_in_time(
     inputs = inputs_like(example, timing.memory_format, timing.batch)
     table = _Table(timing)
     table.fill(original, inputs, choices, progress)
-    costs = _TimedCost(table, table.whole(original, inputs, choices))
+    costs = table.costs(original, inputs, choices)
     undone: dict[str, str] = {}
 
     def measure(plan: Plan) -> tuple[Timed, Timed, LatencyRow]:
@@ -91,13 +90,9 @@ def plan_in_time(
         )
         return before, after, row
 
-    def fit(ratio: float) -> tuple[bool, float]:
-        """Rank a measured ratio: best is one within the budget that uses most of it, else the nearest above."""
-        within = ratio <= budget.fraction
-        return within, ratio if within else -ratio
-
     fraction = budget.fraction
-    best: tuple[float, Plan, LatencyRow] | None = None
+    # Best is a ratio within the budget that uses most of it, else the nearest above.
+    best: tuple[tuple[bool, float], Plan, LatencyRow] | None = None
     tried: Plan | None = None
     for _ in range(_ATTEMPTS):
         try:
@@ -111,15 +106,17 @@ def plan_in_time(
             break
         tried = plan
         before, after, row = measure(plan)
-        # A swap whose size a rule says, or that makes the network stronger, is not the budget's to undo.
-        slower = {name: reason for name, reason in _slower(plan, before, after) if name in choices.curves}
+        # A swap whose size a rule gives, or that makes the network stronger, is not the budget's to undo.
+        slower = {name: reason for name, reason in _slower(plan, before, after) if name in choices.left_open}
         undone |= slower
         if slower:
             continue
         ratio = after.whole / before.whole
-        if best is None or fit(ratio) > fit(best[0]):
-            best = ratio, plan, row
-        if (1 - 2 * _NOISE) * budget.fraction <= ratio <= budget.fraction:
+        within = ratio <= budget.fraction
+        fit = within, ratio if within else -ratio
+        if best is None or fit > best[0]:
+            best = fit, plan, row
+        if within and ratio >= (1 - 2 * _NOISE) * budget.fraction:
             break
         # A little below the budget: noise would otherwise make the next plan miss it as narrowly.
         fraction = min(1.0, fraction * (1 - _NOISE / 2) * budget.fraction / ratio)
@@ -139,22 +136,6 @@ def _slower(plan: Plan, before: Timed, after: Timed) -> Iterator[tuple[str, str]
             yield swap.site, f"{settings} took {1e3 * now:.3f} ms where the conv takes {1e3 * was:.3f} ms"
 
 
-class _TimedCost:
-    """Latency in nanoseconds, from the table; `seconds` are those of the whole model."""
-
-    what = "latency"
-
-    def __init__(self, table: _Table, seconds: float) -> None:
-        self._table = table
-        self.total = round(1e9 * seconds)
-
-    def keep(self, site: Site) -> int:
-        return round(1e9 * self._table.seconds(site))
-
-    def option(self, site: Site, kind: str, option: Option) -> int:
-        return round(1e9 * self._table.seconds_of(site, kind, option))
-
-
 class _Table:
     """Seconds of convs and of their options, by their form and not by their name.
 
@@ -168,22 +149,19 @@ class _Table:
         folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"
         self._path = folder / f"latency-{digest}.json"
         self._rounds = timing.rounds
-        self._known: dict[str, dict[str, list[float]]] = {}
+        self._known: dict[str, dict[str, tuple[int, float]]] = {}
         # A file that cannot be read is measured again.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            found = json.loads(self._path.read_text(encoding="utf-8"))["seconds"]
-            self._known = {
-                form: {key: [int(macs), float(seconds)] for key, (macs, seconds) in entries.items()}
-                for form, entries in found.items()
-            }
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            seconds = json.loads(self._path.read_text(encoding="utf-8"))["seconds"]
+            self._known = TypeAdapter(dict[str, dict[str, tuple[int, float]]]).validate_python(seconds)
 
     def fill(self, original: nn.Module, inputs: Inputs, choices: Choices, progress: Progress) -> None:
         """Time what is not known yet, and write it to the file, where that can be written."""
-        sites = {site.name: site for site in choices.sites}
         # For each site the swaps that are timed, with their MACs.
-        tries = {name: _grid(name, kind, options) for name, (kind, options) in choices.named_options.items()}
-        for name, (result, option) in choices.fixed.items():
-            tries[name] = [(result, option.cost.macs)] if isinstance(result, Swap) and option is not None else []
+        tries: dict[str, list[tuple[Swap, int]]] = {site.name: [] for site in choices.matched}
+        tries |= {name: _grid(name, item.kind_name, options) for name, (item, options) in choices.left_open.items()}
+        tries |= {name: [(item.swap(option), option.cost.macs)] for name, (item, option) in choices.fixed.items()}
+        sites = {site.name: site for site in choices.matched}
         if all(
             {"", *(_option_key(swap.kind, swap.settings) for swap, _ in some)}
             <= self._known.get(_form(sites[name]), {}).keys()
@@ -199,40 +177,42 @@ class _Table:
         for number, level in enumerate(levels):
             models[str(number)] = apply_random(original, Plan(tuple(swap for swap, _ in level.values())))
         found = time_models(models, inputs, list(tries), rounds=self._rounds, progress=progress)
-        for name in tries:
-            self._note(sites[name], "", sites[name].cost.macs, found[""].modules[name])
+        timed = [(name, "", site.cost.macs, found[""]) for name, site in sites.items()]
         for number, level in enumerate(levels):
             for name, (swap, macs) in level.items():
-                key = _option_key(swap.kind, swap.settings)
-                self._note(sites[name], key, macs, found[str(number)].modules[name])
+                timed.append((name, _option_key(swap.kind, swap.settings), macs, found[str(number)]))
+        for name, key, macs, times in timed:
+            # The fastest of all convs of one form counts.
+            known = self._known.setdefault(_form(sites[name]), {})
+            known[key] = macs, min(times.modules[name], known.get(key, (0, math.inf))[1])
         text = json.dumps({"machine": self._machine, "seconds": self._known}, indent=1)
         # The file is a convenience: without it the next conversion measures again.
         with contextlib.suppress(OSError, OutputError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._path, text + "\n")
 
-    def _note(self, site: Site, key: str, macs: int, seconds: float) -> None:
-        """Write down the fastest of all convs of one form."""
-        known = self._known.setdefault(_form(site), {})
-        known[key] = [macs, min(seconds, known[key][1] if key in known else seconds)]
-
-    def whole(self, original: nn.Module, inputs: Inputs, choices: Choices) -> float:
-        """Return the seconds of the whole model: the convs as in the table, and the rest as it is now."""
-        names = [*choices.fixed, *choices.curves]
+    def costs(self, original: nn.Module, inputs: Inputs, choices: Choices) -> CostModel:
+        """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now."""
+        names = [site.name for site in choices.matched]
         rest = time_models({"": original}, inputs, names, rounds=self._rounds)[""].rest
-        return rest + sum(self.seconds(site) for site in choices.sites if site.name in names)
 
-    def seconds(self, site: Site) -> float:
-        """Return the seconds of a conv as it is."""
-        return self._known[_form(site)][""][1]
+        def seconds(site: Site) -> float:
+            return self._known[_form(site)][""][1]
 
-    def seconds_of(self, site: Site, kind: str, option: Option) -> float:
+        return CostModel(
+            "latency",
+            round(1e9 * (rest + sum(map(seconds, choices.matched)))),
+            lambda site: round(1e9 * seconds(site)),
+            lambda site, kind, option: round(1e9 * self._seconds_of(site, kind, option)),
+        )
+
+    def _seconds_of(self, site: Site, kind: str, option: Option) -> float:
         """Return the seconds of an option, as timed or between the two timed ones with fewer and with more MACs."""
         known = self._known[_form(site)]
         exact = known.get(_option_key(kind, option.settings))
         if exact is not None:
             return exact[1]
-        entries = sorted((macs, seconds) for key, (macs, seconds) in known.items() if key.startswith(f"{kind} "))
+        entries = sorted(entry for key, entry in known.items() if key.startswith(f"{kind} "))
         below = [entry for entry in entries if entry[0] <= option.cost.macs]
         above = [entry for entry in entries if entry[0] > option.cost.macs]
         if not below or not above:

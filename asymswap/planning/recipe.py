@@ -27,7 +27,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -48,19 +48,15 @@ from pydantic_core import CoreSchema
 from asymswap import replacements
 from asymswap.errors import RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
-from asymswap.types import Neighbour, Site, Size
+from asymswap.replacements import KindSettings
+from asymswap.types import Site, Size
 
 
 def _as_size(value: Any) -> Any:
     """Read "3x5" or 3 as (height, width)."""
-    if isinstance(value, str):
-        parts = value.split("x")
-        if len(parts) == 2 and all(part.isdecimal() for part in parts):
-            return int(parts[0]), int(parts[1])
-    elif isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    elif isinstance(value, tuple) and len(value) == 2:
-        return value
+    size = replacements.as_size(value)
+    if isinstance(size, tuple) and len(size) == 2:
+        return size
     raise ValueError('give a size such as "3x3" or 3')
 
 
@@ -106,11 +102,8 @@ class _Strict(BaseModel):
 class Range(_Strict):
     """A range of numbers, both ends included."""
 
-    min: Annotated[float, Field(strict=True)] | None = None
-    """The smallest number that is in it."""
-
-    max: Annotated[float, Field(strict=True)] | None = None
-    """The largest number that is in it."""
+    min: Annotated[float, Field(strict=True)] | None = Field(None, description="The smallest number that is in it.")
+    max: Annotated[float, Field(strict=True)] | None = Field(None, description="The largest number that is in it.")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Range:
@@ -119,21 +112,16 @@ class Range(_Strict):
         return self
 
     def holds(self, value: float) -> bool:
-        """Whether the value lies in the range."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
 class SizeRange(_Strict):
     """A range of (height, width) pairs; it holds where both sides lie in it."""
 
-    min: Pair | None = None
-    """No side is below this one."""
-
-    max: Pair | None = None
-    """No side is above this one."""
+    min: Pair | None = Field(None, description="No side is below this one.")
+    max: Pair | None = Field(None, description="No side is above this one.")
 
     def holds(self, size: Size) -> bool:
-        """Whether both sides lie in the range."""
         low, high = self.min or (0, 0), self.max or size
         return all(a <= b <= c for a, b, c in zip(low, size, high, strict=True))
 
@@ -152,102 +140,80 @@ Numbers = Annotated[Range, BeforeValidator(_as_range), _OrOne()]
 
 
 class Match(_Strict):
-    """What a conv must be for a rule to speak of it; what is not said does not matter."""
+    """What a conv must be for a rule to match it; what is not given does not matter."""
 
-    names: Globs = ("*",)
-    """Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."""
-
-    exclude: Globs = ()
-    """Globs of names that are left out."""
-
-    kernel: Sizes | None = None
-    """Size of the kernel."""
-
-    stride: Sizes | None = None
-    """Stride, in the form of a size."""
-
-    dilation: Sizes | None = None
-    """Dilation, in the form of a size."""
-
-    groups: Groupings | None = None
-    """`dense` (one group), `depthwise` (a group for each input channel) or `grouped` (any other number)."""
-
-    in_channels: Numbers | None = None
-    """Input channels, of all groups together."""
-
-    out_channels: Numbers | None = None
-    """Output channels, of all groups together."""
-
-    feature_map: Sizes | None = None
-    """Height and width of the input where the conv runs first."""
-
-    position: Positions | None = None
-    """`first` and `last` of all convs in the order in which they run, `inner` for the others."""
-
+    names: Globs = Field(
+        ("*",), description="Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."
+    )
+    exclude: Globs = Field((), description="Globs of names that are left out.")
+    kernel: Sizes | None = Field(None, description="Size of the kernel.")
+    stride: Sizes | None = Field(None, description="Stride, in the form of a size.")
+    dilation: Sizes | None = Field(None, description="Dilation, in the form of a size.")
+    groups: Groupings | None = Field(
+        None,
+        description="`dense` (one group), `depthwise` (one for each input channel) or `grouped` (any other number).",
+    )
+    in_channels: Numbers | None = Field(None, description="Input channels, of all groups together.")
+    out_channels: Numbers | None = Field(None, description="Output channels, of all groups together.")
+    feature_map: Sizes | None = Field(None, description="Height and width of the input where the conv runs first.")
+    position: Positions | None = Field(
+        None, description="`first` and `last` of all convs in the order in which they run, `inner` for the others."
+    )
     stage: Positions | None = None
     """Of the convs that `names` and `exclude` leave: those with the largest outputs are the `first` stage, those with
     the smallest the `last`, all between are `inner`."""
 
-    macs: Numbers | None = None
-    """Multiply-adds of the conv in one forward pass, over all its calls."""
-
-    params: Numbers | None = None
-    """Parameters of the conv."""
-
-    followed_by: Words | None = None
-    """Operations of which one reads the conv's output; a batch norm between them is looked through."""
-
-    preceded_by: Words | None = None
-    """Operations of which one makes the conv's input, likewise."""
+    macs: Numbers | None = Field(None, description="Multiply-adds of the conv in one forward pass, over all its calls.")
+    params: Numbers | None = Field(None, description="Parameters of the conv.")
+    followed_by: Words | None = Field(
+        None, description="Operations of which one reads the conv's output, maybe behind a batch norm."
+    )
+    preceded_by: Words | None = Field(None, description="Operations of which one makes the conv's input, likewise.")
 
     def find(self, sites: Sequence[Site]) -> set[str]:
         """Return the names of the matching sites of a model, given in run order."""
         running = [site.name for site in sites if site.calls]
         ends: dict[str, Position] = {running[-1]: "last", running[0]: "first"} if running else {}
         stages = _stages([site for site in sites if self._is_named(site)])
-        return {
-            site.name
-            for site in sites
-            if self.holds(site, ends.get(site.name, "inner"), stages.get(site.name, frozenset()))
-        }
+        return {one.name for one in sites if self.holds(one, ends.get(one.name, "inner"), stages.get(one.name, set()))}
 
     def holds(self, site: Site, position: Position, stages: Set[Position] = frozenset()) -> bool:
-        """Whether a site matches, at this place among all sites and in these stages."""
-        conv = site.conv
-
-        def size_holds(allowed: SizeRange | tuple[Size, ...] | None, size: Size | None) -> bool:
-            if allowed is None or size is None:
-                return allowed is None
-            return allowed.holds(size) if isinstance(allowed, SizeRange) else size in allowed
-
-        def any_fits(words: tuple[str, ...] | None, neighbours: tuple[Neighbour, ...] | None) -> bool:
-            operations = [neighbour.op for neighbour in neighbours or ()]
-            return words is None or any(vocabulary.fits(word, op) for word in words for op in operations)
-
+        """Return True if a site matches, at this place among all sites and in these stages."""
+        conv, cost = site.conv, site.cost
+        facts: dict[str, Collection[Any]] = {
+            "kernel": [conv.kernel],
+            "stride": [conv.stride],
+            "dilation": [conv.dilation],
+            "groups": [conv.grouping],
+            "in_channels": [conv.in_channels],
+            "out_channels": [conv.out_channels],
+            "feature_map": [call.input for call in site.calls[:1]],
+            "position": [position],
+            "stage": stages,
+            "macs": [cost.macs],
+            "params": [cost.params],
+        }
+        sides = [(self.followed_by, site.after), (self.preceded_by, site.before)]
         return (
             self._is_named(site)
-            and size_holds(self.kernel, conv.kernel)
-            and size_holds(self.stride, conv.stride)
-            and size_holds(self.dilation, conv.dilation)
-            and (self.groups is None or conv.grouping in self.groups)
-            and (self.in_channels is None or self.in_channels.holds(conv.in_channels))
-            and (self.out_channels is None or self.out_channels.holds(conv.out_channels))
-            and size_holds(self.feature_map, site.feature_map)
-            and (self.position is None or position in self.position)
-            and (self.stage is None or not stages.isdisjoint(self.stage))
-            and (self.macs is None or self.macs.holds(site.cost.macs))
-            and (self.params is None or self.params.holds(site.cost.params))
-            and any_fits(self.followed_by, site.after)
-            and any_fits(self.preceded_by, site.before)
+            and all(_allows(getattr(self, name), values) for name, values in facts.items())
+            and all(
+                words is None or any(vocabulary.fits(word, other.op) for word in words for other in neighbours or ())
+                for words, neighbours in sides
+            )
         )
 
     def _is_named(self, site: Site) -> bool:
         return _matches(self.names)(site.name) and not _matches(self.exclude)(site.name)
 
-    @property
-    def needs_graph(self) -> bool:
-        """Whether it asks for neighbours, which only a traced model has."""
-        return self.followed_by is not None or self.preceded_by is not None
+
+def _allows(condition: Range | SizeRange | tuple[Any, ...] | None, values: Collection[Any]) -> bool:
+    """Return True if one of the values meets a condition; without a condition any does, or none."""
+    if condition is None:
+        return True
+    if isinstance(condition, tuple):
+        return any(value in condition for value in values)
+    return any(condition.holds(value) for value in values)
 
 
 def _one_kind(value: Any) -> Any:
@@ -257,22 +223,14 @@ def _one_kind(value: Any) -> Any:
 
 
 class Rule(_Strict):
-    """One rule: the convs that it speaks of, and what they become; or that they stay as they are.
+    """One rule: the convs that it matches, and what they become. Matching none is an error, unless `optional`."""
 
-    That it matches no conv at all is an error, unless it is `optional`, as in recipes that are made for any network.
-    """
-
-    match: Match = Match()
-    """Which convs the rule speaks of; without it, all."""
-
-    swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = None
-    """What they become: a kind and its settings."""
-
-    keep: Literal[True] | None = None
-    """They stay as they are, in the place of `swap`."""
-
-    optional: Annotated[bool, Field(strict=True)] = False
-    """It is no error if no conv matches."""
+    match: Match = Field(Match.model_validate({}), description="Which convs the rule matches; by default all.")
+    swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = Field(
+        None, description="What they become: a kind and its settings."
+    )
+    keep: Literal[True] | None = Field(None, description="They stay as they are, in the place of `swap`.")
+    optional: Annotated[bool, Field(strict=True)] = Field(False, description="It is no error if no conv matches.")
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:
@@ -282,37 +240,35 @@ class Rule(_Strict):
             if not isinstance(self.swap.get("kind"), str):
                 raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
             try:
-                replacements.parse_settings(self.swap["kind"], self.swap_settings)
+                _ = self.settings
             except RecipeError as error:
                 raise ValueError(str(error)) from None
         return self
 
     @property
-    def swap_settings(self) -> dict[str, Any]:
-        """What `swap` says beside the kind."""
-        return {key: value for key, value in (self.swap or {}).items() if key != "kind"}
+    def kind(self) -> str:
+        """The name of the kind by which the rule swaps."""
+        assert self.swap is not None
+        return str(self.swap["kind"])
 
     @property
-    def sizes(self) -> tuple[str, ...]:
-        """The settings that fix the size of the kind's replacements; none where nothing is swapped."""
-        return () if self.swap is None else replacements.load(self.swap["kind"]).SIZES
-
-    @property
-    def size(self) -> str | None:
-        """The one of these settings that the rule says; None where a budget chooses."""
-        return next((name for name in self.sizes if name in self.swap_settings), None)
+    def settings(self) -> KindSettings:
+        """The settings of `swap` beside the kind, checked."""
+        assert self.swap is not None
+        return replacements.parse_settings(self.kind, {key: self.swap[key] for key in self.swap if key != "kind"})
 
     @property
     def lacks_size(self) -> bool:
-        """Whether the rule swaps and says no size, although its kind has one."""
-        return bool(self.sizes) and self.size is None
+        """True if the rule swaps and gives no size, although its kind has one."""
+        sizes = () if self.swap is None else replacements.load(self.kind).SIZES
+        return bool(sizes) and set(sizes).isdisjoint(self.swap or ())
 
     @property
     def leaves_choice(self) -> bool:
-        """Whether a budget has something to choose: the size, or for a kind without one whether to swap at all."""
-        if self.swap is None or self.sizes:
+        """True if a budget can choose: the size, or for a kind without one whether to swap at all."""
+        if self.swap is None or replacements.load(self.kind).SIZES:
             return self.lacks_size
-        return not replacements.parse_settings(self.swap["kind"], self.swap_settings).allow_growth
+        return not self.settings.allow_growth
 
 
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -324,28 +280,22 @@ class Budget(_Strict):
     Or, with `max_error`, how large the error of all layers together may become, for as few MACs as that takes.
     """
 
-    macs: Fraction | None = None
-    """At most this fraction of the multiply-adds is left."""
-
-    params: Fraction | None = None
-    """At most this fraction of the parameters is left."""
-
-    latency: Fraction | None = None
-    """At most this fraction of the time of a forward pass on this machine is left."""
-
-    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
-    """The predicted relative error of all layers together, for as few MACs as that takes."""
-
-    over: Literal["model", "matched"] = "model"
-    """Of what the fraction is taken: of the whole model, or of the convs that rules match and their kinds can swap."""
+    macs: Fraction | None = Field(None, description="At most this fraction of the multiply-adds.")
+    params: Fraction | None = Field(None, description="At most this fraction of the parameters.")
+    latency: Fraction | None = Field(None, description="At most this fraction of the latency on this machine.")
+    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
+        None, description="The predicted relative error of all layers together, for as few MACs as that takes."
+    )
+    over: Literal["model", "matched"] = Field(
+        "model", description="Fraction of the whole model, or of the convs that rules match and their kinds can swap."
+    )
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a budget needs one of {', '.join(BUDGETS)}" + (f", not {' and '.join(given)}" * bool(given))
-            )
+            instead = f", not {' and '.join(given)}" if given else ""
+            raise ValueError(f"a budget needs one of {', '.join(BUDGETS)}{instead}")
         if self.max_error is not None and "over" in self.model_fields_set:
             raise ValueError("over says of what a fraction is taken, and max_error is none; remove one of the two")
         return self
@@ -367,27 +317,21 @@ class Budget(_Strict):
         if error is not None:
             return f"a predicted error of at most {error:g} (the measured one is usually several times smaller)"
         owner = "the matched convs'" if self.over == "matched" else "the model's"
-        measure = {"macs": "MACs", "params": "parameters", "latency": "latency"}[self.measure]
-        return f"{self.fraction:g} of {owner} {measure}"
+        return f"{self.fraction:g} of {owner} {MEASURES[self.measure]}"
 
 
-_LARGEST, _LONGEST_KEY = 2**20, 100
-_STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
-
-BUDGETS = ("macs", "params", "latency", "max_error")
+MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+BUDGETS = (*MEASURES, "max_error")
 
 
 class About(_Strict):
-    """What a recipe says of itself, for people; `group` is where `asymswap recipes` lists it."""
+    """The description of a recipe, for people."""
 
-    summary: str = ""
-    """What the recipe does, in one sentence."""
-
-    group: Group | None = None
-    """Where `asymswap recipes` lists it."""
-
-    preserves: Preserves | None = None
-    """How well the converted network, before any training, does what the original did."""
+    summary: str = Field("", description="What the recipe does, in one sentence.")
+    group: Group | None = Field(None, description="Where `asymswap recipes` lists it.")
+    preserves: Preserves | None = Field(
+        None, description="How well the converted network, before any training, does what the original did."
+    )
 
 
 class Recipe(About):
@@ -396,36 +340,31 @@ class Recipe(About):
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=1000)]
     """The first rule that matches a conv decides about it."""
 
-    budget: Budget | None = None
-    """What may be left; it chooses the sizes that the rules do not say."""
+    budget: Budget | None = Field(None, description="What may be left; it chooses the sizes that the rules leave open.")
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
-        lacking = [number for number, rule in enumerate(self.rules, start=1) if rule.lacks_size]
-        if lacking and self.budget is None:
-            sizes = " or ".join(self.rules[lacking[0] - 1].sizes)
-            raise ValueError(f"rule {lacking[0]} says no size: give {sizes}, or the recipe a [budget]")
+        for number, rule in enumerate(self.rules, start=1):
+            if self.budget is None and rule.lacks_size:
+                sizes = " or ".join(replacements.load(rule.kind).SIZES)
+                raise ValueError(f"rule {number} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
-            why = "no rule's kind has sizes; leave the budget out"
-            if any(rule.sizes for rule in self.rules):
-                why = "every rule says its own size; remove one of the two"
-            raise ValueError(f"the [budget] has nothing to choose: {why}")
+            sized = any(replacements.load(rule.kind).SIZES for rule in self.rules if rule.swap is not None)
+            why = "every rule gives its own size" if sized else "no rule's kind has sizes"
+            raise ValueError(f"the [budget] has nothing to choose: {why}; remove one of the two")
         return self
 
 
 @functools.cache
 def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether any glob matches a name; the patterns that `fnmatch` makes of globs never backtrack over a `*`."""
+    """Match a name against any of the globs; the patterns that `fnmatch` makes never backtrack over a `*`."""
     plain = {glob for glob in globs if not set("*?[") & set(glob)}
     patterns = [re.compile(fnmatch.translate(glob)) for glob in globs if glob not in plain]
     return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
 
 
 def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
-    """Return the stages of each site; what runs at no spatial conv's size (squeeze and excitation) has none.
-
-    Of a site that runs several times, as the heads of detection models do, the first call counts.
-    """
+    """Return the stages of each site by its first call; one of no spatial conv's size (squeeze-excitation) has none."""
     pixels = {site.name: math.prod(site.calls[0].output) for site in sites if site.calls}
     sizes = {pixels[site.name] for site in sites if site.calls and site.conv.kernel != (1, 1)}
     ends: dict[Position, int] = {"first": max(sizes, default=0), "last": min(sizes, default=0)}
@@ -434,6 +373,10 @@ def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
         for name, size in pixels.items()
         if size in sizes
     }
+
+
+_LARGEST, _LONGEST_KEY = 2**20, 100
+_STRING = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 
 def shipped_folder() -> Path:
@@ -448,7 +391,7 @@ def shipped_names() -> list[str]:
 
 
 def read_about(name: str) -> About:
-    """Return what a shipped recipe says of itself, without checking its rules: their kinds would load torch."""
+    """Return the description of a shipped recipe, without checking its rules: their kinds would load torch."""
     value = tomllib.loads(read_recipe_text(name)[0])
     return About.model_validate({key: value[key] for key in About.model_fields if key in value})
 
@@ -472,7 +415,7 @@ def read_recipe_text(reference: str) -> tuple[str, str]:
 
 
 def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Check a recipe's text, with the user's overrides put in (see `override`); raises RecipeError in one line."""
+    """Check a recipe's text, with the user's `overrides` (see `override`) put in; raises RecipeError in one line."""
     if len(text) > _LARGEST:
         raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -494,34 +437,33 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
 
 
 def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Put `--set` and budget options into a recipe that has been read but not checked.
+    """Put the user's `overrides` into a recipe that has been read but not checked.
 
-    `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key
-    goes into every rule that swaps by a kind with such a setting. A size there takes the place of the rule's own
-    size, and of the recipe's budget where no rule is left for it. Settings are put in first, then the last measure,
-    then `over`, in whatever order they are given. Raises RecipeError for a key that no rule takes.
+    `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key goes into
+    every rule that swaps by a kind with such a setting. A size there replaces the rule's own size, and the budget where
+    no rule is left for it. Settings come first, then the last measure, then `over`, in whatever order they are given.
+    Raises RecipeError for a key that no rule takes.
     """
     given, budget = value.get("rules"), value.get("budget")
-    if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
+    if not isinstance(given, list) or not all(
+        isinstance(one, dict) for one in (*given, {} if budget is None else budget)
+    ):
         # The check of the whole says what is wrong with the rules, or the budget.
-        return value
-    if not isinstance(budget, dict | None):
         return value
     rules = [dict(rule) for rule in given]
     sized = [_override_rules(rules, key, new) for key, new in overrides.items() if not key.startswith("budget.")]
     if any(sized) and not any(_leaves_choice(rule) for rule in rules):
         budget = None
     parts = {key.removeprefix("budget."): new for key, new in overrides.items() if key.startswith("budget.")}
-    # Another measure makes another budget, of which `over` then speaks.
+    # Another measure makes another budget, to which `over` then applies.
     for part in sorted(parts, key=lambda part: part not in BUDGETS):
         budget = {**({} if part in BUDGETS else budget or {}), part: parts[part]}
-    changed = {**value, "rules": rules}
-    changed.pop("budget", None)
+    changed = {key: item for key, item in value.items() if key != "budget"} | {"rules": rules}
     return changed if budget is None else {**changed, "budget": budget}
 
 
 def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
-    """Put a setting into all rules that take it, in place; return whether it is the size of one of them."""
+    """Put a setting into all rules that take it, in place; return True if it is the size of one of them."""
     known: set[str] = set()
     taken = is_size = False
     for rule in rules:
@@ -529,14 +471,14 @@ def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
         if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
             continue
         kind = replacements.load(swap["kind"])
-        known |= set(kind.settings.model_fields)
+        known |= kind.settings.model_fields.keys()
         if key in kind.settings.model_fields:
             dropped = kind.SIZES if key in kind.SIZES else ()
-            rule["swap"] = {**{name: v for name, v in swap.items() if name not in dropped}, key: new}
+            rule["swap"] = {**{name: item for name, item in swap.items() if name not in dropped}, key: new}
             taken, is_size = True, is_size or key in kind.SIZES
     if not taken:
         hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
-        raise RecipeError(f"--set {key}: no rule of the recipe takes it{hint}")
+        raise RecipeError(f"no rule of the recipe has a setting {key!r}{hint}")
     return is_size
 
 
@@ -544,25 +486,18 @@ def _leaves_choice(rule: dict[str, Any]) -> bool:
     try:
         return Rule.model_validate(rule).leaves_choice
     except ValidationError:
-        # The check of the whole says what is wrong with it.
-        return False
+        return False  # the check of the whole says what is wrong with it
 
 
 def _keys_at(error: ValidationError) -> list[str]:
     """Return the keys that are known at the first unknown one, for near names."""
-    unknown = next((item for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"), None)
-    if unknown is None:
-        return []
-    path = [part for part in unknown["loc"] if isinstance(part, str) and part not in ("range", "any of")]
-    owner: type[BaseModel] = Recipe
-    if len(path) > 3:
-        owner = Range
-    elif "match" in path[:-1]:
-        owner = Match
-    elif len(path) > 1:
-        owners: dict[str, type[BaseModel]] = {"rules": Rule, "budget": Budget}
-        owner = owners.get(path[0], Recipe)
-    return list(owner.model_fields)
+    owners: dict[str | int, type[BaseModel]] = {"rules": Rule, "match": Match, "budget": Budget}
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            *path, _ = [part for part in item["loc"] if isinstance(part, str) and part not in ("range", "any of")]
+            owner = Range if len(path) > 2 else owners.get(path[-1], Recipe) if path else Recipe
+            return list(owner.model_fields)
+    return []
 
 
 def json_schema() -> dict[str, Any]:

@@ -12,10 +12,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
-from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Replacement
+from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Original, Replacement, as_size
 from asymswap.types import Swap
 
-__all__ = ["SIZE_SCHEMA", "KindSettings", "Replacement", "load", "load_swap", "names", "parse_settings"]
+__all__ = [
+    "SIZE_SCHEMA",
+    "KindSettings",
+    "Original",
+    "Replacement",
+    "as_size",
+    "load",
+    "load_swap",
+    "names",
+    "parse_settings",
+]
 
 
 def names() -> list[str]:
@@ -43,10 +53,7 @@ def load(name: str) -> Replacement:
 
 def parse_settings(name: str, settings: Any) -> KindSettings:
     """Check settings that came from outside against the kind's own; raises RecipeError with every mistake in it."""
-    return _parse(load(name), name, settings)
-
-
-def _parse(kind: Replacement, name: str, settings: Any) -> KindSettings:
+    kind = load(name)
     try:
         return kind.settings.model_validate(dict(settings))
     except ValidationError as error:
@@ -58,8 +65,7 @@ def load_swap(swap: Swap) -> tuple[Replacement, KindSettings]:
 
     Raises RecipeError as `load` and `parse_settings` do, and PlanError for settings that are valid but not settled.
     """
-    kind = load(swap.kind)
-    settings = _parse(kind, swap.kind, swap.settings)
+    settings, kind = parse_settings(swap.kind, swap.settings), load(swap.kind)
     if kind.settled is None:
         return kind, settings
     try:

@@ -19,7 +19,7 @@ from asymswap.utils.tensors import store_
 
 
 def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Conv2d:
-    """Return a conv of these fields with unset weights; `dtype` takes precedence over that of the fields."""
+    """Return a conv of these fields with unset weights; `dtype` takes precedence over the fields'."""
     module: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
         conv.in_channels,
@@ -38,10 +38,7 @@ def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.dev
 
 
 def conv_of(conv: ConvSpec, weight_OIHW: Tensor, bias_O: Tensor | None, like: Tensor) -> nn.Conv2d:
-    """Return a conv of these fields and numbers, with a bias where one is given; dtype and device are those of `like`.
-
-    The fields' own kernel size and bias do not matter.
-    """
+    """Return a conv of these fields but for kernel size and bias, with these numbers; dtype and device are `like`'s."""
     kernel = (weight_OIHW.shape[2], weight_OIHW.shape[3])
     made = new_conv(replace(conv, kernel=kernel, bias=bias_O is not None), like.dtype, like.device)
     copy_(made, weight_OIHW, bias_O)
@@ -79,8 +76,7 @@ def unsupported(conv: ConvSpec) -> str | None:
 class StripConvs:
     """The kh x 1 and the 1 x kw conv, without a bias, at the centre of a kernel.
 
-    `crop` is the number of columns that are cut from each side of the vertical one's input, and of rows from the
-    horizontal one's: (rows, columns).
+    `crop` is how many (rows, columns) are cut from each side of the horizontal and of the vertical one's input.
     """
 
     vertical: ConvSpec

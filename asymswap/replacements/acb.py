@@ -1,18 +1,16 @@
 """A k x k conv with a k x 1 and a 1 x k conv beside it, the three outputs summed (asymmetric convolution block).
 
 Ding, Guo, Ding and Han, ACNet, ICCV 2019: the strips strengthen the kernel's skeleton in training, and afterwards all
-three fuse into one k x k conv. The square conv keeps the weights of the original; the strips start without effect, but
-with a gradient of the usual size:
+three fuse into one k x k conv. The square conv keeps the original weights; the strips start without effect, but with a
+gradient of the usual size:
 
-- `bn = "shared"`: strips of zeros. What follows sees the plain sum, whose gradient a kernel of zeros gets in full: it
-  is that of the square kernel's centre row or column.
-- `bn = "branch"`: strips copied from the square kernel, behind batch norms of weight zero. A strip of zeros would not
-  do here: the deviation by which its batch norm divides would be nothing but sqrt(eps), and the first gradient about
-  1 / sqrt(eps) = 300 times too large. So the batch norm's weight gets its gradient first, and through it the strip.
+- `bn = "shared"`: strips of zeros. They get the full gradient of the sum, as the square kernel's centre row or column.
+- `bn = "branch"`: strips copied from the square kernel, behind batch norms of weight zero, which get their gradient
+  first. Behind strips of zeros a batch norm would divide by sqrt(eps), and make the first gradient 300 times too large.
 
-The square branch takes over the batch norm that follows the conv, where there is one, so that the block does in eval
-mode and in train mode what conv and batch norm did. The running statistics of the strips are those which they would
-have had: from calibration exactly, else from the batch norm as if the conv's inputs were white.
+The square branch takes over a batch norm that follows the conv, so that the block does in eval mode and in train mode
+what conv and batch norm did. The running statistics of the strips are what they would have been: from calibration
+exactly, else from the batch norm as if the conv's inputs were white.
 """
 
 from __future__ import annotations
@@ -26,21 +24,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asymswap.errors import PlanError
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import GrowingSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 from asymswap.utils.tensors import additions, store_
 
-_WEAKEST = 0.01
-"""A centre row or column below this share of the average one's energy gives way to the strongest one."""
+_WEAKEST = 0.01  # a centre row or column below this share of the average one's energy gives way to the strongest one
 
 
-class Settings(KindSettings):
+class Settings(GrowingSettings):
     """Which batch norms the block holds."""
-
-    allow_growth: bool = True
-    """Swap although the block has more MACs and parameters than the conv, which is its nature."""
 
     bn: Literal["shared", "branch"] = "shared"
     """`shared`: none; one that follows the conv normalises the sum. `branch`: one a branch, as in the paper.
@@ -49,12 +42,12 @@ class Settings(KindSettings):
     branches do nothing in eval mode but normalise in train mode, which the original did not: by the output's mean and
     variance from calibration, and without calibration by mean 0 and variance 1.
     """
-
-    eps: Annotated[float, Field(ge=0)] = 1e-5
-    """Added to the variance by the branches' batch norms; that of a batch norm that is taken over goes before it."""
-
-    momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = 0.1
-    """Of their running statistics, `cumulative` being torch's None; likewise."""
+    eps: Annotated[float, Field(ge=0)] = Field(
+        1e-5, description="Added to the variance by the branches' batch norms; one that is taken over keeps its own."
+    )
+    momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = Field(
+        0.1, description="Momentum of their running statistics, `cumulative` for torch's None; likewise."
+    )
 
     @model_validator(mode="after")
     def _norms_have_constants(self) -> Settings:
@@ -67,7 +60,7 @@ class Settings(KindSettings):
 class AsymmetricBlock(nn.Module):
     """The sum of three branches, each a conv and maybe a batch norm; the strips see the input less `crop` pixels.
 
-    Input (N, C, H, W), output that of the square conv; without batch norms also without N.
+    Input (N, C, H, W), output as of the square conv; without batch norms also without N.
     """
 
     def __init__(self, square: nn.Module, vertical: nn.Module, horizontal: nn.Module, crop: Size) -> None:
@@ -85,13 +78,10 @@ class AsymmetricBlock(nn.Module):
 
 
 class AsymmetricConvBlock(Replacement):
-    """The block; exact at conversion, and one k x k conv again after training."""
-
     settings = Settings
     PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: only a kernel with two odd sides has a centre row and column."""
         return _convs.unsupported(conv) or super().unsupported(conv)
 
     def preserves(self, conv: ConvSpec, settings: Settings) -> bool:
@@ -99,24 +89,19 @@ class AsymmetricConvBlock(Replacement):
         return settings.bn == "shared" or conv.dtype in ("float32", "float64")
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls and parameters of the block, those of its batch norms included."""
         strips = _convs.strip_convs(site.conv)
         norms = Cost(0, 6 * site.conv.out_channels if settings.bn == "branch" else 0)
         return site.cost + replace(site, conv=strips.vertical).cost + replace(site, conv=strips.horizontal).cost + norms
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
-        """Return the settings as they are, with the constants of the batch norms where there are some."""
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         stored = {"bn"} if settings.bn == "shared" else {"bn", "eps", "momentum"}
         return self.option(site, Settings(**settings.model_dump(include=stored)))
 
     def fold_norm(self, settings: Settings, norm: nn.Module) -> Settings | None:
         """Return the settings with the constants of a batch norm, or None where it cannot be taken over.
 
-        It cannot with `bn = "shared"`, and where the module is something else (an InstanceNorm2d or a
-        FrozenBatchNorm2d counts as batch_norm too), has hooks or attributes of the user's, or keeps no running
-        statistics.
+        It cannot with `bn = "shared"`, and where the module is something else (an InstanceNorm2d counts as batch_norm
+        too), has hooks or attributes of the user's, or keeps no running statistics.
         """
         if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d:
             return None
@@ -141,19 +126,12 @@ class AsymmetricConvBlock(Replacement):
 
         return AsymmetricBlock(branch(conv), branch(strips.vertical), branch(strips.horizontal), strips.crop)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Make the square branch the conv and the batch norm that is taken over, and the strips without effect.
 
-        The conv's own weights are kept, whatever the target of the statistics, which set those of the branches alone.
-        Raises PlanError for a batch norm that cannot be taken over.
+        The statistics set those of the branches alone. Raises PlanError for a batch norm that cannot be taken over.
         """
+        conv, norm = original.conv, original.norm
         if norm is not None and settings.bn == "shared":
             raise PlanError("kind 'acb' takes over a batch norm with bn = \"branch\" only")
         if norm is not None and self.fold_norm(settings, norm) is None:
@@ -167,20 +145,20 @@ class AsymmetricConvBlock(Replacement):
                 return
             vertical.conv.weight.copy_(_strongest_column(conv.weight))
             horizontal.conv.weight.copy_(_strongest_column(conv.weight.mT).mT)
-            _init_square_norm_(square, statistics, norm)
+            _init_square_norm_(square, original)
             column, row = vertical.conv.weight, horizontal.conv.weight
             for strip, kernel in (
                 (vertical, _convs.as_square(column, torch.zeros_like(row))),
                 (horizontal, _convs.as_square(torch.zeros_like(column), row)),
             ):
                 own = cast(nn.BatchNorm2d, strip.norm)
-                mean_O, variance_O = _moments(kernel, square.conv, statistics, norm)
-                store_(_tensor(own.running_mean), mean_O)
-                store_(_tensor(own.running_var), variance_O)
+                mean_O, variance_O = _moments(kernel, square.conv, original)
+                store_(cast(Tensor, own.running_mean), mean_O)
+                store_(cast(Tensor, own.running_var), variance_O)
                 nn.init.zeros_(own.weight)
                 nn.init.zeros_(own.bias)
                 if norm is not None:
-                    _tensor(own.num_batches_tracked).copy_(_tensor(norm.num_batches_tracked))
+                    cast(Tensor, own.num_batches_tracked).copy_(cast(Tensor, norm.num_batches_tracked))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         """Return one k x k conv of the original fields, with a bias where the conv or the batch norms make one."""
@@ -200,8 +178,6 @@ class AsymmetricConvBlock(Replacement):
 
 
 class _Branch(NamedTuple):
-    """The layers of one branch."""
-
     conv: nn.Conv2d
     norm: nn.BatchNorm2d | None
 
@@ -227,15 +203,13 @@ def _strongest_column(w_OIHW: Tensor) -> Tensor:
     return w_OIHW[torch.arange(len(w_OIHW), device=w_OIHW.device), ..., chosen][..., None]
 
 
-def _moments(
-    kernel_OIHW: Tensor, conv: nn.Conv2d, statistics: SiteStatistics | None, norm: nn.BatchNorm2d | None
-) -> tuple[Tensor, Tensor]:
+def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[Tensor, Tensor]:
     """Return mean and variance (O) of the output of a kernel in the place of the conv's own, without its bias.
 
-    Known from the statistics. Without them, white inputs that explain those of the batch norm behind the conv: the
-    output varies with the kernel's squared norm, and its mean follows from the part that is along the conv's kernel.
-    With neither, those of outputs that are normal already.
+    Without statistics we assume white inputs that explain the batch norm's: the variance goes with the kernel's squared
+    norm, the mean with its part along the conv's kernel. With neither, outputs that are normal already.
     """
+    statistics, norm = original.statistics, original.norm
     kernel = _float64(kernel_OIHW).flatten(1)
     if statistics is not None:
         kernel_GOD = kernel.unflatten(0, (conv.groups, -1))
@@ -251,13 +225,13 @@ def _moments(
     return along_O * mean_O, share_O * _float64(norm.running_var)
 
 
-def _init_square_norm_(branch: _Branch, statistics: SiteStatistics | None, norm: nn.BatchNorm2d | None) -> None:
+def _init_square_norm_(branch: _Branch, original: Original) -> None:
     """Copy the batch norm that is taken over, or make one that does nothing in eval mode."""
-    own = cast(nn.BatchNorm2d, branch.norm)
+    own, norm = cast(nn.BatchNorm2d, branch.norm), original.norm
     if norm is None:
-        mean_O, variance_O = _moments(branch.conv.weight, branch.conv, statistics, None)
+        mean_O, variance_O = _moments(branch.conv.weight, branch.conv, original)
         # Without calibration statistics we assume zero mean, bias or not.
-        if statistics is not None and branch.conv.bias is not None:
+        if original.statistics is not None and branch.conv.bias is not None:
             mean_O = mean_O + _float64(branch.conv.bias)
         _convs.set_neutral_(own, mean_O, variance_O)
         return
@@ -271,9 +245,4 @@ def _init_square_norm_(branch: _Branch, statistics: SiteStatistics | None, norm:
 
 
 def _float64(tensor: Tensor | None) -> Tensor:
-    return _tensor(tensor).detach().to("cpu", torch.float64)
-
-
-def _tensor(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+    return cast(Tensor, tensor).detach().to("cpu", torch.float64)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from asymswap.types import ConvSpec, Cost, Option, Site
 
@@ -22,13 +23,35 @@ SIZE_SCHEMA = WithJsonSchema(
 """The JSON Schema of a size in a recipe: "3x5", or 3 for both sides."""
 
 
+def as_size(value: Any) -> Any:
+    """Return (3, 5) for "3x5" and (3, 3) for 3; any other value as it is."""
+    if isinstance(value, str):
+        parts = value.lower().split("x")
+        return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else value
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class KindSettings(BaseModel):
     """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    allow_growth: bool = False
-    """Swap even where the replacement has more MACs or parameters than the original conv."""
+    allow_growth: bool = Field(False, description="Swap even where the replacement has more MACs or parameters.")
+
+
+class GrowingSettings(KindSettings):
+    """The settings of kinds whose replacements cost more by their nature."""
+
+    allow_growth: bool = Field(True, description="Swap although the replacement has more MACs or parameters.")
+
+
+@dataclass(frozen=True)
+class Original:
+    """The conv to be replaced, its calibration statistics, and the batch norm that the replacement takes over."""
+
+    conv: nn.Conv2d
+    statistics: SiteStatistics | None = None
+    norm: nn.BatchNorm2d | None = None
 
 
 class Replacement(ABC):
@@ -63,16 +86,14 @@ class Replacement(ABC):
     def cost(self, site: Site, settings: Any) -> Cost:
         """Return MACs over all calls and parameters of the replacement of these settled settings, by formula alone."""
 
-    def options(
-        self, site: Site, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None
-    ) -> Sequence[Option]:
+    def options(self, site: Site, original: Original, settings: Any) -> Sequence[Option]:
         """Return all sizes that a budget may choose from, within the settings."""
-        return [self.resolve(site, conv, settings, statistics)]
+        return [self.resolve(site, original, settings)]
 
-    def resolve(self, site: Site, conv: nn.Conv2d, settings: Any, statistics: SiteStatistics | None = None) -> Option:
-        """Turn a wish (energy = 0.9) into settled settings (rank = 17); by default they are the same.
+    def resolve(self, site: Site, original: Original, settings: Any) -> Option:
+        """Turn settings of a recipe (energy = 0.9) into settled ones (rank = 17); by default they are the same.
 
-        Raises RecipeError where this conv cannot meet the wish.
+        Raises RecipeError where this conv cannot have them.
         """
         return self.option(site, type(settings)(**settings.model_dump(exclude={"allow_growth"})))
 
@@ -84,43 +105,31 @@ class Replacement(ABC):
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:
         """Return the structure for settled settings; its weights need not be set, and no random numbers are drawn.
 
-        Its forward calls its argument `input`, as that of `nn.Conv2d` does: a model may pass it by that name.
+        Its forward calls its argument `input`, as `nn.Conv2d` does: a model may pass it by that name.
         """
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Any,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
-        """Set the weights of `build`'s result, in place, so that it computes what `conv` does as well as it can.
+    def init_(self, module: nn.Module, original: Original, settings: Any) -> None:
+        """Set the weights of `build`'s result, in place, so that it computes what the conv does as well as it can.
 
-        With statistics, as well as it can on the data, with their target in the place of the conv's kernel; a kind
-        that always preserves the function keeps the conv's own weights. `norm` is the batch norm that `fold_norm`
-        agreed to take over. By default the conv's numbers are copied into the module's own `weight` and `bias`.
+        With statistics, as well as it can on the data, with their target in place of the kernel; a kind that always
+        preserves the function keeps the conv's weights. By default these go to the module's own `weight` and `bias`.
         """
         from asymswap.replacements._convs import copy_  # loads torch, which the names of kinds do not need
 
-        copy_(module, conv.weight, conv.bias)
+        copy_(module, original.conv.weight, original.conv.bias)
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
         """Return the one conv that computes the same as the replacement, or None where there is none."""
         return None
 
     def fold_norm(self, settings: Any, norm: nn.Module) -> KindSettings | None:
-        """Return the settings with the constants of the batch norm that alone follows the conv, or None.
-
-        None where the replacement does not take it over.
-        """
+        """Return the settings with the constants of the batch norm that alone follows the conv; None to leave it."""
         return None
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Return how far each tap is from its place, (S, T, 2), or None where taps do not move.
 
-        For S samples, one where the input x (N, C, H, W) does not matter; T taps row by row, offsets (down, right) in
-        pixels of the input.
+        S samples, one where the input x (N, C, H, W) does not matter; T taps row by row; pixels (down, right).
         """
         return None
 

@@ -8,7 +8,7 @@ shrinks across the strip. The centre tap is in both, half of it each. Mathematic
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, cast
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from asymswap.factorize import cross
 from asymswap.factorize.allocation_cost import loss
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
 
 class Settings(KindSettings):
     """A bias, and what is assumed about the inputs without statistics; a cross has one size."""
 
-    bias: bool = False
-    """Give the cross a bias even where the conv has none; calibration corrects the output's mean by it."""
-
-    correlation: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Of neighbouring input pixels, assumed without calibration. 0 copies the kernel's centre row and column."""
+    bias: bool = Field(False, description="Give the cross a bias even where the conv has none, for calibration to set.")
+    correlation: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Of neighbouring input pixels, assumed without calibration; 0 copies the centre row and column.",
+    )
 
 
 class CrossConv2d(nn.Module):
@@ -52,59 +53,41 @@ class CrossConv2d(nn.Module):
 
 
 class Cross(Replacement):
-    """Two strip convs, side by side."""
-
     settings = Settings
     PRESERVES = "the function as well as one row and one column of taps can, by least squares"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: only a kernel with two odd sides has a centre row and column."""
         return _convs.unsupported(conv) or super().unsupported(conv)
 
     def preserves(self, conv: ConvSpec, settings: Settings) -> bool:
-        """Return False: the taps off the cross are lost."""
-        return False
+        return False  # the taps off the cross are lost
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls and parameters of the two convs."""
         strips = _convs.strip_convs(site.conv)
         vertical = replace(strips.vertical, bias=site.conv.bias or settings.bias)
         return replace(site, conv=vertical).cost + replace(site, conv=strips.horizontal).cost
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
-        """Return the one cross there is, with the error of its kernel, or with statistics of its output."""
-        target, found = _solve(conv, settings, statistics)
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
+        target, found = _solve(original, settings)
+        statistics = original.statistics
         bias = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
         if statistics is None:
-            error = cross.relative_error(target, found)
+            error, divergence = cross.relative_error(target, found), None
             settled = Settings(**bias, correlation=settings.correlation)
-            return self.option(site, settled, error, loss(error))
-        error = cross.relative_error(target, found, statistics.ridged())
-        divergence = None if statistics.weight_GOO is None else cross.divergence(statistics, found)
-        return self.option(site, Settings(**bias), error, loss(error, divergence))
+        else:
+            error, settled = cross.relative_error(target, found, statistics.ridged()), Settings(**bias)
+            divergence = None if statistics.weight_GOO is None else cross.divergence(statistics, found)
+        return self.option(site, settled, error, loss(error, divergence))
 
     def build(self, conv: ConvSpec, settings: Settings) -> CrossConv2d:
-        """Return the two convs, `vertical` and `horizontal`."""
         strips = _convs.strip_convs(conv)
         vertical = replace(strips.vertical, bias=conv.bias or settings.bias)
         return CrossConv2d(_convs.new_conv(vertical), _convs.new_conv(strips.horizontal), strips.crop)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
-        """Set the best cross for inputs of the assumed correlation, or for those of the statistics.
-
-        With statistics the bias is the one that gives the output its target mean.
-        """
-        own = cast(CrossConv2d, module)
-        _, found = _solve(conv, settings, statistics)
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
+        """Set the best cross for the assumed inputs, or those of the statistics, which set the output's mean, too."""
+        own, conv, statistics = cast(CrossConv2d, module), original.conv, original.statistics
+        _, found = _solve(original, settings)
         kernel = found.flatten(0, 1).unflatten(1, (-1, *cast(Size, conv.kernel_size)))
         column, row = _convs.centre_column(kernel).clone(), _convs.centre_row(kernel).clone()
         _convs.centre_row(column).mul_(0.5)
@@ -124,8 +107,9 @@ class Cross(Replacement):
         return _convs.conv_of(conv, kernel, own.vertical.bias, own.vertical.weight)
 
 
-def _solve(conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None) -> tuple[Tensor, Tensor]:
+def _solve(original: Original, settings: Settings) -> tuple[Tensor, Tensor]:
     """Return the target kernel (G, O, D), and the best one on the cross."""
+    conv, statistics = original.conv, original.statistics
     kernel = cast(Size, conv.kernel_size)
     if statistics is not None:
         on_cross_D = cross.places(conv.in_channels // conv.groups, kernel)

@@ -1,9 +1,8 @@
 """A conv whose taps sit at learned offsets between the pixels, the same at every pixel and for all channels.
 
-The kernel is built by bilinear interpolation onto a larger ordinary kernel, which runs as an ordinary convolution:
-fast on every device, and fused to a plain `nn.Conv2d` once it is trained. On zero padding it is exactly
-`deform_conv2d` with constant offsets. At conversion all offsets are zero. Mathematics and papers:
-`asymswap.factorize.bilinear`.
+A larger ordinary kernel is built by bilinear interpolation and runs as an ordinary convolution: fast on every device,
+and fused to a plain `nn.Conv2d` once it is trained. On zero padding it is exactly `deform_conv2d` with constant
+offsets, which are zero at conversion. Mathematics and papers: `asymswap.factorize.bilinear`.
 
 The built kernel has no dilation: one of dilation d and limit L covers d*(k - 1) + 1 + 2*ceil(L) pixels along each
 axis, and costs as many MACs; a 3 x 3 kernel becomes 5 x 5 with L = 1, and one of dilation 12 becomes 27 x 27.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,31 +20,30 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from asymswap.factorize import bilinear
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import GrowingSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Site, Size
 
 
-class Settings(KindSettings):
+class Settings(GrowingSettings):
     """How far a tap may move."""
 
-    limit: Annotated[float, Field(ge=0.01, le=16, allow_inf_nan=False)] = 1.0
-    """The largest offset, in pixels of the input; the larger, the larger the kernel that is trained."""
-
-    allow_growth: bool = True
-    """The kernel that is trained covers more pixels than the conv's by its nature."""
+    limit: float = Field(
+        1.0,
+        ge=0.01,
+        le=16,
+        allow_inf_nan=False,
+        description="The largest offset, in pixels of the input; the larger, the larger the kernel that is trained.",
+    )
 
 
 class OffsetConv2d(nn.Module):
     """A 2-d convolution of an input (N, C, H, W) or (C, H, W), each tap of whose kernel has an offset of its own.
 
-    `raw_offsets` (T, 2) is what is trained; the offsets are `limit * tanh(raw_offsets / limit)`, which `offsets` gives.
-    Near zero the two are the same. The slope at an offset o is 1 - (o / limit)^2, so that a tap near its limit can
-    still return (in float32 the slope vanishes only beyond nine limits), where a clamp would leave one that has been
-    stepped past it without a gradient; no optimiser can pass the limit, and no tap rests on the outermost cell of the
-    grid, where half of its derivative would be missing. With `weighted`, `tap_weights` (T) are factors of the taps, for
-    all channels.
+    `raw_offsets` (T, 2) is what is trained; the offsets are `limit * tanh(raw_offsets / limit)`, nearly the same near
+    zero. A tap near its limit can still return, where a clamp would leave one that was stepped past it without a
+    gradient, and no tap rests on the outermost cell of the grid, where half of its derivative would be missing. With
+    `weighted`, `tap_weights` (T) are factors of the taps, for all channels.
     """
 
     def __init__(self, conv: ConvSpec, limit: float, weighted: bool = False) -> None:
@@ -61,7 +59,6 @@ class OffsetConv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution; its kernel is built for each call."""
         return F.conv2d(input, self.kernel(), self.bias, self.conv.stride, self.padding, groups=self.conv.groups)
 
     def offsets(self) -> Tensor:
@@ -109,24 +106,16 @@ def _grown(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Si
     return bilinear.grow(w_OIHW.to(share_TYX.dtype), share_TYX).to(w_OIHW.dtype)
 
 
-_WIDEST = 31
-"""Pixels that a conv's taps may span. The built kernel has no holes, and costs far more than a dilated conv."""
+_WIDEST = 31  # pixels that a conv's taps may span: the built kernel has no holes, and costs more than a dilated conv
 
 
 class Offset(Replacement):
-    """Taps at learned offsets."""
-
     settings = Settings
     PRESERVES = "the function, exactly: every offset starts at zero"
 
-    weighted = False
-    """True for a learned factor of each tap."""
+    weighted = False  # True for a learned factor of each tap
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: offsets need zeros beyond the border and more than one tap.
-
-        The one tap of a 1 x 1 kernel could move too, but it would shift the whole feature map and cost 9 times as much.
-        """
         if conv.kernel == (1, 1):
             return "a 1x1 kernel has a single tap, whose offset could only shift the whole feature map"
         if conv.padding_mode != "zeros":
@@ -137,10 +126,10 @@ class Offset(Replacement):
         return super().unsupported(conv)
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls of the built kernel's convolution and of the matrix product that builds it.
+        """Count the built kernel's convolution and the matrix product that builds it.
 
-        And parameters. The building costs next to nothing: as much as the convolution spends on kh*kw pixels. A fused
-        conv is without it, and no larger. Multiplying the shares by the taps' factors is not counted.
+        Building costs next to nothing, as much as the convolution spends on kh*kw pixels, and a fused conv does without
+        it. Multiplying the shares by the taps' factors is not counted.
         """
         conv, taps = site.conv, math.prod(site.conv.kernel)
         cells = math.prod(bilinear.grid_size(conv.kernel, conv.dilation, math.ceil(settings.limit)))
@@ -149,19 +138,10 @@ class Offset(Replacement):
         return Cost(running + building, conv.params + (3 if self.weighted else 2) * taps)
 
     def build(self, conv: ConvSpec, settings: Settings) -> OffsetConv2d:
-        """Return an `OffsetConv2d` at zero offset, its weights unset."""
         return OffsetConv2d(conv, settings.limit, self.weighted)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
-        """Copy the conv's own numbers, and put every tap back to its place."""
-        super().init_(module, conv, settings, statistics, norm)
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
+        super().init_(module, original, settings)
         assert isinstance(module, OffsetConv2d)
         with torch.no_grad():
             module.raw_offsets.zero_()
@@ -169,16 +149,11 @@ class Offset(Replacement):
                 module.tap_weights.fill_(1.0)
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the offsets (1, T, 2), which do not depend on the input."""
         with torch.no_grad():
             return cast(OffsetConv2d, module).offsets()[None]
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-        """Return one conv with the built kernel, cut to the pixels that taps touch.
-
-        It has the original's fields where no tap has moved. `nn.Conv2d` pads both sides alike, so the kernel is cut and
-        grown by the same on both sides.
-        """
+        """Return one conv with the built kernel, cut to the pixels that taps touch, by the same on both sides."""
         own = cast(OffsetConv2d, module)
         # "same" follows the kernel by itself, however short that becomes.
         shrink = None if conv.padding == "same" else _added(conv.padding, (0, 0))

@@ -5,9 +5,8 @@ ICCV 2017; with `mask = true` each sampled value is also scaled, as in Zhu, Hu, 
 CVPR 2019. A mask is 2 * sigmoid, so that zero means one.
 
 The predictor has the kernel, stride, padding and dilation of the conv itself, as in both papers, so that there is one
-offset for every tap at every pixel of the output whatever form the conv has. It starts at zero: the replacement then
-computes what the conv does, and learns where to look when it is trained. It is dense where the conv is depthwise, and
-costs 2 (with masks 3) times as many output channels as the kernel has taps: the replacement always costs more.
+offset for every tap at every pixel of the output. It starts at zero: the replacement computes what the conv does until
+it is trained. It is dense even where the conv is depthwise, and has 2 (with masks 3) output channels for each tap.
 
 Samples between pixels are bilinear, samples beyond the input are zero. Padding of another mode is laid around the input
 first: samples up to its rim see it, samples beyond the rim are zero.
@@ -16,7 +15,7 @@ first: samples up to its rim see it, samples beyond the rim are zero.
 from __future__ import annotations
 
 import math
-from typing import Annotated, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +24,21 @@ from torch import Tensor, fx, nn
 from torchvision import ops
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import GrowingSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 from asymswap.utils.tensors import is_channels_last
 
-BILINEAR_MACS = 4
-"""Multiply-adds of one sample between pixels: one for each of the four pixels around it."""
+BILINEAR_MACS = 4  # multiply-adds of one sample between pixels: one for each of the four pixels around it
 
 
-class Settings(KindSettings):
-    """Whether samples are also scaled, and how many groups of channels move on their own."""
+class Settings(GrowingSettings):
+    """Masks, and the number of groups of channels that move on their own."""
 
-    allow_growth: bool = True
-    """Swap even where the replacement has more MACs or parameters than the original conv, which it always has."""
-
-    mask: bool = False
-    """Also predict a factor between 0 and 2 for every sample, which is one at conversion."""
-
-    offset_groups: Annotated[int, Field(ge=1)] = 1
-    """Equal groups of input channels that have offsets (and masks) of their own."""
+    mask: bool = Field(False, description="Also predict a factor for every sample: 0 to 2, and 1 at conversion.")
+    offset_groups: int = Field(
+        1, ge=1, description="Equal groups of input channels with offsets (and masks) of their own."
+    )
 
 
 class PredictorConv2d(nn.Conv2d):
@@ -89,14 +82,10 @@ class PredictedOffsetConv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
 
     def predict_offsets(self, x: Tensor) -> Tensor:
-        """Return the offsets in pixels, (N, 2 * offset_groups * taps, H, W) of the output's size.
-
-        Their `.abs().max()` is how far the taps move on this input.
-        """
+        """Return the offsets in pixels, (N, 2 * offset_groups * taps, H, W) of the output's size."""
         return cast(Tensor, self.predictor(x)).narrow(-3, 0, _predicted_channels(self.conv, False, self.offset_groups))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the output of the conv with every tap moved by its offset."""
         x, predicted = input, self.predictor(input)
         if any(self.margins):
             x = F.pad(x, self.margins, "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode)
@@ -110,16 +99,11 @@ class PredictedOffsetConv2d(nn.Module):
 
 
 class PredictedOffset(Replacement):
-    """Offsets per pixel, from a predictor that starts at zero; a conv of any form can be replaced."""
-
     settings = Settings
     PRESERVES = "the function, exactly, until its predictor is trained"
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls and parameters of the predictor, the sampling, and the products of the conv.
-
-        Each of the C * kh * kw samples of an output pixel costs `BILINEAR_MACS`, and one more where it has a mask.
-        """
+        """Count the predictor, the sampling (`BILINEAR_MACS` each, one more with a mask) and the conv's products."""
         conv = site.conv
         taps = math.prod(conv.kernel)
         predicted = _predicted_channels(conv, settings.mask, settings.offset_groups)
@@ -128,32 +112,16 @@ class PredictedOffset(Replacement):
         pixels = sum(math.prod(call.output) * call.batch for call in site.calls)
         return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
-        """Return the settings as they are; raises RecipeError where the channels do not divide into offset groups."""
-        problem = _uneven(site.conv, settings)
-        if problem is not None:
-            raise RecipeError(problem)
-        return super().resolve(site, conv, settings, statistics)
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
+        _check_groups(site.conv, settings, RecipeError)
+        return super().resolve(site, original, settings)
 
     def build(self, conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
-        """Return a `PredictedOffsetConv2d`; raises PlanError where the channels do not divide into offset groups."""
-        problem = _uneven(conv, settings)
-        if problem is not None:
-            raise PlanError(f"kind 'predicted-offset': {problem}")
+        _check_groups(conv, settings, PlanError, "kind 'predicted-offset': ")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
-        """Copy the conv's own numbers, and let the predictor predict zero."""
-        super().init_(module, conv, settings, statistics, norm)
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
+        super().init_(module, original, settings)
         for parameter in cast(PredictedOffsetConv2d, module).predictor.parameters():
             nn.init.zeros_(parameter)
 
@@ -164,7 +132,6 @@ class PredictedOffset(Replacement):
         return None if trained else self.without_offsets(module, conv)
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the offsets (S, T, 2) that the predictor gives for inputs (N, C, H, W): per image, group and pixel."""
         own = cast(PredictedOffsetConv2d, module)
         with torch.no_grad():
             predicted_NGTCHW: Tensor = own.predict_offsets(x).unflatten(1, (own.offset_groups, -1, 2))
@@ -180,10 +147,10 @@ def _predicted_channels(conv: ConvSpec, mask: bool, offset_groups: int) -> int:
     return (3 if mask else 2) * offset_groups * math.prod(conv.kernel)
 
 
-def _uneven(conv: ConvSpec, settings: Settings) -> str | None:
-    if conv.in_channels % settings.offset_groups == 0:
-        return None
-    return f"offset_groups = {settings.offset_groups} does not divide the {conv.in_channels} input channels"
+def _check_groups(conv: ConvSpec, settings: Settings, error: type[Exception], prefix: str = "") -> None:
+    groups, channels = settings.offset_groups, conv.in_channels
+    if channels % groups:
+        raise error(f"{prefix}offset_groups = {groups} does not divide the {channels} input channels")
 
 
 def _deform_conv2d(

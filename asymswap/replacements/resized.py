@@ -13,19 +13,13 @@ from pydantic import BeforeValidator, Field
 from torch import nn
 
 from asymswap.errors import RecipeError
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Replacement
+from asymswap.replacements.base import SIZE_SCHEMA, GrowingSettings, Original, Replacement, as_size
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
 
 def _as_pair(value: Any) -> Any:
-    if isinstance(value, str) and value not in ("same", "valid"):
-        parts = value.lower().split("x")
-        return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else as_size(value)
 
 
 Side = Annotated[int, Field(ge=1)]
@@ -34,68 +28,47 @@ Pixels = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)
 Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(_as_pair)]
 
 
-class Settings(KindSettings):
+class Settings(GrowingSettings):
     """The fields of the new conv; those that are not given follow from the kernel's size."""
 
-    allow_growth: bool = True
-    """Swap although the new conv costs more, which is its nature."""
-
-    kernel: Taps | None = None
-    """Its size, such as "5x5": on each axis larger than the conv's by an even number of taps; by itself by two."""
-
-    dilation: Taps | None = None
-    """Pixels between its taps; by itself those of the conv."""
-
-    padding: Padding | None = None
-    """Pixels on each side, "same" or "valid"; by itself what leaves the output where it was."""
-
-    bias: bool = False
-    """Give it a bias even where the conv has none."""
+    kernel: Taps | None = Field(
+        None, description='Its size, such as "5x5": an even number of taps more; by default two.'
+    )
+    dilation: Taps | None = Field(None, description="Pixels between its taps; by default those of the conv.")
+    padding: Padding | None = Field(
+        None, description='Pixels, "same" or "valid"; by default the output stays in place.'
+    )
+    bias: bool = Field(False, description="Give it a bias even where the conv has none.")
 
 
 class Resized(Replacement):
-    """One conv of another size."""
-
     settings = Settings
     PRESERVES = "the function exactly: the new taps are zero"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: padding by anything but zeros would have to be wider than some inputs are."""
         if conv.padding_mode != "zeros":
             return f"its padding mode is {conv.padding_mode}, which may not be wide enough for a larger kernel"
         return super().unsupported(conv)
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Return MACs over all calls and parameters of the new conv."""
         return replace(site, conv=resized(site.conv, settings)).cost
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
-        """Return all fields of the new conv; raises RecipeError where the conv cannot grow to them without a change."""
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         grown = resized(site.conv, settings)
         problem = _change(site.conv, grown)
         if problem is not None:
             raise RecipeError(problem)
         bias = {"bias": True} if settings.bias and not site.conv.bias else {}
         return self.option(
-            site,
-            Settings(kernel=grown.kernel, dilation=grown.dilation, padding=cast(Any, grown.padding), **bias),
+            site, Settings(kernel=grown.kernel, dilation=grown.dilation, padding=cast(Any, grown.padding), **bias)
         )
 
     def build(self, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         return _convs.new_conv(resized(conv, settings))
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settings,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Copy the conv's own taps into the middle of zeros, as far apart as they were."""
-        new = cast(nn.Conv2d, module)
+        new, conv = cast(nn.Conv2d, module), original.conv
         places = []
         for axis in (0, 1):
             taps, step, old_step = new.kernel_size[axis], new.dilation[axis], conv.dilation[axis]
@@ -106,7 +79,6 @@ class Resized(Replacement):
         _convs.copy_(new, kernel, conv.bias)
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
-        """Return the module, which is an ordinary conv already."""
         return cast(nn.Conv2d, module)
 
 
@@ -117,23 +89,27 @@ def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     return replace(grown, padding=_padding(conv, grown) if settings.padding is None else settings.padding)
 
 
+def _margins(conv: ConvSpec, grown: ConvSpec) -> tuple[Size, Size]:
+    """Return the pixels (before, after) that the new conv must pad, for rows and for columns, to stay in place."""
+    (top, bottom), (left, right) = _convs.margins(conv)
+    rows, columns = (extra // 2 for extra in _growth(conv, grown))
+    return (top + rows, bottom + rows), (left + columns, right + columns)
+
+
 def _padding(conv: ConvSpec, grown: ConvSpec) -> Size | str:
     """Return the padding that leaves the output where it was."""
-    if conv.padding == "same":
-        return "same"
-    rows, columns = (
-        before + extra // 2 for (before, _), extra in zip(_convs.margins(conv), _growth(conv, grown), strict=True)
-    )
-    return rows, columns
+    rows, columns = _margins(conv, grown)
+    return "same" if conv.padding == "same" else (rows[0], columns[0])
 
 
 def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
     """Return why the new conv could not compute what the conv does, or None where it can."""
     old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
-    growth = _growth(conv, grown)
     if any(
         extra < 0 or extra % (2 * new_step) or (taps > 1 and old_step % new_step)
-        for extra, taps, old_step, new_step in zip(growth, conv.kernel, conv.dilation, grown.dilation, strict=True)
+        for extra, taps, old_step, new_step in zip(
+            _growth(conv, grown), conv.kernel, conv.dilation, grown.dilation, strict=True
+        )
     ):
         if grown.dilation == conv.dilation:
             return f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis"
@@ -141,11 +117,7 @@ def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
     suitable = _text(_padding(conv, grown))
     if grown.padding == "same" and grown.stride != (1, 1):
         return f'padding = "same": a conv of stride {_text(conv.stride)} cannot have it; give {suitable}'
-    moved = tuple(
-        (before + extra // 2, after + extra // 2)
-        for (before, after), extra in zip(_convs.margins(conv), growth, strict=True)
-    )
-    if _convs.margins(grown) != moved:
+    if _convs.margins(grown) != _margins(conv, grown):
         return f"padding = {_text(grown.padding)}: the output keeps its size and place with {suitable} only"
     return None
 

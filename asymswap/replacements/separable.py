@@ -1,23 +1,22 @@
 """A k x k conv as a pair: (kh x 1, C -> R) then (1 x kw, R -> O), or the other order.
 
-The first conv carries the stride, padding and dilation of its own axis, the second those of the other; groups are
-solved group by group, and the rank R is that of one group; both convs keep the padding mode, the bias stays on the
-second. With nothing between the two the pair is exact at full rank: without a bias on the first conv, padding its
-output by zeros is the same as padding its input. Mathematics and papers: `asymswap.factorize.svd` for the weights
-alone, `asymswap.factorize.covariance` for calibration data.
+Each conv carries the stride, padding and dilation of its own axis; groups are solved one by one, and R is the rank of
+one; both convs keep the padding mode, the bias stays on the second. With nothing between them the pair is exact at full
+rank: without a bias on the first conv, padding its output by zeros is the same as padding its input. Mathematics and
+papers: `asymswap.factorize.svd` for the weights alone, `asymswap.factorize.covariance` for calibration data.
 
-A batch norm, a ReLU or both can stand between (Inception: Szegedy et al., 2016; ERFNet: Romera et al., 2018), for a
-network that is trained on. They start as near to nothing as they can:
+There can be a batch norm, a ReLU or both between them (Inception: Szegedy et al., 2016; ERFNet: Romera et al., 2018),
+for a network that is trained on. They start as near to nothing as they can:
 
 - The batch norm has the mean and variance of the first conv's output as its statistics, and a weight and bias that
-  undo them. In eval mode it passes everything on, so that the pair computes what it would without it, at the borders
-  too; in train mode it does so as far as a batch has these statistics. They come from the statistics, else from the
-  assumption of white inputs: then eval mode is just as exact, but train mode rescales.
+  undo them, so that in eval mode the pair computes the same as without it, at the borders too; in train mode as far as
+  a batch has these statistics. They come from calibration, else from the assumption of white inputs: then eval mode is
+  just as exact, but train mode rescales.
 - The ReLU gets every channel raised by what brings three deviations below its mean above zero (by the batch norm's
   bias or else the first conv's), and the second conv's bias takes that away again. What lies lower is cut. Zeros that
   the second conv would pad were not raised: where it pads zeros, the first conv pads in its place, on both axes, and
-  walks over that many pixels more. (A batch norm then sees the padding in train mode, of which the patches tell only
-  in part.) For `same` padding that is not alike on both sides no conv can do that: there the borders come out wrong.
+  walks over that many pixels more. (A batch norm then sees the padding in train mode, which the patches show only in
+  part.) For uneven `same` padding no conv can do that: there the borders come out wrong.
 
 At the usual padding a smaller shift would be a compromise between what is cut and what the borders lose: on
 digits-resnet at a quarter of its MACs, calibrated in one pass on 256 images, top-1 is 94 % with no ReLU, 92 % with one,
@@ -29,8 +28,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -39,22 +38,14 @@ from torch import Tensor, nn
 from asymswap.errors import RecipeError
 from asymswap.factorize import covariance, intermediate, svd
 from asymswap.factorize.allocation_cost import loss
-from asymswap.factorize.statistics import SiteStatistics
 from asymswap.replacements import _convs
-from asymswap.replacements.base import KindSettings, Replacement
+from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
-_SMALL = 10_000_000
-"""MACs of a conv below which its time does not depend on its arithmetic."""
-
+_SMALL = 10_000_000  # MACs of a conv below which its time does not depend on its arithmetic
+# This many deviations below a channel's mean still pass the ReLU. On digits-resnet at a quarter of its MACs, calibrated
+# in one pass, the output's error is 0.58 at 2 deviations, 0.54 at 2.5, 0.52 at 3 and 0.52 at 4, with no ReLU 0.40.
 _DEVIATIONS = 3.0
-"""This many deviations below a channel's mean still pass the ReLU.
-
-On digits-resnet at a quarter of its MACs, calibrated in one pass, three draws of the images, the output's error is
-0.58 at 2 deviations, 0.54 at 2.5, 0.52 at 3 and 0.52 at 4, with no ReLU 0.40.
-"""
-
-_SIZES = ("rank", "ratio", "energy")
 
 Order = Literal["vertical-first", "horizontal-first"]
 Between = Literal["none", "relu", "bn", "bn-relu"]
@@ -62,69 +53,65 @@ _RECTIFYING = ("relu", "bn-relu")
 
 
 class Settings(KindSettings):
-    """Order of the two convs, and one of three ways to say how wide the middle is (or none, where a budget decides)."""
+    """Order of the two convs, and one of three ways to give the rank (or none, where a budget decides)."""
 
-    order: Literal["auto", "vertical-first", "horizontal-first"] = "auto"
-    """`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."""
-
-    rank: Annotated[int, Field(ge=1)] | None = None
-    """Channels between the two convs, of each group."""
-
-    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The largest rank that keeps at most this fraction of the conv's MACs."""
-
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm."""
-
-    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """A budget chooses ranks among the multiples of this number, and 1, 2, 4 … below it.
-
-    `auto`: 16, 8, 4, 2 or 1, by the conv's size.
-    """
-
-    bias: bool = False
-    """Give the second conv a bias even where the conv has none; calibration corrects the output's mean by it."""
-
-    between: Between = "none"
-    """What stands between the two convs: nothing, a ReLU, a batch norm, or a batch norm and a ReLU.
-
-    The errors by which ranks are chosen are those of the pair without it. A ReLU implies `bias`.
-    """
+    order: Literal["auto", "vertical-first", "horizontal-first"] = Field(
+        "auto", description="`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."
+    )
+    rank: int | None = Field(None, ge=1, description="Channels between the two convs, of each group.")
+    ratio: float | None = Field(
+        None, gt=0, le=1, description="The largest rank with at most this fraction of the MACs."
+    )
+    energy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm.",
+    )
+    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below it; `auto`: by the conv's size.",
+    )
+    bias: bool = Field(
+        False, description="Give the second conv a bias even where the conv has none, for calibration to set."
+    )
+    between: Between = Field(
+        "none",
+        description="A ReLU (which implies `bias`), a batch norm or both between the convs, ignored in choosing ranks.",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Settings:
-        given = [f"{name} = {getattr(self, name)}" for name in _SIZES if getattr(self, name) is not None]
+        sizes = {"rank": self.rank, "ratio": self.ratio, "energy": self.energy}
+        given = [f"{name} = {size}" for name, size in sizes.items() if size is not None]
         if len(given) > 1:
             raise ValueError(f"give one of rank, ratio and energy, not {' and '.join(given)}")
         return self
 
 
 class Settled(KindSettings):
-    """What a plan stores: the rank of one group, the order, and what stands between the two convs."""
+    """What a plan stores: the rank of one group, the order, and what is between the two convs."""
 
-    rank: Annotated[int, Field(ge=1)]
+    rank: int = Field(ge=1)
     order: Order
     bias: bool = False
     between: Between = "none"
 
     @property
     def rectifies(self) -> bool:
-        """True if a ReLU stands between the two convs."""
+        """True if there is a ReLU between the two convs."""
         return self.between in _RECTIFYING
 
 
 class Separable(Replacement):
-    """Two convs in a row, of one column and of one row of taps."""
-
     settings = Settings
     settled = Settled
-    SIZES = _SIZES
+    SIZES = ("rank", "ratio", "energy")
     PRESERVES = (
         "the function, as well as the rank allows; exactly at full rank, in eval mode, unless a ReLU stands between"
     )
 
     def unsupported(self, conv: ConvSpec) -> str | None:
-        """Return the reason, if any: a kernel of one row or one column has nothing to separate."""
         if conv.kernel == (1, 1):
             return "a 1x1 kernel has nothing to separate"
         if 1 in conv.kernel:
@@ -138,17 +125,14 @@ class Separable(Replacement):
         return settings.between == "none" or conv.dtype in ("float32", "float64")
 
     def cost(self, site: Site, settings: Settled) -> Cost:
-        """Return MACs over all calls and parameters of the pair."""
         return pair_cost(site, settings.rank, settings.order, settings.bias, settings.between)
 
-    def options(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Sequence[Option]:
+    def options(self, site: Site, original: Original, settings: Settings) -> Sequence[Option]:
         """Return the ranks of every order that the settings allow, whatever they cost."""
         found: list[Option] = []
         for order in _orders(settings):
-            curve = self._curve(site, conv, order, settings, statistics)
-            step = _multiple(curve, site) if settings.multiple == "auto" else settings.multiple
+            curve = self._curve(site, original, order, settings)
+            step = settings.multiple if settings.multiple != "auto" else _multiple(curve, site)
             for option in curve:
                 rank = option.settings["rank"]
                 # Powers of two below the step keep the cheapest ranks within reach.
@@ -156,17 +140,13 @@ class Separable(Replacement):
                     found.append(option)
         return found
 
-    def resolve(
-        self, site: Site, conv: nn.Conv2d, settings: Settings, statistics: SiteStatistics | None = None
-    ) -> Option:
+    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         """Choose the rank and the order; raises RecipeError for a rank above the full one or a ratio below rank 1."""
         found: list[Option] = []
         for order in _orders(settings):
-            if settings.rank is not None and settings.rank > full_rank(site.conv, order):
-                continue
-            curve = self._curve(site, conv, order, settings, statistics)
+            curve = self._curve(site, original, order, settings)
             if settings.rank is not None:
-                found.append(curve[settings.rank - 1])
+                found += curve[settings.rank - 1 : settings.rank]
             elif settings.ratio is not None:
                 most = settings.ratio * site.cost.macs
                 found += [option for option in curve if option.cost.macs <= most][-1:]
@@ -188,14 +168,12 @@ class Separable(Replacement):
         equal = [option for option in found if math.isclose(option.loss, best.loss, rel_tol=1e-9, abs_tol=1e-12)]
         return min(equal, key=lambda option: (option.cost.macs, option.cost.params))
 
-    def _curve(
-        self, site: Site, conv: nn.Conv2d, order: Order, settings: Settings, statistics: SiteStatistics | None
-    ) -> list[Option]:
+    def _curve(self, site: Site, original: Original, order: Order, settings: Settings) -> list[Option]:
         """Return one option for each rank; its error is the share of the energy that truncation leaves out."""
-        vertical_first = order == "vertical-first"
+        vertical_first, statistics = order == "vertical-first", original.statistics
         divergences: list[float] | None = None
         if statistics is None:
-            errors = _left(svd.energies(svd.as_matrix(conv.weight, conv.groups, vertical_first)))
+            errors = _left(svd.energies(svd.as_matrix(original.conv.weight, site.conv.groups, vertical_first)))
         else:
             problem = covariance.arrange(statistics, site.conv.kernel, vertical_first)
             plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
@@ -215,61 +193,29 @@ class Separable(Replacement):
         return curve
 
     def build(self, conv: ConvSpec, settings: Settled) -> nn.Sequential:
-        """Return an `nn.Sequential` of two convs, `vertical` and `horizontal`, in the order in which they run.
-
-        Between them are `norm` and `relu`, where the settings ask for them.
-        """
+        """Return the convs `vertical` and `horizontal` in run order, with `norm` and `relu` between if requested."""
+        vertical_first = settings.order == "vertical-first"
         channels = conv.groups * settings.rank
-        ends = [
-            (conv.in_channels, channels, settings.between == "relu"),
-            (channels, conv.out_channels, conv.bias or settings.bias or settings.rectifies),
-        ]
+        first = replace(_half(conv, vertical_first), out_channels=channels, bias=settings.between == "relu")
+        has_bias = conv.bias or settings.bias or settings.rectifies
+        second = replace(_half(conv, not vertical_first), in_channels=channels, bias=has_bias)
         if _early_padding(conv, settings.order, settings.between):
-            paddings: list[Size | str] = [(conv.pads[2], conv.pads[0]), (0, 0)]
-        elif isinstance(conv.padding, str):
-            paddings = [conv.padding, conv.padding]
-        else:
-            height, width = conv.padding
-            paddings = [(height, 0), (0, width)] if settings.order == "vertical-first" else [(0, width), (height, 0)]
-        names = ["vertical", "horizontal"] if settings.order == "vertical-first" else ["horizontal", "vertical"]
-        halves: list[tuple[str, nn.Module]] = []
-        for name, (inputs, outputs, bias), padding in zip(names, ends, paddings, strict=True):
-            kernel, stride, dilation = (
-                (size[0], 1) if name == "vertical" else (1, size[1])
-                for size in (conv.kernel, conv.stride, conv.dilation)
-            )
-            half = replace(
-                conv,
-                in_channels=inputs,
-                out_channels=outputs,
-                kernel=kernel,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                bias=bias,
-            )
-            halves.append((name, _convs.new_conv(half)))
-        between: list[tuple[str, nn.Module]] = []
+            first, second = replace(first, padding=(conv.pads[2], conv.pads[0])), replace(second, padding=(0, 0))
+        names = ("vertical", "horizontal") if vertical_first else ("horizontal", "vertical")
+        layers = OrderedDict[str, nn.Module]({names[0]: _convs.new_conv(first)})
         if settings.between in ("bn", "bn-relu"):
-            between.append(("norm", nn.BatchNorm2d(channels, dtype=getattr(torch, conv.dtype))))
+            layers["norm"] = nn.BatchNorm2d(channels, dtype=getattr(torch, conv.dtype))
         if settings.rectifies:
-            between.append(("relu", nn.ReLU()))
-        return nn.Sequential(OrderedDict([halves[0], *between, halves[1]]))
+            layers["relu"] = nn.ReLU()
+        layers[names[1]] = _convs.new_conv(second)
+        return nn.Sequential(layers)
 
-    def init_(
-        self,
-        module: nn.Module,
-        conv: nn.Conv2d,
-        settings: Settled,
-        statistics: SiteStatistics | None = None,
-        norm: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def init_(self, module: nn.Module, original: Original, settings: Settled) -> None:
         """Set the best pair of each group, by truncated SVD of the kernel or on the statistics, scale shared evenly.
 
-        With statistics the bias is the one that gives the output its target mean. What stands between the two starts as
-        the head of this file tells.
+        With statistics the bias gives the output its target mean. What is between the two starts as said above.
         """
-        parts = _parts(module)
+        conv, statistics, parts = original.conv, original.statistics, _parts(module)
         vertical_first = settings.order == "vertical-first"
         kernel = cast(Size, conv.kernel_size)
         if statistics is None:
@@ -329,6 +275,18 @@ class Separable(Replacement):
         return _convs.conv_of(conv, kernel, bias_O, parts.second.weight)
 
 
+def _half(conv: ConvSpec, vertical: bool) -> ConvSpec:
+    """Return the fields of a conv along one axis alone."""
+
+    def along(size: Size, across: int = 1) -> Size:
+        return (size[0], across) if vertical else (across, size[1])
+
+    padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
+    return replace(
+        conv, kernel=along(conv.kernel), stride=along(conv.stride), dilation=along(conv.dilation), padding=padding
+    )
+
+
 def full_rank(conv: ConvSpec, order: Order) -> int:
     """Return the rank of one group at which the pair is exact."""
     along, across = conv.kernel if order == "vertical-first" else conv.kernel[::-1]
@@ -336,10 +294,7 @@ def full_rank(conv: ConvSpec, order: Order) -> int:
 
 
 def pair_cost(site: Site, rank: int, order: Order, bias: bool = False, between: Between = "none") -> Cost:
-    """Return MACs over all calls and parameters of the pair, from the formula alone.
-
-    `bias` and `between` are the settings of these names.
-    """
+    """Return MACs over all calls and parameters of the pair with these settings, from the formula alone."""
     conv = site.conv
     vertical = order == "vertical-first"
     along, across = conv.kernel if vertical else conv.kernel[::-1]
@@ -373,8 +328,7 @@ def _orders(settings: Settings) -> tuple[Order, ...]:
 def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
     """Return the taps of the second conv through which the first one's output map is seen best.
 
-    Those that see no padding of the second conv, or the least: it is no output of the first. Where the first pads in
-    its place, all of them.
+    All of them where the first conv pads for the second; else those that see the least of the second one's padding.
     """
     axis = 1 if first.kernel_size[1] == 1 else 0
     taps = range(conv.kernel_size[axis])
@@ -392,9 +346,8 @@ def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
 def _multiple(curve: Sequence[Option], site: Site) -> int:
     """Return the largest of 16, 8, 4 and 2 that leaves five ranks below the break-even; 1 for small convs.
 
-    Processors work on 16 channels at once (AVX-512), or on 8 or 4: a pair of rank 65 takes as long as one of rank 80.
-    The time of small convs does not depend on their rank, so that rounding would cost accuracy for nothing
-    (docs/results/calibration-experiments.md).
+    Processors work on 16 channels at once (AVX-512), or on 8 or 4: rank 65 takes as long as rank 80. The time of small
+    convs does not depend on their rank (docs/results/calibration-experiments.md).
     """
     if site.cost.macs < _SMALL:
         return 1
@@ -409,8 +362,7 @@ def _left(energy_GK: Tensor) -> list[float]:
     return [*left[1:].tolist(), 0.0]
 
 
-@dataclass(frozen=True)
-class _Parts:
+class _Parts(NamedTuple):
     """The modules of a pair that hold numbers."""
 
     first: nn.Conv2d

@@ -10,7 +10,5 @@ from asymswap.replacements.offset import Offset
 
 
 class WeightedOffset(Offset):
-    """Taps at learned offsets, with learned factors."""
-
     PRESERVES = "the function, exactly: every offset starts at zero, every tap's factor at one"
     weighted = True

@@ -227,10 +227,10 @@ def threads_of(name: str, rounds: int) -> dict[str, Any]:
 
     def solve(site: Any) -> list[Any]:
         conv: Any = model.get_submodule(site.name)
-        options = list(kind.options(site, conv, settings))
+        options = list(kind.options(site, replacements.Original(conv), settings))
         _, chosen = replacements.load_swap(Swap(site.name, "separable", options[len(options) // 2].settings))
         pair = kind.build(read_conv(conv), chosen)
-        kind.init_(pair, conv, chosen)
+        kind.init_(pair, replacements.Original(conv), chosen)
         return [[option.error for option in options], *(tensor.clone() for tensor in pair.state_dict().values())]
 
     cores = torch.get_num_threads()

@@ -12,6 +12,7 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
+from planned import make_plan
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,7 +34,6 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import trace
 from asymswap.measure.macs import count_costs
 from asymswap.planning.apply import apply_plan
-from asymswap.planning.plan import make_plan
 from asymswap.planning.recipe import parse_recipe
 from asymswap.types import Plan, Site, Swap
 

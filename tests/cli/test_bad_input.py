@@ -234,7 +234,7 @@ USAGE = {
     "recipe and plan": ((*CONVERT, "--plan", "p.json"), "give either --recipe or --plan, not both"),
     "nothing to choose": ((*CONVERT[:3], "acnet", "--macs", "0.5"), "no rule's kind has sizes; leave the budget out"),
     "missing recipe file": ((*CONVERT[:3], "mine.toml"), r"no recipe file mine\.toml; shipped recipes: 3x3-only, "),
-    "setting": ((*CONVERT, "--set", "rnak=3"), r"--set rnak: no rule of the recipe takes it; did you mean rank\?"),
+    "setting": ((*CONVERT, "--set", "rnak=3"), r"no rule of the recipe has a setting 'rnak'; did you mean rank\?"),
     "no setting": ((*CONVERT, "--set", "rank"), r"--set 'rank' is not key=value"),
     "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), "one of --macs, --params, --latency and"),
     "budget": ((*CONVERT, "--macs", "2"), r"budget\.macs: Input should be less than or equal to 1 \(got 2\.0\)"),
@@ -371,12 +371,12 @@ PLANS: dict[str, tuple[object, str]] = {
     "rank": ({"swaps": [swapped(settings={"rank": 0})]}, r"site 'layer1\.0\.conv1': .*rank: Input should be greater"),
     "no size": (
         {"swaps": [swapped(settings={"order": "vertical-first"})]},
-        r"swaps 'layer1\.0\.conv1' by 'separable' and says no size; give one of rank, ratio, energy",
+        r"swap 'layer1\.0\.conv1' by 'separable': it has no size; give one of rank, ratio, energy",
     ),
     "full rank": ({"swaps": [swapped(settings={"rank": 999})]}, r"rank = 999 is above the full rank 72"),
     "site": ({"swaps": [swapped(site="layer1.0.conv3")]}, r"'layer1\.0\.conv3', which the model lacks; did you mean"),
-    "twice": ({"swaps": [swapped(), swapped()]}, r"plan\.json speaks of 'layer1\.0\.conv1' twice"),
-    "both": ({"swaps": [swapped()], "keeps": [{"site": "layer1.0.conv1"}]}, r"speaks of 'layer1\.0\.conv1' twice"),
+    "twice": ({"swaps": [swapped(), swapped()]}, r"plan\.json has 'layer1\.0\.conv1' twice"),
+    "both": ({"swaps": [swapped()], "keeps": [{"site": "layer1.0.conv1"}]}, r"has 'layer1\.0\.conv1' twice"),
 }  # fmt: skip
 
 

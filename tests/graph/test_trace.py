@@ -166,7 +166,7 @@ def with_weight_norm() -> nn.Module:
         (lambda: nn.Sequential(OwnStandardised(4, 4, 3)), "is a OwnStandardised: weights standardised at"),
         (
             lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))),
-            "is a ParametrizedConv2d: weights computed anew at every run",
+            "is a ParametrizedConv2d: weights computed again at every run",
         ),
         (with_weight_norm, "has hooks"),
         (tied, "shares its weights with 1"),

@@ -107,7 +107,7 @@ def test_a_plan_that_takes_over_what_cannot_be(
 ) -> None:
     data = json.loads(plan_text(conversion.plan))
     next(swap for swap in data["swaps"] if swap["site"] == site)["absorbs"] = norm
-    with pytest.raises(PlanError, match=f"the plan cannot swap '{site}': it says absorbs = '{norm}', where "):
+    with pytest.raises(PlanError, match=f"the plan cannot swap '{site}' by 'acb': it says absorbs = '{norm}', where "):
         asymswap.convert(asymswap.open_model(net, input_size=(6, 10, 10)), plan=data)
 
 

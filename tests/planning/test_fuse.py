@@ -132,7 +132,7 @@ def test_trainability_and_memory_format_are_carried_over(converted: asymswap.Con
 def test_what_would_cost_more_is_left_unless_it_is_asked_for(
     converted: asymswap.Conversion, network: nn.Module
 ) -> None:
-    with pytest.raises(AsymswapError, match=r"nothing to fuse \(separable: one conv would cost more; --separable"):
+    with pytest.raises(AsymswapError, match=r"nothing to fuse \(separable: one conv would cost more; `separable=True`"):
         asymswap.fuse(asymswap.open_model(converted, arch=network))
 
 
@@ -147,7 +147,7 @@ def test_offsets_are_left_out_below_a_threshold_only(
             if name.endswith("predictor.bias"):
                 parameter.fill_(0.01)
     with pytest.raises(
-        AsymswapError, match="no ordinary conv computes the same; --max-offset leaves small offsets out"
+        AsymswapError, match="no ordinary conv computes the same; `max_offset=…` leaves small offsets out"
     ):
         asymswap.fuse(asymswap.open_model(converted, arch=network))
     with pytest.raises(AsymswapError, match=r"it predicts offsets of up to 0\.01 pixels"):

@@ -249,9 +249,10 @@ def test_a_shipped_recipe_promises_what_its_kinds_do(name: str) -> None:
     recipe = parse_recipe(*read_recipe_text(name))
     promises = []
     for rule in recipe.rules:
-        wish = rule.swap_settings | ({"rank": 1, "order": "vertical-first"} if rule.lacks_size or rule.size else {})
-        wish = {key: value for key, value in wish.items() if key not in ("ratio", "energy")}
-        kind, settings = replacements.load_swap(Swap("conv", (rule.swap or {})["kind"], wish))
+        assert rule.swap is not None
+        sized = {"rank": 1, "order": "vertical-first"} if replacements.load(rule.kind).SIZES else {}
+        wish = {key: item for key, item in rule.swap.items() if key not in ("kind", "ratio", "energy")} | sized
+        kind, settings = replacements.load_swap(Swap("conv", rule.kind, wish))
         promises.append(kind.preserves(FORMS[1].conv, settings))
     assert all(promises) == (recipe.preserves == "exactly")
 
@@ -344,7 +345,7 @@ def test_a_setting_that_is_no_size_leaves_the_budget(overrides: dict[str, Any], 
 
 
 def test_an_override_that_no_rule_takes() -> None:
-    with pytest.raises(RecipeError, match="--set ordr: no rule of the recipe takes it; did you mean order"):
+    with pytest.raises(RecipeError, match="no rule of the recipe has a setting 'ordr'; did you mean order"):
         parse_recipe(BASE, "r", {"ordr": 1})
 
 

@@ -19,7 +19,7 @@ from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
-from asymswap.replacements import acb, load, parse_settings
+from asymswap.replacements import Original, acb, load, parse_settings
 from asymswap.types import ConvSpec, Neighbour, Site
 
 KIND = load("acb")
@@ -34,9 +34,9 @@ def convert(
     if norm is not None:
         wanted = KIND.fold_norm(wanted, norm)
     site = Site("conv", read_conv(conv), ())
-    settled = parse_settings("acb", KIND.resolve(site, conv, wanted, statistics).settings)
+    settled = parse_settings("acb", KIND.resolve(site, Original(conv, statistics), wanted).settings)
     block = KIND.build(site.conv, settled)
-    KIND.init_(block, conv, settled, statistics, norm)
+    KIND.init_(block, Original(conv, statistics, norm), settled)
     return block.train(conv.training), settled
 
 
@@ -104,7 +104,7 @@ def test_other_constants_than_the_norms_still_preserve_the_function(case: Case) 
     norm = new_norm(case.conv.out_channels, eps=0.1)
     settled = parse_settings("acb", {"bn": "branch"})
     block = KIND.build(case.site.conv, settled).eval()
-    KIND.init_(block, case.conv, settled, norm=norm)
+    KIND.init_(block, Original(case.conv, norm=norm), settled)
     with torch.no_grad():
         assert close(block(case.x), norm.eval()(case.conv(case.x)))
 
@@ -277,7 +277,7 @@ def test_offered_cost_is_the_cost_counted_by_torch(case: Case, bn: str) -> None:
         block(case.x[:1])
     assert counter.get_total_flops() == cost.flops
     assert sum(p.numel() for p in block.parameters()) == cost.params
-    assert [option.cost for option in KIND.options(case.site, case.conv, settled)] == [cost]
+    assert [option.cost for option in KIND.options(case.site, Original(case.conv), settled)] == [cost]
 
 
 @pytest.mark.parametrize("bn", ["shared", "branch"])
@@ -382,7 +382,7 @@ def test_takes_over_batch_norms_with_statistics_only(norm: nn.Module) -> None:
     wanted = parse_settings("acb", {"bn": "branch"})
     assert KIND.fold_norm(wanted, norm) is None
     with pytest.raises(PlanError, match=f"cannot take over a {type(norm).__name__} with hooks or no running stat"):
-        KIND.init_(KIND.build(ConvSpec(4, 4, (3, 3)), wanted), nn.Conv2d(4, 4, 3), wanted, norm=norm)
+        KIND.init_(KIND.build(ConvSpec(4, 4, (3, 3)), wanted), Original(nn.Conv2d(4, 4, 3), norm=norm), wanted)
 
 
 def test_variances_beyond_the_range_of_float16_are_undone() -> None:
@@ -406,7 +406,7 @@ def test_takes_over_no_hooks() -> None:
 def test_constants_taken_over_are_settled_and_survive() -> None:
     folded = KIND.fold_norm(parse_settings("acb", {"bn": "branch"}), nn.BatchNorm2d(4, eps=1e-3, momentum=None))
     conv = nn.Conv2d(4, 4, 3)
-    settled = KIND.resolve(Site("conv", read_conv(conv), ()), conv, folded).settings
+    settled = KIND.resolve(Site("conv", read_conv(conv), ()), Original(conv), folded).settings
     assert settled == {"bn": "branch", "eps": 1e-3, "momentum": "cumulative"}
     norm = KIND.build(read_conv(conv), parse_settings("acb", settled)).vertical.norm
     assert (norm.eps, norm.momentum) == (1e-3, None)
@@ -415,7 +415,9 @@ def test_constants_taken_over_are_settled_and_survive() -> None:
 def test_a_shared_norm_is_not_taken_over() -> None:
     shared = parse_settings("acb", {})
     with pytest.raises(PlanError, match='takes over a batch norm with bn = "branch" only'):
-        KIND.init_(KIND.build(ConvSpec(4, 4, (3, 3)), shared), nn.Conv2d(4, 4, 3), shared, norm=nn.BatchNorm2d(4))
+        KIND.init_(
+            KIND.build(ConvSpec(4, 4, (3, 3)), shared), Original(nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4)), shared
+        )
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class Made:
         self.statistics = see_all(case).statistics if calibrated else None
         wish = data.draw(st.sampled_from(variants(name)), label="settings")
         try:
-            options = list(self.kind.options(self.site, case.conv, wish, self.statistics))
+            options = list(self.kind.options(self.site, replacements.Original(case.conv, self.statistics), wish))
         except RecipeError:
             assert wish != self.kind.settings(), "the settings by default suit every conv that is not refused"
             reject()
@@ -146,7 +146,7 @@ class Made:
     def module(self) -> nn.Module:
         """The replacement, in eval mode."""
         module = self.kind.build(self.site.conv, self.settings)
-        self.kind.init_(module, self.case.conv, self.settings, self.statistics)
+        self.kind.init_(module, replacements.Original(self.case.conv, self.statistics), self.settings)
         return module.eval()
 
 
@@ -171,7 +171,7 @@ def test_settled_settings_survive_json_and_settling_again(name: str, case: Case,
     made = Made(name, case, data)
     stored = json.loads(json.dumps(dict(made.option.settings)))
     assert stored == made.option.settings
-    again = made.kind.resolve(made.site, case.conv, replacements.parse_settings(name, stored))
+    again = made.kind.resolve(made.site, replacements.Original(case.conv), replacements.parse_settings(name, stored))
     assert again.settings == made.option.settings
     assert again.cost == made.option.cost
 

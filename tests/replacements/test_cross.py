@@ -21,7 +21,7 @@ from asymswap.factorize import cross as mathematics
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
-from asymswap.replacements import cross, load, parse_settings
+from asymswap.replacements import Original, cross, load, parse_settings
 from asymswap.types import ConvSpec, Option
 
 KIND = load("cross")
@@ -31,10 +31,10 @@ ODD = (3, 5)
 def convert(
     case: Case, statistics: SiteStatistics | None = None, **wish: object
 ) -> tuple[cross.CrossConv2d, cross.Settings, Option]:
-    option = KIND.resolve(case.site, case.conv, parse_settings("cross", wish), statistics)
+    option = KIND.resolve(case.site, Original(case.conv, statistics), parse_settings("cross", wish))
     settled = parse_settings("cross", option.settings)
     module = KIND.build(case.site.conv, settled)
-    KIND.init_(module, case.conv, settled, statistics)
+    KIND.init_(module, Original(case.conv, statistics), settled)
     return module, settled, option
 
 
@@ -167,9 +167,9 @@ def test_statistics_gives_a_bias_and_weights_alone_do_not() -> None:
     assert option.settings == {"correlation": 0.5}
     assert module.vertical.bias is None
     wanted = parse_settings("cross", {"bias": True})
-    assert KIND.resolve(case.site, case.conv, wanted).settings == {"bias": True, "correlation": 0.5}
+    assert KIND.resolve(case.site, Original(case.conv), wanted).settings == {"bias": True, "correlation": 0.5}
     module = KIND.build(case.site.conv, wanted)
-    KIND.init_(module, case.conv, wanted)
+    KIND.init_(module, Original(case.conv), wanted)
     assert module.vertical.bias.tolist() == [0.0] * 4
 
 
@@ -191,7 +191,7 @@ def test_offered_cost_is_the_cost_counted_by_torch(case: Case) -> None:
         assert counter.get_total_flops() == option.cost.flops
         assert sum(p.numel() for p in module.parameters()) == option.cost.params
         assert KIND.cost(case.site, settled) == option.cost
-        assert KIND.options(case.site, case.conv, parse_settings("cross", {}), statistics) == [option]
+        assert KIND.options(case.site, Original(case.conv, statistics), parse_settings("cross", {})) == [option]
 
 
 def test_never_promises_the_function_and_never_grows() -> None:

@@ -42,11 +42,11 @@ def zero_cases(dtype: torch.dtype = torch.float32) -> st.SearchStrategy[Case]:
 
 def convert(case: Case, kind_name: str, **wish: object) -> tuple[OffsetConv2d, Settings]:
     kind = replacements.load(kind_name)
-    option = kind.resolve(case.site, case.conv, replacements.parse_settings(kind_name, wish))
+    option = kind.resolve(case.site, replacements.Original(case.conv), replacements.parse_settings(kind_name, wish))
     settled = cast(Settings, replacements.parse_settings(kind_name, option.settings))
     assert settled.limit == wish.get("limit", 1.0)
     module = kind.build(case.site.conv, settled)
-    kind.init_(module, case.conv, settled)
+    kind.init_(module, replacements.Original(case.conv), settled)
     assert isinstance(module, OffsetConv2d)
     return module, settled
 
@@ -190,7 +190,7 @@ def test_the_cost_is_the_cost_counted_by_torch(case: Case, kind_name: str, limit
     assert sum(p.numel() for p in module.parameters()) == cost.params
     counted = count_costs(module, (case.x,)).total
     assert (counted.macs * calls, counted.params) == (cost.macs, cost.params)
-    (option,) = replacements.load(kind_name).options(site, case.conv, settled)
+    (option,) = replacements.load(kind_name).options(site, replacements.Original(case.conv), settled)
     assert (option.cost, option.error, option.loss) == (cost, 0.0, 0.0)
 
 
@@ -372,7 +372,7 @@ def test_building_draws_no_random_numbers_and_names_its_state(kind_name: str) ->
 def test_statistics_changes_nothing(kind_name: str) -> None:
     case = simple_case(groups=2)
     module, settled = moved(case, kind_name, 1)
-    replacements.load(kind_name).init_(module, case.conv, settled, see_all(case).statistics)
+    replacements.load(kind_name).init_(module, replacements.Original(case.conv, see_all(case).statistics), settled)
     assert not module.offsets().any()
     assert torch.equal(module.weight, case.conv.weight)
     assert torch.equal(module.bias, case.conv.bias)

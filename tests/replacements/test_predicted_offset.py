@@ -21,7 +21,7 @@ from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import swap, take_over_
 from asymswap.graph.trace import trace
 from asymswap.measure.macs import count_costs
-from asymswap.replacements import load, parse_settings, predicted_offset
+from asymswap.replacements import Original, load, parse_settings, predicted_offset
 from asymswap.replacements.predicted_offset import PredictedOffsetConv2d
 from asymswap.types import Call, ConvSpec, Site
 
@@ -32,7 +32,7 @@ def convert(conv: nn.Conv2d, **wish: object) -> tuple[PredictedOffsetConv2d, pre
     settled = parse_settings("predicted-offset", wish)
     assert isinstance(settled, predicted_offset.Settings)
     module = KIND.build(read_conv(conv), settled)
-    KIND.init_(module, conv, settled)
+    KIND.init_(module, Original(conv), settled)
     return module, settled
 
 
@@ -207,8 +207,8 @@ def only_products(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any
 @given(case=cases(), data=st.data())
 def test_offered_cost_is_the_cost_counted_by_us_and_by_torch(case: Case, data: st.DataObject) -> None:
     module, settled = convert(case.conv, **data.draw(wishes(case)))
-    option = KIND.resolve(case.site, case.conv, settled)
-    assert [option] == KIND.options(case.site, case.conv, settled)
+    option = KIND.resolve(case.site, Original(case.conv), settled)
+    assert [option] == KIND.options(case.site, Original(case.conv), settled)
     assert option.cost == KIND.cost(case.site, settled) == count_costs(module, (case.x[:1],)).total
     assert option.cost.params == sum(parameter.numel() for parameter in module.parameters())
     formulas = {torch.ops.torchvision.deform_conv2d: only_products}
@@ -421,7 +421,7 @@ def test_settled_settings_settle_to_themselves() -> None:
     conv = nn.Conv2d(6, 4, 3)
     site = Site("c", read_conv(conv), (Call((8, 8), (6, 6)),))
     wish = parse_settings("predicted-offset", {"mask": True, "offset_groups": 3})
-    option = KIND.resolve(site, conv, wish)
+    option = KIND.resolve(site, Original(conv), wish)
     assert (option.settings, option.error, option.loss) == ({"mask": True, "offset_groups": 3}, 0.0, 0.0)
     assert parse_settings("predicted-offset", option.settings) == wish
     assert wish.allow_growth

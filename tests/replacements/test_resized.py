@@ -10,7 +10,7 @@ from conv_cases import Case
 from torch import nn
 
 from asymswap.errors import RecipeError
-from asymswap.replacements import load, parse_settings
+from asymswap.replacements import Original, load, parse_settings
 
 KIND = load("resized")
 X = torch.randn(2, 4, 13, 12, generator=torch.Generator().manual_seed(0))
@@ -18,10 +18,10 @@ X = torch.randn(2, 4, 13, 12, generator=torch.Generator().manual_seed(0))
 
 def grown(conv: nn.Conv2d, **wish: Any) -> nn.Conv2d:
     site = Case(conv, X).site
-    option = KIND.resolve(site, conv, parse_settings("resized", wish))
+    option = KIND.resolve(site, Original(conv), parse_settings("resized", wish))
     settled = parse_settings("resized", option.settings)
     new = KIND.build(site.conv, settled)
-    KIND.init_(new, conv, settled)
+    KIND.init_(new, Original(conv), settled)
     return new
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
-from asymswap.replacements import load, load_swap, parse_settings, separable
+from asymswap.replacements import Original, load, load_swap, parse_settings, separable
 from asymswap.types import Call, ConvSpec, Site, Swap
 
 KIND = load("separable")
@@ -24,10 +24,10 @@ ORDERS = ("vertical-first", "horizontal-first")
 
 def convert(case: Case, **wish: object) -> tuple[nn.Sequential, separable.Settled]:
     wanted = parse_settings("separable", wish)
-    option = KIND.resolve(case.site, case.conv, wanted)
+    option = KIND.resolve(case.site, Original(case.conv), wanted)
     settled = separable.Settled.model_validate(option.settings)
     pair = KIND.build(case.site.conv, settled)
-    KIND.init_(pair, case.conv, settled)
+    KIND.init_(pair, Original(case.conv), settled)
     return pair, settled
 
 
@@ -65,7 +65,7 @@ def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: sepa
     matrices = [torch.movedim(g[None], (2, along, 1, across), (1, 2, 3, 4))[0] for g in w]
     spectra = [torch.linalg.svdvals(m.reshape(m.shape[0] * m.shape[1], -1)) for m in matrices]
     total = sum(float(s.square().sum()) for s in spectra)
-    options = KIND.options(case.site, case.conv, parse_settings("separable", {"order": order}))
+    options = KIND.options(case.site, Original(case.conv), parse_settings("separable", {"order": order}))
     assert [option.settings["rank"] for option in options] == list(range(1, separable.full_rank(spec, order) + 1))
     for option in options:
         left = sum(float(s[option.settings["rank"] :].square().sum()) for s in spectra)
@@ -76,7 +76,7 @@ def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: sepa
 def test_error_falls_with_rank_and_the_measured_kernel_agrees(case: Case) -> None:
     for order in ORDERS:
         wish = parse_settings("separable", {"order": order})
-        options = KIND.options(case.site, case.conv, wish)
+        options = KIND.options(case.site, Original(case.conv), wish)
         for one, other in itertools.pairwise(options):
             assert other.error <= one.error + 1e-12
         middle = options[len(options) // 2]
@@ -131,12 +131,12 @@ def test_auto_takes_the_better_order_at_equal_cost() -> None:
         # w[o, c, i, j] = a[c, i] b[o, j]: rank 1 with the vertical conv first, up to 3 the other way round.
         conv.weight.copy_(torch.einsum("ci,oj->ocij", torch.randn(6, 3), torch.randn(6, 3)))
     case = Case(conv, torch.randn(1, 6, 8, 8))
-    assert KIND.resolve(case.site, conv, parse_settings("separable", {"rank": 1})).settings == {
+    assert KIND.resolve(case.site, Original(conv), parse_settings("separable", {"rank": 1})).settings == {
         "rank": 1,
         "order": "vertical-first",
     }
     conv.weight.data = conv.weight.data.mT.contiguous()
-    assert KIND.resolve(case.site, conv, parse_settings("separable", {"rank": 1})).settings["order"] == (
+    assert KIND.resolve(case.site, Original(conv), parse_settings("separable", {"rank": 1})).settings["order"] == (
         "horizontal-first"
     )
 
@@ -147,7 +147,7 @@ def test_auto_takes_the_cheaper_order_at_equal_error() -> None:
     with torch.no_grad():
         conv.weight.copy_(torch.einsum("oc,i,j->ocij", torch.randn(4, 1) * torch.randn(4), *torch.randn(2, 3)))
     case = Case(conv, torch.randn(1, 4, 16, 16))
-    settled = KIND.resolve(case.site, conv, parse_settings("separable", {"rank": 1})).settings
+    settled = KIND.resolve(case.site, Original(conv), parse_settings("separable", {"rank": 1})).settings
     costs = {order: separable.pair_cost(case.site, 1, order).macs for order in ORDERS}
     assert costs["vertical-first"] < costs["horizontal-first"]
     assert settled["order"] == "vertical-first"
@@ -183,7 +183,7 @@ def test_rank_above_the_full_one() -> None:
     conv = nn.Conv2d(4, 8, 3)
     site = Site("c", read_conv(conv), (Call((8, 8), (6, 6)),))
     with pytest.raises(RecipeError, match="rank = 13 is above the full rank 12"):
-        KIND.resolve(site, conv, parse_settings("separable", {"rank": 13}))
+        KIND.resolve(site, Original(conv), parse_settings("separable", {"rank": 13}))
 
 
 def test_unsettled_settings_are_refused() -> None:
@@ -221,11 +221,13 @@ def test_a_budget_chooses_round_ranks_of_large_convs_only(channels: int, size: i
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     site = Site("conv", read_conv(conv), (Call((size, size), (size, size)),))
     wish = {"order": "vertical-first"}
-    ranks = {option.settings["rank"] for option in KIND.options(site, conv, parse_settings("separable", wish))}
+    ranks = {
+        option.settings["rank"] for option in KIND.options(site, Original(conv), parse_settings("separable", wish))
+    }
     full = 3 * channels
     assert {rank for rank in ranks if rank >= step} == {*range(step, full + 1, step), full}
     assert {rank for rank in ranks if rank < step} == {rank for rank in (1, 2, 4, 8) if rank < step}
-    every = KIND.options(site, conv, parse_settings("separable", {**wish, "multiple": 1}))
+    every = KIND.options(site, Original(conv), parse_settings("separable", {**wish, "multiple": 1}))
     assert len(every) == full
 
 
@@ -245,10 +247,10 @@ def test_the_ranks_on_statistics_cost_what_eigenvalues_made_by_hand_leave_out() 
     floor = 0.05 * 14 / 3
     weighted = [9 * (4 + floor), 4 * (9 + floor), 16 * (1 + floor), 1 + floor, 0, 0]
     nats = [0.5 * 1.001 * sum(weighted[rank:]) for rank in range(1, 7)]
-    found = KIND.options(site, conv, wish, statistics)
+    found = KIND.options(site, Original(conv, statistics), wish)
     assert [option.settings["rank"] for option in found] == [1, 2, 3, 4, 5, 6]
     assert [option.error for option in found] == pytest.approx(errors, abs=1e-9)
     expected = [math.sqrt(-math.log1p(-error) * nat) for error, nat in zip(errors, nats, strict=True)]
     assert [option.loss for option in found] == pytest.approx(expected, abs=1e-6)
-    unweighted = KIND.options(site, conv, wish, replace(statistics, weight_GOO=None))
+    unweighted = KIND.options(site, Original(conv, replace(statistics, weight_GOO=None)), wish)
     assert [option.loss for option in unweighted] == pytest.approx([-math.log1p(-error) for error in errors], abs=1e-9)

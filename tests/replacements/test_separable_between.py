@@ -22,7 +22,7 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import trace
 from asymswap.planning.apply import apply_plan
-from asymswap.replacements import load, parse_settings, separable
+from asymswap.replacements import Original, load, parse_settings, separable
 from asymswap.types import Call, Plan, Site, Swap
 
 KIND = load("separable")
@@ -58,10 +58,10 @@ def convert(
     case: Case, statistics: SiteStatistics | None = None, **wish: object
 ) -> tuple[nn.Sequential, separable.Settled]:
     wanted = parse_settings("separable", wish)
-    option = KIND.resolve(case.site, case.conv, wanted, statistics)
+    option = KIND.resolve(case.site, Original(case.conv, statistics), wanted)
     settled = separable.Settled.model_validate(option.settings)
     pair = KIND.build(case.site.conv, settled)
-    KIND.init_(pair, case.conv, settled, statistics)
+    KIND.init_(pair, Original(case.conv, statistics), settled)
     return pair.eval(), settled
 
 
@@ -299,19 +299,21 @@ def test_offered_cost_is_the_cost_counted_by_torch(
 ) -> None:
     statistics = see(case) if calibrated else None
     wish = parse_settings("separable", {"order": order, "between": between, "multiple": 1})
-    offered = KIND.options(case.site, case.conv, wish, statistics)
+    offered = KIND.options(case.site, Original(case.conv, statistics), wish)
     assert [option.settings["rank"] for option in offered] == list(
         range(1, separable.full_rank(case.site.conv, order) + 1)
     )
     option = data.draw(st.sampled_from(offered))
     settled = separable.Settled.model_validate(option.settings)
     pair = KIND.build(case.site.conv, settled).eval()
-    KIND.init_(pair, case.conv, settled, statistics)
+    KIND.init_(pair, Original(case.conv, statistics), settled)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pair(case.x[:1])
     assert counter.get_total_flops() == option.cost.flops == KIND.cost(case.site, settled).flops
     assert sum(p.numel() for p in pair.parameters()) == option.cost.params == KIND.cost(case.site, settled).params
-    assert KIND.resolve(case.site, case.conv, parse_settings("separable", option.settings), statistics) == option
+    assert (
+        KIND.resolve(case.site, Original(case.conv, statistics), parse_settings("separable", option.settings)) == option
+    )
 
 
 def test_what_a_relu_adds_to_the_cost_by_hand() -> None:
@@ -402,7 +404,7 @@ class TestSettled:
         case = Case(nn.Conv2d(4, 4, 3), torch.randn(1, 4, 8, 8))
         for between in ("none", *BETWEEN):
             wish = parse_settings("separable", {"rank": 2, "between": between})
-            held = KIND.resolve(case.site, case.conv, wish).settings
+            held = KIND.resolve(case.site, Original(case.conv), wish).settings
             assert held.get("between", "none") == between
             assert ("between" in held) == (between != "none")
 

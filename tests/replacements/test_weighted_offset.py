@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from asymswap.replacements import load, offset, parse_settings
+from asymswap.replacements import Original, load, offset, parse_settings
 
 KIND, PLAIN = load("weighted-offset"), load("offset")
 
@@ -16,7 +16,7 @@ KIND, PLAIN = load("weighted-offset"), load("offset")
 def converted(case: Case) -> tuple[offset.OffsetConv2d, offset.Settings]:
     settled = offset.Settings()
     module = KIND.build(case.site.conv, settled)
-    KIND.init_(module, case.conv, settled)
+    KIND.init_(module, Original(case.conv), settled)
     return module, settled
 
 
