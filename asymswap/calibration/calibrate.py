@@ -208,8 +208,15 @@ def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, p
     opened = gathered.opened
     chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
     images = torch.cat([batch for _, batch in _open_images(opened, chosen)[0].batches()])
-    length = {"steps": calibration.polish_steps, "minutes": calibration.polish_minutes}
-    return polish_(opened.model, converted, images, **length, seed=calibration.seed, progress=progress)
+    return polish_(
+        opened.model,
+        converted,
+        images,
+        steps=calibration.polish_steps,
+        minutes=calibration.polish_minutes,
+        seed=calibration.seed,
+        progress=progress,
+    )
 
 
 def some_inputs(
