@@ -177,10 +177,7 @@ def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gath
 def convert_on(
     traced: Trace, plan: Plan, gathered: Gathered, calibration: Calibration, progress: Progress = silent
 ) -> tuple[nn.Module, bool]:
-    """Return the converted model, in the precision of `gathered.opened`, and True if it was solved layer by layer.
-
-    Raises AsymswapError where `sequential` is requested and not possible.
-    """
+    """Return the converted model, in the precision of `gathered.opened`, and True if it was solved layer by layer."""
     opened, images, notes, sequential = gathered.opened, gathered.images, gathered.notes, calibration.sequential
     if images is None and sequential is not False:
         reason = "the images are not given, only their statistics"
@@ -205,27 +202,15 @@ def convert_on(
 
 def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, progress: Progress = silent) -> Polished:
     """Train the converted network, in place, on the original's outputs on images of the calibration data."""
-    opened = gathered.opened
     chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
-    images = torch.cat([batch for _, batch in _open_images(opened, chosen)[0].batches()])
-    return polish_(
-        opened.model,
-        converted,
-        images,
-        steps=calibration.polish_steps,
-        minutes=calibration.polish_minutes,
-        seed=calibration.seed,
-        progress=progress,
-    )
+    images = torch.cat([batch for _, batch in _open_images(gathered.opened, chosen)[0].batches()])
+    return polish_(gathered.opened.model, converted, images, calibration, progress)
 
 
 def some_inputs(
     reference: str | None, preprocessing: Preprocessing, dtype: torch.dtype, seed: int
 ) -> tuple[Inputs, str]:
-    """Return inputs to compare outputs on, with a description: up to 32 images of the test part, or 8 random ones.
-
-    Raises SourceError for data that cannot be used.
-    """
+    """Return inputs to compare outputs on, and a description: up to 32 images of the test part, or 8 random ones."""
     if reference is None:
         return probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
     data = open_data(reference, preprocessing, "test", unlabelled=True)

@@ -18,19 +18,11 @@ _PANEL = "Calibration (no labels needed)"
 # No `from __future__ import annotations` here: the command line needs the types of the fields.
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate.
+    """How to calibrate; the help text of each option is beside it. Raises AsymswapError for values that make no sense.
 
-    - `data`: a data reference, of which `images` images are used;
-    - `sequential`: solve layer by layer; None means wherever there are images;
-    - `cache`: a file of statistics to read or, with data, to write;
-    - `polish_steps` or `polish_minutes`: then train the converted network on the original's outputs, on up to
-      `polish_images` images of the same data;
-    - `memory_gib`: limit for the covariances and activations that a process keeps;
-    - `outputs`: class `scores`, or `values` (of a regressor, an embedder, a denoiser); None means judged by them;
+    - `sequential`, `outputs`: None means layer by layer if there are images, and judged by the outputs themselves;
     - `team`: several processes, each with its share of the images; all must call alike;
     - `preprocessing`: how images are prepared, if the model's weights, family or file do not say so correctly.
-
-    Raises AsymswapError for values that make no sense.
     """
 
     data: str | None = option(

@@ -135,10 +135,7 @@ class PatchSums:
         return self._mean_GO, self._cross_GOD / self.patches
 
     def unexplained(self, kernel_GOD: Tensor) -> float:
-        """Return the fraction of the target outputs' variance that a kernel with the best bias leaves unexplained.
-
-        Corrected for what its free parameters explain by chance; 0 with too few patches to decide.
-        """
+        """Return the fraction of the targets' variance that a kernel leaves unexplained, corrected for chance."""
         cov_GDD, (_, cross_GOD) = self.moments()[1], self.targets()
         free = 1 - kernel_GOD.shape[2] / self.patches
         total = float(self._energy_G.sum()) / self.patches
@@ -149,10 +146,7 @@ class PatchSums:
 
 
 def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values less their mean, the mean in float64, and what rounding the mean has left in their sum.
-
-    Raises ValueError where they are not finite.
-    """
+    """Return centred values, their mean in float64, and the sum that rounding left; ValueError if not finite."""
     # Products in half precision would overflow, or drown in rounding, before they reach the float64 sums.
     values_GCN = _at_least_float32(values_GCN)
     centre_GC = values_GCN.mean(2)
@@ -210,11 +204,7 @@ def _are_probabilities(outputs_NK: Tensor) -> bool:
 
 
 def gather(
-    model: nn.Module,
-    sites: Sequence[Site],
-    images: Images,
-    outputs: OutputKind = "scores",
-    progress: Progress = silent,
+    model: nn.Module, sites: Sequence[Site], images: Images, outputs: OutputKind = "scores", progress: Progress = silent
 ) -> dict[str, SiteStatistics]:
     """Return the statistics of the sites that run, from all images of all processes; the model is unchanged.
 
@@ -388,10 +378,7 @@ def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]
 
 @dataclass(frozen=True)
 class StatisticsSummary:
-    """How to reproduce statistics: the data, the number and hash of the images, the seed, the hash of the model.
-
-    `unseen` are sites that did not run on the images, `outputs` is the kind of the model's outputs.
-    """
+    """What statistics were made from; `unseen` sites did not run on the images, `outputs` is the kind of outputs."""
 
     __pydantic_config__: ClassVar = STRICT
 

@@ -76,23 +76,29 @@ def _steps(
         if node.op != "call_module" or name not in by_name:
             continue
         keep = images.count * held[stop] <= limit
-        conv, source = cast(nn.Conv2d, walk.module(node)), node.args[0] if node.args else node.kwargs["input"]
-        sums, residual = PatchSums(conv, targets=True), walk.residuals.get(node)
+        sums = PatchSums(cast(nn.Conv2d, walk.module(node)), targets=True)
         most = positions_for(by_name[name], images.count)
         here: list[_Pair] = []
         for pair in pairs(last=keep):
             walk.advance(pair, stop, model, converted)
-            target = pair.original[node]
-            if residual is not None:
-                right, wrong = pair.original[residual.other], pair.converted[residual.other]
-                if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
-                    target = target + (right - wrong) * residual.inverse_scale[None, :, None, None].to(target)
-            at = choose_positions(target.shape[-2:], most, generator_for(images.seed, name, pair.number))
-            patches = patches_of(conv, pair.converted[cast(fx.Node, source)], at)
-            sums.add(patches, outputs_at(target, conv.groups, at))
+            _add(walk, node, sums, pair, most, generator_for(images.seed, name, pair.number))
             here += [pair] * keep
         kept = here if keep else kept
         yield name, sums
+
+
+def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, most: int, generator: torch.Generator) -> None:
+    """Add one batch: the patches of the converted network and the target outputs."""
+    conv = cast(nn.Conv2d, walk.module(node))
+    source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
+    target = pair.original[node]
+    if node in walk.residuals:
+        other, inverse_scale = walk.residuals[node]
+        right, wrong = pair.original[other], pair.converted[other]
+        if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
+            target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
+    at = choose_positions(target.shape[-2:], most, generator)
+    sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
 
 
 def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Tensor] | None) -> bool:
@@ -144,26 +150,21 @@ class _Pair:
     converted: Env = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Residual:
-    """The other operand of the sum at the end of a conv's branch, and the inverse scale of the batch norm before it."""
-
-    other: fx.Node
-    inverse_scale: Tensor
-
-
 class _Walk:
-    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends."""
+    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends.
+
+    `residuals` are, for the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
+    """
 
     def __init__(self, graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
         self._root, self._model = root, model
-        found = {node: self._find_residual(node) for node in graph.nodes}
-        self.residuals: dict[fx.Node, _Residual] = {node: value for node, value in found.items() if value is not None}
+        found = ((node, self._find_residual(node)) for node in graph.nodes)
+        self.residuals = {node: residual for node, residual in found if residual is not None}
         self.order = self._schedule(list(graph.nodes))
         place = {node: number for number, node in enumerate(self.order)}
         self._last_read: list[list[fx.Node]] = [[] for _ in self.order]
         for node in self.order:
-            readers = [*node.users, *(conv for conv, residual in self.residuals.items() if residual.other is node)]
+            readers = [*node.users, *(conv for conv, (other, _) in self.residuals.items() if other is node)]
             self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
 
     def advance(self, pair: _Pair, stop: int, model: nn.Module, converted: nn.Module) -> None:
@@ -207,11 +208,8 @@ class _Walk:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return args[0] if node.op == "output" else cast(Callable[..., Any], node.target)(*args, **kwargs)
 
-    def _find_residual(self, node: fx.Node) -> _Residual | None:
-        """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between.
-
-        The inverse of a batch norm's scale is damped where the scale is nearly zero.
-        """
+    def _find_residual(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+        """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between."""
         conv = self.module(node)
         if not isinstance(conv, nn.Conv2d):
             return None
@@ -223,7 +221,7 @@ class _Walk:
             if op == "add":
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not last]
                 # With alpha, or with an operand by name, it is no plain sum of the two.
-                return _Residual(others[0], inverse) if len(others) == 1 and not user.kwargs else None
+                return (others[0], inverse) if len(others) == 1 and not user.kwargs else None
             module = self.module(user)
             if op == "batch_norm" and isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
                 scale = torch.rsqrt(module.running_var + module.eps)
@@ -242,10 +240,9 @@ class _Walk:
         for position, node in enumerate(nodes):
             if node in placed:
                 continue
-            residual = self.residuals.get(node)
-            if residual is not None and residual.other not in placed:
-                early = {residual.other}
-                waiting = [residual.other]
+            other = self.residuals[node][0] if node in self.residuals else None
+            if other is not None and other not in placed:
+                early, waiting = {other}, [other]
                 while waiting:
                     new = set(waiting.pop().all_input_nodes) - early - placed
                     early |= new

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asymswap.calibration.config import Calibration
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import difference
 from asymswap.types import Progress, silent
@@ -44,21 +45,11 @@ class Polished:
 
 
 def polish_(
-    original: nn.Module,
-    converted: nn.Module,
-    images: Tensor,
-    *,
-    steps: int | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
+    original: nn.Module, converted: nn.Module, images: Tensor, settings: Calibration, progress: Progress = silent
 ) -> Polished:
-    """Train `converted`, in place, to give the outputs of `original` on the images (N, C, H, W).
-
-    It takes a number of steps, or of minutes. Raises AsymswapError where every parameter is frozen.
-    """
-    start = time.perf_counter()
-    generator = seeded(seed)
+    """Train `converted`, in place, on the outputs of `original` for the images (N, C, H, W)."""
+    start, steps = time.perf_counter(), settings.polish_steps
+    generator = seeded(settings.seed)
     order = torch.randperm(len(images), generator=generator)
     back = max(1, min(512, len(images) // 8))
     held, seen = images[order[:back]], images[order[back:]]
@@ -86,7 +77,7 @@ def polish_(
         done, next_check = 0, 1 / _CHECKS
         for batch in _augmented(seen, generator):
             elapsed = time.perf_counter() - start
-            part = done / steps if steps else elapsed / (60 * (minutes or 1.0))
+            part = done / steps if steps else elapsed / (60 * (settings.polish_minutes or 1.0))
             if part >= next_check or part >= 1:
                 now = held_back_difference()
                 if now < best:
@@ -110,10 +101,7 @@ def polish_(
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches without end, in a new order every epoch: half of the images mirrored, each shifted.
-
-    torchvision's transforms draw once for a batch; here we draw for each image.
-    """
+    """Yield batches without end, in a new order every epoch: half of the images mirrored, each shifted on its own."""
     height, width = images.shape[2:]
     far = height // _SHIFT, width // _SHIFT
     while True:

@@ -105,16 +105,14 @@ def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
 
 
 def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team) -> SiteStatistics | str:
-    """Return statistics of the converted network's patches from all processes, or why they are of no use.
-
-    The ridge pulls the target kernel towards the conv's own.
-    """
+    """Return statistics of the converted network's patches from all processes, or why they are of no use."""
     sums.meet(team)
     if not sums.patches:
         return "it did not run"
     mean_GD, cov_GDD = sums.moments()
     mean_GO, cross_GOD = sums.targets()
     bare = replace(one_pass, mean_GD=mean_GD, cov_GDD=cov_GDD, target_mean_GO=mean_GO, patches=sums.patches)
+    # The ridge pulls the target kernel towards the conv's own.
     pulled_GOD = cross_GOD + bare.ridge()[:, :, None] * one_pass.target_GOD
     target_GOD: Tensor = torch.linalg.solve(bare.ridged(), pulled_GOD.mT).mT
     if sums.unexplained(target_GOD) > _UNEXPLAINED:
@@ -139,10 +137,7 @@ class _Target:
 def _stop_at_sites(
     model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images
 ) -> Iterator[tuple[str, PatchSums | str]]:
-    """Yield each site in call order, with the sums of its patches and target outputs, or why there are none.
-
-    The replacement must be solved before the next site is asked for.
-    """
+    """Yield each site in call order, to be solved before the next one, with its sums or why there are none."""
     by_name = {site.name: site for site in sites}
 
     def call_order() -> list[str]:

@@ -182,10 +182,7 @@ class _StandIn(nn.Module):
 
 
 def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> None:
-    """Raise AsymswapError, with the name, where the model's code would not run a replacement as it runs the module.
-
-    `inputs` are those of one forward pass, with or without numbers. The model is not changed.
-    """
+    """Raise AsymswapError, with the name, if the model's code would not run a replacement as it runs the module."""
     filled = with_values(inputs)
     try:
         before = _run(model, {}, names, filled)

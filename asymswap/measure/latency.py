@@ -128,19 +128,14 @@ def ratio_of(rounds: Passes, first: Passes) -> Ratio:
 class Timed:
     """Seconds of one forward pass, of the named modules in it, all their runs in the pass together, and of the rest.
 
-    Each is its own minimum: if the machine is never quiet for a whole pass, `sum_of_parts` is below `whole`. `median`
-    is the median of the whole pass over all rounds.
+    Each is its own minimum: if the machine is never quiet for a whole pass, the parts add up to less than `whole`.
+    `median` is the median of the whole pass over all rounds.
     """
 
     whole: float
     modules: Mapping[str, float]
     rest: float
     median: float = math.nan
-
-    @property
-    def sum_of_parts(self) -> float:
-        """The modules and the rest."""
-        return self.rest + sum(self.modules.values())
 
 
 def time_models(
@@ -152,10 +147,7 @@ def time_models(
     seconds: float = _MOST_SECONDS,
     progress: Progress = silent,
 ) -> dict[str, Timed]:
-    """Time all models and the named modules, which all of them have, in turn, in eval mode: see `take_turns`.
-
-    The inputs are the same for all models, or a mapping by model. Memory formats stay: see `in_format`.
-    """
+    """Time models and the named modules that all have, in turn, in eval mode; inputs may be a mapping by model."""
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
     turns = {key: Turn(functools.partial(_time_once, model, given[key], names)) for key, model in models.items()}
     with eval_mode(*models.values()):

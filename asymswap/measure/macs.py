@@ -44,10 +44,7 @@ class Costs:
 
 
 def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> Costs:
-    """Count the MACs of one forward pass in eval mode, and each parameter once, on a copy of the model.
-
-    `names` are modules that are counted on their own too, over all their runs.
-    """
+    """Count the MACs of a forward pass in eval mode, and parameters, of a model and of all runs of named modules."""
     names = list(dict.fromkeys(names))
     try:
         return _count(meta_copy(model).eval(), to_meta(inputs), names)
@@ -57,10 +54,7 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:
-    """Return the cost after a conversion, of each site at the input sizes of its calls before.
-
-    For models in which values decide what runs, so that two runs cannot be compared.
-    """
+    """Return the cost after a conversion, of each site at its input sizes before, where values decide what runs."""
     after = {}
     for site in sites:
         structure = meta_copy(converted.get_submodule(site.name)).eval()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,9 +20,6 @@ from asymswap.errors import AsymswapError
 from asymswap.results.benchmark import TITLES
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import list_tensors
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 Runtime = Literal["eager", "compile", "onnx"]
 RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "onnx")
@@ -58,10 +55,7 @@ def compiled(model: nn.Module, inputs: Inputs) -> Run:
 
 
 def write_for_runtime(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    """Write the ONNX file of a model in eval mode, unfused, for any batch size.
-
-    Raises AsymswapError where the packages are missing or too old, or where ONNX cannot express the model.
-    """
+    """Write the ONNX file of a model in eval mode, unfused, for any batch size; raise AsymswapError if impossible."""
     check_versions()
     if any(isinstance(item, list) for item in inputs):
         raise AsymswapError("models that take lists of images are not exported to ONNX")
@@ -73,10 +67,7 @@ def write_for_runtime(model: nn.Module, inputs: Inputs, path: Path) -> None:
 
 
 def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], ...], path: Path) -> None:
-    """Write a model in eval mode, and check the file; `shapes` are the dynamic sizes of each input.
-
-    Raises AsymswapError where ONNX cannot express it.
-    """
+    """Write a model in eval mode and check the file; `shapes` are the dynamic sizes of each input."""
     import onnx
 
     with quiet(), failing_clearly("ONNX"):
@@ -94,8 +85,8 @@ def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], .
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def open_session(path: Path, threads: int | None = None) -> InferenceSession:
-    """Open a file in ONNX Runtime on the CPU, by default with its own number of threads."""
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """Return an InferenceSession of a file on the CPU, by default with its own number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -105,7 +96,7 @@ def open_session(path: Path, threads: int | None = None) -> InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def forward_in(session: InferenceSession, inputs: Inputs) -> Run:
+def forward_in(session: Any, inputs: Inputs) -> Run:
     """Return a function that runs the file on these inputs."""
     keys = [item.name for item in session.get_inputs()]
     values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(inputs), strict=True)}

@@ -105,10 +105,7 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
 def feature_error(
     taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
 ) -> Tensor | None:
-    """Return the squared error of the blocks' outputs relative to the teacher's variance, averaged over the blocks.
-
-    `blocks` maps the student's blocks to the teacher's. None if no pair has outputs of the same shape.
-    """
+    """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
     errors = []
     for own, theirs in blocks.items():
         target, output = taught.get(theirs), learned.get(own)

@@ -15,10 +15,7 @@ from asymswap.training.config import Training
 
 
 def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) -> None:
-    """Freeze, in place, what is not to be trained; `replacements` are the names of the new layers.
-
-    Raises AsymswapError if nothing is left to train.
-    """
+    """Freeze, in place, what is not trained; `replacements` are the new layers. AsymswapError if nothing is left."""
     if what == "all":
         return
     new = tuple(replacements)

@@ -124,10 +124,7 @@ class Trainer:
         self._look_every = 1 if device.type == "cpu" else _LOOK_ON_GPU
 
     def run(self, resume: bool) -> Progress:
-        """Train, with `resume` from the state in the folder on; afterwards `best` holds the weights to keep.
-
-        Raises AsymswapError where the loss is not finite, memory does not suffice, or nothing can be saved.
-        """
+        """Train, with `resume` from the state in the folder on; afterwards `best` holds the weights to keep."""
         folder, cudnn = self.folder, torch.backends.cudnn
         flags = cudnn.deterministic, cudnn.benchmark
         with random_state_kept():

@@ -25,10 +25,7 @@ _TIMEOUT = datetime.timedelta(days=1)  # a process waits for the others: the fir
 
 @dataclass(frozen=True)
 class Team:
-    """The rank of this process among `size`, all of which must make the same calls in the same order.
-
-    A team of one, the default, exchanges nothing.
-    """
+    """The rank of this process among `size`, which must all make the same calls in order; one exchanges nothing."""
 
     rank: int = 0
     size: int = 1
@@ -117,10 +114,7 @@ def end_process(code: str | int | None) -> NoReturn:
 
 @contextmanager
 def joined(gpus: bool = False) -> Iterator[Team]:
-    """Join the team in which `torchrun` has started this process, while the block lasts; without it a team of one.
-
-    With `gpus`, tensors on GPUs are exchanged too, if there are any.
-    """
+    """Join the team in which `torchrun` started this process, with `gpus` for their tensors too; else a team of one."""
     if not in_team():
         yield ALONE
         return

@@ -125,10 +125,7 @@ def _remove_abandoned(place: Path) -> None:
 
 @contextmanager
 def fail_if_modified(*paths: Path) -> Iterator[None]:
-    """Raise SourceError if one of the files is written to, truncated or replaced while the block runs.
-
-    It takes precedence over errors of the block itself, which may come from the change.
-    """
+    """Raise SourceError, before any error of the block, if one of the files is modified while it runs."""
 
     def state(path: Path) -> tuple[int, ...] | None:
         try:

@@ -24,10 +24,7 @@ def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:
 
 
 def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, seed: int = 0) -> Inputs:
-    """Return random inputs, normal with mean 0 and deviation 1, much like normalised images.
-
-    Networks that take lists of images normalise them themselves: theirs are uniform between 0 and 1.
-    """
+    """Return random inputs: normal, like normalised images; for networks that normalise lists, from 0 to 1."""
     generator = seeded(seed)
     draw = torch.rand if preprocessing.form == "image-list" else torch.randn
     return _make(preprocessing, images, lambda *shape: draw(*shape, generator=generator).to(dtype))

@@ -85,10 +85,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
 
 
 def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Return a deep copy of a module with `change(tensor)` in place of each of the given tensors.
-
-    What was shared stays shared; a parameter stays a parameter and keeps its `requires_grad`.
-    """
+    """Return a deep copy with `change(tensor)` for the given tensors; sharing, parameters and `requires_grad` stay."""
     memo: dict[int, Any] = {}
     for tensor in tensors:
         new = change(tensor.detach())
@@ -115,10 +112,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def additions(module: nn.Module, fresh: nn.Module) -> str | None:
-    """Describe what a module has that a `fresh` one of its class lacks, and a replacement would drop; None for nothing.
-
-    These are hooks, replaced methods, attributes, more parameters and buffers, and hooks and attributes of parameters.
-    """
+    """Describe hooks, attributes, methods or parameters that a `fresh` module of the class lacks; None for nothing."""
     own = vars(fresh)
     added = [key for key in vars(module) if key not in own and key not in _HARMLESS]
     methods = [key for key in added if callable(getattr(type(module), key, None))]
@@ -173,11 +167,7 @@ def allocated(model: nn.Module) -> nn.Module:
 
 
 class WithoutMemory(TorchFunctionMode):
-    """Make the given functions of torch create their tensors on the meta device while it lasts.
-
-    `torch.device("meta")` would affect every tensor, and some networks compute their sizes with tensors; layers make
-    their weights with `torch.empty` alone.
-    """
+    """Make functions of torch (`torch.empty` makes all weights of layers) use the meta device while it lasts."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         super().__init__()
