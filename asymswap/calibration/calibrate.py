@@ -51,7 +51,9 @@ def options_of(
     """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
     if None not in (own, preprocessing) and own != preprocessing:
-        raise AsymswapError("the verb and its Calibration have different `preprocessing=…`; give one of them")
+        raise AsymswapError(
+            "`preprocessing=…` of the verb and of its Calibration contradict each other; give one of them"
+        )
     return preprocessing or own
 
 

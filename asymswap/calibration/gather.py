@@ -456,15 +456,11 @@ def _read_statistics(name: str, tensors: Mapping[str, Tensor]) -> SiteStatistics
     if patches is None or patches.shape != () or patches.dtype != torch.int64 or int(patches) < 1:
         raise ValueError(f"{name}/patches is no number of patches")
     found = SiteStatistics(**parts, patches=int(patches))
-    _check_moment(f"{name}/cov_GDD", found.cov_GDD, found.ridged())
-    if found.weight_GOO is not None:
-        _check_moment(f"{name}/weight_GOO", found.weight_GOO, found.output_weight())
+    for key, definite in (("cov_GDD", found.ridged()), ("weight_GOO", found.output_weight())):
+        moment = parts[key]
+        if moment is not None:
+            symmetric = torch.allclose(moment, moment.mT, atol=_ASYMMETRY * float(moment.norm()))
+            factor, failed = torch.linalg.cholesky_ex(definite)
+            if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):
+                raise ValueError(f"{name}/{key} is not symmetric and positive semidefinite, as second moments are")
     return found
-
-
-def _check_moment(name: str, matrix: Tensor, definite: Tensor) -> None:
-    """Raise ValueError where a matrix is no second moment; `definite` is its form that gets factorised."""
-    symmetric = torch.allclose(matrix, matrix.mT, atol=_ASYMMETRY * float(matrix.norm()))
-    factor, failed = torch.linalg.cholesky_ex(definite)
-    if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):
-        raise ValueError(f"{name} is not symmetric and positive semidefinite, as every second moment is")

@@ -1,6 +1,6 @@
 """MACs and parameters of a whole model, counted in eval mode while it runs on one input of meta tensors.
 
-The convention is that of `asymswap.types.MACS`. torch's FlopCounterMode counts modules and functional calls by formulas
+`asymswap.types.MACS` states the convention. torch's FlopCounterMode counts modules and functional calls by formulas
 over shapes; the formulas that it lacks are here. `Costs.uncounted` names operators that read weights and have none.
 """
 

@@ -122,7 +122,7 @@ class RunFolder:
 def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
     """Raise AsymswapError for an existing run that is to be neither resumed nor replaced."""
     if folder.folder.exists() and not folder.folder.is_dir():
-        raise OutputError(f"{folder.folder} is a file, but the run needs a folder; give another name, `run=…`")
+        raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another as `run=…`")
     if folder.exists and not resume and not force:
         raise AsymswapError(
             f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another "

@@ -37,7 +37,7 @@ from asymswap.utils.tensors import first_not_finite, map_tensors, random_state_k
 
 _LOOK_ON_GPU = 10  # steps after which the loss is fetched from a GPU: each time the GPU waits
 
-_NOT_SHARED = "each process keeps its own batch statistics; those of the first are kept (they are shared on GPUs only)"
+_NOT_SHARED = "each process keeps its own batch statistics; the first one's are saved (they are shared on GPUs only)"
 
 
 @dataclass
