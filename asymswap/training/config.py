@@ -77,18 +77,12 @@ class Training:
         text=True,
     )
     validation: str | None = option(
-        None,
-        "Validation data: a fraction of the images (0.1), test, none, or other data.",
-        _IMAGES,
-        shown="the folder val, else 0.1",
+        None, "Validate on a fraction (0.1), test, none or other data.", _IMAGES, shown="the folder val, else 0.1"
     )
     workers: int | None = option(None, "Processes that read images.", _IMAGES, shown="by the cores")
     strict: bool = option(False, "Fail on an unreadable image instead of skipping it.", _IMAGES)
     distill: str | None = option(
-        None,
-        "Teacher for distillation: a model reference, or nothing for the original that was converted.",
-        _TEACHER,
-        metavar="[REF]",
+        None, "Teacher: a model reference, or nothing for the converted model's original.", _TEACHER, metavar="[REF]"
     )
     distill_weight: float = option(0.9, "The teacher's weight in the loss.", _TEACHER)
     distill_loss: str = option("kl", "kl, of class probabilities, or mse, of the scores before the softmax.", _TEACHER)
