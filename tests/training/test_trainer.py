@@ -419,7 +419,7 @@ def test_batches_of_one_image(start: Start) -> None:
             super().__init__()
             self.head = nn.Sequential(nn.Linear(32, 10), nn.BatchNorm1d(10))  # type: ignore[assignment]
 
-    with pytest.raises(AsymswapError, match=r"a batch norm got a single image: .* give a larger `batch_size=…`"):
+    with pytest.raises(AsymswapError, match=r"a batch norm got a single image, .* give a larger `batch_size=…`"):
         asymswap.finetune(
             asymswap.open_model(Normed(), input_size=(1, 8, 8), preprocessing=HALF),
             start.digits,
