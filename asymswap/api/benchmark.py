@@ -17,19 +17,20 @@ from torch import nn
 import asymswap
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.measure.latency import (
+    Bystanders,
     MemoryFormat,
     Passes,
     Turn,
     forward,
     in_format,
     inputs_like,
+    machine,
     ratio_of,
     seconds_of,
     stopwatch,
     take_turns,
     time_models,
 )
-from asymswap.measure.machine import Bystanders, machine
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Runtime, check_same, compiled, session_on, write_for_runtime
 from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
@@ -164,7 +165,7 @@ class _Lineup:
     def __init__(
         self, opened: Sequence[OpenedModel], settings: Sequence[Setting], dtype: Dtype | None, folder: Path
     ) -> None:
-        self.turns: dict[_Key, Turn[float]] = {}
+        self.turns: dict[_Key, Turn] = {}
         self._failures: dict[_Key, str] = {}
         self._ready: dict[_Key, float] = {}
         self._opened, self._settings, self._folder = opened, settings, folder

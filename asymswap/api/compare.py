@@ -20,7 +20,7 @@ from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
 from asymswap.data.predict import check_classifier, placement
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
-from asymswap.measure.machine import machine
+from asymswap.measure.latency import machine
 from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions

@@ -27,12 +27,10 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain, read_history
-from asymswap.training.callbacks import Callback
-from asymswap.training.config import Training
-from asymswap.training.distillation import Objective, Teacher
+from asymswap.training.config import Callback, Training
+from asymswap.training.distillation import Objective, Teacher, find_teacher
 from asymswap.training.run_folder import RunFolder, check_folder
-from asymswap.training.teacher import find_teacher
-from asymswap.training.trainer import Progress, Trainer, Work
+from asymswap.training.trainer import Progress, Trainer
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
@@ -97,7 +95,7 @@ def finetune(
     def write(path: Path, trained: nn.Module, progress: Progress) -> None:
         save_checkpoint(path, _with_weights(opened.model, trained.state_dict()), header(progress))
 
-    work = Work(
+    trainer = Trainer(
         model=_trainable(opened.model),
         parts=parts,
         settings=settings,
@@ -111,7 +109,6 @@ def finetune(
         callback=callback or Callback(),
         write=write,
     )
-    trainer = Trainer(work)
     if folder is not None and force and not resume:
         # Not sooner: the run may be what this one begins with, and what is asked for may be impossible.
         team.first(folder.clear)
@@ -215,7 +212,7 @@ def _header(
 def _report(
     opened: OpenedModel, identity: Mapping[str, Any], teacher: Teacher | None, trainer: Trainer
 ) -> TrainingReport:
-    progress, parts = trainer.progress, trainer.work.parts
+    progress, parts = trainer.progress, trainer.parts
     parameters = list(trainer.raw.parameters())
     notes = [trainer.note] if trainer.note else []
     if progress.skipped_in_all:

@@ -22,8 +22,8 @@ from asymswap.calibration.config import Calibration
 from asymswap.calibration.polish import Polished
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import check_runs, trace
+from asymswap.measure.fidelity import check_stand_ins, describe_calls
 from asymswap.measure.macs import Costs, count_costs, count_swapped
-from asymswap.measure.stand_ins import check_stand_ins, describe_calls
 from asymswap.models.opened import OpenedModel, costs_of
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.latency_budget import Timing, plan_in_time

@@ -22,7 +22,7 @@ from asymswap.calibration.gather import (
     output_kind,
     save_statistics,
 )
-from asymswap.calibration.polish import Polish, Polished, polish_
+from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
 from asymswap.data.datasets import Part, open_data
 from asymswap.errors import AsymswapError, SourceError
@@ -39,6 +39,7 @@ from asymswap.utils.inputs import Inputs, probe
 from asymswap.utils.tensors import eval_mode, seeded, store_
 
 _HELD_BACK = 32
+_HALF = (torch.float16, torch.bfloat16)
 
 UNSEEN = "did not run on the calibration images"
 """Why a conv without statistics is kept."""
@@ -50,12 +51,14 @@ def options_of(
     """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
     if None not in (own, preprocessing) and own != preprocessing:
-        raise AsymswapError("preprocessing= of the verb and of its Calibration contradict each other; give one of them")
+        raise AsymswapError(
+            "`preprocessing=…` of the verb and of its Calibration contradict each other; give one of them"
+        )
     return preprocessing or own
 
 
 def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
-    """Return the data reference, and its part, on whose images the preprocessing is settled."""
+    """Return the data reference, and its part, whose images decide the preprocessing."""
     if calibration is None or calibration.data is None:
         return evaluate, "test"
     return calibration.data, "train"
@@ -63,10 +66,9 @@ def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
 
 @dataclass
 class Gathered:
-    """The statistics of every site, how they were made, and the images for later steps.
+    """The statistics of every site, how they were made, and the images for later steps, maybe of other data.
 
-    Statistics from a file may be of other images. `opened` is the model to solve on: the given one, or a copy in
-    float32 where that has half precision.
+    `opened` is the model to solve on: the given one, or a copy in float32 if it has half precision.
     """
 
     by_site: Mapping[str, SiteStatistics]
@@ -87,28 +89,29 @@ def gather_statistics(
 ) -> Gathered:
     """Return the statistics of the given sites, from the cache if it exists, else from images (and then cache them).
 
-    Raises SourceError where the data or the file cannot be used for this model, OutputError where the file cannot be
-    written, before anything is gathered. `classes` is how many the data for the evaluation has.
+    Raises SourceError for data or a file that cannot be used for this model, and, before anything is gathered,
+    OutputError for a file that cannot be written. `classes` is the number of classes of the data for the evaluation.
     """
     opened = _in_float32(opened)
     cache, team = calibration.cache, calibration.team
     images, held_back, description = None, None, ""
     if calibration.data is not None:
         images, held_back, description = _open_images(opened, calibration)
+    notes = []
     if cache is not None and cache.exists():
         found, summary = _read_cache(cache, opened, sites)
-        gathered = Gathered(found, summary, opened, notes=[f"statistics read from {cache}"])
+        notes.append(f"statistics read from {cache}")
     else:
         if images is None:
-            raise SourceError(f"no calibration cache {cache}; --calibrate DATA gathers and writes it")
+            raise SourceError(f"no calibration cache {cache}; `data=…` gathers and writes it")
         batches = images.batches
         if cache is not None:
-            team.first(lambda: check_output(cache, force=False, option="--calibration-cache"))
+            team.first(lambda: check_output(cache, force=False))
         if calibration.outputs is not None:
             outputs, why = calibration.outputs, "as given"
         else:
             outputs, why = team.first(lambda: output_kind(opened.model, batches, classes))
-            why += f"; --outputs {'values' if outputs == 'scores' else 'scores'} says otherwise"
+            why += f"; `outputs={'values' if outputs == 'scores' else 'scores'}` says otherwise"
         found = gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
             data=str(calibration.data),
@@ -119,18 +122,16 @@ def gather_statistics(
             unseen=tuple(site.name for site in sites if site.name not in found),
             outputs=f"{'class scores' if outputs == 'scores' else 'values'} ({why})",
         )
-        gathered = Gathered(found, summary, opened)
         if cache is not None and team.leads:
             save_statistics(cache, found, summary)
-    gathered.images, gathered.held_back, gathered.description = images, held_back, description
-    gathered.notes += _notes(summary, found, sites)
-    return gathered
+    notes += _notes(summary, found, sites)
+    return Gathered(found, summary, opened, images, held_back, description, notes)
 
 
 def _read_cache(
     cache: Path, opened: OpenedModel, sites: Sequence[Site]
 ) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
-    """Read statistics from a file; raise SourceError where they are not those of these sites of this model."""
+    """Read statistics from a file; raise SourceError if they are of another model or other sites."""
     found, summary = load_statistics(cache)
     if summary.model != model_hash(opened.model):
         raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
@@ -138,7 +139,7 @@ def _read_cache(
         if site.name in summary.unseen:
             continue
         if site.name not in found:
-            raise SourceError(f"the calibration cache {cache} lacks {site.name}; gather it anew under another name")
+            raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
         conv = site.conv
         shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
         if found[site.name].target_GOD.shape != shape:
@@ -146,11 +147,8 @@ def _read_cache(
     return found, summary
 
 
-_HALF = (torch.float16, torch.bfloat16)
-
-
 def _in_float32(opened: OpenedModel) -> OpenedModel:
-    """Return the model with float32 in place of half precision, if it has any and then still runs."""
+    """Return the model with float32 in place of half precision, if it has any and still runs."""
     if not any(parameter.dtype in _HALF for parameter in opened.model.parameters()):
         return opened
     copied = swap(opened.model, {})
@@ -158,7 +156,7 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
         if tensor.dtype in _HALF:
             tensor.data = tensor.data.to(torch.float32)
     try:
-        # The model's own code may insist on its precision: then we solve on it as it is.
+        # The model's own code may insist on its precision: then we solve in that.
         with eval_mode(copied), torch.no_grad():
             copied(*probe(opened.preprocessing, torch.float32, images=1))
     except Exception:
@@ -167,64 +165,54 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
 
 
 def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gathered: Gathered) -> nn.Module:
-    """Return the converted model in the precision of the given model, where it was solved in another."""
+    """Return the converted model in the precision of the given model."""
     if gathered.opened.model is opened.model:
         return converted
     lowered = apply_structure(opened.model, plan)
     own = lowered.state_dict()
     for key, value in converted.state_dict().items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            store_(own[key], value)
-        elif isinstance(value, Tensor):
-            own[key].copy_(value)
+        if isinstance(value, Tensor):
+            (store_ if value.is_floating_point() else Tensor.copy_)(own[key], value)
     return lowered
 
 
 def convert_on(
     traced: Trace, plan: Plan, gathered: Gathered, calibration: Calibration, progress: Progress = silent
 ) -> tuple[nn.Module, bool]:
-    """Return the converted model, and whether replacements were solved layer by layer.
-
-    It is in the precision of `gathered.opened`. Raises AsymswapError where `sequential` is asked for and not possible.
-    """
-    opened, sequential = gathered.opened, calibration.sequential
-    if gathered.images is None and sequential is not False:
+    """Return the converted model, in the precision of `gathered.opened`, and True if it was solved layer by layer."""
+    opened, images, notes, sequential = gathered.opened, gathered.images, gathered.notes, calibration.sequential
+    if images is None and sequential is not False:
         reason = "the images are not given, only their statistics"
         if sequential:
-            raise AsymswapError(f"--sequential cannot be done: {reason}")
-        gathered.notes.append(f"not refined layer by layer: {reason}")
-    names = set() if gathered.images is None or sequential is False else refinable(traced.sites, plan)
+            raise AsymswapError(f"`sequential=True` is not possible: {reason}")
+        notes.append(f"not refined layer by layer: {reason}")
+    names = set() if images is None or sequential is False else refinable(traced.sites, plan)
     converted = apply_plan(opened.model, plan, progress, gathered.by_site, unset=names)
-    if not names or gathered.images is None:
+    if not names or images is None:
         return converted, False
-    if gathered.images.count != gathered.summary.images:
-        gathered.notes.append(f"solved layer by layer on {gathered.images.count} images")
+    if images.count != gathered.summary.images:
+        notes.append(f"solved layer by layer on {images.count} images")
     example = opened.example()[0]
-    refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, gathered.images, example, progress)
+    refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, images, example, progress)
     if not refined.by_graph:
-        gathered.notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
+        notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
     if refined.one_pass:
         name, reason = next(iter(refined.one_pass.items()))
-        gathered.notes.append(f"{len(refined.one_pass)} of {len(names)} convs solved in one pass ({name}: {reason})")
+        notes.append(f"{len(refined.one_pass)} of {len(names)} convs solved in one pass ({name}: {reason})")
     return converted, len(refined.one_pass) < len(names)
 
 
 def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, progress: Progress = silent) -> Polished:
-    """Let the converted network learn, in place, from the original's outputs on images of the calibration data."""
-    opened = gathered.opened
+    """Train the converted network, in place, on the original's outputs on images of the calibration data."""
     chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
-    images = torch.cat([batch for _, batch in _open_images(opened, chosen)[0].batches()])
-    length = Polish(calibration.polish_steps, calibration.polish_minutes)
-    return polish_(opened.model, converted, images, length, seed=calibration.seed, progress=progress)
+    images = torch.cat([batch for _, batch in _open_images(gathered.opened, chosen)[0].batches()])
+    return polish_(gathered.opened.model, converted, images, calibration, progress)
 
 
 def some_inputs(
     reference: str | None, preprocessing: Preprocessing, dtype: torch.dtype, seed: int
 ) -> tuple[Inputs, str]:
-    """Return inputs to compare outputs on, with a description: up to 32 images of the test part, or 8 random ones.
-
-    Raises SourceError for data that cannot be used.
-    """
+    """Return inputs to compare outputs on, and a description: up to 32 images of the test part, or 8 random ones."""
     if reference is None:
         return probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
     data = open_data(reference, preprocessing, "test", unlabelled=True)
@@ -234,10 +222,7 @@ def some_inputs(
 
 
 def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Tensor, str]:
-    """Return the chosen images, some more that are held back, and a description of the data.
-
-    Batches are decoded once where all images fit into a GiB.
-    """
+    """Return the chosen images, decoded once if all fit into a GiB; held-back ones; and a description of the data."""
     data = open_data(str(calibration.data), opened.preprocessing, "train", unlabelled=True)
     order = torch.randperm(len(data), generator=seeded(calibration.seed)).tolist()
     count = min(calibration.images, len(order))
@@ -248,7 +233,7 @@ def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images,
     def load(indices: Sequence[int]) -> Tensor:
         return torch.stack([data.images[index][0] for index in indices]).to(opened.dtype())
 
-    # Where all images are used, none is left to hold back: the report says which were probed.
+    # If all images are used, none is left to hold back: the report says which were probed.
     held_back = load(order[count : count + _HELD_BACK] or order[:_HELD_BACK])
     small = count * held_back[0].numel() * 4 < 2**30
     kept: dict[int, Tensor] = {}
@@ -268,12 +253,11 @@ def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], site
     """Return notes on how the statistics were made, and where the images say little."""
     notes = [f"outputs taken for {summary.outputs}"] if summary.outputs else []
     if summary.unseen:
-        convs = "1 conv did not run on the images and is"
-        if len(summary.unseen) > 1:
-            convs = f"{len(summary.unseen)} convs did not run and are"
+        number = len(summary.unseen)
+        convs = "1 conv did not run on the images and is" if number == 1 else f"{number} convs did not run and are"
         notes.append(f"{convs} kept: {', '.join(summary.unseen[:3])}")
     if found and all(statistics.weight_GOO is None for statistics in found.values()):
-        notes.append("the outputs have no gradient (no_grad or argmax): all outputs of a layer count alike")
+        notes.append("the outputs have no gradient (no_grad or argmax): all outputs of a layer count the same")
     seen = [site for site in sites if site.name in found]
     thin = [site.name for site in seen if found[site.name].patches < 2 * found[site.name].mean_GD.shape[1]]
     if thin:
@@ -282,17 +266,17 @@ def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], site
             f"{len(thin)} of {len(sites)} convs saw fewer than two patches per dimension ({thin[0]}: {one.patches} for "
             f"{one.mean_GD.shape[1]}); where the images say nothing a ridge keeps the original kernel; more images help"
         )
-    flat = [site.name for site in seen if site.name not in thin and _hardly_varies(found[site.name])]
+
+    def hardly_varies(name: str) -> bool:
+        """Return True if most directions of the patches, of the first 256 dimensions, have next to no variance."""
+        energy_GD = torch.linalg.eigvalsh(found[name].cov_GDD[:, :256, :256])
+        largest_G = energy_GD[:, -1:]
+        return bool(((energy_GD > 1e-6 * largest_G) & (largest_G > 0)).double().mean() < 0.5)
+
+    flat = [site.name for site in seen if site.name not in thin and hardly_varies(site.name)]
     if flat:
         notes.append(
-            f"the input of {len(flat)} of {len(sites)} convs hardly varies ({flat[0]}): these images say little of "
-            "them, and a ridge keeps the original kernel; give images like those that the network is for"
+            f"the input of {len(flat)} of {len(sites)} convs hardly varies ({flat[0]}), so a ridge keeps the original "
+            "kernel; give images like those that the network is for"
         )
     return notes
-
-
-def _hardly_varies(statistics: SiteStatistics) -> bool:
-    """True if most directions of the patches, among the first 256 dimensions, have next to no variance."""
-    energy_GD = torch.linalg.eigvalsh(statistics.cov_GDD[:, :256, :256])
-    largest_G = energy_GD[:, -1:]
-    return bool(((energy_GD > 1e-6 * largest_G) & (largest_G > 0)).double().mean() < 0.5)

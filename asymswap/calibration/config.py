@@ -10,7 +10,7 @@ from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.options import option
 
 OutputKind = Literal["scores", "values"]
-"""What a network gives: scores of classes (N, classes), before or after a softmax, or values of any other kind."""
+"""The outputs of a network: class scores (N, classes), before or after a softmax, or values of any other kind."""
 
 _PANEL = "Calibration (no labels needed)"
 
@@ -18,20 +18,11 @@ _PANEL = "Calibration (no labels needed)"
 # No `from __future__ import annotations` here: the command line needs the types of the fields.
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate.
+    """How to calibrate; the help text of each option is beside it. Raises AsymswapError for values that make no sense.
 
-    - `data`: a data reference; `images` of it are looked at;
-    - `sequential`: solve layer by layer; None for where there are images;
-    - `cache`: a file of statistics to read or, with data, to write;
-    - `polish_steps` or `polish_minutes`: let the converted network learn from the original's outputs afterwards, on up
-      to `polish_images` images of the same data;
-    - `memory_gib`: limit for the covariances and activations that a process keeps;
-    - `outputs`: `scores` of classes, or `values` (of a regressor, an embedder, a denoiser); None lets us judge;
-    - `team`: several processes, each of which looks at its share of the images; all must call alike;
-    - `preprocessing`: how images are prepared, where the model's weights, family or file do not say it, or say it
-      wrongly.
-
-    Raises AsymswapError for values that make no sense.
+    - `sequential`, `outputs`: None means layer by layer if there are images, and judged by the outputs themselves;
+    - `team`: several processes, each with its share of the images; all must call alike;
+    - `preprocessing`: how images are prepared, if the model's weights, family or file do not say so correctly.
     """
 
     data: str | None = option(
@@ -41,29 +32,26 @@ class Calibration:
         _PANEL,
         name="--calibrate",
     )
-    images: int = option(512, "How many of them.", _PANEL, name="--calibration-images")
+    images: int = option(512, "Number of images.", _PANEL, name="--calibration-images")
     sequential: bool | None = option(
-        None, "Solve layer by layer on what each really gets.", _PANEL, shown="where there are images"
+        None, "Solve layer by layer, each on the input that it really gets.", _PANEL, shown="where there are images"
     )
     cache: Path | None = option(
-        None,
-        "File of what calibration learned: read if it exists, else written.",
-        _PANEL,
-        name="--calibration-cache",
+        None, "File of calibration statistics: read if it exists, else written.", _PANEL, name="--calibration-cache"
     )
     polish_steps: int | None = option(
         None,
-        "Then learn from the original's outputs for so many steps (500) or minutes (5min).",
+        "Then train on the original's outputs, for a number of steps (500) or minutes (5min).",
         _PANEL,
         name="--polish",
         text=True,
     )
     polish_minutes: float | None = None
-    polish_images: int = option(5000, "On how many images, at most.", _PANEL)
+    polish_images: int = option(5000, "Number of images to polish on, at most.", _PANEL)
     memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL, name="--calibration-memory")
     outputs: OutputKind | None = option(
         None,
-        "What the network gives: scores (of classes) or values (of a regressor, an embedder, a denoiser).",
+        "Kind of the network's outputs: class scores, or values (of a regressor, an embedder, a denoiser).",
         _PANEL,
         metavar="KIND",
         shown="judged by them",
@@ -75,20 +63,20 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.data is None and self.cache is None:
-            raise AsymswapError("calibration needs --calibrate DATA or an --calibration-cache file that exists")
+            raise AsymswapError("calibration needs images, `data=…`, or a file of statistics, `cache=…`")
         if self.images < 1:
-            raise AsymswapError(f"--calibration-images {self.images} is no number of images; give 128 to 2048")
+            raise AsymswapError(f"`images={self.images}` is no number of images; give 128 to 2048")
         if self.outputs is not None:
             check_choice("the kind of outputs", self.outputs, get_args(OutputKind))
         polish = (self.polish_steps, self.polish_minutes)
         if None not in polish or any(value is not None and value <= 0 for value in polish):
             raise AsymswapError("polish takes either a number of steps or a number of minutes, above zero")
         if self.polishes and self.data is None:
-            raise AsymswapError("--polish needs images: give --calibrate DATA too")
+            raise AsymswapError("polish needs images: give `data=…` too")
         if self.memory_gib <= 0:
-            raise AsymswapError(f"--calibration-memory {self.memory_gib:g} is no amount of memory; give GiB, such as 4")
+            raise AsymswapError(f"`memory_gib={self.memory_gib:g}` is no amount of memory; give GiB, such as 4")
 
     @property
     def polishes(self) -> bool:
-        """Whether the converted network is to be polished."""
+        """True if the converted network is to be polished."""
         return self.polish_steps is not None or self.polish_minutes is not None

@@ -1,8 +1,8 @@
-"""Statistics of every site from images without labels, in one pass, with memory that does not grow with their number.
+"""Calibration statistics of every site from unlabelled images, in one pass, in memory independent of their number.
 
-While the unconverted model runs, each site's input patches are taken at random positions and their mean and covariance
-are summed in float64; while the gradient of the network's own prediction runs back, so is the second moment of each
-site's output gradient. See `asymswap.factorize.statistics` for their use.
+While the unconverted model runs, we sum mean and covariance of each site's input patches, at random positions, in
+float64; in the backward pass of the network's own prediction, the second moment of each site's output gradient. See
+`asymswap.factorize.statistics` for their use.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -36,15 +36,22 @@ from asymswap.utils.files import whole_file
 from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tensors, tensors_hash
 
 Batches = Callable[[], Iterable[tuple[int, Tensor]]]
-"""Makes a fresh iterator over the same batches of images (N, C, H, W) and their numbers at every call."""
+"""Returns a new iterator over the same batches of images (N, C, H, W), with their numbers, at every call."""
+
+
+_POSITIONS = 32  # positions of a feature map to look at in each image, at least, if it has as many
+_SAMPLES_PER_DIMENSION = 8  # patches for each row of a covariance, at least, if the images have as many
+_ASYMMETRY = 1e-5  # that rounding in float32 may cause, relative to a matrix's norm
+_JUDGED = 128  # images whose outputs decide what kind of outputs they are
+_BLOCK = 256  # rows of a Gram matrix to multiply at once
 
 
 @dataclass(frozen=True)
 class Images:
     """The images of a calibration, and how they are used.
 
-    `count` is the number of images in the batches of all processes of the `team`, each of which has some of them. What
-    is drawn for a batch depends on the seed and its number alone, so it does not matter which process has it.
+    `count` is the number of images of all processes of the `team`, each of which has some of the batches. Random
+    numbers for a batch depend on the seed and its number alone, so it does not matter which process has it.
     """
 
     batches: Batches
@@ -54,27 +61,11 @@ class Images:
     team: Team = ALONE
 
 
-_POSITIONS = 32
-"""Positions of a feature map to look at in each image, at least, if it has so many."""
-
-_SAMPLES_PER_DIMENSION = 8
-"""Patches for each row of a covariance, at least, if the images have so many."""
-
-_ASYMMETRY = 1e-5
-"""Asymmetry that rounding in float32 may cause, relative to a matrix's norm."""
-
-_JUDGED = 128
-"""Images whose outputs decide what kind of outputs they are."""
-
-_BLOCK = 256
-"""Rows of a Gram matrix to multiply at once."""
-
-
 class PatchSums:
     """Means and co-moments of one conv's patches, and with `targets` of its target outputs, in float64.
 
-    Each batch is summed about its own mean, and batches are merged (Chan, Golub and LeVeque, 1983): a mean that is much
-    larger than the variation never cancels it.
+    Each batch is summed about its own mean, and batches are merged (Chan, Golub and LeVeque, 1983): a mean much larger
+    than the variation never cancels it.
     """
 
     def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
@@ -144,10 +135,7 @@ class PatchSums:
         return self._mean_GO, self._cross_GOD / self.patches
 
     def unexplained(self, kernel_GOD: Tensor) -> float:
-        """Return the fraction of the target outputs' variance that a kernel with the best bias leaves unexplained.
-
-        Corrected for what so many free numbers explain by chance; 0 where there are too few patches to tell.
-        """
+        """Return the fraction of the targets' variance that a kernel leaves unexplained, corrected for chance."""
         cov_GDD, (_, cross_GOD) = self.moments()[1], self.targets()
         free = 1 - kernel_GOD.shape[2] / self.patches
         total = float(self._energy_G.sum()) / self.patches
@@ -158,11 +146,8 @@ class PatchSums:
 
 
 def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values less their mean, the mean in float64, and what rounding the mean has left in their sum.
-
-    Raises ValueError where they are not finite.
-    """
-    # Products of half precision would overflow, or drown in rounding, before they reach the float64 sums.
+    """Return centred values, their mean in float64, and the sum that rounding left; ValueError if not finite."""
+    # Products in half precision would overflow, or drown in rounding, before they reach the float64 sums.
     values_GCN = _at_least_float32(values_GCN)
     centre_GC = values_GCN.mean(2)
     if not bool(torch.isfinite(centre_GC).all()):
@@ -176,35 +161,26 @@ def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) 
     """Decide whether a model's outputs are scores of classes or values, by its outputs for some images; and say why.
 
     Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax ignores
-    what is added to all of them; probabilities are positive and add up to one. `classes` is the number of classes of
-    the user's own labelled data, if there is any.
+    an offset common to all; probabilities are positive and add up to one. `classes` is the number of classes of the
+    user's own labelled data, if there is any.
     """
     norms: list[Any] = []
-    handles = [
-        module.register_forward_hook(lambda _, __, output: norms.append(output))
-        for module in model.modules()
-        if isinstance(module, nn.BatchNorm1d | nn.LayerNorm)
-    ]
     seen: list[Tensor] = []
-    try:
-        with eval_mode(model), torch.no_grad():
-            for _, batch in batches():
-                norms.clear()
-                outputs = list_tensors(model(batch.clone()))
-                if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
-                    return "values", "they are not images x classes"
-                if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
-                    return "values", "a single number" if outputs[0].shape[1] < 2 else "they are normalised"
-                seen.append(outputs[0].to(torch.float64))
-                if sum(map(len, seen)) >= _JUDGED:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _judged(torch.cat(seen), classes)
-
-
-def _judged(outputs_NK: Tensor, classes: int | None) -> tuple[OutputKind, str]:
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
+                hooks.enter_context(module.register_forward_hook(lambda _, __, output: norms.append(output)))
+        for _, batch in batches():
+            norms.clear()
+            outputs = list_tensors(model(batch.clone()))
+            if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
+                return "values", "they are not images x classes"
+            if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
+                return "values", "a single number" if outputs[0].shape[1] < 2 else "they are normalised"
+            seen.append(outputs[0].to(torch.float64))
+            if sum(map(len, seen)) >= _JUDGED:
+                break
+    outputs_NK = torch.cat(seen)
     if _are_probabilities(outputs_NK):
         return "scores", "they are probabilities"
     if outputs_NK.shape[1] == classes:
@@ -228,25 +204,19 @@ def _are_probabilities(outputs_NK: Tensor) -> bool:
 
 
 def gather(
-    model: nn.Module,
-    sites: Sequence[Site],
-    images: Images,
-    outputs: OutputKind = "scores",
-    progress: Progress = silent,
+    model: nn.Module, sites: Sequence[Site], images: Images, outputs: OutputKind = "scores", progress: Progress = silent
 ) -> dict[str, SiteStatistics]:
-    """Return the statistics of the sites that run, from all images; the model is unchanged.
+    """Return the statistics of the sites that run, from all images of all processes; the model is unchanged.
 
-    In a team every process gets the statistics from the images of all. Where the prediction has no gradient at one of
-    the sites, all are without the weights of their outputs: they could not be compared.
-
+    If the prediction has no gradient at one of the sites, no site has output weights, as they could not be compared.
     One pass over the images gathers the covariances of as many sites as fit into `images.memory_gib`. Raises
-    SourceError for activations that are not finite, naming the first layer.
+    SourceError, naming the first layer, for activations that are not finite.
     """
 
     def covariance_bytes(site: Site) -> float:
         return 8.0 * site.conv.groups * (site.conv.group_in * math.prod(site.conv.kernel)) ** 2
 
-    groups = list(within(images.memory_gib * 2**30, sites, covariance_bytes))
+    groups = within(images.memory_gib * 2**30, sites, covariance_bytes)
     found: dict[str, SiteStatistics] = {}
     everywhere = True
     for number, group in enumerate(groups):
@@ -268,13 +238,11 @@ def _pass(
     sums = {name: PatchSums(conv) for name, conv in convs.items()}
     weights = {}
     for name, conv in convs.items():
-        size = conv.groups, conv.out_channels // conv.groups, conv.out_channels // conv.groups
-        weights[name] = torch.zeros(size, dtype=torch.float64, device=conv.weight.device)
+        length = conv.out_channels // conv.groups
+        weights[name] = conv.weight.new_zeros(conv.groups, length, length, dtype=torch.float64)
     positions = {site.name: positions_for(site, images.count) for site in sites}
     gradients: Counter[str] = Counter()
-    # The number of the current batch, and how often each conv has run on it.
-    number = 0
-    runs: Counter[str] = Counter()
+    number, runs = 0, Counter[str]()  # of the current batch, and how often each conv has run on it
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
         if name not in convs:
@@ -282,8 +250,8 @@ def _pass(
         conv = convs[name]
         runs[name] += 1
         with torch.no_grad():
-            generator = generator_for(images.seed, name, number, runs[name])
-            at = choose_positions(output.shape[-2:], positions[name], generator)
+            drawn = generator_for(images.seed, name, number, runs[name])
+            at = choose_positions(output.shape[-2:], positions[name], drawn)
             try:
                 sums[name].add(patches_of(conv, seen.detach(), at))
             except ValueError:
@@ -300,7 +268,11 @@ def _pass(
             output.register_hook(back)
 
     done = 0
-    with eval_mode(model), _frozen(model), torch.enable_grad(), conv_hooks(model, see):
+    with ExitStack() as frozen, eval_mode(model), torch.enable_grad(), conv_hooks(model, see):
+        # No gradients of parameters: we need those of the outputs alone.
+        for parameter in model.parameters():
+            frozen.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         for number, batch in images.batches():
             runs.clear()
             # A copy that is no leaf: the model may change its input in place.
@@ -310,8 +282,7 @@ def _pass(
                 surprise.backward()
             done += len(batch)
             step(min(images.team.size * done, images.count))
-    found = {}
-    with_gradient = True
+    found, with_gradient = {}, True
     for name, conv in convs.items():
         sums[name].meet(images.team)
         if not sums[name].patches:
@@ -329,13 +300,13 @@ def _pass(
 
 
 def positions_for(site: Site, images: int) -> int:
-    """Return how many positions of an image to look at: enough for the covariance, and no more."""
+    """Return the number of positions to look at in each image: enough for the covariance, and no more."""
     length = site.conv.group_in * math.prod(site.conv.kernel)
     return max(_POSITIONS, math.ceil(_SAMPLES_PER_DIMENSION * length / max(images, 1)))
 
 
 def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of at most so many pixels of a feature map, drawn without repetition."""
+    """Return rows and columns of at most `most` pixels of a feature map, drawn without repetition."""
     pixels = size[0] * size[1]
     flat = torch.arange(pixels) if pixels <= most else torch.randperm(pixels, generator=generator)[:most]
     return flat // size[1], flat % size[1]
@@ -369,8 +340,8 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
     """Return a scalar whose gradient has the second moment of the Fisher information, summed over the images.
 
     Scores of classes (N, classes, ...) are categorical distributions: we draw a label from each. Values are normal
-    distributions with the deviation of the output itself; or, where it never varies, with its own size. None where the
-    output has no gradient: under `torch.no_grad`, or behind an argmax.
+    distributions with the deviation of the output itself, or its size where it never varies. None if the output has no
+    gradient: under `torch.no_grad`, or behind an argmax.
     """
     tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not tensors:
@@ -391,40 +362,23 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
     return torch.stack(parts).sum()
 
 
-def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]) -> Iterator[list[Site]]:
-    """Yield sites in runs of which what is held (`size_of`, bytes) fits into the limit, at least one site at a time."""
-    group: list[Site] = []
+def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]) -> list[list[Site]]:
+    """Split sites, in order, into groups whose `size_of` (bytes) adds up to the limit at most, or of a single site."""
+    groups: list[list[Site]] = []
     held = 0.0
     for site in sites:
         size = size_of(site)
-        if group and held + size > limit:
-            yield group
-            group, held = [], 0.0
-        group.append(site)
         held += size
-    if group:
-        yield group
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Compute no gradients of parameters while the block lasts: only those of the outputs are needed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        if not groups or held > limit:
+            groups.append([])
+            held = size
+        groups[-1].append(site)
+    return groups
 
 
 @dataclass(frozen=True)
 class StatisticsSummary:
-    """What statistics were made from, to reproduce them: the data, the number of images, their hash, the seed.
-
-    `unseen` are sites that did not run on the images, `outputs` is the kind of the model's outputs.
-    """
+    """What statistics were made from; `unseen` sites did not run on the images, `outputs` is the kind of outputs."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -435,9 +389,6 @@ class StatisticsSummary:
     model: str
     unseen: tuple[str, ...] = ()
     outputs: str = ""
-
-
-_SUMMARY = TypeAdapter(StatisticsSummary)
 
 
 def images_hash(batches: Batches, team: Team = ALONE) -> str:
@@ -474,55 +425,42 @@ def load_statistics(path: Path) -> tuple[dict[str, SiteStatistics], StatisticsSu
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("asymswap-evidence")
             if text is None:
-                raise SourceError(
-                    f"{path} holds no statistics; --calibration-cache names a file that a calibration wrote"
-                )
+                raise SourceError(f"{path} holds no statistics; give as `cache=…` a file that a calibration wrote")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = json.loads(text)
         if header.pop("tensors", None) != tensors_hash(tensors):
             raise ValueError("its numbers are not those that were written")
-        summary = _SUMMARY.validate_json(json.dumps(header))
+        summary = TypeAdapter(StatisticsSummary).validate_json(json.dumps(header))
         names = sorted({key.rpartition("/")[0] for key in tensors})
         return {name: _read_statistics(name, tensors) for name in names}, summary
-    except ValidationError as error:
-        raise SourceError(f"cannot read the calibration cache {path}: {validation_text(error)}") from None
     except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise SourceError(f"cannot read the calibration cache {path}: {' '.join(str(error).split())}") from None
+        reason = validation_text(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        raise SourceError(f"cannot read the calibration cache {path}: {reason}") from None
 
 
 def _read_statistics(name: str, tensors: Mapping[str, Tensor]) -> SiteStatistics:
     """Return the statistics of one site; raise ValueError where their parts do not fit each other."""
-
-    def part(key: str, *shape: int) -> Tensor:
-        tensor = tensors.get(f"{name}/{key}")
+    sizes: dict[str, int] = {}  # by the letters in which the names end
+    parts: dict[str, Any] = {"weight_GOO": None}
+    for key in ("target_GOD", "mean_GD", "cov_GDD", "target_mean_GO", "weight_GOO"):
+        tensor, letters = tensors.get(f"{name}/{key}"), key.rpartition("_")[2]
+        if tensor is None and key == "weight_GOO":
+            continue
         if tensor is None or tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}/{key} is missing, or is no tensor of finite float64 numbers")
-        if tensor.shape != shape if shape else tensor.dim() != 3:
+        sizes = sizes or dict(zip(letters, tensor.shape, strict=False))
+        if tensor.shape != tuple(sizes.get(letter) for letter in letters):
             raise ValueError(f"{name}/{key} has the shape {tuple(tensor.shape)}, which does not fit the rest")
-        return tensor
-
-    target_GOD = part("target_GOD")
-    groups, outputs, length = target_GOD.shape
+        parts[key] = tensor
     patches = tensors.get(f"{name}/patches")
     if patches is None or patches.shape != () or patches.dtype != torch.int64 or int(patches) < 1:
         raise ValueError(f"{name}/patches is no number of patches")
-    found = SiteStatistics(
-        mean_GD=part("mean_GD", groups, length),
-        cov_GDD=part("cov_GDD", groups, length, length),
-        target_GOD=target_GOD,
-        target_mean_GO=part("target_mean_GO", groups, outputs),
-        weight_GOO=part("weight_GOO", groups, outputs, outputs) if f"{name}/weight_GOO" in tensors else None,
-        patches=int(patches),
-    )
-    _check_moment(f"{name}/cov_GDD", found.cov_GDD, found.ridged())
-    if found.weight_GOO is not None:
-        _check_moment(f"{name}/weight_GOO", found.weight_GOO, found.output_weight())
+    found = SiteStatistics(**parts, patches=int(patches))
+    for key, definite in (("cov_GDD", found.ridged()), ("weight_GOO", found.output_weight())):
+        moment = parts[key]
+        if moment is not None:
+            symmetric = torch.allclose(moment, moment.mT, atol=_ASYMMETRY * float(moment.norm()))
+            factor, failed = torch.linalg.cholesky_ex(definite)
+            if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):
+                raise ValueError(f"{name}/{key} is not symmetric and positive semidefinite, as second moments are")
     return found
-
-
-def _check_moment(name: str, matrix: Tensor, definite: Tensor) -> None:
-    """Raise ValueError where a matrix is no second moment; `definite` is the form of it that gets factorised."""
-    symmetric = torch.allclose(matrix, matrix.mT, atol=_ASYMMETRY * float(matrix.norm()))
-    factor, failed = torch.linalg.cholesky_ex(definite)
-    if not symmetric or bool(failed.any()) or not bool(factor.isfinite().all()):
-        raise ValueError(f"{name} is not symmetric and positive semidefinite, as every second moment is")

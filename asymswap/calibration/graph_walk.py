@@ -1,11 +1,11 @@
 """Both networks side by side through the graph of the model, which must be what runs.
 
 We keep only the activations that later nodes still need. Where those of all images fit into the memory limit, they are
-kept at every site, and one pass over the images does for all layers. Where they do not, as in the first layers of large
-networks, the images walk again from the last site at which they fitted, or from the start.
+kept at every site, and one pass over the images is enough for all layers. Where they do not, as in the first layers of
+large networks, the images walk again from the last site at which they fitted, or from the start.
 
-Where a conv ends the branch of a residual sum, its output is to make the *sum* right: the branch corrects the error
-accumulated on the shortcut.
+The last conv of a residual branch also corrects the error accumulated on the shortcut: its output is to make the *sum*
+right.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from asymswap.utils.tensors import generator_for, list_tensors
 
 Env = dict[fx.Node, Any]
 
-_DAMPING = 0.05
-"""Batch norm scales below this fraction of the channels' average are not undone in full."""
-
-_SAME = 1e-3
-"""Relative difference of outputs up to which a graph computes what the model does."""
+_DAMPING = 0.05  # batch norm scales below this fraction of the channels' average are not undone in full
+_SAME = 1e-3  # relative difference of outputs up to which a graph computes what the model does
 
 
 def walk_graph(
@@ -55,12 +52,7 @@ def walk_graph(
 
 
 def _steps(
-    walk: _Walk,
-    model: nn.Module,
-    converted: nn.Module,
-    sites: Sequence[Site],
-    images: Images,
-    held: Sequence[int],
+    walk: _Walk, model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, held: Sequence[int]
 ) -> Iterator[tuple[str, PatchSums]]:
     by_name = {site.name: site for site in sites}
     limit = images.memory_gib * 2**30 * images.team.size
@@ -95,8 +87,22 @@ def _steps(
         yield name, sums
 
 
+def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, most: int, generator: torch.Generator) -> None:
+    """Add one batch: the patches of the converted network and the target outputs."""
+    conv = cast(nn.Conv2d, walk.module(node))
+    source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
+    target = pair.original[node]
+    if node in walk.residuals:
+        other, inverse_scale = walk.residuals[node]
+        right, wrong = pair.original[other], pair.converted[other]
+        if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
+            target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
+    at = choose_positions(target.shape[-2:], most, generator)
+    sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
+
+
 def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Tensor] | None) -> bool:
-    """Walk the graph on the first batch, if this process has one, and compare with the model's own output."""
+    """Compare the graph's output with the model's own on the first batch, if this process has one."""
     if first is None:
         return True
     env: Env = {}
@@ -120,15 +126,11 @@ def _bytes_held(model: nn.Module, example: Tensor) -> list[int]:
     walk = _Walk(graph, root, root)
     env: Env = {}
     held = []
-
-    def size(*values: Any) -> int:
-        return sum(tensor.nbytes for tensor in list_tensors(values))
-
     with torch.no_grad(), torch.device("meta"):
         for position, node in enumerate(walk.order):
-            before = size(*env.values())
+            before = list_tensors(list(env.values()))
             env[node] = walk.run(node, root, env, ghost)
-            held.append(before + size(*env.values(), ghost))
+            held.append(sum(tensor.nbytes for tensor in [*before, *list_tensors(list(env.values())), ghost]))
             walk.forget(env, position)
     return held
 
@@ -137,8 +139,8 @@ def _bytes_held(model: nn.Module, example: Tensor) -> list[int]:
 class _Pair:
     """Both networks' values for one batch at one point of the walk.
 
-    The original has run up to the node at `position`, including it; the converted one up to the node before it, since
-    that at `position` may be a replacement that is still to be solved.
+    The original has run up to and including the node at `position`; the converted one up to the node before, since the
+    one at `position` may be a replacement that is still to be solved.
     """
 
     number: int
@@ -148,41 +150,21 @@ class _Pair:
     converted: Env = field(default_factory=dict)
 
 
-def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, at_most: int, generator: torch.Generator) -> None:
-    """Add one batch: the patches of the converted network and the target outputs."""
-    conv = cast(nn.Conv2d, walk.module(node))
-    source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
-    target = pair.original[node]
-    residual = walk.residuals.get(node)
-    if residual is not None:
-        right, wrong = pair.original[residual.other], pair.converted[residual.other]
-        if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
-            target = target + (right - wrong) * residual.inverse_scale[None, :, None, None].to(target)
-    at = choose_positions(target.shape[-2:], at_most, generator)
-    sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
-
-
-@dataclass(frozen=True)
-class _Residual:
-    """The other operand of the sum at the end of a conv's branch, and the inverse scale of the batch norm before it."""
-
-    other: fx.Node
-    inverse_scale: Tensor
-
-
 class _Walk:
-    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends."""
+    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends.
+
+    `residuals` are, for the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
+    """
 
     def __init__(self, graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
-        self._root = root
-        self._model = model
-        found = {node: self._find_residual(node) for node in graph.nodes}
-        self.residuals: dict[fx.Node, _Residual] = {node: value for node, value in found.items() if value is not None}
+        self._root, self._model = root, model
+        found = ((node, self._find_residual(node)) for node in graph.nodes)
+        self.residuals = {node: residual for node, residual in found if residual is not None}
         self.order = self._schedule(list(graph.nodes))
         place = {node: number for number, node in enumerate(self.order)}
         self._last_read: list[list[fx.Node]] = [[] for _ in self.order]
         for node in self.order:
-            readers = [*node.users, *(conv for conv, residual in self.residuals.items() if residual.other is node)]
+            readers = [*node.users, *(conv for conv, (other, _) in self.residuals.items() if other is node)]
             self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
 
     def advance(self, pair: _Pair, stop: int, model: nn.Module, converted: nn.Module) -> None:
@@ -215,7 +197,7 @@ class _Walk:
             # A copy, since a model may change its input in place.
             return placeholder_value(node, bind(self._model, (images.clone(),), {}))
         if node.op == "get_attr":
-            # A parameter or buffer of the model, or a constant that tracing has put on its root.
+            # A parameter or buffer of the model, or a constant that tracing has put on the root.
             try:
                 return attrgetter(str(node.target))(model)
             except AttributeError:
@@ -226,8 +208,8 @@ class _Walk:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return args[0] if node.op == "output" else cast(Callable[..., Any], node.target)(*args, **kwargs)
 
-    def _find_residual(self, node: fx.Node) -> _Residual | None:
-        """Follow conv [-> batch norm] -> sum, where nothing else reads what is in between."""
+    def _find_residual(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+        """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between."""
         conv = self.module(node)
         if not isinstance(conv, nn.Conv2d):
             return None
@@ -239,26 +221,28 @@ class _Walk:
             if op == "add":
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not last]
                 # With alpha, or with an operand by name, it is no plain sum of the two.
-                return _Residual(others[0], inverse) if len(others) == 1 and not user.kwargs else None
+                return (others[0], inverse) if len(others) == 1 and not user.kwargs else None
             module = self.module(user)
             if op == "batch_norm" and isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
-                inverse = inverse * _undo(module)
+                scale = torch.rsqrt(module.running_var + module.eps)
+                if module.weight is not None:
+                    scale = scale * module.weight.detach()
+                inverse = inverse * (scale / (scale.square() + _DAMPING**2 * scale.square().mean()))
             elif op not in ("identity", "dropout"):
                 return None
             last = user
         return None
 
     def _schedule(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        """Move what a sum's other operand needs before the conv that ends the branch, where that is safe."""
+        """Move what a sum's other operand needs in front of the conv that ends the branch, where that is safe."""
         order: list[fx.Node] = []
         placed: set[fx.Node] = set()
         for position, node in enumerate(nodes):
             if node in placed:
                 continue
-            residual = self.residuals.get(node)
-            if residual is not None and residual.other not in placed:
-                early = {residual.other}
-                waiting = [residual.other]
+            other = self.residuals[node][0] if node in self.residuals else None
+            if other is not None and other not in placed:
+                early, waiting = {other}, [other]
                 while waiting:
                     new = set(waiting.pop().all_input_nodes) - early - placed
                     early |= new
@@ -280,11 +264,3 @@ class _Walk:
             return bool(getattr(self.module(node), "inplace", False))
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in ("iadd", "imul", "isub", "setitem")
-
-
-def _undo(norm: nn.BatchNorm2d) -> Tensor:
-    """Return the inverse of a batch norm's scale in eval mode, damped where the scale is nearly zero."""
-    scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    return scale / (scale.square() + _DAMPING**2 * scale.square().mean())

@@ -1,10 +1,10 @@
-"""Label-free polish: the converted network learns from the original's outputs, on unlabelled images.
+"""Label-free polish: train the converted network on the original's outputs, on unlabelled images.
 
-The student sees what the teacher sees, each image mirrored or not and shifted a little (Beyer et al., 2022: a
-consistent teacher and augmented images, for as long as it takes). The loss is the squared difference of the outputs, of
-class scores before the softmax (Ba and Caruana, 2014): a network is so sure of its training images that the
-probabilities themselves say next to nothing. Batch norms keep their statistics. Some images are held back; the weights
-that are kept are those that differ least on them, possibly the initial ones: the result is never worse than the start.
+The student gets the same images as the teacher, half of them mirrored, each shifted a little (Beyer et al., 2022: a
+consistent teacher, augmented images and many steps). The loss is the squared difference of the outputs, of class scores
+before the softmax (Ba and Caruana, 2014): a network is so sure of its training images that the probabilities say next
+to nothing. Batch norms keep their statistics. Of all weights, the initial ones among them, those with the smallest
+difference on held-back images are kept, so the result is never worse than the start.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asymswap.calibration.config import Calibration
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import difference
 from asymswap.types import Progress, silent
@@ -28,16 +29,7 @@ _LEARNING_RATE = 2e-3
 _BATCH = 128
 _CHECKS = 20
 _WARM_UP = 0.05
-_SHIFT = 8
-"""Images are shifted by up to an eighth of their sides."""
-
-
-@dataclass(frozen=True)
-class Polish:
-    """How long to polish: a number of steps, or of minutes."""
-
-    steps: int | None = None
-    minutes: float | None = None
+_SHIFT = 8  # images are shifted by up to an eighth of their sides
 
 
 @dataclass(frozen=True)
@@ -53,23 +45,17 @@ class Polished:
 
 
 def polish_(
-    original: nn.Module,
-    converted: nn.Module,
-    images: Tensor,
-    length: Polish,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
+    original: nn.Module, converted: nn.Module, images: Tensor, settings: Calibration, progress: Progress = silent
 ) -> Polished:
-    """Train `converted`, in place, to give the outputs of `original` on the images (N, C, H, W)."""
-    start = time.perf_counter()
-    generator = seeded(seed)
+    """Train `converted`, in place, on the outputs of `original` for the images (N, C, H, W)."""
+    start, steps = time.perf_counter(), settings.polish_steps
+    generator = seeded(settings.seed)
     order = torch.randperm(len(images), generator=generator)
     back = max(1, min(512, len(images) // 8))
     held, seen = images[order[:back]], images[order[back:]]
     if not len(seen):
         seen = held
-    # A step backwards through asymmetric convs takes half as long in this format. Copies: the models keep their own.
+    # A backward pass through asymmetric convs takes half as long in this format. Copies: the models keep their own.
     teacher, student = (deep_copy(one).to(memory_format=torch.channels_last) for one in (original, converted))
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not trainable:
@@ -81,19 +67,17 @@ def polish_(
         with torch.no_grad():
             targets = [teacher(batch.clone()) for batch in held_back]
 
+        @torch.no_grad()
         def held_back_difference() -> float:
-            total = 0.0
-            with torch.no_grad():
-                for target, batch in zip(targets, held_back, strict=True):
-                    total += float(difference(target, student(batch.clone()))) * len(batch)
-            return total / len(held)
+            pairs = zip(targets, held_back, strict=True)
+            return sum(float(difference(target, student(one.clone()))) * len(one) for target, one in pairs) / len(held)
 
         before = best = held_back_difference()
         kept_step, kept = 0, copy.deepcopy(student.state_dict())
         done, next_check = 0, 1 / _CHECKS
         for batch in _augmented(seen, generator):
             elapsed = time.perf_counter() - start
-            part = done / length.steps if length.steps else elapsed / (60 * (length.minutes or 1.0))
+            part = done / steps if steps else elapsed / (60 * (settings.polish_minutes or 1.0))
             if part >= next_check or part >= 1:
                 now = held_back_difference()
                 if now < best:
@@ -117,10 +101,7 @@ def polish_(
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches without end, in a new order every round: half of the images mirrored, each shifted.
-
-    torchvision's transforms draw once for a batch; here each image is mirrored and shifted by its own numbers.
-    """
+    """Yield batches without end, in a new order every epoch: half of the images mirrored, each shifted on its own."""
     height, width = images.shape[2:]
     far = height // _SHIFT, width // _SHIFT
     while True:

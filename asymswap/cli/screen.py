@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from asymswap.training.callbacks import Callback
+from asymswap.training.config import Callback
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from asymswap.data.images import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.utils.distributed import Team
-from asymswap.utils.randomness import drawn_from
-from asymswap.utils.tensors import generator_for
+from asymswap.utils.tensors import drawn_from, generator_for
 
 Key = tuple[int, int]
 """An epoch and the number of an image."""

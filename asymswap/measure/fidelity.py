@@ -1,10 +1,15 @@
-"""How far a converted model's outputs and kernels are from the original's."""
+"""How far a converted model's outputs and kernels are from the original's; and whether it can be converted at all.
+
+Some networks look at what their layers are: they pad only before an nn.Conv2d, or collect the outputs of these alone.
+`check_stand_ins` hides each conv in question in a module that computes exactly the same, and runs both models on one
+input: if the calls or the outputs differ, the model's code treats the two differently.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +19,24 @@ from torch import Tensor, nn
 from asymswap import replacements
 from asymswap.errors import AsymswapError
 from asymswap.graph.sites import find_convs, read_conv
+from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace, conv_hooks
-from asymswap.types import Plan
-from asymswap.utils.inputs import Inputs, portions, sizes
+from asymswap.types import Call, Plan
+from asymswap.utils.inputs import Inputs, portions, sizes, with_values
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors
+
+_SAME = 1e-4  # largest relative difference of equal outputs: threads may add numbers in another order
+
+_Run = tuple[Sequence[Tensor], Mapping[str, Sequence[Call]]]
+"""The outputs of one run, and the sizes of the calls of some modules in it."""
+
+WHOLE = ("",)
+"""The model itself, by torch's name for it, as the only part whose outputs are compared."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two results compared: the norm of the difference relative to the first's, and the largest absolute difference."""
+    """The norm of two results' difference relative to the first's norm, and the largest absolute difference."""
 
     relative: float
     largest: float
@@ -32,7 +46,7 @@ class Difference:
 class Fidelity:
     """Differences of the whole model's output, of each swapped site's output on the original's input, and its kernel.
 
-    A kernel's is missing where the replacement amounts to no kernel of the original size.
+    A kernel is missing if the replacement is not equivalent to a kernel of the original size.
     """
 
     output: Difference
@@ -40,15 +54,37 @@ class Fidelity:
     kernels: Mapping[str, float]
 
 
-WHOLE = ("",)
-"""The model itself, by the name that torch has for it, as the one part whose outputs are compared."""
+class Sums:
+    """Squared differences and squared values summed in float64, over any number of `tensors`."""
+
+    def __init__(self) -> None:
+        self.tensors = 0
+        self.squares = self.energy = self.largest = 0.0
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Compare the second of two tensors of the same shape with the first; of complex numbers both parts."""
+        self.tensors += 1
+        one, other = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (one, other))
+        # Subtracting close numbers loses nothing in the tensors' own precision; only the sums need more.
+        dtype = torch.promote_types(one.dtype, torch.float32)
+        gap = other.to(dtype) - one.to(dtype)
+        self.squares += float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
+        self.energy += float(torch.linalg.vector_norm(one.to(dtype), dtype=torch.float64)) ** 2
+        largest = float(gap.abs().max()) if gap.numel() else 0.0
+        # max keeps a NaN that comes first, and drops one that comes second.
+        self.largest = largest if math.isnan(largest) else max(self.largest, largest)
+
+    def difference(self) -> Difference:
+        """Return the difference over all tensors."""
+        relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
+        return Difference(relative, self.largest)
 
 
 def compared_parts(traced: Trace) -> tuple[str, ...]:
-    """Return the parts whose outputs tell whether two versions of a model compute the same.
+    """Return the parts whose outputs show whether two versions of a model compute the same.
 
     Outputs that depend on values (which boxes a detector keeps) jump where scores are close, even of equal networks:
-    there, the parts that torch.fx could read are compared, and the convs outside of them.
+    then we compare the parts that torch.fx could read, and the convs outside of them.
     """
     if traced.on_meta:
         return WHOLE
@@ -62,8 +98,8 @@ def measure_fidelity(
 ) -> Fidelity:
     """Run both models on the same inputs in eval mode and compare; both are unchanged afterwards.
 
-    Each replacement, and each of the `parts`, gets the very input that the original one gets, so that a site's error is
-    its own. Where it has taken over a batch norm, the output is that of conv and batch norm.
+    Each replacement, and each of the `parts`, gets the original's own input, so that a site's error is its own. If it
+    has folded a batch norm, its output is compared with the output of conv and batch norm, and its kernel not at all.
     """
     sums = {swap.site: Sums() for swap in plan.swaps}
     norms = {swap.site: original.get_submodule(swap.absorbs) for swap in plan.swaps if swap.absorbs is not None}
@@ -75,104 +111,153 @@ def measure_fidelity(
 
     with conv_hooks(original, see):
         output = compare_outputs(original, converted, inputs, parts)
-    return Fidelity(
-        output=output,
-        site_outputs={name: total.difference() for name, total in sums.items()},
-        kernels=dict(_kernel_errors(original, converted, plan)),
-    )
+    convs, kernels = find_convs(original), {}
+    for one in plan.swaps:
+        if one.absorbs is not None:
+            continue
+        (kind, settings), conv = replacements.load_swap(one), convs[one.site][0]
+        fused = kind.fuse(converted.get_submodule(one.site), read_conv(conv), settings)
+        if fused is not None and fused.weight.shape == conv.weight.shape:
+            kernel = Sums()
+            kernel.add(conv.weight.detach(), fused.weight.detach())
+            kernels[one.site] = kernel.difference().relative
+    return Fidelity(output, {name: total.difference() for name, total in sums.items()}, kernels)
 
 
 def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Sequence[str] = WHOLE) -> Difference:
     """Compare the outputs of both models, or of their parts, on the same inputs in eval mode.
 
-    Each part of `other` gets the very input that the part of `one` gets. Both are unchanged afterwards. Raises
-    AsymswapError where they give no tensor, or tensors of other sizes.
+    Each part of `other` gets the input of the same part of `one`. Both are unchanged afterwards. Raises AsymswapError
+    where they give no tensor, or tensors of other sizes.
     """
-    whole = Sums()
-    with eval_mode(one, other), torch.no_grad(), _compared(one, other, parts, whole):
-        for portion in portions(inputs):
-            one(*portion)
-    if parts and not whole.tensors:
-        raise AsymswapError(
-            "the model gives no tensor that could be compared; let its forward return tensors, or lists, tuples, "
-            "dicts or dataclasses of them"
-        )
-    return whole.difference()
-
-
-@contextmanager
-def _compared(one: nn.Module, other: nn.Module, parts: Sequence[str], sums: Sums) -> Iterator[None]:
-    """While open, compare what each part of `one` computes with what that of `other` makes of the same input."""
-    with ExitStack() as hooks:
+    sums = Sums()
+    with eval_mode(one, other), torch.no_grad(), ExitStack() as hooks:
         for name in parts:
-            counterpart = other.get_submodule(name)
-            results: list[Any] = []
+            module, results = one.get_submodule(name), list[Any]()
 
-            def run(
-                _: nn.Module, args: Any, kwargs: Any, part: nn.Module = counterpart, made: list[Any] = results
-            ) -> None:
-                # On copies: a part may write into what it is given.
-                made.append(part(*map_tensors(args, Tensor.clone), **map_tensors(kwargs, Tensor.clone)))
+            def run(_: nn.Module, args: Any, kwargs: Any, name: str = name, results: list[Any] = results) -> None:
+                # On copies: a part may write into its inputs.
+                copies = map_tensors((args, kwargs), Tensor.clone)
+                results.append(other.get_submodule(name)(*copies[0], **copies[1]))
 
-            def compare(_: nn.Module, __: Any, output: Any, made: list[Any] = results) -> None:
-                ones, others = list_tensors(output), list_tensors(made.pop())
+            def compare(_: nn.Module, __: Any, output: Any, results: list[Any] = results) -> None:
+                ones, others = list_tensors(output), list_tensors(results.pop())
                 if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
                     shapes = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
                     raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*shapes))
                 for mine, its in zip(ones, others, strict=True):
                     sums.add(mine, its)
 
-            module = one.get_submodule(name)
             hooks.enter_context(module.register_forward_pre_hook(run, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(compare))
-        yield
-
-
-class Sums:
-    """Squared differences and squared values summed in float64, over any number of `tensors`."""
-
-    def __init__(self) -> None:
-        self.tensors = 0
-        self.squares = self.energy = self.largest = 0.0
-
-    def add(self, one: Tensor, other: Tensor) -> None:
-        """Compare two tensors of one shape, the second with the first; of complex numbers both parts."""
-        self.tensors += 1
-        one, other = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (one, other))
-        # Subtracting close numbers loses nothing, so the tensors' own precision will do; only the sums need more.
-        dtype = torch.promote_types(one.dtype, torch.float32)
-        gap = other.to(dtype) - one.to(dtype)
-        self.squares += float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
-        self.energy += float(torch.linalg.vector_norm(one.to(dtype), dtype=torch.float64)) ** 2
-        largest = float(gap.abs().max()) if gap.numel() else 0.0
-        # Nothing is greater than a NaN: max keeps one that comes first, and passes over one that comes second.
-        self.largest = largest if math.isnan(largest) else max(self.largest, largest)
-
-    def difference(self) -> Difference:
-        """Return the difference over all of them."""
-        relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
-        return Difference(relative, self.largest)
-
-
-def _kernel_errors(original: nn.Module, converted: nn.Module, plan: Plan) -> Iterator[tuple[str, float]]:
-    convs: dict[str, nn.Conv2d] = {name: conv for name, (conv, _) in find_convs(original).items()}
-    for swap in plan.swaps:
-        if swap.absorbs is not None:
-            # Its kernel holds the batch norm's scale, and cannot be compared with the conv's.
-            continue
-        (kind, settings), conv = replacements.load_swap(swap), convs[swap.site]
-        fused = kind.fuse(converted.get_submodule(swap.site), read_conv(conv), settings)
-        if fused is not None and fused.weight.shape == conv.weight.shape:
-            sums = Sums()
-            sums.add(conv.weight.detach(), fused.weight.detach())
-            yield swap.site, sums.difference().relative
+        for portion in portions(inputs):
+            one(*portion)
+    if parts and not sums.tensors:
+        raise AsymswapError(
+            "the model gives no tensor that could be compared; let its forward return tensors, or lists, tuples, "
+            "dicts or dataclasses of them"
+        )
+    return sums.difference()
 
 
 def difference(teacher: object, student: object) -> Tensor:
-    """Return the squared difference of all outputs relative to the teacher's own squares."""
+    """Return the squared difference of all outputs relative to the teacher's squares."""
     gaps, wholes = [], []
     for one, other in zip(list_tensors(teacher), list_tensors(student), strict=True):
         if one.is_floating_point():
             gaps.append((other.float() - one.float()).square().sum())
             wholes.append(one.float().square().sum())
     return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)
+
+
+class _StandIn(nn.Module):
+    """Computes the same as the module that it holds, hidden from the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.held = (module,)
+
+    def forward(self, input: Tensor) -> Any:
+        return self.held[0](input)
+
+
+def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> None:
+    """Raise AsymswapError, with the name, if the model's code would not run a replacement as it runs the module."""
+    filled = with_values(inputs)
+    try:
+        before = _run(model, {}, names, filled)
+    except Exception:
+        # A model that does not run on random numbers cannot be checked here; the converted model is run later.
+        return
+    reason = _difference(model, names, filled, before)
+    if reason is None:
+        return
+    single = ((name, _difference(model, [name], filled, before)) for name in names)
+    name, why = next(((name, why) for name, why in single if why is not None), (", ".join(names[:4]), reason))
+    holders = [key for key, part in model.named_children() if find_convs(part)]
+    inside = f", or give the network itself if it is the attribute {holders[0]!r}" if len(holders) == 1 else ""
+    raise AsymswapError(
+        f"{name} cannot be swapped: the model's code treats it unlike a module of another class ({why}); keep it by a "
+        f"rule with keep = true{inside}"
+    )
+
+
+def describe_calls(name: str, calls: Sequence[Call], expected: Sequence[Call]) -> str | None:
+    """Describe how the calls of a module differ from the expected ones; None if they are the same."""
+    if len(calls) != len(expected):
+        return f"{name} is called {len(calls)} times instead of {len(expected)}"
+    for call, other in zip(calls, expected, strict=True):
+        if call != other:
+            old, new = (f"{c.batch} of {c.input[0]}x{c.input[1]} to {c.output[0]}x{c.output[1]}" for c in (other, call))
+            return f"{name} is called on {new} pixels instead of {old}"
+    return None
+
+
+def _run(model: nn.Module, replacements: Mapping[str, nn.Module], names: Sequence[str], inputs: Inputs) -> _Run:
+    """Run a copy, since a forward may build or fuse things in its own model."""
+    copied = swap(model, replacements, share=True)
+    calls: dict[str, list[Call]] = {name: [] for name in names}
+    with ExitStack() as hooks, eval_mode(copied), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name in names:
+
+            def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                seen = args[0] if args else next(iter(kwargs.values()))
+                calls[name].append(Call.of(seen.shape, output.shape))
+
+            hooks.enter_context(copied.get_submodule(name).register_forward_hook(see, with_kwargs=True))
+        torch.manual_seed(0)
+        return [tensor.clone() for tensor in list_tensors(copied(*inputs))], calls
+
+
+def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: _Run) -> str | None:
+    """Describe what changes with stand-ins for the named modules, if anything."""
+    outputs, calls = before
+
+    def gap(others: Sequence[Tensor]) -> float | None:
+        """Return the relative difference from the outputs before; None if their number or sizes differ."""
+        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in others]:
+            return None
+        sums = Sums()
+        for one, other in zip(outputs, others, strict=True):
+            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+                sums.add(one, other)
+        return sums.difference().relative
+
+    try:
+        after, calls_after = _run(model, {name: _StandIn(model.get_submodule(name)) for name in names}, names, inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    for name in names:
+        change = describe_calls(name, calls_after[name], calls[name])
+        if change is not None:
+            return change
+    relative = gap(after)
+    if relative is None:
+        return "the model's outputs are others in number or size"
+    if relative <= _SAME:
+        return None
+    # A model that draws random numbers, or has a state, is not the same twice either.
+    again = gap(_run(model, {}, names, inputs)[0])
+    if again is None or again > _SAME:
+        return None
+    return f"the model's output changes by {relative:.1e} although the layer computes the same"

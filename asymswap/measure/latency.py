@@ -1,22 +1,24 @@
-"""Seconds of models and their convs on this machine: taken in turn, the minimum and the median of several rounds.
+"""Latency of models and their convs on this machine: run in turn, the minimum and the median of several rounds.
 
-Other programs can only make a run longer, so that the minimum is the best estimate of what the work itself takes; and
-as the models run in turn, a slow spell of the machine hardly changes the ratio of two of them within a round. Convs are
-timed inside of the running model: with the input that was just computed, and with weights that other layers have pushed
-out of the caches, both of which make a difference.
+Other programs can only make a run longer, so the minimum is the best estimate of the work itself; and as the models run
+in turn, a slow spell of the machine hardly changes their ratio within a round. Convs are timed inside the running
+model: with an input that was just computed, and weights that other layers have pushed out of the caches; both matter.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,33 +34,34 @@ _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous
 _WARM_UPS = 3
 _FEWEST = 5
 _MOST_SECONDS = 30.0
-_TURN = 0.02
-"""Seconds that one turn lasts at least: of small models it holds many passes."""
+_STAT = Path("/proc/stat")
+_TURN = 0.02  # seconds that one turn lasts at least: of small models it holds many passes
 
-T = TypeVar("T")
+Passes = Sequence[Sequence[float]]
+"""Seconds of the passes of every round."""
 
 
 @dataclass(frozen=True)
-class Turn(Generic[T]):
-    """What is run when a model's turn comes: one forward pass that measures itself, on a number of threads.
+class Turn:
+    """A model's turn: `measure` does one forward pass, which measures itself, on a number of threads.
 
     `pool` names the library that computes: its threads stay awake for a while, and slow down another's.
     """
 
-    measure: Callable[[], T]
+    measure: Callable[[], Any]
     threads: int | None = None
     pool: str = "torch"
 
 
 def take_turns(
-    turns: Mapping[Any, Turn[T]], *, rounds: int, seconds: float = _MOST_SECONDS, progress: Progress = silent
-) -> dict[Any, list[list[T]]]:
-    """Run all in turn, round after round, and return for each of them its passes of every round.
+    turns: Mapping[Any, Turn], *, rounds: int, seconds: float = _MOST_SECONDS, progress: Progress = silent
+) -> dict[Any, list[list[Any]]]:
+    """Run all in turn, round after round, and return the measurements of each, round by round.
 
     The order changes from round to round, so that none always follows the same other one. There are `rounds` of them,
-    but at least five where they would take longer than `seconds`; rounds that warm up do not count.
+    or as many as `seconds` allow, five at least; warm-up rounds do not count.
     """
-    found: dict[Any, list[list[T]]] = {key: [] for key in turns}
+    found: dict[Any, list[list[Any]]] = {key: [] for key in turns}
     # After another library's threads, or another number of them, a pass must wake up its own.
     waking = len({(turn.threads, turn.pool) for turn in turns.values()}) > 1
     order, shuffle = list(turns), random.Random(0).shuffle
@@ -68,7 +71,14 @@ def take_turns(
             for number in range(-_WARM_UPS, rounds):
                 shuffle(order)
                 for key in order:
-                    passes = _one_turn(turns[key], waking)
+                    turn, passes = turns[key], list[Any]()
+                    if turn.threads is not None and turn.threads != torch.get_num_threads():
+                        torch.set_num_threads(turn.threads)
+                    if waking:
+                        turn.measure()
+                    begun = time.perf_counter()
+                    while not passes or time.perf_counter() - begun < _TURN:
+                        passes.append(turn.measure())
                     if number >= 0:
                         found[key].append(passes)
                 spent = time.perf_counter() - start
@@ -82,25 +92,13 @@ def take_turns(
     return found
 
 
-def _one_turn(turn: Turn[T], waking: bool) -> list[T]:
-    if turn.threads is not None and turn.threads != torch.get_num_threads():
-        torch.set_num_threads(turn.threads)
-    if waking:
-        turn.measure()
-    passes: list[T] = []
-    start = time.perf_counter()
-    while not passes or time.perf_counter() - start < _TURN:
-        passes.append(turn.measure())
-    return passes
-
-
-def forward(model: nn.Module, inputs: Inputs) -> Turn[float]:
+def forward(model: nn.Module, inputs: Inputs) -> Turn:
     """Return a turn of a model in eval mode, in PyTorch."""
     return Turn(stopwatch(lambda: model(*inputs)))
 
 
 def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that runs it and returns the seconds that it took."""
+    """Return a function that calls `run` and returns the seconds that it took."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -110,12 +108,8 @@ def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
     return measure
 
 
-Passes = Sequence[Sequence[float]]
-"""Seconds of the passes of every round."""
-
-
 def seconds_of(rounds: Passes) -> Seconds:
-    """Return all rounds of one model in three numbers."""
+    """Return minimum, median and spread of all rounds of one model."""
     every = [seconds for passes in rounds for seconds in passes]
     best = [min(passes) for passes in rounds]
     quartiles = statistics.quantiles(best, method="inclusive") if len(best) > 1 else [best[0]] * 3
@@ -124,7 +118,7 @@ def seconds_of(rounds: Passes) -> Seconds:
 
 
 def ratio_of(rounds: Passes, first: Passes) -> Ratio:
-    """Return the time of one model over another's that took turns with it."""
+    """Return one model's time relative to the `first` one's in the same rounds."""
     ratios = [min(own) / min(other) for own, other in zip(rounds, first, strict=True)]
     low, high, confidence = median_interval(ratios)
     return Ratio(statistics.median(ratios), low, high, confidence)
@@ -134,19 +128,14 @@ def ratio_of(rounds: Passes, first: Passes) -> Ratio:
 class Timed:
     """Seconds of one forward pass, of the named modules in it, all their runs in the pass together, and of the rest.
 
-    Each is a minimum of its own: where the machine is never quiet for a whole pass, `sum_of_parts` is below `whole`.
-    `median` is that of the whole pass over all rounds.
+    Each is its own minimum: if the machine is never quiet for a whole pass, the parts add up to less than `whole`.
+    `median` is the median of the whole pass over all rounds.
     """
 
     whole: float
     modules: Mapping[str, float]
     rest: float
     median: float = math.nan
-
-    @property
-    def sum_of_parts(self) -> float:
-        """The modules and the rest."""
-        return self.rest + sum(self.modules.values())
 
 
 def time_models(
@@ -158,11 +147,7 @@ def time_models(
     seconds: float = _MOST_SECONDS,
     progress: Progress = silent,
 ) -> dict[str, Timed]:
-    """Time all models and the named modules in them, in turn, in eval mode: `rounds`, or as many as `seconds` allow.
-
-    `names` are modules that all models have. Weights and inputs, the same for all models or a mapping with those of
-    each, are taken as they are: see `in_format`.
-    """
+    """Time models and the named modules that all have, in turn, in eval mode; inputs may be a mapping by model."""
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
     turns = {key: Turn(functools.partial(_time_once, model, given[key], names)) for key, model in models.items()}
     with eval_mode(*models.values()):
@@ -200,7 +185,7 @@ def _time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
 
 
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
-    """Return a copy of the model with its weights in that memory format."""
+    """Return a copy of the model with its weights in a memory format."""
     return deep_copy(model).to(memory_format=_FORMATS[memory_format])
 
 
@@ -216,3 +201,44 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
 
     made: Inputs = map_tensors(tuple(item * batch if isinstance(item, list) else item for item in example), fill)
     return made
+
+
+def machine() -> dict[str, Any]:
+    """Return what measured times depend on besides the work."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "waiting": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+class Bystanders:
+    """Counts the cores that other programs keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """Return their average until now; None if the system does not report it."""
+        now = self._now()
+        if self._start is None or now is None:
+            return None
+        busy, own, passed = (after - before for after, before in zip(now, self._start, strict=True))
+        return max(0.0, (busy - own) / passed) if passed > 0 else 0.0
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """Return the busy seconds of all cores, the seconds of this process, and the clock."""
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(int, _STAT.read_text().split()[1:9])
+            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            return None
+        return busy, time.process_time(), time.perf_counter()

@@ -1,16 +1,14 @@
 """MACs and parameters of a whole model, counted in eval mode while it runs on one input of meta tensors.
 
-The convention is that of `asymswap.types.MACS`. torch's FlopCounterMode counts, modules and functional calls, by
-formulas from shapes, with the formulas here that it lacks. Operators that read weights and have no formula are named in
-`Costs.uncounted`.
+`asymswap.types.MACS` states the convention. torch's FlopCounterMode counts modules and functional calls by formulas
+over shapes; the formulas that it lacks are here. `Costs.uncounted` names operators that read weights and have none.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,16 +24,12 @@ from asymswap.utils.inputs import Inputs, with_values
 from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
 
 aten = torch.ops.aten
-
 Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of a model, and that of some modules in it by name, with their calls.
-
-    `uncounted` names the operators that read weights and have no formula.
-    """
+    """The cost of a model, and of some modules in it by name, with their calls."""
 
     total: Cost
     by_name: Mapping[str, Cost]
@@ -43,31 +37,24 @@ class Costs:
     uncounted: tuple[str, ...] = ()
 
     def notes(self) -> tuple[str, ...]:
-        """Return a note on what the number of MACs leaves out, if anything."""
+        """Name the operators that the number of MACs leaves out, if any."""
         if not self.uncounted:
             return ()
         return (f"MACs leave out operators that read weights and have no formula: {', '.join(self.uncounted)}",)
 
 
 def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> Costs:
-    """Count the MACs of one forward pass in eval mode, and each parameter once, on a copy of the model.
-
-    `names` are modules of the model whose share is counted too; of one that runs several times, all runs are summed.
-    """
-    names = list(names)
+    """Count the MACs of a forward pass in eval mode, and parameters, of a model and of all runs of named modules."""
+    names = list(dict.fromkeys(names))
     try:
         return _count(meta_copy(model).eval(), to_meta(inputs), names)
     except Exception:
-        # What looks at values, as detection does, needs some; what fails for another reason fails again.
+        # A model that looks at values, such as a detector, needs some; other failures happen again.
         return _count(deep_copy(model).eval(), with_values(inputs), names)
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:
-    """Return the cost after a conversion, each site's at the sizes that its calls had before.
-
-    For models in which values decide what runs, so that two runs cannot be compared. `before` is the cost of all sites
-    before.
-    """
+    """Return the cost after a conversion, of each site at its input sizes before, where values decide what runs."""
     after = {}
     for site in sites:
         structure = meta_copy(converted.get_submodule(site.name)).eval()
@@ -80,8 +67,7 @@ def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) ->
 
 
 def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
-    """Count a model that may be run and given hooks."""
-    names = list(dict.fromkeys(names))
+    """Count a copy of a model, which may be run and given hooks."""
     flops = dict.fromkeys(names, 0)
     calls: dict[str, list[Call]] = {name: [] for name in names}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -100,23 +86,18 @@ def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
         module = structure.get_submodule(name)
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, with_kwargs=True)
-    # The counter comes last: it takes operators apart, and what it cannot take apart goes on to the other.
-    with torch.no_grad(), _plain_attention(), uncounted, counter:
-        structure(*inputs)
-    by_name = {name: Cost(flops[name] // 2, _params(structure.get_submodule(name))) for name in names}
-    total = Cost(counter.get_total_flops() // 2, _params(structure))
-    return Costs(total, by_name, calls, tuple(sorted(uncounted.found)))
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keep attention and encoder layers from running as one operator each, which no formula knows."""
+    # Attention and encoder layers must not run as one operator each, which no formula knows.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        # The counter comes last: it decomposes operators, and passes on what it cannot decompose.
+        with torch.no_grad(), uncounted, counter:
+            structure(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+    by_name = {name: Cost(flops[name] // 2, _params(structure.get_submodule(name))) for name in names}
+    total = Cost(counter.get_total_flops() // 2, _params(structure))
+    return Costs(total, by_name, calls, tuple(sorted(uncounted.found)))
 
 
 def _params(module: nn.Module) -> int:
@@ -124,7 +105,7 @@ def _params(module: nn.Module) -> int:
 
 
 def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
-    # Each sample is a weighted sum of four pixels of the input, and with a mask it is scaled once more.
+    # Each sample is a weighted sum of four pixels of the input, scaled once more with a mask.
     use_mask = bool(others[-1])
     samples = x[1] * math.prod(weight[2:])
     return 2 * offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask))
@@ -136,8 +117,7 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
 
 
 def _product(one: Shape, *_: Any, **__: Any) -> int:
-    # A matrix or a vector, each number of which meets one of a vector.
-    return 2 * math.prod(one)
+    return 2 * math.prod(one)  # each number of a matrix or vector meets one of a vector
 
 
 # What torch's counter lacks: FLOPs by the shapes of the arguments.
@@ -185,18 +165,13 @@ class _Uncounted(TorchDispatchMode):
         self._weights = {id(storage) for storage in self._storages}
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        packet = getattr(func, "_overloadpacket", func)
-        if packet not in self._known and not self._is_free(func) and self._reads_weights((args, kwargs)):
-            self.found.add(str(packet))
+        packet, free = getattr(func, "_overloadpacket", func), False
+        if getattr(func, "namespace", "") in ("aten", "prim", "prims"):
+            # It multiplies no weights, or only as the convention leaves out.
+            free = func.is_view or bool(_FREE.search(packet.__name__)) or any(tag in func.tags for tag in _TAGS)
+        if packet not in self._known and not free:
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            storages = {id(one.untyped_storage()) for one in tensors if one.layout is torch.strided}
+            if storages & self._weights:
+                self.found.add(str(packet))
         return func(*args, **(kwargs or {}))
-
-    def _is_free(self, func: Any) -> bool:
-        """Whether an operator multiplies no weights, or only as the convention leaves out."""
-        if getattr(func, "namespace", "") not in ("aten", "prim", "prims"):
-            return False
-        moves = func.is_view or _FREE.search(func._overloadpacket.__name__) is not None
-        return moves or any(tag in func.tags for tag in _TAGS)
-
-    def _reads_weights(self, arguments: Any) -> bool:
-        tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
-        return any(id(tensor.untyped_storage()) in self._weights for tensor in tensors)

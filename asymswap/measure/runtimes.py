@@ -1,4 +1,4 @@
-"""What runs a model: PyTorch as it is, torch.compile, ONNX Runtime; programs are checked against PyTorch."""
+"""Runtimes: PyTorch as it is, torch.compile, ONNX Runtime; programs are checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asymswap.errors import AsymswapError
 from asymswap.results.benchmark import TITLES
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import list_tensors
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 Runtime = Literal["eager", "compile", "onnx"]
 RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "onnx")
@@ -30,55 +27,47 @@ RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "onnx")
 Run = Callable[[], Any]
 """One forward pass."""
 
-_MANY = 1 << 20
-_NUMPY_HAS = (torch.float16, torch.float32, torch.float64)
-_NEEDED = {"onnx": (1, 17), "onnxscript": (0, 7, 1), "onnxruntime": (1, 25)}
-"""Versions from which deformable convs are written and run on the processor."""
-
 OPSET = 20
+SAME = 1e-4
+"""Largest difference of a program's outputs from PyTorch's, relative to the largest number among them, or to 1.
+
+Eight times the precision of the output's dtype, if that is more.
+"""
+
+_MANY = 1 << 20
+# Versions from which deformable convs are written and run on the CPU.
+_NEEDED = {"onnx": (1, 17), "onnxscript": (0, 7, 1), "onnxruntime": (1, 25)}
 
 
 def compiled(model: nn.Module, inputs: Inputs) -> Run:
-    """Compile a model in eval mode for these inputs' sizes and the present number of threads.
-
-    Raises AsymswapError where it cannot be compiled.
-    """
+    """Compile a model in eval mode for these input sizes and the current number of threads, or raise AsymswapError."""
     run = torch.compile(model, dynamic=False)
     try:
-        # One class of models is compiled once for each model, size and number of threads. Beyond a few torch would run
-        # the others uncompiled, without a word.
+        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
+        # others uncompiled.
         with quiet(), torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
             run(*inputs)
     except Exception as error:
         if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-            raise AsymswapError(
-                "torch.compile finds no C++ compiler; install g++ or clang, or name it in CXX"
-            ) from None
+            raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
         raise AsymswapError(f"torch.compile cannot compile it: {_one_line(error)}") from error
     return lambda: run(*inputs)
 
 
 def write_for_runtime(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    """Write the ONNX file of a model in eval mode that takes any batch, as `asymswap export` does without fusing.
-
-    Raises AsymswapError where the packages are missing or too old, or where ONNX cannot express the model.
-    """
+    """Write the ONNX file of a model in eval mode, unfused, for any batch size; raise AsymswapError if impossible."""
     check_versions()
     if any(isinstance(item, list) for item in inputs):
         raise AsymswapError("models that take lists of images are not exported to ONNX")
-    dtypes = {tensor.dtype for tensor in list_tensors(inputs)}
-    if not dtypes <= set(_NUMPY_HAS):
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise AsymswapError(f"ONNX Runtime is not given {names}")
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in list_tensors(inputs)}
+    if not dtypes <= {"float16", "float32", "float64"}:
+        raise AsymswapError(f"ONNX Runtime is not given {', '.join(dtypes)}")
     batch = torch.export.Dim("batch")
     write_onnx(model, inputs, tuple({0: batch} for _ in inputs), path)
 
 
 def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], ...], path: Path) -> None:
-    """Write a model in eval mode, and check the file; `shapes` has for each input the sizes that may vary.
-
-    Raises AsymswapError where ONNX cannot express it.
-    """
+    """Write a model in eval mode and check the file; `shapes` are the dynamic sizes of each input."""
     import onnx
 
     with quiet(), failing_clearly("ONNX"):
@@ -96,8 +85,8 @@ def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], .
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def open_session(path: Path, threads: int | None = None) -> InferenceSession:
-    """Open a file in ONNX Runtime on the processor, with as many threads as it likes where no number is given."""
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """Return an InferenceSession of a file on the CPU, by default with its own number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -107,22 +96,22 @@ def open_session(path: Path, threads: int | None = None) -> InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def forward_in(session: InferenceSession, inputs: Inputs) -> Run:
-    """Return one forward pass of the file on these inputs."""
+def forward_in(session: Any, inputs: Inputs) -> Run:
+    """Return a function that runs the file on these inputs."""
     keys = [item.name for item in session.get_inputs()]
     values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(inputs), strict=True)}
     return lambda: [torch.as_tensor(value) for value in session.run(None, values)]
 
 
 def session_on(path: Path, inputs: Inputs, threads: int) -> Run:
-    """Open an ONNX file for these inputs on a number of threads; raises AsymswapError where it cannot be loaded."""
+    """Open an ONNX file for these inputs on a number of threads, or raise AsymswapError."""
     with failing_clearly("ONNX Runtime"):
         session = open_session(path, threads)
     return forward_in(session, inputs)
 
 
 def check_versions() -> tuple[str, ...]:
-    """Return the packages that ONNX needs with their versions; raises AsymswapError for one missing or too old."""
+    """Return the packages that ONNX needs, with their versions; raise AsymswapError for one missing or too old."""
     found = []
     for name, needed in _NEEDED.items():
         try:
@@ -137,23 +126,6 @@ def check_versions() -> tuple[str, ...]:
     return tuple(found)
 
 
-def check_same(found: Any, expected: Any, runtime: Runtime) -> None:
-    """Raise AsymswapError where a runtime has computed something else than PyTorch: its time would be worth nothing."""
-    gap = widest_gap(expected, found)
-    if gap.share > 1:
-        raise AsymswapError(
-            f"{TITLES[runtime]} computes something else than PyTorch: {gap.largest:.1e} at most, where "
-            f"{gap.allowed:.0e} are allowed"
-        )
-
-
-SAME = 1e-4
-"""Largest difference of a program's outputs from PyTorch's, relative to the largest number among them, or to 1.
-
-Eight times the precision of the output's dtype, where that is more.
-"""
-
-
 @dataclass(frozen=True)
 class Gap:
     """The largest difference between an output of a program and PyTorch's, and the largest that is allowed."""
@@ -163,7 +135,7 @@ class Gap:
 
     @property
     def share(self) -> float:
-        """The difference as a share of what is allowed; infinite where there is a NaN or an infinity."""
+        """The difference as a share of what is allowed; infinite for NaN and infinity."""
         return self.largest / self.allowed if math.isfinite(self.largest) else math.inf
 
 
@@ -172,21 +144,29 @@ def widest_gap(expected: Any, found: Any) -> Gap:
     ours, theirs = list_tensors(expected), list_tensors(found)
     if [one.shape for one in ours] != [other.shape for other in theirs]:
         return Gap(math.inf, SAME)
-    return max(map(_gap, ours, theirs), key=lambda gap: gap.share, default=Gap(0.0, SAME))
+    gaps = []
+    for one, other in zip(ours, theirs, strict=True):
+        if one.numel():
+            precision = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+            exact = one.double()
+            largest, scale = float((exact - other.double()).abs().max()), float(exact.abs().max())
+            gaps.append(Gap(largest, max(SAME, 8 * precision) * max(1.0, scale)))
+    return max(gaps, key=lambda gap: gap.share, default=Gap(0.0, SAME))
 
 
-def _gap(expected: Tensor, found: Tensor) -> Gap:
-    if not expected.numel():
-        return Gap(0.0, SAME)
-    precision = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
-    exact = expected.double()
-    largest, scale = float((exact - found.double()).abs().max()), float(exact.abs().max())
-    return Gap(largest, max(SAME, 8 * precision) * max(1.0, scale))
+def check_same(found: Any, expected: Any, runtime: Runtime) -> None:
+    """Raise AsymswapError where a runtime computes something else than PyTorch: its time would mean nothing."""
+    gap = widest_gap(expected, found)
+    if gap.share > 1:
+        raise AsymswapError(
+            f"{TITLES[runtime]} computes something else than PyTorch: {gap.largest:.1e} at most, where "
+            f"{gap.allowed:.0e} are allowed"
+        )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence exporters and compilers, which talk about their own insides; checks follow."""
+    """Silence exporters and compilers, which log their internals; checks follow."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -199,14 +179,16 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing_clearly(what: str) -> Iterator[None]:
-    """Raise AsymswapError where `what` fails, with its reason on one line."""
+    """Turn any failure of `what` into an AsymswapError of one line."""
     try:
         yield
     except (AsymswapError, OSError):
         raise
     except Exception as error:
         # An exporter may fail in any of its many passes, with any error.
-        raise AsymswapError(f"{what} cannot express this model: {_one_line(error)} (--debug shows where)") from error
+        raise AsymswapError(
+            f"{what} cannot express this model: {_one_line(error)} (`debug=True` shows where)"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -8,24 +8,23 @@ from statistics import NormalDist
 
 
 def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of Wilson (1927, equation 4) for the accuracy of which `right` of `images` is a sample.
+    """Return the interval of Wilson (1927, equation 4) for an accuracy with `right` of `images` sampled.
 
-    Unlike the usual one it stays within 0 and 1, and has a width where none or all are right.
+    Unlike the usual one it stays within 0 and 1, and has a width if none or all are right.
     """
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     fraction, spread = right / images, z * z / images
     centre = (fraction + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(fraction * (1 - fraction) / images + spread / (4 * images))
     # At the ends the two are equal but for rounding.
-    low = 0.0 if right == 0 else max(0.0, centre - half)
-    return low, 1.0 if right == images else min(1.0, centre + half)
+    return 0.0 if right == 0 else max(0.0, centre - half), 1.0 if right == images else min(1.0, centre + half)
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's test (1947) in its exact form, for two models on the same images.
 
-    Each image that one model alone gets right would be either's with probability one half if the models were equally
-    good: the p-value is the probability of a split at least as uneven. 1 where there are none.
+    Of equally good models, each is as likely to be the one that gets an image right alone: the p-value is the
+    probability of a split at least as uneven, 1 without any such image.
     """
     images, fewer = only_first + only_second, min(only_first, only_second)
     term = total = 1
@@ -37,10 +36,10 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return the interval between two order statistics that holds the true median, and the confidence of that.
+    """Return two order statistics with the true median between them, and the confidence of that.
 
-    It assumes nothing of the distribution: each value lies below the median as a coin falls (Thompson 1936). Of few
-    values it is their whole range, and the confidence less: 94 % for five, 75 % for three.
+    For any distribution: each value is below the median with probability one half (Thompson, 1936). The interval of few
+    values is their range, with less confidence: 94 % for five, 75 % for three.
     """
     ordered, number = sorted(values), len(values)
     place, term, below = 0, 1, 1

@@ -23,8 +23,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from asymswap.errors import AsymswapError, OutputError, RecipeError, check_choice
-from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, time_models
-from asymswap.measure.machine import machine
+from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, machine, time_models
 from asymswap.planning.apply import apply_random
 from asymswap.planning.plan import Choices, CostModel, choose
 from asymswap.results.convert import LatencyRow

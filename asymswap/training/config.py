@@ -1,4 +1,4 @@
-"""The settings of a training run: one dataclass that checks its values, and from which the command line is made."""
+"""Settings and callbacks of a training run: `Training` checks its values, and the command line is made from it."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asymswap.errors import AsymswapError, check_choice
+from asymswap.results.finetune import EpochRow, RunStart, StepRow
 from asymswap.utils.options import option
 
 _CHOICES = {
@@ -30,96 +31,86 @@ _LENGTH, _IMAGES, _TEACHER, _RESULT = "How long, and how", "Images", "Distillati
 # No `from __future__ import annotations` here: the command line needs the types of the fields.
 @dataclass(frozen=True)
 class Training:
-    """How to train. `asymswap finetune --help` describes every field that is an option.
+    """How to train; the help text of each field is beside it. Raises AsymswapError for values that make no sense.
 
-    - without `epochs` and `steps` it is 10 epochs;
+    - 10 epochs without `epochs` and `steps`;
     - weights of batch norms, biases and offsets do not decay; offsets learn at `offset_lr_scale` of the others' rate;
     - `train`: what is not trained does not change, running statistics included; `freeze_bn` freezes the running
-      statistics alone: their weights are trained as `train` says;
-    - `augment`: presets of `asymswap.data.augmentation`; None for what suits the data;
+      statistics alone, while the weights of batch norms are trained as `train` says;
+    - `augment`: presets of `asymswap.data.augmentation`; None means what suits the data;
     - `distill`: `original`, or a model reference. Its part of the loss, `distill_weight`, is the divergence (`kl`) of
       the class probabilities at `temperature`, or the squared difference (`mse`) of the class scores, relative to the
-      teacher's. `distill_features` adds that times the error of the outputs of the blocks with swapped layers, relative
-      to the teacher's variance;
-    - `ema`: the moving average is what is validated and kept;
+      teacher's. `distill_features` is the weight of the error of the outputs of blocks with swapped layers, relative to
+      the teacher's variance;
+    - `ema`: the moving average is validated and kept;
     - `validation`: see `asymswap.data.splits.open_parts`.
 
     Several processes share the statistics of batch norms on GPUs; without GPUs each keeps its own.
-
-    Raises AsymswapError for values that make no sense.
     """
 
-    epochs: int | None = option(None, "So many epochs.", _LENGTH, shown="10")
-    steps: int | None = option(None, "Or so many steps.", _LENGTH)
-    batch_size: int = option(128, "Images in one forward pass of each process.", _LENGTH)
-    accumulate: int = option(1, "Forward passes that make one step.", _LENGTH)
-    optimizer: str = option("adamw", "adamw or sgd.", _LENGTH)
+    epochs: int | None = option(None, "Number of epochs.", _LENGTH, shown="10")
+    steps: int | None = option(None, "Number of steps, instead of epochs.", _LENGTH)
+    batch_size: int = option(128, "Images per forward pass and process.", _LENGTH)
+    accumulate: int = option(1, "Forward passes per step.", _LENGTH)
+    optimizer: str = option("adamw", "Optimizer: adamw or sgd.", _LENGTH)
     lr: float | None = option(None, "The highest learning rate.", _LENGTH, shown="0.001 (adamw), 0.02 (sgd)")
-    momentum: float = option(0.9, "Of sgd.", _LENGTH)
+    momentum: float = option(0.9, "SGD momentum.", _LENGTH)
     weight_decay: float | None = option(
-        None, "Not on batch norms, biases and offsets.", _LENGTH, shown="0.01 (adamw), 0.0005 (sgd)"
+        None, "Weight decay, except of batch norms, biases and offsets.", _LENGTH, shown="0.01 (adamw), 0.0005 (sgd)"
     )
-    offset_lr_scale: float = option(0.1, "The learning rate of offsets is so much of the others'.", _LENGTH)
-    schedule: str = option("cosine", "cosine or constant.", _LENGTH)
-    warmup: float = option(0.05, "The part of all steps in which the learning rate rises.", _LENGTH)
-    clip: float | None = option(None, "Cut the gradient's norm to this.", _LENGTH)
-    label_smoothing: float = option(0.0, "0.1 is usual.", _LENGTH)
-    precision: str = option("fp32", "fp32, bf16 or fp16.", _LENGTH)
-    ema: float | None = option(None, "Keep a moving average of the weights with this decay.", _LENGTH)
-    train: str = option("all", "all, new (the replaced layers) or bn (the batch norms).", _LENGTH)
-    freeze_bn: bool = option(False, "Batch norms keep and use their statistics.", _LENGTH)
-    patience: int | None = option(None, "Stop after so many epochs without a better one.", _LENGTH)
-    seed: int = option(0, "Seed of all that is random.", _LENGTH)
+    offset_lr_scale: float = option(0.1, "Learning rate of offsets, relative to the others.", _LENGTH)
+    schedule: str = option("cosine", "Learning rate schedule: cosine or constant.", _LENGTH)
+    warmup: float = option(0.05, "Fraction of the steps in which the learning rate rises.", _LENGTH)
+    clip: float | None = option(None, "Maximum norm of the gradient.", _LENGTH)
+    label_smoothing: float = option(0.0, "Label smoothing; 0.1 is usual.", _LENGTH)
+    precision: str = option("fp32", "Precision: fp32, bf16 or fp16.", _LENGTH)
+    ema: float | None = option(None, "Decay of a moving average of the weights, which is kept.", _LENGTH)
+    train: str = option("all", "What to train: all, new (the replaced layers) or bn (the batch norms).", _LENGTH)
+    freeze_bn: bool = option(False, "Freeze the running statistics of batch norms.", _LENGTH)
+    patience: int | None = option(None, "Stop after this number of epochs without improvement.", _LENGTH)
+    seed: int = option(0, "Random seed.", _LENGTH)
     augment: tuple[str, ...] | None = option(
         None,
-        "none, flip, crop, flip-crop or randaugment; with ,mixup or ,cutmix for whole batches.",
+        "Augmentation: none, flip, crop, flip-crop or randaugment; add ,mixup or ,cutmix for whole batches.",
         _IMAGES,
         shown="what suits the data",
         text=True,
     )
     validation: str | None = option(
-        None,
-        "What is validated on: a part of the images (0.1), test, none, or other data.",
-        _IMAGES,
-        shown="the folder val, else 0.1",
+        None, "Validate on a fraction (0.1), test, none or other data.", _IMAGES, shown="the folder val, else 0.1"
     )
     workers: int | None = option(None, "Processes that read images.", _IMAGES, shown="by the cores")
-    strict: bool = option(False, "An image that cannot be read is an error, and not skipped.", _IMAGES)
+    strict: bool = option(False, "Fail on an unreadable image instead of skipping it.", _IMAGES)
     distill: str | None = option(
-        None,
-        "Learn from another model too: a reference, or nothing for the original that was converted.",
-        _TEACHER,
-        metavar="[REF]",
+        None, "Teacher: a model reference, or nothing for the converted model's original.", _TEACHER, metavar="[REF]"
     )
-    distill_weight: float = option(0.9, "The teacher's part of the loss.", _TEACHER)
+    distill_weight: float = option(0.9, "The teacher's weight in the loss.", _TEACHER)
     distill_loss: str = option("kl", "kl, of class probabilities, or mse, of the scores before the softmax.", _TEACHER)
-    temperature: float = option(4.0, "Class scores are divided by this.", _TEACHER)
-    distill_features: float = option(
-        0.0, "Add so much times the error of the outputs of blocks with swapped layers.", _TEACHER
-    )
-    save_every: int | None = option(None, "Save after so many steps, not only epochs.", _RESULT)
+    temperature: float = option(4.0, "Temperature: class scores are divided by it.", _TEACHER)
+    distill_features: float = option(0.0, "Weight of the error of outputs of blocks with swapped layers.", _TEACHER)
+    save_every: int | None = option(None, "Save after every this many steps, not only epochs.", _RESULT)
     cpu: bool = option(False, "Use no GPU.", None)
     channels_last: bool = True
     deterministic: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            check_choice(_option(name), getattr(self, name), choices)
+            check_choice(f"the setting {name}", getattr(self, name), choices)
         for name in _ABOVE_ZERO + _NOT_BELOW_ZERO + _FRACTIONS:
             value = getattr(self, name)
             if value is None:
                 continue
             if not math.isfinite(value) or value < 0 or (name in _ABOVE_ZERO and value == 0):
                 least = "above" if name in _ABOVE_ZERO else "at least"
-                raise AsymswapError(f"{_option(name)} {value:g} must be {least} 0")
+                raise AsymswapError(f"`{name}={value:g}` must be {least} 0")
             if name in _FRACTIONS and value >= 1 and not (name == "distill_weight" and value == 1):
-                raise AsymswapError(f"{_option(name)} {value:g} must be below 1")
+                raise AsymswapError(f"`{name}={value:g}` must be below 1")
         if self.epochs is not None and self.steps is not None:
-            raise AsymswapError("give either --epochs or --steps")
+            raise AsymswapError("give either `epochs=…` or `steps=…`")
         if self.patience is not None and self.validation in ("none", "0"):
-            raise AsymswapError("--patience needs images to validate on; leave out --validation none")
+            raise AsymswapError(f"`patience={self.patience}` needs images to validate on; leave out `validation=none`")
         if self.distill is None and self.distill_features:
-            raise AsymswapError("--distill-features needs a teacher: add --distill")
+            raise AsymswapError(f"`distill_features={self.distill_features:g}` needs a teacher: add `distill=…`")
 
     @property
     def length(self) -> tuple[int | None, int | None]:
@@ -145,17 +136,26 @@ class Training:
 
 
 def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: object) -> None:
-    """Raise AsymswapError, naming each difference, where a run is resumed with other settings than it began with."""
+    """Raise AsymswapError, naming each difference, for a run that is resumed with other settings."""
     # Earlier versions had this option; for one process it made no difference.
     names = [name for name in {**stored, **given} if name != "sync_bn" or stored.get("processes") != 1]
     differing = [name for name in names if given.get(name) != stored.get(name)]
     if differing:
-        listed = ", ".join(f"{_option(name)} {given.get(name)} (was {stored.get(name)})" for name in differing)
+        listed = ", ".join(f"`{name}={given.get(name)}` (was {stored.get(name)})" for name in differing)
         raise AsymswapError(
-            f"the run in {folder} was begun with other settings: {listed}; resume it with the same ones, or begin anew "
-            "with --force"
+            f"the run in {folder} was begun with other settings: {listed}; resume it with the same ones, or start "
+            "again with `force=True`"
         )
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+class Callback:
+    """Follows a training run; override what you need. In a team only the first process calls `step` and `epoch`."""
+
+    def begin(self, start: RunStart) -> None:
+        """Called before the next step of a run, new or resumed."""
+
+    def step(self, row: StepRow) -> None:
+        """Called after a step."""
+
+    def epoch(self, row: EpochRow) -> None:
+        """Called after an epoch and its validation."""

@@ -1,4 +1,4 @@
-"""Which parameters are trained, with which weight decay and learning rate, and the schedule of the rate."""
+"""The trained parameters, their weight decay and learning rates, and the schedule."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from asymswap.training.config import Training
 
 
 def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) -> None:
-    """Freeze, in place, what is not to be trained; `replacements` are the names of the new layers.
-
-    Raises AsymswapError where nothing would be left.
-    """
+    """Freeze, in place, what is not trained; `replacements` are the new layers. AsymswapError if nothing is left."""
     if what == "all":
         return
     new = tuple(replacements)
@@ -28,7 +25,7 @@ def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) ->
             parameter.requires_grad_(chosen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         lacking = "batch norm" if what == "bn" else "replaced layer"
-        raise AsymswapError(f"--train {what} has nothing to train: the model has no {lacking}; use --train all")
+        raise AsymswapError(f"`train={what}` has nothing to train: the model has no {lacking}; use `train=all`")
 
 
 def frozen_norms(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
@@ -46,11 +43,10 @@ def _within(name: str, roots: tuple[str, ...]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-def parameter_groups(model: nn.Module, settings: Training) -> list[dict[str, object]]:
-    """Return the trained parameters as torch's optimizers take them: weights that decay, all others, and offsets.
+def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """Return the optimizer over the trained parameters, in groups with their highest learning rate as `initial_lr`.
 
-    Biases, offsets and the parameters of normalisations do not decay. Each group holds its highest learning rate as
-    `initial_lr`.
+    Biases, offsets and the parameters of normalisations do not decay.
     """
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "offsets": []}
     seen = set()
@@ -63,22 +59,16 @@ def parameter_groups(model: nn.Module, settings: Training) -> list[dict[str, obj
                 groups["offsets"].append(parameter)
             else:
                 groups["decayed" if parameter.ndim > 1 else "plain"].append(parameter)
-    result: list[dict[str, object]] = []
+    options: list[dict[str, object]] = []
     for name, parameters in groups.items():
         rate = settings.base_lr * (settings.offset_lr_scale if name == "offsets" else 1)
         decay = settings.decay if name == "decayed" else 0.0
         if parameters:
-            result.append({"params": parameters, "name": name, "lr": rate, "initial_lr": rate, "weight_decay": decay})
-    return result
-
-
-def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """Return the optimizer over the trained parameters."""
-    groups = parameter_groups(model, settings)
+            options.append({"params": parameters, "name": name, "lr": rate, "initial_lr": rate, "weight_decay": decay})
     if settings.optimizer == "sgd":
         nesterov = settings.momentum > 0
-        return torch.optim.SGD(groups, lr=settings.base_lr, momentum=settings.momentum, nesterov=nesterov)
-    return torch.optim.AdamW(groups, lr=settings.base_lr)
+        return torch.optim.SGD(options, lr=settings.base_lr, momentum=settings.momentum, nesterov=nesterov)
+    return torch.optim.AdamW(options, lr=settings.base_lr)
 
 
 def rate_at(step: int, steps: int, settings: Training) -> float:

@@ -1,9 +1,9 @@
-"""The folder of a training run: all that is needed to continue after it was killed at any moment, and its metrics.
+"""The folder of a training run: its metrics, and all that is needed to continue after it was killed at any moment.
 
-state.pt       everything that the next step depends on, in one file: replaced as a whole; read as any file is
+state.pt       everything that the next step depends on, in one file: replaced as a whole; read like any other file
 best.pt        the checkpoint of the best epoch so far
 last.pt        the checkpoint of the last epoch
-metrics.jsonl  one line of JSON for every step and every epoch
+metrics.jsonl  a line of JSON for every step and epoch
 tensorboard/   the same, where TensorBoard is installed
 """
 
@@ -30,6 +30,8 @@ STATE_FORMAT = 1
 _STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}
 """The keys of a state besides its format."""
 
+_AGAIN = "start again with `force=True`"
+
 
 class RunFolder:
     """The files of one run; nothing is written before `begin`."""
@@ -42,7 +44,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds a run, of any version, that can be continued or has written a checkpoint."""
+        """True if the folder holds a run, of any version, that can be continued or has written a checkpoint."""
         return any(path.exists() for path in (self.state, self.best, self.last))
 
     def clear(self) -> None:
@@ -55,10 +57,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def begin(self, step: int, identity: Mapping[str, Any]) -> None:
-        """Make the folder, and drop the metrics of steps after this one, which will be done again.
-
-        At step 0 nothing was saved: any metrics are another run's.
-        """
+        """Make the folder, and drop the metrics of steps after this one, which will be repeated; at step 0 all."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
@@ -90,7 +89,7 @@ class RunFolder:
             self._board.add_scalar(name, value, row.step)
 
     def save_state(self, payload: Mapping[str, Any]) -> None:
-        """Replace the state; where that fails the former one stays."""
+        """Replace the state, completely or not at all."""
         assert payload.keys() == _STATE
         with whole_file(self.state) as draft, draft.open("wb") as file:
             try:
@@ -99,18 +98,18 @@ class RunFolder:
                 raise real_cause(error) from error
 
     def read_state(self) -> dict[str, Any] | None:
-        """Return the state, or None where no step was saved yet; raise CheckpointError for any other file."""
+        """Return the state, None if no step was saved yet; raise CheckpointError for any other file."""
         if not self.state.exists():
             return None
         try:
             found = load_object(self.state, sniff(self.state), False, "it", "no run leaves such a file")
         except SourceError as error:
-            raise CheckpointError(f"the run's state {self.state} is damaged ({error}); begin anew: --force") from None
+            raise CheckpointError(f"the run's state {self.state} is damaged ({error}); {_AGAIN}") from None
         if not isinstance(found, dict) or found.get("asymswap_training") != STATE_FORMAT or not found.keys() >= _STATE:
-            raise CheckpointError(f"{self.state} is not the state of a run of this version; begin anew: --force")
+            raise CheckpointError(f"{self.state} is not the state of a run of this version; {_AGAIN}")
         # Runs of earlier versions have no hash.
         if "sha256" in found and found["sha256"] != _hash(found):
-            raise CheckpointError(f"the run's state {self.state} is damaged (its numbers changed); begin anew: --force")
+            raise CheckpointError(f"the run's state {self.state} is damaged (its numbers changed); {_AGAIN}")
         return found
 
     def close(self) -> None:
@@ -121,13 +120,13 @@ class RunFolder:
 
 
 def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
-    """Raise AsymswapError where there is a run already that is neither to be resumed nor to be replaced."""
+    """Raise AsymswapError for an existing run that is to be neither resumed nor replaced."""
     if folder.folder.exists() and not folder.folder.is_dir():
-        raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another with --run")
+        raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another as `run=…`")
     if folder.exists and not resume and not force:
         raise AsymswapError(
-            f"there is a run in {folder.folder} already; --resume continues it, --force begins anew, "
-            "--run names another"
+            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another "
+            "name, `run=…`"
         )
 
 
@@ -138,7 +137,7 @@ def _hash(state: Mapping[str, Any]) -> str:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line of metrics; infinite for a line that was cut off."""
+    """Return the step of a line of metrics, infinity for a truncated line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,21 +1,22 @@
-"""The training loop, on accelerate: one process's part of it.
+"""The training loop, on accelerate, of one process.
 
-Every number that is drawn is a function of the seed and of the place in the run (`asymswap.utils.randomness`), the
-learning rate one of the step. So the weights, the optimizer's state and a few counters are all that the next step
-depends on, and a run that is resumed from them is the run that it would have been.
+Every random number is a function of the seed and of the place in the run, and the learning rate one of the step. So the
+next step depends on the weights, the optimizer's state and a few counters alone, and a resumed run gives the same
+result as one that was never interrupted: with any number of workers, in whatever order images arrive.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -27,24 +28,21 @@ from asymswap.data.predict import placement, predict
 from asymswap.data.splits import Parts
 from asymswap.errors import AsymswapError
 from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
-from asymswap.training.callbacks import Callback
-from asymswap.training.config import Training, check_same
+from asymswap.training.config import Callback, Training, check_same
 from asymswap.training.distillation import Objective
 from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
 from asymswap.training.run_folder import RunFolder
 from asymswap.utils.distributed import Team
-from asymswap.utils.randomness import kept, seed_
-from asymswap.utils.tensors import first_not_finite, map_tensors
+from asymswap.utils.tensors import first_not_finite, map_tensors, random_state_kept, seed_
 
-_LOOK_ON_GPU = 10
-"""The loss is fetched from a GPU every so many steps only: each time the GPU waits."""
+_LOOK_ON_GPU = 10  # steps after which the loss is fetched from a GPU: each time the GPU waits
 
-_NOT_SHARED = "each process keeps its own batch statistics; those of the first are kept (they are shared on GPUs only)"
+_NOT_SHARED = "each process keeps its own batch statistics; the first one's are saved (they are shared on GPUs only)"
 
 
 @dataclass
 class Progress:
-    """How far a run is: epochs and steps done, the steps within the epoch and their sums, and the best so far."""
+    """The state of a run: epochs and steps done, the steps within the epoch and their sums, and the best so far."""
 
     epoch: int = 0
     step: int = 0
@@ -61,27 +59,17 @@ class Progress:
     stale: int = 0
     done: bool = False
 
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Progress:
-        """Return the progress that `asdict` made plain."""
-        scores = {key: None if plain[key] is None else Scores(**plain[key]) for key in ("before", "best", "last")}
-        return cls(**{**plain, **scores})
-
     def scores(self) -> Scores:
         """Return the scores on the images of this epoch so far."""
         return Scores(self.loss / max(1.0, self.seen), self.correct / max(1.0, self.seen))
 
-    def start_epoch(self) -> None:
-        """Start to count again."""
-        self.within, self.loss, self.correct, self.seen, self.skipped = 0, 0.0, 0.0, 0.0, 0
 
+@dataclass
+class Trainer:
+    """A training run.
 
-@dataclass(frozen=True)
-class Work:
-    """What to train: the model (changed in place), on which images, with which settings, and who follows the run.
-
-    `replacements` are the names of its new layers; `identity` is what a resumed run must share; `write` writes a
-    checkpoint with a model's weights to a file.
+    `model` is trained in place; `replacements` are the names of its new layers; `identity` is what a resumed run must
+    share; `write` writes a checkpoint with a model's weights to a file.
     """
 
     model: nn.Module
@@ -97,73 +85,62 @@ class Work:
     write: Callable[[Path, nn.Module, Progress], None]
     classes: int
 
-
-class Trainer:
-    """A run: `run` does all of it, or what is left."""
-
-    def __init__(self, work: Work) -> None:
-        self.work, self.settings, self.team = work, work.settings, work.team
-        self.accelerator = make_accelerator(self.settings, self.team)
+    def __post_init__(self) -> None:
+        settings, team, train = self.settings, self.team, self.parts.train
+        self.accelerator = make_accelerator(settings, team)
         self.progress = Progress()
         self.best: Mapping[str, Tensor] | None = None
         device = self.accelerator.device
-        raw = work.model.to(device)
-        if self.settings.channels_last:
+        raw = self.model.to(device)
+        if settings.channels_last:
             raw = raw.to(memory_format=torch.channels_last)
-        choose_trained_(raw, self.settings.train, work.replacements)
-        if self.team.size > 1 and device.type == "cuda":
+        choose_trained_(raw, settings.train, self.replacements)
+        if team.size > 1 and device.type == "cuda":
             raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
         self.raw = raw
-        self._frozen_norms = frozen_norms(raw, self.settings, work.replacements)
+        self._frozen_norms = frozen_norms(raw, settings, self.replacements)
         norms = sum(isinstance(module, _BatchNorm) for module in raw.modules())
-        apart = self.team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
+        apart = team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
         self.note = _NOT_SHARED if apart else ""
         self.average = None
-        if self.settings.ema is not None:
-            self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
-        self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, self.settings))
-        if work.objective.teacher is not None:
-            work.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
-        self.mix = Mixing(work.presets, work.classes)
-        self._prepare_data()
-        self._dtype = placement(raw)[1]
-        self._pending = torch.zeros(3, device=device)
-        self._look_every = 1 if device.type == "cpu" else _LOOK_ON_GPU
-
-    def _prepare_data(self) -> None:
-        train, settings = self.work.parts.train, self.settings
+        if settings.ema is not None:
+            self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        self._kept_model: nn.Module = raw if self.average is None else self.average.module
+        self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, settings))
+        if self.objective.teacher is not None:
+            self.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
         assert train.pictures is not None
         assert train.preprocessing is not None
-        transform = training_transform(train.preprocessing, self.work.presets)
+        transform = training_transform(train.preprocessing, self.presets)
         images = TrainingImages(train.pictures, transform, settings.seed, settings.strict)
-        schedule = Schedule(len(images), settings.batch_size, settings.accumulate, self.team, settings.seed)
+        schedule = Schedule(len(images), settings.batch_size, settings.accumulate, team, settings.seed)
+        self.mix = Mixing(self.presets, self.classes)
         self.reader = Reader(images, schedule, settings.workers or 0)
         epochs, steps = settings.length
         self.steps = steps if steps is not None else int(epochs or 0) * schedule.steps
         self.epochs = -(-self.steps // schedule.steps)
-
-    @property
-    def kept_model(self) -> nn.Module:
-        """Return the model whose weights are validated and kept."""
-        return self.raw if self.average is None else self.average.module
+        self._dtype = placement(raw)[1]
+        self._pending = torch.zeros(3, device=device)
+        self._look_every = 1 if device.type == "cpu" else _LOOK_ON_GPU
 
     def run(self, resume: bool) -> Progress:
-        """Train, with `resume` from the state in the folder on; afterwards `best` holds the weights to keep.
-
-        Raises AsymswapError where the loss is not finite, memory does not suffice, or nothing can be saved.
-        """
-        folder, progress = self.work.folder, self.progress
-        with kept(), _same_kernels(self.settings.deterministic):
-            if resume:
-                self._restore()
-                progress = self.progress
-            if folder is not None:
-                # All wait for the first: the others would else begin to train for a run that cannot be written.
-                self.team.first(lambda: folder.begin(progress.step, self.work.identity))
-            if progress.before is None:
-                progress.before = self._validate(self.raw)
-            self.work.callback.begin(RunStart(self.epochs, self.steps, progress.step, progress.before, self.note))
+        """Train, with `resume` from the state in the folder on; afterwards `best` holds the weights to keep."""
+        folder, cudnn = self.folder, torch.backends.cudnn
+        flags = cudnn.deterministic, cudnn.benchmark
+        with random_state_kept():
             try:
+                if self.settings.deterministic:
+                    # The same kernels every time: bit for bit the same run, on as many threads.
+                    cudnn.deterministic, cudnn.benchmark = True, False
+                if resume:
+                    self._restore()
+                progress = self.progress
+                if folder is not None:
+                    # All wait for the first: the others would else begin to train for a run that cannot be written.
+                    self.team.first(lambda: folder.begin(progress.step, self.identity))
+                if progress.before is None:
+                    progress.before = self._validate(self.raw)
+                self.callback.begin(RunStart(self.epochs, self.steps, progress.step, progress.before, self.note))
                 while not progress.done:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
@@ -171,6 +148,8 @@ class Trainer:
                 if understood is None:
                     raise
                 raise understood from error
+            finally:
+                cudnn.deterministic, cudnn.benchmark = flags
             if folder is not None and self.team.leads:
                 folder.close()
         return progress
@@ -190,28 +169,26 @@ class Trainer:
                 size = self.reader.schedule.size(progress.within)
                 rate = self._step(group, size)
                 progress.step, progress.within, here = progress.step + 1, progress.within + 1, here + size
-                self._after_step(rate, here / (time.perf_counter() - start), last=progress.within == end)
+                # An epoch's last step is saved with its end.
+                last = progress.within == end
+                due = settings.save_every is not None and progress.step % settings.save_every == 0
+                if due or last or progress.step % self._look_every == 0:
+                    self._check_loss()
+                    speed = here / (time.perf_counter() - start)
+                    self._report(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
+                if due and not last:
+                    self._check_weights()
+                    self._save()
         seconds = time.perf_counter() - start
         self._end_epoch(rate, here / seconds if seconds else 0.0, seconds)
 
-    def _after_step(self, rate: float, speed: float, last: bool) -> None:
-        """Check the loss, report it, and save, each where it is due; an epoch's last step is saved with its end."""
-        progress, every = self.progress, self.settings.save_every
-        due = every is not None and progress.step % every == 0
-        if due or last or progress.step % self._look_every == 0:
-            self._check_loss()
-            self._report(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
-        if due and not last:
-            self._check_weights()
-            self._save()
-
     def _end_epoch(self, rate: float, speed: float, seconds: float) -> None:
         """Validate, keep the weights if they are the best so far, and save."""
-        progress = self.progress
+        progress, patience = self.progress, self.settings.patience
         self._check_weights()
         # Running statistics differ between processes that do not share them: the first one's are kept.
-        self.team.follow_(self.kept_model)
-        validation, best = self._validate(self.kept_model), progress.best
+        self.team.follow_(self._kept_model)
+        validation, best = self._validate(self._kept_model), progress.best
         better = True
         if validation is not None and best is not None:
             better = (validation.top1, -validation.loss) > (best.top1, -best.loss)
@@ -232,25 +209,22 @@ class Trainer:
             seconds=seconds,
             skipped=progress.skipped,
         )
-        patience = self.settings.patience
         progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
-        progress.start_epoch()
+        progress.within, progress.loss, progress.correct, progress.seen, progress.skipped = 0, 0.0, 0.0, 0.0, 0
         self._report(row)
         if better:
-            self.best = map_tensors(dict(self.kept_model.state_dict()), lambda tensor: tensor.detach().cpu().clone())
+            self.best = map_tensors(dict(self._kept_model.state_dict()), lambda tensor: tensor.detach().cpu().clone())
         self._save(better)
 
     def _step(self, group: Sequence[Batch], size: int) -> float:
         """Make one step on `size` images over all processes; return the learning rate."""
-        settings, progress = self.settings, self.progress
-        seed_(settings.seed, "step", progress.step, self.team.rank)
-        rate = set_rate_(self.optimizer, rate_at(progress.step, self.steps, settings))
+        seed_(self.settings.seed, "step", self.progress.step, self.team.rank)
+        rate = set_rate_(self.optimizer, rate_at(self.progress.step, self.steps, self.settings))
         for number, batch in enumerate(group, start=1):
-            alone = nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner)
-            with alone:
+            with nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner):
                 self._learn(batch, size)
-        if settings.clip is not None:
-            self.accelerator.clip_grad_norm_(self.raw.parameters(), settings.clip)
+        if self.settings.clip is not None:
+            self.accelerator.clip_grad_norm_(self.raw.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -265,7 +239,7 @@ class Trainer:
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
-            loss, scores = self.work.objective.loss(self.raw, self.runner, images, targets)
+            loss, scores = self.objective.loss(self.raw, self.runner, images, targets)
         # Gradients are averaged over the processes: this factor makes it the gradient of the mean over all images.
         self.accelerator.backward(loss * self.team.size / size)
         right = (scores.detach().argmax(1) == labels).sum()
@@ -274,7 +248,7 @@ class Trainer:
         self.progress.skipped += batch.skipped
 
     def _check_loss(self) -> None:
-        """Add up the sums of all processes since the last call; raise AsymswapError where the loss is not finite."""
+        """Add up the sums of all processes since the last call; raise AsymswapError if the loss is not finite."""
         loss, correct, seen = self.team.sum(self._pending.double().cpu()).tolist()
         self._pending.zero_()
         progress = self.progress
@@ -290,43 +264,40 @@ class Trainer:
             raise self._diverged(f"{found[0]!r} holds {found[1]} after step {self.progress.step}")
 
     def _diverged(self, what: str) -> AsymswapError:
-        folder = self.work.folder
+        folder = self.folder
         good = "" if folder is None or not folder.last.exists() else f"; the last good checkpoint is {folder.last}"
-        advice = "a smaller --lr, --clip 1 or a longer --warmup"
-        if self.settings.precision == "fp16":
-            advice += ", or --precision bf16"
+        half = ", or `precision=bf16`" if self.settings.precision == "fp16" else ""
         return AsymswapError(
-            f"{what} (epoch {self.progress.epoch + 1}, --lr {self.settings.base_lr:g}): stopped{good}; try {advice}"
+            f"{what} (epoch {self.progress.epoch + 1}, `lr={self.settings.base_lr:g}`): stopped{good}; try a smaller "
+            f"`lr=…`, `clip=1` or a longer `warmup=…`{half}"
         )
 
     def _understood(self, error: Exception) -> AsymswapError | None:
-        """Return an error of torch in the user's words, if it is one that the user can do something about."""
+        """Return an error of torch in the user's words, if the user can do something about it."""
         text, settings = str(error), self.settings
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            half = max(1, settings.batch_size // 2)
             return AsymswapError(
-                f"not enough memory for --batch-size {settings.batch_size}; --batch-size {half} --accumulate "
-                f"{2 * settings.accumulate} gives the same step in less"
+                f"not enough memory for `batch_size={settings.batch_size}`; `batch_size="
+                f"{max(1, settings.batch_size // 2)}` with `accumulate={2 * settings.accumulate}` gives the same step"
             )
         if "more than 1 value per channel" in text:
             return AsymswapError(
-                f"a batch norm got a single image: {len(self.work.parts.train)} images at --batch-size "
-                f"{settings.batch_size} leave batches that are too small; give a larger --batch-size"
+                f"a batch norm got a single image, of {len(self.parts.train)} images with "
+                f"`batch_size={settings.batch_size}`; give a larger `batch_size=…`"
             )
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
             return AsymswapError(
-                "another process of the run has died, and without it none goes on; --resume does, and torchrun "
-                "--max-restarts 3 by itself"
+                "another process of the run has died, and none can go on without it; `resume=True` continues the run, "
+                "as torchrun does by itself with --max-restarts 3"
             )
         return None
 
     def _validate(self, model: nn.Module) -> Scores | None:
-        data = self.work.parts.validation
-        if data is None:
+        if self.parts.validation is None:
             return None
         found = predict(
             model,
-            data,
+            self.parts.validation,
             batch_size=2 * self.settings.batch_size,
             workers=self.settings.workers or 0,
             strict=self.settings.strict,
@@ -343,28 +314,26 @@ class Trainer:
     def _report(self, row: StepRow | EpochRow) -> None:
         if not self.team.leads:
             return
-        if self.work.folder is not None:
-            self.work.folder.add(row)
+        if self.folder is not None:
+            self.folder.add(row)
         if isinstance(row, EpochRow):
-            self.work.callback.epoch(row)
+            self.callback.epoch(row)
         else:
-            self.work.callback.step(row)
+            self.callback.step(row)
 
     def _save(self, better: bool = False) -> None:
         """Save all that the next step depends on; at the end of an epoch first the checkpoints."""
-        folder, progress = self.work.folder, self.progress
+        folder, progress, scaler = self.folder, self.progress, self.accelerator.scaler
         if folder is None:
             return
 
         def write() -> None:
             if progress.within == 0:
-                if better:
-                    self.work.write(folder.best, self.kept_model, progress)
-                self.work.write(folder.last, self.kept_model, progress)
-            scaler = self.accelerator.scaler
+                for path in (folder.best, folder.last) if better else (folder.last,):
+                    self.write(path, self._kept_model, progress)
             folder.save_state(
                 {
-                    "identity": dict(self.work.identity),
+                    "identity": dict(self.identity),
                     "progress": asdict(progress),
                     "model": self.raw.state_dict(),
                     "average": None if self.average is None else self.average.state_dict(),
@@ -376,19 +345,19 @@ class Trainer:
         self.team.first(write)
 
     def _restore(self) -> None:
-        """Take over the state in the folder, if there is one."""
-        folder = self.work.folder
+        """Continue from the state in the folder, if there is one."""
+        folder = self.folder
         found = None if folder is None else self.team.first(folder.read_state)
         if folder is None or found is None:
             return
-        check_same(self.work.identity, found["identity"], folder.folder)
+        check_same(self.identity, found["identity"], folder.folder)
         self.raw.load_state_dict(found["model"])
         if self.average is not None:
             self.average.load_state_dict(found["average"])
         self.optimizer.load_state_dict(found["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found["scaler"])
-        self.progress = Progress.from_plain(found["progress"])
+        self.progress = TypeAdapter(Progress).validate_python(found["progress"])
         if self.progress.best_epoch:
             best = self.team.first(lambda: read_checkpoint(folder.best))
             self.best = {**best.state, **best.extra}
@@ -401,34 +370,20 @@ def make_accelerator(settings: Training, team: Team) -> Any:
 
     # One process may train several times, and accelerate keeps the first run's precision for good.
     AcceleratorState._reset_state(reset_partial_state=True)
-    precision = "no" if settings.precision == "fp32" else settings.precision
-    # Several processes without GPUs would each train by itself if accelerate were not told that this is meant.
+    named = f"`precision={settings.precision}`"
+    # Several processes without GPUs would each train on its own if accelerate did not know that this is meant.
     cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
     try:
-        accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+        accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision, cpu=cpu)
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
-        raise AsymswapError(
-            f"--precision {settings.precision} is not available here ({reason}); try bf16 or fp32"
-        ) from None
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate would train in fp32 without a word.
-        raise AsymswapError("--precision fp16 needs a GPU; use bf16 or fp32")
+        raise AsymswapError(f"{named} is not available here ({reason}); try bf16 or fp32") from None
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would silently train in fp32.
+        raise AsymswapError(f"{named} needs a GPU; use bf16 or fp32")
     if accelerator.num_processes != team.size:
         raise AsymswapError(
             f"{accelerator.num_processes} processes were started and {team.size} of them train together; call finetune "
             "with the team of asymswap.utils.distributed.joined()"
         )
     return accelerator
-
-
-@contextmanager
-def _same_kernels(deterministic: bool) -> Iterator[None]:
-    """Let cuDNN choose the same deterministic kernels every time: bit for bit the same run, on as many threads."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    if deterministic:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

@@ -1,6 +1,6 @@
 """Several processes that work on one conversion or training, as `torchrun` starts them.
 
-torch is loaded only where there are several: the command line asks here before it shows its first progress bar.
+torch is loaded only if there are several: the command line asks here before it shows its first progress bar.
 """
 
 from __future__ import annotations
@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TIMEOUT = datetime.timedelta(days=1)
-"""How long a process waits for the others: the first one alone may polish for hours."""
+_TIMEOUT = datetime.timedelta(days=1)  # a process waits for the others: the first one alone may polish for hours
 
 
 @dataclass(frozen=True)
 class Team:
-    """This process's number among `size` of them; in a team of one, the default, nothing is exchanged.
-
-    Every process must make the same calls in the same order.
-    """
+    """The rank of this process among `size`, which must all make the same calls in order; one exchanges nothing."""
 
     rank: int = 0
     size: int = 1
@@ -104,9 +100,9 @@ def in_team() -> bool:
 def end_process(code: str | int | None) -> NoReturn:
     """End this process with the code of a `SystemExit`, after its exit handlers, but without Python's own teardown.
 
-    torch's DistributedDataParallel never releases its process group, destroyed or not: the threads of the group outlive
-    both (torch 2.14). One that drops a tensor during the teardown aborts the process, and torchrun then counts a
-    training as failed whose results are all written. `multiprocessing` ends its processes like this too.
+    The threads of DistributedDataParallel's process group outlive it, destroyed or not (torch 2.14). One that drops a
+    tensor during the teardown aborts the process, and torchrun counts a finished training as failed. `multiprocessing`
+    ends its processes like this too.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)  # noqa: T201  # as Python itself does
@@ -117,24 +113,8 @@ def end_process(code: str | int | None) -> NoReturn:
 
 
 @contextmanager
-def _stdout_as_stderr() -> Iterator[None]:
-    """Send what libraries print to stderr while the block lasts: gloo reports its peers on stdout (torch 2.9)."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-@contextmanager
 def joined(gpus: bool = False) -> Iterator[Team]:
-    """Join the team in which `torchrun` has started this process, while the block lasts; a team of one without it.
-
-    With `gpus`, tensors on GPUs are exchanged too, if there are any.
-    """
+    """Join the team in which `torchrun` started this process, with `gpus` for their tensors too; else a team of one."""
     if not in_team():
         yield ALONE
         return
@@ -148,8 +128,15 @@ def joined(gpus: bool = False) -> Iterator[Team]:
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
     backend = "cpu:gloo,cuda:nccl" if both else "gloo"
-    with _stdout_as_stderr():
+    # gloo reports its peers on stdout (torch 2.9): send that to stderr.
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
     try:
         yield Team(dist.get_rank(), size)
     finally:

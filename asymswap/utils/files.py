@@ -1,8 +1,8 @@
-"""Files are written completely or not at all, none is replaced without leave, and none may change while it is read.
+"""Files are written completely or not at all, none is replaced without permission or may change while it is read.
 
-A file is written into a folder of its own beside its target, `.NAME.XXXXXXXX.part`, and renamed from there. Whatever
-goes wrong, the folder is removed; only a process that is killed, or a power failure, leaves one behind. Its writer
-holds a lock in it while it lives, so that the next writer in the same place can tell an abandoned one, and removes it.
+A file is written into a folder beside its target, `.NAME.XXXXXXXX.part`, and renamed from there. Whatever goes wrong,
+the folder is removed; only a killed process or a power failure leaves one behind. Its writer holds a lock in it, so
+that the next writer in the same place can recognise an abandoned one, and removes it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _DRAFT = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.part", re.DOTALL)
 _LOCK = "lock"
 
 
-def check_output(path: Path, force: bool, option: str = "-o") -> None:
-    """Raise OutputError where a file cannot be written, before any work is done for it; `option` is what named it."""
+def check_output(path: Path, force: bool, option: str = "") -> None:  # noqa: ARG001  # callers still give `option`
+    """Raise OutputError where a file cannot be written, before any work is done for it."""
     folder = path.parent
     try:
         if path.is_dir():
             raise OutputError(f"{path} is a folder; give a file name in it")
         if path.exists() and not path.is_file():
-            raise OutputError(f"{path} is a device or a pipe, which a file would take the place of; give another name")
+            raise OutputError(f"{path} is a device or a pipe, which a file would replace; give another name")
         if path.exists() and not force:
-            raise OutputError(f"{path} exists already; give another name with {option}, or --force to replace it")
+            raise OutputError(f"{path} exists already; give another name, or `force=True` to replace it")
     except OSError as error:
         raise OutputError(f"{path} cannot be the name of a file: {error.strerror}") from None
     if not folder.exists():
@@ -43,22 +43,19 @@ def check_output(path: Path, force: bool, option: str = "-o") -> None:
     if not folder.is_dir():
         raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} cannot be written to; give another with {option}")
+        raise OutputError(f"the folder {folder} cannot be written to; give another")
 
 
 def check_distinct(files: Mapping[str, Path | None]) -> None:
     """Raise OutputError where two options name one file; `files` are paths by the option that names them."""
     named: dict[Path, str] = {}
     for option, path in files.items():
-        if path is None:
-            continue
-        other = named.setdefault(path.resolve(), option)
-        if other != option:
+        if path is not None and (other := named.setdefault(path.resolve(), option)) != option:
             raise OutputError(f"{other} and {option} both name {path}; give them two files")
 
 
 def real_cause(error: Exception) -> BaseException:
-    """Return what stopped a writer: torch's and safetensors' wrap an error of the system's, or Ctrl-C, in their own."""
+    """Return what stopped a writer: torch and safetensors wrap a system error, or Ctrl-C, in their own errors."""
     cause = error.__context__
     if isinstance(cause, OSError | KeyboardInterrupt):
         return cause
@@ -77,7 +74,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield draft
             with draft.open("rb") as file:
                 os.fsync(file.fileno())
-            # Some writers put a file of their own there, which only its owner may read.
+            # Some writers make a file of their own there, which only its owner may read.
             draft.chmod(mode)
             draft.replace(path)
     except OSError as error:
@@ -98,7 +95,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 @contextmanager
 def _draft_folder(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path`, on the same disk, with a lock held; it is removed in the end."""
-    # The name must not grow too long with what is added, nor be that of another draft for the same file.
+    # The name must not become too long, nor be the name of another draft for the same file.
     folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     folder.mkdir(mode=0o700)
     try:
@@ -120,7 +117,7 @@ def _remove_abandoned(place: Path) -> None:
         return
     with suppress(OSError):
         for folder in [entry for entry in place.iterdir() if _DRAFT.fullmatch(entry.name)]:
-            # Without a lock file it is only just being made, or is none of ours.
+            # Without a lock file it is only just being made, or not ours.
             with suppress(OSError), (folder / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -128,29 +125,23 @@ def _remove_abandoned(place: Path) -> None:
 
 @contextmanager
 def fail_if_modified(*paths: Path) -> Iterator[None]:
-    """Raise SourceError where one of the files is written to, cut off or replaced while the block runs.
+    """Raise SourceError, before any error of the block, if one of the files is modified while it runs."""
 
-    That goes before errors of the block itself, which may come from the change.
-    """
-    before = [_state(path) for path in paths]
+    def state(path: Path) -> tuple[int, ...] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    before = [state(path) for path in paths]
     cause = None
     try:
         yield
     except AsymswapError as error:
         cause = error
-    for path, state in zip(paths, before, strict=True):
-        if _state(path) != state:
-            raise SourceError(
-                f"{path} was changed while it was being read; run again when nothing writes to it"
-            ) from cause
+    for path, was in zip(paths, before, strict=True):
+        if state(path) != was:
+            raise SourceError(f"{path} changed while it was being read; run again when nothing writes to it") from cause
     if cause is not None:
         raise cause
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """Return which file it is, and when it was last changed."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

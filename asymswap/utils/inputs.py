@@ -15,7 +15,7 @@ Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
 
 PORTION = 3 * 224 * 224
-"""Numbers in the inputs of one forward pass, if there is a choice: one image of the usual size, many small ones."""
+"""Numbers in the inputs of one forward pass, if there is a choice: one image of the usual size, or many small ones."""
 
 
 def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:
@@ -24,17 +24,14 @@ def example(preprocessing: Preprocessing, dtype: torch.dtype) -> Inputs:
 
 
 def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, seed: int = 0) -> Inputs:
-    """Return random inputs, the same for a seed: normal with mean 0 and deviation 1, much like normalised images.
-
-    Networks that take lists of images normalise them themselves: theirs are uniform between 0 and 1.
-    """
+    """Return random inputs: normal, like normalised images; for networks that normalise lists, from 0 to 1."""
     generator = seeded(seed)
     draw = torch.rand if preprocessing.form == "image-list" else torch.randn
     return _make(preprocessing, images, lambda *shape: draw(*shape, generator=generator).to(dtype))
 
 
 def with_values(inputs: Inputs) -> Inputs:
-    """Return the inputs with random numbers between 0 and 1, always the same, in place of meta tensors."""
+    """Return the inputs with random numbers from 0 to 1, always the same, in place of meta tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
@@ -45,10 +42,7 @@ def with_values(inputs: Inputs) -> Inputs:
 
 
 def portions(inputs: Inputs) -> Iterator[Inputs]:
-    """Yield the inputs in order, in pieces of at most PORTION numbers, and at least one input.
-
-    In a small network feature maps take most of the memory.
-    """
+    """Yield the inputs in order, in portions of at most PORTION numbers, but at least one input."""
     count = len(inputs[0])
     each = sum(tensor.numel() for tensor in list_tensors(inputs)) // count
     step = max(1, PORTION // max(1, each))
@@ -57,12 +51,12 @@ def portions(inputs: Inputs) -> Iterator[Inputs]:
 
 
 def sizes(inputs: Inputs) -> str:
-    """Return the inputs' sizes: `1x3x224x224`, several with commas between."""
+    """Return the inputs' sizes, such as `1x3x224x224`, separated by commas."""
     return ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
 
 
 def describe(inputs: Inputs) -> str:
-    """Return the inputs' description for a message: `an input of 1x3x224x224`."""
+    """Describe the inputs for a message: `an input of 1x3x224x224`."""
     return f"an input of {sizes(inputs)}"
 
 

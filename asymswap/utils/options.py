@@ -1,4 +1,4 @@
-"""Options declared once: a dataclass field that carries its help text, from which the command line makes an option."""
+"""Options declared once: dataclass fields with help texts, from which the command line makes its options."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _T = TypeVar("_T")
 def option(default: _T, help: str, panel: str | None, **about: Any) -> _T:
     """Return a dataclass field that `asymswap.cli.fields` turns into a command line option.
 
-    `about` may have `name` (`--lr`; by default the field's own), `shown` (the default as the help shows it), `metavar`,
-    and `text=True` where the command line takes text that it parses itself.
+    `about` may have `name` (the flag, by default from the field's name), `shown` (the default as the help shows it),
+    `metavar`, and `text=True` if the command line parses the text itself.
     """
     made: _T = dataclasses.field(default=default, metadata={"help": help, "panel": panel, **about})
     return made

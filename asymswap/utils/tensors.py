@@ -1,4 +1,4 @@
-"""Helpers for nested values of tensors and for whole modules."""
+"""Helpers for nested values of tensors, whole modules, random numbers and threads."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import dataclasses
 import hashlib
 import itertools
 import mmap
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import AsymswapError
 
-_AT_ONCE = 2
-"""Threads of `side_by_side`: each layer holds float64 copies of its kernel and covariance meanwhile."""
+_AT_ONCE = 2  # threads of `side_by_side`: each layer holds float64 copies of its kernel and covariance meanwhile
+
+_HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
+"""Attributes that transformers and earlier torch versions leave on modules and weights; they do nothing."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -60,8 +64,8 @@ def to_meta(value: Any) -> Any:
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule.
 
-    A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: torchvision's feature extractors
-    then lose their other graph, and every graph its hooks and the modules that it does not call.
+    A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
+    does not call, and the second graph of torchvision's feature extractors.
     """
     memo = {} if memo is None else memo
     given = set(memo)
@@ -81,10 +85,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
 
 
 def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Return a deep copy of a module with `change(tensor)` in place of each of the given tensors.
-
-    What was shared stays shared; a parameter stays a parameter and keeps its `requires_grad`.
-    """
+    """Return a deep copy with `change(tensor)` for the given tensors; sharing, parameters and `requires_grad` stay."""
     memo: dict[int, Any] = {}
     for tensor in tensors:
         new = change(tensor.detach())
@@ -93,7 +94,7 @@ def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Ten
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield tensors that modules hold as plain attributes, neither parameter nor buffer (such as weight_norm's)."""
+    """Yield tensors that modules hold as plain attributes, neither parameter nor buffer (as weight_norm does)."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
@@ -105,21 +106,13 @@ def store_(target: Tensor, numbers: Tensor) -> None:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """True for a tensor of four dimensions in that memory format, and not in the usual one as well."""
+    """Return True for a tensor of four dimensions in this memory format, and not in the default one as well."""
     fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return fits and not tensor.is_contiguous()
 
 
-_HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
-"""Attributes that transformers and earlier torch versions leave on modules and weights; they do nothing."""
-
-
 def additions(module: nn.Module, fresh: nn.Module) -> str | None:
-    """Describe what a module has that a `fresh` one of its class lacks; None for nothing.
-
-    A module in its place would drop it: hooks, methods replaced on the instance, attributes, further parameters and
-    buffers, and hooks and attributes of its parameters.
-    """
+    """Describe hooks, attributes, methods or parameters that a `fresh` module of the class lacks; None for nothing."""
     own = vars(fresh)
     added = [key for key in vars(module) if key not in own and key not in _HARMLESS]
     methods = [key for key in added if callable(getattr(type(module), key, None))]
@@ -153,35 +146,28 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def allocated(model: nn.Module) -> nn.Module:
     """Return a deep copy with unset memory on the CPU for every parameter and buffer on the meta device.
 
-    The system hands out memory when it is written to: a module that takes over the tensors of a file never takes any.
+    The memory comes from the system, which hands it out when it is written to: a module that takes over the tensors of
+    a file never takes any. After the first free of a block of megabytes malloc would take smaller ones from its heap,
+    where feature maps of many sizes leave holes, in a DenseNet as large as its weights.
     """
+
+    def unset(ghost: Tensor) -> Tensor:
+        size = ghost.untyped_storage().nbytes()
+        nothing = torch.empty_like(ghost.new_empty(0), device="cpu")
+        if not size or nothing.is_meta:  # within WithoutMemory
+            return torch.empty_like(ghost, device="cpu")
+        try:
+            memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"{size} bytes are not available") from error
+        return torch.frombuffer(memory, dtype=ghost.dtype).as_strided(ghost.shape, ghost.stride())
+
     ghosts = [tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_meta]
-    return copy_with(model, ghosts, _unset)
-
-
-def _unset(ghost: Tensor) -> Tensor:
-    """Return a tensor like it on the CPU, in memory of its own from the system.
-
-    Not from malloc: after the first free of a block of megabytes it takes all smaller ones from its heap, where feature
-    maps of many sizes leave holes, in a DenseNet as large as its weights.
-    """
-    size = ghost.untyped_storage().nbytes()
-    nothing = torch.empty_like(ghost.new_empty(0), device="cpu")
-    if not size or nothing.is_meta:  # WithoutMemory is at work
-        return torch.empty_like(ghost, device="cpu")
-    try:
-        memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
-    except (OSError, OverflowError) as error:
-        raise MemoryError(f"{size} bytes are not available") from error
-    return torch.frombuffer(memory, dtype=ghost.dtype).as_strided(ghost.shape, ghost.stride())
+    return copy_with(model, ghosts, unset)
 
 
 class WithoutMemory(TorchFunctionMode):
-    """Make the given functions of torch create their tensors on the meta device while it lasts.
-
-    `torch.device("meta")` would affect every tensor, and some networks compute their sizes with tensors. `torch.empty`
-    alone makes all weights of layers, and nothing else.
-    """
+    """Make functions of torch (`torch.empty` makes all weights of layers) use the meta device while it lasts."""
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         super().__init__()
@@ -195,10 +181,7 @@ class WithoutMemory(TorchFunctionMode):
 
 
 class WithinMemory(TorchFunctionMode):
-    """Limit the bytes that `torch.empty`, with which every layer makes its weights, takes in all while it lasts.
-
-    MemoryError is raised instead of taking more.
-    """
+    """Limit the total bytes of `torch.empty`, with which every layer makes its weights; MemoryError beyond."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -225,13 +208,13 @@ def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the numbers of a tensor row by row, without a copy where they lie so already."""
+    """Return the numbers of a tensor row by row, without a copy if they are already in that order."""
     numbers: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return numbers
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names and numbers: a flipped bit of a number would show nowhere else."""
+    """Return the SHA-256 over names and numbers; nothing else would show a flipped bit."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())
@@ -246,7 +229,7 @@ def number_for(*words: object) -> int:
 
 
 def generator_for(*words: object) -> torch.Generator:
-    """Return a generator that depends on the words alone, not on what else was drawn."""
+    """Return a generator that depends on the words alone, not on other random numbers."""
     return torch.Generator().manual_seed(number_for(*words))
 
 
@@ -258,9 +241,37 @@ def seeded(seed: int) -> torch.Generator:
         raise AsymswapError(f"the seed {seed} is out of range; give one from 0 to {2**63 - 1}") from None
 
 
+def seed_(*words: object) -> None:
+    """Seed Python's, NumPy's and torch's global generators, on all devices, by the words."""
+    number = number_for(*words)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+@contextmanager
+def drawn_from(*words: object) -> Iterator[None]:
+    """Let torch's CPU generator, which augmentations use, depend on the words alone while the block lasts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(number_for(*words))
+        yield
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the caller's global random states at the end of the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode while the block lasts, then each module into its own former mode."""
+    """Put models into eval mode while the block lasts, then each module back into its own mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -275,8 +286,8 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Keep LAPACK's eigensolvers to one thread.
 
-    They synchronise threads thousands of times for little work each: that saves a sixth to a third of the time on idle
-    cores, and takes ten to a hundred times as long where another program keeps one of the cores busy.
+    They synchronise threads thousands of times for little work each, which saves a sixth to a third of the time on idle
+    cores, and takes ten to a hundred times as long if another program keeps a core busy.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -292,31 +303,28 @@ def side_by_side(
     step: Callable[[int], None] = lambda _: None,
     alone: Callable[[_Item], bool] = lambda _: False,
 ) -> list[_Result]:
-    """Return `function` of every item, in order; two run at once where torch has two threads, each on one thread.
+    """Return `function` of every item, in order; two run at once if torch has two threads, each on one thread.
 
     Two eigensolvers on one thread each take little more than half the time of two runs on two threads, and results are
     the same to the bit either way. Items that are `alone` take too much memory to run beside another; they come first.
-    `step` gets the number of items done. Of several exceptions the first in this order is raised once running items
-    have ended; the rest are not begun. The function may run in other threads: it must not draw from torch's global
-    generator, nor rely on a mode (`torch.no_grad`) that was set here.
+    `step` gets the number of items done. The first exception in this order is raised once running items have ended; the
+    rest are not begun. The function may run in other threads: it must not draw from torch's global generator, nor rely
+    on a mode (`torch.no_grad`) that was set here.
     """
     results: dict[int, _Result] = {}
-
-    def keep(number: int, result: _Result) -> None:
-        results[number] = result
-        step(len(results))
-
     solitary = [number for number, item in enumerate(items) if alone(item)]
     workers = min(torch.get_num_threads(), _AT_ONCE)
     with one_thread():
         for number in solitary:
-            keep(number, function(items[number]))
+            results[number] = function(items[number])
+            step(len(results))
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             others = [number for number in range(len(items)) if number not in results]
             futures = [pool.submit(function, items[number]) for number in others]
             try:
                 for number, future in zip(others, futures, strict=True):
-                    keep(number, future.result())
+                    results[number] = future.result()
+                    step(len(results))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

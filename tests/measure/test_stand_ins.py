@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import asymswap
 from asymswap.errors import AsymswapError
-from asymswap.measure.stand_ins import check_stand_ins
+from asymswap.measure.fidelity import check_stand_ins
 
 X = torch.empty(1, 3, 8, 8, device="meta")
 

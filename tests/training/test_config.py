@@ -10,9 +10,9 @@ from asymswap.training.config import Training, check_same
 
 def test_differences_are_named() -> None:
     given, stored = Training(lr=0.1).identity(), Training(epochs=3).identity()
-    with pytest.raises(AsymswapError, match=r"--lr 0\.1 \(was 0\.001\).*resume it with the same ones") as error:
+    with pytest.raises(AsymswapError, match=r"`lr=0\.1` \(was 0\.001\).*resume it with the same ones") as error:
         check_same(given, stored, "x.run")
-    assert "--epochs 10 (was 3)" in str(error.value)
+    assert "`epochs=10` (was 3)" in str(error.value)
     check_same(given, dict(given), "x.run")
 
 
@@ -23,5 +23,5 @@ def test_what_only_changes_the_speed_may_differ() -> None:
 def test_runs_of_earlier_versions_had_an_option_for_shared_batch_statistics() -> None:
     """It changed nothing in one process; several without GPUs would go on in another way."""
     check_same({"processes": 1}, {"processes": 1, "sync_bn": True}, "x.run")
-    with pytest.raises(AsymswapError, match=r"--sync-bn None \(was True\)"):
+    with pytest.raises(AsymswapError, match=r"`sync_bn=None` \(was True\)"):
         check_same({"processes": 2}, {"processes": 2, "sync_bn": True}, "x.run")

@@ -18,8 +18,17 @@ from asymswap.errors import SourceError
 from asymswap.models.networks import digits_resnet
 from asymswap.models.opening import open_model
 from asymswap.training.config import Training
-from asymswap.training.distillation import Objective, Teacher, all_scores, caught, divergence, feature_error
-from asymswap.training.teacher import ORIGINAL, blocks_around, find_teacher
+from asymswap.training.distillation import (
+    ORIGINAL,
+    Objective,
+    Teacher,
+    all_scores,
+    blocks_around,
+    caught,
+    divergence,
+    feature_error,
+    find_teacher,
+)
 from asymswap.types import Origin, Swap
 
 
@@ -106,9 +115,11 @@ def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
     with pytest.raises(SourceError, match=r"returns tensors of shape \(2, 3, 4\), not images x class scores"):
         all_scores(torch.zeros(2, 3, 4))
     student, teacher = Scores(1.0, 2.0), Teacher(Scores(1.0, 2.0, 3.0), "wide", {})
-    with pytest.raises(SourceError, match=r"the teacher wide scores 3 classes, the model 2; give --distill a teacher"):
+    with pytest.raises(
+        SourceError, match=r"the teacher wide scores 3 classes, the model 2; give as `distill=…` a teacher"
+    ):
         taught(teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
-    with pytest.raises(SourceError, match=r"--distill-features finds no block of the same output in the teacher"):
+    with pytest.raises(SourceError, match=r"no block of the teacher has the same output"):
         taught(Teacher(Scores(1.0, 2.0), "same", {}), distill_features=1.0).loss(
             student, student, IMAGES, torch.tensor([0, 1])
         )
@@ -171,7 +182,7 @@ def test_the_original_of_a_file_must_be_the_file_that_was_converted(tmp_path: Pa
         for key, tensor in teacher.model.state_dict().items():
             assert torch.equal(tensor, model.state_dict()[key])
     torch.save(digits_resnet().state_dict(), path)
-    with pytest.raises(SourceError, match=r"mine.pt is not the file any more that was converted .its SHA-256 differs"):
+    with pytest.raises(SourceError, match=r"mine.pt is no longer the file that was converted .its SHA-256 differs"):
         find_teacher(header, ORIGINAL, digits_resnet(), tmp_path)
     path.unlink()
     with pytest.raises(SourceError, match=r"mine.pt is not beside the checkpoint in .*; put it there, or give the te"):
@@ -207,7 +218,7 @@ def test_nothing_is_downloaded_for_the_original(tmp_path: Path, monkeypatch: pyt
 def test_originals_that_cannot_be_fetched(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"the original digits-resnet had random weights, which are not kept"):
         find_teacher(stored(tmp_path, "digits-resnet", weights="none"), ORIGINAL, digits_resnet())
-    with pytest.raises(SourceError, match=r"does not tell which model it was made of; give the teacher: --distill REF"):
+    with pytest.raises(SourceError, match=r"does not say which model it was made from; give the teacher, `distill=…`"):
         find_teacher(
             asymswap.convert(asymswap.open_model(digits_resnet(), input_size=(1, 8, 8)), "3x3-only").header,
             ORIGINAL,
@@ -252,7 +263,7 @@ def test_an_origin_that_reads_like_code_is_never_imported(
         origin=Origin(f"{kind}:build"),
         provenance={"report": {"model": model, "files": [{"path": str(weights)}]}},
     )
-    with pytest.raises(SourceError, match=r"does not tell which file it was made of; give the teacher: --distill REF"):
+    with pytest.raises(SourceError, match=r"does not say which file it was made from; give the teacher, `distill=…`"):
         find_teacher(header, ORIGINAL, digits_resnet())
     with pytest.raises(SourceError, match=rf"no model '{kind}:build', and no such file"):
         open_model(f"{kind}:build")

@@ -17,7 +17,6 @@ from asymswap.training.optimizer import (
     choose_trained_,
     frozen_norms,
     make_optimizer,
-    parameter_groups,
     rate_at,
     set_rate_,
 )
@@ -36,7 +35,7 @@ def converted(kind: str, tmp_path: Any) -> Any:
 def test_only_weights_decay_and_offsets_learn_slowly(kind: str, tmp_path: Any) -> None:
     """An oracle by name and shape, over every kind that there is."""
     model = converted(kind, tmp_path).model
-    groups = parameter_groups(model, Training(lr=0.5, weight_decay=0.25, offset_lr_scale=0.1))
+    groups = make_optimizer(model, Training(lr=0.5, weight_decay=0.25, offset_lr_scale=0.1)).param_groups
     found = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))  # type: ignore[arg-type]
     offsets = 0
@@ -75,7 +74,7 @@ def test_batch_norms_alone(tmp_path: Any) -> None:
 def test_nothing_to_train() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1))
     for what, lacks in (("new", "replaced layer"), ("bn", "batch norm")):
-        with pytest.raises(AsymswapError, match=f"--train {what} has nothing to train: the model has no {lacks}"):
+        with pytest.raises(AsymswapError, match=f"`train={what}` has nothing to train: the model has no {lacks}"):
             choose_trained_(model, what, [])
 
 
@@ -100,15 +99,15 @@ def test_every_group_follows_the_schedule(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"optimizer": "adamv"}, "--optimizer 'adamv' is unknown; did you mean adamw"),
-        ({"precision": "int4"}, "--precision 'int4' is unknown; choose fp32, bf16, fp16"),
-        ({"epochs": 0}, "--epochs 0 must be above 0"),
-        ({"lr": float("nan")}, "--lr nan must be above 0"),
-        ({"weight_decay": -1.0}, "--weight-decay -1 must be at least 0"),
-        ({"ema": 1.0}, "--ema 1 must be below 1"),
-        ({"epochs": 1, "steps": 1}, "give either --epochs or --steps"),
-        ({"patience": 2, "validation": "none"}, "--patience needs images to validate on"),
-        ({"distill_features": 0.5}, "--distill-features needs a teacher: add --distill"),
+        ({"optimizer": "adamv"}, "the setting optimizer 'adamv' is unknown; did you mean adamw"),
+        ({"precision": "int4"}, "the setting precision 'int4' is unknown; choose fp32, bf16, fp16"),
+        ({"epochs": 0}, "`epochs=0` must be above 0"),
+        ({"lr": float("nan")}, "`lr=nan` must be above 0"),
+        ({"weight_decay": -1.0}, "`weight_decay=-1` must be at least 0"),
+        ({"ema": 1.0}, "`ema=1` must be below 1"),
+        ({"epochs": 1, "steps": 1}, "give either `epochs=…` or `steps=…`"),
+        ({"patience": 2, "validation": "none"}, "`patience=2` needs images to validate on"),
+        ({"distill_features": 0.5}, "`distill_features=0.5` needs a teacher: add `distill=…`"),
     ],
 )
 def test_settings_that_make_no_sense(fields: dict[str, Any], said: str) -> None:

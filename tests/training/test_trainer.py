@@ -25,8 +25,7 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import AsymswapError, CheckpointError, OutputError
 from asymswap.results.finetune import EpochRow, RunStart, StepRow
 from asymswap.training import trainer as loop
-from asymswap.training.callbacks import Callback
-from asymswap.training.config import Training
+from asymswap.training.config import Callback, Training
 from asymswap.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -376,15 +375,15 @@ def test_a_loss_that_is_no_number_stops_and_the_last_good_checkpoint_stays(start
 
     def poisoned(self: Any, *arguments: Any) -> None:
         epoch(self, *arguments)
-        good.update(weights(self.work.folder.last))
+        good.update(weights(self.folder.last))
         with torch.no_grad():
             self.raw.head.bias.fill_(float("nan"))
 
     loop.Trainer._end_epoch = poisoned  # type: ignore[method-assign]
     try:
         said = (
-            r"the loss is nan at step 7 .epoch 2, --lr 0.005.: stopped; the last good checkpoint is "
-            r".*out.run/last.pt; try a smaller --lr, --clip 1 or a longer --warmup"
+            r"the loss is nan at step 7 .epoch 2, `lr=0.005`.: stopped; the last good checkpoint is "
+            r".*out.run/last.pt; try a smaller `lr=…`, `clip=1` or a longer `warmup=…`"
         )
         with pytest.raises(AsymswapError, match=said):
             start.train("out.pt")
@@ -396,7 +395,7 @@ def test_a_loss_that_is_no_number_stops_and_the_last_good_checkpoint_stays(start
 
 
 def test_a_rate_that_is_far_too_high_ends_in_words(start: Start) -> None:
-    with pytest.raises(AsymswapError, match=r"(loss is|holds) (nan|inf|NaN|infinity).*: stopped; try a smaller --lr"):
+    with pytest.raises(AsymswapError, match=r"(loss is|holds) (nan|inf|NaN|infinity).*: stopped; try a smaller `lr=…`"):
         start.train("out.pt", Training(steps=30, optimizer="sgd", lr=1e12, augment=("none",)))
 
 
@@ -409,7 +408,7 @@ def test_no_memory_left(start: Start, monkeypatch: pytest.MonkeyPatch, error: Ex
 
     monkeypatch.setattr(loop.Trainer, "_learn", fails)
     with pytest.raises(
-        AsymswapError, match=r"not enough memory for --batch-size 32; --batch-size 16 --accumulate 2 gives"
+        AsymswapError, match=r"not enough memory for `batch_size=32`; `batch_size=16` with `accumulate=2` gives"
     ):
         start.train("out.pt")
 
@@ -420,7 +419,7 @@ def test_batches_of_one_image(start: Start) -> None:
             super().__init__()
             self.head = nn.Sequential(nn.Linear(32, 10), nn.BatchNorm1d(10))  # type: ignore[assignment]
 
-    with pytest.raises(AsymswapError, match=r"a batch norm got a single image: .* give a larger --batch-size"):
+    with pytest.raises(AsymswapError, match=r"a batch norm got a single image, .* give a larger `batch_size=…`"):
         asymswap.finetune(
             asymswap.open_model(Normed(), input_size=(1, 8, 8), preprocessing=HALF),
             start.digits,
@@ -455,10 +454,10 @@ def test_a_full_disk_leaves_the_former_state_whole(start: Start, monkeypatch: py
 
 def test_a_run_is_resumed_as_it_was_begun(start: Start) -> None:
     start.train("out.pt", Training(steps=2))
-    with pytest.raises(AsymswapError, match=r"begun with other settings: --steps 4 \(was 2\), --lr 0.01 \(was 0.001\)"):
+    with pytest.raises(AsymswapError, match=r"begun with other settings: `steps=4` \(was 2\), `lr=0.01` \(was 0.001\)"):
         start.train("out.pt", Training(steps=4, lr=0.01), resume=True)
     with pytest.raises(
-        AsymswapError, match=r"there is a run in .*out.run already; --resume continues it, --force begins"
+        AsymswapError, match=r"there is a run in .*out.run already; continue it with `resume=True`, start again"
     ):
         start.train("y.pt", Training(steps=2), run=(start / "out.run"))
     # A finished run is finished; one that is forced begins anew.
@@ -484,12 +483,14 @@ def test_a_state_that_is_damaged(start: Start, content: bytes) -> None:
     folder = start / "out.run"
     folder.mkdir()
     (folder / "state.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"the run's state .*state.pt is damaged .*; begin anew: --force"):
+    with pytest.raises(
+        CheckpointError, match=r"the run's state .*state.pt is damaged .*; start again with `force=True`"
+    ):
         start.train("out.pt", resume=True)
     for value in ({"asymswap_training": 1, "nn": nn.Conv2d}, {"asymswap_training": 99}, [1]):
         torch.save(value, folder / "state.pt")
         with pytest.raises(
-            CheckpointError, match=r"state.pt is not the state of a run of this version; begin anew: --force"
+            CheckpointError, match=r"state.pt is not the state of a run of this version; start again with `force=True`"
         ):
             start.train("out.pt", resume=True)
 
@@ -498,7 +499,7 @@ def test_half_precision(start: Start) -> None:
     report = start.train("out.pt", Training(steps=20, precision="bf16", lr=3e-3, augment=("none",))).report
     assert report.best.loss < report.before.loss
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(start / "out.pt").values())
-    with pytest.raises(AsymswapError, match=r"--precision fp16 needs a GPU; use bf16 or fp32"):
+    with pytest.raises(AsymswapError, match=r"`precision=fp16` needs a GPU; use bf16 or fp32"):
         start.train("half.pt", Training(steps=1, precision="fp16", cpu=True))
 
 

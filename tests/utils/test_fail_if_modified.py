@@ -19,7 +19,7 @@ from asymswap.models.networks import digits_resnet
 from asymswap.utils.files import fail_if_modified
 
 Refusal = Callable[..., str]
-CHANGED = r"was changed while it was being read; run again when nothing writes to it"
+CHANGED = r"changed while it was being read; run again when nothing writes to it"
 
 
 def write_to(path: Path) -> None:

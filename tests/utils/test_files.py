@@ -40,9 +40,9 @@ def test_new_and_forced_files_may_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "force", "expected"),
     [
-        ("old", False, r"old exists already; give another name with -o, or --force to replace it"),
+        ("old", False, r"old exists already; give another name, or `force=True` to replace it"),
         ("folder", True, r"folder is a folder; give a file name in it"),
-        ("pipe", True, r"pipe is a device or a pipe, which a file would take the place of; give another name"),
+        ("pipe", True, r"pipe is a device or a pipe, which a file would replace; give another name"),
         ("no/new", True, r"the folder .*no does not exist; create it with mkdir -p .*no"),
         ("old/new", True, r"old is not a folder, so new cannot be written there"),
         ("n" * 300, True, r"n cannot be the name of a file: File name too long"),
@@ -58,7 +58,7 @@ def test_files_that_cannot_be_written(name: str, force: bool, expected: str, tmp
 
 def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(OutputError, match=r"the folder .* cannot be written to; give another with -o"):
+    with pytest.raises(OutputError, match=r"the folder .* cannot be written to; give another"):
         check_output(tmp_path / "new", force=False)
 
 
