@@ -41,7 +41,7 @@ def plural(number: int, what: str) -> str:
 
 def time_share(ratio: Ratio) -> str:
     """A ratio of times as a percentage, with a question mark where it cannot be told from 1."""
-    return percent(ratio.value) + (" ?" if not ratio.told else "")
+    return percent(ratio.value) + (" ?" if not ratio.is_significant else "")
 
 
 def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str]:
@@ -53,8 +53,8 @@ def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str
         if ratio is None:
             continue
         surety = confidence(ratio)
-        if ratio.vague or not ratio.told:
-            (noisy if ratio.vague else equal).append(f"{name} {ratio.low:.2f} to {ratio.high:.2f}")
+        if ratio.is_noisy or not ratio.is_significant:
+            (noisy if ratio.is_noisy else equal).append(f"{name} {ratio.low:.2f} to {ratio.high:.2f}")
     lines = []
     if noisy:
         lines.append(

@@ -132,11 +132,9 @@ class Trainer:
 
     def _prepare_data(self) -> None:
         train, settings = self.work.parts.train, self.settings
-        assert train.pictures is not None
-        assert train.preprocessing is not None
         transform = training_transform(train.preprocessing, self.work.presets)
         images = TrainingImages(train.pictures, transform, settings.seed, settings.strict)
-        schedule = Schedule(len(images), settings.batch_size, settings.accumulate, self.team, settings.seed)
+        schedule = Schedule(len(train), settings.batch_size, settings.accumulate, self.team, settings.seed)
         self.reader = Reader(images, schedule, settings.workers or 0)
         epochs, steps = settings.length
         self.steps = steps if steps is not None else int(epochs or 0) * schedule.steps

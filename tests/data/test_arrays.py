@@ -228,14 +228,16 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_collections_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no folder cifar-100-python; give the folder that holds it, or --downl"):
+    with pytest.raises(
+        SourceError, match=r"has no folder cifar-100-python; give the folder above it, or `download=True`"
+    ):
         open_data(f"cifar100:{tmp_path}", COLOUR, "train")
     (tmp_path / "MNIST").mkdir()
     with pytest.raises(SourceError, match=r"mnist:.* cannot be read \(Dataset not found"):
         open_data(f"mnist:{tmp_path}", COLOUR, "train")
     with pytest.raises(SourceError, match=r"cifra10:x' is neither .*; did you mean cifar10"):
         open_data("cifra10:x", COLOUR, "train")
-    with pytest.raises(SourceError, match=r"--download is for cifar10, .*; data 'digits.x' cannot be downloaded"):
+    with pytest.raises(SourceError, match=r"`download=True` is for cifar10, .*; 'digits.x' cannot be downloaded"):
         open_data("digits.x", COLOUR, "train", download=True)
 
 
