@@ -13,32 +13,34 @@ from rich.console import RenderableType
 
 from asymswap.errors import OutputError, near_names
 from asymswap.reporting import format as fmt
-from asymswap.reporting.html import percent_of, render
-from asymswap.reporting.tables import WIDE, Change, Column, Table, changes, layout, paragraphs, written
+from asymswap.reporting.pages import percent_of, render
+from asymswap.reporting.tables import WIDE, Change, Column, Table, bold, changes, document, screen
 from asymswap.results.convert import LatencyRow, Report, SiteRow
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
 
+# Terminals of at least this many columns show everything that is known of a layer.
 _FULL = 150
-"""Terminals of at least this many columns show everything that is known of a layer."""
 
 _ERRORS = (
-    "Kernel error: Frobenius norm of the kernel's change over that of the kernel. Error: the same of the layer's "
+    "Kernel error: Frobenius norm of the kernel's change over the norm of the kernel. Error: the same of the layer's "
     "output on the probe, the layer seeing the original's input."
 )
+MARKS = "●■▲◆▼✚▮"
+"""The signs of the kinds in their order, so that they differ in shape as well as in colour."""
 
 SUFFIXES = (".html", ".json", ".md")
 
 
 def check_suffix(path: Path) -> None:
-    """Raise OutputError for an ending that stands for no form of a report."""
+    """Raise OutputError unless the file name ends as a report does."""
     if path.suffix not in SUFFIXES:
-        hint = near_names(path.suffix, SUFFIXES)
-        raise OutputError(f"--report {path}: the file must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}{hint}")
+        known = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise OutputError(f"report {path}: the file must end in {known}{near_names(path.suffix, SUFFIXES)}")
 
 
 def report_text(report: Report, provenance: Provenance, path: Path) -> str:
-    """Return the report in the form that the file's ending stands for."""
+    """Return the report in the form that the file's ending chooses."""
     if path.suffix == ".html":
         return to_html(report, provenance)
     if path.suffix == ".md":
@@ -55,12 +57,11 @@ def _headline(report: Report) -> list[Change]:
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
-    if report.latency is not None:
-        was, now = 1e3 * report.latency.before, 1e3 * report.latency.after
-        remark = f"batch {report.latency.batch}, {report.latency.memory_format}"
+    latency, acc = report.latency, report.accuracy
+    if latency is not None:
+        remark, was, now = f"batch {latency.batch}, {latency.memory_format}", 1e3 * latency.before, 1e3 * latency.after
         rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format, remark=remark))
-    if report.accuracy is not None:
-        acc = report.accuracy
+    if acc is not None:
         points, remark = f"{100 * (acc.after - acc.before):+.2f} points", f"{acc.images:,} images"
         rows.append(Change("top-1", acc.before, acc.after, fmt.accuracy, fmt.accuracy, points, remark))
     return rows
@@ -69,7 +70,7 @@ def _headline(report: Report) -> list[Change]:
 def layer_table(report: Report, width: int | None = None) -> Table:
     """Return a row for each conv, and below them the rest of the model and the total.
 
-    For a terminal, whose width is given, only swapped convs have one, and kinds are named only where they differ.
+    For a terminal of a given width, only swapped convs have rows, and kinds are named only if they differ.
     """
 
     def becomes(row: SiteRow, settings: str) -> str:
@@ -121,56 +122,51 @@ def layer_table(report: Report, width: int | None = None) -> Table:
 
 def report_view(report: Report, width: int) -> RenderableType:
     """Return headline figures, what was done to each conv, what was kept and why, and the fine print."""
-    model = report.model
+    model, kept = report.model, _kept(report.sites)
     origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
-    title = f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped"
-    kept = _kept(report.sites)
-    return layout(
-        [written(title, "bold"), *paragraphs(_first_lines(report), "yellow")],
-        [changes(_headline(report)).terminal()],
-        [layer_table(report, width).terminal(width)] if report.swapped else [],
-        paragraphs(["Kept: " + "; ".join(kept)] if kept else []),
-        paragraphs(_fine_print(report), "dim"),
+    return screen(
+        f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
+        _first_lines(report),
+        changes(_headline(report)),
+        layer_table(report, width),
+        ["Kept: " + "; ".join(kept)] if kept else [],
+        fine_print=_fine_print(report),
+        width=width,
     )
 
 
 def to_markdown(report: Report) -> str:
     """Return the whole report as one Markdown document."""
-    model = report.model
-    calibration = report.calibration
+    model, calibration = report.model, report.calibration
     facts = [f"Recipe: {report.recipe}.", *_fine_print(report)]
     facts += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
     facts += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration is not None else []
-    facts.append(f"asymswap {report.asymswap}.")
-    lines = [
-        f"# {fmt.markdown_text(model.reference)} converted: {len(report.swapped)} of {len(report.sites)} convs swapped",
-        "",
-        *(f"**{fmt.markdown_text(line)}**\n" for line in _first_lines(report)),
-        *changes(_headline(report)).markdown(),
-        "",
-        *(f"- {fmt.markdown_text(fact)}" for fact in facts),
-        "",
-        *layer_table(report).markdown(),
-        "",
+    title = (
+        f"{fmt.markdown_text(model.reference)} converted: {len(report.swapped)} of {len(report.sites)} convs swapped"
+    )
+    return document(
+        f"# {title}",
+        *bold(map(fmt.sentence, _first_lines(report))),
+        changes(_headline(report)),
+        [*facts, f"asymswap {report.asymswap}."],
+        layer_table(report),
         f"{_ERRORS} MACs of one forward pass, batch 1.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _first_lines(report: Report) -> list[str]:
-    """Return what to read before any figure: the warnings, and if nothing was swapped, the command that tells why."""
-    lines = [fmt.sentence(warning) for warning in report.warnings]
+    """Return what to read before any figure: the warnings, and if nothing was swapped, the command that says why."""
     reference = report.model.reference
     if not report.sites:
-        lines.append(f"Nothing was swapped: {reference} has no Conv2d.")
-    elif not report.swapped:
-        lines.append(f"Nothing was swapped; `asymswap candidates {reference}` tells what each conv would save.")
-    return lines
+        return [*report.warnings, f"nothing was swapped: {reference} has no Conv2d"]
+    if not report.swapped:
+        advice = f"`asymswap candidates {reference}` tells what each conv would save"
+        return [*report.warnings, f"nothing was swapped; {advice}"]
+    return [*report.warnings]
 
 
 def _kept(rows: Iterable[SiteRow]) -> list[str]:
-    """Return the reasons why sites were kept, the commonest first, with their number; up to three are named."""
+    """Return why sites were kept, the commonest reason first, with their number; up to three are named."""
     sites: dict[str, list[str]] = {}
     for row in rows:
         if row.action == "keep":
@@ -227,10 +223,6 @@ def _fine_print(report: Report) -> list[str]:
     return lines
 
 
-MARKS = "●■▲◆▼✚▮"
-"""What stands for the kinds in their order, so that they differ in shape as well as in colour."""
-
-
 _FUSED = (
     Column("Layer", attrgetter("site"), side="fold"),
     Column("Was", attrgetter("kind"), side="left"),
@@ -251,7 +243,7 @@ def to_html(report: Report, provenance: Provenance) -> str:
         fmt=fmt,
         macs=MACS,
         errors=_ERRORS,
-        first_lines=_first_lines(report),
+        first_lines=map(fmt.sentence, _first_lines(report)),
         figures=_headline(report),
         percent_of=percent_of,
         marks=marks,
@@ -270,7 +262,7 @@ _PANELS: tuple[tuple[str, Callable[[Any], str], dict[str, Callable[[Any], float 
     ("Parameters", fmt.count, {"before": attrgetter("before.params"), "after": attrgetter("after.params")}),
     ("Error", fmt.error, {"after": attrgetter("output_error"), "predicted": attrgetter("predicted_error")}),
 )
-"""The panels of the picture: title, how a value is written, and what each bar of a layer shows, by its class."""
+"""The panels of the picture: title, how to write a value, and what each bar of a layer shows, by its class."""
 
 
 def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
@@ -289,7 +281,7 @@ def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
 
 
 def _details(row: SiteRow, report: Report) -> list[tuple[str, str]]:
-    """Return what is said of a layer where its details are opened; what is empty is left out."""
+    """Return the details of a layer; the page leaves out empty ones."""
     facts = [("share of the model's MACs before", fmt.share(row.before.macs, report.before.macs))]
     facts += [(key, str(value)) for key, value in row.settings.items()]
     if row.action == "swap":
@@ -304,7 +296,7 @@ def _details(row: SiteRow, report: Report) -> list[tuple[str, str]]:
 
 
 def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:
-    """Return which model was converted, and how; what is empty is left out."""
+    """Return which model was converted, and how; the page leaves out what is empty."""
     model = report.model
     versions = {"asymswap": report.asymswap, **provenance.versions}
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())

@@ -181,7 +181,7 @@ def test_what_cannot_be_told_stops(
     assert any("as they are: give `normalize=…`" in line for line in as_it_is.warnings)
     # The same data as if it were a folder of pictures.
     monkeypatch.setattr("asymswap.data.normalization._holds_tensors", lambda _: False)
-    said = rf"nobody said how images are normalised for \w+, and it cannot be told \(.*{reason}.*give `normalize=…` .imagenet"
+    said = rf"nobody said how images are normalised for \w+, and it cannot be told \(.*{reason}.*`normalize=…` .image"
     with pytest.raises(SourceError, match=said):
         fed(made, data[3])
     for calibration, evaluate in ((Calibration(data[3], images=8), None), (None, data[3])):
