@@ -96,10 +96,7 @@ def check_suffix(path: Path) -> None:
 
 
 def write_checkpoint(path: Path, model: nn.Module, header: Header, check: Callable[[Stored], None]) -> None:
-    """Write a converted model; `check` first gets what a reader would get, and raises if it does not load.
-
-    The suffix chooses the form. Raises OutputError if the file cannot be written.
-    """
+    """Write a converted model in the form of the suffix, or raise OutputError; `check` gets what a reader would get."""
     check_suffix(path)
     tensors, extra = what_is_stored(model)
     extra_text, inside = extra_state.to_text(extra)
@@ -229,22 +226,18 @@ def _parse(text: str, label: str) -> _FileHeader:
             raise ValueError("control characters, which a terminal would obey")
         data = _FILE_HEADER.validate_json(text)
         pre = data.preprocessing
-        if (
-            min(pre.channels, pre.frames, *pre.size) < 1
-            or pre.channels * pre.frames * math.prod(pre.size) > _LARGEST_INPUT
-        ):
+        height, width = pre.size
+        numbers = pre.channels * pre.frames * height * width
+        if min(pre.channels, pre.frames, height, width) < 1 or numbers > _LARGEST_INPUT:
             clip = f" in {pre.frames} frames" if pre.frames != 1 else ""
-            raise ValueError(
-                f"preprocessing: no image has {pre.channels} channels of {pre.size[0]}x{pre.size[1]} pixels{clip}"
-            )
+            raise ValueError(f"preprocessing: no image has {pre.channels} channels of {height}x{width} pixels{clip}")
         if not pre.channels == len(pre.mean) == len(pre.std):
             raise ValueError(f"preprocessing: a mean and a deviation are needed for each of {pre.channels} channels")
         if not all(map(math.isfinite, pre.mean)) or not all(0 < std < math.inf for std in pre.std):
             raise ValueError("preprocessing: means must be numbers, and deviations numbers above 0")
-    except ValidationError as error:
-        raise CheckpointError(f"{label} has a damaged header: {validation_text(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label} has a damaged header: {error}") from None
+        reason = validation_text(error) if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"{label} has a damaged header: {reason}") from None
     return data
 
 

@@ -73,7 +73,7 @@ class ConvSpec:
 
     @property
     def pads(self) -> tuple[int, int, int, int]:
-        """Pixels padded left, right, above and below; an uneven `"same"` has one more right and below."""
+        """Pixels padded left, right, above and below; `"same"` may have one more right and below."""
         if self.padding == "valid":
             return 0, 0, 0, 0
         if isinstance(self.padding, str):
@@ -104,15 +104,12 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a conv in a forward pass: sizes of its input and output feature map, and the number of images.
+    """One run of a conv in a forward pass."""
 
-    `batched` is False if the conv was given one image without a batch dimension.
-    """
-
-    input: Size
+    input: Size  # of the feature map, as is the output
     output: Size
     batch: int = 1
-    batched: bool = True
+    batched: bool = True  # False: one image without a batch dimension
 
     @classmethod
     def of(cls, input: Sequence[int], output: Sequence[int]) -> Call:
@@ -123,17 +120,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A node beside a conv in the fx graph.
+    """A node beside a conv in the fx graph."""
 
-    `op` is a canonical name (`batch_norm`, `relu`, `add`, `concat`, `conv`, `input` …), `name` the module's or node's
-    own name; `direct` is False if a batch norm is between the conv and this node. `alone` is True if the module is
-    known to run once in a forward pass, so that it sees this conv and nothing else.
-    """
-
-    op: str
-    name: str
-    direct: bool = True
-    alone: bool = False
+    op: str  # canonical: `batch_norm`, `relu`, `add`, `concat`, `conv`, `input` …
+    name: str  # the module's or node's own
+    direct: bool = True  # False: a batch norm is between the conv and this node
+    alone: bool = False  # True: the module is known to run once in a forward pass, on the output of this conv
 
 
 def norm_behind(after: Sequence[Neighbour]) -> str | None:
@@ -145,19 +137,15 @@ def norm_behind(after: Sequence[Neighbour]) -> str | None:
 
 @dataclass(frozen=True)
 class Site:
-    """One `nn.Conv2d` in its place in a model.
-
-    `aliases` are further names of the same module; `refusal` is the reason why no kind may replace it, if any;
-    `before` and `after` are None if torch.fx could not trace the model.
-    """
+    """One `nn.Conv2d` in its place in a model."""
 
     name: str
     conv: ConvSpec
     calls: tuple[Call, ...]
-    aliases: tuple[str, ...] = ()
-    before: tuple[Neighbour, ...] | None = None
+    aliases: tuple[str, ...] = ()  # further names of the same module
+    before: tuple[Neighbour, ...] | None = None  # None, as `after`, if torch.fx could not trace the model
     after: tuple[Neighbour, ...] | None = None
-    refusal: str | None = None
+    refusal: str | None = None  # why no kind may replace it
 
     @property
     def cost(self) -> Cost:
@@ -177,11 +165,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Swap:
-    """A site to be replaced: by which kind, with which resolved settings, and why.
-
-    `predicted` is the relative error that the plan expects: of the kernel, or with calibration of the layer's output.
-    `absorbs` is the batch norm that the replacement takes over, and that becomes an identity.
-    """
+    """A site to be replaced: by which kind, with which resolved settings, and why."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -189,8 +173,8 @@ class Swap:
     kind: str
     settings: Mapping[str, Any]
     reason: str = ""
-    predicted: float | None = None
-    absorbs: str | None = None
+    predicted: float | None = None  # expected relative error: of the kernel, or with calibration of the output
+    absorbs: str | None = None  # the batch norm that the replacement takes over, and that becomes an identity
 
 
 @dataclass(frozen=True)
@@ -227,11 +211,7 @@ or the network's batch norms (`asked`); else the usual is `assumed`.
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised per channel.
-
-    `resize` is the length of the shorter side before the crop; None if the image is resized to `size` at once.
-    `frames` is the number of images in a clip; `bgr`: channels, also of `mean` and `std`, are blue, green, red.
-    """
+    """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -239,11 +219,11 @@ class Preprocessing:
     size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | None = None
+    resize: int | None = None  # length of the shorter side before the crop; None: resized to `size` at once
     interpolation: str = "bilinear"
     form: InputForm = "images"
-    frames: int = 1
-    bgr: bool = False
+    frames: int = 1  # images in a clip
+    bgr: bool = False  # channels, also of `mean` and `std`, are blue, green, red
     normalization_from: KnownFrom = "file"
     size_from: KnownFrom = "file"
 
@@ -255,12 +235,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Fed:
-    """How images were prepared for a network, and who said so.
-
-    `low` and `high` are what black and white pixels become; `normalization` is the usual name of mean and std, if they
-    have one. `distances` compares the images' statistics under each normalisation with those in the network's first
-    batch norms: 0 where they agree, 1 where they have nothing in common.
-    """
+    """How images were prepared for a network, and who said so."""
 
     input: str
     size_from: KnownFrom
@@ -269,25 +244,22 @@ class Fed:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bgr: bool
-    low: float
-    high: float
-    normalization: str | None
+    low: float  # what a black pixel becomes
+    high: float  # what a white pixel becomes
+    normalization: str | None  # the usual name of mean and std
     normalization_from: KnownFrom
+    # How far the images' statistics under each normalisation are from those in the network's first batch norms, 0 to 1.
     distances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to swap a site that a budget may choose: resolved settings, the replacement's cost, and its error.
+    """One way to swap a site that a budget may choose."""
 
-    `error` is the squared error relative to the layer's energy, from 0 to 1: of its kernel, or with calibration
-    statistics of its output. `loss` is what a budget minimises, comparable between sites.
-    """
-
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # resolved
     cost: Cost
-    error: float
-    loss: float
+    error: float  # squared, relative to the layer's energy, 0 to 1: of the kernel, or with statistics of the output
+    loss: float  # what a budget minimises, comparable between sites
 
 
 @dataclass(frozen=True)
@@ -306,28 +278,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class Seconds:
-    """One forward pass: the minimum and the median of all passes.
-
-    `spread` is the distance between the quartiles of the rounds over their median. Short passes are run several times
-    in a round; the fastest of them counts for the spread.
-    """
+    """The time of one forward pass, over all passes."""
 
     minimum: float
     median: float
-    spread: float
+    spread: float  # distance between the quartiles of the rounds' fastest passes over their median
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The time of one model over another's: the median over the rounds of the ratio within a round.
-
-    `low` and `high` enclose the true median with this confidence, which is 95 % unless the rounds were too few.
-    """
+    """The time of one model over another's: the median over the rounds of the ratio within a round."""
 
     value: float
-    low: float
+    low: float  # with `high`, the interval of the true median
     high: float
-    confidence: float = 0.95
+    confidence: float = 0.95  # less if the rounds were too few
 
     @property
     def is_significant(self) -> bool:
@@ -362,15 +327,11 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site with what `separable` could save there, or the reason why it is no candidate.
-
-    `break_even` is the largest rank that still saves something, `half` half of that rank. If a recipe asks for another
-    `kind`, `becomes` is the cost of the replacement, where that is known without the weights.
-    """
+    """A site with what `separable` could save there, or the reason why it is no candidate."""
 
     site: Site
     reason: str | None = None
-    break_even: RankCost | None = None
-    half: RankCost | None = None
-    kind: str = "separable"
-    becomes: Cost | None = None
+    break_even: RankCost | None = None  # the largest rank that still saves something
+    half: RankCost | None = None  # half of that rank
+    kind: str = "separable"  # or what the recipe asks for
+    becomes: Cost | None = None  # the cost of another kind, if it is known without the weights

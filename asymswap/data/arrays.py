@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asymswap.data.images import Pictures, pictures_in_memory
+from asymswap.data.images import Pictures
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
@@ -37,8 +37,7 @@ class _UnfitError(Exception):
 def read_arrays(path: Path, part: str, channels: int) -> tuple[Pictures, tuple[str, ...]]:
     """Return the pictures in a file and the names of their classes; without labels, all are -1 and there is no class.
 
-    A file may hold both parts: `images_train`, `labels_train`, `images_test` … (or `x_train`, as others name them).
-    Raises SourceError if the file cannot be read or holds no images.
+    A file may hold both parts: `images_train`, `labels_train`, `x_test` … Raises SourceError if it holds no images.
     """
     try:
         entries = _read(path)
@@ -47,13 +46,13 @@ def read_arrays(path: Path, part: str, channels: int) -> tuple[Pictures, tuple[s
             raise _UnfitError(f"holds no images (its entries: {', '.join(entries) or 'none'})")
         tensor = _as_images(_tensor(images))
         if labels is None:
-            return pictures_in_memory(tensor, [-1] * len(tensor), channels), ()
+            return Pictures.in_memory(tensor, [-1] * len(tensor), channels), ()
         numbers = _as_labels(_tensor(labels), len(tensor))
         classes = entries.get("classes")
         names = _as_names(range(max(numbers) + 1) if classes is None else classes)
         if max(numbers) >= len(names):
             raise _UnfitError(f"has a label {max(numbers)}, but names only {len(names)} classes")
-        return pictures_in_memory(tensor, numbers, channels), names
+        return Pictures.in_memory(tensor, numbers, channels), names
     except _UnfitError as error:
         raise SourceError(f"data {path} {error}") from None
 

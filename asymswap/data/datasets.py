@@ -28,15 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from asymswap.data import arrays
-from asymswap.data.images import (
-    PIL_MODES,
-    Pictures,
-    class_names,
-    image_files,
-    pictures_in_class_folders,
-    pictures_in_files,
-    pictures_in_memory,
-)
+from asymswap.data.images import PIL_MODES, Pictures, class_names, image_files
 from asymswap.errors import SourceError, near_names
 from asymswap.types import Preprocessing
 
@@ -71,16 +63,13 @@ class _Inputs(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures with the names of their classes and a description; `images` are the network inputs made of them.
-
-    `has_val`: the data has a part for validation too.
-    """
+    """Pictures with the names of their classes and a description; `images` are the network inputs made of them."""
 
     pictures: Pictures
     classes: tuple[str, ...]
     description: str
     preprocessing: Preprocessing
-    has_val: bool = False
+    has_val: bool = False  # the data has a part for validation too
 
     def __len__(self) -> int:
         return len(self.pictures.labels)
@@ -100,10 +89,9 @@ def open_data(
     """Open a part of the data that `reference` names; `val` is for folders that have it.
 
     A folder that holds `train` and `test` (or `val`) folders of class folders is split by them; any other folder is
-    the same for both parts, and so is a file of tensors that does not name parts itself. A folder called digits is
-    given as `./digits`. `download` fetches what torchvision can; with `unlabelled` labels are not needed.
-
-    Raises SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
+    the same for all parts, and so is a file of tensors that does not name parts itself. A folder called digits is
+    given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
+    SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
     """
     _check(preprocessing)
     if reference == "digits":
@@ -157,7 +145,7 @@ def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
     chosen = train if part == "train" else test
     # scikit-learn's pixels count from 0 to 16.
     images = torch.from_numpy(digits.images).to(torch.float32)[chosen, None] / 16
-    pictures = pictures_in_memory(images, [labels[i] for i in chosen], preprocessing.channels)
+    pictures = Pictures.in_memory(images, [labels[i] for i in chosen], preprocessing.channels)
     classes = tuple(str(name) for name in digits.target_names)
     description = f"digits (scikit-learn): {len(chosen)} {part} images of {len(classes)} classes"
     # These pictures fill their frame, so that a crop would cut them: they are always resized as a whole.
@@ -167,8 +155,8 @@ def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
 def _open_collection(
     name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
 ) -> LabelledImages:
-    """Open one of torchvision's data sets below a folder, or in the unpacked folder itself."""
     make, holds = COLLECTIONS[name]
+    # The folder above, or the unpacked folder itself.
     root = folder.parent if folder.name == holds else folder
     if not download and not (root / holds).is_dir():
         raise SourceError(f"data {name}:{folder} has no folder {holds}; give the folder above it, or `download=True`")
@@ -197,11 +185,11 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
         files = image_files(root)
         if not files:
             raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
-        pictures = pictures_in_files(files, [-1] * len(files), preprocessing.channels)
+        pictures = Pictures.in_files(files, [-1] * len(files), preprocessing.channels)
         return LabelledImages(pictures, (), f"folder {root}: {len(files)} images", preprocessing)
     if not classes:
         raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
-    pictures = pictures_in_class_folders(root, classes, preprocessing.channels)
+    pictures = Pictures.in_class_folders(root, classes, preprocessing.channels)
     if not pictures.labels:
         raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
     description = f"folder {root}: {len(pictures.labels)} images of {len(classes)} classes"
@@ -218,9 +206,10 @@ def _part_folder(folder: Path, part: Part) -> Path:
     suitable = ("test", "val") if part == "test" else (part,)
     name = next((name for name in suitable if name in present), None)
     if name is None:
+        lacking = " or ".join(suitable)
         raise SourceError(
-            f"data folder '{folder}' holds {' and '.join(present)}, but no folder {' or '.join(suitable)} that holds "
-            "class folders; add it, or give the folder that is meant"
+            f"data folder '{folder}' holds {' and '.join(present)}, but no folder {lacking} that holds class folders; "
+            "add it, or give the folder that is meant"
         )
     # Labels are positions among the names: with other classes they would shift unnoticed.
     if parts["train"] and parts["train"] != parts[name]:

@@ -23,15 +23,31 @@ PIL_MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures by number, with their class numbers (-1 without labels).
+    """Pictures by number, before they are preprocessed."""
 
-    `picture` returns one as a PIL image or as a float C x H x W tensor from 0 to 1, and raises SourceError if it cannot
-    be read; `ready` is True for pictures in memory, which need no workers.
-    """
+    labels: Sequence[int]  # class numbers, -1 without labels
+    picture: Callable[[int], Any]  # a PIL image, or a float C x H x W tensor from 0 to 1; SourceError if unreadable
+    ready: bool = True  # in memory, so that no workers are needed
 
-    labels: Sequence[int]
-    picture: Callable[[int], Any]
-    ready: bool = True
+    @classmethod
+    def in_memory(cls, images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
+        """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
+        return cls(labels, partial(_from_memory, images, channels))
+
+    @classmethod
+    def in_files(cls, paths: Sequence[str | Path], labels: Sequence[int], channels: int) -> Pictures:
+        """Return the pictures in image files."""
+        return cls(labels, partial(_from_file, paths, PIL_MODES[channels]), ready=False)
+
+    @classmethod
+    def in_class_folders(cls, root: Path, classes: Sequence[str], channels: int) -> Pictures:
+        """Return the images in the class folders of `root`.
+
+        As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
+        """
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = make_dataset(str(root), numbers, is_valid_file=lambda path: _is_image(Path(path)), allow_empty=True)
+        return cls.in_files([path for path, _ in samples], [label for _, label in samples], channels)
 
     def some(self, chosen: Sequence[int]) -> Pictures:
         """Return some of the pictures, in a given order."""
@@ -42,11 +58,6 @@ def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> An
     return picture(chosen[index])
 
 
-def pictures_in_memory(images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
-    """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
-    return Pictures(labels, partial(_from_memory, images, channels))
-
-
 def _from_memory(images: Tensor, channels: int, index: int) -> TensorImage:
     image = images[index]
     image = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image.to(torch.float32)
@@ -55,11 +66,6 @@ def _from_memory(images: Tensor, channels: int, index: int) -> TensorImage:
     elif image.shape[0] > channels:
         image = v2.functional.rgb_to_grayscale(image)
     return TensorImage(image)
-
-
-def pictures_in_files(paths: Sequence[str | Path], labels: Sequence[int], channels: int) -> Pictures:
-    """Return the pictures in image files."""
-    return Pictures(labels, partial(_from_file, paths, PIL_MODES[channels]), ready=False)
 
 
 def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Image:
@@ -74,16 +80,6 @@ def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Imag
     # Besides its own OSErrors, Pillow passes decoders' errors on, and refuses decompression bombs.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SourceError(f"image '{paths[index]}' cannot be read ({error}); remove or replace it") from error
-
-
-def pictures_in_class_folders(root: Path, classes: Sequence[str], channels: int) -> Pictures:
-    """Return the images in the class folders of `root`.
-
-    As torchvision's ImageFolder, but without hidden files and folders, which editors and archives leave (`._x.jpg`).
-    """
-    numbers = {name: number for number, name in enumerate(classes)}
-    samples = make_dataset(str(root), numbers, is_valid_file=lambda path: _is_image(Path(path)), allow_empty=True)
-    return pictures_in_files([path for path, _ in samples], [label for _, label in samples], channels)
 
 
 def image_files(folder: Path) -> list[Path]:

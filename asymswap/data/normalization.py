@@ -26,16 +26,8 @@ from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.data.images import Pictures
 from asymswap.data.predict import placement
 from asymswap.errors import SourceError, TraceError
+from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
-from asymswap.models.preprocessing import (
-    Normalization,
-    fed,
-    name_of,
-    normalization_of,
-    size_warning,
-    usual,
-    with_normalization,
-)
 from asymswap.types import Fed, Preprocessing, Size
 from asymswap.utils.tensors import eval_mode, seeded
 
@@ -67,11 +59,11 @@ class Feeding:
 
 @dataclass(frozen=True)
 class _Answer:
-    """The distance of each normalisation, and those that are alike the best; or why the batch norms say nothing."""
+    """What the batch norms say."""
 
-    distances: Mapping[str, float]
-    alike: frozenset[str] = frozenset()
-    silence: str = ""
+    distances: Mapping[str, float]  # by normalisation
+    alike: frozenset[str] = frozenset()  # those nearly the same as the best, itself included
+    silence: str = ""  # why they say nothing
 
 
 def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
@@ -109,7 +101,7 @@ def feeding_of(
         settled, decided = _decide(known, answer, label, tensors)
     else:
         settled, decided = known, _objections(known, answer, label)
-    return Feeding(settled, fed(settled, answer.distances), (*decided, *warnings))
+    return Feeding(settled, pre.fed(settled, answer.distances), (*decided, *warnings))
 
 
 def _holds_tensors(reference: str) -> bool:
@@ -131,7 +123,7 @@ def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tu
             f"`input_size={known.channels}x{size}` if this one was trained on them as they are",
         )
     if native is None:
-        return known, size_warning(known)
+        return known, pre.size_warning(known)
     sized = replace(known, size=native, resize=None, size_from="images")
     return sized, (
         f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` if the "
@@ -155,7 +147,7 @@ def _common_size(pictures: Pictures, order: Sequence[int]) -> Size | None:
 
 def _sample(data: LabelledImages, known: Preprocessing, order: Sequence[int]) -> Tensor | None:
     """Return some readable images of the network's size with pixels from 0 to 1 (N x C x H x W)."""
-    plain = with_normalization(known, _none(known.channels), known.normalization_from)
+    plain = pre.with_normalization(known, _none(known.channels), known.normalization_from)
     # Some data is never cropped.
     data = replace(data, preprocessing=replace(plain, resize=data.preprocessing.resize and plain.resize))
     height, width = known.size
@@ -168,8 +160,8 @@ def _sample(data: LabelledImages, known: Preprocessing, order: Sequence[int]) ->
     return torch.stack(found) if found else None
 
 
-def _none(channels: int) -> Normalization:
-    return Normalization((0.0,) * channels, (1.0,) * channels)
+def _none(channels: int) -> pre.Normalization:
+    return pre.Normalization((0.0,) * channels, (1.0,) * channels)
 
 
 def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: str) -> _Answer:
@@ -180,8 +172,8 @@ def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: s
     if images is None:
         return _Answer({}, silence="no image can be read")
     norms = [module for module in model.modules() if _keeps_statistics(module)]
-    own = name_of(known) or _OWN
-    candidates = ({own: normalization_of(known)} if own == _OWN else {}) | usual(known.channels)
+    own = pre.name_of(known) or _OWN
+    candidates = ({own: pre.normalization_of(known)} if own == _OWN else {}) | pre.usual(known.channels)
     try:
         _run(model, _normalized(images[:1], candidates[own]))
         if not norms:
@@ -282,7 +274,7 @@ def hellinger(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance
     return 1 - overlap * torch.exp(-((mean - other_mean) ** 2) / (4 * both))
 
 
-def _normalized(images: Tensor, how: Normalization) -> Tensor:
+def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
     mean, std = (torch.tensor(values)[:, None, None] for values in (how.mean, how.std))
     return ((images.flip(1) if how.bgr else images) - mean) / std
 
@@ -307,16 +299,16 @@ def _decide(
     if doubt and tensors is None:
         raise SourceError(
             f"nobody said how images are normalised for {label}, and it cannot be told ({doubt}): give `normalize=…` "
-            f"({', '.join(list(usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
+            f"({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
         )
     if doubt:
-        return with_normalization(known, _none(known.channels), "images"), (
+        return pre.with_normalization(known, _none(known.channels), "images"), (
             f"{label} is fed the tensors of {tensors} as they are: give `normalize=…` if the network takes others",
         )
     # The most usual first.
     limit = _PRECISELY * distances[best]
     taken = next(name for name in distances if name in answer.alike and distances[name] <= limit)
-    settled = with_normalization(known, usual(known.channels)[taken], "asked")
+    settled = pre.with_normalization(known, pre.usual(known.channels)[taken], "asked")
     same = [name for name in distances if name in answer.alike and name != taken]
     nearly = f"; {', '.join(same)} would be nearly the same" if same else ""
     return settled, (
@@ -328,7 +320,7 @@ def _decide(
 
 def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str, ...]:
     """Return a warning if the batch norms contradict a known normalisation, or cannot confirm one that is a guess."""
-    distances, own = answer.distances, name_of(known) or _OWN
+    distances, own = answer.distances, pre.name_of(known) or _OWN
     fed_as = f"{label} is fed images normalised as {_named(known)}"
     if not distances:
         if known.normalization_from != "family":
@@ -350,6 +342,6 @@ def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str,
 
 
 def _named(preprocessing: Preprocessing) -> str:
-    name = name_of(preprocessing)
+    name = pre.name_of(preprocessing)
     means, stds = (", ".join(f"{value:.4g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
     return f"{name + ' ' if name else ''}(mean {means}, std {stds})"

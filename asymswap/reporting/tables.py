@@ -1,4 +1,4 @@
-"""Tables, described once and drawn for a terminal, as Markdown or as HTML (`templates/table.html.j2`), and pages of them."""
+"""Tables, described once, for a terminal, as Markdown and as HTML (`templates/table.html.j2`), and pages of them."""
 
 from __future__ import annotations
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.data.datasets import LabelledImages
-from asymswap.data.images import pictures_in_memory
+from asymswap.data.images import Pictures
 from asymswap.data.predict import predict
 from asymswap.errors import SourceError
 from asymswap.types import Preprocessing
 
 
 def labelled(images: Tensor, labels: list[int], classes: int) -> LabelledImages:
-    pictures = pictures_in_memory(images, labels, 1)
+    pictures = Pictures.in_memory(images, labels, 1)
     names = tuple(f"class {i}" for i in range(classes))
     return LabelledImages(pictures, names, "a test set", Preprocessing(1, (3, 3), (0.0,), (1.0,)))
 

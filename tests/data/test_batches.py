@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asymswap.data.augmentation import Mixing, parse_presets, presets_for, training_transform
 from asymswap.data.batches import Reader, Schedule, TrainingImages
-from asymswap.data.images import pictures_in_memory
+from asymswap.data.images import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
@@ -100,7 +100,7 @@ def test_strictly_it_is_an_error_of_one_line(workers: int) -> None:
 
 
 def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before() -> None:
-    pictures = pictures_in_memory(
+    pictures = Pictures.in_memory(
         torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0)), list(range(10)), 1
     )
     presets = ("randaugment",)
@@ -119,7 +119,7 @@ def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before(
 
 def test_presets_do_what_they_say() -> None:
     """A ramp, of which one sees whether it was mirrored, and by how far it was shifted."""
-    pictures = pictures_in_memory((torch.arange(8.0) / 8).expand(1, 1, 8, 8), [0], 1)
+    pictures = Pictures.in_memory((torch.arange(8.0) / 8).expand(1, 1, 8, 8), [0], 1)
     slopes: dict[str, set[int]] = {}
     for preset in ("none", "flip", "crop", "flip-crop"):
         images = TrainingImages(pictures, training_transform(GREY, (preset,)), 0, False)
