@@ -29,11 +29,9 @@ _MOST_SKIPPED = 100
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N x C x H x W), their class numbers, and how many unreadable ones a neighbour replaces."""
-
-    images: Tensor
+    images: Tensor  # N x C x H x W
     labels: Tensor
-    skipped: int
+    skipped: int  # unreadable images that a neighbour replaces
 
 
 class Schedule(Sampler[list[Key]]):

@@ -68,8 +68,7 @@ class _Answer:
 
 def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
     """Return an opened model with its preprocessing settled on images of a data reference; see `feeding_of`."""
-    known = opened.preprocessing
-    found = feeding_of(opened.model, known, reference, part, opened.reference, download=download)
+    found = feeding_of(opened.model, opened.preprocessing, reference, part, opened.reference, download=download)
     return replace(opened, preprocessing=found.preprocessing), found
 
 
@@ -113,7 +112,16 @@ def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tu
     """Return the preprocessing with the size of the input, and a warning if the size is a guess."""
     if known.size_from not in ("assumed", "family"):
         return known, ()
-    native = _common_size(pictures, order)
+    sizes: set[Size] = set()
+    for index in order[:_IMAGES]:
+        with contextlib.suppress(SourceError):
+            picture = pictures.picture(index)
+            # PIL says width first.
+            height, width = picture.shape[-2:] if isinstance(picture, Tensor) else (picture.height, picture.width)
+            sizes.add((int(height), int(width)))
+        if len(sizes) > 1:
+            break
+    native = sizes.pop() if len(sizes) == 1 else None
     if known.size_from == "family":
         if native is None or not 2 * max(native) <= min(known.size):
             return known, ()
@@ -129,20 +137,6 @@ def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tu
         f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` if the "
         "network takes one",
     )
-
-
-def _common_size(pictures: Pictures, order: Sequence[int]) -> Size | None:
-    """Return the (height, width) of the pictures, if the first readable ones all have the same."""
-    sizes = set()
-    for index in order[:_IMAGES]:
-        with contextlib.suppress(SourceError):
-            picture = pictures.picture(index)
-            # PIL says width first.
-            own = picture.shape[-2:] if isinstance(picture, Tensor) else (picture.height, picture.width)
-            sizes.add((int(own[0]), int(own[1])))
-        if len(sizes) > 1:
-            return None
-    return sizes.pop() if sizes else None
 
 
 def _sample(data: LabelledImages, known: Preprocessing, order: Sequence[int]) -> Tensor | None:

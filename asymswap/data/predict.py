@@ -134,38 +134,38 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def check_classifier(model: nn.Module, data: LabelledImages, image: Tensor | None = None) -> int:
-    """Return the model's number of classes, found with `image` or the first image; raise what `predict` would raise."""
+def check_classifier(model: nn.Module, data: LabelledImages, image: Tensor | None = None, exact: bool = False) -> int:
+    """Return the model's number of classes, found with `image` or the first image; raise what `predict` would raise.
+
+    With `exact`, a model with more classes than the data is an error too.
+    """
     _check_any(data)
     device, dtype = placement(model)
     image = data.images[0][0] if image is None else image
     with eval_mode(model), torch.inference_mode():
-        return check_scores(model(image[None].to(device, dtype)), data).shape[1]
+        return check_scores(model(image[None].to(device, dtype)), data, exact).shape[1]
 
 
 def check_class_count(model: nn.Module, data: LabelledImages) -> int:
     """Return the model's number of classes; raise SourceError if it is not that of the data, or it is no classifier."""
     known = data.preprocessing
-    scores = check_classifier(model, data, torch.zeros(known.channels, *known.size))
-    if scores != len(data.classes):
-        raise SourceError(
-            f"the model scores {scores} classes, but the data has {len(data.classes)} ({data.description}); "
-            "give data of all of the model's classes, or a model for these"
-        )
-    return scores
+    return check_classifier(model, data, torch.zeros(known.channels, *known.size), exact=True)
 
 
-def check_scores(output: object, data: LabelledImages) -> Tensor:
+def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
     """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        what, expected = f"a {type(output).__name__}", "a tensor of class scores"
-        if isinstance(output, Tensor):
-            what, expected = f"a tensor of shape {tuple(output.shape)}", "images x class scores"
-        raise SourceError(f"the model returns {what}, not {expected}; give a classifier")
-    if output.shape[1] < len(data.classes):
+    if not isinstance(output, Tensor):
         raise SourceError(
-            f"the model scores {output.shape[1]} classes, but the data has {len(data.classes)} ({data.description}); "
-            "give data with the model's classes"
+            f"the model returns a {type(output).__name__}, not a tensor of class scores; give a classifier"
+        )
+    if output.ndim != 2:
+        shape = tuple(output.shape)
+        raise SourceError(f"the model returns a tensor of shape {shape}, not images x class scores; give a classifier")
+    scores, classes = output.shape[1], len(data.classes)
+    if scores < classes or (exact and scores > classes):
+        raise SourceError(
+            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data "
+            f"{'of all of' if exact else 'with'} the model's classes"
         )
     return output
 

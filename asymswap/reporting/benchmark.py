@@ -108,9 +108,8 @@ def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
 
 
 def _words(setting: Setting) -> list[str]:
-    memory_format = [] if setting.memory_format is None else [setting.memory_format]
-    threads = fmt.plural(setting.threads, "thread")
-    return [TITLES[setting.runtime], f"batch {setting.batch}", threads, *memory_format]
+    words = [TITLES[setting.runtime], f"batch {setting.batch}", fmt.plural(setting.threads, "thread")]
+    return words if setting.memory_format is None else [*words, setting.memory_format]
 
 
 def _shared_words(benchmark: Benchmark) -> list[str]:
@@ -132,17 +131,14 @@ def _warnings(benchmark: Benchmark) -> list[str]:
         if result.failure is not None:
             failed.setdefault(result.failure, []).append(result)
     failures = [f"{_models_and_settings(benchmark, results)}: {reason}." for reason, results in failed.items()]
-    doubts = fmt.doubts(
-        benchmark.models[0].model,
-        ((f"{benchmark.models[one.model].model}{_where(benchmark, one)}", one.ratio) for one in benchmark.results),
-    )
+    names = [f"{benchmark.models[result.model].model}{_where(benchmark, result)}" for result in benchmark.results]
+    ratios = (result.ratio for result in benchmark.results)
+    doubts = fmt.doubts(benchmark.models[0].model, zip(names, ratios, strict=True))
     if len(benchmark.models) == 1:
         for result in benchmark.results:
             if result.seconds is not None and result.seconds.spread > _SPREAD:
-                doubts.append(
-                    "The machine was busy: the middle half of the rounds spreads over "
-                    f"{fmt.percent(result.seconds.spread)}{_where(benchmark, result)}."
-                )
+                spread = f"{fmt.percent(result.seconds.spread)}{_where(benchmark, result)}"
+                doubts.append(f"The machine was busy: the middle half of the rounds spreads over {spread}.")
     if doubts and benchmark.others is not None and benchmark.others >= _BUSY:
         doubts.append(f"Other programs kept {benchmark.others:.1f} of {benchmark.cores} cores busy meanwhile.")
     return failures + doubts
@@ -177,16 +173,12 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
 
 
 def _layers_title(benchmark: Benchmark, layers: Layers) -> str:
-    setting = ", ".join(_words(benchmark.settings[layers.setting]))
-    title = f"Layers of {benchmark.models[layers.model].model} whose time differs most from what their MACs promise"
-    return f"{title} ({setting})"
+    model, setting = benchmark.models[layers.model].model, ", ".join(_words(benchmark.settings[layers.setting]))
+    return f"Layers of {model} whose time differs most from what their MACs promise ({setting})"
 
 
 def _layers_table(layers: Layers, most: int) -> Table:
-    """Return the layers of the greatest excess, and below them the others, the rest and the sum.
-
-    A row is a name and the layers that it sums.
-    """
+    """Return the layers of the greatest excess, the others, the rest and the sum: rows of a name and its layers."""
 
     def total(name: str) -> Callable[[tuple[str, Sequence[LayerRow]]], Any]:
         return lambda row: sum(getattr(layer, name) for layer in row[1])
@@ -213,9 +205,9 @@ def _fine_print(benchmark: Benchmark) -> list[str]:
     if len(inputs) > 1:
         inputs = [f"{model.input} ({model.model})" for model in benchmark.models]
     cores = "" if benchmark.cores is None else f", {benchmark.cores} cores"
+    how = f"{benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on {benchmark.machine}{cores}"
     lines = [
-        f"Random inputs of {', '.join(inputs)}, {benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on "
-        f"{benchmark.machine}{cores}; {', '.join(benchmark.versions)}.",
+        f"Random inputs of {', '.join(inputs)}, {how}; {', '.join(benchmark.versions)}.",
         "ms: the fastest pass. Spread: between the quartiles of the rounds. Images/s: at the median.",
     ]
     if len(benchmark.models) > 1:

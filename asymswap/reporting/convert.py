@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,9 @@ def to_markdown(report: Report) -> str:
     facts = [f"Recipe: {report.recipe}.", *_fine_print(report)]
     facts += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
     facts += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration is not None else []
-    title = (
-        f"{fmt.markdown_text(model.reference)} converted: {len(report.swapped)} of {len(report.sites)} convs swapped"
-    )
+    title = f"{model.reference} converted: {len(report.swapped)} of {len(report.sites)} convs swapped"
     return document(
-        f"# {title}",
+        f"# {fmt.markdown_text(title)}",
         *bold(map(fmt.sentence, _first_lines(report))),
         changes(_headline(report)),
         [*facts, f"asymswap {report.asymswap}."],
@@ -171,19 +170,16 @@ def _kept(rows: Iterable[SiteRow]) -> list[str]:
     for row in rows:
         if row.action == "keep":
             sites.setdefault(row.reason, []).append(row.site)
-    lines = []
-    for reason, names in sorted(sites.items(), key=lambda item: -len(item[1])):
-        named = f" ({', '.join(names)})" if len(names) <= 3 else ""
-        lines.append(f"{fmt.plural(len(names), 'conv')}{named}: {reason}")
-    return lines
+    return [
+        fmt.plural(len(names), "conv") + (f" ({', '.join(names)})" if len(names) <= 3 else "") + f": {reason}"
+        for reason, names in sorted(sites.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def _latency(row: LatencyRow) -> list[str]:
     """Return how latency was measured, and what it changed."""
-    lines = [
-        f"Latency: batch {row.batch}, {row.memory_format}, {fmt.plural(row.threads, 'thread')} of {row.machine}; both "
-        "networks in turn, the minimum of all rounds."
-    ]
+    how = f"batch {row.batch}, {row.memory_format}, {fmt.plural(row.threads, 'thread')} of {row.machine}"
+    lines = [f"Latency: {how}; both networks in turn, the minimum of all rounds."]
     if row.undone:
         lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(row.undone)}.")
     if row.wanted is not None and row.after > row.wanted * row.before:
@@ -196,10 +192,8 @@ def _latency(row: LatencyRow) -> list[str]:
 
 def _fine_print(report: Report) -> list[str]:
     model, output, accuracy, calibration = report.model, report.output, report.accuracy, report.calibration
-    lines = [
-        f"Output of the whole model: {fmt.error(output.relative)} relative difference, {output.largest:.3g} at most, "
-        f"on {output.probe} of {model.input}."
-    ]
+    change = f"{fmt.error(output.relative)} relative difference, {output.largest:.3g} at most"
+    lines = [f"Output of the whole model: {change}, on {output.probe} of {model.input}."]
     lines += [f"{kind} preserves {what}." for kind, what in report.preserves.items()]
     if report.swapped:
         lines.append("Error: relative change of the layer's own output, on the original's input to it.")
@@ -223,18 +217,16 @@ def _fine_print(report: Report) -> list[str]:
     return lines
 
 
-_FUSED = (
-    Column("Layer", attrgetter("site"), side="fold"),
-    Column("Was", attrgetter("kind"), side="left"),
-    Column("Became", lambda row: row.outcome + (f": {row.reason}" if row.reason else ""), side="left"),
-)
-
-
 def to_html(report: Report, provenance: Provenance) -> str:
     """Return the whole report as the text of an HTML file."""
     kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
+    fused = (
+        Column("Layer", attrgetter("site"), side="fold"),
+        Column("Was", attrgetter("kind"), side="left"),
+        Column("Became", lambda row: row.outcome + (f": {row.reason}" if row.reason else ""), side="left"),
+    )
     return render(
         "report.html.j2",
         "report.js",
@@ -249,50 +241,45 @@ def to_html(report: Report, provenance: Provenance) -> str:
         marks=marks,
         panels=_panels(report),
         table=layer_table(report),
-        details=lambda row: _details(row, report),
+        details=partial(_details, report),
         kept=_kept(report.sites),
         latency=_latency(report.latency) if report.latency is not None else [],
-        fused=Table(_FUSED, provenance.fused),
+        fused=Table(fused, provenance.fused),
         origin=_origin_facts(report, provenance),
     )
 
 
-_PANELS: tuple[tuple[str, Callable[[Any], str], dict[str, Callable[[Any], float | None]]], ...] = (
-    ("MACs", fmt.count, {"before": attrgetter("before.macs"), "after": attrgetter("after.macs")}),
-    ("Parameters", fmt.count, {"before": attrgetter("before.params"), "after": attrgetter("after.params")}),
-    ("Error", fmt.error, {"after": attrgetter("output_error"), "predicted": attrgetter("predicted_error")}),
-)
-"""The panels of the picture: title, how to write a value, and what each bar of a layer shows, by its class."""
-
-
 def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
     """Return each panel's title, what its highest bar stands for, and for each layer the heights of its bars."""
+    bars: list[tuple[str, Callable[[Any], str], dict[str, str]]] = [
+        ("MACs", fmt.count, {"before": "before.macs", "after": "after.macs"}),
+        ("Parameters", fmt.count, {"before": "before.params", "after": "after.params"}),
+        ("Error", fmt.error, {"after": "output_error", "predicted": "predicted_error"}),
+    ]
     panels = []
-    for title, show, bars in _PANELS:
-        layers = [{css: value(row) for css, value in bars.items()} for row in report.sites]
-        values = [value for layer in layers for value in layer.values() if value is not None]
-        if values:
-            most = max(filter(math.isfinite, values), default=0.0)
-            heights = [
-                {css: percent_of(value, most) for css, value in layer.items() if value is not None} for layer in layers
-            ]
+    for title, show, paths in bars:
+        values = [{css: attrgetter(path)(row) for css, path in paths.items()} for row in report.sites]
+        layers = [{css: value for css, value in layer.items() if value is not None} for layer in values]
+        if any(layers):
+            most = max((value for layer in layers for value in layer.values() if math.isfinite(value)), default=0.0)
+            heights = [{css: percent_of(value, most) for css, value in layer.items()} for layer in layers]
             panels.append((title, show(most), heights))
     return panels
 
 
-def _details(row: SiteRow, report: Report) -> list[tuple[str, str]]:
+def _details(report: Report, row: SiteRow) -> list[tuple[str, str]]:
     """Return the details of a layer; the page leaves out empty ones."""
     facts = [("share of the model's MACs before", fmt.share(row.before.macs, report.before.macs))]
     facts += [(key, str(value)) for key, value in row.settings.items()]
     if row.action == "swap":
-        facts.append(("MACs", f"{row.before.macs:,} to {row.after.macs:,}"))
-        facts.append(("parameters", f"{row.before.params:,} to {row.after.params:,}"))
-        facts.append(("promised to be exact", "yes" if row.exact else "no"))
-        facts.append(("why", row.reason))
-    facts.append(("takes over the batch norm", row.absorbs or ""))
-    if row.output_largest is not None:
-        facts.append(("largest change of an output value", f"{row.output_largest:.3g}"))
-    return facts
+        facts += [
+            ("MACs", f"{row.before.macs:,} to {row.after.macs:,}"),
+            ("parameters", f"{row.before.params:,} to {row.after.params:,}"),
+            ("promised to be exact", "yes" if row.exact else "no"),
+            ("why", row.reason),
+        ]
+    largest = "" if row.output_largest is None else f"{row.output_largest:.3g}"
+    return [*facts, ("takes over the batch norm", row.absorbs or ""), ("largest change of an output value", largest)]
 
 
 def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:

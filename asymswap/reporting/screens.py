@@ -182,19 +182,14 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
         blocks.append([f"Fused: {done} of {len(rows)} replacements"])
         blocks.append(Table((layer, Column("Was", kind, visible, "left"), became), rows))
     for number, record in enumerate(provenance.get("training", []), start=1):
-        blocks.append([f"Training {number}: {_training(record)}"])
+        length = f"{fmt.plural(record['epochs'], 'epoch')} ({fmt.plural(record['steps'], 'step')})"
+        teacher = f", taught by {record['teacher']}" if record.get("teacher") else ""
+        text = f"Training {number}: {length} on {record['data']}{teacher}"
+        before, best = record["scores"]["before"], record["scores"]["best"]
+        if before and best:
+            text += f"; validation top-1 {before['top1']:.2%} -> {best['top1']:.2%} (epoch {record['best_epoch']})"
+        blocks.append([text])
     return screen(path, size_warning(preprocessing), *blocks)
-
-
-def _training(record: Mapping[str, Any]) -> str:
-    """Return one fine-tuning as a sentence."""
-    length = f"{fmt.plural(record['epochs'], 'epoch')} ({fmt.plural(record['steps'], 'step')})"
-    teacher = f", taught by {record['teacher']}" if record.get("teacher") else ""
-    text = f"{length} on {record['data']}{teacher}"
-    before, best = record["scores"]["before"], record["scores"]["best"]
-    if before and best:
-        text += f"; validation top-1 {before['top1']:.2%} -> {best['top1']:.2%} (epoch {record['best_epoch']})"
-    return text
 
 
 def _conversion_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -24,22 +24,16 @@ _LEAST, _LEAST_PROSE = 12, 19
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its title, what a row gives for it, and how to write that value.
-
-    `show` writes a value, `exact` writes it with all its digits, for Markdown; None is written `-`. The side is `left`,
-    `right`, or `fold` for text that may break its lines; the first such column names the rows. `least` is the width
-    from which on a terminal shows the column; `code` marks names that Markdown sets as code, `about` is the tooltip of
-    the heading in HTML.
-    """
+    """One column: its title, what a row gives for it, and how to write that value; None is written `-`."""
 
     title: str
     value: Callable[[Any], Any]
     show: Callable[[Any], str | Text] = str
-    side: Literal["left", "right", "fold"] = "right"
-    least: int = 0
-    exact: Callable[[Any], str] | None = None
-    code: bool = False
-    about: str = ""
+    side: Literal["left", "right", "fold"] = "right"  # the first to fold, text that may break its lines, names the rows
+    least: int = 0  # the width from which on a terminal shows the column
+    exact: Callable[[Any], str] | None = None  # writes a value with all its digits, for Markdown
+    code: bool = False  # names that Markdown sets as code
+    about: str = ""  # the tooltip of the heading in HTML
 
     def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
         value = self.value(row)
@@ -50,11 +44,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and their rows; `sums` are rows below the others, the last of which is the total."""
-
     columns: Sequence[Column]
     rows: Sequence[Any]
-    sums: Sequence[Any] = ()
+    sums: Sequence[Any] = ()  # rows below the others, the last of which is the total
 
     @property
     def named_by(self) -> Column:
@@ -145,7 +137,6 @@ class Change:
 
     @property
     def left(self) -> str:
-        """The difference, or what is left as a percentage."""
         return self.difference or fmt.share(self.after, self.before)
 
 
