@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asymswap.data.images import Pictures
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
@@ -34,10 +33,11 @@ class _UnfitError(Exception):
         super().__init__(f"{reason}; {advice}")
 
 
-def read_arrays(path: Path, part: str, channels: int) -> tuple[Pictures, tuple[str, ...]]:
-    """Return the pictures in a file and the names of their classes; without labels, all are -1 and there is no class.
+def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ...]]:
+    """Return the images in a file (N x C x H x W), their labels, and the names of the classes.
 
-    A file may hold both parts: `images_train`, `labels_train`, `x_test` … Raises SourceError if it holds no images.
+    Without labels, all are -1 and there is no class. A file may hold both parts: `images_train`, `labels_train`,
+    `x_test` … Raises SourceError if it holds no images.
     """
     try:
         entries = _read(path)
@@ -46,13 +46,13 @@ def read_arrays(path: Path, part: str, channels: int) -> tuple[Pictures, tuple[s
             raise _UnfitError(f"holds no images (its entries: {', '.join(entries) or 'none'})")
         tensor = _as_images(_tensor(images))
         if labels is None:
-            return Pictures.in_memory(tensor, [-1] * len(tensor), channels), ()
+            return tensor, [-1] * len(tensor), ()
         numbers = _as_labels(_tensor(labels), len(tensor))
         classes = entries.get("classes")
         names = _as_names(range(max(numbers) + 1) if classes is None else classes)
         if max(numbers) >= len(names):
             raise _UnfitError(f"has a label {max(numbers)}, but names only {len(names)} classes")
-        return Pictures.in_memory(tensor, numbers, channels), names
+        return tensor, numbers, names
     except _UnfitError as error:
         raise SourceError(f"data {path} {error}") from None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from asymswap.data.images import Pictures
+from asymswap.data.datasets import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.utils.distributed import Team
 from asymswap.utils.randomness import drawn_from

@@ -19,20 +19,22 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
-from asymswap.data.images import PIL_MODES, Pictures, class_names, image_files
 from asymswap.errors import SourceError, near_names
 from asymswap.types import Preprocessing
 
 Part = Literal["train", "test", "val"]
+PIL_MODES = {1: "L", 3: "RGB"}
 
 COLLECTIONS: dict[str, tuple[Any, str]] = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
@@ -46,6 +48,67 @@ _HOW_TO_NAME = (
     "give digits, or a folder that holds one folder of images for each class, or "
     f"{', '.join(f'{name}:PATH' for name in COLLECTIONS)}, or a file of tensors ({', '.join(arrays.SUFFIXES)})"
 )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures by number, before they are preprocessed."""
+
+    labels: Sequence[int]  # class numbers, -1 without labels
+    picture: Callable[[int], Any]  # a PIL image, or a float C x H x W tensor from 0 to 1; SourceError if unreadable
+    ready: bool = True  # in memory, so that no workers are needed
+
+    @classmethod
+    def in_memory(cls, images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
+        """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
+        return cls(labels, partial(_from_memory, images, channels))
+
+    @classmethod
+    def in_files(cls, paths: Sequence[str | Path], labels: Sequence[int], channels: int) -> Pictures:
+        """Return the pictures in image files."""
+        return cls(labels, partial(_from_file, paths, PIL_MODES[channels]), ready=False)
+
+    @classmethod
+    def in_class_folders(cls, root: Path, classes: Sequence[str], channels: int) -> Pictures:
+        """Return the images in the class folders of `root`.
+
+        As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
+        """
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = make_dataset(str(root), numbers, is_valid_file=lambda path: _is_image(Path(path)), allow_empty=True)
+        return cls.in_files([path for path, _ in samples], [label for _, label in samples], channels)
+
+    def some(self, chosen: Sequence[int]) -> Pictures:
+        """Return some of the pictures, in a given order."""
+        return Pictures([self.labels[index] for index in chosen], partial(_nth, self.picture, chosen), self.ready)
+
+
+def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
+    return picture(chosen[index])
+
+
+def _from_memory(images: Tensor, channels: int, index: int) -> TensorImage:
+    image = images[index]
+    image = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image.to(torch.float32)
+    if image.shape[0] < channels:
+        image = image.expand(channels, -1, -1)
+    elif image.shape[0] > channels:
+        image = v2.functional.rgb_to_grayscale(image)
+    return TensorImage(image)
+
+
+def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Image:
+    try:
+        with Image.open(paths[index]) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow itself would cut off all that is brighter than 255 of 65,535.
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits, of which nobody knows what is white")
+            return image.convert(mode)
+    # Besides its own OSErrors, Pillow passes decoders' errors on, and refuses decompression bombs.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SourceError(f"image '{paths[index]}' cannot be read ({error}); remove or replace it") from error
 
 
 class _Inputs(Dataset[tuple[Tensor, int]]):
@@ -105,10 +168,11 @@ def open_data(
     if place.is_dir():
         return _open_folder(place, preprocessing, part, unlabelled)
     if place.is_file() and place.suffix in arrays.SUFFIXES:
-        pictures, classes = arrays.read_arrays(place, part, preprocessing.channels)
+        tensor, labels, classes = arrays.read_arrays(place, part)
+        pictures = Pictures.in_memory(tensor, labels, preprocessing.channels)
         if not classes and not unlabelled:
             raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
-        description = f"file {place}: {len(pictures.labels)} images of {len(classes)} classes"
+        description = f"file {place}: {len(labels)} images of {len(classes)} classes"
         return LabelledImages(pictures, classes, description, preprocessing)
     if place.exists():
         raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
@@ -180,9 +244,9 @@ def _from_collection(images: Any, mode: str, index: int) -> Image.Image:
 
 def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
     root = _part_folder(folder, part)
-    classes = class_names(root)
+    classes = _class_names(root)
     if unlabelled and not classes:
-        files = image_files(root)
+        files = _image_files(root)
         if not files:
             raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
         pictures = Pictures.in_files(files, [-1] * len(files), preprocessing.channels)
@@ -193,13 +257,13 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
     if not pictures.labels:
         raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
     description = f"folder {root}: {len(pictures.labels)} images of {len(classes)} classes"
-    has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
+    has_val = part == "train" and root != folder and bool(_class_names(folder / "val"))
     return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
 
 
 def _part_folder(folder: Path, part: Part) -> Path:
     """Return the folder of the part if `folder` is split into parts, else `folder` itself."""
-    parts = {name: class_names(folder / name) for name in ("train", "test", "val")}
+    parts = {name: _class_names(folder / name) for name in ("train", "test", "val")}
     present = [name for name, classes in parts.items() if classes]
     if not present:
         return folder
@@ -219,6 +283,22 @@ def _part_folder(folder: Path, part: Part) -> Path:
             "give both the same class folders"
         )
     return folder / name
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Return the visible image files in a folder itself, by name."""
+    return sorted(path for path in folder.iterdir() if _is_image(path) and path.is_file())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Return the names of the visible folders in a folder, sorted; none if it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_transform(preprocessing: Preprocessing) -> v2.Transform:

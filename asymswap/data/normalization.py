@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymswap.data.datasets import LabelledImages, Part, open_data
-from asymswap.data.images import Pictures
+from asymswap.data.datasets import LabelledImages, Part, Pictures, open_data
 from asymswap.data.predict import placement
 from asymswap.errors import SourceError, TraceError
 from asymswap.models import preprocessing as pre
@@ -104,7 +103,7 @@ def feeding_of(
 
 
 def _holds_tensors(reference: str) -> bool:
-    """Return whether a data reference is a file: folders and data sets by name hold pictures."""
+    # Folders and data sets by name hold pictures.
     return os.path.isfile(reference)  # noqa: PTH113 (never raises)
 
 
@@ -227,33 +226,31 @@ class _EnoughError(Exception):
 
 def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> list[float]:
     """Return the distances at the first calls of batch norms, in order."""
-    sums: list[tuple[Any, list[Tensor]]] = []
-    count = 0
+    calls: list[tuple[Any, Tensor, Tensor]] = []
 
     def see(module: nn.Module, args: Any) -> None:
-        nonlocal count
         got = args[0].detach().double() if args[0].device.type == "cpu" else args[0].detach().float()
         every = [dim for dim in range(got.dim()) if dim != 1]
-        moments = [got.mean(every), got.square().mean(every)]
-        if count == len(sums):
-            sums.append((module, [torch.zeros_like(one) for one in moments]))
-        for total, one in zip(sums[count][1], moments, strict=True):
-            total += one * share
-        count += 1
-        if count == _NORMS:
+        calls.append((module, got.mean(every) * share, got.square().mean(every) * share))
+        if len(calls) == _NORMS:
             raise _EnoughError
 
+    batches = []
     handles = [module.register_forward_pre_hook(see) for module in norms]
     try:
         for batch in images.split(max(1, _PIXELS // 8 // images[0, 0].numel())):
-            share, count = len(batch) / len(images), 0
+            share, calls = len(batch) / len(images), []
             with contextlib.suppress(_EnoughError):
                 _run(model, batch)
+            batches.append(calls)
     finally:
         for handle in handles:
             handle.remove()
     distances = []
-    for norm, (mean, square) in sums:
+    for column in zip(*batches, strict=False):
+        norm, mean, square = column[0]
+        for _, more_mean, more_square in column[1:]:
+            mean, square = mean + more_mean, square + more_square
         epsilon = float(getattr(norm, "eps", 1e-5))
         kept_mean, kept_variance = (t.detach().to(mean) for t in (norm.running_mean, norm.running_var))
         variance = (square - mean.square()).clamp(min=0) + epsilon

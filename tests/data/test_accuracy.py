@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asymswap.data.datasets import LabelledImages
-from asymswap.data.images import Pictures
+from asymswap.data.datasets import LabelledImages, Pictures
 from asymswap.data.predict import predict
 from asymswap.errors import SourceError
 from asymswap.types import Preprocessing

@@ -179,7 +179,7 @@ def test_a_key_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -> N
     code = (
         "import sys\nfrom pathlib import Path\nfrom asymswap.errors import SourceError\n"
         "from asymswap.data.arrays import read_arrays\n"
-        "try:\n    read_arrays(Path(sys.argv[1]), 'test', 3)\nexcept SourceError as error:\n    print(error)\n"
+        "try:\n    read_arrays(Path(sys.argv[1]), 'test')\nexcept SourceError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True)
     assert done.returncode == 0, done

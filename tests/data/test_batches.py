@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asymswap.data.augmentation import Mixing, parse_presets, presets_for, training_transform
 from asymswap.data.batches import Reader, Schedule, TrainingImages
-from asymswap.data.images import Pictures
+from asymswap.data.datasets import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
