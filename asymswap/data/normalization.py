@@ -289,8 +289,8 @@ def _decide(
             doubt = f"its batch norms fit two alike: {figures}"
     if doubt and tensors is None:
         raise SourceError(
-            f"nobody said how images are normalised for {label}, and it cannot be told ({doubt}): give `normalize=…` "
-            f"({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
+            f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
+            f"`normalize=…` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
         )
     if doubt:
         return pre.with_normalization(known, _none(known.channels), "images"), (

@@ -1,4 +1,4 @@
-"""A classifier on labelled images: its predictions, and whether its classes are those of the data."""
+"""A classifier on labelled images: its predictions, and whether its classes are the classes of the data."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from asymswap.data.datasets import LabelledImages
 from asymswap.errors import SourceError
@@ -23,19 +24,16 @@ from asymswap.utils.tensors import eval_mode
 
 @dataclass(frozen=True)
 class Predictions:
-    """For each readable image: its number, class, likeliest class, rank of its class (0 is best), and loss.
+    """What a model says of each readable image."""
 
-    `scores` is the model's number of classes; `seconds` were spent in forward passes; `unreadable` images are left out.
-    """
-
-    numbers: Tensor
+    numbers: Tensor  # of the images
     labels: Tensor
-    guesses: Tensor
-    ranks: Tensor
+    guesses: Tensor  # the likeliest classes
+    ranks: Tensor  # of the right classes, 0 is best
     losses: Tensor
-    scores: int
-    seconds: float
-    unreadable: int = 0
+    scores: int  # the model's number of classes
+    seconds: float  # in forward passes
+    unreadable: int = 0  # images left out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,26 +47,15 @@ class Predictions:
         return self.correct / len(self)
 
 
-class _Readable(Dataset[Any]):
-    """The chosen images with their numbers; for one that cannot be read, the error."""
-
-    def __init__(self, data: LabelledImages, chosen: Sequence[int]) -> None:
-        self._data, self._chosen = data, chosen
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, place: int) -> tuple[int, Tensor, int] | SourceError:
+def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
+    """Return a batch of the readable images with their numbers, None if there is none, and the errors of the others."""
+    samples, errors = [], []
+    for number in numbers:
         try:
-            return self._chosen[place], *self._data.images[self._chosen[place]]
+            samples.append((number, *data.images[number]))
         except SourceError as error:
-            return error
-
-
-def _collate(samples: Sequence[Any]) -> tuple[list[Tensor] | None, list[SourceError]]:
-    errors = [sample for sample in samples if isinstance(sample, SourceError)]
-    readable = [sample for sample in samples if not isinstance(sample, SourceError)]
-    return (default_collate(readable) if readable else None), errors
+            errors.append(error)
+    return (default_collate(samples) if samples else None), errors
 
 
 def predict(
@@ -88,10 +75,10 @@ def predict(
     there is no image or the model is no classifier of these classes, with `strict` also if an image cannot be read.
     """
     _check_any(data)
-    chosen = range(team.rank, len(data), team.size)
+    chosen: Any = range(team.rank, len(data), team.size)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Iterable[Any] = DataLoader(
-        _Readable(data, chosen), batch_size, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
+        chosen, batch_size, num_workers=workers, collate_fn=partial(_read, data), generator=torch.Generator()
     )
     device, dtype = placement(model)
     parts: list[list[Tensor]] = []
@@ -147,7 +134,7 @@ def check_classifier(model: nn.Module, data: LabelledImages, image: Tensor | Non
 
 
 def check_class_count(model: nn.Module, data: LabelledImages) -> int:
-    """Return the model's number of classes; raise SourceError if it is not that of the data, or it is no classifier."""
+    """Return the model's number of classes; raise SourceError if the data has another, or it is no classifier."""
     known = data.preprocessing
     return check_classifier(model, data, torch.zeros(known.channels, *known.size), exact=True)
 

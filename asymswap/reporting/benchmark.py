@@ -212,7 +212,7 @@ def _fine_print(benchmark: Benchmark) -> list[str]:
     ]
     if len(benchmark.models) > 1:
         lines.append(
-            "Of 1st: the median of the rounds' ratios to the first model in the same setting (?: not told from 100 %); "
+            "Of 1st: the median of the rounds' ratios to the first model in the same setting (?: not significant); "
             "MACs: the same of its MACs."
         )
     if any(result.ready is not None for result in benchmark.results):

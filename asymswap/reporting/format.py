@@ -16,7 +16,7 @@ _KNOWN_FROM = {
     "weights": "as the weights say",
     "family": "as usual in its family",
     "file": "as the file says",
-    "images": "that of the images",
+    "images": "the size of the images",
     "asked": "asked of the network",
     "assumed": "assumed",
 }
@@ -97,11 +97,12 @@ def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str
     lines = []
     if noisy:
         lines.append(
-            "The machine was too busy to tell times to within 5 %; more rounds would, or a quiet machine. Of the time "
-            f"of {first}, with {surety}: {'; '.join(noisy)}."
+            "The machine was too busy to measure times to within 5 %; run more rounds, or on a quiet machine. Of the "
+            f"time of {first}, with {surety}: {'; '.join(noisy)}."
         )
     if equal:
-        lines.append(f"Not told from {first}, or within 2 % of its time ({surety}): {'; '.join(equal)}.")
+        what = f"Not significantly different from {first}, or within 2 % of its time"
+        lines.append(f"{what} ({surety}): {'; '.join(equal)}.")
     return lines
 
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_told_stops(
     assert any("as they are: give `normalize=…`" in line for line in as_it_is.warnings)
     # The same data as if it were a folder of pictures.
     monkeypatch.setattr("asymswap.data.normalization._holds_tensors", lambda _: False)
-    said = rf"nobody said how images are normalised for \w+, and it cannot be told \(.*{reason}.*`normalize=…` .image"
+    said = rf"nobody said how images are normalised for \w+, and it cannot be found out .*{reason}.*`normalize=…`"
     with pytest.raises(SourceError, match=said):
         fed(made, data[3])
     for calibration, evaluate in ((Calibration(data[3], images=8), None), (None, data[3])):
@@ -342,7 +342,7 @@ def test_a_size_that_does_not_suit_names_the_option(data: dict[int, str]) -> Non
 def test_every_report_says_what_was_fed(data: dict[int, str], tmp_path: Path) -> None:
     net = trained_on(COLOUR["none"], 0)
     conversion = asymswap.convert(net, "half-macs", evaluate=data[3])
-    said = "3x8x8 (that of the images), images resized to it (bilinear); pixels from 0 to 1, "
+    said = "3x8x8 (the size of the images), images resized to it (bilinear); pixels from 0 to 1, "
     said += "mean 0, 0, 0, std 1, 1, 1 (none, asked of the network)"
     for name in ("r.md", "r.html", "r.json"):
         asymswap.write_report(conversion, tmp_path / name)
