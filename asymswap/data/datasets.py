@@ -63,21 +63,6 @@ class Pictures:
         """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
         return cls(labels, partial(_from_memory, images, channels))
 
-    @classmethod
-    def in_files(cls, paths: Sequence[str | Path], labels: Sequence[int], channels: int) -> Pictures:
-        """Return the pictures in image files."""
-        return cls(labels, partial(_from_file, paths, PIL_MODES[channels]), ready=False)
-
-    @classmethod
-    def in_class_folders(cls, root: Path, classes: Sequence[str], channels: int) -> Pictures:
-        """Return the images in the class folders of `root`.
-
-        As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
-        """
-        numbers = {name: number for number, name in enumerate(classes)}
-        samples = make_dataset(str(root), numbers, is_valid_file=lambda path: _is_image(Path(path)), allow_empty=True)
-        return cls.in_files([path for path, _ in samples], [label for _, label in samples], channels)
-
     def some(self, chosen: Sequence[int]) -> Pictures:
         """Return some of the pictures, in a given order."""
         return Pictures([self.labels[index] for index in chosen], partial(_nth, self.picture, chosen), self.ready)
@@ -245,18 +230,21 @@ def _from_collection(images: Any, mode: str, index: int) -> Image.Image:
 def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
     root = _part_folder(folder, part)
     classes = _class_names(root)
-    if unlabelled and not classes:
-        files = _image_files(root)
-        if not files:
-            raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
-        pictures = Pictures.in_files(files, [-1] * len(files), preprocessing.channels)
-        return LabelledImages(pictures, (), f"folder {root}: {len(files)} images", preprocessing)
-    if not classes:
+    if classes:
+        # As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = make_dataset(str(root), numbers, is_valid_file=_is_image, allow_empty=True)
+        if not samples:
+            raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
+    elif not unlabelled:
         raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
-    pictures = Pictures.in_class_folders(root, classes, preprocessing.channels)
-    if not pictures.labels:
-        raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
-    description = f"folder {root}: {len(pictures.labels)} images of {len(classes)} classes"
+    else:
+        samples = [(path, -1) for path in sorted(root.iterdir()) if _is_image(path) and path.is_file()]
+        if not samples:
+            raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
+    paths, labels = zip(*samples, strict=True)
+    pictures = Pictures(labels, partial(_from_file, paths, PIL_MODES[preprocessing.channels]), ready=False)
+    description = f"folder {root}: {len(labels)} images" + (f" of {len(classes)} classes" if classes else "")
     has_val = part == "train" and root != folder and bool(_class_names(folder / "val"))
     return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
 
@@ -285,13 +273,8 @@ def _part_folder(folder: Path, part: Part) -> Path:
     return folder / name
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Return the visible image files in a folder itself, by name."""
-    return sorted(path for path in folder.iterdir() if _is_image(path) and path.is_file())
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+def _is_image(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in IMG_EXTENSIONS and not Path(path).name.startswith(".")
 
 
 def _class_names(folder: Path) -> list[str]:
