@@ -1,7 +1,7 @@
 """asymswap: surgery on trained CNNs.
 
 Chosen `nn.Conv2d` layers become asymmetric convolutions initialised from the original weights. Importing this package
-loads no torch; the public verbs below do so when they are first used.
+does not load torch; the public names below are looked up when they are first used.
 """
 
 from __future__ import annotations
@@ -9,91 +9,65 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from asymswap.api.benchmark import benchmark as benchmark
+    from asymswap.api.candidates import candidates as candidates
+    from asymswap.api.compare import compare as compare
+    from asymswap.api.convert import Conversion as Conversion
+    from asymswap.api.convert import convert as convert
+    from asymswap.api.convert import plan as plan
+    from asymswap.api.convert import save as save
+    from asymswap.api.evaluate import evaluate as evaluate
+    from asymswap.api.export import export as export
+    from asymswap.api.finetune import FineTuned as FineTuned
+    from asymswap.api.finetune import finetune as finetune
+    from asymswap.api.fuse import Fusion as Fusion
+    from asymswap.api.fuse import fuse as fuse
+    from asymswap.api.fuse import save_fused as save_fused
+    from asymswap.api.load import load as load
+    from asymswap.api.offsets import offsets as offsets
+    from asymswap.api.report_files import write_report as write_report
+    from asymswap.api.sweep import sweep as sweep
+    from asymswap.calibration.config import Calibration as Calibration
+    from asymswap.errors import AsymswapError as AsymswapError
+    from asymswap.models.opened import OpenedModel as OpenedModel
+    from asymswap.models.opening import open_model as open_model
+    from asymswap.models.preprocessing import PreprocessingOptions as PreprocessingOptions
+    from asymswap.planning.latency_budget import Timing as Timing
+    from asymswap.training.config import Training as Training
+
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from asymswap.api.benchmark import benchmark
-    from asymswap.api.candidates import candidates
-    from asymswap.api.compare import compare
-    from asymswap.api.convert import Conversion, convert, plan, save
-    from asymswap.api.evaluate import evaluate
-    from asymswap.api.export import export
-    from asymswap.api.finetune import FineTuned, finetune
-    from asymswap.api.fuse import Fusion, fuse, save_fused
-    from asymswap.api.load import load
-    from asymswap.api.offsets import offsets
-    from asymswap.api.report_files import write_report
-    from asymswap.api.sweep import sweep
-    from asymswap.calibration.config import Calibration
-    from asymswap.errors import AsymswapError
-    from asymswap.models.opened import OpenedModel
-    from asymswap.models.opening import open_model
-    from asymswap.models.preprocessing import PreprocessingOptions
-    from asymswap.planning.latency_budget import Timing
-    from asymswap.training.config import Training
-
-__all__ = [
-    "AsymswapError",
-    "Calibration",
-    "Conversion",
-    "FineTuned",
-    "Fusion",
-    "OpenedModel",
-    "PreprocessingOptions",
-    "Timing",
-    "Training",
-    "__version__",
-    "benchmark",
-    "candidates",
-    "compare",
-    "convert",
-    "evaluate",
-    "export",
-    "finetune",
-    "fuse",
-    "load",
-    "offsets",
-    "open_model",
-    "plan",
-    "save",
-    "save_fused",
-    "sweep",
-    "write_report",
-]
-
 _HOMES = {
-    "benchmark": "asymswap.api.benchmark",
-    "candidates": "asymswap.api.candidates",
-    "compare": "asymswap.api.compare",
-    "Conversion": "asymswap.api.convert",
-    "convert": "asymswap.api.convert",
-    "plan": "asymswap.api.convert",
-    "save": "asymswap.api.convert",
-    "evaluate": "asymswap.api.evaluate",
-    "export": "asymswap.api.export",
-    "FineTuned": "asymswap.api.finetune",
-    "finetune": "asymswap.api.finetune",
-    "Fusion": "asymswap.api.fuse",
-    "fuse": "asymswap.api.fuse",
-    "save_fused": "asymswap.api.fuse",
-    "load": "asymswap.api.load",
-    "offsets": "asymswap.api.offsets",
-    "write_report": "asymswap.api.report_files",
-    "sweep": "asymswap.api.sweep",
-    "Calibration": "asymswap.calibration.config",
-    "AsymswapError": "asymswap.errors",
-    "OpenedModel": "asymswap.models.opened",
-    "open_model": "asymswap.models.opening",
-    "PreprocessingOptions": "asymswap.models.preprocessing",
-    "Timing": "asymswap.planning.latency_budget",
-    "Training": "asymswap.training.config",
+    "api.benchmark": ["benchmark"],
+    "api.candidates": ["candidates"],
+    "api.compare": ["compare"],
+    "api.convert": ["Conversion", "convert", "plan", "save"],
+    "api.evaluate": ["evaluate"],
+    "api.export": ["export"],
+    "api.finetune": ["FineTuned", "finetune"],
+    "api.fuse": ["Fusion", "fuse", "save_fused"],
+    "api.load": ["load"],
+    "api.offsets": ["offsets"],
+    "api.report_files": ["write_report"],
+    "api.sweep": ["sweep"],
+    "calibration.config": ["Calibration"],
+    "errors": ["AsymswapError"],
+    "models.opened": ["OpenedModel"],
+    "models.opening": ["open_model"],
+    "models.preprocessing": ["PreprocessingOptions"],
+    "planning.latency_budget": ["Timing"],
+    "training.config": ["Training"],
 }
+_MODULES = {name: f"asymswap.{module}" for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'asymswap' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -20,12 +20,11 @@ sizes that the state dict does not have.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,17 +34,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asymswap.errors import (
-    CONTROL,
-    CheckpointError,
-    OutputError,
-    PlanError,
-    validation_text,
-)
+from asymswap.errors import CONTROL, CheckpointError, OutputError, PlanError, validation_text
 from asymswap.fileformats import detect, extra_state
 from asymswap.fileformats.model_file import RawFile, read_raw
 from asymswap.fileformats.state_dict import State, stored_tensors
-from asymswap.planning.plan import plan_from_json, plan_to_json
+from asymswap.planning.plan import plan_from_json
 from asymswap.types import STRICT, Origin, Plan, Preprocessing
 from asymswap.utils.files import real_cause, whole_file
 
@@ -53,13 +46,13 @@ FORMAT = 2
 SUFFIXES = (".pt", ".pth", ".safetensors")
 _LARGEST_HEADER = 16 * 2**20
 _LARGEST_SKELETON = 64 * 2**20
+# Numbers in one input: 11,000 x 4,000 pixels of three channels, half a gigabyte.
 _LARGEST_INPUT = 2**27
-"""Numbers in one input: 11,000 x 4,000 pixels of three channels, half a gigabyte."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything in a checkpoint but its tensors."""
+    """Everything in a checkpoint except its tensors."""
 
     origin: Origin
     plans: tuple[Plan, ...]
@@ -77,41 +70,63 @@ class Stored:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _FileHeader:
+    """The header as written in the file, checked strictly; plans have a check of their own."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    format: Literal[1, 2]
+    origin: Origin
+    plans: list[dict[str, Any]]
+    preprocessing: Preprocessing
+    provenance: dict[str, Any]
+    skeleton: str | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    extra_state: str = ""
+
+
+_FILE_HEADER = TypeAdapter(_FileHeader)
+
+
 def check_suffix(path: Path) -> None:
-    """Raise OutputError for an ending that stands for no form of a checkpoint."""
+    """Raise OutputError unless the file name ends as a checkpoint does."""
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{path.name} must end in {', '.join(SUFFIXES)}: the ending chooses the form")
 
 
 def write_checkpoint(path: Path, model: nn.Module, header: Header, check: Callable[[Stored], None]) -> None:
-    """Write a converted model once `check` has found no fault with what a reader would get of it.
-
-    The suffix chooses the form. Raises OutputError where the file cannot be written.
-    """
+    """Write a converted model in the form of the suffix, or raise OutputError; `check` gets what a reader would get."""
     check_suffix(path)
     tensors, extra = what_is_stored(model)
     extra_text, inside = extra_state.to_text(extra)
     state = {key: tensor.detach() for key, tensor in (tensors | inside).items()}
-    text = _header_text(header, {}, extra_text if extra else "")
-    stored = stored_in(RawFile({"asymswap": text, "state_dict": state}), str(path))
+    data = header_to_json(header) | {"skeleton": None, "aliases": {}}
+    if header.skeleton is not None:
+        data["skeleton"] = base64.b64encode(zlib.compress(header.skeleton, 9)).decode()
+    if extra:
+        # Earlier versions know by the number of the format that they cannot read this, and read all else.
+        data |= {"format": FORMAT, "extra_state": extra_text}
+    content = {"asymswap": json.dumps(data), "state_dict": state}
+    stored = stored_in(RawFile(content), str(path))
     assert stored is not None
     check(stored)
     if path.suffix == ".safetensors":
-        unique, aliases = _without_aliases(state)
+        unique, data["aliases"] = _without_aliases(state)
         # One entry only: safetensors writes several in random order, and equal models would make unequal files.
-        _write(path, unique, {"asymswap": _header_text(header, aliases, extra_text if extra else "")})
+        _write(path, unique, {"asymswap": json.dumps(data)})
     else:
-        _write(path, {"asymswap": text, "state_dict": state})
+        _write(path, content)
 
 
 def what_is_stored(model: nn.Module) -> tuple[State, dict[str, Any]]:
-    """The tensors and the extra state that a file of the model holds; raises SourceError where it would not load."""
+    """Return the tensors and the extra state that a file of the model holds; raise SourceError if it would not load."""
     extra = extra_state.read(model)
     return stored_tensors(model), extra
 
 
 def save_state(path: Path, model: nn.Module) -> None:
-    """Write a plain state dict, which needs nothing of asymswap to be loaded; the suffix chooses the form."""
+    """Write a plain state dict, which loads without asymswap; the suffix chooses the form."""
     check_suffix(path)
     tensors, extra = what_is_stored(model)
     if path.suffix == ".safetensors" and not all(isinstance(value, Tensor) for value in extra.values()):
@@ -121,7 +136,7 @@ def save_state(path: Path, model: nn.Module) -> None:
 
 
 def stored_in(raw: RawFile, label: str) -> Stored | None:
-    """The asymswap checkpoint in a file that has been read, or None where the file is of another kind."""
+    """Return the asymswap checkpoint in a file that has been read; None if the file is of another kind."""
     text, state = raw.metadata.get("asymswap"), raw.value
     if text is None and isinstance(raw.value, Mapping) and "asymswap" in raw.value:
         text, state = raw.value["asymswap"], raw.value.get("state_dict")
@@ -131,29 +146,45 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         raise CheckpointError(f"{label} is damaged: its asymswap header or state_dict is not what it should be")
     if len(text) > _LARGEST_HEADER:
         raise CheckpointError(f"{label} is damaged: its header has {len(text):,} characters, more than any has")
-    header, aliases, extra_text = _parse_header(text, label)
+    data = _parse(text, label)
+    try:
+        plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
+    except PlanError as error:
+        raise CheckpointError(str(error)) from None
+    skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
     tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-    for alias, key in aliases.items():
+    for alias, key in data.aliases.items():
         if key not in tensors:
             raise CheckpointError(f"{label} is damaged: {alias!r} is an alias of {key!r}, which it lacks")
         tensors[alias] = tensors[key]
     try:
-        extra = extra_state.from_text(extra_text, tensors) if extra_text else {}
+        extra = extra_state.from_text(data.extra_state, tensors) if data.extra_state else {}
     except ValueError as error:
         raise CheckpointError(f"{label} is damaged: {error}") from None
-    # Files of format 1 have extra state that is a tensor among their tensors.
+    # Files of format 1 keep extra state that is a tensor among their tensors.
     extra |= {key: tensors.pop(key) for key in list(tensors) if extra_state.is_extra(key)}
-    return Stored(header, tensors, extra)
+    return Stored(Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), tensors, extra)
 
 
 def read_checkpoint(path: Path) -> Stored:
-    """Read an asymswap checkpoint; raises CheckpointError where the file is missing or something else."""
+    """Read an asymswap checkpoint; raise CheckpointError if the file is missing or something else."""
     if not detect.exists(path):
         raise CheckpointError(f"no file {path}; give an asymswap checkpoint, as `asymswap convert` writes them")
     stored = stored_in(read_raw(path, trust_pickle=False), str(path))
     if stored is None:
         raise CheckpointError(f"{path} is not an asymswap checkpoint; `asymswap convert` writes them")
     return stored
+
+
+def header_to_json(header: Header) -> dict[str, Any]:
+    """Return the header as plain data, without the bytes of a stored structure."""
+    return {
+        "format": 1,
+        "origin": asdict(header.origin),
+        "plans": [asdict(plan) for plan in header.plans],
+        "preprocessing": asdict(header.preprocessing),
+        "provenance": dict(header.provenance),
+    }
 
 
 def _write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
@@ -170,7 +201,7 @@ def _write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None 
 
 
 def _without_aliases(state: State) -> tuple[State, dict[str, str]]:
-    """Safetensors stores no tensor twice: keep the first key of each, and which other keys mean the same."""
+    """Return each tensor once, as safetensors stores it, and which other keys mean which first key."""
     first: dict[Any, str] = {}
     unique: State = {}
     aliases: dict[str, str] = {}
@@ -184,84 +215,39 @@ def _without_aliases(state: State) -> tuple[State, dict[str, str]]:
     return unique, aliases
 
 
-def header_to_json(header: Header) -> dict[str, Any]:
-    """The header as plain data, without the bytes of a stored structure."""
-    return {
-        "format": 1,
-        "origin": dataclasses.asdict(header.origin),
-        "plans": [plan_to_json(plan) for plan in header.plans],
-        "preprocessing": dataclasses.asdict(header.preprocessing),
-        "provenance": dict(header.provenance),
-    }
-
-
-def _header_text(header: Header, aliases: Mapping[str, str], extra: str) -> str:
-    skeleton = None if header.skeleton is None else base64.b64encode(zlib.compress(header.skeleton, 9)).decode()
-    data = {**header_to_json(header), "skeleton": skeleton, "aliases": dict(aliases)}
-    # Earlier versions refuse what they do not know by the number of the format, and read all else.
-    return json.dumps(data | ({"format": FORMAT, "extra_state": extra} if extra else {}))
-
-
-@dataclass(frozen=True)
-class _HeaderData:
-    """The header as it stands in the file, checked strictly."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    format: Literal[1, 2]
-    origin: Origin
-    plans: list[dict[str, Any]]
-    preprocessing: Preprocessing
-    provenance: dict[str, Any]
-    skeleton: str | None = None
-    aliases: dict[str, str] = field(default_factory=dict)
-    extra_state: str = ""
-
-
-_HEADER = TypeAdapter(_HeaderData)
-
-
-def _parse_header(text: str, label: str) -> tuple[Header, dict[str, str], str]:
+def _parse(text: str, label: str) -> _FileHeader:
+    """Check the header of a file, except for its plans and structure; nothing in it is trusted."""
     try:
         written = json.loads(text)
-        newer = isinstance(written, dict) and isinstance(written.get("format"), int) and written["format"] > FORMAT
-        if newer:
-            raise CheckpointError(f"{label} is of format {written['format']}, newer than {FORMAT}; upgrade asymswap")
+        number = written.get("format") if isinstance(written, dict) else None
+        if isinstance(number, int) and number > FORMAT:
+            raise CheckpointError(f"{label} is of format {number}, newer than {FORMAT}; upgrade asymswap")
         if not _is_printable(written):
             raise ValueError("control characters, which a terminal would obey")
-        data = _HEADER.validate_json(text)
-        _check_input(data.preprocessing)
-    except ValidationError as error:
-        raise CheckpointError(f"{label} has a damaged header: {validation_text(error)}") from None
+        data = _FILE_HEADER.validate_json(text)
+        pre = data.preprocessing
+        height, width = pre.size
+        numbers = pre.channels * pre.frames * height * width
+        if min(pre.channels, pre.frames, height, width) < 1 or numbers > _LARGEST_INPUT:
+            clip = f" in {pre.frames} frames" if pre.frames != 1 else ""
+            raise ValueError(f"preprocessing: no image has {pre.channels} channels of {height}x{width} pixels{clip}")
+        if not pre.channels == len(pre.mean) == len(pre.std):
+            raise ValueError(f"preprocessing: a mean and a deviation are needed for each of {pre.channels} channels")
+        if not all(map(math.isfinite, pre.mean)) or not all(0 < std < math.inf for std in pre.std):
+            raise ValueError("preprocessing: means must be numbers, and deviations numbers above 0")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label} has a damaged header: {error}") from None
-    try:
-        plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
-    except PlanError as error:
-        raise CheckpointError(str(error)) from None
-    skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
-    return Header(data.origin, plans, data.preprocessing, data.provenance, skeleton), data.aliases, data.extra_state
+        reason = validation_text(error) if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"{label} has a damaged header: {reason}") from None
+    return data
 
 
 def _is_printable(value: Any) -> bool:
-    """Whether no text in it would move the cursor or change how a terminal shows what follows."""
-    if isinstance(value, str):
-        return CONTROL.search(value) is None
+    """Return whether no text in plain data would move the cursor or change how a terminal shows what follows."""
     if isinstance(value, dict):
-        return all(map(_is_printable, value.keys())) and all(map(_is_printable, value.values()))
-    return not isinstance(value, list) or all(map(_is_printable, value))
-
-
-def _check_input(preprocessing: Preprocessing) -> None:
-    """Raise ValueError for an input of no image."""
-    channels, frames, size = preprocessing.channels, preprocessing.frames, preprocessing.size
-    if min(channels, frames, *size) < 1 or channels * frames * math.prod(size) > _LARGEST_INPUT:
-        clip = f" in {frames} frames" if frames != 1 else ""
-        raise ValueError(f"preprocessing: no image has {channels} channels of {size[0]}x{size[1]} pixels{clip}")
-    if not channels == len(preprocessing.mean) == len(preprocessing.std):
-        raise ValueError(f"preprocessing: a mean and a deviation are needed for each of {channels} channels")
-    if not all(map(math.isfinite, preprocessing.mean)) or not all(0 < std < math.inf for std in preprocessing.std):
-        raise ValueError("preprocessing: means must be numbers, and deviations numbers above 0")
+        return _is_printable([*value, *value.values()])
+    if isinstance(value, list):
+        return all(map(_is_printable, value))
+    return not isinstance(value, str) or CONTROL.search(value) is None
 
 
 def _unpack(text: str, label: str) -> bytes:

@@ -23,7 +23,7 @@ _LONGEST_NAME = 200
 
 
 class AsymswapError(Exception):
-    """Something that the user asked for cannot be done; its text is one complete sentence for them."""
+    """Something that the user asked for cannot be done; the text is one complete sentence for them."""
 
 
 class SourceError(AsymswapError):
@@ -51,7 +51,7 @@ class OutputError(AsymswapError):
 
 
 def check_choice(what: str, value: object, known: Iterable[str]) -> None:
-    """Raise AsymswapError where a value is none of those that are known."""
+    """Raise AsymswapError if a value is not one of those known."""
     names = list(known)
     if value not in names:
         hint = near_names(str(value), names) or f"; choose {', '.join(names)}"
@@ -59,25 +59,24 @@ def check_choice(what: str, value: object, known: Iterable[str]) -> None:
 
 
 def visible(text: str) -> str:
-    """The text with every character that a terminal obeys as its escape, such as `\\x1b`; line ends are among them.
+    """Return the text with line ends and every other character that a terminal obeys as its escape, such as `\\x1b`.
 
-    Names in a model file or a data set come from anybody: printed as they are, they could colour, move or hide the
-    lines beside them. Halves of surrogate pairs, which stand for bytes of a file's name that are no text, cannot be
-    printed at all.
+    Names in a model file or a data set come from anybody, and could colour, move or hide the lines beside them. Halves
+    of surrogate pairs, which stand for bytes of a file name that are no text, cannot be printed at all.
     """
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Say which of `known` come close to `name`: `"; did you mean a, b?"`, or nothing where none does."""
-    # What is much longer is no slip of the pen, and comparing it takes long.
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Return which of `known` are close to `name`, as `"; did you mean a, b?"`; empty if none is."""
+    # A much longer text is no typing mistake, and slow to compare.
     near = [other for other in known if len(other) <= _LONGEST_NAME]
-    close = difflib.get_close_matches(name, near, n=most, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
+    close = difflib.get_close_matches(name, near, n=3, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
-    """Pydantic's complaints as one line: where, what, the value, and near names for unknown keys."""
+    """Return pydantic's complaints as one line: where, what, the value, and near names for unknown keys."""
     lines = []
     for item in error.errors(include_url=False):
         where = _place(item["loc"])
@@ -86,25 +85,21 @@ def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
             hint = near_names(key, known) or (f"; known: {', '.join(known)}" if known else "")
             owner = where.removesuffix(key).rstrip(". ")
             lines.append(f"unknown key {key!r}{' in ' + owner if owner else ''}{hint}")
-        else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            told = item["type"] != "missing" and not isinstance(item["input"], dict)
-            value = f" (got {_shortened(item['input'])})" if told else ""
-            lines.append(f"{where}: {message}{value}" if where else message)
+            continue
+        message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if item["type"] != "missing" and not isinstance(item["input"], dict):
+            value = repr(item["input"])
+            message += f" (got {value if len(value) <= 80 else f'{value[:60]}… of {len(value):,} characters'})"
+        lines.append(f"{where}: {message}" if where else message)
     return "; ".join(lines)
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}… of {len(text):,} characters"
-
-
 def _place(loc: Sequence[int | str]) -> str:
-    """Where in a recipe or plan a mistake stands, counted from one: `rule 2 match.kernel`."""
+    """Return where in a recipe or plan a mistake is, counted from one: `rule 2 match.kernel`."""
     text = ""
     for part in loc:
         if isinstance(part, int):
-            # Several values may stand where one does: only a list's own name tells which item is meant.
+            # Where several types are allowed, pydantic numbers those too; only these names belong to lists.
             text = text.removesuffix("s") + f" {part + 1} " if text in ("rules", "swaps", "keeps") else text
         elif part not in ("range", "any of"):
             text += part if not text or text.endswith(" ") else f".{part}"

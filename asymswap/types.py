@@ -1,9 +1,6 @@
-"""The facts that the parts of asymswap hand to each other, as frozen dataclasses of numbers and text.
+"""The records that all parts of asymswap share, as frozen dataclasses of numbers and text.
 
-Conventions, stated once for the whole package:
-
-- what a MAC is, and what is not counted, says `MACS`, which reports show too;
-- sizes are (height, width) in pixels, kernels (height, width) in taps.
+Sizes are (height, width) in pixels, kernels (height, width) in taps; `MACS` says what a MAC is and what is not counted.
 """
 
 from __future__ import annotations
@@ -23,22 +20,18 @@ MACS = (
 )
 
 STRICT = {"extra": "forbid", "strict": True}
-"""What pydantic is told about those of them that are read from files.
-
-An unknown key is an error, and no number is guessed from text.
-"""
+"""Pydantic's configuration for records read from files: no unknown keys, no numbers guessed from text."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer or a model costs: multiply-adds of one forward pass, and parameters."""
+    """The cost of a layer or a model: multiply-adds of one forward pass, and parameters."""
 
     macs: int
     params: int
 
     @property
     def flops(self) -> int:
-        """Floating point operations: two for each multiply-add."""
         return 2 * self.macs
 
     def __add__(self, other: Cost) -> Cost:
@@ -65,12 +58,10 @@ class ConvSpec:
 
     @property
     def group_in(self) -> int:
-        """Input channels of one group."""
         return self.in_channels // self.groups
 
     @property
     def group_out(self) -> int:
-        """Output channels of one group."""
         return self.out_channels // self.groups
 
     @property
@@ -82,7 +73,7 @@ class ConvSpec:
 
     @property
     def pads(self) -> tuple[int, int, int, int]:
-        """Pixels that are padded left, right, above and below; of an uneven `"same"` one more right and below."""
+        """Pixels padded left, right, above and below; `"same"` may have one more right and below."""
         if self.padding == "valid":
             return 0, 0, 0, 0
         if isinstance(self.padding, str):
@@ -94,15 +85,14 @@ class ConvSpec:
 
     @property
     def params(self) -> int:
-        """Weights and biases."""
-        return self.out_channels * (self.group_in * math.prod(self.kernel) + self.bias)
+        return self.macs_per_pixel() + self.out_channels * self.bias
 
     def macs_per_pixel(self) -> int:
-        """Multiply-adds for one pixel of the output feature map."""
+        """Return the multiply-adds for one pixel of the output feature map."""
         return self.out_channels * self.group_in * math.prod(self.kernel)
 
     def describe(self) -> str:
-        """The conv in one short phrase: `64->128 3x3 s2 d2 g4`, defaults left out."""
+        """Return the conv in one short phrase, defaults left out: `64->128 3x3 s2 d2 g4`."""
         parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel))]
         for letter, pair in (("s", self.stride), ("d", self.dilation)):
             if pair != (1, 1):
@@ -114,40 +104,32 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a conv during a forward pass: sizes of its input and output feature map, and the images in it.
+    """One run of a conv in a forward pass."""
 
-    `batched` is False where the conv was given one image without a dimension for the batch.
-    """
-
-    input: Size
+    input: Size  # of the feature map, as is the output
     output: Size
     batch: int = 1
-    batched: bool = True
+    batched: bool = True  # False: one image without a batch dimension
 
     @classmethod
     def of(cls, input: Sequence[int], output: Sequence[int]) -> Call:
-        """The call by the shapes of its input and output."""
+        """Return the call with these shapes of input and output."""
         batched = len(input) == 4
         return cls((input[-2], input[-1]), (output[-2], output[-1]), input[0] if batched else 1, batched)
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A node beside a conv in the fx graph.
+    """A node beside a conv in the fx graph."""
 
-    `op` is a canonical name (`batch_norm`, `relu`, `add`, `concat`, `conv`, `input` …), `name` the module's or node's
-    own name; `direct` is False where a batch norm stands between the conv and this node. `alone` is True where it is
-    known that the module runs once in a forward pass, so that it sees this conv and nothing else.
-    """
-
-    op: str
-    name: str
-    direct: bool = True
-    alone: bool = False
+    op: str  # canonical: `batch_norm`, `relu`, `add`, `concat`, `conv`, `input` …
+    name: str  # the module's or node's own
+    direct: bool = True  # False: a batch norm is between the conv and this node
+    alone: bool = False  # True: the module is known to run once in a forward pass, on the output of this conv
 
 
 def norm_behind(after: Sequence[Neighbour]) -> str | None:
-    """The batch norm that alone reads a conv and reads nothing else, by what is behind the conv; None for none."""
+    """Return the batch norm that is the only reader of a conv and reads nothing else, given what follows the conv."""
     direct = [neighbour for neighbour in after if neighbour.direct]
     alone = len(direct) == 1 and direct[0].op == "batch_norm" and direct[0].alone
     return direct[0].name if alone else None
@@ -155,19 +137,15 @@ def norm_behind(after: Sequence[Neighbour]) -> str | None:
 
 @dataclass(frozen=True)
 class Site:
-    """One `nn.Conv2d` of a model where it stands.
-
-    `aliases` are further names of the same module; `refusal` is the reason why no kind may touch it, if there is one;
-    `before` and `after` are None where the model could not be traced by torch.fx.
-    """
+    """One `nn.Conv2d` in its place in a model."""
 
     name: str
     conv: ConvSpec
     calls: tuple[Call, ...]
-    aliases: tuple[str, ...] = ()
-    before: tuple[Neighbour, ...] | None = None
+    aliases: tuple[str, ...] = ()  # further names of the same module
+    before: tuple[Neighbour, ...] | None = None  # None, as `after`, if torch.fx could not trace the model
     after: tuple[Neighbour, ...] | None = None
-    refusal: str | None = None
+    refusal: str | None = None  # why no kind may replace it
 
     @property
     def cost(self) -> Cost:
@@ -177,22 +155,17 @@ class Site:
 
     @property
     def norm_behind(self) -> str | None:
-        """The batch norm that alone reads the conv and reads nothing else, if there is one."""
         return norm_behind(self.after or ())
 
     @property
     def feature_map(self) -> Size | None:
-        """Size of the input feature map of the first call; None where the conv is never called."""
+        """The size of the first call's input; None if the conv is never called."""
         return self.calls[0].input if self.calls else None
 
 
 @dataclass(frozen=True)
 class Swap:
-    """One site of a plan that is replaced: by which kind, with which fully settled settings, and why.
-
-    `predicted` is the relative error that was expected when it was planned: of the kernel, or with calibration of the
-    layer's output. `absorbs` is the batch norm that the replacement takes over, and that becomes an identity.
-    """
+    """A site to be replaced: by which kind, with which resolved settings, and why."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -200,13 +173,13 @@ class Swap:
     kind: str
     settings: Mapping[str, Any]
     reason: str = ""
-    predicted: float | None = None
-    absorbs: str | None = None
+    predicted: float | None = None  # expected relative error: of the kernel, or with calibration of the output
+    absorbs: str | None = None  # the batch norm that the replacement takes over, and that becomes an identity
 
 
 @dataclass(frozen=True)
 class Keep:
-    """One site of a plan that stays as it is, and why."""
+    """A site that stays as it is, and why."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -216,7 +189,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done to every site of a model: data that can be written, edited and replayed."""
+    """The decision for every site of a model: data that can be written, edited and replayed."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -228,23 +201,17 @@ class Plan:
 InputForm = Literal["images", "image-list", "image-pair", "clips"]
 """What a forward takes: N x C x H x W, a list of C x H x W, two times N x C x H x W, or N x C x frames x H x W."""
 
-
 KnownFrom = Literal["given", "weights", "family", "file", "images", "asked", "assumed"]
-"""Where it is known from how images are prepared.
+"""Who says how images are prepared.
 
-`given` by the user; the published `weights`, the `family` of networks, the converted `file` say so; the size is that of
-the `images`; the network's batch norms were `asked`; or nobody knows, and the usual is `assumed`.
+The user (`given`), the published `weights`, the `family` of networks, the converted `file`, the size of the `images`,
+or the network's batch norms (`asked`); else the usual is `assumed`.
 """
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised per channel.
-
-    `resize` is the length of the shorter side before the crop, None where the image is resized to `size` at once.
-    `form` says what the network's forward takes; `frames` is how many images a clip has; `bgr`: its channels, and those
-    of `mean` and `std`, are blue, green, red.
-    """
+    """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -252,28 +219,23 @@ class Preprocessing:
     size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | None = None
+    resize: int | None = None  # length of the shorter side before the crop; None: resized to `size` at once
     interpolation: str = "bilinear"
     form: InputForm = "images"
-    frames: int = 1
-    bgr: bool = False
+    frames: int = 1  # images in a clip
+    bgr: bool = False  # channels, also of `mean` and `std`, are blue, green, red
     normalization_from: KnownFrom = "file"
     size_from: KnownFrom = "file"
 
     def describe(self) -> str:
-        """The size of one input: `3x224x224`, `3x16x112x112` for a clip."""
+        """Return the size of one input: `3x224x224`, `3x16x112x112` for a clip."""
         frames = (self.frames,) if self.form == "clips" else ()
         return "x".join(map(str, (self.channels, *frames, *self.size)))
 
 
 @dataclass(frozen=True)
 class Fed:
-    """What images became before a network saw them, and where it is known from that it takes them so.
-
-    `low` and `high` are what black and white pixels become; `normalization` is the usual name of mean and std, if they
-    have one. `distances` tells for normalisations how far the images' statistics were from those in the network's first
-    batch norms: 0 where they agree, 1 where they have nothing in common.
-    """
+    """How images were prepared for a network, and who said so."""
 
     input: str
     size_from: KnownFrom
@@ -282,33 +244,30 @@ class Fed:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bgr: bool
-    low: float
-    high: float
-    normalization: str | None
+    low: float  # what a black pixel becomes
+    high: float  # what a white pixel becomes
+    normalization: str | None  # the usual name of mean and std
     normalization_from: KnownFrom
+    # How far the images' statistics under each normalisation are from those in the network's first batch norms, 0 to 1.
     distances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to swap a site that a budget may choose: settled settings, the cost of the replacement, and its error.
+    """One way to swap a site that a budget may choose."""
 
-    `error` is the squared error of the layer relative to its own energy, between 0 and 1: of its kernel, or with
-    statistics of its output. `loss` is what a budget keeps small, comparable between sites.
-    """
-
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # resolved
     cost: Cost
-    error: float
-    loss: float
+    error: float  # squared, relative to the layer's energy, 0 to 1: of the kernel, or with statistics of the output
+    loss: float  # what a budget minimises, comparable between sites
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How the unconverted model is built again: a reference and its arguments, or a stored skeleton of allowed classes.
+    """How to build the unconverted model again.
 
-    `reference` is the text of a model reference; `skeleton:CLASS` where the structure is stored, `class:CLASS` where
-    only the user has the code that builds it.
+    `reference` is a model reference; `skeleton:CLASS` if the structure is stored, `class:CLASS` if only the user has
+    the code that builds it.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -319,49 +278,38 @@ class Origin:
 
 @dataclass(frozen=True)
 class Seconds:
-    """One forward pass: the minimum and the median of all passes.
-
-    `spread` is the distance of the quartiles of the rounds over their median; each round has several passes where they
-    are short, the fastest of which counts here.
-    """
+    """The time of one forward pass, over all passes."""
 
     minimum: float
     median: float
-    spread: float
-
-
-_TOLD_FROM = 0.02
-_VAGUE_FROM = 0.05
+    spread: float  # distance between the quartiles of the rounds' fastest passes over their median
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The time of one model over another's: the median over the rounds of the ratio within a round.
-
-    `low` and `high` enclose the true median with that confidence, which is 95 % unless the rounds were too few.
-    """
+    """The time of one model over another's: the median over the rounds of the ratio within a round."""
 
     value: float
-    low: float
+    low: float  # with `high`, the interval of the true median
     high: float
-    confidence: float = 0.95
+    confidence: float = 0.95  # less if the rounds were too few
 
     @property
-    def told(self) -> bool:
-        """Whether the two can be told apart: 1 lies outside, and what lies between is not as small as 2 %.
+    def is_significant(self) -> bool:
+        """True if the interval excludes 1 and the difference is at least 2 %.
 
-        So much two copies of one model may differ for as long as a process lives, by where in memory they came to lie.
+        Two copies of one model may differ by up to 2 % in one process, depending on their addresses in memory.
         """
-        return not self.low <= 1 <= self.high and abs(self.value - 1) >= _TOLD_FROM
+        return not self.low <= 1 <= self.high and abs(self.value - 1) >= 0.02
 
     @property
-    def vague(self) -> bool:
-        """Whether the machine was too busy to say it to within five per cent."""
-        return self.high - self.low > 2 * _VAGUE_FROM * self.value
+    def is_noisy(self) -> bool:
+        """True if the interval is wider than 5 % to each side."""
+        return self.high - self.low > 2 * 0.05 * self.value
 
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, the steps done and the steps in all."""
+"""Called with the name of a stage, the steps done and the total number of steps."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -370,7 +318,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class RankCost:
-    """What a separable pair of some rank and order costs at a site."""
+    """The cost of a separable pair of some rank and order at a site."""
 
     rank: int
     order: str
@@ -379,15 +327,11 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site with what `separable` could save there, or the reason why it is no candidate.
-
-    `break_even` is the largest rank that still saves something, `half` half of that rank. Where a recipe asks for
-    another `kind`, `becomes` is what the replacement costs, if that is known without the weights.
-    """
+    """A site with what `separable` could save there, or the reason why it is no candidate."""
 
     site: Site
     reason: str | None = None
-    break_even: RankCost | None = None
-    half: RankCost | None = None
-    kind: str = "separable"
-    becomes: Cost | None = None
+    break_even: RankCost | None = None  # the largest rank that still saves something
+    half: RankCost | None = None  # half of that rank
+    kind: str = "separable"  # or what the recipe asks for
+    becomes: Cost | None = None  # the cost of another kind, if it is known without the weights

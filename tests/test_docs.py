@@ -21,8 +21,8 @@ from prepared import prepare, yours
 import asymswap
 from asymswap import replacements
 from asymswap.cli.main import main
-from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import open_data
+from asymswap.data.predict import predict
 from asymswap.models.networks import DIGITS_PREPROCESSING
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -67,7 +67,7 @@ def test_the_ten_line_loop_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     prepare("finetuning.md", tmp_path)
     monkeypatch.chdir(tmp_path)
     test = open_data("digits", DIGITS_PREPROCESSING, "test")
-    before = evaluate(asymswap.load("model.asym.pt"), test).top1
+    before = predict(asymswap.load("model.asym.pt"), test).top1
     (loop,) = [block.text for block in ALL if "for images, labels in loader" in block.text]
     scope: dict[str, Any] = {}
     exec(compile(yours("finetuning.md"), "prepared.py", "exec"), scope)
@@ -75,7 +75,7 @@ def test_the_ten_line_loop_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tuned = asymswap.load("model.asym.pt")
     tuned.load_state_dict(torch.load("tuned.pt", weights_only=True))
     assert before < 0.7
-    assert evaluate(tuned, test).top1 > 0.9
+    assert predict(tuned, test).top1 > 0.9
 
 
 @pytest.mark.usefixtures("one_thread", "own_kinds")

@@ -320,9 +320,9 @@ def _gains(settings: Sequence[Setting], timed: Mapping[_Key, Passes]) -> list[Ga
         key = number, settings.index(other)
         if key in timed:
             ratio = ratio_of(timed[number, place], timed[key])
-            if ratio.told and ratio.value < 1:
+            if ratio.is_significant and ratio.value < 1:
                 gains.append(Gain(number, place, 1 / ratio.value))
-            elif ratio.told:
+            elif ratio.is_significant:
                 gains.append(Gain(number, key[1], ratio.value))
     return gains
 

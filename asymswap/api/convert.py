@@ -26,10 +26,9 @@ from asymswap.api.session import Clock, Session, check_original_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, what_is_stored
-from asymswap.data import accuracy
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import fed_of, settle
-from asymswap.data.predict import check_classifier
+from asymswap.data.predict import check_classifier, predict
 from asymswap.errors import AsymswapError
 from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opened import sizes_assumed
@@ -166,11 +165,11 @@ def convert(
 
 
 def _accuracy(original: nn.Module, converted: nn.Module, data: LabelledImages, progress: Progress) -> AccuracyRow:
-    before = accuracy.evaluate(original, data, progress=functools.partial(progress, "evaluating before"))
-    after = accuracy.evaluate(converted, data, progress=functools.partial(progress, "evaluating after"))
+    before = predict(original, data, strict=True, progress=functools.partial(progress, "evaluating before"))
+    after = predict(converted, data, strict=True, progress=functools.partial(progress, "evaluating after"))
     scored, classes = before.scores, len(data.classes)
     note = "" if scored == classes else f"the model scores {scored} classes, the data has {classes}: do they agree?"
-    return AccuracyRow(data.description, before.images, before.top1, after.top1, note)
+    return AccuracyRow(data.description, len(before), before.top1, after.top1, note)
 
 
 def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Report:

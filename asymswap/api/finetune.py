@@ -14,8 +14,8 @@ from torch import nn
 
 from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.augmentation import presets_for
-from asymswap.data.classes import check_class_count, check_class_names, known_classes
 from asymswap.data.normalization import settle
+from asymswap.data.predict import check_class_count, check_class_names, known_classes
 from asymswap.data.splits import Parts, open_parts
 from asymswap.errors import CheckpointError
 from asymswap.fileformats import extra_state
@@ -183,8 +183,7 @@ def _workers(settings: Training, parts: Parts) -> int:
     """Processes that read images: none for those in memory, else one for each core but one, four at most."""
     if settings.workers is not None:
         return settings.workers
-    ready = parts.train.pictures is not None and parts.train.pictures.ready
-    return 0 if ready else max(1, min(4, (os.cpu_count() or 1) - 1))
+    return 0 if parts.train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
 def _header(

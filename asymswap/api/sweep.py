@@ -15,10 +15,9 @@ from asymswap.api.session import Session, check_original_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
-from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import settle
-from asymswap.data.predict import check_classifier
+from asymswap.data.predict import check_classifier, predict
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
@@ -72,13 +71,15 @@ def sweep(
         known = _resumable(known, setting)
     session = Session(opened, calibration)
     if known is None:
-        original = evaluate(opened.model, images, progress=functools.partial(progress, "evaluating the original"))
+        original = predict(
+            opened.model, images, strict=True, progress=functools.partial(progress, "evaluating the original")
+        )
         known = Tradeoff(
             model=opened.reference,
             measure=measure,
             before=session.costs.total,
             accuracy=original.top1,
-            images=original.images,
+            images=len(original),
             data=images.description,
             tolerance=0.0,
             setting=setting,
@@ -126,7 +127,7 @@ def _point(
         recipe=name,
         budget=fraction,
         cost=converted.costs.total,
-        accuracy=evaluate(converted.model, images, progress=functools.partial(progress, "evaluating")).top1,
+        accuracy=predict(converted.model, images, strict=True, progress=functools.partial(progress, "evaluating")).top1,
         swapped=len(plan.swaps),
     )
 
@@ -158,13 +159,14 @@ def _setting(
     calibration: Calibration | None,
 ) -> dict[str, Any]:
     """Return all that the figures of a sweep depend on; of images their number and labels, not their pixels."""
-    labels = () if images.pictures is None else images.pictures.labels
     return {
         "weights": model_hash(opened.model),
         "input": plain(opened.preprocessing),
         "data": data,
         "images": len(images),
-        "labels": hashlib.sha256(repr((images.classes, [int(label) for label in labels])).encode()).hexdigest(),
+        "labels": hashlib.sha256(
+            repr((images.classes, [int(label) for label in images.pictures.labels])).encode()
+        ).hexdigest(),
         "measure": measure,
         "calibration": None if calibration is None else {name: getattr(calibration, name) for name in _SETTINGS},
         "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in recipes.items()},

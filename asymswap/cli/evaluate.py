@@ -46,7 +46,7 @@ def evaluate(
 
     with screen.progress(quiet) as step:
         import asymswap
-        from asymswap.reporting.evaluate import evaluation_view
+        from asymswap.reporting.screens import evaluation_view
         from asymswap.results.records import to_json
 
         report = asymswap.evaluate(

@@ -77,7 +77,7 @@ def export(
 
         screen.print_json(to_json(report))
     elif not quiet:
-        from asymswap.reporting.export import export_view
+        from asymswap.reporting.screens import export_view
 
         screen.show(export_view(report), screen.console())
 

@@ -100,7 +100,7 @@ def finetune(
 
 def _print(report: Any, json: bool, quiet: bool) -> None:
     from asymswap.cli import screen
-    from asymswap.reporting.finetune import training_view
+    from asymswap.reporting.screens import training_view
     from asymswap.results.records import to_json
 
     if json:

@@ -83,6 +83,6 @@ def fuse(
 
         screen.print_json(to_json(report))
     elif not quiet:
-        from asymswap.reporting.fuse import fusion_view
+        from asymswap.reporting.screens import fusion_view
 
         screen.show(fusion_view(report), screen.console())

@@ -119,14 +119,14 @@ class _Shown(Callback):
 
     def step(self, row: StepRow) -> None:
         """Move the bar."""
-        from asymswap.reporting.finetune import step_words
+        from asymswap.reporting.screens import step_words
 
         text = f"epoch {row.epoch}/{self._epochs}"
         self._live.update(self._task, description=text, completed=row.step, words=step_words(row))
 
     def epoch(self, row: EpochRow) -> None:
         """Add a line."""
-        from asymswap.reporting.finetune import epoch_line
+        from asymswap.reporting.screens import epoch_line
 
         self._say(epoch_line(row, self._epochs))
 

@@ -105,7 +105,7 @@ def show(
     elif not quiet:
         from rich.errors import ConsoleError
 
-        from asymswap.reporting.show import show_view
+        from asymswap.reporting.screens import show_view
 
         try:
             view = show_view(str(checkpoint), header_to_json(header))

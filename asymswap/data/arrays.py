@@ -7,54 +7,59 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, Any, Literal
+from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asymswap.data.images import InMemory
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
 
-_IMAGES = ("images", "x", "data")
-_LABELS = ("labels", "y", "targets")
 _MOST_CLASSES = 1_000_000
 _UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
-"""Bytes that an .npz may unpack to, or that factor of its own size where this is more."""
+"""An .npz may unpack to this number of bytes, or to this multiple of its own size if that is more."""
 # numpy parses a header as Python, hence the TokenError; the RuntimeErrors include zipfile's NotImplementedError.
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError)
 _HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes or floats from 0 to 1) and 'labels' (N)"
 
 
-def read_arrays(path: Path, part: Literal["train", "test"], channels: int) -> tuple[InMemory, tuple[str, ...]]:
-    """Return the pictures in a file and the names of their classes; without labels, all are -1 and there is no class.
+class _UnfitError(Exception):
+    def __init__(self, reason: str, advice: str = _HOW) -> None:
+        super().__init__(f"{reason}; {advice}")
 
-    A file may hold both parts: `images_train`, `labels_train`, `images_test` … (or `x_train`, as others name them).
-    Raises SourceError where they are no images.
+
+def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ...]]:
+    """Return the images in a file (N x C x H x W), their labels, and the names of the classes.
+
+    Without labels, all are -1 and there is no class. A file may hold both parts: `images_train`, `labels_train`,
+    `x_test` … Raises SourceError if it holds no images.
     """
-    entries = _read(path)
+    try:
+        entries = _read(path)
+        images, labels = _entry(entries, part, "images", "x", "data"), _entry(entries, part, "labels", "y", "targets")
+        if images is None:
+            raise _UnfitError(f"holds no images (its entries: {', '.join(entries) or 'none'})")
+        tensor = _as_images(_tensor(images))
+        if labels is None:
+            return tensor, [-1] * len(tensor), ()
+        numbers = _as_labels(_tensor(labels), len(tensor))
+        classes = entries.get("classes")
+        names = _as_names(range(max(numbers) + 1) if classes is None else classes)
+        if max(numbers) >= len(names):
+            raise _UnfitError(f"has a label {max(numbers)}, but names only {len(names)} classes")
+        return tensor, numbers, names
+    except _UnfitError as error:
+        raise SourceError(f"data {path} {error}") from None
 
-    def entry(names: tuple[str, ...]) -> Any:
-        known = [f"{name}_{part}" for name in names] + [f"{part}_{name}" for name in names] + list(names)
-        return next((entries[name] for name in known if name in entries), None)
 
-    images, labels = entry(_IMAGES), entry(_LABELS)
-    if images is None:
-        raise SourceError(f"data {path} holds no images (its entries: {', '.join(entries) or 'none'}); {_HOW}")
-    tensor = _as_images(_tensor(images, path), path)
-    if labels is None:
-        return InMemory(tensor, [-1] * len(tensor), channels), ()
-    numbers = _as_labels(_tensor(labels, path), len(tensor), path)
-    classes = entries.get("classes")
-    names = tuple(map(str, range(max(numbers) + 1))) if classes is None else _as_names(classes, path)
-    if max(numbers) >= len(names):
-        raise SourceError(f"data {path} has a label {max(numbers)}, but names only {len(names)} classes")
-    return InMemory(tensor, numbers, channels), names
+def _entry(entries: Mapping[str, Any], part: str, *names: str) -> Any:
+    known = [f"{name}_{part}" for name in names] + [f"{part}_{name}" for name in names] + [*names]
+    return next((entries[name] for name in known if name in entries), None)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -66,30 +71,28 @@ def _read(path: Path) -> Mapping[str, Any]:
             return _read_npz(path)
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except SourceError as error:
-        raise SourceError(f"data {path} cannot be read ({error}); {_HOW}") from None
+        raise _UnfitError(f"cannot be read ({error})") from None
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:160]
-        raise SourceError(f"data {path} cannot be read ({reason}); {_HOW}") from None
+        raise _UnfitError(f"cannot be read ({' '.join(str(error).split())[:160]})") from None
     if isinstance(value, Tensor):
         return {"images": value}
     if isinstance(value, list | tuple) and len(value) == 2:
         return {"images": value[0], "labels": value[1]}
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
-    raise SourceError(f"data {path} holds a {type(value).__name__}; {_HOW}")
+    raise _UnfitError(f"holds a {type(value).__name__}")
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
+    found = {}
     with ZipFile(path) as archive:
-        infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        unpacked, size = sum(info.file_size for info in infos.values()), path.stat().st_size
+        unpacked, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
         if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
             raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}; save it with numpy.savez")
-        found = {}
-        for name, info in infos.items():
+        for info in archive.infolist():
             with archive.open(info) as file:
-                found[name] = _read_npy(file, info.file_size)
-        return found
+                found[info.filename.removesuffix(".npy")] = _read_npy(file, info.file_size)
+    return found
 
 
 def _read_npy(file: IO[bytes], size: int) -> Any:
@@ -98,91 +101,83 @@ def _read_npy(file: IO[bytes], size: int) -> Any:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"it is an .npy file of version {version[0]}.{version[1]}, which holds no plain arrays")
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, in_columns, dtype = read_header(file)
+    shape, _, dtype = read_header(file)
     if dtype.hasobject or dtype.kind not in "biufcSU":
         raise ValueError(f"it holds an array of {dtype}, not of numbers")
     count = math.prod(int(n) for n in shape)
     claimed = count * dtype.itemsize
     if claimed > size or (count and not dtype.itemsize):
         raise ValueError(f"it claims {claimed:,} bytes for an array of {'x'.join(map(str, shape))}, and has {size:,}")
-    content = bytearray(claimed)
-    place, done = memoryview(content), 0
-    while done < claimed:
-        part = file.read(min(claimed - done, 2**20))
-        if not part:
-            raise EOFError("it is cut off")
-        place[done : done + len(part)] = part
-        done += len(part)
-    array: Any = np.frombuffer(content, dtype) if claimed else np.empty(0, dtype)
-    return array.reshape(shape, order="F" if in_columns else "C")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _tensor(value: Any, path: Path) -> Tensor:
+def _tensor(value: Any) -> Tensor:
     """Return tensors, numpy's own arrays and lists of plain numbers as a tensor; refuse everything else."""
     if isinstance(value, np.ndarray) and value.dtype.itemsize > 8:
-        raise SourceError(f"data {path} holds an array of {value.dtype}; store numbers of at most 64 bits")
+        raise _UnfitError(f"holds an array of {value.dtype}", "store numbers of at most 64 bits")
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="), copy=False)))
     if isinstance(value, list | tuple) and value and all(type(item) in (bool, int, float) for item in value):
         if any(type(item) is int and abs(item) >= 2**63 for item in value):
-            raise SourceError(f"data {path} holds a number beyond 64 bits; {_HOW}")
+            raise _UnfitError("holds a number beyond 64 bits")
         return torch.tensor(value)
     if isinstance(value, list | tuple) and value and all(map(_is_strided, value)):
         if len({(item.shape, item.dtype) for item in value}) > 1:
-            raise SourceError(f"data {path} holds a list of tensors of several shapes; {_HOW}")
+            raise _UnfitError("holds a list of tensors of several shapes")
         return torch.stack([item.detach() for item in value])
     if not isinstance(value, Tensor):
-        raise SourceError(f"data {path} holds a {type(value).__name__}, which is no tensor; {_HOW}")
+        raise _UnfitError(f"holds a {type(value).__name__}, which is no tensor")
     if not _is_strided(value):
         kind = "meta" if value.is_meta else "quantised" if value.is_quantized else "sparse"
-        raise SourceError(f"data {path} holds a {kind} tensor; store plain ones")
+        raise _UnfitError(f"holds a {kind} tensor", "store plain ones")
     return value.detach().resolve_conj().resolve_neg()
 
 
-def _is_strided(tensor: Any) -> bool:
-    return (
-        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
-    )
+def _is_strided(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
 
 
-def _as_names(classes: Any, path: Path) -> tuple[str, ...]:
+def _as_names(classes: Any) -> tuple[str, ...]:
     """Return the names of classes: a list or an array of text or numbers."""
     if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
         classes = classes.tolist()
-    if not isinstance(classes, list | tuple) or not all(isinstance(name, str | int | float) for name in classes):
-        raise SourceError(f"data {path} has 'classes' that are no list of names; give one text for each class")
+    if not isinstance(classes, list | tuple | range) or not all(
+        isinstance(name, str | int | float) for name in classes
+    ):
+        raise _UnfitError("has 'classes' that are no list of names", "give one text for each class")
     return tuple(map(str, classes))
 
 
-def _as_images(images: Tensor, path: Path) -> Tensor:
+def _as_images(images: Tensor) -> Tensor:
     """Return images that may come without channels, or with them last, as N x C x H x W."""
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.permute(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
-        raise SourceError(f"data {path} holds a tensor of shape {tuple(images.shape)}, which is no images; {_HOW}")
+        raise _UnfitError(f"holds a tensor of shape {tuple(images.shape)}, which is no images")
     if images.dtype == torch.uint8:
         return images
     if images.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise SourceError(f"data {path} holds images of {images.dtype}; {_HOW}")
+        raise _UnfitError(f"holds images of {images.dtype}")
     low, high = (float(bound) for bound in images.aminmax())
     if not (low >= 0 and high <= 1):
-        raise SourceError(f"data {path} holds floats from {low:.3g} to {high:.3g}, not from 0 to 1; {_HOW}")
+        raise _UnfitError(f"holds floats from {low:.3g} to {high:.3g}, not from 0 to 1")
     return images
 
 
-def _as_labels(labels: Tensor, count: int, path: Path) -> list[int]:
+def _as_labels(labels: Tensor, count: int) -> list[int]:
     labels = labels.reshape(-1) if labels.numel() == count else labels
-    if not (labels.is_floating_point() or labels.is_complex()):
-        # torch has no minimum of the larger unsigned types.
-        labels = labels.to(torch.int64)
-    if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or int(labels.min()) < 0:
-        raise SourceError(
-            f"data {path} has labels of shape {tuple(labels.shape)} and {labels.dtype} for {count} images; "
-            "give one whole number from 0 on for each"
+    whole = not (labels.is_floating_point() or labels.is_complex())
+    # torch has no minimum of the larger unsigned types.
+    labels = labels.to(torch.int64) if whole else labels
+    if labels.shape != (count,) or not whole or int(labels.min()) < 0:
+        raise _UnfitError(
+            f"has labels of shape {tuple(labels.shape)} and {labels.dtype} for {count} images",
+            "give one whole number from 0 on for each",
         )
     if int(labels.max()) >= _MOST_CLASSES:
-        raise SourceError(f"data {path} has a label {int(labels.max())}, which is no number of a class; {_HOW}")
+        raise _UnfitError(f"has a label {int(labels.max())}, which is no number of a class")
     numbers: list[int] = labels.tolist()
     return numbers

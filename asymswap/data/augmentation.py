@@ -13,24 +13,22 @@ from asymswap.types import Preprocessing
 
 PRESETS = ("none", "flip", "crop", "flip-crop", "randaugment")
 MIXES = ("mixup", "cutmix")
-_BORDER = 8
-"""Small pictures are shifted by up to an eighth of their sides, 4 of CIFAR's 32 pixels."""
 
 
 def parse_presets(text: str) -> tuple[str, ...]:
-    """Read `flip-crop` or `randaugment,mixup`: at most one preset for pictures, and any for batches."""
+    """Parse `flip-crop` or `randaugment,mixup`: at most one preset for pictures, and any for batches."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in PRESETS + MIXES:
             hint = near_names(name, PRESETS + MIXES) or f"; known: {', '.join(PRESETS + MIXES)}"
             raise SourceError(f"no augmentation {name!r}{hint}")
     if sum(name in PRESETS for name in names) > 1:
-        raise SourceError(f"--augment {text}: give one of {', '.join(PRESETS)}; mixup and cutmix may be added to it")
+        raise SourceError(f"`augment={text}`: give one of {', '.join(PRESETS)}; mixup and cutmix may be added to it")
     return names
 
 
 def presets_for(reference: str) -> tuple[str, ...]:
-    """Return the default for a data reference: digits are not mirrored, they would be other signs."""
+    """Return the default for a data reference: digits are not mirrored, which would change what they are."""
     drawn = reference == "digits" or reference.partition(":")[0] == "mnist"
     return ("crop",) if drawn else ("flip-crop",)
 
@@ -38,15 +36,15 @@ def presets_for(reference: str) -> tuple[str, ...]:
 def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:
     """Return the random transform from a picture to a network's input.
 
-    Small pictures are shifted, their borders reflected; of large ones a part is taken, as networks for ImageNet are
-    trained.
+    Small pictures are shifted, their borders reflected; large ones are cropped at random, as for ImageNet.
     """
     size, steps = list(preprocessing.size), geometry(preprocessing)
     if {"crop", "flip-crop", "randaugment"} & set(presets):
         if preprocessing.resize is not None:
             steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode(preprocessing.interpolation))]
         else:
-            border = [max(1, side // _BORDER) for side in reversed(size)]
+            # By up to an eighth of their sides, 4 of CIFAR's 32 pixels.
+            border = [max(1, side // 8) for side in reversed(size)]
             steps.append(v2.RandomCrop(size, padding=border, padding_mode="reflect"))
     if {"flip", "flip-crop", "randaugment"} & set(presets):
         steps.append(v2.RandomHorizontalFlip())

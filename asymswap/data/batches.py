@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from asymswap.data.images import Pictures
+from asymswap.data.datasets import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import drawn_from, generator_for
@@ -23,26 +23,24 @@ Key = tuple[int, int]
 """An epoch and the number of an image."""
 
 _MOST_SKIPPED = 100
-"""If so many images in a row cannot be read, something else is wrong."""
+"""Unreadable images in a row from which on something else must be wrong."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N x C x H x W), their class numbers, and how many unreadable ones a neighbour replaces."""
-
-    images: Tensor
+    images: Tensor  # N x C x H x W
     labels: Tensor
-    skipped: int
+    skipped: int  # unreadable images that a neighbour replaces
 
 
 class Schedule(Sampler[list[Key]]):
-    """The batches of this process, epoch by epoch; `begin` sets which epoch is read next, from which step on."""
+    """The batches of this process, epoch by epoch; `begin` sets the epoch and step to continue with."""
 
     def __init__(self, images: int, batch_size: int, accumulate: int, team: Team, seed: int) -> None:
         parts = accumulate * team.size
         if images < parts:
             raise AsymswapError(
-                f"{images} images cannot be shared among {team.size} processes x --accumulate {accumulate}; give more "
+                f"{images} images cannot be shared among {team.size} processes x `accumulate={accumulate}`; give more "
                 "images, or fewer of those"
             )
         # At least one image for each, even where a batch of one image then has two.
@@ -51,7 +49,6 @@ class Schedule(Sampler[list[Key]]):
         self._epoch = self._start = 0
 
     def begin(self, epoch: int, start: int) -> None:
-        """Continue with this epoch at this step."""
         self._epoch, self._start = epoch, start
 
     def size(self, step: int) -> int:
@@ -70,7 +67,7 @@ class Schedule(Sampler[list[Key]]):
 
 
 class TrainingImages(Dataset[Any]):
-    """Augmented network inputs; the augmentation depends on the seed, the epoch and the image's number alone.
+    """Augmented network inputs; the augmentation depends only on the seed, the epoch and the image's number.
 
     The next image replaces one that cannot be read; with `strict` the error is the sample.
     """
@@ -78,13 +75,10 @@ class TrainingImages(Dataset[Any]):
     def __init__(self, pictures: Pictures, transform: Any, seed: int, strict: bool) -> None:
         self._pictures, self._transform, self._seed, self._strict = pictures, transform, seed, strict
 
-    def __len__(self) -> int:
-        return len(self._pictures.labels)
-
     def __getitem__(self, key: Key) -> tuple[Tensor, int, int] | SourceError:
-        epoch, index = key
-        for skipped in range(min(len(self), _MOST_SKIPPED)):
-            place = (index + skipped) % len(self)
+        (epoch, index), labels = key, self._pictures.labels
+        for skipped in range(min(len(labels), _MOST_SKIPPED)):
+            place = (index + skipped) % len(labels)
             try:
                 picture = self._pictures.picture(place)
             except SourceError as error:
@@ -93,8 +87,8 @@ class TrainingImages(Dataset[Any]):
                     return error
                 continue
             with drawn_from(self._seed, "augment", epoch, index):
-                return self._transform(picture), self._pictures.labels[place], int(skipped > 0)
-        return SourceError("no image of the data can be read; --strict names the first that cannot")
+                return self._transform(picture), labels[place], int(skipped > 0)
+        return SourceError("no image of the data can be read; `strict=True` names the first that cannot")
 
 
 def _collate(samples: Sequence[Any]) -> Batch | SourceError:
@@ -106,7 +100,7 @@ def _collate(samples: Sequence[Any]) -> Batch | SourceError:
 
 
 class Reader:
-    """Reads the batches of a schedule, ahead of time where there are workers."""
+    """Reads the batches of a schedule, ahead of time if there are workers."""
 
     def __init__(self, images: TrainingImages, schedule: Schedule, workers: int) -> None:
         self.schedule = schedule

@@ -12,36 +12,29 @@
 from __future__ import annotations
 
 import urllib.error
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
-from asymswap.data.images import (
-    PIL_MODES,
-    ImageFiles,
-    InMemory,
-    Pictures,
-    Preprocessed,
-    Subset,
-    class_names,
-    image_files,
-    read_class_folders,
-)
 from asymswap.errors import SourceError, near_names
 from asymswap.types import Preprocessing
 
-Part = Literal["train", "test"]
+Part = Literal["train", "test", "val"]
+PIL_MODES = {1: "L", 3: "RGB"}
 
 COLLECTIONS: dict[str, tuple[Any, str]] = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
@@ -55,43 +48,98 @@ _HOW_TO_NAME = (
     "give digits, or a folder that holds one folder of images for each class, or "
     f"{', '.join(f'{name}:PATH' for name in COLLECTIONS)}, or a file of tensors ({', '.join(arrays.SUFFIXES)})"
 )
-_PART_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures by number, before they are preprocessed."""
+
+    labels: Sequence[int]  # class numbers, -1 without labels
+    picture: Callable[[int], Any]  # a PIL image, or a float C x H x W tensor from 0 to 1; SourceError if unreadable
+    ready: bool = True  # in memory, so that no workers are needed
+
+    @classmethod
+    def in_memory(cls, images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
+        """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
+        return cls(labels, partial(_from_memory, images, channels))
+
+    def some(self, chosen: Sequence[int]) -> Pictures:
+        """Return some of the pictures, in a given order."""
+        return Pictures([self.labels[index] for index in chosen], partial(_nth, self.picture, chosen), self.ready)
+
+
+def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
+    return picture(chosen[index])
+
+
+def _from_memory(images: Tensor, channels: int, index: int) -> TensorImage:
+    image = images[index]
+    image = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image.to(torch.float32)
+    if image.shape[0] < channels:
+        image = image.expand(channels, -1, -1)
+    elif image.shape[0] > channels:
+        image = v2.functional.rgb_to_grayscale(image)
+    return TensorImage(image)
+
+
+def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Image:
+    try:
+        with Image.open(paths[index]) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow itself would cut off all that is brighter than 255 of 65,535.
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits, of which nobody knows what is white")
+            return image.convert(mode)
+    # Besides its own OSErrors, Pillow passes decoders' errors on, and refuses decompression bombs.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SourceError(f"image '{paths[index]}' cannot be read ({error}); remove or replace it") from error
+
+
+class _Inputs(Dataset[tuple[Tensor, int]]):
+    """Network inputs (float C x H x W) with their class numbers."""
+
+    def __init__(self, pictures: Pictures, transform: Callable[[Any], Tensor]) -> None:
+        self._pictures, self._transform = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self._pictures.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self._pictures.picture(index)), self._pictures.labels[index]
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Network inputs (float C x H x W) with their class numbers, the classes' names, and a description.
+    """Pictures with the names of their classes and a description; `images` are the network inputs made of them."""
 
-    `pictures` are the images before `preprocessing`, to be augmented; `has_val`: there is a part for validation too.
-    """
-
-    images: Dataset[tuple[Tensor, int]]
+    pictures: Pictures
     classes: tuple[str, ...]
     description: str
-    pictures: Pictures | None = None
-    preprocessing: Preprocessing | None = None
-    has_val: bool = False
+    preprocessing: Preprocessing
+    has_val: bool = False  # the data has a part for validation too
 
     def __len__(self) -> int:
-        return len(cast(Sized, self.images))
+        return len(self.pictures.labels)
+
+    @cached_property
+    def images(self) -> Dataset[tuple[Tensor, int]]:
+        return _Inputs(self.pictures, image_transform(self.preprocessing))
 
     def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
         """Return some of these images, in a given order."""
-        assert self.pictures is not None
-        assert self.preprocessing is not None
-        return _preprocessed(Subset(self.pictures, chosen), self.classes, description, self.preprocessing)
+        return replace(self, pictures=self.pictures.some(chosen), description=description)
 
 
 def open_data(
     reference: str, preprocessing: Preprocessing, part: Part, *, download: bool = False, unlabelled: bool = False
 ) -> LabelledImages:
-    """Open the part of the data that `reference` names.
+    """Open a part of the data that `reference` names; `val` is for folders that have it.
 
     A folder that holds `train` and `test` (or `val`) folders of class folders is split by them; any other folder is
-    the same for both parts, and so is a file of tensors that does not name parts itself. A folder that is itself called
-    digits is named `./digits`. `download` fetches what torchvision can; `unlabelled` says that labels are not needed.
-
-    Raises SourceError where there is no such data, it holds no images, or it cannot be preprocessed so.
+    the same for all parts, and so is a file of tensors that does not name parts itself. A folder called digits is
+    given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
+    SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
     """
     _check(preprocessing)
     if reference == "digits":
@@ -100,23 +148,21 @@ def open_data(
     if colon and name in COLLECTIONS:
         return _open_collection(name, Path(path).expanduser(), preprocessing, part, download)
     if download:
-        raise SourceError(f"--download is for {', '.join(COLLECTIONS)}; data {reference!r} cannot be downloaded")
+        raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
     place = Path(reference).expanduser()
     if place.is_dir():
         return _open_folder(place, preprocessing, part, unlabelled)
     if place.is_file() and place.suffix in arrays.SUFFIXES:
-        return _open_arrays(place, preprocessing, part, unlabelled)
+        tensor, labels, classes = arrays.read_arrays(place, part)
+        pictures = Pictures.in_memory(tensor, labels, preprocessing.channels)
+        if not classes and not unlabelled:
+            raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
+        description = f"file {place}: {len(labels)} images of {len(classes)} classes"
+        return LabelledImages(pictures, classes, description, preprocessing)
     if place.exists():
         raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
     hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
     raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
-
-
-def open_part(reference: str, preprocessing: Preprocessing, name: Literal["val"]) -> LabelledImages:
-    """Open the folder of that name in a folder of parts."""
-    folder = Path(reference).expanduser()
-    _check_same_classes(folder, name)
-    return _read_folder(folder / name, preprocessing)
 
 
 def _check(preprocessing: Preprocessing) -> None:
@@ -125,25 +171,13 @@ def _check(preprocessing: Preprocessing) -> None:
         raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
     channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
     if channels not in PIL_MODES:
-        raise SourceError(
-            f"the model takes {channels} channels, but images have 1 or 3; give a model that takes images"
-        )
+        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a model that takes images")
     if not channels == means == stds:
-        raise SourceError(
-            f"preprocessing has {means} means and {stds} standard deviations for {channels} channels; "
-            "give one of each per channel"
-        )
+        raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
     known = [mode.value for mode in InterpolationMode]
     if preprocessing.interpolation not in known:
         hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
         raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
-
-
-def _preprocessed(
-    pictures: Pictures, classes: tuple[str, ...], description: str, preprocessing: Preprocessing, has_val: bool = False
-) -> LabelledImages:
-    images = Preprocessed(pictures, image_transform(preprocessing))
-    return LabelledImages(images, classes, description, pictures, preprocessing, has_val)
 
 
 def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
@@ -160,102 +194,94 @@ def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
     chosen = train if part == "train" else test
     # scikit-learn's pixels count from 0 to 16.
     images = torch.from_numpy(digits.images).to(torch.float32)[chosen, None] / 16
-    pictures = InMemory(images, [labels[i] for i in chosen], preprocessing.channels)
+    pictures = Pictures.in_memory(images, [labels[i] for i in chosen], preprocessing.channels)
     classes = tuple(str(name) for name in digits.target_names)
     description = f"digits (scikit-learn): {len(chosen)} {part} images of {len(classes)} classes"
     # These pictures fill their frame, so that a crop would cut them: they are always resized as a whole.
-    return _preprocessed(pictures, classes, description, replace(preprocessing, resize=None))
-
-
-class _Collection:
-    """The pictures of one of torchvision's datasets that keep them in memory."""
-
-    ready = True
-
-    def __init__(self, images: Any, labels: Sequence[int], channels: int) -> None:
-        self._images, self.labels, self._mode = images, labels, PIL_MODES[channels]
-
-    def picture(self, index: int) -> Image.Image:
-        """Return one picture; both NumPy arrays and tensors give their pixels as an array."""
-        return Image.fromarray(self._images[index].__array__()).convert(self._mode)
+    return LabelledImages(pictures, classes, description, replace(preprocessing, resize=None))
 
 
 def _open_collection(
     name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
 ) -> LabelledImages:
-    """Open one of torchvision's data sets below a folder, or in the unpacked folder itself."""
     make, holds = COLLECTIONS[name]
+    # The folder above, or the unpacked folder itself.
     root = folder.parent if folder.name == holds else folder
     if not download and not (root / holds).is_dir():
-        raise SourceError(f"data {name}:{folder} has no folder {holds}; give the folder that holds it, or --download")
+        raise SourceError(f"data {name}:{folder} has no folder {holds}; give the folder above it, or `download=True`")
     try:
         found = make(str(root), train=part == "train", download=download)
     except (urllib.error.URLError, HTTPException) as error:
         raise SourceError(f"data {name} cannot be downloaded ({getattr(error, 'reason', error)})") from None
     except (RuntimeError, OSError, ValueError, EOFError, AssertionError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise SourceError(f"data {name}:{folder} cannot be read ({reason}); --download fetches it anew") from None
-    pictures = _Collection(found.data, [int(label) for label in found.targets], preprocessing.channels)
-    classes = tuple(found.classes)
-    description = f"{name} in {folder}: {len(pictures.labels)} {part} images of {len(classes)} classes"
-    return _preprocessed(pictures, classes, description, replace(preprocessing, resize=None))
+        raise SourceError(f"data {name}:{folder} cannot be read ({reason}); `download=True` fetches it again") from None
+    labels, classes = [int(label) for label in found.targets], tuple(found.classes)
+    pictures = Pictures(labels, partial(_from_collection, found.data, PIL_MODES[preprocessing.channels]))
+    description = f"{name} in {folder}: {len(labels)} {part} images of {len(classes)} classes"
+    return LabelledImages(pictures, classes, description, replace(preprocessing, resize=None))
 
 
-def _open_arrays(path: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
-    pictures, classes = arrays.read_arrays(path, part, preprocessing.channels)
-    if not classes and not unlabelled:
-        raise SourceError(f"data {path} holds images without labels; give an .npz or .pt file with both")
-    description = f"file {path}: {len(pictures.labels)} images of {len(classes)} classes"
-    return _preprocessed(pictures, classes, description, preprocessing)
+def _from_collection(images: Any, mode: str, index: int) -> Image.Image:
+    # Both NumPy arrays and tensors give their pixels as an array.
+    return Image.fromarray(images[index].__array__()).convert(mode)
 
 
 def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
     root = _part_folder(folder, part)
-    if unlabelled and not class_names(root):
-        files = image_files(root)
-        if not files:
-            raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
-        pictures = ImageFiles(files, [-1] * len(files), preprocessing.channels)
-        return _preprocessed(pictures, (), f"folder {root}: {len(files)} images", preprocessing)
-    has_val = part == "train" and root != folder and bool(class_names(folder / "val"))
-    return _read_folder(root, preprocessing, has_val)
-
-
-def _read_folder(root: Path, preprocessing: Preprocessing, has_val: bool = False) -> LabelledImages:
-    if not class_names(root):
+    classes = _class_names(root)
+    if classes:
+        # As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = make_dataset(str(root), numbers, is_valid_file=_is_image, allow_empty=True)
+        if not samples:
+            raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
+    elif not unlabelled:
         raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
-    pictures, classes = read_class_folders(root, preprocessing.channels)
-    if not pictures.labels:
-        raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
-    description = f"folder {root}: {len(pictures.labels)} images of {len(classes)} classes"
-    return _preprocessed(pictures, tuple(classes), description, preprocessing, has_val)
+    else:
+        samples = [(path, -1) for path in sorted(root.iterdir()) if _is_image(path) and path.is_file()]
+        if not samples:
+            raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
+    paths, labels = zip(*samples, strict=True)
+    pictures = Pictures(labels, partial(_from_file, paths, PIL_MODES[preprocessing.channels]), ready=False)
+    description = f"folder {root}: {len(labels)} images" + (f" of {len(classes)} classes" if classes else "")
+    has_val = part == "train" and root != folder and bool(_class_names(folder / "val"))
+    return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
 
 
 def _part_folder(folder: Path, part: Part) -> Path:
-    """Return the folder of the part where `folder` is split into parts, else `folder` itself."""
-    parts = [name for name in ("train", "test", "val") if class_names(folder / name)]
-    if not parts:
+    """Return the folder of the part if `folder` is split into parts, else `folder` itself."""
+    parts = {name: _class_names(folder / name) for name in ("train", "test", "val")}
+    present = [name for name, classes in parts.items() if classes]
+    if not present:
         return folder
-    name = next((name for name in _PART_FOLDERS[part] if name in parts), None)
+    suitable = ("test", "val") if part == "test" else (part,)
+    name = next((name for name in suitable if name in present), None)
     if name is None:
-        lacking = " or ".join(_PART_FOLDERS[part])
+        lacking = " or ".join(suitable)
         raise SourceError(
-            f"data folder '{folder}' holds {' and '.join(parts)}, but no folder {lacking} that holds class folders; "
+            f"data folder '{folder}' holds {' and '.join(present)}, but no folder {lacking} that holds class folders; "
             "add it, or give the folder that is meant"
         )
-    _check_same_classes(folder, name)
+    # Labels are positions among the names: with other classes they would shift unnoticed.
+    if parts["train"] and parts["train"] != parts[name]:
+        odd = ", ".join(sorted(set(parts["train"]) ^ set(parts[name])))
+        raise SourceError(
+            f"data folder '{folder}' has other classes in train than in {name} (only in one: {odd}); "
+            "give both the same class folders"
+        )
     return folder / name
 
 
-def _check_same_classes(folder: Path, name: str) -> None:
-    """Check that parts have the same classes: labels are positions among the names, and would shift in silence."""
-    train, other = class_names(folder / "train"), class_names(folder / name)
-    if train and train != other:
-        odd = sorted(set(train) ^ set(other))
-        raise SourceError(
-            f"data folder '{folder}' has other classes in train than in {name} (only in one: {', '.join(odd)}); "
-            "give both the same class folders"
-        )
+def _is_image(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in IMG_EXTENSIONS and not Path(path).name.startswith(".")
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Return the names of the visible folders in a folder, sorted; none if it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_transform(preprocessing: Preprocessing) -> v2.Transform:
@@ -273,11 +299,9 @@ def geometry(preprocessing: Preprocessing) -> list[v2.Transform]:
 
 def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
     """Return the transforms from a picture of the right size to normalised numbers."""
+    reverse = [v2.Lambda(_reverse_channels)] if preprocessing.bgr else []
     normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
-    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize, v2.ToPureTensor()]
-    if preprocessing.bgr:
-        steps.insert(2, _reverse_channels)
-    return steps
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), *reverse, normalize, v2.ToPureTensor()]
 
 
 def _reverse_channels(image: Tensor) -> Tensor:

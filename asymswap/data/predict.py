@@ -1,4 +1,4 @@
-"""Predictions of a classifier for every image of a labelled set, or for this process's share of it."""
+"""A classifier on labelled images: its predictions, and whether its classes are the classes of the data."""
 
 from __future__ import annotations
 
@@ -6,60 +6,56 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from asymswap.data.datasets import LabelledImages
 from asymswap.errors import SourceError
+from asymswap.results.records import History
+from asymswap.types import Origin
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.tensors import eval_mode
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """For each readable image: its number, class, likeliest class, rank of its class (0 is best), and loss.
+    """What a model says of each readable image."""
 
-    `scores` is the model's number of classes; `seconds` were spent in forward passes; `unreadable` images are left out.
-    """
-
-    numbers: Tensor
+    numbers: Tensor  # of the images
     labels: Tensor
-    guesses: Tensor
-    ranks: Tensor
+    guesses: Tensor  # the likeliest classes
+    ranks: Tensor  # of the right classes, 0 is best
     losses: Tensor
-    scores: int
-    seconds: float
-    unreadable: int = 0
+    scores: int  # the model's number of classes
+    seconds: float  # in forward passes
+    unreadable: int = 0  # images left out
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def correct(self) -> int:
+        return int((self.guesses == self.labels).sum())
 
-class _Readable(Dataset[Any]):
-    """The chosen images with their numbers; the error in the place of one that cannot be read."""
+    @property
+    def top1(self) -> float:
+        return self.correct / len(self)
 
-    def __init__(self, data: LabelledImages, chosen: Sequence[int]) -> None:
-        self._data, self._chosen = data, chosen
 
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int, int] | SourceError:
+def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
+    """Return a batch of the readable images with their numbers, None if there is none, and the errors of the others."""
+    samples, errors = [], []
+    for number in numbers:
         try:
-            image, label = self._data.images[self._chosen[place]]
+            samples.append((number, *data.images[number]))
         except SourceError as error:
-            return error
-        return image, label, self._chosen[place]
-
-
-def _collate(samples: Sequence[Any]) -> tuple[list[Tensor] | None, list[SourceError]]:
-    errors = [sample for sample in samples if isinstance(sample, SourceError)]
-    readable = [sample for sample in samples if not isinstance(sample, SourceError)]
-    return (default_collate(readable) if readable else None), errors
+            errors.append(error)
+    return (default_collate(samples) if samples else None), errors
 
 
 def predict(
@@ -73,16 +69,16 @@ def predict(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """Run the model in eval mode, where its parameters are; it stays unchanged. `context` surrounds each forward pass.
+    """Run the model in eval mode, where its parameters are, on the images or this process's share of them.
 
-    Raises SourceError where there is no image or the model is no classifier of these classes, with `strict` also where
-    an image cannot be read.
+    `context` surrounds each forward pass; `progress` gets the number of images done and of all. Raises SourceError if
+    there is no image or the model is no classifier of these classes, with `strict` also if an image cannot be read.
     """
     _check_any(data)
-    chosen = range(team.rank, len(data), team.size)
+    chosen: Any = range(team.rank, len(data), team.size)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Iterable[Any] = DataLoader(
-        _Readable(data, chosen), batch_size, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
+        chosen, batch_size, num_workers=workers, collate_fn=partial(_read, data), generator=torch.Generator()
     )
     device, dtype = placement(model)
     parts: list[list[Tensor]] = []
@@ -94,46 +90,27 @@ def predict(
             unreadable += len(errors)
             if readable is None:
                 continue
-            images, labels, numbers = readable
+            numbers, images, labels = readable
             images = images.to(device, dtype)
             start = time.perf_counter()
             with context():
                 output = check_scores(model(images), data).float().cpu()
             seconds += time.perf_counter() - start
             scores = output.shape[1]
-            parts.append([numbers, labels, *_judge(output, labels)])
+            guesses = output.argmax(1)
+            ranks = (output > output.gather(1, labels[:, None])).sum(1)
+            # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
+            ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
+            losses = F.cross_entropy(output, labels, reduction="none").double()
+            parts.append([numbers, labels, guesses, ranks, losses])
             done += len(labels)
             if progress is not None:
                 progress(done + unreadable, len(chosen))
     if not parts and team.size == 1:
-        raise SourceError(f"no image can be read of {data.description}; --strict names the first that cannot")
+        raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
     columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
     numbers, labels, guesses, ranks, losses = columns
     return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
-
-
-def _judge(scores_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the likeliest classes, how many classes are likelier than the right one, and the losses."""
-    own = scores_NC.gather(1, labels_N[:, None])
-    guesses = scores_NC.argmax(1)
-    ranks = (scores_NC > own).sum(1)
-    # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
-    ranks = torch.where((ranks == 0) & (guesses != labels_N), 1, ranks)
-    losses = F.cross_entropy(scores_NC, labels_N, reduction="none").double()
-    return guesses, ranks, losses
-
-
-def check_classifier(model: nn.Module, data: LabelledImages) -> None:
-    """Raise what `predict` would raise, after the first image alone."""
-    _check_any(data)
-    device, dtype = placement(model)
-    with eval_mode(model), torch.inference_mode():
-        check_scores(model(data.images[0][0][None].to(device, dtype)), data)
-
-
-def _check_any(data: LabelledImages) -> None:
-    if len(data) == 0:
-        raise SourceError(f"there is nothing to evaluate on: {data.description}")
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -144,19 +121,75 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def check_scores(output: object, data: LabelledImages) -> Tensor:
+def check_classifier(model: nn.Module, data: LabelledImages, image: Tensor | None = None, exact: bool = False) -> int:
+    """Return the model's number of classes, found with `image` or the first image; raise what `predict` would raise.
+
+    With `exact`, a model with more classes than the data is an error too.
+    """
+    _check_any(data)
+    device, dtype = placement(model)
+    image = data.images[0][0] if image is None else image
+    with eval_mode(model), torch.inference_mode():
+        return check_scores(model(image[None].to(device, dtype)), data, exact).shape[1]
+
+
+def check_class_count(model: nn.Module, data: LabelledImages) -> int:
+    """Return the model's number of classes; raise SourceError if the data has another, or it is no classifier."""
+    known = data.preprocessing
+    return check_classifier(model, data, torch.zeros(known.channels, *known.size), exact=True)
+
+
+def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
     """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
     if not isinstance(output, Tensor):
         raise SourceError(
             f"the model returns a {type(output).__name__}, not a tensor of class scores; give a classifier"
         )
     if output.ndim != 2:
+        shape = tuple(output.shape)
+        raise SourceError(f"the model returns a tensor of shape {shape}, not images x class scores; give a classifier")
+    scores, classes = output.shape[1], len(data.classes)
+    if scores < classes or (exact and scores > classes):
         raise SourceError(
-            f"the model returns a tensor of shape {tuple(output.shape)}, not images x class scores; give a classifier"
-        )
-    if output.shape[1] < len(data.classes):
-        raise SourceError(
-            f"the model scores {output.shape[1]} classes, but the data has {len(data.classes)} ({data.description}); "
-            "give data with the model's classes"
+            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data "
+            f"{'of all of' if exact else 'with'} the model's classes"
         )
     return output
+
+
+def known_classes(history: History, origin: Origin) -> tuple[str, ...]:
+    """Return the names of the model's classes in order, if its checkpoint or its published weights have them."""
+    if history.training:
+        return history.training[-1].classes
+    return published_classes(origin.reference, history.report.model.weights)
+
+
+def published_classes(reference: str, weights: str) -> tuple[str, ...]:
+    """Return the names that torchvision gives the classes of published weights; none for other weights."""
+    if not reference.startswith("torchvision:"):
+        return ()
+    from torchvision import models
+
+    try:
+        found = models.get_model_weights(reference.removeprefix("torchvision:"))[weights]
+    except (KeyError, ValueError):
+        return ()
+    return tuple(found.meta.get("categories", ()))
+
+
+def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
+    """Raise SourceError if a class of the data has the name of a class of the model, but another number."""
+    numbers = {name: number for number, name in enumerate(known)}
+    if len(numbers) != len(known):
+        return
+    for number, name in enumerate(data.classes):
+        if numbers.get(name, number) != number:
+            raise SourceError(
+                f"class {name!r} is number {number} of the data and number {numbers[name]} of the model "
+                f"({data.description}); name the data's classes so that they sort as the model's"
+            )
+
+
+def _check_any(data: LabelledImages) -> None:
+    if len(data) == 0:
+        raise SourceError(f"there is nothing to evaluate on: {data.description}")

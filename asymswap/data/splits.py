@@ -8,17 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from asymswap.data.datasets import LabelledImages, open_data, open_part
+from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.errors import SourceError
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import generator_for
 
-DEFAULT_FRACTION = 0.1
-
 
 @dataclass(frozen=True)
 class Parts:
-    """Images to train on, and others to validate on, if there are any."""
+    """Images to train on, and others to validate on, if any."""
 
     train: LabelledImages
     validation: LabelledImages | None
@@ -29,12 +27,11 @@ def open_parts(
 ) -> Parts:
     """Open data for training.
 
-    `validation` is a fraction of the training images that is held back, the same in every class; `none`; `test` for the
-    test part; or another data reference. By default it is the folder `val` where there is one, else a tenth: the test
-    part stays unseen. Raises SourceError for what cannot be trained on.
+    `validation` is the fraction of each class's training images to hold back; `none`; `test` for the test part; or
+    another data reference. By default it is the folder `val` if there is one, else a tenth: the test part stays unseen.
+    Raises SourceError for data that cannot be trained on.
     """
     train = open_data(reference, preprocessing, "train", download=download)
-    assert train.pictures is not None
     counts = Counter(train.pictures.labels)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
     if empty:
@@ -43,16 +40,17 @@ def open_parts(
             "add some, or remove the class"
         )
     if validation is None and train.has_val:
-        other = open_part(reference, preprocessing, "val")
+        other = open_data(reference, preprocessing, "val")
     elif validation == "test":
         other = open_data(reference, preprocessing, "test", download=download)
     else:
-        fraction = _fraction(validation)
-        if fraction == 0:
-            return Parts(train, None)
-        if fraction is not None:
+        text = "0.1" if validation is None else "0" if validation == "none" else validation
+        try:
+            fraction = float(text)
+        except ValueError:
+            other = open_data(text, preprocessing, "test")
+        else:
             return _hold_back(train, fraction, seed)
-        other = open_data(str(validation), preprocessing, "test")
     if other.classes != train.classes:
         raise SourceError(
             f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
@@ -61,35 +59,23 @@ def open_parts(
     return Parts(train, other)
 
 
-def _fraction(validation: str | None) -> float | None:
-    """Return the fraction that the text means, 0 for no images; None where it means something else."""
-    if validation is None:
-        return DEFAULT_FRACTION
-    if validation == "none":
-        return 0.0
-    try:
-        fraction = float(validation)
-    except ValueError:
-        return None
-    if not 0 <= fraction < 1:
-        raise SourceError(f"--validation {validation} is no fraction of the images; give 0.1, none, test or other data")
-    return fraction
-
-
 def _hold_back(train: LabelledImages, fraction: float, seed: int) -> Parts:
-    assert train.pictures is not None
+    if not 0 <= fraction < 1:
+        raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data")
+    if fraction == 0:
+        return Parts(train, None)
     kept, held = split(train.pictures.labels, fraction, seed)
     if not held:
         raise SourceError(
-            f"a validation part of {fraction:g} of {train.description} would be empty; give a larger --validation, "
-            "or none"
+            f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction in "
+            "`validation=…`, or none"
         )
     about = f"of {train.description} (seed {seed})"
     return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the images that stay, and of those held back: `fraction` of each class, rounded.
+    """Return the numbers of the images that stay and of those held back: `fraction` of each class, rounded.
 
     The seed chooses them; both lists are in order. At least one of each class stays.
     """

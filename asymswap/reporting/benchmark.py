@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Column, Table, layout, paragraphs, written
+from asymswap.reporting.tables import WIDE, Column, Table, bold, document, paragraphs, screen, written
 from asymswap.results.benchmark import TITLES, Benchmark, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Ratio
 
+# Cores that other programs may keep busy without a warning.
 _BUSY = 0.2
-"""Cores that other programs may keep busy without a warning."""
-
+# Relative spread of the rounds from which on the machine counts as busy, if a single model gives no ratio.
 _SPREAD = 0.1
-"""Relative spread of the rounds from which on the machine counts as busy, where a single model gives no ratio."""
+# How to use the faster memory format.
+_HOW = {
+    "channels-last": 'model.to(memory_format=torch.channels_last), and `memory_format="channels-last"`',
+    "contiguous": 'PyTorch\'s default, and `memory_format="contiguous"`',
+}
 
 
 def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:
-    """Return a table for each setting, or one of all settings where there is a single model, layers and fine print."""
-    blocks: list[Sequence[RenderableType]] = [paragraphs(map(fmt.sentence, benchmark.warnings), "yellow")]
+    """Return a table for each setting, or one of all settings for a single model, layers and fine print."""
+    blocks: list[Sequence[RenderableType]] = []
     if len(benchmark.models) == 1:
         title = ", ".join([benchmark.models[0].model, *_shared_words(benchmark)])
         setting = Column("Setting", lambda row: _where(benchmark, row).strip(" ()") or "all", side="fold")
         table = Table([setting, *_figures(benchmark, benchmark.results)], benchmark.results)
         blocks.append([written(title, "bold"), table.terminal(width)])
     else:
-        model = Column("Model", lambda row: benchmark.models[row.model].model, side="fold")
         for number, one in enumerate(benchmark.settings):
             results = [result for result in benchmark.results if result.setting == number]
             if any(result.seconds is not None for result in results):
-                table = Table([model, *_figures(benchmark, results)], results)
+                table = Table([_model_column(benchmark), *_figures(benchmark, results)], results)
                 blocks.append([written(", ".join(_words(one)), "bold"), table.terminal(width)])
     blocks += [paragraphs(_warnings(benchmark), "yellow"), paragraphs(_advice(benchmark))]
     for found in benchmark.layers if layers else ():
-        title = _layers_title(benchmark, found)
-        blocks.append([written(title, "bold"), _layers_table(found, layers).terminal()])
-    return layout(*blocks, paragraphs(_fine_print(benchmark), "dim"))
+        blocks.append([written(_layers_title(benchmark, found), "bold"), _layers_table(found, layers).terminal()])
+    return screen("", benchmark.warnings, *blocks, fine_print=_fine_print(benchmark))
 
 
 def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
@@ -47,25 +49,32 @@ def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
     settings = benchmark.settings
     shown = [result for result in benchmark.results if result.seconds is not None]
     columns = [
-        Column("Model", lambda row: benchmark.models[row.model].model, side="fold", code=True),
+        _model_column(benchmark),
         Column("Runtime", lambda row: TITLES[settings[row.setting].runtime], side="left"),
         Column("Batch", lambda row: settings[row.setting].batch, side="left"),
         Column("Threads", lambda row: settings[row.setting].threads, side="left"),
         Column("Memory format", lambda row: settings[row.setting].memory_format, side="left"),
         *_figures(benchmark, shown),
     ]
-    text = [f"**{fmt.markdown_text(fmt.sentence(line))}**\n" for line in benchmark.warnings]
-    text += [*Table(columns, shown).markdown(), ""]
-    text += [f"**{fmt.markdown_text(line)}**\n" for line in _warnings(benchmark)]
-    text += [f"{fmt.markdown_text(line)}\n" for line in _advice(benchmark)]
+    by_layer: list[str | Table] = []
     for found in benchmark.layers if layers else ():
-        title = fmt.markdown_text(_layers_title(benchmark, found))
-        text += [f"{title}:", "", *_layers_table(found, layers).markdown(), ""]
-    return "\n".join([*text, *(f"- {fmt.markdown_text(line)}" for line in _fine_print(benchmark)), ""])
+        by_layer += [f"{fmt.markdown_text(_layers_title(benchmark, found))}:", _layers_table(found, layers)]
+    return document(
+        *bold(map(fmt.sentence, benchmark.warnings)),
+        Table(columns, shown),
+        *bold(_warnings(benchmark)),
+        *map(fmt.markdown_text, _advice(benchmark)),
+        *by_layer,
+        _fine_print(benchmark),
+    )
+
+
+def _model_column(benchmark: Benchmark) -> Column:
+    return Column("Model", lambda row: benchmark.models[row.model].model, side="fold", code=True)
 
 
 def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
-    """Return the columns of figures, which hold nothing for what could not be run."""
+    """Return the columns of figures, which are empty for what could not be run."""
 
     def macs_of_first(row: Result) -> str | None:
         macs, first = (benchmark.models[number].cost.macs for number in (row.model, 0))
@@ -79,65 +88,57 @@ def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
     def interval(ratio: Ratio) -> str:
         return f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"
 
+    def rate(images: float) -> str:
+        return f"{images:,.0f}" if images >= 100 else f"{images:#.3g}"
+
     columns = [
         Column("ms", lambda row: row.seconds and row.seconds.minimum, fmt.milliseconds),
         Column("Median", lambda row: row.seconds and row.seconds.median, fmt.milliseconds),
         Column("Spread", lambda row: row.seconds and row.seconds.spread, fmt.percent),
-        Column(
-            "Images/s",
-            lambda row: row.images_per_second,
-            lambda rate: f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}",
-        ),
+        Column("Images/s", attrgetter("images_per_second"), rate),
     ]
     if any(result.model for result in results):
         confidence = next((fmt.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
-        columns += [
-            Column("of 1st", time_of_first),
-            Column(confidence, lambda row: row.ratio, interval, least=WIDE),
-            Column("MACs", macs_of_first),
-        ]
+        columns.append(Column("of 1st", time_of_first))
+        columns.append(Column(confidence, attrgetter("ratio"), interval, least=WIDE))
+        columns.append(Column("MACs", macs_of_first))
     if any(result.ready is not None for result in results):
-        columns.append(Column("Ready s", lambda row: row.ready, "{:.1f}".format))
+        columns.append(Column("Ready s", attrgetter("ready"), "{:.1f}".format))
     return columns
 
 
 def _words(setting: Setting) -> list[str]:
-    memory_format = [] if setting.memory_format is None else [setting.memory_format]
-    threads = fmt.plural(setting.threads, "thread")
-    return [TITLES[setting.runtime], f"batch {setting.batch}", threads, *memory_format]
+    words = [TITLES[setting.runtime], f"batch {setting.batch}", fmt.plural(setting.threads, "thread")]
+    return words if setting.memory_format is None else [*words, setting.memory_format]
 
 
 def _shared_words(benchmark: Benchmark) -> list[str]:
-    """Return what all settings have in common."""
     every = [_words(setting) for setting in benchmark.settings]
     return [word for word in every[0] if all(word in other for other in every)]
 
 
 def _where(benchmark: Benchmark, result: Result) -> str:
-    """Return what is special about a result's setting, in brackets."""
+    """Return what distinguishes a result's setting, in brackets."""
     shared = _shared_words(benchmark)
     own = [word for word in _words(benchmark.settings[result.setting]) if word not in shared]
     return f" ({', '.join(own)})" if own else ""
 
 
 def _warnings(benchmark: Benchmark) -> list[str]:
-    """Return what could not be run and why, and which figures cannot be trusted because the machine was busy."""
+    """Return what could not be run and why, and which figures are not reliable because the machine was busy."""
     failed: dict[str, list[Result]] = {}
     for result in benchmark.results:
         if result.failure is not None:
             failed.setdefault(result.failure, []).append(result)
     failures = [f"{_models_and_settings(benchmark, results)}: {reason}." for reason, results in failed.items()]
-    doubts = fmt.doubts(
-        benchmark.models[0].model,
-        ((f"{benchmark.models[one.model].model}{_where(benchmark, one)}", one.ratio) for one in benchmark.results),
-    )
+    names = [f"{benchmark.models[result.model].model}{_where(benchmark, result)}" for result in benchmark.results]
+    ratios = (result.ratio for result in benchmark.results)
+    doubts = fmt.doubts(benchmark.models[0].model, zip(names, ratios, strict=True))
     if len(benchmark.models) == 1:
         for result in benchmark.results:
             if result.seconds is not None and result.seconds.spread > _SPREAD:
-                doubts.append(
-                    "The machine was busy: the middle half of the rounds spreads over "
-                    f"{fmt.percent(result.seconds.spread)}{_where(benchmark, result)}."
-                )
+                spread = f"{fmt.percent(result.seconds.spread)}{_where(benchmark, result)}"
+                doubts.append(f"The machine was busy: the middle half of the rounds spreads over {spread}.")
     if doubts and benchmark.others is not None and benchmark.others >= _BUSY:
         doubts.append(f"Other programs kept {benchmark.others:.1f} of {benchmark.cores} cores busy meanwhile.")
     return failures + doubts
@@ -154,14 +155,8 @@ def _models_and_settings(benchmark: Benchmark, results: Sequence[Result]) -> str
     return "; ".join(settings) + models
 
 
-_HOW = {
-    "channels-last": "model.to(memory_format=torch.channels_last), and --memory-format channels-last",
-    "contiguous": "PyTorch's default, and --memory-format contiguous",
-}
-
-
 def _advice(benchmark: Benchmark) -> Iterator[str]:
-    """Say in which memory format each model is faster, where that could be told."""
+    """Yield in which memory format each model is faster, if the difference is significant."""
     for number, model in enumerate(benchmark.models):
         by_format: dict[str, list[Gain]] = {}
         for gain in benchmark.gains:
@@ -178,16 +173,12 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
 
 
 def _layers_title(benchmark: Benchmark, layers: Layers) -> str:
-    setting = ", ".join(_words(benchmark.settings[layers.setting]))
-    title = f"Layers of {benchmark.models[layers.model].model} whose time differs most from what their MACs promise"
-    return f"{title} ({setting})"
+    model, setting = benchmark.models[layers.model].model, ", ".join(_words(benchmark.settings[layers.setting]))
+    return f"Layers of {model} whose time differs most from what their MACs promise ({setting})"
 
 
 def _layers_table(layers: Layers, most: int) -> Table:
-    """Return the layers of the greatest excess, and below them the others, the rest and the sum.
-
-    A row is a name and the layers that it sums.
-    """
+    """Return the layers of the greatest excess, the others, the rest and the sum: rows of a name and its layers."""
 
     def total(name: str) -> Callable[[tuple[str, Sequence[LayerRow]]], Any]:
         return lambda row: sum(getattr(layer, name) for layer in row[1])
@@ -195,21 +186,17 @@ def _layers_table(layers: Layers, most: int) -> Table:
     def of_first(own: str, first: str) -> Callable[[tuple[str, Sequence[LayerRow]]], str]:
         return lambda row: fmt.share(total(own)(row), total(first)(row))
 
-    def in_milliseconds(seconds: float) -> str:
-        return f"{1e3 * seconds:.3f}"
-
     columns = (
         Column("Layer", itemgetter(0), side="fold", code=True),
-        Column("1st ms", total("first"), in_milliseconds),
-        Column("ms", total("own"), in_milliseconds),
+        Column("1st ms", total("first"), lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("ms", total("own"), lambda seconds: f"{1e3 * seconds:.3f}"),
         Column("of 1st", of_first("own", "first")),
         Column("MACs", of_first("macs", "first_macs")),
         Column("Above MACs", total("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
     )
-    others, every = layers.rows[most:], (*layers.rows, layers.rest)
-    sums = [(layers.rest.layer, [layers.rest]), ("together", every)]
-    if others:
-        sums.insert(0, (f"{len(others)} others", others))
+    others = layers.rows[most:]
+    sums = [(f"{len(others)} others", others)] if others else []
+    sums += [(layers.rest.layer, (layers.rest,)), ("together", (*layers.rows, layers.rest))]
     return Table(columns, [(row.layer, [row]) for row in layers.rows[:most]], sums)
 
 
@@ -218,14 +205,14 @@ def _fine_print(benchmark: Benchmark) -> list[str]:
     if len(inputs) > 1:
         inputs = [f"{model.input} ({model.model})" for model in benchmark.models]
     cores = "" if benchmark.cores is None else f", {benchmark.cores} cores"
+    how = f"{benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on {benchmark.machine}{cores}"
     lines = [
-        f"Random inputs of {', '.join(inputs)}, {benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on "
-        f"{benchmark.machine}{cores}; {', '.join(benchmark.versions)}.",
+        f"Random inputs of {', '.join(inputs)}, {how}; {', '.join(benchmark.versions)}.",
         "ms: the fastest pass. Spread: between the quartiles of the rounds. Images/s: at the median.",
     ]
     if len(benchmark.models) > 1:
         lines.append(
-            "Of 1st: the median of the rounds' ratios to the first model in the same setting (?: not told from 100 %); "
+            "Of 1st: the median of the rounds' ratios to the first model in the same setting (?: not significant); "
             "MACs: the same of its MACs."
         )
     if any(result.ready is not None for result in benchmark.results):

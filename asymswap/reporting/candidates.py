@@ -8,34 +8,35 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.plots import add_legend, new_figure, picture_of
-from asymswap.reporting.tables import WIDE, Column, Table, heading, layout, paragraphs, written
+from asymswap.reporting.pages import add_legend, new_figure, picture_of
+from asymswap.reporting.tables import WIDE, Column, Table, screen, written
 from asymswap.results.candidates import Candidates
 from asymswap.types import Candidate, Cost
+
+# Kinds differ in these as well as in their colours.
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
 
 
 def candidates_view(found: Candidates, width: int) -> RenderableType:
     """Return what the candidates hold, and every conv with what `separable` would save, or why it is no candidate."""
-    rows, total = found.rows, found.total
-    share = found.held.macs / total.macs if total.macs else 0.0
-    title = _verdict(found) if rows else f"{found.reference} has no Conv2d: there is nothing to swap"
-    little = ["Little can be gained here."] if rows and share < 0.05 else []
+    rows, total, wide = found.rows, found.total, width >= WIDE
+    warnings = list(found.warnings)
+    if rows and (not total.macs or found.held.macs / total.macs < 0.05):
+        warnings.append("little can be gained here")
     fine_print = [
-        f"Model: {fmt.count(total.macs)}MACs ({fmt.count(2 * total.macs)}FLOPs), {fmt.count(total.params)} parameters, "
+        f"Model: {fmt.count(total.macs)}MACs ({fmt.count(total.flops)}FLOPs), {fmt.count(total.params)} parameters, "
         f"for {found.input}; read by {found.traced_by}."
     ]
     if any(row.half is not None for row in rows):
         fine_print.append(
             "Even at: the largest rank of a separable pair that still saves something. Half of it saves: this share of "
             "the conv's MACs / parameters."
-            if width >= WIDE
+            if wide
             else "Saves: by a separable pair of half the rank up to which one saves anything, of the conv's MACs."
         )
-    return layout(
-        [*heading(title, found.warnings), *paragraphs(little, "yellow")],
-        [_table(found, width >= WIDE).terminal(width)] if rows else [],
-        paragraphs([*fine_print, *map(fmt.sentence, found.notes)], "dim"),
-    )
+    title = _verdict(found) if rows else f"{found.reference} has no Conv2d: there is nothing to swap"
+    fine_print += map(fmt.sentence, found.notes)
+    return screen(title, warnings, _table(found, wide), fine_print=fine_print, width=width)
 
 
 def _verdict(found: Candidates) -> str:
@@ -52,7 +53,7 @@ def _table(found: Candidates, wide: bool) -> Table:
         return None if row.break_even is None or row.becomes is not None else row.break_even.rank
 
     def outlook(row: Candidate) -> str | Text:
-        """What could become of a conv, or why nothing."""
+        """Return what the conv could become, or why nothing."""
         cost = row.site.cost
         if row.becomes is not None:
             return f"{row.kind}: costs {fmt.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
@@ -79,9 +80,9 @@ def _table(found: Candidates, wide: bool) -> Table:
 
 
 def draw(found: Candidates, form: str = "svg") -> bytes:
-    """Draw every conv's share of the model's MACs and parameters, in order, the kinds told apart; needs matplotlib.
+    """Draw every conv's share of the model's MACs and parameters, in order, coloured by kind; needs matplotlib.
 
-    What is no candidate is grey.
+    Convs that are no candidates are grey.
     """
     rows, total = found.rows, found.total
     rest = total - sum((row.site.cost for row in rows), start=Cost(0, 0))
@@ -111,7 +112,3 @@ def draw(found: Candidates, form: str = "svg") -> bytes:
     no_conv = f"what is no conv holds {fmt.share(rest.macs, total.macs)} and {fmt.share(rest.params, total.params)}"
     figure.suptitle(fmt.clean(f"{_verdict(found)};\n{no_conv}"), parse_math=False, fontsize=9)
     return picture_of(figure, form)
-
-
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
-"""Kinds differ in these as well as in their colours."""

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Column, Table, layout, paragraphs
+from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
 from asymswap.results.compare import ComparedRow, Comparison
 
 
@@ -17,22 +17,21 @@ def comparison_view(comparison: Comparison, width: int) -> RenderableType:
     wide = width >= WIDE
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
     table = _table(comparison).terminal(width, gap=1 if wide else 2)
-    warnings = paragraphs(map(fmt.sentence, comparison.warnings), "yellow")
-    return layout(warnings, [table], paragraphs(_fine_print(comparison, wide), "dim"))
+    return screen("", comparison.warnings, [table], fine_print=_fine_print(comparison, wide))
 
 
 def comparison_to_markdown(comparison: Comparison) -> str:
     """Return the whole table and the fine print, to be pasted into a pull request."""
-    warnings = [f"**{fmt.markdown_text(fmt.sentence(line))}**\n" for line in comparison.warnings]
-    notes = [f"- {fmt.markdown_text(line)}" for line in _fine_print(comparison, wide=True)]
-    return "\n".join([*warnings, *_table(comparison).markdown(), "", *notes, ""])
+    return document(
+        *bold(map(fmt.sentence, comparison.warnings)), _table(comparison), _fine_print(comparison, wide=True)
+    )
 
 
 def _table(comparison: Comparison) -> Table:
     models, first = comparison.models, comparison.models[0]
 
     def of_first(path: str) -> Any:
-        """What is left of a cost of the first model."""
+        """Return what is left of a cost of the first model."""
         value = attrgetter(path)
         return lambda row: fmt.share(value(row), value(first))
 
@@ -66,9 +65,8 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
-    models, first = comparison.models, comparison.models[0]
+    models, first, timing = comparison.models, comparison.models[0], comparison.timing
     lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
-    timing = comparison.timing
     if timing is not None:
         lines.append(
             f"ms: one forward pass, batch {timing.batch}, {timing.memory_format}, "
@@ -90,7 +88,5 @@ def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
         lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in models) + ".")
     lines += fmt.fed_by_model((row.model, row.fed) for row in models)
     lines += [f"{row.model}: {note}." for row in models for note in row.notes]
-    lines.append(
-        "MACs of one forward pass, batch 1; FLOPs are 2 x MACs." + " Of 1st: what is left of the first model's." * wide
-    )
-    return lines
+    first_only = " Of 1st: what is left of the first model's." * wide
+    return [*lines, f"MACs of one forward pass, batch 1; FLOPs are 2 x MACs.{first_only}"]

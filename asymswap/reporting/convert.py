@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,34 @@ from rich.console import RenderableType
 
 from asymswap.errors import OutputError, near_names
 from asymswap.reporting import format as fmt
-from asymswap.reporting.html import percent_of, render
-from asymswap.reporting.tables import WIDE, Change, Column, Table, changes, layout, paragraphs, written
+from asymswap.reporting.pages import percent_of, render
+from asymswap.reporting.tables import WIDE, Change, Column, Table, bold, changes, document, screen
 from asymswap.results.convert import LatencyRow, Report, SiteRow
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
 
+# Terminals of at least this many columns show everything that is known of a layer.
 _FULL = 150
-"""Terminals of at least this many columns show everything that is known of a layer."""
 
 _ERRORS = (
-    "Kernel error: Frobenius norm of the kernel's change over that of the kernel. Error: the same of the layer's "
+    "Kernel error: Frobenius norm of the kernel's change over the norm of the kernel. Error: the same of the layer's "
     "output on the probe, the layer seeing the original's input."
 )
+MARKS = "●■▲◆▼✚▮"
+"""The signs of the kinds in their order, so that they differ in shape as well as in colour."""
 
 SUFFIXES = (".html", ".json", ".md")
 
 
 def check_suffix(path: Path) -> None:
-    """Raise OutputError for an ending that stands for no form of a report."""
+    """Raise OutputError unless the file name ends as a report does."""
     if path.suffix not in SUFFIXES:
-        hint = near_names(path.suffix, SUFFIXES)
-        raise OutputError(f"--report {path}: the file must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}{hint}")
+        known = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise OutputError(f"report {path}: the file must end in {known}{near_names(path.suffix, SUFFIXES)}")
 
 
 def report_text(report: Report, provenance: Provenance, path: Path) -> str:
-    """Return the report in the form that the file's ending stands for."""
+    """Return the report in the form that the file's ending chooses."""
     if path.suffix == ".html":
         return to_html(report, provenance)
     if path.suffix == ".md":
@@ -55,12 +58,11 @@ def _headline(report: Report) -> list[Change]:
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
-    if report.latency is not None:
-        was, now = 1e3 * report.latency.before, 1e3 * report.latency.after
-        remark = f"batch {report.latency.batch}, {report.latency.memory_format}"
+    latency, acc = report.latency, report.accuracy
+    if latency is not None:
+        remark, was, now = f"batch {latency.batch}, {latency.memory_format}", 1e3 * latency.before, 1e3 * latency.after
         rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format, remark=remark))
-    if report.accuracy is not None:
-        acc = report.accuracy
+    if acc is not None:
         points, remark = f"{100 * (acc.after - acc.before):+.2f} points", f"{acc.images:,} images"
         rows.append(Change("top-1", acc.before, acc.after, fmt.accuracy, fmt.accuracy, points, remark))
     return rows
@@ -69,7 +71,7 @@ def _headline(report: Report) -> list[Change]:
 def layer_table(report: Report, width: int | None = None) -> Table:
     """Return a row for each conv, and below them the rest of the model and the total.
 
-    For a terminal, whose width is given, only swapped convs have one, and kinds are named only where they differ.
+    For a terminal of a given width, only swapped convs have rows, and kinds are named only if they differ.
     """
 
     def becomes(row: SiteRow, settings: str) -> str:
@@ -121,73 +123,63 @@ def layer_table(report: Report, width: int | None = None) -> Table:
 
 def report_view(report: Report, width: int) -> RenderableType:
     """Return headline figures, what was done to each conv, what was kept and why, and the fine print."""
-    model = report.model
+    model, kept = report.model, _kept(report.sites)
     origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
-    title = f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped"
-    kept = _kept(report.sites)
-    return layout(
-        [written(title, "bold"), *paragraphs(_first_lines(report), "yellow")],
-        [changes(_headline(report)).terminal()],
-        [layer_table(report, width).terminal(width)] if report.swapped else [],
-        paragraphs(["Kept: " + "; ".join(kept)] if kept else []),
-        paragraphs(_fine_print(report), "dim"),
+    return screen(
+        f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
+        _first_lines(report),
+        changes(_headline(report)),
+        layer_table(report, width),
+        ["Kept: " + "; ".join(kept)] if kept else [],
+        fine_print=_fine_print(report),
+        width=width,
     )
 
 
 def to_markdown(report: Report) -> str:
     """Return the whole report as one Markdown document."""
-    model = report.model
-    calibration = report.calibration
+    model, calibration = report.model, report.calibration
     facts = [f"Recipe: {report.recipe}.", *_fine_print(report)]
     facts += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
     facts += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration is not None else []
-    facts.append(f"asymswap {report.asymswap}.")
-    lines = [
-        f"# {fmt.markdown_text(model.reference)} converted: {len(report.swapped)} of {len(report.sites)} convs swapped",
-        "",
-        *(f"**{fmt.markdown_text(line)}**\n" for line in _first_lines(report)),
-        *changes(_headline(report)).markdown(),
-        "",
-        *(f"- {fmt.markdown_text(fact)}" for fact in facts),
-        "",
-        *layer_table(report).markdown(),
-        "",
+    title = f"{model.reference} converted: {len(report.swapped)} of {len(report.sites)} convs swapped"
+    return document(
+        f"# {fmt.markdown_text(title)}",
+        *bold(map(fmt.sentence, _first_lines(report))),
+        changes(_headline(report)),
+        [*facts, f"asymswap {report.asymswap}."],
+        layer_table(report),
         f"{_ERRORS} MACs of one forward pass, batch 1.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _first_lines(report: Report) -> list[str]:
-    """Return what to read before any figure: the warnings, and if nothing was swapped, the command that tells why."""
-    lines = [fmt.sentence(warning) for warning in report.warnings]
+    """Return what to read before any figure: the warnings, and if nothing was swapped, the command that says why."""
     reference = report.model.reference
     if not report.sites:
-        lines.append(f"Nothing was swapped: {reference} has no Conv2d.")
-    elif not report.swapped:
-        lines.append(f"Nothing was swapped; `asymswap candidates {reference}` tells what each conv would save.")
-    return lines
+        return [*report.warnings, f"nothing was swapped: {reference} has no Conv2d"]
+    if not report.swapped:
+        advice = f"`asymswap candidates {reference}` tells what each conv would save"
+        return [*report.warnings, f"nothing was swapped; {advice}"]
+    return [*report.warnings]
 
 
 def _kept(rows: Iterable[SiteRow]) -> list[str]:
-    """Return the reasons why sites were kept, the commonest first, with their number; up to three are named."""
+    """Return why sites were kept, the commonest reason first, with their number; up to three are named."""
     sites: dict[str, list[str]] = {}
     for row in rows:
         if row.action == "keep":
             sites.setdefault(row.reason, []).append(row.site)
-    lines = []
-    for reason, names in sorted(sites.items(), key=lambda item: -len(item[1])):
-        named = f" ({', '.join(names)})" if len(names) <= 3 else ""
-        lines.append(f"{fmt.plural(len(names), 'conv')}{named}: {reason}")
-    return lines
+    return [
+        fmt.plural(len(names), "conv") + (f" ({', '.join(names)})" if len(names) <= 3 else "") + f": {reason}"
+        for reason, names in sorted(sites.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def _latency(row: LatencyRow) -> list[str]:
     """Return how latency was measured, and what it changed."""
-    lines = [
-        f"Latency: batch {row.batch}, {row.memory_format}, {fmt.plural(row.threads, 'thread')} of {row.machine}; both "
-        "networks in turn, the minimum of all rounds."
-    ]
+    how = f"batch {row.batch}, {row.memory_format}, {fmt.plural(row.threads, 'thread')} of {row.machine}"
+    lines = [f"Latency: {how}; both networks in turn, the minimum of all rounds."]
     if row.undone:
         lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(row.undone)}.")
     if row.wanted is not None and row.after > row.wanted * row.before:
@@ -200,10 +192,8 @@ def _latency(row: LatencyRow) -> list[str]:
 
 def _fine_print(report: Report) -> list[str]:
     model, output, accuracy, calibration = report.model, report.output, report.accuracy, report.calibration
-    lines = [
-        f"Output of the whole model: {fmt.error(output.relative)} relative difference, {output.largest:.3g} at most, "
-        f"on {output.probe} of {model.input}."
-    ]
+    change = f"{fmt.error(output.relative)} relative difference, {output.largest:.3g} at most"
+    lines = [f"Output of the whole model: {change}, on {output.probe} of {model.input}."]
     lines += [f"{kind} preserves {what}." for kind, what in report.preserves.items()]
     if report.swapped:
         lines.append("Error: relative change of the layer's own output, on the original's input to it.")
@@ -227,22 +217,16 @@ def _fine_print(report: Report) -> list[str]:
     return lines
 
 
-MARKS = "●■▲◆▼✚▮"
-"""What stands for the kinds in their order, so that they differ in shape as well as in colour."""
-
-
-_FUSED = (
-    Column("Layer", attrgetter("site"), side="fold"),
-    Column("Was", attrgetter("kind"), side="left"),
-    Column("Became", lambda row: row.outcome + (f": {row.reason}" if row.reason else ""), side="left"),
-)
-
-
 def to_html(report: Report, provenance: Provenance) -> str:
     """Return the whole report as the text of an HTML file."""
     kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
+    fused = (
+        Column("Layer", attrgetter("site"), side="fold"),
+        Column("Was", attrgetter("kind"), side="left"),
+        Column("Became", lambda row: row.outcome + (f": {row.reason}" if row.reason else ""), side="left"),
+    )
     return render(
         "report.html.j2",
         "report.js",
@@ -251,60 +235,55 @@ def to_html(report: Report, provenance: Provenance) -> str:
         fmt=fmt,
         macs=MACS,
         errors=_ERRORS,
-        first_lines=_first_lines(report),
+        first_lines=map(fmt.sentence, _first_lines(report)),
         figures=_headline(report),
         percent_of=percent_of,
         marks=marks,
         panels=_panels(report),
         table=layer_table(report),
-        details=lambda row: _details(row, report),
+        details=partial(_details, report),
         kept=_kept(report.sites),
         latency=_latency(report.latency) if report.latency is not None else [],
-        fused=Table(_FUSED, provenance.fused),
+        fused=Table(fused, provenance.fused),
         origin=_origin_facts(report, provenance),
     )
 
 
-_PANELS: tuple[tuple[str, Callable[[Any], str], dict[str, Callable[[Any], float | None]]], ...] = (
-    ("MACs", fmt.count, {"before": attrgetter("before.macs"), "after": attrgetter("after.macs")}),
-    ("Parameters", fmt.count, {"before": attrgetter("before.params"), "after": attrgetter("after.params")}),
-    ("Error", fmt.error, {"after": attrgetter("output_error"), "predicted": attrgetter("predicted_error")}),
-)
-"""The panels of the picture: title, how a value is written, and what each bar of a layer shows, by its class."""
-
-
 def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
     """Return each panel's title, what its highest bar stands for, and for each layer the heights of its bars."""
+    bars: list[tuple[str, Callable[[Any], str], dict[str, str]]] = [
+        ("MACs", fmt.count, {"before": "before.macs", "after": "after.macs"}),
+        ("Parameters", fmt.count, {"before": "before.params", "after": "after.params"}),
+        ("Error", fmt.error, {"after": "output_error", "predicted": "predicted_error"}),
+    ]
     panels = []
-    for title, show, bars in _PANELS:
-        layers = [{css: value(row) for css, value in bars.items()} for row in report.sites]
-        values = [value for layer in layers for value in layer.values() if value is not None]
-        if values:
-            most = max(filter(math.isfinite, values), default=0.0)
-            heights = [
-                {css: percent_of(value, most) for css, value in layer.items() if value is not None} for layer in layers
-            ]
+    for title, show, paths in bars:
+        values = [{css: attrgetter(path)(row) for css, path in paths.items()} for row in report.sites]
+        layers = [{css: value for css, value in layer.items() if value is not None} for layer in values]
+        if any(layers):
+            most = max((value for layer in layers for value in layer.values() if math.isfinite(value)), default=0.0)
+            heights = [{css: percent_of(value, most) for css, value in layer.items()} for layer in layers]
             panels.append((title, show(most), heights))
     return panels
 
 
-def _details(row: SiteRow, report: Report) -> list[tuple[str, str]]:
-    """Return what is said of a layer where its details are opened; what is empty is left out."""
+def _details(report: Report, row: SiteRow) -> list[tuple[str, str]]:
+    """Return the details of a layer; the page leaves out empty ones."""
     facts = [("share of the model's MACs before", fmt.share(row.before.macs, report.before.macs))]
     facts += [(key, str(value)) for key, value in row.settings.items()]
     if row.action == "swap":
-        facts.append(("MACs", f"{row.before.macs:,} to {row.after.macs:,}"))
-        facts.append(("parameters", f"{row.before.params:,} to {row.after.params:,}"))
-        facts.append(("promised to be exact", "yes" if row.exact else "no"))
-        facts.append(("why", row.reason))
-    facts.append(("takes over the batch norm", row.absorbs or ""))
-    if row.output_largest is not None:
-        facts.append(("largest change of an output value", f"{row.output_largest:.3g}"))
-    return facts
+        facts += [
+            ("MACs", f"{row.before.macs:,} to {row.after.macs:,}"),
+            ("parameters", f"{row.before.params:,} to {row.after.params:,}"),
+            ("promised to be exact", "yes" if row.exact else "no"),
+            ("why", row.reason),
+        ]
+    largest = "" if row.output_largest is None else f"{row.output_largest:.3g}"
+    return [*facts, ("takes over the batch norm", row.absorbs or ""), ("largest change of an output value", largest)]
 
 
 def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:
-    """Return which model was converted, and how; what is empty is left out."""
+    """Return which model was converted, and how; the page leaves out what is empty."""
     model = report.model
     versions = {"asymswap": report.asymswap, **provenance.versions}
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())

@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.plots import new_figure, picture_of
-from asymswap.reporting.tables import Column, Table, heading, layout, paragraphs
+from asymswap.reporting.pages import new_figure, picture_of
+from asymswap.reporting.tables import Column, Table, screen
 from asymswap.results.offsets import STILL, OffsetReport, OffsetRow
 
 _DOT = "\N{MIDDLE DOT}"
@@ -37,12 +37,11 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     title = f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can"
-    table = Table(columns, report.rows).terminal()
-    return layout(heading(title, report.warnings), [table], paragraphs(lines, "dim"))
+    return screen(title, report.warnings, Table(columns, report.rows), fine_print=lines)
 
 
 def arrows(row: OffsetRow) -> list[str]:
-    """Return the kernel as lines of arrows, one for each tap, which point where it has gone on average."""
+    """Return the kernel as lines of arrows, one for each tap, which point where it has moved on average."""
     signs = []
     for down, right in row.mean:
         direction = round(math.atan2(down, right) / (math.pi / 4)) % 8
@@ -63,7 +62,7 @@ def draw(report: OffsetReport, form: str) -> bytes:
 
 
 def _draw_layer(axes: Any, row: OffsetRow) -> None:
-    # Where the taps stood, (down, right) in pixels from the first one.
+    # Where the taps were, (down, right) in pixels from the first one.
     places = [(i * row.dilation[0], j * row.dilation[1]) for i, j in itertools.product(*map(range, row.kernel))]
     ends = [(y + down, x + right) for (y, x), (down, right) in zip(places, row.mean, strict=True)]
     axes.scatter([x for _, x in places], [y for y, _ in places], marker="s", s=40, color="0.8", label="before")

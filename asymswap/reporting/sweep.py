@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.html import render
-from asymswap.reporting.plots import add_legend, new_figure, picture_of
-from asymswap.reporting.tables import Column, Table, heading, layout, paragraphs
+from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
+from asymswap.reporting.tables import Column, Table, bold, document, screen
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Cost
 
@@ -28,13 +27,11 @@ def _table(sweep: Tradeoff) -> Table:
         return "advised" if point == sweep.advised else "front" if point in sweep.front else ""
 
     def cost(name: str) -> Any:
-        value = attrgetter(name)
-
         def text(point: Point) -> str | None:
             if point.cost is None:
                 return None
-            left = "" if point is unchanged else f" ({fmt.share(value(point.cost), value(sweep.before))})"
-            return fmt.count(value(point.cost)) + left
+            value, before = getattr(point.cost, name), getattr(sweep.before, name)
+            return fmt.count(value) + ("" if point is unchanged else f" ({fmt.share(value, before)})")
 
         return text
 
@@ -54,12 +51,12 @@ def _table(sweep: Tradeoff) -> Table:
 
 
 def fine_print(sweep: Tradeoff) -> list[str]:
-    """Return how the figures came about, and which budgets could not be met."""
+    """Return how the figures were measured, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
     lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
-    # Budgets of a recipe that were not met for reasons that differ in their figures alone share a line.
+    # Budgets of a recipe share a line if the reasons why they were not met differ only in their figures.
     failed: dict[tuple[str, str], list[Point]] = {}
     for point in sweep.points:
         if point.failed is not None:
@@ -74,31 +71,23 @@ def fine_print(sweep: Tradeoff) -> list[str]:
 def sweep_view(sweep: Tradeoff) -> RenderableType:
     """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
-    return layout(
-        heading(f"{sweep.model}: {advice[0].lower()}{advice[1:]}", sweep.warnings),
-        [_table(sweep).terminal()],
-        paragraphs(fine_print(sweep), "dim"),
-    )
+    title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"
+    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep))
 
 
 def to_markdown(sweep: Tradeoff) -> str:
     """Return the advice, the table and the fine print."""
-    lines = [
+    return document(
         f"# {fmt.markdown_text(sweep.model)}: accuracy over budgets",
-        "",
-        *(f"**{fmt.markdown_text(fmt.sentence(line))}**\n" for line in sweep.warnings),
+        *bold(map(fmt.sentence, sweep.warnings)),
         fmt.markdown_text(sweep.advice()),
-        "",
-        *_table(sweep).markdown(),
-        "",
-        *(f"- {fmt.markdown_text(line)}" for line in fine_print(sweep)),
-        "",
-    ]
-    return "\n".join(lines)
+        _table(sweep),
+        fine_print(sweep),
+    )
 
 
 def to_html(sweep: Tradeoff) -> str:
-    """Return the advice, the curve and the table as one page that needs nothing beside it; needs matplotlib."""
+    """Return the advice, the curve and the table as one self-contained page; needs matplotlib."""
     return render(
         "sweep.html.j2",
         sweep=sweep,
@@ -131,8 +120,8 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         ((share,), (top,)) = _places(sweep, [sweep.advised])
         ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black"}
         axes.plot(share, top, linestyle="", **ring)
-        # The words stand below the curve, which falls to the left; they need room on the right, and ground of their own
-        # where it rises again.
+        # The words go below the curve, which falls to the left; they need room on the right, and a background of their
+        # own where it rises again.
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
         words_at = {"textcoords": "offset points", "xytext": (4, -32)}
         axes.annotate(f"advised: {sweep.advised.budget:g}", (share, top), bbox=ground, zorder=9, **words_at)
@@ -151,7 +140,6 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
 
 
 def _places(sweep: Tradeoff, points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Return where measured points stand: what is left of the cost, and the accuracy in per cent."""
-    return [sweep.share(point.cost or Cost(0, 0)) for point in points], [
-        100 * (point.accuracy or 0.0) for point in points
-    ]
+    """Return the coordinates of measured points: what is left of the cost, and the accuracy in per cent."""
+    shares = [sweep.share(point.cost or Cost(0, 0)) for point in points]
+    return shares, [100 * (point.accuracy or 0.0) for point in points]

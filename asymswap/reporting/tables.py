@@ -1,11 +1,11 @@
-"""Tables: described once, drawn for a terminal, as Markdown, and as HTML by `templates/table.html.j2`."""
+"""Tables, described once, for a terminal, as Markdown and as HTML (`templates/table.html.j2`), and pages of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
 import rich.table
@@ -18,34 +18,24 @@ from asymswap.reporting import format as fmt
 WIDE = 110
 """Terminals of at least this many columns show more columns of most tables."""
 
-_LEAST = 12
-"""Columns of text that may break its lines keep at least this many characters."""
-
-_LEAST_PROSE = 19
-"""Where names of layers are in one piece, columns of prose beside them keep at least this many."""
+# Text that may break its lines keeps at least this many characters, prose beside names in one piece more.
+_LEAST, _LEAST_PROSE = 12, 19
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its title, what a row gives for it, and how that value is written.
-
-    A value of None is written `-`. `show` writes a value, `exact` writes it with all its digits, for Markdown. The
-    side is `left`, `right`, or `fold` for text that may break its lines; the first such column names the rows. `least`
-    is the width from which on a terminal shows the column; `code` marks names that Markdown sets as code, `about` is
-    the tooltip of its heading in HTML.
-    """
+    """One column: its title, what a row gives for it, and how to write that value; None is written `-`."""
 
     title: str
     value: Callable[[Any], Any]
     show: Callable[[Any], str | Text] = str
-    side: Literal["left", "right", "fold"] = "right"
-    least: int = 0
-    exact: Callable[[Any], str] | None = None
-    code: bool = False
-    about: str = ""
+    side: Literal["left", "right", "fold"] = "right"  # the first to fold, text that may break its lines, names the rows
+    least: int = 0  # the width from which on a terminal shows the column
+    exact: Callable[[Any], str] | None = None  # writes a value with all its digits, for Markdown
+    code: bool = False  # names that Markdown sets as code
+    about: str = ""  # the tooltip of the heading in HTML
 
     def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
-        """Return the cell of a row."""
         value = self.value(row)
         if value is None:
             return none
@@ -54,11 +44,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and the rows that they are of; `sums` are rows below the others, the last of which is the total."""
-
     columns: Sequence[Column]
     rows: Sequence[Any]
-    sums: Sequence[Any] = ()
+    sums: Sequence[Any] = ()  # rows below the others, the last of which is the total
 
     @property
     def named_by(self) -> Column:
@@ -66,14 +54,14 @@ class Table:
         return next((column for column in self.columns if column.side == "fold"), self.columns[0])
 
     def terminal(self, width: int | None = None, gap: int = 2) -> rich.table.Table:
-        """Return the table for a terminal of that width; None shows every column.
+        """Return the table for a terminal of this width; None shows every column.
 
-        Where the width is given, names of rows are in one piece if there is room, and break at their dots if not.
+        With a width, names of rows are in one piece if there is room, and break at their dots if not.
         """
         columns = [column for column in self.columns if width is None or column.least <= width]
         titles = [column.title for column in columns]
-        cells = [[_text(column.text(row)) for column in columns] for row in self.rows]
-        cells += [[_text(column.text(row, none="")) for column in columns] for row in self.sums]
+        cells = [[_as_text(column.text(row)) for column in columns] for row in self.rows]
+        cells += [[_as_text(column.text(row, none="")) for column in columns] for row in self.sums]
         folds = [number for number, column in enumerate(columns) if column.side == "fold"]
         sizes = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
         if width is not None and folds:
@@ -98,26 +86,21 @@ class Table:
             drawn.add_row(*row)
         return drawn
 
-    def markdown(self) -> list[str]:
-        """Return the table as lines of Markdown, every column shown."""
+    def markdown(self) -> str:
+        """Return the table as Markdown, every column shown."""
         lines = [[column.title for column in self.columns]]
         lines.append(["---:" if column.side == "right" else "---" for column in self.columns])
         for row in self.rows:
-            cells = [str(column.text(row, exact=True)) for column in self.columns]
-            lines.append(
-                [
-                    fmt.markdown_code(cell) if column.code else fmt.markdown_text(cell)
-                    for column, cell in zip(self.columns, cells, strict=True)
-                ]
-            )
+            cells = [(column, str(column.text(row, exact=True))) for column in self.columns]
+            lines.append([fmt.markdown_code(c) if column.code else fmt.markdown_text(c) for column, c in cells])
         for row in self.sums:
-            cells = [fmt.markdown_text(str(column.text(row, "", exact=True))) for column in self.columns]
-            lines.append([f"**{cell}**" if cell and row is self.sums[-1] else cell for cell in cells])
-        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+            sums = [fmt.markdown_text(str(column.text(row, "", exact=True))) for column in self.columns]
+            lines.append([f"**{cell}**" if cell and row is self.sums[-1] else cell for cell in sums])
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _text(cell: str | Text) -> Text:
-    return cell if isinstance(cell, Text) else written(cell)
+def _as_text(text: str | Text) -> Text:
+    return text if isinstance(text, Text) else written(text)
 
 
 def _at_dots(name: str, room: int) -> list[str]:
@@ -135,14 +118,14 @@ def _at_dots(name: str, room: int) -> list[str]:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """Return a table of names and values; what has no value is left out."""
+    """Return a table of names and values, without empty values."""
     columns = (Column("", itemgetter(0), visible, "left"), Column("", itemgetter(1), visible, "fold"))
     return Table(columns, [pair for pair in pairs if pair[1]])
 
 
 @dataclass(frozen=True)
 class Change:
-    """A headline figure before and after, how it is written, and its difference if that is no share of it."""
+    """A headline figure before and after, how to write it, and its difference if that is not a share of it."""
 
     name: str
     before: float
@@ -154,23 +137,18 @@ class Change:
 
     @property
     def left(self) -> str:
-        """The difference, or what is left as a percentage."""
         return self.difference or fmt.share(self.after, self.before)
 
 
 def changes(rows: Sequence[Change]) -> Table:
     """Return the table of headline figures."""
-    return Table(
-        (
-            Column("", lambda row: row.name, side="left"),
-            Column(
-                "before", lambda row: row, lambda row: row.show(row.before), exact=lambda row: row.exact(row.before)
-            ),
-            Column("after", lambda row: row, lambda row: row.show(row.after), exact=lambda row: row.exact(row.after)),
-            Column("left", lambda row: row.left),
-        ),
-        rows,
+    columns = (
+        Column("", attrgetter("name"), side="left"),
+        Column("before", lambda row: row, lambda row: row.show(row.before), exact=lambda row: row.exact(row.before)),
+        Column("after", lambda row: row, lambda row: row.show(row.after), exact=lambda row: row.exact(row.after)),
+        Column("left", attrgetter("left")),
     )
+    return Table(columns, rows)
 
 
 def written(text: str, style: str = "") -> Text:
@@ -183,14 +161,36 @@ def paragraphs(texts: Iterable[str], style: str = "") -> list[Text]:
     return [written(text, style) for text in texts]
 
 
-def heading(title: str, warnings: Iterable[str] = ()) -> list[Text]:
-    """Return the first lines of a screen: what it is about, and what to know before any figure."""
-    return [written(title, "bold"), *paragraphs(map(fmt.sentence, warnings), "yellow")]
-
-
-def layout(*blocks: Sequence[RenderableType]) -> RenderableType:
-    """Return blocks one below the other with an empty line between them; an empty block is left out."""
+def screen(
+    title: str,
+    warnings: Iterable[str],
+    *blocks: Table | Sequence[str | RenderableType],
+    fine_print: Iterable[str] = (),
+    width: int | None = None,
+) -> RenderableType:
+    """Return a screen: title and warnings, blocks below each other, and the fine print; empty ones are left out."""
     parts: list[RenderableType] = []
-    for block in filter(None, blocks):
-        parts += [*([Text("")] if parts else []), *block]
+    first = [*paragraphs([title] if title else [], "bold"), *paragraphs(map(fmt.sentence, warnings), "yellow")]
+    for block in (first, *blocks, paragraphs(fine_print, "dim")):
+        if isinstance(block, Table):
+            shown: list[RenderableType] = [block.terminal(width)] if block.rows else []
+        else:
+            shown = [written(item) if isinstance(item, str) else item for item in block]
+        parts += [Text(""), *shown] if parts and shown else shown
     return Group(*parts)
+
+
+def document(*blocks: str | Table | Sequence[str]) -> str:
+    """Return Markdown: text that is Markdown already, tables, and lists of lines; empty ones are left out."""
+    texts = []
+    for block in blocks:
+        if isinstance(block, str | Table):
+            texts.append(block if isinstance(block, str) else block.markdown())
+        else:
+            texts.append("\n".join(f"- {fmt.markdown_text(line)}" for line in block))
+    return "\n\n".join(filter(None, texts)) + "\n"
+
+
+def bold(lines: Iterable[str]) -> list[str]:
+    """Return lines as bold paragraphs of Markdown."""
+    return [f"**{fmt.markdown_text(line)}**" for line in lines]

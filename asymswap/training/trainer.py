@@ -109,11 +109,9 @@ class Trainer:
         self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, settings))
         if self.objective.teacher is not None:
             self.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
-        assert train.pictures is not None
-        assert train.preprocessing is not None
         transform = training_transform(train.preprocessing, self.presets)
         images = TrainingImages(train.pictures, transform, settings.seed, settings.strict)
-        schedule = Schedule(len(images), settings.batch_size, settings.accumulate, team, settings.seed)
+        schedule = Schedule(len(train), settings.batch_size, settings.accumulate, team, settings.seed)
         self.mix = Mixing(self.presets, self.classes)
         self.reader = Reader(images, schedule, settings.workers or 0)
         epochs, steps = settings.length

@@ -45,8 +45,8 @@ from torch.utils.data import TensorDataset
 
 import asymswap
 from asymswap.calibration.gather import images_hash, model_hash
-from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import LabelledImages, Part, open_data
+from asymswap.data.predict import predict
 from asymswap.measure.macs import count_costs
 from asymswap.models import builders
 from asymswap.models.opened import OpenedModel
@@ -81,7 +81,7 @@ class Bench:
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
         self.test = in_memory(self._open("test"), None if args.test_images is None else args.test_images)
         self.train = self._open("train")
-        self.original = evaluate(self.opened.model, self.test).top1
+        self.original = predict(self.opened.model, self.test).top1
         self._sites: list[Site] | None = None
 
     def _open(self, part: Part) -> LabelledImages:
@@ -253,7 +253,7 @@ def run_ours(bench: Bench, book: Book, name: str, budget: float, seed: int) -> N
             option, value = polish_option(bench.args)
             entry["note"] = f"{option} {value:g} on {bench.args.polish_images} images"
         entry["macs"] = count_costs(conversion.model, bench.opened.example()).total.macs / bench.macs
-        entry["top1"] = evaluate(conversion.model, bench.test).top1
+        entry["top1"] = predict(conversion.model, bench.test).top1
         if conversion.report.calibration is not None:
             entry["images"] = conversion.report.calibration.sha256
     book.put(name, budget, seed, entry)

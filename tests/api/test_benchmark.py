@@ -91,7 +91,7 @@ class TestFigures:
         assert (first.seconds.minimum, first.seconds.median, first.seconds.spread) == (2, 2, 0)
         assert (first.images_per_second, first.ratio) == (3, None)
         assert other.ratio is not None
-        assert (other.ratio.value, other.ratio.told) == (0.75, True)
+        assert (other.ratio.value, other.ratio.is_significant) == (0.75, True)
         assert found.models[1].cost.macs * 2 == found.models[0].cost.macs == 3 * 4 * 64
 
     def test_every_combination_has_a_row_of_its_own(self, clock: Clock) -> None:

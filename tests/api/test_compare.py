@@ -16,8 +16,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import open_data
+from asymswap.data.predict import predict
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
 from asymswap.models.builders import build
@@ -68,7 +68,7 @@ class TestOnData:
         ):
             if model is not None:
                 assert row.accuracy is not None
-                assert row.accuracy.top1 == evaluate(model, data).top1
+                assert row.accuracy.top1 == predict(model, data).top1
 
     def test_outputs_and_answers_are_compared_image_by_image(
         self, on_digits: Comparison, files: dict[str, Path]

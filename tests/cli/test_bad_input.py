@@ -239,7 +239,7 @@ USAGE = {
     "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), "one of --macs, --params, --latency and"),
     "budget": ((*CONVERT, "--macs", "2"), r"budget\.macs: Input should be less than or equal to 1 \(got 2\.0\)"),
     "unreachable": ((*CONVERT, "--macs", "0.001"), r"cannot be reached: .* 0\.\d+ is left; ask for at least 0\.\d+"),
-    "report": ((*CONVERT, "--report", "r.txt"), r"--report r\.txt: the file must end in \.html, \.json or \.md"),
+    "report": ((*CONVERT, "--report", "r.txt"), r"report r\.txt: the file must end in \.html, \.json or \.md"),
     "ending": ((*CONVERT, "-o", "x.onnx"), r"x\.onnx must end in \.pt, \.pth, \.safetensors"),
     "one file": (
         (*CONVERT, "--report", "r.json", "--write-plan", "./r.json"),

@@ -93,7 +93,7 @@ class TestHtml:
         assert "r.html exists already" in refusal("show", converted, "--report", "r.html")
 
     def test_another_ending(self, refusal: Refusal, converted: Path) -> None:
-        expected = "--report r.htm: the file must end in .html, .json or .md; did you mean .html?"
+        expected = "report r.htm: the file must end in .html, .json or .md; did you mean .html?"
         assert refusal("show", converted, "--report", "r.htm") == expected
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
 
-from asymswap.data.accuracy import evaluate
-from asymswap.data.datasets import LabelledImages
+from asymswap.data.datasets import LabelledImages, Pictures
+from asymswap.data.predict import predict
 from asymswap.errors import SourceError
+from asymswap.types import Preprocessing
 
 
 def labelled(images: Tensor, labels: list[int], classes: int) -> LabelledImages:
-    dataset = TensorDataset(images, torch.tensor(labels, dtype=torch.int64))
-    return LabelledImages(
-        cast(Dataset[tuple[Tensor, int]], dataset), tuple(f"class {i}" for i in range(classes)), "a test set"
-    )
+    pictures = Pictures.in_memory(images, labels, 1)
+    names = tuple(f"class {i}" for i in range(classes))
+    return LabelledImages(pictures, names, "a test set", Preprocessing(1, (3, 3), (0.0,), (1.0,)))
 
 
 class Lookup(nn.Module):
@@ -48,8 +46,8 @@ def five() -> LabelledImages:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 256])
 def test_accuracy_does_not_depend_on_the_batch_size(five: LabelledImages, batch_size: int) -> None:
     progress: list[tuple[int, int]] = []
-    accuracy = evaluate(Lookup(), five, batch_size, lambda done, total: progress.append((done, total)))
-    assert (accuracy.correct, accuracy.images, accuracy.top1) == (4, 5, 0.8)
+    accuracy = predict(Lookup(), five, batch_size=batch_size, progress=lambda *done: progress.append(done))
+    assert (accuracy.correct, len(accuracy), accuracy.top1) == (4, 5, 0.8)
     assert accuracy.seconds > 0
     assert len(progress) == math.ceil(5 / batch_size)
     assert progress[-1] == (5, 5)
@@ -63,7 +61,7 @@ def test_every_module_returns_to_its_own_mode(five: LabelledImages) -> None:
     modes = [module.training for module in model.modules()]
     seen: list[bool] = []
     model[1].register_forward_hook(lambda module, *_: seen.append(module.training))
-    evaluate(model, five)
+    predict(model, five)
     assert seen == [False]
     assert [module.training for module in model.modules()] == modes == [True, False, True, True]
     assert norm.num_batches_tracked == 0
@@ -72,7 +70,7 @@ def test_every_module_returns_to_its_own_mode(five: LabelledImages) -> None:
 def test_mode_returns_after_an_error_too(five: LabelledImages) -> None:
     model = Returns(None).train()
     with pytest.raises(SourceError, match="the model returns a NoneType, not a tensor of class scores"):
-        evaluate(model, five)
+        predict(model, five)
     assert model.training
 
 
@@ -81,7 +79,7 @@ def test_no_gradient_is_recorded_and_the_random_state_stays(five: LabelledImages
     outputs: list[Tensor] = []
     model.register_forward_hook(lambda _, __, output: outputs.append(output))
     before = torch.get_rng_state()
-    evaluate(model, five)
+    predict(model, five)
     assert torch.equal(torch.get_rng_state(), before)
     assert not outputs[0].requires_grad
 
@@ -90,12 +88,12 @@ def test_images_follow_the_precision_of_the_model(five: LabelledImages) -> None:
     conv = nn.Conv2d(1, 1, 1)
     nn.init.ones_(conv.weight)
     model = nn.Sequential(conv, Lookup()).double()
-    assert evaluate(model, five).correct == 4
+    assert predict(model, five).correct == 4
 
 
 def test_more_scores_than_classes_are_allowed(five: LabelledImages) -> None:
     wider = nn.Sequential(Lookup(), nn.ConstantPad1d((0, 5), -1.0))
-    assert evaluate(wider, five).correct == 4
+    assert predict(wider, five).correct == 4
 
 
 @pytest.mark.parametrize(
@@ -111,9 +109,9 @@ def test_more_scores_than_classes_are_allowed(five: LabelledImages) -> None:
 )
 def test_models_that_do_not_classify_the_data(five: LabelledImages, output: object, text: str) -> None:
     with pytest.raises(SourceError, match=text):
-        evaluate(Returns(output), five)
+        predict(Returns(output), five)
 
 
 def test_no_images() -> None:
     with pytest.raises(SourceError, match="there is nothing to evaluate on: a test set"):
-        evaluate(Lookup(), labelled(torch.zeros(0, 1, 3, 3), [], 3))
+        predict(Lookup(), labelled(torch.zeros(0, 1, 3, 3), [], 3))

@@ -179,7 +179,7 @@ def test_a_key_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -> N
     code = (
         "import sys\nfrom pathlib import Path\nfrom asymswap.errors import SourceError\n"
         "from asymswap.data.arrays import read_arrays\n"
-        "try:\n    read_arrays(Path(sys.argv[1]), 'test', 3)\nexcept SourceError as error:\n    print(error)\n"
+        "try:\n    read_arrays(Path(sys.argv[1]), 'test')\nexcept SourceError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True)
     assert done.returncode == 0, done
@@ -228,14 +228,16 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_collections_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no folder cifar-100-python; give the folder that holds it, or --downl"):
+    with pytest.raises(
+        SourceError, match=r"has no folder cifar-100-python; give the folder above it, or `download=True`"
+    ):
         open_data(f"cifar100:{tmp_path}", COLOUR, "train")
     (tmp_path / "MNIST").mkdir()
     with pytest.raises(SourceError, match=r"mnist:.* cannot be read \(Dataset not found"):
         open_data(f"mnist:{tmp_path}", COLOUR, "train")
     with pytest.raises(SourceError, match=r"cifra10:x' is neither .*; did you mean cifar10"):
         open_data("cifra10:x", COLOUR, "train")
-    with pytest.raises(SourceError, match=r"--download is for cifar10, .*; data 'digits.x' cannot be downloaded"):
+    with pytest.raises(SourceError, match=r"`download=True` is for cifar10, .*; 'digits.x' cannot be downloaded"):
         open_data("digits.x", COLOUR, "train", download=True)
 
 

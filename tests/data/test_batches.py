@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asymswap.data.augmentation import Mixing, parse_presets, presets_for, training_transform
 from asymswap.data.batches import Reader, Schedule, TrainingImages
-from asymswap.data.images import InMemory
+from asymswap.data.datasets import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
@@ -56,7 +56,7 @@ def test_an_epoch_can_be_continued_and_is_not_the_one_before() -> None:
 
 
 def test_fewer_images_than_processes() -> None:
-    with pytest.raises(AsymswapError, match=r"3 images cannot be shared among 2 processes x --accumulate 2"):
+    with pytest.raises(AsymswapError, match=r"3 images cannot be shared among 2 processes x `accumulate=2`"):
         schedules(3, 8, 2, 2)
 
 
@@ -77,7 +77,7 @@ class Holes:
 
 def read(pictures: Any, workers: int = 0, strict: bool = False, presets: tuple[str, ...] = ("none",)) -> list[Any]:
     images = TrainingImages(pictures, training_transform(GREY, presets), 0, strict)
-    return list(Reader(images, Schedule(len(images), 4, 1, Team(), 0), workers).read(0, 0))
+    return list(Reader(images, Schedule(len(pictures.labels), 4, 1, Team(), 0), workers).read(0, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -93,12 +93,16 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read(workers: int) -> N
 def test_strictly_it_is_an_error_of_one_line(workers: int) -> None:
     with pytest.raises(SourceError, match=r"^image 3 cannot be read$"):
         read(Holes(3), workers, strict=True)
-    with pytest.raises(SourceError, match=r"^no image of the data can be read; --strict names the first that cannot$"):
+    with pytest.raises(
+        SourceError, match=r"^no image of the data can be read; `strict=True` names the first that cannot$"
+    ):
         read(Holes(*range(10)), workers)
 
 
 def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before() -> None:
-    pictures = InMemory(torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0)), list(range(10)), 1)
+    pictures = Pictures.in_memory(
+        torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0)), list(range(10)), 1
+    )
     presets = ("randaugment",)
     torch.manual_seed(5)
     first = read(pictures, presets=presets)
@@ -115,7 +119,7 @@ def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before(
 
 def test_presets_do_what_they_say() -> None:
     """A ramp, of which one sees whether it was mirrored, and by how far it was shifted."""
-    pictures = InMemory((torch.arange(8.0) / 8).expand(1, 1, 8, 8), [0], 1)
+    pictures = Pictures.in_memory((torch.arange(8.0) / 8).expand(1, 1, 8, 8), [0], 1)
     slopes: dict[str, set[int]] = {}
     for preset in ("none", "flip", "crop", "flip-crop"):
         images = TrainingImages(pictures, training_transform(GREY, (preset,)), 0, False)
@@ -147,7 +151,7 @@ def test_mixed_batches_have_shares_of_classes() -> None:
     [
         ("flipcrop", r"no augmentation 'flipcrop'; did you mean flip-crop"),
         ("xyz", "no augmentation 'xyz'; known: none, flip, crop, flip-crop, randaugment, mixup, cutmix"),
-        ("crop,flip-crop", "--augment crop,flip-crop: give one of none, flip, crop"),
+        ("crop,flip-crop", "`augment=crop,flip-crop`: give one of none, flip, crop"),
     ],
 )
 def test_presets_that_are_none(text: str, said: str) -> None:

@@ -124,7 +124,7 @@ def test_what_was_given_is_held_against_the_batch_norms(data: dict[int, str]) ->
     net = trained_on(COLOUR["none"], 0)
     (line,) = fed(net, data[3], normalize="imagenet", size=(8, 8)).warnings
     assert re.search(r"as you gave it, but the statistics in its batch norms fit none better \(distance 0\.00", line)
-    assert line.endswith("try --normalize none")
+    assert line.endswith('try `normalize="none"`')
     # The user is believed all the same.
     assert fed(net, data[3], normalize="imagenet").preprocessing.mean == COLOUR["imagenet"].mean
     # Numbers without a usual name, which fit: nothing to say.
@@ -178,12 +178,10 @@ def test_what_cannot_be_told_stops(
     made = net()
     as_it_is = fed(made, data[3])
     assert (as_it_is.preprocessing.mean, as_it_is.preprocessing.std) == ((0.0,) * 3, (1.0,) * 3)
-    assert any("as they are: give --normalize" in line for line in as_it_is.warnings)
+    assert any("as they are: give `normalize=…`" in line for line in as_it_is.warnings)
     # The same data as if it were a folder of pictures.
     monkeypatch.setattr("asymswap.data.normalization._holds_tensors", lambda _: False)
-    said = (
-        rf"nobody said how images are normalised for \w+, and it cannot be told \(.*{reason}.*give --normalize imagenet"
-    )
+    said = rf"nobody said how images are normalised for \w+, and it cannot be found out .*{reason}.*`normalize=…`"
     with pytest.raises(SourceError, match=said):
         fed(made, data[3])
     for calibration, evaluate in ((Calibration(data[3], images=8), None), (None, data[3])):
@@ -300,7 +298,8 @@ def test_a_size_that_nobody_gave_is_that_of_the_images_or_said_first(data: dict[
     conversion = asymswap.convert(trained_on(COLOUR["none"], 0), "3x3-only", evaluate=data[3])
     assert conversion.report.model.input == "3x8x8"
     assert (
-        "input 3x8x8 is the size of the images, for nobody said another: give --input" in conversion.report.warnings[1]
+        "input 3x8x8 is the size of the images, for nobody said another: give `input_size=…`"
+        in conversion.report.warnings[1]
     )
     # 16 channels, 3x3, 64 pixels; and the head.
     assert conversion.report.before.macs == 64 * 9 * (3 * 16 + 16 * 16) + 160
@@ -332,7 +331,7 @@ def test_a_size_that_does_not_suit_names_the_option(data: dict[int, str]) -> Non
             asymswap.open_model(Flat(), preprocessing=prepare), "3x3-only", calibration=Calibration(data[3])
         ),
     ):
-        with pytest.raises(TraceError, match=r"Flat does not run on images of 3x8x8: .*; give another --input"):
+        with pytest.raises(TraceError, match=r"Flat does not run on images of 3x8x8: .*; give another `input_size=…`"):
             run()
     assert (
         asymswap.evaluate(asymswap.open_model(Flat(), preprocessing=prepare, input_size=(3, 12, 12)), data[3]).images
@@ -343,7 +342,7 @@ def test_a_size_that_does_not_suit_names_the_option(data: dict[int, str]) -> Non
 def test_every_report_says_what_was_fed(data: dict[int, str], tmp_path: Path) -> None:
     net = trained_on(COLOUR["none"], 0)
     conversion = asymswap.convert(net, "half-macs", evaluate=data[3])
-    said = "3x8x8 (that of the images), images resized to it (bilinear); pixels from 0 to 1, "
+    said = "3x8x8 (the size of the images), images resized to it (bilinear); pixels from 0 to 1, "
     said += "mean 0, 0, 0, std 1, 1, 1 (none, asked of the network)"
     for name in ("r.md", "r.html", "r.json"):
         asymswap.write_report(conversion, tmp_path / name)

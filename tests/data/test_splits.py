@@ -94,7 +94,7 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
         open_parts(str(tmp_path), COLOUR, "none", 0)
     (tmp_path / "full").mkdir()
     write(tmp_path / "full", {"a": 4, "b": 4})
-    with pytest.raises(SourceError, match=r"--validation 1.5 is no fraction of the images; give 0.1, none, test or"):
+    with pytest.raises(SourceError, match=r"`validation=1.5` is no fraction of the images; give 0.1, none, test or"):
         open_parts(str(tmp_path / "full"), COLOUR, "1.5", 0)
     with pytest.raises(SourceError, match=r"a validation part of 0.01 of folder .* would be empty; give a larger"):
         open_parts(str(tmp_path / "full"), COLOUR, "0.01", 0)

@@ -197,7 +197,7 @@ class TestNumbers:
         ],
     )
     def test_what_can_be_told(self, ratio: Ratio, told: bool, vague: bool) -> None:
-        assert (ratio.told, ratio.vague) == (told, vague)
+        assert (ratio.is_significant, ratio.is_noisy) == (told, vague)
 
 
 def test_others_are_what_was_busy_without_us(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock: Clock) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from asymswap.data.accuracy import evaluate
 from asymswap.data.datasets import open_data
+from asymswap.data.predict import predict
 from asymswap.models.networks import (
     BUILDERS,
     CIFAR_PREPROCESSING,
@@ -158,8 +158,8 @@ def test_real_checkpoints_load_and_give_their_accuracy(file: str, correct: int, 
     state: dict[str, Tensor] = torch.load(SHARED / file, map_location="cpu", weights_only=True)["state_dict"]
     model = BUILDERS["resnet20"]()
     model.load_state_dict({key.removeprefix("module."): tensor for key, tensor in state.items()})
-    accuracy = evaluate(model, open_data(str(cifar_test_folder), CIFAR_PREPROCESSING, "test"))
-    assert accuracy.images == 2000
+    accuracy = predict(model, open_data(str(cifar_test_folder), CIFAR_PREPROCESSING, "test"))
+    assert len(accuracy) == 2000
     # One image may lie on the edge between two classes on another machine.
     assert accuracy.correct == pytest.approx(correct, abs=1)
 
@@ -168,8 +168,8 @@ def test_digits_weights_are_small_and_good_enough_for_the_demo() -> None:
     assert DIGITS_WEIGHTS.stat().st_size < 400_000
     model = digits_resnet()
     model.load_state_dict(load_file(DIGITS_WEIGHTS))
-    accuracy = evaluate(model, open_data("digits", DIGITS_PREPROCESSING, "test"))
-    assert accuracy.images == 360
+    accuracy = predict(model, open_data("digits", DIGITS_PREPROCESSING, "test"))
+    assert len(accuracy) == 360
     assert accuracy.top1 >= 0.985
 
 

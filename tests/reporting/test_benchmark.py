@@ -99,15 +99,15 @@ def test_what_could_not_be_run_is_told_once_with_its_reason() -> None:
 def test_what_cannot_be_told_is_said() -> None:
     name = MADE.models[1].model
     text = joined(shown(MADE, 80))
-    untold = f"Not told from a|b, or within 2 % of its time (95 % confidence): {name} (PyTorch, batch 1, 2 threads, "
-    assert f"{untold}channels-last) 0.97 to 1.01." in text
+    untold = f"Not significantly different from a|b, or within 2 % of its time (95 % confidence): {name}"
+    assert f"{untold} (PyTorch, batch 1, 2 threads, channels-last) 0.97 to 1.01." in text
     assert "too busy" not in text
     assert "Other programs kept 1.5 of 4 cores busy meanwhile." in text
     vague = replace(MADE, results=(MADE.results[0], result(1, 0, 12, VAGUE)), settings=(NCHW,), gains=())
     text = joined(shown(vague, 80))
-    assert "The machine was too busy to tell times to within 5 %" in text
+    assert "The machine was too busy to measure times to within 5 %" in text
     assert f"{name} 0.60 to 0.80." in text
-    assert "Not told from a|b" not in text
+    assert "Not significantly different from a|b" not in text
 
 
 def test_a_quiet_machine_is_no_news() -> None:

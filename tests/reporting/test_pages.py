@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from asymswap.reporting.convert import MARKS
 from asymswap.reporting.format import clean
-from asymswap.reporting.html import percent_of
-from asymswap.reporting.plots import add_legend, new_figure, picture_of
+from asymswap.reporting.pages import add_legend, new_figure, percent_of, picture_of
 
 STYLE = resources.files("asymswap.reporting").joinpath("templates", "report.css").read_text(encoding="utf-8")
 LIGHT, DARK = (

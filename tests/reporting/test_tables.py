@@ -69,7 +69,7 @@ def test_every_form_of_the_table_of_layers_has_its_sums() -> None:
     for column in costs:
         *rows, rest, total = (column.value(row) for row in (*table.rows, *table.sums))
         assert sum(rows) + rest == total
-    last = table.markdown()[-1]
+    last = table.markdown().splitlines()[-1]
     assert last.startswith("| **total** |")
     assert f"| **{told.before.macs:,}** | **{told.after.macs:,}** |" in last
 
@@ -77,7 +77,7 @@ def test_every_form_of_the_table_of_layers_has_its_sums() -> None:
 def test_markdown_holds_every_column_and_no_markup_of_others() -> None:
     columns = [Column("Name", itemgetter(0), side="fold", code=True), Column("Why", itemgetter(1), side="left")]
     columns.append(Column("MACs", itemgetter(2), "{:.0e}".format, exact="{:,}".format, least=999))
-    assert Table(columns, [["a|b", "*x*", 12345], ["c", None, None]]).markdown() == [
+    assert Table(columns, [["a|b", "*x*", 12345], ["c", None, None]]).markdown().splitlines() == [
         "| Name | Why | MACs |",
         "| --- | --- | ---: |",
         r"| `a\|b` | \*x\* | 12,345 |",

@@ -1,0 +1,83 @@
+"""HTML pages and plots: whole files, for which jinja2 and matplotlib are loaded only when one is made."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from asymswap.reporting.format import clean
+
+
+def render(template: str, script: str | None = None, **values: Any) -> str:
+    """Return the page of a template in `templates/`, with the style of all pages, and the named script if any.
+
+    The page needs no other file. The template escapes all values; the page's policy allows only this style and script.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("asymswap.reporting", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
+    )
+    folder = resources.files("asymswap.reporting").joinpath("templates")
+    # The policy of a page allows no style attributes: lengths of bars are classes.
+    lengths = "".join(f".w{percent}{{width:{percent}%}}.h{percent}{{height:{percent}%}}" for percent in range(101))
+    style = folder.joinpath("report.css").read_text(encoding="utf-8") + lengths
+    code = "" if script is None else folder.joinpath(script).read_text(encoding="utf-8")
+    style_hash, script_hash = (
+        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, code)
+    )
+    return environment.get_template(template).render(
+        style=Markup(style), script=Markup(code), style_hash=style_hash, script_hash=script_hash, **values
+    )
+
+
+def percent_of(value: float, most: float) -> int:
+    """Return the length of a value's bar in per cent of the longest; a value above zero is always visible."""
+    if not value > 0:  # nan is not, either
+        return 0
+    return 100 if value >= most else max(1, round(100 * value / most))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of this size in inches, without a window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def add_legend(axes: Any, named: Sequence[tuple[Any, str]], **options: Any) -> None:
+    """Add a legend with the names as they are: no `$` in one begins a formula, and no `_` before it hides it."""
+    legend = axes.legend([line for line, _ in named], ["-"] * len(named), **options)
+    for text, (_, name) in zip(legend.get_texts(), named, strict=True):
+        text.set_parse_math(False)
+        text.set_text(clean(name))
+
+
+def picture_of(figure: Any, form: str) -> bytes:
+    """Return the figure as an `svg` or `png` file; equal figures make equal files."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    # Without the date, and with names that are not random.
+    with rc_context({"svg.hashsalt": "asymswap", "svg.fonttype": "none"}), warnings.catch_warnings():
+        # Names may be in any script: in an SVG file the reader's font shows them, in a PNG file boxes stand for them.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    return buffer.getvalue()

@@ -1,0 +1,211 @@
+"""Screens of the verbs that write no report: evaluate, finetune, fuse, export, show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+from rich.console import RenderableType
+
+from asymswap.errors import visible
+from asymswap.models.preprocessing import fed, size_warning
+from asymswap.reporting import format as fmt
+from asymswap.reporting.tables import WIDE, Change, Column, Table, changes, facts, screen
+from asymswap.results.evaluate import ClassRow, EvaluationReport
+from asymswap.results.export import ExportReport
+from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
+from asymswap.results.fuse import FusionReport
+from asymswap.types import Preprocessing
+
+_CLASSES_SHOWN = 20
+"""Of more classes, the worst are shown."""
+
+
+def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
+    """Return the models' scores, how they compare with the first, their classes and their confusions."""
+    first, several = report.models[0], len(report.models) > 1
+    numbered = list(enumerate(report.models, start=1))
+    models = [(f"{number} {model.model}" if several else model.model, model) for number, model in numbered]
+    scores = (
+        Column("Model", itemgetter(0), side="fold"),
+        Column("top-1", lambda row: row[1].top1, fmt.accuracy),
+        Column("95 %", lambda row: row[1].interval, lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"),
+        Column("top-5", lambda row: row[1].top5, fmt.accuracy),
+        Column("loss", lambda row: row[1].loss, "{:.4f}".format),
+        Column("images/s", lambda row: row[1].images_per_second, "{:.0f}".format),
+    )
+    beside_first = (
+        Column("Beside the first", itemgetter(0), side="fold"),
+        Column("points", lambda row: 100 * (row[1].top1 - first.top1), "{:+.2f}".format),
+        Column("agree", lambda row: row[1].against_first.agreement, fmt.accuracy),
+        Column("only 1st right", lambda row: row[1].against_first.only_first),
+        Column("only this", lambda row: row[1].against_first.only_this),
+        Column("McNemar p", lambda row: row[1].against_first.p, lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"),
+    )
+    confused = []
+    for number, model in numbered:
+        pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in model.confusions]
+        if pairs:
+            which = f" by {number}" if several else ""
+            confused.append(f"Most confused{which}: {'; '.join(pairs if width >= WIDE else pairs[:5])}")
+    lines = ["95 %: Wilson's interval of top-1."]
+    if several:
+        lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
+    lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading the images.")
+    lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
+    lines += map(fmt.sentence, report.notes)
+    skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
+    tables = [Table(scores, models), Table(beside_first, models[1:]), _classes(report)]
+    return screen(f"{report.data}{skipped}", report.warnings, *tables, confused, fine_print=lines)
+
+
+def _classes(report: EvaluationReport) -> Table:
+    """Return how many images of each class are right; a row holds the class as each model has it."""
+    rows: Sequence[tuple[ClassRow, ...]] = list(zip(*(model.classes for model in report.models), strict=True))
+    title = "Class"
+    if len(rows) > _CLASSES_SHOWN:
+        title = f"Worst {_CLASSES_SHOWN} of {len(rows)} classes"
+        # A class without images is the last to be shown.
+        rows = sorted(rows, key=lambda row: row[0].right / row[0].images if row[0].images else 2.0)[:_CLASSES_SHOWN]
+    columns = [Column(title, lambda row: row[0].name, side="fold"), Column("images", lambda row: row[0].images)]
+    for number in range(len(report.models)):
+        heading = f"{number + 1}" if len(report.models) > 1 else "right"
+        columns.append(Column(heading, itemgetter(number), lambda row: fmt.share(row.right, row.images)))
+    return Table(columns, rows)
+
+
+def training_view(report: TrainingReport) -> RenderableType:
+    """Return scores before and after, what was trained on what, and the files."""
+    kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
+    length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
+    rows: list[tuple[str, ...]] = []
+    if report.before is not None and report.best is not None and report.last is not None:
+        scores = (report.before, report.best, report.last)
+        rows.append(("top-1", *(fmt.accuracy(one.top1) for one in scores)))
+        rows.append(("loss", *(f"{one.loss:.4f}" for one in scores)))
+    titles = ("on validation images", "before", "kept", "last epoch")
+    columns = [Column(title, itemgetter(n), side="right" if n else "left") for n, title in enumerate(titles)]
+    settings = report.settings
+    lines = [f"Trained on {report.data}."]
+    lines += [f"Validated on {report.validation}."] if report.validation else ["Not validated."]
+    lines.append(
+        f"{settings['optimizer']}, learning rate {settings['lr']:g}, batch {settings['batch_size']}, "
+        f"{settings['precision']}, on {report.device}; {fmt.count(report.trained)} of {fmt.count(report.total)} "
+        f"parameters trained; seed {settings['seed']}."
+    )
+    lines += [f"Taught by {report.teacher}."] if report.teacher is not None else []
+    lines += fmt.fed_by_model([(report.model, report.fed)])
+    lines += map(fmt.sentence, report.notes)
+    lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
+    lines.append(f"Time: {report.seconds:.1f} s.")
+    title = f"{report.model}: trained for {length}; {kept}"
+    return screen(title, report.warnings, Table(columns, rows), fine_print=lines)
+
+
+def epoch_line(row: EpochRow, epochs: int) -> str:
+    """Return one epoch as a line of 80 columns."""
+    text = f"epoch {row.epoch}/{epochs}: loss {row.train.loss:.4f}, top-1 {100 * row.train.top1:.1f} %"
+    if row.validation is not None:
+        text += f"; validation {100 * row.validation.top1:.2f} %{' (best)' if row.best else ''}"
+    text += f"; {row.images_per_second:.0f} images/s"
+    return text + (f"; {row.skipped} unreadable skipped" if row.skipped else "")
+
+
+def step_words(row: StepRow) -> str:
+    """Return how the epoch goes, in a few words."""
+    return f"loss {row.train.loss:.3f}  top-1 {100 * row.train.top1:.1f} %  {row.images_per_second:.0f} img/s"
+
+
+def fusion_view(report: FusionReport) -> RenderableType:
+    """Return what was fused, what was left and why, and how the outputs compare."""
+    before, after = report.before, report.after
+    costs = [Change("MACs", before.macs, after.macs), Change("parameters", before.params, after.params)]
+    outcomes = Counter((row.kind, row.outcome) for row in report.sites)
+    reasons = Counter((row.outcome, row.reason) for row in report.sites if row.reason)
+    done = [f"{number} {kind}: {outcome}" for (kind, outcome), number in sorted(outcomes.items())]
+    done += [f"  {outcome}, {number} x: {reason}" for (outcome, reason), number in reasons.most_common()]
+    fits = "fits" if report.as_original else "does not fit"
+    lines = [
+        f"Outputs: {fmt.error(report.relative)} relative difference, {report.largest:.3g} at most, on {report.probe}.",
+        f"The state dict {fits} {report.origin} as it was before it was converted.",
+        *fmt.fed_by_model([(report.model, report.fed)]),
+        *(f"{file.path}: {fmt.size(file.bytes)}." for file in report.files),
+    ]
+    fused = sum(row.outcome != "left" for row in report.sites)
+    title = f"{report.model}: {fused} of {len(report.sites)} replacements fused"
+    return screen(title, report.warnings, changes(costs), done, fine_print=lines)
+
+
+def export_view(report: ExportReport) -> RenderableType:
+    """Return the file, which of its sizes may vary, and the differences from PyTorch."""
+    table = facts(
+        [
+            ("form", report.form + (f", opset {report.opset}" if report.opset is not None else "")),
+            ("any size", ", ".join(report.dynamic) or "none"),
+            ("fused before", f"{report.fused} replacements"),
+            ("run by", ", ".join((report.runner, *report.versions))),
+            *(("against PyTorch", f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
+            *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
+        ]
+    )
+    return screen(f"{report.model} exported", report.warnings, table)
+
+
+def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
+    """Return origin, preprocessing, versions, headline figures, and the swaps of every conversion, from JSON.
+
+    Raises TypeError or another of Python's errors if a provenance, which anybody may have written, has another form.
+    """
+    provenance, origin = header["provenance"], header["origin"]
+    arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
+    preprocessing = Preprocessing(**header["preprocessing"])
+    known = [
+        ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
+        ("input", fmt.fed(fed(preprocessing))),
+        *_conversion_facts(provenance.get("report", {})),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
+    ]
+    blocks: list[Table | list[str]] = [facts(known)]
+    layer, kind = Column("Layer", itemgetter("site"), visible, "fold"), itemgetter("kind")
+    settings = Column("Settings", itemgetter("settings"), fmt.settings, side="left")
+    for number, plan in enumerate(header["plans"], start=1):
+        swaps = plan["swaps"]
+        blocks.append([f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept"])
+        blocks.append(Table((layer, Column("Kind", kind, visible, "left"), settings), swaps))
+    fused = provenance.get("fused")
+    if isinstance(fused, Mapping):
+        rows = fused["sites"]
+        done = sum(row["outcome"] != "left" for row in rows)
+        became = Column("Became", itemgetter("outcome"), visible, "left")
+        blocks.append([f"Fused: {done} of {len(rows)} replacements"])
+        blocks.append(Table((layer, Column("Was", kind, visible, "left"), became), rows))
+    for number, record in enumerate(provenance.get("training", []), start=1):
+        length = f"{fmt.plural(record['epochs'], 'epoch')} ({fmt.plural(record['steps'], 'step')})"
+        teacher = f", taught by {record['teacher']}" if record.get("teacher") else ""
+        text = f"Training {number}: {length} on {record['data']}{teacher}"
+        before, best = record["scores"]["before"], record["scores"]["best"]
+        if before and best:
+            text += f"; validation top-1 {before['top1']:.2%} -> {best['top1']:.2%} (epoch {record['best_epoch']})"
+        blocks.append([text])
+    return screen(path, size_warning(preprocessing), *blocks)
+
+
+def _conversion_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not isinstance(report, Mapping) or not {"model", "before", "after", "output"} <= report.keys():
+        return []
+    model, before, after, accuracy = report["model"], report["before"], report["after"], report.get("accuracy")
+    known = [
+        ("converted from", model["reference"]),
+        ("weights", model["weights"]),
+        ("source SHA-256", model["sha256"] or ""),
+        ("recipe", report["recipe"] + (f", budget {report['budget']}" if report["budget"] else "")),
+    ]
+    for name, key in (("MACs", "macs"), ("parameters", "params")):
+        old, new = before[key], after[key]
+        known.append((name, f"{fmt.count(old)} -> {fmt.count(new)} ({fmt.share(new, old)})"))
+    known.append(("output change", f"{fmt.error(report['output']['relative'])} on {report['output']['probe']}"))
+    if accuracy:
+        known.append(("top-1", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%} on {accuracy['data']}"))
+    return known
