@@ -5,7 +5,7 @@ in its metadata. The header is JSON text:
 
     format         1, or 2 with extra state; a reader refuses a higher number
     origin         how the unconverted model is built: a model reference and its arguments
-    skeleton       its structure (zlib, base64), where no reference can build it; see fileformats.module_structure
+    skeleton       its structure (zlib, base64), where no reference can build it; see fileformats.torch_files
     plans          every conversion that the model went through, in order, fully settled; none once all is fused
     preprocessing  how an image becomes its input
     aliases        keys of the state dict that are the same tensor as another key (safetensors only)

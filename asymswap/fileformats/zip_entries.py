@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from asymswap.errors import SourceError
-from asymswap.fileformats.pickle_parts import MalformedError, Odd
+from asymswap.fileformats.messages import reason_of
+from asymswap.fileformats.pickle_reader import MalformedError, Odd
 
 LARGEST_PICKLE = 32 * 2**20
 """Bytes of a pickle that is larger than its archive, being compressed; others can't be larger."""
@@ -34,7 +35,7 @@ class Entries:
         self._storages: dict[str, torch.UntypedStorage] = {}
         self._verify = verify
         self.size = size
-        # torch does not tell upper from lower case where it looks an entry up.
+        # torch ignores case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
             raise Odd("is an archive with two entries of one name")
         if min((info.header_offset for info in infos), default=0):
@@ -50,7 +51,7 @@ class Entries:
         return iter(self._infos)
 
     def ending(self, *suffixes: str) -> str | None:
-        """The first entry whose name ends so, at the border of a part of its name."""
+        """Return the first entry whose name ends so, at the border of a part of its name."""
         for suffix in suffixes:
             for name in self._infos:
                 if name == suffix or name.endswith(suffix if suffix.startswith("_") else f"/{suffix}"):
@@ -58,22 +59,22 @@ class Entries:
         return None
 
     def length(self, name: str) -> int | None:
-        """How many bytes an entry has, or None where there is none."""
+        """Return how many bytes an entry has; None where there is none."""
         return self._infos[name].file_size if name in self._infos else None
 
     def read(self, name: str) -> bytes:
-        """The bytes of an entry; raises MalformedError where it is missing."""
+        """Return the bytes of an entry; raise MalformedError where it is missing."""
         return self._archive.read(self._info(name))
 
     def pickle(self, name: str) -> bytes:
-        """The bytes of a pickle; raises Odd where they are more than any checkpoint has beside its tensors."""
+        """Return the bytes of a pickle; raise Odd where they are more than any checkpoint has beside its tensors."""
         length = self._info(name).file_size
         if length > max(LARGEST_PICKLE, self.size):
             raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
         return self.read(name)
 
     def storage(self, name: str, needed: int) -> torch.UntypedStorage:
-        """The bytes of an entry as memory for tensors, of which `needed` are claimed."""
+        """Return the bytes of an entry, of which `needed` are claimed, as memory for tensors."""
         info = self._info(name)
         if info.file_size < needed:
             raise MalformedError(f"entry {name} is shorter than its {needed} bytes")
@@ -113,10 +114,9 @@ class Entries:
 
 @contextmanager
 def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
-    """The entries of an archive; whatever goes wrong with a damaged one is a MalformedError.
+    """Open an archive; whatever goes wrong with a damaged one is a MalformedError.
 
-    With `verify` the checksums of storages are held against their bytes, as torch does for none; it takes half as long
-    again as reading them.
+    `verify`: compare the checksums of storages too, which torch does not; it takes half as long again as reading them.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -125,4 +125,4 @@ def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
         raise
     except Exception as error:
         # What is damaged can make zipfile and torch raise about anything.
-        raise MalformedError(" ".join(str(error).split())[:160] or type(error).__name__) from None
+        raise MalformedError(reason_of(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from asymswap.fileformats.module_structure import to_structure
+from asymswap.fileformats.torch_files import to_structure
 from asymswap.models import timm_models
 from asymswap.models.family import input_channels
 from asymswap.models.opened import OpenedModel

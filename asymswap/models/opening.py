@@ -14,8 +14,7 @@ from torch import nn
 from asymswap.checkpoint import Header, Stored, stored_in
 from asymswap.errors import AsymswapError, CheckpointError, SourceError
 from asymswap.fileformats.detect import resolve, sha256
-from asymswap.fileformats.model_file import read_raw
-from asymswap.fileformats.shards import files_of
+from asymswap.fileformats.model_file import files_of, read_raw
 from asymswap.models.builders import canonical
 from asymswap.models.converted import HOW_TO_BUILD, restore
 from asymswap.models.factories import how_built, same_callable

@@ -22,13 +22,11 @@ from torch import nn
 
 from asymswap.errors import SourceError
 from asymswap.fileformats import extra_state
-from asymswap.fileformats.archives import states_of_modules
-from asymswap.fileformats.detect import FileKind, exists, resolve, sha256, sniff
-from asymswap.fileformats.model_file import RawFile, read_raw
-from asymswap.fileformats.module_structure import from_structure
-from asymswap.fileformats.pickle_parts import MalformedError
-from asymswap.fileformats.shards import files_of, fingerprint
+from asymswap.fileformats.detect import exists, resolve
+from asymswap.fileformats.model_file import RawFile, files_of, fingerprint, read_raw, states_of_modules
+from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
+from asymswap.fileformats.torch_files import from_structure
 from asymswap.models import builders, timm_models, torchvision_models
 from asymswap.models.factories import Given, UserCode, names_code, names_python_file
 from asymswap.models.family import Family
@@ -153,7 +151,7 @@ def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress =
     notes += found.notes
     if request.weights is not None:
         raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
-    digest = _digest(path)
+    digest = fingerprint(path)
     if isinstance(found.value, nn.Module):
         try:
             check_numbers(found.value)
@@ -190,16 +188,11 @@ def _fill_from_file(family: Family, reference: str, path: Path, request: Request
         found = weights_in(path, raw, request.key, arch_known=True)
         if isinstance(found.value, nn.Module):
             raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
-        digest = _digest(path)
+        digest = fingerprint(path)
         published, trusted = torchvision_models.published(digest), request.trust_pickle
         opened = _fill(family, reference, request.arguments, found, str(path), published, trusted, silent)
     notes = (*about_trust(path, raw, request), *found.notes, *opened.notes)
     return replace(opened, notes=notes, file=path, sha256=digest, weights=f"file {path.name}")
-
-
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file, or of all files that an index of shards names."""
-    return fingerprint(path) if sniff(path) is FileKind.SHARDS else sha256(path)
 
 
 def _fill(

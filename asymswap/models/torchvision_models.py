@@ -18,9 +18,8 @@ from torchvision import models
 
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.module_structure import to_structure
 from asymswap.fileformats.state_dict import Difference, State
-from asymswap.fileformats.torch_files import load_object
+from asymswap.fileformats.torch_files import load_object, to_structure
 from asymswap.models.family import Arguments, Family, Fit, input_channels
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels

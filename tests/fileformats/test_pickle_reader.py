@@ -26,7 +26,7 @@ from asymswap.errors import SourceError
 from asymswap.fileformats import pickle_reader, zip_entries
 from asymswap.fileformats.detect import FileKind
 from asymswap.fileformats.pickle_objects import DEEPEST, Builder, is_safe_name
-from asymswap.fileformats.pickle_parts import Odd, StorageRef, described_tensor
+from asymswap.fileformats.pickle_reader import Odd, StorageRef, described_tensor
 from asymswap.fileformats.torch_files import load as load_file
 from asymswap.fileformats.torch_files import load_object
 
