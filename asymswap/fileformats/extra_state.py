@@ -17,19 +17,19 @@ _DEEPEST = 64
 
 
 def is_extra(key: str) -> bool:
-    """Whether a key of a state dict is that of a module's extra state."""
+    """True for the key of a module's extra state in a state dict."""
     return key == KEY or key.endswith(f".{KEY}")
 
 
 def owners(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that keep extra state, by the keys that it has in the state dict."""
+    """Return the modules that keep extra state, by its keys in the state dict."""
     modules = model.named_modules(remove_duplicate=False)
     kept = ((name, module) for name, module in modules if _overrides(module, "get_extra_state"))
     return {f"{name}.{KEY}" if name else KEY: module for name, module in kept}
 
 
 def read(model: nn.Module) -> dict[str, Any]:
-    """The extra state of every module that keeps some; raises SourceError, by its name, for what cannot be restored."""
+    """Return the extra state of every module that keeps some; raise SourceError for what cannot be restored."""
     found = {}
     for key, module in owners(model).items():
         try:
@@ -48,7 +48,7 @@ def read(model: nn.Module) -> dict[str, Any]:
 
 
 def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
-    """Give the modules, in place, the extra state that `read` found; raises SourceError where one does not take it."""
+    """Give the modules, in place, the extra state that `read` found; raise SourceError where one does not take it."""
     known = owners(model)
     for key, value in extra.items():
         try:
@@ -58,7 +58,7 @@ def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
 
 
 def to_text(extra: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Extra state as JSON text, and the tensors in it by the names that the text has for them."""
+    """Return extra state as JSON text, and the tensors in it by their names in the text."""
     tensors: dict[str, Tensor] = {}
 
     def plain(value: Any, key: str) -> Any:
@@ -79,7 +79,7 @@ def to_text(extra: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 
 def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The extra state in a text of `to_text`; takes its tensors out of `tensors`. Raises ValueError for others."""
+    """Return the extra state in a text of `to_text`, taking its tensors out of `tensors`; raise ValueError."""
     used: set[str] = set()
 
     def value(data: Any) -> Any:
@@ -117,7 +117,7 @@ def _named(key: str, module: nn.Module) -> str:
 
 
 def _refused(value: Any, depth: int) -> Iterator[str]:
-    """What in a value cannot be stored as plain data."""
+    """Yield what in a value cannot be stored as plain data."""
     if depth > _DEEPEST:
         yield f"values nested more than {_DEEPEST} deep"
     elif type(value) in (dict, OrderedDict):
