@@ -43,8 +43,9 @@ from asymswap.errors import (
     validation_text,
 )
 from asymswap.fileformats import detect, extra_state
-from asymswap.fileformats.model_file import RawFile, read_raw
+from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.state_dict import State, stored_tensors
+from asymswap.fileformats.torch_files import RawFile
 from asymswap.planning.plan import plan_from_json, plan_to_json
 from asymswap.types import STRICT, Origin, Plan, Preprocessing
 from asymswap.utils.files import real_cause, whole_file

@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind, sha256, sniff
-from asymswap.fileformats.messages import listed, reason_of
+from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.pickle_objects import Builder
 from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, described_tensor
 from asymswap.fileformats.state_dict import State
-from asymswap.fileformats.torch_files import load, load_object, read_archive, refusal
-from asymswap.fileformats.zip_entries import Entries, opened
+from asymswap.fileformats.torch_files import Entries, RawFile, load, load_object, opened, read_archive
 
 # The largest index known has some thousand entries of a hundred bytes.
 _LARGEST_INDEX = 64 * 2**20
@@ -48,22 +46,6 @@ _EXPORT_DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RawFile:
-    """What a model file holds, before anything is made of it.
-
-    `metadata` is that of a safetensors file; `notes` say what of the file was left unread; `refusal` is why modules in
-    it could not be loaded, where they are records (see `fileformats.pickle_objects`). `executed`: something was
-    unpickled without restriction, so code in it ran.
-    """
-
-    value: Any
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    refusal: SourceError | None = None
-    executed: bool = False
-
-
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
     """Read a model file; raise SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
@@ -71,8 +53,8 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         try:
             # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
             with safetensors.safe_open(path, framework="pt", backend="pread") as file:
-                metadata = file.metadata() or {}
-                return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return RawFile(state, metadata=file.metadata() or {})
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise SourceError(f"{path} is cut off or damaged: {error}") from None
     if kind is FileKind.TORCHSCRIPT:
@@ -83,11 +65,7 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         return RawFile(read_exported(path), notes=(note,))
     if kind is FileKind.SHARDS:
         return _read_shards(path, trust_pickle)
-    loaded = load(path, kind, trust_pickle, str(path))
-    if not loaded.unread:
-        return RawFile(loaded.value, executed=loaded.executed)
-    note = f"left unread, being outside of the allowlist: {listed(loaded.unread, 3)}"
-    return RawFile(loaded.value, notes=(note,), refusal=refusal(loaded.unread, str(path)))
+    return load(path, kind, trust_pickle, str(path))
 
 
 def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
@@ -118,7 +96,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file; for an index of shards that of the SHA-256 of its files, its own first."""
+    """Return the SHA-256 of a file; for an index of shards, of the list of its files' SHA-256, its own first."""
     each = [sha256(one) for one in files_of(path)]
     return each[0] if len(each) == 1 else hashlib.sha256("\n".join(each).encode()).hexdigest()
 
@@ -167,11 +145,9 @@ def read_torchscript(path: Path) -> State:
 
 
 def read_exported(path: Path) -> State:
-    """Return the parameters and buffers of a torch.export archive; raise SourceError.
-
-    Archives of torch before 2.9 hold a torch.save file of them, which is read in the restricted way, trusted or not.
-    """
+    """Return the parameters and buffers of a torch.export archive by their names; raise SourceError."""
     with _opened(path) as entries:
+        # Before torch 2.9 it was a torch.save file, which is read in the restricted way, trusted or not.
         older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
         if older is not None:
             instead = "save the program's state_dict and give it with `arch=…`"
@@ -218,10 +194,7 @@ def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) ->
 
 
 def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the value with state dicts in the place of modules that are records, and the names of their classes.
-
-    Raises MalformedError for a module inside of itself, or one named without end.
-    """
+    """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
     if _is_module(value):
         return dict(_tensors_below(value, _module_attributes)), (value.name,)
     if not isinstance(value, dict):

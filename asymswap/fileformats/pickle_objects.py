@@ -53,17 +53,11 @@ _VIEWS = 64
 _LONGEST_ATTRIBUTE = 200
 
 # What torchvision's detectors and RAFT keep beside modules: holders of a few numbers, and functions of tensors alone.
-HELPERS = frozenset(
-    [
-        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-        "torchvision.models.detection._utils.BoxCoder",
-        "torchvision.models.detection._utils.BoxLinearCoder",
-        "torchvision.models.detection._utils.Matcher",
-        "torchvision.models.detection._utils.SSDMatcher",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-        "torchvision.ops.boxes.box_iou",
-    ]
-)
+_SAMPLERS = ("BalancedPositiveNegativeSampler", "BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")
+HELPERS = frozenset(f"torchvision.models.detection._utils.{name}" for name in _SAMPLERS) | {
+    "torchvision.models.optical_flow.raft._pass_through_h",
+    "torchvision.ops.boxes.box_iou",
+}
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 """What torch.compile puts around a module; the module inside is taken."""
 
@@ -71,19 +65,15 @@ _CLASSES = frozenset(["torch.Tensor", "numpy.ndarray", "numpy.dtype", "argparse.
 """Named as arguments of calls that are known, and made here."""
 
 # Attributes that later versions of torch added, which their `__setstate__` adds to modules of older files.
-_ADDED: tuple[tuple[type[nn.Module], dict[str, Any]], ...] = (
-    (nn.modules.conv._ConvNd, {"padding_mode": "zeros"}),
-    (nn.AvgPool3d, {"padding": 0, "ceil_mode": False, "count_include_pad": True}),
-    (nn.Upsample, {"recompute_scale_factor": True}),
-    (nn.MultiheadAttention, {"_qkv_same_embed_dim": True}),
-    (nn.Softmax, {"dim": None}),
-    (nn.LogSoftmax, {"dim": None}),
-    (nn.Softmin, {"dim": None}),
-    (nn.RNNBase, {"proj_size": 0}),
-    (nn.TransformerEncoderLayer, {"activation": nn.functional.relu}),
-    (nn.TransformerDecoderLayer, {"activation": nn.functional.relu}),
-)
-
+_ADDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], dict[str, Any]] = {
+    nn.modules.conv._ConvNd: {"padding_mode": "zeros"},
+    nn.AvgPool3d: {"padding": 0, "ceil_mode": False, "count_include_pad": True},
+    nn.Upsample: {"recompute_scale_factor": True},
+    nn.MultiheadAttention: {"_qkv_same_embed_dim": True},
+    (nn.Softmax, nn.LogSoftmax, nn.Softmin): {"dim": None},
+    nn.RNNBase: {"proj_size": 0},
+    (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): {"activation": nn.functional.relu},
+}
 
 _PARAMETERS = (
     "torch.nn.parameter.Parameter",
@@ -238,8 +228,12 @@ class Builder:
         if kind is Record:
             return self._of_record(value, depth)
         if kind is Global:
-            made = self._of_global(value)
-            return _Found(made, whole=made is not value)
+            if value.name in module_names() or value.name in HELPERS:
+                return _Found(value, whole=False) if self._inside_record else _Found(look_up(value.name, self._label))
+            if value.name in allowed_names() and not self._foreign and not value.name.startswith("builtins."):
+                # A function is there to be called; as a value it could end where a module calls it.
+                raise Odd(f"keeps {value.name} itself as a value")
+            return _Found(value, whole=False)
         if kind is StorageRef:
             return _Found(self.tensor(TensorRef(value, 0, (value.length,), (1,))))
         levels, parts, whole = 0, 1, True
@@ -261,14 +255,6 @@ class Builder:
         for key, new in changed:
             value[key] = new
         return _Found(tuple(value) if kind is tuple and changed else value, levels + 1, parts, whole)
-
-    def _of_global(self, value: Global) -> Any:
-        if value.name in module_names() or value.name in HELPERS:
-            return value if self._inside_record else look_up(value.name, self._label)
-        if value.name in allowed_names() and not self._foreign and not value.name.startswith("builtins."):
-            # A function is there to be called; as a value it could end where a module calls it.
-            raise Odd(f"keeps {value.name} itself as a value")
-        return value
 
     def _of_record(self, record: Record, depth: int) -> _Found:
         if record.name in _CALLS:
@@ -490,12 +476,10 @@ def look_up(name: str, label: str) -> Any:
 def _complete(module: nn.Module) -> None:
     """Add what later versions of torch keep on a module, as its `__setstate__` would, without calling that."""
     own = vars(module)
-    for key, value in vars(nn.Module()).items():
-        own.setdefault(key, value)
-    for kind, added in _ADDED:
+    own.update(vars(nn.Module()) | own)
+    for kind, added in _ADDED.items():
         if isinstance(module, kind):
-            for key, value in added.items():
-                own.setdefault(key, value)
+            own.update(added | own)
     if isinstance(module, nn.RNNBase):
         names = own.get("_flat_weights_names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -109,10 +109,7 @@ class Reader:
         self._globals: dict[str, Any] = {}
 
     def read(self, stream: BinaryIO) -> Any:
-        """Return what the pickle at the place of a stream holds, and leave the stream at its end.
-
-        Raises Odd and MalformedError.
-        """
+        """Return what the pickle at the place of a stream holds; raise Odd or MalformedError."""
         try:
             return self._run(stream)
         except (Odd, MalformedError, MemoryError):
@@ -499,16 +496,13 @@ def _fill(target: Any, state: Any) -> None:
     elif not isinstance(target, dict):
         raise Odd(f"fills {_called_text(target)} with attributes")
     elif type(target) is collections.OrderedDict and type(state) is dict:
-        # Anything else that hangs on a dict is no part of it.
+        # The versions of the modules' forms, by their names; anything else that hangs on a dict is no part of it.
         versions = state.get("_metadata")
-        if isinstance(versions, dict) and all(map(_are_versions, versions.items())):
+        if isinstance(versions, dict) and all(
+            type(name) is str and type(one) is dict and all(type(number) in (int, bool) for number in one.values())
+            for name, one in versions.items()
+        ):
             target._metadata = versions  # type: ignore[attr-defined]  # as torch does
-
-
-def _are_versions(item: tuple[Any, Any]) -> bool:
-    """True for a module's name and the versions of its form, as state dicts have them in `_metadata`."""
-    name, versions = item
-    return type(name) is str and type(versions) is dict and all(type(one) in (int, bool) for one in versions.values())
 
 
 def _called_text(value: Any) -> str:

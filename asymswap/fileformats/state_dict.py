@@ -41,10 +41,7 @@ class Found:
 
 
 def find_weights(value: Any, label: str, key: str | None = None) -> Found:
-    """Return the state dict or module in a loaded checkpoint: the likeliest, or the one under `key`, a dotted path.
-
-    A note names the others. Raises SourceError where there is none.
-    """
+    """Return the likeliest state dict or module in a loaded checkpoint, or the one under `key`; raise SourceError."""
     inside = value if key is None else _at(value, key)
     found = list(_candidates(inside, key or "", 0))
     if not found and key is not None:
@@ -93,23 +90,22 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
 
 
 def _as_state(value: Mapping[Any, Any]) -> State:
-    """Return the mapping as a state dict, without what modules store beside tensors; empty where it is none.
-
-    Numbers and text may be beside the weights (`{**state, "epoch": 3}`), and weights may be numpy's arrays.
-    """
-    kept = {name: item for name, item in value.items() if not is_extra(str(name))}
-    tensors = {name: _as_tensor(item) for name, item in kept.items()}
-    state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    others = [item for name, item in kept.items() if tensors[name] is None]
+    """Return the mapping as a state dict, without anything beside tensors and arrays; empty where it is none."""
+    state: State = {}
+    others = []
+    for name, item in value.items():
+        if is_extra(str(name)):
+            continue
+        if isinstance(item, np.ndarray) and item.dtype.kind in "biuf":
+            state[name] = torch.from_numpy(np.ascontiguousarray(item).reshape(item.shape))
+        elif isinstance(item, Tensor):
+            state[name] = item
+        else:
+            others.append(item)
     weights = not others or any(tensor.ndim >= 2 for tensor in state.values())
+    # Numbers and text may be beside the weights: `{**state, "epoch": 3}`.
     remarks = all(item is None or isinstance(item, bool | int | float | str | np.generic) for item in others)
     return state if weights and remarks and all(isinstance(name, str) for name in state) else {}
-
-
-def _as_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-    return value if isinstance(value, Tensor) else None
 
 
 def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
@@ -139,14 +135,12 @@ def _behind(found: list[Found], key: str, label: str) -> Found:
 
 
 def strip_prefixes(state: State) -> State:
-    """Remove what DataParallel (`module.`), torch.compile (`_orig_mod.`) and FSDP put into every key.
-
-    An `AveragedModel`, as moving averages are kept, is a `module.` too, with a counter `n_averaged` beside it.
-    """
+    """Remove what DataParallel (`module.`), torch.compile (`_orig_mod.`) and FSDP put into every key."""
     unwrapped = {_WRAPPERS.sub(r"\1", key): tensor for key, tensor in state.items()}
     # Where two keys would become one, they are no wrappers but names of the network's own.
     state = unwrapped if len(unwrapped) == len(state) else state
     while True:
+        # An AveragedModel is a `module.` too, with this counter beside it.
         keys = [key for key in state if key != "n_averaged"]
         prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
         if prefix is None:

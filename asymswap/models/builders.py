@@ -29,11 +29,9 @@ class OwnNetworks(Family):
         return [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
 
     def canonical(self, reference: str) -> str | None:
-        """Return the reference itself, which has no shorter form."""
         return reference if reference in self.names() else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Build the network with random weights."""
         builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix("cifar:")]
         unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
         if unknown:
@@ -41,7 +39,6 @@ class OwnNetworks(Family):
         return builder(**arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """Return the demo's network with its weights, which are shipped."""
         if reference != DIGITS:
             return super().weights(reference, name, arguments)
         if name not in (None, "DEFAULT") or arguments:
@@ -66,10 +63,7 @@ def known_references() -> list[str]:
 
 
 def canonical(reference: str) -> str | None:
-    """Return the full form of a reference to a known network (`torchvision:resnet18` for `resnet18`), else None.
-
-    Whatever follows `timm:` is accepted: whether it names a model only timm knows, which takes seconds to load.
-    """
+    """Return the full form of a reference to a known network (`torchvision:resnet18` for `resnet18`), else None."""
     found = (family.canonical(reference) for family in FAMILIES)
     return next((full for full in found if full is not None), None)
 

@@ -63,10 +63,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
 
 
 def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
-    """Compare the state dict with the header's model, without memory for that model; None where that cannot be done.
-
-    Raises AsymswapError where the model cannot be rebuilt.
-    """
+    """Compare the state dict with the header's model, without memory for that model; None where that cannot be done."""
     try:
         # Sizes computed with tensors, as RegNet's are, stay real.
         with WithoutMemory(torch.empty, torch.empty_like):
@@ -84,10 +81,7 @@ def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference |
 
 
 def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
-    """Write a converted model; the suffix chooses the form.
-
-    Raises OutputError where the file cannot be written, or would not load again.
-    """
+    """Write a converted model; raise OutputError where the file cannot be written, or would not load again."""
 
     def check(stored: Stored) -> None:
         try:

@@ -114,7 +114,6 @@ class UserCode(Family):
         self._built: nn.Module | None = None
 
     def canonical(self, reference: str) -> str | None:
-        """Return the reference itself, if it names code."""
         return reference if names_code(reference) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
@@ -131,11 +130,9 @@ class UserCode(Family):
                 return _build(reference, _run_file(reference, path), arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """Return the model with the weights that the code gives it."""
         return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """Return what most networks of its class take."""
         return describe_module(model, "").preprocessing
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
@@ -146,11 +143,9 @@ class UserCode(Family):
         return replace(opened, notes=(*how_built(reference), *opened.notes))
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """Compare the state dict with the model, which is built once."""
         return Fit(dict(arguments), state, compare(self.build_unset(reference, arguments), state))
 
     def build_unset(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Return the model with the weights that the code gives it."""
         if self._built is None:
             self._built = self.build(reference, arguments)
         return self._built
@@ -164,11 +159,9 @@ class Given(UserCode):
         self._module = module
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Copy the module."""
         return deep_copy(self._module)
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        """Describe the module by itself: no reference builds it."""
         return describe_module(model, weights)
 
 
@@ -262,10 +255,8 @@ def _build(reference: str, module: ModuleType, arguments: Arguments) -> nn.Modul
         hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
         raise SourceError(f"{home} has no callable {attribute!r}{hint}")
     if isinstance(factory, nn.Module):
-        if arguments:
-            raise SourceError(
-                f"{reference} is a module already, so the argument {next(iter(arguments))} changes nothing"
-            )
+        for name in arguments:
+            raise SourceError(f"{reference} is a module already, so the argument {name} changes nothing")
         return factory
     _check_arguments(reference, factory, arguments)
     try:

@@ -100,18 +100,9 @@ def from_line(line: str) -> Fingerprint:
     """Parse a line of the table."""
     reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
     parts = (part.rsplit(":", 2) for part in classes.split())
-    return Fingerprint(
-        reference=reference,
-        arguments=json.loads(arguments or "{}"),
-        keys=keys,
-        shapes=shapes,
-        classes=tuple(Free(key, int(axis), int(times)) for key, axis, times in parts),
-        default_classes=int(count or 0),
-        stem=stem,
-        default_channels=int(channels or 0),
-        position=position,
-        default_positions=int(positions or 0),
-    )
+    free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
+    sizes = (free, int(count or 0), stem, int(channels or 0), position, int(positions or 0))
+    return Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, *sizes)
 
 
 def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:

@@ -144,10 +144,7 @@ def open_models(
 
 
 def original_of(opened: OpenedModel) -> nn.Module:
-    """Return the unconverted model: of a checkpoint the structure alone, with unset weights.
-
-    Raises CheckpointError where only the user's own code can build it.
-    """
+    """Return the unconverted model, of a checkpoint with unset weights; raise CheckpointError if only users can."""
     if not opened.plans:
         return opened.model
     if opened.base is not None:
@@ -159,10 +156,7 @@ def original_of(opened: OpenedModel) -> nn.Module:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside of what torch.compile or DataParallel put around it; raise SourceError if not copyable.
-
-    A conversion works on a copy, which a lock or an open file in a module prevents.
-    """
+    """Return the network inside of torch.compile or DataParallel; raise SourceError where it cannot be copied."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     inside: Any = model
     while isinstance(inside, nn.Module):
@@ -232,10 +226,7 @@ def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None
 
 
 def _build_named(origin: Origin, request: Request) -> nn.Module | None:
-    """Build the unconverted model of a checkpoint that `arch` names, if it does.
-
-    A network or callable with the same name is built as it was when the checkpoint was made.
-    """
+    """Build the unconverted model of a checkpoint that `arch` names; the same network as it was built then."""
     arch = request.arch
     if arch is None or isinstance(arch, nn.Module):
         return arch

@@ -23,10 +23,11 @@ from torch import nn
 from asymswap.errors import SourceError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import exists, resolve
-from asymswap.fileformats.model_file import RawFile, files_of, fingerprint, read_raw, states_of_modules
+from asymswap.fileformats.messages import listed
+from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
 from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
-from asymswap.fileformats.torch_files import from_structure
+from asymswap.fileformats.torch_files import RawFile, from_structure, refusal
 from asymswap.models import builders, timm_models, torchvision_models
 from asymswap.models.factories import Given, UserCode, describe_module, names_code, names_python_file
 from asymswap.models.family import Family
@@ -128,13 +129,12 @@ def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
 
 
 def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> Found:
-    """Return the state dict or module in a file: the likeliest, or the one under `key`.
-
-    A module of a class that cannot be loaded is taken as its state dict where the architecture is known otherwise.
-    """
+    """Return the state dict or module in a file: the likeliest, or the one under `key`."""
     value, notes = raw.value, raw.notes
-    if raw.refusal is not None:
+    if raw.unread:
+        notes += (f"left unread, being outside of the allowlist: {listed(raw.unread, 3)}",)
         try:
+            # Where the architecture is known, the state dict of a module that cannot be loaded will do.
             value, modules = states_of_modules(value) if arch_known else (value, ())
         except MalformedError as error:
             raise SourceError(f"{path} is cut off or damaged: {error}") from None
@@ -143,7 +143,7 @@ def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> F
         found = find_weights(value, str(path), key)
     except SourceError as error:
         # Where nothing is there but what could not be loaded, the reason for that is the better message.
-        raise (raw.refusal or error) from None
+        raise (refusal(raw.unread, str(path)) if raw.unread else error) from None
     return replace(found, notes=notes + found.notes)
 
 
@@ -199,10 +199,7 @@ def _fill(
     trust_pickle: bool,
     progress: Progress,
 ) -> OpenedModel:
-    """Load a state dict strictly into the network of a reference; class count and input channels follow the state.
-
-    `published`: which of torchvision's files it comes from.
-    """
+    """Load a state dict strictly into the network of a reference; class count and input channels follow the state."""
     assert not isinstance(found.value, nn.Module)
     most, closest = -1, Difference((), (), ())
     for view in views(found.value):
@@ -241,10 +238,7 @@ def _fill(
 
 
 def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
-    """Build the unconverted model of an origin, with unset weights, running no other code than torch's and ours.
-
-    Raises SourceError for an origin that only the user's own code can build.
-    """
+    """Build the unconverted model of an origin, with unset weights; raise SourceError if that takes the user's code."""
     if skeleton is not None:
         return from_structure(skeleton)
     full = builders.canonical(origin.reference)

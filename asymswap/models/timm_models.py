@@ -1,6 +1,6 @@
 """The models of timm by name, where it is installed: build them, fill them with published weights, describe them.
 
-A name is that of an architecture, `resnet50`, or of one with the tag of published weights, `resnet50.a1_in1k`: the
+A name is an architecture, `resnet50`, or an architecture with the tag of published weights, `resnet50.a1_in1k`: the
 weights say how many classes there are and how large an image is. timm reads weights from the cache of Hugging Face's
 hub or of torch.hub, or downloads them into it; it unpickles with torch's restricted unpickler.
 """
@@ -64,10 +64,7 @@ class Timm(Family):
         return _create(_name(reference), arguments, pretrained=False)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """Return the model with published weights, and timm's remarks on them as notes.
-
-        Raises SourceError where there are none, where they are neither in a cache nor can be downloaded, or do not fit.
-        """
+        """Return the model with published weights, and timm's remarks on them as notes; raise SourceError."""
         architecture, _, tag = _name(reference).partition(".")
         named = "" if name in (None, "DEFAULT") else name
         if tag and named not in ("", tag):
@@ -101,7 +98,6 @@ class Timm(Family):
         return super().describe(model, PREFIX + name.partition(".")[0], _settled(name, arguments), weights)
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """Return how timm's own evaluation prepares an image."""
         return preprocessing_of(model, arguments)
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
@@ -139,25 +135,18 @@ def origin_of(model: nn.Module) -> Origin | None:
     except (TypeError, ValueError, SourceError):
         # JSON cannot hold the arguments, or timm does not take them again.
         return None
-    return Origin(PREFIX + name, arguments) if _same_structure(model, again) else None
+    same = _outline(model) == _outline(again) and not compare(model, again.state_dict())
+    return Origin(PREFIX + name, arguments) if same else None
 
 
-def _same_structure(one: nn.Module, other: nn.Module) -> bool:
-    """True where two models agree in all but their weights: names and classes, attributes, shapes."""
+def _outline(model: nn.Module) -> dict[str, Any]:
+    """Return the class of every module, the names of its attributes, and the plain ones among them."""
     plain = (bool, int, float, str, tuple, type(None))
-    first, second = (
-        {
-            name: (
-                type(module),
-                vars(module).keys(),
-                {key: repr(value) for key, value in vars(module).items() if isinstance(value, plain)}
-                | {"training": ""},
-            )
-            for name, module in model.named_modules(remove_duplicate=False)
-        }
-        for model in (one, other)
-    )
-    return first == second and not compare(one, other.state_dict())
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {key: repr(value) if isinstance(value, plain) else "" for key, value in vars(module).items()}
+        found[name] = (type(module), own | {"training": ""})
+    return found
 
 
 def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,10 +269,7 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
 
 
 def _in_hubs_cache(config: Any) -> str | None:
-    """Return the file of these weights in the hub's cache.
-
-    The hub's client would first ask the network for a newer one, and without a network ask for half a minute.
-    """
+    """Return the file of these weights in the hub's cache, where its client would first ask the network for a newer."""
     from huggingface_hub import try_to_load_from_cache
 
     name = config.hf_hub_filename or "model.safetensors"

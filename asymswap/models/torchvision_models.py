@@ -32,7 +32,7 @@ from asymswap.models.family import (
 )
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, with_channels
-from asymswap.types import InputForm, Origin, Preprocessing, Size
+from asymswap.types import InputForm, KnownFrom, Origin, Preprocessing, Size
 
 PREFIX = "torchvision:"
 
@@ -71,8 +71,7 @@ def assumed_preprocessing(model: nn.Module) -> Preprocessing:
     form, side = _FORMS.get(package, "images"), getattr(model, "image_size", None)
     known = type(model).__module__.startswith("torchvision.models.") or form in ("image-list", "image-pair")
     size: Size = (side, side) if isinstance(side, int) else (224, 224)
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if form == "image-list":
         # Detectors normalise and resize by themselves; they leave this size as it is, so the costs are of it.
         transform = getattr(model, "transform", None)
@@ -81,16 +80,10 @@ def assumed_preprocessing(model: nn.Module) -> Preprocessing:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif form == "image-pair":
         size, mean, std = (256, 256), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    return Preprocessing(
-        3,
-        size,
-        mean,
-        std,
-        form=form,
-        frames=_FRAMES if form == "clips" else 1,
-        normalization_from="family" if known else "assumed",
-        size_from="family" if known or isinstance(side, int) else "assumed",
-    )
+    by_size: KnownFrom = "family" if known or isinstance(side, int) else "assumed"
+    frames = _FRAMES if form == "clips" else 1
+    assumed = Preprocessing(3, size, mean, std, form=form, frames=frames, size_from=by_size)
+    return replace(assumed, normalization_from="family" if known else "assumed")
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,6 @@ class Torchvision(Family):
         return [f"{PREFIX}{name}" for name in models.list_models()]
 
     def canonical(self, reference: str) -> str | None:
-        """Return `torchvision:resnet18` for `resnet18`."""
         full = PREFIX + reference.removeprefix(PREFIX)
         return full if full in self.names() else None
 
@@ -177,7 +169,6 @@ class Torchvision(Family):
         return guess
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """Return how the transforms of the default weights prepare an image."""
         return _preprocessing(reference.removeprefix(PREFIX), model, None)
 
 
@@ -198,22 +189,19 @@ def _preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Pre
     transforms = _weights(name, weights_name or "DEFAULT").transforms()
     sizes = (getattr(transforms, key, None) for key in ("crop_size", "resize_size"))
     crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes)
-    weights_crop = crop
     # Vision transformers fix their input size when they are built.
     fixed = getattr(model, "image_size", None)
-    if isinstance(fixed, int) and fixed != crop:
-        crop, resize = fixed, None
-    known = Preprocessing(
-        channels=3,
-        size=(crop or 224, crop or 224),
+    other_size = isinstance(fixed, int) and fixed != crop
+    side = (fixed if other_size else crop) or 224
+    known = replace(
+        assumed,
+        size=(side, side),
         mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
         std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
-        resize=resize,
+        resize=None if other_size else resize,
         interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
-        form=assumed.form,
-        frames=assumed.frames,
         normalization_from="weights" if weights_name else "family",
-        size_from="weights" if weights_name and crop == weights_crop else "family",
+        size_from="weights" if weights_name and not other_size else "family",
     )
     return with_channels(known, input_channels(model))
 
@@ -273,10 +261,7 @@ def _fetch(name: str, weights: Any) -> Path:
 
 
 def _read(name: str, cached: Path) -> Any:
-    """Return what a file of torch.hub's cache holds, read as any file is; raise SourceError.
-
-    Anybody can write to that folder, and torchvision would unpickle what lies there without restriction.
-    """
+    """Read a file of torch.hub's cache as any file: torchvision would unpickle it without restriction."""
     digits = torch.hub.HASH_REGEX.search(cached.name)
     try:
         kind = sniff(cached)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from asymswap.errors import SourceError
-from asymswap.fileformats import pickle_reader, zip_entries
+from asymswap.fileformats import pickle_reader, torch_files
 from asymswap.fileformats.detect import FileKind
 from asymswap.fileformats.pickle_objects import DEEPEST, Builder, is_safe_name
 from asymswap.fileformats.pickle_reader import Odd, StorageRef, described_tensor
@@ -248,7 +248,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused() -> None:
 
 
 def test_a_pickle_larger_than_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zip_entries, "LARGEST_PICKLE", 100)
+    monkeypatch.setattr(torch_files, "LARGEST_PICKLE", 100)
     entries = [("x/data.pkl", b"\x80\x02" + hostile._text("x" * 20_000) + b".")]
     with pytest.raises(SourceError, match=r"holds [\d,]+ bytes beside its tensors, more than 100, which"):
         load(hostile._zipped(entries, zipfile.ZIP_DEFLATED))
@@ -313,7 +313,7 @@ def test_the_limits_leave_room_for_real_checkpoints() -> None:
         content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     operations = sum(1 for _ in pickletools.genops(content))
     assert operations < pickle_reader.MOST_OPERATIONS / 7
-    assert len(content) < zip_entries.LARGEST_PICKLE / 20
+    assert len(content) < torch_files.LARGEST_PICKLE / 20
 
 
 def get(index: int) -> bytes:
