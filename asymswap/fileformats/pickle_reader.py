@@ -371,7 +371,7 @@ def read_old(reader: Reader, stream: BinaryIO, most: int) -> tuple[Any, dict[str
     for storage in reader.storages:
         if claimed.setdefault(storage.key, storage).claimed != storage.claimed:
             raise Odd(f"claims two sizes for the storage {storage.key!r}")
-    start, total = head.tell(), sum(storage.claimed for storage in claimed.values())
+    start, total = head.tell(), sum(8 + storage.claimed for storage in claimed.values())
     if start + total > stream.seek(0, io.SEEK_END):
         raise MalformedError(f"its tensors take {total:,} bytes, more than it has")
     places = {}

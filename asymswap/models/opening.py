@@ -144,7 +144,7 @@ def open_models(
 
 
 def original_of(opened: OpenedModel) -> nn.Module:
-    """Return the unconverted model, of a checkpoint with unset weights; raise CheckpointError if only users can."""
+    """Return the unconverted model, of a checkpoint with unset weights; raise CheckpointError if it needs user code."""
     if not opened.plans:
         return opened.model
     if opened.base is not None:

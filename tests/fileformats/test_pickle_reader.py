@@ -129,6 +129,25 @@ def test_claims_of_more_than_the_file_holds_are_refused(name: str, monkeypatch: 
         load(hostile._in_old(CLAIMS[name].replace(b"tQ", b"NtQ")), FileKind.LEGACY)
 
 
+def test_a_storage_in_a_pickle_is_all_there() -> None:
+    """As `pickle.dump` writes it: a file of the old form in the pickle."""
+    held = io.BytesIO()
+    torch.save(torch.ones(4).untyped_storage(), held, _use_new_zipfile_serialization=False)
+
+    class Holder:
+        def __init__(self, data: bytes) -> None:
+            self.data = data
+
+        def __reduce__(self) -> Any:
+            return torch.storage._load_from_bytes, (self.data,)
+
+    whole = load(pickle.dumps({"x": Holder(held.getvalue())}), FileKind.PICKLE)["x"]
+    assert torch.equal(whole.view(torch.float32), torch.ones(4))
+    for missing in (1, 8, 16, 24):
+        with pytest.raises(SourceError, match=r"x\.pt is cut off or damaged: its "):
+            load(pickle.dumps({"x": Holder(held.getvalue()[:-missing])}), FileKind.PICKLE)
+
+
 def module(**attributes: Any) -> nn.Module:
     made = nn.Sequential(nn.Conv2d(3, 4, 3))
     vars(made).update(attributes)
