@@ -143,8 +143,8 @@ class Reader:
                         raise Odd(_PYTHON_2) from None
                     raise
             match name:
-                case "BINPUT" | "LONG_BINPUT" | "PUT":
-                    memo[argument] = stack[-1]
+                case "BINPUT" | "LONG_BINPUT" | "PUT" | "MEMOIZE":
+                    memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
                 case "BINGET" | "LONG_BINGET" | "GET":
                     push(memo[argument])
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE" | "BININT1" | "BININT2" | "BININT":
@@ -159,10 +159,8 @@ class Reader:
                     if not argument.isascii():
                         raise Odd(_PYTHON_2)
                     push(argument)
-                case "NONE":
-                    push(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    push(name == "NEWTRUE")
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
                 case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
                     push(_EMPTY[f"builtins.{name.removeprefix('EMPTY_').lower()}"]())
                 case "MARK":
@@ -172,14 +170,8 @@ class Reader:
                     if len(stack) < length:
                         raise MalformedError("the stack of a pickle in it is empty")
                     stack[-length:] = [tuple(stack[-length:])]
-                case "TUPLE":
-                    push(tuple(pop_to_mark()))
-                case "LIST":
-                    push(pop_to_mark())
-                case "DICT":
-                    push(_paired(pop_to_mark()))
-                case "FROZENSET":
-                    push(set(map(key_of, pop_to_mark())))
+                case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
+                    push(_OF_ITEMS[name](pop_to_mark()))
                 case "GLOBAL":
                     push(self._global(_line(stream), _line(stream)))
                 case "STACK_GLOBAL":
@@ -214,8 +206,6 @@ class Reader:
                     _fill(stack[-1], state)
                 case "BINPERSID":
                     push(self._persistent(pop()))
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
                 case "POP":
                     pop()
                 case "POP_MARK":
@@ -510,6 +500,9 @@ def _called_text(value: Any) -> str:
 
 
 _UNKNOWN: Any = object()
+_OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
+    "TUPLE": tuple, "LIST": list, "DICT": _paired, "FROZENSET": lambda items: set(map(key_of, items)),
+}  # fmt: skip
 _OPERATIONS = {operation.code.encode("latin-1"): operation for operation in pickletools.opcodes}
 _PLAIN_KEYS = (bool, type(None), Global, Record, pathlib.PurePath, torch.dtype, torch.device)
 

@@ -119,7 +119,8 @@ class PreprocessingOptions:
     def _mistakes(self) -> Iterator[str]:
         if self.normalize is not None:
             if self.normalize not in NAMES:
-                yield f'there is no `normalize="{self.normalize}"`{_hint(self.normalize)}'
+                hint = near_names(self.normalize, NAMES) or f"; known are {', '.join(NAMES)}"
+                yield f'there is no `normalize="{self.normalize}"`{hint}'
             for name in ("mean", "std", "bgr"):
                 if getattr(self, name) is not None:
                     yield f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`'
@@ -177,10 +178,6 @@ class PreprocessingOptions:
                 raise AsymswapError(f"{what}; give one, or one for each")
         mean, std = (values * (channels // len(values)) for values in (mean, std))
         return Normalization(mean, std, bool(self.bgr))
-
-
-def _hint(name: str) -> str:
-    return near_names(name, NAMES) or f"; known are {', '.join(NAMES)}"
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -27,16 +27,8 @@ from torch import nn
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
-from asymswap.models.family import (
-    OTHER_WEIGHTS,
-    Arguments,
-    Family,
-    Fit,
-    chosen_by_weights,
-    from_weights,
-    unknown_weights,
-    unpublished,
-)
+from asymswap.models import family
+from asymswap.models.family import Arguments, Family, Fit
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Origin, Preprocessing
 
@@ -73,7 +65,7 @@ class Timm(Family):
         _check_name(full)
         config = _config(full)
         if config is None or not config.has_weights:
-            raise unpublished(f"timm's {full}")
+            raise family.unpublished(f"timm's {full}")
         full = f"{architecture}.{config.tag}" if config.tag else full
         with _listening() as remarks:
             try:
@@ -90,7 +82,7 @@ class Timm(Family):
         if classes not in (config.num_classes, 0):
             remarks.append(f"the classifier is random: the published weights tell {config.num_classes} classes apart")
         opened = replace(self.describe(model, PREFIX + full, arguments, config.tag or "DEFAULT"), notes=tuple(remarks))
-        return from_weights(opened) if opened.preprocessing.normalization_from == "family" else opened
+        return family.from_weights(opened) if opened.preprocessing.normalization_from == "family" else opened
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe a filled model; what follows from the tag is stored, which another version of timm may not know."""
@@ -246,14 +238,14 @@ def _check_name(name: str) -> None:
         raise SourceError(f"timm {timm.__version__} has no model {architecture!r} any more{now}")
     tags = [other.partition(".")[2] for other in registry.get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
-        raise unknown_weights(f"timm's {architecture}", tag, filter(None, tags), 8)
+        raise family.unknown_weights(f"timm's {architecture}", tag, filter(None, tags), 8)
 
 
 def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: Any) -> nn.Module:
     _check_name(name)
     for key in arguments:
         if key.startswith("pretrained") or key in _CHOSEN_ELSEWHERE:
-            raise chosen_by_weights(f"timm's {name}", key)
+            raise family.chosen_by_weights(f"timm's {name}", key)
     # Both TOML and JSON know lists only, where timm asks for a pair or a tuple of sizes.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
@@ -324,7 +316,7 @@ def _why_no_weights(name: str, arguments: Mapping[str, Any], error: Exception) -
     if any(isinstance(e, OSError | HTTPException) or type(e).__module__.startswith(_DOWNLOADERS) for e in chain):
         # The hub's client wraps what has happened in a paragraph of its own.
         reason = reason_of(getattr(error, "reason", None) or error.__cause__ or error)
-        return f"the weights {name} of timm are in no cache and cannot be downloaded ({reason}); {OTHER_WEIGHTS}"
+        return f"the weights {name} of timm are in no cache and cannot be downloaded ({reason}); {family.OTHER_WEIGHTS}"
     # The arguments may be to blame: then it can't be built without weights either.
     _create(name, arguments, pretrained=False)
-    return f"cannot load the weights {name} of timm: {reason_of(error)}; {OTHER_WEIGHTS}"
+    return f"cannot load the weights {name} of timm: {reason_of(error)}; {family.OTHER_WEIGHTS}"

@@ -21,15 +21,8 @@ from asymswap.fileformats.detect import sha256, sniff
 from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, State
 from asymswap.fileformats.torch_files import load_object, to_structure
-from asymswap.models.family import (
-    OTHER_WEIGHTS,
-    Arguments,
-    Family,
-    Fit,
-    chosen_by_weights,
-    input_channels,
-    unknown_weights,
-)
+from asymswap.models import family
+from asymswap.models.family import Arguments, Family, Fit, input_channels
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, with_channels
 from asymswap.types import InputForm, KnownFrom, Origin, Preprocessing, Size
@@ -255,7 +248,7 @@ def _fetch(name: str, weights: Any) -> Path:
     except (OSError, HTTPException, RuntimeError) as error:
         # The RuntimeError is torch's word for a download with another hash than its name says.
         why = reason_of(getattr(error, "reason", None) or error, 500)
-        where = f"are not in {cached.parent} and cannot be downloaded ({why}); {OTHER_WEIGHTS}"
+        where = f"are not in {cached.parent} and cannot be downloaded ({why}); {family.OTHER_WEIGHTS}"
         raise SourceError(f"the weights {weights.name} of {name} {where}") from None
     return cached
 
@@ -278,7 +271,7 @@ def _weights(name: str, weights_name: str) -> Any:
     known = {key: weights.meta.get("unquantized", weights) for key, weights in members.items()}
     known |= {weights.name: weights for weights in known.values()}
     if weights_name not in known:
-        raise unknown_weights(f"torchvision's {name}", weights_name, known, len(known))
+        raise family.unknown_weights(f"torchvision's {name}", weights_name, known, len(known))
     return known[weights_name]
 
 
@@ -302,4 +295,4 @@ def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     for key in ("weights", "weights_backbone", "progress", "pretrained", "pretrained_backbone"):
         if key in arguments:
-            raise chosen_by_weights(f"torchvision's {name}", key)
+            raise family.chosen_by_weights(f"torchvision's {name}", key)
