@@ -206,7 +206,7 @@ class TestFailures:
             asymswap.benchmark([DIGITS], **options)
 
     def test_an_input_that_a_model_does_not_take(self) -> None:
-        said = r"^digits-resnet does not run on an input of 1x3x8x8: Given groups=1.*; give another `input_size=…`$"
+        said = r"^digits-resnet does not run on an input of 1x3x8x8: Given groups=1.*; give another .*$"
         with pytest.raises(TraceError, match=said):
             asymswap.benchmark([asymswap.open_model(DIGITS, input_size=(3, 8, 8))])
         with pytest.raises(TraceError, match=said):
