@@ -323,9 +323,7 @@ def test_a_size_that_does_not_suit_names_the_option(data: dict[int, str]) -> Non
         lambda net: asymswap.convert(net, "3x3-only"),
         lambda net: asymswap.compare([net, net]),
     ):
-        with pytest.raises(
-            TraceError, match=r"does not run on an input of 1x3x224x224: .*; give another "
-        ):
+        with pytest.raises(TraceError, match=r"does not run on an input of 1x3x224x224: .*; give another "):
             run(Flat())
     prepare = PreprocessingOptions(normalize="none")
     for run in (
