@@ -5,7 +5,7 @@ in its metadata. The header is JSON text:
 
     format         1, or 2 with extra state; a reader refuses a higher number
     origin         how the unconverted model is built: a model reference and its arguments
-    skeleton       its structure (zlib, base64), where no reference can build it; see fileformats.module_structure
+    skeleton       its structure (zlib, base64), where no reference can build it; see fileformats.torch_files
     plans          every conversion that the model went through, in order, fully settled; none once all is fused
     preprocessing  how an image becomes its input
     aliases        keys of the state dict that are the same tensor as another key (safetensors only)
@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from asymswap.errors import CONTROL, CheckpointError, OutputError, PlanError, validation_text
 from asymswap.fileformats import detect, extra_state
-from asymswap.fileformats.model_file import RawFile, read_raw
+from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.state_dict import State, stored_tensors
+from asymswap.fileformats.torch_files import RawFile
 from asymswap.planning.plan import plan_from_json
 from asymswap.types import STRICT, Origin, Plan, Preprocessing
 from asymswap.utils.files import real_cause, whole_file

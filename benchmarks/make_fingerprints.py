@@ -7,6 +7,7 @@ the sizes that change are those that follow the argument. `--check` compares ins
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import torchvision
 
 from asymswap.errors import SourceError
 from asymswap.models import builders, fingerprints
-from asymswap.models.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash, to_line
+from asymswap.models.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash
 
 OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
 
@@ -82,6 +83,15 @@ def with_stem(entry: Fingerprint, base: Shapes, other: Shapes | None) -> Fingerp
     if len(changed) != 1:
         return entry
     return dataclasses.replace(entry, stem=changed[0], default_channels=base[changed[0]][1])
+
+
+def to_line(entry: Fingerprint) -> str:
+    """A fingerprint as a line of the table."""
+    classes = " ".join(f"{one.key}:{one.axis}:{one.times}" for one in entry.classes)
+    arguments = json.dumps(dict(entry.arguments), separators=(",", ":")) if entry.arguments else ""
+    parts = (entry.reference, arguments, entry.keys, entry.shapes, classes, entry.default_classes or "", entry.stem,
+             entry.default_channels or "", entry.position, entry.default_positions or "")  # fmt: skip
+    return "\t".join(map(str, parts))
 
 
 def text() -> str:

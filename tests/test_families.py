@@ -138,9 +138,13 @@ def test_a_network_of_other_convs_has_nothing_to_swap(name: str) -> None:
 
 
 def test_clips_have_frames() -> None:
-    with pytest.raises(asymswap.AsymswapError, match="--input 3x64x64 does not suit: one input is channels x frames x"):
+    with pytest.raises(
+        asymswap.AsymswapError, match="`input_size=3x64x64` does not suit: one input is channels x frames x"
+    ):
         asymswap.candidates(asymswap.open_model("r3d_18", weights="none", input_size=(3, 64, 64)))
-    with pytest.raises(asymswap.AsymswapError, match="--input 3x8x64x64 does not suit: one input is channels x height"):
+    with pytest.raises(
+        asymswap.AsymswapError, match="`input_size=3x8x64x64` does not suit: one input is channels x height"
+    ):
         asymswap.candidates(asymswap.open_model("resnet18", weights="none", input_size=(3, 8, 64, 64)))
 
 

@@ -227,9 +227,9 @@ def test_what_a_verb_returned_is_a_model_for_the_next(tmp_path: Path) -> None:
 def test_what_is_no_model_and_what_cannot_be_said_twice() -> None:
     with pytest.raises(SourceError, match="a int is no model"):
         asymswap.open_model(7)  # type: ignore[arg-type]
-    with pytest.raises(SourceError, match="digits-resnet has been opened already; say how to where it is opened first"):
+    with pytest.raises(SourceError, match="digits-resnet is open already; give these options where it is opened first"):
         asymswap.open_model(asymswap.open_model("digits-resnet"), weights="none")
-    with pytest.raises(SourceError, match="arch= is a module already, so the argument 'width' changes nothing"):
+    with pytest.raises(SourceError, match="`arch=…` is a module already, so the argument 'width' changes nothing"):
         asymswap.open_model("x.pt", arch=small(), arguments={"width": 2})
     wider = asymswap.open_model(asymswap.open_model("digits-resnet"), input_size=(1, 16, 16))
     assert wider.preprocessing.size == (16, 16)

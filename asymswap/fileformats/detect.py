@@ -1,4 +1,4 @@
-"""The kinds of model file, told apart by their first bytes and the names in the archive; nothing is executed."""
+"""Recognise the kind of a model file by its first bytes and the names in the archive; nothing is executed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from asymswap.errors import SourceError
+from asymswap.fileformats.messages import listed
 
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f920")
 # What a pickle of protocol 0 or 1 begins with: a dict, a list or an OrderedDict.
@@ -16,7 +17,7 @@ _TENSORFLOW_OR_KERAS = b"\x89HDF\r\n\x1a\n"
 
 
 class FileKind(Enum):
-    """The kinds of file that are told apart; the values are how they are called in messages."""
+    """The kinds of model file; the values are their names in messages."""
 
     TORCH = "a torch.save file"
     LEGACY = "a torch.save file of the old form"
@@ -28,7 +29,7 @@ class FileKind(Enum):
 
 
 def resolve(path: Path) -> Path:
-    """The file that is meant: of a folder with one index of shards in it the index, else the path itself."""
+    """Return the index of shards in a folder with one, else the path itself."""
     try:
         indices = sorted(path.glob("*.index.json")) if path.is_dir() else []
     except OSError:
@@ -37,7 +38,7 @@ def resolve(path: Path) -> Path:
 
 
 def sniff(path: Path) -> FileKind:
-    """The kind of a model file; raises SourceError, saying what it is and what to do, where it is none that we read."""
+    """Return the kind of a model file; raise SourceError, saying what it is and what to do, for any other file."""
     try:
         if path.is_dir():
             raise SourceError(f"{path} is a folder; give the checkpoint file in it{_files_in(path)}")
@@ -66,7 +67,7 @@ def sniff(path: Path) -> FileKind:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; a text that cannot be a path at all, being too long, names none."""
+    """True where there is such a file or folder; a text too long for a path names none."""
     try:
         return path.exists()
     except OSError:
@@ -74,7 +75,7 @@ def exists(path: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -90,10 +91,9 @@ def _sniff_zip(path: Path) -> FileKind:
     inner = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         return FileKind.TORCHSCRIPT
-    # The first as torch has written it since 2.5, the last as it did before.
-    if {"archive_format", "serialized_exported_program.json"} & {*inner, *names}:
-        return FileKind.EXPORTED
-    if any(name.endswith("models/model.json") for name in names):
+    # "archive_format" since torch 2.5, the program's name before.
+    exported = {"archive_format", "serialized_exported_program.json"} & {*inner, *names}
+    if exported or any(name.endswith("models/model.json") for name in names):
         return FileKind.EXPORTED
     if "data.pkl" in inner:
         return FileKind.TORCH
@@ -104,7 +104,6 @@ def _sniff_zip(path: Path) -> FileKind:
 
 
 def _files_in(folder: Path) -> str:
-    """Which files of a folder may be meant, for a message."""
     if (folder / ".metadata").exists() and any(folder.glob("*.distcp")):
         return (
             ", which torch.distributed.checkpoint wrote in parts; join them with "
@@ -112,7 +111,7 @@ def _files_in(folder: Path) -> str:
         )
     endings = (".index.json", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
     found = sorted(path.name for path in folder.iterdir() if path.name.endswith(endings))
-    return f": {', '.join(found[:4])}" + (f" and {len(found) - 4} more" if len(found) > 4 else "") if found else ""
+    return f": {listed(found, 4)}" if found else ""
 
 
 def _guess(head: bytes) -> str:

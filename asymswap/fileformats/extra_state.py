@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,19 +17,19 @@ _DEEPEST = 64
 
 
 def is_extra(key: str) -> bool:
-    """Whether a key of a state dict is that of a module's extra state."""
+    """True for the key of a module's extra state in a state dict."""
     return key == KEY or key.endswith(f".{KEY}")
 
 
 def owners(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that keep extra state, by the keys that it has in the state dict."""
+    """Return the modules that keep extra state, by its keys in the state dict."""
     modules = model.named_modules(remove_duplicate=False)
     kept = ((name, module) for name, module in modules if _overrides(module, "get_extra_state"))
     return {f"{name}.{KEY}" if name else KEY: module for name, module in kept}
 
 
 def read(model: nn.Module) -> dict[str, Any]:
-    """The extra state of every module that keeps some; raises SourceError, by its name, for what cannot be restored."""
+    """Return the extra state of every module that keeps some; raise SourceError for what cannot be restored."""
     found = {}
     for key, module in owners(model).items():
         try:
@@ -38,17 +38,18 @@ def read(model: nn.Module) -> dict[str, Any]:
             raise SourceError(f"{_named(key, module)} cannot be read ({_short(error)})") from error
         if not _overrides(module, "set_extra_state"):
             raise SourceError(f"{_named(key, module)} has no set_extra_state that would restore it; define one")
-        refused = next(_refused(found[key], 0), None)
-        if refused is not None:
+        try:
+            _plain(found[key], key, {})
+        except _RefusedError as refused:
             raise SourceError(
                 f"{_named(key, module)} holds {refused}; only tensors, numbers, text, and lists, tuples and dicts of "
                 "them can be stored without pickle: let get_extra_state return these"
-            )
+            ) from None
     return found
 
 
 def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
-    """Give the modules, in place, the extra state that `read` found; raises SourceError where one does not take it."""
+    """Give the modules, in place, the extra state that `read` found; raise SourceError where one does not take it."""
     known = owners(model)
     for key, value in extra.items():
         try:
@@ -57,29 +58,43 @@ def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
             raise SourceError(f"{_named(key, known[key])} is not taken ({_short(error)})") from error
 
 
+class _RefusedError(Exception):
+    """A value cannot be stored as plain data; the text says what."""
+
+
 def to_text(extra: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Extra state as JSON text, and the tensors in it by the names that the text has for them."""
+    """Return extra state as JSON text, and the tensors in it by their names in the text."""
     tensors: dict[str, Tensor] = {}
+    return json.dumps({key: _plain(value, key, tensors) for key, value in extra.items()}), tensors
 
-    def plain(value: Any, key: str) -> Any:
-        if isinstance(value, Tensor):
-            name = key if key not in tensors else f"{key}.{len(tensors)}"
-            tensors[name] = value.detach()
-            return {"tensor": name}
-        if isinstance(value, list):
-            return [plain(item, key) for item in value]
-        if isinstance(value, tuple):
-            return {"tuple": [plain(item, key) for item in value]}
-        if isinstance(value, dict):
-            pairs = [[plain(name, key), plain(item, key)] for name, item in value.items()]
-            return {"ordered" if isinstance(value, OrderedDict) else "dict": pairs}
-        return value
 
-    return json.dumps({key: plain(value, key) for key, value in extra.items()}), tensors
+def _plain(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+    """Return a value as JSON's types, its tensors put into `tensors`; raise _RefusedError."""
+    kind = type(value)
+    if depth > _DEEPEST:
+        raise _RefusedError(f"values nested more than {_DEEPEST} deep")
+    if isinstance(value, Tensor):
+        if kind not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
+            raise _RefusedError(f"a {kind.__name__} that is no ordinary tensor with numbers")
+        name = key if key not in tensors else f"{key}.{len(tensors)}"
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if kind in (list, tuple):
+        items = [_plain(item, key, tensors, depth + 1) for item in value]
+        return items if kind is list else {"tuple": items}
+    if kind in (dict, OrderedDict):
+        for name in value:
+            if not isinstance(name, str | int | float | bool | None):
+                raise _RefusedError(f"a {type(name).__name__} as a key")
+        pairs = [[_plain(part, key, tensors, depth + 1) for part in pair] for pair in value.items()]
+        return {"dict" if kind is dict else "ordered": pairs}
+    if kind not in (str, int, float, bool, type(None)):
+        raise _RefusedError(f"a {kind.__name__}")
+    return value
 
 
 def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The extra state in a text of `to_text`; takes its tensors out of `tensors`. Raises ValueError for others."""
+    """Return the extra state in a text of `to_text`, taking its tensors out of `tensors`; raise ValueError."""
     used: set[str] = set()
 
     def value(data: Any) -> Any:
@@ -114,26 +129,6 @@ def _overrides(module: nn.Module, method: str) -> bool:
 def _named(key: str, module: nn.Module) -> str:
     name = key.removesuffix(KEY).removesuffix(".")
     return f"the extra state of {f'{name!r} ' if name else 'the model '}({type(module).__name__})"
-
-
-def _refused(value: Any, depth: int) -> Iterator[str]:
-    """What in a value cannot be stored as plain data."""
-    if depth > _DEEPEST:
-        yield f"values nested more than {_DEEPEST} deep"
-    elif type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            if not isinstance(key, str | int | float | bool | None):
-                yield f"a {type(key).__name__} as a key"
-            yield from _refused(key, depth + 1)
-            yield from _refused(item, depth + 1)
-    elif type(value) in (list, tuple):
-        for item in value:
-            yield from _refused(item, depth + 1)
-    elif isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
-            yield f"a {type(value).__name__} that is no ordinary tensor with numbers"
-    elif type(value) not in (str, int, float, bool, type(None)):
-        yield f"a {type(value).__name__}"
 
 
 def _short(error: Exception) -> str:

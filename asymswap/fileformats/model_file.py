@@ -1,69 +1,244 @@
-"""A model file of any form, read: tensors and plain data, before anything is made of them."""
+"""Read a model file of any form: tensors and plain data, before anything is made of them. No code of it is executed.
+
+| form | its weights |
+| --- | --- |
+| TorchScript | `data.pkl` describes the modules, `data/N` holds the numbers; `code/` is not opened |
+| torch.export | `data/weights/` and a JSON list of names, sizes and strides; `models/` is not opened |
+| index of shards | JSON, `{"weight_map": {key of the state dict: name of a file}}`, the files in the same folder |
+
+Of an archive only entries are opened, by their whole names. A name in an index that leads out of the folder is refused.
+A link is followed, since download caches keep links in the folder and the files elsewhere; an index cannot make one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
+from torch import Tensor, nn
 
 from asymswap.errors import SourceError
-from asymswap.fileformats.archives import read_exported, read_torchscript
-from asymswap.fileformats.detect import FileKind, sniff
-from asymswap.fileformats.shards import read_shards
-from asymswap.fileformats.torch_files import load, load_object, refusal
+from asymswap.fileformats.detect import FileKind, sha256, sniff
+from asymswap.fileformats.messages import reason_of
+from asymswap.fileformats.pickle_objects import Builder
+from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, described_tensor
+from asymswap.fileformats.state_dict import State
+from asymswap.fileformats.torch_files import Entries, RawFile, load, load_object, opened, read_archive
 
+# The largest index known has some thousand entries of a hundred bytes.
+_LARGEST_INDEX = 64 * 2**20
 
-@dataclass(frozen=True)
-class RawFile:
-    """What a model file holds, before anything is made of it.
+# More modules and tensors than any network has: a module may be in a file once and be named a billion times.
+_MOST_PARTS = 200_000
 
-    `metadata` is that of a safetensors file; `notes` say what of the file was left unread; `refusal` is why modules in
-    it could not be loaded, where they are there as records alone (see `fileformats.pickle_objects`). `executed`:
-    something was unpickled without restriction, so that code in it was run.
-    """
-
-    value: Any
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    refusal: SourceError | None = None
-    executed: bool = False
+# What torch.export calls dtypes, by number.
+_EXPORT_DTYPES = {
+    1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
+    8: torch.float64, 10: torch.complex64, 11: torch.complex128, 12: torch.bool, 13: torch.bfloat16,
+}  # fmt: skip
 
 
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
-    """Read a model file; raises SourceError where it is none, is damaged, or would have to run code to be read."""
+    """Read a model file; raise SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
     if kind is FileKind.SAFETENSORS:
         try:
             # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
             with safetensors.safe_open(path, framework="pt", backend="pread") as file:
-                metadata = file.metadata() or {}
-                return RawFile({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return RawFile(state, metadata=file.metadata() or {})
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise SourceError(f"{path} is cut off or damaged: {error}") from None
     if kind is FileKind.TORCHSCRIPT:
         note = "weights taken out of a TorchScript archive, whose code was not executed"
         return RawFile(read_torchscript(path), notes=(note,))
     if kind is FileKind.EXPORTED:
-        # Whether pickles are trusted or not, those in an archive are read in the restricted way.
-        instead = "save the program's state_dict and give it with --arch"
-        state = read_exported(path, lambda file, label: load_object(file, FileKind.TORCH, False, label, instead))
-        return RawFile(state, notes=("weights taken out of a torch.export archive, whose graph was not read",))
+        note = "weights taken out of a torch.export archive, whose graph was not read"
+        return RawFile(read_exported(path), notes=(note,))
     if kind is FileKind.SHARDS:
-        parts: list[RawFile] = []
+        return _read_shards(path, trust_pickle)
+    return load(path, kind, trust_pickle, str(path))
 
-        def read_shard(shard: Path) -> Any:
-            if sniff(shard) is FileKind.SHARDS:
-                raise SourceError(f"{shard} is an index of shards that an index names; give that one")
-            parts.append(read_raw(shard, trust_pickle))
-            return parts[-1].value
 
-        return RawFile(read_shards(path, read_shard), executed=any(part.executed for part in parts))
-    loaded = load(path, kind, trust_pickle, str(path))
-    if not loaded.unread:
-        return RawFile(loaded.value, executed=loaded.executed)
-    more = f" and {len(loaded.unread) - 3} more" if len(loaded.unread) > 3 else ""
-    note = f"left unread, being outside of the allowlist: {', '.join(loaded.unread[:3])}{more}"
-    return RawFile(loaded.value, notes=(note,), refusal=refusal(loaded.unread, str(path)))
+def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
+    weight_map = _weight_map(index)
+    state: State = {}
+    executed = False
+    for path in _shards(index, weight_map):
+        if sniff(path) is FileKind.SHARDS:
+            raise SourceError(f"{path} is an index of shards that an index names; give that one")
+        raw = read_raw(path, trust_pickle)
+        executed |= raw.executed
+        if not isinstance(raw.value, Mapping):
+            what = type(raw.value).__name__
+            raise SourceError(f"{path} is no part of a state_dict, as {index} says; it holds a {what}")
+        for key in [key for key, name in weight_map.items() if name == path.name]:
+            if not isinstance(raw.value.get(key), Tensor):
+                raise SourceError(f"{path} lacks {key!r}, which {index} says it holds; download both again")
+            state[key] = raw.value[key]
+    return RawFile(state, executed=executed)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the file itself, and those that it names where it is an index of shards that can be read."""
+    try:
+        return [path, *_shards(path, _weight_map(path))] if path.suffix == ".json" else [path]
+    except (SourceError, OSError):
+        return [path]
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file; for an index of shards, of the list of its files' SHA-256, its own first."""
+    each = [sha256(one) for one in files_of(path)]
+    return each[0] if len(each) == 1 else hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    if index.stat().st_size > _LARGEST_INDEX:
+        raise SourceError(f"{index} is larger than any index of shards; give the checkpoint file itself")
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise SourceError(
+            f'{index} is no index of shards: it must be JSON with a "weight_map" of keys to files'
+        ) from None
+    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SourceError(f'{index} is damaged: its "weight_map" must name a file for every key')
+    return weight_map
+
+
+def _shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """Return the files beside the index, each once; raise SourceError for a name that leads elsewhere or to nothing."""
+    found = []
+    for name in sorted(set(weight_map.values())):
+        path = index.parent / name
+        if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
+            raise SourceError(f"{index} names the file {name!r}, which leads out of its folder; nothing of it was read")
+        if not os.path.isfile(path):  # noqa: PTH113 (no name, however long, makes it raise)
+            raise SourceError(f"{index} names {name}, which is not in {index.parent}; download it too")
+        found.append(path)
+    return found
+
+
+def read_torchscript(path: Path) -> State:
+    """Return the parameters and buffers of a TorchScript archive by their names; raise SourceError."""
+    with _opened(path) as entries:
+        pickled = entries.ending("data.pkl") or "data.pkl"
+        root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
+        if not isinstance(root, Record):
+            raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
+        state = dict(_tensors_below(root, lambda record: record.state if isinstance(record.state, dict) else {}))
+    if not state:
+        raise SourceError(
+            f"{path} is a TorchScript archive without named weights, as torch.jit.freeze leaves it; "
+            f"give the archive from before freezing, or the state_dict"
+        )
+    return state
+
+
+def read_exported(path: Path) -> State:
+    """Return the parameters and buffers of a torch.export archive by their names; raise SourceError."""
+    with _opened(path) as entries:
+        # Before torch 2.9 it was a torch.save file, which is read in the restricted way, trusted or not.
+        older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
+        if older is not None:
+            instead = "save the program's state_dict and give it with `arch=…`"
+            label = f"{path}, entry {older},"
+            state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, label, instead)
+            if isinstance(state, Mapping):
+                return {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+            raise SourceError(f"{path} is damaged: its entry {older} holds a {type(state).__name__}, not a state_dict")
+        listing = entries.ending("_weights_config.json")
+        if listing is None:
+            raise SourceError(
+                f"{path} is a torch.export archive that holds no weights of its own (as AOTInductor packages do not); "
+                f"give the state_dict of the model"
+            )
+        folder = listing[: listing.rindex("/") + 1]
+        try:
+            config = json.loads(entries.read(listing))["config"]
+            return {str(name): _exported_tensor(entries, folder, entry) for name, entry in config.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise MalformedError(f"{listing} is not what torch.export writes ({reason_of(error, 100)})") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Entries]:
+    try:
+        with opened(path, verify=True) as entries:
+            yield entries
+    except (Odd, MalformedError) as error:
+        raise SourceError(f"{path} is cut off or damaged: {error}") from None
+
+
+def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) -> Tensor:
+    meta, name = entry["tensor_meta"], folder + str(entry["path_name"])
+    if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
+        raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
+    dtype = _EXPORT_DTYPES[meta["dtype"]]
+    size, stride = (tuple(int(part["as_int"]) for part in meta[key]) for key in ("sizes", "strides"))
+    storage = StorageRef(name, dtype, (entries.length(name) or 0) // dtype.itemsize)
+    ref = described_tensor((storage, int(meta["storage_offset"]["as_int"]), size, stride))
+    if ref is None:
+        raise MalformedError(f"the sizes of {name} are not those of a tensor")
+    entries.storage(name, storage.claimed)
+    return Builder(lambda s: entries.storage(s.key, s.claimed), storage.claimed, name, foreign=False).tensor(ref)
+
+
+def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
+    if _is_module(value):
+        return dict(_tensors_below(value, _module_attributes)), (value.name,)
+    if not isinstance(value, dict):
+        return value, ()
+    changed = {key: states_of_modules(part) if _is_module(part) else (part, ()) for key, part in value.items()}
+    return {key: part for key, (part, _) in changed.items()}, tuple(n for _, names in changed.values() for n in names)
+
+
+def _is_module(value: Any) -> bool:
+    """True for a record with the parts that every nn.Module has."""
+    state = value.state if isinstance(value, Record) else None
+    parts = ("_parameters", "_buffers", "_modules")
+    return isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts)
+
+
+def _module_attributes(record: Record) -> dict[str, Any]:
+    """Return what the state dict of a module has: parameters, persistent buffers, children."""
+    if not _is_module(record):
+        return {}
+    state = record.state
+    passing = state.get("_non_persistent_buffers_set")
+    passing = passing if isinstance(passing, set) else set()
+    kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
+    return {**state["_parameters"], **kept, **state["_modules"]}
+
+
+def _tensors_below(root: Record, attributes: Callable[[Record], dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under its dotted name, in order; raise MalformedError for a module inside of itself."""
+    parts = 0
+
+    def below(record: Record, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+        nonlocal parts
+        if id(record) in above:
+            raise MalformedError("a module contains itself")
+        for name, value in attributes(record).items():
+            # Each name is written out, with the whole prefix.
+            parts += 1 + len(f"{prefix}{name}") // 256
+            if parts > _MOST_PARTS or len(above) > 100:
+                raise MalformedError("it claims more modules than any network has")
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", value
+            elif isinstance(value, nn.Module):
+                yield from ((f"{prefix}{name}.{key}", tensor) for key, tensor in value.state_dict().items())
+            elif isinstance(value, Record):
+                yield from below(value, f"{prefix}{name}.", (*above, id(record)))
+
+    return below(root, "", ())

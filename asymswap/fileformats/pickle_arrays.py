@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from asymswap.fileformats.pickle_parts import Global, Odd, Record
+from asymswap.fileformats.pickle_reader import Global, Odd, Record
+
+# `numpy.core` is where numpy kept them before version 2.
+ARRAY_CALLS = frozenset(
+    f"numpy.{core}.{name}"
+    for core in ("core", "_core")
+    for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+)
 
 _CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}|O8?")
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -22,29 +29,24 @@ class NoArrayError(Exception):
     """Harmless data of a type that is not read; the text says which."""
 
 
-def scalar(record: Record) -> Any:
-    """One number or text out of its bytes, for `numpy.core.multiarray.scalar`."""
-    match record.arguments:
-        case (Record() as described, bytes(data)):
+def array_of(record: Record) -> Any:
+    """Return the array, number or text of a call among `ARRAY_CALLS`; raise Odd or NoArrayError."""
+    match record.name.rpartition(".")[2], record.arguments, record.state:
+        case "scalar", (Record() as described, bytes(data)), _:
             dtype = _dtype(described)
             if dtype.hasobject or len(data) != dtype.itemsize:
                 raise Odd("has a numpy scalar of other data than numpy writes for a number")
             return np.frombuffer(data, dtype)[0] if data else dtype.type()
-    raise Odd(f"calls {record.name} in another way")
-
-
-def array(record: Record) -> Any:
-    """An array, for `numpy.core.multiarray._reconstruct`, which makes an empty one, and its state."""
-    match record.arguments, record.state:
-        case (Global("numpy.ndarray"), _, _), (int(), tuple(shape), Record() as described, fortran, data):
+        case "_reconstruct", (Global("numpy.ndarray"), _, _), (
+            int(),
+            tuple(shape),
+            Record() as described,
+            fortran,
+            data,
+        ):
             return _array(_dtype(described), shape, "F" if fortran is True else "C", data)
-    raise Odd("has a numpy array in another state than numpy writes")
-
-
-def array_of_buffer(record: Record) -> Any:
-    """An array, for `numpy.core.numeric._frombuffer`, as protocol 5 writes it."""
-    match record.arguments:
-        case (bytes() | bytearray() as data, Record() as described, tuple(shape), "C" | "F" as order):
+        case "_frombuffer", (bytes() | bytearray() as data, Record() as described, tuple(shape), "C" | "F" as order), _:
+            # As protocol 5 writes it.
             return _array(_dtype(described), shape, order, data)
     raise Odd(f"calls {record.name} in another way")
 
@@ -65,20 +67,18 @@ def _dtype(record: Record) -> np.dtype[Any]:
 def _array(dtype: np.dtype[Any], shape: tuple[Any, ...], order: Any, data: Any) -> Any:
     if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         raise Odd("has a numpy array of a shape that no array has")
-    count = math.prod(shape)
+    count, size = math.prod(shape), dtype.itemsize
     if dtype.hasobject:
-        if not isinstance(data, list) or len(data) != count:
-            raise Odd("has a numpy array in another state than numpy writes")
+        fits = isinstance(data, list) and len(data) == count
+    else:
+        fits = isinstance(data, bytes | bytearray) and len(data) == count * size and (size > 0 or count == 0)
+    if not fits:
+        raise Odd("has a numpy array in another state than numpy writes")
+    if dtype.hasobject:
         if not all(type(item) in _PLAIN for item in data):
             raise NoArrayError("a numpy array of objects")
         made = np.empty(count, dtype)
         made[:] = data
         return made.reshape(shape, order=order)
-    if (
-        not isinstance(data, bytes | bytearray)
-        or len(data) != count * dtype.itemsize
-        or not (dtype.itemsize or not count)
-    ):
-        raise Odd("has a numpy array in another state than numpy writes")
     found: Any = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
     return found.astype(dtype.newbyteorder("=")).reshape(shape, order=order)

@@ -1,4 +1,4 @@
-"""Tensors, arrays and modules out of what `asymswap.fileformats.pickle_reader` read.
+"""Make tensors, arrays and modules of what `asymswap.fileformats.pickle_reader` read.
 
 Modules are made without running anything of theirs: the class comes from `allowlist.txt` (made by
 benchmarks/make_allowlist.py), `__new__` makes it, and its attributes are checked before they are set. What a pickle
@@ -23,8 +23,11 @@ from torch._utils import _rebuild_qtensor, set_tensor_metadata
 from torch.storage import TypedStorage
 
 from asymswap.errors import SourceError
-from asymswap.fileformats.pickle_arrays import NoArrayError, array, array_of_buffer, scalar
-from asymswap.fileformats.pickle_parts import (
+from asymswap.fileformats.messages import reason_of
+from asymswap.fileformats.pickle_arrays import ARRAY_CALLS, NoArrayError, array_of
+from asymswap.fileformats.pickle_reader import (
+    NAMES_READ,
+    TENSOR_CALLS,
     Global,
     MalformedError,
     Odd,
@@ -36,7 +39,6 @@ from asymswap.fileformats.pickle_parts import (
     described_tensor,
     storage_dtype,
 )
-from asymswap.fileformats.pickle_reader import NAMES_READ, TENSOR_CALLS
 
 DEEPEST = 150
 """Levels of nesting, three for each module in a module: copying and running use up several frames for each."""
@@ -51,17 +53,11 @@ _VIEWS = 64
 _LONGEST_ATTRIBUTE = 200
 
 # What torchvision's detectors and RAFT keep beside modules: holders of a few numbers, and functions of tensors alone.
-HELPERS = frozenset(
-    [
-        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-        "torchvision.models.detection._utils.BoxCoder",
-        "torchvision.models.detection._utils.BoxLinearCoder",
-        "torchvision.models.detection._utils.Matcher",
-        "torchvision.models.detection._utils.SSDMatcher",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-        "torchvision.ops.boxes.box_iou",
-    ]
-)
+_SAMPLERS = ("BalancedPositiveNegativeSampler", "BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")
+HELPERS = frozenset(f"torchvision.models.detection._utils.{name}" for name in _SAMPLERS) | {
+    "torchvision.models.optical_flow.raft._pass_through_h",
+    "torchvision.ops.boxes.box_iou",
+}
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 """What torch.compile puts around a module; the module inside is taken."""
 
@@ -69,36 +65,50 @@ _CLASSES = frozenset(["torch.Tensor", "numpy.ndarray", "numpy.dtype", "argparse.
 """Named as arguments of calls that are known, and made here."""
 
 # Attributes that later versions of torch added, which their `__setstate__` adds to modules of older files.
-_ADDED: tuple[tuple[type[nn.Module], dict[str, Any]], ...] = (
-    (nn.modules.conv._ConvNd, {"padding_mode": "zeros"}),
-    (nn.AvgPool3d, {"padding": 0, "ceil_mode": False, "count_include_pad": True}),
-    (nn.Upsample, {"recompute_scale_factor": True}),
-    (nn.MultiheadAttention, {"_qkv_same_embed_dim": True}),
-    (nn.Softmax, {"dim": None}),
-    (nn.LogSoftmax, {"dim": None}),
-    (nn.Softmin, {"dim": None}),
-    (nn.RNNBase, {"proj_size": 0}),
-    (nn.TransformerEncoderLayer, {"activation": nn.functional.relu}),
-    (nn.TransformerDecoderLayer, {"activation": nn.functional.relu}),
+_ADDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], dict[str, Any]] = {
+    nn.modules.conv._ConvNd: {"padding_mode": "zeros"},
+    nn.AvgPool3d: {"padding": 0, "ceil_mode": False, "count_include_pad": True},
+    nn.Upsample: {"recompute_scale_factor": True},
+    nn.MultiheadAttention: {"_qkv_same_embed_dim": True},
+    (nn.Softmax, nn.LogSoftmax, nn.Softmin): {"dim": None},
+    nn.RNNBase: {"proj_size": 0},
+    (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): {"activation": nn.functional.relu},
+}
+
+_PARAMETERS = (
+    "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
 )
+_CALLS = frozenset(_PARAMETERS) | {
+    "torch._tensor._rebuild_from_type_v2",
+    "torch._utils._rebuild_qtensor",
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+    "functools.partial",
+}
+"""Calls that `Builder` makes something of; see `Builder._called`."""
+
+_COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
+_PARTS = {"_modules": nn.Module, "_parameters": Tensor, "_buffers": Tensor}
 
 
 @functools.cache
 def module_names() -> frozenset[str]:
-    """The classes of allowlist.txt."""
+    """Return the classes of allowlist.txt."""
     text = resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8")
     return frozenset(text.split())
 
 
 @functools.cache
 def allowed_names() -> frozenset[str]:
-    """Every global of which something is made; objects and calls of others stay records."""
-    arrays = {name.replace("numpy._core.", "numpy.core.") for name in _ARRAYS} | _ARRAYS.keys()
-    return module_names() | HELPERS | _CLASSES | _MAKERS.keys() | arrays | NAMES_READ | constants().keys()
+    """Return every global of which something is made; objects and calls of others stay records."""
+    return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | NAMES_READ | constants().keys()
 
 
 def is_allowed(name: str) -> bool:
-    """Whether a global is one of which something is made, or the type of a storage."""
+    """True for a global of which something is made, or the type of a storage."""
     if name in allowed_names():
         return True
     try:
@@ -108,12 +118,12 @@ def is_allowed(name: str) -> bool:
 
 
 def is_allowed_module(model: nn.Module) -> bool:
-    """Whether every class in a module tree is one of the allowlist, so that its structure can be stored and loaded."""
+    """True where every class in a module tree is of the allowlist, so that its structure can be stored and loaded."""
     return all(f"{type(m).__module__}.{type(m).__qualname__}" in module_names() for m in model.modules())
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a module may have this name.
+    """True for a name that a module may have.
 
     torch writes names into the Python code that it generates, as they are; and a child called `__deepcopy__` is what
     copying calls.
@@ -123,7 +133,7 @@ def is_safe_name(name: str) -> bool:
 
 
 def named_in(root: Any) -> set[str]:
-    """The names of all that is in a file, but for what torch.compile keeps beside a module, which is never used."""
+    """Return the names of all that is in a file, but for what torch.compile keeps beside a module."""
     names: set[str] = set()
     seen: dict[int, Any] = {}
     todo = [root]
@@ -136,17 +146,16 @@ def named_in(root: Any) -> set[str]:
             todo += [*part, *part.values()]
         elif isinstance(part, list | tuple):
             todo += part
-        elif isinstance(part, Record):
+        elif isinstance(part, Record | Global):
             names.add(part.name)
+        if isinstance(part, Record):
             todo += part.arguments[:1] if part.name == COMPILED else part.arguments
             todo += [part.state, part.items, part.elements]
-        elif isinstance(part, Global):
-            names.add(part.name)
     return names
 
 
 class _Found(NamedTuple):
-    """What a part of the file became, how many levels are in it, and how many parts one meets in walking through it.
+    """What a part of the file became, how many levels are in it, and how many parts a walk through it meets.
 
     `whole`: nothing in it is of a class that is not read.
     """
@@ -178,7 +187,7 @@ class Builder:
         self.unread: set[str] = set()
 
     def build(self, root: Any) -> Any:
-        """The same with tensors, arrays and modules instead of what describes them, in place; raises Odd."""
+        """Put tensors, arrays and modules in the place of what describes them, and return the root; raise Odd."""
         if isinstance(root, Global):
             raise Odd(f"holds {root.name} itself")
         found = self.visit(root, 0).value
@@ -192,7 +201,7 @@ class Builder:
         return found
 
     def visit(self, value: Any, depth: int) -> _Found:
-        """What a part becomes; the same part, met again, becomes the same."""
+        """Return what a part becomes; the same part, met again, becomes the same."""
         kind = type(value)
         if kind not in _COMPOSITE:
             return _Found(value)
@@ -219,12 +228,14 @@ class Builder:
         if kind is Record:
             return self._of_record(value, depth)
         if kind is Global:
-            made = self._of_global(value)
-            return _Found(made, whole=made is not value)
+            if value.name in module_names() or value.name in HELPERS:
+                return _Found(value, whole=False) if self._inside_record else _Found(look_up(value.name, self._label))
+            if value.name in allowed_names() and not self._foreign and not value.name.startswith("builtins."):
+                # A function is there to be called; as a value it could end where a module calls it.
+                raise Odd(f"keeps {value.name} itself as a value")
+            return _Found(value, whole=False)
         if kind is StorageRef:
-            return _Found(
-                self.tensor(TensorRef(value, 0, (value.count if value.viewed is None else value.viewed,), (1,)))
-            )
+            return _Found(self.tensor(TensorRef(value, 0, (value.length,), (1,))))
         levels, parts, whole = 0, 1, True
         items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
         changed = []
@@ -245,29 +256,19 @@ class Builder:
             value[key] = new
         return _Found(tuple(value) if kind is tuple and changed else value, levels + 1, parts, whole)
 
-    def _of_global(self, value: Global) -> Any:
-        """A function is there to be called; as a value it could end where a module calls it."""
-        if value.name in module_names() or value.name in HELPERS:
-            return value if self._inside_record else look_up(value.name, self._label)
-        if value.name in allowed_names() and not self._foreign and not value.name.startswith("builtins."):
-            raise Odd(f"keeps {value.name} itself as a value")
-        return value
-
     def _of_record(self, record: Record, depth: int) -> _Found:
-        maker = _MAKERS.get(record.name)
-        if maker is not None:
-            made = maker(self, record, depth)
+        if record.name in _CALLS:
+            made = self._called(record, depth)
             if made is None:
                 raise Odd(f"calls {record.name} in another way")
             return _Found(made)
-        array = _ARRAYS.get(record.name.replace("numpy.core.", "numpy._core."))
-        if array is not None:
+        if record.name in ARRAY_CALLS:
             try:
-                made = array(record)
+                made = array_of(record)
             except NoArrayError as error:
                 self.unread.add(str(error))
                 return _Found(record, whole=False)
-            self.spend(2 * getattr(made, "nbytes", 0))
+            self._spend(2 * getattr(made, "nbytes", 0))
             return _Found(made)
         if record.name == COMPILED and len(record.arguments) == 2:
             return self.visit(record.arguments[0], depth)
@@ -283,10 +284,8 @@ class Builder:
         self._records.append(record)
         return _Found(record, whole=False)
 
-    # Tensors.
-
     def tensor(self, ref: TensorRef) -> Tensor:
-        """The tensor of a reference; raises Odd where it is no view of its storage."""
+        """Return the tensor of a reference; raise Odd where it is no view of its storage."""
         storage, dtype = ref.storage, ref.dtype or ref.storage.dtype
         self.check(ref, dtype)
         if 0 in ref.size:
@@ -305,34 +304,121 @@ class Builder:
         total = math.prod(ref.size)
         last = ref.offset + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if total else -1
         held = ref.storage.length * ref.storage.dtype.itemsize
+        what = f"has a tensor of {'x'.join(map(str, ref.size))}"
         if (last + 1) * dtype.itemsize > held:
-            what = f"has a tensor of {_shape(ref.size)} that reaches beyond the {held:,} bytes of its storage"
-            raise Odd(f"{what} {ref.storage.key!r}")
-        self._left -= total * dtype.itemsize
-        if self._left < 0:
-            what = f"has a tensor of {_shape(ref.size)} expanded from the {held:,} bytes of its storage"
-            raise Odd(f"{what} {ref.storage.key!r}, or far too many of such")
+            raise Odd(f"{what} that reaches beyond the {held:,} bytes of its storage {ref.storage.key!r}")
+        self._spend(
+            total * dtype.itemsize,
+            f"{what} expanded from the {held:,} bytes of its storage {ref.storage.key!r}, or far too many of such",
+        )
 
-    def spend(self, made: int) -> None:
-        """Count bytes that are made."""
+    def _spend(self, made: int, otherwise: str = "makes far more bytes than it has") -> None:
         self._left -= made
         if self._left < 0:
-            raise Odd("makes far more bytes than it has")
+            raise Odd(otherwise)
 
-    def inner(self, value: Any, depth: int) -> Tensor:
-        """The tensor that a call is about; raises Odd where it is none."""
+    def _inner(self, value: Any, depth: int) -> Tensor:
         made = self.visit(value, depth).value
         if not isinstance(made, Tensor):
             raise Odd("makes a tensor of something else")
         return made
 
-    # Modules and other objects with attributes.
+    def _called(self, record: Record, depth: int) -> Any:
+        """Return what a call of one of `_CALLS` makes; None for one that torch does not write so."""
+        if record.name in _PARAMETERS:
+            return self._parameter(record, depth)
+        if record.name == "functools.partial":
+            return self._partial(record)
+        match record.name.rpartition(".")[2], record.arguments:
+            case "_rebuild_from_type_v2", (Global(function), Global(kind), tuple(inner), state):
+                # A tensor or parameter with attributes of its own.
+                if (
+                    kind not in ("torch.Tensor", _PARAMETERS[0])
+                    or function not in (_CALLS - {record.name}) | TENSOR_CALLS
+                ):
+                    return None
+                described: Any = Record(function, inner)
+                if function in TENSOR_CALLS:
+                    described = described_tensor(inner, typed=function.endswith("_v3"))
+                    if described is None:
+                        raise Odd(f"calls {function} in another way")
+                return self._with_attributes(self._inner(described, depth), state, depth)
+            case "_rebuild_qtensor", (StorageRef(), int(), tuple(), tuple(), (torch.qscheme(), *scales), grad, hooks):
+                ref = described_tensor((*record.arguments[:4], grad, hooks))
+                if ref is None or not all(isinstance(one, float | int | TensorRef) for one in scales):
+                    return None
+                storage = ref.storage
+                self.check(ref, storage.dtype)
+                scheme = (record.arguments[4][0], *(self.visit(one, depth).value for one in scales))
+                typed = TypedStorage(wrap_storage=self._storage(storage), dtype=storage.dtype, _internal=True)
+                start = ref.offset + storage.start
+                return _rebuild_qtensor(typed, start, ref.size, ref.stride, scheme, grad, OrderedDict())
+            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(parts)):
+                return _sparse(layout, [self.visit(part, depth).value for part in parts])
+            case "_rebuild_meta_tensor_no_storage", (torch.dtype() as dtype, size, stride, bool(grad)):
+                if are_sizes(size) and are_sizes(stride):
+                    return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
+            case "_rebuild_device_tensor_from_cpu_tensor", (data, torch.dtype() as dtype, str(), bool(grad)):
+                tensor = self._inner(data, depth).detach()
+                self._spend(tensor.numel() * dtype.itemsize)
+                return tensor.to(dtype).requires_grad_(grad)
+        return None
+
+    def _parameter(self, record: Record, depth: int) -> Any:
+        """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
+        requires_grad, state = True, None
+        match record.arguments:
+            case (data,):
+                pass
+            case (data, bool(requires_grad)):
+                pass
+            case (data, bool(requires_grad), hooks, *rest) if not hooks and len(rest) < 2:
+                state = rest[0] if rest else None
+            case _:
+                return None
+        match record.state:
+            case None:
+                pass
+            case (bool(requires_grad), bool(), hooks) if not hooks:
+                # As before torch 0.4.
+                pass
+            case _:
+                raise Odd(f"fills a {record.name} in another way")
+        return self._with_attributes(nn.Parameter(self._inner(data, depth).detach(), requires_grad), state, depth)
+
+    def _with_attributes(self, tensor: Tensor, state: Any, depth: int) -> Tensor:
+        """Set attributes that a tensor does not have by itself; two dicts of them where its class has slots."""
+        for part in state if isinstance(state, tuple) else (state,):
+            if part is None:
+                continue
+            if not isinstance(part, dict) or not all(map(_is_free_attribute, part)):
+                raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
+            for key, value in self.visit(part, depth).value.items():
+                if not isinstance(value, Record | Global):
+                    setattr(tensor, key, value)
+        return tensor
+
+    def _partial(self, record: Record) -> Any:
+        """Only what makes a layer, with numbers and text given in advance: no `forward` of torchvision calls it."""
+        match record.arguments, record.state:
+            case (Global(name),), (Global(again), (), dict() | None as keywords, None) if name == again:
+                keywords = keywords or {}
+            case _:
+                raise Odd(f"fills a {record.name} in another way")
+        if name not in module_names():
+            return None
+        plain = all(value is None or type(value) in (bool, int, float, str, bytes) for value in keywords.values())
+        if not plain or not all(isinstance(key, str) and key.isidentifier() for key in keywords):
+            raise Odd(f"fills a {record.name} in another way")
+        return functools.partial(look_up(name, self._label), **keywords)
 
     def _object(self, record: Record, depth: int) -> _Found:
         owner, state = record.name, record.state
         if record.made_by != "new" or record.arguments or record.items or record.elements:
             raise Odd(f"makes a {owner} in another way")
         kind = argparse.Namespace if owner == "argparse.Namespace" else look_up(owner, self._label)
+        if not isinstance(kind, type):
+            raise Odd(f"makes a {owner} in another way")
         state = {} if state is None else state
         if type(state) is not dict:
             raise Odd(f"fills a {owner} in another way")
@@ -343,8 +429,6 @@ class Builder:
             if not isinstance(key, str) or len(key) > _LONGEST_ATTRIBUTE or key.startswith("__"):
                 raise Odd(f"fills a {owner} in another way")
         found = self.visit(state, depth)
-        if not isinstance(kind, type):
-            raise Odd(f"makes a {owner} in another way")
         is_module = issubclass(kind, nn.Module)
         if not found.whole and kind is not argparse.Namespace:
             raise Odd(f"keeps objects of other classes in a {owner}")
@@ -364,7 +448,7 @@ class Builder:
         return _Found(made, found.levels + 1, found.parts, found.whole)
 
     def _check_attribute(self, owner: str, key: str, value: Any) -> None:
-        """What a module keeps must be data: no hook, no child that is no module, no part of another class."""
+        """Raise Odd for what is no data: a hook, a child that is no module, a part of another class."""
         if key in _PARTS:
             parts = list(value.values()) if isinstance(value, dict) else [value]
             if not all(part is None or isinstance(part, _PARTS[key]) for part in parts) or parts == [value]:
@@ -378,10 +462,6 @@ class Builder:
             raise Odd(f"fills a {owner} in another way")
 
 
-_COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
-_PARTS = {"_modules": nn.Module, "_parameters": Tensor, "_buffers": Tensor}
-
-
 def look_up(name: str, label: str) -> Any:
     """The object behind a name of the allowlist."""
     module, _, attribute = name.rpartition(".")
@@ -393,19 +473,13 @@ def look_up(name: str, label: str) -> Any:
         ) from None
 
 
-def _shape(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
-
-
 def _complete(module: nn.Module) -> None:
     """Add what later versions of torch keep on a module, as its `__setstate__` would, without calling that."""
     own = vars(module)
-    for key, value in vars(nn.Module()).items():
-        own.setdefault(key, value)
-    for kind, added in _ADDED:
+    own.update(vars(nn.Module()) | own)
+    for kind, added in _ADDED.items():
         if isinstance(module, kind):
-            for key, value in added.items():
-                own.setdefault(key, value)
+            own.update(added | own)
     if isinstance(module, nn.RNNBase):
         names = own.get("_flat_weights_names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -415,156 +489,23 @@ def _complete(module: nn.Module) -> None:
         own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
 
 
-# How each call is written of which something is made here. Each gets the builder, the record and the depth, and returns
-# None for a call that torch does not write so.
-
-
-def _parameter(builder: Builder, record: Record, depth: int) -> Any:
-    """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
-    state = None
-    match record.arguments:
-        case (data,):
-            requires_grad = True
-        case (data, bool(requires_grad)):
-            pass
-        case (data, bool(requires_grad), hooks, *rest) if not hooks and len(rest) < 2:
-            state = rest[0] if rest else None
-        case _:
-            return None
-    match record.state:
-        case None:
-            pass
-        case (bool(requires_grad), bool(), hooks) if not hooks:
-            # As before torch 0.4.
-            pass
-        case _:
-            raise Odd(f"fills a {record.name} in another way")
-    return _with_attributes(builder, nn.Parameter(builder.inner(data, depth).detach(), requires_grad), state, depth)
-
-
-def _typed(builder: Builder, record: Record, depth: int) -> Any:
-    """`_rebuild_from_type_v2`: a tensor or parameter with attributes of its own."""
-    match record.arguments:
-        case (Global(function), Global("torch.Tensor" | "torch.nn.parameter.Parameter"), tuple(inner), state) if (
-            function != record.name and (function in _MAKERS or function in TENSOR_CALLS)
-        ):
-            pass
-        case _:
-            return None
-    described: Any = Record(function, inner)
-    if function in TENSOR_CALLS:
-        described = described_tensor(inner, typed=function.endswith("_v3"))
-        if described is None:
-            raise Odd(f"calls {function} in another way")
-    return _with_attributes(builder, builder.inner(described, depth), state, depth)
-
-
-def _with_attributes(builder: Builder, tensor: Tensor, state: Any, depth: int) -> Tensor:
-    """Set attributes that a tensor does not have by itself; two dicts of them where its class has slots."""
-    for part in state if isinstance(state, tuple) else (state,):
-        if part is None:
-            continue
-        if not isinstance(part, dict) or not all(map(_is_attribute, part)):
-            raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
-        for key, value in builder.visit(part, depth).value.items():
-            if not isinstance(value, Record | Global):
-                setattr(tensor, key, value)
-    return tensor
-
-
-def _is_attribute(key: Any) -> bool:
+def _is_free_attribute(key: Any) -> bool:
     """Whether a tensor may have an attribute of this name: numpy and torch obey those with underscores around them."""
     if not isinstance(key, str) or key.startswith("__") or key in ("_is_param", "_is_buffer"):
         return False
     return key.isidentifier() and not hasattr(Tensor, key)
 
 
-def _quantised(builder: Builder, record: Record, depth: int) -> Any:
-    match record.arguments:
-        case (StorageRef() as storage, int(offset), tuple(size), tuple(stride), (scheme, *scales), bool(grad), hooks):
-            if hooks or not isinstance(scheme, torch.qscheme):
-                return None
-        case _:
-            return None
-    ref = described_tensor((storage, offset, size, stride))
-    if ref is None or not all(isinstance(one, float | int | TensorRef) for one in scales):
-        return None
-    builder.check(ref, storage.dtype)
-    scales = [builder.visit(one, depth).value for one in scales]
-    typed = TypedStorage(wrap_storage=builder._storage(storage), dtype=storage.dtype, _internal=True)
-    return _rebuild_qtensor(typed, offset + storage.start, size, stride, (scheme, *scales), grad, OrderedDict())
-
-
-def _sparse(builder: Builder, record: Record, depth: int) -> Any:
-    match record.arguments:
-        case (torch.layout() as layout, tuple(parts)):
-            made = [builder.visit(part, depth).value for part in parts]
-        case _:
-            return None
-    if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in made):
+def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:
+    if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in parts):
         return None
     # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
     try:
         if layout == torch.sparse_coo:
-            indices, values, size, *coalesced = made
+            indices, values, size, *coalesced = parts
             known: dict[str, Any] = {"is_coalesced": bool(coalesced[0])} if coalesced else {}
             return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, **known)
-        compressed, plain, values, size = made
+        compressed, plain, values, size = parts
         return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise Odd(f"has a damaged sparse tensor ({' '.join(str(error).split())[:120]})") from None
-
-
-def _without_numbers(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG001
-    match record.arguments:
-        case (torch.dtype() as dtype, size, stride, bool(grad)) if are_sizes(size) and are_sizes(stride):
-            return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
-    return None
-
-
-def _moved(builder: Builder, record: Record, depth: int) -> Any:
-    match record.arguments:
-        case (data, torch.dtype() as dtype, str(), bool(grad)):
-            tensor = builder.inner(data, depth).detach()
-            builder.spend(tensor.numel() * dtype.itemsize)
-            return tensor.to(dtype).requires_grad_(grad)
-    return None
-
-
-def _partial(builder: Builder, record: Record, depth: int) -> Any:  # noqa: ARG001
-    """Only what makes a layer, with numbers and words given in advance.
-
-    No `forward` of torchvision calls what a model keeps to make layers with. Called, it would make a layer.
-    """
-    match record.arguments, record.state:
-        case (Global(name),), (Global(again), (), dict() | None as keywords, None) if name == again:
-            pass
-        case _:
-            raise Odd(f"fills a {record.name} in another way")
-    if name not in module_names():
-        return None
-    for key, value in (keywords or {}).items():
-        plain = value is None or type(value) in (bool, int, float, str, bytes)
-        if not (isinstance(key, str) and key.isidentifier() and plain):
-            raise Odd(f"fills a {record.name} in another way")
-    return functools.partial(look_up(name, builder._label), **(keywords or {}))
-
-
-_PARAMETER = "torch.nn.parameter.Parameter"
-_MAKERS: dict[str, Callable[[Builder, Record, int], Any]] = {
-    _PARAMETER: _parameter,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _typed,
-    "torch._utils._rebuild_qtensor": _quantised,
-    "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_meta_tensor_no_storage": _without_numbers,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _moved,
-    "functools.partial": _partial,
-}
-_ARRAYS: dict[str, Callable[[Record], Any]] = {
-    "numpy._core.multiarray.scalar": scalar,
-    "numpy._core.multiarray._reconstruct": array,
-    "numpy._core.numeric._frombuffer": array_of_buffer,
-}
-"""Where numpy keeps these depends on its version: `numpy.core` before numpy 2."""
+        raise Odd(f"has a damaged sparse tensor ({reason_of(error, 120)})") from None

@@ -1,4 +1,4 @@
-"""Pickles read as data: bytes to plain values, records and references to tensors.
+"""Read pickles as data: bytes to plain values, records and references to tensors.
 
 Nothing that a pickle names is imported and nothing that it calls is called. A global becomes a `Global`, a call or an
 object a `Record` of name, arguments and contents, a tensor a `TensorRef` to a `StorageRef`; numbers, text, lists, dicts
@@ -11,29 +11,18 @@ work (operations, and items that an operation copies), the bytes that calls make
 from __future__ import annotations
 
 import collections
+import functools
+import io
 import pathlib
-import struct
-from collections.abc import Callable, Iterable
-from typing import Any
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import torch
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
-from asymswap.fileformats.pickle_parts import (
-    Global,
-    MalformedError,
-    Odd,
-    Record,
-    StorageRef,
-    are_sizes,
-    constants,
-    described_tensor,
-    global_name,
-    key_of,
-    storage_dtype,
-)
-
-OLD_MAGIC = 0x1950A86A20F9469CFC6C
-"""The number that torch.save's old form begins with."""
+from asymswap.fileformats.messages import reason_of
 
 MOST_OPERATIONS = 400_000
 """Operations of all pickles in a file; timm's largest networks need 57,000, and 300,000 with averages and optimizer."""
@@ -41,10 +30,70 @@ MOST_OPERATIONS = 400_000
 _MADE_BYTES = 64 * 2**20
 """Bytes that calls (decoding, joining names, copying storages) may make, beside four times the pickle's own size."""
 
-_LONGEST_NAME, _LONGEST_NUMBER = 1000, 1024
+_OLD_MAGIC = 0x1950A86A20F9469CFC6C
+_LONGEST_NAME, _LONGEST_NUMBER, _LONGEST_KEY, _MOST_DIMENSIONS = 1000, 1024, 4096, 64
+_PYTHON_2 = "holds bytes as text, as Python 2 wrote them"
 
 
-_UNKNOWN: Any = object()
+class Odd(Exception):  # noqa: N818 - not always an error: with `trust_pickle` it is only reported
+    """A pickle holds what torch.save does not write; the text says what."""
+
+
+class MalformedError(Exception):
+    """The bytes are no pickle, or not the file that they claim to be; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function that a pickle names."""
+
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """An object (`made_by` is "new") or a call ("call"): its class or function, arguments and contents."""
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+    made_by: str = "call"
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    elements: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class StorageRef:
+    """A storage: its key in the file, the dtype and the number of its elements, and where the view of it begins.
+
+    `length` is the number of elements that a tensor may use: fewer than `count` for a view of the old form. `data` are
+    the bytes where they are in the pickle itself, `claimed` the bytes that the file must hold.
+    """
+
+    key: str
+    dtype: torch.dtype
+    count: int
+    start: int = 0
+    length: int = -1
+    data: memoryview | None = None
+    claimed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.length = self.count if self.length < 0 else self.length
+        self.claimed = self.count * self.dtype.itemsize
+
+
+@dataclass(eq=False, slots=True)
+class TensorRef:
+    """A view of a storage: offset, sizes and strides in elements; `dtype` only where it is not the storage's."""
+
+    storage: StorageRef
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool = False
+    metadata: dict[str, bool] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 class Reader:
@@ -53,42 +102,123 @@ class Reader:
     def __init__(self, size: int) -> None:
         self.names: set[str] = set()
         self.storages: list[StorageRef] = []
+        self.nested_bytes = 0
         self._work = MOST_OPERATIONS
         self._bytes = _MADE_BYTES + 4 * size
-        self.nested_bytes = 0
         self._inside, self._nested = False, 0
-        self._data = b""
-        self._at = 0
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
         self._globals: dict[str, Any] = {}
 
-    def read(self, data: bytes, start: int = 0) -> tuple[Any, int]:
-        """What the pickle that begins at `start` holds, and where it ends; raises Odd or MalformedError."""
-        self._data, self._at, self._stack, self._marks, self._memo = data, start, [], [], {}
+    def read(self, stream: BinaryIO) -> Any:
+        """Return what the pickle at the place of a stream holds; raise Odd or MalformedError."""
         try:
-            return self._run(), self._at
+            return self._run(stream)
         except (Odd, MalformedError, MemoryError):
             raise
         except Exception as error:
             # A damaged pickle can go wrong in every way that a stack machine knows.
-            raise MalformedError(" ".join(str(error).split())[:160] or type(error).__name__) from None
+            raise MalformedError(reason_of(error)) from None
 
-    def _run(self) -> Any:
-        data, steps = self._data, _STEPS
-        while True:
-            if self._at >= len(data):
-                raise MalformedError("a pickle in it ends too soon")
-            code = data[self._at]
-            self._at += 1
+    def _run(self, stream: BinaryIO) -> Any:
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[int, Any] = {}
+        pop, push = stack.pop, stack.append
+
+        def pop_to_mark() -> list[Any]:
+            at = marks.pop()
+            taken = stack[at:]
+            del stack[at:]
+            return taken
+
+        while code := stream.read(1):
             self._spend(1)
-            if code == _STOP:
-                return self._stack.pop()
-            step = steps.get(code)
-            if step is None:
-                raise MalformedError(f"operation 0x{code:02x} of a pickle has no place in a checkpoint")
-            step(self)
+            operation = _OPERATIONS.get(code)
+            name = operation.name if operation else ""
+            argument: Any = None
+            if operation and operation.arg and name not in ("GLOBAL", "INST"):
+                try:
+                    argument = operation.arg.reader(stream)
+                except UnicodeDecodeError:
+                    if name == "STRING":
+                        raise Odd(_PYTHON_2) from None
+                    raise
+            match name:
+                case "BINPUT" | "LONG_BINPUT" | "PUT" | "MEMOIZE":
+                    memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+                case "BINGET" | "LONG_BINGET" | "GET":
+                    push(memo[argument])
+                case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE" | "BININT1" | "BININT2" | "BININT":
+                    push(argument)
+                case "INT" | "LONG" | "LONG1" | "LONG4":
+                    if argument.bit_length() > 8 * _LONGEST_NUMBER:
+                        raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
+                    push(argument)
+                case "FLOAT" | "BINFLOAT" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                    push(argument)
+                case "STRING" | "BINSTRING" | "SHORT_BINSTRING":
+                    if not argument.isascii():
+                        raise Odd(_PYTHON_2)
+                    push(argument)
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+                case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                    push(_EMPTY[f"builtins.{name.removeprefix('EMPTY_').lower()}"]())
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    length = int(name[-1])
+                    if len(stack) < length:
+                        raise MalformedError("the stack of a pickle in it is empty")
+                    stack[-length:] = [tuple(stack[-length:])]
+                case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
+                    push(_OF_ITEMS[name](pop_to_mark()))
+                case "GLOBAL":
+                    push(self._global(_line(stream), _line(stream)))
+                case "STACK_GLOBAL":
+                    attribute, module = pop(), pop()
+                    push(self._global(module, attribute))
+                case "REDUCE" | "NEWOBJ":
+                    arguments, what = pop(), pop()
+                    push(self._call(what, arguments, "call" if name == "REDUCE" else "new"))
+                case "NEWOBJ_EX":
+                    keywords, arguments, what = pop(), pop(), pop()
+                    push(self._call(what, (*arguments, keywords) if keywords else arguments, "new"))
+                case "OBJ":
+                    what, *listed = pop_to_mark()
+                    push(self._call(what, tuple(listed), "new"))
+                case "INST":
+                    what = self._global(_line(stream), _line(stream))
+                    push(self._call(what, tuple(pop_to_mark()), "new"))
+                case "APPEND" | "APPENDS":
+                    values = [pop()] if name == "APPEND" else pop_to_mark()
+                    _contents(stack[-1], list).extend(values)
+                case "SETITEM":
+                    value, key = pop(), pop()
+                    _contents(stack[-1], dict)[key_of(key)] = value
+                case "SETITEMS":
+                    pairs = _paired(pop_to_mark())
+                    _contents(stack[-1], dict).update(pairs)
+                case "ADDITEMS":
+                    values = pop_to_mark()
+                    _contents(stack[-1], set).update(map(key_of, values))
+                case "BUILD":
+                    state = pop()
+                    _fill(stack[-1], state)
+                case "BINPERSID":
+                    push(self._persistent(pop()))
+                case "POP":
+                    pop()
+                case "POP_MARK":
+                    pop_to_mark()
+                case "DUP":
+                    push(stack[-1])
+                case "STOP":
+                    return pop()
+                case "PROTO" | "FRAME":
+                    pass
+                case _:
+                    raise MalformedError(f"operation 0x{code.hex()} of a pickle has no place in a checkpoint")
+        raise MalformedError("a pickle in it ends too soon")
 
     def _spend(self, work: int, made: int = 0) -> None:
         self._work -= work
@@ -98,210 +228,78 @@ class Reader:
         if self._bytes < 0:
             raise Odd("makes far more bytes than it has")
 
-    # Arguments of operations.
-
-    def _take(self, count: int) -> bytes:
-        end = self._at + count
-        if count < 0 or end > len(self._data):
-            raise MalformedError("a pickle in it ends too soon")
-        taken = self._data[self._at : end]
-        self._at = end
-        return taken
-
-    def _number(self, form: struct.Struct) -> Any:
-        (number,) = form.unpack(self._take(form.size))
-        return number
-
-    def _line(self, encoding: str = "utf-8") -> str:
-        line = self._take(self._data.index(b"\n", self._at) - self._at)
-        self._at += 1
-        return str(line, encoding)
-
-    def _sized(self, form: struct.Struct) -> bytes:
-        return self._take(self._number(form))
-
-    # Steps. `_push` and those named after it leave one more value on the stack.
-
-    def _push_text(self, form: struct.Struct) -> None:
-        self._stack.append(str(self._sized(form), "utf-8", "surrogatepass"))
-
-    def _push_ascii(self, form: struct.Struct) -> None:
-        try:
-            self._stack.append(self._sized(form).decode("ascii"))
-        except UnicodeDecodeError:
-            raise Odd("holds bytes as text, as Python 2 wrote them") from None
-
-    def _push_quoted(self) -> None:
-        line = self._line()
-        if len(line) < 2 or line[0] not in "'\"" or line[-1] != line[0] or "\\" in line or not line.isascii():
-            raise Odd("holds bytes as text, as Python 2 wrote them")
-        self._stack.append(line[1:-1])
-
-    def _push_int(self, text: str) -> None:
-        self._stack.append({"00": False, "01": True}[text] if text in ("00", "01") else int(text.rstrip("L")))
-
-    def _push_long(self, raw: bytes) -> None:
-        if len(raw) > _LONGEST_NUMBER:
-            raise Odd(f"holds a number of {len(raw):,} bytes")
-        self._stack.append(int.from_bytes(raw, "little", signed=True))
-
-    def _push_global(self, module: Any, name: Any) -> None:
+    def _global(self, module: Any, name: Any) -> Any:
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _LONGEST_NAME:
             raise Odd("names what is no name")
-        full = global_name(module, name)
+        # As it is called in today's Python.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = f"{module}.{name}"
         self._spend(0, len(full))
         if full not in self._globals:
             # "collections.OrderedDict" and "collections" + "OrderedDict" of protocol 4 are one and the same.
             self.names.add(full)
             self._globals[full] = constants().get(full) or Global(full)
-        self._stack.append(self._globals[full])
+        return self._globals[full]
 
-    def _stack_global(self) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._push_global(module, name)
-
-    def _since_mark(self) -> list[Any]:
-        at = self._marks.pop()
-        taken = self._stack[at:]
-        del self._stack[at:]
-        return taken
-
-    def _push_tuple(self, length: int) -> None:
-        if len(self._stack) < length:
-            raise MalformedError("the stack of a pickle in it is empty")
-        self._stack[-length:] = [tuple(self._stack[-length:])]
-
-    def _extend(self, values: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, Record):
-            target.elements.extend(values)
-        elif type(target) is list:
-            target.extend(values)
-        else:
-            raise Odd(f"puts items into {_called_text(target)}")
-
-    def _set(self, flat: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, Record):
-            target = target.items
-        elif not isinstance(target, dict):
-            raise Odd(f"puts items into {_called_text(target)}")
-        target.update(_paired(flat))
-
-    def _add(self, values: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not set:
-            raise Odd(f"puts items into {_called_text(target)}")
-        target.update(map(key_of, values))
-
-    def _set_one(self) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._set([key, value])
-
-    def _build(self) -> None:
-        state, target = self._stack.pop(), self._stack[-1]
-        if isinstance(target, Record):
-            if target.state is not None:
-                raise Odd(f"fills a {target.name} twice")
-            target.state = state
-        elif not isinstance(target, dict):
-            raise Odd(f"fills {_called_text(target)} with attributes")
-        elif type(target) is collections.OrderedDict and type(state) is dict:
-            # What else hangs on a dict is no part of it.
-            versions = state.get("_metadata")
-            if isinstance(versions, dict) and all(map(_are_versions, versions.items())):
-                target._metadata = versions  # type: ignore[attr-defined]  # as torch does
-
-    def _call(self, made_by: str) -> None:
-        arguments, what = self._stack.pop(), self._stack.pop()
-        self._push_call(what, arguments, made_by)
-
-    def _call_with_keywords(self) -> None:
-        keywords, arguments, what = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        self._push_call(what, arguments if not keywords else (*arguments, keywords), "new")
-
-    def _call_since_mark(self) -> None:
-        what, *arguments = self._since_mark()
-        self._push_call(what, tuple(arguments), "new")
-
-    def _instance(self) -> None:
-        self._push_global(self._line(), self._line())
-        what = self._stack.pop()
-        self._push_call(what, tuple(self._since_mark()), "new")
-
-    def _push_call(self, what: Any, arguments: Any, made_by: str) -> None:
-        if not isinstance(what, Global) or type(arguments) is not tuple:
-            raise Odd("calls what is not named")
-        if what.name == "copyreg._reconstructor":
-            # What protocols 0 and 1 write for an object.
-            match arguments:
-                case (Global() as what, Global("builtins.object"), None):
-                    arguments, made_by = (), "new"
-                case (Global() as what, Global(), inside):
-                    arguments, made_by = (inside,), "new"
-        if what.name.startswith("torch.jit._pickle.") and arguments:
-            # TorchScript's marks of a list's static type.
-            self._stack.append(arguments[0])
-            return
-        if what.name not in _KNOWN_CALLS:
-            self._stack.append(Record(what.name, arguments, made_by))
-            return
-        made = self._made_by(what.name, arguments)
-        if made is _UNKNOWN:
-            raise Odd(f"calls {what.name} in another way")
-        self._stack.append(made)
-
-    def _push_storage(self) -> None:
-        match self._stack.pop():
+    def _persistent(self, reference: Any) -> Any:
+        match reference:
             case ("storage", Global(kind), str(key), str(), int(count), *rest) if count >= 0 and rest in ([], [None]):
                 storage = StorageRef(key, storage_dtype(kind), count)
-            case ("storage", Global(kind), str(key), str(), int(count), (str(), int(start), int(size))):
-                if not 0 <= start <= start + size <= count:
+            case ("storage", Global(kind), str(key), str(), int(count), (str(), int(start), int(length))):
+                if not 0 <= start <= start + length <= count:
                     raise Odd(f"takes a part of the storage {key!r} that it does not have")
-                storage = StorageRef(key, storage_dtype(kind), count, start, size)
+                storage = StorageRef(key, storage_dtype(kind), count, start, length)
             case ("module", Global() as what, *_):
                 # The old form keeps the source code of a module's class beside it, which is not read.
-                self._stack.append(what)
-                return
+                return what
             case _:
                 raise Odd("asks for something else than a storage")
         self.storages.append(storage)
-        self._stack.append(storage)
+        return storage
+
+    def _call(self, what: Any, arguments: Any, made_by: str) -> Any:
+        if not isinstance(what, Global) or type(arguments) is not tuple:
+            raise Odd("calls what is not named")
+        match what.name, arguments:
+            # What protocols 0 and 1 write for an object.
+            case "copyreg._reconstructor", (Global(name), Global("builtins.object"), None):
+                arguments, made_by = (), "new"
+            case "copyreg._reconstructor", (Global(name), Global(), inside):
+                arguments, made_by = (inside,), "new"
+            case name, _:
+                pass
+        if name.startswith("torch.jit._pickle.") and arguments:
+            # TorchScript's marks of a list's static type.
+            return arguments[0]
+        if name not in _KNOWN_CALLS:
+            return Record(name, arguments, made_by)
+        made = self._made_by(name, arguments)
+        if made is _UNKNOWN:
+            raise Odd(f"calls {name} in another way")
+        return made
 
     def _made_by(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """What a call of one of `_KNOWN_CALLS` makes; `_UNKNOWN` where pickle and torch.save do not write it so."""
+        """Return what a call of one of `_KNOWN_CALLS` makes, `_UNKNOWN` where pickle and torch.save do not write it."""
+        if not arguments and name in _EMPTY:
+            return _EMPTY[name]()
         match name, arguments:
-            case "collections.OrderedDict", ():
-                return collections.OrderedDict()
             case "collections.OrderedDict", (list(pairs),):
                 self._spend(len(pairs))
                 if all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
                     return collections.OrderedDict((key_of(key), value) for key, value in pairs)
-            case "collections.Counter", ():
-                return collections.Counter()
             case "collections.Counter", (dict(counts),):
                 self._spend(len(counts))
                 made: collections.Counter[Any] = collections.Counter()
                 dict.update(made, counts)
                 return made
-            case ("collections.defaultdict", () | (_,)) | ("builtins.dict", ()):
+            case "collections.defaultdict", (_,):
                 return {}
-            case "builtins.list", ():
-                return []
-            case "builtins.tuple", ():
-                return ()
-            case "builtins.bytes", ():
-                return b""
-            case "builtins.bytearray", ():
-                return bytearray()
             case "builtins.bytearray", (bytes(raw),):
                 self._spend(1, len(raw))
                 return bytearray(raw)
             case "builtins.bytearray" | "_codecs.encode", (str(text), "latin-1" | "latin1"):
                 self._spend(1, len(text))
                 return text.encode("latin-1") if name == "_codecs.encode" else bytearray(text, "latin-1")
-            case "builtins.set" | "builtins.frozenset", ():
-                return set()
             case "builtins.set" | "builtins.frozenset", (list(values) | tuple(values),):
                 self._spend(len(values))
                 return set(map(key_of, values))
@@ -329,75 +327,139 @@ class Reader:
         return _UNKNOWN
 
     def _storage_of_bytes(self, raw: bytes) -> Any:
-        """What `pickle.dump` writes for a storage: the bytes of a torch.save file of the old form, of one storage."""
-        outside = (self._data, self._at, self._stack, self._marks, self._memo, self.storages)
-        self._inside, self.storages = True, []
+        """Return what `pickle.dump` writes for a storage: a torch.save file of the old form, of one storage."""
+        outside, self.storages, self._inside = self.storages, [], True
         try:
-            found, keys, end = read_old(self, raw)
-            places = old_places(keys, end, self.storages, lambda start, length: raw[start : start + length])
+            found, places = read_old(self, io.BytesIO(raw), len(raw))
         finally:
-            self._data, self._at, self._stack, self._marks, self._memo, self.storages = outside
-            self._inside = False
+            self.storages, self._inside = outside, False
         if not isinstance(found, StorageRef):
             return _UNKNOWN
         self._spend(1, found.claimed)
         start, length = places[found.key]
-        if start + length > len(raw):
-            raise MalformedError(f"its storage {found.key!r} is cut off")
         self._nested += 1
         self.nested_bytes += found.claimed
         found.key, found.data = f"{self._nested}/{found.key}", memoryview(raw)[start : start + length]
         return found
 
 
-def read_old(reader: Reader, data: bytes) -> tuple[Any, list[str], int]:
-    """The object of a torch.save file of the old form, the keys of its storages in order, and where these begin.
+def read_old(reader: Reader, stream: BinaryIO, most: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """Return what a torch.save file of the old form holds, and the place and length of each storage's bytes.
 
-    Such a file is five pickles in a row (magic number, protocol, system, object, keys), then the storages.
+    Such a file is five pickles in a row (magic number, protocol, system, object, keys), all in the first `most` bytes,
+    then the storages in the order of the keys: the number of the elements in eight bytes, then their bytes.
     """
-    values, end = [], 0
-    for _ in range(5):
-        value, end = reader.read(data, end)
-        values.append(value)
-    magic, protocol, system, found, keys = values
-    if magic != OLD_MAGIC or protocol != 1001 or not isinstance(system, dict):
+    head = io.BytesIO(stream.read(most))
+    magic, protocol, system, found, keys = (reader.read(head) for _ in range(5))
+    if magic != _OLD_MAGIC or protocol != 1001 or not isinstance(system, dict):
         raise MalformedError("it does not begin as torch.save's old form does")
     if system.get("little_endian") is not True:
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise MalformedError("its list of storages is damaged")
-    return found, keys, end
-
-
-def old_places(
-    keys: list[str], start: int, storages: Iterable[StorageRef], read: Callable[[int, int], bytes]
-) -> dict[str, tuple[int, int]]:
-    """Where the bytes of each storage of the old form stand, and how many they are; `read` takes a place and a length.
-
-    Each storage is the number of its elements in eight bytes, then its bytes.
-    """
     claimed: dict[str, StorageRef] = {}
-    for storage in storages:
-        first = claimed.setdefault(storage.key, storage)
-        if first.claimed != storage.claimed:
+    for storage in reader.storages:
+        if claimed.setdefault(storage.key, storage).claimed != storage.claimed:
             raise Odd(f"claims two sizes for the storage {storage.key!r}")
+    start, total = head.tell(), sum(8 + storage.claimed for storage in claimed.values())
+    if start + total > stream.seek(0, io.SEEK_END):
+        raise MalformedError(f"its tensors take {total:,} bytes, more than it has")
     places = {}
     for key in keys:
-        if key not in claimed or key in places or len(read(start, 8)) != 8:
+        stream.seek(start)
+        count = stream.read(8)
+        if key not in claimed or key in places or len(count) != 8:
             raise MalformedError(f"its storage {key!r} is missing")
-        if int.from_bytes(read(start, 8), "little", signed=True) != claimed[key].count:
+        if int.from_bytes(count, "little", signed=True) != claimed[key].count:
             raise MalformedError(f"its storage {key!r} has another size than its pickle claims")
         places[key] = (start + 8, claimed[key].claimed)
         start += 8 + claimed[key].claimed
     if claimed.keys() - places.keys():
         raise MalformedError(f"its storage {min(claimed.keys() - places.keys())!r} is missing")
-    return places
+    return found, places
 
 
-def _are_versions(item: tuple[Any, Any]) -> bool:
-    """Whether these are a module's name and what a state dict says of its form."""
-    name, versions = item
-    return type(name) is str and type(versions) is dict and all(type(one) in (int, bool) for one in versions.values())
+@functools.cache
+def constants() -> dict[str, Any]:
+    """Return torch's dtypes and quantisation schemes by name: values that run nothing."""
+    kinds = (torch.dtype, torch.qscheme)
+    return {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, kinds)}
+
+
+@functools.cache
+def storage_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a storage type such as torch.FloatStorage; raise Odd for anything else."""
+    module, _, kind = name.rpartition(".")
+    if kind == "UntypedStorage" and module in ("torch.storage", "torch"):
+        return torch.uint8
+    try:
+        if module not in ("torch", "torch.cuda"):
+            raise KeyError(name)
+        dtype: torch.dtype = torch.serialization.StorageType(kind).dtype
+        return dtype
+    except KeyError:
+        raise Odd(f"has a storage of the type {name}") from None
+
+
+def described_tensor(arguments: tuple[Any, ...], typed: bool = False) -> TensorRef | None:
+    """Return the tensor that `_rebuild_tensor`, `_rebuild_tensor_v2` or, `typed`, `_rebuild_tensor_v3` makes.
+
+    None where it is not called as torch.save does. For the last the storage is of bytes, and the dtype is given.
+    """
+    dtype = arguments[6] if typed and len(arguments) > 6 else None
+    arguments = (*arguments[:6], *arguments[7:]) if typed else arguments
+    requires_grad = False
+    metadata: Any = {}
+    match arguments:
+        case (StorageRef() as storage, offset, size, stride) if not typed:
+            pass
+        case (StorageRef() as storage, offset, size, stride, bool(requires_grad), hooks, *rest) if not hooks:
+            metadata = (rest[0] if rest else None) or {}
+        case _:
+            return None
+    fits = are_sizes(size) and are_sizes(stride) and len(size) == len(stride) and are_sizes((offset,))
+    flags = isinstance(metadata, dict) and all(type(k) is str and type(v) is bool for k, v in metadata.items())
+    if not fits or not flags or isinstance(dtype, torch.dtype) != typed:
+        return None
+    return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, metadata, dtype)
+
+
+def are_sizes(value: Any) -> bool:
+    """True for what can be the sizes or strides of a tensor."""
+    if not isinstance(value, tuple | list):
+        return False
+    return len(value) <= _MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def key_of(key: Any) -> Any:
+    """Return the key of a dict or item of a set; raise Odd for one whose hash or comparison could take long.
+
+    Text and bytes are hashed with a secret of the process; numbers are not, and a file could give all the same hash.
+    """
+    kind = type(key)
+    if kind in (str, bytes) and len(key) > _LONGEST_KEY:
+        raise Odd(f"has a key of {len(key):,} characters")
+    if kind is int:
+        plain = -(2**53) <= key <= 2**53
+    elif kind is tuple:
+        plain = len(key) <= 4 and all(
+            part is None
+            or (isinstance(part, int) and -(2**31) <= part <= 2**31)
+            or (type(part) is str and len(part) <= _LONGEST_KEY)
+            for part in key
+        )
+    else:
+        plain = kind in (str, bytes, float) or isinstance(key, _PLAIN_KEYS)
+    if not plain:
+        raise Odd("has a key that is neither text nor a small number")
+    return key
+
+
+def _line(stream: BinaryIO) -> str:
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise MalformedError("a pickle in it ends too soon")
+    return str(line[:-1], "utf-8")
 
 
 def _paired(flat: list[Any]) -> dict[Any, Any]:
@@ -406,10 +468,50 @@ def _paired(flat: list[Any]) -> dict[Any, Any]:
     return dict(zip(map(key_of, flat[::2]), flat[1::2], strict=True))
 
 
+def _contents(value: Any, kind: type) -> Any:
+    """Return the list, dict or set that a pickle may put items into; a record has a list and a dict."""
+    if isinstance(value, Record) and kind is not set:
+        return value.elements if kind is list else value.items
+    if not isinstance(value, kind):
+        raise Odd(f"puts items into {_called_text(value)}")
+    return value
+
+
+def _fill(target: Any, state: Any) -> None:
+    """Give an object its state, as BUILD does."""
+    if isinstance(target, Record):
+        if target.state is not None:
+            raise Odd(f"fills a {target.name} twice")
+        target.state = state
+    elif not isinstance(target, dict):
+        raise Odd(f"fills {_called_text(target)} with attributes")
+    elif type(target) is collections.OrderedDict and type(state) is dict:
+        # The versions of the modules' forms, by their names; anything else that hangs on a dict is no part of it.
+        versions = state.get("_metadata")
+        if isinstance(versions, dict) and all(
+            type(name) is str and type(one) is dict and all(type(number) in (int, bool) for number in one.values())
+            for name, one in versions.items()
+        ):
+            target._metadata = versions  # type: ignore[attr-defined]  # as torch does
+
+
 def _called_text(value: Any) -> str:
     return f"a {value.name if isinstance(value, Global) else type(value).__name__}"
 
 
+_UNKNOWN: Any = object()
+_OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
+    "TUPLE": tuple, "LIST": list, "DICT": _paired, "FROZENSET": lambda items: set(map(key_of, items)),
+}  # fmt: skip
+_OPERATIONS = {operation.code.encode("latin-1"): operation for operation in pickletools.opcodes}
+_PLAIN_KEYS = (bool, type(None), Global, Record, pathlib.PurePath, torch.dtype, torch.device)
+
+# Made empty where they are called without arguments. Frozen sets become sets, dicts with defaults become dicts.
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "collections.OrderedDict": collections.OrderedDict, "collections.Counter": collections.Counter,
+    "collections.defaultdict": dict, "builtins.dict": dict, "builtins.list": list, "builtins.tuple": tuple,
+    "builtins.bytes": bytes, "builtins.bytearray": bytearray, "builtins.set": set, "builtins.frozenset": set,
+}  # fmt: skip
 # Where pathlib keeps its classes depends on Python's version; a path is text, and never opened.
 _PATHS = {
     f"{module}.{name}": kind
@@ -418,86 +520,9 @@ _PATHS = {
     for module in ("pathlib", "pathlib._local")
 }
 TENSOR_CALLS = frozenset(f"torch._utils._rebuild_tensor{end}" for end in ("", "_v2", "_v3"))
-_KNOWN_CALLS = TENSOR_CALLS | _PATHS.keys() | {
-    "collections.OrderedDict", "collections.Counter", "collections.defaultdict", "builtins.set", "builtins.frozenset",
-    "builtins.complex", "builtins.bytes", "builtins.bytearray", "builtins.dict", "builtins.list", "builtins.tuple",
-    "_codecs.encode", "torch.Size", "torch.device", "torch.serialization._get_layout", "torch.storage._load_from_bytes",
+_KNOWN_CALLS = TENSOR_CALLS | _PATHS.keys() | _EMPTY.keys() | {
+    "builtins.complex", "_codecs.encode", "torch.Size", "torch.device", "torch.serialization._get_layout",
+    "torch.storage._load_from_bytes",
 }  # fmt: skip
 NAMES_READ = _KNOWN_CALLS | {"copyreg._reconstructor", "builtins.object"}
 """Names that the reader knows itself; it makes plain data of calls to them."""
-
-_U1, _U2, _U4, _U8, _I4, _F8 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<Q", "<i", ">d"))
-_STOP = ord(".")
-
-
-def _push(value: Callable[[Reader], Any]) -> Callable[[Reader], None]:
-    return lambda r: r._stack.append(value(r))
-
-
-def _put(index: Callable[[Reader], int]) -> Callable[[Reader], None]:
-    return lambda r: r._memo.__setitem__(index(r), r._stack[-1])
-
-
-_STEPS: dict[int, Callable[[Reader], object]] = {ord(code): step for code, step in {
-    "\x80": lambda r: r._take(1),
-    "\x95": lambda r: r._take(8),
-    "N": _push(lambda _: None),
-    "\x88": _push(lambda _: True),
-    "\x89": _push(lambda _: False),
-    "}": _push(lambda _: {}),
-    "]": _push(lambda _: []),
-    ")": _push(lambda _: ()),
-    "\x8f": _push(lambda _: set()),
-    "I": lambda r: r._push_int(r._line()),
-    "J": _push(lambda r: r._number(_I4)),
-    "K": _push(lambda r: r._number(_U1)),
-    "M": _push(lambda r: r._number(_U2)),
-    "L": lambda r: r._stack.append(int(r._line().rstrip("L"))),
-    "\x8a": lambda r: r._push_long(r._sized(_U1)),
-    "\x8b": lambda r: r._push_long(r._sized(_I4)),
-    "F": _push(lambda r: float(r._line())),
-    "G": _push(lambda r: r._number(_F8)),
-    "S": lambda r: r._push_quoted(),
-    "T": lambda r: r._push_ascii(_I4),
-    "U": lambda r: r._push_ascii(_U1),
-    "V": _push(lambda r: r._line("raw-unicode-escape")),
-    "X": lambda r: r._push_text(_U4),
-    "\x8c": lambda r: r._push_text(_U1),
-    "\x8d": lambda r: r._push_text(_U8),
-    "B": _push(lambda r: r._sized(_U4)),
-    "C": _push(lambda r: r._sized(_U1)),
-    "\x8e": _push(lambda r: r._sized(_U8)),
-    "\x96": _push(lambda r: bytearray(r._sized(_U8))),
-    "(": lambda r: r._marks.append(len(r._stack)),
-    "0": lambda r: r._stack.pop(),
-    "1": lambda r: r._since_mark(),
-    "2": lambda r: r._stack.append(r._stack[-1]),
-    "q": _put(lambda r: r._number(_U1)),
-    "r": _put(lambda r: r._number(_U4)),
-    "p": _put(lambda r: int(r._line())),
-    "\x94": _put(lambda r: len(r._memo)),
-    "h": _push(lambda r: r._memo[r._number(_U1)]),
-    "j": _push(lambda r: r._memo[r._number(_U4)]),
-    "g": _push(lambda r: r._memo[int(r._line())]),
-    "t": _push(lambda r: tuple(r._since_mark())),
-    "\x85": lambda r: r._push_tuple(1),
-    "\x86": lambda r: r._push_tuple(2),
-    "\x87": lambda r: r._push_tuple(3),
-    "l": _push(lambda r: r._since_mark()),
-    "d": _push(lambda r: _paired(r._since_mark())),
-    "\x91": _push(lambda r: set(map(key_of, r._since_mark()))),
-    "a": lambda r: r._extend([r._stack.pop()]),
-    "e": lambda r: r._extend(r._since_mark()),
-    "\x90": lambda r: r._add(r._since_mark()),
-    "s": lambda r: r._set_one(),
-    "u": lambda r: r._set(r._since_mark()),
-    "c": lambda r: r._push_global(r._line(), r._line()),
-    "\x93": lambda r: r._stack_global(),
-    "R": lambda r: r._call("call"),
-    "\x81": lambda r: r._call("new"),
-    "\x92": lambda r: r._call_with_keywords(),
-    "o": lambda r: r._call_since_mark(),
-    "i": lambda r: r._instance(),
-    "b": lambda r: r._build(),
-    "Q": lambda r: r._push_storage(),
-}.items()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""State dicts: found inside of training checkpoints, compared with a model, loaded into it."""
+"""State dicts: find them in training checkpoints, compare them with a model, load them into it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.extra_state import is_extra
+from asymswap.fileformats.messages import listed
 
 State = dict[str, Tensor]
 
 NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "model_ema", "network", "params")
 """Keys under which training scripts store the weights, the likeliest first."""
 
-# What DataParallel and torch.compile put before all keys, and wrappers that stand anywhere in a key.
+# What DataParallel and torch.compile put before all keys, and wrappers anywhere in a key.
 _PREFIXES = ("module.", "_orig_mod.")
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # What holds tensors by name as well, and is no network.
 _NO_NETWORKS = ("optim", "lr_sched", "sched", "scaler", "callback", "loop", "message_hub", "meta", "metric", "rng")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DEEPEST = 4
-_SAVE = "save the state_dict of a model in float32, float16 or bfloat16"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint file holds: a state dict or a whole module, the key under which it was found, and notes.
-
-    `extra` is the extra state of modules that stands in the state dict beside the tensors.
-    """
+    """A state dict or whole module in a checkpoint file, its key there, notes, and the modules' extra state."""
 
     value: State | nn.Module
     key: str = ""
@@ -44,17 +41,14 @@ class Found:
 
 
 def find_weights(value: Any, label: str, key: str | None = None) -> Found:
-    """The state dict or module inside of a loaded checkpoint: the likeliest, or that under `key`, a dotted path.
-
-    Where several are inside and no key is given, a note names the others. Raises SourceError where there is none.
-    """
+    """Return the likeliest state dict or module in a loaded checkpoint, or the one under `key`; raise SourceError."""
     inside = value if key is None else _at(value, key)
     found = list(_candidates(inside, key or "", 0))
     if not found and key is not None:
         return _behind(list(_candidates(value, "", 0)), key, label)
     if found:
         others = [other.key for other in found[1:] if not _shared(other.value, found[0].value)]
-        note = f"other weights in {label}: {_listed(others)} (--key chooses)"
+        note = f"other weights in {label}: {listed(others, 6)} (`key=…` chooses)"
         return replace(found[0], notes=(note,) if others else ())
     if not isinstance(value, Mapping):
         raise SourceError(f"{label} holds a {type(value).__name__}, neither a state_dict nor a module")
@@ -63,7 +57,7 @@ def find_weights(value: Any, label: str, key: str | None = None) -> Found:
 
 
 def _at(value: Any, path: str) -> Any:
-    """What stands at a dotted path of nested dicts, whose keys may have dots themselves; None where nothing does."""
+    """Return what is at a dotted path of nested dicts, whose keys may have dots themselves; None for nothing."""
     if not isinstance(value, Mapping):
         return None
     names = [name for name in value if isinstance(name, str) and f"{path}.".startswith(f"{name}.")]
@@ -75,7 +69,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
-    """Every state dict and module in nested dicts, the likeliest first."""
+    """Yield every state dict and module in nested dicts, the likeliest first."""
     if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
         yield Found(value.module, key)
     elif isinstance(value, nn.Module):
@@ -90,45 +84,38 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
         for name in names:
             for found in _candidates(value[name], f"{key}.{name}" if key else name, depth + 1):
                 # Elsewhere than in the usual places, tensors by name may be some statistics.
-                if (
-                    name in NESTS
-                    or isinstance(found.value, nn.Module)
-                    or any(t.ndim >= 2 for t in found.value.values())
-                ):
+                state = {} if isinstance(found.value, nn.Module) else found.value
+                if name in NESTS or not state or any(tensor.ndim >= 2 for tensor in state.values()):
                     yield found
 
 
 def _as_state(value: Mapping[Any, Any]) -> State:
-    """The mapping as a state dict, without what modules store beside tensors; empty where it is none.
-
-    Numbers and words may stand beside the weights (`{**state, "epoch": 3}`), and weights may be numpy's arrays.
-    """
-    kept = {name: item for name, item in value.items() if not is_extra(str(name))}
-    tensors = {name: _as_tensor(item) for name, item in kept.items()}
-    state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    others = [item for name, item in kept.items() if tensors[name] is None]
+    """Return the mapping as a state dict, without anything beside tensors and arrays; empty where it is none."""
+    state: State = {}
+    others = []
+    for name, item in value.items():
+        if is_extra(str(name)):
+            continue
+        if isinstance(item, np.ndarray) and item.dtype.kind in "biuf":
+            state[name] = torch.from_numpy(np.ascontiguousarray(item).reshape(item.shape))
+        elif isinstance(item, Tensor):
+            state[name] = item
+        else:
+            others.append(item)
     weights = not others or any(tensor.ndim >= 2 for tensor in state.values())
-    # A number or a text may stand beside weights, as an epoch does.
+    # Numbers and text may be beside the weights: `{**state, "epoch": 3}`.
     remarks = all(item is None or isinstance(item, bool | int | float | str | np.generic) for item in others)
     return state if weights and remarks and all(isinstance(name, str) for name in state) else {}
 
 
-def _as_tensor(value: Any) -> Tensor | None:
-    """A tensor, or a tensor of a numpy array of numbers; None for anything else."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-    return value if isinstance(value, Tensor) else None
-
-
 def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
-    """Whether two finds are one and the same, stored under two names."""
     if isinstance(one, nn.Module) or isinstance(other, nn.Module):
         return one is other
     return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
 
 
 def _behind(found: list[Found], key: str, label: str) -> Found:
-    """The part of a state dict whose keys begin with what a path ends in; raises SourceError where none does."""
+    """Return the part of a state dict whose keys begin with the end of a path; raise SourceError for none."""
     for one in found:
         inside = f"{one.key}." if one.key else ""
         if isinstance(one.value, dict) and key.startswith(inside):
@@ -142,24 +129,18 @@ def _behind(found: list[Found], key: str, label: str) -> Found:
         if not isinstance(one.value, nn.Module):
             firsts = dict.fromkeys(name.partition(".")[0] for name in one.value if "." in name)
             known += [f"{one.key}.{first}" if one.key else first for first in firsts]
-    all_of_them = f"; it has {_listed(known)}" if known else "; it has no keys to choose from"
-    hint = near_names(key, keys) or near_names(key, known) or all_of_them
-    raise SourceError(f"{label} has no state_dict under --key {key!r}{hint}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    it_has = f"; it has {listed(known, 6)}" if known else "; it has no keys to choose from"
+    hint = near_names(key, keys) or near_names(key, known) or it_has
+    raise SourceError(f'{label} has no state_dict under `key="{key}"`{hint}')
 
 
 def strip_prefixes(state: State) -> State:
-    """Remove what DataParallel (`module.`), torch.compile (`_orig_mod.`) and FSDP put into every key.
-
-    An `AveragedModel`, as moving averages are kept, is a `module.` too, with a counter `n_averaged` beside it.
-    """
+    """Remove what DataParallel (`module.`), torch.compile (`_orig_mod.`) and FSDP put into every key."""
     unwrapped = {_WRAPPERS.sub(r"\1", key): tensor for key, tensor in state.items()}
-    # Where keys would fall together they are no wrappers but names of the network's own.
+    # Where two keys would become one, they are no wrappers but names of the network's own.
     state = unwrapped if len(unwrapped) == len(state) else state
     while True:
+        # An AveragedModel is a `module.` too, with this counter beside it.
         keys = [key for key in state if key != "n_averaged"]
         prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
         if prefix is None:
@@ -179,12 +160,8 @@ class Difference:
         return bool(self.missing or self.unexpected or self.shapes)
 
     def __str__(self) -> str:
-        """The first few differences of each sort, for a message."""
-        parts = [
-            f"{name}: {', '.join(keys[:2])}" + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
-            for name, keys in (("missing", self.missing), ("unexpected", self.unexpected))
-            if keys
-        ]
+        both = (("missing", self.missing), ("unexpected", self.unexpected))
+        parts = [f"{name}: {listed(keys, 2)}" for name, keys in both if keys]
         parts += [f"{key} is {_text(have)}, the model's {_text(want)}" for key, have, want in self.shapes[:2]]
         if len(self.shapes) > 2:
             parts.append(f"{len(self.shapes) - 2} more shapes differ")
@@ -208,13 +185,12 @@ def compare(model: nn.Module, state: State) -> Difference:
 def check_numbers(model: nn.Module) -> None:
     """Raise SourceError where a module has weights that are no numbers to compute with."""
     for key, tensor in model.state_dict().items():
-        reason = _refuse(tensor, tensor) if isinstance(tensor, Tensor) and not is_extra(key) else None
-        if reason:
-            raise SourceError(f"{key!r} {reason}; {_SAVE}")
+        if isinstance(tensor, Tensor) and not is_extra(key):
+            _check_tensor(key, tensor, tensor)
 
 
 def own_tensors(model: nn.Module) -> State:
-    """Every parameter and stored buffer of a model by all of its names, in the order of the state dict."""
+    """Return every parameter and stored buffer of a model by all of its names, in the order of the state dict."""
     found: State = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = {**module._parameters, **module._buffers}
@@ -224,9 +200,9 @@ def own_tensors(model: nn.Module) -> State:
 
 
 def stored_tensors(model: nn.Module) -> State:
-    """The tensors of a model's state dict, extra state aside; raises SourceError where they could not be loaded again.
+    """Return the tensors of a model's state dict, extra state aside; raise SourceError if they could not be loaded.
 
-    That is so where a hook or a method of the user's own renames entries, leaves some out, or adds what is no tensor.
+    A hook or method of the user's own may rename entries, leave some out, or add what is no tensor.
     """
     own = own_tensors(model)
     state = {key: value for key, value in model.state_dict().items() if not is_extra(key)}
@@ -243,19 +219,14 @@ def stored_tensors(model: nn.Module) -> State:
 def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     """Load a state dict that `compare` found fitting, in place, keeping the state's dtypes and the model's ties.
 
-    With `take` the state's tensors become the model's own instead of being copied, wherever nothing else could notice:
-    for a model and a state that nobody else holds. Raises SourceError, before anything is changed, for tensors that are
-    no weights to compute with.
+    `take`: the state's tensors may become the model's own instead of being copied, since nobody else holds model or
+    state. Raises SourceError, before anything is changed, for tensors that are no weights to compute with.
     """
     # Under every name, for a tied tensor has several.
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors: State = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
     for key, tensor in state.items():
-        reason = _refuse(tensor, tensors[key])
-        if reason:
-            raise SourceError(f"{key!r} {reason}; {_SAVE}")
+        _check_tensor(key, tensor, tensors[key])
     heirs = defaultdict[int, set[int]](set)
     for key, tensor in state.items():
         heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
@@ -275,22 +246,23 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
 
 
 def _can_become(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor of a file can take the place of the model's `own`, so that only its numbers are others."""
     # A part of a larger memory would keep all of it alive, and be written with all of it.
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     alike = tensor.stride() == own.stride() and tensor.device == own.device and own.is_floating_point()
     return whole and alike and type(tensor) in (Tensor, nn.Parameter)
 
 
-def _refuse(tensor: Tensor, own: Tensor) -> str | None:
-    """Why a tensor of a file cannot become the model's `own`, or None where it can."""
+def _check_tensor(key: str, tensor: Tensor, own: Tensor) -> None:
+    """Raise SourceError for a tensor of a file that cannot become the model's `own`."""
     if tensor.is_meta:
-        return "is on the meta device and holds no numbers"
-    if tensor.layout is not torch.strided:
-        return f"is sparse ({tensor.layout})"
-    if tensor.is_quantized or (own.is_floating_point() and tensor.dtype not in _FLOATS):
-        return f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
-    return None
+        reason = "is on the meta device and holds no numbers"
+    elif tensor.layout is not torch.strided:
+        reason = f"is sparse ({tensor.layout})"
+    elif tensor.is_quantized or (own.is_floating_point() and tensor.dtype not in _FLOATS):
+        reason = f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
+    else:
+        return
+    raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")
 
 
 def _text(shape: tuple[int, ...]) -> str:

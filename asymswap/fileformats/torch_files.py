@@ -1,4 +1,4 @@
-"""Loading what torch.save or pickle.dump wrote, without running anything of it.
+"""Load what torch.save or pickle.dump wrote, without running anything of it.
 
 | form | pickle | numbers |
 | --- | --- | --- |
@@ -6,30 +6,47 @@
 | torch.save's old form | five pickles at the beginning of the file | behind them, in the order of the last pickle |
 | pickle.dump | the file | in the pickle: an old form for each storage, or numpy's bytes |
 
-The pickle is read by `pickle_reader`, what it describes is made by `pickle_objects`.
-Objects of other classes stay records, unless a file names something that runs code: such a file is refused. torch's own
-unpickler is called only where the user says `--trust-pickle`.
+The pickle is read by `pickle_reader`, what it describes is made by `pickle_objects`. Objects of other classes stay
+records, unless a file names something that runs code: such a file is refused. torch's own unpickler is called only with
+`trust_pickle`.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
+import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
+from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, named_in
-from asymswap.fileformats.pickle_parts import MalformedError, Odd, StorageRef
-from asymswap.fileformats.pickle_reader import Reader, old_places, read_old
-from asymswap.fileformats.zip_entries import LARGEST_PICKLE, Entries, opened
+from asymswap.fileformats.messages import listed, reason_of
+from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, is_allowed_module, named_in
+from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef, read_old
+from asymswap.utils.tensors import allocated, copy_with
 
-_INSTEAD = "save model.state_dict() instead and give it with --arch, or, if you trust the file, use --trust-pickle"
+_INSTEAD = (
+    "save model.state_dict() instead and give it with `arch=…`, or, if you trust the file, use `trust_pickle=True`"
+)
+
+LARGEST_PICKLE = 32 * 2**20
+"""Bytes of a pickle that is larger than its archive, being compressed; others can't be larger."""
+
+_UNPACKED, _UNPACKED_RATIO = 64 * 2**20, 8
+"""torch.save compresses nothing. What somebody compressed afterwards may be larger than this, and by this factor."""
+
+_LOCAL = struct.Struct("<4s5H3I2H")
 
 # A file that names another one of these modules or names wants more than to store something, and is not read at all.
 _STORING = {
@@ -46,32 +63,135 @@ _RUNS_CODE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a file holds; `unread` names the classes and types of what stayed records.
+class Entries:
+    """The entries of an archive, by their whole names; a storage is read once."""
 
-    `executed`: it was unpickled without restriction, so that code in it ran.
+    def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
+        self._archive = archive
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        self._infos = {info.filename: info for info in infos}
+        self._storages: dict[str, torch.UntypedStorage] = {}
+        self._verify = verify
+        self.size = size
+        # torch ignores case where it looks an entry up.
+        if len({info.filename.lower() for info in infos}) != len(infos):
+            raise Odd("is an archive with two entries of one name")
+        if min((info.header_offset for info in infos), default=0):
+            # Python looks for the list of entries from the end, torch where the end says it is.
+            raise Odd("is an archive with something before it, which two readers read in two ways")
+        unpacked = sum(info.file_size for info in infos)
+        if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
+            raise Odd(f"is an archive of {size:,} bytes that would unpack to {unpacked:,}")
+        if sum(info.file_size for info in infos if info.compress_type == zipfile.ZIP_STORED) > size:
+            raise MalformedError("its entries claim more bytes than the file has")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def ending(self, *suffixes: str) -> str | None:
+        """Return the first entry whose name ends so, at the border of a part of its name."""
+        for suffix in suffixes:
+            for name in self._infos:
+                if name == suffix or name.endswith(suffix if suffix.startswith("_") else f"/{suffix}"):
+                    return name
+        return None
+
+    def length(self, name: str) -> int | None:
+        """Return how many bytes an entry has; None where there is none."""
+        return self._infos[name].file_size if name in self._infos else None
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of an entry; raise MalformedError where it is missing."""
+        return self._archive.read(self._info(name))
+
+    def pickle(self, name: str) -> bytes:
+        """Return the bytes of a pickle; raise Odd where they are more than any checkpoint has beside its tensors."""
+        length = self._info(name).file_size
+        if length > max(LARGEST_PICKLE, self.size):
+            raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
+        return self.read(name)
+
+    def storage(self, name: str, needed: int) -> torch.UntypedStorage:
+        """Return the bytes of an entry, of which `needed` are claimed, as memory for tensors."""
+        info = self._info(name)
+        if info.file_size < needed:
+            raise MalformedError(f"entry {name} is shorter than its {needed} bytes")
+        if name in self._storages:
+            return self._storages[name]
+        memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
+        self._storages[name] = memory.untyped_storage()
+        if not info.file_size:
+            return self._storages[name]
+        place: Any = memory.numpy()
+        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+            # The bytes are read into their place, so that they are in memory once.
+            file = cast(BinaryIO, self._archive.fp)
+            file.seek(info.header_offset)
+            signature, *_, name_length, extra_length = _LOCAL.unpack(file.read(_LOCAL.size))
+            if signature != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
+                raise MalformedError(f"entry {info.filename} is not where the list of entries says")
+            file.seek(extra_length, 1)
+            if file.readinto(place) != info.file_size:  # type: ignore[attr-defined]
+                raise MalformedError(f"entry {info.filename} is cut off")
+        else:
+            content = self._archive.read(info)
+            if len(content) != info.file_size:
+                raise MalformedError(f"entry {info.filename} is cut off")
+            place[:] = memoryview(content)
+        if self._verify and zlib.crc32(place) != info.CRC:
+            raise MalformedError(f"Bad CRC-32 for file {info.filename!r}")
+        return self._storages[name]
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        if name not in self._infos:
+            raise MalformedError(f"entry {name} is missing")
+        return self._infos[name]
+
+
+@contextmanager
+def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
+    """Open an archive; whatever goes wrong with a damaged one is a MalformedError.
+
+    `verify`: compare the checksums of storages too, which torch does not; it takes half as long again as reading them.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            yield Entries(archive, file.stat().st_size if isinstance(file, Path) else file.seek(0, 2), verify)
+    except (SourceError, Odd, MalformedError, MemoryError):
+        raise
+    except Exception as error:
+        # What is damaged can make zipfile and torch raise about anything.
+        raise MalformedError(reason_of(error)) from None
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """What a file holds, before anything is made of it.
+
+    `unread` names the classes and types of what stayed records; `executed`: it was unpickled without restriction, so
+    code in it ran; `metadata` is from a safetensors file.
     """
 
     value: Any
     unread: tuple[str, ...] = ()
     executed: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_object(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> Any:
-    """What is in a file, on the CPU, where all of it can be read; see `load`."""
+    """Return what is in a file, on the CPU, where all of it can be read; see `load`."""
     loaded = load(file, kind, trust_pickle, label, instead)
     if loaded.unread:
         raise refusal(loaded.unread, label, instead)
     return loaded.value
 
 
-def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> Loaded:
-    """What torch.save or pickle.dump wrote into a file, on the CPU.
+def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, instead: str = _INSTEAD) -> RawFile:
+    """Return what torch.save or pickle.dump wrote into a file, on the CPU.
 
-    Raises SourceError where the file is damaged, or where it holds what torch.save does not write or what runs code,
-    and the user has not said `--trust-pickle`; `instead` is what it then says to do. With `trust_pickle`, what is not
-    read otherwise is unpickled, and Python code of the file may run.
+    Raises SourceError for a damaged file, for what torch.save does not write and for what runs code; `instead` is what
+    it says to do. With `trust_pickle`, what is not read otherwise is unpickled, and code of the file may run.
     """
     try:
         loaded = _read(file, kind, label)
@@ -79,11 +199,11 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
             if any(map(wants_code, loaded.unread)):
                 raise refusal(loaded.unread, label, instead)
         elif loaded.unread:
-            return Loaded(_load_trusting(file, label), executed=True)
+            return RawFile(_load_trusting(file, label), executed=True)
         return loaded
     except Odd as error:
         if trust_pickle:
-            return Loaded(_load_trusting(file, label), executed=True)
+            return RawFile(_load_trusting(file, label), executed=True)
         raise SourceError(
             f"{label} {error}, which torch.save never writes; nothing of it was executed; {instead}"
         ) from None
@@ -94,27 +214,16 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
             file.seek(0)
 
 
-def is_plain(file: BinaryIO, label: str) -> bool:
-    """Whether all of a torch.save file of the zip form can be read."""
-    try:
-        return not _read(file, FileKind.TORCH, label).unread
-    except (Odd, MalformedError, SourceError):
-        return False
-    finally:
-        file.seek(0)
-
-
 def refusal(unread: Iterable[str], label: str, instead: str = _INSTEAD) -> SourceError:
-    """The error for a file with classes that are not allowed."""
-    names = sorted(unread)
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """Return the error for a file with classes that are not allowed."""
+    needs = listed(sorted(unread), 3)
     return SourceError(
-        f"{label} is a pickle that needs {shown}, outside of the allowlist; nothing of it was executed; {instead}"
+        f"{label} is a pickle that needs {needs}, outside of the allowlist; nothing of it was executed; {instead}"
     )
 
 
 def wants_code(name: str) -> bool:
-    """Whether a global is of the kind that runs something, rather than stores something."""
+    """True for a global of the kind that runs something, rather than stores something."""
     module, _, attribute = name.rpartition(".")
     root = module.partition(".")[0]
     stores = attribute in _STORING.get(module, ()) or root in _STORING_MODULES
@@ -127,17 +236,14 @@ def import_from_here() -> None:
         sys.path.insert(0, str(Path.cwd()))
 
 
-def read_archive(entries: Entries, label: str, folder: str, scripted: bool = False) -> Loaded:
-    """What `data.pkl` in a folder of an archive describes; raises Odd and MalformedError.
-
-    `scripted`: it is TorchScript's, which names functions of its own.
-    """
+def read_archive(entries: Entries, label: str, folder: str, scripted: bool = False) -> RawFile:
+    """Return what `data.pkl` in a folder describes, `scripted` by TorchScript or not; raise Odd or MalformedError."""
     order = f"{folder}byteorder"
     if entries.length(order) is not None and entries.read(order) != b"little":
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
     content = entries.pickle(f"{folder}data.pkl")
     reader = Reader(len(content))
-    root, _ = reader.read(content)
+    root = reader.read(io.BytesIO(content))
 
     def check(storage: StorageRef) -> None:
         held = entries.length(f"{folder}data/{storage.key}")
@@ -149,7 +255,7 @@ def read_archive(entries: Entries, label: str, folder: str, scripted: bool = Fal
     return _built(root, reader, label, check, lambda s: entries.storage(f"{folder}data/{s.key}", s.claimed), scripted)
 
 
-def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> Loaded:
+def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
     if kind is FileKind.TORCH:
         with opened(file, verify=False) as entries:
             roots = {name.partition("/")[0] for name in entries}
@@ -162,7 +268,7 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> Loaded:
         if kind is FileKind.PICKLE:
             content = stream.read()
             reader = Reader(len(content))
-            root, _ = reader.read(content)
+            root = reader.read(io.BytesIO(content))
 
             def refuse(storage: StorageRef) -> Any:
                 raise Odd(f"asks for the storage {storage.key!r}, which no pickle by itself holds")
@@ -171,38 +277,25 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> Loaded:
         return _read_old_form(stream, label, file.stat().st_size)
 
 
-def _read_old_form(stream: BinaryIO, label: str, size: int) -> Loaded:
+def _read_old_form(stream: BinaryIO, label: str, size: int) -> RawFile:
     for most in (2**20, LARGEST_PICKLE):
         stream.seek(0)
-        head = stream.read(most)
-        reader = Reader(len(head))
+        reader = Reader(min(most, size))
         try:
-            root, keys, end = read_old(reader, head)
+            root, places = read_old(reader, stream, most)
             break
         except MalformedError:
             # Few pickles are longer than the first try.
-            if most == LARGEST_PICKLE or len(head) < most:
+            if most == LARGEST_PICKLE or size < most:
                 raise
 
-    def at(start: int, length: int) -> bytes:
-        stream.seek(start)
-        return stream.read(length)
-
-    claimed = sum({s.key: s.claimed for s in reader.storages}.values())
-    if end + claimed > size:
-        raise MalformedError(f"its tensors take {claimed:,} bytes, more than it has")
-    places = old_places(keys, end, reader.storages, at)
-    made: dict[str, torch.UntypedStorage] = {}
-
     def memory(storage: StorageRef) -> torch.UntypedStorage:
-        if storage.key not in made:
-            start, length = places[storage.key]
-            tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
-            stream.seek(start)
-            if length and stream.readinto(tensor.numpy()) != length:  # type: ignore[attr-defined]
-                raise MalformedError(f"its storage {storage.key!r} is cut off")
-            made[storage.key] = tensor.untyped_storage()
-        return made[storage.key]
+        start, length = places[storage.key]
+        tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
+        stream.seek(start)
+        if length and stream.readinto(tensor.numpy()) != length:  # type: ignore[attr-defined]
+            raise MalformedError(f"its storage {storage.key!r} is cut off")
+        return tensor.untyped_storage()
 
     return _built(root, reader, label, lambda _: None, memory)
 
@@ -214,23 +307,24 @@ def _built(
     check: Callable[[StorageRef], None],
     memory: Callable[[StorageRef], torch.UntypedStorage],
     scripted: bool = False,
-) -> Loaded:
-    """What a pickle describes, after every storage in it was checked."""
+) -> RawFile:
+    """Return what a pickle describes, after checking every storage in it."""
     for storage in reader.storages:
         check(storage)
     held = sum({s.key: s.claimed for s in reader.storages}.values())
     names = named_in(root) if COMPILED in reader.names else reader.names
     unread = {name for name in names if not is_allowed(name)}
     if any(map(wants_code, unread)) and not scripted:
-        return Loaded(None, tuple(sorted(unread)))
-    inside: dict[str, torch.UntypedStorage] = {}
+        return RawFile(None, tuple(sorted(unread)))
+    made: dict[tuple[str, bool], torch.UntypedStorage] = {}
 
     def found(storage: StorageRef) -> torch.UntypedStorage:
-        if storage.data is None:
-            return memory(storage)
-        if storage.key not in inside:
-            inside[storage.key] = torch.frombuffer(bytearray(storage.data), dtype=torch.uint8).untyped_storage()
-        return inside[storage.key]
+        key = (storage.key, storage.data is None)
+        if storage.data is not None and key not in made:
+            made[key] = torch.frombuffer(bytearray(storage.data), dtype=torch.uint8).untyped_storage()
+        elif key not in made:
+            made[key] = memory(storage)
+        return made[key]
 
     builder = Builder(found, held + reader.nested_bytes, label, bool(unread))
     try:
@@ -242,28 +336,49 @@ def _built(
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         # What torch and numpy say of arguments that have the right form and the wrong values.
-        raise MalformedError(" ".join(str(error).split())[:160] or type(error).__name__) from None
-    return Loaded(value, tuple(sorted(unread | builder.unread)))
+        raise MalformedError(reason_of(error)) from None
+    return RawFile(value, tuple(sorted(unread | builder.unread)))
 
 
 def _load_trusting(file: Path | BinaryIO, label: str) -> Any:
-    """Unpickle without restriction: any code may run, and may fail."""
     import_from_here()
     try:
         with warnings.catch_warnings():
             # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=False)
-    except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"{label} needs code that cannot be imported here: {_last_words(error)}; run asymswap in its project"
-        ) from error
     except Exception as error:
-        raise SourceError(
-            f"{label} cannot be unpickled: {_last_words(error)}; code in it may have been executed (--trust-pickle)"
-        ) from error
+        # Any code may run, and may fail.
+        if isinstance(error, ImportError | AttributeError):
+            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
+        else:
+            what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
+        raise SourceError(f"{label} {what}") from error
 
 
-def _last_words(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+def to_structure(model: nn.Module) -> bytes | None:
+    """Return the structure of a module without its weights as bytes, for models that were pickled whole.
+
+    It is what torch.save makes of the module with every tensor of its state dict on the meta device. None for a module
+    of classes outside of the allowlist, and where it holds anything that could not be read back.
+    """
+    if not is_allowed_module(model):
+        return None
+    stored = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+    buffer = io.BytesIO()
+    try:
+        torch.save(copy_with(model, stored, lambda tensor: tensor.to("meta")), buffer)
+        unread = _read(buffer, FileKind.TORCH, "the model's structure").unread
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError, Odd, MalformedError, SourceError):
+        # Hooks and other attributes of the user's own may not even be picklable.
+        return None
+    return None if unread else buffer.getvalue()
+
+
+def from_structure(data: bytes) -> nn.Module:
+    """Return the module of that structure, with unset weights on the CPU; raise SourceError for what is not allowed."""
+    label = "the checkpoint's stored structure"
+    module = load_object(io.BytesIO(data), FileKind.TORCH, trust_pickle=False, label=label)
+    if not isinstance(module, nn.Module):
+        raise SourceError(f"{label} is a {type(module).__name__}, not a module")
+    return allocated(module)

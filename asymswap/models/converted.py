@@ -1,4 +1,4 @@
-"""Converted models and their files: construct, swap the structure, strict load; written only where that works."""
+"""Converted models and their files: construct, swap the structure, load strictly; write only where that works."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from torch import nn
 
 import asymswap
 from asymswap.checkpoint import Header, Stored, write_checkpoint
-from asymswap.errors import (
-    AsymswapError,
-    CheckpointError,
-    OutputError,
-    PlanError,
-    SourceError,
-)
+from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError
 from asymswap.fileformats import extra_state
+from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, compare, load_state_
 from asymswap.graph.surgery import swap
 from asymswap.models import builders
@@ -26,17 +21,17 @@ from asymswap.planning.apply import apply_structure
 from asymswap.types import Origin
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
-HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give --arch"
+HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give `arch=…`"
 
 
 def versions(origin: Origin) -> dict[str, str]:
-    """The versions of all that a checkpoint of this origin was made with, for its provenance."""
+    """Return the versions of all that a checkpoint of this origin was made with, for its provenance."""
     own = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     return own | builders.versions(origin)
 
 
 def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:
-    """The converted model with its weights, in eval mode and trainable.
+    """Return the converted model with its weights, in eval mode and trainable.
 
     `model` is the unconverted model, of any weights, where only the user can build it; it is not changed. Raises
     CheckpointError where the parts do not fit each other.
@@ -68,12 +63,9 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
 
 
 def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
-    """How the state dict differs from the model that the header speaks of, found without memory for that model.
-
-    None where that cannot be found out so. Raises AsymswapError where the model cannot be rebuilt.
-    """
+    """Compare the state dict with the header's model, without memory for that model; None where that cannot be done."""
     try:
-        # Sizes worked out with tensors, as RegNet's are, stay real.
+        # Sizes computed with tensors, as RegNet's are, stay real.
         with WithoutMemory(torch.empty, torch.empty_like):
             base = rebuild(stored.header.origin, stored.header.skeleton) if model is None else meta_copy(model)
     except Exception:
@@ -84,21 +76,18 @@ def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference |
             for plan in stored.header.plans:
                 base = apply_structure(base, plan)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"its plan asks for what cannot be built ({' '.join(str(error).split())[:160]})") from None
+        raise PlanError(f"its plan asks for what cannot be built ({reason_of(error)})") from None
     return compare(base, stored.state)
 
 
 def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
-    """Write a converted model; the suffix chooses the form.
-
-    Raises OutputError where the file cannot be written, or would not load again.
-    """
+    """Write a converted model; raise OutputError where the file cannot be written, or would not load again."""
 
     def check(stored: Stored) -> None:
         try:
             difference = _try_without_memory(stored, None)
         except AsymswapError:
-            # Only the user can build it: what was converted is what must be built again.
+            # Only the user can build it again: it must be what was converted.
             difference = compare(model, stored.state)
         lacking = sorted(extra_state.owners(model).keys() ^ stored.extra.keys())
         if difference or lacking:

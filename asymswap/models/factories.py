@@ -1,15 +1,15 @@
-"""Models that the user's own code builds: the one place where code that does not come with asymswap is run.
+"""Modules of the user's own: given ones, and those that code builds which does not come with asymswap.
+
+This is the one place where such code is run.
 
 | reference | what runs |
 | --- | --- |
 | `package.module:callable` | the module is imported, the working directory counting, and the callable called |
 | `path/to/net.py:callable` | the file is run and the callable called, but only with `trust_code` |
 
-A dotted name says by its form that code is imported, as with `python -m`: whoever writes it has asked for that. A path
-looks like data. Python files come with downloaded weights, and nobody expects that naming one beside them runs it;
-so that takes a word more.
-
-A reference that stands in a file is never looked up here: only what the user names, now, is run.
+The form of a dotted name says that code is imported, as with `python -m`. A path looks like data: Python files come
+with downloaded weights, and nobody expects that naming one runs it. A reference in a file is never looked up here: only
+what the user names, now, is run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath, PureWindowsPath
 from types import ModuleType
 from typing import Any
@@ -30,64 +30,81 @@ from torch import nn
 
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.state_dict import State, compare
-from asymswap.fileformats.torch_files import import_from_here
-from asymswap.models.family import Arguments, Family, Fit
-from asymswap.models.modules import describe_module
+from asymswap.fileformats.torch_files import import_from_here, to_structure
+from asymswap.models import timm_models
+from asymswap.models.family import Arguments, Family, Fit, input_channels
 from asymswap.models.opened import OpenedModel
-from asymswap.models.timm_models import PREFIX
+from asymswap.models.preprocessing import with_channels
+from asymswap.models.torchvision_models import assumed_preprocessing
 from asymswap.types import Origin, Preprocessing
 from asymswap.utils.tensors import deep_copy
 
 _PREFIXES = ("cifar", "timm", "torchvision")
 
-# What the origin of a whole module begins with: it is written into files, and names no module to import.
+# The prefixes of a whole module's origin: written into files, no names of modules to import.
 _ORIGINS = ("class", "skeleton")
 
 
-@dataclass(frozen=True)
-class _Code:
-    """A reference taken apart: a module's name or a file's path, and what in it builds the model."""
+def _parse(reference: str) -> tuple[str, str]:
+    """Split a reference into a module's name or a file's path, and what in it builds the model."""
+    if _is_python_file(reference):
+        # The only colon there may be is a drive letter's.
+        return reference, ""
+    home, _, attribute = reference.rpartition(":")
+    return home, attribute
 
-    reference: str
-    home: str
-    attribute: str
 
-    @property
-    def is_file(self) -> bool:
-        return _is_python_file(self.home)
+def _is_python_file(text: str) -> bool:
+    return PurePath(text).suffix.lower() == ".py"
 
 
 def names_code(reference: str) -> bool:
-    """Whether a reference names code that builds a model: `package.module:callable` or `path/to/net.py:callable`."""
+    """True for a reference to code that builds a model: `package.module:callable` or `path/to/net.py:callable`."""
     prefix, colon, _ = reference.partition(":")
     return names_python_file(reference) or (bool(colon) and prefix not in _PREFIXES + _ORIGINS)
 
 
 def names_python_file(reference: str) -> bool:
-    """Whether a reference names a Python file, with or without what in it builds the model."""
-    return _parse(reference).is_file
+    """True for a reference to a Python file, with or without what in it builds the model."""
+    return _is_python_file(_parse(reference)[0])
 
 
 def same_callable(one: str, other: str) -> bool:
-    """Whether two references name the same callable, for all that can be seen: a file may have another path by now."""
-    first, second = _parse(one), _parse(other)
-    if not (first.is_file and second.is_file):
+    """True where two references name the same callable, as far as one can see: a file may have moved."""
+    if not (names_python_file(one) and names_python_file(other)):
         return one == other
     # A checkpoint may come from a machine with the other sort of paths.
-    names = [PureWindowsPath(code.home).name for code in (first, second)]
-    return names[0] == names[1] and first.attribute == second.attribute
+    first, second = ((PureWindowsPath(home).name, attribute) for home, attribute in (_parse(one), _parse(other)))
+    return first == second
 
 
 def how_built(reference: str) -> tuple[str, ...]:
-    """What the report says of a model that a Python file has built; nothing for other references."""
-    code = _parse(reference)
-    return (f"built by running {code.home}, which --trust-code allowed",) if code.is_file else ()
+    """Say, for the report, that a Python file has built a model; nothing for other references."""
+    home, _ = _parse(reference)
+    return (f"built by running {home}, which `trust_code=True` allowed",) if _is_python_file(home) else ()
+
+
+def describe_module(model: nn.Module, weights: str) -> OpenedModel:
+    """Describe a module that exists already: its structure is stored where the allowlist can read it back."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    # Mostly 224 x 224 and ImageNet's statistics, as most networks take; it says what of it is a guess.
+    preprocessing = with_channels(assumed_preprocessing(model), input_channels(model))
+    skeleton = to_structure(model)
+    if skeleton is not None:
+        return OpenedModel(model, Origin(f"skeleton:{name}"), preprocessing, weights, skeleton=skeleton)
+    origin = timm_models.origin_of(model)
+    if origin is not None:
+        return OpenedModel(model, origin, timm_models.preprocessing_of(model, origin.arguments), weights)
+    if timm_models.made_by_timm(model) is not None:
+        preprocessing = timm_models.preprocessing_of(model, {})
+    note = f"load the result with asymswap.load(path, model=…), for {name} is not made of allowlisted classes alone"
+    return OpenedModel(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
 
 
 class UserCode(Family):
     """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model.
 
-    What the code prints goes to stderr, for stdout is the report's.
+    Its prints go to stderr, since stdout is the report's.
     """
 
     private = False
@@ -97,44 +114,38 @@ class UserCode(Family):
         self._built: nn.Module | None = None
 
     def canonical(self, reference: str) -> str | None:
-        """The reference itself, if it names code."""
         return reference if names_code(reference) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Run the code and return the model that it builds; one that stands there ready is returned as it is.
+        """Run the code and return the model that it builds, or the module that it names.
 
         Raises SourceError where there is no such code, where it fails or returns something else, and for a Python file
         that is not trusted.
         """
-        code = _parse(reference)
         with contextlib.redirect_stdout(sys.stderr):
-            if not code.is_file:
-                return _build(code, _import_module(code), arguments)
-            path = _check_file(code, self._trust_code)
+            if not names_python_file(reference):
+                return _build(reference, _import_module(reference), arguments)
+            path = _checked_file(reference, self._trust_code)
             with _importing_from(path.parent):
-                return _build(code, _run_file(code, path), arguments)
+                return _build(reference, _run_file(reference, path), arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """The model with the weights that the code gives it."""
         return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """What most networks of its class take."""
         return describe_module(model, "").preprocessing
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        """The model as a module; what timm can build again needs the user's code no more."""
+        """Describe the model as a module; for what timm can build again, the user's code is not needed any more."""
         opened = describe_module(model, weights)
-        if not opened.origin.reference.startswith(PREFIX):
+        if not opened.origin.reference.startswith(timm_models.PREFIX):
             opened = replace(opened, origin=Origin(reference, dict(arguments)))
         return replace(opened, notes=(*how_built(reference), *opened.notes))
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """How the state dict differs from the model, which is built once."""
         return Fit(dict(arguments), state, compare(self.build_unset(reference, arguments), state))
 
     def build_unset(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The model with the weights that the code gives it."""
         if self._built is None:
             self._built = self.build(reference, arguments)
         return self._built
@@ -148,49 +159,34 @@ class Given(UserCode):
         self._module = module
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """A copy of the module."""
         return deep_copy(self._module)
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        """The module by itself: no reference builds it."""
         return describe_module(model, weights)
 
 
-def _parse(reference: str) -> _Code:
-    if _is_python_file(reference):
-        # The only colon there may be is a drive letter's.
-        return _Code(reference, reference, "")
-    home, _, attribute = reference.rpartition(":")
-    return _Code(reference, home, attribute)
-
-
-def _is_python_file(text: str) -> bool:
-    return PurePath(text).suffix.lower() == ".py"
-
-
-def _check_file(code: _Code, trust_code: bool) -> Path:
-    """The file to run; raises SourceError where there is none, nothing in it is named, or it is not trusted."""
-    path = Path(code.home)
+def _checked_file(reference: str, trust_code: bool) -> Path:
+    """Return the file to run; raise SourceError where there is none, nothing in it is named, or it is not trusted."""
+    home, attribute = _parse(reference)
+    path = Path(home)
     if not path.is_file():
         what = "is a folder, not a Python file" if path.is_dir() else "does not exist"
-        raise SourceError(f"{code.home} of {code.reference!r} {what}; give PATH.py:NAME")
-    if not code.attribute:
+        raise SourceError(f"{home} of {reference!r} {what}; give PATH.py:NAME")
+    if not attribute:
         names = _defined_in(path)
         known = f"; it defines {', '.join(names[:6])}" if names else ""
-        raise SourceError(
-            f"{code.home} is Python code: say what in it builds the model, "
-            f"as {code.home}:{(names or ['NAME'])[0]}{known}"
-        )
+        example = f"{home}:{(names or ['NAME'])[0]}"
+        raise SourceError(f"{home} is Python code: say what in it builds the model, as {example}{known}")
     if not trust_code:
         raise SourceError(
-            f"{code.reference} is built by running {code.home}, which can then do whatever you can do on this machine; "
-            f"read it, and if you trust it say --trust-code (trust_code=True in Python)"
+            f"{reference} is built by running {home}, which can then do whatever you can do on this machine; "
+            f"read it, and if you trust it say `trust_code=True`"
         )
     return path.resolve()
 
 
 def _defined_in(path: Path) -> list[str]:
-    """Public classes and functions of a Python file, read without running it; classes first."""
+    """Return the public classes and functions of a Python file, read without running it; classes first."""
     try:
         body = ast.parse(path.read_bytes()).body
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -215,7 +211,8 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.append(entry)
 
 
-def _run_file(code: _Code, path: Path) -> ModuleType:
+def _run_file(reference: str, path: Path) -> ModuleType:
+    home, attribute = _parse(reference)
     # With its dot the name can't stand in the way of any module's. The file is not imported: that would write its
     # compiled form beside it, and could take an old one for it.
     module = ModuleType(path.name)
@@ -227,51 +224,52 @@ def _run_file(code: _Code, path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         if isinstance(error, ImportError) and "relative import" in str(error):
+            name = f"{path.parent.name}.{path.stem}:{attribute}"
             raise SourceError(
-                f"{code.home} imports from the package that it belongs to: name it as a module, "
-                f"{path.parent.name}.{path.stem}:{code.attribute}, in the folder above"
+                f"{home} imports from the package that it belongs to: name it as a module, {name}, in the folder above"
             ) from None
-        raise SourceError(f"cannot run {code.home} of {code.reference!r}: {_told(error)}") from error
+        raise SourceError(f"cannot run {home} of {reference!r}: {_raised(error)}") from error
     return module
 
 
-def _import_module(code: _Code) -> ModuleType:
+def _import_module(reference: str) -> ModuleType:
+    home, _ = _parse(reference)
     import_from_here()
     try:
-        return importlib.import_module(code.home)
+        return importlib.import_module(home)
     except (Exception, SystemExit) as error:
-        cannot = f"cannot import {code.home!r} of {code.reference!r}"
-        if isinstance(error, ModuleNotFoundError) and f"{code.home}.".startswith(f"{error.name}."):
-            hint = near_names(code.home, _PREFIXES)
-            raise SourceError(f"{cannot}: no module named {error.name!r}{hint}") from None
-        raise SourceError(f"{cannot}: {_told(error)}") from error
+        cannot = f"cannot import {home!r} of {reference!r}"
+        if isinstance(error, ModuleNotFoundError) and f"{home}.".startswith(f"{error.name}."):
+            raise SourceError(f"{cannot}: no module named {error.name!r}{near_names(home, _PREFIXES)}") from None
+        raise SourceError(f"{cannot}: {_raised(error)}") from error
 
 
-def _build(code: _Code, module: ModuleType, arguments: Mapping[str, Any]) -> nn.Module:
-    """What the callable that a reference names builds; `Class.method` is looked up part by part."""
+def _build(reference: str, module: ModuleType, arguments: Arguments) -> nn.Module:
+    """Call what a reference names; `Class.method` is looked up part by part."""
+    home, attribute = _parse(reference)
     try:
-        factory = functools.reduce(getattr, code.attribute.split("."), module)
+        factory = functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
         factory = None
     if not callable(factory):
-        hint = near_names(code.attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise SourceError(f"{code.home} has no callable {code.attribute!r}{hint}")
+        hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
+        raise SourceError(f"{home} has no callable {attribute!r}{hint}")
     if isinstance(factory, nn.Module):
-        if arguments:
-            raise SourceError(f"{code.reference} is a module already, so --arg {next(iter(arguments))} changes nothing")
+        for name in arguments:
+            raise SourceError(f"{reference} is a module already, so the argument {name} changes nothing")
         return factory
-    _check_arguments(code, factory, arguments)
+    _check_arguments(reference, factory, arguments)
     try:
         model = factory(**arguments)
     except (Exception, SystemExit) as error:
-        raise SourceError(f"{code.reference} failed: {_told(error)}") from error
+        raise SourceError(f"{reference} failed: {_raised(error)}") from error
     if not isinstance(model, nn.Module):
-        raise SourceError(f"{code.reference} returned a {type(model).__name__}, not an nn.Module")
+        raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
     return model
 
 
-def _check_arguments(code: _Code, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Raise SourceError where the arguments are not what a callable takes, as far as it tells what that is."""
+def _check_arguments(reference: str, factory: Callable[..., Any], arguments: Arguments) -> None:
+    """Raise SourceError for arguments that a callable does not take, as far as its signature shows."""
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError):
@@ -279,18 +277,16 @@ def _check_arguments(code: _Code, factory: Callable[..., Any], arguments: Mappin
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        takes = {
-            p.name: p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        }
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        takes = {name: p for name, p in signature.parameters.items() if p.kind in named}
         missing = [name for name, p in takes.items() if p.default is p.empty and name not in arguments]
         unknown = [name for name in arguments if name not in takes]
         if unknown:
             hint = near_names(unknown[0], takes) or f"; it takes {', '.join(takes) or 'none'}"
         else:
-            hint = f"; give {' '.join(f'--arg {name}=…' for name in missing)}" if missing else ""
-        raise SourceError(f"{code.reference} cannot be called with {dict(arguments)}: {error}{hint}") from None
+            hint = f"; give the arguments {', '.join(f'{name}=…' for name in missing)}" if missing else ""
+        raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}{hint}") from None
 
 
-def _told(error: BaseException) -> str:
-    """What the user's own code raised, for a message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (--debug shows where)"
+def _raised(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (`debug=True` shows where)"

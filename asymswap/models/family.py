@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, near_names
+from asymswap.fileformats.messages import listed, reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
 from asymswap.models import fingerprints
 from asymswap.models.opened import OpenedModel
@@ -18,6 +19,8 @@ from asymswap.types import Origin, Preprocessing
 from asymswap.utils.tensors import WithinMemory, WithoutMemory, allocated, list_tensors
 
 Arguments = Mapping[str, Any]
+
+OTHER_WEIGHTS = 'use `weights="none"` for random weights or `weights="FILE"` for a state_dict'
 
 _MOST_BYTES = 2**30
 """Of weights, where a network that nobody has filled yet takes memory: a file may claim any arguments for it."""
@@ -35,42 +38,36 @@ class Fit:
 class Family(ABC):
     """Networks that are built in one way from a full reference and arguments.
 
-    `private` says that no code but ours, torch's and torchvision's builds them, `channels` which argument sets the
-    number of input channels.
+    `private`: no code but ours, torch's and torchvision's builds them. `channels` is the argument that sets the number
+    of input channels.
     """
 
     private = True
     channels = "in_channels"
 
-    def names(self) -> list[str]:
-        """The full references of all networks that need no further package."""
-        return []
-
     @abstractmethod
     def canonical(self, reference: str) -> str | None:
-        """The full form of a reference to one of these networks, None for others."""
+        """Return the full form of a reference to one of these networks, None for others."""
 
     @abstractmethod
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The network with random weights; raises whatever the builder does for a wrong argument."""
+        """Build the network with random weights; raise whatever the builder does for a wrong argument."""
 
     @abstractmethod
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """What a network takes."""
+        """Return what a network takes."""
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """The network with published weights, the default ones where none are named; raises SourceError."""
-        raise SourceError(
-            f"{reference} has no published weights; use --weights FILE, or --weights none for random ones"
-        )
+        """Return the network with published weights, the default ones where `name` is None; raise SourceError."""
+        raise unpublished(reference)
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        """A network of this family that has been built and filled."""
+        """Describe a network of this family that has been built and filled."""
         preprocessing = self.preprocessing(reference, model, arguments)
         return OpenedModel(model, Origin(reference, dict(arguments)), preprocessing, weights, private=self.private)
 
     def build(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The network with random weights; raises SourceError for arguments that it does not take."""
+        """Build the network with random weights; raise SourceError for arguments that it does not take."""
         try:
             return self.construct(reference, arguments)
         except SourceError:
@@ -79,11 +76,10 @@ class Family(ABC):
             # Builders check little: a wrong argument may come to light anywhere in them, as any error.
             if not arguments:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise SourceError(f"{reference} does not take {dict(arguments)}: {reason[:200]}") from None
+            raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}") from None
 
     def on_meta(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The network with its weights on the meta device: enough to compare keys and shapes.
+        """Build the network with its weights on the meta device: enough to compare keys and shapes.
 
         Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte at most.
         The random numbers of others are not touched. Raises SourceError as `build` does.
@@ -98,7 +94,7 @@ class Family(ABC):
                     return self.build(reference, arguments)
 
     def build_unset(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The network with unset weights, to load a state dict into: no memory is taken before that is done."""
+        """Build the network with unset weights, to load a state dict into: no memory is taken before that is done."""
         model = self.on_meta(reference, arguments)
         stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         every = [tensor for module in model.modules() for tensor in list_tensors(dict(vars(module)))]
@@ -111,14 +107,14 @@ class Family(ABC):
         return allocated(model)
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """The arguments, class count and input channels as a state dict shows them among them, and how it differs then.
+        """Find the arguments that a state dict shows, such as class count and input channels, and what differs then.
 
         The network is built without weights. Raises SourceError where it does not take the given arguments.
         """
-        match = fingerprints.match_of(reference, fingerprints.shapes_of(state))
-        if match is not None:
-            guess = {**match.arguments, **arguments}
-            return Fit(guess, state, compare(self.on_meta(reference, guess), state))
+        for match in fingerprints.matches(fingerprints.shapes_of(state)):
+            if match.reference == reference:
+                guess = {**match.arguments, **arguments}
+                return Fit(guess, state, compare(self.on_meta(reference, guess), state))
         # What has been edited, so that its keys are not the table's, may still be explained by the arguments alone.
         plain = self.on_meta(reference, arguments)
         difference = compare(plain, state)
@@ -133,21 +129,40 @@ class Family(ABC):
         return Fit(dict(arguments), state, difference)
 
     def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
-        """Arguments that would explain how a state dict differs from the network as it is built by default."""
-        classes = {have[0] for _, have, want in difference.shapes if have and have[1:] == want[1:]}
-        channels = {
-            have[1]
-            for _, have, want in difference.shapes
-            if len(have) == len(want) == 4 and have[0] == want[0] and have[2:] == want[2:]
-        }
-        guess: dict[str, Any] = {}
-        if len(classes) == 1:
-            guess["num_classes"] = classes.pop()
-        if len(channels) == 1:
-            guess[self.channels] = channels.pop()
-        return guess
+        """Return arguments that would explain how a state dict differs from the network as it is built by default."""
+        classes, channels = set(), set()
+        for _, have, want in difference.shapes:
+            if have and have[1:] == want[1:]:
+                classes.add(have[0])
+            if len(have) == len(want) == 4 and have[0] == want[0] and have[2:] == want[2:]:
+                channels.add(have[1])
+        found = {"num_classes": classes, self.channels: channels}
+        return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
+
+def unpublished(what: str) -> SourceError:
+    """Return the error for a network without published weights."""
+    return SourceError(f'{what} has no published weights; use `weights="FILE"`, or `weights="none"` for random ones')
+
+
+def unknown_weights(what: str, name: str, known: Iterable[str], most: int) -> SourceError:
+    """Return the error for published weights that there are not, with near names or all of them."""
+    known = list(known)
+    hint = near_names(name, known) or f"; known: {listed(known, most) or 'none'}"
+    return SourceError(f"{what} has no weights {name!r}, no FILE of that name either{hint}")
+
+
+def chosen_by_weights(what: str, argument: str) -> SourceError:
+    """Return the error for an argument that would choose weights: a stored reference could download something."""
+    return SourceError(f"{argument!r} is not an argument for {what}; choose weights with `weights=…`")
+
+
+def from_weights(opened: OpenedModel) -> OpenedModel:
+    """Return the model with its preprocessing marked as known from published weights."""
+    known = replace(opened.preprocessing, normalization_from="weights", size_from="weights")
+    return replace(opened, preprocessing=known)
 
 
 def input_channels(model: nn.Module) -> int:
-    """The number of channels of a network's input, as its first conv has it."""
+    """Return the number of channels of a network's input, as its first conv has it."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -1,4 +1,4 @@
-"""Which known network has these keys and shapes: a table of hashes, so that none has to be built to find out.
+"""Find the known networks that have given keys and shapes in a table of hashes, without building any.
 
 `fingerprints.tsv` (made by benchmarks/make_fingerprints.py) has a line for each network that torchvision and asymswap
 can build, and for each of its forms that has other keys. The sizes that follow the number of classes or of input
@@ -11,8 +11,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -48,26 +48,18 @@ class Fingerprint:
     default_positions: int = 0
 
 
-@dataclass(frozen=True)
-class Match:
-    """A known network that a state dict fits, and the arguments that make it fit."""
-
-    reference: str
-    arguments: Mapping[str, Any]
-
-
 def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a state dict, without the counters of batches, which old files lack."""
+    """Return the shapes of a state dict, without the counters of batches, which old files lack."""
     return {key: tuple(t.shape) for key, t in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def keys_hash(shapes: Shapes) -> str:
-    """A hash of the keys, in any order."""
+    """Hash the keys, in any order."""
     return _hash(sorted(shapes))
 
 
 def shapes_hash(shapes: Shapes, free: Mapping[tuple[str, int], Any]) -> str:
-    """A hash of the shapes, the free sizes (pairs of key and axis) left out."""
+    """Hash the shapes, the free sizes (pairs of key and axis) left out."""
     lines = []
     for key in sorted(shapes):
         sizes = ["*" if (key, axis) in free else str(size) for axis, size in enumerate(shapes[key])]
@@ -76,34 +68,25 @@ def shapes_hash(shapes: Shapes, free: Mapping[tuple[str, int], Any]) -> str:
 
 
 def free_sizes(entry: Fingerprint) -> dict[tuple[str, int], int]:
-    """The sizes that a fingerprint leaves open, and how many times their argument they are."""
+    """Return the sizes that a fingerprint leaves open, and how many times their argument they are."""
     free = {(one.key, one.axis): one.times for one in entry.classes}
     return free | {(key, 1): 1 for key in (entry.stem, entry.position) if key}
 
 
-def matches(shapes: Shapes) -> list[Match]:
-    """Every known network that these shapes fit, those that need the fewest arguments first."""
-    found = list(_fitting(shapes))
-    fewest = min((len(match.arguments) for match in found), default=0)
-    return [match for match in found if len(match.arguments) == fewest]
-
-
-def match_of(reference: str, shapes: Shapes) -> Match | None:
-    """How these shapes fit a given network, or None where they do not."""
-    return next((match for match in _fitting(shapes) if match.reference == reference), None)
-
-
-def _fitting(shapes: Shapes) -> Iterator[Match]:
+def matches(shapes: Shapes) -> list[Fingerprint]:
+    """Return every known network that these shapes fit, with the arguments that make it fit."""
+    found = []
     for entry in table().get(keys_hash(shapes), ()):
         if shapes_hash(shapes, free_sizes(entry)) == entry.shapes:
             arguments = _read_off(entry, shapes)
             if arguments is not None:
-                yield Match(entry.reference, {**entry.arguments, **arguments})
+                found.append(replace(entry, arguments={**entry.arguments, **arguments}))
+    return found
 
 
 @functools.cache
 def table() -> Mapping[str, tuple[Fingerprint, ...]]:
-    """The shipped fingerprints, by the hash of their keys."""
+    """Return the shipped fingerprints by the hash of their keys."""
     text = resources.files(__package__).joinpath("fingerprints.tsv").read_text(encoding="utf-8")
     found: dict[str, tuple[Fingerprint, ...]] = {}
     for line in text.splitlines():
@@ -113,35 +96,17 @@ def table() -> Mapping[str, tuple[Fingerprint, ...]]:
     return found
 
 
-def to_line(entry: Fingerprint) -> str:
-    """A fingerprint as a line of the table."""
-    classes = " ".join(f"{one.key}:{one.axis}:{one.times}" for one in entry.classes)
-    arguments = json.dumps(dict(entry.arguments), separators=(",", ":")) if entry.arguments else ""
-    parts = (entry.reference, arguments, entry.keys, entry.shapes, classes, entry.default_classes or "", entry.stem,
-             entry.default_channels or "", entry.position, entry.default_positions or "")  # fmt: skip
-    return "\t".join(map(str, parts))
-
-
 def from_line(line: str) -> Fingerprint:
-    """The fingerprint in a line of the table."""
+    """Parse a line of the table."""
     reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
     parts = (part.rsplit(":", 2) for part in classes.split())
-    return Fingerprint(
-        reference=reference,
-        arguments=json.loads(arguments or "{}"),
-        keys=keys,
-        shapes=shapes,
-        classes=tuple(Free(key, int(axis), int(times)) for key, axis, times in parts),
-        default_classes=int(count or 0),
-        stem=stem,
-        default_channels=int(channels or 0),
-        position=position,
-        default_positions=int(positions or 0),
-    )
+    free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
+    sizes = (free, int(count or 0), stem, int(channels or 0), position, int(positions or 0))
+    return Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, *sizes)
 
 
 def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:
-    """The arguments that the free sizes speak of, where they differ from the defaults; None where they disagree."""
+    """Return the arguments that the free sizes show, where they differ from the defaults; None if they disagree."""
     arguments: dict[str, Any] = {}
     counts = {divmod(shapes[one.key][one.axis], one.times) for one in entry.classes}
     if len(counts) > 1 or any(rest or not count for count, rest in counts):

@@ -12,6 +12,7 @@ from torch import nn
 
 from asymswap.checkpoint import Header
 from asymswap.errors import TraceError
+from asymswap.fileformats.messages import reason_of
 from asymswap.measure.macs import Costs, count_costs
 from asymswap.models.preprocessing import size_warning
 from asymswap.types import Origin, Plan, Preprocessing
@@ -21,15 +22,13 @@ from asymswap.utils.inputs import Inputs, describe
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A module with its origin, its preprocessing, and the conversions that it has been through; see `open_model`.
+    """A module with its origin, its preprocessing and its conversions so far; see `open_model`. No verb changes it.
 
-    `reference` is what the user calls it, `weights` where its weights are from; `file` and `sha256` are those of the
-    file that it was read from, `plans` and `provenance` what an asymswap checkpoint says of itself. `skeleton` is the
-    stored structure of a module that no reference can build, `base` the unconverted model where the user gave it.
-
-    No verb changes an opened model. `private`: no code but ours, torch's and torchvision's made it, so that nobody else
-    holds its tensors; `handed_over`: the caller needs it for one verb only, whose result may share its tensors.
-    `seconds` is how long the opening took.
+    `reference` is the user's name for it, `weights` where its weights are from, `file` the file that it was read from,
+    `sha256` its hash, `plans` and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a
+    module that no reference can build, `base` the unconverted model where the user gave it. `private`: no code but
+    ours, torch's and torchvision's made it, so that nobody else holds its tensors; `handed_over`: the caller needs it
+    for one verb only, whose result may share its tensors. `seconds` is how long the opening took.
     """
 
     model: nn.Module
@@ -50,44 +49,44 @@ class OpenedModel:
 
     @property
     def may_share(self) -> bool:
-        """Whether a result may hold this model's tensors."""
+        """True where a result may hold this model's tensors."""
         return self.private and self.handed_over
 
     def hand_over(self) -> OpenedModel:
-        """The same model, for one verb only: what stays as it is need not be held twice."""
+        """Return the same model, for one verb only, whose result may share its tensors."""
         return replace(self, handed_over=True)
 
     def header(self) -> Header:
-        """What a checkpoint of this model says beside its tensors."""
+        """Return the header of a checkpoint of this model."""
         return Header(self.origin, self.plans, self.preprocessing, self.provenance, self.skeleton)
 
     def example(self) -> Inputs:
-        """One input of the right size and dtype, on the meta device: enough to trace and to count."""
+        """Return one input of the right size and dtype, on the meta device: enough to trace and to count."""
         return made_inputs.example(self.preprocessing, self.dtype())
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter, and so of the input."""
+        """Return the dtype of the first floating-point parameter, and so of the input."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def sizes_assumed(opened: Iterable[OpenedModel]) -> tuple[str, ...]:
-    """What to say first where nobody gave the size of a model's input."""
+    """Warn where nobody gave the size of a model's input."""
     warnings = [f"{one.reference}: {line}" for one in opened for line in size_warning(one.preprocessing)]
     return tuple(dict.fromkeys(warnings))
 
 
 def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
-    """The cost of an opened model, and of the named modules in it.
+    """Return the cost of an opened model, and of the named modules in it.
 
     Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.
     """
     try:
         costs = count_costs(opened.model, opened.example(), names)
     except Exception as error:
-        # What a network says about an input that it does not take is its own.
-        about, reason = describe(opened.example()), " ".join(str(error).split())[:200]
+        # A network may raise anything for an input that it does not take.
+        about = describe(opened.example())
         raise TraceError(
-            f"{opened.reference} does not run on {about}: {reason or type(error).__name__}; give another --input"
+            f"{opened.reference} does not run on {about}: {reason_of(error, 200)}; give another `input_size=…`"
         ) from error
     if costs.total.macs == 0:
         raise TraceError(

@@ -1,4 +1,4 @@
-"""`open_model`: from whatever names a model (a reference, a file, a module, a conversion) to an `OpenedModel`."""
+"""`open_model`: from a reference, a file, a module or a conversion to an `OpenedModel`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from torch import nn
 from asymswap.checkpoint import Header, Stored, stored_in
 from asymswap.errors import AsymswapError, CheckpointError, SourceError
 from asymswap.fileformats.detect import resolve, sha256
-from asymswap.fileformats.model_file import read_raw
-from asymswap.fileformats.shards import files_of
+from asymswap.fileformats.messages import reason_of
+from asymswap.fileformats.model_file import files_of, read_raw
 from asymswap.models.builders import canonical
 from asymswap.models.converted import HOW_TO_BUILD, restore
-from asymswap.models.factories import how_built, same_callable
-from asymswap.models.modules import describe_module
+from asymswap.models.factories import describe_module, how_built, same_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.models.references import (
@@ -74,17 +73,17 @@ def open_model(
     - `input_size`: (channels, height, width) of one image, for a clip (channels, frames, height, width);
     - `preprocessing`: how images are prepared, where that is not what weights, family or file say.
 
-    Raises SourceError where the model cannot be had, CheckpointError for a damaged asymswap checkpoint.
+    Raises SourceError where there is no such model, CheckpointError for a damaged asymswap checkpoint.
     """
     start = time.perf_counter()
     if isinstance(arch, nn.Module) and arguments:
-        raise SourceError(f"arch= is a module already, so the argument {next(iter(arguments))!r} changes nothing")
+        raise SourceError(f"`arch=…` is a module already, so the argument {next(iter(arguments))!r} changes nothing")
     request = Request(
         arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle, trust_code=trust_code
     )
     if isinstance(model, OpenedModel):
         if request != Request():
-            raise SourceError(f"{model.reference} has been opened already; say how to where it is opened first")
+            raise SourceError(f"{model.reference} is open already; give these options where it is opened first")
         opened = model
     elif isinstance(model, nn.Module):
         network = _unwrapped(model)
@@ -93,14 +92,15 @@ def open_model(
         opened = _from_result(model, request)
     else:
         reference = str(model)
-        if is_file_reference(reference):
-            opened = _open_file(Path(reference), request, progress)
-        else:
-            opened = open_reference(reference, request)
+        is_file = is_file_reference(reference)
+        opened = _open_file(Path(reference), request, progress) if is_file else open_reference(reference, request)
         opened = replace(opened, reference=reference)
         opened.model.eval()
-    prepared = opened.preprocessing if input_size is None else with_size(opened.preprocessing, input_size)
-    prepared = prepared if preprocessing is None else preprocessing.apply(prepared)
+    prepared = opened.preprocessing
+    if input_size is not None:
+        prepared = with_size(prepared, input_size)
+    if preprocessing is not None:
+        prepared = preprocessing.apply(prepared)
     return replace(opened, preprocessing=prepared, seconds=opened.seconds + time.perf_counter() - start)
 
 
@@ -110,7 +110,7 @@ def open_for_verb(
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
 ) -> OpenedModel:
-    """The model as a verb takes it; one that was opened here is the verb's alone."""
+    """Return the model as a verb takes it; one that was opened here is the verb's alone."""
     if isinstance(model, OpenedModel) and input_size is None and preprocessing is None:
         return model
     opened = open_model(model, input_size=input_size, preprocessing=preprocessing, progress=progress)
@@ -127,29 +127,24 @@ def open_models(
 ) -> list[OpenedModel]:
     """Open several models by one set of options: `arch` and `key` are the files', `weights` the references'.
 
-    `options` are the further ones of `open_model`. Raises AsymswapError where one of these suits none of the models,
-    and where one of them cannot be had.
+    `options` are the further ones of `open_model`. Raises AsymswapError for an option that suits none of the models.
     """
     names = [str(model) for model in models if isinstance(model, str | Path)]
     files = [name for name in names if is_file_reference(name)]
     if arch is not None and not files:
-        raise AsymswapError(f"--arch {arch} goes with a file, and none of the models is one")
+        raise AsymswapError(f'`arch="{arch}"` goes with a file, and none of the models is one')
     if weights is not None and len(files) == len(names):
-        raise AsymswapError(f"--weights {weights} goes with a reference, and all models are files with their own")
+        raise AsymswapError(f'`weights="{weights}"` goes with a reference, and all models are files with their own')
     opened = []
     for model in models:
-        if isinstance(model, str | Path) and is_file_reference(str(model)):
-            opened.append(open_model(model, arch=arch, key=key, **options))
-        else:
-            opened.append(open_model(model, weights=weights, **options))
+        is_file = isinstance(model, str | Path) and str(model) in files
+        own: dict[str, Any] = {"arch": arch, "key": key} if is_file else {"weights": weights}
+        opened.append(open_model(model, **own, **options))
     return opened
 
 
 def original_of(opened: OpenedModel) -> nn.Module:
-    """The unconverted model: of a checkpoint the structure alone, with unset weights.
-
-    Raises CheckpointError where only the user's own code can build it.
-    """
+    """Return the unconverted model, of a checkpoint with unset weights; raise CheckpointError if it needs user code."""
     if not opened.plans:
         return opened.model
     if opened.base is not None:
@@ -161,29 +156,24 @@ def original_of(opened: OpenedModel) -> nn.Module:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside of what torch.compile or DataParallel put around it; raises SourceError for one without copy.
-
-    A conversion works on a copy, which a lock or an open file in a module prevents.
-    """
-    while True:
-        inside = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inside = model.module
-        if not isinstance(inside, nn.Module):
-            break
+    """Return the network inside of torch.compile or DataParallel; raise SourceError where it cannot be copied."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inside: Any = model
+    while isinstance(inside, nn.Module):
         model = inside
+        inside = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
     try:
         meta_copy(model)
     except TypeError as error:
         raise SourceError(
-            f"the {type(model).__name__} cannot be copied ({' '.join(str(error).split())[:120]}); "
+            f"the {type(model).__name__} cannot be copied ({reason_of(error, 120)}); "
             "take out what it holds beside layers and data, such as a lock or an open file"
         ) from None
     return model
 
 
 def _from_result(result: Converted, request: Request) -> OpenedModel:
-    """A conversion, a fusion or a fine-tuned model, which stays the caller's."""
+    """Describe a conversion, a fusion or a fine-tuned model, which stays the caller's."""
     header = getattr(result, "header", None)
     if not isinstance(header, Header):
         raise SourceError(f"a {type(result).__name__} is no model; give a reference, a file or an nn.Module")
@@ -194,6 +184,8 @@ def _from_result(result: Converted, request: Request) -> OpenedModel:
 
 def _open_file(path: Path, request: Request, progress: Progress) -> OpenedModel:
     path = resolve(path)
+    if request.weights is not None:
+        raise SourceError(f"`weights=…` goes with a reference; {path} brings its own weights")
     with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
         notes = about_trust(path, raw, request)
@@ -206,16 +198,14 @@ def _open_file(path: Path, request: Request, progress: Progress) -> OpenedModel:
         except AsymswapError as error:
             if not raw.executed:
                 raise
-            # What was run was run, whatever came of it.
+            # Code ran, whatever the result.
             raise SourceError(f"{error}; {notes[0]}") from error
     return replace(opened, notes=(*notes, *opened.notes))
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel:
-    if request.weights is not None:
-        raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
     if request.key is not None:
-        raise SourceError(f"--key goes with training checkpoints; {path} was converted before and holds one model")
+        raise SourceError(f"`key=…` goes with training checkpoints; {path} was converted before and holds one model")
     base = _build_named(stored.header.origin, request)
     opened = _describe_converted(restore(stored, str(path), base), stored.header, base, f"file {path.name}")
     times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
@@ -224,30 +214,19 @@ def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel
 
 
 def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None, weights: str) -> OpenedModel:
-    """A converted model; of its preprocessing, what was only taken for granted when it was written stays so."""
+    """Describe a converted model; what was a guess of its preprocessing when it was written stays one."""
     known, guesses = header.preprocessing, ("family", "assumed")
     preprocessing = replace(
         known,
         normalization_from=known.normalization_from if known.normalization_from in guesses else "file",
         size_from=known.size_from if known.size_from in guesses else "file",
     )
-    return OpenedModel(
-        model=model,
-        origin=header.origin,
-        preprocessing=preprocessing,
-        weights=weights,
-        skeleton=header.skeleton,
-        plans=header.plans,
-        provenance=header.provenance,
-        base=base,
-    )
+    opened = OpenedModel(model, header.origin, preprocessing, weights, skeleton=header.skeleton, base=base)
+    return replace(opened, plans=header.plans, provenance=header.provenance)
 
 
 def _build_named(origin: Origin, request: Request) -> nn.Module | None:
-    """The unconverted model of a checkpoint as `arch` names it, if it does.
-
-    The same network or callable named again is built as it was when the checkpoint was made.
-    """
+    """Build the unconverted model of a checkpoint that `arch` names; the same network as it was built then."""
     arch = request.arch
     if arch is None or isinstance(arch, nn.Module):
         return arch

@@ -1,4 +1,4 @@
-"""Model references: text that names a model, and how it becomes a module with weights.
+"""Model references: text that names a model, made into a module with weights.
 
 | reference | what |
 | --- | --- |
@@ -6,7 +6,7 @@
 | `cifar:resnet20` | a network of CIFAR size from `asymswap.models.networks` |
 | `digits-resnet` | the trained network that ships with asymswap |
 | `timm:resnet50`, `timm:resnet50@a1_in1k` | a model of timm, where that is installed, and its weights |
-| `package.module:factory` | a callable of the user's own that returns a module; it is imported and called |
+| `package.module:factory` | your own callable that returns a module; it is imported and called |
 | `path/to/net.py:Net` | the same in a Python file, which is run; see asymswap.models.factories |
 | a file | a state dict, a training checkpoint, a pickled module, an archive that holds weights, an index of shards |
 """
@@ -22,18 +22,16 @@ from torch import nn
 
 from asymswap.errors import SourceError
 from asymswap.fileformats import extra_state
-from asymswap.fileformats.archives import states_of_modules
-from asymswap.fileformats.detect import FileKind, exists, resolve, sha256, sniff
-from asymswap.fileformats.model_file import RawFile, read_raw
-from asymswap.fileformats.module_structure import from_structure
-from asymswap.fileformats.pickle_parts import MalformedError
-from asymswap.fileformats.shards import files_of, fingerprint
+from asymswap.fileformats.detect import exists, resolve
+from asymswap.fileformats.messages import listed
+from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
+from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
+from asymswap.fileformats.torch_files import RawFile, from_structure, refusal
 from asymswap.models import builders, timm_models, torchvision_models
-from asymswap.models.factories import Given, UserCode, names_code, names_python_file
+from asymswap.models.factories import Given, UserCode, describe_module, names_code, names_python_file
 from asymswap.models.family import Family
-from asymswap.models.identify import YOUR_OWN, View, identify, nearest, views
-from asymswap.models.modules import describe_module
+from asymswap.models.identify import YOUR_OWN, identify, nearest, views
 from asymswap.models.opened import OpenedModel
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Progress, silent
@@ -57,7 +55,7 @@ class Request:
 
 
 def is_file_reference(reference: str) -> bool:
-    """Whether a reference means a file: it exists and names no known network, or it looks like a path."""
+    """True for a reference to a file: it exists and names no known network, or it looks like a path."""
     if builders.canonical(reference.partition("@")[0]) is not None or names_python_file(reference):
         return False
     return _is_file(reference) or "\\" in reference
@@ -69,31 +67,36 @@ def _is_file(text: str) -> bool:
 
 
 def open_reference(reference: str, request: Request) -> OpenedModel:
-    """The model that a reference other than a file names, with weights; raises SourceError where it cannot be had."""
+    """Return the model that a reference other than a file names, with weights; raise SourceError."""
     if request.arch is not None:
-        raise SourceError(f"--arch goes with a file, and {reference!r} names a network itself")
+        raise SourceError(f"`arch=…` goes with a file, and {reference!r} names a network itself")
     if request.key is not None and not _is_file(str(request.weights)):
-        raise SourceError(f"--key goes with a file, and {reference!r} names a network; give --weights FILE with it")
+        raise SourceError(f'`key=…` goes with a file, and {reference!r} names a network; give `weights="FILE"` with it')
     name, weights = reference, request.weights
     if not names_python_file(reference):
         name, _, weights_name = reference.partition("@")
         if weights_name and weights:
-            raise SourceError(f"{reference!r} names weights and --weights {weights} others; give one of them")
+            raise SourceError(f'{reference!r} names weights and `weights="{weights}"` others; give one of them')
         weights = weights_name or weights
     found = _find(name, request.trust_code)
     if found is None:
         hint = _like(name) or "; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory"
         raise SourceError(f"no model {reference!r}, and no such file{hint}")
     family, full = found
-    if weights not in (None, "none") and (isinstance(family, UserCode) or _is_file(str(weights))):
-        return _fill_from_file(family, full, resolve(Path(str(weights))), request)
-    if weights == "none" and not isinstance(family, UserCode):
+    own_code = isinstance(family, UserCode)
+    if weights not in (None, "none") and (own_code or _is_file(str(weights))):
+        path = resolve(Path(str(weights)))
+        with fail_if_modified(*files_of(path)):
+            raw = read_raw(path, request.trust_pickle)
+            opened = open_loaded(path, raw, replace(request, arch=full, weights=weights), silent)
+        return replace(opened, notes=(*about_trust(path, raw, request), *opened.notes))
+    if weights == "none" and not own_code:
         return family.describe(family.build(full, request.arguments), full, request.arguments, "random")
     return family.weights(full, weights, request.arguments)
 
 
 def _find(reference: str, trust_code: bool) -> tuple[Family, str] | None:
-    """The family of a reference and its full form there; None where it names neither a known network nor code."""
+    """Return the family of a reference and its full form; None where it names neither a known network nor code."""
     full = builders.canonical(reference)
     if full is not None:
         return builders.family_of(full), full
@@ -101,39 +104,37 @@ def _find(reference: str, trust_code: bool) -> tuple[Family, str] | None:
 
 
 def find_architecture(arch: str | nn.Module, trust_code: bool) -> tuple[Family, str]:
-    """The family of what `--arch` says, and its full form; raises SourceError where it names nothing known."""
+    """Return the family of an `arch` and its full form; raise SourceError where it names nothing known."""
     if isinstance(arch, nn.Module):
         return Given(arch), type(arch).__name__
     found = _find(arch, trust_code)
     if found is None:
-        raise SourceError(
-            f"--arch {arch!r} names no known architecture{_like(arch) or '; try resnet18 or cifar:resnet20'}"
-        )
+        hint = _like(arch) or "; try resnet18 or cifar:resnet20"
+        raise SourceError(f'`arch="{arch}"` names no known architecture{hint}')
     return found
 
 
 def _like(name: str) -> str:
-    """For a message: timm's model of that very name, or known references that come close to it."""
+    """Name, for a message, timm's model of that very name, or known references that come close to it."""
     return timm_models.exact_hint(name) or builders.near(name)
 
 
 def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
-    """What `--trust-pickle` came to, for the report; nothing where it was not said."""
+    """Say, for the report, what trusting a pickle led to; nothing where it was not trusted."""
     if not request.trust_pickle:
         return ()
     if raw.executed:
-        return (f"code in {path.name} was executed to read it (--trust-pickle)",)
-    return (f"--trust-pickle was not needed: nothing in {path.name} was executed",)
+        return (f"code in {path.name} was executed to read it (`trust_pickle=True`)",)
+    return (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
 
 
 def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> Found:
-    """The state dict or module in what was read of a file: the likeliest, or that under `key`.
-
-    A module of a class that cannot be loaded is taken as its state dict where the architecture is known otherwise.
-    """
+    """Return the state dict or module in a file: the likeliest, or the one under `key`."""
     value, notes = raw.value, raw.notes
-    if raw.refusal is not None:
+    if raw.unread:
+        notes += (f"left unread, being outside of the allowlist: {listed(raw.unread, 3)}",)
         try:
+            # Where the architecture is known, the state dict of a module that cannot be loaded will do.
             value, modules = states_of_modules(value) if arch_known else (value, ())
         except MalformedError as error:
             raise SourceError(f"{path} is cut off or damaged: {error}") from None
@@ -142,22 +143,22 @@ def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> F
         found = find_weights(value, str(path), key)
     except SourceError as error:
         # Where nothing is there but what could not be loaded, the reason for that is the better message.
-        raise (raw.refusal or error) from None
+        raise (refusal(raw.unread, str(path)) if raw.unread else error) from None
     return replace(found, notes=notes + found.notes)
 
 
-def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress = silent) -> OpenedModel:
-    """The model of a file that has been read: a module as it is, or a state dict put into its architecture."""
+def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress) -> OpenedModel:
+    """Return the model of a file that has been read: a module as it is, or a state dict put into its architecture."""
     found = weights_in(path, raw, request.key, arch_known=request.arch is not None)
     notes: tuple[str, ...] = (f"weights taken from {found.key!r} in {path.name}",) if found.key else ()
     notes += found.notes
-    if request.weights is not None:
-        raise SourceError(f"--weights goes with a reference; {path} brings its own weights")
-    digest = _digest(path)
+    digest = fingerprint(path)
     if isinstance(found.value, nn.Module):
+        if request.weights is not None:
+            raise SourceError(f"{path} holds a whole module; give it as the model instead of as `weights=…`")
         try:
             check_numbers(found.value)
-            opened = replace(describe_module(found.value, f"file {path.name}"), private=not request.trust_pickle)
+            opened = replace(describe_module(found.value, ""), private=not request.trust_pickle)
         except SourceError as error:
             raise SourceError(f"{path} cannot be used: {error}") from None
         except (AttributeError, TypeError) as error:
@@ -165,7 +166,7 @@ def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress =
             raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
         if request.arch is not None:
             arch = request.arch if isinstance(request.arch, str) else type(request.arch).__name__
-            notes += (f"--arch {arch} was not needed: {path.name} holds the whole module",)
+            notes += (f'`arch="{arch}"` was not needed: {path.name} holds the whole module',)
     else:
         arguments = request.arguments
         published = torchvision_models.published(digest)
@@ -180,26 +181,12 @@ def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress =
             notes += identified.notes()
             # What the builder takes is left to the user, where they have said it.
             arguments = {**identified.arguments, **arguments}
+        if published is not None and published.reference == reference:
+            arguments = {**published.arguments, **arguments}
+        else:
+            published = None
         opened = _fill(family, reference, arguments, found, str(path), published, request.trust_pickle, progress)
     return replace(opened, notes=notes + opened.notes, file=path, sha256=digest, weights=f"file {path.name}")
-
-
-def _fill_from_file(family: Family, reference: str, path: Path, request: Request) -> OpenedModel:
-    with fail_if_modified(*files_of(path)):
-        raw = read_raw(path, request.trust_pickle)
-        found = weights_in(path, raw, request.key, arch_known=True)
-        if isinstance(found.value, nn.Module):
-            raise SourceError(f"{path} holds a whole module; give it as MODEL instead of with --weights")
-        digest = _digest(path)
-        published, trusted = torchvision_models.published(digest), request.trust_pickle
-        opened = _fill(family, reference, request.arguments, found, str(path), published, trusted, silent)
-    notes = (*about_trust(path, raw, request), *found.notes, *opened.notes)
-    return replace(opened, notes=notes, file=path, sha256=digest, weights=f"file {path.name}")
-
-
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file, or of all files that an index of shards names."""
-    return fingerprint(path) if sniff(path) is FileKind.SHARDS else sha256(path)
 
 
 def _fill(
@@ -212,15 +199,8 @@ def _fill(
     trust_pickle: bool,
     progress: Progress,
 ) -> OpenedModel:
-    """The network of a reference with a state dict loaded strictly; class count and input channels follow the state.
-
-    `published` says which of torchvision's files it comes from, where it does.
-    """
+    """Load a state dict strictly into the network of a reference; class count and input channels follow the state."""
     assert not isinstance(found.value, nn.Module)
-    if published is not None and published.reference == reference:
-        arguments = {**published.arguments, **arguments}
-    else:
-        published = None
     most, closest = -1, Difference((), (), ())
     for view in views(found.value):
         fit = family.fit(reference, arguments, view.state)
@@ -238,32 +218,27 @@ def _fill(
     model = family.build_unset(reference, fit.arguments)
     # The user's own code may keep what it has built or read, and views of it.
     private = not isinstance(family, UserCode) and not trust_pickle
+    own, extra = extra_state.owners(model), {key.removeprefix(view.prefix): v for key, v in found.extra.items()}
     try:
         load_state_(model, fit.state, take=private)
-        notes = view.notes() + _load_extra(model, found.extra, view)
+        extra_state.load_(model, {key: value for key, value in extra.items() if key in own})
     except SourceError as error:
         raise SourceError(f"{label} cannot be used: {error}") from None
+    notes = view.notes()
+    if extra.keys() - own.keys():
+        left_out = ", ".join(key for key in extra if key not in own)
+        notes += (f"extra state that no module takes was left out: {left_out}",)
+    if own.keys() - extra.keys():
+        lacking = ", ".join(key for key in own if key not in extra)
+        notes += (f"extra state that the file lacks stays as it was built: {lacking}",)
     opened = family.describe(model, reference, fit.arguments, label)
     if published is not None:
         opened = torchvision_models.as_published(opened, published)
     return replace(opened, notes=notes + opened.notes, private=private)
 
 
-def _load_extra(model: nn.Module, extra: Mapping[str, Any], view: View) -> tuple[str, ...]:
-    """Give the modules, in place, the extra state of a file; what is to be said where the two are not the same keys."""
-    own, found = extra_state.owners(model), {key.removeprefix(view.prefix): value for key, value in extra.items()}
-    extra_state.load_(model, {key: value for key, value in found.items() if key in own})
-    left_out = ", ".join(key for key in found if key not in own)
-    lacking = ", ".join(key for key in own if key not in found)
-    notes = (f"extra state that no module takes was left out: {left_out}",) if left_out else ()
-    return notes + ((f"extra state that the file lacks stays as it was built: {lacking}",) if lacking else ())
-
-
 def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
-    """The unconverted model of an origin, with unset weights, running no code but torch's, torchvision's and ours.
-
-    Raises SourceError for an origin that only the user's own code can build.
-    """
+    """Build the unconverted model of an origin, with unset weights; raise SourceError if that takes the user's code."""
     if skeleton is not None:
         return from_structure(skeleton)
     full = builders.canonical(origin.reference)

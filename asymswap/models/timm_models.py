@@ -1,6 +1,6 @@
-"""The models of timm by name, where it is installed: built, filled with published weights, described, built again.
+"""The models of timm by name, where it is installed: build them, fill them with published weights, describe them.
 
-A name is that of an architecture, `resnet50`, or of one with the tag of published weights, `resnet50.a1_in1k`: the
+A name is an architecture, `resnet50`, or an architecture with the tag of published weights, `resnet50.a1_in1k`: the
 weights say how many classes there are and how large an image is. timm reads weights from the cache of Hugging Face's
 hub or of torch.hub, or downloads them into it; it unpickles with torch's restricted unpickler.
 """
@@ -25,15 +25,16 @@ from typing import Any
 from torch import nn
 
 from asymswap.errors import SourceError, near_names
+from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
+from asymswap.models import family
 from asymswap.models.family import Arguments, Family, Fit
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Origin, Preprocessing
 
 PREFIX = "timm:"
 
-# Where weights are looked for and what is made of them is for --weights to say: as arguments of a stored reference
-# these could make a checkpoint read other files, or download some.
+# As arguments of a stored reference these could make a checkpoint read other files, or download some.
 _CHOSEN_ELSEWHERE = ("cache_dir", "checkpoint_path")
 # Errors of a library that downloads are of its own classes, which are no errors of the system.
 _DOWNLOADERS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
@@ -47,29 +48,24 @@ class Timm(Family):
     channels = "in_chans"
 
     def canonical(self, reference: str) -> str | None:
-        """The reference itself: whether timm has such a model is for timm to say, which takes seconds to load."""
+        """Return the reference itself: whether timm has such a model only timm knows, which takes seconds to load."""
         return reference if reference.startswith(PREFIX) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The model with random weights, downloading nothing; raises SourceError where timm cannot build it."""
+        """Build the model with random weights, downloading nothing; raise SourceError where timm cannot build it."""
         return _create(_name(reference), arguments, pretrained=False)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """The model with published weights, with what timm has to remark on them as notes.
-
-        Raises SourceError where there are none, where they are neither in a cache nor can be downloaded, or do not fit.
-        """
-        architecture, tag = split(_name(reference))
-        named = None if name == "DEFAULT" else name
-        if tag is not None and named not in (None, tag):
-            raise SourceError(f"{reference} names weights and --weights {named} others; give one of them")
+        """Return the model with published weights, and timm's remarks on them as notes; raise SourceError."""
+        architecture, _, tag = _name(reference).partition(".")
+        named = "" if name in (None, "DEFAULT") else name
+        if tag and named not in ("", tag):
+            raise SourceError(f'{reference} names weights and `weights="{named}"` others; give one of them')
         full = ".".join(filter(None, (architecture, named or tag)))
         _check_name(full)
         config = _config(full)
         if config is None or not config.has_weights:
-            raise SourceError(
-                f"timm's {full} has no published weights; use --weights FILE, or --weights none for random ones"
-            )
+            raise family.unpublished(f"timm's {full}")
         full = f"{architecture}.{config.tag}" if config.tag else full
         with _listening() as remarks:
             try:
@@ -86,24 +82,18 @@ class Timm(Family):
         if classes not in (config.num_classes, 0):
             remarks.append(f"the classifier is random: the published weights tell {config.num_classes} classes apart")
         opened = replace(self.describe(model, PREFIX + full, arguments, config.tag or "DEFAULT"), notes=tuple(remarks))
-        if opened.preprocessing.normalization_from != "family":
-            return opened
-        known = replace(opened.preprocessing, normalization_from="weights", size_from="weights")
-        return replace(opened, preprocessing=known)
+        return family.from_weights(opened) if opened.preprocessing.normalization_from == "family" else opened
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        """A filled model; another version of timm may not know the tag, so what follows from it is stored instead."""
+        """Describe a filled model; what follows from the tag is stored, which another version of timm may not know."""
         name = _name(reference)
-        arguments = _settled(name, arguments)
-        origin = Origin(PREFIX + split(name)[0], arguments)
-        return OpenedModel(model, origin, preprocessing_of(model, arguments), weights, private=False)
+        return super().describe(model, PREFIX + name.partition(".")[0], _settled(name, arguments), weights)
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """How timm's own evaluation prepares an image."""
         return preprocessing_of(model, arguments)
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """As for any family; timm's files are partly in the form in which the model's authors had published them."""
+        """Fit as any family does; some of timm's files are in the form in which the model's authors published them."""
         plain = self.on_meta(reference, arguments)
         convert = getattr(sys.modules.get(type(plain).__module__), "checkpoint_filter_fn", None)
         if convert is not None and compare(plain, state):
@@ -124,7 +114,7 @@ class Timm(Family):
 
 
 def origin_of(model: nn.Module) -> Origin | None:
-    """From what timm builds this very structure again, where the module is one that timm has built; None otherwise."""
+    """Return from what timm builds this very structure again, for a module that timm has built; else None."""
     name = made_by_timm(model)
     if name is None:
         return None
@@ -137,31 +127,22 @@ def origin_of(model: nn.Module) -> Origin | None:
     except (TypeError, ValueError, SourceError):
         # JSON cannot hold the arguments, or timm does not take them again.
         return None
-    return Origin(PREFIX + name, arguments) if _same_structure(model, again) else None
+    same = _outline(model) == _outline(again) and not compare(model, again.state_dict())
+    return Origin(PREFIX + name, arguments) if same else None
 
 
-def _same_structure(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models agree in all but their weights: names and classes, attributes, shapes."""
-    first, second = (dict(model.named_modules(remove_duplicate=False)) for model in (one, other))
-    if first.keys() != second.keys() or compare(one, other.state_dict()):
-        return False
-    return all(
-        type(module) is type(second[name])
-        and vars(module).keys() == vars(second[name]).keys()
-        and _plain_attributes(module) == _plain_attributes(second[name])
-        for name, module in first.items()
-    )
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, str]:
+def _outline(model: nn.Module) -> dict[str, Any]:
+    """Return the class of every module, the names of its attributes, and the plain ones among them."""
     plain = (bool, int, float, str, tuple, type(None))
-    return {
-        name: repr(value) for name, value in vars(module).items() if name != "training" and isinstance(value, plain)
-    }
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {key: repr(value) if isinstance(value, plain) else "" for key, value in vars(module).items()}
+        found[name] = (type(module), own | {"training": ""})
+    return found
 
 
 def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with those that timm takes from the tag's description, which another version of timm may change."""
+    """Add the arguments that timm takes from the tag's description, which another version of timm may change."""
     config = _config(name)
     own: dict[str, Any] = {}
     if config is not None:
@@ -175,7 +156,7 @@ def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exact_hint(name: str) -> str:
-    """For a message: that timm has a model of this very name, where timm is installed; nothing otherwise."""
+    """Say, for a message, that timm is installed and has a model of this very name; else return nothing."""
     architecture = name.partition(".")[0]
     # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
     if not architecture or importlib.util.find_spec("timm") is None or not _timm().is_model(architecture):
@@ -184,18 +165,12 @@ def exact_hint(name: str) -> str:
 
 
 def _name(reference: str) -> str:
-    """The model's name in a reference, the tag of weights behind a dot, as timm has it."""
+    """Return the model's name in a reference, the tag of weights behind a dot, as timm has it."""
     return reference.removeprefix(PREFIX).replace("@", ".")
 
 
-def split(name: str) -> tuple[str, str | None]:
-    """The architecture and the tag of published weights in a name."""
-    architecture, _, tag = name.partition(".")
-    return architecture, tag or None
-
-
 def preprocessing_of(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
-    """How timm's own evaluation prepares an image for a model that it has built with these arguments."""
+    """Return how timm's own evaluation prepares an image for a model that it has built with these arguments."""
     _timm()
     from timm.data import resolve_data_config
 
@@ -212,7 +187,7 @@ def preprocessing_of(model: nn.Module, arguments: Mapping[str, Any]) -> Preproce
         size=(height, width),
         mean=mean if own else (0.5,) * channels,
         std=std if own else (0.5,) * channels,
-        # What is not cropped is squeezed to its size at once.
+        # An image that is not cropped is resized to its final size at once.
         resize=math.floor(max(height, width) / data["crop_pct"]) if data["crop_mode"] == "center" else None,
         interpolation=data["interpolation"],
         normalization_from="family" if own else "assumed",
@@ -221,7 +196,7 @@ def preprocessing_of(model: nn.Module, arguments: Mapping[str, Any]) -> Preproce
 
 
 def made_by_timm(model: nn.Module) -> str | None:
-    """The name of the architecture that a module says it is one of, if timm defines its class."""
+    """Return the name of a module's architecture, if timm defines its class; else None."""
     config = getattr(model, "pretrained_cfg", None)
     if "timm" not in sys.modules or not type(model).__module__.startswith("timm.") or not isinstance(config, Mapping):
         return None
@@ -230,7 +205,7 @@ def made_by_timm(model: nn.Module) -> str | None:
 
 
 def version() -> str:
-    """The installed timm's version."""
+    """Return the installed timm's version."""
     return str(_timm().__version__)
 
 
@@ -238,24 +213,21 @@ def _timm() -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
+        what = f"models of {PREFIX} need timm, which is not installed; install it"
         if error.name != "timm":
-            raise SourceError(
-                f"timm cannot be imported: {error}; install it again: pip install 'asymswap[timm]'"
-            ) from None
-        raise SourceError(
-            f"models of {PREFIX} need timm, which is not installed; install it: pip install 'asymswap[timm]'"
-        ) from None
+            what = f"timm cannot be imported: {error}; install it again"
+        raise SourceError(f"{what}: pip install 'asymswap[timm]'") from None
     return timm
 
 
 def _config(name: str) -> Any:
-    """timm's description of the weights of a name, or None where it has none."""
+    """Return timm's description of the weights of a name, or None where it has none."""
     return _timm().models.get_pretrained_cfg(name)
 
 
 def _check_name(name: str) -> None:
     """Raise SourceError, with near names, for an architecture or a tag that the installed timm lacks."""
-    architecture, tag = split(name)
+    architecture, _, tag = name.partition(".")
     timm, registry = _timm(), _timm().models
     if not timm.is_model(architecture):
         hint = near_names(architecture, timm.list_models()) or "; timm.list_models() lists them"
@@ -265,17 +237,15 @@ def _check_name(name: str) -> None:
         now = f"; its name is now {PREFIX}{renamed[architecture]}" if renamed[architecture] else ", it was removed"
         raise SourceError(f"timm {timm.__version__} has no model {architecture!r} any more{now}")
     tags = [other.partition(".")[2] for other in registry.get_arch_pretrained_cfgs(architecture)]
-    if tag is not None and tag not in tags:
-        known = [other for other in tags if other]
-        hint = near_names(tag, known) or f"; known: {', '.join(known[:8]) or 'none'}"
-        raise SourceError(f"timm's {architecture} has no weights {tag!r}, no FILE of that name either{hint}")
+    if tag and tag not in tags:
+        raise family.unknown_weights(f"timm's {architecture}", tag, filter(None, tags), 8)
 
 
 def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: Any) -> nn.Module:
     _check_name(name)
     for key in arguments:
         if key.startswith("pretrained") or key in _CHOSEN_ELSEWHERE:
-            raise SourceError(f"{key!r} is not an argument for timm's {name}; choose weights with --weights")
+            raise family.chosen_by_weights(f"timm's {name}", key)
     # Both TOML and JSON know lists only, where timm asks for a pair or a tuple of sizes.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
@@ -286,16 +256,12 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
         if pretrained:
             raise
         with_what = f" with {dict(arguments)}" if arguments else ""
-        raise SourceError(f"timm cannot build {name}{with_what}: {_reason(error)}") from None
+        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}") from None
     return model
 
 
 def _in_hubs_cache(config: Any) -> str | None:
-    """The file of these weights in the hub's cache.
-
-    The hub's client would ask the network first whether there is a newer one, and where there is no network it would
-    ask for half a minute.
-    """
+    """Return the file of these weights in the hub's cache, where its client would first ask the network for a newer."""
     from huggingface_hub import try_to_load_from_cache
 
     name = config.hf_hub_filename or "model.safetensors"
@@ -316,7 +282,7 @@ def find_hub() -> None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
-    """Keep timm and the hub's client from writing to the screen; what timm warns of is for the report to tell."""
+    """Keep timm and the hub's client from writing to the screen, and collect timm's warnings for the report."""
     from huggingface_hub import utils
 
     remarks: list[str] = []
@@ -330,7 +296,7 @@ def _listening() -> Iterator[list[str]]:
     own.addHandler(listener)
     own.propagate = False
     hub.setLevel(logging.CRITICAL)
-    # The hub's client shall draw its progress on a terminal only.
+    # The hub's client may draw its progress on a terminal only.
     silenced = not (sys.stderr.isatty() or utils.are_progress_bars_disabled())
     if silenced:
         utils.disable_progress_bars()
@@ -345,18 +311,12 @@ def _listening() -> Iterator[list[str]]:
 
 
 def _why_no_weights(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
-    """Why a model could not be had with its weights, for a message; raises SourceError where it can't be had at all."""
+    """Say why a model is not available with its weights; raise SourceError where it is not available at all."""
     chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
-    where = "use --weights none for random weights or --weights FILE for a state_dict"
     if any(isinstance(e, OSError | HTTPException) or type(e).__module__.startswith(_DOWNLOADERS) for e in chain):
         # The hub's client wraps what has happened in a paragraph of its own.
-        told = _reason(getattr(error, "reason", None) or error.__cause__ or error)
-        return f"the weights {name} of timm are in no cache and cannot be downloaded ({told}); {where}"
+        reason = reason_of(getattr(error, "reason", None) or error.__cause__ or error)
+        return f"the weights {name} of timm are in no cache and cannot be downloaded ({reason}); {family.OTHER_WEIGHTS}"
     # The arguments may be to blame: then it can't be built without weights either.
     _create(name, arguments, pretrained=False)
-    return f"cannot load the weights {name} of timm: {_reason(error)}; {where}"
-
-
-def _reason(error: object) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+    return f"cannot load the weights {name} of timm: {reason_of(error)}; {family.OTHER_WEIGHTS}"

@@ -1,4 +1,4 @@
-"""The models of torchvision: built, filled with published weights, described so that they can be rebuilt."""
+"""The models of torchvision: build them, fill them with published weights, describe them to be rebuilt."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ import torch
 from torch import nn
 from torchvision import models
 
-from asymswap.errors import SourceError, near_names
+from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.module_structure import to_structure
+from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, State
-from asymswap.fileformats.torch_files import load_object
+from asymswap.fileformats.torch_files import load_object, to_structure
+from asymswap.models import family
 from asymswap.models.family import Arguments, Family, Fit, input_channels
 from asymswap.models.opened import OpenedModel
-from asymswap.models.preprocessing import with_channels
-from asymswap.types import InputForm, Origin, Preprocessing, Size
+from asymswap.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, with_channels
+from asymswap.types import InputForm, KnownFrom, Origin, Preprocessing, Size
 
 PREFIX = "torchvision:"
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _DELETE = "delete that file if it is damaged"
 
@@ -41,19 +40,15 @@ _OLD_KEYS = (
 
 
 def classifiers() -> list[str]:
-    """The names of torchvision's image classifiers."""
+    """Return the names of torchvision's image classifiers."""
     return list(models.list_models(models))
 
 
 def with_current_keys(state: State) -> State:
-    """The state dict under the names that torchvision's densenets and vision transformers have now."""
-
-    def current(key: str) -> str:
-        for pattern, name in _OLD_KEYS:
-            key = pattern.sub(name, key)
-        return key
-
-    return {current(key): tensor for key, tensor in state.items()}
+    """Return the state dict under the names that torchvision's densenets and vision transformers have now."""
+    for pattern, name in _OLD_KEYS:
+        state = {pattern.sub(name, key): tensor for key, tensor in state.items()}
+    return state
 
 
 _FRAMES = 16
@@ -64,30 +59,24 @@ _FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "imag
 
 
 def assumed_preprocessing(model: nn.Module) -> Preprocessing:
-    """What a model of which nothing else is known most likely takes, by its class and its attributes."""
+    """Return what a model of which nothing else is known most likely takes, by its class and its attributes."""
     package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
     form, side = _FORMS.get(package, "images"), getattr(model, "image_size", None)
     known = type(model).__module__.startswith("torchvision.models.") or form in ("image-list", "image-pair")
     size: Size = (side, side) if isinstance(side, int) else (224, 224)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if form == "image-list":
-        # They normalise and resize by themselves; this size is left as it is, so that the costs are those of it.
+        # Detectors normalise and resize by themselves; they leave this size as it is, so the costs are of it.
         transform = getattr(model, "transform", None)
         fixed, shortest = getattr(transform, "fixed_size", None), int(getattr(transform, "min_size", (800,))[-1])
         size = (shortest, shortest) if fixed is None else (int(fixed[1]), int(fixed[0]))
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif form == "image-pair":
         size, mean, std = (256, 256), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    return Preprocessing(
-        3,
-        size,
-        mean,
-        std,
-        form=form,
-        frames=_FRAMES if form == "clips" else 1,
-        normalization_from="family" if known else "assumed",
-        size_from="family" if known or isinstance(side, int) else "assumed",
-    )
+    by_size: KnownFrom = "family" if known or isinstance(side, int) else "assumed"
+    frames = _FRAMES if form == "clips" else 1
+    assumed = Preprocessing(3, size, mean, std, form=form, frames=frames, size_from=by_size)
+    return replace(assumed, normalization_from="family" if known else "assumed")
 
 
 @dataclass(frozen=True)
@@ -103,16 +92,15 @@ class Torchvision(Family):
     """`torchvision:NAME`, or NAME alone."""
 
     def names(self) -> list[str]:
-        """The full references of all models that torchvision registers."""
+        """Return the full references of all models that torchvision registers."""
         return [f"{PREFIX}{name}" for name in models.list_models()]
 
     def canonical(self, reference: str) -> str | None:
-        """`torchvision:resnet18` for `resnet18`."""
         full = PREFIX + reference.removeprefix(PREFIX)
         return full if full in self.names() else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """The model with random weights, downloading nothing; `in_channels` makes its first conv anew."""
+        """Build the model with random weights, downloading nothing; `in_channels` replaces its first conv."""
         name = reference.removeprefix(PREFIX)
         own = {key: value for key, value in arguments.items() if key != "in_channels"}
         _check_arguments(name, own)
@@ -126,7 +114,7 @@ class Torchvision(Family):
         return model
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
-        """The model with published weights, from torch.hub's cache, or downloaded into it; raises SourceError."""
+        """Return the model with published weights, from torch.hub's cache, or downloaded into it; raise SourceError."""
         model_name = reference.removeprefix(PREFIX)
         weights = _weights(model_name, name or "DEFAULT")
         _check_arguments(model_name, arguments)
@@ -141,10 +129,10 @@ class Torchvision(Family):
         except Exception as error:
             # Weights that do not fit can raise about anything; so can a builder at an argument of another network.
             if arguments and isinstance(error, TypeError | ValueError):
-                raise SourceError(
-                    f"torchvision's {model_name} does not take {dict(arguments)}: {_reason(error)}"
-                ) from None
-            raise SourceError(f"cannot load {cached} into {model_name}: {_reason(error)}; {_DELETE}") from None
+                what = f"torchvision's {model_name} does not take {dict(arguments)}: {reason_of(error, 500)}"
+            else:
+                what = f"cannot load {cached} into {model_name}: {reason_of(error, 500)}; {_DELETE}"
+            raise SourceError(what) from None
         finally:
             del weights.get_state_dict
         origin = Origin(reference, {**_set_by_weights(model_name, weights), **arguments})
@@ -154,16 +142,16 @@ class Torchvision(Family):
         return OpenedModel(model, origin, preprocessing, weights.name, skeleton=skeleton, private=True)
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        """A filled model, with a note on the switch that published weights turn on, and files do not speak of."""
+        """Describe a filled model, with a note on the switch that published weights turn on and files do not have."""
         opened = super().describe(model, reference, arguments, weights)
         switches = weights != "random" and reference.removeprefix(PREFIX) in ("googlenet", "inception_v3")
         if switches and "transform_input" not in arguments:
-            note = "set --arg transform_input=true for weights that descend from torchvision's; it is off here"
+            note = "set the argument transform_input=True for weights that descend from torchvision's; it is off here"
             opened = replace(opened, notes=(note,))
         return opened
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """As for any family, under the names that torchvision's densenets and vision transformers have now."""
+        """Fit as any family does, under the names that densenets and vision transformers have now."""
         return super().fit(reference, arguments, with_current_keys(state))
 
     def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
@@ -174,53 +162,45 @@ class Torchvision(Family):
         return guess
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """How the transforms of the default weights prepare an image."""
-        return with_channels(_preprocessing(reference.removeprefix(PREFIX), model, None), input_channels(model))
+        return _preprocessing(reference.removeprefix(PREFIX), model, None)
 
 
 def as_published(opened: OpenedModel, published: Published) -> OpenedModel:
-    """A filled model whose weights have been found to be published ones."""
+    """Describe a filled model whose weights have been found to be published ones."""
     name = published.reference.removeprefix(PREFIX)
-    set_so = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
+    settings = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
     note = f"known by its SHA-256 as torchvision's {published.weights} of {name}"
-    own = _preprocessing(name, opened.model, published.weights)
-    return replace(
-        opened,
-        preprocessing=with_channels(own, input_channels(opened.model)),
-        notes=(f"{note}, which sets {set_so}" if set_so else note,),
-    )
+    note = f"{note}, which sets {settings}" if settings else note
+    return replace(opened, preprocessing=_preprocessing(name, opened.model, published.weights), notes=(note,))
 
 
 def _preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
-    """How the transforms of these weights, or of the default ones, prepare an image."""
+    """Return how the transforms of these weights, or of the default ones, prepare an image."""
     assumed = assumed_preprocessing(model)
     if assumed.form in ("image-list", "image-pair"):
-        return assumed
-    weights = _weights(name, weights_name or "DEFAULT")
-    transforms = weights.transforms()
-    sizes = {key: getattr(transforms, key, None) for key in ("crop_size", "resize_size")}
-    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes.values())
-    weights_crop = crop
+        return with_channels(assumed, input_channels(model))
+    transforms = _weights(name, weights_name or "DEFAULT").transforms()
+    sizes = (getattr(transforms, key, None) for key in ("crop_size", "resize_size"))
+    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes)
     # Vision transformers fix their input size when they are built.
     fixed = getattr(model, "image_size", None)
-    if isinstance(fixed, int) and fixed != crop:
-        crop, resize = fixed, None
-    return Preprocessing(
-        channels=3,
-        size=(crop or 224, crop or 224),
+    other_size = isinstance(fixed, int) and fixed != crop
+    side = (fixed if other_size else crop) or 224
+    known = replace(
+        assumed,
+        size=(side, side),
         mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
         std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
-        resize=resize,
+        resize=None if other_size else resize,
         interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
-        form=assumed.form,
-        frames=assumed.frames,
         normalization_from="weights" if weights_name else "family",
-        size_from="weights" if weights_name and crop == weights_crop else "family",
+        size_from="weights" if weights_name and not other_size else "family",
     )
+    return with_channels(known, input_channels(model))
 
 
 def published(digest: str) -> Published | None:
-    """Which published weights a file is, by its SHA-256, of which torchvision's file names hold the first digits."""
+    """Return which published weights a file is, by its SHA-256: torchvision's file names have the first digits."""
     return _published().get(digest[:8])
 
 
@@ -238,7 +218,7 @@ def _published() -> dict[str, Published]:
 
 
 def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
-    """Give the network another number of input channels: its first conv becomes one of those, with random weights."""
+    """Give the network another number of input channels: a new first conv with random weights."""
     name, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
     # What a network is for, as torchvision's packages say: classification, segmentation, detection, video …
     package: list[str] = models.get_model_builder(reference.removeprefix(PREFIX)).__module__.split(".")
@@ -256,7 +236,7 @@ def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
 
 
 def _fetch(name: str, weights: Any) -> Path:
-    """Where torch.hub keeps the file of these weights; it is downloaded where it is missing."""
+    """Return where torch.hub keeps the file of these weights, downloading it where it is missing."""
     cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     try:
         if not cached.exists():
@@ -267,24 +247,20 @@ def _fetch(name: str, weights: Any) -> Path:
             )
     except (OSError, HTTPException, RuntimeError) as error:
         # The RuntimeError is torch's word for a download with another hash than its name says.
-        raise SourceError(
-            f"the weights {weights.name} of {name} are not in {cached.parent} and cannot be downloaded "
-            f"({_reason(error)}); use --weights none for random weights or --weights FILE for a state_dict"
-        ) from None
+        why = reason_of(getattr(error, "reason", None) or error, 500)
+        where = f"are not in {cached.parent} and cannot be downloaded ({why}); {family.OTHER_WEIGHTS}"
+        raise SourceError(f"the weights {weights.name} of {name} {where}") from None
     return cached
 
 
 def _read(name: str, cached: Path) -> Any:
-    """What a file of torch.hub's cache holds, read as any file is; raises SourceError.
-
-    Anybody can write to that folder, and torchvision would unpickle what lies there without restriction.
-    """
+    """Read a file of torch.hub's cache as any file: torchvision would unpickle it without restriction."""
     digits = torch.hub.HASH_REGEX.search(cached.name)
     try:
         kind = sniff(cached)
         if digits and not sha256(cached).startswith(digits[1]):
             raise SourceError("its SHA-256 is not the one in its name")
-        return load_object(cached, kind, False, "it", "take weights of your own with --weights FILE")
+        return load_object(cached, kind, False, "it", 'take weights of your own with `weights="FILE"`')
     except SourceError as error:
         raise SourceError(f"cannot load {cached} into {name}: {error}; {_DELETE}") from None
 
@@ -295,19 +271,18 @@ def _weights(name: str, weights_name: str) -> Any:
     known = {key: weights.meta.get("unquantized", weights) for key, weights in members.items()}
     known |= {weights.name: weights for weights in known.values()}
     if weights_name not in known:
-        hint = near_names(weights_name, known) or f"; known: {', '.join(known)}"
-        raise SourceError(f"torchvision's {name} has no weights {weights_name!r}, no FILE of that name either{hint}")
+        raise family.unknown_weights(f"torchvision's {name}", weights_name, known, len(known))
     return known[weights_name]
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """Arguments of ours: the slow and warned-of initialisation of two networks would be thrown away."""
+    """Return arguments of ours: the slow and warned-of initialisation of two networks would be thrown away."""
     slow = name.removeprefix("quantized_") in ("googlenet", "inception_v3")
     return {"init_weights": False} if slow else {}
 
 
 def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
-    """The constructor arguments that torchvision changes on its own when weights are given."""
+    """Return the constructor arguments that torchvision changes on its own when weights are given."""
     if name in ("googlenet", "quantized_googlenet", "quantized_inception_v3"):
         return {"transform_input": True, "aux_logits": False}
     if name == "inception_v3":
@@ -318,12 +293,6 @@ def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Weights are chosen by their own option: as an argument they could make a stored reference download something."""
-    for key in arguments:
-        if key in ("weights", "weights_backbone", "progress", "pretrained", "pretrained_backbone"):
-            raise SourceError(f"{key!r} is not an argument for torchvision's {name}; choose weights with --weights")
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
-    return " ".join(str(reason).split()) or type(error).__name__
+    for key in ("weights", "weights_backbone", "progress", "pretrained", "pretrained_backbone"):
+        if key in arguments:
+            raise family.chosen_by_weights(f"torchvision's {name}", key)

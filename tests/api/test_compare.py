@@ -224,9 +224,9 @@ def test_what_cannot_be_compared(models: list[str], options: dict[str, Any], err
 
 
 def test_options_that_suit_none_of_several_models() -> None:
-    with pytest.raises(AsymswapError, match=r"--arch resnet18 goes with a file, and none"):
+    with pytest.raises(AsymswapError, match=r'`arch="resnet18"` goes with a file, and none'):
         open_models([DIGITS, DIGITS], arch="resnet18")
-    with pytest.raises(AsymswapError, match=r"--weights none goes with a reference, and all models"):
+    with pytest.raises(AsymswapError, match=r'`weights="none"` goes with a reference, and all models'):
         open_models(["a.pt", "b.pt"], weights="none")
 
 

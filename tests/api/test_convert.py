@@ -549,11 +549,11 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
     [
         (
             lambda: asymswap.convert(asymswap.open_model("digits-resnet", input_size=(8, 8)), "3x3-only"),
-            "--input 8x8 does not suit",
+            "`input_size=8x8` does not suit",
         ),
         (
             lambda: asymswap.convert(asymswap.open_model("digits-resnet", input_size=(1, -1, 8)), "3x3-only"),
-            "--input 1x-1x8 does not suit",
+            "`input_size=1x-1x8` does not suit",
         ),
         (lambda: asymswap.export("x.pt", "y.onnx", form="tflite"), "the form 'tflite' is unknown; choose onnx, pt2"),
         (lambda: asymswap.benchmark(["digits-resnet"], dtype="float8"), "the dtype 'float8' is unknown; did you mean"),

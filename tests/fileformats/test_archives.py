@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError
-from asymswap.fileformats.archives import read_exported, read_torchscript, states_of_modules
 from asymswap.fileformats.detect import FileKind, sniff
-from asymswap.fileformats.model_file import read_raw
+from asymswap.fileformats.model_file import read_exported, read_raw, read_torchscript, states_of_modules
 from asymswap.fileformats.torch_files import load, load_object
 from asymswap.models.references import weights_in
 
@@ -73,14 +72,6 @@ def read_described(path: Path) -> Any:
     return loaded.value
 
 
-def restricted(file: io.BytesIO, label: str) -> Any:
-    return load_object(file, FileKind.TORCH, False, label)
-
-
-def exported(path: Path) -> State:
-    return read_exported(path, restricted)
-
-
 def equal(found: State, model: nn.Module) -> bool:
     expected = model.state_dict()
     return found.keys() >= expected.keys() and all(
@@ -110,7 +101,7 @@ def test_frozen_torchscript_has_lost_its_names(tmp_path: Path) -> None:
 def test_exported(dtype: torch.dtype, tmp_path: Path) -> None:
     save_exported(net(dtype), tmp_path / "x.pt2")
     assert sniff(tmp_path / "x.pt2") is FileKind.EXPORTED
-    found = exported(tmp_path / "x.pt2")
+    found = read_exported(tmp_path / "x.pt2")
     assert equal(found, net(dtype))
     assert found.keys() == net().state_dict().keys()
 
@@ -127,16 +118,16 @@ def older_export(value: object, path: Path, entry: str) -> None:
 def test_exported_by_older_versions(entry: str, tmp_path: Path) -> None:
     older_export(OrderedDict(net().state_dict()), tmp_path / "x.pt2", entry)
     assert sniff(tmp_path / "x.pt2") is FileKind.EXPORTED
-    assert equal(exported(tmp_path / "x.pt2"), net())
+    assert equal(read_exported(tmp_path / "x.pt2"), net())
     older_export([1], tmp_path / "y.pt2", entry)
     with pytest.raises(SourceError, match=rf"its entry a/{entry} holds a list, not a state_dict"):
-        exported(tmp_path / "y.pt2")
+        read_exported(tmp_path / "y.pt2")
     older_export(types.SimpleNamespace(a=1), tmp_path / "z.pt2", entry)
     with pytest.raises(SourceError, match=r"needs types\.SimpleNamespace, outside of the allowlist; nothing of it was"):
-        exported(tmp_path / "z.pt2")
+        read_exported(tmp_path / "z.pt2")
     # Trust changes nothing about it, so that it is not advised either.
     for trusted in (False, True):
-        with pytest.raises(SourceError, match=r"executed; save the program's state_dict and give it with --arch$"):
+        with pytest.raises(SourceError, match=r"executed; save the program's state_dict and give it with `arch=…`$"):
             read_raw(tmp_path / "z.pt2", trusted)
 
 
@@ -195,14 +186,14 @@ def test_hostile_exports(name: str, an_export: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(an_export)
     with_config(tmp_path / "x.pt2", change)
     with pytest.raises(SourceError, match=rf"x\.pt2 is cut off or damaged: .*{expected}"):
-        exported(tmp_path / "x.pt2")
+        read_exported(tmp_path / "x.pt2")
 
 
 def test_an_export_without_weights(an_export: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(an_export)
     rewritten(tmp_path / "x.pt2", lambda name, content: None if "weights" in name else content)
     with pytest.raises(SourceError, match=r"a torch\.export archive that holds no weights of its own"):
-        exported(tmp_path / "x.pt2")
+        read_exported(tmp_path / "x.pt2")
 
 
 ARCHIVES: dict[str, tuple[Callable[[str, bytes], bytes | None], str]] = {

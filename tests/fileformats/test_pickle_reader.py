@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from asymswap.errors import SourceError
-from asymswap.fileformats import pickle_reader, zip_entries
+from asymswap.fileformats import pickle_reader, torch_files
 from asymswap.fileformats.detect import FileKind
 from asymswap.fileformats.pickle_objects import DEEPEST, Builder, is_safe_name
-from asymswap.fileformats.pickle_parts import Odd, StorageRef, described_tensor
+from asymswap.fileformats.pickle_reader import Odd, StorageRef, described_tensor
 from asymswap.fileformats.torch_files import load as load_file
 from asymswap.fileformats.torch_files import load_object
 
@@ -127,6 +127,25 @@ def test_claims_of_more_than_the_file_holds_are_refused(name: str, monkeypatch: 
         load(hostile._in_zip(CLAIMS[name]))
     with pytest.raises(SourceError, match=r"which torch\.save never writes|is cut off or damaged"):
         load(hostile._in_old(CLAIMS[name].replace(b"tQ", b"NtQ")), FileKind.LEGACY)
+
+
+def test_a_storage_in_a_pickle_is_all_there() -> None:
+    """As `pickle.dump` writes it: a file of the old form in the pickle."""
+    held = io.BytesIO()
+    torch.save(torch.ones(4).untyped_storage(), held, _use_new_zipfile_serialization=False)
+
+    class Holder:
+        def __init__(self, data: bytes) -> None:
+            self.data = data
+
+        def __reduce__(self) -> Any:
+            return torch.storage._load_from_bytes, (self.data,)
+
+    whole = load(pickle.dumps({"x": Holder(held.getvalue())}), FileKind.PICKLE)["x"]
+    assert torch.equal(whole.view(torch.float32), torch.ones(4))
+    for missing in (1, 8, 16, 24):
+        with pytest.raises(SourceError, match=r"x\.pt is cut off or damaged: its "):
+            load(pickle.dumps({"x": Holder(held.getvalue()[:-missing])}), FileKind.PICKLE)
 
 
 def module(**attributes: Any) -> nn.Module:
@@ -248,7 +267,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused() -> None:
 
 
 def test_a_pickle_larger_than_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zip_entries, "LARGEST_PICKLE", 100)
+    monkeypatch.setattr(torch_files, "LARGEST_PICKLE", 100)
     entries = [("x/data.pkl", b"\x80\x02" + hostile._text("x" * 20_000) + b".")]
     with pytest.raises(SourceError, match=r"holds [\d,]+ bytes beside its tensors, more than 100, which"):
         load(hostile._zipped(entries, zipfile.ZIP_DEFLATED))
@@ -313,7 +332,7 @@ def test_the_limits_leave_room_for_real_checkpoints() -> None:
         content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     operations = sum(1 for _ in pickletools.genops(content))
     assert operations < pickle_reader.MOST_OPERATIONS / 7
-    assert len(content) < zip_entries.LARGEST_PICKLE / 20
+    assert len(content) < torch_files.LARGEST_PICKLE / 20
 
 
 def get(index: int) -> bytes:

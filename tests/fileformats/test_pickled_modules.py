@@ -15,10 +15,9 @@ from torchvision import models
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.module_structure import from_structure, to_structure
 from asymswap.fileformats.pickle_objects import is_allowed_module
 from asymswap.fileformats.state_dict import find_weights
-from asymswap.fileformats.torch_files import load_object
+from asymswap.fileformats.torch_files import from_structure, load_object, to_structure
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model
 from asymswap.utils.tensors import WithoutMemory, meta_copy

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind, resolve, sniff
-from asymswap.fileformats.model_file import read_raw
-from asymswap.fileformats.shards import fingerprint
+from asymswap.fileformats.model_file import fingerprint, read_raw
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model
 

@@ -30,7 +30,7 @@ from asymswap.errors import SourceError
 from asymswap.fileformats import pickle_objects, torch_files
 from asymswap.fileformats.detect import FileKind, sniff
 from asymswap.fileformats.pickle_objects import allowed_names
-from asymswap.fileformats.pickle_parts import Record
+from asymswap.fileformats.pickle_reader import Record
 from asymswap.fileformats.torch_files import load_object
 
 ROOT = Path(__file__).parents[2]

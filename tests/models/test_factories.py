@@ -140,7 +140,7 @@ def test_a_file_is_not_run_unless_it_is_trusted(nets: Path) -> None:
     with pytest.raises(SourceError, match=r"is built by running nets@home/net\.py, which can then do whatever you can"):
         open_model(f"{NAME}:Net")
     torch.save({"conv.weight": torch.zeros(1)}, "w.pt")
-    with pytest.raises(SourceError, match=r"if you trust it say --trust-code \(trust_code=True in Python\)"):
+    with pytest.raises(SourceError, match=r"if you trust it say `trust_code=True`$"):
         open_model("w.pt", arch=f"{NAME}:Net", trust_pickle=True)
     assert not Path("canary").exists()
 
@@ -150,7 +150,7 @@ def test_a_trusted_file_is_run(nets: Path, capsys: pytest.CaptureFixture[str]) -
     opened = open_model(f"{NAME}:Net", arguments={"width": 5}, trust_code=True)
     assert opened.model.get_submodule("conv").out_channels == 5
     assert opened.origin == Origin(f"{NAME}:Net", {"width": 5})
-    assert opened.notes[0] == "built by running nets@home/net.py, which --trust-code allowed"
+    assert opened.notes[0] == "built by running nets@home/net.py, which `trust_code=True` allowed"
     assert Path("canary").exists()
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "net.py was run\n")
@@ -180,13 +180,13 @@ def test_what_may_be_named(attribute: str, width: int, nets: Path) -> None:
         (f"{NAME}:net", {}, r"nets@home/net\.py has no callable 'net'; did you mean Net"),
         (f"{NAME}:Net.wyde", {}, r"nets@home/net\.py has no callable 'Net\.wyde'"),
         (f"{NAME}:_private", {}, r"has no callable '_private'"),
-        (f"{NAME}:Needy", {"width": 3}, r"missing a required argument: 'depth'; give --arg depth=…"),
-        (f"{NAME}:Needy", {}, r"missing a required argument: 'depth'; give --arg depth=… --arg width=…"),
+        (f"{NAME}:Needy", {"width": 3}, r"missing a required argument: 'depth'; give the arguments depth=…"),
+        (f"{NAME}:Needy", {}, r"missing a required argument: 'depth'; give the arguments depth=…, width=…"),
         (f"{NAME}:Net", {"widht": 3}, r"unexpected keyword argument 'widht'; did you mean width\?"),
         (f"{NAME}:plain", {"q": 3}, r"unexpected keyword argument 'q'; it takes none"),
-        (f"{NAME}:ready", {"width": 3}, r":ready is a module already, so --arg width changes nothing"),
+        (f"{NAME}:ready", {"width": 3}, r":ready is a module already, so the argument width changes nothing"),
         (f"{NAME}:returns_text", {}, r"net\.py:returns_text returned a str, not an nn\.Module"),
-        (f"{NAME}:fails", {}, r"net\.py:fails failed: ValueError: two lines \(--debug shows where\)"),
+        (f"{NAME}:fails", {}, r"net\.py:fails failed: ValueError: two lines \(`debug=True` shows where\)"),
         ("bad.py:Net", {}, r"cannot run bad\.py of 'bad\.py:Net': SyntaxError: "),
         ("bad.py", {}, r"bad\.py is Python code: say what in it builds the model, as bad\.py:NAME$"),
         ("leaves.py:Net", {}, r"cannot run leaves\.py of 'leaves\.py:Net': SystemExit: 3"),
@@ -227,7 +227,7 @@ def test_weights_for_a_network_of_a_file(nets: Path) -> None:
     ):
         opened = open_model(name, **request)
         assert torch.equal(opened.model.get_parameter("conv.weight"), model.get_parameter("conv.weight"))
-        assert "built by running nets@home/net.py, which --trust-code allowed" in opened.notes
+        assert "built by running nets@home/net.py, which `trust_code=True` allowed" in opened.notes
 
 
 def test_from_file_to_file_and_back(nets: Path) -> None:
@@ -242,7 +242,7 @@ def test_from_file_to_file_and_back(nets: Path) -> None:
     Path("canary").unlink()
     with pytest.raises(CheckpointError, match=r"built by nets@home/net\.py:Net, which is code of yours; load it with"):
         asymswap.load("net.asym.pt")
-    with pytest.raises(SourceError, match="--trust-code"):
+    with pytest.raises(SourceError, match="`trust_code=True`"):
         asymswap.convert(asymswap.open_model("net.asym.pt", arch=f"{NAME}:Net"), plan={"swaps": []})
     assert not Path("canary").exists()
     own = factories.UserCode(trust_code=True).build(f"{NAME}:Net", {"width": 8})
@@ -265,13 +265,13 @@ def test_what_is_made_of_known_classes_loads_without_the_file(nets: Path) -> Non
 
 def test_the_command_line(nets: Path, run: Run, refusal: Refusal) -> None:
     options = ("--recipe", "all-spatial", "--set", "rank=2", "--set", "allow_growth=true", "--input", "3x9x9")
-    assert "--trust-code" in refusal("convert", f"{NAME}:Net", *options)
+    assert "if you trust it" in refusal("convert", f"{NAME}:Net", *options)
     done = run("convert", f"{NAME}:Net", "--trust-code", *options, "--json")
     assert done.code == 0, done
     assert json.loads(done.out)["model"]["notes"][0].startswith("built by running nets@home/net.py")
     assert "code of yours" in refusal("convert", "Net.asym.pt", *options)
-    assert "--trust-code" in refusal("fuse", "Net.asym.pt", "--separable", "--arch", f"{NAME}:Net")
+    assert "if you trust it" in refusal("fuse", "Net.asym.pt", "--separable", "--arch", f"{NAME}:Net")
     fused = run("fuse", "Net.asym.pt", "--separable", "--arch", f"{NAME}:Net", "--trust-code", "-q")
     assert (fused.code, Path("Net.fused.pt").exists()) == (0, True)
     listed = run("candidates", f"{NAME}:Net", "--trust-code", "--input", "3x9x9")
-    assert "Built by running nets@home/net.py, which --trust-code allowed." in " ".join(listed.out.split())
+    assert "Built by running nets@home/net.py, which " in " ".join(listed.out.split())

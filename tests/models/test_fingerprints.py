@@ -16,7 +16,7 @@ from torch import Tensor
 from asymswap.errors import SourceError
 from asymswap.models import builders, references, torchvision_models
 from asymswap.models.builders import family_of, known_references
-from asymswap.models.fingerprints import from_line, matches, shapes_of, table, to_line
+from asymswap.models.fingerprints import from_line, matches, shapes_of, table
 from asymswap.models.identify import identify
 from asymswap.models.opening import open_model
 from asymswap.models.torchvision_models import Published
@@ -75,7 +75,7 @@ def test_a_few_lines_of_the_table_are_current() -> None:
     lines = script().OUT.read_text(encoding="utf-8").splitlines()
     for reference in ("torchvision:resnet18", "torchvision:googlenet", "torchvision:fcn_resnet50", "cifar:resnet20"):
         shipped = [line for line in lines if line.split("\t")[0] == reference]
-        assert shipped == [to_line(make.fingerprint(reference, arguments)) for arguments in make.forms(reference)]
+        assert shipped == [make.to_line(make.fingerprint(reference, arguments)) for arguments in make.forms(reference)]
 
 
 def test_the_table_knows_every_network() -> None:
@@ -87,7 +87,7 @@ def test_the_table_knows_every_network() -> None:
 def test_lines_round_trip() -> None:
     for entries in table().values():
         for entry in entries:
-            assert from_line(to_line(entry)) == entry
+            assert from_line(script().to_line(entry)) == entry
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,10 @@ def test_published_weights_set_what_they_were_trained_with(
     torch.save(builders.build("torchvision:googlenet", {}).state_dict(), tmp_path / "x.pt")
     unknown = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
     assert unknown.origin.arguments == {}
-    assert "set --arg transform_input=true for weights that descend from torchvision's; it is off here" in unknown.notes
+    assert (
+        "set the argument transform_input=True for weights that descend from torchvision's; it is off here"
+        in unknown.notes
+    )
     known = Published("torchvision:googlenet", "IMAGENET1K_V1", {"transform_input": True})
     monkeypatch.setattr(torchvision_models, "published", lambda _: known)
     opened = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def test_a_loss_and_a_metric_are_left_out_and_named() -> None:
     state = behind("model.", network()) | {"loss.weight": torch.zeros(10), "metric.tp": torch.tensor(3)}
     view = next(view for view in views(state) if view.prefix == "model.")
     assert (view.state.keys(), view.whole) == (network().keys(), True)
-    assert view.notes() == ("keys without their 'model.'; left out (--key chooses): loss.weight, metric.tp",)
+    assert view.notes() == ("keys without their 'model.'; left out (`key=…` chooses): loss.weight, metric.tp",)
 
 
 def test_a_copy_beside_the_network_is_left_out() -> None:

@@ -228,7 +228,7 @@ def test_architectures_are_told_by_their_keys_and_shapes(
     torch.save({"model": model.state_dict()}, tmp_path / "w.pt")
     opened = open_model(tmp_path / "w.pt")
     assert opened.origin == Origin(reference, arguments)
-    taken = f"architecture taken from keys and shapes: {reference} (--arch names another); a variant that"
+    taken = f"architecture taken from keys and shapes: {reference} (`arch=…` names another); a variant that"
     assert any(note.startswith(taken) for note in opened.notes)
     assert same_weights(opened.model, model)
 
@@ -245,7 +245,7 @@ def test_pickled_modules(make: Callable[[], nn.Module], wrap: Callable[[nn.Modul
     assert same_weights(opened.model, model)
     check_rebuilt(opened)
     noted = open_model(tmp_path / "m.pt", arch="resnet18").notes
-    assert noted == ("--arch resnet18 was not needed: m.pt holds the whole module",)
+    assert noted == ('`arch="resnet18"` was not needed: m.pt holds the whole module',)
 
 
 def test_a_module_that_exists_is_taken_as_it_is() -> None:
@@ -269,16 +269,16 @@ def test_a_converted_model_is_opened_with_its_plans(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "request_", "expected"),
     [
-        ("digits-resnet", {"arch": "resnet18"}, r"--arch goes with a file, and 'digits-resnet' names a network"),
-        ("resnet18@DEFAULT", {"weights": "none"}, r"'resnet18@DEFAULT' names weights and --weights none others"),
-        ("digits-resnet", {"arguments": {"num_classes": 3}}, r"one set of weights; use --weights none to change"),
+        ("digits-resnet", {"arch": "resnet18"}, r"`arch=…` goes with a file, and 'digits-resnet' names a network"),
+        ("resnet18@DEFAULT", {"weights": "none"}, r"'resnet18@DEFAULT' names weights and `weights=.none.` others"),
+        ("digits-resnet", {"arguments": {"num_classes": 3}}, r'one set of weights; use `weights="none"` to change'),
         (
             "cifar:resnet20",
             {},
-            r"cifar:resnet20 has no published weights; use --weights FILE, or --weights none",
+            r'cifar:resnet20 has no published weights; use `weights="FILE"`, or `weights="none"`',
         ),
         ("cifar:resnet20", {"weights": "no.pt"}, r"no file no\.pt"),
-        ("w.pt", {"weights": "none"}, r"--weights goes with a reference; w\.pt brings its own weights"),
+        ("w.pt", {"weights": "none"}, r"`weights=…` goes with a reference; w\.pt brings its own weights"),
         ("w.pt", {"arch": "resnet18", "arguments": {"foo": 1}}, r"torchvision:resnet18 does not take \{'foo': 1\}: "),
     ],
 )

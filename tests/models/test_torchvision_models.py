@@ -217,7 +217,7 @@ def test_nothing_in_the_cache_is_executed(
     )
     with pytest.raises(SourceError, match=expected) as caught:
         open_model(name)
-    assert "--trust-pickle" not in str(caught.value)
+    assert "trust_pickle" not in str(caught.value)
     assert not Path("sprung").exists()
 
 
@@ -247,7 +247,7 @@ def test_weights_that_cannot_be_downloaded(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     expected = (
-        rf"the weights IMAGENET1K_V1 of resnet18 are not in .* \(.*{reason}.*\); use --weights none .* --weights FI"
+        rf"the weights IMAGENET1K_V1 of resnet18 are not in .* \(.*{reason}.*\); use `weights=\"none\"` for random"
     )
     with pytest.raises(SourceError, match=expected):
         open_model("resnet18")

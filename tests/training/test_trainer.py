@@ -566,7 +566,7 @@ def test_a_network_of_the_users_file_is_built_as_it_was_when_it_was_converted(tm
         "acnet",
     )
     asymswap.save(conversion, tmp_path / "x.pt")
-    with pytest.raises(asymswap.AsymswapError, match="--trust-code"):
+    with pytest.raises(asymswap.AsymswapError, match="`trust_code=True`"):
         asymswap.finetune(asymswap.open_model(tmp_path / "x.pt", arch=reference), digits, Training(steps=1))
     # The number of channels is the checkpoint's to tell.
     tuned = asymswap.finetune(

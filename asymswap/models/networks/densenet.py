@@ -7,12 +7,13 @@ circulation for 32x32 images: `conv1`, `dense1.0.conv1` …, `trans1.conv`, `bn`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymswap.models.networks.layers import class_scores, conv1x1, conv3x3, init_convs_
+from asymswap.models.networks.resnet import class_scores, conv1x1, conv3x3, init_convs_
 
 
 class DenseLayer(nn.Module):
@@ -81,17 +82,16 @@ class DenseNet(nn.Module):
         for number, depth in enumerate(depths, start=1):
             if number > 1:
                 kept = int(channels * compression)
-                self._append(f"trans{number - 1}", Transition(channels, kept))
+                self.add_module(f"trans{number - 1}", Transition(channels, kept))
+                self.stages.append(f"trans{number - 1}")
                 channels = kept
-            self._append(f"dense{number}", nn.Sequential(*(layer(channels + i * growth, growth) for i in range(depth))))
+            layers = [layer(channels + i * growth, growth) for i in range(depth)]
+            self.add_module(f"dense{number}", nn.Sequential(*layers))
+            self.stages.append(f"dense{number}")
             channels += depth * growth
         self.bn = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, num_classes)
         init_convs_(self)
-
-    def _append(self, name: str, module: nn.Module) -> None:
-        self.add_module(name, module)
-        self.stages.append(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """N x channels x H x W to N x classes."""
@@ -101,18 +101,9 @@ class DenseNet(nn.Module):
         return class_scores(F.relu(self.bn(out)), self.linear)
 
 
-def densenet(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """A plain DenseNet of 28 layers, growth 12: Huang et al. 2017's network for CIFAR with 8 layers a block, not 12."""
-    return DenseNet(
-        DenseLayer, (8, 8, 8), 12, stem=16, compression=1.0, num_classes=num_classes, in_channels=in_channels
-    )
-
-
-def densenet121(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """DenseNet-121 of Huang et al. 2017, table 1, for 32x32 images: a 3x3 stem at stride 1 and no max-pool."""
-    return DenseNet(
-        BottleneckLayer, (6, 12, 24, 16), 32, stem=64, compression=0.5, num_classes=num_classes, in_channels=in_channels
-    )
-
-
-BUILDERS: dict[str, Callable[..., nn.Module]] = {"densenet": densenet, "densenet121": densenet121}
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    # 28 layers, growth 12: Huang et al. 2017's plain network for CIFAR with 8 layers a block, not 12.
+    "densenet": partial(DenseNet, DenseLayer, (8, 8, 8), 12, stem=16, compression=1.0),
+    # Huang et al. 2017, table 1, for 32x32 images: a 3x3 stem at stride 1 and no max-pool.
+    "densenet121": partial(DenseNet, BottleneckLayer, (6, 12, 24, 16), 32, stem=64, compression=0.5),
+}

@@ -12,10 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymswap.models.networks.layers import class_scores, conv1x1, conv3x3, init_convs_
-
 # Makes the shortcut of a block that changes the shape, from input channels, output channels and stride.
 Shortcut = Callable[[int, int, int], nn.Module]
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 conv that keeps the size of the feature map (at stride 1), without bias: batch norm brings its own."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 1x1 conv without bias."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+
+
+def class_scores(features: Tensor, linear: nn.Linear) -> Tensor:
+    """Average N x C x H x W features over their pixels and map them to N x classes scores."""
+    scores: Tensor = linear(F.adaptive_avg_pool2d(features, 1).flatten(1))
+    return scores
+
+
+def init_convs_(model: nn.Module) -> None:
+    """Draw every conv's weights again, scaled for ReLU by fan-in (He et al. 2015, "Delving deep into rectifiers")."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 class PadShortcut(nn.Module):
@@ -114,29 +135,17 @@ class ResNet(nn.Module):
         return class_scores(out, self.linear)
 
 
-def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, *, squeeze: bool = False) -> nn.Module:
-    """The network of `depth` = 6n + 2 layers for 32x32 images of He et al. 2015, section 4.2, with option A."""
-    blocks = (depth - 2) // 6
-    return ResNet(
-        (16, 32, 64), (blocks,) * 3, PadShortcut, squeeze=squeeze, num_classes=num_classes, in_channels=in_channels
-    )
+def _cifar_resnet(depth: int, squeeze: bool = False) -> Callable[..., ResNet]:
+    """Build the network of `depth` = 6n + 2 layers for 32x32 images of He et al. 2015, section 4.2, with option A."""
+    return partial(ResNet, (16, 32, 64), ((depth - 2) // 6,) * 3, PadShortcut, squeeze=squeeze)
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, *, squeeze: bool = False) -> nn.Module:
-    """ResNet-18 of He et al. 2015, table 1, for 32x32 images: a 3x3 stem at stride 1 and no max-pool."""
-    return ResNet(
-        (64, 128, 256, 512),
-        (2, 2, 2, 2),
-        project_shortcut,
-        squeeze=squeeze,
-        num_classes=num_classes,
-        in_channels=in_channels,
-    )
-
+# ResNet-18 of He et al. 2015, table 1, for 32x32 images: a 3x3 stem at stride 1 and no max-pool.
+_resnet18 = partial(ResNet, (64, 128, 256, 512), (2, 2, 2, 2), project_shortcut)
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
-    "resnet18": resnet18,
-    "se-resnet20": partial(cifar_resnet, 20, squeeze=True),
-    "se-resnet18": partial(resnet18, squeeze=True),
+    **{f"resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56, 110)},
+    "resnet18": _resnet18,
+    "se-resnet20": _cifar_resnet(20, squeeze=True),
+    "se-resnet18": partial(_resnet18, squeeze=True),
 }
