@@ -39,9 +39,8 @@ class Calibration:
         "Choose ranks and weights on images: any folder of them, digits, a folder of class folders, cifar10:PATH "
         "(cifar100, mnist, fashion-mnist), or a tensor file.",
         _PANEL,
-        name="--calibrate",
     )
-    images: int = option(512, "How many of them.", _PANEL, name="--calibration-images")
+    images: int = option(512, "How many of them.", _PANEL)
     sequential: bool | None = option(
         None, "Solve layer by layer on what each really gets.", _PANEL, shown="where there are images"
     )
@@ -49,18 +48,16 @@ class Calibration:
         None,
         "File of what calibration learned: read if it exists, else written.",
         _PANEL,
-        name="--calibration-cache",
     )
     polish_steps: int | None = option(
         None,
         "Then learn from the original's outputs for so many steps (500) or minutes (5min).",
         _PANEL,
-        name="--polish",
         text=True,
     )
     polish_minutes: float | None = None
     polish_images: int = option(5000, "On how many images, at most.", _PANEL)
-    memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL, name="--calibration-memory")
+    memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL)
     outputs: OutputKind | None = option(
         None,
         "What the network gives: scores (of classes) or values (of a regressor, an embedder, a denoiser).",

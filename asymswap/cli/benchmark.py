@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from asymswap.cli import options as o
+from asymswap.cli.failures import in_flags
+from asymswap.cli.fields import opt
 
 _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
@@ -22,64 +24,33 @@ class Runtime(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What weights and inputs are turned into."""
+    """Dtypes to convert weights and inputs to."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
 
 
+@o.takes_model(preprocessing=False)
 def benchmark(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Names, pkg.mod:factory, or files of any kind; the others are compared with the first.",
-            show_default=False,
-        ),
-    ],
+    models: o.Models,
     runtime: Annotated[
         list[Runtime] | None,
-        typer.Option(
-            help="PyTorch as it is, torch.compile, ONNX Runtime; may be given several times.",
-            rich_help_panel=_SETTINGS,
-            show_default="eager",
-        ),
+        opt("eager PyTorch, torch.compile or ONNX Runtime; can be repeated.", _SETTINGS, shown="eager"),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images at a time, as 1,8.", rich_help_panel=_SETTINGS)] = "1",
+    batch: Annotated[str, opt("Batch sizes, as 1,8.", _SETTINGS)] = "1",
     threads: Annotated[
-        str | None,
-        typer.Option(
-            help="Threads of a forward pass, as 1,2.", rich_help_panel=_SETTINGS, show_default="torch's own number"
-        ),
+        str | None, opt("Threads of a forward pass, as 1,2.", _SETTINGS, shown="torch's own number")
     ] = None,
     memory_format: Annotated[
-        list[o.MemoryFormat] | None,
-        typer.Option(
-            help="Order of the numbers in memory; may be given twice.", rich_help_panel=_SETTINGS, show_default="both"
-        ),
+        list[o.MemoryFormat] | None, opt("Memory format; can be given twice.", _SETTINGS, shown="both")
     ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of weights and inputs.", rich_help_panel=_SETTINGS, show_default="the model's own"),
-    ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Rounds, at most, in which all take turns.", rich_help_panel=_TIME)
-    ] = 20,
-    seconds: Annotated[
-        float, typer.Option(min=0.1, help="No more rounds after so many, beyond the fifth.", rich_help_panel=_TIME)
-    ] = 60.0,
-    layers: Annotated[
-        int, typer.Option(min=0, help="Show so many layers that differ most; 0: time none.", rich_help_panel=_TIME)
-    ] = 5,
-    weights: o.Weights = None,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    key: o.Key = None,
-    input_size: o.InputSize = None,
-    trust_pickle: o.TrustPickle = False,
-    trust_code: o.TrustCode = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    dtype: Annotated[Dtype | None, opt("Dtype of weights and inputs.", _SETTINGS, shown="the model's own")] = None,
+    rounds: Annotated[int, opt("Maximum number of rounds, in which all take turns.", _TIME, min=1)] = 20,
+    seconds: Annotated[float, opt("Time limit; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
+    layers: Annotated[int, opt("Number of layers to show, those that differ most; 0: time none.", _TIME, min=0)] = 5,
+    how: Any = None,
+    markdown: o.Markdown = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -99,20 +70,9 @@ def benchmark(
         from asymswap.api.benchmark import FORMATS
         from asymswap.api.benchmark import benchmark as run
         from asymswap.reporting import benchmark as views
-        from asymswap.results.records import to_json
 
         found = run(
-            o.open_models(
-                models,
-                step,
-                weights=weights,
-                arch=arch,
-                arguments=arguments,
-                key=key,
-                input_size=input_size,
-                trust_pickle=trust_pickle,
-                trust_code=trust_code,
-            ),
+            o.open_models(models, step, how),
             runtimes=[one.value for one in runtime or [Runtime.eager]],
             batches=batches,
             threads=counts,
@@ -123,10 +83,7 @@ def benchmark(
             layers=layers > 0,
             progress=step,
         )
-    if json:
-        screen.print_json(to_json(found))
-    elif markdown:
-        typer.echo(views.benchmark_to_markdown(found, layers), nl=False)
-    elif not quiet:
-        console = screen.console()
-        screen.show(views.benchmark_view(found, console.width, layers), console)
+    if markdown:
+        typer.echo(views.benchmark_to_markdown(in_flags(found), layers), nl=False)
+    else:
+        screen.show_result(found, lambda found, width: views.benchmark_view(found, width, layers), json, quiet)

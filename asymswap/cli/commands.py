@@ -9,13 +9,13 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from asymswap.cli.failures import reporting_errors
+from asymswap.cli.failures import begin, reporting_errors
 
 SUMMARIES = {
     "convert": "Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.",
     "candidates": "List every Conv2d: what a separable pair would save there, or why it is no candidate.",
     "recipes": "List the recipes that come with asymswap, show one, or check a file.",
-    "show": "Tell what was done to a converted model, from which source, with which result.",
+    "show": "Show what was done to a converted model, from which source, with which result.",
     "compare": "Compare models: parameters, MACs, size, latency, outputs, accuracy.",
     "sweep": "Convert a model to several budgets and draw accuracy over cost; "
     "interrupted, it goes on where it stopped.",
@@ -46,7 +46,9 @@ class _Listed(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
-        return command(self.name).make_context(info_name, args, parent=parent, **extra)
+        made = command(self.name)
+        begin({parameter.name: parameter for parameter in made.params if parameter.param_type_name == "option"})
+        return made.make_context(info_name, args, parent=parent, **extra)
 
 
 class Commands(TyperGroup):

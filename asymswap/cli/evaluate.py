@@ -4,36 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
 from asymswap.cli import options as o
+from asymswap.cli.fields import opt
 
 
-@o.takes_preprocessing
+@o.takes_model()
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="Names, pkg.mod:factory, or files; others are compared with the first.")
-    ],
+    models: o.Models,
     data: o.Data,
-    part: Annotated[
-        str, typer.Option(help="test, validation (what finetune holds back) or train.", rich_help_panel=o.IMAGES)
-    ] = "test",
-    validation: o.Validation = None,
-    batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 256,
-    workers: Annotated[int, typer.Option(help="Processes that read images.", rich_help_panel=o.IMAGES)] = 0,
-    confusions: Annotated[int, typer.Option(help="How many confused pairs of classes are told.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the validation part.", rich_help_panel=o.IMAGES)] = 0,
+    part: Annotated[str, opt("test, validation (what finetune holds back) or train.", o.IMAGES)] = "test",
+    validation: Annotated[
+        str | None,
+        opt(
+            "Validation images: a fraction of the training images (0.1), test, none, or other data.",
+            o.IMAGES,
+            shown="the folder val, else 0.1",
+        ),
+    ] = None,
+    batch_size: Annotated[int, opt("Batch size.")] = 256,
+    workers: Annotated[int, opt("Number of processes that read images.", o.IMAGES)] = 0,
+    confusions: Annotated[int, opt("Number of confused pairs of classes to report.")] = 10,
+    seed: Annotated[int, opt("Seed of the validation split.", o.IMAGES)] = 0,
     cpu: o.Cpu = False,
     strict: o.Strict = False,
     download: o.Download = False,
-    weights: o.Weights = None,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    preprocessing: Any = None,
-    input_size: o.InputSize = None,
-    key: o.Key = None,
-    trust_pickle: o.TrustPickle = False,
-    trust_code: o.TrustCode = False,
+    how: Any = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -47,21 +42,9 @@ def evaluate(
     with screen.progress(quiet) as step:
         import asymswap
         from asymswap.reporting.evaluate import evaluation_view
-        from asymswap.results.records import to_json
 
         report = asymswap.evaluate(
-            o.open_models(
-                models,
-                step,
-                weights=weights,
-                arch=arch,
-                arguments=arguments,
-                key=key,
-                input_size=input_size,
-                trust_pickle=trust_pickle,
-                trust_code=trust_code,
-                preprocessing=preprocessing,
-            ),
+            o.open_models(models, step, how),
             data,
             part=part,
             validation=validation,
@@ -74,10 +57,4 @@ def evaluate(
             device="cpu" if cpu else None,
             progress=step,
         )
-    if json:
-        screen.print_json(to_json(report))
-        return
-    if quiet:
-        return
-    console = screen.console()
-    screen.show(evaluation_view(report, console.width), console)
+    screen.show_result(report, evaluation_view, json, quiet)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Annotated, Any
 
 from asymswap.cli import options as o
+from asymswap.cli.fields import opt
 
 
 class Form(StrEnum):
@@ -19,32 +18,21 @@ class Form(StrEnum):
     state_dict = "state-dict"
 
 
+@o.takes_model("arch", "arguments", "trust_code", preprocessing=False)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
+    checkpoint: o.Checkpoint,
     to: Annotated[
         Form | None,
-        typer.Option(
-            help="What to write: onnx, pt2 or state-dict.",
-            metavar="FORM",
-            show_default="by the file's ending, or onnx",
-            rich_help_panel=o.RESULT,
-        ),
+        opt("onnx, pt2 or state-dict.", o.RESULT, shown="by the file's ending, or onnx", metavar="FORM"),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="The file to write.", show_default="<stem>.onnx or .pt2", rich_help_panel=o.RESULT
-        ),
+        Path | None, opt("The file to write.", o.RESULT, "-o", "--output", shown="<stem>.onnx or .pt2")
     ] = None,
-    fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Fuse before what becomes an ordinary conv exactly.")
-    ] = True,
+    fuse: Annotated[bool, opt("First fuse replacements that fuse exactly.", None, "--fuse/--no-fuse")] = True,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Inputs of any height and width, not only any batch.")
+        bool, opt("Accept inputs of any height and width, not only any batch size.", None, "--dynamic-size")
     ] = False,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    trust_code: o.TrustCode = False,
+    how: Any = None,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -62,9 +50,10 @@ def export(
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with screen.progress(quiet) as step:
         from asymswap.api.export import export as run
+        from asymswap.reporting.export import export_view
 
         report = run(
-            o.open_model(checkpoint, step, arch=arch, arguments=arguments, trust_code=trust_code),
+            o.open_model(checkpoint, step, how),
             target,
             form=None if to is None else to.value,
             fuse=fuse,
@@ -72,14 +61,7 @@ def export(
             force=force,
             progress=step,
         )
-    if json:
-        from asymswap.results.records import to_json
-
-        screen.print_json(to_json(report))
-    elif not quiet:
-        from asymswap.reporting.export import export_view
-
-        screen.show(export_view(report), screen.console())
+    screen.show_result(report, lambda report, _: export_view(report), json, quiet)
 
 
 def _default(checkpoint: Path, form: Form) -> Path:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asymswap.cli.fields import Command, opt, parameters_of, takes
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
     from asymswap.models.opened import OpenedModel
-    from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.types import Progress
 
 _MODEL = "Model"
@@ -36,187 +34,107 @@ class MemoryFormat(StrEnum):
     contiguous = "contiguous"
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file.",
-        show_default=False,
-    ),
-]
-
-
 def complete_recipe(incomplete: str) -> list[str]:
-    """The shipped recipes that begin so, for the shell; where none does, it offers files."""
+    """Return the shipped recipes that begin like this, for the shell; where none does, it offers files."""
     from asymswap.planning.recipe import shipped_names
 
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
 
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        help="The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", rich_help_panel=_MODEL
-    ),
-]
-Key = Annotated[
-    str | None,
-    typer.Option(
-        help="Which state_dict of the file, such as state_dict_ema; a dotted path.",
-        rich_help_panel=_MODEL,
-        show_default="the likeliest",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="Name of published weights, none for random ones, or a state_dict file.",
-        rich_help_panel=_MODEL,
-        show_default="the builder's DEFAULT",
-    ),
-]
-Arguments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--arg", help="key=value for the architecture's builder, such as num_classes=10.", rich_help_panel=_MODEL
-    ),
-]
-InputSize = Annotated[
-    str | None,
-    typer.Option("--input", help="Size of one input, as 3x224x224.", rich_help_panel=_MODEL, show_default=False),
-]
-TrustPickle = Annotated[
-    bool,
-    typer.Option(
-        "--trust-pickle",
-        help="Unpickle classes outside of the allowlist. This may run any code that the file holds.",
-        rich_help_panel=_MODEL,
-    ),
-]
-TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code",
-        help="Run the Python file of a net.py:Net. It may do whatever you may do on this machine.",
-        rich_help_panel=_MODEL,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and print no report.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=RESULT)]
-Data = Annotated[
-    str,
-    typer.Option(
-        help=DATA_FORMS,
-        show_default=False,
-        rich_help_panel=IMAGES,
-    ),
-]
-Validation = Annotated[
-    str | None,
-    typer.Option(
-        help="What is validated on: a part of the images (0.1), test, none, or other data.",
-        show_default="the folder val, else 0.1",
-        rich_help_panel=IMAGES,
-    ),
-]
-Strict = Annotated[
-    bool,
-    typer.Option("--strict", help="An image that cannot be read is an error, and not skipped.", rich_help_panel=IMAGES),
-]
-Download = Annotated[
-    bool, typer.Option("--download", help="Fetch the data where torchvision can.", rich_help_panel=IMAGES)
-]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+_ABOUT_MODEL = (
+    "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file."
+)
+_ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are compared with the first."
+Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
+Json = Annotated[bool, opt("Print JSON instead of tables.", None, "--json")]
+Markdown = Annotated[bool, opt("Print Markdown, for a pull request.", None, "--markdown")]
+Quiet = Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")]
+Debug = Annotated[bool, opt("Show the traceback of an error.", None, "--debug")]
+Cpu = Annotated[bool, opt("Use no GPU.", None, "--cpu")]
+Force = Annotated[bool, opt("Replace files that exist.", RESULT, "--force")]
+Data = Annotated[str, opt(DATA_FORMS, IMAGES, shown=False)]
+Strict = Annotated[bool, opt("Fail on an image that cannot be read instead of skipping it.", IMAGES, "--strict")]
+Download = Annotated[bool, opt("Fetch the data where torchvision can.", IMAGES, "--download")]
 
-_PREPROCESSING = {
-    "normalize": Annotated[
+
+def _opening(
+    weights: Annotated[
         str | None,
-        typer.Option(
-            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 "
-            "and others.",
-            show_default="as weights, family or file say; else the network's batch norms are asked",
-            rich_help_panel=IMAGES,
+        opt(
+            "Name of published weights, none for random ones, or a state_dict file.",
+            _MODEL,
+            shown="the builder's DEFAULT",
         ),
-    ],
-    "mean": Annotated[
+    ] = None,
+    arch: Annotated[
+        str | None, opt("The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", _MODEL)
+    ] = None,
+    key: Annotated[
         str | None,
-        typer.Option(
-            help="Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.",
-            show_default=False,
-            rich_help_panel=IMAGES,
-        ),
-    ],
-    "std": Annotated[
-        str | None,
-        typer.Option(help="Standard deviation of each channel, as --mean.", show_default=False, rich_help_panel=IMAGES),
-    ],
-    "bgr": Annotated[
+        opt("Which state_dict of the file, such as state_dict_ema; a dotted path.", _MODEL, shown="the likeliest"),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None, opt("key=value for the architecture's builder, such as num_classes=10.", _MODEL, "--arg")
+    ] = None,
+    input_size: Annotated[str | None, opt("Size of one input, as 3x224x224.", _MODEL, "--input", shown=False)] = None,
+    trust_pickle: Annotated[
         bool,
-        typer.Option("--bgr", help="Channels are blue, green, red; with --mean and --std.", rich_help_panel=IMAGES),
-    ],
-    "size": Annotated[
-        str | None,
-        typer.Option(
-            help="Height x width of what the network gets, as 224x224 or 224.",
-            show_default="that of --input, or the model's own",
-            rich_help_panel=IMAGES,
-        ),
-    ],
-    "resize": Annotated[
-        int | None,
-        typer.Option(
-            help="Resize the shorter side to this and cut out the middle, as 256.",
-            show_default="the model's own; with --size the whole image is resized",
-            rich_help_panel=IMAGES,
-        ),
-    ],
-    "interpolation": Annotated[
-        str | None,
-        typer.Option(
-            help="bilinear, bicubic, nearest and others.",
-            show_default="the model's own, or bilinear",
-            rich_help_panel=IMAGES,
-        ),
-    ],
-}
-"""How images are prepared, in every command that looks at some."""
-
-
-def takes_preprocessing(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of preprocessing, in place of its parameter `preprocessing`, which gets their values.
-
-    That is a `PreprocessingOptions`, or None where none of them was given.
-    """
-    signature = inspect.signature(command, eval_str=True)
-    parameters = []
-    for parameter in signature.parameters.values():
-        if parameter.name != "preprocessing":
-            parameters.append(parameter)
-            continue
-        for name, kind in _PREPROCESSING.items():
-            default = False if name == "bgr" else None
-            parameters.append(inspect.Parameter(name, parameter.kind, default=default, annotation=kind))
-
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        given = {name: values.pop(name) for name in _PREPROCESSING}
-        command(**values, preprocessing=_preprocessing(**given))
-
-    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_options
+        opt("Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL, "--trust-pickle"),
+    ] = False,
+    trust_code: Annotated[
+        bool, opt("Run the Python file of a net.py:Net. It can do whatever you can.", _MODEL, "--trust-code")
+    ] = False,
+) -> dict[str, Any]:
+    """Return the options of `asymswap.open_model` but the preprocessing."""
+    return {
+        "weights": weights,
+        "arch": arch,
+        "key": key,
+        "arguments": parse_pairs("--arg", arguments),
+        "input_size": parse_input_size(input_size),
+        "trust_pickle": trust_pickle,
+        "trust_code": trust_code,
+    }
 
 
 def _preprocessing(
-    normalize: str | None,
-    mean: str | None,
-    std: str | None,
-    bgr: bool,
-    size: str | None,
-    resize: int | None,
-    interpolation: str | None,
-) -> PreprocessingOptions | None:
+    normalize: Annotated[
+        str | None,
+        opt(
+            "How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
+            IMAGES,
+            shown="as weights, family or file say; else inferred from the network's batch norms",
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        opt("Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.", IMAGES, shown=False),
+    ] = None,
+    std: Annotated[str | None, opt("Standard deviation of each channel, as --mean.", IMAGES, shown=False)] = None,
+    bgr: Annotated[bool, opt("Channels are blue, green, red; with --mean and --std.", IMAGES, "--bgr")] = False,
+    size: Annotated[
+        str | None,
+        opt(
+            "Height x width of the network's input, as 224x224 or 224.",
+            IMAGES,
+            shown="that of --input, or the model's own",
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        opt(
+            "Resize the shorter side to this and crop the centre, as 256.",
+            IMAGES,
+            shown="the model's own; with --size the whole image is resized",
+        ),
+    ] = None,
+    interpolation: Annotated[
+        str | None, opt("bilinear, bicubic, nearest and others.", IMAGES, shown="the model's own, or bilinear")
+    ] = None,
+) -> Any:
+    """Return how images are prepared; None where none of the options is given."""
     from asymswap.models.preprocessing import PreprocessingOptions
 
     options = PreprocessingOptions(
@@ -229,6 +147,21 @@ def _preprocessing(
         interpolation=interpolation,
     )
     return None if options == PreprocessingOptions() else options
+
+
+def takes_model(*names: str, preprocessing: bool = True) -> Callable[[Command], Command]:
+    """Give a command the options of the model, or the named ones, in place of its parameter `how`.
+
+    That one gets them as `open_model` takes them, with `preprocessing` those of the images too.
+    """
+    opening = {name: one for name, one in parameters_of(_opening).items() if not names or name in names}
+    images = parameters_of(_preprocessing) if preprocessing else {}
+
+    def build(values: dict[str, Any]) -> dict[str, Any]:
+        prepared = _preprocessing(**{name: values[name] for name in images})
+        return {**_opening(**{name: values[name] for name in opening}), "preprocessing": prepared}
+
+    return takes("how", opening | images, build)
 
 
 _MAY_STAND_ALONE = {"--distill": "original"}
@@ -314,23 +247,18 @@ def check_recipe(recipe: str | None, overrides: dict[str, Any] | None = None) ->
         parse_recipe(*read_recipe_text(recipe), overrides)
 
 
-def open_model(model: str | Path, step: Progress, **options: Any) -> OpenedModel:
-    """Open the model of a command by the shared options, under their names here, for the verb that gets it."""
+def open_model(model: str | Path, step: Progress, how: Mapping[str, Any]) -> OpenedModel:
+    """Open the model of a command, for the verb that gets it, by what `takes_model` made of the options."""
     from asymswap.models import opening
 
-    return opening.open_model(str(model), progress=step, **_parsed(options)).hand_over()
+    return opening.open_model(str(model), progress=step, **how).hand_over()
 
 
-def open_models(models: list[str], step: Progress, **options: Any) -> list[OpenedModel]:
-    """The same for several models, all of them before the verb begins."""
+def open_models(models: list[str], step: Progress, how: Mapping[str, Any]) -> list[OpenedModel]:
+    """Open several models, all of them before the verb begins."""
     from asymswap.models import opening
 
-    return [opened.hand_over() for opened in opening.open_models(models, progress=step, **_parsed(options))]
-
-
-def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    size, arguments = options.pop("input_size", None), options.pop("arguments", None)
-    return {**options, "input_size": parse_input_size(size), "arguments": parse_pairs("--arg", arguments)}
+    return [opened.hand_over() for opened in opening.open_models(models, progress=step, **how)]
 
 
 PICTURES = (".svg", ".png")
@@ -343,7 +271,7 @@ def check_picture(option: str, path: Path, force: bool) -> None:
     if path.suffix not in PICTURES:
         raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
     check_matplotlib(option, path)
-    check_output(path, force, option)
+    check_output(path, force)
 
 
 def check_matplotlib(option: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asymswap.cli import options as o
+from asymswap.cli.fields import opt
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +23,7 @@ def recipes(
             help="A name to show, or a .toml file to check.", show_default=False, autocompletion=o.complete_recipe
         ),
     ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+    schema: Annotated[bool, opt("Print the JSON Schema of recipes, for editors.", None, "--schema")] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from asymswap.cli.failures import in_flags
 from asymswap.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from asymswap.results.finetune import EpochRow, RunStart, StepRow
     from asymswap.types import Progress
+
+T = TypeVar("T")
 
 
 def console() -> Console:
@@ -43,7 +46,18 @@ def print_json(value: Any) -> None:
     """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
     from asymswap.results.records import plain
 
-    print(json.dumps(plain(value), indent=2, allow_nan=False))  # noqa: T201
+    print(json.dumps(plain(in_flags(value)), indent=2, allow_nan=False))  # noqa: T201
+
+
+def show_result(record: T, view: Callable[[T, int], RenderableType], as_json: bool, quiet: bool) -> None:
+    """Print a command's result as JSON, or as `view` shows it at a number of columns, or nothing."""
+    from asymswap.results.records import to_json
+
+    if as_json:
+        print_json(to_json(record))
+    elif not quiet:
+        screen = console()
+        show(view(in_flags(record), screen.width), screen)
 
 
 @contextmanager
@@ -133,4 +147,4 @@ class _Shown(Callback):
     def _say(self, text: str) -> None:
         if not self._quiet:
             # Through a pipe a line stays a line, however long it is.
-            self._screen.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._screen.print(in_flags(text), highlight=False, markup=False, soft_wrap=True)

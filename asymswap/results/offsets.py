@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from asymswap.results import records
+from asymswap.results.records import plain
 from asymswap.types import Fed, Size
 
 STILL = 0.05
@@ -54,8 +54,7 @@ class OffsetReport:
     fed: Fed | None = None
     warnings: tuple[str, ...] = ()
 
-
-def to_json(report: OffsetReport) -> dict[str, Any]:
-    """Return everything as plain data, with what follows from it."""
-    rows = [{**records.plain(row), "average": row.average, "still": row.still} for row in report.rows]
-    return records.to_json(report, rows=rows)
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything as plain data, with what follows from it."""
+        rows = [{**plain(row), "average": row.average, "still": row.still} for row in self.rows]
+        return {**plain(self), "rows": rows}

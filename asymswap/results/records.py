@@ -19,9 +19,9 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
-def to_json(report: Any, **more: Any) -> dict[str, Any]:
-    """Return a result as plain data, with the number of its form; `more` is what follows from it."""
-    return {"schema": SCHEMA, **plain(report), **more}
+def to_json(report: Any) -> dict[str, Any]:
+    """Return a result as plain data, by its own `to_plain` where it has one, with the number of the schema."""
+    return {"schema": SCHEMA, **(report.to_plain() if hasattr(report, "to_plain") else plain(report))}
 
 
 def plain(value: Any) -> Any:

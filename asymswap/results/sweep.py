@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asymswap.results.records import plain
-from asymswap.results.records import to_json as whole
 from asymswap.types import Cost, Fed
 
 
@@ -94,30 +93,29 @@ class Tradeoff:
         points = sorted((*self.points, point), key=lambda p: (order.index(p.recipe), -p.budget))
         return replace(self, points=tuple(points))
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything as plain data, with each point's share, the front and the advice."""
+        front, advised = self.front, self.advised
+        points = [
+            {
+                **plain(point),
+                "share": None if point.cost is None else self.share(point.cost),
+                "lost": None if point.accuracy is None else self.accuracy - point.accuracy,
+                "on_front": point in front,
+                "advised": point == advised,
+            }
+            for point in self.points
+        ]
+        return {**plain(self), "points": points, "advice": self.advice()}
+
 
 def _cost(point: Point) -> Cost:
     assert point.cost is not None
     return point.cost
 
 
-def to_json(sweep: Tradeoff) -> dict[str, Any]:
-    """Everything, with what follows from it: each point's share, the front and the advice."""
-    front, advised = sweep.front, sweep.advised
-    points = [
-        {
-            **plain(point),
-            "share": None if point.cost is None else sweep.share(point.cost),
-            "lost": None if point.accuracy is None else sweep.accuracy - point.accuracy,
-            "on_front": point in front,
-            "advised": point == advised,
-        }
-        for point in sweep.points
-    ]
-    return whole(sweep, points=points, advice=sweep.advice())
-
-
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
-    """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
+    """Read what `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
     from pydantic import TypeAdapter
 
     names = ("model", "measure", "before", "accuracy", "images", "data", "tolerance", "setting", "notes")

@@ -14,7 +14,8 @@ from asymswap.api import session as session_module
 from asymswap.api.sweep import BUDGETS
 from asymswap.cli.commands import command
 from asymswap.cli.sweep import parse_fractions
-from asymswap.results.sweep import Tradeoff, from_json, to_json
+from asymswap.results.records import to_json
+from asymswap.results.sweep import Tradeoff, from_json
 
 CALIBRATION = asymswap.Calibration("digits", images=64)
 
