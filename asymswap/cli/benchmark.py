@@ -47,7 +47,7 @@ def benchmark(
     ] = None,
     dtype: Annotated[Dtype | None, opt("Dtype of weights and inputs.", _SETTINGS, shown="the model's own")] = None,
     rounds: Annotated[int, opt("Maximum number of rounds, in which all take turns.", _TIME, min=1)] = 20,
-    seconds: Annotated[float, opt("Time limit; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
+    seconds: Annotated[float, opt("Time limit in seconds; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
     layers: Annotated[int, opt("Number of layers to show, those that differ most; 0: time none.", _TIME, min=0)] = 5,
     how: Any = None,
     markdown: o.Markdown = False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asymswap.types import Cost, Fed, Ratio, Seconds
+from asymswap.results.benchmark import BenchmarkedModel
+from asymswap.types import Fed, Ratio, Seconds
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,15 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ComparedRow:
-    """One model: what it is and what it costs, and how it differs from the first.
+class ComparedRow(BenchmarkedModel):
+    """One model and how it differs from the first; `weights_bytes` is the size of its tensors."""
 
-    `weights_bytes` are those of its tensors, `file_bytes` those of the file that it came from, where it did.
-    """
-
-    model: str
-    origin: str
-    weights: str
-    input: str
-    cost: Cost
-    weights_bytes: int
+    weights_bytes: int = 0
     file_bytes: int | None = None
     latency: Seconds | None = None
     latency_ratio: Ratio | None = None
     gap: OutputGap | None = None
     accuracy: Accuracy | None = None
-    notes: tuple[str, ...] = ()
     fed: Fed | None = None
 
 

@@ -11,29 +11,42 @@ from asymswap.types import Fed
 
 
 @dataclass(frozen=True)
-class TrainingReport:
-    """Everything that a training run has to say.
+class Scores:
+    """The mean loss on some images, and the fraction of them whose highest score is their class's."""
 
-    `before`, `best` and `last` are scores on the validation images: of the weights that it began with, of those that
-    were kept, and of the last epoch; None where nothing was validated. `total` and `trained` count parameters;
-    `settings` is what makes the run what it is.
+    loss: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training run: its model, data and settings (all that determines the result), and how long it was."""
+
+    model: str = ""
+    data: str = ""
+    validation: str | None = None
+    classes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingReport(_Run):
+    """The report of a training run.
+
+    `before`, `best` and `last` are scores on the validation images: of the initial weights, of the weights that were
+    kept, and of the last epoch; None without validation. `total` and `trained` count parameters.
     """
 
-    model: str
-    data: str
-    validation: str | None
-    classes: tuple[str, ...]
-    settings: Mapping[str, Any]
-    teacher: str | None
-    epochs: int
-    steps: int
-    best_epoch: int
-    before: Scores | None
-    best: Scores | None
-    last: Scores | None
-    trained: int
-    total: int
-    device: str
+    before: Scores | None = None
+    best: Scores | None = None
+    last: Scores | None = None
+    trained: int = 0
+    total: int = 0
+    device: str = ""
     files: tuple[FileRow, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -42,32 +55,15 @@ class TrainingReport:
 
 
 @dataclass(frozen=True)
-class TrainingRecord:
-    """A training run as the checkpoint records it: what it began with, on what, by which settings, to which end.
+class TrainingRecord(_Run):
+    """A training run as the checkpoint records it; the defaults are for older files.
 
-    `sha256` is that of the file that was trained, `scores` those before it, of the best and of the last epoch.
+    `sha256` is the hash of the file that was trained; `scores` those before training, of the best and the last epoch.
     """
 
-    model: str = ""
     sha256: str | None = None
-    data: str = ""
-    validation: str | None = None
-    classes: tuple[str, ...] = ()
-    teacher: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 0
-    steps: int = 0
-    best_epoch: int = 0
     scores: Mapping[str, Scores | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The mean loss on some images, and the fraction of them whose highest score is their class's."""
-
-    loss: float
-    top1: float
 
 
 @dataclass(frozen=True)
