@@ -187,7 +187,7 @@ def test_models_of_two_forms_cannot_be_compared_on_the_same_inputs() -> None:
     mixed = asymswap.compare(
         [asymswap.open_model("mobilenet_v3_small", weights="none"), asymswap.open_model("r3d_18", weights="none")]
     )
-    assert "it takes 3x16x112x112, so its outputs cannot be compared with the first's; give --input" in (
+    assert "it takes 3x16x112x112, so its outputs cannot be compared with the first's; give `input_size=…`" in (
         mixed.models[1].notes
     )
 

@@ -39,12 +39,18 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
     if not traced.on_meta:
         probed += f", compared at the outputs of {len(parts)} parts"
     fidelity = measure_fidelity(opened.model, converted.model, plan, inputs, parts)
-    _check_output_finite(opened.model, fidelity, inputs)
-    entries: dict[str, Swap | Keep] = {keep.site: keep for keep in plan.keeps}
-    entries |= {swap.site: swap for swap in plan.swaps}
-    rows = tuple(
-        _row(site, entries[site.name], before, converted.costs.by_name[site.name], fidelity) for site in traced.sites
-    )
+    if not math.isfinite(fidelity.output.largest):
+        with eval_mode(opened.model), torch.no_grad():
+            outputs = [tensor for portion in portions(inputs) for tensor in list_tensors(opened.model(*portion))]
+        if all(bool(tensor.isfinite().all()) for tensor in outputs):
+            raise AsymswapError(
+                "the converted model's output is not finite, where the original's is, so nothing is written; give it "
+                "a larger budget, or another dtype than half precision"
+            )
+    decided: list[Swap | Keep] = [*plan.keeps, *plan.swaps]
+    entries = {one.site: one for one in decided}
+    after = converted.costs.by_name
+    rows = tuple(_row(site, entries[site.name], before, after[site.name], fidelity) for site in traced.sites)
     return Report(
         asymswap=asymswap.__version__,
         model=ModelRow(
@@ -94,44 +100,31 @@ SAME_IMAGES = "calibrated and evaluated on the same images: the accuracy is too 
 
 
 _PROMISED = 1e-4
-"""Relative change of an output up to which it counts as preserved; where the dtype is coarser, its own steps count."""
+"""Relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype."""
 
 
 def check_promises(report: Report, dtype: torch.dtype) -> None:
-    """Raise AsymswapError where a kind has not kept what it promises, or all of them together have not."""
+    """Raise AsymswapError where a kind, or all of them together, have not preserved what they promise."""
     allowed = max(_PROMISED, 8 * torch.finfo(dtype).eps)
     for row in report.swapped:
         if row.exact and row.output_error is not None and not row.output_error <= allowed:
             raise AsymswapError(
                 f"{row.kind} promises to preserve {row.site}, but its output has changed by {row.output_error:.1e} "
-                f"(allowed {allowed:.0e}); keep it by a rule, or say --allow-drift"
+                f"(allowed {allowed:.0e}); keep it by a rule, or give `allow_drift=True`"
             )
     if report.swapped and all(row.exact for row in report.swapped) and not report.output.relative <= 10 * allowed:
         raise AsymswapError(
             f"every swap promises to preserve the function, but the model's output has changed by "
-            f"{report.output.relative:.1e}; say --allow-drift to have it nevertheless"
-        )
-
-
-def _check_output_finite(original: nn.Module, fidelity: Fidelity, inputs: Inputs) -> None:
-    """Raise AsymswapError where the converted model's output holds NaN or infinity, and the original's does not."""
-    if math.isfinite(fidelity.output.largest):
-        return
-    with eval_mode(original), torch.no_grad():
-        outputs = [tensor for portion in portions(inputs) for tensor in list_tensors(original(*portion))]
-    if all(bool(tensor.isfinite().all()) for tensor in outputs):
-        raise AsymswapError(
-            "the converted model's output is not finite, where the original's is, so nothing is written; give it a "
-            "larger budget, or another dtype than half precision"
+            f"{report.output.relative:.1e}; `allow_drift=True` allows that"
         )
 
 
 _SURPRISE = 5.0
-"""An error that is this many times the predicted one means that something else went wrong than was predicted."""
+"""An error of more than this many times the predicted one has another cause."""
 
 
 def _surprises(rows: Sequence[SiteRow], fidelity: Fidelity) -> Iterator[str]:
-    """Warn where measured errors are far above the predicted ones: of single layers, and of the whole output."""
+    """Warn where the error of a layer, or of the whole output, is far above the predicted one."""
     errors = [(row, row.predicted_error, row.output_error) for row in rows if row.action == "swap"]
     far = [
         f"{row.site} {fmt.error(measured)} instead of {fmt.error(predicted)}"
@@ -159,25 +152,18 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> SiteRow:
-    error = fidelity.site_outputs.get(site.name)
     row = SiteRow(
         site=site.name,
         conv=site.conv.describe(),
         feature_map=site.feature_map,
         calls=len(site.calls),
-        action="keep",
-        kind=None,
-        becomes="",
-        settings={},
         reason=entry.reason,
         before=before.by_name[site.name],
         after=after,
-        kernel_error=fidelity.kernels.get(site.name),
-        output_error=error.relative if error else None,
-        output_largest=error.largest if error else None,
     )
     if isinstance(entry, Keep):
         return row
+    error = fidelity.site_outputs.get(site.name)
     kind, settings = replacements.load_swap(entry)
     fields = kind.settings.model_fields
     unusual = {key: value for key, value in entry.settings.items() if value != fields[key].default}
@@ -190,6 +176,9 @@ def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: F
         # The absorbed batch norm's cost stays with the rest of the model, so that the sums come out right.
         after=after if entry.absorbs is None else after - before.by_name[entry.absorbs],
         predicted_error=entry.predicted,
+        kernel_error=fidelity.kernels.get(site.name),
+        output_error=error.relative if error else None,
+        output_largest=error.largest if error else None,
         exact=kind.preserves(site.conv, settings),
         absorbs=entry.absorbs,
     )

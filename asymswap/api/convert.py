@@ -1,10 +1,10 @@
 """The verbs `plan`, `convert` and `save`.
 
-A model is a reference (`"resnet18"`), a file, an `nn.Module`, or what `open_model` has made of one of them with further
-options; it is never changed. Options that several verbs share:
+A model is a reference (`"resnet18"`), a file, an `nn.Module`, or the result of `open_model`, which takes more options;
+it is never changed. Options of several verbs:
 
-- `input_size`, `preprocessing`: as those of `open_model`, where nothing else is to be said of the model;
-- `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
+- `input_size`, `preprocessing`: as those of `open_model`;
+- `overrides`: changes to the recipe: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
 All raise AsymswapError, with a one-line reason, for what cannot be done.
@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from asymswap.api.conversion_report import calibration_row, check_promises, make_report
-from asymswap.api.session import Clock, Session, check_original_finite
+from asymswap.api.session import Clock, Session, check_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, what_is_stored
@@ -38,7 +38,7 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
-from asymswap.results.convert import AccuracyRow, FileRow, LatencyRow, Report
+from asymswap.results.convert import AccuracyRow, FileRow, Report
 from asymswap.results.records import to_json
 from asymswap.types import Plan, Progress, silent
 from asymswap.utils.files import check_output
@@ -62,11 +62,11 @@ def plan(
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
+    """Return what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
     opened = open_for_verb(model, progress, input_size=input_size)
-    check_original_finite(opened)
-    return Session(opened).plan(parsed, progress=progress)
+    check_finite(opened)
+    return Session(opened).plan(parsed, progress)[0]
 
 
 def convert(
@@ -95,27 +95,27 @@ def convert(
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
     requested: Recipe | Plan
-    if recipe is not None:
+    name, text, budget = "a plan", "", None
+    if recipe is None:
+        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
+    else:
         name, (text, where) = str(recipe), read_recipe_text(str(recipe))
         requested = parse_recipe(text, where, overrides)
-    else:
-        name, text = "a plan", ""
-        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
-    budget = requested.budget if isinstance(requested, Recipe) else None
+        budget = requested.budget
     if calibration is not None and not isinstance(calibration, Calibration):
-        raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
-    if timing is not None and (budget is None or budget.latency is None):
-        raise AsymswapError("a memory format to time in goes with a budget of latency: give --latency, or leave it out")
+        raise AsymswapError(f"`calibration=` takes asymswap.Calibration(DATA), not {calibration!r}")
+    in_time = budget is not None and budget.latency is not None
+    if timing is not None and not in_time:
+        raise AsymswapError("`timing=…` goes with a budget of latency: give `latency=…`, or leave it out")
     opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
-    check_original_finite(opened)
+    check_finite(opened)
     feeding = None
     if evaluate is not None or (calibration is not None and calibration.data is not None):
         opened, feeding = settle(opened, *fed_on(calibration, str(evaluate)))
     data = None
     if evaluate is not None:
         data = open_data(evaluate, opened.preprocessing, "test")
-        # Now, and not when the conversion has been made.
         check_classifier(opened.model, data)
     clock.stop("load")
     session = Session(opened, calibration, clock)
@@ -123,14 +123,8 @@ def convert(
     if calibration is not None:
         classes = None if data is None else len(data.classes)
         session.gather(session.sites_of([requested]), classes, progress)
-    latency: LatencyRow | None = None
-    if isinstance(requested, Plan):
-        settled = session.replay(requested)
-    else:
-        if budget is not None and budget.latency is not None:
-            settled, latency = session.plan_in_time(requested, timing or Timing(), progress)
-        else:
-            settled = session.plan(requested, progress=progress)
+    settled, latency = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
+    if isinstance(requested, Recipe):
         check_not_empty(settled, requested)
     converted = session.apply(settled, progress)
 
@@ -139,18 +133,21 @@ def convert(
         if not allow_drift:
             check_promises(report, opened.dtype())
         first = sizes_assumed([opened]) if feeding is None else feeding.warnings
-        report = replace(
+        calibrated = calibration_row(session, converted, None if data is None else data.description)
+        clock.stop("measure")
+        scores = None
+        if data is not None:
+            scores = _accuracy(opened.model, converted.model, data, progress)
+            clock.stop("evaluate")
+        return replace(
             report,
             latency=latency,
-            calibration=calibration_row(session, converted, None if data is None else data.description),
+            calibration=calibrated,
+            accuracy=scores,
             warnings=(*first, *report.warnings),
             fed=fed_of(feeding),
+            seconds=clock.seconds,
         )
-        clock.stop("measure")
-        if data is not None:
-            report = replace(report, accuracy=_accuracy(opened.model, converted.model, data, progress))
-            clock.stop("evaluate")
-        return replace(report, seconds=clock.seconds)
 
     report = session.team.first(measured)
     provenance = {

@@ -50,14 +50,14 @@ def evaluate(
     images in its own preprocessing. Images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
-    check_choice("--part", part, PARTS)
+    check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
-        raise AsymswapError("--batch-size must be above 0, --confusions and --workers at least 0")
+        raise AsymswapError("`batch_size=…` must be above 0, `confusions=…` and `workers=…` at least 0")
     several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not several:
         raise AsymswapError("give at least one model to evaluate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # All are opened, and checked, before the first is measured.
+    # Open and check all before measuring the first.
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
     opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
@@ -73,21 +73,14 @@ def evaluate(
         if one.weights != "as given":
             placed = (placed if one.handed_over else deep_copy(placed)).to(place)
         try:
-            predictions = predict(
-                placed,
-                mine,
-                batch_size=batch_size,
-                workers=workers,
-                strict=strict,
-                progress=functools.partial(progress, stage),
-            )
+            step = functools.partial(progress, stage)
+            found.append(predict(placed, mine, batch_size=batch_size, workers=workers, strict=strict, progress=step))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise AsymswapError(
-                f"not enough memory for --batch-size {batch_size}; try --batch-size {max(1, batch_size // 2)}"
+                f"not enough memory for `batch_size={batch_size}`; try `batch_size={max(1, batch_size // 2)}`"
             ) from None
-        found.append(predictions)
     rows, notes = [], []
     for one, feeding, mine, predictions in zip(opened, feedings, images, found, strict=True):
         scores = _scores(one.reference, mine.classes, predictions, confusions)
@@ -106,7 +99,7 @@ def evaluate(
         if training and description in training[-1].data and training[-1].validation != description:
             notes.append(
                 f"{one.reference} was trained on images of the same place: its accuracy here is too good to be trusted "
-                "(--part validation measures on those that were held back)"
+                '(`part="validation"` measures on the held-back ones)'
             )
     return EvaluationReport(
         data=images[0].description,
@@ -137,7 +130,7 @@ def _open(
     if part == "train":
         return parts.train
     if parts.validation is None:
-        raise SourceError("--part validation needs images that are held back; leave out --validation none")
+        raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
     return parts.validation
 
 

@@ -64,11 +64,10 @@ def export(
     be exported, or the file computes something else.
     """
     path = Path(path)
+    by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes}
+    form = form or by_suffix.get(path.suffix)
     if form is None:
-        form = next((known for known, suffixes in SUFFIXES.items() if path.suffix in suffixes), None)
-    if form is None:
-        endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-        raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
+        raise OutputError(f"{path}: an export ends in one of {', '.join(by_suffix)}; or give `form=…`")
     check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
@@ -144,7 +143,7 @@ def _write_program(
     if form == "onnx" and work.dtype in (torch.float64, torch.bfloat16):
         raise AsymswapError(
             f"ONNX Runtime has no convolutions of {str(work.dtype).removeprefix('torch.')} on the processor; export a "
-            "model of float32, or --to pt2"
+            'model of float32, or give `form="pt2"`'
         )
     inputs = work.inputs(2, seed)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}

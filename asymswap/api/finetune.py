@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.augmentation import presets_for
 from asymswap.data.classes import check_class_count, check_class_names, known_classes
 from asymswap.data.normalization import settle
 from asymswap.data.splits import Parts, open_parts
-from asymswap.errors import CheckpointError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
 from asymswap.models.converted import save_checkpoint, versions
@@ -34,7 +34,7 @@ from asymswap.training.teacher import find_teacher
 from asymswap.training.trainer import Progress, Trainer, Work
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
-from asymswap.utils.tensors import deep_copy, first_not_finite
+from asymswap.utils.tensors import deep_copy
 
 
 @dataclass
@@ -77,11 +77,7 @@ def finetune(
     opened = open_for_verb(model, input_size=input_size, preprocessing=preprocessing)
     if not opened.may_share:
         opened = replace(opened, model=deep_copy(opened.model).eval())
-    broken = first_not_finite(opened.model)
-    if broken is not None:
-        raise CheckpointError(
-            f"{opened.reference} cannot be trained: {broken[0]!r} holds {broken[1]}; use another checkpoint"
-        )
+    check_finite(opened, "trained")
     if download:
         # The first process alone downloads, which settling and opening the parts then find.
         team.first(lambda: settle(opened, data, "train", download=True))

@@ -21,7 +21,7 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
     CheckpointError where the checkpoint holds no report, or a damaged one.
     """
     path = Path(path)
-    check_output(path, force, "--report")
+    check_output(path, force)
     check_suffix(path)
     if isinstance(of, Conversion):
         text = report_text(of.report, read_provenance(of.header.provenance, "the conversion"), path)
@@ -38,5 +38,5 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
     try:
         return report_text(report, provenance, path)
     except (ArithmeticError, ValueError) as error:
-        # The numbers are the file's, and may be anything.
+        # The file's numbers can be anything.
         raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None

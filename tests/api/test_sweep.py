@@ -76,7 +76,7 @@ def test_a_sweep_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_sweep_of_another_setting_is_not_gone_on_with() -> None:
     found = run([0.6])
-    with pytest.raises(asymswap.AsymswapError, match=r"is of another setting \(calibration\); start anew"):
+    with pytest.raises(asymswap.AsymswapError, match=r"has other settings \(calibration\); `force=True`"):
         run([0.5], known=found, calibration=CALIBRATION)
     with pytest.raises(asymswap.AsymswapError, match=r"another setting \(measure\)"):
         run([0.5], known=found, measure="params")
