@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -31,7 +31,7 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-@o.takes_model(preprocessing=False)
+@o.takes_common(preprocessing=False)
 def benchmark(
     models: o.Models,
     runtime: Annotated[
@@ -49,30 +49,27 @@ def benchmark(
     rounds: Annotated[int, opt("Maximum number of rounds, in which all take turns.", _TIME, min=1)] = 20,
     seconds: Annotated[float, opt("Time limit in seconds; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
     layers: Annotated[int, opt("Number of layers to show, those that differ most; 0: time none.", _TIME, min=0)] = 5,
-    how: Any = None,
     markdown: o.Markdown = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Time models in PyTorch, torch.compile and ONNX Runtime, all in turn, and set time beside MACs.
 
     Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime eager --runtime onnx --batch 1,8
     """
-    from asymswap.cli import screen
     from asymswap.errors import AsymswapError
 
-    if json and markdown:
+    if common.json and markdown:
         raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         from asymswap.api.benchmark import FORMATS
         from asymswap.api.benchmark import benchmark as run
         from asymswap.reporting import benchmark as views
 
         found = run(
-            o.open_models(models, step, how),
+            common.open_models(models, step),
             runtimes=[one.value for one in runtime or [Runtime.eager]],
             batches=batches,
             threads=counts,
@@ -86,4 +83,4 @@ def benchmark(
     if markdown:
         typer.echo(views.benchmark_to_markdown(in_flags(found), layers), nl=False)
     else:
-        screen.show_result(found, lambda found, width: views.benchmark_view(found, width, layers), json, quiet)
+        common.show(found, lambda found, width: views.benchmark_view(found, width, layers))

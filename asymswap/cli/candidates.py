@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_model(preprocessing=False)
+@o.takes_common(preprocessing=False)
 def candidates(
     model: o.Model,
     recipe: Annotated[
@@ -17,26 +17,23 @@ def candidates(
     ] = None,
     plot: Annotated[Path | None, opt("Draw each conv's share of MACs and parameters (.svg or .png).", o.RESULT)] = None,
     force: o.Force = False,
-    how: Any = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """List every Conv2d: what a separable pair would save there, or why it is no candidate.
 
     Example: asymswap candidates resnet18 --weights none
     """
-    from asymswap.cli import screen
     from asymswap.utils.files import write_bytes
 
     if plot is not None:
         o.check_picture("--plot", plot, force)
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         import asymswap
         from asymswap.reporting.candidates import candidates_view, draw
 
         o.check_recipe(recipe)
-        found = asymswap.candidates(o.open_model(model, step, how), recipe=recipe, progress=step)
+        found = asymswap.candidates(common.open_model(model, step), recipe=recipe, progress=step)
     if plot is not None:
         write_bytes(plot, draw(found, plot.suffix[1:]))
-    screen.show_result(found, candidates_view, json, quiet)
+    common.show(found, candidates_view)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ _LATENCY = "Latency"
 _OUTPUTS = "Outputs and accuracy"
 
 
-@o.takes_model()
+@o.takes_common()
 def compare(
     models: o.Models,
     data: Annotated[
@@ -30,22 +30,19 @@ def compare(
     batch: Annotated[int, opt("Batch size.", _LATENCY, min=1)] = 1,
     rounds: Annotated[int, opt("Maximum number of rounds.", _LATENCY, min=1)] = 20,
     threads: Annotated[int | None, opt("Threads of a forward pass.", _LATENCY, shown="torch's own", min=1)] = None,
-    how: Any = None,
     markdown: o.Markdown = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Compare models: parameters, MACs, size, latency, outputs, accuracy.
 
     Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits
     """
-    from asymswap.cli import screen
     from asymswap.errors import AsymswapError
 
-    if json and markdown:
+    if common.json and markdown:
         raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         import torch
 
         from asymswap.api.compare import compare as beside
@@ -55,9 +52,9 @@ def compare(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        check_needed(how["preprocessing"], data)
+        check_needed(common.preprocessing, data)
         found = beside(
-            o.open_models(models, step, how),
+            common.open_models(models, step),
             data=data,
             images=images,
             timing=Timing(memory_format.value, batch, rounds) if latency else None,
@@ -67,4 +64,4 @@ def compare(
     if markdown:
         typer.echo(views.comparison_to_markdown(in_flags(found)), nl=False)
     else:
-        screen.show_result(found, views.comparison_view, json, quiet)
+        common.show(found, views.comparison_view)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
-from asymswap.cli.commandline import repeatable
 from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
 
 _CHANGE = "What to do"
+_OUTPUTS = ("-o", "--output", "--report", "--write-plan")
+_JOINED = ("-o", "--output=", "--report=", "--write-plan=")
+_NO_VALUE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 
 
-@o.takes_model()
+@o.takes_common()
 @takes_calibration
 def convert(
     model: o.Model,
@@ -54,10 +58,8 @@ def convert(
     evaluate: Annotated[str | None, opt(f"Measure accuracy on {o.DATA_FORMS}", o.RESULT)] = None,
     calibration: Any = None,
     seed: Annotated[int, opt("Seed for choosing images and for the probe batch.")] = 0,
-    how: Any = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.
 
@@ -89,7 +91,7 @@ def convert(
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
-    with joined() as team, screen.progress(quiet or not team.leads) as step:
+    with joined() as team, screen.progress(common.quiet or not team.leads) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
 
@@ -99,7 +101,7 @@ def convert(
         o.check_recipe(recipe, overrides)
         replayed = None if plan is None else _read_plan(plan)
         conversion = asymswap.convert(
-            o.open_model(model, step, how),
+            common.open_model(model, step),
             recipe,
             plan=replayed,
             overrides=overrides,
@@ -110,7 +112,7 @@ def convert(
             seed=seed,
             progress=step,
         )
-        provenance = {**conversion.header.provenance, "command": repeatable(sys.argv)}
+        provenance = {**conversion.header.provenance, "command": repeatable(sys.argv[1:])}
         conversion.header = replace(conversion.header, provenance=provenance)
         if not dry_run and team.leads:
             step("writing", 0, 1)
@@ -129,7 +131,7 @@ def convert(
             write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
-    screen.show_result(conversion.report, report_view, json, quiet)
+    common.show(conversion.report, report_view)
 
 
 def _read_plan(path: Path) -> Any:
@@ -140,3 +142,18 @@ def _read_plan(path: Path) -> Any:
         return plan_from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def repeatable(arguments: Sequence[str]) -> str:
+    """Return the command line, without the options that only say where results go.
+
+    Runs that differ in nothing else write equal files.
+    """
+    kept = ["asymswap"]
+    words = iter(arguments)
+    for word in words:
+        if word in _OUTPUTS:
+            next(words, None)
+        elif word not in _NO_VALUE and not word.startswith(_JOINED):
+            kept.append(word)
+    return shlex.join(kept)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_model()
+@o.takes_common()
 def evaluate(
     models: o.Models,
     data: o.Data,
@@ -28,23 +28,20 @@ def evaluate(
     cpu: o.Cpu = False,
     strict: o.Strict = False,
     download: o.Download = False,
-    how: Any = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Measure accuracy, per class too, and tell whether models really differ.
 
     Example: asymswap evaluate model.pt model.asym.pt --data photos/
     """
-    from asymswap.cli import screen
 
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         import asymswap
         from asymswap.reporting.evaluate import evaluation_view
 
         report = asymswap.evaluate(
-            o.open_models(models, step, how),
+            common.open_models(models, step),
             data,
             part=part,
             validation=validation,
@@ -57,4 +54,4 @@ def evaluate(
             device="cpu" if cpu else None,
             progress=step,
         )
-    screen.show_result(report, evaluation_view, json, quiet)
+    common.show(report, evaluation_view)

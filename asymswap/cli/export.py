@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
@@ -18,7 +18,7 @@ class Form(StrEnum):
     state_dict = "state-dict"
 
 
-@o.takes_model("arch", "arguments", "trust_code", preprocessing=False)
+@o.takes_common(("arch", "arguments", "trust_code"), preprocessing=False)
 def export(
     checkpoint: o.Checkpoint,
     to: Annotated[
@@ -32,28 +32,25 @@ def export(
     dynamic_size: Annotated[
         bool, opt("Accept inputs of any height and width, not only any batch size.", None, "--dynamic-size")
     ] = False,
-    how: Any = None,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Write a converted model as ONNX, as torch.export's .pt2 or as a state dict, and run it beside PyTorch.
 
     Example: asymswap export model.asym.pt --to onnx -o model.onnx
     """
-    from asymswap.cli import screen
     from asymswap.utils.files import check_distinct, check_output
 
     target = output or _default(checkpoint, to or Form.onnx)
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         from asymswap.api.export import export as run
         from asymswap.reporting.export import export_view
 
         report = run(
-            o.open_model(checkpoint, step, how),
+            common.open_model(checkpoint, step),
             target,
             form=None if to is None else to.value,
             fuse=fuse,
@@ -61,7 +58,7 @@ def export(
             force=force,
             progress=step,
         )
-    screen.show_result(report, lambda report, _: export_view(report), json, quiet)
+    common.show(report, lambda report, _: export_view(report))
 
 
 def _default(checkpoint: Path, form: Form) -> Path:

@@ -11,7 +11,7 @@ from asymswap.cli.fields import opt, takes_fields
 from asymswap.training.config import Training
 
 
-@o.takes_model("arch", "arguments", "trust_code", "input_size")
+@o.takes_common(("arch", "arguments", "trust_code", "input_size"))
 @takes_fields("training", Training)
 def finetune(
     checkpoint: o.Checkpoint,
@@ -28,10 +28,8 @@ def finetune(
     resume: Annotated[bool, opt("Resume an interrupted run.", o.RESULT, "--resume")] = False,
     save_every: Any = None,  # a setting of the training; the help shows its option here
     force: o.Force = False,
-    how: Any = None,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Train a converted model and keep the best epoch's weights; the same command works under torchrun.
 
@@ -48,7 +46,10 @@ def finetune(
     if not resume:
         check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
-    with joined(gpus=not training["cpu"]) as team, screen.training(quiet or json or not team.leads) as shown:
+    with (
+        joined(gpus=not training["cpu"]) as team,
+        screen.training(common.quiet or common.json or not team.leads) as shown,
+    ):
         import asymswap
         from asymswap.data.augmentation import parse_presets
         from asymswap.reporting.finetune import training_view
@@ -57,7 +58,7 @@ def finetune(
         if training["augment"] is not None:
             training["augment"] = parse_presets(training["augment"])
         tuned = asymswap.finetune(
-            o.open_model(checkpoint, silent, how),
+            common.open_model(checkpoint, silent),
             data,
             Training(**training),
             output=target,
@@ -69,4 +70,4 @@ def finetune(
             callback=shown,
         )
     if team.leads:
-        screen.show_result(tuned.report, lambda report, _: training_view(report), json, quiet)
+        common.show(tuned.report, lambda report, _: training_view(report))

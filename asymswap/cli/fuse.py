@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_model("arch", "arguments", "trust_code")
+@o.takes_common(("arch", "arguments", "trust_code"))
 def fuse(
     checkpoint: o.Checkpoint,
     output: Annotated[
@@ -25,36 +25,33 @@ def fuse(
     as_original: Annotated[
         bool, opt("Write a plain state_dict that fits the unconverted model.", o.RESULT, "--as-original")
     ] = False,
-    how: Any = None,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Turn acb and offset kinds back into ordinary convs that compute the same.
 
     Example: asymswap fuse model.asym.pt --as-original -o model.pt
     """
-    from asymswap.cli import screen
     from asymswap.utils.files import check_distinct, check_output
 
     target = output or o.default_output(str(checkpoint), "fused")
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
         from asymswap.models.preprocessing import check_needed
         from asymswap.reporting.fuse import fusion_view
 
         check_suffix(target)
-        check_needed(how["preprocessing"], data)
+        check_needed(common.preprocessing, data)
         fusion = asymswap.fuse(
-            o.open_model(checkpoint, step, how),
+            common.open_model(checkpoint, step),
             separable=separable,
             max_offset=max_offset,
             data=data,
             progress=step,
         )
         report = asymswap.save_fused(fusion, target, as_original=as_original, force=force)
-    screen.show_result(report, lambda report, _: fusion_view(report), json, quiet)
+    common.show(report, lambda report, _: fusion_view(report))

@@ -5,19 +5,28 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from asymswap.cli import screen
+from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import Command, opt, parameters_of, takes
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from asymswap.models.opened import OpenedModel
+    from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.types import Progress
+
+T = TypeVar("T")
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
@@ -48,10 +57,7 @@ _ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are co
 Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
-Json = Annotated[bool, opt("Print JSON instead of tables.", None, "--json")]
 Markdown = Annotated[bool, opt("Print Markdown, for a pull request.", None, "--markdown")]
-Quiet = Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")]
-Debug = Annotated[bool, opt("Show the traceback of an error.", None, "--debug")]
 Cpu = Annotated[bool, opt("Use no GPU.", None, "--cpu")]
 Force = Annotated[bool, opt("Replace files that exist.", RESULT, "--force")]
 Data = Annotated[str, opt(DATA_FORMS, IMAGES, shown=False)]
@@ -93,7 +99,8 @@ def _opening(
         "arch": arch,
         "key": key,
         "arguments": parse_pairs("--arg", arguments),
-        "input_size": parse_input_size(input_size),
+        # With four numbers it is the size of a clip.
+        "input_size": parse_size("--input", input_size, (3, 4), "channels x height x width, such as 3x224x224"),
         "trust_pickle": trust_pickle,
         "trust_code": trust_code,
     }
@@ -137,65 +144,111 @@ def _preprocessing(
     """Return how images are prepared; None where none of the options is given."""
     from asymswap.models.preprocessing import PreprocessingOptions
 
+    sides = parse_size("--size", size, (1, 2), "height x width, such as 224x224")
     options = PreprocessingOptions(
         normalize=normalize,
         mean=parse_numbers("--mean", mean),
         std=parse_numbers("--std", std),
         bgr=bgr or None,
-        size=parse_size(size),
+        size=None if sides is None else (sides[0], sides[-1]),
         resize=resize,
         interpolation=interpolation,
     )
     return None if options == PreprocessingOptions() else options
 
 
-def takes_model(*names: str, preprocessing: bool = True) -> Callable[[Command], Command]:
-    """Give a command the options of the model, or the named ones, in place of its parameter `how`.
+def _printing(
+    json: Annotated[bool, opt("Print JSON instead of tables.", None, "--json")] = False,
+    quiet: Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")] = False,
+    debug: Annotated[bool, opt("Show the traceback of an error.", None, "--debug")] = False,
+) -> dict[str, bool]:
+    """Return what a command prints."""
+    return {"json": json, "quiet": quiet}
 
-    That one gets them as `open_model` takes them, with `preprocessing` those of the images too.
+
+@dataclass(frozen=True)
+class Common:
+    """The options that commands share: how models are opened, and what is printed."""
+
+    opening: Mapping[str, Any]
+    json: bool
+    quiet: bool
+
+    @property
+    def preprocessing(self) -> PreprocessingOptions | None:
+        return self.opening["preprocessing"]  # type: ignore[no-any-return]
+
+    def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
+        """Open the model of a command, for the verb that gets it."""
+        from asymswap.models import opening
+
+        return opening.open_model(str(model), progress=step, **self.opening).hand_over()
+
+    def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
+        """Open several models, all of them before the verb begins."""
+        from asymswap.models import opening
+
+        return [opened.hand_over() for opened in opening.open_models(models, progress=step, **self.opening)]
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Show progress while a block runs."""
+        return screen.progress(self.quiet)
+
+    def show(self, record: T, view: Callable[[T, int], RenderableType]) -> None:
+        """Print a result as JSON, or as `view` shows it at a number of columns, or not at all."""
+        from asymswap.results.records import to_json
+
+        if self.json:
+            screen.print_json(to_json(record))
+        elif not self.quiet:
+            console = screen.console()
+            screen.show(view(in_flags(record), console.width), console)
+
+
+_EVERY = tuple(parameters_of(_opening))
+
+
+def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) -> Callable[[Command], Command]:
+    """Give a command the options that commands share, in place of its parameter `common`.
+
+    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images.
     """
-    opening = {name: one for name, one in parameters_of(_opening).items() if not names or name in names}
-    images = parameters_of(_preprocessing) if preprocessing else {}
+    groups = (
+        {name: one for name, one in parameters_of(_opening).items() if name in opening},
+        parameters_of(_preprocessing) if preprocessing else {},
+        parameters_of(_printing),
+    )
 
-    def build(values: dict[str, Any]) -> dict[str, Any]:
-        prepared = _preprocessing(**{name: values[name] for name in images})
-        return {**_opening(**{name: values[name] for name in opening}), "preprocessing": prepared}
+    def build(values: dict[str, Any]) -> Common:
+        opened, prepared, printed = ({name: values[name] for name in group} for group in groups)
+        how = {**_opening(**opened), "preprocessing": _preprocessing(**prepared)}
+        return Common(how, **_printing(**printed))
 
-    return takes("how", opening | images, build)
+    return takes("common", {name: one for group in groups for name, one in group.items()}, build)
 
 
-_MAY_STAND_ALONE = {"--distill": "original"}
+_VALUE_LEFT_OUT = {"--distill": "original"}
 
 
 def fill_in(arguments: list[str]) -> list[str]:
-    """The arguments with the value of each option that may stand without one."""
+    """Return the arguments with the value of each option whose value was left out."""
     result = []
     for place, argument in enumerate(arguments):
         result.append(argument)
         alone = place + 1 == len(arguments) or arguments[place + 1].startswith("-")
-        if alone and argument in _MAY_STAND_ALONE:
-            result.append(_MAY_STAND_ALONE[argument])
+        if alone and argument in _VALUE_LEFT_OUT:
+            result.append(_VALUE_LEFT_OUT[argument])
     return result
 
 
-def parse_input_size(text: str | None) -> tuple[int, ...] | None:
-    """Read `3x224x224`, or `3x16x112x112` for clips; raises AsymswapError for anything else."""
+def parse_size(option: str, text: str | None, numbers: Collection[int], form: str) -> tuple[int, ...] | None:
+    """Read `224x320`, where that is of `numbers` numbers; raises AsymswapError, which names the `form`, otherwise."""
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
+    if len(parts) not in numbers or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise AsymswapError(f"{option} {text!r} is not {form}")
     return tuple(int(part) for part in parts)
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Read `224x320` (height x width), or `224` for both; raises AsymswapError for anything else."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise AsymswapError(f"--size {text!r} is not height x width, such as 224x224")
-    return int(parts[0]), int(parts[-1])
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -229,67 +282,47 @@ def parse_polish(text: str | None) -> tuple[int | None, float | None]:
 
 
 def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
-    """Read `key=value` texts, the values as TOML has them, or as plain text; raises AsymswapError for other forms."""
+    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms."""
+    import tomllib
+
     pairs: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise AsymswapError(f"{option} {text!r} is not key=value")
-        pairs[key.strip()] = _value(value.strip())
+        try:
+            pairs[key.strip()] = tomllib.loads(f"value = {value.strip()}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            pairs[key.strip()] = value.strip()
     return pairs
 
 
 def check_recipe(recipe: str | None, overrides: dict[str, Any] | None = None) -> None:
-    """Raise RecipeError for a mistake in a recipe; the verb would tell it only when the model has been opened."""
+    """Raise RecipeError for a mistake in a recipe, before the verb that finds it has opened the model."""
     from asymswap.planning.recipe import parse_recipe, read_recipe_text
 
     if recipe is not None:
         parse_recipe(*read_recipe_text(recipe), overrides)
 
 
-def open_model(model: str | Path, step: Progress, how: Mapping[str, Any]) -> OpenedModel:
-    """Open the model of a command, for the verb that gets it, by what `takes_model` made of the options."""
-    from asymswap.models import opening
-
-    return opening.open_model(str(model), progress=step, **how).hand_over()
-
-
-def open_models(models: list[str], step: Progress, how: Mapping[str, Any]) -> list[OpenedModel]:
-    """Open several models, all of them before the verb begins."""
-    from asymswap.models import opening
-
-    return [opened.hand_over() for opened in opening.open_models(models, progress=step, **how)]
-
-
-PICTURES = (".svg", ".png")
-
-
-def check_picture(option: str, path: Path, force: bool) -> None:
-    """Raise AsymswapError where a picture cannot be drawn into that file, before any work is done for it."""
+def check_picture(option: str, path: Path, force: bool, suffixes: Sequence[str] = (".svg", ".png")) -> None:
+    """Raise AsymswapError where a picture, or a report with one, cannot be written, before any work is done for it."""
     from asymswap.utils.files import check_output
 
-    if path.suffix not in PICTURES:
-        raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
-    check_matplotlib(option, path)
+    if path.suffix not in suffixes:
+        raise AsymswapError(f"{option} {path}: the file must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.suffix != ".md" and importlib.util.find_spec("matplotlib") is None:
+        raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
     check_output(path, force)
 
 
-def check_matplotlib(option: str, path: Path) -> None:
-    """Raise AsymswapError where the library that draws curves is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
-
-
 def model_file(reference: str | Path) -> Path | None:
-    """The file that the model is read from, which nothing may be written over; None where it is no file's."""
+    """Return the file that the model is read from, which must not be overwritten; None if it is not a file."""
     return Path(reference) if os.path.isfile(reference) else None  # noqa: PTH113 (never raises)
 
 
 def default_output(reference: str, mark: str = "asym") -> Path:
-    """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before.
-
-    With another mark, that one takes the place of `asym`.
-    """
+    """Return `<stem>.asym.pt`, or `<stem>.asym2.pt` for a model that was converted before; `mark` replaces `asym`."""
     # A path may have an @ in it, where a reference has it before its weights.
     path = os.path.exists(reference) or ".py:" in reference.lower()  # noqa: PTH110 (never raises)
     name = reference if path else reference.partition("@")[0]
@@ -303,12 +336,3 @@ def default_output(reference: str, mark: str = "asym") -> Path:
     if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):
         return Path(f"{base}.asym{int(old[4:] or 1) + 1}.pt" if mark == "asym" else f"{base}.{mark}.pt")
     return Path(f"{stem}.{mark}.pt")
-
-
-def _value(text: str) -> Any:
-    import tomllib
-
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text

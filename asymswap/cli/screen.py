@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from asymswap.cli.failures import in_flags
 from asymswap.training.callbacks import Callback
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from asymswap.results.finetune import EpochRow, RunStart, StepRow
     from asymswap.types import Progress
-
-T = TypeVar("T")
 
 
 def console() -> Console:
@@ -47,17 +45,6 @@ def print_json(value: Any) -> None:
     from asymswap.results.records import plain
 
     print(json.dumps(plain(in_flags(value)), indent=2, allow_nan=False))  # noqa: T201
-
-
-def show_result(record: T, view: Callable[[T, int], RenderableType], as_json: bool, quiet: bool) -> None:
-    """Print a command's result as JSON, or as `view` shows it at a number of columns, or nothing."""
-    from asymswap.results.records import to_json
-
-    if as_json:
-        print_json(to_json(record))
-    elif not quiet:
-        screen = console()
-        show(view(in_flags(record), screen.width), screen)
 
 
 @contextmanager

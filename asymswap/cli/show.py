@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,21 +16,19 @@ from asymswap.errors import AsymswapError
 _OFFSETS = "Offsets"
 
 
-@o.takes_model("arch", "arguments", "trust_code")
+@o.takes_common(("arch", "arguments", "trust_code"))
 def show(
     checkpoint: o.Checkpoint,
     plan: Annotated[bool, opt("Print the plan of the last conversion as JSON.", None, "--plan")] = False,
     offsets: Annotated[bool, opt("Show where taps have moved, layer by layer.", _OFFSETS, "--offsets")] = False,
     draw: Annotated[Path | None, opt("Draw the offsets into this .svg or .png file.", _OFFSETS)] = None,
     data: Annotated[str | None, opt("Images to predict offsets on.", _OFFSETS, shown="random ones")] = None,
-    how: Any = None,
     report: Annotated[
         Path | None, opt("Write the report of the last conversion to this .html, .json or .md file.", o.RESULT)
     ] = None,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Show what was done to a converted model, from which source, with which result.
 
@@ -41,27 +39,27 @@ def show(
     from asymswap.reporting.convert import check_suffix
     from asymswap.utils.files import check_output, write_bytes, write_text
 
-    if draw is not None or data is not None or offsets or how["preprocessing"] is not None:
+    if draw is not None or data is not None or offsets or common.preprocessing is not None:
         if report is not None or plan:
             other = "--plan" if report is None else "--report"
             raise AsymswapError(f"{other} is about the conversion, --offsets, --draw and --data about taps; run twice")
         if draw is not None:
             o.check_picture("--draw", draw, force)
-        with screen.progress(quiet) as step:
+        with common.progress() as step:
             from asymswap.api.offsets import offsets as find_offsets
             from asymswap.models.preprocessing import check_needed
             from asymswap.reporting import offsets as views
 
-            check_needed(how["preprocessing"], data)
-            moved = find_offsets(o.open_model(checkpoint, step, how), data=data)
+            check_needed(common.preprocessing, data)
+            moved = find_offsets(common.open_model(checkpoint, step), data=data)
         if draw is not None:
             write_bytes(draw, views.draw(moved, draw.suffix[1:]))
-        screen.show_result(moved, lambda moved, _: views.offsets_view(moved), json, quiet)
+        common.show(moved, lambda moved, _: views.offsets_view(moved))
         return
     if report is not None:
         check_output(report, force)
         check_suffix(report)
-    with screen.progress(quiet):
+    with common.progress():
         from asymswap.checkpoint import header_to_json, read_checkpoint
 
         header = read_checkpoint(checkpoint).header
@@ -76,9 +74,9 @@ def show(
         from asymswap.planning.plan import plan_text
 
         typer.echo(plan_text(header.plans[-1]), nl=False)
-    elif json:
+    elif common.json:
         screen.print_json(header_to_json(header))
-    elif not quiet:
+    elif not common.quiet:
         from rich.errors import ConsoleError
 
         from asymswap.reporting.show import show_view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+import json
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +14,9 @@ from asymswap.cli.fields import opt
 from asymswap.errors import AsymswapError
 
 _BUDGET, _DATA = "Budgets", "Data"
-_REPORTS = (".html", ".md", *o.PICTURES)
 
 
-@o.takes_model()
+@o.takes_common()
 @takes_calibration
 def sweep(
     model: o.Model,
@@ -43,17 +42,14 @@ def sweep(
         ),
     ] = None,
     report: Annotated[list[Path] | None, opt("Also write .html, .md, .svg or .png; can be repeated.", o.RESULT)] = None,
-    how: Any = None,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
     """Convert a model to several budgets and draw accuracy over cost; interrupted, it goes on where it stopped.
 
     Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
     """
-    from asymswap.cli import screen
     from asymswap.utils.distributed import ALONE
     from asymswap.utils.files import check_distinct, check_output
 
@@ -65,15 +61,11 @@ def sweep(
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     reports = list(dict.fromkeys(report or []))
     for path in reports:
-        if path.suffix not in _REPORTS:
-            raise AsymswapError(f"--report {path}: the file must end in {', '.join(_REPORTS[:-1])} or {_REPORTS[-1]}")
-        if path.suffix != ".md":
-            o.check_matplotlib("--report", path)
-        check_output(path, force)
+        o.check_picture("--report", path, force, (".html", ".md", ".svg", ".png"))
     check_output(target, force=True)
     check_distinct({"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in reports}})
     known = None if force else _read(target)
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         from asymswap.api.sweep import BUDGETS
         from asymswap.api.sweep import sweep as run
         from asymswap.reporting import sweep as views
@@ -82,12 +74,12 @@ def sweep(
         from asymswap.utils.files import write_bytes, write_text
 
         def write(result: Tradeoff) -> None:
-            write_text(target, jsonlib.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
+            write_text(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
 
         for one in recipe:
             o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
         result = run(
-            o.open_model(model, step, how),
+            common.open_model(model, step),
             recipe,
             evaluate,
             budgets=budgets or BUDGETS,
@@ -105,7 +97,7 @@ def sweep(
                 write_text(path, written(in_flags(result)))
             else:
                 write_bytes(path, views.draw(result, path.suffix[1:]))
-    screen.show_result(result, lambda result, _: views.sweep_view(result), json, quiet)
+    common.show(result, lambda result, _: views.sweep_view(result))
 
 
 def parse_fractions(option: str, text: str) -> list[float]:
@@ -134,7 +126,7 @@ def _read(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return from_json(jsonlib.loads(path.read_text(encoding="utf-8")))
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AsymswapError(
             f"{path} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
