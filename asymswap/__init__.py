@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from asymswap.api.benchmark import benchmark
     from asymswap.api.candidates import candidates
     from asymswap.api.compare import compare
-    from asymswap.api.convert import Conversion, convert, plan, save
+    from asymswap.api.convert import Conversion, convert, plan, save, write_report
     from asymswap.api.evaluate import evaluate
     from asymswap.api.export import export
     from asymswap.api.finetune import FineTuned, finetune
     from asymswap.api.fuse import Fusion, fuse, save_fused
     from asymswap.api.load import load
     from asymswap.api.offsets import offsets
-    from asymswap.api.report_files import write_report
     from asymswap.api.sweep import sweep
     from asymswap.calibration.config import Calibration
     from asymswap.errors import AsymswapError
@@ -78,7 +77,7 @@ _HOMES = {
     "save_fused": "asymswap.api.fuse",
     "load": "asymswap.api.load",
     "offsets": "asymswap.api.offsets",
-    "write_report": "asymswap.api.report_files",
+    "write_report": "asymswap.api.convert",
     "sweep": "asymswap.api.sweep",
     "Calibration": "asymswap.calibration.config",
     "AsymswapError": "asymswap.errors",

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
-from asymswap.api.conversion_report import state_bytes
+from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle

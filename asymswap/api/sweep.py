@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from asymswap.api.conversion_report import SAME_IMAGES
+from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration

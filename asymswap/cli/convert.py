@@ -119,7 +119,6 @@ def convert(
             asymswap.save(conversion, target, force=force)
     if not team.leads:
         return
-    from asymswap.api.report_files import write_report
     from asymswap.planning.plan import plan_text
     from asymswap.reporting.convert import report_view
 
@@ -128,7 +127,7 @@ def convert(
         if write_plan is not None:
             write_text(write_plan, plan_text(conversion.plan))
         if report is not None:
-            write_report(conversion, report, force=force)
+            asymswap.write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
     common.show(conversion.report, report_view)

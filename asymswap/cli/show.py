@@ -67,7 +67,7 @@ def show(
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
     if report is not None:
-        from asymswap.api.report_files import stored_report_text
+        from asymswap.api.convert import stored_report_text
 
         write_text(report, stored_report_text(header, checkpoint, report))
     if plan:

@@ -1,4 +1,4 @@
-"""What a training run did."""
+"""The report of a training run, and what it reports while it lasts."""
 
 from __future__ import annotations
 
@@ -68,10 +68,7 @@ class TrainingRecord(_Run):
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run before its next step: how long it is, how much of it is done, and how good the weights were at first.
-
-    `note` says what a reader must know of this run; it may be empty.
-    """
+    """A run before its next step: its length, the steps done, and the scores of the initial weights."""
 
     epochs: int
     steps: int
@@ -82,7 +79,7 @@ class RunStart:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step: its number from one on, in which epoch, and how the images of the epoch went until now."""
+    """One step, counted from one, and the scores of the epoch so far."""
 
     epoch: int
     step: int
@@ -93,7 +90,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch, from one on; `skipped` counts images that could not be read, `best` says whether it is so far."""
+    """One epoch, counted from one; `skipped` counts unreadable images, `best`: it is the best so far."""
 
     epoch: int
     step: int
