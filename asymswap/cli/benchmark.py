@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,20 +15,20 @@ _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
 
 
+# Typer takes no list of literals.
 class Runtime(StrEnum):
-    """What runs the models."""
+    """Runtimes to time models in."""
 
     eager = "eager"
     compile = "compile"
     onnx = "onnx"
 
 
-class Dtype(StrEnum):
-    """Dtypes to convert weights and inputs to."""
+class MemoryFormat(StrEnum):
+    """Memory formats to time models in."""
 
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    channels_last = "channels-last"
+    contiguous = "contiguous"
 
 
 @o.takes_common(preprocessing=False)
@@ -43,9 +43,12 @@ def benchmark(
         str | None, opt("Threads of a forward pass, as 1,2.", _SETTINGS, shown="torch's own number")
     ] = None,
     memory_format: Annotated[
-        list[o.MemoryFormat] | None, opt("Memory format; can be given twice.", _SETTINGS, shown="both")
+        list[MemoryFormat] | None, opt("Memory format; can be given twice.", _SETTINGS, shown="both")
     ] = None,
-    dtype: Annotated[Dtype | None, opt("Dtype of weights and inputs.", _SETTINGS, shown="the model's own")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        opt("Dtype of weights and inputs.", _SETTINGS, shown="the model's own"),
+    ] = None,
     rounds: Annotated[int, opt("Maximum number of rounds, in which all take turns.", _TIME, min=1)] = 20,
     seconds: Annotated[float, opt("Time limit in seconds; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
     layers: Annotated[int, opt("Number of layers to show, those that differ most; 0: time none.", _TIME, min=0)] = 5,
@@ -64,7 +67,6 @@ def benchmark(
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
     with common.progress() as step:
-        from asymswap.api.benchmark import FORMATS
         from asymswap.api.benchmark import benchmark as run
         from asymswap.reporting import benchmark as views
 
@@ -73,8 +75,8 @@ def benchmark(
             runtimes=[one.value for one in runtime or [Runtime.eager]],
             batches=batches,
             threads=counts,
-            memory_formats=[one.value for one in memory_format] if memory_format else FORMATS,
-            dtype=None if dtype is None else dtype.value,
+            memory_formats=[one.value for one in memory_format or MemoryFormat],
+            dtype=dtype,
             rounds=rounds,
             seconds=seconds,
             layers=layers > 0,

@@ -26,7 +26,7 @@ def compare(
     latency: Annotated[bool, opt("Time all models in turn.", _LATENCY, "--latency/--no-latency")] = True,
     memory_format: Annotated[
         o.MemoryFormat, opt("Memory format: channels-last or contiguous.", _LATENCY, metavar="ORDER")
-    ] = o.MemoryFormat.channels_last,
+    ] = "channels-last",
     batch: Annotated[int, opt("Batch size.", _LATENCY, min=1)] = 1,
     rounds: Annotated[int, opt("Maximum number of rounds.", _LATENCY, min=1)] = 20,
     threads: Annotated[int | None, opt("Threads of a forward pass.", _LATENCY, shown="torch's own", min=1)] = None,
@@ -57,7 +57,7 @@ def compare(
             common.open_models(models, step),
             data=data,
             images=images,
-            timing=Timing(memory_format.value, batch, rounds) if latency else None,
+            timing=Timing(memory_format, batch, rounds) if latency else None,
             seed=seed,
             progress=step,
         )

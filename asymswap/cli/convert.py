@@ -107,7 +107,7 @@ def convert(
             overrides=overrides,
             calibration=calibration_of(calibration, seed, team),
             evaluate=evaluate,
-            timing=None if memory_format is None else asymswap.Timing(memory_format.value),
+            timing=None if memory_format is None else asymswap.Timing(memory_format),
             allow_drift=allow_drift,
             seed=seed,
             progress=step,

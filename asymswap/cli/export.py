@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
-
-
-class Form(StrEnum):
-    """What can be written."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-    state_dict = "state-dict"
 
 
 @o.takes_common(("arch", "arguments", "trust_code"), preprocessing=False)
 def export(
     checkpoint: o.Checkpoint,
     to: Annotated[
-        Form | None,
+        Literal["onnx", "pt2", "state-dict"] | None,
         opt("onnx, pt2 or state-dict.", o.RESULT, shown="by the file's ending, or onnx", metavar="FORM"),
     ] = None,
     output: Annotated[
@@ -42,7 +33,9 @@ def export(
     """
     from asymswap.utils.files import check_distinct, check_output
 
-    target = output or _default(checkpoint, to or Form.onnx)
+    target = output or o.default_output(str(checkpoint), "exported")
+    if output is None and to != "state-dict":
+        target = target.with_name(f"{checkpoint.stem}.{to or 'onnx'}")
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with common.progress() as step:
@@ -52,15 +45,10 @@ def export(
         report = run(
             common.open_model(checkpoint, step),
             target,
-            form=None if to is None else to.value,
+            form=to,
             fuse=fuse,
             dynamic_size=dynamic_size,
             force=force,
             progress=step,
         )
     common.show(report, lambda report, _: export_view(report))
-
-
-def _default(checkpoint: Path, form: Form) -> Path:
-    stem = o.default_output(str(checkpoint), "exported")
-    return stem if form is Form.state_dict else stem.with_name(f"{checkpoint.stem}.{form.value}")

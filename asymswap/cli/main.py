@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -45,23 +46,20 @@ def _root(
 
 
 def _budgets_latency(arguments: Sequence[str]) -> bool:
-    """Whether a command is given a budget of latency: by an option, a setting, or a recipe of the user's own."""
+    """Return True if a command has a budget of latency: by an option, a setting, or a recipe file."""
+    import tomllib
+
     if any(argument.startswith(("--latency", "budget.latency", "--set=budget.latency")) for argument in arguments):
         return True
     recipes = [value for option, value in itertools.pairwise(arguments) if option == "--recipe"]
     recipes += [argument.removeprefix("--recipe=") for argument in arguments if argument.startswith("--recipe=")]
-    return any(map(_says_latency, recipes))
-
-
-def _says_latency(recipe: str) -> bool:
-    import tomllib
-
-    try:
-        budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
-    except (OSError, ValueError, RecursionError):
-        # One that comes with asymswap, or none: the command will say so.
-        return False
-    return isinstance(budget, dict) and "latency" in budget
+    for recipe in recipes:
+        # A shipped recipe is no file here; the command reports what cannot be read.
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
+            if isinstance(budget, dict) and "latency" in budget:
+                return True
+    return False
 
 
 def main() -> NoReturn:

@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -36,11 +35,7 @@ DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, 
 """The labelled images that every command takes, for the end of a help text."""
 
 
-class MemoryFormat(StrEnum):
-    """Orders of an image batch's numbers in memory."""
-
-    channels_last = "channels-last"
-    contiguous = "contiguous"
+MemoryFormat = Literal["channels-last", "contiguous"]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
