@@ -58,14 +58,12 @@ def benchmark(
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Benchmark:
-    """Time models in every combination of runtimes, batch sizes, threads and memory formats; none of them is changed.
+    """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
 
-    All combinations run in turn, in `rounds` rounds, or as many of them as `seconds` allow, five at least; times are
-    ratios to the first model's in the same setting as well. `threads` is torch's own number where it is not given,
-    `dtype` the model's own. With `layers`, the layers that models share by name with the first one are timed too, in
-    the first setting of eager PyTorch. The row of a combination that cannot be run has the reason.
-
-    Raises AsymswapError where a model cannot be opened, and where nothing at all can be run.
+    All combinations run in turn, in `rounds` rounds, or fewer if they take longer than `seconds`, but at least five.
+    `threads` defaults to torch's own number, `dtype` to the model's. With `layers`, the layers that models share by
+    name with the first one are timed too, in the first setting of eager PyTorch. A combination that cannot be run has
+    the reason in its row. Raises AsymswapError where a model cannot be opened, and where nothing can be run.
     """
     if dtype is not None:
         check_choice("the dtype", dtype, get_args(Dtype))

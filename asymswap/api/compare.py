@@ -42,13 +42,11 @@ def compare(
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Comparison:
-    """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
+    """Compare two or more models: costs, latency, outputs and accuracy; none of them is changed.
 
-    With `data`, a data reference, outputs and accuracy are those on its test part, or on `images` of them, each model
-    with its own preprocessing; without, outputs are compared on random inputs. `timing` says how latency is measured;
-    without one it is not.
-
-    Raises AsymswapError where there are fewer than two models, or one of them cannot be opened.
+    Outputs and accuracy are measured on the test part of `data`, a data reference, or on `images` of them, each model
+    with its own preprocessing; without `data`, outputs are compared on random inputs. Latency is measured by `timing`,
+    if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")

@@ -95,11 +95,10 @@ def convert(
 ) -> Conversion:
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
-    `calibration` names images, without labels, on which ranks and weights are chosen: far more accurate than the
-    weights alone; where it names a team of processes, all must call alike, and all get the same result. `evaluate` is a
-    data reference on whose test part both models' accuracy is measured; `timing` says how latency is measured under a
-    budget of it; `seed` is that of the probe batch. A kind that promises to preserve the function is held to it on the
-    probe batch, unless `allow_drift`.
+    `calibration` chooses ranks and weights on unlabelled images, far more accurately than by the weights alone; the
+    processes of its team must make the same call, and get the same result. `evaluate` is a data reference: accuracy is
+    measured on its test part before and after. `timing` is for budgets of latency, `seed` for the probe batch. Raises
+    AsymswapError where a kind does not preserve the function on the probe batch as promised, unless `allow_drift`.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")

@@ -50,11 +50,10 @@ def sweep(
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
-    Calibration statistics are gathered once for all of them. `data` is a data reference on whose test part top-1 is
-    measured; `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so
-    far after each point; a sweep of the same setting given as `known` is continued. The other options are those of
-    `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
-    budget that a recipe cannot reach is a point that says so.
+    Calibration statistics are gathered once. Top-1 is measured on the test part of `data`, a data reference;
+    `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so far after
+    each point; `known`, a sweep with the same settings, is resumed. The other options are those of `asymswap.convert`.
+    A budget that a recipe cannot reach is a point with the reason. Raises AsymswapError for everything else.
     """
     check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]

@@ -56,7 +56,7 @@ def benchmark(
     *,
     common: o.Common,
 ) -> None:
-    """Time models in PyTorch, torch.compile and ONNX Runtime, all in turn, and set time beside MACs.
+    """Time models in turn in PyTorch, torch.compile and ONNX Runtime, and compare time with MACs.
 
     Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime eager --runtime onnx --batch 1,8
     """

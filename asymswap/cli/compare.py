@@ -52,7 +52,7 @@ def compare(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        check_needed(common.preprocessing, data)
+        check_needed(common.opening["preprocessing"], data)
         found = beside(
             common.open_models(models, step),
             data=data,

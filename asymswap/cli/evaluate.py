@@ -31,7 +31,7 @@ def evaluate(
     *,
     common: o.Common,
 ) -> None:
-    """Measure accuracy, per class too, and tell whether models really differ.
+    """Measure accuracy, overall and per class, and test whether models differ significantly.
 
     Example: asymswap evaluate model.pt model.asym.pt --data photos/
     """

@@ -27,7 +27,7 @@ def export(
     *,
     common: o.Common,
 ) -> None:
-    """Write a converted model as ONNX, as torch.export's .pt2 or as a state dict, and run it beside PyTorch.
+    """Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.
 
     Example: asymswap export model.asym.pt --to onnx -o model.onnx
     """

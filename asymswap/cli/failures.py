@@ -102,7 +102,7 @@ _options: dict[str, Any] = {}
 
 
 def begin(options: Mapping[str, Any]) -> None:
-    """Name arguments as these options from now on: those of the command that runs."""
+    """Set the options of the command that runs, for `in_flags`."""
     _options.clear()
     _options.update(options)
 

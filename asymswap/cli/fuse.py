@@ -45,7 +45,7 @@ def fuse(
         from asymswap.reporting.fuse import fusion_view
 
         check_suffix(target)
-        check_needed(common.preprocessing, data)
+        check_needed(common.opening["preprocessing"], data)
         fusion = asymswap.fuse(
             common.open_model(checkpoint, step),
             separable=separable,

@@ -64,9 +64,9 @@ def _budgets_latency(arguments: Sequence[str]) -> bool:
 
 def main() -> NoReturn:
     """Run the command line: exit code 0 when done, 1 for what cannot be done, 2 for wrong usage, 130 for Ctrl-C."""
-    # torch's threads, which start with its import, would otherwise wait for each other awake: where another program
-    # keeps one core busy, converting a ResNet-50 then takes twice as long, and a DenseNet-121 thirty times.
-    # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
+    # Otherwise torch's threads busy-wait: if another program keeps one core busy, converting a ResNet-50 takes twice
+    # as long, a DenseNet-121 thirty times. Latency is measured with busy-waiting, as networks run: small layers are
+    # then twice as fast.
     if sys.argv[1:2] not in (["compare"], ["benchmark"]) and not _budgets_latency(sys.argv[1:]):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("NO_COLOR"):

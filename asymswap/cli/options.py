@@ -22,17 +22,16 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from asymswap.models.opened import OpenedModel
-    from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.types import Progress
 
 T = TypeVar("T")
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
-"""Groups of a help text that several commands have."""
+"""Panels of the help that several commands have."""
 
 DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
-"""The labelled images that every command takes, for the end of a help text."""
+"""Labelled images that every command takes, for the end of a help text."""
 
 
 MemoryFormat = Literal["channels-last", "contiguous"]
@@ -168,10 +167,6 @@ class Common:
     opening: Mapping[str, Any]
     json: bool
     quiet: bool
-
-    @property
-    def preprocessing(self) -> PreprocessingOptions | None:
-        return self.opening["preprocessing"]  # type: ignore[no-any-return]
 
     def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
         """Open the model of a command, for the verb that gets it."""

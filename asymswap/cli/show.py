@@ -30,7 +30,7 @@ def show(
     *,
     common: o.Common,
 ) -> None:
-    """Show what was done to a converted model, from which source, with which result.
+    """Show how a converted model was made, from which source, with which result.
 
     Example: asymswap show resnet18.asym.pt --report resnet18.html
     """
@@ -39,7 +39,7 @@ def show(
     from asymswap.reporting.convert import check_suffix
     from asymswap.utils.files import check_output, write_bytes, write_text
 
-    if draw is not None or data is not None or offsets or common.preprocessing is not None:
+    if draw is not None or data is not None or offsets or common.opening["preprocessing"] is not None:
         if report is not None or plan:
             other = "--plan" if report is None else "--report"
             raise AsymswapError(f"{other} is about the conversion, --offsets, --draw and --data about taps; run twice")
@@ -50,7 +50,7 @@ def show(
             from asymswap.models.preprocessing import check_needed
             from asymswap.reporting import offsets as views
 
-            check_needed(common.preprocessing, data)
+            check_needed(common.opening["preprocessing"], data)
             moved = find_offsets(common.open_model(checkpoint, step), data=data)
         if draw is not None:
             write_bytes(draw, views.draw(moved, draw.suffix[1:]))

@@ -46,7 +46,7 @@ def sweep(
     *,
     common: o.Common,
 ) -> None:
-    """Convert a model to several budgets and draw accuracy over cost; interrupted, it goes on where it stopped.
+    """Convert a model to several budgets and plot accuracy over cost; an interrupted run resumes.
 
     Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
     """
