@@ -83,7 +83,7 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-_ARGUMENT = re.compile(r"`([a-z]\w*)=([^`]*)`")
+_ARGUMENT = re.compile(r"`([a-z]\w*)=([^`]{0,200})`")
 _OTHER_NAMES = {
     "batches": "batch",
     "calibration": "data",
@@ -136,7 +136,7 @@ def _as_option(found: re.Match[str]) -> str:
         return flag
     try:
         value = ast.literal_eval(text.replace("…", "..."))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return f"{flag} {text}"
     if value is False and option.secondary_opts:
         return str(max(option.secondary_opts, key=len))
@@ -154,4 +154,7 @@ def _as_option(found: re.Match[str]) -> str:
 
 
 def _word(value: object) -> str:
+    """Return a value as the command line takes it, which reads booleans as TOML does."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "…" if value is ... else shlex.quote(str(value))

@@ -63,7 +63,10 @@ def show(
         from asymswap.checkpoint import header_to_json, read_checkpoint
 
         header = read_checkpoint(checkpoint).header
-        header = replace(header, provenance=in_flags(header.provenance))
+        try:
+            header = replace(header, provenance=in_flags(header.provenance))
+        except RecursionError:
+            raise CheckpointError(f"{checkpoint} has a damaged provenance: it is nested too deeply") from None
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
     if report is not None:
