@@ -278,7 +278,7 @@ class _Lineup:
         finally:
             torch.set_num_threads(before)
         first, own = timed["first"], timed["own"]
-        # MACs are those of a whole batch, as the times are.
+        # MACs of a whole batch, as the times.
         costs = [count_costs(one.model, one.example(), names) for one in (self._opened[0], self._opened[number])]
         macs = [{name: setting.batch * cost.by_name[name].macs for name in names} for cost in costs]
         left = [setting.batch * cost.total.macs - sum(named.values()) for cost, named in zip(costs, macs, strict=True)]

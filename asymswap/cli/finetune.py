@@ -40,7 +40,7 @@ def finetune(
     from asymswap.utils.files import check_distinct, check_output
 
     target = output or o.default_output(str(checkpoint), "tuned")
-    # Under torchrun, whoever was started again has a run to go on with.
+    # A process that torchrun has restarted resumes the run.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume = resume or again
     if not resume:

@@ -120,7 +120,7 @@ def _preprocessing(
         opt(
             "Height x width of the network's input, as 224x224 or 224.",
             IMAGES,
-            shown="that of --input, or the model's own",
+            shown="from --input, or the model's own",
         ),
     ] = None,
     resize: Annotated[

@@ -24,7 +24,7 @@ class OutputGap:
 class Accuracy:
     """Top-1 as a fraction; the numbers of images that only this model, and only the first, gets right.
 
-    `p_value` is that of McNemar's exact test.
+    `p_value`: McNemar's exact test.
     """
 
     top1: float

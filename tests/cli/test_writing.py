@@ -56,7 +56,8 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_existing_output(name: str, refusal: Refusal) -> None:
     Path(name).write_text("mine")
     said = refusal(*CONVERT, "-o", name)
-    assert said == f"{name} exists already; give another name with -o, or --force to replace it"
+    assert said.startswith(f"{name} exists already; give another name")
+    assert "--force" in said
 
 
 @pytest.mark.parametrize("option", ["-o", "--report", "--write-plan"])
