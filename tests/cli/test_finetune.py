@@ -180,7 +180,7 @@ def test_evaluations_that_cannot_be_done(refusal: Run) -> None:
         (("digits-resnet", "--data", "mnist:x"), "data mnist:x has no folder MNIST"),
         (
             ("digits-resnet", "--data", "digits", "--part", "validation", "--validation", "none"),
-            "needs images that are he",
+            "needs held-back images",
         ),
     ):
         assert re.search(said, refusal("evaluate", *command)), command
