@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from asymswap.api.convert import convert as convert
     from asymswap.api.convert import plan as plan
     from asymswap.api.convert import save as save
+    from asymswap.api.convert import write_report as write_report
     from asymswap.api.evaluate import evaluate as evaluate
     from asymswap.api.export import export as export
     from asymswap.api.finetune import FineTuned as FineTuned
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from asymswap.api.fuse import save_fused as save_fused
     from asymswap.api.load import load as load
     from asymswap.api.offsets import offsets as offsets
-    from asymswap.api.report_files import write_report as write_report
     from asymswap.api.sweep import sweep as sweep
     from asymswap.calibration.config import Calibration as Calibration
     from asymswap.errors import AsymswapError as AsymswapError
@@ -42,14 +42,13 @@ _HOMES = {
     "api.benchmark": ["benchmark"],
     "api.candidates": ["candidates"],
     "api.compare": ["compare"],
-    "api.convert": ["Conversion", "convert", "plan", "save"],
+    "api.convert": ["Conversion", "convert", "plan", "save", "write_report"],
     "api.evaluate": ["evaluate"],
     "api.export": ["export"],
     "api.finetune": ["FineTuned", "finetune"],
     "api.fuse": ["Fusion", "fuse", "save_fused"],
     "api.load": ["load"],
     "api.offsets": ["offsets"],
-    "api.report_files": ["write_report"],
     "api.sweep": ["sweep"],
     "calibration.config": ["Calibration"],
     "errors": ["AsymswapError"],

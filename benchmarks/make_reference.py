@@ -273,6 +273,10 @@ class Parameter:
 
     def value(self) -> str:
         """The type of its value, in a word."""
+        plain = typing.get_args(self.hint)[0]
+        for part in (plain, *typing.get_args(plain)):
+            if typing.get_origin(part) is typing.Literal:
+                return ", ".join(f"`{choice}`" for choice in typing.get_args(part))
         (kind, *_) = self.taken
         if isinstance(kind, type) and issubclass(kind, Enum):
             return ", ".join(f"`{choice.value}`" for choice in kind)

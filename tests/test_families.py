@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torchvision import models
 
 import asymswap
-from asymswap.api.export import _Work
 from asymswap.models import torchvision_models
 from asymswap.models.builders import build
 from asymswap.types import Preprocessing
@@ -191,7 +191,7 @@ def test_models_of_two_forms_cannot_be_compared_on_the_same_inputs() -> None:
     mixed = asymswap.compare(
         [asymswap.open_model("mobilenet_v3_small", weights="none"), asymswap.open_model("r3d_18", weights="none")]
     )
-    assert "it takes 3x16x112x112, so its outputs cannot be compared with the first's; give --input" in (
+    assert "it takes 3x16x112x112, so its outputs cannot be compared with the first's; give `input_size=…`" in (
         mixed.models[1].notes
     )
 
@@ -199,7 +199,7 @@ def test_models_of_two_forms_cannot_be_compared_on_the_same_inputs() -> None:
 @pytest.mark.parametrize("form", ["images", "image-pair", "clips"])
 def test_an_export_of_any_size_keeps_the_form(form: Any) -> None:
     preprocessing = Preprocessing(3, (8, 8), (0.5,) * 3, (0.5,) * 3, form=form, frames=4 if form == "clips" else 1)
-    work = _Work(nn.Conv2d(3, 3, 1), preprocessing, torch.float32, 0, False, "x")
-    plain, resized = work.inputs(2, seed=0), work.inputs(2, seed=0, size=(12, 10))
+    both = (preprocessing, replace(preprocessing, size=(12, 10)))
+    plain, resized = (probe(one, torch.float32, 2, seed=0) for one in both)
     assert [tensor.shape[:-2] for tensor in resized] == [tensor.shape[:-2] for tensor in plain]
     assert all(tensor.shape[-2:] == (12, 10) for tensor in resized)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -59,14 +59,12 @@ def benchmark(
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Benchmark:
-    """Time models in every combination of runtimes, batch sizes, threads and memory formats; none of them is changed.
+    """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
 
-    All combinations run in turn, in `rounds` rounds, or as many of them as `seconds` allow, five at least; times are
-    ratios to the first model's in the same setting as well. `threads` is torch's own number where it is not given,
-    `dtype` the model's own. With `layers`, the layers that models share by name with the first one are timed too, in
-    the first setting of eager PyTorch. The row of a combination that cannot be run has the reason.
-
-    Raises AsymswapError where a model cannot be opened, and where nothing at all can be run.
+    All combinations run in turn, in `rounds` rounds, or fewer if they take longer than `seconds`, but at least five.
+    `threads` defaults to torch's own number, `dtype` to the model's. With `layers`, the layers that models share by
+    name with the first one are timed too, in the first setting of eager PyTorch. A combination that cannot be run has
+    the reason in its row. Raises AsymswapError where a model cannot be opened, and where nothing can be run.
     """
     if dtype is not None:
         check_choice("the dtype", dtype, get_args(Dtype))
@@ -83,7 +81,8 @@ def benchmark(
         watched = Bystanders()
         timed = take_turns(lineup.turns, rounds=rounds, seconds=seconds, progress=progress)
         others = watched.cores()
-        measured = lineup.time_layers(rounds, seconds, progress) if layers else ()
+        others_timed = range(1, len(opened)) if layers else ()
+        measured = [lineup.time_layers(number, rounds, seconds, progress) for number in others_timed]
     results = [lineup.result(number, place, timed) for place in range(len(settings)) for number in range(len(models))]
     versions = [f"torch {torch.__version__}"]
     if "onnx" in runtimes:
@@ -97,7 +96,7 @@ def benchmark(
         models=costs,
         settings=settings,
         results=tuple(results),
-        layers=measured,
+        layers=tuple(one for one in measured if one is not None),
         gains=tuple(_gains(settings, timed)),
         dtype=dtype or ", ".join(dict.fromkeys(str(one.dtype()).removeprefix("torch.") for one in opened)),
         machine=about["processor"],
@@ -112,13 +111,9 @@ def benchmark(
 def cost_row(opened: OpenedModel) -> BenchmarkedModel:
     """Return what a model is and what it costs."""
     costs = costs_of(opened)
+    origin, takes = opened.origin.reference, opened.preprocessing.describe()
     return BenchmarkedModel(
-        model=opened.reference,
-        origin=opened.origin.reference,
-        weights=opened.weights,
-        input=opened.preprocessing.describe(),
-        cost=costs.total,
-        notes=opened.notes + costs.notes(),
+        opened.reference, origin, opened.weights, takes, costs.total, notes=opened.notes + costs.notes()
     )
 
 
@@ -138,29 +133,29 @@ def time_in_turn(
 
 
 _Key = tuple[int, int]
-"""Places of a model and of a setting."""
+"""Indices of a model and of a setting."""
 
 
 def _settings(
     runtimes: Sequence[Runtime], batches: Sequence[int], threads: Sequence[int], formats: Sequence[MemoryFormat]
 ) -> tuple[Setting, ...]:
     """Return all combinations; ONNX Runtime has a memory format of its own."""
-    for what, given, known in (("the runtime", runtimes, RUNTIMES), ("the memory format", formats, FORMATS)):
-        for one in given:
-            check_choice(what, one, known)
-    wrong = [number for number in (*batches, *threads) if number < 1]
-    if wrong or not (runtimes and batches and formats):
+    for runtime in runtimes:
+        check_choice("the runtime", runtime, RUNTIMES)
+    for form in formats:
+        check_choice("the memory format", form, FORMATS)
+    if min(*batches, *threads, 1) < 1 or not (runtimes and batches and formats):
         raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
-    return tuple(
-        dict.fromkeys(
-            Setting(runtime, batch, count, None if runtime == "onnx" else form)
-            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, formats)
-        )
-    )
+    combinations = itertools.product(runtimes, batches, threads, formats)
+    settings = [
+        Setting(runtime, batch, count, None if runtime == "onnx" else form)
+        for runtime, batch, count, form in combinations
+    ]
+    return tuple(dict.fromkeys(settings))
 
 
 class _Lineup:
-    """All that is timed: the turns of models in settings, and why those that have none have none."""
+    """The turns of models in settings, with the seconds that each took to make ready, or the reason for having none."""
 
     def __init__(
         self, opened: Sequence[OpenedModel], settings: Sequence[Setting], dtype: Dtype | None, folder: Path
@@ -175,47 +170,44 @@ class _Lineup:
 
     def make_ready(self, progress: Progress) -> None:
         """Compile and export all; raises AsymswapError where nothing can be run."""
-        before, total = torch.get_num_threads(), len(self._settings) * len(self._opened)
+        before, models = torch.get_num_threads(), range(len(self._opened))
+        keys = [(number, place) for place in range(len(self._settings)) for number in models]
         try:
-            for place, setting in enumerate(self._settings):
-                for number in range(len(self._opened)):
-                    progress("making ready", place * len(self._opened) + number, total)
-                    torch.set_num_threads(setting.threads)
-                    try:
-                        self._make_ready((number, place), setting)
-                    except Exception as error:
-                        # Whatever the model does in there is its own.
-                        self._failures[number, place] = _reason(error)
+            for done, key in enumerate(keys):
+                progress("making ready", done, len(keys))
+                torch.set_num_threads(self._settings[key[1]].threads)
+                try:
+                    self._make_ready(key)
+                except Exception as error:
+                    # The model's code can raise anything.
+                    self._failures[key] = _reason(error)
         finally:
             torch.set_num_threads(before)
         if not self.turns:
             raise AsymswapError("; ".join(dict.fromkeys(self._failures.values())))
 
-    def _make_ready(self, key: _Key, setting: Setting) -> None:
-        number = key[0]
+    def _make_ready(self, key: _Key) -> None:
+        number, setting = key[0], self._settings[key[1]]
         model, inputs = self._placed(number, setting)
         with torch.inference_mode():
             expected = model(*inputs)
         if setting.runtime == "eager":
             self.turns[key] = Turn(forward(model, inputs).measure, setting.threads)
             return
-        runtime: Runtime = "compile" if setting.runtime == "compile" else "onnx"
-        exporting = 0.0
-        if runtime == "onnx":
-            path, exporting = self._onnx_file(number)
+        exporting = self._export(number) if setting.runtime == "onnx" else 0.0
         start = time.perf_counter()
-        if runtime == "compile":
+        if setting.runtime == "onnx":
+            run = session_on(self._onnx_file(number), inputs, setting.threads)
+        else:
             with torch.inference_mode():
                 run = compiled(model, inputs)
-        else:
-            run = session_on(path, inputs, setting.threads)
         seconds = exporting + time.perf_counter() - start
         if self._opened[number].preprocessing.form != "image-list":
             # Which boxes a detector keeps jumps where scores are close.
             with torch.inference_mode():
-                check_same(run(), expected, runtime)
+                check_same(run(), expected, "onnx" if setting.runtime == "onnx" else "compile")
         self._ready[key] = seconds
-        self.turns[key] = Turn(stopwatch(run), setting.threads, "torch" if runtime == "compile" else "onnx")
+        self.turns[key] = Turn(stopwatch(run), setting.threads, "onnx" if setting.runtime == "onnx" else "torch")
 
     def _placed(self, number: int, setting: Setting) -> tuple[nn.Module, Inputs]:
         """Return a copy of the model in eval mode on the processor, and random inputs; the same ones every time."""
@@ -228,21 +220,23 @@ class _Lineup:
         )
         return self._copies[number, memory_format], inputs_like(example, memory_format, setting.batch)
 
-    def _onnx_file(self, number: int) -> tuple[Path, float]:
-        """Return the model's file, written once, and the seconds that it took."""
-        path = self._folder / f"{number}.onnx"
+    def _onnx_file(self, number: int) -> Path:
+        return self._folder / f"{number}.onnx"
+
+    def _export(self, number: int) -> float:
+        """Write the model's ONNX file once; return the seconds that it took, or raise its AsymswapError each time."""
         if number not in self._exports:
             start = time.perf_counter()
             try:
                 # With a single image, the batch would count as a number that never varies.
-                write_for_runtime(*self._placed(number, Setting("onnx", 2, 1, None)), path)
+                write_for_runtime(*self._placed(number, Setting("onnx", 2, 1, None)), self._onnx_file(number))
                 self._exports[number] = time.perf_counter() - start
             except AsymswapError as error:
                 self._exports[number] = error
         outcome = self._exports[number]
         if isinstance(outcome, AsymswapError):
             raise outcome
-        return path, outcome
+        return outcome
 
     def result(self, number: int, place: int, timed: Mapping[_Key, Passes]) -> Result:
         """Return what was measured of a model in a setting."""
@@ -260,18 +254,13 @@ class _Lineup:
             rounds=tuple(min(passes) for passes in rounds),
         )
 
-    def time_layers(self, rounds: int, seconds: float, progress: Progress) -> tuple[Layers, ...]:
-        """Time each model's layers beside the first's, in the first setting of eager PyTorch in which both run."""
-        found = []
-        for number in range(1, len(self._opened)):
-            for place, setting in enumerate(self._settings):
-                if setting.runtime == "eager" and {(0, place), (number, place)} <= self.turns.keys():
-                    found.append(self._time_layers(number, place, rounds, seconds, progress))
-                    break
-        return tuple(found)
-
-    def _time_layers(self, number: int, place: int, rounds: int, seconds: float, progress: Progress) -> Layers:
-        setting = self._settings[place]
+    def time_layers(self, number: int, rounds: int, seconds: float, progress: Progress) -> Layers | None:
+        """Time a model's layers beside the first's, in the first setting of eager PyTorch in which both run."""
+        for place, setting in enumerate(self._settings):
+            if setting.runtime == "eager" and {(0, place), (number, place)} <= self.turns.keys():
+                break
+        else:
+            return None
         placed = {"first": self._placed(0, setting), "own": self._placed(number, setting)}
         models = {key: model for key, (model, _) in placed.items()}
         inputs = {key: given for key, (_, given) in placed.items()}
@@ -290,14 +279,13 @@ class _Lineup:
         finally:
             torch.set_num_threads(before)
         first, own = timed["first"], timed["own"]
-        # MACs are those of a whole batch, as the times are.
+        # MACs of a whole batch, as the times.
         costs = [count_costs(one.model, one.example(), names) for one in (self._opened[0], self._opened[number])]
         macs = [{name: setting.batch * cost.by_name[name].macs for name in names} for cost in costs]
         left = [setting.batch * cost.total.macs - sum(named.values()) for cost, named in zip(costs, macs, strict=True)]
         rows = [LayerRow(name, first.modules[name], own.modules[name], macs[0][name], macs[1][name]) for name in names]
-        rows = [row for row in rows if row.first or row.own]
-        rest = LayerRow("outside of them", first.rest, own.rest, *left)
-        return Layers(number, place, tuple(sorted(rows, key=lambda row: -abs(row.excess))), rest)
+        rows = sorted((row for row in rows if row.first or row.own), key=lambda row: -abs(row.excess))
+        return Layers(number, place, tuple(rows), LayerRow("outside of them", first.rest, own.rest, *left))
 
 
 def _reason(error: Exception) -> str:
@@ -310,9 +298,8 @@ def _reason(error: Exception) -> str:
     return f"the model fails with {type(error).__name__}: {text[:200]}"
 
 
-def _gains(settings: Sequence[Setting], timed: Mapping[_Key, Passes]) -> list[Gain]:
-    """Return where one memory format is significantly faster than the other."""
-    gains = []
+def _gains(settings: Sequence[Setting], timed: Mapping[_Key, Passes]) -> Iterator[Gain]:
+    """Yield where one memory format is significantly faster than the other."""
     for number, place in timed:
         other = replace(settings[place], memory_format="contiguous")
         if settings[place].memory_format != "channels-last" or other not in settings:
@@ -320,15 +307,13 @@ def _gains(settings: Sequence[Setting], timed: Mapping[_Key, Passes]) -> list[Ga
         key = number, settings.index(other)
         if key in timed:
             ratio = ratio_of(timed[number, place], timed[key])
-            if ratio.is_significant and ratio.value < 1:
-                gains.append(Gain(number, place, 1 / ratio.value))
-            elif ratio.is_significant:
-                gains.append(Gain(number, key[1], ratio.value))
-    return gains
+            if ratio.is_significant:
+                faster = ratio.value < 1
+                yield Gain(number, place if faster else key[1], 1 / ratio.value if faster else ratio.value)
 
 
 def shared_layers(first: nn.Module, other: nn.Module) -> list[str]:
-    """The names of the smallest modules that both have, of which none lies within another."""
+    """Return the names of the smallest modules that both have, none of which is inside another."""
     known = {name for name, _ in other.named_modules()}
     shared = [name for name, _ in first.named_modules() if name and name in known]
     above = {name[:end] for name in shared for end, letter in enumerate(name) if letter == "."}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
-from asymswap.api.conversion_report import state_bytes
+from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
@@ -42,82 +42,69 @@ def compare(
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Comparison:
-    """Put two or more models beside each other: costs, latency, outputs and accuracy; none of them is changed.
+    """Compare two or more models: costs, latency, outputs and accuracy; none of them is changed.
 
-    With `data`, a data reference, outputs and accuracy are those on its test part, or on `images` of them, each model
-    with its own preprocessing; without, outputs are compared on random inputs. `timing` says how latency is measured;
-    without one it is not.
-
-    Raises AsymswapError where there are fewer than two models, or one of them cannot be opened.
+    Outputs and accuracy are measured on the test part of `data`, a data reference, or on `images` of them, each model
+    with its own preprocessing; without `data`, outputs are compared on random inputs. Latency is measured by `timing`,
+    if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
-        raise AsymswapError(f"--images {images} leaves nothing to compare on; give 1 or more")
+        raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in models]
     feedings: list[Feeding | None] = [None] * len(opened)
     sets: list[LabelledImages] = []
-    total = None
+    total = _RANDOM
     if data is not None:
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
         total = min(images or len(sets[0]), len(sets[0]))
     costs = [cost_row(one) for one in opened]
-    timed = None if timing is None else time_in_turn(opened, timing, progress)
-    if total is None:
-        found, outputs_on = _on_random(opened, seed), f"{_RANDOM} random images (seed {seed})"
-    else:
-        found, outputs_on = _on_data(opened, sets, total, seed, progress), f"{total:,} images of {data}"
+    timed: list[Any] = [(None, None)] * len(opened)
+    if timing is not None:
+        timed = time_in_turn(opened, timing, progress)
+    found = _on_data(opened, sets, total, seed, progress) if sets else _on_random(opened, seed)
     rows = []
-    for number, (one, cost, finding) in enumerate(zip(opened, costs, found, strict=True)):
-        random = ("its weights are random",) if one.weights == "random" else ()
+    for one, cost, times, outputs, feeding in zip(opened, costs, timed, found, feedings, strict=True):
+        notes = ("its weights are random" if one.weights == "random" else None, outputs.refusal, outputs.note)
         row = ComparedRow(
-            model=cost.model,
-            origin=cost.origin,
-            weights=cost.weights,
-            input=cost.input,
-            cost=cost.cost,
+            **{**vars(cost), "notes": (*cost.notes, *(note for note in notes if note is not None))},
             weights_bytes=state_bytes(one.model),
             file_bytes=None if one.file is None else one.file.stat().st_size,
-            latency=None if timed is None else timed[number][0],
-            latency_ratio=None if timed is None else timed[number][1],
-            gap=finding.gap,
-            accuracy=finding.accuracy,
-            notes=(*cost.notes, *random, *finding.notes),
-            fed=fed_of(feedings[number]),
+            latency=times[0],
+            latency_ratio=times[1],
+            gap=outputs.gap(),
+            accuracy=outputs.accuracy,
+            fed=fed_of(feeding),
         )
         rows.append(row)
+    measured = None
     if timing is not None:
         threads, processor = torch.get_num_threads(), machine()["processor"]
         measured = TimingRow(timing.memory_format, timing.batch, threads, processor, timing.rounds)
     return Comparison(
         asymswap=asymswap.__version__,
         models=tuple(rows),
-        outputs_on=outputs_on,
+        outputs_on=f"{total:,} images of {data}" if sets else f"{total} random images (seed {seed})",
         data=sets[0].description if sets else None,
         images=total if sets and total != len(sets[0]) else None,
-        timing=None if timing is None else measured,
-        warnings=all_warnings(feedings) if data is not None else sizes_assumed(opened),
+        timing=measured,
+        warnings=all_warnings(feedings) if sets else sizes_assumed(opened),
     )
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """What running a model has shown."""
-
-    gap: OutputGap | None = None
-    accuracy: Accuracy | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Outputs:
-    """A model's outputs beside the first one's, batch by batch; `note` says why they cannot be compared."""
+    """A model's outputs beside the first one's; `note` and `refusal` say why they, or its accuracy, are missing."""
 
-    sums: Sums = field(default_factory=Sums)
-    guesses: list[Tensor] = field(default_factory=list)
     note: str | None = None
+    refusal: str | None = None
+    accuracy: Accuracy | None = None
+    agreement: float | None = None
+    guesses: list[Tensor] = field(default_factory=list)
+    sums: Sums = field(default_factory=Sums)
 
     def add(self, first: Any, own: Any) -> None:
         """Compare both models' outputs of a batch."""
@@ -130,37 +117,34 @@ class _Outputs:
         for one, other in zip(ones, others, strict=True):
             self.sums.add(one, other)
 
-    def gap(self, agreement: float | None = None) -> OutputGap | None:
-        """Return the difference over all batches."""
-        if self.note is not None:
+    def gap(self) -> OutputGap | None:
+        """Return the difference over all batches; None for the first model, and for one that cannot be compared."""
+        if self.note is not None or not self.sums.tensors:
             return None
-        gap = self.sums.difference()
-        return OutputGap(gap.relative, gap.largest, agreement)
+        found = self.sums.difference()
+        return OutputGap(found.relative, found.largest, self.agreement)
 
 
 _RANDOM = 2
 """Random images on which outputs are compared where no data is given."""
 
 
-def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Finding]:
+def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Outputs]:
     """Compare the outputs of those models that take the first's inputs."""
-    first = opened[0]
-    expected = first.preprocessing
+    first, expected = opened[0], opened[0].preprocessing
     inputs = probe(expected, first.dtype(), images=_RANDOM, seed=seed)
     reference = _run(first, inputs)
-    findings = [_Finding()]
-    for one in opened[1:]:
-        outputs, own = _Outputs(), one.preprocessing
+    every = [_Outputs() for _ in opened]
+    for one, outputs in zip(opened[1:], every[1:], strict=True):
+        own = one.preprocessing
         if (own.form, own.describe()) != (expected.form, expected.describe()):
-            outputs.note = (
-                f"it takes {own.describe()}, so its outputs cannot be compared with the first's; give --input"
-            )
+            takes = own.describe()
+            outputs.note = f"it takes {takes}, so its outputs cannot be compared with the first's; give `input_size=…`"
         elif own.form == "image-list":
             outputs.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
         else:
             outputs.add(reference, _run(one, inputs))
-        findings.append(_Finding(outputs.gap(), notes=() if outputs.note is None else (outputs.note,)))
-    return findings
+    return every
 
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:
@@ -173,50 +157,37 @@ def _run(opened: OpenedModel, inputs: Inputs) -> Any:
 
 def _on_data(
     opened: Sequence[OpenedModel], sets: Sequence[LabelledImages], total: int, seed: int, progress: Progress
-) -> list[_Finding]:
+) -> list[_Outputs]:
     """Run all models on the same images in one pass, each with its own preprocessing."""
-    refusals: list[str | None] = []
-    for one, images in zip(opened, sets, strict=True):
+    every = [_Outputs() for _ in opened]
+    for one, images, outputs in zip(opened, sets, every, strict=True):
         try:
             check_classifier(one.model, images)
-            refusals.append(None)
         except SourceError as error:
-            refusals.append(str(error))
-    every = [_Outputs() for _ in opened]
+            outputs.refusal = f"no accuracy: {error}"
+    order = sorted(torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total])
+    batch = max(4, min(128, 2**20 // max(math.prod(one.preprocessing.size) for one in opened)))
+    # A generator of its own: the loader would otherwise draw from the global one.
+    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]
     labels: list[Tensor] = []
-    for batch_labels, answers in _batches(opened, sets, total, seed):
-        labels.append(batch_labels)
-        for outputs, answer, refusal in zip(every, answers, refusals, strict=True):
-            outputs.add(answers[0], answer)
-            if refusal is None:
+    for parts in zip(*loaders, strict=True):
+        labels.append(parts[0][1])
+        answers = [_run(one, (images,)) for one, (images, _) in zip(opened, parts, strict=True)]
+        for number, (outputs, answer) in enumerate(zip(every, answers, strict=True)):
+            if number:
+                outputs.add(answers[0], answer)
+            if outputs.refusal is None:
                 outputs.guesses.append(answer.argmax(1))
         progress("running all models", sum(map(len, labels)), total)
     truth = torch.cat(labels)
-    findings = []
-    for number, (outputs, refusal) in enumerate(zip(every, refusals, strict=True)):
-        accuracy, agreement = None, None
-        if refusal is None:
+    for outputs in every:
+        if outputs.refusal is None:
             guesses = torch.cat(outputs.guesses)
-            top1 = int((guesses == truth).sum()) / len(truth)
-            accuracy = Accuracy(top1)
-            if number and refusals[0] is None:
+            outputs.accuracy = Accuracy(int((guesses == truth).sum()) / len(truth))
+            if outputs is not every[0] and every[0].refusal is None:
                 against = against_first(truth, torch.cat(every[0].guesses), guesses)
-                accuracy = Accuracy(top1, against.only_this, against.only_first, against.p)
-                agreement = against.agreement
-        notes = (None if refusal is None else f"no accuracy: {refusal}", outputs.note)
-        gap = outputs.gap(agreement) if number else None
-        findings.append(_Finding(gap, accuracy, tuple(note for note in notes if note is not None)))
-    return findings
-
-
-def _batches(
-    opened: Sequence[OpenedModel], sets: Sequence[LabelledImages], total: int, seed: int
-) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Yield labels and all models' outputs, batch by batch."""
-    order = sorted(torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total])
-    largest = max(math.prod(one.preprocessing.size) for one in opened)
-    batch = max(4, min(128, 2**20 // largest))
-    # A generator of its own: the loader would otherwise draw from the global one.
-    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]
-    for parts in zip(*loaders, strict=True):
-        yield parts[0][1], [_run(one, (images,)) for one, (images, _) in zip(opened, parts, strict=True)]
+                outputs.agreement = against.agreement
+                outputs.accuracy = replace(
+                    outputs.accuracy, gained=against.only_this, lost=against.only_first, p_value=against.p
+                )
+    return every

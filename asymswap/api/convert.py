@@ -1,10 +1,10 @@
-"""The verbs `plan`, `convert` and `save`.
+"""The verbs `plan`, `convert`, `save` and `write_report`.
 
-A model is a reference (`"resnet18"`), a file, an `nn.Module`, or what `open_model` has made of one of them with further
-options; it is never changed. Options that several verbs share:
+A model is a reference (`"resnet18"`), a file, an `nn.Module`, or the result of `open_model`, which takes more options;
+it is never changed. Options of several verbs:
 
-- `input_size`, `preprocessing`: as those of `open_model`, where nothing else is to be said of the model;
-- `overrides`: changes to the recipe, as `--set`: `{"order": "vertical-first", "budget.macs": 0.4}`;
+- `input_size`, `preprocessing`: as those of `open_model`;
+- `overrides`: changes to the recipe: `{"order": "vertical-first", "budget.macs": 0.4}`;
 - `progress`: called with the name of a stage, the steps done and the steps in all.
 
 All raise AsymswapError, with a one-line reason, for what cannot be done.
@@ -13,23 +13,28 @@ All raise AsymswapError, with a one-line reason, for what cannot be done.
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from asymswap.api.conversion_report import calibration_row, check_promises, make_report
-from asymswap.api.session import Clock, Session, check_original_finite
+import asymswap
+from asymswap import replacements
+from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
-from asymswap.checkpoint import Header, what_is_stored
+from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import fed_of, settle
 from asymswap.data.predict import check_classifier, predict
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, CheckpointError
+from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
+from asymswap.measure.macs import Costs
 from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
@@ -37,10 +42,14 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
-from asymswap.results.convert import AccuracyRow, FileRow, LatencyRow, Report
-from asymswap.results.records import to_json
-from asymswap.types import Plan, Progress, silent
-from asymswap.utils.files import check_output
+from asymswap.reporting import format as fmt
+from asymswap.reporting.convert import check_suffix, report_text
+from asymswap.results.convert import AccuracyRow, CalibrationRow, FileRow, ModelRow, OutputChange, Report, SiteRow
+from asymswap.results.records import read_provenance, read_report, to_json
+from asymswap.types import Cost, Keep, Plan, Progress, Site, Swap, silent
+from asymswap.utils.files import check_output, write_text
+from asymswap.utils.inputs import Inputs, portions, probe
+from asymswap.utils.tensors import eval_mode, list_tensors
 
 
 @dataclass
@@ -61,11 +70,11 @@ def plan(
     input_size: tuple[int, ...] | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Decide what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
+    """Return what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
     opened = open_for_verb(model, progress, input_size=input_size)
-    check_original_finite(opened)
-    return Session(opened).plan(parsed, progress=progress)
+    check_finite(opened)
+    return Session(opened).plan(parsed, progress)[0]
 
 
 def convert(
@@ -85,36 +94,35 @@ def convert(
 ) -> Conversion:
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
-    `calibration` names images, without labels, on which ranks and weights are chosen: far more accurate than the
-    weights alone; where it names a team of processes, all must call alike, and all get the same result. `evaluate` is a
-    data reference on whose test part both models' accuracy is measured; `timing` says how latency is measured under a
-    budget of it; `seed` is that of the probe batch. A kind that promises to preserve the function is held to it on the
-    probe batch, unless `allow_drift`.
+    `calibration` chooses ranks and weights on unlabelled images, far more accurately than by the weights alone; the
+    processes of its team must make the same call, and get the same result. `evaluate` is a data reference: accuracy is
+    measured on its test part before and after. `timing` is for budgets of latency, `seed` for the probe batch. Raises
+    AsymswapError where a kind does not preserve the function on the probe batch as promised, unless `allow_drift`.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
     requested: Recipe | Plan
-    if recipe is not None:
+    name, text, budget = "a plan", "", None
+    if recipe is None:
+        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
+    else:
         name, (text, where) = str(recipe), read_recipe_text(str(recipe))
         requested = parse_recipe(text, where, overrides)
-    else:
-        name, text = "a plan", ""
-        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
-    budget = requested.budget if isinstance(requested, Recipe) else None
+        budget = requested.budget
     if calibration is not None and not isinstance(calibration, Calibration):
-        raise AsymswapError(f"calibration= takes asymswap.Calibration(DATA), not {calibration!r}")
-    if timing is not None and (budget is None or budget.latency is None):
-        raise AsymswapError("a memory format to time in goes with a budget of latency: give --latency, or leave it out")
+        raise AsymswapError(f"`calibration=` takes asymswap.Calibration(DATA), not {calibration!r}")
+    in_time = budget is not None and budget.latency is not None
+    if timing is not None and not in_time:
+        raise AsymswapError("`timing=…` goes with a budget of latency: give `latency=…`, or leave it out")
     opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
-    check_original_finite(opened)
+    check_finite(opened)
     feeding = None
     if evaluate is not None or (calibration is not None and calibration.data is not None):
         opened, feeding = settle(opened, *fed_on(calibration, str(evaluate)))
     data = None
     if evaluate is not None:
         data = open_data(evaluate, opened.preprocessing, "test")
-        # Now, and not when the conversion has been made.
         check_classifier(opened.model, data)
     clock.stop("load")
     session = Session(opened, calibration, clock)
@@ -122,14 +130,8 @@ def convert(
     if calibration is not None:
         classes = None if data is None else len(data.classes)
         session.gather(session.sites_of([requested]), classes, progress)
-    latency: LatencyRow | None = None
-    if isinstance(requested, Plan):
-        settled = session.replay(requested)
-    else:
-        if budget is not None and budget.latency is not None:
-            settled, latency = session.plan_in_time(requested, timing or Timing(), progress)
-        else:
-            settled = session.plan(requested, progress=progress)
+    settled, latency = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
+    if isinstance(requested, Recipe):
         check_not_empty(settled, requested)
     converted = session.apply(settled, progress)
 
@@ -138,18 +140,21 @@ def convert(
         if not allow_drift:
             check_promises(report, opened.dtype())
         first = sizes_assumed([opened]) if feeding is None else feeding.warnings
-        report = replace(
+        calibrated = calibration_row(session, converted, None if data is None else data.description)
+        clock.stop("measure")
+        scores = None
+        if data is not None:
+            scores = _accuracy(opened.model, converted.model, data, progress)
+            clock.stop("evaluate")
+        return replace(
             report,
             latency=latency,
-            calibration=calibration_row(session, converted, None if data is None else data.description),
+            calibration=calibrated,
+            accuracy=scores,
             warnings=(*first, *report.warnings),
             fed=fed_of(feeding),
+            seconds=clock.seconds,
         )
-        clock.stop("measure")
-        if data is not None:
-            report = replace(report, accuracy=_accuracy(opened.model, converted.model, data, progress))
-            clock.stop("evaluate")
-        return replace(report, seconds=clock.seconds)
 
     report = session.team.first(measured)
     provenance = {
@@ -185,3 +190,193 @@ def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Re
     written = FileRow(str(path), path.stat().st_size)
     conversion.report = replace(conversion.report, files=(*conversion.report.files, written), seconds=seconds)
     return conversion.report
+
+
+def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool = False) -> None:
+    """Write the report of a conversion, or of the one that a checkpoint holds, to a .html, .json or .md file.
+
+    An existing file is replaced only with `force`. Raises OutputError where the file cannot be written, and
+    CheckpointError where the checkpoint holds no report, or a damaged one.
+    """
+    path = Path(path)
+    check_output(path, force)
+    check_suffix(path)
+    if isinstance(of, Conversion):
+        text = report_text(of.report, read_provenance(of.header.provenance, "the conversion"), path)
+    else:
+        text = stored_report_text(read_checkpoint(Path(of)).header, Path(of), path)
+    write_text(path, text)
+
+
+def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
+    """Return the report in the header of a checkpoint, in the form of the ending of `path`."""
+    report = read_report(header.provenance, str(checkpoint))
+    report = replace(report, files=(*report.files, FileRow(str(checkpoint), checkpoint.stat().st_size)))
+    provenance = read_provenance(header.provenance, str(checkpoint))
+    try:
+        return report_text(report, provenance, path)
+    except (ArithmeticError, ValueError) as error:
+        # The file's numbers can be anything.
+        raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None
+
+
+def make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
+    """Measure what has changed, on held-back images where there are some, else on random ones by the seed.
+
+    Raises AsymswapError where the converted model's output is not finite.
+    """
+    opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
+    gathered = session.gathered
+    if gathered is not None and gathered.held_back is not None:
+        inputs: Inputs = (gathered.held_back.to(opened.dtype()),)
+        probed = f"{len(gathered.held_back)} images of {gathered.summary.data}"
+    else:
+        inputs = probe(opened.preprocessing, opened.dtype(), seed=seed)
+        probed = f"{len(inputs[0])} random images (seed {seed})"
+    parts = compared_parts(traced)
+    if not traced.on_meta:
+        probed += f", compared at the outputs of {len(parts)} parts"
+    fidelity = measure_fidelity(opened.model, converted.model, plan, inputs, parts)
+    if not math.isfinite(fidelity.output.largest):
+        with eval_mode(opened.model), torch.no_grad():
+            outputs = [tensor for portion in portions(inputs) for tensor in list_tensors(opened.model(*portion))]
+        if all(bool(tensor.isfinite().all()) for tensor in outputs):
+            raise AsymswapError(
+                "the converted model's output is not finite, where the original's is, so nothing is written; give it "
+                "a larger budget, or another dtype than half precision"
+            )
+    decided: list[Swap | Keep] = [*plan.keeps, *plan.swaps]
+    entries = {one.site: one for one in decided}
+    after = converted.costs.by_name
+    rows = tuple(_row(site, entries[site.name], before, after[site.name], fidelity) for site in traced.sites)
+    return Report(
+        asymswap=asymswap.__version__,
+        model=ModelRow(
+            reference=opened.reference,
+            origin=opened.origin.reference,
+            weights=opened.weights,
+            traced_by=traced.by,
+            input=opened.preprocessing.describe(),
+            sha256=opened.sha256,
+            notes=opened.notes + traced.notes + before.notes(),
+        ),
+        recipe=recipe,
+        budget=budget,
+        preserves={swap.kind: replacements.load(swap.kind).PRESERVES for swap in plan.swaps},
+        sites=rows,
+        rest=before.total - sum((row.before for row in rows), start=Cost(0, 0)),
+        before=before.total,
+        after=converted.costs.total,
+        output=OutputChange(fidelity.output.relative, fidelity.output.largest, probed),
+        warnings=tuple(_surprises(rows, fidelity)),
+        multiplier=plan.multiplier,
+        weights_bytes=(state_bytes(opened.model), state_bytes(converted.model)),
+        files=() if opened.file is None else (FileRow(str(opened.file), opened.file.stat().st_size),),
+    )
+
+
+def calibration_row(session: Session, converted: Converted, evaluated_on: str | None) -> CalibrationRow | None:
+    """Return what the conversion was calibrated on; `evaluated_on` describes the images of its accuracy."""
+    gathered, polished = session.gathered, converted.polished
+    if gathered is None:
+        return None
+    notes = list(gathered.notes)
+    if polished is not None:
+        notes.append(
+            f"polished for {polished.steps} steps on {polished.images} images: difference of the outputs on held-back "
+            f"ones {polished.before:.3g} -> {polished.after:.3g} (the weights of step {polished.kept_step})"
+        )
+    if evaluated_on is not None and evaluated_on == gathered.description:
+        notes.append(SAME_IMAGES)
+    summary = gathered.summary
+    return CalibrationRow(
+        summary.data, summary.images, summary.sha256, summary.seed, converted.sequential, tuple(notes)
+    )
+
+
+SAME_IMAGES = "calibrated and evaluated on the same images: the accuracy is too good to be trusted"
+
+
+_PROMISED = 1e-4
+"""Relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype."""
+
+
+def check_promises(report: Report, dtype: torch.dtype) -> None:
+    """Raise AsymswapError where a kind, or all of them together, have not preserved what they promise."""
+    allowed = max(_PROMISED, 8 * torch.finfo(dtype).eps)
+    for row in report.swapped:
+        if row.exact and row.output_error is not None and not row.output_error <= allowed:
+            raise AsymswapError(
+                f"{row.kind} promises to preserve {row.site}, but its output has changed by {row.output_error:.1e} "
+                f"(allowed {allowed:.0e}); keep it by a rule, or give `allow_drift=True`"
+            )
+    if report.swapped and all(row.exact for row in report.swapped) and not report.output.relative <= 10 * allowed:
+        raise AsymswapError(
+            f"every swap promises to preserve the function, but the model's output has changed by "
+            f"{report.output.relative:.1e}; `allow_drift=True` allows that"
+        )
+
+
+_SURPRISE = 5.0
+"""An error of more than this many times the predicted one has another cause."""
+
+
+def _surprises(rows: Sequence[SiteRow], fidelity: Fidelity) -> Iterator[str]:
+    """Warn where the error of a layer, or of the whole output, is far above the predicted one."""
+    errors = [(row, row.predicted_error, row.output_error) for row in rows if row.action == "swap"]
+    far = [
+        f"{row.site} {fmt.error(measured)} instead of {fmt.error(predicted)}"
+        for row, predicted, measured in errors
+        if predicted is not None and measured is not None and not measured <= max(_SURPRISE * predicted, _PROMISED)
+    ]
+    if far:
+        more = f" and {len(far) - 3} more" if len(far) > 3 else ""
+        yield f"the output error is far above the predicted one: {', '.join(far[:3])}{more}; check these layers"
+    if not errors or any(predicted is None for _, predicted, _ in errors):
+        return
+    # The layers' errors add up like this where the network does not dampen them, which it usually does.
+    expected = math.sqrt(sum(predicted**2 for _, predicted, _ in errors if predicted is not None))
+    if not fidelity.output.relative <= max(_SURPRISE * expected, _PROMISED):
+        yield (
+            f"the model's output changed by {fmt.error(fidelity.output.relative)}, where the errors of its layers "
+            f"predict about {fmt.error(expected)}: its code may treat a replaced layer in another way than a Conv2d"
+        )
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Return the bytes of all tensors of the state dict."""
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> SiteRow:
+    row = SiteRow(
+        site=site.name,
+        conv=site.conv.describe(),
+        feature_map=site.feature_map,
+        calls=len(site.calls),
+        reason=entry.reason,
+        before=before.by_name[site.name],
+        after=after,
+    )
+    if isinstance(entry, Keep):
+        return row
+    error = fidelity.site_outputs.get(site.name)
+    kind, settings = replacements.load_swap(entry)
+    fields = kind.settings.model_fields
+    unusual = {key: value for key, value in entry.settings.items() if value != fields[key].default}
+    return replace(
+        row,
+        action="swap",
+        kind=entry.kind,
+        becomes=fmt.settings(unusual if unusual.keys() - {"bias"} else {entry.kind: True, **unusual}),
+        settings=dict(entry.settings),
+        # The absorbed batch norm's cost stays with the rest of the model, so that the sums come out right.
+        after=after if entry.absorbs is None else after - before.by_name[entry.absorbs],
+        predicted_error=entry.predicted,
+        kernel_error=fidelity.kernels.get(site.name),
+        output_error=error.relative if error else None,
+        output_largest=error.largest if error else None,
+        exact=kind.preserves(site.conv, settings),
+        absorbs=entry.absorbs,
+    )

@@ -55,14 +55,14 @@ def evaluate(
     images in its own preprocessing. Images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
-    check_choice("--part", part, PARTS)
+    check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
-        raise AsymswapError("--batch-size must be above 0, --confusions and --workers at least 0")
+        raise AsymswapError("`batch_size=…` must be above 0, `confusions=…` and `workers=…` at least 0")
     several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not several:
         raise AsymswapError("give at least one model to evaluate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # All are opened, and checked, before the first is measured.
+    # Open and check all before measuring the first.
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
     opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
@@ -70,53 +70,46 @@ def evaluate(
     for one, mine in zip(opened, images, strict=True):
         known = known_classes(read_history(one.provenance, one.reference), one.origin)
         check_class_names(known or published_classes(one.origin.reference, one.weights), mine)
-    found: list[Predictions] = []
-    for number, (one, mine) in enumerate(zip(opened, images, strict=True), start=1):
-        stage = "evaluating" if len(opened) == 1 else f"evaluating {number} of {len(opened)}"
+    rows: list[ModelScores] = []
+    notes: list[str] = []
+    first: Predictions | None = None
+    for one, feeding, mine in zip(opened, feedings, images, strict=True):
+        stage = "evaluating" if len(opened) == 1 else f"evaluating {len(rows) + 1} of {len(opened)}"
         # A module of the caller's stays where it is.
         placed = one.model
         if one.weights != "as given":
             placed = (placed if one.handed_over else deep_copy(placed)).to(place)
+        step = functools.partial(progress, stage)
         try:
-            predictions = predict(
-                placed,
-                mine,
-                batch_size=batch_size,
-                workers=workers,
-                strict=strict,
-                progress=functools.partial(progress, stage),
-            )
+            found = predict(placed, mine, batch_size=batch_size, workers=workers, strict=strict, progress=step)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise AsymswapError(
-                f"not enough memory for --batch-size {batch_size}; try --batch-size {max(1, batch_size // 2)}"
+                f"not enough memory for `batch_size={batch_size}`; try `batch_size={max(1, batch_size // 2)}`"
             ) from None
-        found.append(predictions)
-    rows, notes = [], []
-    for one, feeding, mine, predictions in zip(opened, feedings, images, found, strict=True):
-        scores = _scores(one.reference, mine.classes, predictions, confusions)
-        if predictions is not found[0]:
-            # The same data in the same order, so the same images are unreadable.
-            assert torch.equal(found[0].numbers, predictions.numbers)
-            against = against_first(predictions.labels, found[0].guesses, predictions.guesses)
-            scores = replace(scores, against_first=against)
-        rows.append(replace(scores, fed=feeding.fed))
-        if predictions.scores != len(mine.classes):
+        first = found if first is None else first
+        # The same data in the same order, so the same images are unreadable.
+        assert torch.equal(first.numbers, found.numbers)
+        against = None if found is first else against_first(found.labels, first.guesses, found.guesses)
+        scores = _scores(one.reference, mine.classes, found, confusions)
+        rows.append(replace(scores, against_first=against, fed=feeding.fed))
+        if found.scores != len(mine.classes):
             notes.append(
-                f"the data has {len(mine.classes)} classes, {one.reference} scores {predictions.scores}: do they agree?"
+                f"the data has {len(mine.classes)} classes, {one.reference} scores {found.scores}: do they agree?"
             )
         training = read_history(one.provenance, one.reference).training
         description = images[0].description
         if training and description in training[-1].data and training[-1].validation != description:
             notes.append(
                 f"{one.reference} was trained on images of the same place: its accuracy here is too good to be trusted "
-                "(--part validation measures on those that were held back)"
+                '(`part="validation"` measures on the held-back ones)'
             )
+    assert first is not None
     return EvaluationReport(
         data=images[0].description,
-        images=len(found[0]),
-        unreadable=found[0].unreadable,
+        images=len(first),
+        unreadable=first.unreadable,
         batch=batch_size,
         device=str(place),
         models=tuple(rows),
@@ -142,7 +135,7 @@ def _open(
     if part == "train":
         return parts.train
     if parts.validation is None:
-        raise SourceError("--part validation needs images that are held back; leave out --validation none")
+        raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
     return parts.validation
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
@@ -33,7 +32,7 @@ from asymswap.models.preprocessing import size_warning
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
-from asymswap.types import Preprocessing, Progress, silent
+from asymswap.types import Progress, silent
 from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, probe, sizes
 from asymswap.utils.tensors import deep_copy, list_tensors
@@ -59,94 +58,72 @@ def export(
 ) -> ExportReport:
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
-    `form` follows the file's ending where it is not given. What fuses exactly is fused before, unless `fuse` is False.
-    The batch may have any size, with `dynamic_size` height and width too. Raises AsymswapError where the model cannot
-    be exported, or the file computes something else.
+    `form` follows the file's ending by default. With `fuse`, replacements that fuse exactly are fused before. The batch
+    may have any size, with `dynamic_size` height and width too. Raises AsymswapError where the model cannot be
+    exported, or the file computes something else.
     """
     path = Path(path)
+    by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes}
+    form = form or by_suffix.get(path.suffix)
     if form is None:
-        form = next((known for known, suffixes in SUFFIXES.items() if path.suffix in suffixes), None)
-    if form is None:
-        endings = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-        raise OutputError(f"{path}: an export ends in one of {endings}; or say the form with --to")
+        raise OutputError(f"{path}: an export ends in one of {', '.join(by_suffix)}; or give `form=…`")
     check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
     versions = check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
     opened = open_for_verb(model, progress)
-    work = _read(opened, fuse, progress)
+    if opened.preprocessing.form == "image-list":
+        raise AsymswapError(
+            f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them: "
+            f"export its backbone from Python with torch.onnx.export"
+        )
+    ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
+    if fuse and opened.plans:
+        result = fuse_model(ready, original_of(opened), opened.plans, FusionOptions(), progress)
+        ready, as_original = result.model, result.as_before
+        fused = sum(row.outcome != "left" for row in result.sites)
+    elif not opened.handed_over:
+        ready = deep_copy(ready)
+    opened = replace(opened, model=ready.eval())
     progress("exporting", 0, 1)
-    checks: tuple[Check, ...] = ()
+    checks: list[Check] = []
     dynamic: tuple[str, ...] = ()
     if form != "state-dict":
+        dynamic = ("batch", "height", "width") if dynamic_size else ("batch",)
         with whole_file(path) as draft:
-            checks, dynamic = _write_program(work, form, draft, dynamic_size, seed)
-    elif work.as_original:
-        save_state(path, work.model)
+            checks = _write_program(opened, form, draft, dynamic_size, seed)
+    elif as_original:
+        save_state(path, ready)
     else:
         raise AsymswapError(
-            f"a plain state_dict is one that {work.origin} loads, and some replacements do not fuse to its convs; "
-            f"export to onnx or pt2, or use asymswap.load"
+            f"a plain state_dict is one that {opened.origin.reference} loads, and some replacements do not fuse to its "
+            f"convs; export to onnx or pt2, or use asymswap.load"
         )
     progress("exporting", 1, 1)
     return ExportReport(
         model=opened.reference,
         form=form,
         runner={"onnx": "ONNX Runtime", "pt2": "torch.export", "state-dict": "none"}[form],
-        fused=work.fused,
-        checks=checks,
+        fused=fused,
+        checks=tuple(checks),
         dynamic=dynamic,
         opset=OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
-        warnings=size_warning(work.preprocessing),
+        warnings=size_warning(opened.preprocessing),
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The model to be written, in eval mode, and what it takes."""
-
-    model: nn.Module
-    preprocessing: Preprocessing
-    dtype: torch.dtype
-    fused: int
-    as_original: bool
-    origin: str
-
-    def inputs(self, images: int, seed: int, size: tuple[int, int] | None = None) -> Inputs:
-        """Return random inputs, of another size of images where one is given."""
-        preprocessing = self.preprocessing if size is None else replace(self.preprocessing, size=size)
-        return probe(preprocessing, self.dtype, images, seed)
-
-
-def _read(opened: OpenedModel, fuse: bool, progress: Progress) -> _Work:
-    if opened.preprocessing.form == "image-list":
+def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: bool, seed: int) -> list[Check]:
+    """Write a model in eval mode as ONNX or .pt2, and return the checks that run it beside PyTorch."""
+    model, takes, dtype = opened.model, opened.preprocessing, opened.dtype()
+    if form == "onnx" and dtype in (torch.float64, torch.bfloat16):
         raise AsymswapError(
-            f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them: "
-            f"export its backbone from Python with torch.onnx.export"
+            f"ONNX Runtime has no convolutions of {str(dtype).removeprefix('torch.')} on the processor; export a model "
+            'of float32, or give `form="pt2"`'
         )
-    model, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
-    if fuse and opened.plans:
-        result = fuse_model(model, original_of(opened), opened.plans, FusionOptions(), progress)
-        model, as_original = result.model, result.as_before
-        fused = sum(row.outcome != "left" for row in result.sites)
-    elif not opened.handed_over:
-        model = deep_copy(model)
-    return _Work(model.eval(), opened.preprocessing, opened.dtype(), fused, as_original, opened.origin.reference)
-
-
-def _write_program(
-    work: _Work, form: Form, draft: Path, dynamic_size: bool, seed: int
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Write ONNX or .pt2, and run it beside PyTorch; return the checks, and the names of its sizes that may vary."""
-    if form == "onnx" and work.dtype in (torch.float64, torch.bfloat16):
-        raise AsymswapError(
-            f"ONNX Runtime has no convolutions of {str(work.dtype).removeprefix('torch.')} on the processor; export a "
-            "model of float32, or --to pt2"
-        )
-    inputs = work.inputs(2, seed)
+    inputs = probe(takes, dtype, 2, seed)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic_size:
         last = list_tensors(inputs)[0].dim() - 1
@@ -154,24 +131,26 @@ def _write_program(
     shapes = tuple(dims for _ in inputs)
     run: Callable[[Inputs], Any]
     if form == "onnx":
-        write_onnx(work.model, inputs, shapes, draft)
+        write_onnx(model, inputs, shapes, draft)
         session = open_session(draft)
         runner, run = "ONNX Runtime", lambda given: forward_in(session, given)()
     else:
         with quiet(), failing_clearly("torch.export"):
-            program = torch.export.export(work.model, inputs, dynamic_shapes=shapes)
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes)
             buffer = io.BytesIO()
             torch.export.save(program, buffer)
             draft.write_bytes(buffer.getvalue())
             loaded = torch.export.load(io.BytesIO(draft.read_bytes())).module()
         runner, run = "the exported program", lambda given: loaded(*given)
-    height, width = work.preprocessing.size
-    tried = [None, (height * 3 // 2, width * 5 // 4)] if dynamic_size else [None]
+    height, width = takes.size
+    tried = [(1, takes.size), (3, takes.size)]
+    if dynamic_size:
+        tried.append((3, (height * 3 // 2, width * 5 // 4)))
     checks = []
-    for images, size in ((1, None), *((3, size) for size in tried)):
-        inputs = work.inputs(images, seed, size)
+    for images, size in tried:
+        inputs = probe(replace(takes, size=size), dtype, images, seed)
         with torch.no_grad():
-            gap = widest_gap(work.model(*inputs), run(inputs))
+            gap = widest_gap(model(*inputs), run(inputs))
         check = Check(sizes(inputs), gap.largest, gap.allowed)
         if gap.share > 1:
             raise AsymswapError(
@@ -179,4 +158,4 @@ def _write_program(
                 f"{check.allowed:.0e} are allowed; nothing was written"
             )
         checks.append(check)
-    return tuple(checks), ("batch", "height", "width") if dynamic_size else ("batch",)
+    return checks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.augmentation import presets_for
 from asymswap.data.normalization import settle
 from asymswap.data.predict import check_class_count, check_class_names, known_classes
 from asymswap.data.splits import Parts, open_parts
-from asymswap.errors import CheckpointError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
 from asymswap.models.converted import save_checkpoint, versions
-from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain, read_history
 from asymswap.training.config import Callback, Training
-from asymswap.training.distillation import Objective, Teacher, find_teacher
+from asymswap.training.distillation import Objective, find_teacher
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
-from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
-from asymswap.utils.tensors import deep_copy, first_not_finite
+from asymswap.utils.tensors import deep_copy
 
 
 @dataclass
@@ -74,13 +72,27 @@ def finetune(
     folder = None if place is None else RunFolder(place)
     if folder is not None:
         team.first(lambda: _check_places(target, folder, resume, force))
-    opened = _open(model, input_size, preprocessing)
+    opened = open_for_verb(model, input_size=input_size, preprocessing=preprocessing)
+    if not opened.may_share:
+        opened = replace(opened, model=deep_copy(opened.model).eval())
+    check_finite(opened, "trained")
     if download:
+        # The first process alone downloads, which settling and opening the parts then find.
         team.first(lambda: settle(opened, data, "train", download=True))
     opened, feeding = settle(opened, data, "train")
-    parts = _open_parts(data, opened.preprocessing, settings, download, team)
-    classes = _check_data(opened, parts)
-    settings = replace(settings, workers=_workers(settings, parts))
+
+    def images(download: bool) -> Parts:
+        return open_parts(data, opened.preprocessing, settings.validation, settings.seed, download=download)
+
+    if download:
+        team.first(lambda: len(images(download=True).train))
+    parts = images(download=False)
+    check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), parts.train)
+    classes = check_class_count(opened.model, parts.train)
+    if settings.workers is None:
+        # None for images in memory, else one for each core but one.
+        ready = parts.train.pictures is not None and parts.train.pictures.ready
+        settings = replace(settings, workers=0 if ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
     teacher = None
     if settings.distill is not None:
         beside = None if opened.file is None else opened.file.parent
@@ -89,14 +101,40 @@ def finetune(
     about = {"data": data, "images": len(parts.train), "checkpoint": opened.sha256, "processes": team.size}
     identity = settings.identity() | {"augment": list(presets)} | about
 
+    def described(progress: Progress) -> dict[str, Any]:
+        """Return what the report and the checkpoint both say of the run so far."""
+        return {
+            "model": opened.reference,
+            "data": parts.train.description,
+            "validation": None if parts.validation is None else parts.validation.description,
+            "classes": parts.train.classes,
+            "settings": identity,
+            "teacher": None if teacher is None else teacher.description,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "best_epoch": progress.best_epoch,
+        }
+
     def header(progress: Progress) -> Header:
-        return _header(opened, parts, identity, teacher, progress)
+        """Return the checkpoint's header with this training; without times, so that equal runs are equal."""
+        record = TrainingRecord(
+            **described(progress),
+            sha256=opened.sha256,
+            scores={"before": progress.before, "best": progress.best, "last": progress.last},
+            versions=versions(opened.origin),
+        )
+        trainings = [*opened.provenance.get("training", []), plain(record)]
+        return replace(opened.header(), provenance={**opened.provenance, "training": trainings})
 
     def write(path: Path, trained: nn.Module, progress: Progress) -> None:
         save_checkpoint(path, _with_weights(opened.model, trained.state_dict()), header(progress))
 
+    trainable = deep_copy(opened.model)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable.parameters()):
+        # Small steps vanish in weights of half precision.
+        trainable = trainable.float()
     trainer = Trainer(
-        model=_trainable(opened.model),
+        model=trainable,
         parts=parts,
         settings=settings,
         presets=presets,
@@ -110,36 +148,40 @@ def finetune(
         write=write,
     )
     if folder is not None and force and not resume:
-        # Not sooner: the run may be what this one begins with, and what is asked for may be impossible.
+        # Not sooner: this run may begin with the old one, and its settings may be impossible.
         team.first(folder.clear)
     progress = trainer.run(resume)
     assert trainer.best is not None
     result = _with_weights(opened.model, trainer.best)
-    report = replace(_report(opened, identity, teacher, trainer), fed=feeding.fed, warnings=feeding.warnings)
+    files: list[Path] = []
     if target is not None:
         team.first(lambda: save_checkpoint(target, result, header(progress)))
-        written = [path for path in (target, folder.last if folder else target) if path.exists()]
-        report = replace(report, files=tuple(FileRow(str(p), p.stat().st_size) for p in dict.fromkeys(written)))
-    return FineTuned(result, replace(report, seconds=time.perf_counter() - start), header(progress))
+        files = [path for path in (target, folder.last if folder else target) if path.exists()]
+    parameters = list(trainer.raw.parameters())
+    report = TrainingReport(
+        **described(progress),
+        before=progress.before,
+        best=progress.best,
+        last=progress.last,
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        device=str(trainer.accelerator.device),
+        files=tuple(FileRow(str(path), path.stat().st_size) for path in dict.fromkeys(files)),
+        notes=tuple(_notes(trainer)),
+        seconds=time.perf_counter() - start,
+        fed=feeding.fed,
+        warnings=feeding.warnings,
+    )
+    return FineTuned(result, report, header(progress))
 
 
-def _open(model: Model, input_size: tuple[int, ...] | None, preprocessing: PreprocessingOptions | None) -> OpenedModel:
-    opened = open_for_verb(model, input_size=input_size, preprocessing=preprocessing)
-    if not opened.may_share:
-        opened = replace(opened, model=deep_copy(opened.model).eval())
-    broken = first_not_finite(opened.model)
-    if broken is not None:
-        raise CheckpointError(
-            f"{opened.reference} cannot be trained: {broken[0]!r} holds {broken[1]}; use another checkpoint"
-        )
-    return opened
-
-
-def _trainable(model: nn.Module) -> nn.Module:
-    """Return a copy to train, in float32: small steps vanish in weights of half precision."""
-    trained = deep_copy(model)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return trained.float() if half else trained
+def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:
+    """Raise AsymswapError where something would be overwritten without leave."""
+    if target is not None:
+        check_suffix(target)
+        # A finished run that is resumed writes its result again.
+        check_output(target, force or (resume and folder.exists))
+    check_folder(folder, resume, force)
 
 
 def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
@@ -152,89 +194,13 @@ def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     return result
 
 
-def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:
-    """Raise AsymswapError where something would be overwritten without leave."""
-    if target is not None:
-        check_suffix(target)
-        # A finished run that is resumed writes its result again.
-        check_output(target, force or (resume and folder.exists))
-    check_folder(folder, resume, force)
-
-
-def _open_parts(data: str, preprocessing: Preprocessing, settings: Training, download: bool, team: Team) -> Parts:
-    """The images, downloaded by the first process alone."""
-
-    def parts(download: bool) -> Parts:
-        return open_parts(data, preprocessing, settings.validation, settings.seed, download=download)
-
-    if download:
-        team.first(lambda: len(parts(download=True).train))
-    return parts(download=False)
-
-
-def _check_data(opened: OpenedModel, parts: Parts) -> int:
-    """How many classes there are; raises SourceError where they are not the model's."""
-    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
-    check_class_names(known, parts.train)
-    return check_class_count(opened.model, parts.train)
-
-
-def _workers(settings: Training, parts: Parts) -> int:
-    """Processes that read images: none for those in memory, else one for each core but one, four at most."""
-    if settings.workers is not None:
-        return settings.workers
-    return 0 if parts.train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1))
-
-
-def _header(
-    opened: OpenedModel, parts: Parts, identity: Mapping[str, Any], teacher: Teacher | None, progress: Progress
-) -> Header:
-    """The checkpoint's header with this training in its provenance; without times, so that equal runs are equal."""
-    record = TrainingRecord(
-        model=opened.reference,
-        sha256=opened.sha256,
-        data=parts.train.description,
-        validation=None if parts.validation is None else parts.validation.description,
-        classes=parts.train.classes,
-        teacher=None if teacher is None else teacher.description,
-        settings=identity,
-        epochs=progress.epoch,
-        steps=progress.step,
-        best_epoch=progress.best_epoch,
-        scores={name: getattr(progress, name) for name in ("before", "best", "last")},
-        versions=versions(opened.origin),
-    )
-    before = opened.provenance.get("training", [])
-    return replace(opened.header(), provenance={**opened.provenance, "training": [*before, plain(record)]})
-
-
-def _report(
-    opened: OpenedModel, identity: Mapping[str, Any], teacher: Teacher | None, trainer: Trainer
-) -> TrainingReport:
-    progress, parts = trainer.progress, trainer.parts
-    parameters = list(trainer.raw.parameters())
-    notes = [trainer.note] if trainer.note else []
+def _notes(trainer: Trainer) -> Iterator[str]:
+    progress = trainer.progress
+    if trainer.note:
+        yield trainer.note
     if progress.skipped_in_all:
-        notes.append(f"{progress.skipped_in_all} times an image could not be read and another stood in for it")
+        yield f"{progress.skipped_in_all} times an image could not be read and another was used instead"
     if progress.before is not None and progress.best is not None and progress.best.top1 < progress.before.top1:
-        notes.append("no epoch was as good as the weights that it began with: try a smaller --lr, or more epochs")
+        yield "no epoch was better than the initial weights: try a smaller `lr=…`, or more epochs"
     if progress.step < trainer.steps:
-        notes.append(f"stopped early: no better epoch since epoch {progress.best_epoch}")
-    return TrainingReport(
-        model=opened.reference,
-        data=parts.train.description,
-        validation=None if parts.validation is None else parts.validation.description,
-        classes=parts.train.classes,
-        settings=identity,
-        teacher=None if teacher is None else teacher.description,
-        epochs=progress.epoch,
-        steps=progress.step,
-        best_epoch=progress.best_epoch,
-        before=progress.before,
-        best=progress.best,
-        last=progress.last,
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-        device=str(trainer.accelerator.device),
-        notes=tuple(notes),
-    )
+        yield f"stopped early: no better epoch since epoch {progress.best_epoch}"

@@ -48,10 +48,10 @@ def fuse(
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
-    By default those are fused whose one conv costs no more: acb and the static offset kinds. `separable` fuses pairs
-    and crosses too; `max_offset` leaves out predicted offsets that stay below so many pixels on `data` (or on random
-    images), which changes the function: by how much is told. Raises AsymswapError where nothing can be fused, where the
-    model is in train mode, and where the fused model does not compute the same.
+    By default it fuses the kinds whose one conv costs no more: acb and the static offset kinds. `separable` adds pairs
+    and crosses. `max_offset` drops predicted offsets that stay below this many pixels on `data` (or random images),
+    which changes the function; the report has the difference. Raises AsymswapError where nothing can be fused, the
+    model is in train mode, or the fused model does not compute the same.
     """
     opened = open_for_verb(model, progress, preprocessing=preprocessing)
     converted, label = opened.model, opened.reference
@@ -59,8 +59,10 @@ def fuse(
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
     takes, dtype = opened.preprocessing, opened.dtype()
-    feeding = None if data is None else feeding_of(converted, takes, data, "test", label)
-    takes = takes if feeding is None else feeding.preprocessing
+    feeding = None
+    if data is not None:
+        feeding = feeding_of(converted, takes, data, "test", label)
+        takes = feeding.preprocessing
     inputs, about = some_inputs(data, takes, dtype, seed)
     fused = fuse_model(converted, original, opened.plans, FusionOptions(separable, max_offset, inputs), progress)
     rows = fused.sites
@@ -71,11 +73,19 @@ def fuse(
     gap = compare_outputs(converted, fused.model, inputs, compared_parts(trace(converted, one)))
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
-    costs = [count_costs(model, one).total for model in (converted, fused.model)]
-    origin = opened.origin.reference
-    report = FusionReport(label, origin, rows, costs[0], costs[1], gap.relative, gap.largest, about, fused.as_before)
-    warnings = size_warning(takes) if feeding is None else feeding.warnings
-    report = replace(report, fed=fed_of(feeding), warnings=warnings)
+    report = FusionReport(
+        model=label,
+        origin=opened.origin.reference,
+        sites=rows,
+        before=count_costs(converted, one).total,
+        after=count_costs(fused.model, one).total,
+        relative=gap.relative,
+        largest=gap.largest,
+        probe=about,
+        as_original=fused.as_before,
+        fed=fed_of(feeding),
+        warnings=size_warning(takes) if feeding is None else feeding.warnings,
+    )
     provenance = {**opened.provenance, "fused": plain(report)}
     header = replace(opened.header(), plans=fused.plans, preprocessing=takes, provenance=provenance)
     return Fusion(fused.model, report, header)

@@ -1,9 +1,9 @@
-"""One opened model on which plans are made and applied: `plan`, `convert` and `sweep` are thin over it."""
+"""One opened model to make plans for and apply them to: `plan`, `convert` and `sweep` are thin over it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,6 +21,7 @@ from asymswap.calibration.calibrate import (
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.polish import Polished
 from asymswap.errors import AsymswapError, SourceError
+from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.fidelity import check_stand_ins, describe_calls
 from asymswap.measure.macs import Costs, count_costs, count_swapped
@@ -37,14 +38,14 @@ from asymswap.utils.tensors import eval_mode, first_not_finite
 
 
 class Clock:
-    """Wall time of consecutive stages; `spent` seconds of the first one have passed already."""
+    """Wall time of consecutive stages; the first one began `spent` seconds ago."""
 
     def __init__(self, spent: float = 0.0) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter() - spent
 
     def stop(self, stage: str) -> None:
-        """Write down the seconds since the last stage."""
+        """Record the seconds since the last stage."""
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 3)
         self._last = now
@@ -52,7 +53,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted model, its plan and costs; `sequential` says whether it was solved layer by layer."""
+    """A converted model, its plan and costs; `sequential`: it was solved layer by layer."""
 
     model: nn.Module
     plan: Plan
@@ -64,8 +65,7 @@ class Converted:
 class Session:
     """A model that is traced, counted and calibrated once, for any number of plans; it is never changed.
 
-    `traced` holds its conv sites, `costs` what it and they cost, `gathered` the calibration statistics, if there are
-    any. In a team of processes all must call alike, and all get the same results.
+    In a team of processes all must make the same calls, and all get the same results.
     """
 
     def __init__(self, opened: OpenedModel, calibration: Calibration | None = None, clock: Clock | None = None) -> None:
@@ -91,52 +91,48 @@ class Session:
         return [site for site in self.traced.sites if site.name in names and site.calls]
 
     def gather(self, sites: Sequence[Site], classes: int | None = None, progress: Progress = silent) -> None:
-        """Gather the calibration statistics of these sites; `classes` is how many the data for the evaluation has."""
+        """Gather the calibration statistics of these sites; `classes` is the number in the evaluation data."""
         assert self.calibration is not None
         self.gathered = gather_statistics(self.opened, sites, self.calibration, progress, classes)
         self.traced = self.traced.refusing(self.gathered.summary.unseen, UNSEEN)
         self.clock.stop("calibrate")
 
-    def plan(self, recipe: Recipe, budget: Budget | None = None, progress: Progress = silent) -> Plan:
-        """Plan by a recipe, under its own budget or under another one of MACs, parameters or error.
+    def plan(
+        self,
+        requested: Recipe | Plan,
+        progress: Progress = silent,
+        budget: Budget | None = None,
+        timing: Timing | None = None,
+    ) -> tuple[Plan, LatencyRow | None]:
+        """Plan by a recipe, under its own budget or another one of MACs, parameters or error, or replay a plan.
 
-        Raises RecipeError where the recipe does not fit the model or the budget cannot be reached.
+        With `timing` the budget is one of latency; returns what was measured too. Raises RecipeError where the recipe
+        does not fit the model or the budget cannot be reached, PlanError where the plan does not fit.
         """
 
-        def planned() -> Plan:
-            choices = self.choices(recipe, progress)
+        def planned() -> tuple[Plan, LatencyRow | None]:
+            if isinstance(requested, Plan):
+                return check_replay(self.opened.model, self.traced.sites, requested, self._statistics), None
+            choices = self.choices(requested, progress)
+            if timing is not None:
+                with _running_converted():
+                    return plan_in_time(self.opened.model, self.opened.example(), choices, timing, progress)
             if budget is not None:
-                choices = replace(choices, recipe=recipe.model_copy(update={"budget": budget}))
-            return choose(choices, counted_costs(choices.recipe.budget, self.costs.total))
+                choices = replace(choices, recipe=requested.model_copy(update={"budget": budget}))
+            return choose(choices, counted_costs(choices.recipe.budget, self.costs.total)), None
 
         found = self.team.first(planned)
         self.clock.stop("plan")
         return found
 
-    def plan_in_time(self, recipe: Recipe, timing: Timing, progress: Progress = silent) -> tuple[Plan, LatencyRow]:
-        """Plan under the recipe's budget of latency, and return what was measured."""
-
-        def planned() -> tuple[Plan, LatencyRow]:
-            choices = self.choices(recipe, progress)
-            with _running_converted():
-                return plan_in_time(self.opened.model, self.opened.example(), choices, timing, progress)
-
-        found = self.team.first(planned)
-        self.clock.stop("plan")
-        return found
-
-    def replay(self, plan: Plan) -> Plan:
-        """Fit a plan from elsewhere to this model; raises PlanError where it does not."""
-        statistics = {} if self.gathered is None else self.gathered.by_site
-        fitted = self.team.first(lambda: check_replay(self.opened.model, self.traced.sites, plan, statistics))
-        self.clock.stop("plan")
-        return fitted
+    @property
+    def _statistics(self) -> Mapping[str, SiteStatistics]:
+        return {} if self.gathered is None else self.gathered.by_site
 
     def choices(self, recipe: Recipe, progress: Progress = silent) -> Choices:
         """Decide all that does not depend on the budget, once for all budgets of a recipe."""
         if self._choices is None or self._choices.recipe is not recipe:
-            statistics = {} if self.gathered is None else self.gathered.by_site
-            self._choices = find_choices(self.opened.model, self.traced.sites, recipe, progress, statistics)
+            self._choices = find_choices(self.opened.model, self.traced.sites, recipe, progress, self._statistics)
         return self._choices
 
     def check_replaceable(self, names: Sequence[str]) -> None:
@@ -147,7 +143,7 @@ class Session:
         self._replaceable.update(new)
 
     def apply(self, plan: Plan, progress: Progress = silent) -> Converted:
-        """Convert a copy of the model by a plan, solved on the statistics and polished where that is requested.
+        """Convert a copy of the model by a plan, solved on the statistics and polished if the calibration asks for it.
 
         Raises AsymswapError where the converted model does not run as before, or holds NaN or infinity.
         """
@@ -155,7 +151,7 @@ class Session:
         self.check_replaceable([name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None])
         polished = None
         if gathered is None or calibration is None:
-            # Weights that stay as they are need not be held twice where nobody else holds the original.
+            # If nobody else holds the original, unchanged weights need not be held twice.
             converted = apply_plan(opened.model, plan, progress, share=opened.may_share)
             sequential = False
             self.clock.stop("convert")
@@ -173,42 +169,36 @@ class Session:
                 f"the converted model's {found[0]!r} holds {found[1]}, so nothing is written; keep that conv by a rule "
                 "with keep = true, and report it as a bug"
             )
-        with _running_converted():
-            costs = self._costs_of(converted)
-        return Converted(converted, plan, costs, sequential, polished)
-
-    def _costs_of(self, converted: nn.Module) -> Costs:
-        """Count by running the converted model; raises AsymswapError where its sites run on other sizes than before."""
         sites = self.traced.sites
-        if not self.traced.on_meta:
-            inputs = probe(self.opened.preprocessing, self.opened.dtype())
-            with eval_mode(converted), torch.no_grad():
-                converted(*next(iter(portions(inputs))))
-            return count_swapped(self.costs, converted, sites)
-        costs = count_costs(converted, self.opened.example(), [site.name for site in sites])
-        for site in sites:
+        with _running_converted():
+            if self.traced.on_meta:
+                costs = count_costs(converted, opened.example(), [site.name for site in sites])
+            else:
+                inputs = probe(opened.preprocessing, opened.dtype())
+                with eval_mode(converted), torch.no_grad():
+                    converted(*next(iter(portions(inputs))))
+                costs = count_swapped(self.costs, converted, sites)
+        for site in sites if self.traced.on_meta else ():
             change = describe_calls(site.name, costs.calls[site.name], site.calls)
             if change is not None:
                 raise AsymswapError(f"in the converted model {change}; keep that conv by a rule with keep = true")
-        return costs
+        return Converted(converted, plan, costs, sequential, polished)
 
 
-def check_original_finite(opened: OpenedModel) -> None:
-    """Raise SourceError where a weight of the model is NaN or infinite."""
+def check_finite(opened: OpenedModel, done: str = "converted") -> None:
+    """Raise SourceError where a weight of a model that is to be `done` is NaN or infinite."""
     found = first_not_finite(opened.model)
     if found is not None:
-        raise SourceError(
-            f"{opened.reference} cannot be converted: {found[0]!r} holds {found[1]}; use another checkpoint"
-        )
+        raise SourceError(f"{opened.reference} cannot be {done}: {found[0]!r} holds {found[1]}; use another checkpoint")
 
 
 @contextmanager
 def _running_converted() -> Iterator[None]:
-    """Raise AsymswapError where the model cannot run with its replacements, which lack what a Conv2d has beside."""
+    """Raise AsymswapError where the model's code uses attributes of a Conv2d that its replacement lacks."""
     try:
         yield
     except (AttributeError, TypeError) as error:
         raise AsymswapError(
-            f"the converted model does not run ({error}): its code asks a layer that was replaced for more than its "
-            "output; keep that conv by a rule with keep = true"
+            f"the converted model does not run ({error}): its code uses more of a replaced layer than its output; keep "
+            "that conv by a rule with keep = true"
         ) from error

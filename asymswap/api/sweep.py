@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from asymswap.api.conversion_report import SAME_IMAGES
-from asymswap.api.session import Session, check_original_finite
+from asymswap.api.convert import SAME_IMAGES
+from asymswap.api.session import Session, check_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
@@ -26,7 +26,7 @@ from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Progress, silent
+from asymswap.types import Plan, Progress, silent
 
 Measure = Literal["macs", "params"]
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -49,11 +49,10 @@ def sweep(
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
-    Calibration statistics are gathered once for all of them. `data` is a data reference on whose test part top-1 is
-    measured; `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so
-    far after each point; a sweep of the same setting given as `known` is continued. The other options are those of
-    `asymswap.convert`. Raises AsymswapError where `known` is of another setting, or anything cannot be done at all; a
-    budget that a recipe cannot reach is a point that says so.
+    Calibration statistics are gathered once. Top-1 is measured on the test part of `data`, a data reference;
+    `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so far after
+    each point; `known`, a sweep with the same settings, is resumed. The other options are those of `asymswap.convert`.
+    A budget that a recipe cannot reach is a point with the reason. Raises AsymswapError for everything else.
     """
     check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]
@@ -62,7 +61,7 @@ def sweep(
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
-    check_original_finite(opened)
+    check_finite(opened)
     opened, feeding = settle(opened, *fed_on(calibration, data))
     images = open_data(data, opened.preprocessing, "test")
     check_classifier(opened.model, images)
@@ -89,22 +88,31 @@ def sweep(
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
     sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])
     if lacking:
-        # Before the images are looked at, which takes minutes.
+        # Before calibration, which takes minutes.
         session.check_replaceable([site.name for site in sites])
         if calibration is not None:
             session.gather(sites, len(images.classes), progress)
     seconds: list[float] = []
-    for name, budget in lacking:
-        left = round((len(lacking) - len(seconds)) * sum(seconds) / len(seconds)) if seconds else None
-        place = f"{budget:g} ({len(seconds) + 1} of {len(lacking)}"
-        place += ")" if left is None else f", {left // 60}:{left % 60:02} left)"
+    for name, fraction in lacking:
+        place = f"{fraction:g} ({len(seconds) + 1} of {len(lacking)}"
+        if seconds:
+            left = round((len(lacking) - len(seconds)) * sum(seconds) / len(seconds))
+            place += f", {left // 60}:{left % 60:02} left"
 
         def step(stage: str, steps: int, total: int, place: str = place) -> None:
-            progress(f"{place}: {stage}", steps, total)
+            progress(f"{place}): {stage}", steps, total)
 
         session.choices(parsed[name], progress)
         start = time.perf_counter()
-        point = _point(session, name, parsed[name], budget, images, step)
+        try:
+            plan = _plan(session, parsed[name], fraction, step)
+        except RecipeError as error:
+            point = Point(name, fraction, failed=str(error))
+        else:
+            converted = session.apply(plan, step)
+            evaluating = functools.partial(step, "evaluating")
+            scores = predict(converted.model, images, strict=True, progress=evaluating)
+            point = Point(name, fraction, converted.costs.total, scores.top1, len(plan.swaps))
         seconds.append(time.perf_counter() - start)
         point = replace(point, seconds=round(seconds[-1], 2))
         result = replace(result.with_point(point), notes=_notes(session, images))
@@ -112,28 +120,17 @@ def sweep(
     return result
 
 
-def _point(
-    session: Session, name: str, recipe: Recipe, fraction: float, images: LabelledImages, progress: Progress
-) -> Point:
+def _plan(session: Session, recipe: Recipe, fraction: float, progress: Progress) -> Plan:
+    """Plan by a recipe under another fraction of its budget; raises RecipeError where that cannot be reached."""
     assert recipe.budget is not None
     budget = recipe.budget.model_copy(update={recipe.budget.measure: fraction})
-    try:
-        plan = session.plan(recipe, budget, progress)
-        check_not_empty(plan, recipe.model_copy(update={"budget": budget}))
-    except RecipeError as error:
-        return Point(name, fraction, failed=str(error))
-    converted = session.apply(plan, progress)
-    return Point(
-        recipe=name,
-        budget=fraction,
-        cost=converted.costs.total,
-        accuracy=predict(converted.model, images, strict=True, progress=functools.partial(progress, "evaluating")).top1,
-        swapped=len(plan.swaps),
-    )
+    plan, _ = session.plan(recipe, progress, budget)
+    check_not_empty(plan, recipe.model_copy(update={"budget": budget}))
+    return plan
 
 
 def _notes(session: Session, images: LabelledImages) -> tuple[str, ...]:
-    """Say how it was calibrated."""
+    """Return how the sweep was calibrated."""
     gathered, calibration = session.gathered, session.calibration
     if gathered is None or calibration is None:
         return ("not calibrated: ranks and weights were chosen by the weights alone",)
@@ -147,7 +144,7 @@ def _notes(session: Session, images: LabelledImages) -> tuple[str, ...]:
 
 
 _SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
-"""The fields of a calibration that change figures; where statistics are kept and in how much memory does not."""
+"""The fields of a calibration that change the results."""
 
 
 def _setting(
@@ -158,7 +155,7 @@ def _setting(
     measure: Measure,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """Return all that the figures of a sweep depend on; of images their number and labels, not their pixels."""
+    """Return everything that the results depend on; for images their number and labels, not their pixels."""
     return {
         "weights": model_hash(opened.model),
         "input": plain(opened.preprocessing),
@@ -174,11 +171,11 @@ def _setting(
 
 
 def _resumable(known: Tradeoff, setting: Mapping[str, Any]) -> Tradeoff:
-    """Return a sweep to continue, if its figures were made as the new ones will be; recipes may be added to it."""
+    """Return the sweep to resume; raises AsymswapError for other settings. Recipes may be added to it."""
     old = dict(known.setting)
     recipes = {**old.get("recipes", {}), **setting["recipes"]}
     wrong = [name for name in setting if name != "recipes" and old.get(name) != setting[name]]
     wrong += [f"recipe {name}" for name, text in old.get("recipes", {}).items() if recipes[name] != text]
     if wrong:
-        raise AsymswapError(f"the sweep to go on with is of another setting ({wrong[0]}); start anew with --force")
+        raise AsymswapError(f"the sweep to resume has other settings ({wrong[0]}); `force=True` starts again")
     return replace(known, setting={**setting, "recipes": recipes})

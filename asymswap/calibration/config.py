@@ -30,25 +30,21 @@ class Calibration:
         "Choose ranks and weights on images: any folder of them, digits, a folder of class folders, cifar10:PATH "
         "(cifar100, mnist, fashion-mnist), or a tensor file.",
         _PANEL,
-        name="--calibrate",
     )
-    images: int = option(512, "Number of images.", _PANEL, name="--calibration-images")
+    images: int = option(512, "Number of images.", _PANEL)
     sequential: bool | None = option(
         None, "Solve layer by layer, each on the input that it really gets.", _PANEL, shown="where there are images"
     )
-    cache: Path | None = option(
-        None, "File of calibration statistics: read if it exists, else written.", _PANEL, name="--calibration-cache"
-    )
+    cache: Path | None = option(None, "File of calibration statistics: read if it exists, else written.", _PANEL)
     polish_steps: int | None = option(
         None,
         "Then train on the original's outputs, for a number of steps (500) or minutes (5min).",
         _PANEL,
-        name="--polish",
         text=True,
     )
     polish_minutes: float | None = None
     polish_images: int = option(5000, "Number of images to polish on, at most.", _PANEL)
-    memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL, name="--calibration-memory")
+    memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL)
     outputs: OutputKind | None = option(
         None,
         "Kind of the network's outputs: class scores, or values (of a regressor, an embedder, a denoiser).",

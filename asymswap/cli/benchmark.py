@@ -3,130 +3,86 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from asymswap.cli import options as o
+from asymswap.cli.failures import in_flags
+from asymswap.cli.fields import opt
 
 _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
 
 
+# Typer takes no list of literals.
 class Runtime(StrEnum):
-    """What runs the models."""
+    """Runtimes to time models in."""
 
     eager = "eager"
     compile = "compile"
     onnx = "onnx"
 
 
-class Dtype(StrEnum):
-    """What weights and inputs are turned into."""
+class MemoryFormat(StrEnum):
+    """Memory formats to time models in."""
 
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    channels_last = "channels-last"
+    contiguous = "contiguous"
 
 
+@o.takes_common(preprocessing=False)
 def benchmark(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Names, pkg.mod:factory, or files of any kind; the others are compared with the first.",
-            show_default=False,
-        ),
-    ],
+    models: o.Models,
     runtime: Annotated[
         list[Runtime] | None,
-        typer.Option(
-            help="PyTorch as it is, torch.compile, ONNX Runtime; may be given several times.",
-            rich_help_panel=_SETTINGS,
-            show_default="eager",
-        ),
+        opt("eager PyTorch, torch.compile or ONNX Runtime; can be repeated.", _SETTINGS, shown="eager"),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images at a time, as 1,8.", rich_help_panel=_SETTINGS)] = "1",
+    batch: Annotated[str, opt("Batch sizes, as 1,8.", _SETTINGS)] = "1",
     threads: Annotated[
-        str | None,
-        typer.Option(
-            help="Threads of a forward pass, as 1,2.", rich_help_panel=_SETTINGS, show_default="torch's own number"
-        ),
+        str | None, opt("Threads of a forward pass, as 1,2.", _SETTINGS, shown="torch's own number")
     ] = None,
     memory_format: Annotated[
-        list[o.MemoryFormat] | None,
-        typer.Option(
-            help="Order of the numbers in memory; may be given twice.", rich_help_panel=_SETTINGS, show_default="both"
-        ),
+        list[MemoryFormat] | None, opt("Memory format; can be given twice.", _SETTINGS, shown="both")
     ] = None,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of weights and inputs.", rich_help_panel=_SETTINGS, show_default="the model's own"),
+        Literal["float32", "bfloat16", "float16"] | None,
+        opt("Dtype of weights and inputs.", _SETTINGS, shown="the model's own"),
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Rounds, at most, in which all take turns.", rich_help_panel=_TIME)
-    ] = 20,
-    seconds: Annotated[
-        float, typer.Option(min=0.1, help="No more rounds after so many, beyond the fifth.", rich_help_panel=_TIME)
-    ] = 60.0,
-    layers: Annotated[
-        int, typer.Option(min=0, help="Show so many layers that differ most; 0: time none.", rich_help_panel=_TIME)
-    ] = 5,
-    weights: o.Weights = None,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    key: o.Key = None,
-    input_size: o.InputSize = None,
-    trust_pickle: o.TrustPickle = False,
-    trust_code: o.TrustCode = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    rounds: Annotated[int, opt("Maximum number of rounds, in which all take turns.", _TIME, min=1)] = 20,
+    seconds: Annotated[float, opt("Time limit in seconds; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
+    layers: Annotated[int, opt("Number of layers to show, those that differ most; 0: time none.", _TIME, min=0)] = 5,
+    markdown: o.Markdown = False,
+    *,
+    common: o.Common,
 ) -> None:
-    """Time models in PyTorch, torch.compile and ONNX Runtime, all in turn, and set time beside MACs.
+    """Time models in turn in PyTorch, torch.compile and ONNX Runtime, and compare time with MACs.
 
     Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime eager --runtime onnx --batch 1,8
     """
-    from asymswap.cli import screen
     from asymswap.errors import AsymswapError
 
-    if json and markdown:
+    if common.json and markdown:
         raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
-    with screen.progress(quiet) as step:
-        from asymswap.api.benchmark import FORMATS
+    with common.progress() as step:
         from asymswap.api.benchmark import benchmark as run
         from asymswap.reporting import benchmark as views
-        from asymswap.results.records import to_json
 
         found = run(
-            o.open_models(
-                models,
-                step,
-                weights=weights,
-                arch=arch,
-                arguments=arguments,
-                key=key,
-                input_size=input_size,
-                trust_pickle=trust_pickle,
-                trust_code=trust_code,
-            ),
+            common.open_models(models, step),
             runtimes=[one.value for one in runtime or [Runtime.eager]],
             batches=batches,
             threads=counts,
-            memory_formats=[one.value for one in memory_format] if memory_format else FORMATS,
-            dtype=None if dtype is None else dtype.value,
+            memory_formats=[one.value for one in memory_format or MemoryFormat],
+            dtype=dtype,
             rounds=rounds,
             seconds=seconds,
             layers=layers > 0,
             progress=step,
         )
-    if json:
-        screen.print_json(to_json(found))
-    elif markdown:
-        typer.echo(views.benchmark_to_markdown(found, layers), nl=False)
-    elif not quiet:
-        console = screen.console()
-        screen.show(views.benchmark_view(found, console.width, layers), console)
+    if markdown:
+        typer.echo(views.benchmark_to_markdown(in_flags(found), layers), nl=False)
+    else:
+        common.show(found, lambda found, width: views.benchmark_view(found, width, layers))

@@ -2,103 +2,64 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
-from asymswap.cli.commandline import repeatable
+from asymswap.cli.failures import in_flags
+from asymswap.cli.fields import opt
 
 _CHANGE = "What to do"
+_OUTPUTS = ("-o", "--output", "--report", "--write-plan")
+_JOINED = ("-o", "--output=", "--report=", "--write-plan=")
+_NO_VALUE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 
 
-@o.takes_preprocessing
+@o.takes_common()
 @takes_calibration
 def convert(
     model: o.Model,
     recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of a shipped recipe, or a .toml file.", rich_help_panel=_CHANGE, autocompletion=o.complete_recipe
-        ),
+        str | None, opt("Name of a shipped recipe, or a .toml file.", _CHANGE, autocompletion=o.complete_recipe)
     ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="Replay a plan (JSON) instead of a recipe.", rich_help_panel=_CHANGE)
-    ] = None,
-    macs: Annotated[
-        float | None, typer.Option(help="Keep at most this fraction of the model's MACs.", rich_help_panel=_CHANGE)
-    ] = None,
-    params: Annotated[
-        float | None, typer.Option(help="Keep at most this fraction of its parameters.", rich_help_panel=_CHANGE)
-    ] = None,
-    latency: Annotated[
-        float | None,
-        typer.Option(help="Keep at most this fraction of its latency on this machine.", rich_help_panel=_CHANGE),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(help="Save what can be saved at this predicted error of all layers.", rich_help_panel=_CHANGE),
-    ] = None,
+    plan: Annotated[Path | None, opt("Replay a plan (JSON) instead of a recipe.", _CHANGE)] = None,
+    macs: Annotated[float | None, opt("Keep at most this fraction of the model's MACs.", _CHANGE)] = None,
+    params: Annotated[float | None, opt("Keep at most this fraction of its parameters.", _CHANGE)] = None,
+    latency: Annotated[float | None, opt("Keep at most this fraction of its latency on this machine.", _CHANGE)] = None,
+    max_error: Annotated[float | None, opt("Save what this predicted error of all layers allows.", _CHANGE)] = None,
     memory_format: Annotated[
         o.MemoryFormat | None,
-        typer.Option(
-            help="In which a budget of latency is measured: channels-last or contiguous.",
+        opt(
+            "Memory format in which --latency is measured: channels-last or contiguous.",
+            _CHANGE,
+            shown="channels-last",
             metavar="ORDER",
-            rich_help_panel=_CHANGE,
-            show_default="channels-last",
         ),
     ] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="key=value: change a setting of the recipe, such as rank=8.", rich_help_panel=_CHANGE
-        ),
+        list[str] | None, opt("key=value: change a setting of the recipe, such as rank=8.", _CHANGE, "--set")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="The file to write.", rich_help_panel=o.RESULT, show_default="<stem>.asym.pt"
-        ),
+        Path | None, opt("The file to write.", o.RESULT, "-o", "--output", shown="<stem>.asym.pt")
     ] = None,
     force: o.Force = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan, measure and report, but write no model.", rich_help_panel=o.RESULT)
-    ] = False,
-    write_plan: Annotated[
-        Path | None, typer.Option(help="Write the plan to this JSON file.", rich_help_panel=o.RESULT)
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the report to this .html, .json or .md file.", rich_help_panel=o.RESULT)
-    ] = None,
+    dry_run: Annotated[bool, opt("Plan, measure and report, but write no model.", o.RESULT, "--dry-run")] = False,
+    write_plan: Annotated[Path | None, opt("Write the plan to this JSON file.", o.RESULT)] = None,
+    report: Annotated[Path | None, opt("Write the report to this .html, .json or .md file.", o.RESULT)] = None,
     allow_drift: Annotated[
         bool,
-        typer.Option(
-            "--allow-drift",
-            help="Write the model even where a kind has not preserved what it promises to.",
-            rich_help_panel=o.RESULT,
-        ),
+        opt("Write the model even if a kind has not preserved the function as promised.", o.RESULT, "--allow-drift"),
     ] = False,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(help=f"Measure accuracy on {o.DATA_FORMS}", rich_help_panel=o.RESULT),
-    ] = None,
+    evaluate: Annotated[str | None, opt(f"Measure accuracy on {o.DATA_FORMS}", o.RESULT)] = None,
     calibration: Any = None,
-    seed: Annotated[int, typer.Option(help="Seed of the images' choice and of the probe batch.")] = 0,
-    weights: o.Weights = None,
-    arch: o.Arch = None,
-    key: o.Key = None,
-    arguments: o.Arguments = None,
-    input_size: o.InputSize = None,
-    preprocessing: Any = None,
-    trust_pickle: o.TrustPickle = False,
-    trust_code: o.TrustCode = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    seed: Annotated[int, opt("Seed for choosing images and for the probe batch.")] = 0,
+    *,
+    common: o.Common,
 ) -> None:
     """Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.
 
@@ -115,14 +76,12 @@ def convert(
         raise AsymswapError("give either --recipe or --plan, not both")
     if recipe is None and plan is None:
         raise AsymswapError("give --recipe or --plan; `asymswap recipes` lists the recipes that come with asymswap")
-    if not dry_run:
-        check_output(target, force)
-    for option, path in (("--report", report), ("--write-plan", write_plan)):
+    written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
+    for path in written.values():
         if path is not None:
-            check_output(path, force, option)
+            check_output(path, force)
     if report is not None:
         check_suffix(report)
-    written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
     check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration["cache"]})
     budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
     given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
@@ -132,63 +91,46 @@ def convert(
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
-    with joined() as team, screen.progress(quiet or not team.leads) as step:
+    with joined() as team, screen.progress(common.quiet or not team.leads) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
 
         if not dry_run:
             check_suffix(target)
-        # Mistakes in what is small are told before a large model is read.
+        # Report mistakes in small files before a large model is read.
         o.check_recipe(recipe, overrides)
         replayed = None if plan is None else _read_plan(plan)
         conversion = asymswap.convert(
-            o.open_model(
-                model,
-                step,
-                weights=weights,
-                arch=arch,
-                arguments=arguments,
-                key=key,
-                input_size=input_size,
-                trust_pickle=trust_pickle,
-                trust_code=trust_code,
-                preprocessing=preprocessing,
-            ),
+            common.open_model(model, step),
             recipe,
             plan=replayed,
             overrides=overrides,
             calibration=calibration_of(calibration, seed, team),
             evaluate=evaluate,
-            timing=None if memory_format is None else asymswap.Timing(memory_format.value),
+            timing=None if memory_format is None else asymswap.Timing(memory_format),
             allow_drift=allow_drift,
             seed=seed,
             progress=step,
         )
-        conversion.header = _with_command(conversion.header)
+        provenance = {**conversion.header.provenance, "command": repeatable(sys.argv[1:])}
+        conversion.header = replace(conversion.header, provenance=provenance)
         if not dry_run and team.leads:
             step("writing", 0, 1)
             asymswap.save(conversion, target, force=force)
     if not team.leads:
         return
-    result = conversion.report
-    from asymswap.api.report_files import write_report
+    from asymswap.planning.plan import plan_text
+    from asymswap.reporting.convert import report_view
 
+    conversion.report = in_flags(conversion.report)
     try:
         if write_plan is not None:
-            from asymswap.planning.plan import plan_text
-
             write_text(write_plan, plan_text(conversion.plan))
         if report is not None:
-            write_report(conversion, report, force=force)
+            asymswap.write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
-    _print(result, json, quiet)
-
-
-def _with_command(header: Any) -> Any:
-    """The header, telling by which command line the checkpoint came to be."""
-    provenance = {**header.provenance, "command": repeatable(sys.argv)}
-    return replace(header, provenance=provenance)
+    common.show(conversion.report, report_view)
 
 
 def _read_plan(path: Path) -> Any:
@@ -201,13 +143,16 @@ def _read_plan(path: Path) -> Any:
         raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _print(result: Any, json: bool, quiet: bool) -> None:
-    from asymswap.cli import screen
-    from asymswap.reporting.convert import report_view
-    from asymswap.results.records import to_json
+def repeatable(arguments: Sequence[str]) -> str:
+    """Return the command line, without the options that only say where results go.
 
-    if json:
-        screen.print_json(to_json(result))
-    elif not quiet:
-        console = screen.console()
-        screen.show(report_view(result, console.width), console)
+    Runs that differ in nothing else write equal files.
+    """
+    kept = ["asymswap"]
+    words = iter(arguments)
+    for word in words:
+        if word in _OUTPUTS:
+            next(words, None)
+        elif word not in _NO_VALUE and not word.startswith(_JOINED):
+            kept.append(word)
+    return shlex.join(kept)

@@ -2,66 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from asymswap.cli import options as o
+from asymswap.cli.fields import opt
 
 
-@o.takes_preprocessing
+@o.takes_common()
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="Names, pkg.mod:factory, or files; others are compared with the first.")
-    ],
+    models: o.Models,
     data: o.Data,
-    part: Annotated[
-        str, typer.Option(help="test, validation (what finetune holds back) or train.", rich_help_panel=o.IMAGES)
-    ] = "test",
-    validation: o.Validation = None,
-    batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 256,
-    workers: Annotated[int, typer.Option(help="Processes that read images.", rich_help_panel=o.IMAGES)] = 0,
-    confusions: Annotated[int, typer.Option(help="How many confused pairs of classes are told.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the validation part.", rich_help_panel=o.IMAGES)] = 0,
+    part: Annotated[str, opt("test, validation (what finetune holds back) or train.", o.IMAGES)] = "test",
+    validation: Annotated[
+        str | None,
+        opt(
+            "Validation images: a fraction of the training images (0.1), test, none, or other data.",
+            o.IMAGES,
+            shown="the folder val, else 0.1",
+        ),
+    ] = None,
+    batch_size: Annotated[int, opt("Batch size.")] = 256,
+    workers: Annotated[int, opt("Number of processes that read images.", o.IMAGES)] = 0,
+    confusions: Annotated[int, opt("Number of confused pairs of classes to report.")] = 10,
+    seed: Annotated[int, opt("Seed of the validation split.", o.IMAGES)] = 0,
     cpu: o.Cpu = False,
     strict: o.Strict = False,
     download: o.Download = False,
-    weights: o.Weights = None,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    preprocessing: Any = None,
-    input_size: o.InputSize = None,
-    key: o.Key = None,
-    trust_pickle: o.TrustPickle = False,
-    trust_code: o.TrustCode = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
-    """Measure accuracy, per class too, and tell whether models really differ.
+    """Measure accuracy, overall and per class, and test whether models differ significantly.
 
     Example: asymswap evaluate model.pt model.asym.pt --data photos/
     """
-    from asymswap.cli import screen
 
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         import asymswap
         from asymswap.reporting.screens import evaluation_view
-        from asymswap.results.records import to_json
 
         report = asymswap.evaluate(
-            o.open_models(
-                models,
-                step,
-                weights=weights,
-                arch=arch,
-                arguments=arguments,
-                key=key,
-                input_size=input_size,
-                trust_pickle=trust_pickle,
-                trust_code=trust_code,
-                preprocessing=preprocessing,
-            ),
+            common.open_models(models, step),
             data,
             part=part,
             validation=validation,
@@ -74,10 +54,4 @@ def evaluate(
             device="cpu" if cpu else None,
             progress=step,
         )
-    if json:
-        screen.print_json(to_json(report))
-        return
-    if quiet:
-        return
-    console = screen.console()
-    screen.show(evaluation_view(report, console.width), console)
+    common.show(report, evaluation_view)

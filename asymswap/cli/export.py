@@ -2,86 +2,53 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Annotated, Literal
 
 from asymswap.cli import options as o
+from asymswap.cli.fields import opt
 
 
-class Form(StrEnum):
-    """What can be written."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-    state_dict = "state-dict"
-
-
+@o.takes_common(("arch", "arguments", "trust_code"), preprocessing=False)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
+    checkpoint: o.Checkpoint,
     to: Annotated[
-        Form | None,
-        typer.Option(
-            help="What to write: onnx, pt2 or state-dict.",
-            metavar="FORM",
-            show_default="by the file's ending, or onnx",
-            rich_help_panel=o.RESULT,
-        ),
+        Literal["onnx", "pt2", "state-dict"] | None,
+        opt("onnx, pt2 or state-dict.", o.RESULT, shown="by the file's ending, or onnx", metavar="FORM"),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", help="The file to write.", show_default="<stem>.onnx or .pt2", rich_help_panel=o.RESULT
-        ),
+        Path | None, opt("The file to write.", o.RESULT, "-o", "--output", shown="<stem>.onnx or .pt2")
     ] = None,
-    fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Fuse before what becomes an ordinary conv exactly.")
-    ] = True,
+    fuse: Annotated[bool, opt("First fuse replacements that fuse exactly.", None, "--fuse/--no-fuse")] = True,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Inputs of any height and width, not only any batch.")
+        bool, opt("Accept inputs of any height and width, not only any batch size.", None, "--dynamic-size")
     ] = False,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    trust_code: o.TrustCode = False,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
-    """Write a converted model as ONNX, as torch.export's .pt2 or as a state dict, and run it beside PyTorch.
+    """Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.
 
     Example: asymswap export model.asym.pt --to onnx -o model.onnx
     """
-    from asymswap.cli import screen
     from asymswap.utils.files import check_distinct, check_output
 
-    target = output or _default(checkpoint, to or Form.onnx)
+    target = output or o.default_output(str(checkpoint), "exported")
+    if output is None and to != "state-dict":
+        target = target.with_name(f"{checkpoint.stem}.{to or 'onnx'}")
     check_output(target, force)
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         from asymswap.api.export import export as run
+        from asymswap.reporting.screens import export_view
 
         report = run(
-            o.open_model(checkpoint, step, arch=arch, arguments=arguments, trust_code=trust_code),
+            common.open_model(checkpoint, step),
             target,
-            form=None if to is None else to.value,
+            form=to,
             fuse=fuse,
             dynamic_size=dynamic_size,
             force=force,
             progress=step,
         )
-    if json:
-        from asymswap.results.records import to_json
-
-        screen.print_json(to_json(report))
-    elif not quiet:
-        from asymswap.reporting.screens import export_view
-
-        screen.show(export_view(report), screen.console())
-
-
-def _default(checkpoint: Path, form: Form) -> Path:
-    stem = o.default_output(str(checkpoint), "exported")
-    return stem if form is Form.state_dict else stem.with_name(f"{checkpoint.stem}.{form.value}")
+    common.show(report, lambda report, _: export_view(report))

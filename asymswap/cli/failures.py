@@ -1,26 +1,30 @@
-"""How an error becomes one line on stderr and an exit code, and a warning one line."""
+"""How an error becomes one line on stderr and an exit code, a warning one line, and an argument's name an option's."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
+T = TypeVar("T")
 _LONGEST = 2000
-"""Of an error's text: enough for the mistakes of a recipe; a file may hold names of any length."""
+"""Limit for an error's text: enough for the mistakes of a recipe; a file may hold names of any length."""
 
 
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, ending in one line and exit code 1 for what cannot be done, in 130 for Ctrl-C.
+    """Return a command that ends in one line and exit code 1 for what cannot be done, in 130 for Ctrl-C.
 
-    What libraries warn of is one line each, too; with --debug as they have it, with the place in the code.
+    A library's warnings are one line each, too; with --debug they keep their form, with the place in the code.
 
-    This stands inside of Typer, which would give Ctrl-C no word, and end with 1 where the reader of a pipe has gone.
+    This wraps the command inside of Typer, which would print nothing for Ctrl-C, and exit with 1 for a closed pipe.
     """
 
     @functools.wraps(command)
@@ -46,7 +50,7 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """In place of `warnings.showwarning`."""
+    """Print a warning, in place of `warnings.showwarning`."""
     # Where in torch's source that is helps nobody here.
     text = re.sub(r"\s*\(Triggered internally at [^)]*\)", "", str(message))
     sys.stderr.write(f"warning: {_in_one_line(text)}\n")
@@ -56,7 +60,7 @@ def _in_one_line(text: str) -> str:
     from asymswap.errors import visible
 
     # Names out of a file may hold what a terminal would obey, and line ends.
-    text = visible(" ".join(text.split()))
+    text = visible(" ".join(in_flags(text).split()))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
@@ -77,3 +81,80 @@ def _text(error: Exception) -> str:
 def _fail(text: str, code: int) -> NoReturn:
     sys.stderr.write(f"error: {text}\n")
     sys.exit(code)
+
+
+_ARGUMENT = re.compile(r"`([a-z]\w*)=([^`]{0,200})`")
+_OTHER_NAMES = {
+    "batches": "batch",
+    "calibration": "data",
+    "form": "to",
+    "memory_formats": "memory_format",
+    "overrides": "settings",
+    "path": "output",
+    "polish_minutes": "polish_steps",
+    "runtimes": "runtime",
+    "timing": "memory_format",
+}
+"""Arguments in Python that have another name among the parameters of commands."""
+
+_options: dict[str, Any] = {}
+"""The options of the running command, as click has them, by parameter name."""
+
+
+def begin(options: Mapping[str, Any]) -> None:
+    """Set the options of the command that runs, for `in_flags`."""
+    _options.clear()
+    _options.update(options)
+
+
+def in_flags(value: T) -> T:
+    """Return a text or a record with each argument that it names between backquotes as the running command's option.
+
+    `` `force=True` `` becomes --force, `` `weights="none"` `` --weights none, `` `arch=…` `` --arch; an argument that
+    is no option of the command stays as it is. Records are dataclasses, dicts, lists and tuples; they are copied.
+    """
+    changed: Any = value
+    if isinstance(value, str):
+        changed = _ARGUMENT.sub(_as_option, value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {one.name: in_flags(getattr(value, one.name)) for one in dataclasses.fields(value) if one.init}
+        changed = dataclasses.replace(value, **fields)
+    elif isinstance(value, dict):
+        changed = {key: in_flags(item) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        changed = type(value)(map(in_flags, value))
+    return changed  # type: ignore[no-any-return]
+
+
+def _as_option(found: re.Match[str]) -> str:
+    name, text = found[1], found[2]
+    option = _options.get(name) or _options.get(_OTHER_NAMES.get(name, ""))
+    if option is None:
+        return found[0]
+    flag: str = max(option.opts, key=len)
+    if text in ("", "…"):
+        return flag
+    try:
+        value = ast.literal_eval(text.replace("…", "..."))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return f"{flag} {text}"
+    if value is False and option.secondary_opts:
+        return str(max(option.secondary_opts, key=len))
+    if value is None or value is False:
+        return f"no {flag}"
+    if value is True:
+        return flag
+    if isinstance(value, dict):
+        return " ".join(f"{flag} {key}={_word(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        if option.multiple:
+            return " ".join(f"{flag} {_word(item)}" for item in value)
+        return f"{flag} {('x' if name in ('size', 'input_size') else ',').join(map(str, value))}"
+    return f"{flag} {_word(value)}" + ("min" if name == "polish_minutes" else "")
+
+
+def _word(value: object) -> str:
+    """Return a value as the command line takes it, which reads booleans as TOML does."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "…" if value is ... else shlex.quote(str(value))

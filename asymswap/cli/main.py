@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -45,30 +46,27 @@ def _root(
 
 
 def _budgets_latency(arguments: Sequence[str]) -> bool:
-    """Whether a command is given a budget of latency: by an option, a setting, or a recipe of the user's own."""
+    """Return True if a command has a budget of latency: by an option, a setting, or a recipe file."""
+    import tomllib
+
     if any(argument.startswith(("--latency", "budget.latency", "--set=budget.latency")) for argument in arguments):
         return True
     recipes = [value for option, value in itertools.pairwise(arguments) if option == "--recipe"]
     recipes += [argument.removeprefix("--recipe=") for argument in arguments if argument.startswith("--recipe=")]
-    return any(map(_says_latency, recipes))
-
-
-def _says_latency(recipe: str) -> bool:
-    import tomllib
-
-    try:
-        budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
-    except (OSError, ValueError, RecursionError):
-        # One that comes with asymswap, or none: the command will say so.
-        return False
-    return isinstance(budget, dict) and "latency" in budget
+    for recipe in recipes:
+        # A shipped recipe is no file here; the command reports what cannot be read.
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
+            if isinstance(budget, dict) and "latency" in budget:
+                return True
+    return False
 
 
 def main() -> NoReturn:
     """Run the command line: exit code 0 when done, 1 for what cannot be done, 2 for wrong usage, 130 for Ctrl-C."""
-    # torch's threads, which start with its import, would otherwise wait for each other awake: where another program
-    # keeps one core busy, converting a ResNet-50 then takes twice as long, and a DenseNet-121 thirty times.
-    # Latency is measured as the network will run, with threads that wait awake: that makes small layers twice as fast.
+    # Otherwise torch's threads busy-wait: if another program keeps one core busy, converting a ResNet-50 takes twice
+    # as long, a DenseNet-121 thirty times. Latency is measured with busy-waiting, as networks run: small layers are
+    # then twice as fast.
     if sys.argv[1:2] not in (["compare"], ["benchmark"]) and not _budgets_latency(sys.argv[1:]):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("NO_COLOR"):

@@ -2,267 +2,243 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
 import os
 import re
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from asymswap.cli import screen
+from asymswap.cli.failures import in_flags
+from asymswap.cli.fields import Command, opt, parameters_of, takes
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from asymswap.models.opened import OpenedModel
-    from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.types import Progress
+
+T = TypeVar("T")
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
-"""Groups of a help text that several commands have."""
+"""Panels of the help that several commands have."""
 
 DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
-"""The labelled images that every command takes, for the end of a help text."""
+"""Labelled images that every command takes, for the end of a help text."""
 
 
-class MemoryFormat(StrEnum):
-    """Orders of an image batch's numbers in memory."""
-
-    channels_last = "channels-last"
-    contiguous = "contiguous"
-
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file.",
-        show_default=False,
-    ),
-]
+MemoryFormat = Literal["channels-last", "contiguous"]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """The shipped recipes that begin so, for the shell; where none does, it offers files."""
+    """Return the shipped recipes that begin like this, for the shell; where none does, it offers files."""
     from asymswap.planning.recipe import shipped_names
 
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
 
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        help="The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", rich_help_panel=_MODEL
-    ),
-]
-Key = Annotated[
-    str | None,
-    typer.Option(
-        help="Which state_dict of the file, such as state_dict_ema; a dotted path.",
-        rich_help_panel=_MODEL,
-        show_default="the likeliest",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="Name of published weights, none for random ones, or a state_dict file.",
-        rich_help_panel=_MODEL,
-        show_default="the builder's DEFAULT",
-    ),
-]
-Arguments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--arg", help="key=value for the architecture's builder, such as num_classes=10.", rich_help_panel=_MODEL
-    ),
-]
-InputSize = Annotated[
-    str | None,
-    typer.Option("--input", help="Size of one input, as 3x224x224.", rich_help_panel=_MODEL, show_default=False),
-]
-TrustPickle = Annotated[
-    bool,
-    typer.Option(
-        "--trust-pickle",
-        help="Unpickle classes outside of the allowlist. This may run any code that the file holds.",
-        rich_help_panel=_MODEL,
-    ),
-]
-TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code",
-        help="Run the Python file of a net.py:Net. It may do whatever you may do on this machine.",
-        rich_help_panel=_MODEL,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and print no report.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=RESULT)]
-Data = Annotated[
-    str,
-    typer.Option(
-        help=DATA_FORMS,
-        show_default=False,
-        rich_help_panel=IMAGES,
-    ),
-]
-Validation = Annotated[
-    str | None,
-    typer.Option(
-        help="What is validated on: a part of the images (0.1), test, none, or other data.",
-        show_default="the folder val, else 0.1",
-        rich_help_panel=IMAGES,
-    ),
-]
-Strict = Annotated[
-    bool,
-    typer.Option("--strict", help="An image that cannot be read is an error, and not skipped.", rich_help_panel=IMAGES),
-]
-Download = Annotated[
-    bool, typer.Option("--download", help="Fetch the data where torchvision can.", rich_help_panel=IMAGES)
-]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+_ABOUT_MODEL = (
+    "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file."
+)
+_ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are compared with the first."
+Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
+Markdown = Annotated[bool, opt("Print Markdown, for a pull request.", None, "--markdown")]
+Cpu = Annotated[bool, opt("Use no GPU.", None, "--cpu")]
+Force = Annotated[bool, opt("Replace files that exist.", RESULT, "--force")]
+Data = Annotated[str, opt(DATA_FORMS, IMAGES, shown=False)]
+Strict = Annotated[bool, opt("Fail on an image that cannot be read instead of skipping it.", IMAGES, "--strict")]
+Download = Annotated[bool, opt("Fetch the data where torchvision can.", IMAGES, "--download")]
 
-_PREPROCESSING = {
-    "normalize": Annotated[
+
+def _opening(
+    weights: Annotated[
         str | None,
-        typer.Option(
-            help="How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 "
-            "and others.",
-            show_default="as weights, family or file say; else the network's batch norms are asked",
-            rich_help_panel=IMAGES,
+        opt(
+            "Name of published weights, none for random ones, or a state_dict file.",
+            _MODEL,
+            shown="the builder's DEFAULT",
         ),
-    ],
-    "mean": Annotated[
+    ] = None,
+    arch: Annotated[
+        str | None, opt("The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", _MODEL)
+    ] = None,
+    key: Annotated[
         str | None,
-        typer.Option(
-            help="Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.",
-            show_default=False,
-            rich_help_panel=IMAGES,
-        ),
-    ],
-    "std": Annotated[
-        str | None,
-        typer.Option(help="Standard deviation of each channel, as --mean.", show_default=False, rich_help_panel=IMAGES),
-    ],
-    "bgr": Annotated[
+        opt("Which state_dict of the file, such as state_dict_ema; a dotted path.", _MODEL, shown="the likeliest"),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None, opt("key=value for the architecture's builder, such as num_classes=10.", _MODEL, "--arg")
+    ] = None,
+    input_size: Annotated[str | None, opt("Size of one input, as 3x224x224.", _MODEL, "--input", shown=False)] = None,
+    trust_pickle: Annotated[
         bool,
-        typer.Option("--bgr", help="Channels are blue, green, red; with --mean and --std.", rich_help_panel=IMAGES),
-    ],
-    "size": Annotated[
-        str | None,
-        typer.Option(
-            help="Height x width of what the network gets, as 224x224 or 224.",
-            show_default="that of --input, or the model's own",
-            rich_help_panel=IMAGES,
-        ),
-    ],
-    "resize": Annotated[
-        int | None,
-        typer.Option(
-            help="Resize the shorter side to this and cut out the middle, as 256.",
-            show_default="the model's own; with --size the whole image is resized",
-            rich_help_panel=IMAGES,
-        ),
-    ],
-    "interpolation": Annotated[
-        str | None,
-        typer.Option(
-            help="bilinear, bicubic, nearest and others.",
-            show_default="the model's own, or bilinear",
-            rich_help_panel=IMAGES,
-        ),
-    ],
-}
-"""How images are prepared, in every command that looks at some."""
-
-
-def takes_preprocessing(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of preprocessing, in place of its parameter `preprocessing`, which gets their values.
-
-    That is a `PreprocessingOptions`, or None where none of them was given.
-    """
-    signature = inspect.signature(command, eval_str=True)
-    parameters = []
-    for parameter in signature.parameters.values():
-        if parameter.name != "preprocessing":
-            parameters.append(parameter)
-            continue
-        for name, kind in _PREPROCESSING.items():
-            default = False if name == "bgr" else None
-            parameters.append(inspect.Parameter(name, parameter.kind, default=default, annotation=kind))
-
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        given = {name: values.pop(name) for name in _PREPROCESSING}
-        command(**values, preprocessing=_preprocessing(**given))
-
-    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_options
+        opt("Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL, "--trust-pickle"),
+    ] = False,
+    trust_code: Annotated[
+        bool, opt("Run the Python file of a net.py:Net. It can do whatever you can.", _MODEL, "--trust-code")
+    ] = False,
+) -> dict[str, Any]:
+    """Return the options of `asymswap.open_model` but the preprocessing."""
+    return {
+        "weights": weights,
+        "arch": arch,
+        "key": key,
+        "arguments": parse_pairs("--arg", arguments),
+        # With four numbers it is the size of a clip.
+        "input_size": parse_size("--input", input_size, (3, 4), "channels x height x width, such as 3x224x224"),
+        "trust_pickle": trust_pickle,
+        "trust_code": trust_code,
+    }
 
 
 def _preprocessing(
-    normalize: str | None,
-    mean: str | None,
-    std: str | None,
-    bgr: bool,
-    size: str | None,
-    resize: int | None,
-    interpolation: str | None,
-) -> PreprocessingOptions | None:
+    normalize: Annotated[
+        str | None,
+        opt(
+            "How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
+            IMAGES,
+            shown="as weights, family or file say; else inferred from the network's batch norms",
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        opt("Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.", IMAGES, shown=False),
+    ] = None,
+    std: Annotated[str | None, opt("Standard deviation of each channel, as --mean.", IMAGES, shown=False)] = None,
+    bgr: Annotated[bool, opt("Channels are blue, green, red; with --mean and --std.", IMAGES, "--bgr")] = False,
+    size: Annotated[
+        str | None,
+        opt(
+            "Height x width of the network's input, as 224x224 or 224.",
+            IMAGES,
+            shown="from --input, or the model's own",
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        opt(
+            "Resize the shorter side to this and crop the centre, as 256.",
+            IMAGES,
+            shown="the model's own; with --size the whole image is resized",
+        ),
+    ] = None,
+    interpolation: Annotated[
+        str | None, opt("bilinear, bicubic, nearest and others.", IMAGES, shown="the model's own, or bilinear")
+    ] = None,
+) -> Any:
+    """Return how images are prepared; None where none of the options is given."""
     from asymswap.models.preprocessing import PreprocessingOptions
 
+    sides = parse_size("--size", size, (1, 2), "height x width, such as 224x224")
     options = PreprocessingOptions(
         normalize=normalize,
         mean=parse_numbers("--mean", mean),
         std=parse_numbers("--std", std),
         bgr=bgr or None,
-        size=parse_size(size),
+        size=None if sides is None else (sides[0], sides[-1]),
         resize=resize,
         interpolation=interpolation,
     )
     return None if options == PreprocessingOptions() else options
 
 
-_MAY_STAND_ALONE = {"--distill": "original"}
+def _printing(
+    json: Annotated[bool, opt("Print JSON instead of tables.", None, "--json")] = False,
+    quiet: Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")] = False,
+    debug: Annotated[bool, opt("Show the traceback of an error.", None, "--debug")] = False,
+) -> dict[str, bool]:
+    """Return what a command prints."""
+    return {"json": json, "quiet": quiet}
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that commands share: how models are opened, and what is printed."""
+
+    opening: Mapping[str, Any]
+    json: bool
+    quiet: bool
+
+    def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
+        """Open the model of a command, for the verb that gets it."""
+        from asymswap.models import opening
+
+        return opening.open_model(str(model), progress=step, **self.opening).hand_over()
+
+    def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
+        """Open several models, all of them before the verb begins."""
+        from asymswap.models import opening
+
+        return [opened.hand_over() for opened in opening.open_models(models, progress=step, **self.opening)]
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Show progress while a block runs."""
+        return screen.progress(self.quiet)
+
+    def show(self, record: T, view: Callable[[T, int], RenderableType]) -> None:
+        """Print a result as JSON, or as `view` shows it at a number of columns, or not at all."""
+        from asymswap.results.records import to_json
+
+        if self.json:
+            screen.print_json(to_json(record))
+        elif not self.quiet:
+            console = screen.console()
+            screen.show(view(in_flags(record), console.width), console)
+
+
+_EVERY = tuple(parameters_of(_opening))
+
+
+def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) -> Callable[[Command], Command]:
+    """Give a command the options that commands share, in place of its parameter `common`.
+
+    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images.
+    """
+    groups = (
+        {name: one for name, one in parameters_of(_opening).items() if name in opening},
+        parameters_of(_preprocessing) if preprocessing else {},
+        parameters_of(_printing),
+    )
+
+    def build(values: dict[str, Any]) -> Common:
+        opened, prepared, printed = ({name: values[name] for name in group} for group in groups)
+        how = {**_opening(**opened), "preprocessing": _preprocessing(**prepared)}
+        return Common(how, **_printing(**printed))
+
+    return takes("common", {name: one for group in groups for name, one in group.items()}, build)
+
+
+_VALUE_LEFT_OUT = {"--distill": "original"}
 
 
 def fill_in(arguments: list[str]) -> list[str]:
-    """The arguments with the value of each option that may stand without one."""
+    """Return the arguments with the value of each option whose value was left out."""
     result = []
     for place, argument in enumerate(arguments):
         result.append(argument)
         alone = place + 1 == len(arguments) or arguments[place + 1].startswith("-")
-        if alone and argument in _MAY_STAND_ALONE:
-            result.append(_MAY_STAND_ALONE[argument])
+        if alone and argument in _VALUE_LEFT_OUT:
+            result.append(_VALUE_LEFT_OUT[argument])
     return result
 
 
-def parse_input_size(text: str | None) -> tuple[int, ...] | None:
-    """Read `3x224x224`, or `3x16x112x112` for clips; raises AsymswapError for anything else."""
+def parse_size(option: str, text: str | None, numbers: Collection[int], form: str) -> tuple[int, ...] | None:
+    """Read `224x320`, where that is of `numbers` numbers; raises AsymswapError, which names the `form`, otherwise."""
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) not in (3, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise AsymswapError(f"--input {text!r} is not channels x height x width, such as 3x224x224")
+    if len(parts) not in numbers or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise AsymswapError(f"{option} {text!r} is not {form}")
     return tuple(int(part) for part in parts)
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Read `224x320` (height x width), or `224` for both; raises AsymswapError for anything else."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise AsymswapError(f"--size {text!r} is not height x width, such as 224x224")
-    return int(parts[0]), int(parts[-1])
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -296,72 +272,47 @@ def parse_polish(text: str | None) -> tuple[int | None, float | None]:
 
 
 def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
-    """Read `key=value` texts, the values as TOML has them, or as plain text; raises AsymswapError for other forms."""
+    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms."""
+    import tomllib
+
     pairs: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise AsymswapError(f"{option} {text!r} is not key=value")
-        pairs[key.strip()] = _value(value.strip())
+        try:
+            pairs[key.strip()] = tomllib.loads(f"value = {value.strip()}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            pairs[key.strip()] = value.strip()
     return pairs
 
 
 def check_recipe(recipe: str | None, overrides: dict[str, Any] | None = None) -> None:
-    """Raise RecipeError for a mistake in a recipe; the verb would tell it only when the model has been opened."""
+    """Raise RecipeError for a mistake in a recipe, before the verb that finds it has opened the model."""
     from asymswap.planning.recipe import parse_recipe, read_recipe_text
 
     if recipe is not None:
         parse_recipe(*read_recipe_text(recipe), overrides)
 
 
-def open_model(model: str | Path, step: Progress, **options: Any) -> OpenedModel:
-    """Open the model of a command by the shared options, under their names here, for the verb that gets it."""
-    from asymswap.models import opening
-
-    return opening.open_model(str(model), progress=step, **_parsed(options)).hand_over()
-
-
-def open_models(models: list[str], step: Progress, **options: Any) -> list[OpenedModel]:
-    """The same for several models, all of them before the verb begins."""
-    from asymswap.models import opening
-
-    return [opened.hand_over() for opened in opening.open_models(models, progress=step, **_parsed(options))]
-
-
-def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    size, arguments = options.pop("input_size", None), options.pop("arguments", None)
-    return {**options, "input_size": parse_input_size(size), "arguments": parse_pairs("--arg", arguments)}
-
-
-PICTURES = (".svg", ".png")
-
-
-def check_picture(option: str, path: Path, force: bool) -> None:
-    """Raise AsymswapError where a picture cannot be drawn into that file, before any work is done for it."""
+def check_picture(option: str, path: Path, force: bool, suffixes: Sequence[str] = (".svg", ".png")) -> None:
+    """Raise AsymswapError where a picture, or a report with one, cannot be written, before any work is done for it."""
     from asymswap.utils.files import check_output
 
-    if path.suffix not in PICTURES:
-        raise AsymswapError(f"{option} {path}: the file must end in {' or '.join(PICTURES)}")
-    check_matplotlib(option, path)
-    check_output(path, force, option)
-
-
-def check_matplotlib(option: str, path: Path) -> None:
-    """Raise AsymswapError where the library that draws curves is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if path.suffix not in suffixes:
+        raise AsymswapError(f"{option} {path}: the file must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.suffix != ".md" and importlib.util.find_spec("matplotlib") is None:
         raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
+    check_output(path, force)
 
 
 def model_file(reference: str | Path) -> Path | None:
-    """The file that the model is read from, which nothing may be written over; None where it is no file's."""
+    """Return the file that the model is read from, which must not be overwritten; None if it is not a file."""
     return Path(reference) if os.path.isfile(reference) else None  # noqa: PTH113 (never raises)
 
 
 def default_output(reference: str, mark: str = "asym") -> Path:
-    """`<stem>.asym.pt` in the working directory; `<stem>.asym2.pt` for a model that was converted before.
-
-    With another mark, that one takes the place of `asym`.
-    """
+    """Return `<stem>.asym.pt`, or `<stem>.asym2.pt` for a model that was converted before; `mark` replaces `asym`."""
     # A path may have an @ in it, where a reference has it before its weights.
     path = os.path.exists(reference) or ".py:" in reference.lower()  # noqa: PTH110 (never raises)
     name = reference if path else reference.partition("@")[0]
@@ -375,12 +326,3 @@ def default_output(reference: str, mark: str = "asym") -> Path:
     if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):
         return Path(f"{base}.asym{int(old[4:] or 1) + 1}.pt" if mark == "asym" else f"{base}.{mark}.pt")
     return Path(f"{stem}.{mark}.pt")
-
-
-def _value(text: str) -> Any:
-    import tomllib
-
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asymswap.cli import options as o
+from asymswap.cli.fields import opt
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from asymswap.planning.recipe import About
 
 
+@o.takes_common((), preprocessing=False)
 def recipes(
     recipe: Annotated[
         str | None,
@@ -22,10 +24,9 @@ def recipes(
             help="A name to show, or a .toml file to check.", show_default=False, autocompletion=o.complete_recipe
         ),
     ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    schema: Annotated[bool, opt("Print the JSON Schema of recipes, for editors.", None, "--schema")] = False,
+    *,
+    common: o.Common,
 ) -> None:
     """List the recipes that come with asymswap, show one, or check a file.
 
@@ -39,19 +40,19 @@ def recipes(
     elif recipe is not None:
         text, where = r.read_recipe_text(recipe)
         checked = r.parse_recipe(text, where)
-        if json:
+        if common.json:
             screen.print_json(checked.model_dump(mode="json", exclude_none=True))
         elif recipe in r.shipped_names():
             typer.echo(text, nl=False)
-        elif not quiet:
+        elif not common.quiet:
             rules = f"{len(checked.rules)} rule" + ("s" if len(checked.rules) > 1 else "")
             budget = f", budget {checked.budget}" if checked.budget else ""
             typer.echo(f"{recipe} is a valid recipe: {rules}{budget}.")
     else:
         listed = {name: r.read_about(name) for name in r.shipped_names()}
-        if json:
+        if common.json:
             screen.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
-        elif not quiet:
+        elif not common.quiet:
             screen.show(_listing(listed), screen.console())
 
 

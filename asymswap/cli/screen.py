@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from asymswap.cli.failures import in_flags
 from asymswap.training.config import Callback
 
 if TYPE_CHECKING:
@@ -18,17 +19,14 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """The console for results; where nothing says how wide, as wide as a complete table needs."""
+    """Return the console for results; of unknown width, it is wide enough for complete tables."""
     screen = _console()
-    told = screen.is_terminal or "COLUMNS" in os.environ
-    return screen if told else _console(width=max(screen.width, 120))
+    known = screen.is_terminal or "COLUMNS" in os.environ
+    return screen if known else _console(width=max(screen.width, 120))
 
 
 def _console(**options: Any) -> Console:
-    """A console that honours NO_COLOR to the letter: rich itself would leave out colours, and keep bold and dim.
-
-    Nor does it make a picture of a name such as `x:bug:y`.
-    """
+    """Return a console without bold and dim too under NO_COLOR, and without emoji for names such as `x:bug:y`."""
     from rich.console import Console
 
     return Console(color_system=None if os.environ.get("NO_COLOR") else "auto", emoji=False, **options)
@@ -43,12 +41,12 @@ def print_json(value: Any) -> None:
     """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
     from asymswap.results.records import plain
 
-    print(json.dumps(plain(value), indent=2, allow_nan=False))  # noqa: T201
+    print(json.dumps(plain(in_flags(value)), indent=2, allow_nan=False))  # noqa: T201
 
 
 @contextmanager
 def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
-    """Bars on stderr for as long as the block lasts, one a stage; nothing where stderr is no terminal."""
+    """Show a bar on stderr while the block runs, one per stage; nothing if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     from asymswap.errors import visible
@@ -70,7 +68,7 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
 
         def step(stage: str, done: int, total: int) -> None:
             if stage != stages[-1]:
-                # Else the time left would be told by the stage before, and as none where that had as many steps.
+                # Else the time left would be estimated from the previous stage.
                 stages.append(stage)
                 bars.reset(task, total=total, completed=done, description=visible(stage))
             bars.update(task, description=visible(stage), completed=done, total=total)
@@ -80,7 +78,7 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
 
 @contextmanager
 def training(quiet: bool) -> Iterator[Callback]:
-    """What a run tells while it lasts, on stderr: a line for each epoch, and in a terminal a live one for the steps."""
+    """Show a training run on stderr: a line for each epoch, and in a terminal a live one for the steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     screen = _console(stderr=True)
@@ -133,4 +131,4 @@ class _Shown(Callback):
     def _say(self, text: str) -> None:
         if not self._quiet:
             # Through a pipe a line stays a line, however long it is.
-            self._screen.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._screen.print(in_flags(text), highlight=False, markup=False, soft_wrap=True)

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from asymswap.cli import options as o
+from asymswap.cli.failures import in_flags
+from asymswap.cli.fields import opt
 from asymswap.errors import AsymswapError
 
 _OFFSETS = "Offsets"
 
 
-@o.takes_preprocessing
+@o.takes_common(("arch", "arguments", "trust_code"))
 def show(
-    checkpoint: Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)],
-    plan: Annotated[bool, typer.Option("--plan", help="Print the plan of the last conversion as JSON.")] = False,
-    offsets: Annotated[
-        bool,
-        typer.Option(
-            "--offsets", help="Tell where the taps of offset kinds have gone, layer by layer.", rich_help_panel=_OFFSETS
-        ),
-    ] = False,
-    draw: Annotated[
-        Path | None,
-        typer.Option(help="Draw them into this .svg or .png file.", rich_help_panel=_OFFSETS),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to predict them on.", show_default="random ones", rich_help_panel=_OFFSETS),
-    ] = None,
-    preprocessing: Any = None,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    trust_code: o.TrustCode = False,
+    checkpoint: o.Checkpoint,
+    plan: Annotated[bool, opt("Print the plan of the last conversion as JSON.", None, "--plan")] = False,
+    offsets: Annotated[bool, opt("Show where taps have moved, layer by layer.", _OFFSETS, "--offsets")] = False,
+    draw: Annotated[Path | None, opt("Draw the offsets into this .svg or .png file.", _OFFSETS)] = None,
+    data: Annotated[str | None, opt("Images to predict offsets on.", _OFFSETS, shown="random ones")] = None,
     report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the report of the last conversion to this .html, .json or .md file.", rich_help_panel=o.RESULT
-        ),
+        Path | None, opt("Write the report of the last conversion to this .html, .json or .md file.", o.RESULT)
     ] = None,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
-    """Tell what was done to a converted model, from which source, with which result.
+    """Show how a converted model was made, from which source, with which result.
 
     Example: asymswap show resnet18.asym.pt --report resnet18.html
     """
@@ -55,54 +39,47 @@ def show(
     from asymswap.reporting.convert import check_suffix
     from asymswap.utils.files import check_output, write_bytes, write_text
 
-    if draw is not None or data is not None or offsets or preprocessing is not None:
-        _check_alone(report, plan)
+    if draw is not None or data is not None or offsets or common.opening["preprocessing"] is not None:
+        if report is not None or plan:
+            other = "--plan" if report is None else "--report"
+            raise AsymswapError(f"{other} is about the conversion, --offsets, --draw and --data about taps; run twice")
         if draw is not None:
             o.check_picture("--draw", draw, force)
-        with screen.progress(quiet) as step:
+        with common.progress() as step:
             from asymswap.api.offsets import offsets as find_offsets
             from asymswap.models.preprocessing import check_needed
-            from asymswap.reporting.offsets import draw as draw_offsets
-            from asymswap.reporting.offsets import offsets_view
-            from asymswap.results.offsets import to_json
+            from asymswap.reporting import offsets as views
 
-            check_needed(preprocessing, data)
-            opened = o.open_model(
-                checkpoint,
-                step,
-                arch=arch,
-                arguments=arguments,
-                trust_code=trust_code,
-                preprocessing=preprocessing,
-            )
-            moved = find_offsets(opened, data=data)
+            check_needed(common.opening["preprocessing"], data)
+            moved = find_offsets(common.open_model(checkpoint, step), data=data)
         if draw is not None:
-            write_bytes(draw, draw_offsets(moved, draw.suffix[1:]))
-        if json:
-            screen.print_json(to_json(moved))
-        elif not quiet:
-            screen.show(offsets_view(moved), screen.console())
+            write_bytes(draw, views.draw(moved, draw.suffix[1:]))
+        common.show(moved, lambda moved, _: views.offsets_view(moved))
         return
     if report is not None:
-        check_output(report, force, "--report")
+        check_output(report, force)
         check_suffix(report)
-    with screen.progress(quiet):
+    with common.progress():
         from asymswap.checkpoint import header_to_json, read_checkpoint
 
         header = read_checkpoint(checkpoint).header
+        try:
+            header = replace(header, provenance=in_flags(header.provenance))
+        except RecursionError:
+            raise CheckpointError(f"{checkpoint} has a damaged provenance: it is nested too deeply") from None
     if plan and not header.plans:
         raise CheckpointError(f"{checkpoint} has no plan: all that was swapped has been fused back")
     if report is not None:
-        from asymswap.api.report_files import stored_report_text
+        from asymswap.api.convert import stored_report_text
 
         write_text(report, stored_report_text(header, checkpoint, report))
     if plan:
         from asymswap.planning.plan import plan_text
 
         typer.echo(plan_text(header.plans[-1]), nl=False)
-    elif json:
+    elif common.json:
         screen.print_json(header_to_json(header))
-    elif not quiet:
+    elif not common.quiet:
         from rich.errors import ConsoleError
 
         from asymswap.reporting.screens import show_view
@@ -110,15 +87,6 @@ def show(
         try:
             view = show_view(str(checkpoint), header_to_json(header))
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
-            # What a checkpoint tells of how it came to be is free text to all but this command.
+            # Nothing else reads a provenance, so nothing else has checked it.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
         screen.show(view, screen.console())
-
-
-def _check_alone(report: Path | None, plan: bool) -> None:
-    """Raise AsymswapError for what tells of a conversion beside what tells of offsets."""
-    other = "--report" if report is not None else "--plan" if plan else None
-    if other is not None:
-        raise AsymswapError(
-            f"{other} tells of the conversion, --offsets, --draw and --data of where taps are; ask twice"
-        )

@@ -2,118 +2,84 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+import json
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated, Any, Literal
 
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
+from asymswap.cli.failures import in_flags
+from asymswap.cli.fields import opt
 from asymswap.errors import AsymswapError
 
 _BUDGET, _DATA = "Budgets", "Data"
-_REPORTS = (".html", ".md", *o.PICTURES)
 
 
-@o.takes_preprocessing
+@o.takes_common()
 @takes_calibration
 def sweep(
     model: o.Model,
     recipe: Annotated[
-        list[str], typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
+        list[str], opt("A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
     ],
-    evaluate: Annotated[
-        str, typer.Option(help="Labelled images on which accuracy is measured.", rich_help_panel=_DATA)
-    ],
+    evaluate: Annotated[str, opt("Labelled images to measure accuracy on.", _DATA)],
     macs: Annotated[
-        str | None,
-        typer.Option(
-            help="Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.",
-            rich_help_panel=_BUDGET,
-            show_default="0.9:0.3:0.1",
-        ),
+        str | None, opt("Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", _BUDGET, shown="0.9:0.3:0.1")
     ] = None,
-    params: Annotated[
-        str | None,
-        typer.Option(help="Fractions of the parameters instead.", rich_help_panel=_BUDGET),
-    ] = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0, help="Points of accuracy that the advice may lose.", rich_help_panel=_BUDGET)
-    ] = 1.0,
+    params: Annotated[str | None, opt("Fractions of the parameters instead.", _BUDGET)] = None,
+    tolerance: Annotated[float, opt("Points of accuracy that the advice may lose.", _BUDGET, min=0)] = 1.0,
     calibration: Any = None,
-    seed: Annotated[int, typer.Option(help="Seed of the images' choice.")] = 0,
+    seed: Annotated[int, opt("Seed for choosing images.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(
+        opt(
+            "JSON file, written after each point and read to resume.",
+            o.RESULT,
             "-o",
             "--output",
-            help="JSON to write after each point, and to go on with.",
-            show_default="<stem>.sweep.json",
-            rich_help_panel=o.RESULT,
+            shown="<stem>.sweep.json",
         ),
     ] = None,
-    report: Annotated[
-        list[Path] | None,
-        typer.Option(help="Also write .html, .md, .svg or .png; may be given several times.", rich_help_panel=o.RESULT),
-    ] = None,
-    weights: o.Weights = None,
-    arch: o.Arch = None,
-    arguments: o.Arguments = None,
-    key: o.Key = None,
-    input_size: o.InputSize = None,
-    preprocessing: Any = None,
-    trust_pickle: o.TrustPickle = False,
-    trust_code: o.TrustCode = False,
+    report: Annotated[list[Path] | None, opt("Also write .html, .md, .svg or .png; can be repeated.", o.RESULT)] = None,
     force: o.Force = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    *,
+    common: o.Common,
 ) -> None:
-    """Convert a model to several budgets and draw accuracy over cost; interrupted, it goes on where it stopped.
+    """Convert a model to several budgets and plot accuracy over cost; an interrupted run resumes.
 
     Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
     """
-    from asymswap.cli import screen
     from asymswap.utils.distributed import ALONE
     from asymswap.utils.files import check_distinct, check_output
 
+    if macs is not None and params is not None:
+        raise AsymswapError("budgets are of --macs or of --params; give one of them")
+    measure: Literal["macs", "params"] = "macs" if params is None else "params"
+    text = macs if params is None else params
+    budgets = None if text is None else parse_fractions(f"--{measure}", text)
     target = output or o.default_output(model, "sweep").with_suffix(".json")
-    measure, budgets = _budgets(macs, params)
-    for path in report or []:
-        _check_report(path, force)
+    reports = list(dict.fromkeys(report or []))
+    for path in reports:
+        o.check_picture("--report", path, force, (".html", ".md", ".svg", ".png"))
     check_output(target, force=True)
-    # A file that is named twice is written twice, with the same in it.
-    check_distinct(
-        {"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in set(report or [])}}
-    )
+    check_distinct({"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in reports}})
     known = None if force else _read(target)
-    with screen.progress(quiet) as step:
+    with common.progress() as step:
         from asymswap.api.sweep import BUDGETS
         from asymswap.api.sweep import sweep as run
-        from asymswap.reporting import sweep as shown
-        from asymswap.results.sweep import Tradeoff, to_json
-        from asymswap.utils.files import write_text
+        from asymswap.reporting import sweep as views
+        from asymswap.results.records import to_json
+        from asymswap.results.sweep import Tradeoff
+        from asymswap.utils.files import write_bytes, write_text
 
         def write(result: Tradeoff) -> None:
-            write_text(target, jsonlib.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
+            write_text(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
 
         for one in recipe:
             o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
         result = run(
-            o.open_model(
-                model,
-                step,
-                weights=weights,
-                arch=arch,
-                arguments=arguments,
-                key=key,
-                input_size=input_size,
-                trust_pickle=trust_pickle,
-                trust_code=trust_code,
-                preprocessing=preprocessing,
-            ),
+            common.open_model(model, step),
             recipe,
             evaluate,
             budgets=budgets or BUDGETS,
@@ -125,19 +91,13 @@ def sweep(
             progress=step,
         )
         write(result)
-        for path in report or []:
-            _write_report(path, result)
-    if json:
-        screen.print_json(to_json(result))
-    elif not quiet:
-        screen.show(shown.sweep_view(result), screen.console())
-
-
-def _budgets(macs: str | None, params: str | None) -> tuple[Any, list[float] | None]:
-    if macs is not None and params is not None:
-        raise AsymswapError("budgets are of --macs or of --params; give one of them")
-    option, text = ("--params", params) if params is not None else ("--macs", macs)
-    return option.removeprefix("--"), None if text is None else parse_fractions(option, text)
+        for path in reports:
+            if path.suffix in (".md", ".html"):
+                written = views.to_markdown if path.suffix == ".md" else views.to_html
+                write_text(path, written(in_flags(result)))
+            else:
+                write_bytes(path, views.draw(result, path.suffix[1:]))
+    common.show(result, lambda result, _: views.sweep_view(result))
 
 
 def parse_fractions(option: str, text: str) -> list[float]:
@@ -160,35 +120,15 @@ def parse_fractions(option: str, text: str) -> list[float]:
 
 
 def _read(path: Path) -> Any:
-    """The sweep in a file to go on with, if there is one."""
+    """Return the sweep to resume from a file, if there is one."""
     from asymswap.results.sweep import from_json
 
     if not path.exists():
         return None
     try:
-        return from_json(jsonlib.loads(path.read_text(encoding="utf-8")))
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AsymswapError(
-            f"{path} is no sweep to go on with ({' '.join(str(error).split())[:80]}); give another name with -o, or "
+            f"{path} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
             f"--force to replace it"
         ) from None
-
-
-def _check_report(path: Path, force: bool) -> None:
-    from asymswap.utils.files import check_output
-
-    if path.suffix not in _REPORTS:
-        raise AsymswapError(f"--report {path}: the file must end in {', '.join(_REPORTS[:-1])} or {_REPORTS[-1]}")
-    if path.suffix != ".md":
-        o.check_matplotlib("--report", path)
-    check_output(path, force, "--report")
-
-
-def _write_report(path: Path, result: Any) -> None:
-    from asymswap.reporting.sweep import draw, to_html, to_markdown
-    from asymswap.utils.files import write_bytes, write_text
-
-    if path.suffix in (".md", ".html"):
-        write_text(path, to_markdown(result) if path.suffix == ".md" else to_html(result))
-    else:
-        write_bytes(path, draw(result, path.suffix[1:]))

@@ -21,7 +21,7 @@ class BenchmarkedModel:
 
 @dataclass(frozen=True)
 class Setting:
-    """How models were run; `memory_format` is None where the runtime has one of its own."""
+    """How models were run; `memory_format` is None for a runtime with its own."""
 
     runtime: str
     batch: int
@@ -31,9 +31,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """One model (its place among the models) in one setting (its place), or why it could not be run so.
+    """One model in one setting, by their indices, or the reason why it could not be run.
 
-    `ratio` is that to the first model in the same setting, `ready` the seconds of compiling or exporting, `rounds` the
+    `ratio` is to the first model in the same setting, `ready` the seconds of compiling or exporting, `rounds` the
     fastest pass of every round.
     """
 
@@ -49,7 +49,7 @@ class Result:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Seconds and MACs of a layer, and of whatever has its name in another model, all calls in a pass together."""
+    """Seconds and MACs of a layer in the first model and of its namesake, summed over all calls of a pass."""
 
     layer: str
     first: float
@@ -59,16 +59,13 @@ class LayerRow:
 
     @property
     def excess(self) -> float:
-        """Seconds more than the MACs promise; the same time is promised where there are none."""
+        """Return the seconds beyond the time in proportion to the MACs, or beyond the same time if there are none."""
         return self.own - self.first * (self.macs / self.first_macs if self.first_macs else 1.0)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers that a model shares by name with the first one, in one setting, the greatest excess first.
-
-    `rest` is what passes outside of them.
-    """
+    """Layers that a model shares by name with the first, in one setting, the greatest excess first, and the rest."""
 
     model: int
     setting: int
@@ -78,7 +75,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Gain:
-    """The setting in which a model runs faster than in the other memory format, and how many times as fast."""
+    """The setting in which a model is faster than in the other memory format, and the factor."""
 
     model: int
     setting: int
@@ -87,7 +84,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that was measured: `rounds` of them, while other programs kept `others` cores busy."""
+    """Everything that was measured, in `rounds` rounds, while other programs kept `others` cores busy."""
 
     asymswap: str
     models: tuple[BenchmarkedModel, ...]

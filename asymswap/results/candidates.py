@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from asymswap.results import records
 from asymswap.results.records import plain
 from asymswap.types import Candidate, Cost
 
@@ -27,38 +26,23 @@ class Candidates:
         """The cost of all candidates together."""
         return sum((row.site.cost for row in self.rows if row.reason is None), start=Cost(0, 0))
 
-
-def to_json(found: Candidates) -> dict[str, Any]:
-    """Return everything that is known of each conv, and the sums over the candidates, as plain data."""
-    held, total = found.held, found.total
-    sums = {
-        "convs": sum(row.reason is None for row in found.rows),
-        **plain(held),
-        "macs_share": held.macs / total.macs if total.macs else 0.0,
-        "params_share": held.params / total.params if total.params else 0.0,
-    }
-    sites = [
-        {
-            **plain(row.site),
-            "cost": plain(row.site.cost),
-            "candidate": row.reason is None,
-            "reason": row.reason,
-            "break_even": plain(row.break_even),
-            "half": plain(row.half),
-            "kind": row.kind,
-            "becomes": plain(row.becomes),
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything that is known of each conv, and the sums over the candidates, as plain data."""
+        held, total = self.held, self.total
+        sums = {
+            "convs": sum(row.reason is None for row in self.rows),
+            **plain(held),
+            "macs_share": held.macs / total.macs if total.macs else 0.0,
+            "params_share": held.params / total.params if total.params else 0.0,
         }
-        for row in found.rows
-    ]
-    return records.to_json(
-        {
-            "model": found.reference,
-            "warnings": found.warnings,
-            "traced_by": found.traced_by,
-            "input": found.input,
-            "notes": found.notes,
-            "total": total,
-            "candidates": sums,
-            "sites": sites,
-        }
-    )
+        sites = [
+            {
+                **plain(row.site),
+                "cost": plain(row.site.cost),
+                "candidate": row.reason is None,
+                **{name: plain(getattr(row, name)) for name in ("reason", "break_even", "half", "kind", "becomes")},
+            }
+            for row in self.rows
+        ]
+        known = {name: plain(getattr(self, name)) for name in ("warnings", "traced_by", "input", "notes", "total")}
+        return {"model": self.reference, **known, "candidates": sums, "sites": sites}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asymswap.types import Cost, Fed, Ratio, Seconds
+from asymswap.results.benchmark import BenchmarkedModel
+from asymswap.types import Fed, Ratio, Seconds
 
 
 @dataclass(frozen=True)
 class OutputGap:
-    """How far a model's outputs are from those of the first, relative and at most.
+    """Difference of a model's outputs from the first's, relative and at most.
 
-    `agreement` is the fraction of images whose highest score is the same class's; None where outputs are no scores.
+    `agreement` is the fraction of images with the same predicted class; None if outputs are not scores.
     """
 
     relative: float
@@ -21,9 +22,9 @@ class OutputGap:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 as a fraction; how many images only this model gets right, and how many only the first does.
+    """Top-1 as a fraction; the numbers of images that only this model, and only the first, gets right.
 
-    `p_value` is that of McNemar's exact test: how likely so uneven a split is between two equally good models.
+    `p_value`: McNemar's exact test.
     """
 
     top1: float
@@ -33,24 +34,15 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ComparedRow:
-    """One model: what it is and what it costs, and how it differs from the first.
+class ComparedRow(BenchmarkedModel):
+    """One model and how it differs from the first; `weights_bytes` is the size of its tensors."""
 
-    `weights_bytes` are those of its tensors, `file_bytes` those of the file that it came from, where it did.
-    """
-
-    model: str
-    origin: str
-    weights: str
-    input: str
-    cost: Cost
-    weights_bytes: int
+    weights_bytes: int = 0
     file_bytes: int | None = None
     latency: Seconds | None = None
     latency_ratio: Ratio | None = None
     gap: OutputGap | None = None
     accuracy: Accuracy | None = None
-    notes: tuple[str, ...] = ()
     fed: Fed | None = None
 
 
@@ -67,10 +59,9 @@ class TimingRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is known of the models, the first of which the others are compared with.
+    """Models compared with the first of them.
 
-    `outputs_on` says on what the outputs were compared, `data` on which images accuracy was measured; `warnings` is
-    what a reader must know before any figure.
+    `outputs_on` names the inputs on which outputs were compared, `data` the images on which accuracy was measured.
     """
 
     asymswap: str

@@ -1,4 +1,4 @@
-"""What a conversion has to say: numbers and text only."""
+"""The report of a conversion."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from typing import Any
 
 from asymswap.types import Cost, Fed
 
+_NOTHING = Cost(0, 0)
+
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One conv of the original model: what it was, what became of it, what both cost, and what the change did.
+    """One conv of the original model, and its replacement if there is one.
 
-    `action` is `swap` or `keep`; `becomes` says the settings in short, what is usual left out; `predicted_error` is
-    what the plan expected (of the output with calibration, of the kernel without); `kernel_error` is the Frobenius norm
-    of the kernel's change over that of the kernel, `output_error` the same of the layer's output on the probe batch.
-    `exact` says whether the kind promises to preserve the function there; `absorbs` names a batch norm that the
-    replacement holds now, whose parameters are not counted in `after`.
+    `action` is `swap` or `keep`; `becomes` is the settings in short, without the usual ones; `predicted_error` is the
+    plan's (of the output with calibration, of the kernel without); `kernel_error` is the Frobenius norm of the kernel's
+    change over that of the kernel, `output_error` the same of the layer's output on the probe batch. `exact`: the kind
+    promises to preserve the function there; `absorbs`: the batch norm that the replacement holds now, whose parameters
+    are not counted in `after`.
     """
 
     site: str
     conv: str
     feature_map: tuple[int, int] | None
     calls: int
-    action: str
-    kind: str | None
-    becomes: str
-    settings: Mapping[str, Any]
-    reason: str
-    before: Cost
-    after: Cost
+    action: str = "keep"
+    kind: str | None = None
+    becomes: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    before: Cost = _NOTHING
+    after: Cost = _NOTHING
     predicted_error: float | None = None
     kernel_error: float | None = None
     output_error: float | None = None
@@ -41,7 +43,7 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class OutputChange:
-    """How far the whole model's output moved on the probe batch, relative and at most, and what the probe was."""
+    """Change of the whole model's output on the probe batch, relative and at most, and what the probe was."""
 
     relative: float
     largest: float
@@ -61,7 +63,7 @@ class AccuracyRow:
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """What the conversion was calibrated on; `sha256` is that of the pixels, `sequential` whether layer by layer."""
+    """What the conversion was calibrated on; `sha256` of the pixels; `sequential`: solved layer by layer."""
 
     data: str
     images: int
@@ -73,10 +75,9 @@ class CalibrationRow:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """Seconds of one forward pass before and after, measured in turn on `machine`, the minimum of several rounds.
+    """Seconds of one forward pass before and after, measured in turn on `machine`: the minimum of several rounds.
 
-    `wanted` is the fraction that was asked for; `undone` names the convs whose swaps were measured to be slower than
-    the conv itself, and were taken back.
+    `wanted` is the requested fraction; `undone` names the convs whose swaps were slower, and were taken back.
     """
 
     before: float
@@ -112,11 +113,10 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a conversion has to say.
+    """Everything about a conversion.
 
-    `rest` is the cost of everything outside of the sites, so that the totals are the sums of the rows and it;
-    `warnings` is what a reader must know before any figure: each format shows it first. `fed` is what images became
-    before the networks saw them, where there were any.
+    `rest` is the cost outside of the sites: the totals are the sums of the rows and it. Each format shows `warnings`
+    first. `fed` is how images were prepared, if there were any.
     """
 
     asymswap: str

@@ -9,7 +9,7 @@ from asymswap.types import Fed
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class: its images, and how many of them the model gets right."""
+    """The number of images of one class, and of those that the model gets right."""
 
     name: str
     images: int
@@ -18,7 +18,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class ConfusionRow:
-    """So many images of a class were taken for another."""
+    """The number of images of one class that were taken for another."""
 
     of: str
     taken_for: str
@@ -27,10 +27,10 @@ class ConfusionRow:
 
 @dataclass(frozen=True)
 class AgainstFirst:
-    """A model beside the first on the same images.
+    """A model compared with the first on the same images.
 
-    `agreement` is the fraction of images that both give the same class; `only_first` and `only_this` are right of the
-    one alone; `p` is McNemar's exact two-sided one.
+    `agreement` is the fraction of images with the same predicted class, `only_first` and `only_this` the numbers of
+    images that only one of them gets right, `p` the p-value of McNemar's exact two-sided test.
     """
 
     agreement: float
@@ -41,9 +41,9 @@ class AgainstFirst:
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model: fractions of images, its mean loss, and images a second through its forward passes.
+    """One model: fractions of images, mean loss, and images a second.
 
-    `interval` is Wilson's of top-1 at 95 %; `top5` is None where the model has five classes or fewer.
+    `interval` is Wilson's 95 % interval of top-1; `top5` is None for five classes or fewer.
     """
 
     model: str
@@ -62,10 +62,7 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """All models on the same images; `unreadable` ones are left out, `batch` is that of the forward passes.
-
-    `warnings` is what a reader must know before any figure.
-    """
+    """All models on the same images, without the `unreadable` ones."""
 
     data: str
     images: int

@@ -11,7 +11,7 @@ from asymswap.results.convert import FileRow
 class Check:
     """One run of the written file beside PyTorch: the sizes of its inputs, and the largest difference of an output.
 
-    `allowed` is that difference up to which the two count as the same: 1e-4 of the largest output, and at least 1e-4.
+    `allowed` is the largest difference accepted: 1e-4 of the largest output, and at least 1e-4.
     """
 
     inputs: str
@@ -23,7 +23,7 @@ class Check:
 class ExportReport:
     """An exported model: `form` is `onnx`, `pt2` or `state-dict`, `runner` what ran it for the checks.
 
-    `fused` is how many replacements were fused before, `dynamic` what of its inputs may have any size.
+    `fused` is the number of replacements fused before, `dynamic` names the dimensions of inputs that may have any size.
     """
 
     model: str

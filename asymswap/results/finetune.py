@@ -1,4 +1,4 @@
-"""What a training run did."""
+"""The report of a training run, and what it reports while it lasts."""
 
 from __future__ import annotations
 
@@ -11,58 +11,6 @@ from asymswap.types import Fed
 
 
 @dataclass(frozen=True)
-class TrainingReport:
-    """Everything that a training run has to say.
-
-    `before`, `best` and `last` are scores on the validation images: of the weights that it began with, of those that
-    were kept, and of the last epoch; None where nothing was validated. `total` and `trained` count parameters;
-    `settings` is what makes the run what it is.
-    """
-
-    model: str
-    data: str
-    validation: str | None
-    classes: tuple[str, ...]
-    settings: Mapping[str, Any]
-    teacher: str | None
-    epochs: int
-    steps: int
-    best_epoch: int
-    before: Scores | None
-    best: Scores | None
-    last: Scores | None
-    trained: int
-    total: int
-    device: str
-    files: tuple[FileRow, ...] = ()
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-    fed: Fed | None = None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """A training run as the checkpoint records it: what it began with, on what, by which settings, to which end.
-
-    `sha256` is that of the file that was trained, `scores` those before it, of the best and of the last epoch.
-    """
-
-    model: str = ""
-    sha256: str | None = None
-    data: str = ""
-    validation: str | None = None
-    classes: tuple[str, ...] = ()
-    teacher: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 0
-    steps: int = 0
-    best_epoch: int = 0
-    scores: Mapping[str, Scores | None] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Scores:
     """The mean loss on some images, and the fraction of them whose highest score is their class's."""
 
@@ -71,11 +19,56 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class RunStart:
-    """A run before its next step: how long it is, how much of it is done, and how good the weights were at first.
+class _Run:
+    """A training run: its model, data and settings (all that determines the result), and how long it was."""
 
-    `note` says what a reader must know of this run; it may be empty.
+    model: str = ""
+    data: str = ""
+    validation: str | None = None
+    classes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingReport(_Run):
+    """The report of a training run.
+
+    `before`, `best` and `last` are scores on the validation images: of the initial weights, of the weights that were
+    kept, and of the last epoch; None without validation. `total` and `trained` count parameters.
     """
+
+    before: Scores | None = None
+    best: Scores | None = None
+    last: Scores | None = None
+    trained: int = 0
+    total: int = 0
+    device: str = ""
+    files: tuple[FileRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingRecord(_Run):
+    """A training run as the checkpoint records it; the defaults are for older files.
+
+    `sha256` is the hash of the file that was trained; `scores` those before training, of the best and the last epoch.
+    """
+
+    sha256: str | None = None
+    scores: Mapping[str, Scores | None] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """A run before its next step: its length, the steps done, and the scores of the initial weights."""
 
     epochs: int
     steps: int
@@ -86,7 +79,7 @@ class RunStart:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step: its number from one on, in which epoch, and how the images of the epoch went until now."""
+    """One step, counted from one, and the scores of the epoch so far."""
 
     epoch: int
     step: int
@@ -97,7 +90,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch, from one on; `skipped` counts images that could not be read, `best` says whether it is so far."""
+    """One epoch, counted from one; `skipped` counts unreadable images, `best`: it is the best so far."""
 
     epoch: int
     step: int

@@ -1,4 +1,4 @@
-"""What merging back into ordinary convs changed."""
+"""The report of merging back into ordinary convs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class FusionRow:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Everything that fusing has to say; costs and outputs are those of the converted and of the fused model.
+    """Costs of the converted and the fused model, and the difference of their outputs on `probe`.
 
-    `relative` and `largest` are the difference of the outputs on `probe`; `as_original` says whether the state dict
-    fits the unconverted model again.
+    `as_original`: the state dict fits the unconverted model again.
     """
 
     model: str

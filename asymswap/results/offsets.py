@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from asymswap.results import records
+from asymswap.results.records import plain
 from asymswap.types import Fed, Size
 
 STILL = 0.05
-"""Pixels below which a tap counts as having stayed where it was."""
-
+"""Pixels below which a tap counts as not moved."""
 
 Offset = tuple[float, float]
 
@@ -20,8 +19,8 @@ Offset = tuple[float, float]
 class OffsetRow:
     """The offsets of one layer, (down, right) in pixels of its input, for each tap row by row.
 
-    `mean` and `spread` (the standard deviation) are over all pixels and images, where the input tells the offsets;
-    `largest` is the longest single offset, `limit` how far a tap may go along an axis, None where nothing bounds it.
+    `mean` and `spread` (standard deviation) are over all pixels and images, for offsets predicted from the input;
+    `largest` is the longest single offset, `limit` the largest one along an axis, None if unbounded.
     """
 
     site: str
@@ -35,7 +34,7 @@ class OffsetRow:
 
     @property
     def average(self) -> float:
-        """How far the taps are from their places on average: the mean length of the mean offsets."""
+        """Return the mean length of the mean offsets."""
         return sum(math.hypot(*offset) for offset in self.mean) / len(self.mean)
 
     @property
@@ -46,7 +45,7 @@ class OffsetRow:
 
 @dataclass(frozen=True)
 class OffsetReport:
-    """The layers of one model whose taps can move, and on what their inputs were made."""
+    """The layers of one model whose taps can move; `probe` describes the inputs."""
 
     model: str
     rows: tuple[OffsetRow, ...]
@@ -54,8 +53,7 @@ class OffsetReport:
     fed: Fed | None = None
     warnings: tuple[str, ...] = ()
 
-
-def to_json(report: OffsetReport) -> dict[str, Any]:
-    """Return everything as plain data, with what follows from it."""
-    rows = [{**records.plain(row), "average": row.average, "still": row.still} for row in report.rows]
-    return records.to_json(report, rows=rows)
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything as plain data, with what follows from it."""
+        rows = [{**plain(row), "average": row.average, "still": row.still} for row in self.rows]
+        return {**plain(self), "rows": rows}

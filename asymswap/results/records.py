@@ -1,4 +1,4 @@
-"""Results as plain data, and what a checkpoint tells of the conversion that made it."""
+"""Results as plain data, and the provenance that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
-def to_json(report: Any, **more: Any) -> dict[str, Any]:
-    """Return a result as plain data, with the number of its form; `more` is what follows from it."""
-    return {"schema": SCHEMA, **plain(report), **more}
+def to_json(report: Any) -> dict[str, Any]:
+    """Return a result as plain data, by its own `to_plain` where it has one, with the number of the schema."""
+    return {"schema": SCHEMA, **(report.to_plain() if hasattr(report, "to_plain") else plain(report))}
 
 
 def plain(value: Any) -> Any:
-    """Return dataclasses, mappings and sequences as plain data; a cost carries its FLOPs beside its MACs.
+    """Return dataclasses, mappings and sequences as plain data; a cost has its FLOPs beside its MACs.
 
-    A number that is infinite or undefined, such as a change relative to an output of zeros, is None: JSON has no word
-    for it, and writes null.
+    A number that is not finite, such as a change relative to zeros, is None, since JSON has none.
     """
     if isinstance(value, Cost):
         return {"macs": value.macs, "flops": value.flops, "params": value.params}
@@ -43,10 +42,7 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a file was made: the recipe's text, what was changed of it, the command line, versions, and what was fused.
-
-    `command` is empty where the conversion was asked for from Python.
-    """
+    """How a file was made: the recipe and changes to it, the command line (empty in Python), versions and fusions."""
 
     recipe: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class History:
-    """What later commands need of a provenance; a field that an older file lacks has its default."""
+    """The parts of a provenance that later commands need, with defaults for older files."""
 
     report: Source = field(default_factory=Source)
     training: tuple[TrainingRecord, ...] = ()
@@ -92,7 +88,7 @@ def read_report(stored: Mapping[str, Any], label: str) -> Report:
     report = stored["report"]
     output = report.get("output") if isinstance(report, Mapping) else None
     if isinstance(output, Mapping):
-        # The change of the output has no None: null is a number that JSON has none for.
+        # These fields are never None: null stands for a number that is not finite.
         undefined = {key: math.nan for key in ("relative", "largest") if output.get(key, 0) is None}
         report = {**report, "output": {**output, **undefined}}
     return _checked(Report, report, f"{label} has a damaged report")

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asymswap.results.records import plain
-from asymswap.results.records import to_json as whole
 from asymswap.types import Cost, Fed
 
 
 @dataclass(frozen=True)
 class Point:
-    """One conversion of a sweep, or why there is none.
+    """One conversion of a sweep, or the reason in `failed` why there is none.
 
-    `budget` is the fraction that was allowed, `cost` what is left; `accuracy` is a fraction of `images`. `failed` says
-    why this budget was not met.
+    `budget` is the fraction that was allowed, `cost` what is left, `accuracy` a fraction of images.
     """
 
     recipe: str
@@ -31,10 +29,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """A sweep: the network as it was, the points measured so far, and how they were made.
+    """A sweep: the original network, and the points measured so far.
 
-    `measure` is what budgets are fractions of, `macs` or `params`; `tolerance` is how much accuracy may be lost, as a
-    fraction; `setting` is all that the figures depend on; `warnings` is what a reader must know before any figure.
+    Budgets are fractions of the `measure`, `macs` or `params`; `tolerance` is the accuracy that may be lost, as a
+    fraction; `setting` is everything that the results depend on.
     """
 
     model: str
@@ -52,16 +50,16 @@ class Tradeoff:
 
     @property
     def measured(self) -> tuple[Point, ...]:
-        """The points that were reached."""
+        """Return the points whose budget was reached."""
         return tuple(point for point in self.points if point.failed is None)
 
     def share(self, cost: Cost) -> float:
-        """What is left of the cost that the budgets are about."""
+        """Return the fraction of the original cost that is left."""
         return float(getattr(cost, self.measure)) / max(float(getattr(self.before, self.measure)), 1.0)
 
     @property
     def front(self) -> tuple[Point, ...]:
-        """The Pareto front: points to which no other is at least as cheap and as accurate, the cheapest first."""
+        """Return the Pareto front, the cheapest point first."""
         best, front = -1.0, []
         for point in sorted(self.measured, key=lambda p: (self.share(_cost(p)), -(p.accuracy or 0.0))):
             if (point.accuracy or 0.0) > best:
@@ -71,13 +69,13 @@ class Tradeoff:
 
     @property
     def advised(self) -> Point | None:
-        """The cheapest point that loses no more accuracy than is tolerated; None where there is none."""
+        """Return the cheapest point within the tolerance; None where there is none."""
         # Accuracies are whole numbers of images: what is exactly tolerated must not fail by rounding.
         least = self.accuracy - self.tolerance - 1e-9
         return next((point for point in self.front if (point.accuracy or 0.0) >= least), None)
 
     def advice(self) -> str:
-        """The budget that the curve advises, in words."""
+        """Return the advised budget as a sentence."""
         allowed = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
         if self.advised is None:
             return f"Every budget loses more than {allowed} of accuracy: allow more, give more images, or polish."
@@ -89,10 +87,25 @@ class Tradeoff:
         )
 
     def with_point(self, point: Point) -> Tradeoff:
-        """The same with one more point, in order of recipes and falling budgets."""
+        """Return the sweep with one more point, in order of recipes and falling budgets."""
         order = list(dict.fromkeys([*(p.recipe for p in self.points), point.recipe]))
         points = sorted((*self.points, point), key=lambda p: (order.index(p.recipe), -p.budget))
         return replace(self, points=tuple(points))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything as plain data, with each point's share, the front and the advice."""
+        front, advised = self.front, self.advised
+        points = [
+            {
+                **plain(point),
+                "share": None if point.cost is None else self.share(point.cost),
+                "lost": None if point.accuracy is None else self.accuracy - point.accuracy,
+                "on_front": point in front,
+                "advised": point == advised,
+            }
+            for point in self.points
+        ]
+        return {**plain(self), "points": points, "advice": self.advice()}
 
 
 def _cost(point: Point) -> Cost:
@@ -100,40 +113,24 @@ def _cost(point: Point) -> Cost:
     return point.cost
 
 
-def to_json(sweep: Tradeoff) -> dict[str, Any]:
-    """Everything, with what follows from it: each point's share, the front and the advice."""
-    front, advised = sweep.front, sweep.advised
-    points = [
-        {
-            **plain(point),
-            "share": None if point.cost is None else sweep.share(point.cost),
-            "lost": None if point.accuracy is None else sweep.accuracy - point.accuracy,
-            "on_front": point in front,
-            "advised": point == advised,
-        }
-        for point in sweep.points
-    ]
-    return whole(sweep, points=points, advice=sweep.advice())
-
-
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
-    """What `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
+    """Read what `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
     from pydantic import TypeAdapter
 
     names = ("model", "measure", "before", "accuracy", "images", "data", "tolerance", "setting", "notes")
     point_names = ("recipe", "budget", "cost", "accuracy", "swapped", "seconds", "failed")
     points = [{name: point[name] for name in point_names} for point in value["points"]]
     found = TypeAdapter(Tradeoff).validate_python({**{name: value[name] for name in names}, "points": points})
-    costs = [found.before, *(point.cost for point in found.points if point.cost is not None)]
-    numbers = [found.accuracy, found.tolerance, *(point.budget for point in found.points)]
-    numbers += [point.accuracy for point in found.points if point.accuracy is not None]
-    numbers += [point.seconds for point in found.points]
-    whole_numbers = [number for cost in costs for number in (cost.macs, cost.params)] + [found.images]
-    sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in whole_numbers)
+    numbers = [found.accuracy, found.tolerance]
+    counts = [found.images, found.before.macs, found.before.params]
+    for point in found.points:
+        if (point.cost is None or point.accuracy is None) != (point.failed is not None):
+            raise ValueError("one of its points is neither measured nor failed")
+        numbers += [point.budget, point.seconds, point.accuracy or 0.0]
+        counts += [] if point.cost is None else [point.cost.macs, point.cost.params]
+    sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in counts)
     if found.measure not in ("macs", "params") or not sound:
         raise ValueError("its measure or one of its numbers cannot be")
-    if any((point.cost is None or point.accuracy is None) != (point.failed is not None) for point in found.points):
-        raise ValueError("one of its points is neither measured nor failed")
     if not isinstance(found.setting.get("recipes", {}), Mapping):
         raise ValueError("its setting has no recipes")
     return found

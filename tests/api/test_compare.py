@@ -212,7 +212,7 @@ def test_mcnemar_of_very_many() -> None:
     ("models", "options", "error", "said"),
     [
         ([DIGITS], {}, AsymswapError, r"compare takes two models or more, not 1"),
-        ([DIGITS, DIGITS], {"images": 0}, AsymswapError, r"--images 0 leaves nothing to compare on"),
+        ([DIGITS, DIGITS], {"images": 0}, AsymswapError, r"`images=0` leaves nothing to compare on"),
         ([DIGITS, "no-such.pt"], {}, SourceError, r"no-such\.pt"),
         ([DIGITS, "digits-resnte"], {}, SourceError, r"did you mean digits-resnet"),
         ([DIGITS, DIGITS], {"data": "digit"}, SourceError, r"did you mean digits"),
@@ -232,11 +232,11 @@ def test_options_that_suit_none_of_several_models() -> None:
 
 def made() -> Comparison:
     first = ComparedRow(
-        "a|b", "x", "y", "3x8x8", Cost(1000, 200), 800, 900, Seconds(0.002, 0.003, 0.1), accuracy=Accuracy(0.9)
+        "a|b", "x", "y", "3x8x8", Cost(1000, 200), (), 800, 900, Seconds(0.002, 0.003, 0.1), accuracy=Accuracy(0.9)
     )
     second = ComparedRow(
-        "b.pt", "x", "y", "3x8x8", Cost(500, 50), 200, None, Seconds(0.001, 0.0015, 0.1), Ratio(0.52, 0.5, 0.53),
-        OutputGap(0.05, 1.0, 0.97), Accuracy(0.88, 3, 23, 0.0001), ("a note",),
+        "b.pt", "x", "y", "3x8x8", Cost(500, 50), ("a note",), 200, None, Seconds(0.001, 0.0015, 0.1),
+        Ratio(0.52, 0.5, 0.53), OutputGap(0.05, 1.0, 0.97), Accuracy(0.88, 3, 23, 0.0001),
     )  # fmt: skip
     timing = TimingRow("channels-last", 1, 2, "Some Processor", 20)
     return Comparison("0.1.0", (first, second), "100 images of photos", "photos: 100 images", None, timing)

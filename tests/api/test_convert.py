@@ -537,7 +537,7 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
     }[way]
     said = r"more cannot be swapped: the model's code treats it unlike .* \(AttributeError: .*'out_channels'\); keep it"
     if way == "in time":
-        said = r"the converted model does not run \(.*'out_channels'\): its code asks a layer that was replaced"
+        said = r"the converted model does not run \(.*'out_channels'\): its code uses more of a replaced layer"
     prepare = asymswap.PreprocessingOptions(normalize="none")
     opened = asymswap.open_model(Asking(traceable), input_size=(3, 16, 16), preprocessing=prepare)
     with pytest.raises(AsymswapError, match=said):
@@ -563,7 +563,7 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
         ),
         (
             lambda: asymswap.convert("digits-resnet", "half-macs", calibration="digits"),
-            r"calibration= takes asymswap.Calibration\(DATA\), not 'digits'",
+            r"`calibration=` takes asymswap.Calibration\(DATA\), not 'digits'",
         ),
         (lambda: asymswap.load("x.pt", model=nn.Conv2d), r"model= takes a module, such as Net\(\), not <class"),
         (lambda: asymswap.Timing(rounds=0), "batches of 1 in 0 rounds measure nothing"),

@@ -14,7 +14,8 @@ from asymswap.api import session as session_module
 from asymswap.api.sweep import BUDGETS
 from asymswap.cli.commands import command
 from asymswap.cli.sweep import parse_fractions
-from asymswap.results.sweep import Tradeoff, from_json, to_json
+from asymswap.results.records import to_json
+from asymswap.results.sweep import Tradeoff, from_json
 
 CALIBRATION = asymswap.Calibration("digits", images=64)
 
@@ -75,11 +76,11 @@ def test_a_sweep_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_sweep_of_another_setting_is_not_gone_on_with() -> None:
     found = run([0.6])
-    with pytest.raises(asymswap.AsymswapError, match=r"is of another setting \(calibration\); start anew"):
+    with pytest.raises(asymswap.AsymswapError, match=r"has other settings \(calibration\); `force=True`"):
         run([0.5], known=found, calibration=CALIBRATION)
-    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(measure\)"):
+    with pytest.raises(asymswap.AsymswapError, match=r"other settings \(measure\)"):
         run([0.5], known=found, measure="params")
-    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(input\)"):
+    with pytest.raises(asymswap.AsymswapError, match=r"other settings \(input\)"):
         run([0.5], asymswap.open_model("digits-resnet", input_size=(1, 16, 16)), known=found)
 
 
@@ -91,7 +92,7 @@ def test_images_that_have_changed_are_another_setting(tmp_path: Path) -> None:
     again = json.loads(json.dumps(to_json(found)))
     assert from_json(again).setting == found.setting
     (tmp_path / "0/b.png").unlink()
-    with pytest.raises(asymswap.AsymswapError, match=r"another setting \(images\)"):
+    with pytest.raises(asymswap.AsymswapError, match=r"other settings \(images\)"):
         asymswap.sweep("digits-resnet", ["half-macs"], str(tmp_path), budgets=[0.5], known=found)
 
 

@@ -260,11 +260,11 @@ USAGE = {
     "argument": ((*CONVERT, "--weights", "none", "--arg", "classes=3"), r"does not take 'classes'; it takes"),
     "value": ((*CONVERT, "--weights", "none", "--arg", "num_classes=-1"), r"does not take \{'num_classes': -1\}: "),
     "too long": (("candidates", "x" * 300), r"no model 'x+', and no such file"),
-    "offsets and report": (("show", "m.pt", "--offsets", "--report", "r.md"), "--report tells of the conversion, "),
-    "draw and plan": (("show", "m.pt", "--draw", "o.svg", "--plan"), "--plan tells of the conversion, --off"),
-    "data and report": (("show", "m.pt", "--data", "digits", "--report", "r.md"), "--report tells of"),
-    "report exists": ((*CONVERT, "--report", __file__), r"exists already; give another name with --report, or --force"),
-    "plan exists": ((*CONVERT, "--write-plan", __file__), r"already; give another name with --write-plan, or --force"),
+    "offsets and report": (("show", "m.pt", "--offsets", "--report", "r.md"), "--report is about the conversion, "),
+    "draw and plan": (("show", "m.pt", "--draw", "o.svg", "--plan"), "--plan is about the conversion, --off"),
+    "data and report": (("show", "m.pt", "--data", "digits", "--report", "r.md"), "--report is about"),
+    "report exists": ((*CONVERT, "--report", __file__), r"exists already; give another name"),
+    "plan exists": ((*CONVERT, "--write-plan", __file__), r"exists already; give another name"),
     "plot of no form": (("candidates", "digits-resnet", "--plot", __file__), r"the file must end in \.svg or \.png"),
     "long output": ((*CONVERT, "-o", "x" * 300 + ".pt"), r"cannot be the name of a file: File name too long"),
 }  # fmt: skip
@@ -438,5 +438,5 @@ def test_lists_in_lists_in_lists(refusal: Callable[..., str], depth: int) -> Non
     Path("deep.json").write_text("[" * depth)
     assert "maximum recursion depth exceeded" in refusal(*CONVERT[:2], "--recipe", "deep.toml")
     said = refusal("sweep", "digits-resnet", "--recipe", "half-macs", "--evaluate", "digits", "-o", "deep.json")
-    assert said.startswith("deep.json is no sweep to go on with")
+    assert said.startswith("deep.json is no sweep to resume")
     assert "rank" in refusal(*CONVERT, "--set", "rank=" + "[" * depth)

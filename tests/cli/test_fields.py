@@ -21,7 +21,7 @@ Settings = dataclasses.make_dataclass(
     "Settings",
     [
         ("rank", int, option(3, "The rank.", "Panel")),
-        ("cut", float | None, option(None, "Where to cut.", "Panel", name="--cut-at")),
+        ("cut", float | None, option(None, "Where to cut.", "Panel")),
         ("names", tuple[str, ...] | None, option(None, "Names.", None, text=True)),
         ("strict", bool, option(False, "Be strict.", None)),
         ("order", bool, option(True, "Keep the order.", None)),
@@ -33,7 +33,7 @@ Settings = dataclasses.make_dataclass(
 def run(*arguments: str, given_only: bool = False) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
-    @takes_fields("settings", Settings, given_only)
+    @takes_fields("settings", Settings, given_only, names={"cut": "--cut-at"})
     def command(first: str, settings: Any = None, strict: Any = None, last: int = 0) -> None:
         seen.update(first=first, last=last, settings=settings)
 

@@ -56,7 +56,8 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_existing_output(name: str, refusal: Refusal) -> None:
     Path(name).write_text("mine")
     said = refusal(*CONVERT, "-o", name)
-    assert said == f"{name} exists already; give another name with -o, or --force to replace it"
+    assert said.startswith(f"{name} exists already; give another name")
+    assert "--force" in said
 
 
 @pytest.mark.parametrize("option", ["-o", "--report", "--write-plan"])
@@ -106,7 +107,7 @@ def test_folder_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest.
     Path("locked").mkdir()
     # Root may write everywhere, so the permission is taken from the question, not from the folder.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert refusal(*CONVERT, "-o", "locked/x.pt") == "the folder locked cannot be written to; give another with -o"
+    assert refusal(*CONVERT, "-o", "locked/x.pt").startswith("the folder locked cannot be written to")
 
 
 def test_folder_that_refuses_in_the_end(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:

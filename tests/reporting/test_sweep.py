@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymswap.reporting.sweep import draw, fine_print, to_html, to_markdown
-from asymswap.results.sweep import Point, Tradeoff, from_json, to_json
+from asymswap.results.records import to_json
+from asymswap.results.sweep import Point, Tradeoff, from_json
 from asymswap.types import Cost
 
 BEFORE = Cost(1000, 500)
