@@ -165,7 +165,6 @@ def test_results_and_types_know_nothing_else() -> None:
     assert {part for path in FILES if part_of(path) in ("results", "types") for part in parts_imported(path)} <= known
 
 
-@pytest.mark.xfail(strict=False, reason="the rooms are converted one by one")
 def test_only_the_command_line_names_its_options() -> None:
     """The library names Python's arguments, which the command line replaces by its own options."""
     option = re.compile(r"(?<![\w-])--[a-z][a-z-]+")

@@ -26,7 +26,7 @@ _DRAFT = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.part", re.DOTALL)
 _LOCK = "lock"
 
 
-def check_output(path: Path, force: bool, option: str = "") -> None:  # noqa: ARG001  # callers still give `option`
+def check_output(path: Path, force: bool) -> None:
     """Raise OutputError where a file cannot be written, before any work is done for it."""
     folder = path.parent
     try:
