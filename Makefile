@@ -62,13 +62,13 @@ release-check: $(READY)
 test-minimal:
 	mkdir -p build && $(PYTHON) .ci/lower_bounds.py > build/lower_bounds.txt
 	$(PYTHON) -m venv build/minimal
-	build/minimal/bin/python -m pip install --quiet --constraint build/lower_bounds.txt --editable '.[demo,dev,tensorboard]'
+	build/minimal/bin/python -m pip install --quiet --constraint build/lower_bounds.txt --editable '.[dev,tensorboard]'
 	build/minimal/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive" \
 		-W ignore::DeprecationWarning -W ignore::FutureWarning
 
 test-newest:
 	$(PYTHON) -m venv build/newest
-	build/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,dev,tensorboard]'
+	build/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,tensorboard]'
 	build/newest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
 
 lint: $(READY)
@@ -85,5 +85,5 @@ clean:
 
 $(READY): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev,docs]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	touch $@

@@ -1,7 +1,7 @@
 """Print the lower bounds of pyproject.toml as constraints for pip: `torch>=2.9` becomes `torch==2.9`.
 
 python .ci/lower_bounds.py > build/lower_bounds.txt
-pip install --constraint build/lower_bounds.txt --editable '.[demo,dev]'
+pip install --constraint build/lower_bounds.txt --editable '.[dev]'
 """
 
 from __future__ import annotations

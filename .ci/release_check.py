@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HELPERS = ROOT / "tests" / "helpers"
-EXTRAS = "demo,onnx,plot"
+EXTRAS = "onnx,plot"
 _IS_INSTALLED = "import asymswap; assert asymswap.__file__.startswith({!r})"
 
 

@@ -340,22 +340,6 @@ def test_damaged_cached_weights(
     assert re.search(rf"cannot load {cached} into resnet18: .*; delete that file if it is damaged", said)
 
 
-class Hidden:
-    """A finder of modules before which scikit-learn is not installed."""
-
-    def find_spec(self, name: str, *_: object) -> None:
-        if name == "sklearn":
-            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-
-
-def test_digits_without_scikit_learn(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
-    said = refusal(*CONVERT, "--evaluate", "digits")
-    assert said == "data 'digits' needs scikit-learn: pip install 'asymswap[demo]'"
-
-
 def swapped(**changes: object) -> dict[str, object]:
     return {"site": "layer1.0.conv1", "kind": "separable", "settings": {"rank": 4}, **changes}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from asymswap.data.datasets import LabelledImages, image_transform, open_data
 from asymswap.errors import SourceError
@@ -59,17 +59,16 @@ def test_digits_are_resized_repeated_and_normalised() -> None:
     assert resized[1].mean().item() == pytest.approx(image.mean().item(), abs=0.02)
 
 
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Missing:
-        def find_spec(self, name: str, *rest: Any) -> None:
-            if name == "sklearn":
-                raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-
-    for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    with pytest.raises(SourceError, match=r"needs scikit-learn: pip install 'asymswap\[demo\]'"):
-        open_data("digits", GREY, "test")
+def test_digits_are_those_of_scikit_learn_split_by_class() -> None:
+    theirs = load_digits()
+    labels = theirs.target.tolist()
+    train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    for part, chosen in (("train", train), ("test", test)):
+        data = open_data("digits", GREY, part)
+        assert data.pictures is not None
+        assert data.pictures.labels == [labels[i] for i in chosen]
+        found = torch.stack([data.pictures.picture(number) for number in range(len(chosen))])
+        assert torch.equal(found, torch.from_numpy(theirs.images[chosen]).float()[:, None] / 16)
 
 
 def test_folder_classes_are_sorted_and_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
