@@ -150,9 +150,11 @@ def check_scores(output: object, data: LabelledImages, exact: bool = False) -> T
         raise SourceError(f"the model returns a tensor of shape {shape}, not images x class scores; give a classifier")
     scores, classes = output.shape[1], len(data.classes)
     if scores < classes or (exact and scores > classes):
+        advice = (
+            "with the model's classes" if scores < classes else "of all of the model's classes, or a model for these"
+        )
         raise SourceError(
-            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data "
-            f"{'of all of' if exact else 'with'} the model's classes"
+            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data {advice}"
         )
     return output
 
