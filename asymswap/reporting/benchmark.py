@@ -19,8 +19,8 @@ _BUSY = 0.2
 _SPREAD = 0.1
 # How to use the faster memory format.
 _HOW = {
-    "channels-last": 'model.to(memory_format=torch.channels_last), and `memory_format="channels-last"`',
-    "contiguous": 'PyTorch\'s default, and `memory_format="contiguous"`',
+    "channels-last": "model.to(memory_format=torch.channels_last)",
+    "contiguous": "PyTorch's default",
 }
 
 
