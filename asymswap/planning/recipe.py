@@ -349,9 +349,10 @@ class Recipe(About):
                 sizes = " or ".join(replacements.load(rule.kind).SIZES)
                 raise ValueError(f"rule {number} says no size: give {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
-            sized = any(replacements.load(rule.kind).SIZES for rule in self.rules if rule.swap is not None)
-            why = "every rule gives its own size" if sized else "no rule's kind has sizes"
-            raise ValueError(f"the [budget] has nothing to choose: {why}; remove one of the two")
+            why = "no rule's kind has sizes; leave the budget out"
+            if any(replacements.load(rule.kind).SIZES for rule in self.rules if rule.swap is not None):
+                why = "every rule gives its own size; remove one of the two"
+            raise ValueError(f"the [budget] has nothing to choose: {why}")
         return self
 
 
