@@ -95,7 +95,7 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            check_choice(f"the setting {name}", getattr(self, name), choices)
+            check_choice(f"`{name}=…`", getattr(self, name), choices)
         for name in _ABOVE_ZERO + _NOT_BELOW_ZERO + _FRACTIONS:
             value = getattr(self, name)
             if value is None:

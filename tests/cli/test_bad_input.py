@@ -176,7 +176,7 @@ def test_no_conv(reader: str, refusal: Refusal) -> None:
     save_zip(nn.Sequential(nn.Linear(3, 3)))
     expected = {
         "show": "is not an asymswap checkpoint; `asymswap convert` writes them",
-        "weights": "holds a whole module; give it as MODEL instead of with --weights",
+        "weights": "holds a whole module; give it as the model instead of as --weights",
     }
     said = refusal(*READERS[reader])
     assert said.endswith(expected.get(reader, "has no Conv2d, so there is nothing to swap"))

@@ -146,7 +146,7 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
         (("--calibrate", "digits", "--calibration-memory", "0"), "--calibration-memory 0 is no amount of memory"),
         (
             ("--calibration-cache", "none.safetensors"),
-            "no calibration cache none.safetensors; --calibrate DATA gathers",
+            "no calibration cache none.safetensors; --calibrate gathers",
         ),
         (("--calibration-cache", "text"), "cannot read the calibration cache text"),
         (("--polish", "5"), "--polish 5 is of calibration, which needs images: give --calibrate"),

@@ -99,8 +99,8 @@ def test_every_group_follows_the_schedule(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"optimizer": "adamv"}, "the setting optimizer 'adamv' is unknown; did you mean adamw"),
-        ({"precision": "int4"}, "the setting precision 'int4' is unknown; choose fp32, bf16, fp16"),
+        ({"optimizer": "adamv"}, "`optimizer=…` 'adamv' is unknown; did you mean adamw"),
+        ({"precision": "int4"}, "`precision=…` 'int4' is unknown; choose fp32, bf16, fp16"),
         ({"epochs": 0}, "`epochs=0` must be above 0"),
         ({"lr": float("nan")}, "`lr=nan` must be above 0"),
         ({"weight_decay": -1.0}, "`weight_decay=-1` must be at least 0"),
