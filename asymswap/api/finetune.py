@@ -14,10 +14,10 @@ from torch import nn
 
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
-from asymswap.data.augmentation import presets_for
+from asymswap.data.batches import presets_for
+from asymswap.data.datasets import Parts, open_parts
 from asymswap.data.normalization import settle
 from asymswap.data.predict import check_class_count, check_class_names, known_classes
-from asymswap.data.splits import Parts, open_parts
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
 from asymswap.models.converted import save_checkpoint, versions

@@ -25,9 +25,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import FileKind, sha256, sniff
-from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.pickle_objects import Builder
 from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, described_tensor
 from asymswap.fileformats.state_dict import State

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch._utils import _rebuild_qtensor, set_tensor_metadata
 from torch.storage import TypedStorage
 
-from asymswap.errors import SourceError
-from asymswap.fileformats.messages import reason_of
+from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.pickle_arrays import ARRAY_CALLS, NoArrayError, array_of
 from asymswap.fileformats.pickle_reader import (
     NAMES_READ,

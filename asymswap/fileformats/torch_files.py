@@ -29,9 +29,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, listed, reason_of
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.messages import listed, reason_of
 from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, is_allowed_module, named_in
 from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef, read_old
 from asymswap.utils.tensors import allocated, copy_with

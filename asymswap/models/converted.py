@@ -10,9 +10,8 @@ from torch import nn
 
 import asymswap
 from asymswap.checkpoint import Header, Stored, write_checkpoint
-from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError
+from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError, reason_of
 from asymswap.fileformats import extra_state
-from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, compare, load_state_
 from asymswap.graph.surgery import swap
 from asymswap.models import builders

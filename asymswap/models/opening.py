@@ -12,9 +12,8 @@ import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import nn
 
 from asymswap.checkpoint import Header, Stored, stored_in
-from asymswap.errors import AsymswapError, CheckpointError, SourceError
+from asymswap.errors import AsymswapError, CheckpointError, SourceError, reason_of
 from asymswap.fileformats.detect import resolve, sha256
-from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.model_file import files_of, read_raw
 from asymswap.models.builders import canonical
 from asymswap.models.converted import HOW_TO_BUILD, restore

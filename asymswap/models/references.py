@@ -20,18 +20,17 @@ from typing import Any
 
 from torch import nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, listed
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import exists, resolve
-from asymswap.fileformats.messages import listed
 from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
 from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, from_structure, refusal
 from asymswap.models import builders, timm_models, torchvision_models
+from asymswap.models.builders import YOUR_OWN, identify, nearest, views
 from asymswap.models.factories import Given, UserCode, describe_module, names_code, names_python_file
 from asymswap.models.family import Family
-from asymswap.models.identify import YOUR_OWN, identify, nearest, views
 from asymswap.models.opened import OpenedModel
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Progress, silent

@@ -24,8 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from asymswap.errors import SourceError, near_names
-from asymswap.fileformats.messages import reason_of
+from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
 from asymswap.models import family
 from asymswap.models.family import Arguments, Family, Fit

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.models import builders, references, torchvision_models
-from asymswap.models.builders import family_of, known_references
+from asymswap.models.builders import family_of, identify, known_references
 from asymswap.models.fingerprints import from_line, matches, shapes_of, table
-from asymswap.models.identify import identify
 from asymswap.models.opening import open_model
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent
