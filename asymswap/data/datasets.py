@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
-from asymswap.errors import SourceError, near_names
+from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import generator_for
 
@@ -207,8 +207,8 @@ def _open_collection(
     except (urllib.error.URLError, HTTPException) as error:
         raise SourceError(f"data {name} cannot be downloaded ({getattr(error, 'reason', error)})") from None
     except (RuntimeError, OSError, ValueError, EOFError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise SourceError(f"data {name}:{folder} cannot be read ({reason}); `download=True` fetches it again") from None
+        what = f"data {name}:{folder} cannot be read ({reason_of(error)})"
+        raise SourceError(f"{what}; `download=True` fetches it again") from None
     labels, classes = [int(label) for label in found.targets], tuple(found.classes)
     pictures = Pictures(labels, partial(_from_collection, found.data, PIL_MODES[preprocessing.channels]))
     description = f"{name} in {folder}: {len(labels)} {part} images of {len(classes)} classes"
@@ -337,28 +337,26 @@ def open_parts(
         except ValueError:
             other = open_data(text, preprocessing, "test")
         else:
-            return _hold_back(train, fraction, seed)
+            if not 0 <= fraction < 1:
+                raise SourceError(
+                    f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
+                )
+            if fraction == 0:
+                return Parts(train, None)
+            kept, held = split(train.pictures.labels, fraction, seed)
+            if not held:
+                raise SourceError(
+                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction "
+                    "in `validation=…`, or none"
+                )
+            about = f"of {train.description} (seed {seed})"
+            return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
     if other.classes != train.classes:
         raise SourceError(
             f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
             f"({', '.join(train.classes[:5])} …); give data of the same classes"
         )
     return Parts(train, other)
-
-
-def _hold_back(train: LabelledImages, fraction: float, seed: int) -> Parts:
-    if not 0 <= fraction < 1:
-        raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data")
-    if fraction == 0:
-        return Parts(train, None)
-    kept, held = split(train.pictures.labels, fraction, seed)
-    if not held:
-        raise SourceError(
-            f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction in "
-            "`validation=…`, or none"
-        )
-    about = f"of {train.description} (seed {seed})"
-    return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

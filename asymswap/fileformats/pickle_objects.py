@@ -90,7 +90,7 @@ _CALLS = frozenset(_PARAMETERS) | {
 """Calls that `Builder` makes something of; see `Builder._called`."""
 
 _COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
-_PARTS = {"_modules": nn.Module, "_parameters": Tensor, "_buffers": Tensor}
+_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 
 
 @functools.cache
@@ -419,14 +419,13 @@ class Builder:
         if not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
         state = {} if state is None else state
-        if type(state) is not dict:
-            raise Odd(f"fills a {owner} in another way")
-        if state.get("__overloads__") == {}:
+        if type(state) is dict and state.get("__overloads__") == {}:
             # torch.jit.script leaves it on every module that it has been given.
             del state["__overloads__"]
-        for key in state:
-            if not isinstance(key, str) or len(key) > _LONGEST_ATTRIBUTE or key.startswith("__"):
-                raise Odd(f"fills a {owner} in another way")
+        if type(state) is not dict or not all(
+            isinstance(key, str) and len(key) <= _LONGEST_ATTRIBUTE and not key.startswith("__") for key in state
+        ):
+            raise Odd(f"fills a {owner} in another way")
         found = self.visit(state, depth)
         is_module = issubclass(kind, nn.Module)
         if not found.whole and kind is not argparse.Namespace:
@@ -436,10 +435,9 @@ class Builder:
                 raise Odd(f"puts another {key} into a {owner}")
             if is_module:
                 self._check_attribute(owner, key, value)
-        if is_module:
-            for part in ("_parameters", "_buffers", "_modules"):
-                if not isinstance(state.get(part), dict):
-                    raise MalformedError(f"its {owner} lacks parts ({part})")
+        for part in _PARTS if is_module else ():
+            if not isinstance(state.get(part), dict):
+                raise MalformedError(f"its {owner} lacks parts ({part})")
         made: Any = object.__new__(kind)
         vars(made).update(state)
         if is_module:

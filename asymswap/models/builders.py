@@ -107,7 +107,7 @@ def shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
 
 def versions(origin: Origin) -> dict[str, str]:
     """Return the versions of further packages that are needed to build a network again."""
-    return {"timm": timm_models.version()} if TIMM.canonical(origin.reference) is not None else {}
+    return {"timm": str(timm_models.timm().__version__)} if TIMM.canonical(origin.reference) is not None else {}
 
 
 @dataclass(frozen=True)

@@ -56,17 +56,12 @@ def usual(channels: int) -> dict[str, Normalization]:
     return {name: Normalization(one.mean * channels, one.std * channels) for name, one in plain.items()}
 
 
-def normalization_of(preprocessing: Preprocessing) -> Normalization:
-    """Return how a network's preprocessing normalises."""
-    return Normalization(preprocessing.mean, preprocessing.std, preprocessing.bgr)
-
-
 def name_of(preprocessing: Preprocessing) -> str | None:
     """Return the usual name of a network's normalisation, if it has one."""
-    own = normalization_of(preprocessing)
+    own = (*preprocessing.mean, *preprocessing.std)
     for name, one in usual(preprocessing.channels).items():
-        pairs = zip((*one.mean, *one.std), (*own.mean, *own.std), strict=True)
-        if one.bgr == own.bgr and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
+        pairs = zip((*one.mean, *one.std), own, strict=True)
+        if one.bgr == preprocessing.bgr and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
             return name
     return None
 
