@@ -20,8 +20,7 @@ from asymswap.data.normalization import settle
 from asymswap.data.predict import check_class_count, check_class_names, known_classes
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
-from asymswap.models.converted import save_checkpoint, versions
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport

@@ -20,7 +20,7 @@ from asymswap.models import fingerprints, networks, timm_models, torchvision_mod
 from asymswap.models.family import Arguments, Family, from_weights, input_channels
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
-from asymswap.types import Origin, Preprocessing, Progress
+from asymswap.types import Preprocessing, Progress
 
 DIGITS = "digits-resnet"
 # A network and its moving average side by side, a teacher and a student: more than four are not looked at.
@@ -103,11 +103,6 @@ def near(reference: str) -> str:
 def shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Return the keys and shapes of a known network's state dict."""
     return frozenset(fingerprints.shapes_of(family_of(reference).on_meta(reference, {}).state_dict()).items())
-
-
-def versions(origin: Origin) -> dict[str, str]:
-    """Return the versions of further packages that are needed to build a network again."""
-    return {"timm": str(timm_models.timm().__version__)} if TIMM.canonical(origin.reference) is not None else {}
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from asymswap.errors import SourceError, listed
+from asymswap.checkpoint import Stored, stored_in
+from asymswap.errors import AsymswapError, SourceError, listed
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import exists, resolve
 from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
@@ -84,11 +85,7 @@ def open_reference(reference: str, request: Request) -> OpenedModel:
     family, full = found
     own_code = isinstance(family, UserCode)
     if weights not in (None, "none") and (own_code or _is_file(str(weights))):
-        path = resolve(Path(str(weights)))
-        with fail_if_modified(*files_of(path)):
-            raw = read_raw(path, request.trust_pickle)
-            opened = open_loaded(path, raw, replace(request, arch=full, weights=weights), silent)
-        return replace(opened, notes=(*about_trust(path, raw, request), *opened.notes))
+        return open_file(Path(str(weights)), replace(request, arch=full, weights=weights))
     if weights == "none" and not own_code:
         return family.describe(family.build(full, request.arguments), full, request.arguments, "random")
     return family.weights(full, weights, request.arguments)
@@ -118,13 +115,33 @@ def _like(name: str) -> str:
     return timm_models.exact_hint(name) or builders.near(name)
 
 
-def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
-    """Say, for the report, what trusting a pickle led to; nothing where it was not trusted."""
-    if not request.trust_pickle:
-        return ()
-    if raw.executed:
-        return (f"code in {path.name} was executed to read it (`trust_pickle=True`)",)
-    return (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
+def open_file(
+    path: Path,
+    request: Request,
+    progress: Progress = silent,
+    open_converted: Callable[[Path, Stored, Request], OpenedModel] | None = None,
+) -> OpenedModel:
+    """Read a file and return the model in it; `open_converted` is for asymswap checkpoints. Raises SourceError."""
+    path = resolve(path)
+    with fail_if_modified(*files_of(path)):
+        raw = read_raw(path, request.trust_pickle)
+        notes: tuple[str, ...] = ()
+        if raw.executed:
+            notes = (f"code in {path.name} was executed to read it (`trust_pickle=True`)",)
+        elif request.trust_pickle:
+            notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
+        try:
+            stored = stored_in(raw, str(path)) if open_converted else None
+            if stored and open_converted:
+                opened = open_converted(path, stored, request)
+            else:
+                opened = open_loaded(path, raw, request, progress)
+        except AsymswapError as error:
+            if not raw.executed:
+                raise
+            # Code ran, whatever the result.
+            raise SourceError(f"{error}; {notes[0]}") from error
+    return replace(opened, notes=notes + opened.notes)
 
 
 def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> Found:
