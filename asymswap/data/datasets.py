@@ -143,7 +143,18 @@ def open_data(
     given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
     SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
     """
-    _check(preprocessing)
+    if preprocessing.form != "images":
+        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
+        raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
+    channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
+    if channels not in PIL_MODES:
+        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a model that takes images")
+    if not channels == means == stds:
+        raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
+    known = [mode.value for mode in InterpolationMode]
+    if preprocessing.interpolation not in known:
+        hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
+        raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
     if reference == "digits":
         return _open_digits(preprocessing, part)
     name, colon, path = reference.partition(":")
@@ -165,21 +176,6 @@ def open_data(
         raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
     hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
     raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
-
-
-def _check(preprocessing: Preprocessing) -> None:
-    if preprocessing.form != "images":
-        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
-        raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
-    channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
-    if channels not in PIL_MODES:
-        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a model that takes images")
-    if not channels == means == stds:
-        raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
-    known = [mode.value for mode in InterpolationMode]
-    if preprocessing.interpolation not in known:
-        hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
-        raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
 
 
 def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:

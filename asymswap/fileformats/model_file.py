@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def read_torchscript(path: Path) -> State:
         root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
         if not isinstance(root, Record):
             raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
-        state = dict(_tensors_below(root, lambda record: record.state if isinstance(record.state, dict) else {}))
+        state = dict(_tensors_below(root, scripted=True))
     if not state:
         raise SourceError(
             f"{path} is a TorchScript archive without named weights, as torch.jit.freeze leaves it; "
@@ -195,7 +195,7 @@ def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) ->
 def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
     """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
     if _is_module(value):
-        return dict(_tensors_below(value, _module_attributes)), (value.name,)
+        return dict(_tensors_below(value, scripted=False)), (value.name,)
     if not isinstance(value, dict):
         return value, ()
     changed = {key: states_of_modules(part) if _is_module(part) else (part, ()) for key, part in value.items()}
@@ -209,26 +209,26 @@ def _is_module(value: Any) -> bool:
     return isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts)
 
 
-def _module_attributes(record: Record) -> dict[str, Any]:
-    """Return what the state dict of a module has: parameters, persistent buffers, children."""
-    if not _is_module(record):
-        return {}
-    state = record.state
-    passing = state.get("_non_persistent_buffers_set")
-    passing = passing if isinstance(passing, set) else set()
-    kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
-    return {**state["_parameters"], **kept, **state["_modules"]}
+def _tensors_below(root: Record, scripted: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under its dotted name, in order; raise MalformedError for a module inside of itself.
 
-
-def _tensors_below(root: Record, attributes: Callable[[Record], dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its dotted name, in order; raise MalformedError for a module inside of itself."""
+    Of a module that is not `scripted`, these are parameters, persistent buffers, and what is in its children.
+    """
     parts = 0
 
     def below(record: Record, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
         nonlocal parts
         if id(record) in above:
             raise MalformedError("a module contains itself")
-        for name, value in attributes(record).items():
+        state = record.state if isinstance(record.state, dict) else {}
+        if not scripted and _is_module(record):
+            passing = state.get("_non_persistent_buffers_set")
+            passing = passing if isinstance(passing, set) else set()
+            kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
+            state = {**state["_parameters"], **kept, **state["_modules"]}
+        elif not scripted:
+            state = {}
+        for name, value in state.items():
             # Each name is written out, with the whole prefix.
             parts += 1 + len(f"{prefix}{name}") // 256
             if parts > _MOST_PARTS or len(above) > 100:

@@ -390,7 +390,18 @@ class Builder:
         for part in state if isinstance(state, tuple) else (state,):
             if part is None:
                 continue
-            if not isinstance(part, dict) or not all(map(_is_free_attribute, part)):
+            # numpy and torch obey attributes with underscores around them.
+            if (
+                not isinstance(part, dict)
+                or not all(
+                    isinstance(key, str)
+                    and key.isidentifier()
+                    and not key.startswith("__")
+                    and not hasattr(Tensor, key)
+                    for key in part
+                )
+                or {"_is_param", "_is_buffer"} & part.keys()
+            ):
                 raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
             for key, value in self.visit(part, depth).value.items():
                 if not isinstance(value, Record | Global):
@@ -484,13 +495,6 @@ def _complete(module: nn.Module) -> None:
         weights = [module._parameters.get(name) for name in names]
         own["_flat_weights"] = weights
         own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
-
-
-def _is_free_attribute(key: Any) -> bool:
-    """Whether a tensor may have an attribute of this name: numpy and torch obey those with underscores around them."""
-    if not isinstance(key, str) or key.startswith("__") or key in ("_is_param", "_is_buffer"):
-        return False
-    return key.isidentifier() and not hasattr(Tensor, key)
 
 
 def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:

@@ -103,13 +103,6 @@ class Entries:
         """Return the bytes of an entry; raise MalformedError where it is missing."""
         return self._archive.read(self._info(name))
 
-    def pickle(self, name: str) -> bytes:
-        """Return the bytes of a pickle; raise Odd where they are more than any checkpoint has beside its tensors."""
-        length = self._info(name).file_size
-        if length > max(LARGEST_PICKLE, self.size):
-            raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
-        return self.read(name)
-
     def storage(self, name: str, needed: int) -> torch.UntypedStorage:
         """Return the bytes of an entry, of which `needed` are claimed, as memory for tensors."""
         info = self._info(name)
@@ -240,7 +233,10 @@ def read_archive(entries: Entries, label: str, folder: str, scripted: bool = Fal
     order = f"{folder}byteorder"
     if entries.length(order) is not None and entries.read(order) != b"little":
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
-    content = entries.pickle(f"{folder}data.pkl")
+    length = entries.length(f"{folder}data.pkl") or 0
+    if length > max(LARGEST_PICKLE, entries.size):
+        raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
+    content = entries.read(f"{folder}data.pkl")
     reader = Reader(len(content))
     root = reader.read(io.BytesIO(content))
 

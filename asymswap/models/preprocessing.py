@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from asymswap.errors import AsymswapError, near_names
@@ -108,33 +108,29 @@ class PreprocessingOptions:
     interpolation: str | None = None
 
     def __post_init__(self) -> None:
-        for mistake in self._mistakes():
-            raise AsymswapError(mistake)
-
-    def _mistakes(self) -> Iterator[str]:
         if self.normalize is not None:
             if self.normalize not in NAMES:
                 hint = near_names(self.normalize, NAMES) or f"; known are {', '.join(NAMES)}"
-                yield f'there is no `normalize="{self.normalize}"`{hint}'
+                raise AsymswapError(f'there is no `normalize="{self.normalize}"`{hint}')
             for name in ("mean", "std", "bgr"):
                 if getattr(self, name) is not None:
-                    yield f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`'
+                    raise AsymswapError(f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`')
         elif (self.mean is None) != (self.std is None):
             given, missing = ("mean", "std") if self.std is None else ("std", "mean")
-            yield f"`{given}=…` goes with `{missing}=…`: give both, or `normalize=…` with a usual name"
+            raise AsymswapError(f"`{given}=…` goes with `{missing}=…`: give both, or `normalize=…` with a usual name")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and not (len(values) and all(map(math.isfinite, values))):
-                yield f"`{name}={','.join(map(str, values))}` is no list of numbers, such as 0.5,0.5,0.5"
+                raise AsymswapError(f"`{name}={','.join(map(str, values))}` is no list of numbers, such as 0.5,0.5,0.5")
         if self.std is not None and min(self.std) <= 0:
-            yield f"`std={min(self.std):g}` must be above 0"
+            raise AsymswapError(f"`std={min(self.std):g}` must be above 0")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            yield f"`size={_by(self.size)}` is not height x width, such as 224x224"
+            raise AsymswapError(f"`size={_by(self.size)}` is not height x width, such as 224x224")
         if self.resize is not None and self.resize < 1:
-            yield f"`resize={self.resize}` is no length in pixels, such as 256"
+            raise AsymswapError(f"`resize={self.resize}` is no length in pixels, such as 256")
         if self.size is not None and self.resize is not None and self.resize < min(self.size):
             least = f"give `resize={max(self.size)}` or more"
-            yield f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)}); {least}"
+            raise AsymswapError(f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)}); {least}")
 
     def apply(self, known: Preprocessing) -> Preprocessing:
         """Return the known preprocessing with these settings; raise AsymswapError where they do not suit it."""
