@@ -28,7 +28,7 @@ _MOST_SIDE_BY_SIDE = 4
 # Where mmpretrain keeps the two parts of a classifier.
 _TWO_PARTS = ("backbone.", "head.")
 # Known networks of others that have the very keys and shapes of one here, and another function.
-_TWINS = {"torchvision:resnet50": ", as timm's resnetblur50 has"}
+TWINS = {"torchvision:resnet50": ", as timm's resnetblur50 has"}
 YOUR_OWN = 'a network of your own, or one with another head: `arch="net.py:build"` `trust_code=True`'
 
 
@@ -157,25 +157,11 @@ def _below(view: View) -> list[View]:
     return found
 
 
-@dataclass(frozen=True)
-class Identified:
-    """The known network that a state dict is of, and the state dict as that network has it."""
+def identify(state: State, label: str, progress: Progress) -> tuple[fingerprints.Fingerprint, View]:
+    """Return the one known architecture that a state dict fits, and the view of it that fits.
 
-    reference: str
-    arguments: Mapping[str, Any]
-    view: View
-
-    def notes(self) -> tuple[str, ...]:
-        """Say what was concluded and that it may be wrong, for the report."""
-        note = (
-            f"architecture taken from keys and shapes: {self.reference} (`arch=…` names another); a variant that "
-            f"computes differently can have the same{_TWINS.get(self.reference, '')}"
-        )
-        return (*self.view.notes(), note)
-
-
-def identify(state: State, label: str, progress: Progress) -> Identified:
-    """Return the one known architecture that a state dict fits; raise SourceError for none and for several."""
+    Raises SourceError for none and for several.
+    """
     for view in views(torchvision_models.with_current_keys(state)):
         fitting = fingerprints.matches(fingerprints.shapes_of(view.state)) if view.whole else []
         fewest = min((len(match.arguments) for match in fitting), default=0)
@@ -184,7 +170,7 @@ def identify(state: State, label: str, progress: Progress) -> Identified:
             names = ", ".join(match.reference.removeprefix("torchvision:") for match in found)
             raise SourceError(f"{label} holds a state_dict that fits {names}; choose with `arch=…`")
         if found:
-            return Identified(found[0].reference, found[0].arguments, view)
+            return found[0], view
     likeness, reference, view = nearest(state, progress)
     prefix = f" under {view.prefix!r}" if view.prefix else ""
     difference = compare(family_of(reference).on_meta(reference, {}), view.state)

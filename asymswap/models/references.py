@@ -29,11 +29,10 @@ from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, from_structure, refusal
 from asymswap.models import builders, timm_models, torchvision_models
-from asymswap.models.builders import YOUR_OWN, identify, nearest, views
+from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.factories import Given, UserCode, describe_module, names_code, names_python_file
 from asymswap.models.family import Family
 from asymswap.models.opened import OpenedModel
-from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Progress, silent
 from asymswap.utils.files import fail_if_modified
 
@@ -184,41 +183,36 @@ def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress) 
             arch = request.arch if isinstance(request.arch, str) else type(request.arch).__name__
             notes += (f'`arch="{arch}"` was not needed: {path.name} holds the whole module',)
     else:
-        arguments = request.arguments
-        published = torchvision_models.published(digest)
-        if request.arch is not None:
-            family, reference = find_architecture(request.arch, request.trust_code)
-        elif published is not None:
-            family, reference = builders.family_of(published.reference), published.reference
-        else:
-            identified = identify(found.value, str(path), progress)
-            family, reference = builders.family_of(identified.reference), identified.reference
-            found = replace(found, value=identified.view.state)
-            notes += identified.notes()
-            # What the builder takes is left to the user, where they have said it.
-            arguments = {**identified.arguments, **arguments}
-        if published is not None and published.reference == reference:
-            arguments = {**published.arguments, **arguments}
-        else:
-            published = None
-        opened = _fill(family, reference, arguments, found, str(path), published, request.trust_pickle, progress)
+        opened = _open_state(path, found, digest, request, progress)
     return replace(opened, notes=notes + opened.notes, file=path, sha256=digest, weights=f"file {path.name}")
 
 
-def _fill(
-    family: Family,
-    reference: str,
-    arguments: Mapping[str, Any],
-    found: Found,
-    label: str,
-    published: Published | None,
-    trust_pickle: bool,
-    progress: Progress,
-) -> OpenedModel:
-    """Load a state dict strictly into the network of a reference; class count and input channels follow the state."""
+def _open_state(path: Path, found: Found, digest: str, request: Request, progress: Progress) -> OpenedModel:
+    """Load a state dict strictly into its network; class count and input channels follow the state."""
     assert not isinstance(found.value, nn.Module)
+    state, arguments = found.value, request.arguments
+    notes: tuple[str, ...] = ()
+    published = torchvision_models.published(digest)
+    if request.arch is not None:
+        family, reference = find_architecture(request.arch, request.trust_code)
+    elif published is not None:
+        family, reference = builders.family_of(published.reference), published.reference
+    else:
+        match, view = identify(state, str(path), progress)
+        family, reference, state = builders.family_of(match.reference), match.reference, view.state
+        note = (
+            f"architecture taken from keys and shapes: {reference} (`arch=…` names another); a variant that "
+            f"computes differently can have the same{TWINS.get(reference, '')}"
+        )
+        notes = (*view.notes(), note)
+        # What the builder takes is left to the user, where they have said it.
+        arguments = {**match.arguments, **arguments}
+    if published is not None and published.reference == reference:
+        arguments = {**published.arguments, **arguments}
+    else:
+        published = None
     most, closest = -1, Difference((), (), ())
-    for view in views(found.value):
+    for view in views(state):
         fit = family.fit(reference, arguments, view.state)
         if not fit.difference:
             break
@@ -226,28 +220,28 @@ def _fill(
         if alike > most:
             most, closest = alike, fit.difference
     else:
-        likeness, best, _ = nearest(found.value, progress)
+        likeness, best, _ = nearest(state, progress)
         hint = f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
         if likeness == 0 or best == reference:
             hint = f"; give {YOUR_OWN}" if not isinstance(family, UserCode) else ""
-        raise SourceError(f"{label} does not fit {reference}: {closest}{hint}")
+        raise SourceError(f"{path} does not fit {reference}: {closest}{hint}")
     model = family.build_unset(reference, fit.arguments)
     # The user's own code may keep what it has built or read, and views of it.
-    private = not isinstance(family, UserCode) and not trust_pickle
+    private = not isinstance(family, UserCode) and not request.trust_pickle
     own, extra = extra_state.owners(model), {key.removeprefix(view.prefix): v for key, v in found.extra.items()}
     try:
         load_state_(model, fit.state, take=private)
         extra_state.load_(model, {key: value for key, value in extra.items() if key in own})
     except SourceError as error:
-        raise SourceError(f"{label} cannot be used: {error}") from None
-    notes = view.notes()
+        raise SourceError(f"{path} cannot be used: {error}") from None
+    notes += view.notes()
     if extra.keys() - own.keys():
         left_out = ", ".join(key for key in extra if key not in own)
         notes += (f"extra state that no module takes was left out: {left_out}",)
     if own.keys() - extra.keys():
         lacking = ", ".join(key for key in own if key not in extra)
         notes += (f"extra state that the file lacks stays as it was built: {lacking}",)
-    opened = family.describe(model, reference, fit.arguments, label)
+    opened = family.describe(model, reference, fit.arguments, str(path))
     if published is not None:
         opened = torchvision_models.as_published(opened, published)
     return replace(opened, notes=notes + opened.notes, private=private)
