@@ -89,7 +89,13 @@ def open_model(
         network = _unwrapped(model)
         opened = replace(describe_module(network, "as given"), reference=type(network).__name__)
     elif not isinstance(model, str | Path):
-        opened = _from_result(model, request)
+        # A conversion, a fusion or a fine-tuned model, which stays the caller's.
+        header = getattr(model, "header", None)
+        if not isinstance(header, Header):
+            raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
+        opened = _describe_converted(model.model, header, _build_named(header.origin, request), "as given")
+        named = read_history(header.provenance, "the conversion").report.model.reference
+        opened = replace(opened, reference=named or header.origin.reference)
     else:
         reference = str(model)
         if not is_file_reference(reference):
@@ -174,16 +180,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "take out what it holds beside layers and data, such as a lock or an open file"
         ) from None
     return model
-
-
-def _from_result(result: Converted, request: Request) -> OpenedModel:
-    """Describe a conversion, a fusion or a fine-tuned model, which stays the caller's."""
-    header = getattr(result, "header", None)
-    if not isinstance(header, Header):
-        raise SourceError(f"a {type(result).__name__} is no model; give a reference, a file or an nn.Module")
-    reference = read_history(header.provenance, "the conversion").report.model.reference or header.origin.reference
-    opened = _describe_converted(result.model, header, _build_named(header.origin, request), "as given")
-    return replace(opened, reference=reference)
 
 
 def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,7 +112,11 @@ def find_architecture(arch: str | nn.Module, trust_code: bool) -> tuple[Family, 
 
 def _like(name: str) -> str:
     """Name, for a message, timm's model of that very name, or known references that come close to it."""
-    return timm_models.exact_hint(name) or builders.near(name)
+    architecture = name.partition(".")[0]
+    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
+    if architecture and importlib.util.find_spec("timm") and timm_models.timm().is_model(architecture):
+        return f"; timm has one: {timm_models.PREFIX}{name}"
+    return builders.near(name)
 
 
 def open_file(

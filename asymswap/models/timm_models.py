@@ -8,7 +8,6 @@ hub or of torch.hub, or downloads them into it; it unpickles with torch's restri
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -152,15 +151,6 @@ def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if config.fixed_input_size:
             own["img_size"] = list(config.input_size[1:])
     return {**own, **arguments}
-
-
-def exact_hint(name: str) -> str:
-    """Say, for a message, that timm is installed and has a model of this very name; else return nothing."""
-    architecture = name.partition(".")[0]
-    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
-    if not architecture or importlib.util.find_spec("timm") is None or not timm().is_model(architecture):
-        return ""
-    return f"; timm has one: {PREFIX}{name}"
 
 
 def _name(reference: str) -> str:
