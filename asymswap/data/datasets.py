@@ -65,10 +65,6 @@ class Pictures:
         """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
         return cls(labels, partial(_from_memory, images, channels))
 
-    def some(self, chosen: Sequence[int]) -> Pictures:
-        """Return some of the pictures, in a given order."""
-        return Pictures([self.labels[index] for index in chosen], partial(_nth, self.picture, chosen), self.ready)
-
 
 def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
     return picture(chosen[index])
@@ -130,7 +126,9 @@ class LabelledImages:
 
     def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
         """Return some of these images, in a given order."""
-        return replace(self, pictures=self.pictures.some(chosen), description=description)
+        labels = [self.pictures.labels[index] for index in chosen]
+        pictures = replace(self.pictures, labels=labels, picture=partial(_nth, self.pictures.picture, chosen))
+        return replace(self, pictures=pictures, description=description)
 
 
 def open_data(

@@ -1,15 +1,9 @@
 """Modules of the user's own: given ones, and those that code builds which does not come with asymswap.
 
-This is the one place where such code is run.
-
-| reference | what runs |
-| --- | --- |
-| `package.module:callable` | the module is imported, the working directory counting, and the callable called |
-| `path/to/net.py:callable` | the file is run and the callable called, but only with `trust_code` |
-
-The form of a dotted name says that code is imported, as with `python -m`. A path looks like data: Python files come
-with downloaded weights, and nobody expects that naming one runs it. A reference in a file is never looked up here: only
-what the user names, now, is run.
+This is the one place where such code is run. `package.module:callable` is imported, as `python -m` does. A path looks
+like data: Python files come with downloaded weights, and nobody expects that naming one runs it, so the file of
+`path/to/net.py:callable` is run only with `trust_code`. A reference in a file is never looked up here: only what the
+user names, now, is run.
 """
 
 from __future__ import annotations
@@ -108,9 +102,6 @@ class UserCode(Family):
     def __init__(self, trust_code: bool) -> None:
         self._trust_code = trust_code
         self._built: nn.Module | None = None
-
-    def canonical(self, reference: str) -> str | None:
-        return reference if names_code(reference) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Run the code and return the model that it builds, or the module that it names.

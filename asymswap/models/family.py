@@ -44,9 +44,9 @@ class Family(ABC):
     private = True
     channels = "in_channels"
 
-    @abstractmethod
     def canonical(self, reference: str) -> str | None:
         """Return the full form of a reference to one of these networks, None for others."""
+        return None
 
     @abstractmethod
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:

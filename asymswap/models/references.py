@@ -1,15 +1,4 @@
-"""Model references: text that names a model, made into a module with weights.
-
-| reference | what |
-| --- | --- |
-| `resnet18`, `torchvision:resnet18`, `torchvision:resnet18@IMAGENET1K_V1` | a torchvision builder, and its weights |
-| `cifar:resnet20` | a network of CIFAR size from `asymswap.models.networks` |
-| `digits-resnet` | the trained network that ships with asymswap |
-| `timm:resnet50`, `timm:resnet50@a1_in1k` | a model of timm, where that is installed, and its weights |
-| `package.module:factory` | your own callable that returns a module; it is imported and called |
-| `path/to/net.py:Net` | the same in a Python file, which is run; see asymswap.models.factories |
-| a file | a state dict, a training checkpoint, a pickled module, an archive that holds weights, an index of shards |
-"""
+"""Model references: text that names a model, made into a module with weights; docs/guide/models.md lists the forms."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.client import HTTPException
+from logging.handlers import MemoryHandler
 from typing import Any
 
 from torch import nn
@@ -266,12 +267,8 @@ def _listening() -> Iterator[list[str]]:
     from huggingface_hub import utils
 
     remarks: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            remarks.append(" ".join(record.getMessage().split()).rstrip("."))
-
-    own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), Listener(logging.WARNING)
+    own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), MemoryHandler(1000)
+    listener.setLevel(logging.WARNING)
     before = own.propagate, hub.level
     own.addHandler(listener)
     own.propagate = False
@@ -286,6 +283,7 @@ def _listening() -> Iterator[list[str]]:
         if silenced:
             utils.enable_progress_bars()
         own.removeHandler(listener)
+        remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]
         own.propagate = before[0]
         hub.setLevel(before[1])
 
