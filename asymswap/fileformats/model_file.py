@@ -71,7 +71,8 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
     weight_map = _weight_map(index)
     state: State = {}
     executed = False
-    for path in _shards(index, weight_map):
+    for name in sorted(set(weight_map.values())):
+        path = index.parent / name
         if sniff(path) is FileKind.SHARDS:
             raise SourceError(f"{path} is an index of shards that an index names; give that one")
         raw = read_raw(path, trust_pickle)
@@ -79,7 +80,7 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
         if not isinstance(raw.value, Mapping):
             what = type(raw.value).__name__
             raise SourceError(f"{path} is no part of a state_dict, as {index} says; it holds a {what}")
-        for key in [key for key, name in weight_map.items() if name == path.name]:
+        for key in [key for key, file in weight_map.items() if file == name]:
             if not isinstance(raw.value.get(key), Tensor):
                 raise SourceError(f"{path} lacks {key!r}, which {index} says it holds; download both again")
             state[key] = raw.value[key]
@@ -89,7 +90,8 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
 def files_of(path: Path) -> list[Path]:
     """Return the file itself, and those that it names where it is an index of shards that can be read."""
     try:
-        return [path, *_shards(path, _weight_map(path))] if path.suffix == ".json" else [path]
+        names = set(_weight_map(path).values()) if path.suffix == ".json" else ()
+        return [path, *(path.parent / name for name in sorted(names))]
     except (SourceError, OSError):
         return [path]
 
@@ -101,6 +103,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Return the name of the file for each key; raise SourceError for one that leads elsewhere or to nothing."""
     if index.stat().st_size > _LARGEST_INDEX:
         raise SourceError(f"{index} is larger than any index of shards; give the checkpoint file itself")
     try:
@@ -111,20 +114,12 @@ def _weight_map(index: Path) -> dict[str, str]:
         ) from None
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f'{index} is damaged: its "weight_map" must name a file for every key')
-    return weight_map
-
-
-def _shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    """Return the files beside the index, each once; raise SourceError for a name that leads elsewhere or to nothing."""
-    found = []
     for name in sorted(set(weight_map.values())):
-        path = index.parent / name
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
             raise SourceError(f"{index} names the file {name!r}, which leads out of its folder; nothing of it was read")
-        if not os.path.isfile(path):  # noqa: PTH113 (no name, however long, makes it raise)
+        if not os.path.isfile(index.parent / name):  # noqa: PTH113 (no name, however long, makes it raise)
             raise SourceError(f"{index} names {name}, which is not in {index.parent}; download it too")
-        found.append(path)
-    return found
+    return weight_map
 
 
 def read_torchscript(path: Path) -> State:

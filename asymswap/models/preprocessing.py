@@ -69,19 +69,14 @@ def name_of(preprocessing: Preprocessing) -> str | None:
 def fed(preprocessing: Preprocessing, distances: Mapping[str, float] | None = None) -> Fed:
     """Describe for a report what the network gets; `distances` are the evidence of the batch norms."""
     bounds = [(pixel - m) / s for pixel in (0, 1) for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    same = ("size_from", "resize", "interpolation", "mean", "std", "bgr", "normalization_from")
     return Fed(
         input=preprocessing.describe(),
-        size_from=preprocessing.size_from,
-        resize=preprocessing.resize,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        bgr=preprocessing.bgr,
         low=min(bounds),
         high=max(bounds),
         normalization=name_of(preprocessing),
-        normalization_from=preprocessing.normalization_from,
         distances=distances or {},
+        **{name: getattr(preprocessing, name) for name in same},
     )
 
 
@@ -147,28 +142,24 @@ class PreprocessingOptions:
             result = replace(result, resize=self.resize)
         if self.interpolation is not None:
             result = replace(result, interpolation=self.interpolation)
-        if self.normalize is not None or self.mean is not None:
-            return with_normalization(result, self._normalization(known.channels), "given")
-        if self.bgr is not None:
-            raise AsymswapError(
-                "`bgr=True` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red"
-            )
-        return result
-
-    def _normalization(self, channels: int) -> Normalization:
+        channels, suitable = known.channels, usual(known.channels)
         if self.normalize is not None:
-            suitable = usual(channels)
             if self.normalize not in suitable:
                 what = f'`normalize="{self.normalize}"` is not for {channels} channels'
                 raise AsymswapError(f"{what}; give one of {', '.join(suitable)}")
-            return suitable[self.normalize]
-        mean, std = (tuple(getattr(self, name)) for name in ("mean", "std"))
-        for name, values in (("mean", mean), ("std", std)):
+            return with_normalization(result, suitable[self.normalize], "given")
+        if self.mean is None or self.std is None:
+            if self.bgr is not None:
+                raise AsymswapError(
+                    "`bgr=True` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red"
+                )
+            return result
+        for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 what = f"`{name}=…` has {len(values)} numbers for {channels} channels"
                 raise AsymswapError(f"{what}; give one, or one for each")
-        mean, std = (values * (channels // len(values)) for values in (mean, std))
-        return Normalization(mean, std, bool(self.bgr))
+        mean, std = (tuple(values) * (channels // len(values)) for values in (self.mean, self.std))
+        return with_normalization(result, Normalization(mean, std, bool(self.bgr)), "given")
 
 
 def _by(sizes: Sequence[int]) -> str:
