@@ -152,7 +152,15 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
     except PlanError as error:
         raise CheckpointError(str(error)) from None
-    skeleton = None if data.skeleton is None else _unpack(data.skeleton, label)
+    skeleton = None
+    if data.skeleton is not None:
+        unpacker = zlib.decompressobj()
+        try:
+            skeleton = unpacker.decompress(base64.b64decode(data.skeleton, validate=True), _LARGEST_SKELETON)
+        except (ValueError, zlib.error) as error:
+            raise CheckpointError(f"{label} has a damaged structure: {error}") from None
+        if unpacker.unconsumed_tail:
+            raise CheckpointError(f"{label} stores a structure of over {_LARGEST_SKELETON} bytes, which no model needs")
     tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     for alias, key in data.aliases.items():
         if key not in tensors:
@@ -249,14 +257,3 @@ def _is_printable(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_printable, value))
     return not isinstance(value, str) or CONTROL.search(value) is None
-
-
-def _unpack(text: str, label: str) -> bytes:
-    unpacker = zlib.decompressobj()
-    try:
-        data = unpacker.decompress(base64.b64decode(text, validate=True), _LARGEST_SKELETON)
-    except (ValueError, zlib.error) as error:
-        raise CheckpointError(f"{label} has a damaged structure: {error}") from None
-    if unpacker.unconsumed_tail:
-        raise CheckpointError(f"{label} stores a structure of over {_LARGEST_SKELETON} bytes, which no model needs")
-    return data

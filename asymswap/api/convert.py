@@ -35,9 +35,8 @@ from asymswap.data.predict import check_classifier, predict
 from asymswap.errors import AsymswapError, CheckpointError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
-from asymswap.models.converted import save_checkpoint, versions
 from asymswap.models.opened import sizes_assumed
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json

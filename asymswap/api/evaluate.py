@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from asymswap.data.datasets import LabelledImages, open_data
+from asymswap.data.datasets import LabelledImages, open_data, open_parts
 from asymswap.data.normalization import all_warnings, settle
 from asymswap.data.predict import (
     Predictions,
@@ -19,7 +19,6 @@ from asymswap.data.predict import (
     predict,
     published_classes,
 )
-from asymswap.data.splits import open_parts
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
 from asymswap.models.opening import Model, open_for_verb

@@ -14,14 +14,13 @@ from torch import nn
 
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
-from asymswap.data.augmentation import presets_for
+from asymswap.data.batches import presets_for
+from asymswap.data.datasets import Parts, open_parts
 from asymswap.data.normalization import settle
-from asymswap.data.predict import check_class_count, check_class_names, known_classes
-from asymswap.data.splits import Parts, open_parts
+from asymswap.data.predict import check_class_names, check_classifier, known_classes
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
-from asymswap.models.converted import save_checkpoint, versions
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
@@ -88,7 +87,7 @@ def finetune(
         team.first(lambda: len(images(download=True).train))
     parts = images(download=False)
     check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), parts.train)
-    classes = check_class_count(opened.model, parts.train)
+    classes = check_classifier(opened.model, parts.train, exact=True)
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
         ready = parts.train.pictures is not None and parts.train.pictures.ready

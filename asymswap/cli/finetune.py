@@ -51,7 +51,7 @@ def finetune(
         screen.training(common.quiet or common.json or not team.leads) as shown,
     ):
         import asymswap
-        from asymswap.data.augmentation import parse_presets
+        from asymswap.data.batches import parse_presets
         from asymswap.reporting.screens import training_view
         from asymswap.types import silent
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except SourceError as error:
         raise _UnfitError(f"cannot be read ({error})") from None
     except _UNREADABLE as error:
-        raise _UnfitError(f"cannot be read ({' '.join(str(error).split())[:160]})") from None
+        raise _UnfitError(f"cannot be read ({reason_of(error)})") from None
     if isinstance(value, Tensor):
         return {"images": value}
     if isinstance(value, list | tuple) and len(value) == 2:

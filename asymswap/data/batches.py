@@ -1,4 +1,4 @@
-"""The order of training images, their distribution over processes, and reading them.
+"""The order of training images, their distribution over processes, reading and augmenting them.
 
 An epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for: every image is seen
 once, and no step is left with a handful. A step is cut into its forward passes and processes in the same way.
@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.transforms import InterpolationMode, v2
 
-from asymswap.data.datasets import Pictures
-from asymswap.errors import AsymswapError, SourceError
+from asymswap.data.datasets import Pictures, geometry, to_input
+from asymswap.errors import AsymswapError, SourceError, near_names
+from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import drawn_from, generator_for
 
 Key = tuple[int, int]
 """An epoch and the number of an image."""
+
+PRESETS = ("none", "flip", "crop", "flip-crop", "randaugment")
+MIXES = ("mixup", "cutmix")
 
 _MOST_SKIPPED = 100
 """Unreadable images in a row from which on something else must be wrong."""
@@ -122,3 +127,57 @@ class Reader:
             if isinstance(batch, SourceError):
                 raise batch
             yield batch
+
+
+def parse_presets(text: str) -> tuple[str, ...]:
+    """Parse `flip-crop` or `randaugment,mixup`: at most one preset for pictures, and any for batches."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in PRESETS + MIXES:
+            hint = near_names(name, PRESETS + MIXES) or f"; known: {', '.join(PRESETS + MIXES)}"
+            raise SourceError(f"no augmentation {name!r}{hint}")
+    if sum(name in PRESETS for name in names) > 1:
+        raise SourceError(f"`augment={text}`: give one of {', '.join(PRESETS)}; mixup and cutmix may be added to it")
+    return names
+
+
+def presets_for(reference: str) -> tuple[str, ...]:
+    """Return the default for a data reference: digits are not mirrored, which would change what they are."""
+    drawn = reference == "digits" or reference.partition(":")[0] == "mnist"
+    return ("crop",) if drawn else ("flip-crop",)
+
+
+def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:
+    """Return the random transform from a picture to a network's input.
+
+    Small pictures are shifted, their borders reflected; large ones are cropped at random, as for ImageNet.
+    """
+    size, steps = list(preprocessing.size), geometry(preprocessing)
+    if {"crop", "flip-crop", "randaugment"} & set(presets):
+        if preprocessing.resize is not None:
+            steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode(preprocessing.interpolation))]
+        else:
+            # By up to an eighth of their sides, 4 of CIFAR's 32 pixels.
+            border = [max(1, side // 8) for side in reversed(size)]
+            steps.append(v2.RandomCrop(size, padding=border, padding_mode="reflect"))
+    if {"flip", "flip-crop", "randaugment"} & set(presets):
+        steps.append(v2.RandomHorizontalFlip())
+    if "randaugment" in presets:
+        steps.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR))
+    return v2.Compose([*steps, *to_input(preprocessing)])
+
+
+class Mixing:
+    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019); with both, one of them for each batch."""
+
+    def __init__(self, presets: Sequence[str], classes: int) -> None:
+        known = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
+        chosen = [known[name] for name in MIXES if name in presets]
+        self._mix = v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0] if chosen else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixed batch with its labels as shares of classes; unchanged where there is nothing to mix."""
+        if self._mix is None or len(images) < 2:
+            return images, labels
+        mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
+        return mixed

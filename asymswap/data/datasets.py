@@ -1,4 +1,4 @@
-"""Data references: text that names labelled images, and how it becomes a dataset of network inputs.
+"""Data references: text that names labelled images, and how it becomes datasets of network inputs.
 
 | reference | what |
 | --- | --- |
@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import urllib.error
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,8 +31,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
-from asymswap.errors import SourceError, near_names
+from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.types import Preprocessing
+from asymswap.utils.tensors import generator_for
 
 Part = Literal["train", "test", "val"]
 PIL_MODES = {1: "L", 3: "RGB"}
@@ -62,10 +64,6 @@ class Pictures:
     def in_memory(cls, images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
         """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
         return cls(labels, partial(_from_memory, images, channels))
-
-    def some(self, chosen: Sequence[int]) -> Pictures:
-        """Return some of the pictures, in a given order."""
-        return Pictures([self.labels[index] for index in chosen], partial(_nth, self.picture, chosen), self.ready)
 
 
 def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
@@ -128,7 +126,9 @@ class LabelledImages:
 
     def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
         """Return some of these images, in a given order."""
-        return replace(self, pictures=self.pictures.some(chosen), description=description)
+        labels = [self.pictures.labels[index] for index in chosen]
+        pictures = replace(self.pictures, labels=labels, picture=partial(_nth, self.pictures.picture, chosen))
+        return replace(self, pictures=pictures, description=description)
 
 
 def open_data(
@@ -141,7 +141,18 @@ def open_data(
     given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
     SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
     """
-    _check(preprocessing)
+    if preprocessing.form != "images":
+        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
+        raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
+    channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
+    if channels not in PIL_MODES:
+        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a model that takes images")
+    if not channels == means == stds:
+        raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
+    known = [mode.value for mode in InterpolationMode]
+    if preprocessing.interpolation not in known:
+        hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
+        raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
     if reference == "digits":
         return _open_digits(preprocessing, part)
     name, colon, path = reference.partition(":")
@@ -163,21 +174,6 @@ def open_data(
         raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
     hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
     raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
-
-
-def _check(preprocessing: Preprocessing) -> None:
-    if preprocessing.form != "images":
-        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
-        raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
-    channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
-    if channels not in PIL_MODES:
-        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a model that takes images")
-    if not channels == means == stds:
-        raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
-    known = [mode.value for mode in InterpolationMode]
-    if preprocessing.interpolation not in known:
-        hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
-        raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
 
 
 def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
@@ -205,8 +201,8 @@ def _open_collection(
     except (urllib.error.URLError, HTTPException) as error:
         raise SourceError(f"data {name} cannot be downloaded ({getattr(error, 'reason', error)})") from None
     except (RuntimeError, OSError, ValueError, EOFError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise SourceError(f"data {name}:{folder} cannot be read ({reason}); `download=True` fetches it again") from None
+        what = f"data {name}:{folder} cannot be read ({reason_of(error)})"
+        raise SourceError(f"{what}; `download=True` fetches it again") from None
     labels, classes = [int(label) for label in found.targets], tuple(found.classes)
     pictures = Pictures(labels, partial(_from_collection, found.data, PIL_MODES[preprocessing.channels]))
     description = f"{name} in {folder}: {len(labels)} {part} images of {len(classes)} classes"
@@ -297,3 +293,76 @@ def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
 
 def _reverse_channels(image: Tensor) -> Tensor:
     return image.flip(-3)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Images to train on, and others to validate on, if any."""
+
+    train: LabelledImages
+    validation: LabelledImages | None
+
+
+def open_parts(
+    reference: str, preprocessing: Preprocessing, validation: str | None, seed: int, *, download: bool = False
+) -> Parts:
+    """Open data for training.
+
+    `validation` is the fraction of each class's training images to hold back; `none`; `test` for the test part; or
+    another data reference. By default it is the folder `val` if there is one, else a tenth: the test part stays unseen.
+    Raises SourceError for data that cannot be trained on.
+    """
+    train = open_data(reference, preprocessing, "train", download=download)
+    counts = Counter(train.pictures.labels)
+    empty = [name for label, name in enumerate(train.classes) if not counts[label]]
+    if empty:
+        raise SourceError(
+            f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
+            "add some, or remove the class"
+        )
+    if validation is None and train.has_val:
+        other = open_data(reference, preprocessing, "val")
+    elif validation == "test":
+        other = open_data(reference, preprocessing, "test", download=download)
+    else:
+        text = "0.1" if validation is None else "0" if validation == "none" else validation
+        try:
+            fraction = float(text)
+        except ValueError:
+            other = open_data(text, preprocessing, "test")
+        else:
+            if not 0 <= fraction < 1:
+                raise SourceError(
+                    f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
+                )
+            if fraction == 0:
+                return Parts(train, None)
+            kept, held = split(train.pictures.labels, fraction, seed)
+            if not held:
+                raise SourceError(
+                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction "
+                    "in `validation=…`, or none"
+                )
+            about = f"of {train.description} (seed {seed})"
+            return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
+    if other.classes != train.classes:
+        raise SourceError(
+            f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
+            f"({', '.join(train.classes[:5])} …); give data of the same classes"
+        )
+    return Parts(train, other)
+
+
+def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the numbers of the images that stay and of those held back: `fraction` of each class, rounded.
+
+    The seed chooses them; both lists are in order. At least one of each class stays.
+    """
+    order = torch.randperm(len(labels), generator=generator_for(seed, "validation")).tolist()
+    left = {label: min(round(fraction * count), count - 1) for label, count in Counter(labels).items()}
+    held = set()
+    for index in order:
+        if left[labels[index]] > 0:
+            left[labels[index]] -= 1
+            held.add(index)
+    return [index for index in range(len(labels)) if index not in held], sorted(held)

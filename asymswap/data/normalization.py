@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from asymswap.data.datasets import LabelledImages, Part, Pictures, open_data
 from asymswap.data.predict import placement
-from asymswap.errors import SourceError, TraceError
+from asymswap.errors import SourceError, TraceError, reason_of
 from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Fed, Preprocessing, Size
@@ -140,7 +140,7 @@ def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tu
 
 def _sample(data: LabelledImages, known: Preprocessing, order: Sequence[int]) -> Tensor | None:
     """Return some readable images of the network's size with pixels from 0 to 1 (N x C x H x W)."""
-    plain = pre.with_normalization(known, _none(known.channels), known.normalization_from)
+    plain = pre.with_normalization(known, pre.usual(known.channels)["none"], known.normalization_from)
     # Some data is never cropped.
     data = replace(data, preprocessing=replace(plain, resize=data.preprocessing.resize and plain.resize))
     height, width = known.size
@@ -153,10 +153,6 @@ def _sample(data: LabelledImages, known: Preprocessing, order: Sequence[int]) ->
     return torch.stack(found) if found else None
 
 
-def _none(channels: int) -> pre.Normalization:
-    return pre.Normalization((0.0,) * channels, (1.0,) * channels)
-
-
 def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: str) -> _Answer:
     """Run the images through the network's first batch norms under every usual normalisation.
 
@@ -166,7 +162,9 @@ def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: s
         return _Answer({}, silence="no image can be read")
     norms = [module for module in model.modules() if _keeps_statistics(module)]
     own = pre.name_of(known) or _OWN
-    candidates = ({own: pre.normalization_of(known)} if own == _OWN else {}) | pre.usual(known.channels)
+    candidates = ({own: pre.Normalization(known.mean, known.std, known.bgr)} if own == _OWN else {}) | pre.usual(
+        known.channels
+    )
     try:
         _run(model, _normalized(images[:1], candidates[own]))
         if not norms:
@@ -181,9 +179,9 @@ def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: s
         seen = {name: _distances(model, norms, _normalized(images, how)) for name, how in candidates.items()}
     except Exception as error:
         # The network's own code may raise anything for an input that it does not take.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TraceError(
-            f"{label} does not run on images of {known.describe()}: {reason}; give another `input_size=…`"
+            f"{label} does not run on images of {known.describe()}: {reason_of(error, 200)}; give another "
+            "`input_size=…`"
         ) from error
     rows = list(zip(*seen.values(), strict=False))
     # A batch norm whose input does not depend on the image says nothing.
@@ -195,13 +193,9 @@ def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: s
     for name, how in candidates.items():
         inputs = _normalized(images, how).double()
         moments[name] = inputs.mean((0, 2, 3)), inputs.var((0, 2, 3), correction=0) + 1e-9
-    best = moments[_best(distances)]
+    best = moments[min(distances, key=distances.__getitem__)]
     alike = (name for name, theirs in moments.items() if float(hellinger(*best, *theirs).mean()) < _ALIKE)
     return _Answer(distances, frozenset(alike))
-
-
-def _best(distances: Mapping[str, float]) -> str:
-    return min(distances, key=lambda name: distances[name])
 
 
 def _run(model: nn.Module, images: Tensor) -> None:
@@ -280,8 +274,8 @@ def _decide(
     """
     distances, doubt = answer.distances, answer.silence
     if not doubt:
-        best = _best(distances)
-        nearest = _best({name: value for name, value in distances.items() if name not in answer.alike})
+        best = min(distances, key=distances.__getitem__)
+        nearest = min((name for name in distances if name not in answer.alike), key=distances.__getitem__)
         figures = f"{best} {distances[best]:.3f}, {nearest} {distances[nearest]:.3f}, 0 is best"
         if distances[best] > _FITS:
             doubt = f"the statistics in its batch norms fit none of the usual ones: {figures}"
@@ -293,7 +287,7 @@ def _decide(
             f"`normalize=…` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
         )
     if doubt:
-        return pre.with_normalization(known, _none(known.channels), "images"), (
+        return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (
             f"{label} is fed the tensors of {tensors} as they are: give `normalize=…` if the network takes others",
         )
     # The most usual first.
@@ -320,7 +314,7 @@ def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str,
             f"{fed_as}, which is usual in its family, but cannot be checked ({answer.silence}): give `normalize=…` to "
             "settle it",
         )
-    best = _best(distances)
+    best = min(distances, key=distances.__getitem__)
     beaten = distances[own] >= max(_PRECISELY * distances[best], distances[best] + _WRONG)
     if own in answer.alike or not beaten or distances[best] > _FITS:
         return ()

@@ -121,22 +121,17 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def check_classifier(model: nn.Module, data: LabelledImages, image: Tensor | None = None, exact: bool = False) -> int:
-    """Return the model's number of classes, found with `image` or the first image; raise what `predict` would raise.
+def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:
+    """Return the model's number of classes, found with the first image; raise what `predict` would raise.
 
-    With `exact`, a model with more classes than the data is an error too.
+    With `exact`, found without an image, and a model with more classes than the data is an error too.
     """
     _check_any(data)
     device, dtype = placement(model)
-    image = data.images[0][0] if image is None else image
+    known = data.preprocessing
+    image = torch.zeros(known.channels, *known.size) if exact else data.images[0][0]
     with eval_mode(model), torch.inference_mode():
         return check_scores(model(image[None].to(device, dtype)), data, exact).shape[1]
-
-
-def check_class_count(model: nn.Module, data: LabelledImages) -> int:
-    """Return the model's number of classes; raise SourceError if the data has another, or it is no classifier."""
-    known = data.preprocessing
-    return check_classifier(model, data, torch.zeros(known.channels, *known.size), exact=True)
 
 
 def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:

@@ -7,8 +7,7 @@ import zipfile
 from enum import Enum
 from pathlib import Path
 
-from asymswap.errors import SourceError
-from asymswap.fileformats.messages import listed
+from asymswap.errors import SourceError, listed
 
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f920")
 # What a pickle of protocol 0 or 1 begins with: a dict, a list or an OrderedDict.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, reason_of
 
 KEY = "_extra_state"
 _DEEPEST = 64
@@ -35,7 +35,9 @@ def read(model: nn.Module) -> dict[str, Any]:
         try:
             found[key] = module.get_extra_state()
         except Exception as error:
-            raise SourceError(f"{_named(key, module)} cannot be read ({_short(error)})") from error
+            raise SourceError(
+                f"{_named(key, module)} cannot be read ({reason_of(f'{type(error).__name__}: {error}')})"
+            ) from error
         if not _overrides(module, "set_extra_state"):
             raise SourceError(f"{_named(key, module)} has no set_extra_state that would restore it; define one")
         try:
@@ -55,7 +57,9 @@ def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
         try:
             known[key].set_extra_state(value)
         except Exception as error:
-            raise SourceError(f"{_named(key, known[key])} is not taken ({_short(error)})") from error
+            raise SourceError(
+                f"{_named(key, known[key])} is not taken ({reason_of(f'{type(error).__name__}: {error}')})"
+            ) from error
 
 
 class _RefusedError(Exception):
@@ -116,7 +120,7 @@ def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         data = json.loads(text)
         found = {str(key): value(item) for key, item in data.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"extra state: {_short(error)}") from error
+        raise ValueError(f"extra state: {reason_of(f'{type(error).__name__}: {error}')}") from error
     for name in used:
         del tensors[name]
     return found
@@ -129,7 +133,3 @@ def _overrides(module: nn.Module, method: str) -> bool:
 def _named(key: str, module: nn.Module) -> str:
     name = key.removesuffix(KEY).removesuffix(".")
     return f"the extra state of {f'{name!r} ' if name else 'the model '}({type(module).__name__})"
-
-
-def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]

@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import FileKind, sha256, sniff
-from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.pickle_objects import Builder
 from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, described_tensor
 from asymswap.fileformats.state_dict import State
@@ -72,7 +71,8 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
     weight_map = _weight_map(index)
     state: State = {}
     executed = False
-    for path in _shards(index, weight_map):
+    for name in sorted(set(weight_map.values())):
+        path = index.parent / name
         if sniff(path) is FileKind.SHARDS:
             raise SourceError(f"{path} is an index of shards that an index names; give that one")
         raw = read_raw(path, trust_pickle)
@@ -80,7 +80,7 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
         if not isinstance(raw.value, Mapping):
             what = type(raw.value).__name__
             raise SourceError(f"{path} is no part of a state_dict, as {index} says; it holds a {what}")
-        for key in [key for key, name in weight_map.items() if name == path.name]:
+        for key in [key for key, file in weight_map.items() if file == name]:
             if not isinstance(raw.value.get(key), Tensor):
                 raise SourceError(f"{path} lacks {key!r}, which {index} says it holds; download both again")
             state[key] = raw.value[key]
@@ -90,7 +90,8 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
 def files_of(path: Path) -> list[Path]:
     """Return the file itself, and those that it names where it is an index of shards that can be read."""
     try:
-        return [path, *_shards(path, _weight_map(path))] if path.suffix == ".json" else [path]
+        names = set(_weight_map(path).values()) if path.suffix == ".json" else ()
+        return [path, *(path.parent / name for name in sorted(names))]
     except (SourceError, OSError):
         return [path]
 
@@ -102,6 +103,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Return the name of the file for each key; raise SourceError for one that leads elsewhere or to nothing."""
     if index.stat().st_size > _LARGEST_INDEX:
         raise SourceError(f"{index} is larger than any index of shards; give the checkpoint file itself")
     try:
@@ -112,20 +114,12 @@ def _weight_map(index: Path) -> dict[str, str]:
         ) from None
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f'{index} is damaged: its "weight_map" must name a file for every key')
-    return weight_map
-
-
-def _shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    """Return the files beside the index, each once; raise SourceError for a name that leads elsewhere or to nothing."""
-    found = []
     for name in sorted(set(weight_map.values())):
-        path = index.parent / name
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
             raise SourceError(f"{index} names the file {name!r}, which leads out of its folder; nothing of it was read")
-        if not os.path.isfile(path):  # noqa: PTH113 (no name, however long, makes it raise)
+        if not os.path.isfile(index.parent / name):  # noqa: PTH113 (no name, however long, makes it raise)
             raise SourceError(f"{index} names {name}, which is not in {index.parent}; download it too")
-        found.append(path)
-    return found
+    return weight_map
 
 
 def read_torchscript(path: Path) -> State:
@@ -135,7 +129,7 @@ def read_torchscript(path: Path) -> State:
         root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
         if not isinstance(root, Record):
             raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
-        state = dict(_tensors_below(root, lambda record: record.state if isinstance(record.state, dict) else {}))
+        state = dict(_tensors_below(root, scripted=True))
     if not state:
         raise SourceError(
             f"{path} is a TorchScript archive without named weights, as torch.jit.freeze leaves it; "
@@ -196,7 +190,7 @@ def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) ->
 def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
     """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
     if _is_module(value):
-        return dict(_tensors_below(value, _module_attributes)), (value.name,)
+        return dict(_tensors_below(value, scripted=False)), (value.name,)
     if not isinstance(value, dict):
         return value, ()
     changed = {key: states_of_modules(part) if _is_module(part) else (part, ()) for key, part in value.items()}
@@ -210,26 +204,26 @@ def _is_module(value: Any) -> bool:
     return isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts)
 
 
-def _module_attributes(record: Record) -> dict[str, Any]:
-    """Return what the state dict of a module has: parameters, persistent buffers, children."""
-    if not _is_module(record):
-        return {}
-    state = record.state
-    passing = state.get("_non_persistent_buffers_set")
-    passing = passing if isinstance(passing, set) else set()
-    kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
-    return {**state["_parameters"], **kept, **state["_modules"]}
+def _tensors_below(root: Record, scripted: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under its dotted name, in order; raise MalformedError for a module inside of itself.
 
-
-def _tensors_below(root: Record, attributes: Callable[[Record], dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its dotted name, in order; raise MalformedError for a module inside of itself."""
+    Of a module that is not `scripted`, these are parameters, persistent buffers, and what is in its children.
+    """
     parts = 0
 
     def below(record: Record, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
         nonlocal parts
         if id(record) in above:
             raise MalformedError("a module contains itself")
-        for name, value in attributes(record).items():
+        state = record.state if isinstance(record.state, dict) else {}
+        if not scripted and _is_module(record):
+            passing = state.get("_non_persistent_buffers_set")
+            passing = passing if isinstance(passing, set) else set()
+            kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
+            state = {**state["_parameters"], **kept, **state["_modules"]}
+        elif not scripted:
+            state = {}
+        for name, value in state.items():
             # Each name is written out, with the whole prefix.
             parts += 1 + len(f"{prefix}{name}") // 256
             if parts > _MOST_PARTS or len(above) > 100:

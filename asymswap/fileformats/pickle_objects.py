@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch._utils import _rebuild_qtensor, set_tensor_metadata
 from torch.storage import TypedStorage
 
-from asymswap.errors import SourceError
-from asymswap.fileformats.messages import reason_of
+from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.pickle_arrays import ARRAY_CALLS, NoArrayError, array_of
 from asymswap.fileformats.pickle_reader import (
     NAMES_READ,
@@ -91,7 +90,7 @@ _CALLS = frozenset(_PARAMETERS) | {
 """Calls that `Builder` makes something of; see `Builder._called`."""
 
 _COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
-_PARTS = {"_modules": nn.Module, "_parameters": Tensor, "_buffers": Tensor}
+_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 
 
 @functools.cache
@@ -391,7 +390,18 @@ class Builder:
         for part in state if isinstance(state, tuple) else (state,):
             if part is None:
                 continue
-            if not isinstance(part, dict) or not all(map(_is_free_attribute, part)):
+            # numpy and torch obey attributes with underscores around them.
+            if (
+                not isinstance(part, dict)
+                or not all(
+                    isinstance(key, str)
+                    and key.isidentifier()
+                    and not key.startswith("__")
+                    and not hasattr(Tensor, key)
+                    for key in part
+                )
+                or {"_is_param", "_is_buffer"} & part.keys()
+            ):
                 raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
             for key, value in self.visit(part, depth).value.items():
                 if not isinstance(value, Record | Global):
@@ -420,14 +430,13 @@ class Builder:
         if not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
         state = {} if state is None else state
-        if type(state) is not dict:
-            raise Odd(f"fills a {owner} in another way")
-        if state.get("__overloads__") == {}:
+        if type(state) is dict and state.get("__overloads__") == {}:
             # torch.jit.script leaves it on every module that it has been given.
             del state["__overloads__"]
-        for key in state:
-            if not isinstance(key, str) or len(key) > _LONGEST_ATTRIBUTE or key.startswith("__"):
-                raise Odd(f"fills a {owner} in another way")
+        if type(state) is not dict or not all(
+            isinstance(key, str) and len(key) <= _LONGEST_ATTRIBUTE and not key.startswith("__") for key in state
+        ):
+            raise Odd(f"fills a {owner} in another way")
         found = self.visit(state, depth)
         is_module = issubclass(kind, nn.Module)
         if not found.whole and kind is not argparse.Namespace:
@@ -437,10 +446,9 @@ class Builder:
                 raise Odd(f"puts another {key} into a {owner}")
             if is_module:
                 self._check_attribute(owner, key, value)
-        if is_module:
-            for part in ("_parameters", "_buffers", "_modules"):
-                if not isinstance(state.get(part), dict):
-                    raise MalformedError(f"its {owner} lacks parts ({part})")
+        for part in _PARTS if is_module else ():
+            if not isinstance(state.get(part), dict):
+                raise MalformedError(f"its {owner} lacks parts ({part})")
         made: Any = object.__new__(kind)
         vars(made).update(state)
         if is_module:
@@ -487,13 +495,6 @@ def _complete(module: nn.Module) -> None:
         weights = [module._parameters.get(name) for name in names]
         own["_flat_weights"] = weights
         own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
-
-
-def _is_free_attribute(key: Any) -> bool:
-    """Whether a tensor may have an attribute of this name: numpy and torch obey those with underscores around them."""
-    if not isinstance(key, str) or key.startswith("__") or key in ("_is_param", "_is_buffer"):
-        return False
-    return key.isidentifier() and not hasattr(Tensor, key)
 
 
 def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:

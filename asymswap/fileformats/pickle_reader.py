@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
-from asymswap.fileformats.messages import reason_of
+from asymswap.errors import reason_of
 
 MOST_OPERATIONS = 400_000
 """Operations of all pickles in a file; timm's largest networks need 57,000, and 300,000 with averages and optimizer."""

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError, near_names
+from asymswap.errors import SourceError, listed, near_names
 from asymswap.fileformats.extra_state import is_extra
-from asymswap.fileformats.messages import listed
 
 State = dict[str, Tensor]
 

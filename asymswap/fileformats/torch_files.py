@@ -29,9 +29,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, listed, reason_of
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.messages import listed, reason_of
 from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, is_allowed_module, named_in
 from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef, read_old
 from asymswap.utils.tensors import allocated, copy_with
@@ -103,13 +102,6 @@ class Entries:
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry; raise MalformedError where it is missing."""
         return self._archive.read(self._info(name))
-
-    def pickle(self, name: str) -> bytes:
-        """Return the bytes of a pickle; raise Odd where they are more than any checkpoint has beside its tensors."""
-        length = self._info(name).file_size
-        if length > max(LARGEST_PICKLE, self.size):
-            raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
-        return self.read(name)
 
     def storage(self, name: str, needed: int) -> torch.UntypedStorage:
         """Return the bytes of an entry, of which `needed` are claimed, as memory for tensors."""
@@ -195,23 +187,33 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
     """
     try:
         loaded = _read(file, kind, label)
-        if not trust_pickle:
-            if any(map(wants_code, loaded.unread)):
-                raise refusal(loaded.unread, label, instead)
-        elif loaded.unread:
-            return RawFile(_load_trusting(file, label), executed=True)
-        return loaded
+        if not trust_pickle and any(map(wants_code, loaded.unread)):
+            raise refusal(loaded.unread, label, instead)
+        if not trust_pickle or not loaded.unread:
+            return loaded
     except Odd as error:
-        if trust_pickle:
-            return RawFile(_load_trusting(file, label), executed=True)
-        raise SourceError(
-            f"{label} {error}, which torch.save never writes; nothing of it was executed; {instead}"
-        ) from None
+        if not trust_pickle:
+            raise SourceError(
+                f"{label} {error}, which torch.save never writes; nothing of it was executed; {instead}"
+            ) from None
     except MalformedError as error:
         raise SourceError(f"{label} is cut off or damaged: {error}") from None
     finally:
         if not isinstance(file, Path):
             file.seek(0)
+    import_from_here()
+    try:
+        with warnings.catch_warnings():
+            # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
+            warnings.simplefilter("ignore")
+            return RawFile(torch.load(file, map_location="cpu", weights_only=False), executed=True)
+    except Exception as error:
+        # Any code may run, and may fail.
+        if isinstance(error, ImportError | AttributeError):
+            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
+        else:
+            what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
+        raise SourceError(f"{label} {what}") from error
 
 
 def refusal(unread: Iterable[str], label: str, instead: str = _INSTEAD) -> SourceError:
@@ -241,7 +243,10 @@ def read_archive(entries: Entries, label: str, folder: str, scripted: bool = Fal
     order = f"{folder}byteorder"
     if entries.length(order) is not None and entries.read(order) != b"little":
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
-    content = entries.pickle(f"{folder}data.pkl")
+    length = entries.length(f"{folder}data.pkl") or 0
+    if length > max(LARGEST_PICKLE, entries.size):
+        raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
+    content = entries.read(f"{folder}data.pkl")
     reader = Reader(len(content))
     root = reader.read(io.BytesIO(content))
 
@@ -338,22 +343,6 @@ def _built(
         # What torch and numpy say of arguments that have the right form and the wrong values.
         raise MalformedError(reason_of(error)) from None
     return RawFile(value, tuple(sorted(unread | builder.unread)))
-
-
-def _load_trusting(file: Path | BinaryIO, label: str) -> Any:
-    import_from_here()
-    try:
-        with warnings.catch_warnings():
-            # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=False)
-    except Exception as error:
-        # Any code may run, and may fail.
-        if isinstance(error, ImportError | AttributeError):
-            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
-        else:
-            what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
-        raise SourceError(f"{label} {what}") from error
 
 
 def to_structure(model: nn.Module) -> bytes | None:

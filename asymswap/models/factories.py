@@ -1,15 +1,9 @@
 """Modules of the user's own: given ones, and those that code builds which does not come with asymswap.
 
-This is the one place where such code is run.
-
-| reference | what runs |
-| --- | --- |
-| `package.module:callable` | the module is imported, the working directory counting, and the callable called |
-| `path/to/net.py:callable` | the file is run and the callable called, but only with `trust_code` |
-
-The form of a dotted name says that code is imported, as with `python -m`. A path looks like data: Python files come
-with downloaded weights, and nobody expects that naming one runs it. A reference in a file is never looked up here: only
-what the user names, now, is run.
+This is the one place where such code is run. `package.module:callable` is imported, as `python -m` does. A path looks
+like data: Python files come with downloaded weights, and nobody expects that naming one runs it, so the file of
+`path/to/net.py:callable` is run only with `trust_code`. A reference in a file is never looked up here: only what the
+user names, now, is run.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePath, PureWindowsPath
 from types import ModuleType
@@ -47,15 +41,11 @@ _ORIGINS = ("class", "skeleton")
 
 def _parse(reference: str) -> tuple[str, str]:
     """Split a reference into a module's name or a file's path, and what in it builds the model."""
-    if _is_python_file(reference):
+    if PurePath(reference).suffix.lower() == ".py":
         # The only colon there may be is a drive letter's.
         return reference, ""
     home, _, attribute = reference.rpartition(":")
     return home, attribute
-
-
-def _is_python_file(text: str) -> bool:
-    return PurePath(text).suffix.lower() == ".py"
 
 
 def names_code(reference: str) -> bool:
@@ -66,7 +56,7 @@ def names_code(reference: str) -> bool:
 
 def names_python_file(reference: str) -> bool:
     """True for a reference to a Python file, with or without what in it builds the model."""
-    return _is_python_file(_parse(reference)[0])
+    return PurePath(_parse(reference)[0]).suffix.lower() == ".py"
 
 
 def same_callable(one: str, other: str) -> bool:
@@ -80,8 +70,8 @@ def same_callable(one: str, other: str) -> bool:
 
 def how_built(reference: str) -> tuple[str, ...]:
     """Say, for the report, that a Python file has built a model; nothing for other references."""
-    home, _ = _parse(reference)
-    return (f"built by running {home}, which `trust_code=True` allowed",) if _is_python_file(home) else ()
+    said = f"built by running {_parse(reference)[0]}, which `trust_code=True` allowed"
+    return (said,) if names_python_file(reference) else ()
 
 
 def describe_module(model: nn.Module, weights: str) -> OpenedModel:
@@ -113,9 +103,6 @@ class UserCode(Family):
         self._trust_code = trust_code
         self._built: nn.Module | None = None
 
-    def canonical(self, reference: str) -> str | None:
-        return reference if names_code(reference) else None
-
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Run the code and return the model that it builds, or the module that it names.
 
@@ -126,8 +113,16 @@ class UserCode(Family):
             if not names_python_file(reference):
                 return _build(reference, _import_module(reference), arguments)
             path = _checked_file(reference, self._trust_code)
-            with _importing_from(path.parent):
+            # Modules beside the file are found, as when Python runs it; afterwards only where nothing else is found.
+            folder, known = str(path.parent), str(path.parent) in sys.path
+            sys.path.insert(0, folder)
+            try:
                 return _build(reference, _run_file(reference, path), arguments)
+            finally:
+                with contextlib.suppress(ValueError):
+                    sys.path.remove(folder)
+                if not known:
+                    sys.path.append(folder)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
@@ -173,7 +168,13 @@ def _checked_file(reference: str, trust_code: bool) -> Path:
         what = "is a folder, not a Python file" if path.is_dir() else "does not exist"
         raise SourceError(f"{home} of {reference!r} {what}; give PATH.py:NAME")
     if not attribute:
-        names = _defined_in(path)
+        names = []
+        with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+            # Read without running it; classes first.
+            body = ast.parse(path.read_bytes()).body
+            names = [node.name for node in body if isinstance(node, ast.ClassDef)]
+            names += [node.name for node in body if isinstance(node, ast.FunctionDef)]
+        names = [name for name in names if not name.startswith("_")]
         known = f"; it defines {', '.join(names[:6])}" if names else ""
         example = f"{home}:{(names or ['NAME'])[0]}"
         raise SourceError(f"{home} is Python code: say what in it builds the model, as {example}{known}")
@@ -183,32 +184,6 @@ def _checked_file(reference: str, trust_code: bool) -> Path:
             f"read it, and if you trust it say `trust_code=True`"
         )
     return path.resolve()
-
-
-def _defined_in(path: Path) -> list[str]:
-    """Return the public classes and functions of a Python file, read without running it; classes first."""
-    try:
-        body = ast.parse(path.read_bytes()).body
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
-    functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
-    return [name for name in classes + functions if not name.startswith("_")]
-
-
-@contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    """Let modules beside a file be imported, as when Python runs it; afterwards only where nothing else is found."""
-    entry = str(folder)
-    known = entry in sys.path
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(entry)
-        if not known:
-            sys.path.append(entry)
 
 
 def _run_file(reference: str, path: Path) -> ModuleType:

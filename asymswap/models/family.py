@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asymswap.errors import SourceError, near_names
-from asymswap.fileformats.messages import listed, reason_of
+from asymswap.errors import SourceError, listed, near_names, reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
 from asymswap.models import fingerprints
 from asymswap.models.opened import OpenedModel
@@ -45,9 +44,9 @@ class Family(ABC):
     private = True
     channels = "in_channels"
 
-    @abstractmethod
     def canonical(self, reference: str) -> str | None:
         """Return the full form of a reference to one of these networks, None for others."""
+        return None
 
     @abstractmethod
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:

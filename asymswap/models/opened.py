@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from asymswap.checkpoint import Header
-from asymswap.errors import TraceError
-from asymswap.fileformats.messages import reason_of
+from asymswap.errors import TraceError, reason_of
 from asymswap.measure.macs import Costs, count_costs
 from asymswap.models.preprocessing import size_warning
 from asymswap.types import Origin, Plan, Preprocessing

@@ -1,4 +1,8 @@
-"""`open_model`: from a reference, a file, a module or a conversion to an `OpenedModel`."""
+"""Open models: from a reference, a file, a module or a conversion to an `OpenedModel`; rebuild and save converted ones.
+
+A converted model is built unconverted, its structure is swapped, and its state dict loaded strictly; a file is written
+only where that works.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
+import torch
+import torchvision.ops  # also registers torch.ops.torchvision
 from torch import nn
 
-from asymswap.checkpoint import Header, Stored, stored_in
-from asymswap.errors import AsymswapError, CheckpointError, SourceError
+import asymswap
+from asymswap.checkpoint import Header, Stored, write_checkpoint
+from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError, reason_of
+from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import resolve, sha256
-from asymswap.fileformats.messages import reason_of
-from asymswap.fileformats.model_file import files_of, read_raw
-from asymswap.models.builders import canonical
-from asymswap.models.converted import HOW_TO_BUILD, restore
+from asymswap.fileformats.state_dict import Difference, compare, load_state_
+from asymswap.graph.surgery import swap
+from asymswap.models import builders, timm_models
 from asymswap.models.factories import describe_module, how_built, same_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
-from asymswap.models.references import (
-    Request,
-    about_trust,
-    find_architecture,
-    is_file_reference,
-    open_loaded,
-    open_reference,
-    rebuild,
-)
+from asymswap.models.references import Request, find_architecture, is_file_reference, open_file, open_reference, rebuild
+from asymswap.planning.apply import apply_structure
 from asymswap.results.records import read_history
 from asymswap.types import Origin, Progress, silent
-from asymswap.utils.files import fail_if_modified
-from asymswap.utils.tensors import meta_copy
+from asymswap.utils.tensors import WithoutMemory, meta_copy
+
+HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give `arch=…`"
 
 
 class Converted(Protocol):
@@ -89,11 +89,21 @@ def open_model(
         network = _unwrapped(model)
         opened = replace(describe_module(network, "as given"), reference=type(network).__name__)
     elif not isinstance(model, str | Path):
-        opened = _from_result(model, request)
+        # A conversion, a fusion or a fine-tuned model, which stays the caller's.
+        header = getattr(model, "header", None)
+        if not isinstance(header, Header):
+            raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
+        opened = _describe_converted(model.model, header, _build_named(header.origin, request), "as given")
+        named = read_history(header.provenance, "the conversion").report.model.reference
+        opened = replace(opened, reference=named or header.origin.reference)
     else:
         reference = str(model)
-        is_file = is_file_reference(reference)
-        opened = _open_file(Path(reference), request, progress) if is_file else open_reference(reference, request)
+        if not is_file_reference(reference):
+            opened = open_reference(reference, request)
+        elif weights is None:
+            opened = open_file(Path(reference), request, progress, _open_converted)
+        else:
+            raise SourceError(f"`weights=…` goes with a reference; {resolve(Path(reference))} brings its own weights")
         opened = replace(opened, reference=reference)
         opened.model.eval()
     prepared = opened.preprocessing
@@ -172,37 +182,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _from_result(result: Converted, request: Request) -> OpenedModel:
-    """Describe a conversion, a fusion or a fine-tuned model, which stays the caller's."""
-    header = getattr(result, "header", None)
-    if not isinstance(header, Header):
-        raise SourceError(f"a {type(result).__name__} is no model; give a reference, a file or an nn.Module")
-    reference = read_history(header.provenance, "the conversion").report.model.reference or header.origin.reference
-    opened = _describe_converted(result.model, header, _build_named(header.origin, request), "as given")
-    return replace(opened, reference=reference)
-
-
-def _open_file(path: Path, request: Request, progress: Progress) -> OpenedModel:
-    path = resolve(path)
-    if request.weights is not None:
-        raise SourceError(f"`weights=…` goes with a reference; {path} brings its own weights")
-    with fail_if_modified(*files_of(path)):
-        raw = read_raw(path, request.trust_pickle)
-        notes = about_trust(path, raw, request)
-        try:
-            stored = stored_in(raw, str(path))
-            if stored is not None:
-                opened = _open_converted(path, stored, request)
-            else:
-                opened = open_loaded(path, raw, request, progress)
-        except AsymswapError as error:
-            if not raw.executed:
-                raise
-            # Code ran, whatever the result.
-            raise SourceError(f"{error}; {notes[0]}") from error
-    return replace(opened, notes=(*notes, *opened.notes))
-
-
 def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel:
     if request.key is not None:
         raise SourceError(f"`key=…` goes with training checkpoints; {path} was converted before and holds one model")
@@ -230,7 +209,82 @@ def _build_named(origin: Origin, request: Request) -> nn.Module | None:
     arch = request.arch
     if arch is None or isinstance(arch, nn.Module):
         return arch
-    same = canonical(arch) == origin.reference or same_callable(arch, origin.reference)
+    same = builders.canonical(arch) == origin.reference or same_callable(arch, origin.reference)
     stored = origin.arguments if same else {}
     family, full = find_architecture(arch, request.trust_code)
     return family.build(full, {**stored, **request.arguments})
+
+
+def versions(origin: Origin) -> dict[str, str]:
+    """Return the versions of all that a checkpoint of this origin was made with, for its provenance."""
+    found = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    if origin.reference.startswith(timm_models.PREFIX):
+        found["timm"] = str(timm_models.timm().__version__)
+    return found
+
+
+def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:
+    """Return the converted model with its weights, in eval mode and trainable.
+
+    `model` is the unconverted model, of any weights, where only the user can build it; it is not changed. Raises
+    CheckpointError where the parts do not fit each other.
+    """
+    header = stored.header
+    try:
+        difference = _try_without_memory(stored, model)
+        if not difference:
+            base = rebuild(header.origin, header.skeleton) if model is None else model
+            for plan in header.plans:
+                base = apply_structure(base, plan, share=base is not model)
+            base = swap(base, {}) if base is model else base
+            difference = compare(base, stored.state)
+    except AsymswapError as error:
+        how = HOW_TO_BUILD if model is None else "the model given is not the one that was converted"
+        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
+    if difference:
+        raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
+    unlike = sorted(extra_state.owners(base).keys() ^ stored.extra.keys())
+    if unlike:
+        lacks = "lacks" if unlike[0] not in stored.extra else f"is not of {header.origin.reference}: it has"
+        raise CheckpointError(f"{label} {lacks} the extra state {unlike[0]!r}")
+    try:
+        load_state_(base, stored.state, take=model is None)
+        extra_state.load_(base, stored.extra)
+    except SourceError as error:
+        raise CheckpointError(f"{label} cannot be used: {error}") from None
+    return base.eval()
+
+
+def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
+    """Compare the state dict with the header's model, without memory for that model; None where that cannot be done."""
+    try:
+        # Sizes computed with tensors, as RegNet's are, stay real.
+        with WithoutMemory(torch.empty, torch.empty_like):
+            base = rebuild(stored.header.origin, stored.header.skeleton) if model is None else meta_copy(model)
+    except Exception:
+        # Some networks run themselves while they are built; what else may be wrong shows when it is done for real.
+        return None
+    try:
+        with WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
+            for plan in stored.header.plans:
+                base = apply_structure(base, plan)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"its plan asks for what cannot be built ({reason_of(error)})") from None
+    return compare(base, stored.state)
+
+
+def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
+    """Write a converted model; raise OutputError where the file cannot be written, or would not load again."""
+
+    def check(stored: Stored) -> None:
+        try:
+            difference = _try_without_memory(stored, None)
+        except AsymswapError:
+            # Only the user can build it again: it must be what was converted.
+            difference = compare(model, stored.state)
+        lacking = sorted(extra_state.owners(model).keys() ^ stored.extra.keys())
+        if difference or lacking:
+            about = str(difference) if difference else f"it lacks {lacking[0]}"
+            raise OutputError(f"{path} would not load again, so it is not written: {about}")
+
+    write_checkpoint(path, model, header, check)

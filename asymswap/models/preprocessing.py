@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from asymswap.errors import AsymswapError, near_names
@@ -56,17 +56,12 @@ def usual(channels: int) -> dict[str, Normalization]:
     return {name: Normalization(one.mean * channels, one.std * channels) for name, one in plain.items()}
 
 
-def normalization_of(preprocessing: Preprocessing) -> Normalization:
-    """Return how a network's preprocessing normalises."""
-    return Normalization(preprocessing.mean, preprocessing.std, preprocessing.bgr)
-
-
 def name_of(preprocessing: Preprocessing) -> str | None:
     """Return the usual name of a network's normalisation, if it has one."""
-    own = normalization_of(preprocessing)
+    own = (*preprocessing.mean, *preprocessing.std)
     for name, one in usual(preprocessing.channels).items():
-        pairs = zip((*one.mean, *one.std), (*own.mean, *own.std), strict=True)
-        if one.bgr == own.bgr and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
+        pairs = zip((*one.mean, *one.std), own, strict=True)
+        if one.bgr == preprocessing.bgr and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
             return name
     return None
 
@@ -74,19 +69,14 @@ def name_of(preprocessing: Preprocessing) -> str | None:
 def fed(preprocessing: Preprocessing, distances: Mapping[str, float] | None = None) -> Fed:
     """Describe for a report what the network gets; `distances` are the evidence of the batch norms."""
     bounds = [(pixel - m) / s for pixel in (0, 1) for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    same = ("size_from", "resize", "interpolation", "mean", "std", "bgr", "normalization_from")
     return Fed(
         input=preprocessing.describe(),
-        size_from=preprocessing.size_from,
-        resize=preprocessing.resize,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        bgr=preprocessing.bgr,
         low=min(bounds),
         high=max(bounds),
         normalization=name_of(preprocessing),
-        normalization_from=preprocessing.normalization_from,
         distances=distances or {},
+        **{name: getattr(preprocessing, name) for name in same},
     )
 
 
@@ -113,33 +103,29 @@ class PreprocessingOptions:
     interpolation: str | None = None
 
     def __post_init__(self) -> None:
-        for mistake in self._mistakes():
-            raise AsymswapError(mistake)
-
-    def _mistakes(self) -> Iterator[str]:
         if self.normalize is not None:
             if self.normalize not in NAMES:
                 hint = near_names(self.normalize, NAMES) or f"; known are {', '.join(NAMES)}"
-                yield f'there is no `normalize="{self.normalize}"`{hint}'
+                raise AsymswapError(f'there is no `normalize="{self.normalize}"`{hint}')
             for name in ("mean", "std", "bgr"):
                 if getattr(self, name) is not None:
-                    yield f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`'
+                    raise AsymswapError(f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`')
         elif (self.mean is None) != (self.std is None):
             given, missing = ("mean", "std") if self.std is None else ("std", "mean")
-            yield f"`{given}=…` goes with `{missing}=…`: give both, or `normalize=…` with a usual name"
+            raise AsymswapError(f"`{given}=…` goes with `{missing}=…`: give both, or `normalize=…` with a usual name")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and not (len(values) and all(map(math.isfinite, values))):
-                yield f"`{name}={','.join(map(str, values))}` is no list of numbers, such as 0.5,0.5,0.5"
+                raise AsymswapError(f"`{name}={','.join(map(str, values))}` is no list of numbers, such as 0.5,0.5,0.5")
         if self.std is not None and min(self.std) <= 0:
-            yield f"`std={min(self.std):g}` must be above 0"
+            raise AsymswapError(f"`std={min(self.std):g}` must be above 0")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            yield f"`size={_by(self.size)}` is not height x width, such as 224x224"
+            raise AsymswapError(f"`size={_by(self.size)}` is not height x width, such as 224x224")
         if self.resize is not None and self.resize < 1:
-            yield f"`resize={self.resize}` is no length in pixels, such as 256"
+            raise AsymswapError(f"`resize={self.resize}` is no length in pixels, such as 256")
         if self.size is not None and self.resize is not None and self.resize < min(self.size):
             least = f"give `resize={max(self.size)}` or more"
-            yield f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)}); {least}"
+            raise AsymswapError(f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)}); {least}")
 
     def apply(self, known: Preprocessing) -> Preprocessing:
         """Return the known preprocessing with these settings; raise AsymswapError where they do not suit it."""
@@ -156,28 +142,24 @@ class PreprocessingOptions:
             result = replace(result, resize=self.resize)
         if self.interpolation is not None:
             result = replace(result, interpolation=self.interpolation)
-        if self.normalize is not None or self.mean is not None:
-            return with_normalization(result, self._normalization(known.channels), "given")
-        if self.bgr is not None:
-            raise AsymswapError(
-                "`bgr=True` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red"
-            )
-        return result
-
-    def _normalization(self, channels: int) -> Normalization:
+        channels, suitable = known.channels, usual(known.channels)
         if self.normalize is not None:
-            suitable = usual(channels)
             if self.normalize not in suitable:
                 what = f'`normalize="{self.normalize}"` is not for {channels} channels'
                 raise AsymswapError(f"{what}; give one of {', '.join(suitable)}")
-            return suitable[self.normalize]
-        mean, std = (tuple(getattr(self, name)) for name in ("mean", "std"))
-        for name, values in (("mean", mean), ("std", std)):
+            return with_normalization(result, suitable[self.normalize], "given")
+        if self.mean is None or self.std is None:
+            if self.bgr is not None:
+                raise AsymswapError(
+                    "`bgr=True` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red"
+                )
+            return result
+        for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 what = f"`{name}=…` has {len(values)} numbers for {channels} channels"
                 raise AsymswapError(f"{what}; give one, or one for each")
-        mean, std = (values * (channels // len(values)) for values in (mean, std))
-        return Normalization(mean, std, bool(self.bgr))
+        mean, std = (tuple(values) * (channels // len(values)) for values in (self.mean, self.std))
+        return with_normalization(result, Normalization(mean, std, bool(self.bgr)), "given")
 
 
 def _by(sizes: Sequence[int]) -> str:

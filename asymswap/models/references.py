@@ -1,39 +1,28 @@
-"""Model references: text that names a model, made into a module with weights.
-
-| reference | what |
-| --- | --- |
-| `resnet18`, `torchvision:resnet18`, `torchvision:resnet18@IMAGENET1K_V1` | a torchvision builder, and its weights |
-| `cifar:resnet20` | a network of CIFAR size from `asymswap.models.networks` |
-| `digits-resnet` | the trained network that ships with asymswap |
-| `timm:resnet50`, `timm:resnet50@a1_in1k` | a model of timm, where that is installed, and its weights |
-| `package.module:factory` | your own callable that returns a module; it is imported and called |
-| `path/to/net.py:Net` | the same in a Python file, which is run; see asymswap.models.factories |
-| a file | a state dict, a training checkpoint, a pickled module, an archive that holds weights, an index of shards |
-"""
+"""Model references: text that names a model, made into a module with weights; docs/guide/models.md lists the forms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from asymswap.errors import SourceError
+from asymswap.checkpoint import Stored, stored_in
+from asymswap.errors import AsymswapError, SourceError, listed
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import exists, resolve
-from asymswap.fileformats.messages import listed
 from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
 from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, from_structure, refusal
 from asymswap.models import builders, timm_models, torchvision_models
+from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.factories import Given, UserCode, describe_module, names_code, names_python_file
 from asymswap.models.family import Family
-from asymswap.models.identify import YOUR_OWN, identify, nearest, views
 from asymswap.models.opened import OpenedModel
-from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, Progress, silent
 from asymswap.utils.files import fail_if_modified
 
@@ -85,11 +74,7 @@ def open_reference(reference: str, request: Request) -> OpenedModel:
     family, full = found
     own_code = isinstance(family, UserCode)
     if weights not in (None, "none") and (own_code or _is_file(str(weights))):
-        path = resolve(Path(str(weights)))
-        with fail_if_modified(*files_of(path)):
-            raw = read_raw(path, request.trust_pickle)
-            opened = open_loaded(path, raw, replace(request, arch=full, weights=weights), silent)
-        return replace(opened, notes=(*about_trust(path, raw, request), *opened.notes))
+        return open_file(Path(str(weights)), replace(request, arch=full, weights=weights))
     if weights == "none" and not own_code:
         return family.describe(family.build(full, request.arguments), full, request.arguments, "random")
     return family.weights(full, weights, request.arguments)
@@ -116,16 +101,40 @@ def find_architecture(arch: str | nn.Module, trust_code: bool) -> tuple[Family, 
 
 def _like(name: str) -> str:
     """Name, for a message, timm's model of that very name, or known references that come close to it."""
-    return timm_models.exact_hint(name) or builders.near(name)
+    architecture = name.partition(".")[0]
+    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
+    if architecture and importlib.util.find_spec("timm") and timm_models.timm().is_model(architecture):
+        return f"; timm has one: {timm_models.PREFIX}{name}"
+    return builders.near(name)
 
 
-def about_trust(path: Path, raw: RawFile, request: Request) -> tuple[str, ...]:
-    """Say, for the report, what trusting a pickle led to; nothing where it was not trusted."""
-    if not request.trust_pickle:
-        return ()
-    if raw.executed:
-        return (f"code in {path.name} was executed to read it (`trust_pickle=True`)",)
-    return (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
+def open_file(
+    path: Path,
+    request: Request,
+    progress: Progress = silent,
+    open_converted: Callable[[Path, Stored, Request], OpenedModel] | None = None,
+) -> OpenedModel:
+    """Read a file and return the model in it; `open_converted` is for asymswap checkpoints. Raises SourceError."""
+    path = resolve(path)
+    with fail_if_modified(*files_of(path)):
+        raw = read_raw(path, request.trust_pickle)
+        notes: tuple[str, ...] = ()
+        if raw.executed:
+            notes = (f"code in {path.name} was executed to read it (`trust_pickle=True`)",)
+        elif request.trust_pickle:
+            notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
+        try:
+            stored = stored_in(raw, str(path)) if open_converted else None
+            if stored and open_converted:
+                opened = open_converted(path, stored, request)
+            else:
+                opened = open_loaded(path, raw, request, progress)
+        except AsymswapError as error:
+            if not raw.executed:
+                raise
+            # Code ran, whatever the result.
+            raise SourceError(f"{error}; {notes[0]}") from error
+    return replace(opened, notes=notes + opened.notes)
 
 
 def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> Found:
@@ -168,41 +177,36 @@ def open_loaded(path: Path, raw: RawFile, request: Request, progress: Progress) 
             arch = request.arch if isinstance(request.arch, str) else type(request.arch).__name__
             notes += (f'`arch="{arch}"` was not needed: {path.name} holds the whole module',)
     else:
-        arguments = request.arguments
-        published = torchvision_models.published(digest)
-        if request.arch is not None:
-            family, reference = find_architecture(request.arch, request.trust_code)
-        elif published is not None:
-            family, reference = builders.family_of(published.reference), published.reference
-        else:
-            identified = identify(found.value, str(path), progress)
-            family, reference = builders.family_of(identified.reference), identified.reference
-            found = replace(found, value=identified.view.state)
-            notes += identified.notes()
-            # What the builder takes is left to the user, where they have said it.
-            arguments = {**identified.arguments, **arguments}
-        if published is not None and published.reference == reference:
-            arguments = {**published.arguments, **arguments}
-        else:
-            published = None
-        opened = _fill(family, reference, arguments, found, str(path), published, request.trust_pickle, progress)
+        opened = _open_state(path, found, digest, request, progress)
     return replace(opened, notes=notes + opened.notes, file=path, sha256=digest, weights=f"file {path.name}")
 
 
-def _fill(
-    family: Family,
-    reference: str,
-    arguments: Mapping[str, Any],
-    found: Found,
-    label: str,
-    published: Published | None,
-    trust_pickle: bool,
-    progress: Progress,
-) -> OpenedModel:
-    """Load a state dict strictly into the network of a reference; class count and input channels follow the state."""
+def _open_state(path: Path, found: Found, digest: str, request: Request, progress: Progress) -> OpenedModel:
+    """Load a state dict strictly into its network; class count and input channels follow the state."""
     assert not isinstance(found.value, nn.Module)
+    state, arguments = found.value, request.arguments
+    notes: tuple[str, ...] = ()
+    published = torchvision_models.published(digest)
+    if request.arch is not None:
+        family, reference = find_architecture(request.arch, request.trust_code)
+    elif published is not None:
+        family, reference = builders.family_of(published.reference), published.reference
+    else:
+        match, view = identify(state, str(path), progress)
+        family, reference, state = builders.family_of(match.reference), match.reference, view.state
+        note = (
+            f"architecture taken from keys and shapes: {reference} (`arch=…` names another); a variant that "
+            f"computes differently can have the same{TWINS.get(reference, '')}"
+        )
+        notes = (*view.notes(), note)
+        # What the builder takes is left to the user, where they have said it.
+        arguments = {**match.arguments, **arguments}
+    if published is not None and published.reference == reference:
+        arguments = {**published.arguments, **arguments}
+    else:
+        published = None
     most, closest = -1, Difference((), (), ())
-    for view in views(found.value):
+    for view in views(state):
         fit = family.fit(reference, arguments, view.state)
         if not fit.difference:
             break
@@ -210,28 +214,28 @@ def _fill(
         if alike > most:
             most, closest = alike, fit.difference
     else:
-        likeness, best, _ = nearest(found.value, progress)
+        likeness, best, _ = nearest(state, progress)
         hint = f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
         if likeness == 0 or best == reference:
             hint = f"; give {YOUR_OWN}" if not isinstance(family, UserCode) else ""
-        raise SourceError(f"{label} does not fit {reference}: {closest}{hint}")
+        raise SourceError(f"{path} does not fit {reference}: {closest}{hint}")
     model = family.build_unset(reference, fit.arguments)
     # The user's own code may keep what it has built or read, and views of it.
-    private = not isinstance(family, UserCode) and not trust_pickle
+    private = not isinstance(family, UserCode) and not request.trust_pickle
     own, extra = extra_state.owners(model), {key.removeprefix(view.prefix): v for key, v in found.extra.items()}
     try:
         load_state_(model, fit.state, take=private)
         extra_state.load_(model, {key: value for key, value in extra.items() if key in own})
     except SourceError as error:
-        raise SourceError(f"{label} cannot be used: {error}") from None
-    notes = view.notes()
+        raise SourceError(f"{path} cannot be used: {error}") from None
+    notes += view.notes()
     if extra.keys() - own.keys():
         left_out = ", ".join(key for key in extra if key not in own)
         notes += (f"extra state that no module takes was left out: {left_out}",)
     if own.keys() - extra.keys():
         lacking = ", ".join(key for key in own if key not in extra)
         notes += (f"extra state that the file lacks stays as it was built: {lacking}",)
-    opened = family.describe(model, reference, fit.arguments, label)
+    opened = family.describe(model, reference, fit.arguments, str(path))
     if published is not None:
         opened = torchvision_models.as_published(opened, published)
     return replace(opened, notes=notes + opened.notes, private=private)

@@ -8,7 +8,6 @@ hub or of torch.hub, or downloads them into it; it unpickles with torch's restri
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -20,12 +19,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.client import HTTPException
+from logging.handlers import MemoryHandler
 from typing import Any
 
 from torch import nn
 
-from asymswap.errors import SourceError, near_names
-from asymswap.fileformats.messages import reason_of
+from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
 from asymswap.models import family
 from asymswap.models.family import Arguments, Family, Fit
@@ -63,7 +62,7 @@ class Timm(Family):
             raise SourceError(f'{reference} names weights and `weights="{named}"` others; give one of them')
         full = ".".join(filter(None, (architecture, named or tag)))
         _check_name(full)
-        config = _config(full)
+        config = timm().models.get_pretrained_cfg(full)
         if config is None or not config.has_weights:
             raise family.unpublished(f"timm's {full}")
         full = f"{architecture}.{config.tag}" if config.tag else full
@@ -143,7 +142,7 @@ def _outline(model: nn.Module) -> dict[str, Any]:
 
 def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Add the arguments that timm takes from the tag's description, which another version of timm may change."""
-    config = _config(name)
+    config = timm().models.get_pretrained_cfg(name)
     own: dict[str, Any] = {}
     if config is not None:
         if config.num_classes >= 0:
@@ -155,15 +154,6 @@ def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **arguments}
 
 
-def exact_hint(name: str) -> str:
-    """Say, for a message, that timm is installed and has a model of this very name; else return nothing."""
-    architecture = name.partition(".")[0]
-    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
-    if not architecture or importlib.util.find_spec("timm") is None or not _timm().is_model(architecture):
-        return ""
-    return f"; timm has one: {PREFIX}{name}"
-
-
 def _name(reference: str) -> str:
     """Return the model's name in a reference, the tag of weights behind a dot, as timm has it."""
     return reference.removeprefix(PREFIX).replace("@", ".")
@@ -171,7 +161,7 @@ def _name(reference: str) -> str:
 
 def preprocessing_of(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
     """Return how timm's own evaluation prepares an image for a model that it has built with these arguments."""
-    _timm()
+    timm()
     from timm.data import resolve_data_config
 
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -201,15 +191,11 @@ def made_by_timm(model: nn.Module) -> str | None:
     if "timm" not in sys.modules or not type(model).__module__.startswith("timm.") or not isinstance(config, Mapping):
         return None
     name = config.get("architecture")
-    return name if isinstance(name, str) and _timm().is_model(name) else None
+    return name if isinstance(name, str) and timm().is_model(name) else None
 
 
-def version() -> str:
-    """Return the installed timm's version."""
-    return str(_timm().__version__)
-
-
-def _timm() -> Any:
+def timm() -> Any:
+    """Import timm; raise SourceError where it is not installed."""
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -220,22 +206,17 @@ def _timm() -> Any:
     return timm
 
 
-def _config(name: str) -> Any:
-    """Return timm's description of the weights of a name, or None where it has none."""
-    return _timm().models.get_pretrained_cfg(name)
-
-
 def _check_name(name: str) -> None:
     """Raise SourceError, with near names, for an architecture or a tag that the installed timm lacks."""
     architecture, _, tag = name.partition(".")
-    timm, registry = _timm(), _timm().models
-    if not timm.is_model(architecture):
-        hint = near_names(architecture, timm.list_models()) or "; timm.list_models() lists them"
-        raise SourceError(f"timm {timm.__version__} has no model {architecture!r}{hint}")
+    installed, registry = timm(), timm().models
+    if not installed.is_model(architecture):
+        hint = near_names(architecture, installed.list_models()) or "; timm.list_models() lists them"
+        raise SourceError(f"timm {installed.__version__} has no model {architecture!r}{hint}")
     renamed = registry.get_deprecated_models()
     if architecture in renamed:
         now = f"; its name is now {PREFIX}{renamed[architecture]}" if renamed[architecture] else ", it was removed"
-        raise SourceError(f"timm {timm.__version__} has no model {architecture!r} any more{now}")
+        raise SourceError(f"timm {installed.__version__} has no model {architecture!r} any more{now}")
     tags = [other.partition(".")[2] for other in registry.get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
         raise family.unknown_weights(f"timm's {architecture}", tag, filter(None, tags), 8)
@@ -251,7 +232,7 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = _timm().create_model(name, pretrained=pretrained, **given, **own)
+            model: nn.Module = timm().create_model(name, pretrained=pretrained, **given, **own)
     except Exception as error:
         if pretrained:
             raise
@@ -286,12 +267,8 @@ def _listening() -> Iterator[list[str]]:
     from huggingface_hub import utils
 
     remarks: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            remarks.append(" ".join(record.getMessage().split()).rstrip("."))
-
-    own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), Listener(logging.WARNING)
+    own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), MemoryHandler(1000)
+    listener.setLevel(logging.WARNING)
     before = own.propagate, hub.level
     own.addHandler(listener)
     own.propagate = False
@@ -306,6 +283,7 @@ def _listening() -> Iterator[list[str]]:
         if silenced:
             utils.enable_progress_bars()
         own.removeHandler(listener)
+        remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]
         own.propagate = before[0]
         hub.setLevel(before[1])
 

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.messages import reason_of
 from asymswap.fileformats.state_dict import Difference, State
 from asymswap.fileformats.torch_files import load_object, to_structure
 from asymswap.models import family

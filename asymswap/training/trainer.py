@@ -22,10 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from asymswap.checkpoint import read_checkpoint
-from asymswap.data.augmentation import Mixing, training_transform
-from asymswap.data.batches import Batch, Reader, Schedule, TrainingImages
+from asymswap.data.batches import Batch, Mixing, Reader, Schedule, TrainingImages, training_transform
+from asymswap.data.datasets import Parts
 from asymswap.data.predict import placement, predict
-from asymswap.data.splits import Parts
 from asymswap.errors import AsymswapError
 from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
 from asymswap.training.config import Callback, Training, check_same

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asymswap.data.augmentation import Mixing, parse_presets, presets_for, training_transform
-from asymswap.data.batches import Reader, Schedule, TrainingImages
+from asymswap.data.batches import (
+    Mixing,
+    Reader,
+    Schedule,
+    TrainingImages,
+    parse_presets,
+    presets_for,
+    training_transform,
+)
 from asymswap.data.datasets import Pictures
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.types import Preprocessing

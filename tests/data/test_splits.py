@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from asymswap.data.splits import open_parts, split
+from asymswap.data.datasets import open_parts, split
 from asymswap.errors import SourceError
 from asymswap.types import Preprocessing
 

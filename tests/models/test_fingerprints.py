@@ -15,9 +15,8 @@ from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.models import builders, references, torchvision_models
-from asymswap.models.builders import family_of, known_references
+from asymswap.models.builders import family_of, identify, known_references
 from asymswap.models.fingerprints import from_line, matches, shapes_of, table
-from asymswap.models.identify import identify
 from asymswap.models.opening import open_model
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent
@@ -52,8 +51,8 @@ def state_on_meta(reference: str, **arguments: Any) -> dict[str, Tensor]:
 def test_every_classifier_is_told_whatever_its_classes_and_channels(name: str) -> None:
     reference = f"torchvision:{name}"
     for arguments in ({}, {"num_classes": 7}, {"num_classes": 3, "in_channels": 1}):
-        found = identify(state_on_meta(reference, **arguments), "x.pt", silent)
-        assert (found.reference, found.arguments, found.view.prefix) == (reference, arguments, "")
+        found, view = identify(state_on_meta(reference, **arguments), "x.pt", silent)
+        assert (found.reference, found.arguments, view.prefix) == (reference, arguments, "")
 
 
 @pytest.mark.exhaustive
@@ -106,7 +105,7 @@ def test_lines_round_trip() -> None:
 )
 def test_other_networks_and_arguments(reference: str, arguments: dict[str, Any]) -> None:
     state = state_on_meta(reference, **arguments)
-    found = identify(state, "x.pt", silent)
+    found, _ = identify(state, "x.pt", silent)
     assert (found.reference, dict(found.arguments)) == (reference, arguments)
     fit = family_of(reference).fit(reference, {}, state)
     assert (fit.arguments, bool(fit.difference)) == (arguments, False)
@@ -140,14 +139,14 @@ def test_several_that_fit_are_listed() -> None:
 def test_no_network_is_built_to_find_out(monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_on_meta("torchvision:efficientnet_v2_s", num_classes=12)
     monkeypatch.setattr(torchvision_models.Torchvision, "build", lambda *_: pytest.fail("a network was built"))
-    assert identify(state, "x.pt", silent).reference == "torchvision:efficientnet_v2_s"
+    assert identify(state, "x.pt", silent)[0].reference == "torchvision:efficientnet_v2_s"
 
 
 def test_old_keys_are_told_too() -> None:
     state = state_on_meta("torchvision:densenet121")
     old = {key.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): tensor for key, tensor in state.items()}
     assert old.keys() != state.keys()
-    assert identify(old, "x.pt", silent).reference == "torchvision:densenet121"
+    assert identify(old, "x.pt", silent)[0].reference == "torchvision:densenet121"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "swin_t", "squeezenet1_1"])

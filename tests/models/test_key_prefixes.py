@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asymswap.models.identify import views
+from asymswap.models.builders import views
 
 State = dict[str, Tensor]
 names = st.sampled_from(["model", "net", "backbone", "student", "m0", "0"])
