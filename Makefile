@@ -18,7 +18,7 @@ test-programs: $(READY)
 	$(RUN)/python -m pytest -m programs $$(grep -rl --include='*.py' mark.programs tests)
 
 test-fast: $(READY)
-	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
+	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow and not nightly"
 
 # What takes hours: every model of torchvision, all hostile files, kills. `make test` takes one of each.
 test-nightly: $(READY)
@@ -63,13 +63,13 @@ test-minimal:
 	mkdir -p build && $(PYTHON) .ci/lower_bounds.py > build/lower_bounds.txt
 	$(PYTHON) -m venv build/minimal
 	build/minimal/bin/python -m pip install --quiet --constraint build/lower_bounds.txt --editable '.[dev,tensorboard]'
-	build/minimal/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive" \
+	build/minimal/bin/python -m pytest -n auto --dist worksteal -m "not slow and not nightly" \
 		-W ignore::DeprecationWarning -W ignore::FutureWarning
 
 test-newest:
 	$(PYTHON) -m venv build/newest
 	build/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,tensorboard]'
-	build/newest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
+	build/newest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not nightly"
 
 lint: $(READY)
 	$(RUN)/ruff check .

@@ -84,7 +84,7 @@ def test_the_ten_line_loop_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         pytest.param(
             page,
-            marks=[pytest.mark.slow] * (page.name in SLOW) + [pytest.mark.exhaustive] * (page.name in MINUTES),
+            marks=[pytest.mark.slow] * (page.name in SLOW) + [pytest.mark.nightly] * (page.name in MINUTES),
             id=page.name,
         )
         for page in WITH_EXAMPLES

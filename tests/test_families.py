@@ -23,7 +23,7 @@ CLASSIFIERS = models.list_models(models)
 VIDEO = models.list_models(models.video)
 OTHERS = [name for name in models.list_models() if name not in [*CLASSIFIERS, *VIDEO]]
 QUICK = ["ssdlite320_mobilenet_v3_large"]
-EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in OTHERS]
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly) for name in OTHERS]
 
 
 def convert(name: str) -> asymswap.Conversion:
@@ -130,7 +130,7 @@ def test_a_pickled_detector_is_known_by_its_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[pytest.mark.exhaustive] * (each != "r3d_18")) for each in VIDEO]
+    "name", [pytest.param(each, marks=[pytest.mark.nightly] * (each != "r3d_18")) for each in VIDEO]
 )
 def test_a_network_of_other_convs_has_nothing_to_swap(name: str) -> None:
     with pytest.raises(asymswap.AsymswapError, match=r"the model has no Conv2d to swap; its \d+ Conv3d are none"):

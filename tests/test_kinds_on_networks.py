@@ -39,7 +39,7 @@ THOROUGH = {"resnet18", "efficientnet_v2_s", "cifar:densenet121"}
 LARGE = {"resnet50", "vgg16_bn"}
 """Built as others here are, and larger."""
 PAIRS = [
-    pytest.param(network, kind, marks=pytest.mark.slow if quick else pytest.mark.exhaustive)
+    pytest.param(network, kind, marks=pytest.mark.slow if quick else pytest.mark.nightly)
     for network in NETWORKS
     for kind in KINDS
     for quick in [network in THOROUGH or (kind == "separable" and network not in LARGE)]

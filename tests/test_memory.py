@@ -89,7 +89,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.mark.parametrize(
-    "source", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in SOURCES]
+    "source", [pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly) for name in SOURCES]
 )
 def test_peak_of_a_conversion(source: str, prepared: Prepared) -> None:
     command = ["-m", "asymswap", "convert", *SOURCES[source], "--recipe", "3x3-only", "--input", "3x64x64", "--force"]

@@ -101,7 +101,7 @@ def test_the_command_converts_from_it(programs: Path, tmp_path: Path) -> None:
     assert call(programs / "python", "-c", code, cwd=tmp_path) == "Sequential\n"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_its_types_reach_those_who_use_it(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "use.py").write_text(
         'import asymswap\n\nreveal_type(asymswap.load("x.pt"))\nasymswap.load(path=3)\n', encoding="utf-8"

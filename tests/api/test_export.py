@@ -70,7 +70,7 @@ IN_SHORT = [("separable", False), ("predicted-offset-mask", False), ("acb-branch
 @pytest.mark.parametrize(
     ("name", "fuse"),
     [
-        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.exhaustive)
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.nightly)
         for case in [*((name, False) for name in SWAPS), *((name, True) for name in FUSABLE)]
     ],
 )
@@ -91,8 +91,8 @@ def test_onnx_computes_what_the_model_does(name: str, fuse: bool, tmp_path: Path
     "name",
     [
         "predicted-offset-mask",
-        pytest.param("separable", marks=pytest.mark.exhaustive),
-        pytest.param("acb-branch", marks=pytest.mark.exhaustive),
+        pytest.param("separable", marks=pytest.mark.nightly),
+        pytest.param("acb-branch", marks=pytest.mark.nightly),
     ],
 )
 def test_pt2_comes_back_in_another_process(name: str, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_what_a_pipe_gets(run: Run, start: Path) -> None:
     assert run("finetune", start, *SHORT, "-o", "quiet.pt", "-q")[1:] == ("", "")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 @pytest.mark.parametrize("options", [(), ("--distill", "--distill-features", "0.1")])
 def test_killed_from_outside_and_resumed(run: Run, start: Path, options: tuple[str, ...]) -> None:
     """The very command, killed as the system kills, at whatever moment that is."""

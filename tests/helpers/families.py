@@ -1,4 +1,4 @@
-"""Tests over every model of torchvision: `make test` runs one of each family, `pytest -m exhaustive` the rest."""
+"""Tests over every model of torchvision: `make test` runs one of each family, `pytest -m nightly` the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision import models
 
 
 def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> list[Any]:
-    """The references (NAME, NAME@WEIGHTS, torchvision:NAME, or others) as parameters, most of them marked exhaustive.
+    """The references (NAME, NAME@WEIGHTS, torchvision:NAME, or others) as parameters, most of them marked nightly.
 
     A family is what one file of torchvision builds; its first reference is marked slow, unless a reference in `tried`
     is of that family. Other references than torchvision's are families of their own.
@@ -19,7 +19,7 @@ def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> 
     found = []
     for reference in references:
         family = _family(reference)
-        found.append(pytest.param(reference, marks=pytest.mark.exhaustive if family in met else pytest.mark.slow))
+        found.append(pytest.param(reference, marks=pytest.mark.nightly if family in met else pytest.mark.slow))
         met.add(family)
     return found
 

@@ -55,7 +55,7 @@ def test_every_classifier_is_told_whatever_its_classes_and_channels(name: str) -
         assert (found.reference, found.arguments, view.prefix) == (reference, arguments, "")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_table_is_current() -> None:
     made = script().text()
     shipped = script().OUT.read_text(encoding="utf-8")

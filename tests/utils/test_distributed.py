@@ -52,7 +52,7 @@ def test_two_processes_give_the_plan_and_the_weights_of_one(tmp_path: Path) -> N
     assert (tmp_path / "e.safetensors").exists()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_a_process_without_images_waits_for_the_others(tmp_path: Path) -> None:
     """Eight digits make one batch, which is the first process's."""
     options = (*CONVERT, "--calibrate", "digits", "--calibration-images", "8", "--json", "-o", "two.pt")
@@ -69,7 +69,7 @@ def test_what_fails_in_the_first_process_ends_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_several_processes_without_images_have_nothing_to_share(tmp_path: Path) -> None:
     done = torchrun(tmp_path, *CONVERT)
     assert done.returncode != 0
