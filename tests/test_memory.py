@@ -25,7 +25,7 @@ SOURCES = {
     "safetensors, written as such": ["state.safetensors", "--arch", NAME, "-o", "out.safetensors"],
     "asymswap checkpoint": ["half.asym.pt"],
 }
-QUICK = ("reference", "state dict, identified", "safetensors", "asymswap checkpoint")
+QUICK = ("reference", "asymswap checkpoint")
 ONCE = 1.6
 """Times the weights, over what the imports take: 1.2 is measured. What is promised, 2.2, would hide a second copy."""
 

@@ -90,8 +90,8 @@ def test_onnx_computes_what_the_model_does(name: str, fuse: bool, tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     [
-        "predicted-offset-mask",
-        pytest.param("separable", marks=pytest.mark.nightly),
+        "separable",
+        pytest.param("predicted-offset-mask", marks=pytest.mark.nightly),
         pytest.param("acb-branch", marks=pytest.mark.nightly),
     ],
 )

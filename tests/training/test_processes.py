@@ -90,7 +90,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_worker_is_started_again_from_the_last_saving(start: Path) -> None:
     folder = start.parent
     (folder / "killed.py").write_text(SCRIPT)

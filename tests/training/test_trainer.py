@@ -212,9 +212,14 @@ KILLS: dict[str, Callable[[], None]] = {
     "while the state is written": while_saving(3),
     "between the checkpoints and the state": between_checkpoints_and_state,
 }
+KILLED_IN_SHORT = ("in the middle of an epoch", "between the checkpoints and the state")
+"""What `make test` tries."""
 
 
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize(
+    "kill",
+    [pytest.param(kill, marks=() if kill in KILLED_IN_SHORT else pytest.mark.nightly) for kill in KILLS],
+)
 def test_a_killed_run_that_is_resumed_is_the_unbroken_one(start: Start, whole: Start, kill: str) -> None:
     assert run_to_its_death(start, kill) == -signal.SIGKILL
     assert not (start / "broken.pt").exists()
