@@ -117,7 +117,7 @@ def recipes_page() -> str:
     ]
     for swap in rule["swap"]["oneOf"]:
         kind = replacements.load(swap["title"])
-        text += [f"### `{swap['title']}`", f"Keeps {kind.PRESERVES}.", fields(swap, skip=("kind",))]
+        text += [f"### `{swap['title']}`", f"Function: {kind.PRESERVES}.", fields(swap, skip=("kind",))]
     text += ["## Shipped recipes", *shipped()]
     return "\n\n".join(part.strip("\n") for part in text) + "\n"
 

@@ -79,7 +79,7 @@ class AsymmetricBlock(nn.Module):
 
 class AsymmetricConvBlock(Replacement):
     settings = Settings
-    PRESERVES = "the function exactly, in eval mode; fuses back to one k x k conv"
+    PRESERVES = "exact in eval mode; fuses back to one k x k conv"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
         return _convs.unsupported(conv) or super().unsupported(conv)

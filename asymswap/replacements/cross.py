@@ -54,7 +54,7 @@ class CrossConv2d(nn.Module):
 
 class Cross(Replacement):
     settings = Settings
-    PRESERVES = "the function as well as one row and one column of taps can, by least squares"
+    PRESERVES = "approximate: the best that one row and one column of taps can do, by least squares"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
         return _convs.unsupported(conv) or super().unsupported(conv)

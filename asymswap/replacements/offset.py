@@ -111,7 +111,7 @@ _WIDEST = 31  # pixels that a conv's taps may span: the built kernel has no hole
 
 class Offset(Replacement):
     settings = Settings
-    PRESERVES = "the function, exactly: every offset starts at zero"
+    PRESERVES = "exact: every offset starts at zero"
 
     weighted = False  # True for a learned factor of each tap
 

@@ -100,7 +100,7 @@ class PredictedOffsetConv2d(nn.Module):
 
 class PredictedOffset(Replacement):
     settings = Settings
-    PRESERVES = "the function, exactly, until its predictor is trained"
+    PRESERVES = "exact until its predictor is trained"
 
     def cost(self, site: Site, settings: Settings) -> Cost:
         """Count the predictor, the sampling (`BILINEAR_MACS` each, one more with a mask) and the conv's products."""

@@ -43,7 +43,7 @@ class Settings(GrowingSettings):
 
 class Resized(Replacement):
     settings = Settings
-    PRESERVES = "the function exactly: the new taps are zero"
+    PRESERVES = "exact: the new taps are zero"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
         if conv.padding_mode != "zeros":

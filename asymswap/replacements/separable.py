@@ -107,9 +107,7 @@ class Separable(Replacement):
     settings = Settings
     settled = Settled
     SIZES = ("rank", "ratio", "energy")
-    PRESERVES = (
-        "the function, as well as the rank allows; exactly at full rank, in eval mode, unless a ReLU stands between"
-    )
+    PRESERVES = "approximate (exact at full rank, in eval mode, without a ReLU between)"
 
     def unsupported(self, conv: ConvSpec) -> str | None:
         if conv.kernel == (1, 1):

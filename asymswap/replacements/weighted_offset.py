@@ -10,5 +10,5 @@ from asymswap.replacements.offset import Offset
 
 
 class WeightedOffset(Offset):
-    PRESERVES = "the function, exactly: every offset starts at zero, every tap's factor at one"
+    PRESERVES = "exact: every offset starts at zero, every tap's factor at one"
     weighted = True

@@ -117,7 +117,7 @@ class TestConvert:
             "layer1.0.conv1",
             "Kept: ",
             "Output of the whole model: ",
-            "separable preserves the function",
+            "separable: approximate",
             "Budget: 0.5 of the matched convs' MACs.",
             "digits-resnet.asym.pt: ",
             "Time: ",
