@@ -16,19 +16,8 @@ _TIME = "Time"
 
 
 # Typer takes no list of literals.
-class Runtime(StrEnum):
-    """Runtimes to time models in."""
-
-    eager = "eager"
-    compile = "compile"
-    onnx = "onnx"
-
-
-class MemoryFormat(StrEnum):
-    """Memory formats to time models in."""
-
-    channels_last = "channels-last"
-    contiguous = "contiguous"
+Runtime = StrEnum("Runtime", {"eager": "eager", "compile": "compile", "onnx": "onnx"})
+MemoryFormat = StrEnum("MemoryFormat", {"channels_last": "channels-last", "contiguous": "contiguous"})
 
 
 @o.takes_common(preprocessing=False)
@@ -60,10 +49,7 @@ def benchmark(
 
     Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime eager --runtime onnx --batch 1,8
     """
-    from asymswap.errors import AsymswapError
-
-    if common.json and markdown:
-        raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+    common.check_form(markdown)
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
     with common.progress() as step:

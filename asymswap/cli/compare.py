@@ -38,10 +38,7 @@ def compare(
 
     Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits
     """
-    from asymswap.errors import AsymswapError
-
-    if common.json and markdown:
-        raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+    common.check_form(markdown)
     with common.progress() as step:
         import torch
 

@@ -180,6 +180,11 @@ class Common:
 
         return [opened.hand_over() for opened in opening.open_models(models, progress=step, **self.opening)]
 
+    def check_form(self, markdown: bool) -> None:
+        """Raise AsymswapError where both JSON and Markdown are asked for."""
+        if self.json and markdown:
+            raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress while a block runs."""
         return screen.progress(self.quiet)

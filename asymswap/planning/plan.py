@@ -324,14 +324,9 @@ def _round_up(fraction: float) -> str:
     return f"{min(1.0, int(fraction * 1000 + 1) / 1000):.3f}"
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain data."""
-    return dataclasses.asdict(plan)
-
-
 def plan_text(plan: Plan) -> str:
     """Return the plan as JSON text, to be written, edited and replayed."""
-    return json.dumps(plan_to_json(plan), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(plan), indent=2) + "\n"
 
 
 def plan_from_json(value: Any, where: str) -> Plan:
