@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Literal
 
-import typer
-
 from asymswap.cli import options as o
-from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
 
 _SETTINGS = "Settings (all combinations are timed)"
@@ -68,7 +66,5 @@ def benchmark(
             layers=layers > 0,
             progress=step,
         )
-    if markdown:
-        typer.echo(views.benchmark_to_markdown(in_flags(found), layers), nl=False)
-    else:
-        common.show(found, lambda found, width: views.benchmark_view(found, width, layers))
+    text = partial(views.benchmark_to_markdown, layers=layers) if markdown else None
+    common.show(found, partial(views.benchmark_view, layers=layers), text)

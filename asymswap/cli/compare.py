@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from asymswap.cli import options as o
-from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
 
 _LATENCY = "Latency"
@@ -58,7 +55,4 @@ def compare(
             seed=seed,
             progress=step,
         )
-    if markdown:
-        typer.echo(views.comparison_to_markdown(in_flags(found)), nl=False)
-    else:
-        common.show(found, views.comparison_view)
+    common.show(found, views.comparison_view, views.comparison_to_markdown if markdown else None)

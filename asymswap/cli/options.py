@@ -189,11 +189,15 @@ class Common:
         """Show progress while a block runs."""
         return screen.progress(self.quiet)
 
-    def show(self, record: T, view: Callable[[T, int], RenderableType]) -> None:
-        """Print a result as JSON, or as `view` shows it at a number of columns, or not at all."""
+    def show(
+        self, record: T, view: Callable[[T, int], RenderableType], markdown: Callable[[T], str] | None = None
+    ) -> None:
+        """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
         from asymswap.results.records import to_json
 
-        if self.json:
+        if markdown is not None:
+            typer.echo(markdown(in_flags(record)), nl=False)
+        elif self.json:
             screen.print_json(to_json(record))
         elif not self.quiet:
             console = screen.console()

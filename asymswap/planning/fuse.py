@@ -30,16 +30,14 @@ _WEAKEST = 1e-2
 
 @dataclass(frozen=True)
 class Fused:
-    """A model whose replacements have been fused, the plans of what is left, and what was done."""
+    """A model whose replacements have been fused, the plans of what is left, and what was done.
+
+    Without plans it has the structure of the original again.
+    """
 
     model: nn.Module
     plans: tuple[Plan, ...]
     sites: tuple[FusionRow, ...]
-
-    @property
-    def as_before(self) -> bool:
-        """True if the model has the structure of the original again."""
-        return not self.plans
 
 
 @dataclass(frozen=True)

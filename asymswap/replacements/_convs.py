@@ -18,10 +18,15 @@ from asymswap.types import ConvSpec, Size
 from asymswap.utils.tensors import store_
 
 
-def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Conv2d:
+def new_conv(
+    conv: ConvSpec,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    cls: type[nn.Conv2d] = nn.Conv2d,
+) -> nn.Conv2d:
     """Return a conv of these fields with unset weights; `dtype` takes precedence over the fields'."""
     module: nn.Conv2d = nn.utils.skip_init(
-        nn.Conv2d,
+        cls,
         conv.in_channels,
         conv.out_channels,
         conv.kernel,
