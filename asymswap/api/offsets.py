@@ -21,11 +21,7 @@ from asymswap.utils.inputs import Inputs
 
 
 def offsets(
-    model: Model,
-    *,
-    data: str | None = None,
-    preprocessing: PreprocessingOptions | None = None,
-    seed: int = 0,
+    model: Model, *, data: str | None = None, preprocessing: PreprocessingOptions | None = None, seed: int = 0
 ) -> OffsetReport:
     """Return where the taps of a converted model have moved, layer by layer.
 

@@ -15,8 +15,7 @@ _OUTPUTS = "Outputs and accuracy"
 def compare(
     models: o.Models,
     data: Annotated[
-        str | None,
-        opt(f"Compare outputs and accuracy on {o.DATA_FORMS}", _OUTPUTS, shown="outputs on random images"),
+        str | None, opt(f"Compare outputs and accuracy on {o.DATA_FORMS}", _OUTPUTS, shown="outputs on random images")
     ] = None,
     images: Annotated[int | None, opt("Number of images.", _OUTPUTS, shown="all")] = None,
     seed: Annotated[int, opt("Seed for choosing images.", _OUTPUTS)] = 0,
