@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -226,17 +227,13 @@ def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) 
     return takes("common", {name: one for group in groups for name, one in group.items()}, build)
 
 
-_VALUE_LEFT_OUT = {"--distill": "original"}
-
-
 def fill_in(arguments: list[str]) -> list[str]:
-    """Return the arguments with the value of each option whose value was left out."""
+    """Return the arguments with the value `original` for a --distill whose value was left out."""
     result = []
-    for place, argument in enumerate(arguments):
+    for argument, following in itertools.pairwise([*arguments, "-"]):
         result.append(argument)
-        alone = place + 1 == len(arguments) or arguments[place + 1].startswith("-")
-        if alone and argument in _VALUE_LEFT_OUT:
-            result.append(_VALUE_LEFT_OUT[argument])
+        if argument == "--distill" and following.startswith("-"):
+            result.append("original")
     return result
 
 
