@@ -197,7 +197,7 @@ class _Lineup:
         exporting = self._export(number) if setting.runtime == "onnx" else 0.0
         start = time.perf_counter()
         if setting.runtime == "onnx":
-            run = session_on(self._onnx_file(number), inputs, setting.threads)
+            run = session_on(self._folder / f"{number}.onnx", inputs, setting.threads)
         else:
             with torch.inference_mode():
                 run = compiled(model, inputs)
@@ -220,16 +220,14 @@ class _Lineup:
         )
         return self._copies[number, memory_format], inputs_like(example, memory_format, setting.batch)
 
-    def _onnx_file(self, number: int) -> Path:
-        return self._folder / f"{number}.onnx"
-
     def _export(self, number: int) -> float:
         """Write the model's ONNX file once; return the seconds that it took, or raise its AsymswapError each time."""
         if number not in self._exports:
             start = time.perf_counter()
             try:
                 # With a single image, the batch would count as a number that never varies.
-                write_for_runtime(*self._placed(number, Setting("onnx", 2, 1, None)), self._onnx_file(number))
+                model, inputs = self._placed(number, Setting("onnx", 2, 1, None))
+                write_for_runtime(model, inputs, self._folder / f"{number}.onnx")
                 self._exports[number] = time.perf_counter() - start
             except AsymswapError as error:
                 self._exports[number] = error

@@ -12,13 +12,7 @@ from torch import Tensor
 
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
 from asymswap.data.normalization import all_warnings, settle
-from asymswap.data.predict import (
-    Predictions,
-    check_class_names,
-    known_classes,
-    predict,
-    published_classes,
-)
+from asymswap.data.predict import Predictions, check_class_names, known_classes, predict, published_classes
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
 from asymswap.models.opening import Model, open_for_verb

@@ -81,7 +81,7 @@ def export(
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
     if fuse and opened.plans:
         result = fuse_model(ready, original_of(opened), opened.plans, FusionOptions(), progress)
-        ready, as_original = result.model, result.as_before
+        ready, as_original = result.model, not result.plans
         fused = sum(row.outcome != "left" for row in result.sites)
     elif not opened.handed_over:
         ready = deep_copy(ready)

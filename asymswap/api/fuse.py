@@ -81,7 +81,7 @@ def fuse(
         relative=gap.relative,
         largest=gap.largest,
         probe=about,
-        as_original=fused.as_before,
+        as_original=not fused.plans,
         fed=fed_of(feeding),
         warnings=size_warning(takes) if feeding is None else feeding.warnings,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,21 +12,16 @@ from asymswap import replacements
 from asymswap.calibration.calibrate import some_inputs
 from asymswap.data.normalization import fed_of, feeding_of
 from asymswap.errors import AsymswapError
-from asymswap.graph.trace import conv_input
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions, size_warning
+from asymswap.planning.fuse import read_taps
 from asymswap.results.offsets import OffsetReport, OffsetRow
 from asymswap.types import Plan, Swap
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import eval_mode
 
 
 def offsets(
-    model: Model,
-    *,
-    data: str | None = None,
-    preprocessing: PreprocessingOptions | None = None,
-    seed: int = 0,
+    model: Model, *, data: str | None = None, preprocessing: PreprocessingOptions | None = None, seed: int = 0
 ) -> OffsetReport:
     """Return where the taps of a converted model have moved, layer by layer.
 
@@ -53,35 +47,21 @@ def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tup
     A layer that a later conversion has changed, that was fused, or that never runs is left out.
     """
     found: dict[str, OffsetRow] = {}
-    modules = dict(model.named_modules())
-    swaps = [swap for plan in plans for swap in plan.swaps]
-    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
-        for swap in swaps:
-            module = modules.get(swap.site)
-            if module is None:
-                continue
 
-            def see(module: nn.Module, args: Any, kwargs: Any, swap: Swap = swap) -> None:
-                offsets = replacements.load(swap.kind).tap_offsets(module, conv_input(args, kwargs))
-                if offsets is not None:
-                    found[swap.site] = _row(swap, module, offsets)
+    def see(swap: Swap, module: Any, offsets_ST2: Tensor) -> None:
+        double_ST2 = offsets_ST2.double()
+        mean_T2, spread_T2 = double_ST2.mean(0), double_ST2.std(0, correction=0)
+        limit = swap.settings.get("limit")
+        found[swap.site] = OffsetRow(
+            site=swap.site,
+            kind=swap.kind,
+            kernel=module.conv.kernel,
+            dilation=module.conv.dilation,
+            mean=tuple((down, right) for down, right in mean_T2.tolist()),
+            spread=tuple((down, right) for down, right in spread_T2.tolist()),
+            largest=float(torch.linalg.vector_norm(double_ST2, dim=-1).max()),
+            limit=None if limit is None else float(limit),
+        )
 
-            hooks.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
-        model(*inputs)
-    return tuple(found[swap.site] for swap in swaps if swap.site in found)
-
-
-def _row(swap: Swap, module: Any, offsets_ST2: Tensor) -> OffsetRow:
-    double_ST2 = offsets_ST2.double()
-    mean_T2, spread_T2 = double_ST2.mean(0), double_ST2.std(0, correction=0)
-    limit = swap.settings.get("limit")
-    return OffsetRow(
-        site=swap.site,
-        kind=swap.kind,
-        kernel=module.conv.kernel,
-        dilation=module.conv.dilation,
-        mean=tuple((down, right) for down, right in mean_T2.tolist()),
-        spread=tuple((down, right) for down, right in spread_T2.tolist()),
-        largest=float(torch.linalg.vector_norm(double_ST2, dim=-1).max()),
-        limit=None if limit is None else float(limit),
-    )
+    read_taps(model, plans, inputs, see)
+    return tuple(found[swap.site] for plan in plans for swap in plan.swaps if swap.site in found)

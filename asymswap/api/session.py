@@ -10,14 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from asymswap.calibration.calibrate import (
-    UNSEEN,
-    Gathered,
-    convert_on,
-    gather_statistics,
-    in_own_precision,
-    polish,
-)
+from asymswap.calibration.calibrate import UNSEEN, Gathered, convert_on, gather_statistics, in_own_precision, polish
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.polish import Polished
 from asymswap.errors import AsymswapError, SourceError

@@ -23,10 +23,10 @@ from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.plan import check_not_empty
-from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
+from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Plan, Progress, silent
+from asymswap.types import Progress, silent
 
 Measure = Literal["macs", "params"]
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -105,7 +105,11 @@ def sweep(
         session.choices(parsed[name], progress)
         start = time.perf_counter()
         try:
-            plan = _plan(session, parsed[name], fraction, step)
+            budget = parsed[name].budget
+            assert budget is not None
+            budget = budget.model_copy(update={budget.measure: fraction})
+            plan, _ = session.plan(parsed[name], step, budget)
+            check_not_empty(plan, parsed[name].model_copy(update={"budget": budget}))
         except RecipeError as error:
             point = Point(name, fraction, failed=str(error))
         else:
@@ -118,15 +122,6 @@ def sweep(
         result = replace(result.with_point(point), notes=_notes(session, images))
         on_point(result)
     return result
-
-
-def _plan(session: Session, recipe: Recipe, fraction: float, progress: Progress) -> Plan:
-    """Plan by a recipe under another fraction of its budget; raises RecipeError where that cannot be reached."""
-    assert recipe.budget is not None
-    budget = recipe.budget.model_copy(update={recipe.budget.measure: fraction})
-    plan, _ = session.plan(recipe, progress, budget)
-    check_not_empty(plan, recipe.model_copy(update={"budget": budget}))
-    return plan
 
 
 def _notes(session: Session, images: LabelledImages) -> tuple[str, ...]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Literal
 
-import typer
-
 from asymswap.cli import options as o
-from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
 
 _SETTINGS = "Settings (all combinations are timed)"
@@ -16,19 +14,8 @@ _TIME = "Time"
 
 
 # Typer takes no list of literals.
-class Runtime(StrEnum):
-    """Runtimes to time models in."""
-
-    eager = "eager"
-    compile = "compile"
-    onnx = "onnx"
-
-
-class MemoryFormat(StrEnum):
-    """Memory formats to time models in."""
-
-    channels_last = "channels-last"
-    contiguous = "contiguous"
+Runtime = StrEnum("Runtime", {"eager": "eager", "compile": "compile", "onnx": "onnx"})
+MemoryFormat = StrEnum("MemoryFormat", {"channels_last": "channels-last", "contiguous": "contiguous"})
 
 
 @o.takes_common(preprocessing=False)
@@ -60,10 +47,7 @@ def benchmark(
 
     Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime eager --runtime onnx --batch 1,8
     """
-    from asymswap.errors import AsymswapError
-
-    if common.json and markdown:
-        raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+    common.check_form(markdown)
     batches = o.parse_counts("--batch", batch)
     counts = None if threads is None else o.parse_counts("--threads", threads)
     with common.progress() as step:
@@ -82,7 +66,5 @@ def benchmark(
             layers=layers > 0,
             progress=step,
         )
-    if markdown:
-        typer.echo(views.benchmark_to_markdown(in_flags(found), layers), nl=False)
-    else:
-        common.show(found, lambda found, width: views.benchmark_view(found, width, layers))
+    text = partial(views.benchmark_to_markdown, layers=layers) if markdown else None
+    common.show(found, partial(views.benchmark_view, layers=layers), text)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from asymswap.cli import options as o
-from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
 
 _LATENCY = "Latency"
@@ -18,8 +15,7 @@ _OUTPUTS = "Outputs and accuracy"
 def compare(
     models: o.Models,
     data: Annotated[
-        str | None,
-        opt(f"Compare outputs and accuracy on {o.DATA_FORMS}", _OUTPUTS, shown="outputs on random images"),
+        str | None, opt(f"Compare outputs and accuracy on {o.DATA_FORMS}", _OUTPUTS, shown="outputs on random images")
     ] = None,
     images: Annotated[int | None, opt("Number of images.", _OUTPUTS, shown="all")] = None,
     seed: Annotated[int, opt("Seed for choosing images.", _OUTPUTS)] = 0,
@@ -38,10 +34,7 @@ def compare(
 
     Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits
     """
-    from asymswap.errors import AsymswapError
-
-    if common.json and markdown:
-        raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+    common.check_form(markdown)
     with common.progress() as step:
         import torch
 
@@ -61,7 +54,4 @@ def compare(
             seed=seed,
             progress=step,
         )
-    if markdown:
-        typer.echo(views.comparison_to_markdown(in_flags(found)), nl=False)
-    else:
-        common.show(found, views.comparison_view)
+    common.show(found, views.comparison_view, views.comparison_to_markdown if markdown else None)

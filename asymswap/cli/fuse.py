@@ -47,11 +47,7 @@ def fuse(
         check_suffix(target)
         check_needed(common.opening["preprocessing"], data)
         fusion = asymswap.fuse(
-            common.open_model(checkpoint, step),
-            separable=separable,
-            max_offset=max_offset,
-            data=data,
-            progress=step,
+            common.open_model(checkpoint, step), separable=separable, max_offset=max_offset, data=data, progress=step
         )
         report = asymswap.save_fused(fusion, target, as_original=as_original, force=force)
     common.show(report, lambda report, _: fusion_view(report))

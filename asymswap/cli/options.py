@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -180,15 +181,24 @@ class Common:
 
         return [opened.hand_over() for opened in opening.open_models(models, progress=step, **self.opening)]
 
+    def check_form(self, markdown: bool) -> None:
+        """Raise AsymswapError where both JSON and Markdown are asked for."""
+        if self.json and markdown:
+            raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress while a block runs."""
         return screen.progress(self.quiet)
 
-    def show(self, record: T, view: Callable[[T, int], RenderableType]) -> None:
-        """Print a result as JSON, or as `view` shows it at a number of columns, or not at all."""
+    def show(
+        self, record: T, view: Callable[[T, int], RenderableType], markdown: Callable[[T], str] | None = None
+    ) -> None:
+        """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
         from asymswap.results.records import to_json
 
-        if self.json:
+        if markdown is not None:
+            typer.echo(markdown(in_flags(record)), nl=False)
+        elif self.json:
             screen.print_json(to_json(record))
         elif not self.quiet:
             console = screen.console()
@@ -217,17 +227,13 @@ def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) 
     return takes("common", {name: one for group in groups for name, one in group.items()}, build)
 
 
-_VALUE_LEFT_OUT = {"--distill": "original"}
-
-
 def fill_in(arguments: list[str]) -> list[str]:
-    """Return the arguments with the value of each option whose value was left out."""
+    """Return the arguments with the value `original` for a --distill whose value was left out."""
     result = []
-    for place, argument in enumerate(arguments):
+    for argument, following in itertools.pairwise([*arguments, "-"]):
         result.append(argument)
-        alone = place + 1 == len(arguments) or arguments[place + 1].startswith("-")
-        if alone and argument in _VALUE_LEFT_OUT:
-            result.append(_VALUE_LEFT_OUT[argument])
+        if argument == "--distill" and following.startswith("-"):
+            result.append("original")
     return result
 
 

@@ -51,18 +51,8 @@ def progress(quiet: bool, first: str = "loading") -> Iterator[Progress]:
 
     from asymswap.errors import visible
 
-    screen = _console(stderr=True)
-    bars = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-        disable=quiet or not screen.is_terminal,
-    )
-    with bars:
+    name, bar, numbers = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    with Progress(SpinnerColumn(), name, bar, numbers, TimeRemainingColumn(), **_live(quiet)) as bars:
         task = bars.add_task(first, total=None)
         stages = [first]
 
@@ -81,19 +71,16 @@ def training(quiet: bool) -> Iterator[Callback]:
     """Show a training run on stderr: a line for each epoch, and in a terminal a live one for the steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    name, words = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[words]"))
+    bar, numbers = BarColumn(bar_width=12), MofNCompleteColumn()
+    with Progress(name, bar, numbers, words, TimeRemainingColumn(), **_live(quiet)) as live:
+        yield _Shown(live, live.console, quiet)
+
+
+def _live(quiet: bool) -> dict[str, Any]:
+    """Return the options of a bar on stderr, which is there while the block runs, and in a terminal only."""
     screen = _console(stderr=True)
-    live = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[words]}", markup=False),
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-        disable=quiet or not screen.is_terminal,
-    )
-    with live:
-        yield _Shown(live, screen, quiet)
+    return {"console": screen, "transient": True, "disable": quiet or not screen.is_terminal}
 
 
 class _Shown(Callback):

@@ -6,7 +6,7 @@ comes first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -30,16 +30,14 @@ _WEAKEST = 1e-2
 
 @dataclass(frozen=True)
 class Fused:
-    """A model whose replacements have been fused, the plans of what is left, and what was done."""
+    """A model whose replacements have been fused, the plans of what is left, and what was done.
+
+    Without plans it has the structure of the original again.
+    """
 
     model: nn.Module
     plans: tuple[Plan, ...]
     sites: tuple[FusionRow, ...]
-
-    @property
-    def as_before(self) -> bool:
-        """True if the model has the structure of the original again."""
-        return not self.plans
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,13 @@ def fuse_model(
     structures = [meta_copy(original)]
     for plan in plans:
         structures.append(apply_structure(structures[-1], plan))
-    offsets = _largest_offsets(model, plans, options)
+    offsets: dict[str, float] = {}
+
+    def see(entry: Swap, _: nn.Module, found_ST2: Tensor) -> None:
+        offsets[entry.site] = max(offsets.get(entry.site, 0.0), float(found_ST2.abs().max()))
+
+    if options.max_offset is not None and options.inputs is not None:
+        read_taps(model, plans, options.inputs, see)
     rows: list[FusionRow] = []
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
@@ -161,22 +165,21 @@ def _check_unchanged(module: nn.Module, fresh: nn.Module, prefix: str = "") -> N
             raise _LeftError(f"{prefix}its {name} {added}" if name else f"{prefix}it {added}")
 
 
-def _largest_offsets(model: nn.Module, plans: Sequence[Plan], options: FusionOptions) -> dict[str, float]:
-    """Return the largest offset that each predictor gives on the images, in pixels."""
-    if options.max_offset is None or options.inputs is None:
-        return {}
-    found: dict[str, float] = {}
+def read_taps(
+    model: nn.Module, plans: Sequence[Plan], inputs: Inputs, see: Callable[[Swap, nn.Module, Tensor], None]
+) -> None:
+    """Run the model in eval mode; call `see` with every replacement whose taps move, and their offsets (S, T, 2)."""
+    modules = dict(model.named_modules())
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
-        for entry in (entry for plan in plans for entry in plan.swaps):
+        for entry in (entry for plan in plans for entry in plan.swaps if entry.site in modules):
 
-            def see(module: nn.Module, args: Any, kwargs: Any, entry: Swap = entry) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any, entry: Swap = entry) -> None:
                 offsets = replacements.load(entry.kind).tap_offsets(module, conv_input(args, kwargs))
                 if offsets is not None:
-                    found[entry.site] = max(found.get(entry.site, 0.0), float(offsets.abs().max()))
+                    see(entry, module, offsets)
 
-            hooks.enter_context(model.get_submodule(entry.site).register_forward_pre_hook(see, with_kwargs=True))
-        model(*options.inputs)
-    return found
+            hooks.enter_context(modules[entry.site].register_forward_pre_hook(hook, with_kwargs=True))
+        model(*inputs)
 
 
 def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.Module) -> nn.BatchNorm2d:

@@ -291,27 +291,29 @@ def _decide(
     rule, number = recipe.rules[index], f"rule {index + 1}"
     if rule.swap is None:
         return Keep(site.name, f"{number} keeps it")
-    kind = replacements.load(rule.kind)
+    found = _match(model, site, rule.kind, rule.settings, number, statistics)
+    if isinstance(found, str):
+        return Keep(site.name, f"{number}, but {found}")
+    return dataclasses.replace(found, leaves_choice=rule.leaves_choice)
+
+
+def _match(
+    model: nn.Module, site: Site, name: str, settings: KindSettings, rule: str, statistics: SiteStatistics | None
+) -> Matched | str:
+    """Return the site as this kind would swap it, with the batch norm that it folds in, or why it cannot."""
+    kind = replacements.load(name)
     reason = refusal_of(site, kind)
     if reason is not None:
-        return Keep(site.name, f"{number}, but {reason}")
-    settings, absorbs = _fold_norm(model, site, kind, rule.settings)
+        return reason
+    norm = site.norm_behind
+    folded = None if norm is None else kind.fold_norm(settings, model.get_submodule(norm))
     original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
-    return Matched(site, original, number, rule.leaves_choice, rule.kind, kind, settings, absorbs)
+    return Matched(site, original, rule, False, name, kind, folded or settings, norm if folded else None)
 
 
 def refusal_of(site: Site, kind: Replacement) -> str | None:
     """Return the reason why this kind cannot replace the conv of a site, or None where it can."""
     return site.refusal or kind.unsupported(site.conv) or (None if site.calls else "never runs in eval mode")
-
-
-def _fold_norm(
-    model: nn.Module, site: Site, kind: Replacement, settings: KindSettings
-) -> tuple[KindSettings, str | None]:
-    """Return the settings, and the batch norm that the kind folds in at this site, if there is one."""
-    name = site.norm_behind
-    folded = None if name is None else kind.fold_norm(settings, model.get_submodule(name))
-    return (settings, None) if folded is None else (folded, name)
 
 
 def _no_gain(option: Option, old: Cost) -> str:
@@ -324,14 +326,9 @@ def _round_up(fraction: float) -> str:
     return f"{min(1.0, int(fraction * 1000 + 1) / 1000):.3f}"
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain data."""
-    return dataclasses.asdict(plan)
-
-
 def plan_text(plan: Plan) -> str:
     """Return the plan as JSON text, to be written, edited and replayed."""
-    return json.dumps(plan_to_json(plan), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(plan), indent=2) + "\n"
 
 
 def plan_from_json(value: Any, where: str) -> Plan:
@@ -399,19 +396,17 @@ def check_replay(
 
 def _settle_again(model: nn.Module, site: Site, swap: Swap, statistics: SiteStatistics | None) -> Swap:
     """Return a plan's swap with settled settings and the error that it has here; raises RecipeError for none."""
-    kind, settings = replacements.load(swap.kind), replacements.parse_settings(swap.kind, swap.settings)
-    reason = refusal_of(site, kind)
-    if reason is not None:
-        raise RecipeError(reason)
-    if kind.SIZES and all(getattr(settings, size) is None for size in kind.SIZES):
-        raise RecipeError(f"it has no size; give one of {', '.join(kind.SIZES)}")
-    absorbs = _fold_norm(model, site, kind, settings)[1] if swap.absorbs is not None else None
-    if absorbs != swap.absorbs:
-        instead = f"only {absorbs!r}" if absorbs else "no batch norm"
+    settings = replacements.parse_settings(swap.kind, swap.settings)
+    item = _match(model, site, swap.kind, settings, swap.reason, statistics)
+    if isinstance(item, str):
+        raise RecipeError(item)
+    if item.kind.SIZES and all(getattr(settings, size) is None for size in item.kind.SIZES):
+        raise RecipeError(f"it has no size; give one of {', '.join(item.kind.SIZES)}")
+    if swap.absorbs not in (None, item.absorbs):
+        instead = f"only {item.absorbs!r}" if item.absorbs else "no batch norm"
         raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
-    original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
-    item = Matched(site, original, swap.reason, False, swap.kind, kind, settings, absorbs)
-    option = kind.resolve(site, original, settings)
+    item = dataclasses.replace(item, settings=settings, absorbs=swap.absorbs)
+    option = item.kind.resolve(site, item.original, settings)
     if not item.pays(option):
         raise RecipeError(
             f'{_no_gain(option, site.cost)}; where that is meant, give it "allow_growth": true among its settings'

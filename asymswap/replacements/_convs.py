@@ -18,10 +18,10 @@ from asymswap.types import ConvSpec, Size
 from asymswap.utils.tensors import store_
 
 
-def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Conv2d:
-    """Return a conv of these fields with unset weights; `dtype` takes precedence over the fields'."""
+def new_conv(conv: ConvSpec, cls: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+    """Return a conv of these fields with unset weights."""
     module: nn.Conv2d = nn.utils.skip_init(
-        nn.Conv2d,
+        cls,
         conv.in_channels,
         conv.out_channels,
         conv.kernel,
@@ -31,8 +31,7 @@ def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.dev
         groups=conv.groups,
         bias=conv.bias,
         padding_mode=conv.padding_mode,
-        dtype=dtype or getattr(torch, conv.dtype),
-        device=device,
+        dtype=getattr(torch, conv.dtype),
     )
     return module
 
@@ -40,7 +39,8 @@ def new_conv(conv: ConvSpec, dtype: torch.dtype | None = None, device: torch.dev
 def conv_of(conv: ConvSpec, weight_OIHW: Tensor, bias_O: Tensor | None, like: Tensor) -> nn.Conv2d:
     """Return a conv of these fields but for kernel size and bias, with these numbers; dtype and device are `like`'s."""
     kernel = (weight_OIHW.shape[2], weight_OIHW.shape[3])
-    made = new_conv(replace(conv, kernel=kernel, bias=bias_O is not None), like.dtype, like.device)
+    dtype = str(like.dtype).removeprefix("torch.")
+    made = new_conv(replace(conv, kernel=kernel, bias=bias_O is not None, dtype=dtype)).to(like.device)
     copy_(made, weight_OIHW, bias_O)
     return made
 

@@ -15,6 +15,7 @@ first: samples up to its rim see it, samples beyond the rim are zero.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -64,17 +65,8 @@ class PredictedOffsetConv2d(nn.Module):
         self.margins, self.padding = conv.pads, (0, 0)
         if conv.padding_mode == "zeros":
             self.margins, self.padding = (0, right - left, 0, bottom - top), (top, left)
-        self.predictor: PredictorConv2d = nn.utils.skip_init(
-            PredictorConv2d,
-            conv.in_channels,
-            _predicted_channels(conv, mask, offset_groups),
-            conv.kernel,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            padding_mode=conv.padding_mode,
-            dtype=getattr(torch, conv.dtype),
-        )
+        fields = replace(conv, out_channels=_predicted_channels(conv, mask, offset_groups), groups=1, bias=True)
+        self.predictor = _convs.new_conv(fields, cls=PredictorConv2d)
         for parameter in self.predictor.parameters():
             nn.init.zeros_(parameter)
         dtype = self.predictor.weight.dtype

@@ -117,10 +117,7 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
     """Read what `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
     from pydantic import TypeAdapter
 
-    names = ("model", "measure", "before", "accuracy", "images", "data", "tolerance", "setting", "notes")
-    point_names = ("recipe", "budget", "cost", "accuracy", "swapped", "seconds", "failed")
-    points = [{name: point[name] for name in point_names} for point in value["points"]]
-    found = TypeAdapter(Tradeoff).validate_python({**{name: value[name] for name in names}, "points": points})
+    found = TypeAdapter(Tradeoff).validate_python({**value, "setting": value["setting"], "fed": None, "warnings": ()})
     numbers = [found.accuracy, found.tolerance]
     counts = [found.images, found.before.macs, found.before.params]
     for point in found.points:
