@@ -166,8 +166,14 @@ def allocated(model: nn.Module) -> nn.Module:
     return copy_with(model, ghosts, unset)
 
 
+_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.fill_, Tensor.zero_)
+
+
 class WithoutMemory(TorchFunctionMode):
-    """Make functions of torch (`torch.empty` makes all weights of layers) use the meta device while it lasts."""
+    """Make functions of torch (`torch.empty` makes all weights of layers) use the meta device while it lasts.
+
+    Tensors without numbers are not filled: torch would take most of the time of building a network for it.
+    """
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         super().__init__()
@@ -177,6 +183,10 @@ class WithoutMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._functions:
             kwargs["device"] = "meta"
+        elif func in _FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor: Tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 

@@ -9,9 +9,9 @@ from dataclasses import InitVar, dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from asymswap.utils.tensors import list_tensors, map_tensors, side_by_side
+from asymswap.utils.tensors import WithoutMemory, list_tensors, map_tensors, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +109,18 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
         found.append(side_by_side(solve, matrices))
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_without_memory_what_has_numbers_is_filled_and_no_random_number_is_drawn() -> None:
+    before = torch.get_rng_state()
+    real = torch.zeros(3)
+    with WithoutMemory(torch.empty):
+        layer = nn.Conv2d(3, 8, 3)
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.trunc_normal_(tensor=layer.bias)
+        assert nn.init.constant_(real, 2.0) is real
+    assert layer.weight.is_meta
+    assert layer.bias is not None
+    assert layer.bias.is_meta
+    assert real.tolist() == [2, 2, 2]
+    assert torch.equal(torch.get_rng_state(), before)
