@@ -90,8 +90,9 @@ def finetune(
     classes = check_classifier(opened.model, parts.train, exact=True)
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
-        ready = parts.train.pictures is not None and parts.train.pictures.ready
-        settings = replace(settings, workers=0 if ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
+        settings = replace(
+            settings, workers=0 if parts.train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1))
+        )
     teacher = None
     if settings.distill is not None:
         beside = None if opened.file is None else opened.file.parent

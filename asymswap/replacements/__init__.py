@@ -53,7 +53,10 @@ def load(name: str) -> Replacement:
 
 def parse_settings(name: str, settings: Any) -> KindSettings:
     """Check settings that came from outside against the kind's own; raises RecipeError with every mistake in it."""
-    kind = load(name)
+    return _parse(load(name), name, settings)
+
+
+def _parse(kind: Replacement, name: str, settings: Any) -> KindSettings:
     try:
         return kind.settings.model_validate(dict(settings))
     except ValidationError as error:
@@ -65,7 +68,8 @@ def load_swap(swap: Swap) -> tuple[Replacement, KindSettings]:
 
     Raises RecipeError as `load` and `parse_settings` do, and PlanError for settings that are valid but not settled.
     """
-    settings, kind = parse_settings(swap.kind, swap.settings), load(swap.kind)
+    kind = load(swap.kind)
+    settings = _parse(kind, swap.kind, swap.settings)
     if kind.settled is None:
         return kind, settings
     try:

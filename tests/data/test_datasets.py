@@ -65,7 +65,6 @@ def test_digits_are_those_of_scikit_learn_split_by_class() -> None:
     train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     for part, chosen in (("train", train), ("test", test)):
         data = open_data("digits", GREY, part)
-        assert data.pictures is not None
         assert data.pictures.labels == [labels[i] for i in chosen]
         found = torch.stack([data.pictures.picture(number) for number in range(len(chosen))])
         assert torch.equal(found, torch.from_numpy(theirs.images[chosen]).float()[:, None] / 16)
