@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 Size = tuple[int, int]
@@ -335,3 +336,29 @@ class Candidate:
     half: RankCost | None = None  # half of that rank
     kind: str = "separable"  # or what the recipe asks for
     becomes: Cost | None = None  # the cost of another kind, if it is known without the weights
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Square patches of this side in place of whole images, `count` in all, with noise for a denoiser.
+
+    `noise` is the standard deviation of what is added to pixels from 0 to 1.
+    """
+
+    size: int | None = None
+    count: int | None = None
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class UserData:
+    """What a user gives as data: anything that `open_inputs` takes, and how a batch becomes arguments."""
+
+    data: Any
+    inputs: Callable[[Any], Any] | None = None
+    patches: Patches = Patches()
+
+    @property
+    def reference(self) -> str | None:
+        """The text of a data reference; None for other data."""
+        return str(self.data) if isinstance(self.data, str | Path) else None

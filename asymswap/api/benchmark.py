@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ def benchmark(
     seconds: float = 60.0,
     layers: bool = True,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     progress: Progress = silent,
 ) -> Benchmark:
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
@@ -73,7 +74,7 @@ def benchmark(
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
-    opened = [open_for_verb(model, progress, input_size=input_size) for model in models]
+    opened = [open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs) for model in models]
     costs = tuple(cost_row(one) for one in opened)
     with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
         lineup = _Lineup(opened, settings, dtype, Path(folder))
@@ -111,7 +112,7 @@ def benchmark(
 def cost_row(opened: OpenedModel) -> BenchmarkedModel:
     """Return what a model is and what it costs."""
     costs = costs_of(opened)
-    origin, takes = opened.origin.reference, opened.preprocessing.describe()
+    origin, takes = opened.origin.reference, opened.takes()
     return BenchmarkedModel(
         opened.reference, origin, opened.weights, takes, costs.total, notes=opened.notes + costs.notes()
     )
@@ -216,7 +217,8 @@ class _Lineup:
             copied = in_format(self._opened[number].model, memory_format).eval().to("cpu", self._dtype)
             self._copies[number, memory_format] = copied
         example: Inputs = map_tensors(
-            self._opened[number].example(), lambda tensor: tensor.to(self._dtype or tensor.dtype)
+            self._opened[number].example(),
+            lambda one: one.to(self._dtype or one.dtype) if one.is_floating_point() else one,
         )
         return self._copies[number, memory_format], inputs_like(example, memory_format, setting.batch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from asymswap.graph.trace import check_runs, trace
 from asymswap.models.opened import costs_of, sizes_assumed
@@ -19,11 +20,12 @@ def candidates(
     *,
     recipe: str | Path | None = None,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     progress: Progress = silent,
 ) -> Candidates:
     """List every Conv2d with what `separable` would save there, or why it is no candidate."""
     parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_for_verb(model, progress, input_size=input_size)
+    opened = open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs)
     traced = trace(opened.model, opened.example())
     check_runs(traced, opened.model, opened.example())
     costs = costs_of(opened)

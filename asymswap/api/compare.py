@@ -39,6 +39,7 @@ def compare(
     timing: Timing | None = None,
     seed: int = 0,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Comparison:
@@ -52,7 +53,12 @@ def compare(
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:
         raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")
-    opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in models]
+    opened = [
+        open_for_verb(
+            model, progress, input_size=input_size, example_inputs=example_inputs, preprocessing=preprocessing
+        )
+        for model in models
+    ]
     feedings: list[Feeding | None] = [None] * len(opened)
     sets: list[LabelledImages] = []
     total = _RANDOM

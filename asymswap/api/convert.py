@@ -26,13 +26,15 @@ from torch import nn
 import asymswap
 from asymswap import replacements
 from asymswap.api.session import Clock, Converted, Session, check_finite
-from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
 from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.normalization import fed_of, settle
+from asymswap.data.inputs import settle_on
+from asymswap.data.normalization import fed_of
 from asymswap.data.predict import check_classifier, predict
 from asymswap.errors import AsymswapError, CheckpointError
+from asymswap.measure.agreement import measure_agreement
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.models.opened import sizes_assumed
@@ -43,11 +45,12 @@ from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
+from asymswap.results.agreement import Agreement
 from asymswap.results.convert import AccuracyRow, CalibrationRow, FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Progress, Site, Swap, silent
 from asymswap.utils.files import check_output, write_text
-from asymswap.utils.inputs import Inputs, portions, probe
+from asymswap.utils.inputs import placed, portions, samples_in, samples_of
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
@@ -67,11 +70,12 @@ def plan(
     *,
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     progress: Progress = silent,
 ) -> Plan:
     """Return what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_for_verb(model, progress, input_size=input_size)
+    opened = open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs)
     check_finite(opened)
     return Session(opened).plan(parsed, progress)[0]
 
@@ -84,6 +88,7 @@ def convert(
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
     evaluate: str | None = None,
     timing: Timing | None = None,
@@ -113,12 +118,18 @@ def convert(
     in_time = budget is not None and budget.latency is not None
     if timing is not None and not in_time:
         raise AsymswapError("`timing=…` goes with a budget of latency: give `latency=…`, or leave it out")
-    opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
+    opened = open_for_verb(
+        model,
+        progress,
+        input_size=input_size,
+        example_inputs=example_inputs,
+        preprocessing=options_of(preprocessing, calibration),
+    )
     clock = Clock(opened.seconds)
     check_finite(opened)
     feeding = None
     if evaluate is not None or (calibration is not None and calibration.data is not None):
-        opened, feeding = settle(opened, *fed_on(calibration, str(evaluate)))
+        opened, feeding = settle_on(opened, *fed_on(calibration, str(evaluate)))
     data = None
     if evaluate is not None:
         data = open_data(evaluate, opened.preprocessing, "test")
@@ -138,6 +149,7 @@ def convert(
         report = make_report(session, converted, name, None if budget is None else str(budget), seed)
         if not allow_drift:
             check_promises(report, opened.dtype())
+        agreement = agreement_of(session, converted.model, progress)
         first = sizes_assumed([opened]) if feeding is None else feeding.warnings
         calibrated = calibration_row(session, converted, None if data is None else data.description)
         clock.stop("measure")
@@ -150,6 +162,7 @@ def convert(
             latency=latency,
             calibration=calibrated,
             accuracy=scores,
+            agreement=agreement,
             warnings=(*first, *report.warnings),
             fed=fed_of(feeding),
             seconds=clock.seconds,
@@ -227,11 +240,11 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
     opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
     gathered = session.gathered
     if gathered is not None and gathered.held_back is not None:
-        inputs: Inputs = (gathered.held_back.to(opened.dtype()),)
-        probed = f"{len(gathered.held_back)} images of {gathered.summary.data}"
+        inputs = placed(opened.model, gathered.held_back.load(0))
+        inputs = samples_of(inputs, 0, PROBED)
+        probed = f"{samples_in(inputs)} images of {gathered.summary.data}"
     else:
-        inputs = probe(opened.preprocessing, opened.dtype(), seed=seed)
-        probed = f"{len(inputs[0])} random images (seed {seed})"
+        inputs, probed = some_inputs(None, opened, seed, images=2)
     parts = compared_parts(traced)
     if not traced.on_meta:
         probed += f", compared at the outputs of {len(parts)} parts"
@@ -255,7 +268,7 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
             origin=opened.origin.reference,
             weights=opened.weights,
             traced_by=traced.by,
-            input=opened.preprocessing.describe(),
+            input=opened.takes(),
             sha256=opened.sha256,
             notes=opened.notes + traced.notes + before.notes(),
         ),
@@ -274,6 +287,19 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
     )
 
 
+def agreement_of(session: Session, model: nn.Module, progress: Progress = silent) -> Agreement | None:
+    """Return how far a converted model answers as the original on the held-back inputs; None where there are none."""
+    gathered, opened = session.gathered, session.opened
+    if gathered is None or gathered.held_back is None:
+        return None
+    held_back = gathered.held_back
+    batches = (placed(opened.model, batch) for batch in held_back)
+    step = functools.partial(progress, "comparing")
+    scores, parts = gathered.summary.outputs.startswith("class scores"), compared_parts(session.traced)
+    outputs = measure_agreement(opened.model, model, batches, scores, parts, lambda done: step(done, held_back.count))
+    return Agreement(held_back.description, held_back.count, outputs)
+
+
 def calibration_row(session: Session, converted: Converted, evaluated_on: str | None) -> CalibrationRow | None:
     """Return what the conversion was calibrated on; `evaluated_on` describes the images of its accuracy."""
     gathered, polished = session.gathered, converted.polished
@@ -285,7 +311,7 @@ def calibration_row(session: Session, converted: Converted, evaluated_on: str | 
             f"polished for {polished.steps} steps on {polished.images} images: difference of the outputs on held-back "
             f"ones {polished.before:.3g} -> {polished.after:.3g} (the weights of step {polished.kept_step})"
         )
-    if evaluated_on is not None and evaluated_on == gathered.description:
+    if evaluated_on is not None and gathered.held_back and evaluated_on == gathered.held_back.description:
         notes.append(SAME_IMAGES)
     summary = gathered.summary
     return CalibrationRow(

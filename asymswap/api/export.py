@@ -28,14 +28,13 @@ from asymswap.measure.runtimes import (
 )
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb, original_of
-from asymswap.models.preprocessing import size_warning
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
 from asymswap.types import Progress, silent
 from asymswap.utils.files import check_output, whole_file
-from asymswap.utils.inputs import Inputs, probe, sizes
-from asymswap.utils.tensors import deep_copy, list_tensors
+from asymswap.utils.inputs import Inputs, sizes
+from asymswap.utils.tensors import deep_copy, map_tensors
 
 Form = Literal["onnx", "pt2", "state-dict"]
 SUFFIXES: dict[Form, tuple[str, ...]] = {
@@ -54,6 +53,7 @@ def export(
     dynamic_size: bool = False,
     force: bool = False,
     seed: int = 0,
+    example_inputs: Any = None,
     progress: Progress = silent,
 ) -> ExportReport:
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
@@ -72,7 +72,7 @@ def export(
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
     versions = check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
-    opened = open_for_verb(model, progress)
+    opened = open_for_verb(model, progress, example_inputs=example_inputs)
     if opened.preprocessing.form == "image-list":
         raise AsymswapError(
             f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them: "
@@ -111,7 +111,7 @@ def export(
         opset=OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
-        warnings=size_warning(opened.preprocessing),
+        warnings=opened.size_warning(),
     )
 
 
@@ -123,12 +123,16 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
             f"ONNX Runtime has no convolutions of {str(dtype).removeprefix('torch.')} on the processor; export a model "
             'of float32, or give `form="pt2"`'
         )
-    inputs = probe(takes, dtype, 2, seed)
+    inputs = opened.probe(2, seed)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if dynamic_size:
-        last = list_tensors(inputs)[0].dim() - 1
-        dims |= {last - 1: torch.export.Dim.AUTO, last: torch.export.Dim.AUTO}
-    shapes = tuple(dims for _ in inputs)
+
+    def sizes_of(one: torch.Tensor) -> dict[int, Any] | None:
+        if one.shape[:1] != (2,):
+            return None
+        last = one.dim() - 1
+        return dims | ({last - 1: torch.export.Dim.AUTO, last: torch.export.Dim.AUTO} if dynamic_size else {})
+
+    shapes = map_tensors(inputs, sizes_of)
     run: Callable[[Inputs], Any]
     if form == "onnx":
         write_onnx(model, inputs, shapes, draft)
@@ -144,11 +148,11 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
         runner, run = "the exported program", lambda given: loaded(*given)
     height, width = takes.size
     tried = [(1, takes.size), (3, takes.size)]
-    if dynamic_size:
+    if dynamic_size and opened.example_inputs is None:
         tried.append((3, (height * 3 // 2, width * 5 // 4)))
     checks = []
     for images, size in tried:
-        inputs = probe(replace(takes, size=size), dtype, images, seed)
+        inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
         with torch.no_grad():
             gap = widest_gap(model(*inputs), run(inputs))
         check = Check(sizes(inputs), gap.largest, gap.allowed)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from asymswap.calibration.calibrate import some_inputs
 from asymswap.checkpoint import Header, save_state
-from asymswap.data.normalization import fed_of, feeding_of
+from asymswap.data.normalization import fed_of, settle
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
 from asymswap.models.opening import Model, open_for_verb, original_of, save_checkpoint
-from asymswap.models.preprocessing import PreprocessingOptions, size_warning
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
 from asymswap.types import Progress, silent
 from asymswap.utils.files import check_output
-from asymswap.utils.inputs import example
 
 
 @dataclass
@@ -43,6 +43,7 @@ def fuse(
     data: str | None = None,
     seed: int = 0,
     preprocessing: PreprocessingOptions | None = None,
+    example_inputs: Any = None,
     progress: Progress = silent,
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
@@ -52,23 +53,21 @@ def fuse(
     which changes the function; the report has the difference. Raises AsymswapError where nothing can be fused, the
     model is in train mode, or the fused model does not compute the same.
     """
-    opened = open_for_verb(model, progress, preprocessing=preprocessing)
+    opened = open_for_verb(model, progress, preprocessing=preprocessing, example_inputs=example_inputs)
     converted, label = opened.model, opened.reference
     original = original_of(opened)
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
-    takes, dtype = opened.preprocessing, opened.dtype()
     feeding = None
     if data is not None:
-        feeding = feeding_of(converted, takes, data, "test", label)
-        takes = feeding.preprocessing
-    inputs, about = some_inputs(data, takes, dtype, seed)
+        opened, feeding = settle(opened, data, "test")
+    inputs, about = some_inputs(data, opened, seed)
     fused = fuse_model(converted, original, opened.plans, FusionOptions(separable, max_offset, inputs), progress)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
         raise AsymswapError(f"{label} has nothing to fuse ({reasons})")
-    one = example(takes, dtype)
+    one, dtype = opened.example(), opened.dtype()
     gap = compare_outputs(converted, fused.model, inputs, compared_parts(trace(converted, one)))
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
@@ -83,10 +82,10 @@ def fuse(
         probe=about,
         as_original=not fused.plans,
         fed=fed_of(feeding),
-        warnings=size_warning(takes) if feeding is None else feeding.warnings,
+        warnings=opened.size_warning() if feeding is None else feeding.warnings,
     )
     provenance = {**opened.provenance, "fused": plain(report)}
-    header = replace(opened.header(), plans=fused.plans, preprocessing=takes, provenance=provenance)
+    header = replace(opened.header(), plans=fused.plans, provenance=provenance)
     return Fusion(fused.model, report, header)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from asymswap import replacements
 from asymswap.calibration.calibrate import some_inputs
-from asymswap.data.normalization import fed_of, feeding_of
+from asymswap.data.normalization import fed_of, settle
 from asymswap.errors import AsymswapError
 from asymswap.models.opening import Model, open_for_verb
-from asymswap.models.preprocessing import PreprocessingOptions, size_warning
+from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import read_taps
 from asymswap.results.offsets import OffsetReport, OffsetRow
 from asymswap.types import Plan, Swap
@@ -29,15 +29,16 @@ def offsets(
     AsymswapError where no layer has taps that move.
     """
     opened = open_for_verb(model, preprocessing=preprocessing)
-    label, takes = opened.reference, opened.preprocessing
-    feeding = None if data is None else feeding_of(opened.model, takes, data, "test", label)
-    inputs, about = some_inputs(data, takes if feeding is None else feeding.preprocessing, opened.dtype(), seed)
+    label, feeding = opened.reference, None
+    if data is not None:
+        opened, feeding = settle(opened, data, "test")
+    inputs, about = some_inputs(data, opened, seed)
     rows = read_offsets(opened.model, opened.plans, inputs)
     if not rows:
         kinds = {name: type(replacements.load(name)) for name in replacements.names()}
         moving = [name for name, kind in kinds.items() if kind.tap_offsets is not replacements.Replacement.tap_offsets]
         raise AsymswapError(f"{label} has no layer whose taps move; the kinds {', '.join(moving)} have such taps")
-    warnings = size_warning(takes) if feeding is None else feeding.warnings
+    warnings = opened.size_warning() if feeding is None else feeding.warnings
     return OffsetReport(label, rows, about, fed_of(feeding), warnings)
 
 

@@ -26,7 +26,7 @@ from asymswap.planning.recipe import Budget, Recipe
 from asymswap.results.convert import LatencyRow
 from asymswap.types import Plan, Progress, Site, silent
 from asymswap.utils.distributed import ALONE
-from asymswap.utils.inputs import portions, probe
+from asymswap.utils.inputs import portions
 from asymswap.utils.tensors import eval_mode, first_not_finite
 
 
@@ -167,7 +167,7 @@ class Session:
             if self.traced.on_meta:
                 costs = count_costs(converted, opened.example(), [site.name for site in sites])
             else:
-                inputs = probe(opened.preprocessing, opened.dtype())
+                inputs = opened.probe()
                 with eval_mode(converted), torch.no_grad():
                     converted(*next(iter(portions(inputs))))
                 costs = count_swapped(self.costs, converted, sites)

@@ -16,7 +16,8 @@ from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.normalization import settle
+from asymswap.data.inputs import settle_on
+from asymswap.data.normalization import all_warnings, fed_of
 from asymswap.data.predict import check_classifier, predict
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.models.opened import OpenedModel
@@ -44,6 +45,7 @@ def sweep(
     known: Tradeoff | None = None,
     on_point: Callable[[Tradeoff], None] = lambda _: None,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
@@ -60,9 +62,15 @@ def sweep(
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
-    opened = open_for_verb(model, progress, input_size=input_size, preprocessing=options_of(preprocessing, calibration))
+    opened = open_for_verb(
+        model,
+        progress,
+        input_size=input_size,
+        example_inputs=example_inputs,
+        preprocessing=options_of(preprocessing, calibration),
+    )
     check_finite(opened)
-    opened, feeding = settle(opened, *fed_on(calibration, data))
+    opened, feeding = settle_on(opened, *fed_on(calibration, data))
     images = open_data(data, opened.preprocessing, "test")
     check_classifier(opened.model, images)
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, images, data, measure, calibration)
@@ -83,7 +91,7 @@ def sweep(
             tolerance=0.0,
             setting=setting,
         )
-    result = replace(known, tolerance=tolerance, warnings=feeding.warnings, fed=feeding.fed)
+    result = replace(known, tolerance=tolerance, warnings=all_warnings([feeding]), fed=fed_of(feeding))
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
     sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])
@@ -133,7 +141,7 @@ def _notes(session: Session, images: LabelledImages) -> tuple[str, ...]:
     notes = [f"calibrated on {summary.images} unlabelled images of {summary.data} (seed {summary.seed})"]
     if calibration.polishes:
         notes.append(f"then polished on up to {calibration.polish_images} of them")
-    if gathered.description == images.description:
+    if gathered.held_back is not None and gathered.held_back.description == images.description:
         notes.append(SAME_IMAGES)
     return (*notes, *dict.fromkeys(gathered.notes))
 

@@ -25,6 +25,7 @@ from asymswap.calibration.gather import (
 from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
 from asymswap.data.datasets import Part, open_data
+from asymswap.data.inputs import Batches, open_inputs
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
@@ -32,13 +33,14 @@ from asymswap.graph.trace import Trace
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.apply import apply_plan, apply_structure
-from asymswap.types import Plan, Preprocessing, Progress, Site, silent
+from asymswap.types import Plan, Progress, Site, UserData, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.files import check_output
-from asymswap.utils.inputs import Inputs, probe
-from asymswap.utils.tensors import eval_mode, seeded, store_
+from asymswap.utils.inputs import Inputs, placed, samples_in
+from asymswap.utils.tensors import eval_mode, list_tensors, seeded, store_
 
-_HELD_BACK = 32
+PROBED = 32
+"""Samples on which outputs are compared layer by layer, at most."""
 _HALF = (torch.float16, torch.bfloat16)
 
 UNSEEN = "did not run on the calibration images"
@@ -57,11 +59,11 @@ def options_of(
     return preprocessing or own
 
 
-def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[str, Part]:
-    """Return the data reference, and its part, whose images decide the preprocessing."""
+def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[UserData, Part]:
+    """Return the data, and its part, which decides the preprocessing."""
     if calibration is None or calibration.data is None:
-        return evaluate, "test"
-    return calibration.data, "train"
+        return UserData(evaluate), "test"
+    return calibration.given(), "train"
 
 
 @dataclass
@@ -75,8 +77,7 @@ class Gathered:
     summary: StatisticsSummary
     opened: OpenedModel
     images: Images | None = None
-    held_back: Tensor | None = None
-    description: str = ""
+    held_back: Batches | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -94,9 +95,9 @@ def gather_statistics(
     """
     opened = _in_float32(opened)
     cache, team = calibration.cache, calibration.team
-    images, held_back, description = None, None, ""
+    images, held_back = None, None
     if calibration.data is not None:
-        images, held_back, description = _open_images(opened, calibration)
+        images, held_back = _open_images(opened, calibration)
     notes = []
     if cache is not None and cache.exists():
         found, summary = _read_cache(cache, opened, sites)
@@ -114,7 +115,7 @@ def gather_statistics(
             why += f"; `outputs={'values' if outputs == 'scores' else 'scores'}` says otherwise"
         found = gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
-            data=str(calibration.data),
+            data=calibration.given().reference or held_back_text(held_back),
             images=images.count,
             sha256=images_hash(batches, team),
             seed=calibration.seed,
@@ -125,7 +126,7 @@ def gather_statistics(
         if cache is not None and team.leads:
             save_statistics(cache, found, summary)
     notes += _notes(summary, found, sites)
-    return Gathered(found, summary, opened, images, held_back, description, notes)
+    return Gathered(found, summary, opened, images, held_back, notes)
 
 
 def _read_cache(
@@ -158,7 +159,7 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
     try:
         # The model's own code may insist on its precision: then we solve in that.
         with eval_mode(copied), torch.no_grad():
-            copied(*probe(opened.preprocessing, torch.float32, images=1))
+            copied(*placed(copied, opened.probe(1)))
     except Exception:
         return opened
     return replace(opened, model=copied)
@@ -192,7 +193,7 @@ def convert_on(
         return converted, False
     if images.count != gathered.summary.images:
         notes.append(f"solved layer by layer on {images.count} images")
-    example = opened.example()[0]
+    example = opened.example()
     refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, images, example, progress)
     if not refined.by_graph:
         notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
@@ -205,48 +206,45 @@ def convert_on(
 def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, progress: Progress = silent) -> Polished:
     """Train the converted network, in place, on the original's outputs on images of the calibration data."""
     chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
-    images = torch.cat([batch for _, batch in _open_images(gathered.opened, chosen)[0].batches()])
+    images = [batch for _, batch in _open_images(gathered.opened, chosen)[0].batches()]
     return polish_(gathered.opened.model, converted, images, calibration, progress)
 
 
-def some_inputs(
-    reference: str | None, preprocessing: Preprocessing, dtype: torch.dtype, seed: int
-) -> tuple[Inputs, str]:
-    """Return inputs to compare outputs on, and a description: up to 32 images of the test part, or 8 random ones."""
+def some_inputs(reference: str | None, opened: OpenedModel, seed: int, images: int = 8) -> tuple[Inputs, str]:
+    """Return inputs to compare outputs on, and a description: up to 32 images of the test part, or random ones."""
     if reference is None:
-        return probe(preprocessing, dtype, images=8, seed=seed), f"8 random images (seed {seed})"
-    data = open_data(reference, preprocessing, "test", unlabelled=True)
-    order = torch.randperm(len(data), generator=seeded(seed)).tolist()[:_HELD_BACK]
-    images = torch.stack([data.images[index][0] for index in order]).to(dtype)
-    return (images,), f"{len(images)} images of {reference} (seed {seed})"
+        inputs = opened.probe(images, seed)
+        return (
+            inputs,
+            f"{samples_in(inputs)} random images (seed {seed})" if opened.example_inputs is None else "the example",
+        )
+    data = open_data(reference, opened.preprocessing, "test", unlabelled=True)
+    order = torch.randperm(len(data), generator=seeded(seed)).tolist()[:PROBED]
+    images_NCHW = torch.stack([data.images[index][0] for index in order]).to(opened.dtype())
+    return (images_NCHW,), f"{len(images_NCHW)} images of {reference} (seed {seed})"
 
 
-def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Tensor, str]:
-    """Return the chosen images, decoded once if all fit into a GiB; held-back ones; and a description of the data."""
-    data = open_data(str(calibration.data), opened.preprocessing, "train", unlabelled=True)
-    order = torch.randperm(len(data), generator=seeded(calibration.seed)).tolist()
-    count = min(calibration.images, len(order))
-    height, width = opened.preprocessing.size
-    size = max(4, min(128, 2**20 // (height * width)))
-    chosen = [order[:count][start : start + size] for start in range(0, count, size)]
+def held_back_text(held_back: Batches | None) -> str:
+    """Describe a user's data."""
+    return "" if held_back is None else held_back.description
 
-    def load(indices: Sequence[int]) -> Tensor:
-        return torch.stack([data.images[index][0] for index in indices]).to(opened.dtype())
 
-    # If all images are used, none is left to hold back: the report says which were probed.
-    held_back = load(order[count : count + _HELD_BACK] or order[:_HELD_BACK])
-    small = count * held_back[0].numel() * 4 < 2**30
-    kept: dict[int, Tensor] = {}
+def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Batches]:
+    """Return this process's share of the chosen batches, kept in memory if all fit into a GiB, and those held back."""
+    chosen, held_back = open_inputs(
+        opened, calibration.given(), calibration.images, calibration.seed, calibration.memory_gib
+    )
+    kept: dict[int, Inputs] = {}
+    bytes_each = sum(tensor.nbytes for tensor in list_tensors(chosen.load(0))) / chosen.counts[0]
 
-    def batches() -> Iterator[tuple[int, Tensor]]:
-        for number, indices in calibration.team.share(chosen):
-            batch = kept[number] if number in kept else load(indices)
-            if small:
+    def batches() -> Iterator[tuple[int, Inputs]]:
+        for number, _ in calibration.team.share(chosen.counts):
+            batch = kept[number] if number in kept else chosen.load(number)
+            if chosen.count * bytes_each < 2**30:
                 kept[number] = batch
             yield number, batch
 
-    images = Images(batches, count, calibration.memory_gib, calibration.seed, calibration.team)
-    return images, held_back, data.description
+    return Images(batches, chosen.count, calibration.memory_gib, calibration.seed, calibration.team), held_back
 
 
 def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], sites: Sequence[Site]) -> list[str]:

@@ -1,11 +1,13 @@
 """The settings of calibration: one dataclass that checks its values, and from which the command line is made."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.types import Patches, UserData
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.options import option
 
@@ -20,16 +22,21 @@ _PANEL = "Calibration (no labels needed)"
 class Calibration:
     """How to calibrate; the help text of each option is beside it. Raises AsymswapError for values that make no sense.
 
+    - `data`: a data reference, a tensor (its rows are samples), a Dataset, a DataLoader, any iterable of batches, or a
+      function that returns one. It is read several times; of a generator, what was read is kept;
+    - `inputs`: turns a batch into the forward's argument, a tuple of them, or a dict by name; without it a tensor is
+      the argument, of a sequence such as (inputs, labels) the first, and of a dict what the forward has a name for;
     - `sequential`, `outputs`: None means layer by layer if there are images, and judged by the outputs themselves;
     - `team`: several processes, each with its share of the images; all must call alike;
     - `preprocessing`: how images are prepared, if the model's weights, family or file do not say so correctly.
     """
 
-    data: str | None = option(
+    data: Any = option(
         None,
         "Choose ranks and weights on images: any folder of them, digits, a folder of class folders, cifar10:PATH "
         "(cifar100, mnist, fashion-mnist), or a tensor file.",
         _PANEL,
+        text=True,
     )
     images: int = option(512, "Number of images.", _PANEL)
     sequential: bool | None = option(
@@ -45,6 +52,11 @@ class Calibration:
     polish_minutes: float | None = None
     polish_images: int = option(5000, "Number of images to polish on, at most.", _PANEL)
     memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL)
+    patch: int | None = option(None, "Side of square patches, cut at random, instead of whole images.", _PANEL)
+    patches: int | None = option(None, "Number of patches to cut from the images.", _PANEL, shown="one from each image")
+    noise: str | float | None = option(
+        None, "Noise to add for a denoiser: its deviation for pixels from 0 to 1, as 25/255.", _PANEL, text=True
+    )
     outputs: OutputKind | None = option(
         None,
         "Kind of the network's outputs: class scores, or values (of a regressor, an embedder, a denoiser).",
@@ -56,10 +68,20 @@ class Calibration:
     seed: int = 0
     team: Team = ALONE
     preprocessing: PreprocessingOptions | None = None
+    inputs: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.data is None and self.cache is None:
             raise AsymswapError("calibration needs images, `data=…`, or a file of statistics, `cache=…`")
+        if self.patch is not None and self.patch < 1:
+            raise AsymswapError(f"`patch={self.patch}` is no side in pixels, such as 64")
+        if self.patches is not None and (self.patches < 1 or self.patch is None):
+            raise AsymswapError(f"`patches={self.patches}` is a number of patches, and goes with `patch=SIDE`")
+        self.given()
+        if isinstance(self.data, Iterator):
+            from asymswap.utils.inputs import Replayed  # loads torch, which the command line does without
+
+            object.__setattr__(self, "data", Replayed(self.data))
         if self.images < 1:
             raise AsymswapError(f"`images={self.images}` is no number of images; give 128 to 2048")
         if self.outputs is not None:
@@ -72,7 +94,25 @@ class Calibration:
         if self.memory_gib <= 0:
             raise AsymswapError(f"`memory_gib={self.memory_gib:g}` is no amount of memory; give GiB, such as 4")
 
+    def given(self) -> UserData:
+        """Return the data with all that says how it becomes inputs."""
+        return UserData(self.data, self.inputs, Patches(self.patch, self.patches, parse_noise(self.noise)))
+
     @property
     def polishes(self) -> bool:
         """True if the converted network is to be polished."""
         return self.polish_steps is not None or self.polish_minutes is not None
+
+
+def parse_noise(noise: str | float | None) -> float:
+    """Return the deviation of noise, a number or text such as `25/255`; raise AsymswapError for anything else."""
+    if noise is None:
+        return 0.0
+    above, _, below = str(noise).partition("/")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        value = -1.0
+    if not 0 < value < 1:
+        raise AsymswapError(f"`noise={noise}` is no deviation between 0 and 1, such as 25/255")
+    return value

@@ -33,10 +33,11 @@ from asymswap.graph.trace import conv_hooks
 from asymswap.types import STRICT, Progress, Site, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import whole_file
-from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tensors, tensors_hash
+from asymswap.utils.inputs import Inputs, copied, samples_in
+from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tensors, map_tensors, tensors_hash
 
-Batches = Callable[[], Iterable[tuple[int, Tensor]]]
-"""Returns a new iterator over the same batches of images (N, C, H, W), with their numbers, at every call."""
+Batches = Callable[[], Iterable[tuple[int, Inputs]]]
+"""Returns a new iterator over the same batches of the forward's arguments, with their numbers, at every call."""
 
 
 _POSITIONS = 32  # positions of a feature map to look at in each image, at least, if it has as many
@@ -172,7 +173,7 @@ def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) 
                 hooks.enter_context(module.register_forward_hook(lambda _, __, output: norms.append(output)))
         for _, batch in batches():
             norms.clear()
-            outputs = list_tensors(model(batch.clone()))
+            outputs = list_tensors(model(*copied(batch)))
             if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
                 return "values", "they are not images x classes"
             if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
@@ -275,12 +276,11 @@ def _pass(
             parameter.requires_grad_(False)
         for number, batch in images.batches():
             runs.clear()
-            # A copy that is no leaf: the model may change its input in place.
-            output = model(batch.clone().requires_grad_(True) * 1)
+            output = model(*map_tensors(copied(batch), _no_leaf))
             surprise = _surprise(output, outputs, generator_for(images.seed, "labels", number))
             if surprise is not None:
                 surprise.backward()
-            done += len(batch)
+            done += samples_in(batch)
             step(min(images.team.size * done, images.count))
     found, with_gradient = {}, True
     for name, conv in convs.items():
@@ -330,6 +330,11 @@ def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor
     """Return the outputs (G, O, N) at the given pixels, in the order of `patches_of`."""
     taken = y_NCHW.transpose(0, 1)[:, :, at[0], at[1]]
     return taken.reshape(groups, taken.shape[0] // groups, -1)
+
+
+def _no_leaf(tensor: Tensor) -> Tensor:
+    """Return a tensor with a gradient that the model may change in place."""
+    return tensor.requires_grad_(True) * 1 if tensor.is_floating_point() else tensor
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -393,7 +398,13 @@ class StatisticsSummary:
 
 def images_hash(batches: Batches, team: Team = ALONE) -> str:
     """Return the SHA-256 over the SHA-256 of every image's pixels, as the network gets them, in their order."""
-    own = [(number, [hashlib.sha256(bytes_of(image)).digest() for image in batch]) for number, batch in batches()]
+    own = [
+        (
+            number,
+            [hashlib.sha256(bytes_of(row)).digest() for one in list_tensors(batch) for row in torch.atleast_1d(one)],
+        )
+        for number, batch in batches()
+    ]
     every = sorted(itertools.chain.from_iterable(team.gather(own)))
     return hashlib.sha256(b"".join(itertools.chain.from_iterable(digests for _, digests in every))).hexdigest()
 

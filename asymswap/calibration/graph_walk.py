@@ -23,7 +23,8 @@ from asymswap.calibration.gather import Images, PatchSums, choose_positions, out
 from asymswap.graph.graphs import bind, meta_graph, placeholder_value, shared_graph
 from asymswap.graph.trace import node_operation
 from asymswap.types import Site
-from asymswap.utils.tensors import generator_for, list_tensors
+from asymswap.utils.inputs import Inputs, copied
+from asymswap.utils.tensors import generator_for, list_tensors, to_meta
 
 Env = dict[fx.Node, Any]
 
@@ -32,7 +33,7 @@ _SAME = 1e-3  # relative difference of outputs up to which a graph computes what
 
 
 def walk_graph(
-    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Tensor
+    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Inputs
 ) -> Iterator[tuple[str, PatchSums]] | None:
     """Yield each site that the graph calls, in order, with the sums of its patches and target outputs.
 
@@ -41,7 +42,7 @@ def walk_graph(
     """
     try:
         # The model's own code runs here, with stand-ins, on meta tensors and node by node: it may raise anything.
-        walk = _Walk(*shared_graph(model, (example,)), model)
+        walk = _Walk(*shared_graph(model, example), model)
         held = _bytes_held(model, example)
         wrong = not _computes_the_same(walk, model, next(iter(images.batches()), None))
     except Exception:
@@ -101,7 +102,7 @@ def _add(walk: _Walk, node: fx.Node, sums: PatchSums, pair: _Pair, most: int, ge
     sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
 
 
-def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Tensor] | None) -> bool:
+def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Inputs] | None) -> bool:
     """Compare the graph's output with the model's own on the first batch, if this process has one."""
     if first is None:
         return True
@@ -109,7 +110,7 @@ def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Tensor] 
     for position, node in enumerate(walk.order):
         last = env[node] = walk.run(node, model, env, first[1])
         walk.forget(env, position)
-    ours, theirs = list_tensors(last), list_tensors(model(first[1].clone()))
+    ours, theirs = list_tensors(last), list_tensors(model(*copied(first[1])))
     if [one.shape for one in ours] != [other.shape for other in theirs]:
         return False
     for one, other in zip(ours, theirs, strict=True):
@@ -119,10 +120,10 @@ def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Tensor] 
     return True
 
 
-def _bytes_held(model: nn.Module, example: Tensor) -> list[int]:
-    """Return for each node the bytes that a pair of one image holds there, including the image itself (1xCxHxW)."""
-    ghost = example.to("meta")
-    graph, root = meta_graph(model, (ghost,))
+def _bytes_held(model: nn.Module, example: Inputs) -> list[int]:
+    """Return for each node the bytes that a pair of one sample holds there, including the sample itself."""
+    ghost = to_meta(example)
+    graph, root = meta_graph(model, ghost)
     walk = _Walk(graph, root, root)
     env: Env = {}
     held = []
@@ -130,7 +131,7 @@ def _bytes_held(model: nn.Module, example: Tensor) -> list[int]:
         for position, node in enumerate(walk.order):
             before = list_tensors(list(env.values()))
             env[node] = walk.run(node, root, env, ghost)
-            held.append(sum(tensor.nbytes for tensor in [*before, *list_tensors(list(env.values())), ghost]))
+            held.append(sum(tensor.nbytes for tensor in [*before, *list_tensors((list(env.values()), ghost))]))
             walk.forget(env, position)
     return held
 
@@ -144,7 +145,7 @@ class _Pair:
     """
 
     number: int
-    images: Tensor
+    inputs: Inputs
     position: int = -1
     original: Env = field(default_factory=dict)
     converted: Env = field(default_factory=dict)
@@ -173,11 +174,11 @@ class _Walk:
             # The original's value at the current node is read there: it is forgotten on leaving.
             if position >= 0:
                 node = self.order[position]
-                pair.converted[node] = self.run(node, converted, pair.converted, pair.images)
+                pair.converted[node] = self.run(node, converted, pair.converted, pair.inputs)
                 self.forget(pair.original, position)
                 self.forget(pair.converted, position)
             node = self.order[position + 1]
-            pair.original[node] = self.run(node, model, pair.original, pair.images)
+            pair.original[node] = self.run(node, model, pair.original, pair.inputs)
         pair.position = stop
 
     def forget(self, env: Env, position: int) -> None:
@@ -189,13 +190,13 @@ class _Walk:
         """Return the module that a node calls."""
         return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def run(self, node: fx.Node, model: nn.Module, env: Env, images: Tensor) -> Any:
-        """Return the value of one node, with the modules of `model`; the images are the model's first argument."""
+    def run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
+        """Return the value of one node, with the modules of `model`; the inputs are the model's arguments."""
         args: Any = fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "placeholder":
             # A copy, since a model may change its input in place.
-            return placeholder_value(node, bind(self._model, (images.clone(),), {}))
+            return placeholder_value(node, bind(self._model, copied(inputs), {}))
         if node.op == "get_attr":
             # A parameter or buffer of the model, or a constant that tracing has put on the root.
             try:

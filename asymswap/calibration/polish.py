@@ -1,10 +1,11 @@
 """Label-free polish: train the converted network on the original's outputs, on unlabelled images.
 
-The student gets the same images as the teacher, half of them mirrored, each shifted a little (Beyer et al., 2022: a
-consistent teacher, augmented images and many steps). The loss is the squared difference of the outputs, of class scores
-before the softmax (Ba and Caruana, 2014): a network is so sure of its training images that the probabilities say next
-to nothing. Batch norms keep their statistics. Of all weights, the initial ones among them, those with the smallest
-difference on held-back images are kept, so the result is never worse than the start.
+The student gets the same inputs as the teacher. Images of one size come half of them mirrored, each shifted a little
+(Beyer et al., 2022: a consistent teacher, augmented images and many steps); other inputs come in the user's batches.
+The loss is the squared difference of the outputs, of class scores before the softmax (Ba and Caruana, 2014): a network
+is so sure of its training images that the probabilities say next to nothing. Batch norms keep their statistics. Of all
+weights, the initial ones among them, those with the smallest difference on held-back inputs are kept, so the result is
+never worse than the start.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from asymswap.calibration.config import Calibration
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import difference
 from asymswap.types import Progress, silent
+from asymswap.utils.inputs import Inputs, copied, samples_in
 from asymswap.utils.tensors import deep_copy, eval_mode, seeded
 
 _LEARNING_RATE = 2e-3
@@ -45,16 +47,17 @@ class Polished:
 
 
 def polish_(
-    original: nn.Module, converted: nn.Module, images: Tensor, settings: Calibration, progress: Progress = silent
+    original: nn.Module,
+    converted: nn.Module,
+    batches: Sequence[Inputs],
+    settings: Calibration,
+    progress: Progress = silent,
 ) -> Polished:
-    """Train `converted`, in place, on the outputs of `original` for the images (N, C, H, W)."""
+    """Train `converted`, in place, on the outputs of `original` for the batches of inputs."""
     start, steps = time.perf_counter(), settings.polish_steps
     generator = seeded(settings.seed)
-    order = torch.randperm(len(images), generator=generator)
-    back = max(1, min(512, len(images) // 8))
-    held, seen = images[order[:back]], images[order[back:]]
-    if not len(seen):
-        seen = held
+    images = sum(map(samples_in, batches))
+    held_back, seen = _split(batches, generator)
     # A backward pass through asymmetric convs takes half as long in this format. Copies: the models keep their own.
     teacher, student = (deep_copy(one).to(memory_format=torch.channels_last) for one in (original, converted))
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -63,19 +66,19 @@ def polish_(
     optimizer = torch.optim.AdamW(trainable, lr=_LEARNING_RATE, weight_decay=0)
 
     with eval_mode(teacher, student):
-        held_back = held.contiguous(memory_format=torch.channels_last).split(_BATCH)
         with torch.no_grad():
-            targets = [teacher(batch.clone()) for batch in held_back]
+            targets = [teacher(*copied(batch)) for batch in held_back]
 
         @torch.no_grad()
         def held_back_difference() -> float:
             pairs = zip(targets, held_back, strict=True)
-            return sum(float(difference(target, student(one.clone()))) * len(one) for target, one in pairs) / len(held)
+            gaps = [(float(difference(target, student(*copied(one)))), samples_in(one)) for target, one in pairs]
+            return sum(gap * count for gap, count in gaps) / sum(count for _, count in gaps)
 
         before = best = held_back_difference()
         kept_step, kept = 0, copy.deepcopy(student.state_dict())
         done, next_check = 0, 1 / _CHECKS
-        for batch in _augmented(seen, generator):
+        for batch in seen:
             elapsed = time.perf_counter() - start
             part = done / steps if steps else elapsed / (60 * (settings.polish_minutes or 1.0))
             if part >= next_check or part >= 1:
@@ -89,15 +92,39 @@ def polish_(
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * max(rate, 0.01)
             with torch.no_grad():
-                target = teacher(batch.clone())  # a copy: a model may change its input in place
+                target = teacher(*copied(batch))
             optimizer.zero_grad()
-            difference(target, student(batch)).backward()
+            difference(target, student(*copied(batch))).backward()
             nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             done += 1
             progress("polishing", min(1000, int(1000 * part)), 1000)
     converted.load_state_dict(kept)
-    return Polished(done, kept_step, before, best, len(images), time.perf_counter() - start)
+    return Polished(done, kept_step, before, best, images, time.perf_counter() - start)
+
+
+def _split(batches: Sequence[Inputs], generator: torch.Generator) -> tuple[Sequence[Inputs], Iterator[Inputs]]:
+    """Return batches to hold back, an eighth of all inputs, and the others without end."""
+    arguments = [batch[0] for batch in batches if len(batch) == 1 and isinstance(batch[0], Tensor)]
+    if len(arguments) == len(batches) and {one.shape[1:] for one in arguments} == {arguments[0].shape[1:]}:
+        rows = torch.cat(arguments)
+        order = torch.randperm(len(rows), generator=generator)
+        back = max(1, min(512, len(rows) // 8))
+        held, seen = rows[order[:back]], rows[order[back:]] if len(rows) > back else rows[order]
+        if rows.dim() == 4 and rows.is_floating_point():
+            held = held.contiguous(memory_format=torch.channels_last)
+            return [(one,) for one in held.split(_BATCH)], ((one,) for one in _augmented(seen, generator))
+        return [(one,) for one in held.split(_BATCH)], _repeated([(one,) for one in seen.split(_BATCH)], generator)
+    order = torch.randperm(len(batches), generator=generator)
+    back = max(1, len(batches) // 8)
+    rest = order[back:] if len(batches) > back else order
+    return [batches[number] for number in order[:back]], _repeated([batches[number] for number in rest], generator)
+
+
+def _repeated(batches: Sequence[Inputs], generator: torch.Generator) -> Iterator[Inputs]:
+    while True:
+        for number in torch.randperm(len(batches), generator=generator):
+            yield batches[number]
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

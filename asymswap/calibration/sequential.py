@@ -32,6 +32,7 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import conv_hooks, conv_input
 from asymswap.types import Plan, Progress, Site, silent
 from asymswap.utils.distributed import Team
+from asymswap.utils.inputs import Inputs, copied
 from asymswap.utils.tensors import eval_mode, generator_for
 
 _UNEXPLAINED = 0.8
@@ -55,12 +56,12 @@ def refine_(
     plan: Plan,
     statistics: Mapping[str, SiteStatistics],
     images: Images,
-    example: Tensor,
+    example: Inputs,
     progress: Progress = silent,
 ) -> Refined:
     """Solve every refinable replacement in `converted`, in place, in the order in which the sites run.
 
-    `example` is an image (1xCxHxW), of which only size and dtype count: a process may have no batch at all. A conv that
+    `example` holds arguments of one sample; only sizes and dtypes count, for a process may have no batch. A conv that
     runs more than once in a forward pass keeps its one-pass solution, since its later inputs are not known when it is
     needed first; a replacement that preserves the conv's function is left alone.
     """
@@ -145,7 +146,7 @@ def _stop_at_sites(
         seen: dict[str, None] = {}
         with conv_hooks(model, lambda name, _, __: seen.setdefault(name)):
             for _, batch in images.batches():
-                model(batch.clone())
+                model(*copied(batch))
                 break
         return [name for name in seen if name in by_name]
 
@@ -181,7 +182,7 @@ def _targets(model: nn.Module, group: Sequence[Site], images: Images) -> dict[st
 
     with conv_hooks(model, see):
         for number, batch in images.batches():  # noqa: B007  # `see` reads it
-            model(batch.clone())
+            model(*copied(batch))
     return found
 
 
@@ -201,7 +202,7 @@ def _add_runs(
         for number, batch in images.batches():
             inputs.clear()
             with suppress(_Stop):
-                converted(batch.clone())
+                converted(*copied(batch))
             target = targets.get(number)
             if not inputs and target is None:
                 continue

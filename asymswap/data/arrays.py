@@ -1,4 +1,4 @@
-"""Images in a tensor file: .npy, .npz or .pt."""
+"""Tensors in a file: .npy, .npz, .pt or .safetensors; images with labels, or inputs by name."""
 
 from __future__ import annotations
 
@@ -12,20 +12,38 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
 
-SUFFIXES = (".npy", ".npz", ".pt", ".pth")
+SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+
+_IMAGES = ("images", "x", "data")
+IMAGES = frozenset(f"{name}{part}" for name in _IMAGES for part in ("", "_train", "_test", "_val"))
+"""Entries of a file that are images with or without labels."""
 
 _MOST_CLASSES = 1_000_000
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (torch.uint8, torch.int16, torch.int32, torch.int64, *_FLOATS)
 _UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
 """An .npz may unpack to this number of bytes, or to this multiple of its own size if that is more."""
 # numpy parses a header as Python, hence the TokenError; the RuntimeErrors include zipfile's NotImplementedError.
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError)
-_HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes or floats from 0 to 1) and 'labels' (N)"
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    BadZipFile,
+    zlib.error,
+    TokenError,
+)
+_HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes, or floats as they are) and 'labels' (N)"
 
 
 class _UnfitError(Exception):
@@ -41,7 +59,7 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
     """
     try:
         entries = _read(path)
-        images, labels = _entry(entries, part, "images", "x", "data"), _entry(entries, part, "labels", "y", "targets")
+        images, labels = _entry(entries, part, *_IMAGES), _entry(entries, part, "labels", "y", "targets")
         if images is None:
             raise _UnfitError(f"holds no images (its entries: {', '.join(entries) or 'none'})")
         tensor = _as_images(_tensor(images))
@@ -53,6 +71,14 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
         if max(numbers) >= len(names):
             raise _UnfitError(f"has a label {max(numbers)}, but names only {len(names)} classes")
         return tensor, numbers, names
+    except _UnfitError as error:
+        raise SourceError(f"data {path} {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return every tensor in a file by its name (`images` for one without); raise SourceError for anything else."""
+    try:
+        return {name: _tensor(value) for name, value in _read(path).items() if name not in ("classes", "labels")}
     except _UnfitError as error:
         raise SourceError(f"data {path} {error}") from None
 
@@ -69,6 +95,8 @@ def _read(path: Path) -> Mapping[str, Any]:
                 return {"images": _read_npy(file, path.stat().st_size)}
         if path.suffix == ".npz":
             return _read_npz(path)
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except SourceError as error:
         raise _UnfitError(f"cannot be read ({error})") from None
@@ -150,21 +178,18 @@ def _as_names(classes: Any) -> tuple[str, ...]:
 
 
 def _as_images(images: Tensor) -> Tensor:
-    """Return images that may come without channels, or with them last, as N x C x H x W."""
+    """Return images, maybe without channels or with them last, as N x C x H x W: bytes, or numbers as they are."""
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.permute(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+    if images.ndim != 4 or not images.numel():
         raise _UnfitError(f"holds a tensor of shape {tuple(images.shape)}, which is no images")
-    if images.dtype == torch.uint8:
-        return images
-    if images.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if images.dtype not in _NUMBERS:
         raise _UnfitError(f"holds images of {images.dtype}")
-    low, high = (float(bound) for bound in images.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise _UnfitError(f"holds floats from {low:.3g} to {high:.3g}, not from 0 to 1")
-    return images
+    if not bool(torch.isfinite(images).all()):
+        raise _UnfitError("holds NaN or infinite numbers")
+    return images if images.dtype == torch.uint8 else images.to(torch.float32)
 
 
 def _as_labels(labels: Tensor, count: int) -> list[int]:

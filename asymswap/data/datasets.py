@@ -59,11 +59,17 @@ class Pictures:
     labels: Sequence[int]  # class numbers, -1 without labels
     picture: Callable[[int], Any]  # a PIL image, or a float C x H x W tensor from 0 to 1; SourceError if unreadable
     ready: bool = True  # in memory, so that no workers are needed
+    as_they_are: bool = False  # numbers of the user's own, which are normalised only if the user says how
 
     @classmethod
     def in_memory(cls, images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
-        """Return pictures N x C x H x W, of bytes or of floats from 0 to 1; made grey or coloured as needed."""
-        return cls(labels, partial(_from_memory, images, channels))
+        """Return pictures N x C x H x W, of bytes or of floats; made grey or coloured as needed.
+
+        Raises SourceError for images of another number of channels.
+        """
+        if images.shape[1] != channels and not {images.shape[1], channels} <= {1, 3}:
+            raise SourceError(f"the model takes {channels} channels, the data has {images.shape[1]}; give other data")
+        return cls(labels, partial(_from_memory, images, channels), as_they_are=images.dtype != torch.uint8)
 
 
 def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
@@ -145,8 +151,9 @@ def open_data(
         takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
         raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
     channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
-    if channels not in PIL_MODES:
-        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a model that takes images")
+    tensors = Path(reference).expanduser()
+    if channels not in PIL_MODES and not (tensors.suffix in arrays.SUFFIXES and tensors.is_file()):
+        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a file of tensors")
     if not channels == means == stds:
         raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
     known = [mode.value for mode in InterpolationMode]
@@ -174,6 +181,42 @@ def open_data(
         raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
     hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
     raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
+
+
+def patches_from(data: LabelledImages, size: int | None, count: int | None, noise: float, seed: int) -> LabelledImages:
+    """Return square patches of the images, as many as asked for or one of each, with noise added for a denoiser.
+
+    A patch is drawn by its number and the seed alone: from the images in turn, mirrored or not. `noise` is the standard
+    deviation of what is added to pixels from 0 to 1. Reading one raises SourceError where an image is smaller.
+    """
+    total = len(data)
+    pictures = replace(
+        data.pictures,
+        labels=[-1] * (count or total),
+        picture=partial(_patch, data.pictures.picture, total, size, noise, seed),
+    )
+    cut = "" if size is None else f", {count or total} patches of {size}x{size}"
+    noisy = f", noise of {noise:.3g} added" if noise else ""
+    return replace(data, pictures=pictures, classes=(), description=f"{data.description}{cut}{noisy}")
+
+
+def _patch(
+    picture: Callable[[int], Any], total: int, size: int | None, noise: float, seed: int, index: int
+) -> TensorImage:
+    image = v2.functional.to_dtype(v2.functional.to_image(picture(index % total)), torch.float32, scale=True)
+    draw = generator_for(seed, "patch", index)
+    if size is not None:
+        height, width = image.shape[-2:]
+        if min(height, width) < size:
+            raise SourceError(f"an image of {height}x{width} is smaller than a patch; give a smaller `patch={size}`")
+        top, left, turned = (
+            int(torch.randint(0, most, (1,), generator=draw)) for most in (height - size + 1, width - size + 1, 2)
+        )
+        image = image[..., top : top + size, left : left + size]
+        image = image.flip(-1) if turned else image
+    if noise:
+        image = image + noise * torch.randn(image.shape, generator=draw)
+    return TensorImage(image)
 
 
 def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:

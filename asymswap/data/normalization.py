@@ -14,7 +14,6 @@ normalisation is the mean over channels and over the first batch norms. Measurem
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,18 +92,18 @@ def feeding_of(
     data = open_data(reference, known, part, download=download, unlabelled=True)
     order = torch.randperm(len(data), generator=seeded(0)).tolist()
     known, warnings = _sized(known, data.pictures, order)
+    if data.pictures.as_they_are and known.normalization_from != "given":
+        known = pre.with_normalization(known, pre.usual(known.channels)["none"], "images")
+        warnings = (
+            f"{label} is fed the tensors of {reference} as they are: give `normalize=…` if they are to be normalised",
+            *warnings,
+        )
     answer = _ask(model, known, _sample(data, known, order), label)
-    tensors = reference if _holds_tensors(reference) else None
     if known.normalization_from == "assumed":
-        settled, decided = _decide(known, answer, label, tensors)
+        settled, decided = _decide(known, answer, label)
     else:
         settled, decided = known, _objections(known, answer, label)
     return Feeding(settled, pre.fed(settled, answer.distances), (*decided, *warnings))
-
-
-def _holds_tensors(reference: str) -> bool:
-    # Folders and data sets by name hold pictures.
-    return os.path.isfile(reference)  # noqa: PTH113 (never raises)
 
 
 def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:
@@ -264,14 +263,8 @@ def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
     return ((images.flip(1) if how.bgr else images) - mean) / std
 
 
-def _decide(
-    known: Preprocessing, answer: _Answer, label: str, tensors: str | None
-) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Return the preprocessing with the normalisation that clearly fits best, and a warning.
-
-    If none does, tensors in a file (named by `tensors`) are used as they are, as their maker usually feeds his network;
-    else it is a SourceError.
-    """
+def _decide(known: Preprocessing, answer: _Answer, label: str) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Return the preprocessing with the normalisation that clearly fits best, and a warning; raise SourceError."""
     distances, doubt = answer.distances, answer.silence
     if not doubt:
         best = min(distances, key=distances.__getitem__)
@@ -281,14 +274,10 @@ def _decide(
             doubt = f"the statistics in its batch norms fit none of the usual ones: {figures}"
         elif distances[nearest] < _CLEARLY * distances[best]:
             doubt = f"its batch norms fit two alike: {figures}"
-    if doubt and tensors is None:
+    if doubt:
         raise SourceError(
             f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
             f"`normalize=…` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
-        )
-    if doubt:
-        return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (
-            f"{label} is fed the tensors of {tensors} as they are: give `normalize=…` if the network takes others",
         )
     # The most usual first.
     limit = _PRECISELY * distances[best]
@@ -318,7 +307,12 @@ def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str,
     beaten = distances[own] >= max(_PRECISELY * distances[best], distances[best] + _WRONG)
     if own in answer.alike or not beaten or distances[best] > _FITS:
         return ()
-    origins = {"given": "as you gave it", "family": "as is usual in its family", "weights": "as its weights say"}
+    origins = {
+        "given": "as you gave it",
+        "images": "as the tensors are",
+        "family": "as is usual in its family",
+        "weights": "as its weights say",
+    }
     return (
         f"{fed_as}, {origins.get(known.normalization_from, 'as its file says')}, but the statistics in its batch norms "
         f"fit {best} better (distance {distances[best]:.3f} instead of {distances[own]:.3f}, 0 is best): try "

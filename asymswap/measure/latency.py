@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from asymswap.measure.statistics import median_interval
 from asymswap.types import Progress, Ratio, Seconds, silent
-from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import deep_copy, eval_mode, map_tensors
+from asymswap.utils.inputs import Inputs, repeated
+from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors
 
 MemoryFormat = Literal["channels-last", "contiguous"]
 _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -190,16 +190,25 @@ def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:
-    """Return random inputs of the example's sizes and dtypes: a `batch` of images, pairs or clips."""
+    """Return random inputs of the example's sizes and dtypes: a `batch` of images, pairs or clips.
+
+    A user's own example is repeated as it is: not every number may be random.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.contiguous(memory_format=_FORMATS[memory_format]) if tensor.dim() == 4 else tensor
         # The images of a list have no batch dimension.
         shape = (batch, *tensor.shape[1:]) if tensor.dim() >= 4 else tensor.shape
         made = torch.randn(shape, generator=generator).to(tensor.dtype)
         return made.contiguous(memory_format=_FORMATS[memory_format]) if made.dim() == 4 else made
 
-    made: Inputs = map_tensors(tuple(item * batch if isinstance(item, list) else item for item in example), fill)
+    if any(not tensor.is_meta for tensor in list_tensors(example)):
+        example = repeated(example, batch)
+    else:
+        example = tuple(item * batch if isinstance(item, list) else item for item in example)
+    made: Inputs = map_tensors(example, fill)
     return made
 
 

@@ -23,7 +23,8 @@ from asymswap.utils.inputs import Inputs, describe
 class OpenedModel:
     """A module with its origin, its preprocessing and its conversions so far; see `open_model`. No verb changes it.
 
-    `reference` is the user's name for it, `weights` where its weights are from, `file` the file that it was read from,
+    `example_inputs` are the user's own arguments of one forward pass, in place of images. `reference` is the user's name
+    for it, `weights` where its weights are from, `file` the file that it was read from,
     `sha256` its hash, `plans` and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a
     module that no reference can build, `base` the unconverted model where the user gave it. `private`: no code but
     ours, torch's and torchvision's made it, so that nobody else holds its tensors; `handed_over`: the caller needs it
@@ -45,6 +46,7 @@ class OpenedModel:
     seconds: float = 0.0
     private: bool = False
     handed_over: bool = False
+    example_inputs: Inputs | None = field(default=None, repr=False)
 
     @property
     def may_share(self) -> bool:
@@ -60,8 +62,22 @@ class OpenedModel:
         return Header(self.origin, self.plans, self.preprocessing, self.provenance, self.skeleton)
 
     def example(self) -> Inputs:
-        """Return one input of the right size and dtype, on the meta device: enough to trace and to count."""
-        return made_inputs.example(self.preprocessing, self.dtype())
+        """Return one input of the right size and dtype: enough to trace and to count; on the meta device if made."""
+        return self.example_inputs or made_inputs.example(self.preprocessing, self.dtype())
+
+    def probe(self, images: int = 2, seed: int = 0, dtype: torch.dtype | None = None) -> Inputs:
+        """Return inputs to run: a number of random images by the seed, or the user's example as often as that."""
+        if self.example_inputs is not None:
+            return made_inputs.repeated(self.example_inputs, images)
+        return made_inputs.probe(self.preprocessing, dtype or self.dtype(), images, seed)
+
+    def takes(self) -> str:
+        """Return the size of one input: `3x224x224`, or of every tensor of the user's example."""
+        return self.preprocessing.describe() if self.example_inputs is None else made_inputs.sizes(self.example_inputs)
+
+    def size_warning(self) -> tuple[str, ...]:
+        """Warn where nobody gave the size of the input."""
+        return size_warning(self.preprocessing) if self.example_inputs is None else ()
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of the first floating-point parameter, and so of the input."""
@@ -70,7 +86,7 @@ class OpenedModel:
 
 def sizes_assumed(opened: Iterable[OpenedModel]) -> tuple[str, ...]:
     """Warn where nobody gave the size of a model's input."""
-    warnings = [f"{one.reference}: {line}" for one in opened for line in size_warning(one.preprocessing)]
+    warnings = [f"{one.reference}: {line}" for one in opened for line in one.size_warning()]
     return tuple(dict.fromkeys(warnings))
 
 

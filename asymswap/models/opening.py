@@ -31,6 +31,7 @@ from asymswap.models.references import Request, find_architecture, is_file_refer
 from asymswap.planning.apply import apply_structure
 from asymswap.results.records import read_history
 from asymswap.types import Origin, Progress, silent
+from asymswap.utils.inputs import arguments_of, placed
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
 HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give `arch=…`"
@@ -57,6 +58,7 @@ def open_model(
     trust_pickle: bool = False,
     trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> OpenedModel:
@@ -71,6 +73,7 @@ def open_model(
     - `arguments`: for the architecture's builder;
     - `trust_pickle`, `trust_code`: let a pickle, or a Python file named in a reference, run its code;
     - `input_size`: (channels, height, width) of one image, for a clip (channels, frames, height, width);
+    - `example_inputs`: arguments of one forward pass in place of `input_size`: a tensor, a tuple, or a dict by name;
     - `preprocessing`: how images are prepared, where that is not what weights, family or file say.
 
     Raises SourceError where there is no such model, CheckpointError for a damaged asymswap checkpoint.
@@ -106,24 +109,36 @@ def open_model(
             raise SourceError(f"`weights=…` goes with a reference; {resolve(Path(reference))} brings its own weights")
         opened = replace(opened, reference=reference)
         opened.model.eval()
-    prepared = opened.preprocessing
+    prepared, example = opened.preprocessing, opened.example_inputs
+    if example_inputs is not None:
+        if input_size is not None:
+            raise AsymswapError("`input_size=…` and `example_inputs=…` say the same: give one of them")
+        example = placed(opened.model, arguments_of(opened.model, example_inputs, lambda given: given))
     if input_size is not None:
         prepared = with_size(prepared, input_size)
     if preprocessing is not None:
         prepared = preprocessing.apply(prepared)
-    return replace(opened, preprocessing=prepared, seconds=opened.seconds + time.perf_counter() - start)
+    opened = replace(opened, preprocessing=prepared, example_inputs=example)
+    return replace(opened, seconds=opened.seconds + time.perf_counter() - start)
 
 
 def open_for_verb(
     model: Model,
     progress: Progress = silent,
     input_size: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
 ) -> OpenedModel:
     """Return the model as a verb takes it; one that was opened here is the verb's alone."""
-    if isinstance(model, OpenedModel) and input_size is None and preprocessing is None:
+    if isinstance(model, OpenedModel) and input_size is None and preprocessing is None and example_inputs is None:
         return model
-    opened = open_model(model, input_size=input_size, preprocessing=preprocessing, progress=progress)
+    opened = open_model(
+        model,
+        input_size=input_size,
+        example_inputs=example_inputs,
+        preprocessing=preprocessing,
+        progress=progress,
+    )
     return opened if isinstance(model, OpenedModel) else opened.hand_over()
 
 

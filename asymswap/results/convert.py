@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from asymswap.results.agreement import Agreement
 from asymswap.types import Cost, Fed
 
 _NOTHING = Cost(0, 0)
@@ -134,6 +135,7 @@ class Report:
     latency: LatencyRow | None = None
     calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
+    agreement: Agreement | None = None
     fed: Fed | None = None
     weights_bytes: tuple[int, int] = (0, 0)
     files: tuple[FileRow, ...] = ()

@@ -1,0 +1,251 @@
+"""Inputs without labels, from whatever a user has: a data reference, tensors, a Dataset, batches of their own.
+
+What is held back is chosen first, and never depends on how many others are wanted: so every verb that is given the same
+data compares outputs on the same held-back inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from asymswap.data import arrays
+from asymswap.data.datasets import LabelledImages, open_data, patches_from
+from asymswap.data.normalization import Feeding, settle
+from asymswap.errors import AsymswapError, SourceError, reason_of
+from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import with_size
+from asymswap.types import Patches, Preprocessing, UserData
+from asymswap.utils.inputs import Inputs, arguments_of, placed, samples_in, samples_of
+from asymswap.utils.tensors import generator_for, list_tensors, map_tensors
+
+HELD_BACK = 256
+"""Samples held back of data whose samples can be chosen; a fifth of them at most."""
+
+_HELD_BACK_BATCHES = 32
+"""Samples held back of data that comes in batches, at least: the first batches with so many."""
+
+_PIXELS = 2**20
+"""Numbers of a channel in a batch of samples that can be chosen."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of a network's arguments, the same whenever they are read; `counts` are the samples in each."""
+
+    counts: tuple[int, ...]
+    load: Callable[[int], Inputs]
+    description: str
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return map(self.load, range(len(self.counts)))
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return sum(self.counts)
+
+
+def open_inputs(
+    opened: OpenedModel, given: UserData, count: int, seed: int = 0, memory_gib: float = 4.0
+) -> tuple[Batches, Batches]:
+    """Return batches of `count` samples, or of all there are, and the held-back ones.
+
+    Samples that can be chosen are drawn by the seed; batches are taken in their order, and kept in memory, up to its
+    limit. Raises SourceError for data that gives nothing, or nothing that the network takes.
+    """
+    data, model, patches = given.data, opened.model, given.patches
+    if given.reference is not None:
+        data = _open_reference(opened, given, seed)
+    elif patches != Patches():
+        raise SourceError("`patch=`, `patches=` and `noise=` are for images by a data reference; cut your own batches")
+    if callable(data) and not isinstance(data, Iterable | Dataset):
+        data = _called(data)
+    if isinstance(data, Tensor):
+        if data.dim() == 0:
+            raise SourceError("the calibration data is a tensor of a single number; give a batch of samples")
+        data = _Rows((data,))
+    name = type(data).__name__
+    if isinstance(data, LabelledImages | _Rows) or (
+        isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, DataLoader)
+    ):
+        return _chosen(model, data, given, count, seed)
+    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
+        raise SourceError(
+            f"data cannot be {name}: give a data reference, a tensor, a Dataset, a DataLoader, another iterable of "
+            "batches, or a function that returns one"
+        )
+    return _read(model, data, given.inputs, count, memory_gib)
+
+
+def _called(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:  # the user's own code
+        raise SourceError(f"the data's function fails: {type(error).__name__}: {reason_of(error, 200)}") from error
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Samples that are the rows of tensors: the arguments of the forward, in their order."""
+
+    arguments: Inputs
+
+    def __len__(self) -> int:
+        return samples_in(self.arguments)
+
+
+def _open_reference(opened: OpenedModel, given: UserData, seed: int) -> LabelledImages | _Rows:
+    reference, wanted = str(given.data), given.patches
+    named = _named_arguments(opened.model, Path(reference))
+    if named is not None:
+        return _Rows(named)
+    known = opened.preprocessing
+    if wanted.size is not None:
+        known = replace(known, size=(wanted.size, wanted.size), resize=None)
+    data = open_data(reference, known, "train", unlabelled=True)
+    if wanted != Patches():
+        data = patches_from(data, wanted.size, wanted.count, wanted.noise, seed)
+    return data
+
+
+def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
+    """Return the forward's arguments of a file that holds several of them by name; None for other data."""
+    if path.suffix not in arrays.SUFFIXES or not path.is_file():
+        return None
+    tensors = arrays.read_tensors(path)
+    if len(tensors) < 2 or arrays.IMAGES & tensors.keys():
+        return None
+    found = arguments_of(model, tensors)
+    lengths = {name: tensor.shape[:1] for name, tensor in tensors.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in lengths)
+        raise SourceError(f"data {path} holds inputs of different numbers of samples ({listed})")
+    return found
+
+
+def _chosen(
+    model: nn.Module, data: LabelledImages | _Rows | Dataset[Any], given: UserData, count: int, seed: int
+) -> tuple[Batches, Batches]:
+    total = len(data)  # type: ignore[arg-type]  # a Dataset without a length is read in batches
+    if not total:
+        raise SourceError("the calibration data holds no samples")
+    images = data.images if isinstance(data, LabelledImages) else data
+
+    def load(groups: Sequence[Sequence[int]], number: int) -> Inputs:
+        indices = groups[number]
+        if isinstance(data, _Rows):
+            rows = map_tensors(data.arguments, lambda one: one[list(indices)] if one.dim() else one)
+            return placed(model, rows)
+        samples = [images[index] for index in indices]  # type: ignore[index]
+        try:
+            batch = default_collate(samples)
+        except (TypeError, RuntimeError) as error:
+            raise SourceError(
+                f"samples of {type(data).__name__} make no batch ({reason_of(error)}); give a DataLoader with a "
+                "collate_fn"
+            ) from None
+        if isinstance(data, LabelledImages):
+            return placed(model, (batch[0],))
+        return placed(model, arguments_of(model, batch, given.inputs))
+
+    # Always the same ones, whatever the seed and the number of others.
+    order = torch.randperm(total, generator=generator_for("held back")).tolist()
+    back = min(HELD_BACK, total // 5)
+    rest = order[back:]
+    shuffled = torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()
+    chosen = [rest[number] for number in shuffled[:count]]
+    area = max(t.shape[-2:].numel() if t.dim() > 2 else 1 for t in list_tensors(load([[chosen[0]]], 0)))
+    size = max(4, min(128, _PIXELS // area))
+    about = data.description if isinstance(data, LabelledImages) else f"{total} samples of {type(given.data).__name__}"
+    if given.reference is not None and isinstance(data, _Rows):
+        about = f"file {given.reference}: {total} samples"
+
+    def batches(indices: Sequence[int]) -> Batches:
+        groups = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return Batches(tuple(map(len, groups)), partial(load, groups), about)
+
+    # A handful of samples is used for both.
+    return batches(chosen), batches(order[:back] or chosen)
+
+
+def _read(
+    model: nn.Module, data: Iterable[Any], inputs: Callable[[Any], Any] | None, count: int, memory_gib: float
+) -> tuple[Batches, Batches]:
+    kept: list[Inputs] = []
+    held = used = 0
+    limit = memory_gib * 2**30
+    back = 0
+    try:
+        for batch in data:
+            arguments = placed(model, arguments_of(model, batch, inputs))
+            number = samples_in(arguments)
+            if held < _HELD_BACK_BATCHES:
+                held, back = held + number, back + 1
+            else:
+                arguments = samples_of(arguments, 0, min(number, count - used)) if used + number > count else arguments
+                used += samples_in(arguments)
+            kept.append(arguments)
+            limit -= sum(tensor.nbytes for tensor in list_tensors(arguments))
+            if used >= count or (limit < 0 and len(kept) > back):
+                break
+    except AsymswapError:
+        raise
+    except Exception as error:  # the user's own loader
+        raise SourceError(f"the data fails: {type(error).__name__}: {reason_of(error, 200)}") from error
+    if not kept:
+        hint = "; a generator gives its batches once: give a list, a DataLoader or a function that makes it"
+        raise SourceError(
+            f"the data ({type(data).__name__}) gives no batch{hint if isinstance(data, Iterator) else ''}"
+        )
+    if len(kept) == back:
+        # Too few to hold back so many.
+        back = 1 if len(kept) > 1 else 0
+    about = f"batches of {type(data).__name__}"
+
+    def batches(some: Sequence[Inputs]) -> Batches:
+        return Batches(tuple(map(samples_in, some)), some.__getitem__, about)
+
+    return batches(kept[back:][: _enough(kept[back:], count)]), batches(kept[:back] or kept)
+
+
+def _enough(batches: Sequence[Inputs], count: int) -> int:
+    """Return how many batches hold so many samples."""
+    sums = list(accumulate(map(samples_in, batches)))
+    return next((number for number, total in enumerate(sums, start=1) if total >= count), len(sums))
+
+
+def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> tuple[OpenedModel, Feeding | None]:
+    """Return the opened model with its preprocessing, or its example, settled on the data that it is to get.
+
+    Images by a data reference settle size and normalisation (see `settle`); a user's own batches are taken as they are,
+    and their first sample is the example that is traced and counted.
+    """
+    reference = given.reference
+    if reference is not None and _named_arguments(opened.model, Path(reference)) is None:
+        return settle(opened, reference, part)
+    if opened.example_inputs is not None:
+        return opened, None
+    first = next(iter(open_inputs(opened, given, 1)[0]))
+    return with_example(opened, samples_of(first, 0, 1)), None
+
+
+def with_example(opened: OpenedModel, example: Inputs) -> OpenedModel:
+    """Return the opened model with example inputs, of one sample."""
+    if len(example) == 1 and isinstance(example[0], Tensor) and example[0].dim() == 4:
+        x_NCHW = example[0]
+        known: Preprocessing = opened.preprocessing
+        if x_NCHW.is_floating_point() and known.form == "images":
+            if known.size_from in ("given", "file") and known.size != tuple(x_NCHW.shape[-2:]):
+                return opened
+            sized = with_size(known, tuple(x_NCHW.shape[1:]))
+            return replace(opened, preprocessing=replace(sized, size_from="images"))
+    return replace(opened, example_inputs=example)

@@ -1,0 +1,124 @@
+"""Agreement: how far a converted network answers as the original does, without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymswap.measure.fidelity import WHOLE, Sums
+from asymswap.measure.statistics import wilson_interval
+from asymswap.results.agreement import OutputAgreement
+from asymswap.utils.inputs import Inputs, copied, portions
+from asymswap.utils.tensors import eval_mode, list_tensors
+
+_PEAKS = (1.0, 255.0)
+_BEYOND = 1.5
+"""Images may exceed their peak by this factor: what a network makes is not clamped."""
+
+
+def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a nested output with its name: keys, fields and numbers, joined by dots."""
+    if isinstance(output, Tensor):
+        yield name, output
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        items = zip(output._fields, output, strict=True)
+    elif isinstance(output, list | tuple):
+        items = enumerate(output) if len(output) > 1 else [("", one) for one in output]
+    elif hasattr(output, "__dataclass_fields__"):
+        items = vars(output).items()
+    for key, item in items:
+        yield from named_outputs(item, ".".join(part for part in (name, str(key)) if part))
+
+
+@dataclass
+class _Output:
+    """Running figures of one output."""
+
+    sums: Sums = field(default_factory=Sums)
+    same: int = 0
+    votes: int = 0
+    cosines: float = 0.0
+    rows: int = 0
+    largest: float = 0.0
+    numbers: int = 0
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        self.sums.add(one, other)
+        self.numbers += one.numel()
+        if one.numel():
+            self.largest = max(self.largest, float(one.abs().max()))
+        if one.dim() < 2 or one.shape[1] < 2 or not one.is_floating_point():
+            return
+        self.same += int((one.argmax(1) == other.argmax(1)).sum())
+        self.votes += one.numel() // one.shape[1]
+        self.cosines += float(F.cosine_similarity(one.double().flatten(1), other.double().flatten(1)).sum())
+        self.rows += len(one)
+
+    def result(self, name: str, shape: Sequence[int], scores: bool) -> OutputAgreement:
+        """Return the measure that suits the output: scores, embeddings, images, other values."""
+        if scores and self.votes:
+            return OutputAgreement(name, "top-1", self.same / self.votes, wilson_interval(self.same, self.votes))
+        if len(shape) == 2 and self.rows:
+            return OutputAgreement(name, "cosine", self.cosines / self.rows)
+        peak = next((peak for peak in _PEAKS if self.largest <= _BEYOND * peak), None)
+        if len(shape) == 4 and shape[1] in (1, 3) and peak is not None:
+            error = self.sums.squares / max(1, self.numbers)
+            value = math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+            return OutputAgreement(name, "PSNR", value, peak=peak)
+        return OutputAgreement(name, "relative error", self.sums.difference().relative)
+
+
+def measure_agreement(
+    original: nn.Module,
+    other: nn.Module,
+    batches: Iterable[Inputs],
+    scores: bool,
+    parts: Sequence[str] = WHOLE,
+    step: Callable[[int], None] = lambda _: None,
+) -> tuple[OutputAgreement, ...]:
+    """Compare both networks' outputs on batches of inputs, in eval mode; each output by its name.
+
+    `scores`: outputs of two dimensions are scores of classes; a map of several channels then is scores for each pixel.
+    Where what comes out depends on values (a detector's boxes), `parts` are compared in its place, each on the first
+    network's input to it. Outputs whose sizes differ are left out.
+    """
+    found: dict[str, _Output] = {}
+    shapes: dict[str, Sequence[int]] = {}
+
+    def add(one: Any, two: Any, prefix: str) -> None:
+        others = dict(named_outputs(two, prefix))
+        for name, tensor in named_outputs(one, prefix):
+            its = others.get(name)
+            if its is None or its.shape != tensor.shape or not tensor.numel():
+                continue
+            shapes[name] = tensor.shape
+            found.setdefault(name, _Output()).add(tensor, its)
+
+    done = 0
+    with eval_mode(original, other), torch.inference_mode(), ExitStack() as hooks:
+        if tuple(parts) != WHOLE:
+            for name in parts:
+
+                def compare(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                    add(output, other.get_submodule(name)(*args, **kwargs), name)
+
+                hooks.enter_context(original.get_submodule(name).register_forward_hook(compare, with_kwargs=True))
+        for batch in batches:
+            for portion in portions(batch):
+                output = original(*copied(portion))
+                if tuple(parts) == WHOLE:
+                    add(output, other(*copied(portion)), "")
+                done += len(list_tensors(portion)[0]) if list_tensors(portion) else 1
+                step(done)
+    return tuple(one.result(name, shapes[name], scores) for name, one in found.items())
