@@ -53,7 +53,9 @@ class Calibration:
     polish_images: int = option(5000, "Number of images to polish on, at most.", _PANEL)
     memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL)
     patch: int | None = option(None, "Side of square patches, cut at random, instead of whole images.", _PANEL)
-    patches: int | None = option(None, "Number of patches to cut from the images.", _PANEL, shown="one from each image")
+    patches: int | None = option(
+        None, "Number of patches, in place of that of images.", _PANEL, shown="as many as images"
+    )
     noise: str | float | None = option(
         None, "Noise to add for a denoiser: its deviation for pixels from 0 to 1, as 25/255.", _PANEL, text=True
     )

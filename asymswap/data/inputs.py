@@ -64,7 +64,7 @@ def open_inputs(
     """
     data, model, patches = given.data, opened.model, given.patches
     if given.reference is not None:
-        data = _open_reference(opened, given, seed)
+        data = _open_reference(opened, given)
     elif patches != Patches():
         raise SourceError("`patch=`, `patches=` and `noise=` are for images by a data reference; cut your own batches")
     if callable(data) and not isinstance(data, Iterable | Dataset):
@@ -103,18 +103,14 @@ class _Rows:
         return samples_in(self.arguments)
 
 
-def _open_reference(opened: OpenedModel, given: UserData, seed: int) -> LabelledImages | _Rows:
-    reference, wanted = str(given.data), given.patches
-    named = _named_arguments(opened.model, Path(reference))
+def _open_reference(opened: OpenedModel, given: UserData) -> LabelledImages | _Rows:
+    named = _named_arguments(opened.model, Path(str(given.data)))
     if named is not None:
         return _Rows(named)
-    known = opened.preprocessing
-    if wanted.size is not None:
-        known = replace(known, size=(wanted.size, wanted.size), resize=None)
-    data = open_data(reference, known, "train", unlabelled=True)
-    if wanted != Patches():
-        data = patches_from(data, wanted.size, wanted.count, wanted.noise, seed)
-    return data
+    known, side = opened.preprocessing, given.patches.size
+    if side is not None:
+        known = replace(known, size=(side, side), resize=None)
+    return open_data(str(given.data), known, "train", unlabelled=True)
 
 
 def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
@@ -138,43 +134,52 @@ def _chosen(
     total = len(data)  # type: ignore[arg-type]  # a Dataset without a length is read in batches
     if not total:
         raise SourceError("the calibration data holds no samples")
+    # Always the same ones are held back, whatever the seed and the number of others.
+    order = torch.randperm(total, generator=generator_for("held back")).tolist()
+    back = min(HELD_BACK, total // 5)
+    # A handful of samples is used for both.
+    held, rest = order[:back] or order, order[back:]
+    shuffled = torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()
+    chosen = [rest[number] for number in shuffled]
+    if isinstance(data, LabelledImages) and given.patches != Patches():
+        # Patches that are held back are of other images.
+        patches, count = given.patches, given.patches.count or count
+        count = count if patches.size is not None else min(count, len(chosen))
+        sources = [
+            patches_from(data.some(some, data.description), patches.size, number, patches.noise, seed)
+            for some, number in ((chosen, count), (held, len(held)))
+        ]
+        seen, others = (_grouped(model, one, given, range(len(one))) for one in sources)
+        return seen, others
+    return _grouped(model, data, given, chosen[:count]), _grouped(model, data, given, held)
+
+
+def _grouped(
+    model: nn.Module, data: LabelledImages | _Rows | Dataset[Any], given: UserData, indices: Sequence[int]
+) -> Batches:
+    """Return batches of chosen samples, of about as many numbers each."""
     images = data.images if isinstance(data, LabelledImages) else data
 
     def load(groups: Sequence[Sequence[int]], number: int) -> Inputs:
-        indices = groups[number]
+        group = list(groups[number])
         if isinstance(data, _Rows):
-            rows = map_tensors(data.arguments, lambda one: one[list(indices)] if one.dim() else one)
-            return placed(model, rows)
-        samples = [images[index] for index in indices]  # type: ignore[index]
+            return placed(model, map_tensors(data.arguments, lambda one: one[group] if one.dim() else one))
         try:
-            batch = default_collate(samples)
+            batch = default_collate([images[index] for index in group])  # type: ignore[index]
         except (TypeError, RuntimeError) as error:
             raise SourceError(
                 f"samples of {type(data).__name__} make no batch ({reason_of(error)}); give a DataLoader with a "
                 "collate_fn"
             ) from None
-        if isinstance(data, LabelledImages):
-            return placed(model, (batch[0],))
-        return placed(model, arguments_of(model, batch, given.inputs))
+        inputs = None if isinstance(data, LabelledImages) else given.inputs
+        return placed(model, arguments_of(model, batch, inputs))
 
-    # Always the same ones, whatever the seed and the number of others.
-    order = torch.randperm(total, generator=generator_for("held back")).tolist()
-    back = min(HELD_BACK, total // 5)
-    rest = order[back:]
-    shuffled = torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()
-    chosen = [rest[number] for number in shuffled[:count]]
-    area = max(t.shape[-2:].numel() if t.dim() > 2 else 1 for t in list_tensors(load([[chosen[0]]], 0)))
+    area = max(one.shape[-2:].numel() if one.dim() > 2 else 1 for one in list_tensors(load([indices[:1]], 0)))
     size = max(4, min(128, _PIXELS // area))
-    about = data.description if isinstance(data, LabelledImages) else f"{total} samples of {type(given.data).__name__}"
-    if given.reference is not None and isinstance(data, _Rows):
-        about = f"file {given.reference}: {total} samples"
-
-    def batches(indices: Sequence[int]) -> Batches:
-        groups = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return Batches(tuple(map(len, groups)), partial(load, groups), about)
-
-    # A handful of samples is used for both.
-    return batches(chosen), batches(order[:back] or chosen)
+    groups = [indices[start : start + size] for start in range(0, len(indices), size)]
+    about = given.reference if isinstance(data, _Rows) else type(data).__name__
+    about = data.description if isinstance(data, LabelledImages) else f"{len(data)} samples of {about or 'a tensor'}"  # type: ignore[arg-type]
+    return Batches(tuple(map(len, groups)), partial(load, groups), about)
 
 
 def _read(
@@ -202,9 +207,9 @@ def _read(
     except Exception as error:  # the user's own loader
         raise SourceError(f"the data fails: {type(error).__name__}: {reason_of(error, 200)}") from error
     if not kept:
-        hint = "; a generator gives its batches once: give a list, a DataLoader or a function that makes it"
         raise SourceError(
-            f"the data ({type(data).__name__}) gives no batch{hint if isinstance(data, Iterator) else ''}"
+            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted: give a "
+            "list, a DataLoader or a function that makes it"
         )
     if len(kept) == back:
         # Too few to hold back so many.

@@ -23,9 +23,9 @@ from asymswap.utils.inputs import Inputs, describe
 class OpenedModel:
     """A module with its origin, its preprocessing and its conversions so far; see `open_model`. No verb changes it.
 
-    `example_inputs` are the user's own arguments of one forward pass, in place of images. `reference` is the user's name
-    for it, `weights` where its weights are from, `file` the file that it was read from,
-    `sha256` its hash, `plans` and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a
+    `example_inputs` are the user's own arguments of one forward pass, in place of images. `reference` is the user's
+    name for it, `weights` where its weights are from, `file` the file that it was read from, `sha256` its hash, `plans`
+    and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a
     module that no reference can build, `base` the unconverted model where the user gave it. `private`: no code but
     ours, torch's and torchvision's made it, so that nobody else holds its tensors; `handed_over`: the caller needs it
     for one verb only, whose result may share its tensors. `seconds` is how long the opening took.

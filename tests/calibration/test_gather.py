@@ -12,7 +12,7 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
-from planned import make_plan
+from planned import in_batches, make_plan
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -102,7 +102,7 @@ def test_statistics_is_the_moments_of_all_patches(
     net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gathering, "_POSITIONS", 144)
-    found = gather(net, spatial(net, images), Images(lambda: enumerate(images.split(40)), len(images)))["stem"]
+    found = gather(net, spatial(net, images), Images(in_batches(images, 40), len(images)))["stem"]
     patches = nn.functional.unfold(images, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     assert found.patches == len(patches)
     assert torch.allclose(found.mean_GD[0], patches.mean(0), atol=1e-6)
@@ -115,7 +115,7 @@ def test_output_weights_are_second_moments_of_gradients(net: nn.Module, images: 
     """The expectation over drawn labels, which autograd can give class by class."""
     few = images[:16]
     draws = [
-        gather(net, spatial(net, few), Images(lambda: enumerate(few.split(16)), 16, seed=seed))["b2"].weight_GOO
+        gather(net, spatial(net, few), Images(in_batches(few, 16), 16, seed=seed))["b2"].weight_GOO
         for seed in range(60)
     ]
     exact = torch.zeros(16, 16, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_gathering_leaves_the_model_alone(net: nn.Module, images: Tensor) -> Non
     net.train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     state = torch.get_rng_state()
-    gather(net, spatial(net, images), Images(lambda: enumerate(images.split(32)), len(images)))
+    gather(net, spatial(net, images), Images(in_batches(images, 32), len(images)))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
@@ -147,8 +147,8 @@ def test_gathering_leaves_the_model_alone(net: nn.Module, images: Tensor) -> Non
 
 def test_several_passes_find_what_one_finds(net: nn.Module, images: Tensor) -> None:
     sites = spatial(net, images)
-    one = gather(net, sites, Images(lambda: enumerate(images.split(32)), len(images)))
-    many = gather(net, sites, Images(lambda: enumerate(images.split(32)), len(images), memory_gib=1e-6))
+    one = gather(net, sites, Images(in_batches(images, 32), len(images)))
+    many = gather(net, sites, Images(in_batches(images, 32), len(images), memory_gib=1e-6))
     assert one.keys() == many.keys()
     for name in one:
         # Other positions are drawn, since each pass draws for fewer sites.
@@ -156,10 +156,7 @@ def test_several_passes_find_what_one_finds(net: nn.Module, images: Tensor) -> N
 
 
 def test_the_same_seed_finds_the_same_bits(net: nn.Module, images: Tensor) -> None:
-    runs = [
-        gather(net, spatial(net, images), Images(lambda: enumerate(images.split(32)), len(images), seed=5))
-        for _ in range(2)
-    ]
+    runs = [gather(net, spatial(net, images), Images(in_batches(images, 32), len(images), seed=5)) for _ in range(2)]
     for name, statistics in runs[0].items():
         assert torch.equal(statistics.cov_GDD, runs[1][name].cov_GDD)
         assert torch.equal(statistics.weight_GOO, runs[1][name].weight_GOO)
@@ -169,7 +166,7 @@ def test_activations_that_are_not_finite_name_the_first_layer(net: nn.Module, im
     spoilt = images.clone()
     spoilt[3, 0, 0, 0] = float("nan")
     with pytest.raises(SourceError, match="the input of stem is not finite on the calibration images"):
-        gather(net, spatial(net, images), Images(lambda: enumerate(spoilt.split(32)), len(images)))
+        gather(net, spatial(net, images), Images(in_batches(spoilt, 32), len(images)))
 
 
 def plan_of(net: nn.Module, images: Tensor, statistics: object) -> tuple[Plan, list[Site]]:
@@ -185,14 +182,12 @@ def output_error(net: nn.Module, other: nn.Module, x: Tensor) -> float:
 
 def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn.Module, images: Tensor) -> None:
     fresh = torch.randn(256, 3, 12, 12, generator=torch.Generator().manual_seed(9))
-    statistics = gather(net, spatial(net, images), Images(lambda: enumerate(images.split(32)), len(images)))
+    statistics = gather(net, spatial(net, images), Images(in_batches(images, 32), len(images)))
     plan, sites = plan_of(net, images, statistics)
     blind = apply_plan(net, plan_of(net, images, None)[0])
     one_pass = apply_plan(net, plan, statistics=statistics)
     refined = apply_plan(net, plan, statistics=statistics)
-    used = refine_(
-        net, refined, sites, plan, statistics, Images(lambda: enumerate(images.split(32)), len(images)), images[:1]
-    )
+    used = refine_(net, refined, sites, plan, statistics, Images(in_batches(images, 32), len(images)), (images[:1],))
     assert used.used.keys() == {swap.site for swap in plan.swaps}
     assert used.by_graph
     errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
@@ -201,7 +196,7 @@ def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn
 
 def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, images: Tensor) -> None:
     sites = spatial(net, images)
-    statistics = gather(net, sites, Images(lambda: enumerate(images.split(32)), len(images)))
+    statistics = gather(net, sites, Images(in_batches(images, 32), len(images)))
     settings = {"order": "vertical-first", "bias": True}
     full = Plan(
         tuple(
@@ -210,9 +205,7 @@ def test_refining_at_full_rank_changes_nothing_that_matters(net: nn.Module, imag
         )
     )
     converted = apply_plan(net, full, statistics=statistics)
-    refine_(
-        net, converted, sites, full, statistics, Images(lambda: enumerate(images.split(32)), len(images)), images[:1]
-    )
+    refine_(net, converted, sites, full, statistics, Images(in_batches(images, 32), len(images)), (images[:1],))
     assert output_error(net, converted, images) < 1e-3
 
 
@@ -229,12 +222,10 @@ def test_refining_keeps_the_kernel_where_the_images_never_vary(images: Tensor) -
         # A kernel of rank two: the pair can be exact.
         last.weight.copy_(torch.einsum("orj,rci->ocij", torch.randn(6, 2, 3), torch.randn(2, 4, 3)))
     sites = spatial(net, images)
-    statistics = gather(net, sites, Images(lambda: enumerate(images.split(32)), len(images)))
+    statistics = gather(net, sites, Images(in_batches(images, 32), len(images)))
     plan = Plan((Swap("2", "separable", {"order": "vertical-first", "rank": 2, "bias": True}),))
     converted = apply_plan(net, plan, statistics=statistics)
-    refine_(
-        net, converted, sites, plan, statistics, Images(lambda: enumerate(images.split(32)), len(images)), images[:1]
-    )
+    refine_(net, converted, sites, plan, statistics, Images(in_batches(images, 32), len(images)), (images[:1],))
     pair = [half.weight for half in converted.get_submodule("2").children() if isinstance(half, nn.Conv2d)]
     kernel = torch.einsum("orj,rci->ocij", pair[1][:, :, 0], pair[0][..., 0])
     assert torch.allclose(kernel, last.weight, rtol=1e-2, atol=1e-2)
@@ -243,15 +234,13 @@ def test_refining_keeps_the_kernel_where_the_images_never_vary(images: Tensor) -
 def test_a_branch_is_wanted_to_make_up_for_its_shortcut(net: nn.Module, images: Tensor) -> None:
     """Spoil the stem only: the last conv of the first block must then make the sum better than it would by itself."""
     sites = spatial(net, images)
-    statistics = gather(net, sites, Images(lambda: enumerate(images.split(32)), len(images)))
+    statistics = gather(net, sites, Images(in_batches(images, 32), len(images)))
     pair = {"order": "vertical-first", "bias": True}
     plan = Plan((Swap("stem", "separable", {**pair, "rank": 2}), Swap("a2", "separable", {**pair, "rank": 20})))
     aware, unaware = (apply_plan(net, plan, statistics=statistics) for _ in range(2))
-    refine_(net, aware, sites, plan, statistics, Images(lambda: enumerate(images.split(32)), len(images)), images[:1])
+    refine_(net, aware, sites, plan, statistics, Images(in_batches(images, 32), len(images)), (images[:1],))
     alone = replace(plan, swaps=plan.swaps[:1])
-    refine_(
-        net, unaware, sites, alone, statistics, Images(lambda: enumerate(images.split(32)), len(images)), images[:1]
-    )
+    refine_(net, unaware, sites, alone, statistics, Images(in_batches(images, 32), len(images)), (images[:1],))
 
     def block_error(model: nn.Module) -> float:
         with torch.no_grad():
@@ -285,7 +274,7 @@ def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
         torch.manual_seed(0)
         model = Halved(alpha).eval()
         sites = spatial(model, images)
-        statistics = gather(model, sites, Images(lambda: enumerate(images.split(32)), len(images)))
+        statistics = gather(model, sites, Images(in_batches(images, 32), len(images)))
         converted = apply_plan(model, plan, statistics=statistics)
         refine_(
             model,
@@ -293,8 +282,8 @@ def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
             sites,
             plan,
             statistics,
-            Images(lambda: enumerate(images.split(32)), len(images)),
-            images[:1],
+            Images(in_batches(images, 32), len(images)),
+            (images[:1],),
         )
         found.append(converted.state_dict())
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
@@ -303,13 +292,13 @@ def test_a_sum_with_a_factor_is_no_plain_sum(images: Tensor) -> None:
 @pytest.mark.parametrize("memory", [0.0, 1.3e-3, 2e-3])
 def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, images: Tensor, memory: float) -> None:
     """In none, some and most of the layers the activations of all images fit; the model works in place, too."""
-    batches = lambda: enumerate(images.split(32))  # noqa: E731
+    batches = in_batches(images, 32)
     statistics = gather(net, spatial(net, images), Images(batches, len(images)))
     plan, sites = plan_of(net, images, statistics)
     found = []
     for limit in (memory, 4.0):
         converted = apply_plan(net, plan, statistics=statistics)
-        refine_(net, converted, sites, plan, statistics, Images(batches, len(images), memory_gib=limit), images[:1])
+        refine_(net, converted, sites, plan, statistics, Images(batches, len(images), memory_gib=limit), (images[:1],))
         found.append(converted.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[1])
 
@@ -317,9 +306,9 @@ def test_walking_again_where_memory_is_short_finds_the_same(net: nn.Module, imag
 def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> None:
     passes: list[int] = []
 
-    def batches() -> Iterator[tuple[int, Tensor]]:
+    def batches() -> Iterator[tuple[int, tuple[Tensor]]]:
         passes.append(1)
-        return enumerate(images.split(32))
+        return in_batches(images, 32)()
 
     statistics = gather(net, spatial(net, images), Images(batches, len(images)))
     plan, sites = plan_of(net, images, statistics)
@@ -327,7 +316,7 @@ def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> 
     for limit in (4.0, 1.5e-3, 0.0):
         passes.clear()
         converted = apply_plan(net, plan, statistics=statistics)
-        refine_(net, converted, sites, plan, statistics, Images(batches, len(images), memory_gib=limit), images[:1])
+        refine_(net, converted, sites, plan, statistics, Images(batches, len(images), memory_gib=limit), (images[:1],))
         needed[limit] = len(passes) - 1  # one is the look at the first batch
     # All fits; what is needed at the first swapped conv fits, so that nobody starts from the images.
     assert needed[4.0] == needed[1.5e-3] == 1
@@ -335,7 +324,7 @@ def test_activations_are_kept_where_they_fit(net: nn.Module, images: Tensor) -> 
 
 
 def test_statistics_survives_a_file(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    statistics = gather(net, spatial(net, images), Images(lambda: enumerate(images.split(32)), len(images)))
+    statistics = gather(net, spatial(net, images), Images(in_batches(images, 32), len(images)))
     summary = StatisticsSummary("images", len(images), "0" * 64, 3, "1" * 64)
     save_statistics(tmp_path / "e.safetensors", statistics, summary)
     again, read = load_statistics(tmp_path / "e.safetensors")
@@ -400,7 +389,7 @@ def test_a_single_number_has_a_gradient_too(images: Tensor, last: int) -> None:
     """A network with one output, whose last batch may hold one image."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
-    batches = lambda: enumerate(images[: 8 + last].split(8))  # noqa: E731
+    batches = in_batches(images[: 8 + last], 8)
     weight = gather(model, spatial(model, images), Images(batches, 8 + last))["0"].weight_GOO
     assert weight is not None
     assert bool(weight.isfinite().all())

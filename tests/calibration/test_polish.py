@@ -40,7 +40,7 @@ def test_it_learns_what_the_teacher_says_and_leaves_the_teacher_alone(
     fresh = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         gap = float(difference(teacher(fresh), student(fresh)))
-    result = polish_(teacher, student, images, Calibration("images", polish_steps=60))
+    result = polish_(teacher, student, [(images,)], Calibration("images", polish_steps=60))
     with torch.no_grad():
         assert float(difference(teacher(fresh), student(fresh))) < 0.8 * gap
     assert result.steps == 60
@@ -55,14 +55,14 @@ def test_it_never_ends_worse_than_it_began(teacher: nn.Module, images: Tensor, m
     copy = apply_plan(teacher, Plan(()))
     nn.init.normal_(copy[-1].bias, std=0.01)
     start = {key: value.clone() for key, value in copy.state_dict().items()}
-    result = polish_(teacher, copy, images, Calibration("images", polish_steps=10))
+    result = polish_(teacher, copy, [(images,)], Calibration("images", polish_steps=10))
     assert result.kept_step == 0
     assert result.after == result.before
     assert all(torch.equal(start[key], value) for key, value in copy.state_dict().items())
 
 
 def test_minutes_end_it_too(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
-    assert 0 < polish_(teacher, student, images, Calibration("images", polish_minutes=0.01)).steps < 10_000
+    assert 0 < polish_(teacher, student, [(images,)], Calibration("images", polish_minutes=0.01)).steps < 10_000
 
 
 def test_the_same_seed_gives_the_same_bits(teacher: nn.Module, images: Tensor) -> None:
@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_bits(teacher: nn.Module, images: Tensor) -
     results = []
     for _ in range(2):
         student = apply_plan(teacher, plan)
-        polish_(teacher, student, images, Calibration("images", polish_steps=5, seed=3))
+        polish_(teacher, student, [(images,)], Calibration("images", polish_steps=5, seed=3))
         results.append(student.state_dict())
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
 
@@ -94,11 +94,11 @@ def test_images_are_mirrored_and_shifted_but_not_changed_otherwise() -> None:
 
 
 def test_the_model_keeps_its_memory_format(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
-    polish_(teacher, student, images, Calibration("images", polish_steps=3))
+    polish_(teacher, student, [(images,)], Calibration("images", polish_steps=3))
     assert all(parameter.is_contiguous() for parameter in (*student.parameters(), *teacher.parameters()))
 
 
 def test_a_frozen_model_cannot_be_polished(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
     student.requires_grad_(False)
     with pytest.raises(AsymswapError, match="every parameter of the model is frozen"):
-        polish_(teacher, student, images, Calibration("images", polish_steps=1))
+        polish_(teacher, student, [(images,)], Calibration("images", polish_steps=1))

@@ -78,9 +78,10 @@ class Evil:
 GOOD = {"images": torch.zeros(1, 3, 4, 4), "labels": torch.tensor([0])}
 REFUSED: dict[str, tuple[Any, str]] = {
     "no images": ({"labels": torch.zeros(2, dtype=torch.long)}, r"holds no images \(its entries: labels\)"),
-    "a shape": ({"images": torch.zeros(2, 5, 4, 4), "labels": torch.zeros(2)}, r"shape \(2, 5, 4, 4\), which is no im"),
-    "a range": ({"images": torch.full((2, 3, 4, 4), -1.5)}, "floats from -1.5 to -1.5, not from 0 to 1"),
-    "numbers": ({"images": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, "images of torch.int64"),
+    "a shape": ({"images": torch.zeros(2, 5), "labels": torch.zeros(2)}, r"shape \(2, 5\), which is no images"),
+    "channels": ({"images": torch.zeros(2, 5, 4, 4), "labels": [0, 1]}, "takes 3 channels, the data has 5"),
+    "no number": ({"images": torch.full((2, 3, 4, 4), torch.nan)}, "holds NaN or infinite numbers"),
+    "numbers": ({"images": torch.zeros(2, 3, 4, 4, dtype=torch.complex64)}, "images of torch.complex64"),
     "too few labels": (
         {"images": torch.zeros(2, 3, 4, 4), "labels": torch.tensor([1])},
         r"labels of shape \(1,\) and torch.int64 for 2 images",

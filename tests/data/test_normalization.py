@@ -86,7 +86,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     files = {}
     for channels in (1, 3):
         path = tmp_path_factory.mktemp("pictures") / f"{channels}.npz"
-        np.savez(path, images=pictures(96, channels, 7).numpy(), labels=np.arange(96) % 10)
+        np.savez(path, images=(255 * pictures(96, channels, 7)).round().byte().numpy(), labels=np.arange(96) % 10)
         files[channels] = str(path)
     return files
 
@@ -171,16 +171,9 @@ def standardised() -> nn.Module:
         (seen_nothing_usual, "fit none of the usual ones: "),
     ],
 )
-def test_what_cannot_be_told_stops(
-    data: dict[int, str], net: Any, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_told_stops(data: dict[int, str], net: Any, reason: str) -> None:
     torch.manual_seed(0)
     made = net()
-    as_it_is = fed(made, data[3])
-    assert (as_it_is.preprocessing.mean, as_it_is.preprocessing.std) == ((0.0,) * 3, (1.0,) * 3)
-    assert any("as they are: give `normalize=…`" in line for line in as_it_is.warnings)
-    # The same data as if it were a folder of pictures.
-    monkeypatch.setattr("asymswap.data.normalization._holds_tensors", lambda _: False)
     said = rf"nobody said how images are normalised for \w+, and it cannot be found out .*{reason}.*`normalize=…`"
     with pytest.raises(SourceError, match=said):
         fed(made, data[3])
@@ -191,6 +184,20 @@ def test_what_cannot_be_told_stops(
     # Without images there is nothing to be normalised.
     report = asymswap.convert(asymswap.open_model(made, input_size=(3, 8, 8)), "3x3-only").report
     assert (report.fed, report.warnings) == (None, ())
+
+
+def test_numbers_of_the_users_own_are_fed_as_they_are(tmp_path: Path) -> None:
+    """They are images only if they are bytes; the batch norms still object to what does not suit them."""
+    net, images = trained_on(COLOUR["imagenet"], 0), pictures(96, 3, 7)
+    np.savez(tmp_path / "a.npz", images=images.numpy())
+    as_they_are = fed(net, str(tmp_path / "a.npz"))
+    assert (as_they_are.preprocessing.mean, as_they_are.preprocessing.std) == ((0.0,) * 3, (1.0,) * 3)
+    assert len(as_they_are.warnings) == 3, as_they_are.warnings
+    first, second, _ = as_they_are.warnings
+    assert "as the tensors are, but the statistics in its batch norms fit imagenet better" in first
+    assert "as they are: give `normalize=…`" in second
+    asked = fed(net, str(tmp_path / "a.npz"), normalize="imagenet")
+    assert (asked.fed.normalization, asked.warnings[1:]) == ("imagenet", ())
 
 
 def test_the_distance_is_hellingers() -> None:
@@ -288,7 +295,7 @@ def test_blue_green_red_is_fed_so(data: dict[int, str]) -> None:
     opened = open_model(trained_on(COLOUR["caffe"], 0), preprocessing=PreprocessingOptions(normalize="caffe"))
     opened, _ = settle(opened, data[3], "test")
     image = open_data(data[3], opened.preprocessing, "test").images[5][0]
-    original = torch.from_numpy(np.load(data[3])["images"][5])
+    original = torch.from_numpy(np.load(data[3])["images"][5]) / 255
     means = torch.tensor([103.939, 116.779, 123.68])[:, None, None]
     torch.testing.assert_close(image, 255 * original[[2, 1, 0]] - means, atol=1e-3, rtol=0)
     assert image_transform(opened.preprocessing)(original).shape == (3, 8, 8)

@@ -477,7 +477,7 @@ def test_solving_layer_by_layer_sets_it_anew(between: str, monkeypatch: pytest.M
     plan = Plan(tuple(Swap(name, "separable", {**held, "rank": 2}) for name in ("one", "two")))
     converted = apply_plan(model, plan, statistics=statistics)
     one_pass = copy.deepcopy(converted)
-    used = refine_(model, converted, sites, plan, statistics, Images(lambda: [(0, x)], len(x)), x[:1]).used
+    used = refine_(model, converted, sites, plan, statistics, Images(lambda: [(0, (x,))], len(x)), (x[:1],)).used
     with torch.no_grad():
         now = torch.relu(converted.get_submodule("one")(x))
     pair = cast(nn.Sequential, converted.get_submodule("two"))
