@@ -69,7 +69,7 @@ class Pictures:
         """
         if images.shape[1] != channels and not {images.shape[1], channels} <= {1, 3}:
             raise SourceError(f"the model takes {channels} channels, the data has {images.shape[1]}; give other data")
-        return cls(labels, partial(_from_memory, images, channels), as_they_are=images.dtype != torch.uint8)
+        return cls(labels, partial(_from_memory, images, channels))
 
 
 def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
@@ -173,6 +173,7 @@ def open_data(
     if place.is_file() and place.suffix in arrays.SUFFIXES:
         tensor, labels, classes = arrays.read_arrays(place, part)
         pictures = Pictures.in_memory(tensor, labels, preprocessing.channels)
+        pictures = replace(pictures, as_they_are=tensor.dtype != torch.uint8)
         if not classes and not unlabelled:
             raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
         description = f"file {place}: {len(labels)} images of {len(classes)} classes"

@@ -46,6 +46,7 @@ REPORT_KEYS = {
     "multiplier",
     "latency",
     "accuracy",
+    "agreement",
     "calibration",
     "weights_bytes",
     "files",

@@ -65,7 +65,7 @@ def test_statistics_of_fewer_images_than_there_are(run: Run, monkeypatch: pytest
     def refine(*arguments: Any, **options: Any) -> Any:
         images = arguments[5]
         told.append(images.count)
-        assert sum(len(batch) for _, batch in images.batches()) == images.count
+        assert sum(len(batch) for _, (batch,) in images.batches()) == images.count
         return refine_(*arguments, **options)
 
     monkeypatch.setattr("asymswap.calibration.calibrate.refine_", refine)
