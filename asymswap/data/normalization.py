@@ -94,12 +94,14 @@ def feeding_of(
     order = torch.randperm(len(data), generator=seeded(0)).tolist()
     known, warnings = _sized(known, data.pictures, order)
     answer = _ask(model, known, _sample(data, known, order), label)
-    tensors = reference if _holds_tensors(reference) else None
+    pairs = reference.startswith("pairs:")
+    tensors = reference if pairs or _holds_tensors(reference) else None
     if known.normalization_from == "assumed":
         settled, decided = _decide(known, answer, label, tensors)
     else:
         settled, decided = known, _objections(known, answer, label)
-    return Feeding(settled, pre.fed(settled, answer.distances), (*decided, *warnings))
+    fed = replace(pre.fed(settled, answer.distances), own_size=pairs)
+    return Feeding(settled, fed, (*decided, *warnings))
 
 
 def _holds_tensors(reference: str) -> bool:
@@ -269,8 +271,8 @@ def _decide(
 ) -> tuple[Preprocessing, tuple[str, ...]]:
     """Return the preprocessing with the normalisation that clearly fits best, and a warning.
 
-    If none does, tensors in a file (named by `tensors`) are used as they are, as their maker usually feeds his network;
-    else it is a SourceError.
+    If none does, tensors in a file and images for a network that makes images (both named by `tensors`) are used as
+    they are, as their maker usually feeds his network; else it is a SourceError.
     """
     distances, doubt = answer.distances, answer.silence
     if not doubt:
@@ -286,9 +288,10 @@ def _decide(
             f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
             f"`normalize=…` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
         )
-    if doubt:
+    if doubt and tensors is not None:
+        what = "pixels, 0 to 1," if tensors.startswith("pairs:") else "tensors"
         return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (
-            f"{label} is fed the tensors of {tensors} as they are: give `normalize=…` if the network takes others",
+            f"{label} is fed the {what} of {tensors} as they are: give `normalize=…` if the network takes others",
         )
     # The most usual first.
     limit = _PRECISELY * distances[best]

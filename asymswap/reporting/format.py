@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
@@ -45,6 +45,27 @@ def percent(fraction: float) -> str:
 
 def accuracy(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
+
+
+def score(value: float, unit: str, digits: int = 2) -> str:
+    """Return a score with its unit; a fraction as per cent."""
+    if unit == "%":
+        return f"{100 * value:.{digits}f} %"
+    return f"{value:.2f} {unit}" if unit else f"{value:.4g}"
+
+
+def score_change(change: float, unit: str, named: bool = True) -> str:
+    """Return the difference of two scores, `named` with its unit: `-0.28 points`, `-0.03 dB`, `+0.0012`."""
+    text = f"{100 * change:+.2f}" if unit == "%" else f"{change:+.2f}" if unit else f"{change:+.4g}"
+    return f"{text} {'points' if unit == '%' else unit}".strip() if named else text
+
+
+def measured_on(names: Sequence[str], data: str) -> str:
+    """Say what was measured on what: `Top-1 and top-5 on digits: 360 test images`."""
+    *most, last = names
+    text = f"{', '.join(most)} and {last}" if most else last
+    # A name of the user's is written as it is.
+    return f"{text.replace('top', 'Top', 1) if text.startswith('top-') else text} on {data}"
 
 
 def share(part: float, whole: float) -> str:
@@ -148,7 +169,9 @@ def settings(values: Mapping[str, Any]) -> str:
 def fed(row: Fed) -> str:
     """Return how images are preprocessed before a network sees them, and who says so."""
     how = f"images resized to it ({row.interpolation})"
-    if row.resize is not None:
+    if row.own_size:
+        how = "each image at its own size"
+    elif row.resize is not None:
         how = f"shorter side resized to {row.resize} ({row.interpolation}), the middle cut out"
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (row.mean, row.std))
     name = f"{row.normalization}, " if row.normalization else ""
