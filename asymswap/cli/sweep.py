@@ -110,7 +110,7 @@ def sweep(
                 write_text(path, written(in_flags(result)))
             else:
                 write_bytes(path, views.draw(result, path.suffix[1:]))
-    common.show(result, lambda result, _: views.sweep_view(result))
+    common.show(result, views.sweep_view)
 
 
 def parse_fractions(option: str, text: str) -> list[float]:

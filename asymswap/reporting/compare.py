@@ -11,6 +11,9 @@ from rich.console import RenderableType
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
 from asymswap.results.compare import ComparedRow, Comparison
+from asymswap.results.evaluate import Score
+
+_ROOMY = 130
 
 
 def comparison_view(comparison: Comparison, width: int) -> RenderableType:
@@ -60,18 +63,20 @@ def _table(comparison: Comparison) -> Table:
     columns.append(Column("Output", lambda row: row.gap and row.gap.relative, fmt.error))
     if any(row.gap is not None and row.gap.agreement is not None for row in models):
         columns.append(Column("Agree", lambda row: row.gap and row.gap.agreement, fmt.percent, least=WIDE))
-    for name, unit in _scores(comparison).items():
+    for score in _scores(comparison):
 
-        def value(row: ComparedRow, name: str = name) -> float | None:
+        def value(row: ComparedRow, name: str = score.name) -> float | None:
             return next((score.value for score in row.scores if score.name == name), None)
 
-        columns.append(Column(name, value, partial(fmt.score, unit=unit)))
+        # There is hardly room for it; its change is in the fine print.
+        least = _ROOMY if score.name == "top-5" else 0
+        columns.append(Column(score.name, value, partial(fmt.score, unit=score.unit), least=least))
     return Table(columns, models)
 
 
-def _scores(comparison: Comparison) -> dict[str, str]:
-    """Return the unit of every score by its name."""
-    return {score.name: score.unit for row in comparison.models for score in row.scores}
+def _scores(comparison: Comparison) -> list[Score]:
+    """Return a score of each name that any model has."""
+    return list({score.name: score for row in comparison.models for score in row.scores}.values())
 
 
 def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
@@ -86,8 +91,7 @@ def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
         lines += fmt.doubts(first.model, ((row.model, row.latency_ratio) for row in models[1:]))
     if comparison.data is not None:
         of_them = f", {comparison.images:,} of them" if comparison.images else ""
-        lines.append(f"{fmt.measured_on([*_scores(comparison)] or ['no score'], comparison.data)}{of_them}.")
-    lines += [f"{one.name}: lower is better." for one in first.scores if one.lower_is_better]
+        lines.append(f"{fmt.measured_on(_scores(comparison), comparison.data)}{of_them}.")
     for row in models[1:]:
         changes = [
             f"{one.name} {fmt.score_change(one.value - other.value, one.unit)}"

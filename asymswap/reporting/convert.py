@@ -204,7 +204,7 @@ def _fine_print(report: Report) -> list[str]:
     if report.latency is not None:
         lines += _latency(report.latency)
     if accuracy is not None:
-        lines += [f"{fmt.measured_on([one.name for one in accuracy.scores], accuracy.data)}."]
+        lines += [f"{fmt.measured_on(accuracy.scores, accuracy.data)}."]
         lines += [fmt.sentence(accuracy.note)] if accuracy.note else []
     if calibration is not None:
         how = "layer by layer" if calibration.sequential else "in one pass"

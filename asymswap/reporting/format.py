@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
@@ -60,12 +60,14 @@ def score_change(change: float, unit: str, named: bool = True) -> str:
     return f"{text} {'points' if unit == '%' else unit}".strip() if named else text
 
 
-def measured_on(names: Sequence[str], data: str) -> str:
-    """Say what was measured on what: `Top-1 and top-5 on digits: 360 test images`."""
-    *most, last = names
+def measured_on(scores: Collection[Any], data: str) -> str:
+    """Say what was measured on what: `Top-1 and top-5 on digits: 360 test images`; `scores` have names."""
+    *most, last = [score.name for score in scores] or ["no score"]
     text = f"{', '.join(most)} and {last}" if most else last
+    lower = [score.name for score in scores if score.lower_is_better]
     # A name of the user's is written as it is.
-    return f"{text.replace('top', 'Top', 1) if text.startswith('top-') else text} on {data}"
+    text = f"{text.replace('top', 'Top', 1) if text.startswith('top-') else text} on {data}"
+    return text + (f" (lower is better: {', '.join(lower)})" if lower else "")
 
 
 def share(part: float, whole: float) -> str:

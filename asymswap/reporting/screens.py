@@ -61,7 +61,7 @@ def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
         if pairs:
             which = f" by {number}" if several else ""
             confused.append(f"Most confused{which}: {'; '.join(pairs if width >= WIDE else pairs[:5])}")
-    lines = [f"{score.name}: lower is better." for score in first.scores if score.lower_is_better]
+    lines = []
     if first.classifier is not None:
         lines.append("95 %: Wilson's interval of top-1.")
         if several:
@@ -72,7 +72,13 @@ def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
     lines += map(fmt.sentence, report.notes)
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
     tables = [Table(scores, models), Table(beside_first, models[1:]), _classes(report)]
-    return screen(f"{report.data}{skipped}", report.warnings, *tables, confused, fine_print=lines)
+    return screen(
+        f"{fmt.measured_on(first.scores, report.data) if not classifiers else report.data}{skipped}",
+        report.warnings,
+        *tables,
+        confused,
+        fine_print=lines,
+    )
 
 
 def _scored(name: str, row: tuple[str, ModelScores], less: float = 0.0) -> float | None:

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
-from asymswap.reporting.tables import Column, Table, bold, document, screen
+from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
 from asymswap.results.evaluate import Score
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Cost
@@ -51,7 +51,8 @@ def _table(sweep: Tradeoff) -> Table:
         Column("Parameters", cost("params")),
     ]
     for score in sweep.scores:
-        columns.append(Column(score.name, scored(score), partial(fmt.score, unit=score.unit, digits=1)))
+        show = partial(fmt.score, unit=score.unit, digits=1)
+        columns.append(Column(score.name, scored(score), show, least=0 if score is sweep.first else WIDE))
         if score is sweep.first:
             columns.append(
                 Column("Change", scored(score, 1.0), partial(fmt.score_change, unit=score.unit, named=False))
@@ -63,9 +64,7 @@ def _table(sweep: Tradeoff) -> Table:
 def fine_print(sweep: Tradeoff) -> list[str]:
     """Return how the figures were measured, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
-    lower = [f"{score.name}: lower is better." for score in sweep.scores if score.lower_is_better]
-    names = [score.name for score in sweep.scores]
-    lines = [f"{fmt.measured_on(names, sweep.data)}. Budgets are fractions of the model's {measure}.", *lower]
+    lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {measure}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
     # Budgets of a recipe share a line if the reasons why they were not met differ only in their figures.
@@ -80,11 +79,11 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     return lines
 
 
-def sweep_view(sweep: Tradeoff) -> RenderableType:
+def sweep_view(sweep: Tradeoff, width: int) -> RenderableType:
     """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
     title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"
-    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep))
+    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep), width=width)
 
 
 def to_markdown(sweep: Tradeoff) -> str:
