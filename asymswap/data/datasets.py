@@ -47,6 +47,9 @@ COLLECTIONS: dict[str, tuple[Any, str]] = {
 }
 """The name in references: torchvision's class, and the folder that it looks for."""
 
+PAIRED = {"pairs": "INPUTS,TARGETS", "masks": "IMAGES,MASKS"}
+"""The names in references to images that go with others, which are no classes: see `asymswap.data.metrics`."""
+
 _HOW_TO_NAME = (
     "give digits, or a folder that holds one folder of images for each class, or "
     f"{', '.join(f'{name}:PATH' for name in COLLECTIONS)}, or a file of tensors ({', '.join(arrays.SUFFIXES)})"
@@ -164,10 +167,10 @@ def open_data(
     name, colon, path = reference.partition(":")
     if colon and name in COLLECTIONS:
         return _open_collection(name, Path(path).expanduser(), preprocessing, part, download)
-    if colon and name in ("pairs", "masks"):
+    if colon and name in PAIRED:
+        place, _ = paired_places(reference)
         if not unlabelled:
             raise SourceError(f"data {reference!r} has no classes; give images with labels")
-        place = Path(path.partition(",")[0]).expanduser()
         return _without_labels(place, [place] if place.is_file() else image_files(place), preprocessing)
     if download:
         raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
@@ -243,6 +246,15 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
     description = f"folder {root}: {len(labels)} images of {len(classes)} classes"
     has_val = part == "train" and root != folder and bool(_class_names(folder / "val"))
     return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
+
+
+def paired_places(reference: str) -> tuple[Path, Path]:
+    """Return both places of `pairs:INPUTS,TARGETS`; raise SourceError if there are not two."""
+    name, _, places = reference.partition(":")
+    first, comma, second = places.partition(",")
+    if not (first and comma and second):
+        raise SourceError(f"data {reference!r}: give {name}:{PAIRED[name]}, two folders or two files")
+    return Path(first).expanduser(), Path(second).expanduser()
 
 
 def image_files(folder: Path) -> list[Path]:

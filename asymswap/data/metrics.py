@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import inspect
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,7 +30,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from asymswap.data.datasets import PIL_MODES, LabelledImages, image_files, open_data, read_picture, to_input
+from asymswap.data.datasets import (
+    PAIRED,
+    PIL_MODES,
+    LabelledImages,
+    image_files,
+    open_data,
+    paired_places,
+    read_picture,
+    to_input,
+)
 from asymswap.data.predict import Predictions, check_classifier, placement, predict
 from asymswap.errors import AsymswapError, SourceError, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
@@ -105,7 +113,7 @@ def evaluator_of(measure: EvaluatedBy, opened: OpenedModel, crop_border: int = 0
 def paired_kind(measure: EvaluatedBy) -> str | None:
     """Return `pairs` or `masks` for a reference to such data."""
     kind = measure.partition(":")[0] if isinstance(measure, str) else None
-    return kind if kind in ("pairs", "masks") else None
+    return kind if kind in PAIRED else None
 
 
 def check_same(first: Sequence[Score], found: Sequence[Score]) -> None:
@@ -142,17 +150,14 @@ class _Paired(Evaluator):
     """Images of any size, each with a picture of what is right, which has the same stem."""
 
     def __init__(self, reference: str, known: Preprocessing) -> None:
-        kind, _, places = reference.partition(":")
-        first, comma, second = places.partition(",")
-        if not (first and comma and second):
-            raise SourceError(f"data {reference!r}: give {kind}:IMAGES,{kind.upper()} with two folders, or two files")
+        first, second = paired_places(reference)
         # Opened for what it refuses: networks that do not take single images.
         opened = open_data(reference, known, "test", unlabelled=True)
         self.known, self.inputs = opened.preprocessing, opened.description
         self.pairs = _pair(first, second)
         self.images = len(self.pairs)
-        self.description = f"{kind} of {first} and {second}: {self.images} images"
-        names = [(Path(path).name, os.path.getsize(path)) for pair in self.pairs for path in pair]  # noqa: PTH202
+        self.description = f"{paired_kind(reference)} of {first} and {second}: {self.images} images"
+        names = [(path.name, path.stat().st_size) for pair in self.pairs for path in pair]
         self.fingerprint = hashlib.sha256(repr(names).encode()).hexdigest()
 
     def outputs(self, model: nn.Module, transform: Callable[[Any], Tensor], progress: Steps) -> Any:
@@ -173,17 +178,17 @@ class _Paired(Evaluator):
                 progress(done, len(self.pairs))
 
 
-def _pair(first: str, second: str) -> list[tuple[str, str]]:
+def _pair(first: Path, second: Path) -> list[tuple[Path, Path]]:
     """Return the paths of two folders' images (or two images') in pairs of the same stem."""
-    if os.path.isfile(first) and os.path.isfile(second):  # noqa: PTH113 (never raises)
+    if first.is_file() and second.is_file():
         return [(first, second)]
-    stems: list[dict[str, str]] = []
+    stems: list[dict[str, Path]] = []
     for folder in (first, second):
-        found: dict[str, str] = {}
-        for path in image_files(Path(folder).expanduser()):
+        found: dict[str, Path] = {}
+        for path in image_files(folder):
             if path.stem in found:
                 raise SourceError(f"'{found[path.stem]}' and '{path}' have one stem, which pairs them with the same")
-            found[path.stem] = str(path)
+            found[path.stem] = path
         stems.append(found)
     for one, other, folder in ((stems[0], stems[1], second), (stems[1], stems[0], first)):
         alone = [path for stem, path in one.items() if stem not in other]
@@ -251,7 +256,7 @@ class Pairs(_Paired):
         return (*scores, Score("SSIM", sum(ssim) / len(ssim))) if ssim else scores
 
 
-def _size(path: str) -> tuple[int, int]:
+def _size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
@@ -297,7 +302,7 @@ class Masks(_Paired):
         return Score("mIoU", float(iou), "%"), Score("pixel accuracy", float(right.sum() / counts.sum()), "%")
 
 
-def _mask(path: str) -> Tensor:
+def _mask(path: Path) -> Tensor:
     """Return the class number of every pixel (H x W)."""
     try:
         with Image.open(path) as image:

@@ -51,13 +51,17 @@ def score(value: float, unit: str, digits: int = 2) -> str:
     """Return a score with its unit; a fraction as per cent."""
     if unit == "%":
         return f"{100 * value:.{digits}f} %"
-    return f"{value:.2f} {unit}" if unit else f"{value:.4g}"
+    return f"{value:.2f} {unit}" if unit else _digits(value)
 
 
 def score_change(change: float, unit: str, named: bool = True) -> str:
     """Return the difference of two scores, `named` with its unit: `-0.28 points`, `-0.03 dB`, `+0.0012`."""
-    text = f"{100 * change:+.2f}" if unit == "%" else f"{change:+.2f}" if unit else f"{change:+.4g}"
+    text = f"{100 * change:+.2f}" if unit == "%" else f"{change:+.2f}" if unit else _digits(change, "+")
     return f"{text} {'points' if unit == '%' else unit}".strip() if named else text
+
+
+def _digits(value: float, sign: str = "") -> str:
+    return f"{value:{sign},.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:{sign}.4g}"
 
 
 def measured_on(scores: Collection[Any], data: str) -> str:

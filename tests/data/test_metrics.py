@@ -167,7 +167,7 @@ class TestPairs:
     @pytest.mark.parametrize(
         ("reference", "options", "said"),
         [
-            ("pairs:in", {}, r"'pairs:in': give pairs:IMAGES,PAIRS with two folders, or two files"),
+            ("pairs:in", {}, r"'pairs:in': give pairs:INPUTS,TARGETS, two folders or two files"),
             ("pairs:nowhere,out", {}, r"data folder 'nowhere' holds no images"),
             ("pairs:in,nowhere", {}, r"data folder 'nowhere' holds no images"),
             ("pairs:in,out", {"crop_border": 7}, r"`crop_border=7` leaves nothing of the smallest target"),
