@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asymswap.api.offsets import offsets as offsets
     from asymswap.api.sweep import sweep as sweep
     from asymswap.calibration.config import Calibration as Calibration
+    from asymswap.data.metrics import Metric as Metric
     from asymswap.errors import AsymswapError as AsymswapError
     from asymswap.models.opened import OpenedModel as OpenedModel
     from asymswap.models.opening import open_model as open_model
@@ -51,6 +52,7 @@ _HOMES = {
     "api.offsets": ["offsets"],
     "api.sweep": ["sweep"],
     "calibration.config": ["Calibration"],
+    "data.metrics": ["Metric"],
     "errors": ["AsymswapError"],
     "models.opened": ["OpenedModel"],
     "models.opening": ["open_model"],

@@ -251,6 +251,7 @@ class Fed:
     normalization_from: KnownFrom
     # How far the images' statistics under each normalisation are from those in the network's first batch norms, 0 to 1.
     distances: Mapping[str, float] = field(default_factory=dict)
+    own_size: bool = False  # images are not resized
 
 
 @dataclass(frozen=True)

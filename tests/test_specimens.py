@@ -274,10 +274,11 @@ def test_a_sweep_goes_on(path: Path, run: Run, work: Callable[[Path], Path]) -> 
     assert list(points) == [0.6, 0.5, 0.4]
     assert again == json.loads(state.read_text(encoding="utf-8"))
     for point in stored["points"]:
-        for key in ("cost", "accuracy", "swapped", "seconds", "failed"):
+        for key in ("cost", "swapped", "seconds", "failed"):
             assert points[point["budget"]][key] == point[key]
+        assert points[point["budget"]]["scores"] == {"top-1": point["accuracy"]}
     assert points[0.5]["cost"]["macs"] <= 0.5 * stored["before"]["macs"]
-    assert points[0.5]["accuracy"] > 0.8
+    assert points[0.5]["scores"]["top-1"] > 0.8
 
 
 @pytest.mark.parametrize("path", found("tuned.run"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
 from asymswap.data.datasets import LabelledImages, open_data
+from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import check_classifier, placement
+from asymswap.data.predict import Predictions, check_classifier, judge, placement
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
@@ -25,7 +27,8 @@ from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
-from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
+from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
+from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs, probe
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
@@ -34,7 +37,8 @@ from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 def compare(
     models: Sequence[Model],
     *,
-    data: str | None = None,
+    data: EvaluatedBy | None = None,
+    crop_border: int = 0,
     images: int | None = None,
     timing: Timing | None = None,
     seed: int = 0,
@@ -43,11 +47,11 @@ def compare(
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare two or more models: costs, latency, outputs and accuracy; none of them is changed.
+    """Compare two or more models: costs, latency, outputs and scores; none of them is changed.
 
-    Outputs and accuracy are measured on the test part of `data`, a data reference, or on `images` of them, each model
-    with its own preprocessing; without `data`, outputs are compared on random inputs. Latency is measured by `timing`,
-    if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
+    `data` is what `asymswap.convert` takes as `evaluate`. On labelled images, or on `images` of them, outputs are
+    compared too, each model with its own preprocessing; otherwise they are compared on random inputs. Latency is
+    measured by `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
@@ -62,16 +66,26 @@ def compare(
     feedings: list[Feeding | None] = [None] * len(opened)
     sets: list[LabelledImages] = []
     total = _RANDOM
-    if data is not None:
+    if isinstance(data, str):
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
+    evaluators = []
+    if isinstance(data, str) and paired_kind(data) is None and not crop_border:
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
         total = min(images or len(sets[0]), len(sets[0]))
+    elif images is not None:
+        raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
+    elif data is not None:
+        evaluators = [evaluator_of(data, one, crop_border) for one in opened]
     costs = [cost_row(one) for one in opened]
     timed: list[Any] = [(None, None)] * len(opened)
     if timing is not None:
         timed = time_in_turn(opened, timing, progress)
     found = _on_data(opened, sets, total, seed, progress) if sets else _on_random(opened, seed)
+    for number, evaluator in enumerate(evaluators):
+        step = functools.partial(progress, f"evaluating {number + 1} of {len(opened)}")
+        found[number].scores, found[number].refusal = evaluator(opened[number].model, step), evaluator.note or None
+        check_same(found[0].scores, found[number].scores)
     rows = []
     for one, cost, times, outputs, feeding in zip(opened, costs, timed, found, feedings, strict=True):
         notes = ("its weights are random" if one.weights == "random" else None, outputs.refusal, outputs.note)
@@ -82,7 +96,8 @@ def compare(
             latency=times[0],
             latency_ratio=times[1],
             gap=outputs.gap(),
-            accuracy=outputs.accuracy,
+            scores=outputs.scores,
+            against_first=outputs.against_first,
             fed=fed_of(feeding),
         )
         rows.append(row)
@@ -94,22 +109,22 @@ def compare(
         asymswap=asymswap.__version__,
         models=tuple(rows),
         outputs_on=f"{total:,} images of {data}" if sets else f"{total} random images (seed {seed})",
-        data=sets[0].description if sets else None,
+        data=sets[0].description if sets else evaluators[0].description if evaluators else None,
         images=total if sets and total != len(sets[0]) else None,
         timing=measured,
-        warnings=all_warnings(feedings) if sets else sizes_assumed(opened),
+        warnings=all_warnings(feedings) if isinstance(data, str) else sizes_assumed(opened),
     )
 
 
 @dataclass
 class _Outputs:
-    """A model's outputs beside the first one's; `note` and `refusal` say why they, or its accuracy, are missing."""
+    """A model's outputs beside the first one's; `note` and `refusal` say why they, or its scores, are missing."""
 
     note: str | None = None
     refusal: str | None = None
-    accuracy: Accuracy | None = None
-    agreement: float | None = None
-    guesses: list[Tensor] = field(default_factory=list)
+    scores: tuple[Score, ...] = ()
+    against_first: AgainstFirst | None = None
+    parts: list[Sequence[Tensor]] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
 
     def add(self, first: Any, own: Any) -> None:
@@ -128,7 +143,8 @@ class _Outputs:
         if self.note is not None or not self.sums.tensors:
             return None
         found = self.sums.difference()
-        return OutputGap(found.relative, found.largest, self.agreement)
+        agreement = None if self.against_first is None else self.against_first.agreement
+        return OutputGap(found.relative, found.largest, agreement)
 
 
 _RANDOM = 2
@@ -175,25 +191,26 @@ def _on_data(
     batch = max(4, min(128, 2**20 // max(math.prod(one.preprocessing.size) for one in opened)))
     # A generator of its own: the loader would otherwise draw from the global one.
     loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]
-    labels: list[Tensor] = []
+    done = 0
     for parts in zip(*loaders, strict=True):
-        labels.append(parts[0][1])
+        labels = parts[0][1]
+        done += len(labels)
         answers = [_run(one, (images,)) for one, (images, _) in zip(opened, parts, strict=True)]
         for number, (outputs, answer) in enumerate(zip(every, answers, strict=True)):
             if number:
                 outputs.add(answers[0], answer)
             if outputs.refusal is None:
-                outputs.guesses.append(answer.argmax(1))
-        progress("running all models", sum(map(len, labels)), total)
-    truth = torch.cat(labels)
+                outputs.parts.append([*judge(answer, labels), torch.tensor([answer.shape[1]])])
+        progress("running all models", done, total)
+    first: Predictions | None = None
     for outputs in every:
         if outputs.refusal is None:
-            guesses = torch.cat(outputs.guesses)
-            outputs.accuracy = Accuracy(int((guesses == truth).sum()) / len(truth))
-            if outputs is not every[0] and every[0].refusal is None:
-                against = against_first(truth, torch.cat(every[0].guesses), guesses)
-                outputs.agreement = against.agreement
-                outputs.accuracy = replace(
-                    outputs.accuracy, gained=against.only_this, lost=against.only_first, p_value=against.p
-                )
+            columns = [torch.cat(column) for column in zip(*outputs.parts, strict=True)]
+            labels, guesses, ranks, losses, scored = columns
+            found = Predictions(torch.tensor(order), labels, guesses, ranks, losses, int(scored[0]), 0.0)
+            outputs.scores = found.named
+            if outputs is every[0]:
+                first = found
+            elif first is not None:
+                outputs.against_first = against_first(found.labels, first.guesses, found.guesses)
     return every

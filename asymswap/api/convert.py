@@ -29,12 +29,10 @@ from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
-from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.inputs import settle_on
+from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of
 from asymswap.data.normalization import fed_of
-from asymswap.data.predict import check_classifier, predict
 from asymswap.errors import AsymswapError, CheckpointError
-from asymswap.measure.agreement import measure_agreement
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.models.opened import sizes_assumed
@@ -45,8 +43,16 @@ from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
-from asymswap.results.agreement import Agreement
-from asymswap.results.convert import AccuracyRow, CalibrationRow, FileRow, ModelRow, OutputChange, Report, SiteRow
+from asymswap.results.convert import (
+    AccuracyRow,
+    CalibrationRow,
+    FileRow,
+    ModelRow,
+    OutputChange,
+    Report,
+    ScoreChange,
+    SiteRow,
+)
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Progress, Site, Swap, silent
 from asymswap.utils.files import check_output, write_text
@@ -90,7 +96,8 @@ def convert(
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
-    evaluate: str | None = None,
+    evaluate: EvaluatedBy | None = None,
+    crop_border: int = 0,
     timing: Timing | None = None,
     allow_drift: bool = False,
     seed: int = 0,
@@ -99,9 +106,11 @@ def convert(
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
     `calibration` chooses ranks and weights on unlabelled images, far more accurately than by the weights alone; the
-    processes of its team must make the same call, and get the same result. `evaluate` is a data reference: accuracy is
-    measured on its test part before and after. `timing` is for budgets of latency, `seed` for the probe batch. Raises
-    AsymswapError where a kind does not preserve the function on the probe batch as promised, unless `allow_drift`.
+    processes of its team must make the same call, and get the same result. `evaluate` is a data reference, whose test
+    part is used, a function of the model that returns a number or numbers by name, or a `Metric`: scores are measured
+    before and after; `crop_border` is for `pairs:`. `timing` is for budgets of latency, `seed` for the probe batch.
+    Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
+    `allow_drift`.
     """
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
@@ -128,17 +137,20 @@ def convert(
     clock = Clock(opened.seconds)
     check_finite(opened)
     feeding = None
-    if evaluate is not None or (calibration is not None and calibration.data is not None):
+    if isinstance(evaluate, str) or (calibration is not None and calibration.data is not None):
         opened, feeding = settle_on(opened, *fed_on(calibration, str(evaluate)))
-    data = None
-    if evaluate is not None:
-        data = open_data(evaluate, opened.preprocessing, "test")
-        check_classifier(opened.model, data)
+    evaluator = None if evaluate is None else evaluator_of(evaluate, opened, crop_border)
     clock.stop("load")
     session = Session(opened, calibration, clock)
     what_is_stored(opened.model)  # raises where it could not be written
+    before = None
+    if evaluator is not None:
+        # Before calibration, which takes minutes.
+        step = functools.partial(progress, "evaluating before")
+        before = session.team.first(functools.partial(evaluator, opened.model, step))
+        clock.stop("evaluate before")
     if calibration is not None:
-        classes = None if data is None else len(data.classes)
+        classes = None if evaluator is None else evaluator.classes
         session.gather(session.sites_of([requested]), classes, progress)
     settled, latency = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
     if isinstance(requested, Recipe):
@@ -149,13 +161,19 @@ def convert(
         report = make_report(session, converted, name, None if budget is None else str(budget), seed)
         if not allow_drift:
             check_promises(report, opened.dtype())
-        agreement = agreement_of(session, converted.model, progress)
+        against = session.against()
+        comparing = functools.partial(progress, "comparing")
+        agreement = None if against is None else against.agreement(converted.model, comparing)
         first = sizes_assumed([opened]) if feeding is None else feeding.warnings
-        calibrated = calibration_row(session, converted, None if data is None else data.description)
+        calibrated = calibration_row(session, converted, None if evaluator is None else evaluator.inputs)
         clock.stop("measure")
         scores = None
-        if data is not None:
-            scores = _accuracy(opened.model, converted.model, data, progress)
+        if evaluator is not None and before is not None:
+            after = evaluator(converted.model, functools.partial(progress, "evaluating after"))
+            check_same(before, after)
+            value = {score.name: score.value for score in after}
+            changes = [ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before]
+            scores = AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
             clock.stop("evaluate")
         return replace(
             report,
@@ -179,14 +197,6 @@ def convert(
     }
     header = replace(opened.header(), plans=(*opened.plans, settled), provenance=provenance)
     return Conversion(converted.model, settled, report, header)
-
-
-def _accuracy(original: nn.Module, converted: nn.Module, data: LabelledImages, progress: Progress) -> AccuracyRow:
-    before = predict(original, data, strict=True, progress=functools.partial(progress, "evaluating before"))
-    after = predict(converted, data, strict=True, progress=functools.partial(progress, "evaluating after"))
-    scored, classes = before.scores, len(data.classes)
-    note = "" if scored == classes else f"the model scores {scored} classes, the data has {classes}: do they agree?"
-    return AccuracyRow(data.description, len(before), before.top1, after.top1, note)
 
 
 def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Report:
@@ -233,7 +243,7 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
 
 
 def make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
-    """Measure what has changed, on held-back images where there are some, else on random ones by the seed.
+    """EvaluatedBy what has changed, on held-back images where there are some, else on random ones by the seed.
 
     Raises AsymswapError where the converted model's output is not finite.
     """
@@ -287,21 +297,8 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
     )
 
 
-def agreement_of(session: Session, model: nn.Module, progress: Progress = silent) -> Agreement | None:
-    """Return how far a converted model answers as the original on the held-back inputs; None where there are none."""
-    gathered, opened = session.gathered, session.opened
-    if gathered is None or gathered.held_back is None:
-        return None
-    held_back = gathered.held_back
-    batches = (placed(opened.model, batch) for batch in held_back)
-    step = functools.partial(progress, "comparing")
-    scores, parts = gathered.summary.outputs.startswith("class scores"), compared_parts(session.traced)
-    outputs = measure_agreement(opened.model, model, batches, scores, parts, lambda done: step(done, held_back.count))
-    return Agreement(held_back.description, held_back.count, outputs)
-
-
 def calibration_row(session: Session, converted: Converted, evaluated_on: str | None) -> CalibrationRow | None:
-    """Return what the conversion was calibrated on; `evaluated_on` describes the images of its accuracy."""
+    """Return what the conversion was calibrated on; `evaluated_on` describes the images of its scores."""
     gathered, polished = session.gathered, converted.polished
     if gathered is None:
         return None

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: classifiers on labelled images, each by itself and beside the first."""
+"""The verb `evaluate`: models on the same data, each by itself and beside the first."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
-from asymswap.data.normalization import all_warnings, settle
-from asymswap.data.predict import Predictions, check_class_names, known_classes, predict, published_classes
+from asymswap.data.metrics import EvaluatedBy, Evaluator, Labelled, check_same, evaluator_of, paired_kind
+from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
+from asymswap.data.predict import Predictions, check_class_names, known_classes, published_classes
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
+from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
+from asymswap.results.evaluate import (
+    AgainstFirst,
+    Classification,
+    ClassRow,
+    ConfusionRow,
+    EvaluationReport,
+    ModelScores,
+)
 from asymswap.results.records import read_history
 from asymswap.types import Preprocessing, Progress, silent
 from asymswap.utils.tensors import deep_copy
@@ -27,8 +36,9 @@ PARTS = ("test", "validation", "train")
 
 def evaluate(
     models: Model | Sequence[Model],
-    data: str,
+    data: EvaluatedBy,
     *,
+    crop_border: int = 0,
     part: str = "test",
     validation: str | None = None,
     seed: int = 0,
@@ -42,11 +52,11 @@ def evaluate(
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> EvaluationReport:
-    """Measure one classifier or several on the test, validation or train part of data.
+    """Measure one model or several on `data`, which is what `asymswap.convert` takes as `evaluate`.
 
-    The validation part is the one that `finetune` holds back for the same `validation` and `seed`. Each model gets the
-    images in its own preprocessing. Images that cannot be read are left out and counted, or an error with `strict`.
-    Raises AsymswapError, with a one-line reason, for what cannot be done.
+    Each model gets the images in its own preprocessing. For classifiers: `part` is test, validation (the one that
+    `finetune` holds back for the same `validation` and `seed`) or train; images that cannot be read are left out and
+    counted, or an error with `strict`. Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
@@ -57,16 +67,25 @@ def evaluate(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Open and check all before measuring the first.
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
-    settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
-    opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-    images = [_open(one.preprocessing, data, part, validation, seed, download) for one in opened]
-    for one, mine in zip(opened, images, strict=True):
-        known = known_classes(read_history(one.provenance, one.reference), one.origin)
-        check_class_names(known or published_classes(one.origin.reference, one.weights), mine)
+    feedings: list[Feeding | None] = [None] * len(opened)
+    if isinstance(data, str):
+        settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
+        opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
+    evaluators: list[Evaluator] = []
+    for one in opened:
+        if isinstance(data, str) and paired_kind(data) is None and not crop_border:
+            mine = _open(one.preprocessing, data, part, validation, seed, download)
+            known = known_classes(read_history(one.provenance, one.reference), one.origin)
+            check_class_names(known or published_classes(one.origin.reference, one.weights), mine)
+            evaluators.append(Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
+        elif part != "test":
+            raise AsymswapError(f'`part="{part}"` is for labelled images; leave it out')
+        else:
+            evaluators.append(evaluator_of(data, one, crop_border))
     rows: list[ModelScores] = []
     notes: list[str] = []
     first: Predictions | None = None
-    for one, feeding, mine in zip(opened, feedings, images, strict=True):
+    for one, feeding, evaluator in zip(opened, feedings, evaluators, strict=True):
         stage = "evaluating" if len(opened) == 1 else f"evaluating {len(rows) + 1} of {len(opened)}"
         # A module of the caller's stays where it is.
         placed = one.model
@@ -74,7 +93,12 @@ def evaluate(
             placed = (placed if one.handed_over else deep_copy(placed)).to(place)
         step = functools.partial(progress, stage)
         try:
-            found = predict(placed, mine, batch_size=batch_size, workers=workers, strict=strict, progress=step)
+            if not isinstance(evaluator, Labelled):
+                rows.append(ModelScores(one.reference, evaluator(placed, step), fed=fed_of(feeding)))
+                check_same(rows[0].scores, rows[-1].scores)
+                notes += [evaluator.note] if evaluator.note else []
+                continue
+            found = evaluator.predict(placed, step)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -85,29 +109,28 @@ def evaluate(
         # The same data in the same order, so the same images are unreadable.
         assert torch.equal(first.numbers, found.numbers)
         against = None if found is first else against_first(found.labels, first.guesses, found.guesses)
-        scores = _scores(one.reference, mine.classes, found, confusions)
-        rows.append(replace(scores, against_first=against, fed=feeding.fed))
-        if found.scores != len(mine.classes):
+        about = replace(_classification(evaluator.data.classes, found, confusions), against_first=against)
+        rows.append(ModelScores(one.reference, found.named, about, fed_of(feeding)))
+        if found.scores != evaluator.classes:
             notes.append(
-                f"the data has {len(mine.classes)} classes, {one.reference} scores {found.scores}: do they agree?"
+                f"the data has {evaluator.classes} classes, {one.reference} scores {found.scores}: do they agree?"
             )
         training = read_history(one.provenance, one.reference).training
-        description = images[0].description
+        description = evaluators[0].description
         if training and description in training[-1].data and training[-1].validation != description:
             notes.append(
                 f"{one.reference} was trained on images of the same place: its accuracy here is too good to be trusted "
                 '(`part="validation"` measures on the held-back ones)'
             )
-    assert first is not None
     return EvaluationReport(
-        data=images[0].description,
-        images=len(first),
-        unreadable=first.unreadable,
+        data=evaluators[0].description,
+        images=evaluators[0].images if first is None else len(first),
+        unreadable=0 if first is None else first.unreadable,
         batch=batch_size,
         device=str(place),
         models=tuple(rows),
         notes=tuple(dict.fromkeys(notes)),
-        warnings=all_warnings(feedings),
+        warnings=all_warnings(feedings) if isinstance(data, str) else sizes_assumed(opened),
     )
 
 
@@ -132,7 +155,7 @@ def _open(
     return parts.validation
 
 
-def _scores(name: str, classes: Sequence[str], found: Predictions, confusions: int) -> ModelScores:
+def _classification(classes: Sequence[str], found: Predictions, confusions: int) -> Classification:
     labels, guesses = found.labels, found.guesses
     correct = guesses == labels
     right = int(correct.sum())
@@ -144,15 +167,12 @@ def _scores(name: str, classes: Sequence[str], found: Predictions, confusions: i
     def class_name(number: int) -> str:
         return classes[number] if number < len(classes) else f"class {number}"
 
-    return ModelScores(
-        model=name,
-        top1=right / len(found),
+    return Classification(
         right=right,
         interval=wilson_interval(right, len(found)),
-        top5=None if found.scores <= 5 else int((found.ranks < 5).sum()) / len(found),
         loss=float(found.losses.mean()),
         images_per_second=len(found) / found.seconds if found.seconds else 0.0,
-        scores=found.scores,
+        outputs=found.scores,
         classes=tuple(ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
         confusions=tuple(ConfusionRow(class_name(of), class_name(as_), n) for (of, as_), n in most_confused),
     )

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from asymswap.calibration.agreement import Against
 from asymswap.calibration.calibrate import UNSEEN, Gathered, convert_on, gather_statistics, in_own_precision, polish
-from asymswap.calibration.config import Calibration
+from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.polish import Polished
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
@@ -89,6 +90,14 @@ class Session:
         self.gathered = gather_statistics(self.opened, sites, self.calibration, progress, classes)
         self.traced = self.traced.refusing(self.gathered.summary.unseen, UNSEEN)
         self.clock.stop("calibrate")
+
+    def against(self) -> Against | None:
+        """Return what measures how far a converted model agrees with this one; None without inputs."""
+        gathered, calibration = self.gathered, self.calibration
+        if calibration is None or gathered is None or gathered.held_back is None:
+            return None
+        kind: OutputKind = "scores" if gathered.summary.outputs.startswith("class scores") else "values"
+        return Against(self.opened, calibration, self.traced, kind)
 
     def plan(
         self,

@@ -12,36 +12,40 @@ from typing import Any, Literal, get_args
 
 from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.session import Session, check_finite
+from asymswap.calibration.agreement import Against
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
-from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.inputs import settle_on
-from asymswap.data.normalization import all_warnings, fed_of
-from asymswap.data.predict import check_classifier, predict
+from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
+from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
-from asymswap.models.opened import OpenedModel
+from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
+from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Progress, silent
+from asymswap.types import Patches, Progress, silent
 
 Measure = Literal["macs", "params"]
+TOLERANCES = {"%": 1.0, "dB": 0.1}
+"""How much of a score the advice allows to lose: points of one in per cent, decibels."""
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 def sweep(
     model: Model,
     recipes: Sequence[str | Path],
-    data: str,
+    data: EvaluatedBy | None = None,
     *,
+    crop_border: int = 0,
     budgets: Sequence[float] = BUDGETS,
     measure: Measure = "macs",
     calibration: Calibration | None = None,
-    tolerance: float = 0.01,
+    tolerance: float | None = None,
     known: Tradeoff | None = None,
     on_point: Callable[[Tradeoff], None] = lambda _: None,
     input_size: tuple[int, ...] | None = None,
@@ -49,12 +53,14 @@ def sweep(
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
-    """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
+    """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure each.
 
-    Calibration statistics are gathered once. Top-1 is measured on the test part of `data`, a data reference;
-    `tolerance` is the loss of accuracy that the advice allows, as a fraction. `on_point` gets the sweep so far after
-    each point; `known`, a sweep with the same settings, is resumed. The other options are those of `asymswap.convert`.
-    A budget that a recipe cannot reach is a point with the reason. Raises AsymswapError for everything else.
+    Calibration statistics are gathered once. `data` is what `asymswap.convert` takes as `evaluate`; without it the
+    agreement with the original is measured, on inputs of the calibration that are held back. `tolerance` is how
+    much of the first score the advice allows to lose: points of one in per cent (1 by default), else in its own unit
+    (0.1 dB; a hundredth of the original's). `on_point` gets the sweep so far after each point; `known`, a sweep with
+    the same settings, is resumed. The other options are those of `asymswap.convert`. A budget that a recipe cannot
+    reach is a point with the reason. Raises AsymswapError for everything else.
     """
     check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]
@@ -70,28 +76,33 @@ def sweep(
         preprocessing=options_of(preprocessing, calibration),
     )
     check_finite(opened)
-    opened, feeding = settle_on(opened, *fed_on(calibration, data))
-    images = open_data(data, opened.preprocessing, "test")
-    check_classifier(opened.model, images)
-    setting = _setting(opened, {name: text for name, (text, _) in read.items()}, images, data, measure, calibration)
+    feeding = None
+    if isinstance(data, str) or (calibration is not None and calibration.data is not None):
+        opened, feeding = settle_on(opened, *fed_on(calibration, str(data)))
+    if data is not None:
+        evaluator = evaluator_of(data, opened, crop_border)
+    elif calibration is not None and calibration.data is not None:
+        evaluator = Against(opened, calibration)
+    else:
+        raise AsymswapError("a sweep needs something to measure by: give `evaluate=…`, or `calibration=…` with data")
+    on = data if isinstance(data, str) else evaluator.description
+    setting = _setting(opened, {name: text for name, (text, _) in read.items()}, evaluator, on, measure, calibration)
     if known is not None:
         known = _resumable(known, setting)
     session = Session(opened, calibration)
     if known is None:
-        original = predict(
-            opened.model, images, strict=True, progress=functools.partial(progress, "evaluating the original")
-        )
         known = Tradeoff(
             model=opened.reference,
             measure=measure,
             before=session.costs.total,
-            accuracy=original.top1,
-            images=len(original),
-            data=images.description,
+            scores=evaluator(opened.model, functools.partial(progress, "evaluating the original")),
+            images=evaluator.images,
+            data=evaluator.description,
             tolerance=0.0,
             setting=setting,
         )
-    result = replace(known, tolerance=tolerance, warnings=all_warnings([feeding]), fed=fed_of(feeding))
+    warnings = sizes_assumed([opened]) if feeding is None else feeding.warnings
+    result = replace(known, tolerance=_tolerated(known.first, tolerance), warnings=warnings, fed=fed_of(feeding))
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
     sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])
@@ -99,7 +110,7 @@ def sweep(
         # Before calibration, which takes minutes.
         session.check_replaceable([site.name for site in sites])
         if calibration is not None:
-            session.gather(sites, len(images.classes), progress)
+            session.gather(sites, evaluator.classes, progress)
     seconds: list[float] = []
     for name, fraction in lacking:
         place = f"{fraction:g} ({len(seconds) + 1} of {len(lacking)}"
@@ -122,38 +133,57 @@ def sweep(
             point = Point(name, fraction, failed=str(error))
         else:
             converted = session.apply(plan, step)
-            evaluating = functools.partial(step, "evaluating")
-            scores = predict(converted.model, images, strict=True, progress=evaluating)
-            point = Point(name, fraction, converted.costs.total, scores.top1, len(plan.swaps))
+            found = {one.name: one for one in evaluator(converted.model, functools.partial(step, "evaluating"))}
+            # An older sweep knows top-1 alone.
+            found = {score.name: found[score.name] for score in result.scores if score.name in found}
+            check_same(result.scores, [*found.values()])
+            values = {name: score.value for name, score in found.items()}
+            point = Point(name, fraction, converted.costs.total, values, len(plan.swaps))
         seconds.append(time.perf_counter() - start)
         point = replace(point, seconds=round(seconds[-1], 2))
-        result = replace(result.with_point(point), notes=_notes(session, images))
+        result = replace(result.with_point(point), notes=_notes(session, evaluator))
         on_point(result)
     return result
 
 
-def _notes(session: Session, images: LabelledImages) -> tuple[str, ...]:
-    """Return how the sweep was calibrated."""
+def _tolerated(first: Score, tolerance: float | None) -> float:
+    """Return how much of a score may be lost, as its values are; `tolerance` is in points where they are fractions."""
+    if tolerance is None:
+        tolerance = TOLERANCES.get(first.unit, abs(first.value) / 100)
+    return tolerance / 100 if first.unit == "%" else tolerance
+
+
+def _notes(session: Session, evaluator: Evaluator) -> tuple[str, ...]:
+    """Return how the sweep was calibrated, and what to know of the scores."""
+    note = (evaluator.note,) if evaluator.note else ()
     gathered, calibration = session.gathered, session.calibration
     if gathered is None or calibration is None:
-        return ("not calibrated: ranks and weights were chosen by the weights alone",)
+        return ("not calibrated: ranks and weights were chosen by the weights alone", *note)
     summary = gathered.summary
     notes = [f"calibrated on {summary.images} unlabelled images of {summary.data} (seed {summary.seed})"]
     if calibration.polishes:
         notes.append(f"then polished on up to {calibration.polish_images} of them")
-    if gathered.held_back is not None and gathered.held_back.description == images.description:
+    if gathered.held_back is not None and gathered.held_back.description == evaluator.inputs:
         notes.append(SAME_IMAGES)
-    return (*notes, *dict.fromkeys(gathered.notes))
+    return (*notes, *dict.fromkeys(gathered.notes), *note)
 
 
-_SETTINGS = ("data", "images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
+_SETTINGS = ("images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
 """The fields of a calibration that change the results."""
+
+
+def _plain_settings(calibration: Calibration) -> dict[str, Any]:
+    settings = {name: getattr(calibration, name) for name in _SETTINGS}
+    given = calibration.given()
+    if given.patches != Patches():
+        settings["patches"] = plain(given.patches)
+    return {"data": given.reference or f"a {type(given.data).__name__}", **settings}
 
 
 def _setting(
     opened: OpenedModel,
     recipes: Mapping[str, str],
-    images: LabelledImages,
+    evaluator: Evaluator,
     data: str,
     measure: Measure,
     calibration: Calibration | None,
@@ -163,12 +193,10 @@ def _setting(
         "weights": model_hash(opened.model),
         "input": plain(opened.preprocessing),
         "data": data,
-        "images": len(images),
-        "labels": hashlib.sha256(
-            repr((images.classes, [int(label) for label in images.pictures.labels])).encode()
-        ).hexdigest(),
+        "images": evaluator.images,
+        "labels": evaluator.fingerprint,
         "measure": measure,
-        "calibration": None if calibration is None else {name: getattr(calibration, name) for name in _SETTINGS},
+        "calibration": None if calibration is None else _plain_settings(calibration),
         "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in recipes.items()},
     }
 

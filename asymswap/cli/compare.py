@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
+from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 
 _LATENCY = "Latency"
-_OUTPUTS = "Outputs and accuracy"
+_OUTPUTS = "Outputs and scores"
 
 
 @o.takes_common()
+@takes_metric
 def compare(
     models: o.Models,
     data: Annotated[
-        str | None, opt(f"Compare outputs and accuracy on {o.DATA_FORMS}", _OUTPUTS, shown="outputs on random images")
+        str | None, opt(f"Compare outputs and scores on {EVALUATION_FORMS}", _OUTPUTS, shown="outputs on random images")
     ] = None,
-    images: Annotated[int | None, opt("Number of images.", _OUTPUTS, shown="all")] = None,
+    measured: Any = None,
+    images: Annotated[int | None, opt("Number of labelled images.", _OUTPUTS, shown="all")] = None,
     seed: Annotated[int, opt("Seed for choosing images.", _OUTPUTS)] = 0,
     latency: Annotated[bool, opt("Time all models in turn.", _LATENCY, "--latency/--no-latency")] = True,
     memory_format: Annotated[
@@ -30,7 +33,7 @@ def compare(
     *,
     common: o.Common,
 ) -> None:
-    """Compare models: parameters, MACs, size, latency, outputs, accuracy.
+    """Compare models: parameters, MACs, size, latency, outputs, scores.
 
     Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits
     """
@@ -46,9 +49,11 @@ def compare(
         if threads is not None:
             torch.set_num_threads(threads)
         check_needed(common.opening["preprocessing"], data)
+        by = measured_by("--data", data, measured)
         found = beside(
             common.open_models(models, step),
-            data=data,
+            data=by["by"],
+            crop_border=by["crop_border"],
             images=images,
             timing=Timing(memory_format, batch, rounds) if latency else None,
             seed=seed,

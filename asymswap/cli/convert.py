@@ -13,6 +13,7 @@ from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
+from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 
 _CHANGE = "What to do"
 _OUTPUTS = ("-o", "--output", "--report", "--write-plan")
@@ -22,6 +23,7 @@ _NO_VALUE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 
 @o.takes_common()
 @takes_calibration
+@takes_metric
 def convert(
     model: o.Model,
     recipe: Annotated[
@@ -55,7 +57,8 @@ def convert(
         bool,
         opt("Write the model even if a kind has not preserved the function as promised.", o.RESULT, "--allow-drift"),
     ] = False,
-    evaluate: Annotated[str | None, opt(f"Measure accuracy on {o.DATA_FORMS}", o.RESULT)] = None,
+    evaluate: Annotated[str | None, opt(f"Measure before and after on {EVALUATION_FORMS}", o.RESULT)] = None,
+    measured: Any = None,
     calibration: Any = None,
     seed: Annotated[int, opt("Seed for choosing images and for the probe batch.")] = 0,
     *,
@@ -99,6 +102,7 @@ def convert(
             check_suffix(target)
         # Report mistakes in small files before a large model is read.
         o.check_recipe(recipe, overrides)
+        measured = measured_by("--evaluate", evaluate, measured)
         replayed = None if plan is None else _read_plan(plan)
         conversion = asymswap.convert(
             common.open_model(model, step),
@@ -106,7 +110,8 @@ def convert(
             plan=replayed,
             overrides=overrides,
             calibration=calibration_of(calibration, seed, team),
-            evaluate=evaluate,
+            evaluate=measured["by"],
+            crop_border=measured["crop_border"],
             timing=None if memory_format is None else asymswap.Timing(memory_format),
             allow_drift=allow_drift,
             seed=seed,

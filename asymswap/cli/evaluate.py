@@ -1,17 +1,20 @@
-"""`asymswap evaluate`: how good classifiers are, and how sure that is."""
+"""`asymswap evaluate`: how good models are, and how sure that is."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
+from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 
 
 @o.takes_common()
+@takes_metric
 def evaluate(
     models: o.Models,
-    data: o.Data,
+    data: Annotated[str | None, opt(f"Measure on {EVALUATION_FORMS}", o.IMAGES, shown=False)] = None,
+    measured: Any = None,
     part: Annotated[str, opt("test, validation (what finetune holds back) or train.", o.IMAGES)] = "test",
     validation: Annotated[
         str | None,
@@ -31,7 +34,7 @@ def evaluate(
     *,
     common: o.Common,
 ) -> None:
-    """Measure accuracy, overall and per class, and test whether models differ significantly.
+    """Measure models on data or by a metric; classifiers also per class, with tests of their differences.
 
     Example: asymswap evaluate model.pt model.asym.pt --data photos/
     """
@@ -40,9 +43,11 @@ def evaluate(
         import asymswap
         from asymswap.reporting.screens import evaluation_view
 
+        by = measured_by("--data", data, measured, needed=True)
         report = asymswap.evaluate(
             common.open_models(models, step),
-            data,
+            by["by"],
+            crop_border=by["crop_border"],
             part=part,
             validation=validation,
             seed=seed,

@@ -1,4 +1,4 @@
-"""`asymswap sweep`: what each budget costs in accuracy."""
+"""`asymswap sweep`: what each budget costs in accuracy, or in another score."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
+from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 from asymswap.errors import AsymswapError
 
 _BUDGET, _DATA = "Budgets", "Data"
@@ -18,17 +19,27 @@ _BUDGET, _DATA = "Budgets", "Data"
 
 @o.takes_common()
 @takes_calibration
+@takes_metric
 def sweep(
     model: o.Model,
     recipe: Annotated[
         list[str], opt("A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
     ],
-    evaluate: Annotated[str, opt("Labelled images to measure accuracy on.", _DATA)],
+    evaluate: Annotated[str | None, opt(f"Measure on {EVALUATION_FORMS}", _DATA, shown=False)] = None,
+    measured: Any = None,
     macs: Annotated[
         str | None, opt("Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", _BUDGET, shown="0.9:0.3:0.1")
     ] = None,
     params: Annotated[str | None, opt("Fractions of the parameters instead.", _BUDGET)] = None,
-    tolerance: Annotated[float, opt("Points of accuracy that the advice may lose.", _BUDGET, min=0)] = 1.0,
+    tolerance: Annotated[
+        float | None,
+        opt(
+            "How much of the first score the advice may lose: points, or in its own unit.",
+            _BUDGET,
+            shown="1 point; 0.1 dB; a hundredth",
+            min=0,
+        ),
+    ] = None,
     calibration: Any = None,
     seed: Annotated[int, opt("Seed for choosing images.")] = 0,
     output: Annotated[
@@ -46,7 +57,7 @@ def sweep(
     *,
     common: o.Common,
 ) -> None:
-    """Convert a model to several budgets and plot accuracy over cost; an interrupted run resumes.
+    """Convert a model to several budgets and plot scores over cost; an interrupted run resumes.
 
     Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
     """
@@ -78,14 +89,16 @@ def sweep(
 
         for one in recipe:
             o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
+        by = measured_by("--evaluate", evaluate, measured, needed=True)
         result = run(
             common.open_model(model, step),
             recipe,
-            evaluate,
+            by["by"],
+            crop_border=by["crop_border"],
             budgets=budgets or BUDGETS,
             measure=measure,
             calibration=calibration_of(calibration, seed, ALONE),
-            tolerance=tolerance / 100,
+            tolerance=tolerance,
             known=known,
             on_point=write,
             progress=step,
@@ -97,7 +110,7 @@ def sweep(
                 write_text(path, written(in_flags(result)))
             else:
                 write_bytes(path, views.draw(result, path.suffix[1:]))
-    common.show(result, lambda result, _: views.sweep_view(result))
+    common.show(result, views.sweep_view)
 
 
 def parse_fractions(option: str, text: str) -> list[float]:

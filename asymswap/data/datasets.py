@@ -7,6 +7,7 @@
 | a folder of images | where labels are not needed |
 | `cifar10:PATH`, `cifar100:PATH`, `fashion-mnist:PATH`, `mnist:PATH` | as torchvision keeps them below PATH |
 | a `.npy`, `.npz` or `.pt` file | tensors; see `asymswap.data.arrays` |
+| `pairs:INPUTS,TARGETS`, `masks:IMAGES,MASKS` | their inputs, without labels; see `asymswap.data.metrics` |
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ COLLECTIONS: dict[str, tuple[Any, str]] = {
     "mnist": (datasets.MNIST, "MNIST"),
 }
 """The name in references: torchvision's class, and the folder that it looks for."""
+
+PAIRED = {"pairs": "INPUTS,TARGETS", "masks": "IMAGES,MASKS"}
+"""The names in references to images that go with others, which are no classes: see `asymswap.data.metrics`."""
 
 _HOW_TO_NAME = (
     "give digits, or a folder that holds one folder of images for each class, or "
@@ -87,8 +91,13 @@ def _from_memory(images: Tensor, channels: int, index: int) -> TensorImage:
 
 
 def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Image:
+    return read_picture(paths[index], mode)
+
+
+def read_picture(path: str | Path, mode: str) -> Image.Image:
+    """Read an image file as grey (L) or colour (RGB); raise SourceError if it cannot be read."""
     try:
-        with Image.open(paths[index]) as image:
+        with Image.open(path) as image:
             if image.mode.startswith("I;16"):
                 # Pillow itself would cut off all that is brighter than 255 of 65,535.
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
@@ -97,7 +106,7 @@ def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Imag
             return image.convert(mode)
     # Besides its own OSErrors, Pillow passes decoders' errors on, and refuses decompression bombs.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceError(f"image '{paths[index]}' cannot be read ({error}); remove or replace it") from error
+        raise SourceError(f"image '{path}' cannot be read ({error}); remove or replace it") from error
 
 
 class _Inputs(Dataset[tuple[Tensor, int]]):
@@ -165,6 +174,11 @@ def open_data(
     name, colon, path = reference.partition(":")
     if colon and name in COLLECTIONS:
         return _open_collection(name, Path(path).expanduser(), preprocessing, part, download)
+    if colon and name in PAIRED:
+        place, _ = paired_places(reference)
+        if not unlabelled:
+            raise SourceError(f"data {reference!r} has no classes; give images with labels")
+        return _without_labels(place, [place] if place.is_file() else image_files(place), preprocessing)
     if download:
         raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
     place = Path(reference).expanduser()
@@ -270,14 +284,34 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
     elif not unlabelled:
         raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
     else:
-        samples = [(path, -1) for path in sorted(root.iterdir()) if _is_image(path) and path.is_file()]
-        if not samples:
-            raise SourceError(f"data folder '{root}' holds no images, and no folders of images; put some into it")
+        return _without_labels(root, image_files(root), preprocessing)
     paths, labels = zip(*samples, strict=True)
     pictures = Pictures(labels, partial(_from_file, paths, PIL_MODES[preprocessing.channels]), ready=False)
-    description = f"folder {root}: {len(labels)} images" + (f" of {len(classes)} classes" if classes else "")
+    description = f"folder {root}: {len(labels)} images of {len(classes)} classes"
     has_val = part == "train" and root != folder and bool(_class_names(folder / "val"))
     return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
+
+
+def paired_places(reference: str) -> tuple[Path, Path]:
+    """Return both places of `pairs:INPUTS,TARGETS`; raise SourceError if there are not two."""
+    name, _, places = reference.partition(":")
+    first, comma, second = places.partition(",")
+    if not (first and comma and second):
+        raise SourceError(f"data {reference!r}: give {name}:{PAIRED[name]}, two folders or two files")
+    return Path(first).expanduser(), Path(second).expanduser()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder, sorted by name; raise SourceError if there is none."""
+    found = sorted(path for path in folder.iterdir() if _is_image(path) and path.is_file()) if folder.is_dir() else []
+    if not found:
+        raise SourceError(f"data folder '{folder}' holds no images, and no folders of images; put some into it")
+    return found
+
+
+def _without_labels(place: Path, paths: Sequence[Path], preprocessing: Preprocessing) -> LabelledImages:
+    pictures = Pictures([-1] * len(paths), partial(_from_file, paths, PIL_MODES[preprocessing.channels]), ready=False)
+    return LabelledImages(pictures, (), f"folder {place}: {len(paths)} images", preprocessing)
 
 
 def _part_folder(folder: Path, part: Part) -> Path:

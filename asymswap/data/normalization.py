@@ -99,11 +99,13 @@ def feeding_of(
             *warnings,
         )
     answer = _ask(model, known, _sample(data, known, order), label)
+    pairs = reference.startswith("pairs:")
     if known.normalization_from == "assumed":
-        settled, decided = _decide(known, answer, label)
+        settled, decided = _decide(known, answer, label, reference if pairs else None)
     else:
         settled, decided = known, _objections(known, answer, label)
-    return Feeding(settled, pre.fed(settled, answer.distances), (*decided, *warnings))
+    fed = replace(pre.fed(settled, answer.distances), own_size=pairs)
+    return Feeding(settled, fed, (*decided, *warnings))
 
 
 def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:
@@ -263,8 +265,14 @@ def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
     return ((images.flip(1) if how.bgr else images) - mean) / std
 
 
-def _decide(known: Preprocessing, answer: _Answer, label: str) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Return the preprocessing with the normalisation that clearly fits best, and a warning; raise SourceError."""
+def _decide(
+    known: Preprocessing, answer: _Answer, label: str, pairs: str | None
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Return the preprocessing with the normalisation that clearly fits best, and a warning.
+
+    If none does, images for a network that makes images (named by `pairs`) are used as they are, as their maker usually
+    feeds his network; else it is a SourceError.
+    """
     distances, doubt = answer.distances, answer.silence
     if not doubt:
         best = min(distances, key=distances.__getitem__)
@@ -274,10 +282,14 @@ def _decide(known: Preprocessing, answer: _Answer, label: str) -> tuple[Preproce
             doubt = f"the statistics in its batch norms fit none of the usual ones: {figures}"
         elif distances[nearest] < _CLEARLY * distances[best]:
             doubt = f"its batch norms fit two alike: {figures}"
-    if doubt:
+    if doubt and pairs is None:
         raise SourceError(
             f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
             f"`normalize=…` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
+        )
+    if doubt and pairs is not None:
+        return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (
+            f"{label} is fed the pixels, 0 to 1, of {pairs} as they are: give `normalize=…` if it takes others",
         )
     # The most usual first.
     limit = _PRECISELY * distances[best]

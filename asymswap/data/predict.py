@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from asymswap.data.datasets import LabelledImages
 from asymswap.errors import SourceError
+from asymswap.results.evaluate import Score
 from asymswap.results.records import History
 from asymswap.types import Origin
 from asymswap.utils.distributed import ALONE, Team
@@ -45,6 +46,21 @@ class Predictions:
     @property
     def top1(self) -> float:
         return self.correct / len(self)
+
+    @property
+    def named(self) -> tuple[Score, ...]:
+        """Top-1, and top-5 of more than five classes."""
+        top5 = int((self.ranks < 5).sum()) / len(self)
+        return (Score("top-1", self.top1, "%"), *([Score("top-5", top5, "%")] if self.scores > 5 else []))
+
+
+def judge(output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the labels, and for each image the likeliest class, the rank of the right one, and the loss."""
+    output, guesses = output.float().cpu(), output.argmax(1).cpu()
+    ranks = (output > output.gather(1, labels[:, None])).sum(1)
+    # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
+    ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
+    return labels, guesses, ranks, F.cross_entropy(output, labels, reduction="none").double()
 
 
 def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
@@ -97,12 +113,7 @@ def predict(
                 output = check_scores(model(images), data).float().cpu()
             seconds += time.perf_counter() - start
             scores = output.shape[1]
-            guesses = output.argmax(1)
-            ranks = (output > output.gather(1, labels[:, None])).sum(1)
-            # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
-            ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
-            losses = F.cross_entropy(output, labels, reduction="none").double()
-            parts.append([numbers, labels, guesses, ranks, losses])
+            parts.append([numbers, *judge(output, labels)])
             done += len(labels)
             if progress is not None:
                 progress(done + unreadable, len(chosen))

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from asymswap.measure.fidelity import WHOLE, Sums
 from asymswap.measure.statistics import wilson_interval
 from asymswap.results.agreement import OutputAgreement
-from asymswap.utils.inputs import Inputs, copied, portions
-from asymswap.utils.tensors import eval_mode, list_tensors
+from asymswap.utils.inputs import Inputs, copied, samples_in
+from asymswap.utils.tensors import eval_mode
 
 _PEAKS = (1.0, 255.0)
 _BEYOND = 1.5
@@ -67,27 +67,29 @@ class _Output:
 
     def result(self, name: str, shape: Sequence[int], scores: bool) -> OutputAgreement:
         """Return the measure that suits the output: scores, embeddings, images, other values."""
+        relative = self.sums.difference().relative
         if scores and self.votes:
-            return OutputAgreement(name, "top-1", self.same / self.votes, wilson_interval(self.same, self.votes))
+            interval = wilson_interval(self.same, self.votes)
+            return OutputAgreement(name, "top-1", self.same / self.votes, relative, interval)
         if len(shape) == 2 and self.rows:
-            return OutputAgreement(name, "cosine", self.cosines / self.rows)
+            return OutputAgreement(name, "cosine", self.cosines / self.rows, relative)
         peak = next((peak for peak in _PEAKS if self.largest <= _BEYOND * peak), None)
         if len(shape) == 4 and shape[1] in (1, 3) and peak is not None:
             error = self.sums.squares / max(1, self.numbers)
             value = math.inf if error == 0 else 10 * math.log10(peak**2 / error)
-            return OutputAgreement(name, "PSNR", value, peak=peak)
-        return OutputAgreement(name, "relative error", self.sums.difference().relative)
+            return OutputAgreement(name, "PSNR", value, relative, peak=peak)
+        return OutputAgreement(name, "relative error", relative, relative)
 
 
 def measure_agreement(
     original: nn.Module,
     other: nn.Module,
-    batches: Iterable[Inputs],
+    batches: Iterable[tuple[Inputs, Inputs]],
     scores: bool,
     parts: Sequence[str] = WHOLE,
     step: Callable[[int], None] = lambda _: None,
 ) -> tuple[OutputAgreement, ...]:
-    """Compare both networks' outputs on batches of inputs, in eval mode; each output by its name.
+    """Compare both networks' outputs on batches of inputs, the own ones of each; each output by its name.
 
     `scores`: outputs of two dimensions are scores of classes; a map of several channels then is scores for each pixel.
     Where what comes out depends on values (a detector's boxes), `parts` are compared in its place, each on the first
@@ -114,11 +116,10 @@ def measure_agreement(
                     add(output, other.get_submodule(name)(*args, **kwargs), name)
 
                 hooks.enter_context(original.get_submodule(name).register_forward_hook(compare, with_kwargs=True))
-        for batch in batches:
-            for portion in portions(batch):
-                output = original(*copied(portion))
-                if tuple(parts) == WHOLE:
-                    add(output, other(*copied(portion)), "")
-                done += len(list_tensors(portion)[0]) if list_tensors(portion) else 1
-                step(done)
+        for batch, own in batches:
+            output = original(*copied(batch))
+            if tuple(parts) == WHOLE:
+                add(output, other(*copied(own)), "")
+            done += samples_in(batch)
+            step(done)
     return tuple(one.result(name, shapes[name], scores) for name, one in found.items())

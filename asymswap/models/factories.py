@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePath, PureWindowsPath
 from types import ModuleType
@@ -265,3 +265,21 @@ def _check_arguments(reference: str, factory: Callable[..., Any], arguments: Arg
 
 def _raised(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (`debug=True` shows where)"
+
+
+@contextlib.contextmanager
+def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
+    """Run the code that a reference names and give the callable in it, to be called while the block lasts."""
+    home, attribute = _parse(reference)
+    with contextlib.redirect_stdout(sys.stderr):
+        if names_python_file(reference):
+            path = _checked_file(reference, trust_code=True)
+            sys.path.insert(0, str(path.parent))
+            module = _run_file(reference, path)
+        else:
+            module = _import_module(reference)
+        found = getattr(module, attribute, None)
+        if not callable(found):
+            hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
+            raise SourceError(f"{home} has no callable {attribute!r}{hint}")
+        yield found

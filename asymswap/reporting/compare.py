@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -10,6 +11,9 @@ from rich.console import RenderableType
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
 from asymswap.results.compare import ComparedRow, Comparison
+from asymswap.results.evaluate import Score
+
+_ROOMY = 130
 
 
 def comparison_view(comparison: Comparison, width: int) -> RenderableType:
@@ -59,9 +63,20 @@ def _table(comparison: Comparison) -> Table:
     columns.append(Column("Output", lambda row: row.gap and row.gap.relative, fmt.error))
     if any(row.gap is not None and row.gap.agreement is not None for row in models):
         columns.append(Column("Agree", lambda row: row.gap and row.gap.agreement, fmt.percent, least=WIDE))
-    if comparison.data is not None:
-        columns.append(Column("Top-1", lambda row: row.accuracy and row.accuracy.top1, fmt.accuracy))
+    for score in _scores(comparison):
+
+        def value(row: ComparedRow, name: str = score.name) -> float | None:
+            return next((score.value for score in row.scores if score.name == name), None)
+
+        # There is hardly room for it; its change is in the fine print.
+        least = _ROOMY if score.name == "top-5" else 0
+        columns.append(Column(score.name, value, partial(fmt.score, unit=score.unit), least=least))
     return Table(columns, models)
+
+
+def _scores(comparison: Comparison) -> list[Score]:
+    """Return a score of each name that any model has."""
+    return list({score.name: score for row in comparison.models for score in row.scores}.values())
 
 
 def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
@@ -76,13 +91,18 @@ def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
         lines += fmt.doubts(first.model, ((row.model, row.latency_ratio) for row in models[1:]))
     if comparison.data is not None:
         of_them = f", {comparison.images:,} of them" if comparison.images else ""
-        lines.append(f"Top-1 on {comparison.data}{of_them}.")
+        lines.append(f"{fmt.measured_on(_scores(comparison), comparison.data)}{of_them}.")
     for row in models[1:]:
-        accuracy = row.accuracy
-        if accuracy is not None and accuracy.p_value is not None:
+        changes = [
+            f"{one.name} {fmt.score_change(one.value - other.value, one.unit)}"
+            for one, other in zip(row.scores, first.scores, strict=False)
+        ]
+        against = row.against_first
+        lines += [f"{row.model} beside the first: {', '.join(changes)}."] if changes else []
+        if against is not None:
             lines.append(
-                f"{row.model} alone is right on {accuracy.gained} images, {first.model} alone on {accuracy.lost} "
-                f"(McNemar's exact test: p = {accuracy.p_value:.2g})."
+                f"{row.model} alone is right on {against.only_this} images, {first.model} alone on "
+                f"{against.only_first} (McNemar's exact test: p = {against.p:.2g})."
             )
     if len({row.input for row in models}) > 1:
         lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in models) + ".")

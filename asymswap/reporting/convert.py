@@ -58,13 +58,15 @@ def _headline(report: Report) -> list[Change]:
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
-    latency, acc = report.latency, report.accuracy
+    latency, accuracy = report.latency, report.accuracy
     if latency is not None:
         remark, was, now = f"batch {latency.batch}, {latency.memory_format}", 1e3 * latency.before, 1e3 * latency.after
         rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format, remark=remark))
-    if acc is not None:
-        points, remark = f"{100 * (acc.after - acc.before):+.2f} points", f"{acc.images:,} images"
-        rows.append(Change("top-1", acc.before, acc.after, fmt.accuracy, fmt.accuracy, points, remark))
+    for one in accuracy.scores if accuracy is not None else ():
+        show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
+        remark = f"{accuracy.images:,} images" if accuracy is not None and accuracy.images is not None else ""
+        remark += ", lower is better" * one.lower_is_better
+        rows.append(Change(one.name, one.before, one.after, show, show, change, remark.removeprefix(", ")))
     return rows
 
 
@@ -128,6 +130,7 @@ def report_view(report: Report, width: int) -> RenderableType:
     return screen(
         f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
         _first_lines(report),
+        fmt.agreement(report.agreement),
         changes(_headline(report)),
         layer_table(report, width),
         ["Kept: " + "; ".join(kept)] if kept else [],
@@ -146,6 +149,7 @@ def to_markdown(report: Report) -> str:
     return document(
         f"# {fmt.markdown_text(title)}",
         *bold(map(fmt.sentence, _first_lines(report))),
+        *fmt.agreement(report.agreement),
         changes(_headline(report)),
         [*facts, f"asymswap {report.asymswap}."],
         layer_table(report),
@@ -202,7 +206,8 @@ def _fine_print(report: Report) -> list[str]:
     if report.latency is not None:
         lines += _latency(report.latency)
     if accuracy is not None:
-        lines.append(f"Top-1 on {accuracy.data}." + (f" {accuracy.note}" if accuracy.note else ""))
+        lines += [f"{fmt.measured_on(accuracy.scores, accuracy.data)}."]
+        lines += [fmt.sentence(accuracy.note)] if accuracy.note else []
     if calibration is not None:
         how = "layer by layer" if calibration.sequential else "in one pass"
         images = f"{calibration.images} unlabelled images of {calibration.data}"

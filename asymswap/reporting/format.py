@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
+from asymswap.results.agreement import Agreement, OutputAgreement
 from asymswap.types import Fed, Ratio
 
 _UNCLEAN = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
@@ -45,6 +47,33 @@ def percent(fraction: float) -> str:
 
 def accuracy(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
+
+
+def score(value: float, unit: str, digits: int = 2) -> str:
+    """Return a score with its unit; a fraction as per cent."""
+    if unit == "%":
+        return f"{100 * value:.{digits}f} %"
+    return f"{value:.2f} {unit}" if unit else _digits(value)
+
+
+def score_change(change: float, unit: str, named: bool = True) -> str:
+    """Return the difference of two scores, `named` with its unit: `-0.28 points`, `-0.03 dB`, `+0.0012`."""
+    text = f"{100 * change:+.2f}" if unit == "%" else f"{change:+.2f}" if unit else _digits(change, "+")
+    return f"{text} {'points' if unit == '%' else unit}".strip() if named else text
+
+
+def _digits(value: float, sign: str = "") -> str:
+    return f"{value:{sign},.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:{sign}.4g}"
+
+
+def measured_on(scores: Collection[Any], data: str) -> str:
+    """Say what was measured on what: `Top-1 and top-5 on digits: 360 test images`; `scores` have names."""
+    *most, last = [score.name for score in scores] or ["no score"]
+    text = f"{', '.join(most)} and {last}" if most else last
+    lower = [score.name for score in scores if score.lower_is_better]
+    # A name of the user's is written as it is.
+    text = f"{text.replace('top', 'Top', 1) if text.startswith('top-') else text} on {data}"
+    return text + (f" (lower is better: {', '.join(lower)})" if lower else "")
 
 
 def share(part: float, whole: float) -> str:
@@ -148,7 +177,9 @@ def settings(values: Mapping[str, Any]) -> str:
 def fed(row: Fed) -> str:
     """Return how images are preprocessed before a network sees them, and who says so."""
     how = f"images resized to it ({row.interpolation})"
-    if row.resize is not None:
+    if row.own_size:
+        how = "each image at its own size"
+    elif row.resize is not None:
         how = f"shorter side resized to {row.resize} ({row.interpolation}), the middle cut out"
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (row.mean, row.std))
     name = f"{row.normalization}, " if row.normalization else ""
@@ -170,3 +201,23 @@ def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
     if len(models) == 1:
         return [f"Fed: {text}." for text in models]
     return [f"Fed to {', '.join(names)}: {text}." for text, names in models.items()]
+
+
+def agreement(found: Agreement | None) -> list[str]:
+    """Return, as a sentence, how far a converted network answers as the original; nothing where that is not known."""
+    if found is None or not found.outputs:
+        return []
+    figures = ", ".join(f"{one.output}: {_agreed(one)}" if one.output else _agreed(one) for one in found.outputs[:6])
+    more = f" and {len(found.outputs) - 6} more outputs" if len(found.outputs) > 6 else ""
+    return [f"Agreement with the original on {plural(found.samples, 'held-back input')}: {figures}{more}."]
+
+
+def _agreed(one: OutputAgreement) -> str:
+    if one.measure == "top-1":
+        low, high = one.interval or (one.value, one.value)
+        return f"{percent(one.value)} the same class ({percent(low)} to {percent(high)} with 95 % confidence)"
+    if one.measure == "cosine":
+        return f"cosine {one.value:.4f}"
+    if one.measure == "PSNR":
+        return "equal" if math.isinf(one.value) else f"{one.value:.1f} dB between the images"
+    return f"{error(one.value)} relative error"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,10 +14,11 @@ from asymswap.errors import visible
 from asymswap.models.preprocessing import fed, size_warning
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Change, Column, Table, changes, facts, screen
-from asymswap.results.evaluate import ClassRow, EvaluationReport
+from asymswap.results.evaluate import ClassRow, EvaluationReport, ModelScores
 from asymswap.results.export import ExportReport
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
 from asymswap.results.fuse import FusionReport
+from asymswap.results.records import scored
 from asymswap.types import Preprocessing
 
 _CLASSES_SHOWN = 20
@@ -28,42 +30,66 @@ def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
     first, several = report.models[0], len(report.models) > 1
     numbered = list(enumerate(report.models, start=1))
     models = [(f"{number} {model.model}" if several else model.model, model) for number, model in numbered]
-    scores = (
-        Column("Model", itemgetter(0), side="fold"),
-        Column("top-1", lambda row: row[1].top1, fmt.accuracy),
-        Column("95 %", lambda row: row[1].interval, lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"),
-        Column("top-5", lambda row: row[1].top5, fmt.accuracy),
-        Column("loss", lambda row: row[1].loss, "{:.4f}".format),
-        Column("images/s", lambda row: row[1].images_per_second, "{:.0f}".format),
-    )
-    beside_first = (
-        Column("Beside the first", itemgetter(0), side="fold"),
-        Column("points", lambda row: 100 * (row[1].top1 - first.top1), "{:+.2f}".format),
-        Column("agree", lambda row: row[1].against_first.agreement, fmt.accuracy),
-        Column("only 1st right", lambda row: row[1].against_first.only_first),
-        Column("only this", lambda row: row[1].against_first.only_this),
-        Column("McNemar p", lambda row: row[1].against_first.p, lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"),
-    )
+    scores = [Column("Model", itemgetter(0), side="fold")]
+    beside_first = [Column("Beside the first", itemgetter(0), side="fold")]
+    classifiers, interval = first.classifier is not None, attrgetter("classifier.interval")
+    for number, score in enumerate(first.scores):
+        show, change = partial(fmt.score, unit=score.unit), partial(fmt.score_change, unit=score.unit)
+        scores.append(Column(score.name, partial(_scored, score.name), show))
+        if classifiers and number == 0:
+            scores.append(Column("95 %", lambda row: interval(row[1]), lambda e: f"{100 * e[0]:.2f}-{100 * e[1]:.2f}"))
+        if number == 0 or not classifiers:
+            title = "points" if classifiers else score.name
+            difference = partial(_scored, score.name, less=score.value)
+            beside_first.append(Column(title, difference, partial(change, named=not classifiers)))
+    if classifiers:
+        about = attrgetter("classifier.against_first")
+        scores += [
+            Column("loss", lambda row: row[1].classifier.loss, "{:.4f}".format),
+            Column("images/s", lambda row: row[1].classifier.images_per_second, "{:.0f}".format),
+        ]
+        beside_first += [
+            Column("agree", lambda row: about(row[1]).agreement, fmt.accuracy),
+            Column("only 1st right", lambda row: about(row[1]).only_first),
+            Column("only this", lambda row: about(row[1]).only_this),
+            Column("McNemar p", lambda row: about(row[1]).p, lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"),
+        ]
     confused = []
     for number, model in numbered:
-        pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in model.confusions]
+        confusions = () if model.classifier is None else model.classifier.confusions
+        pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in confusions]
         if pairs:
             which = f" by {number}" if several else ""
             confused.append(f"Most confused{which}: {'; '.join(pairs if width >= WIDE else pairs[:5])}")
-    lines = ["95 %: Wilson's interval of top-1."]
-    if several:
-        lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
-    lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading the images.")
+    lines = []
+    if first.classifier is not None:
+        lines.append("95 %: Wilson's interval of top-1.")
+        if several:
+            lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
+        images = f"{report.batch} images on {report.device}"
+        lines.append(f"images/s: forward passes of {images}, without reading the images.")
     lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
     lines += map(fmt.sentence, report.notes)
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
     tables = [Table(scores, models), Table(beside_first, models[1:]), _classes(report)]
-    return screen(f"{report.data}{skipped}", report.warnings, *tables, confused, fine_print=lines)
+    return screen(
+        f"{fmt.measured_on(first.scores, report.data) if not classifiers else report.data}{skipped}",
+        report.warnings,
+        *tables,
+        confused,
+        fine_print=lines,
+    )
+
+
+def _scored(name: str, row: tuple[str, ModelScores], less: float = 0.0) -> float | None:
+    """Return the score of a model; None where it has none of that name, as top-5 of few classes."""
+    return next((score.value - less for score in row[1].scores if score.name == name), None)
 
 
 def _classes(report: EvaluationReport) -> Table:
     """Return how many images of each class are right; a row holds the class as each model has it."""
-    rows: Sequence[tuple[ClassRow, ...]] = list(zip(*(model.classes for model in report.models), strict=True))
+    classes = [() if model.classifier is None else model.classifier.classes for model in report.models]
+    rows: Sequence[tuple[ClassRow, ...]] = list(zip(*classes, strict=True))
     title = "Class"
     if len(rows) > _CLASSES_SHOWN:
         title = f"Worst {_CLASSES_SHOWN} of {len(rows)} classes"
@@ -207,5 +233,7 @@ def _conversion_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         known.append((name, f"{fmt.count(old)} -> {fmt.count(new)} ({fmt.share(new, old)})"))
     known.append(("output change", f"{fmt.error(report['output']['relative'])} on {report['output']['probe']}"))
     if accuracy:
-        known.append(("top-1", f"{accuracy['before']:.2%} -> {accuracy['after']:.2%} on {accuracy['data']}"))
+        for one in scored(accuracy)["scores"]:
+            old, new = (fmt.score(one[when], one["unit"]) for when in ("before", "after"))
+            known.append((one["name"], f"{old} -> {new} on {accuracy['data']}"))
     return known

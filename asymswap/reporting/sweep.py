@@ -1,10 +1,11 @@
-"""How a sweep over budgets is shown: what each budget costs in accuracy, and what the curve advises."""
+"""How a sweep over budgets is shown: what each budget costs in its scores, and what the curve advises."""
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -12,14 +13,15 @@ from rich.console import RenderableType
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
-from asymswap.reporting.tables import Column, Table, bold, document, screen
+from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
+from asymswap.results.evaluate import Score
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Cost
 
 
 def _table(sweep: Tradeoff) -> Table:
     """Return the table of the network as it was and of every point; the last cell marks the front and the advice."""
-    unchanged = Point("unchanged", 1.0, sweep.before, sweep.accuracy)
+    unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
 
     def mark(point: Point) -> str:
         if point.failed is not None:
@@ -35,25 +37,34 @@ def _table(sweep: Tradeoff) -> Table:
 
         return text
 
-    def change(point: Point) -> float | None:
-        return None if point is unchanged or point.accuracy is None else 100 * (point.accuracy - sweep.accuracy)
+    def scored(score: Score, less: float = 0.0) -> Callable[[Point], float | None]:
+        def value(point: Point) -> float | None:
+            known = score.name in point.scores and not (less and point is unchanged)
+            return point.scores[score.name] - less * score.value if known else None
 
-    columns = (
+        return value
+
+    columns = [
         Column("Recipe", attrgetter("recipe"), side="fold"),
         Column("Budget", lambda point: None if point is unchanged else point.budget, "{:g}".format),
         Column("MACs", cost("macs")),
         Column("Parameters", cost("params")),
-        Column("Top-1", attrgetter("accuracy"), fmt.percent),
-        Column("Change", change, "{:+.2f}".format),
-        Column("Note", mark, side="left"),
-    )
+    ]
+    for score in sweep.scores:
+        show = partial(fmt.score, unit=score.unit, digits=1)
+        columns.append(Column(score.name, scored(score), show, least=0 if score is sweep.first else WIDE))
+        if score is sweep.first:
+            columns.append(
+                Column("Change", scored(score, 1.0), partial(fmt.score_change, unit=score.unit, named=False))
+            )
+    columns.append(Column("Note", mark, side="left"))
     return Table(columns, [unchanged, *sweep.points])
 
 
 def fine_print(sweep: Tradeoff) -> list[str]:
     """Return how the figures were measured, and which budgets could not be met."""
     measure = "MACs" if sweep.measure == "macs" else "parameters"
-    lines = [f"Top-1 on {sweep.data}. Budgets are fractions of the model's {measure}."]
+    lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {measure}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
     # Budgets of a recipe share a line if the reasons why they were not met differ only in their figures.
@@ -68,17 +79,17 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     return lines
 
 
-def sweep_view(sweep: Tradeoff) -> RenderableType:
+def sweep_view(sweep: Tradeoff, width: int) -> RenderableType:
     """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
     title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"
-    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep))
+    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep), width=width)
 
 
 def to_markdown(sweep: Tradeoff) -> str:
     """Return the advice, the table and the fine print."""
     return document(
-        f"# {fmt.markdown_text(sweep.model)}: accuracy over budgets",
+        f"# {fmt.markdown_text(f'{sweep.model}: {sweep.first.name} over budgets')}",
         *bold(map(fmt.sentence, sweep.warnings)),
         fmt.markdown_text(sweep.advice()),
         _table(sweep),
@@ -109,13 +120,15 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         thick = 1.5 + 2.5 / (1 + 2 * number)
         line = {"marker": "os^Dv<>"[number % 7], "markersize": 2.5 * thick, "linewidth": thick - 1}
         named.append((axes.plot(*places, **line)[0], recipe))
-    across = axes.get_yaxis_transform()
+    across, first, scale = axes.get_yaxis_transform(), sweep.first, _scale(sweep)
+    word, sign = ("more", 1) if first.lower_is_better else ("less", -1)
+    sides = ("bottom", "top")[::-sign]
     for top, text, style, side in (
-        (sweep.accuracy, "unchanged", "-", "bottom"),
-        (sweep.accuracy - sweep.tolerance, f"{100 * sweep.tolerance:g} less", ":", "top"),
+        (first.value, "unchanged", "-", sides[0]),
+        (first.value + sign * sweep.tolerance, f"{scale * sweep.tolerance:.4g} {word}", ":", sides[1]),
     ):
-        axes.axhline(100 * top, color="0.4", linewidth=1, linestyle=style)
-        axes.text(0.01, 100 * top, text, transform=across, color="0.3", va=side)
+        axes.axhline(scale * top, color="0.4", linewidth=1, linestyle=style)
+        axes.text(0.01, scale * top, text, transform=across, color="0.3", va=side)
     if sweep.advised is not None:
         ((share,), (top,)) = _places(sweep, [sweep.advised])
         ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black"}
@@ -131,7 +144,7 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         (front,) = axes.plot(*_places(sweep, sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
     axes.set_xlabel(f"{'MACs' if sweep.measure == 'macs' else 'parameters'} left, as a fraction")
-    axes.set_ylabel("top-1 accuracy in %")
+    axes.set_ylabel(fmt.clean(first.name + (f" in {first.unit}" if first.unit else "")), parse_math=False)
     axes.set_title(fmt.clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)
     if named:
@@ -140,6 +153,10 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
 
 
 def _places(sweep: Tradeoff, points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Return the coordinates of measured points: what is left of the cost, and the accuracy in per cent."""
+    """Return the coordinates of measured points: what is left of the cost, and the first score in its unit."""
     shares = [sweep.share(point.cost or Cost(0, 0)) for point in points]
-    return shares, [100 * (point.accuracy or 0.0) for point in points]
+    return shares, [_scale(sweep) * point.scores[sweep.first.name] for point in points]
+
+
+def _scale(sweep: Tradeoff) -> float:
+    return 100.0 if sweep.first.unit == "%" else 1.0

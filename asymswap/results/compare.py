@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asymswap.results.benchmark import BenchmarkedModel
+from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.types import Fed, Ratio, Seconds
 
 
@@ -21,28 +22,19 @@ class OutputGap:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Top-1 as a fraction; the numbers of images that only this model, and only the first, gets right.
-
-    `p_value`: McNemar's exact test.
-    """
-
-    top1: float
-    gained: int | None = None
-    lost: int | None = None
-    p_value: float | None = None
-
-
-@dataclass(frozen=True)
 class ComparedRow(BenchmarkedModel):
-    """One model and how it differs from the first; `weights_bytes` is the size of its tensors."""
+    """One model and how it differs from the first; `weights_bytes` is the size of its tensors.
+
+    `against_first`: of a classifier, on the same images.
+    """
 
     weights_bytes: int = 0
     file_bytes: int | None = None
     latency: Seconds | None = None
     latency_ratio: Ratio | None = None
     gap: OutputGap | None = None
-    accuracy: Accuracy | None = None
+    scores: tuple[Score, ...] = ()
+    against_first: AgainstFirst | None = None
     fed: Fed | None = None
 
 
@@ -61,7 +53,7 @@ class TimingRow:
 class Comparison:
     """Models compared with the first of them.
 
-    `outputs_on` names the inputs on which outputs were compared, `data` the images on which accuracy was measured.
+    `outputs_on` names the inputs on which outputs were compared, `data` what the scores were measured on.
     """
 
     asymswap: str

@@ -52,13 +52,23 @@ class OutputChange:
 
 
 @dataclass(frozen=True)
-class AccuracyRow:
-    """Top-1 accuracy before and after on the same images, as fractions."""
+class ScoreChange:
+    """A score before and after; with the unit `%` a fraction, which is shown in per cent."""
 
-    data: str
-    images: int
+    name: str
     before: float
     after: float
+    unit: str = ""
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Scores before and after on the same data; `images` is None for a metric of the user's."""
+
+    data: str
+    images: int | None
+    scores: tuple[ScoreChange, ...]
     note: str = ""
 
 

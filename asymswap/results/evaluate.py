@@ -8,6 +8,16 @@ from asymswap.types import Fed
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a metric gave for a model; with the unit `%` a fraction, which is shown in per cent."""
+
+    name: str
+    value: float
+    unit: str = ""
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
 class ClassRow:
     """The number of images of one class, and of those that the model gets right."""
 
@@ -40,32 +50,38 @@ class AgainstFirst:
 
 
 @dataclass(frozen=True)
-class ModelScores:
-    """One model: fractions of images, mean loss, and images a second.
+class Classification:
+    """More about a classifier: the images that it gets right, the mean loss, and images a second.
 
-    `interval` is Wilson's 95 % interval of top-1; `top5` is None for five classes or fewer.
+    `interval` is Wilson's 95 % interval of top-1, `outputs` the number of classes that the model scores.
     """
 
-    model: str
-    top1: float
     right: int
     interval: tuple[float, float]
-    top5: float | None
     loss: float
     images_per_second: float
-    scores: int
+    outputs: int
     classes: tuple[ClassRow, ...]
     confusions: tuple[ConfusionRow, ...]
     against_first: AgainstFirst | None = None
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model: its scores, for a classifier top-1 and, of more than five classes, top-5."""
+
+    model: str
+    scores: tuple[Score, ...]
+    classifier: Classification | None = None
     fed: Fed | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """All models on the same images, without the `unreadable` ones."""
+    """All models on the same images, without the `unreadable` ones; a metric of the user's has its own images."""
 
     data: str
-    images: int
+    images: int | None
     unreadable: int
     batch: int
     device: str

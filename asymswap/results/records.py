@@ -90,8 +90,15 @@ def read_report(stored: Mapping[str, Any], label: str) -> Report:
     if isinstance(output, Mapping):
         # These fields are never None: null stands for a number that is not finite.
         undefined = {key: math.nan for key in ("relative", "largest") if output.get(key, 0) is None}
-        report = {**report, "output": {**output, **undefined}}
+        report = {**report, "output": {**output, **undefined}, "accuracy": scored(report.get("accuracy"))}
     return _checked(Report, report, f"{label} has a damaged report")
+
+
+def scored(accuracy: Any) -> Any:
+    """Return the accuracy in a stored report with its scores; those that know only top-1 have none."""
+    if not isinstance(accuracy, Mapping) or "scores" in accuracy:
+        return accuracy
+    return {**accuracy, "scores": [{"name": "top-1", "unit": "%", **accuracy}]}
 
 
 def _checked(form: type[T], data: Any, what: str) -> T:

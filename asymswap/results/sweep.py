@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.types import Cost, Fed
 
@@ -15,13 +16,13 @@ from asymswap.types import Cost, Fed
 class Point:
     """One conversion of a sweep, or the reason in `failed` why there is none.
 
-    `budget` is the fraction that was allowed, `cost` what is left, `accuracy` a fraction of images.
+    `budget` is the fraction that was allowed, `cost` what is left, `scores` what the metric gave, by name.
     """
 
     recipe: str
     budget: float
     cost: Cost | None = None
-    accuracy: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     swapped: int = 0
     seconds: float = 0.0
     failed: str | None = None
@@ -31,15 +32,15 @@ class Point:
 class Tradeoff:
     """A sweep: the original network, and the points measured so far.
 
-    Budgets are fractions of the `measure`, `macs` or `params`; `tolerance` is the accuracy that may be lost, as a
-    fraction; `setting` is everything that the results depend on.
+    Budgets are fractions of the `measure`, `macs` or `params`; `scores` are the original's; `tolerance` is how much of
+    the first of them the advice may lose; `setting` is everything that the results depend on.
     """
 
     model: str
     measure: str
     before: Cost
-    accuracy: float
-    images: int
+    scores: tuple[Score, ...]
+    images: int | None
     data: str
     tolerance: float
     points: tuple[Point, ...] = ()
@@ -60,30 +61,45 @@ class Tradeoff:
     @property
     def front(self) -> tuple[Point, ...]:
         """Return the Pareto front, the cheapest point first."""
-        best, front = -1.0, []
-        for point in sorted(self.measured, key=lambda p: (self.share(_cost(p)), -(p.accuracy or 0.0))):
-            if (point.accuracy or 0.0) > best:
-                best = point.accuracy or 0.0
+        best, front = -math.inf, []
+        for point in sorted(self.measured, key=lambda p: (self.share(_cost(p)), -self.gain(p))):
+            if self.gain(point) > best:
+                best = self.gain(point)
                 front.append(point)
         return tuple(front)
+
+    @property
+    def first(self) -> Score:
+        """Return the original's first score."""
+        return self.scores[0]
+
+    def gain(self, point: Point) -> float:
+        """Return by how much a measured point is better than the original in its first score; below 0 if worse."""
+        change = point.scores[self.first.name] - self.first.value
+        return -change if self.first.lower_is_better else change
 
     @property
     def advised(self) -> Point | None:
         """Return the cheapest point within the tolerance; None where there is none."""
         # Accuracies are whole numbers of images: what is exactly tolerated must not fail by rounding.
-        least = self.accuracy - self.tolerance - 1e-9
-        return next((point for point in self.front if (point.accuracy or 0.0) >= least), None)
+        return next((point for point in self.front if self.gain(point) >= -self.tolerance - 1e-9), None)
 
     def advice(self) -> str:
         """Return the advised budget as a sentence."""
-        allowed = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
-        if self.advised is None:
-            return f"Every budget loses more than {allowed} of accuracy: allow more, give more images, or polish."
-        point = self.advised
+        first, point = self.first, self.advised
+        percent = first.unit == "%"
+        allowed = f"{self.tolerance:.4g} {first.unit}".strip()
+        if percent:
+            allowed = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
+        if point is None:
+            return f"Every budget loses more than {allowed} of {first.name}: allow more, give more images, or polish."
         by = f" by {point.recipe}" if len({p.recipe for p in self.points}) > 1 else ""
+        values = (first.value, point.scores[first.name])
+        before, after = (f"{100 * value:.1f} %" if percent else f"{value:.4g} {first.unit}".strip() for value in values)
+        verb = "rises" if first.lower_is_better else "falls"
         return (
-            f"Advised: {point.budget:g}{by}, the last before the accuracy falls by more than {allowed} "
-            f"({100 * self.accuracy:.1f} % -> {100 * (point.accuracy or 0.0):.1f} %)."
+            f"Advised: {point.budget:g}{by}, the last before {first.name} {verb} by more than {allowed} "
+            f"({before} -> {after})."
         )
 
     def with_point(self, point: Point) -> Tradeoff:
@@ -99,7 +115,7 @@ class Tradeoff:
             {
                 **plain(point),
                 "share": None if point.cost is None else self.share(point.cost),
-                "lost": None if point.accuracy is None else self.accuracy - point.accuracy,
+                "lost": None if point.failed is not None else 0.0 - self.gain(point),
                 "on_front": point in front,
                 "advised": point == advised,
             }
@@ -117,13 +133,21 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
     """Read what `to_json` wrote; raises KeyError, TypeError or ValueError for anything else."""
     from pydantic import TypeAdapter
 
+    if "scores" not in value:
+        # Written when top-1 was all that could be measured.
+        points = [
+            {**one, "scores": {} if one["cost"] is None else {"top-1": one["accuracy"]}} for one in value["points"]
+        ]
+        value = {**value, "scores": [Score("top-1", value["accuracy"], "%")], "points": points}
     found = TypeAdapter(Tradeoff).validate_python({**value, "setting": value["setting"], "fed": None, "warnings": ()})
-    numbers = [found.accuracy, found.tolerance]
-    counts = [found.images, found.before.macs, found.before.params]
+    names = {score.name for score in found.scores}
+    numbers = [*(score.value for score in found.scores), found.tolerance]
+    counts = [found.images or 0, found.before.macs, found.before.params]
     for point in found.points:
-        if (point.cost is None or point.accuracy is None) != (point.failed is not None):
+        measured = point.cost is not None and names == point.scores.keys()
+        if not names or measured == (point.failed is not None):
             raise ValueError("one of its points is neither measured nor failed")
-        numbers += [point.budget, point.seconds, point.accuracy or 0.0]
+        numbers += [point.budget, point.seconds, *point.scores.values()]
         counts += [] if point.cost is None else [point.cost.macs, point.cost.params]
     sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in counts)
     if found.measure not in ("macs", "params") or not sound:

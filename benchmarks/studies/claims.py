@@ -286,7 +286,8 @@ class Bench:
             self.references[run.data],
         )
         first, second = report.models
-        assert second.against_first is not None
+        assert second.classifier is not None
+        assert second.classifier.against_first is not None
         timed = time_models(
             {"converted": model, "fused": fusion.model, "plain": _built(network, code).eval()},
             (torch.randn(32, *setting.size, generator=torch.Generator().manual_seed(0)),),
@@ -294,9 +295,9 @@ class Bench:
         return {
             "params": fusion.report.after.params,
             "macs": fusion.report.after.macs,
-            "top1": second.top1,
-            "top1_before": first.top1,
-            "agreement": second.against_first.agreement,
+            "top1": second.scores[0].value,
+            "top1_before": first.scores[0].value,
+            "agreement": second.classifier.against_first.agreement,
             "output_change": fusion.report.relative,
             "as_original": fusion.report.as_original,
             "ms": {name: 1000 * one.whole for name, one in timed.items()},

@@ -24,7 +24,8 @@ from asymswap.models.builders import build
 from asymswap.models.opening import open_model, open_models
 from asymswap.planning.latency_budget import Timing
 from asymswap.reporting.compare import comparison_to_markdown
-from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
+from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
+from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.results.records import to_json
 from asymswap.types import Cost, Ratio, Seconds
 
@@ -67,8 +68,9 @@ class TestOnData:
             on_digits.models, [open_model(DIGITS).model, None, asymswap.load(files["quarter"])], strict=True
         ):
             if model is not None:
-                assert row.accuracy is not None
-                assert row.accuracy.top1 == predict(model, data).top1
+                found = predict(model, data)
+                top5 = float((found.ranks < 5).double().mean())
+                assert [(one.name, one.value) for one in row.scores] == [("top-1", found.top1), ("top-5", top5)]
 
     def test_outputs_and_answers_are_compared_image_by_image(
         self, on_digits: Comparison, files: dict[str, Path]
@@ -77,7 +79,7 @@ class TestOnData:
         other, own, _ = answers(asymswap.load(files["quarter"]))
         row = on_digits.models[2]
         assert row.gap is not None
-        assert row.accuracy is not None
+        assert row.against_first is not None
         assert row.gap.relative == pytest.approx(float((one - other).norm() / one.norm()), rel=1e-4)
         assert row.gap.largest == pytest.approx(float((one - other).abs().max()), rel=1e-4)
         assert row.gap.agreement == float((first == own).double().mean())
@@ -85,16 +87,16 @@ class TestOnData:
             int(((own == labels) & (first != labels)).sum()),
             int(((own != labels) & (first == labels)).sum()),
         )
-        assert (row.accuracy.gained, row.accuracy.lost) == (gained, lost)
+        assert (row.against_first.only_this, row.against_first.only_first) == (gained, lost)
         assert lost > 10
-        assert row.accuracy.p_value == pytest.approx(binomtest(gained, gained + lost).pvalue)
+        assert row.against_first.p == pytest.approx(binomtest(gained, gained + lost).pvalue)
 
     def test_the_same_model_in_another_form_differs_in_nothing(self, on_digits: Comparison) -> None:
         first, plain, _ = on_digits.models
         assert first.gap is None
         assert plain.gap == OutputGap(0.0, 0.0, 1.0)
-        assert plain.accuracy is not None
-        assert (plain.accuracy.gained, plain.accuracy.lost, plain.accuracy.p_value) == (0, 0, 1.0)
+        assert plain.against_first == AgainstFirst(1.0, 0, 0, 1.0)
+        assert plain.scores == first.scores
         assert (plain.cost, plain.weights_bytes) == (first.cost, first.weights_bytes)
 
     def test_sizes_and_costs(self, on_digits: Comparison, files: dict[str, Path]) -> None:
@@ -173,8 +175,8 @@ class TestOnRandomImages:
             ],
             data="digits",
         )
-        assert found.models[0].accuracy is not None
-        assert found.models[1].accuracy is None
+        assert [score.name for score in found.models[0].scores] == ["top-1", "top-5"]
+        assert found.models[1].scores == ()
         assert found.models[1].notes[-2].startswith("no accuracy: the model returns a tensor of shape (1, 10, 6, 6)")
 
     def test_time_is_taken_only_when_it_is_asked_for(self) -> None:
@@ -232,11 +234,21 @@ def test_options_that_suit_none_of_several_models() -> None:
 
 def made() -> Comparison:
     first = ComparedRow(
-        "a|b", "x", "y", "3x8x8", Cost(1000, 200), (), 800, 900, Seconds(0.002, 0.003, 0.1), accuracy=Accuracy(0.9)
+        "a|b",
+        "x",
+        "y",
+        "3x8x8",
+        Cost(1000, 200),
+        (),
+        800,
+        900,
+        Seconds(0.002, 0.003, 0.1),
+        scores=(Score("top-1", 0.9, "%"),),
     )
     second = ComparedRow(
         "b.pt", "x", "y", "3x8x8", Cost(500, 50), ("a note",), 200, None, Seconds(0.001, 0.0015, 0.1),
-        Ratio(0.52, 0.5, 0.53), OutputGap(0.05, 1.0, 0.97), Accuracy(0.88, 3, 23, 0.0001),
+        Ratio(0.52, 0.5, 0.53), OutputGap(0.05, 1.0, 0.97),
+        (Score("top-1", 0.88, "%"),), AgainstFirst(0.97, 23, 3, 0.0001),
     )  # fmt: skip
     timing = TimingRow("channels-last", 1, 2, "Some Processor", 20)
     return Comparison("0.1.0", (first, second), "100 images of photos", "photos: 100 images", None, timing)
@@ -247,7 +259,7 @@ class TestViews:
         lines = comparison_to_markdown(made()).splitlines()
         assert lines[0] == (
             "| Model | MACs | of 1st | Params | of 1st | Weights | File | ms | Median | of 1st | Output "
-            "| Agree | Top-1 |"
+            "| Agree | top-1 |"
         )
         assert lines[2].startswith(
             "| `a\\|b` | 1 k | 100.0 % | 200 | 100.0 % | 800 B | 900 B | 2.00 | 3.00 | 100.0 % | - "
@@ -256,7 +268,14 @@ class TestViews:
             "| `b.pt` | 500 | 50.0 % | 50 | 25.0 % | 200 B | - | 1.00 | 1.50 | 52.0 % | 5.0 % | 97.0 % | 88.00 % |"
         )
         text = "\n".join(lines)
-        for words in ("2 threads of Some Processor", "channels-last", "their minimum", "p = 0.0001", "b.pt: a note."):
+        for words in (
+            "2 threads of Some Processor",
+            "channels-last",
+            "their minimum",
+            "p = 0.0001",
+            "b.pt: a note.",
+            "top-1 -2.00 points",
+        ):
             assert words in text
 
     def test_json_has_every_number(self) -> None:
@@ -265,7 +284,7 @@ class TestViews:
         assert data["models"][1]["cost"] == {"macs": 500, "flops": 1000, "params": 50}
         assert data["models"][1]["latency"] == {"minimum": 0.001, "median": 0.0015, "spread": 0.1}
         assert data["models"][1]["latency_ratio"] == {"value": 0.52, "low": 0.5, "high": 0.53, "confidence": 0.95}
-        assert data["models"][1]["accuracy"]["p_value"] == 0.0001
+        assert data["models"][1]["against_first"]["p"] == 0.0001
         assert data["timing"]["threads"] == 2
 
 

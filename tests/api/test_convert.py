@@ -446,8 +446,9 @@ def test_accuracy_is_measured_before_and_after_on_the_same_images() -> None:
     accuracy = asymswap.convert("digits-resnet", "3x3-only", evaluate="digits").report.accuracy
     assert accuracy is not None
     assert accuracy.images == 360
-    assert accuracy.before >= 0.985
-    assert accuracy.after > 0.9
+    assert [(one.name, one.unit) for one in accuracy.scores] == [("top-1", "%"), ("top-5", "%")]
+    assert accuracy.scores[0].before >= 0.985
+    assert accuracy.scores[0].after > 0.9
 
 
 class TestCandidates:
@@ -589,8 +590,10 @@ def test_models_and_files_are_evaluated_together(tmp_path: Path) -> None:
         ],
         "digits",
     )
-    assert report.models[1].against_first is not None
-    assert report.models[1].against_first.agreement == 1.0
+    about = report.models[1].classifier
+    assert about is not None
+    assert about.against_first is not None
+    assert about.against_first.agreement == 1.0
 
 
 def test_without_images_the_number_of_threads_does_not_matter() -> None:

@@ -33,9 +33,10 @@ def test_each_point_is_what_a_conversion_of_its_own_gives() -> None:
             "digits-resnet", "half-macs", overrides=overrides, calibration=CALIBRATION, evaluate="digits"
         ).report
         assert alone.accuracy is not None
-        assert (point.cost, point.accuracy) == (alone.after, alone.accuracy.after)
+        assert (point.cost, point.scores) == (alone.after, {one.name: one.after for one in alone.accuracy.scores})
         assert point.swapped == len(alone.swapped)
-        assert (found.before, found.accuracy) == (alone.before, alone.accuracy.before)
+        assert found.before == alone.before
+        assert [one.value for one in found.scores] == [one.before for one in alone.accuracy.scores]
 
 
 def test_the_images_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,7 @@ def test_a_sweep_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(converted) == 1
 
     def figures(sweep: Tradeoff) -> list[Any]:
-        return [(point.budget, point.cost, point.accuracy) for point in sweep.points]
+        return [(point.budget, point.cost, point.scores) for point in sweep.points]
 
     assert figures(resumed) == figures(whole)
 
@@ -113,7 +114,7 @@ def test_a_budget_out_of_reach_is_told_and_the_others_are_measured() -> None:
     assert reached.failed is None
     assert missed.failed is not None
     assert missed.failed.startswith("the budget of 0.01 of the model's MACs cannot be reached")
-    assert missed.accuracy is None
+    assert missed.scores == {}
 
 
 def test_parameters_can_be_the_measure() -> None:

@@ -179,7 +179,7 @@ class TestConvert:
     def test_evaluate(self, command: Command) -> None:
         done = command(*CONVERT, "--evaluate", "digits", "--json")
         assert done.json["accuracy"]["images"] == 360
-        assert done.json["accuracy"]["before"] >= 0.985
+        assert done.json["accuracy"]["scores"][0]["before"] >= 0.985
         text = command(*CONVERT, "--evaluate", "digits", "--force").out
         assert re.search(r"^top-1 +99\.\d\d % +9\d\.\d\d % +-\d\.\d\d points$", text, re.MULTILINE)
 

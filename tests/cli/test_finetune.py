@@ -42,9 +42,10 @@ def test_a_round_from_conversion_to_a_fused_file(run: Run) -> None:
     scores = json.loads(evaluated.out)
     assert scores["schema"] == 1
     first, tuned_scores, plain = scores["models"]
-    assert min(first["top1"], tuned_scores["top1"]) > 0.97
-    assert plain["right"] == tuned_scores["right"]
-    assert sum(row["right"] for row in plain["classes"]) == plain["right"]
+    assert min(one["scores"][0]["value"] for one in (first, tuned_scores)) > 0.97
+    about = plain["classifier"]
+    assert about["right"] == tuned_scores["classifier"]["right"]
+    assert sum(row["right"] for row in about["classes"]) == about["right"]
     shown = run("show", "a.tuned.pt").out
     assert "Training 1: 1 epoch (4 steps) on 1295 of digits" in shown
     assert "taught by digits-resnet" in " ".join(shown.split())

@@ -131,7 +131,7 @@ class TestCheckpointsOfOthers:
         ("key", "value", "said"),
         [
             ("before", {"macs": 10**400, "params": 1}, r"wild\.pt has a damaged report: "),
-            ("accuracy", {"data": "x", "images": 0, "before": 0, "after": 0}, r"wild\.pt has a damaged report: "),
+            ("accuracy", {"data": "x", "images": 0, "before": "much", "after": 0}, r"wild\.pt has a damaged report: "),
             ("sites", "none", r"wild\.pt has a damaged report: sites"),
         ],
     )

@@ -229,7 +229,7 @@ def test_what_was_given_is_stored_and_used_by_what_comes_after(
     assert scores.fed is not None
     assert (scores.fed.mean, scores.fed.normalization_from) == ((0.5,) * 3, "file")
     assert conversion.report.accuracy is not None
-    assert scores.top1 == conversion.report.accuracy.after
+    assert scores.scores[0].value == conversion.report.accuracy.scores[0].after
 
 
 def test_what_was_asked_is_stored_and_gives_what_it_gives_when_it_is_given(

@@ -13,6 +13,7 @@ from asymswap.results.convert import (
     ModelRow,
     OutputChange,
     Report,
+    ScoreChange,
     SiteRow,
 )
 from asymswap.results.records import Provenance
@@ -88,7 +89,9 @@ def report(*rows: SiteRow, rest: Cost = REST, **changes: Any) -> Report:
         warnings=("the images were taken as they are",),
         latency=LatencyRow(0.0262, 0.0193, "channels-last", 1, 2, "Some Processor", 0.7, ("layer1.0.conv2",)),
         calibration=CalibrationRow("photos", 512, "cd" * 32, 0, True, ("all went well",)),
-        accuracy=AccuracyRow("folder photos: 2,000 images of 10 classes", 2000, 0.878, 0.867),
+        accuracy=AccuracyRow(
+            "folder photos: 2,000 images of 10 classes", 2000, (ScoreChange("top-1", 0.878, 0.867, "%"),)
+        ),
         weights_bytes=(100_000_000, 60_000_000),
         files=(FileRow("mine.pt", 102_000_000),),
         seconds={"load": 0.5, "plan": 2.25},

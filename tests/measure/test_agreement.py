@@ -26,7 +26,7 @@ class Made(nn.Module):
 
 
 def agreement(one: Callable[[Tensor], Any], other: Callable[[Tensor], Any], scores: bool = False) -> Any:
-    return measure_agreement(Made(one), Made(other), [(X[:25],), (X[25:],)], scores)
+    return measure_agreement(Made(one), Made(other), [((one,), (one,)) for one in (X[:25], X[25:])], scores)
 
 
 def test_scores_agree_where_the_first_class_is_the_same() -> None:

@@ -248,7 +248,7 @@ ALWAYS = ["Headline figures", "The layers in order", "All layers", "What the cha
 class TestSections:
     def test_all_that_is_known_has_its_place(self) -> None:
         fused = replace(PROVENANCE, fused=(FusionRow("layer1.0.conv2", "acb", "fused"),))
-        expected = [*ALWAYS, "Accuracy", "Latency", "Calibration", "Fused since", "How it was made"]
+        expected = [*ALWAYS, "Scores", "Latency", "Calibration", "Fused since", "How it was made"]
         assert headings(page(like_resnet50(), fused)) == expected
 
     def test_what_is_not_known_has_none(self) -> None:
@@ -266,9 +266,9 @@ class TestSections:
         assert facts["Seconds"] == "2.8 (load 0.5, plan 2.2)"
 
     def test_accuracy_counts_images(self) -> None:
-        (section,) = [one for one in page(like_resnet50()).all("section") if one.all("h2")[0].text == "Accuracy"]
-        assert "87.80 % before, 86.70 % after. Right: 1,756 before, 1,734 after, of 2,000 images." in section.text
-        assert "Change: -1.10 points; one image is 0.05." in section.text
+        (section,) = [one for one in page(like_resnet50()).all("section") if one.all("h2")[0].text == "Scores"]
+        assert "87.80 % before, 86.70 % after: -1.10 points. Right: 1,756 before, 1,734 after" in section.text
+        assert "of 2,000 images; one image is 0.05 points." in section.text
 
 
 class TestAlone:
