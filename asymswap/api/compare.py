@@ -16,10 +16,11 @@ import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
+from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of, paired_kind
+from asymswap.data.metrics import Evaluator, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions, check_classifier, judge, placement
+from asymswap.data.predict import Predictions, check_classifier, judge
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
@@ -30,14 +31,15 @@ from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.types import Progress, silent
-from asymswap.utils.inputs import Inputs, probe
+from asymswap.utils.inputs import Inputs, placed
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 
 
 def compare(
     models: Sequence[Model],
     *,
-    data: EvaluatedBy | None = None,
+    data: Any = None,
+    against_original: bool = False,
     crop_border: int = 0,
     images: int | None = None,
     timing: Timing | None = None,
@@ -49,9 +51,10 @@ def compare(
 ) -> Comparison:
     """Compare two or more models: costs, latency, outputs and scores; none of them is changed.
 
-    `data` is what `asymswap.convert` takes as `evaluate`. On labelled images, or on `images` of them, outputs are
-    compared too, each model with its own preprocessing; otherwise they are compared on random inputs. Latency is
-    measured by `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
+    `data` is what `asymswap.convert` takes as `evaluate`, or with `against_original` inputs without labels, on which
+    each model is compared with the first, as by `asymswap.evaluate`. On labelled images, or on `images` of them,
+    outputs are compared too, each model with its own preprocessing; otherwise on random inputs. Latency is measured by
+    `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
@@ -66,16 +69,19 @@ def compare(
     feedings: list[Feeding | None] = [None] * len(opened)
     sets: list[LabelledImages] = []
     total = _RANDOM
-    if isinstance(data, str):
+    evaluators: list[Evaluator] = []
+    if against_original:
+        opened, feedings, against_first_one = Against.first_of(opened, data)
+        evaluators += against_first_one
+    elif isinstance(data, str):
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-    evaluators = []
-    if isinstance(data, str) and paired_kind(data) is None and not crop_border:
+    if isinstance(data, str) and paired_kind(data) is None and not crop_border and not evaluators:
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
         total = min(images or len(sets[0]), len(sets[0]))
     elif images is not None:
         raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
-    elif data is not None:
+    elif data is not None and not evaluators:
         evaluators = [evaluator_of(data, one, crop_border) for one in opened]
     costs = [cost_row(one) for one in opened]
     timed: list[Any] = [(None, None)] * len(opened)
@@ -112,7 +118,7 @@ def compare(
         data=sets[0].description if sets else evaluators[0].description if evaluators else None,
         images=total if sets and total != len(sets[0]) else None,
         timing=measured,
-        warnings=all_warnings(feedings) if isinstance(data, str) else sizes_assumed(opened),
+        warnings=all_warnings(feedings) if any(feedings) else sizes_assumed(opened),
     )
 
 
@@ -153,16 +159,17 @@ _RANDOM = 2
 
 def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Outputs]:
     """Compare the outputs of those models that take the first's inputs."""
-    first, expected = opened[0], opened[0].preprocessing
-    inputs = probe(expected, first.dtype(), images=_RANDOM, seed=seed)
+    first = opened[0]
+    inputs = first.probe(_RANDOM, seed)
     reference = _run(first, inputs)
     every = [_Outputs() for _ in opened]
     for one, outputs in zip(opened[1:], every[1:], strict=True):
-        own = one.preprocessing
-        if (own.form, own.describe()) != (expected.form, expected.describe()):
-            takes = own.describe()
-            outputs.note = f"it takes {takes}, so its outputs cannot be compared with the first's; give `input_size=…`"
-        elif own.form == "image-list":
+        form = one.preprocessing.form
+        if (form, one.takes()) != (first.preprocessing.form, first.takes()):
+            outputs.note = (
+                f"it takes {one.takes()}, so its outputs cannot be compared with the first's; give `input_size=…`"
+            )
+        elif form == "image-list":
             outputs.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
         else:
             outputs.add(reference, _run(one, inputs))
@@ -171,10 +178,8 @@ def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Outputs]:
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:
     """Return the model's outputs in eval mode, on the processor."""
-    device, dtype = placement(opened.model)
     with eval_mode(opened.model), torch.inference_mode():
-        placed = map_tensors(inputs, lambda tensor: tensor.to(device, dtype))
-        return map_tensors(opened.model(*placed), lambda tensor: tensor.cpu())
+        return map_tensors(opened.model(*placed(opened.model, inputs)), lambda tensor: tensor.cpu())
 
 
 def _on_data(

@@ -6,12 +6,14 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
-from asymswap.data.metrics import EvaluatedBy, Evaluator, Labelled, check_same, evaluator_of, paired_kind
+from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
 from asymswap.data.predict import Predictions, check_class_names, known_classes, published_classes
 from asymswap.errors import AsymswapError, SourceError, check_choice
@@ -36,8 +38,9 @@ PARTS = ("test", "validation", "train")
 
 def evaluate(
     models: Model | Sequence[Model],
-    data: EvaluatedBy,
+    data: Any,
     *,
+    against_original: bool = False,
     crop_border: int = 0,
     part: str = "test",
     validation: str | None = None,
@@ -54,9 +57,11 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure one model or several on `data`, which is what `asymswap.convert` takes as `evaluate`.
 
-    Each model gets the images in its own preprocessing. For classifiers: `part` is test, validation (the one that
-    `finetune` holds back for the same `validation` and `seed`) or train; images that cannot be read are left out and
-    counted, or an error with `strict`. Raises AsymswapError, with a one-line reason, for what cannot be done.
+    With `against_original` no labels are needed: `data` is a `Calibration`, or what it takes as data, and each model is
+    compared with the first on the inputs that a conversion on it holds back. Each model gets the images in its own
+    preprocessing. For classifiers: `part` is test, validation (the one that `finetune` holds back for the same
+    `validation` and `seed`) or train; images that cannot be read are left out and counted, or an error with `strict`.
+    Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
@@ -68,11 +73,16 @@ def evaluate(
     # Open and check all before measuring the first.
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
     feedings: list[Feeding | None] = [None] * len(opened)
-    if isinstance(data, str):
+    evaluators: list[Evaluator] = []
+    if against_original:
+        if part != "test" or crop_border:
+            raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
+        opened, feedings, against_first_one = Against.first_of(opened, data)
+        evaluators += against_first_one
+    elif isinstance(data, str):
         settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-    evaluators: list[Evaluator] = []
-    for one in opened:
+    for one in opened if not evaluators else ():
         if isinstance(data, str) and paired_kind(data) is None and not crop_border:
             mine = _open(one.preprocessing, data, part, validation, seed, download)
             known = known_classes(read_history(one.provenance, one.reference), one.origin)
@@ -130,7 +140,7 @@ def evaluate(
         device=str(place),
         models=tuple(rows),
         notes=tuple(dict.fromkeys(notes)),
-        warnings=all_warnings(feedings) if isinstance(data, str) else sizes_assumed(opened),
+        warnings=all_warnings(feedings) if any(feedings) else sizes_assumed(opened),
     )
 
 

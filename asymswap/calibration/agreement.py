@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.gather import output_kind
-from asymswap.data.inputs import Batches, open_inputs
+from asymswap.data.inputs import Batches, open_inputs, settle_on
 from asymswap.data.metrics import Evaluator, Steps
+from asymswap.data.normalization import Feeding
+from asymswap.errors import AsymswapError
 from asymswap.graph.trace import Trace
 from asymswap.measure.agreement import measure_agreement
 from asymswap.measure.fidelity import WHOLE, compared_parts
@@ -40,6 +44,19 @@ class Against(Evaluator):
         other._own = self._batches(opened)
         return other
 
+    @staticmethod
+    def first_of(
+        opened: Sequence[OpenedModel], data: Any
+    ) -> tuple[list[OpenedModel], list[Feeding | None], list[Against]]:
+        """Return opened models with their preprocessing settled on the data, and what compares each with the first."""
+        if len(opened) < 2:
+            raise AsymswapError("there is nothing to agree with: give the original first, then the models to compare")
+        calibration = data if isinstance(data, Calibration) else Calibration(data)
+        settled = [settle_on(one, calibration.given()) for one in opened]
+        first = Against(settled[0][0], calibration)
+        models = [one for one, _ in settled]
+        return models, [feeding for _, feeding in settled], [first, *map(first.of, models[1:])]
+
     def agreement(self, model: nn.Module, progress: Steps) -> Agreement:
         """Return how far a model agrees with the first one."""
         count, pairs = self._held_back.count, zip(self._held_back, self._own, strict=True)
@@ -55,7 +72,7 @@ class Against(Evaluator):
 def _score(one: OutputAgreement, name: str) -> Score:
     """Return the figure of an output that has a best value: decibels between equal images have none."""
     if one.measure == "top-1":
-        return Score(f"{name}agreement", one.value, "%")
+        return Score(f"{name}agreement", one.value, "%", interval=one.interval)
     if one.measure == "cosine":
         return Score(f"{name}cosine", one.value)
     return Score(f"{name}output error", one.relative, "%", lower_is_better=True)

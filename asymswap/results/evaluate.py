@@ -9,12 +9,16 @@ from asymswap.types import Fed
 
 @dataclass(frozen=True)
 class Score:
-    """What a metric gave for a model; with the unit `%` a fraction, which is shown in per cent."""
+    """What a metric gave for a model; with the unit `%` a fraction, which is shown in per cent.
+
+    `interval`: 95 % confidence, of an agreement.
+    """
 
     name: str
     value: float
     unit: str = ""
     lower_is_better: bool = False
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

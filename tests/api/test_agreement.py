@@ -1,0 +1,92 @@
+"""Agreement without labels: the same number from every verb, on the inputs that a conversion holds back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import asymswap
+from asymswap.errors import AsymswapError
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12 + 3, 5)
+
+    def forward(self, image: Tensor, extra: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(image)))).mean((2, 3))
+        out: Tensor = self.head(torch.cat([x, extra], 1))
+        return out
+
+
+def both(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch[0], batch[1]
+
+
+@pytest.fixture(scope="module")
+def loader() -> DataLoader[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(150, 4, 12, 12, generator=generator), torch.randn(150, 3, generator=generator)
+    return DataLoader(TensorDataset(*pair), batch_size=16)
+
+
+@pytest.mark.parametrize("outputs", ["scores", "values"])
+def test_convert_sweep_evaluate_and_compare_say_one_number(
+    loader: DataLoader[tuple[Tensor, ...]], outputs: asymswap.calibration.config.OutputKind
+) -> None:
+    torch.manual_seed(0)
+    net = TwoInputs().eval()
+    calibration = asymswap.Calibration(loader, images=64, inputs=both, outputs=outputs)
+    options = {"overrides": {"budget.macs": 0.5}, "calibration": calibration}
+    conversion = asymswap.convert(net, "half-macs", **options)  # type: ignore[arg-type]
+    assert conversion.report.model.input == "1x4x12x12, 1x3"
+    agreement = conversion.report.agreement
+    assert agreement is not None
+    (found,) = agreement.outputs
+    expected = found.value
+    # By hand, on the first batches with 32 samples.
+    held = [batch for number, batch in enumerate(loader) if number < 2]
+    with torch.no_grad():
+        one, other = (torch.cat([model(*batch) for batch in held]) for model in (net, conversion.model.eval()))
+    by_hand = (
+        (one.argmax(1) == other.argmax(1)).double().mean()
+        if outputs == "scores"
+        else torch.cosine_similarity(one.double(), other.double()).mean()
+    )
+    assert abs(float(by_hand) - expected) < 1e-9
+    assert agreement.samples == 32
+    swept = asymswap.sweep(net, ["half-macs"], calibration=calibration, budgets=[0.5])
+    assert [*swept.points[0].scores.values()] == [expected]
+    assert swept.first.name == ("agreement" if outputs == "scores" else "cosine")
+    for report in (
+        asymswap.evaluate([net, conversion.model], calibration, against_original=True),
+        asymswap.compare([net, conversion.model], data=calibration, against_original=True),
+    ):
+        first, second = report.models
+        assert first.scores[0].value == pytest.approx(1)
+        assert second.scores[0].value == pytest.approx(expected, abs=1e-12)
+
+
+def test_images_agree_in_decibels_and_sweeps_by_their_error(tmp_path: object) -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), nn.Sigmoid()).eval()
+    data = torch.rand(60, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    calibration = asymswap.Calibration(data, images=40)
+    conversion = asymswap.convert(net, "half-macs", overrides={"budget.macs": 0.7}, calibration=calibration)
+    agreement = conversion.report.agreement
+    assert agreement is not None
+    assert (agreement.outputs[0].measure, agreement.samples) == ("PSNR", 12)
+    swept = asymswap.sweep(net, ["half-macs"], calibration=calibration, budgets=[0.7])
+    assert (swept.first.name, swept.first.value, swept.first.lower_is_better) == ("output error", 0.0, True)
+    assert swept.points[0].scores["output error"] == pytest.approx(agreement.outputs[0].relative)
+
+
+def test_one_model_has_nothing_to_agree_with(loader: DataLoader[tuple[Tensor, ...]]) -> None:
+    with pytest.raises(AsymswapError, match="nothing to agree with: give the original first"):
+        asymswap.evaluate(TwoInputs(), loader, against_original=True)
+    with pytest.raises(AsymswapError, match="a sweep needs something to measure by"):
+        asymswap.sweep(TwoInputs(), ["half-macs"])
