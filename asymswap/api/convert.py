@@ -36,7 +36,7 @@ from asymswap.errors import AsymswapError, CheckpointError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.models.opened import sizes_assumed
-from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
+from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
@@ -59,6 +59,7 @@ class Conversion:
     plan: Plan
     report: Report
     header: Header = field(repr=False)
+    base: nn.Module | None = field(default=None, repr=False)  # the unconverted model, if only the user's code builds it
 
 
 def plan(
@@ -165,7 +166,7 @@ def convert(
         "report": to_json(replace(report, seconds={})),
     }
     header = replace(opened.header(), plans=(*opened.plans, settled), provenance=provenance)
-    return Conversion(converted.model, settled, report, header)
+    return Conversion(converted.model, settled, report, header, base_of(opened))
 
 
 def _accuracy(original: nn.Module, converted: nn.Module, data: LabelledImages, progress: Progress) -> AccuracyRow:

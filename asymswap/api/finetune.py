@@ -20,7 +20,7 @@ from asymswap.data.normalization import settle
 from asymswap.data.predict import check_class_names, check_classifier, known_classes
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
-from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
+from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
@@ -41,6 +41,7 @@ class FineTuned:
     model: nn.Module
     report: TrainingReport
     header: Header = field(repr=False)
+    base: nn.Module | None = field(default=None, repr=False)
 
 
 def finetune(
@@ -172,7 +173,7 @@ def finetune(
         fed=feeding.fed,
         warnings=feeding.warnings,
     )
-    return FineTuned(result, report, header(progress))
+    return FineTuned(result, report, header(progress), base_of(opened))
 
 
 def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:

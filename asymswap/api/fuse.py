@@ -15,7 +15,7 @@ from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
-from asymswap.models.opening import Model, open_for_verb, original_of, save_checkpoint
+from asymswap.models.opening import Model, base_of, open_for_verb, original_of, save_checkpoint
 from asymswap.models.preprocessing import PreprocessingOptions, size_warning
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
@@ -33,6 +33,7 @@ class Fusion:
     model: nn.Module
     report: FusionReport
     header: Header = field(repr=False)
+    base: nn.Module | None = field(default=None, repr=False)
 
 
 def fuse(
@@ -87,7 +88,7 @@ def fuse(
     )
     provenance = {**opened.provenance, "fused": plain(report)}
     header = replace(opened.header(), plans=fused.plans, preprocessing=takes, provenance=provenance)
-    return Fusion(fused.model, report, header)
+    return Fusion(fused.model, report, header, base_of(opened))
 
 
 def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:

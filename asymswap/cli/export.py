@@ -9,7 +9,7 @@ from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_common(("arch", "arguments", "trust_code"), preprocessing=False)
+@o.takes_common(("arch", "arguments"), preprocessing=False)
 def export(
     checkpoint: o.Checkpoint,
     to: Annotated[

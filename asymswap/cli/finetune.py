@@ -11,7 +11,7 @@ from asymswap.cli.fields import opt, takes_fields
 from asymswap.training.config import Training
 
 
-@o.takes_common(("arch", "arguments", "trust_code", "input_size"))
+@o.takes_common(("arch", "arguments", "input_size"))
 @takes_fields("training", Training)
 def finetune(
     checkpoint: o.Checkpoint,

@@ -9,7 +9,7 @@ from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_common(("arch", "arguments", "trust_code"))
+@o.takes_common(("arch", "arguments"))
 def fuse(
     checkpoint: o.Checkpoint,
     output: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -77,15 +78,12 @@ def _opening(
         opt("Which state_dict of the file, such as state_dict_ema; a dotted path.", _MODEL, shown="the likeliest"),
     ] = None,
     arguments: Annotated[
-        list[str] | None, opt("key=value for the architecture's builder, such as num_classes=10.", _MODEL, "--arg")
+        list[str] | None, opt("key=value for the builder, in Python: num_classes=10, weights=None.", _MODEL, "--arg")
     ] = None,
     input_size: Annotated[str | None, opt("Size of one input, as 3x224x224.", _MODEL, "--input", shown=False)] = None,
     trust_pickle: Annotated[
         bool,
         opt("Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL, "--trust-pickle"),
-    ] = False,
-    trust_code: Annotated[
-        bool, opt("Run the Python file of a net.py:Net. It can do whatever you can.", _MODEL, "--trust-code")
     ] = False,
 ) -> dict[str, Any]:
     """Return the options of `asymswap.open_model` but the preprocessing."""
@@ -93,11 +91,10 @@ def _opening(
         "weights": weights,
         "arch": arch,
         "key": key,
-        "arguments": parse_pairs("--arg", arguments),
+        "arguments": parse_pairs("--arg", arguments, python=True),
         # With four numbers it is the size of a clip.
         "input_size": parse_size("--input", input_size, (3, 4), "channels x height x width, such as 3x224x224"),
         "trust_pickle": trust_pickle,
-        "trust_code": trust_code,
     }
 
 
@@ -277,19 +274,28 @@ def parse_polish(text: str | None) -> tuple[int | None, float | None]:
     return None, float(match[1])
 
 
-def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
-    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms."""
+def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> dict[str, Any]:
+    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms.
+
+    With `python`, values are Python's literals first: `None`, `(2, 2)`.
+    """
+    import ast
     import tomllib
+
+    def parse(text: str) -> Any:
+        if python:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                return ast.literal_eval(text)
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+            return tomllib.loads(f"value = {text}")["value"]
+        return text
 
     pairs: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise AsymswapError(f"{option} {text!r} is not key=value")
-        try:
-            pairs[key.strip()] = tomllib.loads(f"value = {value.strip()}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
-            pairs[key.strip()] = value.strip()
+        pairs[key.strip()] = parse(value.strip())
     return pairs
 
 

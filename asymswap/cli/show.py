@@ -16,7 +16,7 @@ from asymswap.errors import AsymswapError
 _OFFSETS = "Offsets"
 
 
-@o.takes_common(("arch", "arguments", "trust_code"))
+@o.takes_common(("arch", "arguments"))
 def show(
     checkpoint: o.Checkpoint,
     plan: Annotated[bool, opt("Print the plan of the last conversion as JSON.", None, "--plan")] = False,
