@@ -1,8 +1,9 @@
 """The settings of calibration: one dataclass that checks its values, and from which the command line is made."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.models.preprocessing import PreprocessingOptions
@@ -25,11 +26,12 @@ class Calibration:
     - `preprocessing`: how images are prepared, if the model's weights, family or file do not say so correctly.
     """
 
-    data: str | None = option(
+    data: Any = option(
         None,
         "Choose ranks and weights on images: any folder of them, digits, a folder of class folders, cifar10:PATH "
         "(cifar100, mnist, fashion-mnist), or a tensor file.",
         _PANEL,
+        text=True,
     )
     images: int = option(512, "Number of images.", _PANEL)
     sequential: bool | None = option(
@@ -56,6 +58,7 @@ class Calibration:
     seed: int = 0
     team: Team = ALONE
     preprocessing: PreprocessingOptions | None = None
+    inputs: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.data is None and self.cache is None:

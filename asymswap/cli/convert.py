@@ -105,7 +105,7 @@ def convert(
             recipe,
             plan=replayed,
             overrides=overrides,
-            calibration=calibration_of(calibration, seed, team),
+            calibration=calibration_of(calibration, seed, team, common.task),
             evaluate=evaluate,
             timing=None if memory_format is None else asymswap.Timing(memory_format),
             allow_drift=allow_drift,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -23,6 +24,7 @@ from asymswap.errors import AsymswapError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
     from asymswap.types import Progress
 
@@ -47,7 +49,8 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 _ABOUT_MODEL = (
-    "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file."
+    "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), a file, or your own code, which is run: "
+    "pkg.mod:factory, net.py:Net."
 )
 _ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are compared with the first."
 Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
@@ -149,6 +152,16 @@ def _preprocessing(
     return None if options == PreprocessingOptions() else options
 
 
+def _with_task(
+    task: Annotated[
+        Path | None,
+        opt("Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.", IMAGES),
+    ] = None,
+) -> Path | None:
+    """Return the file of a task."""
+    return task
+
+
 def _printing(
     json: Annotated[bool, opt("Print JSON instead of tables.", None, "--json")] = False,
     quiet: Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")] = False,
@@ -165,6 +178,14 @@ class Common:
     opening: Mapping[str, Any]
     json: bool
     quiet: bool
+    task_file: Path | None = None
+
+    @functools.cached_property
+    def task(self) -> Task | None:
+        """The functions of the task file, which is run when they are first asked for."""
+        from asymswap.data.task import read_task
+
+        return None if self.task_file is None else read_task(self.task_file)
 
     def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
         """Open the model of a command, for the verb that gets it."""
@@ -208,18 +229,20 @@ _EVERY = tuple(parameters_of(_opening))
 def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) -> Callable[[Command], Command]:
     """Give a command the options that commands share, in place of its parameter `common`.
 
-    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images.
+    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images. Who opens
+    no model has no task either.
     """
     groups = (
         {name: one for name, one in parameters_of(_opening).items() if name in opening},
         parameters_of(_preprocessing) if preprocessing else {},
+        parameters_of(_with_task) if opening else {},
         parameters_of(_printing),
     )
 
     def build(values: dict[str, Any]) -> Common:
-        opened, prepared, printed = ({name: values[name] for name in group} for group in groups)
+        opened, prepared, task, printed = ({name: values[name] for name in group} for group in groups)
         how = {**_opening(**opened), "preprocessing": _preprocessing(**prepared)}
-        return Common(how, **_printing(**printed))
+        return Common(how, **_printing(**printed), task_file=_with_task(**task))
 
     return takes("common", {name: one for group in groups for name, one in group.items()}, build)
 

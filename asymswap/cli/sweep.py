@@ -84,7 +84,7 @@ def sweep(
             evaluate,
             budgets=budgets or BUDGETS,
             measure=measure,
-            calibration=calibration_of(calibration, seed, ALONE),
+            calibration=calibration_of(calibration, seed, ALONE, common.task),
             tolerance=tolerance / 100,
             known=known,
             on_point=write,
