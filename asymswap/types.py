@@ -5,12 +5,38 @@ Sizes are (height, width) in pixels, kernels (height, width) in taps; `MACS` say
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Size = tuple[int, int]
+
+
+class Shown:
+    """A result that shows itself: `str` is what the command line prints, `repr` one line; a notebook gets HTML.
+
+    These floors know nothing of drawing: what does it is loaded by its name when it is needed.
+    """
+
+    def __init_subclass__(cls) -> None:
+        # A dataclass leaves a method alone that the class itself has.
+        cls.__repr__ = Shown.__repr__  # type: ignore[method-assign]
+
+    def __str__(self) -> str:
+        return str(_views().to_text(self))
+
+    def __repr__(self) -> str:
+        return str(_views().to_line(self))
+
+    def _repr_html_(self) -> str:
+        return str(_views().to_fragment(self))
+
+
+def _views() -> Any:
+    return importlib.import_module("asymswap.reporting.views")
+
 
 MACS = (
     "One MAC is one multiply-add of a convolution, a linear layer or a matrix product, in one forward pass in eval "
@@ -188,7 +214,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """The decision for every site of a model: data that can be written, edited and replayed."""
 
     __pydantic_config__: ClassVar = STRICT

@@ -16,7 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +45,21 @@ from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results.convert import AccuracyRow, CalibrationRow, FileRow, ModelRow, OutputChange, Report, SiteRow
 from asymswap.results.records import read_provenance, read_report, to_json
-from asymswap.types import Cost, Keep, Plan, Progress, Site, Swap, silent
+from asymswap.types import Cost, Keep, Plan, Progress, Shown, Site, Swap, silent
 from asymswap.utils.files import check_output, write_text
 from asymswap.utils.inputs import Inputs, portions, probe
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
 @dataclass
-class Conversion:
+class Conversion(Shown):
     """A converted model, the plan that made it, and the report; `save` writes it."""
 
     model: nn.Module
     plan: Plan
     report: Report
-    header: Header = field(repr=False)
-    base: nn.Module | None = field(default=None, repr=False)  # the unconverted model, if only the user's code builds it
+    header: Header
+    base: nn.Module | None = None  # the unconverted model, if only the user's code builds it
 
 
 def plan(

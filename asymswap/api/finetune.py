@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,20 @@ from asymswap.training.config import Callback, Training
 from asymswap.training.distillation import Objective, find_teacher
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
+from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
 from asymswap.utils.tensors import deep_copy
 
 
 @dataclass
-class FineTuned:
+class FineTuned(Shown):
     """The fine-tuned model, in eval mode, with the report and the header for its checkpoint."""
 
     model: nn.Module
     report: TrainingReport
-    header: Header = field(repr=False)
-    base: nn.Module | None = field(default=None, repr=False)
+    header: Header
+    base: nn.Module | None = None
 
 
 def finetune(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,19 +21,19 @@ from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
-from asymswap.types import Progress, silent
+from asymswap.types import Progress, Shown, silent
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import example
 
 
 @dataclass
-class Fusion:
+class Fusion(Shown):
     """A model whose replacements have been fused, and the report; `save_fused` writes it."""
 
     model: nn.Module
     report: FusionReport
-    header: Header = field(repr=False)
-    base: nn.Module | None = field(default=None, repr=False)
+    header: Header
+    base: nn.Module | None = None
 
 
 def fuse(

@@ -209,9 +209,13 @@ class Common:
         return screen.progress(self.quiet)
 
     def show(
-        self, record: T, view: Callable[[T, int], RenderableType], markdown: Callable[[T], str] | None = None
+        self,
+        record: T,
+        view: Callable[[T, int], RenderableType] | None = None,
+        markdown: Callable[[T], str] | None = None,
     ) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
+        from asymswap.reporting import views
         from asymswap.results.records import to_json
 
         if markdown is not None:
@@ -220,7 +224,7 @@ class Common:
             screen.print_json(to_json(record))
         elif not self.quiet:
             console = screen.console()
-            screen.show(view(in_flags(record), console.width), console)
+            screen.show((view or views.view)(in_flags(record), console.width), console)
 
 
 _EVERY = tuple(parameters_of(_opening))

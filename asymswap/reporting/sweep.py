@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from rich.console import RenderableType
-
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
-from asymswap.reporting.tables import Column, Table, bold, document, screen
+from asymswap.reporting.tables import Column, Screen, Table, bold, document, screen
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Cost
 
@@ -68,7 +66,7 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     return lines
 
 
-def sweep_view(sweep: Tradeoff) -> RenderableType:
+def sweep_view(sweep: Tradeoff) -> Screen:
     """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
     title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"

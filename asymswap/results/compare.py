@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asymswap.results.benchmark import BenchmarkedModel
-from asymswap.types import Fed, Ratio, Seconds
+from asymswap.types import Fed, Ratio, Seconds, Shown
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TimingRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Models compared with the first of them.
 
     `outputs_on` names the inputs on which outputs were compared, `data` the images on which accuracy was measured.

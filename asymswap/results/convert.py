@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from asymswap.types import Cost, Fed
+from asymswap.types import Cost, Fed, Shown
 
 _NOTHING = Cost(0, 0)
 
@@ -112,7 +112,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """Everything about a conversion.
 
     `rest` is the cost outside of the sites: the totals are the sums of the rows and it. Each format shows `warnings`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asymswap.types import Fed
+from asymswap.types import Fed, Shown
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelScores:
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(Shown):
     """All models on the same images, without the `unreadable` ones."""
 
     data: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asymswap.results.records import plain
-from asymswap.types import Cost, Fed
+from asymswap.types import Cost, Fed, Shown
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(Shown):
     """A sweep: the original network, and the points measured so far.
 
     Budgets are fractions of the `measure`, `macs` or `params`; `tolerance` is the accuracy that may be lost, as a
