@@ -15,6 +15,7 @@ import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
+from asymswap.api.progress import shows_progress
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
 from asymswap.data.predict import check_classifier, placement
@@ -26,11 +27,12 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import Accuracy, ComparedRow, Comparison, OutputGap, TimingRow
-from asymswap.types import Progress, silent
+from asymswap.types import Progress
 from asymswap.utils.inputs import Inputs, probe
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 
 
+@shows_progress
 def compare(
     models: Sequence[Model],
     *,
@@ -40,7 +42,7 @@ def compare(
     seed: int = 0,
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Comparison:
     """Compare two or more models: costs, latency, outputs and accuracy; none of them is changed.
 
@@ -48,6 +50,7 @@ def compare(
     with its own preprocessing; without `data`, outputs are compared on random inputs. Latency is measured by `timing`,
     if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:

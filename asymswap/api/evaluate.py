@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from asymswap.api.progress import shows_progress
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
 from asymswap.data.normalization import all_warnings, settle
 from asymswap.data.predict import Predictions, check_class_names, known_classes, predict, published_classes
@@ -19,12 +20,13 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.evaluate import AgainstFirst, ClassRow, ConfusionRow, EvaluationReport, ModelScores
 from asymswap.results.records import read_history
-from asymswap.types import Preprocessing, Progress, silent
+from asymswap.types import Preprocessing, Progress
 from asymswap.utils.tensors import deep_copy
 
 PARTS = ("test", "validation", "train")
 
 
+@shows_progress
 def evaluate(
     models: Model | Sequence[Model],
     data: str,
@@ -40,7 +42,7 @@ def evaluate(
     device: str | None = None,
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> EvaluationReport:
     """Measure one classifier or several on the test, validation or train part of data.
 
@@ -48,6 +50,7 @@ def evaluate(
     images in its own preprocessing. Images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("`batch_size=…` must be above 0, `confusions=…` and `workers=…` at least 0")

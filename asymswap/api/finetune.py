@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asymswap.api.progress import shows_progress
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.batches import presets_for
@@ -45,6 +46,7 @@ class FineTuned(Shown):
     base: nn.Module | None = None
 
 
+@shows_progress
 def finetune(
     model: Model,
     data: str,
@@ -59,12 +61,14 @@ def finetune(
     preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
     callback: Callback | None = None,
+    progress: Any = True,
 ) -> FineTuned:
     """Train a converted model, or any other classifier, on a data reference; the given model is not changed.
 
     `output` is the checkpoint that is written at the end, `run` the folder of what is needed to go on after an
     interruption, by default beside it; with neither nothing is written. `resume` goes on where a run is, and begins
-    where there is none. In a `team` all processes must call alike. Raises AsymswapError, with a one-line reason, for
+    where there is none. In a `team` all processes must call alike. `callback` sees the run instead of the person at the
+    terminal or notebook, to whom nothing is shown without `progress`. Raises AsymswapError, with a one-line reason, for
     what cannot be done.
     """
     start, settings = time.perf_counter(), training or Training()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from asymswap.api.progress import shows_progress
 from asymswap.calibration.calibrate import some_inputs
 from asymswap.checkpoint import Header, save_state
 from asymswap.data.normalization import fed_of, feeding_of
@@ -21,7 +22,7 @@ from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
-from asymswap.types import Progress, Shown, silent
+from asymswap.types import Progress, Shown
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import example
 
@@ -36,6 +37,7 @@ class Fusion(Shown):
     base: nn.Module | None = None
 
 
+@shows_progress
 def fuse(
     model: Model,
     *,
@@ -44,7 +46,7 @@ def fuse(
     data: str | None = None,
     seed: int = 0,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
@@ -53,6 +55,7 @@ def fuse(
     which changes the function; the report has the difference. Raises AsymswapError where nothing can be fused, the
     model is in train mode, or the fused model does not compute the same.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     opened = open_for_verb(model, progress, preprocessing=preprocessing)
     converted, label = opened.model, opened.reference
     original = original_of(opened)

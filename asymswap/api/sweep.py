@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymswap.api.convert import SAME_IMAGES
+from asymswap.api.progress import shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
@@ -26,12 +27,13 @@ from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Progress, silent
+from asymswap.types import Progress
 
 Measure = Literal["macs", "params"]
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
+@shows_progress
 def sweep(
     model: Model,
     recipes: Sequence[str | Path],
@@ -45,7 +47,7 @@ def sweep(
     on_point: Callable[[Tradeoff], None] = lambda _: None,
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure the accuracy.
 
@@ -54,6 +56,7 @@ def sweep(
     each point; `known`, a sweep with the same settings, is resumed. The other options are those of `asymswap.convert`.
     A budget that a recipe cannot reach is a point with the reason. Raises AsymswapError for everything else.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]
     if wrong or not budgets:

@@ -65,7 +65,7 @@ def convert(
 
     Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
     """
-    from asymswap.cli import screen
+    from asymswap.api.progress import bars
     from asymswap.errors import AsymswapError, OutputError
     from asymswap.reporting.convert import check_suffix
     from asymswap.utils.distributed import joined
@@ -91,7 +91,7 @@ def convert(
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
-    with joined() as team, screen.progress(common.quiet or not team.leads) as step:
+    with joined() as team, bars(common.quiet or not team.leads) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
 

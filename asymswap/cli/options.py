@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from asymswap.api.progress import bars
 from asymswap.cli import screen
 from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import Command, opt, parameters_of, takes
@@ -206,7 +207,7 @@ class Common:
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress while a block runs."""
-        return screen.progress(self.quiet)
+        return bars(self.quiet)
 
     def show(
         self,
