@@ -17,25 +17,27 @@ Size = tuple[int, int]
 class Shown:
     """A result that shows itself: `str` is what the command line prints, `repr` one line; a notebook gets HTML.
 
-    These floors know nothing of drawing: what does it is loaded by its name when it is needed.
+    `view` names the function of `asymswap.reporting` that draws it, loaded when it is needed: these floors cannot draw.
+    Without one, the result's `report` is shown.
     """
 
-    def __init_subclass__(cls) -> None:
+    _view = ""
+
+    def __init_subclass__(cls, view: str = "") -> None:
         # A dataclass leaves a method alone that the class itself has.
-        cls.__repr__ = Shown.__repr__  # type: ignore[method-assign]
+        cls._view, cls.__repr__ = view, Shown.__repr__  # type: ignore[method-assign]
+
+    def _as(self, form: str) -> str:
+        return str(getattr(importlib.import_module("asymswap.reporting.views"), form)(self))
 
     def __str__(self) -> str:
-        return str(_views().to_text(self))
+        return self._as("to_text")
 
     def __repr__(self) -> str:
-        return str(_views().to_line(self))
+        return self._as("to_line")
 
     def _repr_html_(self) -> str:
-        return str(_views().to_fragment(self))
-
-
-def _views() -> Any:
-    return importlib.import_module("asymswap.reporting.views")
+        return self._as("to_fragment")
 
 
 MACS = (
@@ -214,7 +216,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Plan(Shown):
+class Plan(Shown, view="screens.plan_view"):
     """The decision for every site of a model: data that can be written, edited and replayed."""
 
     __pydantic_config__: ClassVar = STRICT

@@ -153,23 +153,17 @@ def _preprocessing(
     return None if options == PreprocessingOptions() else options
 
 
-def _with_task(
+def _further(
     task: Annotated[
         Path | None,
-        opt("Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.", IMAGES),
+        opt("Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.", "Task"),
     ] = None,
-) -> Path | None:
-    """Return the file of a task."""
-    return task
-
-
-def _printing(
     json: Annotated[bool, opt("Print JSON instead of tables.", None, "--json")] = False,
     quiet: Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")] = False,
     debug: Annotated[bool, opt("Show the traceback of an error.", None, "--debug")] = False,
-) -> dict[str, bool]:
-    """Return what a command prints."""
-    return {"json": json, "quiet": quiet}
+) -> dict[str, Any]:
+    """Return the file of a task, and what a command prints."""
+    return {"task_file": task, "json": json, "quiet": quiet}
 
 
 @dataclass(frozen=True)
@@ -240,14 +234,13 @@ def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) 
     groups = (
         {name: one for name, one in parameters_of(_opening).items() if name in opening},
         parameters_of(_preprocessing) if preprocessing else {},
-        parameters_of(_with_task) if opening else {},
-        parameters_of(_printing),
+        {name: one for name, one in parameters_of(_further).items() if opening or name != "task"},
     )
 
     def build(values: dict[str, Any]) -> Common:
-        opened, prepared, task, printed = ({name: values[name] for name in group} for group in groups)
+        opened, prepared, further = ({name: values[name] for name in group} for group in groups)
         how = {**_opening(**opened), "preprocessing": _preprocessing(**prepared)}
-        return Common(how, **_printing(**printed), task_file=_with_task(**task))
+        return Common(how, **_further(**further))
 
     return takes("common", {name: one for group in groups for name, one in group.items()}, build)
 

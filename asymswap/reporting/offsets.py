@@ -18,7 +18,7 @@ _DOT = "\N{MIDDLE DOT}"
 _ARROWS = "→↘↓↙←↖↑↗"
 
 
-def offsets_view(report: OffsetReport) -> Screen:
+def offsets_view(report: OffsetReport, width: int | None = None) -> Screen:
     """Return a row for each layer with an arrow for each tap, and the layers in which nothing has moved."""
     columns = (
         Column("Layer", attrgetter("site"), side="fold"),
@@ -36,7 +36,7 @@ def offsets_view(report: OffsetReport) -> Screen:
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     title = f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can"
-    return screen(title, report.warnings, Table(columns, report.rows), fine_print=lines)
+    return screen(title, report.warnings, Table(columns, report.rows), fine_print=lines, width=width)
 
 
 def arrows(row: OffsetRow) -> list[str]:

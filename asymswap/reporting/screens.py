@@ -75,7 +75,7 @@ def _classes(report: EvaluationReport) -> Table:
     return Table(columns, rows)
 
 
-def training_view(report: TrainingReport) -> Screen:
+def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     """Return scores before and after, what was trained on what, and the files."""
     kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
     length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
@@ -100,7 +100,7 @@ def training_view(report: TrainingReport) -> Screen:
     lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
     lines.append(f"Time: {report.seconds:.1f} s.")
     title = f"{report.model}: trained for {length}; {kept}"
-    return screen(title, report.warnings, Table(columns, rows), fine_print=lines)
+    return screen(title, report.warnings, Table(columns, rows), fine_print=lines, width=width)
 
 
 def epoch_line(row: EpochRow, epochs: int) -> str:
@@ -117,7 +117,7 @@ def step_words(row: StepRow) -> str:
     return f"loss {row.train.loss:.3f}  top-1 {100 * row.train.top1:.1f} %  {row.images_per_second:.0f} img/s"
 
 
-def fusion_view(report: FusionReport) -> Screen:
+def fusion_view(report: FusionReport, width: int | None = None) -> Screen:
     """Return what was fused, what was left and why, and how the outputs compare."""
     before, after = report.before, report.after
     costs = [Change("MACs", before.macs, after.macs), Change("parameters", before.params, after.params)]
@@ -134,10 +134,10 @@ def fusion_view(report: FusionReport) -> Screen:
     ]
     fused = sum(row.outcome != "left" for row in report.sites)
     title = f"{report.model}: {fused} of {len(report.sites)} replacements fused"
-    return screen(title, report.warnings, changes(costs), done, fine_print=lines)
+    return screen(title, report.warnings, changes(costs), done, fine_print=lines, width=width)
 
 
-def export_view(report: ExportReport) -> Screen:
+def export_view(report: ExportReport, width: int | None = None) -> Screen:
     """Return the file, which of its sizes may vary, and the differences from PyTorch."""
     table = facts(
         [
@@ -149,7 +149,7 @@ def export_view(report: ExportReport) -> Screen:
             *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
         ]
     )
-    return screen(f"{report.model} exported", report.warnings, table)
+    return screen(f"{report.model} exported", report.warnings, table, width=width)
 
 
 def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
@@ -162,11 +162,11 @@ def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
     return f"{len(plan['swaps'])} convs swapped, {len(plan['keeps'])} kept", Table(columns, plan["swaps"])
 
 
-def plan_view(plan: Plan) -> Screen:
+def plan_view(plan: Plan, width: int | None = None) -> Screen:
     """Return the swaps of a plan, and what it keeps and why."""
     title, table = _plan_table(plain(plan))
     kept = kept_lines((keep.site, keep.reason) for keep in plan.keeps)
-    return screen(title, (), table, ["Kept: " + "; ".join(kept)] if kept else [])
+    return screen(title, (), table, ["Kept: " + "; ".join(kept)] if kept else [], width=width)
 
 
 def show_view(path: str, header: Mapping[str, Any]) -> Screen:

@@ -66,11 +66,11 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     return lines
 
 
-def sweep_view(sweep: Tradeoff) -> Screen:
+def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
     """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
     title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"
-    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep))
+    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep), width=width)
 
 
 def to_markdown(sweep: Tradeoff) -> str:

@@ -50,6 +50,11 @@ class Table:
     gap: int = 2  # blanks between the columns in a terminal
 
     @property
+    def cards(self) -> bool:
+        """True if the rows are figures before and after, which a page draws as cards."""
+        return any(isinstance(row, Change) for row in self.rows)
+
+    @property
     def named_by(self) -> Column:
         """The column that names the rows."""
         return next((column for column in self.columns if column.side == "fold"), self.columns[0])

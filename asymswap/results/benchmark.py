@@ -83,7 +83,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Benchmark(Shown):
+class Benchmark(Shown, view="benchmark.benchmark_view"):
     """Everything that was measured, in `rounds` rounds, while other programs kept `others` cores busy."""
 
     asymswap: str

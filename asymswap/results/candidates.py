@@ -10,7 +10,7 @@ from asymswap.types import Candidate, Cost, Shown
 
 
 @dataclass(frozen=True)
-class Candidates(Shown):
+class Candidates(Shown, view="candidates.candidates_view"):
     """Every Conv2d of a model, what could be saved at it, and what the candidates hold of the model's cost."""
 
     reference: str

@@ -58,7 +58,7 @@ class TimingRow:
 
 
 @dataclass(frozen=True)
-class Comparison(Shown):
+class Comparison(Shown, view="compare.comparison_view"):
     """Models compared with the first of them.
 
     `outputs_on` names the inputs on which outputs were compared, `data` the images on which accuracy was measured.

@@ -112,7 +112,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Report(Shown):
+class Report(Shown, view="convert.report_view"):
     """Everything about a conversion.
 
     `rest` is the cost outside of the sites: the totals are the sums of the rows and it. Each format shows `warnings`

@@ -61,7 +61,7 @@ class ModelScores:
 
 
 @dataclass(frozen=True)
-class EvaluationReport(Shown):
+class EvaluationReport(Shown, view="screens.evaluation_view"):
     """All models on the same images, without the `unreadable` ones."""
 
     data: str

@@ -19,7 +19,7 @@ class FusionRow:
 
 
 @dataclass(frozen=True)
-class FusionReport(Shown):
+class FusionReport(Shown, view="screens.fusion_view"):
     """Costs of the converted and the fused model, and the difference of their outputs on `probe`.
 
     `as_original`: the state dict fits the unconverted model again.

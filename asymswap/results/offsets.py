@@ -44,7 +44,7 @@ class OffsetRow:
 
 
 @dataclass(frozen=True)
-class OffsetReport(Shown):
+class OffsetReport(Shown, view="offsets.offsets_view"):
     """The layers of one model whose taps can move; `probe` describes the inputs."""
 
     model: str

@@ -28,7 +28,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Tradeoff(Shown):
+class Tradeoff(Shown, view="sweep.sweep_view"):
     """A sweep: the original network, and the points measured so far.
 
     Budgets are fractions of the `measure`, `macs` or `params`; `tolerance` is the accuracy that may be lost, as a

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from asymswap.cli.calibration import calibration_of
-from asymswap.cli.task import TEMPLATE
 from asymswap.data.task import FUNCTIONS, Task, read_task
 from asymswap.errors import AsymswapError, SourceError
+from asymswap.planning.recipe import shipped_folder
 from asymswap.utils.distributed import ALONE
+
+TEMPLATE = (shipped_folder() / "my_task.py").read_text(encoding="utf-8")
 
 Run = Callable[..., Any]
 Refusal = Callable[..., str]
@@ -101,10 +103,10 @@ def test_each_function_is_optional_and_helpers_are_left_alone(
         ("loss = 0.1", r"loss is a float; write a function, def loss\(outputs, batch\)$"),
         (
             "def evaluate(model, data): ...",
-            r"evaluate\(model, data\) is called as evaluate\(model\): missing a required argument: 'data'$",
+            r"evaluate is called as evaluate\(model\): missing a required argument: 'data'$",
         ),
-        ("def calibration(n): ...", r"calibration\(n\) is called as calibration\(\): missing"),
-        ("def loss(outputs): ...", r"loss\(outputs\) is called as loss\(outputs, batch\): too many"),
+        ("def calibration(n): ...", r"calibration is called as calibration\(\): missing"),
+        ("def loss(outputs): ...", r"loss is called as loss\(outputs, batch\): too many"),
         ("def loss(o, b): ...\nLOWER_IS_BETTER = 5", r"LOWER_IS_BETTER is 5; give names of your metric"),
         ("1 / 0", r"cannot run .*my_task\.py of '.*my_task\.py': ZeroDivisionError: division by zero"),
         ("def loss(:", r"cannot run .*my_task\.py of .*: SyntaxError"),
