@@ -67,11 +67,11 @@ def visible(text: str) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
+def near_names(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return which of `known` are close to `name`, as `"; did you mean a, b?"`; empty if none is."""
     # A much longer text is no typing mistake, and slow to compare.
     near = [other for other in known if len(other) <= _LONGEST_NAME]
-    close = difflib.get_close_matches(name, near, n=3, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
+    close = difflib.get_close_matches(name, near, n=3, cutoff=cutoff) if len(name) <= _LONGEST_NAME else []
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels, kernels (height, width) in taps; `MACS` say
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,33 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 Size = tuple[int, int]
+
+
+class Shown:
+    """A result that shows itself: `str` is what the command line prints, `repr` one line; a notebook gets HTML.
+
+    `view` names the function of `asymswap.reporting` that draws it, loaded when it is needed: these floors cannot draw.
+    Without one, the result's `report` is shown.
+    """
+
+    _view = ""
+
+    def __init_subclass__(cls, view: str = "") -> None:
+        # A dataclass leaves a method alone that the class itself has.
+        cls._view, cls.__repr__ = view, Shown.__repr__  # type: ignore[method-assign]
+
+    def _as(self, form: str) -> str:
+        return str(getattr(importlib.import_module("asymswap.reporting.views"), form)(self))
+
+    def __str__(self) -> str:
+        return self._as("to_text")
+
+    def __repr__(self) -> str:
+        return self._as("to_line")
+
+    def _repr_html_(self) -> str:
+        return self._as("to_fragment")
+
 
 MACS = (
     "One MAC is one multiply-add of a convolution, a linear layer or a matrix product, in one forward pass in eval "
@@ -189,7 +217,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown, view="screens.plan_view"):
     """The decision for every site of a model: data that can be written, edited and replayed."""
 
     __pydantic_config__: ClassVar = STRICT

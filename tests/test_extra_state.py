@@ -106,7 +106,7 @@ def test_a_state_dict_of_such_a_network_fills_an_architecture(tmp_path: Path, mo
     ):
         path = tmp_path / f"{number}.pt"
         torch.save(stored, path)
-        opened = open_model(path, arch=f"{tmp_path}/extra_net.py:Net", trust_code=True, input_size=SIZE)
+        opened = open_model(path, arch=f"{tmp_path}/extra_net.py:Net", input_size=SIZE)
         assert opened.model.scale.kept == kept
         assert note is None or any(told.startswith(note) for told in opened.notes)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import asymswap
+from asymswap.api.progress import shows_progress
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.measure.latency import (
     Bystanders,
@@ -45,6 +46,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 FORMATS: tuple[MemoryFormat, ...] = ("channels-last", "contiguous")
 
 
+@shows_progress
 def benchmark(
     models: Sequence[Model],
     *,
@@ -58,7 +60,7 @@ def benchmark(
     layers: bool = True,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Benchmark:
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
 
@@ -67,6 +69,7 @@ def benchmark(
     name with the first one are timed too, in the first setting of eager PyTorch. A combination that cannot be run has
     the reason in its row. Raises AsymswapError where a model cannot be opened, and where nothing can be run.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     if dtype is not None:
         check_choice("the dtype", dtype, get_args(Dtype))
     settings = _settings(runtimes, batches, threads or (torch.get_num_threads(),), memory_formats)

@@ -16,6 +16,7 @@ import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
+from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import LabelledImages, open_data
 from asymswap.data.metrics import Evaluator, check_same, evaluator_of, paired_kind
@@ -30,11 +31,12 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
-from asymswap.types import Progress, silent
+from asymswap.types import Progress
 from asymswap.utils.inputs import Inputs, placed
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 
 
+@shows_progress
 def compare(
     models: Sequence[Model],
     *,
@@ -47,7 +49,7 @@ def compare(
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Comparison:
     """Compare two or more models: costs, latency, outputs and scores; none of them is changed.
 
@@ -56,6 +58,7 @@ def compare(
     outputs are compared too, each model with its own preprocessing; otherwise on random inputs. Latency is measured by
     `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
     if images is not None and images < 1:

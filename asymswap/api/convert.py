@@ -4,8 +4,10 @@ A model is a reference (`"resnet18"`), a file, an `nn.Module`, or the result of 
 it is never changed. Options of several verbs:
 
 - `input_size`, `preprocessing`: as those of `open_model`;
-- `overrides`: changes to the recipe: `{"order": "vertical-first", "budget.macs": 0.4}`;
-- `progress`: called with the name of a stage, the steps done and the steps in all.
+- `macs`, `params`, `latency`: the recipe's budget, as a fraction of the model's own; one of them;
+- `overrides`: further changes to the recipe: `{"order": "vertical-first", "budget.max_error": 0.1}`;
+- `progress`: bars in a terminal and a notebook by default; False shows nothing, a function is called with the name of a
+  stage, the steps done and the steps in all.
 
 All raise AsymswapError, with a one-line reason, for what cannot be done.
 """
@@ -16,7 +18,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import nn
 
 import asymswap
 from asymswap import replacements
+from asymswap.api.progress import shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
 from asymswap.calibration.config import Calibration
@@ -36,11 +39,11 @@ from asymswap.errors import AsymswapError, CheckpointError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.models.opened import sizes_assumed
-from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
+from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
-from asymswap.planning.recipe import Recipe, parse_recipe, read_recipe_text
+from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results.convert import (
@@ -54,43 +57,54 @@ from asymswap.results.convert import (
     SiteRow,
 )
 from asymswap.results.records import read_provenance, read_report, to_json
-from asymswap.types import Cost, Keep, Plan, Progress, Site, Swap, silent
+from asymswap.types import Cost, Keep, Plan, Progress, Shown, Site, Swap
 from asymswap.utils.files import check_output, write_text
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
 @dataclass
-class Conversion:
+class Conversion(Shown):
     """A converted model, the plan that made it, and the report; `save` writes it."""
 
     model: nn.Module
     plan: Plan
     report: Report
-    header: Header = field(repr=False)
+    header: Header
+    base: nn.Module | None = None  # the unconverted model, if only the user's code builds it
 
 
+@shows_progress
 def plan(
     model: Model,
     recipe: str | Path,
     *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Plan:
     """Return what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
+    assert callable(progress)  # `shows_progress` makes it one
+    overrides = _with_budget(overrides, macs=macs, params=params, latency=latency)
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
     opened = open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs)
     check_finite(opened)
     return Session(opened).plan(parsed, progress)[0]
 
 
+@shows_progress
 def convert(
     model: Model,
     recipe: str | Path | None = None,
     *,
     plan: Plan | str | bytes | Mapping[str, Any] | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     input_size: tuple[int, ...] | None = None,
@@ -101,7 +115,7 @@ def convert(
     timing: Timing | None = None,
     allow_drift: bool = False,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Conversion:
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
@@ -112,8 +126,12 @@ def convert(
     Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
     `allow_drift`.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
+    overrides = _with_budget(overrides, macs=macs, params=params, latency=latency)
+    if plan is not None and overrides:
+        raise AsymswapError("a plan is settled: `overrides=…` and budgets go with a recipe; edit the plan instead")
     requested: Recipe | Plan
     name, text, budget = "a plan", "", None
     if recipe is None:
@@ -152,7 +170,7 @@ def convert(
     if calibration is not None:
         classes = None if evaluator is None else evaluator.classes
         session.gather(session.sites_of([requested]), classes, progress)
-    settled, latency = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
+    settled, timed = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
     if isinstance(requested, Recipe):
         check_not_empty(settled, requested)
     converted = session.apply(settled, progress)
@@ -177,7 +195,7 @@ def convert(
             clock.stop("evaluate")
         return replace(
             report,
-            latency=latency,
+            latency=timed,
             calibration=calibrated,
             accuracy=scores,
             agreement=agreement,
@@ -196,7 +214,18 @@ def convert(
         "report": to_json(replace(report, seconds={})),
     }
     header = replace(opened.header(), plans=(*opened.plans, settled), provenance=provenance)
-    return Conversion(converted.model, settled, report, header)
+    return Conversion(converted.model, settled, report, header, base_of(opened))
+
+
+def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | None) -> dict[str, Any]:
+    """Return the overrides with the budget that is given; raise AsymswapError where two are."""
+    given = {f"budget.{measure}": value for measure, value in budgets.items() if value is not None}
+    every = [*(overrides or {}).items(), *given.items()]
+    asked = {(key, value) for key, value in every if key.startswith("budget.") and key[7:] in BUDGETS}
+    if len(asked) > 1:
+        named = " and ".join(f"`{key[7:]}={value}`" for key, value in sorted(asked))
+        raise AsymswapError(f"a recipe has one budget, and {named} are two; give one of them")
+    return dict(every)
 
 
 def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Report:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
 from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
@@ -30,12 +31,13 @@ from asymswap.results.evaluate import (
     ModelScores,
 )
 from asymswap.results.records import read_history
-from asymswap.types import Preprocessing, Progress, silent
+from asymswap.types import Preprocessing, Progress
 from asymswap.utils.tensors import deep_copy
 
 PARTS = ("test", "validation", "train")
 
 
+@shows_progress
 def evaluate(
     models: Model | Sequence[Model],
     data: Any,
@@ -53,7 +55,7 @@ def evaluate(
     device: str | None = None,
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> EvaluationReport:
     """Measure one model or several on `data`, which is what `asymswap.convert` takes as `evaluate`.
 
@@ -63,6 +65,7 @@ def evaluate(
     `validation` and `seed`) or train; images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("`batch_size=…` must be above 0, `confusions=…` and `workers=…` at least 0")

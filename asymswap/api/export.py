@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from asymswap.api.progress import shows_progress
 from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.measure.runtimes import (
@@ -31,7 +32,7 @@ from asymswap.models.opening import Model, open_for_verb, original_of
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
-from asymswap.types import Progress, silent
+from asymswap.types import Progress
 from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, sizes
 from asymswap.utils.tensors import deep_copy, map_tensors
@@ -44,6 +45,7 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
 }
 
 
+@shows_progress
 def export(
     model: Model,
     path: str | Path,
@@ -54,7 +56,7 @@ def export(
     force: bool = False,
     seed: int = 0,
     example_inputs: Any = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> ExportReport:
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
@@ -62,6 +64,7 @@ def export(
     may have any size, with `dynamic_size` height and width too. Raises AsymswapError where the model cannot be
     exported, or the file computes something else.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     path = Path(path)
     by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes}
     form = form or by_suffix.get(path.suffix)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from asymswap.api.progress import shows_progress
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.batches import presets_for
@@ -20,7 +21,7 @@ from asymswap.data.normalization import settle
 from asymswap.data.predict import check_class_names, check_classifier, known_classes
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
-from asymswap.models.opening import Model, open_for_verb, save_checkpoint, versions
+from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
@@ -29,20 +30,23 @@ from asymswap.training.config import Callback, Training
 from asymswap.training.distillation import Objective, find_teacher
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
+from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
 from asymswap.utils.tensors import deep_copy
 
 
 @dataclass
-class FineTuned:
+class FineTuned(Shown):
     """The fine-tuned model, in eval mode, with the report and the header for its checkpoint."""
 
     model: nn.Module
     report: TrainingReport
-    header: Header = field(repr=False)
+    header: Header
+    base: nn.Module | None = None
 
 
+@shows_progress
 def finetune(
     model: Model,
     data: str,
@@ -57,12 +61,14 @@ def finetune(
     preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
     callback: Callback | None = None,
+    progress: Any = True,
 ) -> FineTuned:
     """Train a converted model, or any other classifier, on a data reference; the given model is not changed.
 
     `output` is the checkpoint that is written at the end, `run` the folder of what is needed to go on after an
     interruption, by default beside it; with neither nothing is written. `resume` goes on where a run is, and begins
-    where there is none. In a `team` all processes must call alike. Raises AsymswapError, with a one-line reason, for
+    where there is none. In a `team` all processes must call alike. `callback` sees the run instead of the person at the
+    terminal or notebook, to whom nothing is shown without `progress`. Raises AsymswapError, with a one-line reason, for
     what cannot be done.
     """
     start, settings = time.perf_counter(), training or Training()
@@ -172,7 +178,7 @@ def finetune(
         fed=feeding.fed,
         warnings=feeding.warnings,
     )
-    return FineTuned(result, report, header(progress))
+    return FineTuned(result, report, header(progress), base_of(opened))
 
 
 def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:

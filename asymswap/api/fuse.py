@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from asymswap.api.progress import shows_progress
 from asymswap.calibration.calibrate import some_inputs
 from asymswap.checkpoint import Header, save_state
 from asymswap.data.normalization import fed_of, settle
@@ -16,25 +17,27 @@ from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
-from asymswap.models.opening import Model, open_for_verb, original_of, save_checkpoint
+from asymswap.models.opening import Model, base_of, open_for_verb, original_of, save_checkpoint
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
-from asymswap.types import Progress, silent
+from asymswap.types import Progress, Shown
 from asymswap.utils.files import check_output
 
 
 @dataclass
-class Fusion:
+class Fusion(Shown):
     """A model whose replacements have been fused, and the report; `save_fused` writes it."""
 
     model: nn.Module
     report: FusionReport
-    header: Header = field(repr=False)
+    header: Header
+    base: nn.Module | None = None
 
 
+@shows_progress
 def fuse(
     model: Model,
     *,
@@ -44,7 +47,7 @@ def fuse(
     seed: int = 0,
     preprocessing: PreprocessingOptions | None = None,
     example_inputs: Any = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
@@ -53,6 +56,7 @@ def fuse(
     which changes the function; the report has the difference. Raises AsymswapError where nothing can be fused, the
     model is in train mode, or the fused model does not compute the same.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     opened = open_for_verb(model, progress, preprocessing=preprocessing, example_inputs=example_inputs)
     converted, label = opened.model, opened.reference
     original = original_of(opened)
@@ -86,7 +90,7 @@ def fuse(
     )
     provenance = {**opened.provenance, "fused": plain(report)}
     header = replace(opened.header(), plans=fused.plans, provenance=provenance)
-    return Fusion(fused.model, report, header)
+    return Fusion(fused.model, report, header, base_of(opened))
 
 
 def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:

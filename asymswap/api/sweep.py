@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymswap.api.convert import SAME_IMAGES
+from asymswap.api.progress import shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.agreement import Against
 from asymswap.calibration.calibrate import fed_on, options_of
@@ -28,7 +29,7 @@ from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Patches, Progress, silent
+from asymswap.types import Patches, Progress
 
 Measure = Literal["macs", "params"]
 TOLERANCES = {"%": 1.0, "dB": 0.1}
@@ -36,6 +37,7 @@ TOLERANCES = {"%": 1.0, "dB": 0.1}
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
+@shows_progress
 def sweep(
     model: Model,
     recipes: Sequence[str | Path],
@@ -51,7 +53,7 @@ def sweep(
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure each.
 
@@ -62,6 +64,7 @@ def sweep(
     the same settings, is resumed. The other options are those of `asymswap.convert`. A budget that a recipe cannot
     reach is a point with the reason. Raises AsymswapError for everything else.
     """
+    assert callable(progress)  # `shows_progress` makes it one
     check_choice("the measure", measure, get_args(Measure))
     wrong = [budget for budget in budgets if not 0 < budget < 1]
     if wrong or not budgets:

@@ -11,6 +11,7 @@ from asymswap.cli.options import parse_polish
 from asymswap.errors import AsymswapError
 
 if TYPE_CHECKING:
+    from asymswap.data.task import Task
     from asymswap.utils.distributed import Team
 
 FLAGS = {
@@ -23,16 +24,24 @@ FLAGS = {
 takes_calibration = takes_fields("calibration", Calibration, given_only=True, names=FLAGS)
 
 
-def calibration_of(values: Mapping[str, Any], seed: int, team: Team) -> Calibration | None:
+def calibration_of(values: Mapping[str, Any], seed: int, team: Team, task: Task | None = None) -> Calibration | None:
     """Return the calibration that the options of `takes_calibration` ask for; None where no data is given.
 
-    Raises AsymswapError where an option needs data.
+    The data may be that of a task. Raises AsymswapError where an option needs data, or two say which.
     """
     given = {name: value for name, value in values.items() if value is not None}
+    if task is not None:
+        if task.calibration is not None and "data" in given:
+            raise AsymswapError(f"--calibrate and calibration() of {task.path} both say what to calibrate on; give one")
+        known = {"data": task.calibration, "inputs": task.inputs}
+        given |= {name: value for name, value in known.items() if value is not None}
     if not given.keys() & {"data", "cache"}:
+        # What a task says of inputs is for other data, too.
+        given.pop("inputs", None)
         if given:
             name, value = next(iter(given.items()))
-            raise AsymswapError(f"`{name}={value}` is of calibration, which needs images: give --calibrate DATA")
+            about = f"`{name}={value}` is of calibration"
+            raise AsymswapError(f"{about}, which needs images: give --calibrate DATA, or a --task with calibration()")
         if team.size > 1:
             raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
         return None

@@ -30,10 +30,10 @@ def candidates(
         o.check_picture("--plot", plot, force)
     with common.progress() as step:
         import asymswap
-        from asymswap.reporting.candidates import candidates_view, draw
+        from asymswap.reporting.candidates import draw
 
         o.check_recipe(recipe)
         found = asymswap.candidates(common.open_model(model, step), recipe=recipe, progress=step)
     if plot is not None:
         write_bytes(plot, draw(found, plot.suffix[1:]))
-    common.show(found, candidates_view)
+    common.show(found)

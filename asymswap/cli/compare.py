@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
-from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
+from asymswap.cli.metric import EVALUATION_FORMS, agreement_on, measured_by, takes_against, takes_metric
 
 _LATENCY = "Latency"
 _OUTPUTS = "Outputs and scores"
@@ -14,12 +14,14 @@ _OUTPUTS = "Outputs and scores"
 
 @o.takes_common()
 @takes_metric
+@takes_against
 def compare(
     models: o.Models,
     data: Annotated[
         str | None, opt(f"Compare outputs and scores on {EVALUATION_FORMS}", _OUTPUTS, shown="outputs on random images")
     ] = None,
     measured: Any = None,
+    against: Any = None,
     images: Annotated[int | None, opt("Number of labelled images.", _OUTPUTS, shown="all")] = None,
     seed: Annotated[int, opt("Seed for choosing images.", _OUTPUTS)] = 0,
     latency: Annotated[bool, opt("Time all models in turn.", _LATENCY, "--latency/--no-latency")] = True,
@@ -49,10 +51,14 @@ def compare(
         if threads is not None:
             torch.set_num_threads(threads)
         check_needed(common.opening["preprocessing"], data)
-        by = measured_by("--data", data, measured)
+        unlabelled = agreement_on(data, against, common.task)
+        by: Any = {"by": unlabelled, "crop_border": 0}
+        if unlabelled is None:
+            by = measured_by("--data", data, measured, common.task)
         found = beside(
             common.open_models(models, step),
             data=by["by"],
+            against_original=unlabelled is not None,
             crop_border=by["crop_border"],
             images=images,
             timing=Timing(memory_format, batch, rounds) if latency else None,

@@ -68,7 +68,7 @@ def convert(
 
     Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
     """
-    from asymswap.cli import screen
+    from asymswap.api.progress import bars
     from asymswap.errors import AsymswapError, OutputError
     from asymswap.reporting.convert import check_suffix
     from asymswap.utils.distributed import joined
@@ -94,7 +94,7 @@ def convert(
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
 
-    with joined() as team, screen.progress(common.quiet or not team.leads) as step:
+    with joined() as team, bars(common.quiet or not team.leads) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
 
@@ -102,14 +102,14 @@ def convert(
             check_suffix(target)
         # Report mistakes in small files before a large model is read.
         o.check_recipe(recipe, overrides)
-        measured = measured_by("--evaluate", evaluate, measured)
+        measured = measured_by("--evaluate", evaluate, measured, common.task)
         replayed = None if plan is None else _read_plan(plan)
         conversion = asymswap.convert(
             common.open_model(model, step),
             recipe,
             plan=replayed,
             overrides=overrides,
-            calibration=calibration_of(calibration, seed, team),
+            calibration=calibration_of(calibration, seed, team, common.task),
             evaluate=measured["by"],
             crop_border=measured["crop_border"],
             timing=None if memory_format is None else asymswap.Timing(memory_format),

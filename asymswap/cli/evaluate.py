@@ -6,15 +6,17 @@ from typing import Annotated, Any
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
-from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
+from asymswap.cli.metric import EVALUATION_FORMS, agreement_on, measured_by, takes_against, takes_metric
 
 
 @o.takes_common()
 @takes_metric
+@takes_against
 def evaluate(
     models: o.Models,
     data: Annotated[str | None, opt(f"Measure on {EVALUATION_FORMS}", o.IMAGES, shown=False)] = None,
     measured: Any = None,
+    against: Any = None,
     part: Annotated[str, opt("test, validation (what finetune holds back) or train.", o.IMAGES)] = "test",
     validation: Annotated[
         str | None,
@@ -43,10 +45,14 @@ def evaluate(
         import asymswap
         from asymswap.reporting.screens import evaluation_view
 
-        by = measured_by("--data", data, measured, needed=True)
+        unlabelled = agreement_on(data, against, common.task)
+        by: Any = {"by": unlabelled, "crop_border": 0}
+        if unlabelled is None:
+            by = measured_by("--data", data, measured, common.task, needed=True)
         report = asymswap.evaluate(
             common.open_models(models, step),
             by["by"],
+            against_original=unlabelled is not None,
             crop_border=by["crop_border"],
             part=part,
             validation=validation,

@@ -9,7 +9,7 @@ from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_common(("arch", "arguments", "trust_code"), preprocessing=False)
+@o.takes_common(("arch", "arguments"), preprocessing=False)
 def export(
     checkpoint: o.Checkpoint,
     to: Annotated[
@@ -40,7 +40,6 @@ def export(
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with common.progress() as step:
         from asymswap.api.export import export as run
-        from asymswap.reporting.screens import export_view
 
         report = run(
             common.open_model(checkpoint, step),
@@ -51,4 +50,4 @@ def export(
             force=force,
             progress=step,
         )
-    common.show(report, lambda report, _: export_view(report))
+    common.show(report)

@@ -11,7 +11,7 @@ from asymswap.cli.fields import opt, takes_fields
 from asymswap.training.config import Training
 
 
-@o.takes_common(("arch", "arguments", "trust_code", "input_size"))
+@o.takes_common(("arch", "arguments", "input_size"))
 @takes_fields("training", Training)
 def finetune(
     checkpoint: o.Checkpoint,
@@ -35,7 +35,8 @@ def finetune(
 
     Example: asymswap finetune model.asym.pt --data photos/ --epochs 5 --distill
     """
-    from asymswap.cli import screen
+    from asymswap.api.progress import training as shown_training
+    from asymswap.cli.failures import in_flags
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output
 
@@ -48,7 +49,7 @@ def finetune(
     check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
     with (
         joined(gpus=not training["cpu"]) as team,
-        screen.training(common.quiet or common.json or not team.leads) as shown,
+        shown_training(common.quiet or common.json or not team.leads, in_flags) as shown,
     ):
         import asymswap
         from asymswap.data.batches import parse_presets

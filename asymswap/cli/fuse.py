@@ -9,7 +9,7 @@ from asymswap.cli import options as o
 from asymswap.cli.fields import opt
 
 
-@o.takes_common(("arch", "arguments", "trust_code"))
+@o.takes_common(("arch", "arguments"))
 def fuse(
     checkpoint: o.Checkpoint,
     output: Annotated[
@@ -42,7 +42,6 @@ def fuse(
         import asymswap
         from asymswap.checkpoint import check_suffix
         from asymswap.models.preprocessing import check_needed
-        from asymswap.reporting.screens import fusion_view
 
         check_suffix(target)
         check_needed(common.opening["preprocessing"], data)
@@ -50,4 +49,4 @@ def fuse(
             common.open_model(checkpoint, step), separable=separable, max_offset=max_offset, data=data, progress=step
         )
         report = asymswap.save_fused(fusion, target, as_original=as_original, force=force)
-    common.show(report, lambda report, _: fusion_view(report))
+    common.show(report)

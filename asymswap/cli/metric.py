@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from asymswap.cli.fields import opt, parameters_of, takes
+from asymswap.calibration.config import Calibration
+from asymswap.cli.fields import opt, options, parameters_of, takes
 from asymswap.cli.options import DATA_FORMS
 from asymswap.errors import AsymswapError
+
+if TYPE_CHECKING:
+    from asymswap.data.task import Task
 
 _PANEL = "Metric"
 EVALUATION_FORMS = f"{DATA_FORMS.replace(', or a', ', a')[:-1]}, pairs:INPUTS,TARGETS or masks:IMAGES,MASKS."
@@ -31,20 +35,68 @@ def _options(
 takes_metric = takes("measured", parameters_of(_options), lambda values: _options(**values))
 
 
-def measured_by(option: str, data: str | None, measured: Mapping[str, Any], needed: bool = False) -> dict[str, Any]:
-    """Return what `option` and `--metric` ask for as arguments of a verb, `by` and `crop_border`.
+def measured_by(
+    option: str, data: str | None, measured: Mapping[str, Any], task: Task | None, needed: bool = False
+) -> dict[str, Any]:
+    """Return what `option`, `--metric` and a task ask for as arguments of a verb, `by` and `crop_border`.
 
     The files of metrics are run. Raises AsymswapError where both are given, or none is although one is needed.
     """
     if data is not None and measured["metric"]:
         raise AsymswapError(f"{option} and --metric both say what to measure by; give one of them")
-    if needed and data is None and not measured["metric"]:
-        raise AsymswapError(f"give {option}, or --metric with a function of your own")
+    own = None if task is None else task.evaluate
+    if task is not None and own is not None and (data is not None or measured["metric"]):
+        given = option if data is not None else "--metric"
+        raise AsymswapError(f"{given} and evaluate() of {task.path} both say what to measure by; give one of them")
+    if needed and data is None and not measured["metric"] and own is None:
+        raise AsymswapError(f"give {option}, --metric with a function of your own, or a --task with evaluate()")
     if measured["crop_border"] and data is None:
         raise AsymswapError(f"--crop-border goes with {option} pairs:INPUTS,TARGETS; leave it out")
     by: Any = data
+    if task is not None and own is not None:
+        from asymswap.data.metrics import Metric
+
+        by = Metric(own, task.lower_is_better)
     if measured["metric"]:
         from asymswap.data.metrics import read_metric
 
         by = [read_metric(reference) for reference in measured["metric"]]
     return {"by": by, "crop_border": measured["crop_border"]}
+
+
+_UNLABELLED = {"patch", "noise", "outputs"}
+
+
+def _against(
+    against_original: Annotated[
+        bool,
+        opt(
+            "Measure how far each model agrees with the first, without labels, on what `convert` holds back of the same "
+            "--data, or of a task's calibration().",
+            _PANEL,
+            "--against-original",
+        ),
+    ] = False,
+) -> bool:
+    return against_original
+
+
+takes_against = takes(
+    "against",
+    parameters_of(_against)
+    | {name: one for name, one in options(Calibration, given_only=True).items() if name in _UNLABELLED},
+)
+
+
+def agreement_on(data: str | None, against: dict[str, Any], task: Task | None) -> Calibration | None:
+    """Return the inputs without labels on which models are to agree; None where that is not asked for."""
+    given = {name: against[name] for name in _UNLABELLED if against[name] is not None}
+    if not against["against_original"]:
+        if given:
+            raise AsymswapError(f"`{next(iter(given))}=…` goes with --against-original; leave it out")
+        return None
+    inputs = None if task is None else task.inputs
+    unlabelled = data if data is not None or task is None else task.calibration
+    if unlabelled is None:
+        raise AsymswapError("--against-original needs inputs: give --data, or a --task with calibration()")
+    return Calibration(unlabelled, inputs=inputs, **given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from asymswap.api.progress import bars
 from asymswap.cli import screen
 from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import Command, opt, parameters_of, takes
@@ -22,6 +25,7 @@ from asymswap.errors import AsymswapError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
     from asymswap.types import Progress
 
@@ -46,7 +50,8 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 _ABOUT_MODEL = (
-    "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), pkg.mod:factory, net.py:Net, or a file."
+    "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), a file, or your own code, which is run: "
+    "pkg.mod:factory, net.py:Net."
 )
 _ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are compared with the first."
 Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
@@ -77,15 +82,12 @@ def _opening(
         opt("Which state_dict of the file, such as state_dict_ema; a dotted path.", _MODEL, shown="the likeliest"),
     ] = None,
     arguments: Annotated[
-        list[str] | None, opt("key=value for the architecture's builder, such as num_classes=10.", _MODEL, "--arg")
+        list[str] | None, opt("key=value for the builder, in Python: num_classes=10, weights=None.", _MODEL, "--arg")
     ] = None,
     input_size: Annotated[str | None, opt("Size of one input, as 3x224x224.", _MODEL, "--input", shown=False)] = None,
     trust_pickle: Annotated[
         bool,
         opt("Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL, "--trust-pickle"),
-    ] = False,
-    trust_code: Annotated[
-        bool, opt("Run the Python file of a net.py:Net. It can do whatever you can.", _MODEL, "--trust-code")
     ] = False,
 ) -> dict[str, Any]:
     """Return the options of `asymswap.open_model` but the preprocessing."""
@@ -93,11 +95,10 @@ def _opening(
         "weights": weights,
         "arch": arch,
         "key": key,
-        "arguments": parse_pairs("--arg", arguments),
+        "arguments": parse_pairs("--arg", arguments, python=True),
         # With four numbers it is the size of a clip.
         "input_size": parse_size("--input", input_size, (3, 4), "channels x height x width, such as 3x224x224"),
         "trust_pickle": trust_pickle,
-        "trust_code": trust_code,
     }
 
 
@@ -152,13 +153,17 @@ def _preprocessing(
     return None if options == PreprocessingOptions() else options
 
 
-def _printing(
+def _further(
+    task: Annotated[
+        Path | None,
+        opt("Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.", "Task"),
+    ] = None,
     json: Annotated[bool, opt("Print JSON instead of tables.", None, "--json")] = False,
     quiet: Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")] = False,
     debug: Annotated[bool, opt("Show the traceback of an error.", None, "--debug")] = False,
-) -> dict[str, bool]:
-    """Return what a command prints."""
-    return {"json": json, "quiet": quiet}
+) -> dict[str, Any]:
+    """Return the file of a task, and what a command prints."""
+    return {"task_file": task, "json": json, "quiet": quiet}
 
 
 @dataclass(frozen=True)
@@ -168,18 +173,36 @@ class Common:
     opening: Mapping[str, Any]
     json: bool
     quiet: bool
+    task_file: Path | None = None
+
+    @functools.cached_property
+    def task(self) -> Task | None:
+        """The functions of the task file, which is run when they are first asked for."""
+        from asymswap.data.task import read_task
+
+        return None if self.task_file is None else read_task(self.task_file)
 
     def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
         """Open the model of a command, for the verb that gets it."""
         from asymswap.models import opening
 
-        return opening.open_model(str(model), progress=step, **self.opening).hand_over()
+        return self._with_example(opening.open_model(str(model), progress=step, **self.opening)).hand_over()
 
     def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
         """Open several models, all of them before the verb begins."""
         from asymswap.models import opening
 
-        return [opened.hand_over() for opened in opening.open_models(models, progress=step, **self.opening)]
+        every = opening.open_models(models, progress=step, **self.opening)
+        return [self._with_example(opened).hand_over() for opened in every]
+
+    def _with_example(self, opened: OpenedModel) -> OpenedModel:
+        """Return the model with the first sample of a task's calibration() as its example."""
+        if self.task is None or self.task.calibration is None:
+            return opened
+        from asymswap.data.inputs import settle_on
+        from asymswap.types import UserData
+
+        return settle_on(opened, UserData(self.task.calibration, self.task.inputs))[0]
 
     def check_form(self, markdown: bool) -> None:
         """Raise AsymswapError where both JSON and Markdown are asked for."""
@@ -188,12 +211,16 @@ class Common:
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress while a block runs."""
-        return screen.progress(self.quiet)
+        return bars(self.quiet)
 
     def show(
-        self, record: T, view: Callable[[T, int], RenderableType], markdown: Callable[[T], str] | None = None
+        self,
+        record: T,
+        view: Callable[[T, int], RenderableType] | None = None,
+        markdown: Callable[[T], str] | None = None,
     ) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
+        from asymswap.reporting import views
         from asymswap.results.records import to_json
 
         if markdown is not None:
@@ -202,7 +229,7 @@ class Common:
             screen.print_json(to_json(record))
         elif not self.quiet:
             console = screen.console()
-            screen.show(view(in_flags(record), console.width), console)
+            screen.show((view or views.view)(in_flags(record), console.width), console)
 
 
 _EVERY = tuple(parameters_of(_opening))
@@ -211,18 +238,19 @@ _EVERY = tuple(parameters_of(_opening))
 def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) -> Callable[[Command], Command]:
     """Give a command the options that commands share, in place of its parameter `common`.
 
-    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images.
+    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images. Who opens
+    no model has no task either.
     """
     groups = (
         {name: one for name, one in parameters_of(_opening).items() if name in opening},
         parameters_of(_preprocessing) if preprocessing else {},
-        parameters_of(_printing),
+        {name: one for name, one in parameters_of(_further).items() if opening or name != "task"},
     )
 
     def build(values: dict[str, Any]) -> Common:
-        opened, prepared, printed = ({name: values[name] for name in group} for group in groups)
+        opened, prepared, further = ({name: values[name] for name in group} for group in groups)
         how = {**_opening(**opened), "preprocessing": _preprocessing(**prepared)}
-        return Common(how, **_printing(**printed))
+        return Common(how, **_further(**further))
 
     return takes("common", {name: one for group in groups for name, one in group.items()}, build)
 
@@ -277,19 +305,28 @@ def parse_polish(text: str | None) -> tuple[int | None, float | None]:
     return None, float(match[1])
 
 
-def parse_pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
-    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms."""
+def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> dict[str, Any]:
+    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms.
+
+    With `python`, values are Python's literals first: `None`, `(2, 2)`.
+    """
+    import ast
     import tomllib
+
+    def parse(text: str) -> Any:
+        if python:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                return ast.literal_eval(text)
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+            return tomllib.loads(f"value = {text}")["value"]
+        return text
 
     pairs: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise AsymswapError(f"{option} {text!r} is not key=value")
-        try:
-            pairs[key.strip()] = tomllib.loads(f"value = {value.strip()}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
-            pairs[key.strip()] = value.strip()
+        pairs[key.strip()] = parse(value.strip())
     return pairs
 
 

@@ -16,7 +16,7 @@ from asymswap.errors import AsymswapError
 _OFFSETS = "Offsets"
 
 
-@o.takes_common(("arch", "arguments", "trust_code"))
+@o.takes_common(("arch", "arguments"))
 def show(
     checkpoint: o.Checkpoint,
     plan: Annotated[bool, opt("Print the plan of the last conversion as JSON.", None, "--plan")] = False,
@@ -54,7 +54,7 @@ def show(
             moved = find_offsets(common.open_model(checkpoint, step), data=data)
         if draw is not None:
             write_bytes(draw, views.draw(moved, draw.suffix[1:]))
-        common.show(moved, lambda moved, _: views.offsets_view(moved))
+        common.show(moved)
         return
     if report is not None:
         check_output(report, force)

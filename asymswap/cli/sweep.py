@@ -89,7 +89,7 @@ def sweep(
 
         for one in recipe:
             o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
-        by = measured_by("--evaluate", evaluate, measured, needed=True)
+        by = measured_by("--evaluate", evaluate, measured, common.task)
         result = run(
             common.open_model(model, step),
             recipe,
@@ -97,7 +97,7 @@ def sweep(
             crop_border=by["crop_border"],
             budgets=budgets or BUDGETS,
             measure=measure,
-            calibration=calibration_of(calibration, seed, ALONE),
+            calibration=calibration_of(calibration, seed, ALONE, common.task),
             tolerance=tolerance,
             known=known,
             on_point=write,

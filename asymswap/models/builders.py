@@ -29,7 +29,7 @@ _MOST_SIDE_BY_SIDE = 4
 _TWO_PARTS = ("backbone.", "head.")
 # Known networks of others that have the very keys and shapes of one here, and another function.
 TWINS = {"torchvision:resnet50": ", as timm's resnetblur50 has"}
-YOUR_OWN = 'a network of your own, or one with another head: `arch="net.py:build"` `trust_code=True`'
+YOUR_OWN = 'a network of your own, or one with another head: `arch="net.py:build"`'
 
 
 class OwnNetworks(Family):

@@ -1,9 +1,8 @@
 """Modules of the user's own: given ones, and those that code builds which does not come with asymswap.
 
-This is the one place where such code is run. `package.module:callable` is imported, as `python -m` does. A path looks
-like data: Python files come with downloaded weights, and nobody expects that naming one runs it, so the file of
-`path/to/net.py:callable` is run only with `trust_code`. A reference in a file is never looked up here: only what the
-user names, now, is run.
+This is the one place where such code is run. `package.module:callable` is imported, as `python -m` does, and the file
+of `path/to/net.py:callable` is run: naming it is the consent. A reference in a file is never looked up here: only what
+the user names, now, is run.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import contextlib
 import functools
 import importlib
 import inspect
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +27,7 @@ from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.state_dict import State, compare
 from asymswap.fileformats.torch_files import import_from_here, to_structure
 from asymswap.models import timm_models
-from asymswap.models.family import Arguments, Family, Fit, input_channels
+from asymswap.models.family import Arguments, Family, Fit, input_channels, near_keyword
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.models.torchvision_models import assumed_preprocessing
@@ -70,8 +71,22 @@ def same_callable(one: str, other: str) -> bool:
 
 def how_built(reference: str) -> tuple[str, ...]:
     """Say, for the report, that a Python file has built a model; nothing for other references."""
-    said = f"built by running {_parse(reference)[0]}, which `trust_code=True` allowed"
-    return (said,) if names_python_file(reference) else ()
+    return (f"built by running {_parse(reference)[0]}",) if names_python_file(reference) else ()
+
+
+def how_to_build(origin: Origin) -> str:
+    """Say how a model of this origin is built again, with the origin itself filled in where the user's code built it.
+
+    The text comes from a file, and only the user can say whether that code is theirs: nothing of it is run here.
+    """
+    named = re.fullmatch(r"class:(?!__main__\.)([\w.]+?)\.([A-Z]\w*(?:\.\w+)*|\w+)", origin.reference)
+    arch = ":".join(named.groups()) if named else origin.reference
+    # What is no plain name is not offered for copying.
+    if not names_code(arch) or not re.fullmatch(r"[\w./\\: @-]{1,150}:[\w.]+", arch):
+        arch = "…"
+    given = ", ".join(f"{name}={value!r}" for name, value in origin.arguments.items())
+    net, quoted = (f"{_parse(arch)[1]}({given:.150})", f'"{arch}"') if arch != "…" else ("…", "…")
+    return f"load it with asymswap.load(path, model={net}) or give `arch={quoted}`"
 
 
 def describe_module(model: nn.Module, weights: str) -> OpenedModel:
@@ -92,37 +107,20 @@ def describe_module(model: nn.Module, weights: str) -> OpenedModel:
 
 
 class UserCode(Family):
-    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model.
-
-    Its prints go to stderr, since stdout is the report's.
-    """
+    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model."""
 
     private = False
 
-    def __init__(self, trust_code: bool) -> None:
-        self._trust_code = trust_code
+    def __init__(self) -> None:
         self._built: nn.Module | None = None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Run the code and return the model that it builds, or the module that it names.
 
-        Raises SourceError where there is no such code, where it fails or returns something else, and for a Python file
-        that is not trusted.
+        Raises SourceError where there is no such code, where it fails or returns something else.
         """
-        with contextlib.redirect_stdout(sys.stderr):
-            if not names_python_file(reference):
-                return _build(reference, _import_module(reference), arguments)
-            path = _checked_file(reference, self._trust_code)
-            # Modules beside the file are found, as when Python runs it; afterwards only where nothing else is found.
-            folder, known = str(path.parent), str(path.parent) in sys.path
-            sys.path.insert(0, folder)
-            try:
-                return _build(reference, _run_file(reference, path), arguments)
-            finally:
-                with contextlib.suppress(ValueError):
-                    sys.path.remove(folder)
-                if not known:
-                    sys.path.append(folder)
+        with found_callable(reference) as factory:
+            return _build(reference, factory, arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
@@ -134,7 +132,10 @@ class UserCode(Family):
         """Describe the model as a module; for what timm can build again, the user's code is not needed any more."""
         opened = describe_module(model, weights)
         if not opened.origin.reference.startswith(timm_models.PREFIX):
-            opened = replace(opened, origin=Origin(reference, dict(arguments)))
+            kept = {name: value for name, value in arguments.items() if _is_data(value)}
+            lost = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if name not in kept)
+            notes = (f"a file cannot hold the arguments {lost}: give them again with `arch=…`",) if lost else ()
+            opened = replace(opened, origin=Origin(reference, kept), notes=(*notes, *opened.notes))
         return replace(opened, notes=(*how_built(reference), *opened.notes))
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
@@ -150,7 +151,7 @@ class Given(UserCode):
     """A module that the user gives for its architecture; it is copied."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(trust_code=False)
+        super().__init__()
         self._module = module
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
@@ -160,14 +161,58 @@ class Given(UserCode):
         return describe_module(model, weights)
 
 
-def _checked_file(reference: str, trust_code: bool) -> Path:
-    """Return the file to run; raise SourceError where there is none, nothing in it is named, or it is not trusted."""
+@contextlib.contextmanager
+def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
+    """Run the code that a reference names and give the callable in it, to be called while the block lasts.
+
+    `Class.method` is looked up part by part. Raises SourceError where there is no such code, or it fails.
+    """
     home, attribute = _parse(reference)
+    with contextlib.ExitStack() as stack:
+        if names_python_file(reference):
+            _check_named(home, attribute)
+            module = stack.enter_context(running(home, reference))
+        else:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            module = _import_module(reference)
+        try:
+            found = functools.reduce(getattr, attribute.split("."), module)
+        except AttributeError:
+            found = None
+        if not callable(found):
+            hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
+            raise SourceError(f"{home} has no callable {attribute!r}{hint}")
+        yield found
+
+
+@contextlib.contextmanager
+def running(home: str, reference: str) -> Iterator[ModuleType]:
+    """Run a Python file, which a reference names, and give its module, whose functions are called in the block.
+
+    Modules beside the file are found, as when Python runs it; afterwards only where nothing else is found. Prints go to
+    stderr, since stdout is the report's.
+    """
     path = Path(home)
     if not path.is_file():
         what = "is a folder, not a Python file" if path.is_dir() else "does not exist"
-        raise SourceError(f"{home} of {reference!r} {what}; give PATH.py:NAME")
-    if not attribute:
+        raise SourceError(f"{home} of {reference!r} {what}; give PATH.py" + ":NAME" * (home != reference))
+    path = path.resolve()
+    folder, known = str(path.parent), str(path.parent) in sys.path
+    sys.path.insert(0, folder)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield _run_file(reference, path)
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        if not known:
+            sys.path.append(folder)
+
+
+def _check_named(home: str, attribute: str) -> None:
+    """Raise SourceError where a reference to a file does not say what in it to call."""
+    path = Path(home)
+    if path.is_file() and not attribute:
         names = []
         with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
             # Read without running it; classes first.
@@ -178,12 +223,6 @@ def _checked_file(reference: str, trust_code: bool) -> Path:
         known = f"; it defines {', '.join(names[:6])}" if names else ""
         example = f"{home}:{(names or ['NAME'])[0]}"
         raise SourceError(f"{home} is Python code: say what in it builds the model, as {example}{known}")
-    if not trust_code:
-        raise SourceError(
-            f"{reference} is built by running {home}, which can then do whatever you can do on this machine; "
-            f"read it, and if you trust it say `trust_code=True`"
-        )
-    return path.resolve()
 
 
 def _run_file(reference: str, path: Path) -> ModuleType:
@@ -219,16 +258,7 @@ def _import_module(reference: str) -> ModuleType:
         raise SourceError(f"{cannot}: {_raised(error)}") from error
 
 
-def _build(reference: str, module: ModuleType, arguments: Arguments) -> nn.Module:
-    """Call what a reference names; `Class.method` is looked up part by part."""
-    home, attribute = _parse(reference)
-    try:
-        factory = functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError:
-        factory = None
-    if not callable(factory):
-        hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise SourceError(f"{home} has no callable {attribute!r}{hint}")
+def _build(reference: str, factory: Callable[..., Any], arguments: Arguments) -> nn.Module:
     if isinstance(factory, nn.Module):
         for name in arguments:
             raise SourceError(f"{reference} is a module already, so the argument {name} changes nothing")
@@ -237,7 +267,8 @@ def _build(reference: str, module: ModuleType, arguments: Arguments) -> nn.Modul
     try:
         model = factory(**arguments)
     except (Exception, SystemExit) as error:
-        raise SourceError(f"{reference} failed: {_raised(error)}") from error
+        hint = near_keyword(error, arguments)
+        raise SourceError(f"{reference} failed: {_raised(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
     return model
@@ -252,10 +283,11 @@ def _check_arguments(reference: str, factory: Callable[..., Any], arguments: Arg
     try:
         signature.bind(**arguments)
     except TypeError as error:
+        kinds = {p.kind for p in signature.parameters.values()}
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         takes = {name: p for name, p in signature.parameters.items() if p.kind in named}
         missing = [name for name, p in takes.items() if p.default is p.empty and name not in arguments]
-        unknown = [name for name in arguments if name not in takes]
+        unknown = [name for name in arguments if name not in takes and inspect.Parameter.VAR_KEYWORD not in kinds]
         if unknown:
             hint = near_names(unknown[0], takes) or f"; it takes {', '.join(takes) or 'none'}"
         else:
@@ -263,23 +295,13 @@ def _check_arguments(reference: str, factory: Callable[..., Any], arguments: Arg
         raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}{hint}") from None
 
 
+def _is_data(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _raised(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (`debug=True` shows where)"
-
-
-@contextlib.contextmanager
-def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
-    """Run the code that a reference names and give the callable in it, to be called while the block lasts."""
-    home, attribute = _parse(reference)
-    with contextlib.redirect_stdout(sys.stderr):
-        if names_python_file(reference):
-            path = _checked_file(reference, trust_code=True)
-            sys.path.insert(0, str(path.parent))
-            module = _run_file(reference, path)
-        else:
-            module = _import_module(reference)
-        found = getattr(module, attribute, None)
-        if not callable(found):
-            hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
-            raise SourceError(f"{home} has no callable {attribute!r}{hint}")
-        yield found

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asymswap.checkpoint import Header
-from asymswap.errors import TraceError, reason_of
+from asymswap.errors import TraceError, reason_of, visible
 from asymswap.measure.macs import Costs, count_costs
 from asymswap.models.preprocessing import size_warning
 from asymswap.types import Origin, Plan, Preprocessing
@@ -47,6 +47,9 @@ class OpenedModel:
     private: bool = False
     handed_over: bool = False
     example_inputs: Inputs | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return visible(f"<OpenedModel {self.reference}: {self.origin.reference}, weights {self.weights}>")
 
     @property
     def may_share(self) -> bool:

@@ -24,7 +24,7 @@ from asymswap.fileformats.detect import resolve, sha256
 from asymswap.fileformats.state_dict import Difference, compare, load_state_
 from asymswap.graph.surgery import swap
 from asymswap.models import builders, timm_models
-from asymswap.models.factories import describe_module, how_built, same_callable
+from asymswap.models.factories import describe_module, how_built, how_to_build, same_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.models.references import Request, find_architecture, is_file_reference, open_file, open_reference, rebuild
@@ -34,14 +34,13 @@ from asymswap.types import Origin, Progress, silent
 from asymswap.utils.inputs import arguments_of, placed
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
-HOW_TO_BUILD = "load it with asymswap.load(path, model=…) or give `arch=…`"
-
 
 class Converted(Protocol):
-    """What a conversion, a fusion and a fine-tuned model have in common."""
+    """What a conversion, a fusion and a fine-tuned model have in common; `base` as in `OpenedModel`."""
 
     model: nn.Module
     header: Header
+    base: nn.Module | None
 
 
 Model = str | Path | nn.Module | OpenedModel | Converted
@@ -56,7 +55,6 @@ def open_model(
     key: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
-    trust_code: bool = False,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
@@ -71,19 +69,18 @@ def open_model(
     - `weights`: name of published weights, `"none"` for random ones, or a state-dict file, for a reference;
     - `key`: which state dict of the file, as a dotted path;
     - `arguments`: for the architecture's builder;
-    - `trust_pickle`, `trust_code`: let a pickle, or a Python file named in a reference, run its code;
+    - `trust_pickle`: let a pickle run its code;
     - `input_size`: (channels, height, width) of one image, for a clip (channels, frames, height, width);
     - `example_inputs`: arguments of one forward pass in place of `input_size`: a tensor, a tuple, or a dict by name;
     - `preprocessing`: how images are prepared, where that is not what weights, family or file say.
 
+    A package or a Python file that a reference names is run, which can do whatever you can; what a file names is not.
     Raises SourceError where there is no such model, CheckpointError for a damaged asymswap checkpoint.
     """
     start = time.perf_counter()
     if isinstance(arch, nn.Module) and arguments:
         raise SourceError(f"`arch=…` is a module already, so the argument {next(iter(arguments))!r} changes nothing")
-    request = Request(
-        arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle, trust_code=trust_code
-    )
+    request = Request(arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle)
     if isinstance(model, OpenedModel):
         if request != Request():
             raise SourceError(f"{model.reference} is open already; give these options where it is opened first")
@@ -96,7 +93,8 @@ def open_model(
         header = getattr(model, "header", None)
         if not isinstance(header, Header):
             raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
-        opened = _describe_converted(model.model, header, _build_named(header.origin, request), "as given")
+        base = model.base if arch is None else _build_named(header.origin, request)
+        opened = _describe_converted(model.model, header, base, "as given")
         named = read_history(header.provenance, "the conversion").report.model.reference
         opened = replace(opened, reference=named or header.origin.reference)
     else:
@@ -177,7 +175,14 @@ def original_of(opened: OpenedModel) -> nn.Module:
     try:
         return rebuild(opened.origin, opened.skeleton)
     except AsymswapError as error:
-        raise CheckpointError(f"{opened.reference} cannot be rebuilt: {error}; {HOW_TO_BUILD}") from None
+        raise CheckpointError(f"{opened.reference} cannot be rebuilt: {error}; {how_to_build(opened.origin)}") from None
+
+
+def base_of(opened: OpenedModel) -> nn.Module | None:
+    """Return the unconverted model where no later verb could build it again; None where one can."""
+    if opened.base is not None or opened.plans or opened.skeleton is not None:
+        return opened.base
+    return None if builders.canonical(opened.origin.reference) else opened.model
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -226,7 +231,7 @@ def _build_named(origin: Origin, request: Request) -> nn.Module | None:
         return arch
     same = builders.canonical(arch) == origin.reference or same_callable(arch, origin.reference)
     stored = origin.arguments if same else {}
-    family, full = find_architecture(arch, request.trust_code)
+    family, full = find_architecture(arch)
     return family.build(full, {**stored, **request.arguments})
 
 
@@ -254,7 +259,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
             base = swap(base, {}) if base is model else base
             difference = compare(base, stored.state)
     except AsymswapError as error:
-        how = HOW_TO_BUILD if model is None else "the model given is not the one that was converted"
+        how = how_to_build(header.origin) if model is None else "the model given is not the one that was converted"
         raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
     if difference:
         raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")

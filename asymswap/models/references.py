@@ -40,7 +40,6 @@ class Request:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trust_pickle: bool = False
     key: str | None = None
-    trust_code: bool = False
 
 
 def is_file_reference(reference: str) -> bool:
@@ -67,7 +66,7 @@ def open_reference(reference: str, request: Request) -> OpenedModel:
         if weights_name and weights:
             raise SourceError(f'{reference!r} names weights and `weights="{weights}"` others; give one of them')
         weights = weights_name or weights
-    found = _find(name, request.trust_code)
+    found = _find(name)
     if found is None:
         hint = _like(name) or "; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory"
         raise SourceError(f"no model {reference!r}, and no such file{hint}")
@@ -80,19 +79,19 @@ def open_reference(reference: str, request: Request) -> OpenedModel:
     return family.weights(full, weights, request.arguments)
 
 
-def _find(reference: str, trust_code: bool) -> tuple[Family, str] | None:
+def _find(reference: str) -> tuple[Family, str] | None:
     """Return the family of a reference and its full form; None where it names neither a known network nor code."""
     full = builders.canonical(reference)
     if full is not None:
         return builders.family_of(full), full
-    return (UserCode(trust_code), reference) if names_code(reference) else None
+    return (UserCode(), reference) if names_code(reference) else None
 
 
-def find_architecture(arch: str | nn.Module, trust_code: bool) -> tuple[Family, str]:
+def find_architecture(arch: str | nn.Module) -> tuple[Family, str]:
     """Return the family of an `arch` and its full form; raise SourceError where it names nothing known."""
     if isinstance(arch, nn.Module):
         return Given(arch), type(arch).__name__
-    found = _find(arch, trust_code)
+    found = _find(arch)
     if found is None:
         hint = _like(arch) or "; try resnet18 or cifar:resnet20"
         raise SourceError(f'`arch="{arch}"` names no known architecture{hint}')
@@ -188,7 +187,7 @@ def _open_state(path: Path, found: Found, digest: str, request: Request, progres
     notes: tuple[str, ...] = ()
     published = torchvision_models.published(digest)
     if request.arch is not None:
-        family, reference = find_architecture(request.arch, request.trust_code)
+        family, reference = find_architecture(request.arch)
     elif published is not None:
         family, reference = builders.family_of(published.reference), published.reference
     else:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from rich.console import RenderableType
+from rich.text import Text
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Column, Table, bold, document, paragraphs, screen, written
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, paragraphs, screen, written
 from asymswap.results.benchmark import TITLES, Benchmark, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Ratio
 
@@ -24,24 +24,24 @@ _HOW = {
 }
 
 
-def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> RenderableType:
+def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> Screen:
     """Return a table for each setting, or one of all settings for a single model, layers and fine print."""
-    blocks: list[Sequence[RenderableType]] = []
+    blocks: list[Sequence[Text | Table]] = []
     if len(benchmark.models) == 1:
         title = ", ".join([benchmark.models[0].model, *_shared_words(benchmark)])
         setting = Column("Setting", lambda row: _where(benchmark, row).strip(" ()") or "all", side="fold")
         table = Table([setting, *_figures(benchmark, benchmark.results)], benchmark.results)
-        blocks.append([written(title, "bold"), table.terminal(width)])
+        blocks.append([written(title, "bold"), table])
     else:
         for number, one in enumerate(benchmark.settings):
             results = [result for result in benchmark.results if result.setting == number]
             if any(result.seconds is not None for result in results):
                 table = Table([_model_column(benchmark), *_figures(benchmark, results)], results)
-                blocks.append([written(", ".join(_words(one)), "bold"), table.terminal(width)])
+                blocks.append([written(", ".join(_words(one)), "bold"), table])
     blocks += [paragraphs(_warnings(benchmark), "yellow"), paragraphs(_advice(benchmark))]
     for found in benchmark.layers if layers else ():
-        blocks.append([written(_layers_title(benchmark, found), "bold"), _layers_table(found, layers).terminal()])
-    return screen("", benchmark.warnings, *blocks, fine_print=_fine_print(benchmark))
+        blocks.append([written(_layers_title(benchmark, found), "bold"), _layers_table(found, layers)])
+    return screen("", benchmark.warnings, *blocks, fine_print=_fine_print(benchmark), width=width)
 
 
 def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:

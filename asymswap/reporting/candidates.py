@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from rich.console import RenderableType
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of
-from asymswap.reporting.tables import WIDE, Column, Table, screen, written
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, screen, written
 from asymswap.results.candidates import Candidates
 from asymswap.types import Candidate, Cost
 
@@ -17,7 +16,7 @@ from asymswap.types import Candidate, Cost
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
 
 
-def candidates_view(found: Candidates, width: int) -> RenderableType:
+def candidates_view(found: Candidates, width: int) -> Screen:
     """Return what the candidates hold, and every conv with what `separable` would save, or why it is no candidate."""
     rows, total, wide = found.rows, found.total, width >= WIDE
     warnings = list(found.warnings)

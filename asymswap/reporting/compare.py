@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from rich.console import RenderableType
-
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, screen
 from asymswap.results.compare import ComparedRow, Comparison
 from asymswap.results.evaluate import Score
 
 _ROOMY = 130
 
 
-def comparison_view(comparison: Comparison, width: int) -> RenderableType:
+def comparison_view(comparison: Comparison, width: int) -> Screen:
     """Return a row for each model, and the fine print below."""
     wide = width >= WIDE
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
-    table = _table(comparison).terminal(width, gap=1 if wide else 2)
-    return screen("", comparison.warnings, [table], fine_print=_fine_print(comparison, wide))
+    table = replace(_table(comparison), gap=1 if wide else 2)
+    return screen("", comparison.warnings, table, fine_print=_fine_print(comparison, wide), width=width)
 
 
 def comparison_to_markdown(comparison: Comparison) -> str:

@@ -10,12 +10,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
-
 from asymswap.errors import OutputError, near_names
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
-from asymswap.reporting.tables import WIDE, Change, Column, Table, bold, changes, document, screen
+from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, bold, changes, document, kept_lines, screen
 from asymswap.results.convert import LatencyRow, Report, SiteRow
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
@@ -123,7 +121,7 @@ def layer_table(report: Report, width: int | None = None) -> Table:
     return Table(columns, report.sites, sums)
 
 
-def report_view(report: Report, width: int) -> RenderableType:
+def report_view(report: Report, width: int) -> Screen:
     """Return headline figures, what was done to each conv, what was kept and why, and the fine print."""
     model, kept = report.model, _kept(report.sites)
     origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
@@ -169,15 +167,7 @@ def _first_lines(report: Report) -> list[str]:
 
 
 def _kept(rows: Iterable[SiteRow]) -> list[str]:
-    """Return why sites were kept, the commonest reason first, with their number; up to three are named."""
-    sites: dict[str, list[str]] = {}
-    for row in rows:
-        if row.action == "keep":
-            sites.setdefault(row.reason, []).append(row.site)
-    return [
-        fmt.plural(len(names), "conv") + (f" ({', '.join(names)})" if len(names) <= 3 else "") + f": {reason}"
-        for reason, names in sorted(sites.items(), key=lambda item: -len(item[1]))
-    ]
+    return kept_lines((row.site, row.reason) for row in rows if row.action == "keep")
 
 
 def _latency(row: LatencyRow) -> list[str]:

@@ -7,19 +7,18 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from rich.console import RenderableType
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import new_figure, picture_of
-from asymswap.reporting.tables import Column, Table, screen
+from asymswap.reporting.tables import Column, Screen, Table, screen
 from asymswap.results.offsets import STILL, OffsetReport, OffsetRow
 
 _DOT = "\N{MIDDLE DOT}"
 _ARROWS = "→↘↓↙←↖↑↗"
 
 
-def offsets_view(report: OffsetReport) -> RenderableType:
+def offsets_view(report: OffsetReport, width: int | None = None) -> Screen:
     """Return a row for each layer with an arrow for each tap, and the layers in which nothing has moved."""
     columns = (
         Column("Layer", attrgetter("site"), side="fold"),
@@ -37,7 +36,7 @@ def offsets_view(report: OffsetReport) -> RenderableType:
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     title = f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can"
-    return screen(title, report.warnings, Table(columns, report.rows), fine_print=lines)
+    return screen(title, report.warnings, Table(columns, report.rows), fine_print=lines, width=width)
 
 
 def arrows(row: OffsetRow) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from asymswap.reporting.format import clean
 
 
-def render(template: str, script: str | None = None, **values: Any) -> str:
+def render(template: str, script: str | None = None, sheet: str = "report.css", **values: Any) -> str:
     """Return the page of a template in `templates/`, with the style of all pages, and the named script if any.
 
     The page needs no other file. The template escapes all values; the page's policy allows only this style and script.
@@ -35,7 +35,7 @@ def render(template: str, script: str | None = None, **values: Any) -> str:
     folder = resources.files("asymswap.reporting").joinpath("templates")
     # The policy of a page allows no style attributes: lengths of bars are classes.
     lengths = "".join(f".w{percent}{{width:{percent}%}}.h{percent}{{height:{percent}%}}" for percent in range(101))
-    style = folder.joinpath("report.css").read_text(encoding="utf-8") + lengths
+    style = folder.joinpath(sheet).read_text(encoding="utf-8") + lengths * (sheet == "report.css")
     code = "" if script is None else folder.joinpath(script).read_text(encoding="utf-8")
     style_hash, script_hash = (
         "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, code)

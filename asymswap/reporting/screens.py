@@ -8,24 +8,22 @@ from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from rich.console import RenderableType
-
 from asymswap.errors import visible
 from asymswap.models.preprocessing import fed, size_warning
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Change, Column, Table, changes, facts, screen
+from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, facts, kept_lines, screen
 from asymswap.results.evaluate import ClassRow, EvaluationReport, ModelScores
 from asymswap.results.export import ExportReport
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
 from asymswap.results.fuse import FusionReport
-from asymswap.results.records import scored
-from asymswap.types import Preprocessing
+from asymswap.results.records import plain, scored
+from asymswap.types import Plan, Preprocessing
 
 _CLASSES_SHOWN = 20
 """Of more classes, the worst are shown."""
 
 
-def evaluation_view(report: EvaluationReport, width: int) -> RenderableType:
+def evaluation_view(report: EvaluationReport, width: int) -> Screen:
     """Return the models' scores, how they compare with the first, their classes and their confusions."""
     first, several = report.models[0], len(report.models) > 1
     numbered = list(enumerate(report.models, start=1))
@@ -102,7 +100,7 @@ def _classes(report: EvaluationReport) -> Table:
     return Table(columns, rows)
 
 
-def training_view(report: TrainingReport) -> RenderableType:
+def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     """Return scores before and after, what was trained on what, and the files."""
     kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
     length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
@@ -127,7 +125,7 @@ def training_view(report: TrainingReport) -> RenderableType:
     lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
     lines.append(f"Time: {report.seconds:.1f} s.")
     title = f"{report.model}: trained for {length}; {kept}"
-    return screen(title, report.warnings, Table(columns, rows), fine_print=lines)
+    return screen(title, report.warnings, Table(columns, rows), fine_print=lines, width=width)
 
 
 def epoch_line(row: EpochRow, epochs: int) -> str:
@@ -144,7 +142,7 @@ def step_words(row: StepRow) -> str:
     return f"loss {row.train.loss:.3f}  top-1 {100 * row.train.top1:.1f} %  {row.images_per_second:.0f} img/s"
 
 
-def fusion_view(report: FusionReport) -> RenderableType:
+def fusion_view(report: FusionReport, width: int | None = None) -> Screen:
     """Return what was fused, what was left and why, and how the outputs compare."""
     before, after = report.before, report.after
     costs = [Change("MACs", before.macs, after.macs), Change("parameters", before.params, after.params)]
@@ -161,10 +159,10 @@ def fusion_view(report: FusionReport) -> RenderableType:
     ]
     fused = sum(row.outcome != "left" for row in report.sites)
     title = f"{report.model}: {fused} of {len(report.sites)} replacements fused"
-    return screen(title, report.warnings, changes(costs), done, fine_print=lines)
+    return screen(title, report.warnings, changes(costs), done, fine_print=lines, width=width)
 
 
-def export_view(report: ExportReport) -> RenderableType:
+def export_view(report: ExportReport, width: int | None = None) -> Screen:
     """Return the file, which of its sizes may vary, and the differences from PyTorch."""
     table = facts(
         [
@@ -176,10 +174,27 @@ def export_view(report: ExportReport) -> RenderableType:
             *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
         ]
     )
-    return screen(f"{report.model} exported", report.warnings, table)
+    return screen(f"{report.model} exported", report.warnings, table, width=width)
 
 
-def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
+def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
+    """Return a title and the swaps of a plan in JSON."""
+    columns = (
+        Column("Layer", itemgetter("site"), visible, "fold"),
+        Column("Kind", itemgetter("kind"), visible, "left"),
+        Column("Settings", itemgetter("settings"), fmt.settings, side="left"),
+    )
+    return f"{len(plan['swaps'])} convs swapped, {len(plan['keeps'])} kept", Table(columns, plan["swaps"])
+
+
+def plan_view(plan: Plan, width: int | None = None) -> Screen:
+    """Return the swaps of a plan, and what it keeps and why."""
+    title, table = _plan_table(plain(plan))
+    kept = kept_lines((keep.site, keep.reason) for keep in plan.keeps)
+    return screen(title, (), table, ["Kept: " + "; ".join(kept)] if kept else [], width=width)
+
+
+def show_view(path: str, header: Mapping[str, Any]) -> Screen:
     """Return origin, preprocessing, versions, headline figures, and the swaps of every conversion, from JSON.
 
     Raises TypeError or another of Python's errors if a provenance, which anybody may have written, has another form.
@@ -195,11 +210,9 @@ def show_view(path: str, header: Mapping[str, Any]) -> RenderableType:
     ]
     blocks: list[Table | list[str]] = [facts(known)]
     layer, kind = Column("Layer", itemgetter("site"), visible, "fold"), itemgetter("kind")
-    settings = Column("Settings", itemgetter("settings"), fmt.settings, side="left")
     for number, plan in enumerate(header["plans"], start=1):
-        swaps = plan["swaps"]
-        blocks.append([f"Conversion {number}: {len(swaps)} convs swapped, {len(plan['keeps'])} kept"])
-        blocks.append(Table((layer, Column("Kind", kind, visible, "left"), settings), swaps))
+        title, table = _plan_table(plan)
+        blocks += [[f"Conversion {number}: {title}"], table]
     fused = provenance.get("fused")
     if isinstance(fused, Mapping):
         rows = fused["sites"]

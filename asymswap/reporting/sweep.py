@@ -9,11 +9,9 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from rich.console import RenderableType
-
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
-from asymswap.reporting.tables import WIDE, Column, Table, bold, document, screen
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, screen
 from asymswap.results.evaluate import Score
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Cost
@@ -79,7 +77,7 @@ def fine_print(sweep: Tradeoff) -> list[str]:
     return lines
 
 
-def sweep_view(sweep: Tradeoff, width: int) -> RenderableType:
+def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
     """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
     title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"

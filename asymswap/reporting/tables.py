@@ -47,13 +47,19 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Any]
     sums: Sequence[Any] = ()  # rows below the others, the last of which is the total
+    gap: int = 2  # blanks between the columns in a terminal
+
+    @property
+    def cards(self) -> bool:
+        """True if the rows are figures before and after, which a page draws as cards."""
+        return any(isinstance(row, Change) for row in self.rows)
 
     @property
     def named_by(self) -> Column:
         """The column that names the rows."""
         return next((column for column in self.columns if column.side == "fold"), self.columns[0])
 
-    def terminal(self, width: int | None = None, gap: int = 2) -> rich.table.Table:
+    def terminal(self, width: int | None = None) -> rich.table.Table:
         """Return the table for a terminal of this width; None shows every column.
 
         With a width, names of rows are in one piece if there is room, and break at their dots if not.
@@ -67,12 +73,12 @@ class Table:
         if width is not None and folds:
             names, *prose = folds
             taken = sum(min(size, _LEAST_PROSE) if number in prose else size for number, size in enumerate(sizes))
-            room = width - (taken - sizes[names]) - gap * (len(columns) - 1)
+            room = width - (taken - sizes[names]) - self.gap * (len(columns) - 1)
             if room >= _LEAST:
                 folds = prose
                 for row in cells:
                     row[names] = Text("\n".join(_at_dots(row[names].plain, room)), row[names].style)
-        drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+        drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, self.gap, 0, 0), header_style="bold")
         drawn.show_header = any(titles)
         for number, column in enumerate(columns):
             drawn.add_column(
@@ -161,23 +167,58 @@ def paragraphs(texts: Iterable[str], style: str = "") -> list[Text]:
     return [written(text, style) for text in texts]
 
 
+@dataclass(frozen=True)
+class Screen:
+    """Title and warnings, blocks below each other, and the fine print; empty ones are left out."""
+
+    title: str
+    warnings: Sequence[str]
+    blocks: Sequence[Table | Sequence[str | Text | Table]]
+    fine_print: Sequence[str]
+    width: int | None
+
+    @property
+    def items(self) -> list[str | Text | Table]:
+        """What the blocks hold, without empty tables."""
+        every = [item for block in self.blocks for item in ([block] if isinstance(block, Table) else block)]
+        return [item for item in every if not isinstance(item, Table) or item.rows]
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        first = paragraphs([self.title] if self.title else [], "bold")
+        first += paragraphs(map(fmt.sentence, self.warnings), "yellow")
+        for block in (first, *self.blocks, paragraphs(self.fine_print, "dim")):
+            items = [block] if isinstance(block, Table) else block
+            shown = [self._drawn(item) for item in items if not isinstance(item, Table) or item.rows]
+            parts += [Text(""), *shown] if parts and shown else shown
+        return Group(*parts)
+
+    def _drawn(self, item: str | Text | Table) -> RenderableType:
+        if isinstance(item, Table):
+            return item.terminal(self.width)
+        return _as_text(item)
+
+
 def screen(
     title: str,
     warnings: Iterable[str],
-    *blocks: Table | Sequence[str | RenderableType],
+    *blocks: Table | Sequence[str | Text | Table],
     fine_print: Iterable[str] = (),
     width: int | None = None,
-) -> RenderableType:
-    """Return a screen: title and warnings, blocks below each other, and the fine print; empty ones are left out."""
-    parts: list[RenderableType] = []
-    first = [*paragraphs([title] if title else [], "bold"), *paragraphs(map(fmt.sentence, warnings), "yellow")]
-    for block in (first, *blocks, paragraphs(fine_print, "dim")):
-        if isinstance(block, Table):
-            shown: list[RenderableType] = [block.terminal(width)] if block.rows else []
-        else:
-            shown = [written(item) if isinstance(item, str) else item for item in block]
-        parts += [Text(""), *shown] if parts and shown else shown
-    return Group(*parts)
+) -> Screen:
+    """Return a screen; without a width, tables show every column."""
+    return Screen(title, tuple(warnings), blocks, tuple(fine_print), width)
+
+
+def kept_lines(kept: Iterable[tuple[str, str]]) -> list[str]:
+    """Return why sites were kept, the commonest reason first, with their number; up to three are named."""
+    sites: dict[str, list[str]] = {}
+    for site, reason in kept:
+        sites.setdefault(reason, []).append(site)
+    return [
+        fmt.plural(len(names), "conv") + (f" ({', '.join(names)})" if len(names) <= 3 else "") + f": {reason}"
+        for reason, names in sorted(sites.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def document(*blocks: str | Table | Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asymswap.types import Cost, Ratio, Seconds
+from asymswap.types import Cost, Ratio, Seconds, Shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Shown, view="benchmark.benchmark_view"):
     """Everything that was measured, in `rounds` rounds, while other programs kept `others` cores busy."""
 
     asymswap: str

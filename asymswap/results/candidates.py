@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from asymswap.results.records import plain
-from asymswap.types import Candidate, Cost
+from asymswap.types import Candidate, Cost, Shown
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(Shown, view="candidates.candidates_view"):
     """Every Conv2d of a model, what could be saved at it, and what the candidates hold of the model's cost."""
 
     reference: str

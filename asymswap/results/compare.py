@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from asymswap.results.benchmark import BenchmarkedModel
 from asymswap.results.evaluate import AgainstFirst, Score
-from asymswap.types import Fed, Ratio, Seconds
+from asymswap.types import Fed, Ratio, Seconds, Shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TimingRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown, view="compare.comparison_view"):
     """Models compared with the first of them.
 
     `outputs_on` names the inputs on which outputs were compared, `data` what the scores were measured on.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asymswap.results.agreement import Agreement
-from asymswap.types import Cost, Fed
+from asymswap.types import Cost, Fed, Shown
 
 _NOTHING = Cost(0, 0)
 
@@ -123,7 +123,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown, view="convert.report_view"):
     """Everything about a conversion.
 
     `rest` is the cost outside of the sites: the totals are the sums of the rows and it. Each format shows `warnings`

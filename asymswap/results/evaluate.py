@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asymswap.types import Fed
+from asymswap.types import Fed, Shown
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ModelScores:
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(Shown, view="screens.evaluation_view"):
     """All models on the same images, without the `unreadable` ones; a metric of the user's has its own images."""
 
     data: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asymswap.results.convert import FileRow
+from asymswap.types import Shown
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Shown, view="screens.export_view"):
     """An exported model: `form` is `onnx`, `pt2` or `state-dict`, `runner` what ran it for the checks.
 
     `fused` is the number of replacements fused before, `dynamic` names the dimensions of inputs that may have any size.

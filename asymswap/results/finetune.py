@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asymswap.results.convert import FileRow
-from asymswap.types import Fed
+from asymswap.types import Fed, Shown
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class TrainingReport(_Run):
+class TrainingReport(_Run, Shown, view="screens.training_view"):
     """The report of a training run.
 
     `before`, `best` and `last` are scores on the validation images: of the initial weights, of the weights that were

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asymswap.results.convert import FileRow
-from asymswap.types import Cost, Fed
+from asymswap.types import Cost, Fed, Shown
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FusionRow:
 
 
 @dataclass(frozen=True)
-class FusionReport:
+class FusionReport(Shown, view="screens.fusion_view"):
     """Costs of the converted and the fused model, and the difference of their outputs on `probe`.
 
     `as_original`: the state dict fits the unconverted model again.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asymswap.results.records import plain
-from asymswap.types import Fed, Size
+from asymswap.types import Fed, Shown, Size
 
 STILL = 0.05
 """Pixels below which a tap counts as not moved."""
@@ -44,7 +44,7 @@ class OffsetRow:
 
 
 @dataclass(frozen=True)
-class OffsetReport:
+class OffsetReport(Shown, view="offsets.offsets_view"):
     """The layers of one model whose taps can move; `probe` describes the inputs."""
 
     model: str

@@ -9,7 +9,7 @@ from typing import Any
 
 from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
-from asymswap.types import Cost, Fed
+from asymswap.types import Cost, Fed, Shown
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(Shown, view="sweep.sweep_view"):
     """A sweep: the original network, and the points measured so far.
 
     Budgets are fractions of the `measure`, `macs` or `params`; `scores` are the original's; `tolerance` is how much of

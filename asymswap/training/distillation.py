@@ -24,6 +24,7 @@ from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.measure.fidelity import difference
 from asymswap.models import builders, timm_models
+from asymswap.models.factories import names_python_file
 from asymswap.models.opening import open_model
 from asymswap.models.references import FILE_SUFFIXES
 from asymswap.results.records import read_history
@@ -222,7 +223,8 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
 def _same_file(recorded: str, expected: str, folder: Path | None) -> Path:
     """Return the file of that name beside the checkpoint; raise SourceError if it is missing or has changed."""
     name = re.split(r"[/\\]", recorded)[-1]
-    path = None if folder is None or name in ("", ".", "..") else folder / name
+    # As a reference, the name of a Python file would run it.
+    path = None if folder is None or name in ("", ".", "..") or names_python_file(name) else folder / name
     if path is None or not path.is_file():
         where = "" if folder is None else f" in {folder}"
         raise SourceError(f"the original {name} is not beside the checkpoint{where}; put it there, or {_GIVE}")

@@ -163,7 +163,7 @@ class Bench:
         import asymswap
 
         setting = SETTINGS[run.data]
-        code = {"arguments": {"in_channels": setting.size[0]}, "trust_code": True}
+        code = {"arguments": {"in_channels": setting.size[0]}}
         network = f"{Path(__file__).with_name('claims_networks.py')}:{run.network.replace('-', '_')}"
         start = time.process_time()
         torch.manual_seed(run.seed)
@@ -333,7 +333,7 @@ def _built(network: str, code: dict[str, Any]) -> Any:
     """The plain network, with weights from the current seed."""
     from asymswap.models.factories import UserCode
 
-    return UserCode(trust_code=True).build(network, code["arguments"])
+    return UserCode().build(network, code["arguments"])
 
 
 def kept_bytes(model: Any, setting: Setting) -> int:

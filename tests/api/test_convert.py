@@ -269,6 +269,40 @@ def test_convert_takes_either_a_recipe_or_a_plan(arguments: dict[str, Any]) -> N
         asymswap.convert("digits-resnet", **arguments)
 
 
+@pytest.mark.parametrize("measure", ["macs", "params"])
+def test_a_budget_is_a_keyword(measure: str) -> None:
+    said: dict[str, Any] = {measure: 0.6}
+    conversion = asymswap.convert("digits-resnet", "half-macs", **said)
+    report = conversion.report
+    left = getattr(report.after, measure) / getattr(report.before, measure)
+    assert 0.5 < left <= 0.6
+    assert conversion.header.provenance["overrides"] == {f"budget.{measure}": 0.6}
+    assert asymswap.plan("digits-resnet", "half-macs", **said) == conversion.plan
+    assert asymswap.plan("digits-resnet", "half-macs", overrides={f"budget.{measure}": 0.6}) == conversion.plan
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"macs": 0.5, "params": 0.4}, r"one budget, and `macs=0\.5` and `params=0\.4` are two; give one of them$"),
+        ({"macs": 0.5, "overrides": {"budget.macs": 0.4}}, r"`macs=0\.4` and `macs=0\.5` are two"),
+        ({"latency": 0.5, "overrides": {"budget.max_error": 0.4}}, r"`latency=0\.5` and `max_error=0\.4` are two"),
+        ({"overrides": {"budget.macs": 0.5, "budget.params": 0.4}}, r"`macs=0\.5` and `params=0\.4` are two"),
+        ({"macs": 1.5}, r"macs.*1\.5"),
+    ],
+)
+def test_two_budgets_contradict_each_other(options: dict[str, Any], expected: str) -> None:
+    for verb in (asymswap.convert, asymswap.plan):
+        with pytest.raises(AsymswapError, match=expected):
+            verb("digits-resnet", "half-macs", **options)
+
+
+def test_a_plan_has_no_budget(digits: asymswap.Conversion) -> None:
+    for options in ({"macs": 0.5}, {"overrides": {"rank": 1}}):
+        with pytest.raises(AsymswapError, match="a plan is settled: `overrides=…` and budgets go with a recipe"):
+            asymswap.convert("digits-resnet", plan=digits.plan, **options)  # type: ignore[arg-type]
+
+
 def test_weights_that_are_not_numbers_are_refused(net: Net) -> None:
     with torch.no_grad():
         net.body.weight[0, 0, 0, 0] = float("nan")

@@ -67,7 +67,7 @@ def test_a_parameter_named_like_a_field_is_where_its_option_stands() -> None:
 @pytest.mark.parametrize("config", [Training, Calibration])
 def test_every_field_without_help_is_set_by_the_command_itself(config: type) -> None:
     assert {field.name for field in dataclasses.fields(config)} - options(config).keys() <= {
-        "channels_last", "deterministic", "polish_minutes", "seed", "team", "preprocessing",
+        "channels_last", "deterministic", "polish_minutes", "seed", "team", "preprocessing", "inputs",
     }  # fmt: skip
 
 

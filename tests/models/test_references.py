@@ -153,7 +153,7 @@ def test_a_factory_takes_weights_from_a_file(user_nets: str) -> None:
         {"weights": "w.pt", "arguments": {"width": 5}},
         {"arch": f"{user_nets}:own", "arguments": {"width": 5}},
     ):
-        model = UserCode(trust_code=False).build(f"{user_nets}:own", {"width": 5})
+        model = UserCode().build(f"{user_nets}:own", {"width": 5})
         torch.save({"state_dict": model.state_dict()}, "w.pt")
         opened = open_model(f"{user_nets}:own" if "weights" in request else "w.pt", **request)
         assert same_weights(opened.model, model)

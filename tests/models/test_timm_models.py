@@ -329,7 +329,7 @@ class TestInstalled:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", list(sys.path))
         Path("net.py").write_text(f"import timm\ndef net(): return timm.create_model({NAME!r}, num_classes=3)")
-        opened = open_model("net.py:net", trust_code=True)
+        opened = open_model("net.py:net")
         assert opened.origin.reference == f"timm:{NAME}"
         check_rebuilt(opened)
 

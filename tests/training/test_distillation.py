@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import SourceError
+from asymswap.fileformats.detect import sha256
 from asymswap.models.networks import digits_resnet
 from asymswap.models.opening import open_model
 from asymswap.training.config import Training
@@ -204,6 +205,22 @@ def test_no_path_in_a_checkpoint_is_followed(tmp_path: Path) -> None:
     lying = replace(header, provenance={**header.provenance, "report": report})
     with pytest.raises(SourceError, match=r"names the weights '.*mine\.pt', a path, which is not followed"):
         find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
+
+
+def test_a_file_beside_the_checkpoint_is_never_run_for_its_name(tmp_path: Path) -> None:
+    """As a reference `net.py:Net` would run net.py, whatever file has that name and the recorded hash."""
+    (tmp_path / "net.py").write_text("from pathlib import Path; Path(__file__).with_name('canary').touch()")
+    named = tmp_path / "net.py:Net"
+    torch.save(digits_resnet().state_dict(), named)
+    header = stored(tmp_path, "digits-resnet")
+    report = {**header.provenance["report"]}
+    report |= {"files": [{"path": named.name}]}
+    report["model"] = {**report["model"], "reference": named.name, "sha256": sha256(named), "weights": "file"}
+    for origin in ("class:net.Net", header.origin.reference):
+        lying = replace(header, origin=Origin(origin), provenance={**header.provenance, "report": report})
+        with pytest.raises(SourceError, match="is not beside the checkpoint"):
+            find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_nothing_is_downloaded_for_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

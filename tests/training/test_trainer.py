@@ -565,17 +565,13 @@ def test_a_network_of_the_users_file_is_built_as_it_was_when_it_was_converted(tm
     (tmp_path / "net.py").write_text(NET_FILE)
     reference = f"{tmp_path / 'net.py'}:Net"
     conversion = asymswap.convert(
-        asymswap.open_model(
-            reference, arguments={"channels": 6}, input_size=(1, 8, 8), trust_code=True, weights="none"
-        ),
+        asymswap.open_model(reference, arguments={"channels": 6}, input_size=(1, 8, 8), weights="none"),
         "acnet",
     )
     asymswap.save(conversion, tmp_path / "x.pt")
-    with pytest.raises(asymswap.AsymswapError, match="`trust_code=True`"):
-        asymswap.finetune(asymswap.open_model(tmp_path / "x.pt", arch=reference), digits, Training(steps=1))
     # The number of channels is the checkpoint's to tell.
     tuned = asymswap.finetune(
-        asymswap.open_model(tmp_path / "x.pt", arch=reference, trust_code=True, preprocessing=HALF),
+        asymswap.open_model(tmp_path / "x.pt", arch=reference, preprocessing=HALF),
         digits,
         Training(steps=1),
     )
