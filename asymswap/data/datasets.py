@@ -304,53 +304,63 @@ class Parts:
 
 
 def open_parts(
-    reference: str, preprocessing: Preprocessing, validation: str | None, seed: int, *, download: bool = False
+    reference: str,
+    preprocessing: Preprocessing,
+    validation: str | None,
+    seed: int,
+    *,
+    download: bool = False,
+    unlabelled: bool = False,
 ) -> Parts:
     """Open data for training.
 
     `validation` is the fraction of each class's training images to hold back; `none`; `test` for the test part; or
     another data reference. By default it is the folder `val` if there is one, else a tenth: the test part stays unseen.
-    Raises SourceError for data that cannot be trained on.
+    `unlabelled`: labels are not needed. Raises SourceError for data that cannot be trained on.
     """
-    train = open_data(reference, preprocessing, "train", download=download)
+    train = open_data(reference, preprocessing, "train", download=download, unlabelled=unlabelled)
     counts = Counter(train.pictures.labels)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
-    if empty:
+    if empty and not unlabelled:
         raise SourceError(
             f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
             "add some, or remove the class"
         )
     if validation is None and train.has_val:
-        other = open_data(reference, preprocessing, "val")
+        other = open_data(reference, preprocessing, "val", unlabelled=unlabelled)
     elif validation == "test":
-        other = open_data(reference, preprocessing, "test", download=download)
+        other = open_data(reference, preprocessing, "test", download=download, unlabelled=unlabelled)
     else:
         text = "0.1" if validation is None else "0" if validation == "none" else validation
         try:
             fraction = float(text)
         except ValueError:
-            other = open_data(text, preprocessing, "test")
+            other = open_data(text, preprocessing, "test", unlabelled=unlabelled)
         else:
-            if not 0 <= fraction < 1:
-                raise SourceError(
-                    f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
-                )
             if fraction == 0:
                 return Parts(train, None)
-            kept, held = split(train.pictures.labels, fraction, seed)
-            if not held:
-                raise SourceError(
-                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction "
-                    "in `validation=…`, or none"
-                )
+            kept, held = hold_back(train.pictures.labels, fraction, seed, train.description)
             about = f"of {train.description} (seed {seed})"
             return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
-    if other.classes != train.classes:
+    if other.classes != train.classes and not unlabelled:
         raise SourceError(
             f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
             f"({', '.join(train.classes[:5])} …); give data of the same classes"
         )
     return Parts(train, other)
+
+
+def hold_back(labels: Sequence[int], fraction: float, seed: int, data: str) -> tuple[list[int], list[int]]:
+    """Return what `split` returns; raise SourceError for no fraction, or one of which nothing would be held back."""
+    if not 0 < fraction < 1:
+        raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data")
+    kept, held = split(labels, fraction, seed)
+    if not held:
+        raise SourceError(
+            f"a validation part of {fraction:g} of {data} would be empty; give a larger fraction in `validation=…`, or "
+            "none"
+        )
+    return kept, held
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

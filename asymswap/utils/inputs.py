@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from asymswap.errors import SourceError, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import list_tensors, map_tensors, seeded
+from asymswap.utils.users import call
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
+
+_PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 PORTION = 3 * 224 * 224
 """Numbers in the inputs of one forward pass, if there is a choice: one image of the usual size, or many small ones."""
@@ -68,3 +73,42 @@ def _make(preprocessing: Preprocessing, count: int, make: Callable[..., Tensor])
         return make(count, channels, *size), make(count, channels, *size)
     frames = (preprocessing.frames,) if preprocessing.form == "clips" else ()
     return (make(count, channels, *frames, *size),)
+
+
+def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | None = None) -> Inputs:
+    """Return the arguments of the model's forward that a batch holds.
+
+    `inputs(batch)` returns them: a tensor, a tuple, or a dict by the forward's names. By default a tensor is the input,
+    of a pair (inputs, labels) the first, and of a dict the entries that the forward has. Raises SourceError where they
+    do not fit the forward.
+    """
+    signature = inspect.signature(model.forward)
+    found = batch if inputs is None else call("`inputs=…`", inputs, batch)
+    if inputs is None:
+        if isinstance(found, list | tuple):
+            if not 1 <= len(found) <= 2:
+                raise SourceError(
+                    f"a batch holds {len(found)} parts: give `inputs=…`, which says what the network gets"
+                )
+            found = found[0]
+        if isinstance(found, Mapping):
+            found = {name: value for name, value in found.items() if name in signature.parameters}
+    try:
+        if not isinstance(found, Mapping):
+            arguments = found if isinstance(found, tuple) else (found,)
+            signature.bind(*arguments)
+            return arguments
+        bound = signature.bind(**found)
+        unplaced = [name for name in bound.arguments if signature.parameters[name].kind not in _PLACED]
+        if unplaced:
+            raise TypeError(f"{unplaced[0]!r} has no position")
+    except TypeError as error:
+        what = f"the batch ({type(batch).__name__})" if inputs is None else "what `inputs=…` returned"
+        raise SourceError(
+            f"{what} does not fit forward{signature} of {type(model).__name__}: {reason_of(error)}; give as `inputs=…` "
+            "a function of the batch that returns the arguments, as a tensor, a tuple or a dict by their names"
+        ) from None
+    names = list(bound.arguments)
+    bound.apply_defaults()
+    # Defaults behind the last argument are left out.
+    return tuple(bound.args[: list(bound.arguments).index(names[-1]) + 1]) if names else ()

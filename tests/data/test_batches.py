@@ -90,9 +90,9 @@ def read(pictures: Any, workers: int = 0, strict: bool = False, presets: tuple[s
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_next_image_stands_in_for_one_that_cannot_be_read(workers: int) -> None:
     batches = read(Holes(3, 4, 9), workers)
-    shown = sorted(int(image[0, 0, 0]) for batch in batches for image in batch.images)
+    shown = sorted(int(image[0, 0, 0]) for batch in batches for image in batch.content[0])
     assert shown == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
-    assert sorted(int(label) for batch in batches for label in batch.labels) == shown
+    assert sorted(int(label) for batch in batches for label in batch.content[1]) == shown
     assert sum(batch.skipped for batch in batches) == 3
 
 
@@ -117,7 +117,7 @@ def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before(
     second = read(pictures, workers=1, presets=presets)
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.content[0], other.content[0])
     images = TrainingImages(pictures, training_transform(GREY, presets), 0, False)
     epochs = [images[epoch, 4][0] for epoch in (0, 0, 1, 2)]
     assert torch.equal(epochs[0], epochs[1])
