@@ -44,10 +44,12 @@ def finetune(
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output
 
-    task = getattr(common, "task", None)
+    task: Any = getattr(common, "task", None)
     material = getattr(task, "training", None)
     if (data is None) == (material is None):
         raise AsymswapError("give --data, or a task with training(); one of them, not both")
+    if getattr(task, "evaluate", None) is not None:
+        task.evaluate.lower_is_better = task.lower_is_better
     target = output or o.default_output(str(checkpoint), "tuned")
     # A process that torchrun has restarted resumes the run.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -219,17 +219,19 @@ class Batches:
 
     def __init__(self, data: Any, accumulate: int, team: Team, seed: int, most: int | None = None) -> None:
         self._team, self._seed, self._each = team, seed, accumulate * team.size
-        made = data if hasattr(data, "__iter__") or not callable(data) else call("`data=…`", data)
+        makes = callable(data) and not hasattr(data, "__iter__")
+        self._what = what = f"{data.__name__}()" if makes and hasattr(data, "__name__") else "`data=…`"
+        made = call(what, data) if makes else data
         self.name = type(made).__name__
         if not hasattr(made, "__iter__") or isinstance(made, Mapping | str):
             raise SourceError(
-                f"`data=…` gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
+                f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
                 "iterable of batches, or a function that returns one"
             )
         once = isinstance(made, Iterator)
         if once and made is data:
             raise SourceError(
-                f"`data=…` is a {self.name}, which can be read only once; give a function that returns a new one"
+                f"{what} is a {self.name}, which can be read only once; give a function that returns a new one"
             )
         if team.size > 1 and isinstance(getattr(made, "sampler", None), DistributedSampler):
             raise SourceError(
@@ -245,30 +247,30 @@ class Batches:
             limit = _MOST_COUNTED if most is None else most * self._each
             known = sum(1 for _ in itertools.islice(self._read(0), limit))
             if known == _MOST_COUNTED:
-                raise SourceError(f"`data=…` has no end within {known:,} batches; give `steps=…` instead of `epochs=…`")
+                raise SourceError(f"{what} has no end within {known:,} batches; give `steps=…` instead of `epochs=…`")
             self.notes = (f"the data has no length: its {known} batches were counted by reading it once",)
         self.count = known
         self.steps, rest = divmod(known, self._each)
         self.steps += rest >= team.size
         if not self.steps:
             few = f"gives {known} batches for {team.size} processes" if known else "gives no batch"
-            raise SourceError(f"`data=…` {few}; give more, from an iterable that can be read again")
+            raise SourceError(f"{what} {few}; give more, from an iterable that can be read again")
         if rest % team.size:
             self.notes += (f"the last {rest % team.size} batches of each epoch are left out, fewer than the processes",)
 
     def _read(self, epoch: int) -> Generator[Any, None, None]:
         """Yield all batches of an epoch."""
         seed_(self._seed, "data", epoch)
-        data = call("`data=…`", self._make)
+        data = call(self._what, self._make)
         own = getattr(data, "generator", None)
         before = own.get_state() if isinstance(own, torch.Generator) else None
         if isinstance(own, torch.Generator):
             own.manual_seed(number_for(self._seed, "data", epoch))
         try:
-            batches = call("`data=…`", iter, data)
+            batches = call(self._what, iter, data)
             for number in itertools.count():
                 seed_(self._seed, "data", epoch, number)
-                batch = call("`data=…`", next, batches, _END)
+                batch = call(self._what, next, batches, _END)
                 if batch is _END:
                     return
                 yield batch
@@ -286,8 +288,9 @@ class Batches:
                     if (given - 1) % self._team.size == self._team.rank:
                         mine.append(Batch(batch, 1))
                 if given < wanted:
+                    number = step * self._each + given
                     raise SourceError(
-                        f"`data=…` gave {step * self._each + given} batches in epoch {epoch + 1}, not {self.count}: it "
+                        f"{self._what} gave {number} batches in epoch {epoch + 1}, not {self.count}: it "
                         "must give as many each time; if one reading uses it up, give a function that returns a new one"
                     )
                 if step >= start:

@@ -24,9 +24,13 @@ from asymswap.measure.fidelity import difference
 from asymswap.training.config import Training
 from asymswap.training.distillation import Teacher
 from asymswap.utils.inputs import arguments_of, sizes
-from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors
+from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, meta_copy, to_meta
 from asymswap.utils.users import call
 
+_COMPARABLE = (
+    "; to learn from a teacher both must return the same tensors, such as a detector's heads before boxes are chosen: "
+    "wrap them in a module whose forward returns these"
+)
 _AUXILIARY = 0.3  # the weight of auxiliary classifiers' losses (Szegedy et al., 2015)
 
 
@@ -140,11 +144,14 @@ class Objective:
             for training in (True, False):
                 try:
                     output_error(target, self._run(probed.train(training), map_tensors(arguments, Tensor.clone)))
+                    if not training:
+                        # Boxes that are chosen by their scores are no pairs, even of one number; this fails for them.
+                        self._run(meta_copy(probed), to_meta(arguments))
                 except SourceError as error:
-                    reason = reason or str(error)
+                    reason = reason or str(error).removesuffix(_COMPARABLE)
                 else:
                     return not training
-        raise SourceError(reason)
+        raise SourceError(reason + _COMPARABLE)
 
 
 def check_gradient(loss: Tensor, what: str) -> Tensor:
@@ -167,9 +174,7 @@ def output_error(target: object, output: object) -> Tensor:
     if [tensor.shape for tensor in pair[0]] != [tensor.shape for tensor in pair[1]] or not pair[0]:
         theirs, own = (sizes(tuple(tensors)) or "no tensor" for tensors in pair)
         raise SourceError(
-            f"the teacher returns {theirs} and the trained network {own}, which cannot be compared; let both return "
-            "the same tensors, such as a detector's heads before boxes are chosen: wrap them in a module whose forward "
-            "returns these"
+            f"the teacher returns {theirs} and the trained network {own}, which cannot be compared{_COMPARABLE}"
         )
     errors = [difference(one, other) for one, other in zip(*pair, strict=True)]
     return check_gradient(torch.stack(errors).mean(), "the difference from the teacher")

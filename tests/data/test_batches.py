@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from asymswap.data.batches import (
+    Batches,
     Mixing,
     Reader,
     Schedule,
@@ -165,3 +169,34 @@ def test_presets_that_are_none(text: str, said: str) -> None:
     with pytest.raises(SourceError, match=said):
         parse_presets(text)
     assert parse_presets("randaugment, mixup") == ("randaugment", "mixup")
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 3))
+def test_processes_share_the_users_batches(count: int, accumulate: int, size: int) -> None:
+    """Each in as many as the others in every step; only fewer than the processes are left out, at an epoch's end."""
+    if count < size:
+        with pytest.raises(SourceError, match=f"gives {count} batches for {size} processes"):
+            Batches(list(range(count)), accumulate, Team(0, size), seed=0)
+        return
+    sources = [Batches(list(range(count)), accumulate, Team(rank, size), seed=0) for rank in range(size)]
+    seen: list[int] = []
+    for groups in zip(*(source.groups(0, 0) for source in sources), strict=True):
+        assert len({len(group) for group, _ in groups}) == 1
+        assert {whole for _, whole in groups} == {sum(len(group) for group, _ in groups)}
+        seen += sorted(batch.content for group, _ in groups for batch in group)
+    assert seen == list(range(count - count % size))
+    rest = [group for group, _ in sources[0].groups(0, 1)]
+    assert rest == [group for group, _ in sources[0].groups(0, 0)][1:]
+
+
+def test_a_sampler_that_shares_too() -> None:
+    data = TensorDataset(torch.zeros(8))
+    loader = DataLoader(data, sampler=DistributedSampler(data, 2, 0))
+    with pytest.raises(SourceError, match="give a DataLoader without DistributedSampler"):
+        Batches(loader, 1, Team(0, 2), seed=0)
+    assert Batches(loader, 1, Team(), seed=0).count == 4
+
+
+def test_data_without_an_end() -> None:
+    endless = Batches(lambda: itertools.count(), 2, Team(), seed=0, most=3)
+    assert (endless.steps, endless.count) == (3, 6)
