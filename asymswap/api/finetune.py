@@ -327,7 +327,8 @@ def _batches(data: Any, settings: Training, validation: str | None, team: Team) 
             )
         batches = Batches(data, settings.accumulate, team, settings.seed, settings.steps)
         notes = (_NOT_VALIDATED,) if validation is None else ()
-        return settings, _Material(batches, None, f"{batches.count} batches of a {batches.name}", notes=notes)
+        number = "1 batch" if batches.count == 1 else f"{batches.count} batches"
+        return settings, _Material(batches, None, f"{number} of a {batches.name}", notes=notes)
     name, count = type(data).__name__, len(data)
     try:
         fraction = float("0.1" if validation is None else "0" if validation == "none" else validation)

@@ -23,7 +23,7 @@ from asymswap.types import Swap
 from asymswap.utils.tensors import deep_copy
 
 ORIGINAL = "original"
-_GIVE = "give the teacher, `distill=…`"
+_GIVE = "give the teacher, `distill=…` (in Python also a module, `teacher=…`)"
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
