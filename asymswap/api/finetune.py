@@ -20,14 +20,13 @@ from asymswap.data.batches import (
     Batches,
     Mixing,
     Reader,
-    Samples,
     Schedule,
     Source,
     TrainingImages,
     presets_for,
     training_transform,
 )
-from asymswap.data.datasets import LabelledImages, Parts, hold_back, image_transform, open_parts
+from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, samples_of
 from asymswap.data.normalization import Feeding, fed_of, settle
 from asymswap.data.predict import check_class_names, check_classifier, known_classes, placement
 from asymswap.errors import AsymswapError
@@ -71,7 +70,7 @@ class _Material:
     validation: str | None = None
     classes: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
-    labels: bool = False  # they are images with class labels, for a loss of ours
+    labels: bool = False  # of classes, which a classifier learns
     notes: tuple[str, ...] = ()
 
 
@@ -131,13 +130,15 @@ def finetune(
     held_back = settings.validation if evaluate is None else "none"
     feeding: Feeding | None = None
     if isinstance(data, str | Path):
+        data = str(data)
         if download:
             # The first process alone downloads, which settling and opening the parts then find.
-            team.first(lambda: settle(opened, str(data), "train", download=True))
-        opened, feeding = settle(opened, str(data), "train")
-        settings, material = _images(opened, str(data), settings, held_back, loss, inputs, team, download)
+            team.first(lambda: settle(opened, data, "train", download=True))
+        opened, feeding = settle(opened, data, "train")
+    if isinstance(data, str | torch.Tensor | Dataset) and not isinstance(data, IterableDataset):
+        settings, material = _samples(opened, data, settings, held_back, loss, inputs, team, download)
     else:
-        settings, material = _batches(data, settings, held_back, team)
+        material = _batches(data, settings, held_back, team)
     if loss is None and settings.distill is None and not material.labels:
         raise AsymswapError(
             f"nothing says what to learn from {material.data}: give `loss=…`, a function of the outputs and the batch, "
@@ -148,14 +149,12 @@ def finetune(
         beside = None if opened.file is None else opened.file.parent
         named = settings.distill if teacher is None else teacher
         taught = find_teacher(opened.header(), named, opened.model, beside)
-    functions = {"inputs": inputs, "loss": loss, "evaluate": evaluate}
-    about = {"data": material.data, "images": material.source.count, "checkpoint": opened.sha256}
-    about |= {"processes": team.size}
-    about |= {name: getattr(one, "__qualname__", type(one).__name__) for name, one in functions.items() if one}
-    identity = settings.identity() | {"augment": list(material.presets)} | about
-    if isinstance(data, str | Path):
-        identity["data"] = str(data)
-    elif material.source.unit == "batches":
+    identity = settings.identity() | {"augment": list(material.presets), "data": data if feeding else material.data}
+    identity |= {"images": material.source.count, "checkpoint": opened.sha256, "processes": team.size}
+    for name, function in {"inputs": inputs, "loss": loss, "evaluate": evaluate}.items():
+        if function is not None:
+            identity[name] = getattr(function, "__qualname__", type(function).__name__)
+    if material.source.unit == "batches":
         identity["batch_size"] = None
     known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
 
@@ -165,7 +164,7 @@ def finetune(
             "model": opened.reference,
             "data": material.data,
             "validation": material.validation if evaluate is None else f"{identity['evaluate']}(model)",
-            "classes": material.classes if material.labels else known,
+            "classes": material.classes or known,
             "settings": identity,
             "teacher": None if taught is None else taught.description,
             "epochs": progress.epoch,
@@ -245,9 +244,9 @@ def finetune(
     return FineTuned(result, report, header(progress))
 
 
-def _images(
+def _samples(
     opened: OpenedModel,
-    reference: str,
+    data: Any,
     settings: Training,
     validation: str | None,
     loss: Callable[[Any, Any], Any] | None,
@@ -255,100 +254,82 @@ def _images(
     team: Team,
     download: bool,
 ) -> tuple[Training, _Material]:
-    """Open the images of a data reference: with labels for a classifier, without for a teacher or the user's loss."""
-    distills = settings.distill is not None
+    """Open images, with labels for a classifier alone, or samples of the user's, which are taken as they are."""
+    distills, named = settings.distill is not None, isinstance(data, str)
+    if not named:
+        _check_plain(settings, ("augment", "label_smoothing", "strict"))
+        data = samples_of(data, opened.preprocessing)
 
     def images(unlabelled: bool, download: bool = False) -> Parts:
         prepared, seed = opened.preprocessing, settings.seed
-        return open_parts(reference, prepared, validation, seed, download=download, unlabelled=unlabelled)
+        return open_parts(data, prepared, validation, seed, download=download, unlabelled=unlabelled)
 
     if download:
         team.first(lambda: len(images(False, download=True).train))
     parts = images(unlabelled=distills or loss is not None)
-    labels = loss is None and not (distills and (not parts.train.classes or not _gives_scores(opened)))
-    parts = images(unlabelled=False) if labels else parts
     train, held = parts.train, parts.validation
+    labels = loss is None and bool(train.classes) and (not distills or _gives_scores(opened))
     if labels:
-        known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
-        check_class_names(known, train)
+        images(unlabelled=False)  # which checks the classes
+        check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), train)
         check_classifier(opened.model, train, exact=True)
         if inputs is not None:
             raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
         settings = replace(settings, workers=0 if train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
-    presets = presets_for(reference) if settings.augment is None else settings.augment
+    presets = tuple((presets_for(data) if settings.augment is None else settings.augment) if named else ())
     mixed = [name for name in presets if name in MIXES]
     if mixed and not labels:
         raise AsymswapError(f"`augment={mixed[0]}` mixes class labels, which are not learned here; leave it out")
-    dtype = torch.float64 if placement(opened.model)[1] == torch.float64 else torch.float32
+    double = placement(opened.model)[1] == torch.float64
 
-    def source(data: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> Source:
-        made = TrainingImages(data.pictures, transform, settings.seed, settings.strict, dtype)
-        return Reader(made, Schedule(len(data), batch, accumulate, team, settings.seed), settings.workers or 0)
+    def source(images: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> Source:
+        dtype = None if not named else torch.float64 if double else torch.float32
+        transform = transform if named else nn.Identity()
+        made = TrainingImages(images.pictures, transform, settings.seed, settings.strict or not named, dtype)
+        return Reader(made, Schedule(len(images), batch, accumulate, team, settings.seed), settings.workers or 0)
 
-    plain_images = image_transform(train.preprocessing)
+    prepared = train.preprocessing
     return settings, _Material(
-        source(train, training_transform(train.preprocessing, presets), settings.batch, settings.accumulate, team),
-        held if held is None or labels else source(held, plain_images, 2 * settings.batch, 1, ALONE),
+        source(train, training_transform(prepared, presets), settings.batch, settings.accumulate, team),
+        held if held is None or labels else source(held, image_transform(prepared), 2 * settings.batch, 1, ALONE),
         train.description,
         None if held is None else held.description,
-        train.classes,
-        tuple(presets),
+        train.classes if labels else (),
+        presets,
         labels,
     )
 
 
 def _gives_scores(opened: OpenedModel) -> bool:
     """Return whether the model gives class scores for one image."""
-    device, dtype = placement(opened.model)
-    known = opened.preprocessing
+    (device, dtype), known = placement(opened.model), opened.preprocessing
     with eval_mode(opened.model), torch.inference_mode():
         output = opened.model(torch.zeros(1, known.channels, *known.size, device=device, dtype=dtype))
     return isinstance(output, torch.Tensor) and output.ndim == 2
 
 
-def _batches(data: Any, settings: Training, validation: str | None, team: Team) -> tuple[Training, _Material]:
-    """Open a dataset, a tensor or batches of the user's, which are taken as they are."""
-    for name in ("augment", "label_smoothing", "strict"):
+def _batches(data: Any, settings: Training, validation: str | None, team: Team) -> _Material:
+    """Open batches of the user's, which are taken as they are."""
+    _check_plain(settings, ("augment", "label_smoothing", "strict", "batch_size", "workers"))
+    if validation not in (None, "none", "0"):
+        raise AsymswapError(
+            f"`validation={validation}` would hold back batches, which may share samples with others; give a Dataset, "
+            "or `evaluate=…`"
+        )
+    batches = Batches(data, settings.accumulate, team, settings.seed, settings.steps)
+    notes = (_NOT_VALIDATED,) if validation is None else ()
+    number = "1 batch" if batches.count == 1 else f"{batches.count} batches"
+    return _Material(batches, None, f"{number} of a {batches.name}", notes=notes)
+
+
+def _check_plain(settings: Training, names: Sequence[str]) -> None:
+    """Raise AsymswapError for a setting that data of the user's own leaves no room for."""
+    for name in names:
         value = getattr(settings, name)
         if value:
-            raise AsymswapError(f"`{name}={value}` is for images of a data reference; your own data is taken as it is")
-    dataset = isinstance(data, torch.Tensor | Dataset) and not isinstance(data, IterableDataset)
-    if not dataset:
-        for name in ("batch_size", "workers"):
-            value = getattr(settings, name)
-            if value is not None:
-                raise AsymswapError(f"`{name}={value}`: your own batches are taken as they are; set it in your loader")
-        if validation not in (None, "none", "0"):
-            raise AsymswapError(
-                f"`validation={validation}` would hold back batches, which may share samples with others; give a "
-                "Dataset, or `evaluate=…`"
-            )
-        batches = Batches(data, settings.accumulate, team, settings.seed, settings.steps)
-        notes = (_NOT_VALIDATED,) if validation is None else ()
-        number = "1 batch" if batches.count == 1 else f"{batches.count} batches"
-        return settings, _Material(batches, None, f"{number} of a {batches.name}", notes=notes)
-    name, count = type(data).__name__, len(data)
-    try:
-        fraction = float("0.1" if validation is None else "0" if validation == "none" else validation)
-    except ValueError:
-        raise AsymswapError(
-            f"`validation={validation}` goes with a data reference; give 0.1, none or `evaluate=…`"
-        ) from None
-    about = f"{count} samples of a {name}"
-    kept, held = hold_back([-1] * count, fraction, settings.seed, about) if fraction else (range(count), [])
-
-    def source(chosen: Sequence[int], batch: int, accumulate: int, team: Team) -> Source:
-        schedule = Schedule(len(chosen), batch, accumulate, team, settings.seed)
-        return Reader(Samples(data, chosen, settings.seed), schedule, settings.workers or 0)
-
-    return settings, _Material(
-        source(kept, settings.batch, settings.accumulate, team),
-        source(held, 2 * settings.batch, 1, ALONE) if held else None,
-        f"{len(kept)} of {about}" if held else about,
-        f"{len(held)} of {about} (seed {settings.seed}), by the loss" if held else None,
-    )
+            raise AsymswapError(f"`{name}={value}` changes nothing in data of your own: it is taken as it is")
 
 
 def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from asymswap.data.datasets import Pictures, geometry, to_input
 from asymswap.errors import AsymswapError, SourceError, near_names
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
-from asymswap.utils.tensors import drawn_from, generator_for, map_tensors, number_for, seed_
+from asymswap.utils.tensors import drawn_from, generator_for, map_tensors, number_for, random_state_kept, seed_
 from asymswap.utils.users import call
+
+Groups = Generator[tuple[list["Batch"], int], None, None]
+"""The batches of this process for one step after another, each with the sum of the counts in all processes."""
 
 Key = tuple[int, int]
 """An epoch and the number of an image."""
@@ -35,7 +38,6 @@ MIXES = ("mixup", "cutmix")
 
 _MOST_SKIPPED = 100
 """Unreadable images in a row from which on something else must be wrong."""
-
 
 _MOST_COUNTED = 1_000_000
 """Batches after which we stop to look for the end of data without a length."""
@@ -56,18 +58,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if hasattr(content, "to") and not isinstance(content, Tensor):
         return replace(batch, content=content.to(device))
     return replace(batch, content=map_tensors(content, lambda tensor: tensor.to(device, non_blocking=True)))
-
-
-class Source(Protocol):
-    """Batches to train on, the same ones every time that an epoch is read."""
-
-    steps: int  # in an epoch
-    unit: str  # what a batch's count counts
-    count: int  # of these in an epoch
-    notes: tuple[str, ...]
-
-    def groups(self, epoch: int, start: int) -> Generator[tuple[list[Batch], int], None, None]:
-        """Yield, from step `start` of an epoch on, this process's batches of a step and the count in all processes."""
 
 
 class Schedule(Sampler[list[Key]]):
@@ -106,103 +96,73 @@ class Schedule(Sampler[list[Key]]):
 class TrainingImages(Dataset[Any]):
     """Augmented network inputs; the augmentation depends only on the seed, the epoch and the image's number.
 
-    The next image replaces one that cannot be read; with `strict` the error is the sample.
+    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`;
+    samples of the user's stay as they are.
     """
 
     def __init__(
-        self, pictures: Pictures, transform: Any, seed: int, strict: bool, dtype: torch.dtype = torch.float32
+        self, pictures: Pictures, transform: Any, seed: int, strict: bool, dtype: torch.dtype | None = torch.float32
     ) -> None:
         self._pictures, self._transform, self._seed = pictures, transform, seed
-        self._strict, self._dtype = strict, dtype
+        self._strict, self.dtype = strict, dtype
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int] | SourceError:
+    def __getitem__(self, key: Key) -> tuple[Any, int, int] | SourceError:
         (epoch, index), labels = key, self._pictures.labels
         for skipped in range(min(len(labels), _MOST_SKIPPED)):
             place = (index + skipped) % len(labels)
-            try:
-                picture = self._pictures.picture(place)
-            except SourceError as error:
-                # Returned: raised in a worker it would arrive as a page of traceback.
-                if self._strict:
-                    return error
-                continue
             with drawn_from(self._seed, "augment", epoch, index):
-                return self._transform(picture), labels[place], int(skipped > 0)
+                try:
+                    return self._transform(self._pictures.picture(place)), labels[place], int(skipped > 0)
+                except SourceError as error:
+                    # Returned: raised in a worker it would arrive as a page of traceback.
+                    if self._strict:
+                        return error
         return SourceError("no image of the data can be read; `strict=True` names the first that cannot")
 
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """Return the batch of some samples; its content is the images alone where there are no labels."""
-        images, labels, skipped = default_collate(list(samples))
-        images = images.to(self._dtype)
-        content = images if self._pictures.labels[0] == -1 else (images, labels)
-        return Batch(content, len(images), int(skipped.sum()))
 
-
-class Samples(Dataset[Any]):
-    """Samples of the user's dataset, or of a tensor; what they draw depends on the seed, the epoch and their number."""
-
-    def __init__(self, data: Any, chosen: Sequence[int], seed: int) -> None:
-        self._data, self._chosen, self._seed = data, chosen, seed
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, key: Key) -> Any:
-        epoch, index = key
-        with drawn_from(self._seed, "augment", epoch, index):
-            try:
-                return call("`data=…`", self._data.__getitem__, self._chosen[index])
-            except SourceError as error:
-                return error
-
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """Return the batch of some samples."""
-        hint = "; give a DataLoader with a collate_fn of yours"
-        return Batch(call("putting samples into a batch", default_collate, list(samples), hint=hint), len(samples))
-
-
-def _collate(collate: Callable[[Sequence[Any]], Batch], samples: Sequence[Any]) -> Batch | SourceError:
+def _collate(dtype: torch.dtype | None, samples: Sequence[Any]) -> Batch | SourceError:
+    """Return a batch of images and labels, or of the images alone where there are no labels."""
     for sample in samples:
         if isinstance(sample, SourceError):
             return sample
     try:
-        return collate(samples)
+        hint = "; give a DataLoader with a collate_fn of yours"
+        images, labels, skipped = call("putting samples into a batch", default_collate, list(samples), hint=hint)
     except SourceError as error:
         return error
+    images = images if dtype is None else images.to(dtype)
+    return Batch(images if -1 in labels else (images, labels), len(labels), int(skipped.sum()))
 
 
 class Reader:
-    """A source of images, or of a dataset's samples, by a schedule; reads ahead of time if there are workers."""
+    """A source of images, or of samples of the user's, by a schedule; reads ahead of time if there are workers."""
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, images: TrainingImages | Samples, schedule: Schedule, workers: int) -> None:
+    def __init__(self, images: TrainingImages, schedule: Schedule, workers: int) -> None:
         self.schedule, self.steps, self.count = schedule, schedule.steps, schedule.images
-        self.unit = "images" if isinstance(images, TrainingImages) else "samples"
+        self.unit = "samples" if images.dtype is None else "images"
         self._loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=schedule,
             num_workers=workers,
-            collate_fn=partial(_collate, images.collate),
+            collate_fn=partial(_collate, images.dtype),
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: the loader would otherwise draw from the global one.
             generator=torch.Generator(),
         )
 
-    def read(self, epoch: int, start: int) -> Generator[Batch, None, None]:
-        """Yield the batches of an epoch from a step on; raise SourceError for an image that cannot be read."""
+    def groups(self, epoch: int, start: int) -> Groups:
+        """Yield the batches of each step of an epoch, from `start` on; SourceError for an image that cannot be read."""
         self.schedule.begin(epoch, start)
-        for batch in self._loader:
-            if isinstance(batch, SourceError):
-                raise batch
-            yield batch
-
-    def groups(self, epoch: int, start: int) -> Generator[tuple[list[Batch], int], None, None]:
-        """Yield the batches of each step and the number of images in it; see `Source`."""
-        with closing(self.read(epoch, start)) as batches:
-            for step in range(start, self.steps):
-                yield list(itertools.islice(batches, self.schedule.accumulate)), self.schedule.size(step)
+        batches = iter(self._loader)
+        for step in range(start, self.steps):
+            group = list(itertools.islice(batches, self.schedule.accumulate))
+            for batch in group:
+                if isinstance(batch, SourceError):
+                    raise batch
+            yield group, self.schedule.size(step)
 
 
 class Batches:
@@ -222,36 +182,32 @@ class Batches:
         makes = callable(data) and not hasattr(data, "__iter__")
         self._what = what = f"{data.__name__}()" if makes and hasattr(data, "__name__") else "`data=…`"
         made = call(what, data) if makes else data
-        self.name = type(made).__name__
+        self.name, once = type(made).__name__, isinstance(made, Iterator)
         if not hasattr(made, "__iter__") or isinstance(made, Mapping | str):
             raise SourceError(
                 f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
                 "iterable of batches, or a function that returns one"
             )
-        once = isinstance(made, Iterator)
-        if once and made is data:
-            raise SourceError(
-                f"{what} is a {self.name}, which can be read only once; give a function that returns a new one"
-            )
+        if once and not makes:
+            raise SourceError(f"{what} is a {self.name}, which can be read only once; give a function that returns one")
         if team.size > 1 and isinstance(getattr(made, "sampler", None), DistributedSampler):
-            raise SourceError(
-                "each process takes every n-th batch itself; give a DataLoader without DistributedSampler"
-            )
+            raise SourceError("every process takes its share of the batches itself; leave out the DistributedSampler")
         self._make: Callable[[], Iterable[Any]] = data if once else lambda: made
         self.notes: tuple[str, ...] = ()
         try:
+            # That of a loader of an IterableDataset is an estimate.
             known = None if isinstance(getattr(made, "dataset", None), IterableDataset) else len(made)
         except TypeError:
             known = None
         if known is None:
             limit = _MOST_COUNTED if most is None else most * self._each
-            known = sum(1 for _ in itertools.islice(self._read(0), limit))
+            with random_state_kept():
+                known = sum(1 for _ in itertools.islice(self._read(0), limit))
             if known == _MOST_COUNTED:
                 raise SourceError(f"{what} has no end within {known:,} batches; give `steps=…` instead of `epochs=…`")
             self.notes = (f"the data has no length: its {known} batches were counted by reading it once",)
-        self.count = known
-        self.steps, rest = divmod(known, self._each)
-        self.steps += rest >= team.size
+        self.count, rest = known, known % self._each
+        self.steps = known // self._each + (rest >= team.size)
         if not self.steps:
             few = f"gives {known} batches for {team.size} processes" if known else "gives no batch"
             raise SourceError(f"{what} {few}; give more, from an iterable that can be read again")
@@ -278,8 +234,8 @@ class Batches:
             if before is not None:
                 own.set_state(before)  # type: ignore[union-attr]
 
-    def groups(self, epoch: int, start: int) -> Generator[tuple[list[Batch], int], None, None]:
-        """Yield this process's batches of each step and the number of batches in it; see `Source`."""
+    def groups(self, epoch: int, start: int) -> Groups:
+        """Yield the batches of each step of an epoch, from `start` on."""
         with closing(self._read(epoch)) as batches:
             for step in range(self.steps):
                 wanted = min(self._each, self.count - step * self._each)
@@ -287,15 +243,18 @@ class Batches:
                 for given, batch in enumerate(itertools.islice(batches, wanted), start=1):
                     if (given - 1) % self._team.size == self._team.rank:
                         mine.append(Batch(batch, 1))
+                number = step * self._each + given
                 if given < wanted:
-                    number = step * self._each + given
                     raise SourceError(
-                        f"{self._what} gave {number} batches in epoch {epoch + 1}, not {self.count}: it "
-                        "must give as many each time; if one reading uses it up, give a function that returns a new one"
+                        f"{self._what} gave {number} batches in epoch {epoch + 1}, not {self.count}: "
+                        "if one reading uses it up, give a function that returns a new one"
                     )
                 if step >= start:
                     whole = wanted // self._team.size
                     yield mine[:whole], whole * self._team.size
+
+
+Source = Reader | Batches
 
 
 def parse_presets(text: str) -> tuple[str, ...]:

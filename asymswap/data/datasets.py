@@ -34,6 +34,7 @@ from asymswap.data import arrays
 from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import generator_for
+from asymswap.utils.users import call
 
 Part = Literal["train", "test", "val"]
 PIL_MODES = {1: "L", 3: "RGB"}
@@ -303,8 +304,14 @@ class Parts:
     validation: LabelledImages | None
 
 
+def samples_of(data: Any, preprocessing: Preprocessing) -> LabelledImages:
+    """Return the samples of the user's dataset, or of a tensor, as if they were images without labels."""
+    pictures = Pictures([-1] * len(data), partial(call, "`data=…`", data.__getitem__))
+    return LabelledImages(pictures, (), f"{len(data)} samples of a {type(data).__name__}", preprocessing)
+
+
 def open_parts(
-    reference: str,
+    reference: str | LabelledImages,
     preprocessing: Preprocessing,
     validation: str | None,
     seed: int,
@@ -318,7 +325,8 @@ def open_parts(
     another data reference. By default it is the folder `val` if there is one, else a tenth: the test part stays unseen.
     `unlabelled`: labels are not needed. Raises SourceError for data that cannot be trained on.
     """
-    train = open_data(reference, preprocessing, "train", download=download, unlabelled=unlabelled)
+    opened = partial(open_data, preprocessing=preprocessing, unlabelled=unlabelled)
+    train = reference if isinstance(reference, LabelledImages) else opened(reference, part="train", download=download)
     counts = Counter(train.pictures.labels)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
     if empty and not unlabelled:
@@ -326,20 +334,31 @@ def open_parts(
             f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
             "add some, or remove the class"
         )
-    if validation is None and train.has_val:
-        other = open_data(reference, preprocessing, "val", unlabelled=unlabelled)
-    elif validation == "test":
-        other = open_data(reference, preprocessing, "test", download=download, unlabelled=unlabelled)
+    if validation is None and train.has_val and isinstance(reference, str):
+        other = opened(reference, part="val")
+    elif validation == "test" and isinstance(reference, str):
+        other = opened(reference, part="test", download=download)
     else:
         text = "0.1" if validation is None else "0" if validation == "none" else validation
         try:
             fraction = float(text)
         except ValueError:
-            other = open_data(text, preprocessing, "test", unlabelled=unlabelled)
+            if not isinstance(reference, str):
+                raise SourceError(f"`validation={text}` goes with a data reference; give 0.1 or none") from None
+            other = opened(text, part="test")
         else:
             if fraction == 0:
                 return Parts(train, None)
-            kept, held = hold_back(train.pictures.labels, fraction, seed, train.description)
+            if not 0 < fraction < 1:
+                raise SourceError(
+                    f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
+                )
+            kept, held = split(train.pictures.labels, fraction, seed)
+            if not held:
+                raise SourceError(
+                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction "
+                    "in `validation=…`, or none"
+                )
             about = f"of {train.description} (seed {seed})"
             return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
     if other.classes != train.classes and not unlabelled:
@@ -348,19 +367,6 @@ def open_parts(
             f"({', '.join(train.classes[:5])} …); give data of the same classes"
         )
     return Parts(train, other)
-
-
-def hold_back(labels: Sequence[int], fraction: float, seed: int, data: str) -> tuple[list[int], list[int]]:
-    """Return what `split` returns; raise SourceError for no fraction, or one of which nothing would be held back."""
-    if not 0 < fraction < 1:
-        raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data")
-    kept, held = split(labels, fraction, seed)
-    if not held:
-        raise SourceError(
-            f"a validation part of {fraction:g} of {data} would be empty; give a larger fraction in `validation=…`, or "
-            "none"
-        )
-    return kept, held
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

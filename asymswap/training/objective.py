@@ -63,30 +63,27 @@ class Objective:
         else:
             arguments = arguments_of(student, content, self.inputs)
         arguments = map_tensors(arguments, self._formatted)
-        if teacher is None:
-            output = self._run(runner, arguments)
-            loss = self._by_labels(output, targets) if self.labels else batch.count * self._by_user(output, content)
-        else:
-            blocks = teacher.blocks if settings.distill_features else {}
+        blocks = teacher.blocks if teacher is not None and settings.distill_features else {}
+        if teacher is not None:
             with torch.no_grad(), caught(teacher.model, blocks.values()) as taught:
                 # Copies: a model may change its input in place.
                 target = self._run(teacher.model, map_tensors(arguments, Tensor.clone))
-            with caught(student, blocks) as learned:
-                output = self._run(runner, arguments)
-            alone = not self.labels and self.by_user is None
-            weight = 1.0 if alone else settings.distill_weight
-            loss = weight * (
-                self._by_scores(target, output) if self.labels else batch.count * output_error(target, output)
-            )
-            if weight < 1 and self.labels:
-                loss = loss + (1 - weight) * self._by_labels(output, targets)
-            elif weight < 1:
-                loss = loss + (1 - weight) * batch.count * self._by_user(output, content)
-            if settings.distill_features:
-                error = feature_error(taught, learned, blocks)
-                if error is None:
-                    raise SourceError("no block of the teacher has the same output; leave out `distill_features=…`")
-                loss = loss + settings.distill_features * batch.count * error
+        with caught(student, blocks) as learned:
+            output = self._run(runner, arguments)
+        alone = not self.labels and self.by_user is None
+        weight = 0.0 if teacher is None else 1.0 if alone else settings.distill_weight
+        loss: Any = 0.0
+        if weight > 0:
+            error = self._by_scores(target, output) if self.labels else batch.count * output_error(target, output)
+            loss = weight * error
+        if weight < 1:
+            own = self._by_labels(output, targets) if self.labels else batch.count * self._by_user(output, content)
+            loss = loss + (1 - weight) * own
+        if settings.distill_features:
+            apart = feature_error(taught, learned, blocks)
+            if apart is None:
+                raise SourceError("no block of the teacher has the same output; leave out `distill_features=…`")
+            loss = loss + settings.distill_features * batch.count * apart
         return loss, (all_scores(output)[0].detach().argmax(1) == labels).sum() if self.labels else torch.zeros(())
 
     def _formatted(self, tensor: Tensor) -> Tensor:
@@ -124,9 +121,8 @@ class Objective:
         hint = "; here a batch is one tensor, without labels" if isinstance(content, Tensor) else ""
         found = call("`loss=…`", self.by_user, output, content, hint=hint)
         if not isinstance(found, Tensor) or found.numel() != 1:
-            what = (
-                f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            )
+            shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+            what = f"a {type(found).__name__}{shape}"
             raise SourceError(f"`loss=…` gave {what}; it must return one number as a tensor, such as a mean")
         return check_gradient(found.reshape(()), "`loss=…` gave a number that")
 

@@ -60,8 +60,8 @@ class Progress:
 
     def scores(self, labels: bool) -> Scores:
         """Return the scores on the images of this epoch so far, top-1 too where they have `labels`."""
-        loss, top1 = self.loss / max(1.0, self.seen), self.correct / max(1.0, self.seen)
-        return {"loss": loss, "top1": top1} if labels else {"loss": loss}
+        sums = {"loss": self.loss, "top1": self.correct} if labels else {"loss": self.loss}
+        return {name: value / max(1.0, self.seen) for name, value in sums.items()}
 
 
 @dataclass
@@ -194,8 +194,8 @@ class Trainer:
         self.team.follow_(self._kept_model)
         validation, best = self._validate(self._kept_model), progress.best
         better = True
-        if validation is not None and best is not None:
-            better = self.better(validation, best)
+        if self.validator is not None and validation is not None and best is not None:
+            better = self.validator.rank(validation) > self.validator.rank(best)
         progress.last = validation
         progress.skipped_in_all += progress.skipped
         progress.stale = 0 if better else progress.stale + 1
@@ -276,34 +276,24 @@ class Trainer:
     def _understood(self, error: Exception) -> AsymswapError | None:
         """Return an error of torch in the user's words, if the user can do something about it."""
         text, settings, source = str(error), self.settings, self.source
-        own = source.unit == "batches"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            if own:
-                return AsymswapError(
-                    "not enough memory for a batch of the data; make its batches smaller, with `accumulate=…`"
-                )
+            size, half = f"`batch_size={settings.batch}`", f"`batch_size={max(1, settings.batch // 2)}`"
+            if source.unit == "batches":
+                size, half = "a batch of the data", "batches of half the size"
             return AsymswapError(
-                f"not enough memory for `batch_size={settings.batch}`; `batch_size="
-                f"{max(1, settings.batch // 2)}` with `accumulate={2 * settings.accumulate}` gives the same step"
+                f"not enough memory for {size}; {half} with `accumulate={2 * settings.accumulate}` gives the same step"
             )
         if "more than 1 value per channel" in text:
-            if own:
-                return AsymswapError("a batch norm got a single value per channel; make the batches of the data larger")
-            return AsymswapError(
-                f"a batch norm got a single image, of {source.count} {source.unit} with "
-                f"`batch_size={settings.batch}`; give a larger `batch_size=…`"
-            )
+            what, larger = f"{source.count} {source.unit} with `batch_size={settings.batch}`", "a larger `batch_size=…`"
+            if source.unit == "batches":
+                what, larger = "a batch of the data", "larger batches"
+            return AsymswapError(f"a batch norm got a single image, of {what}; give {larger}")
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
             return AsymswapError(
                 "another process of the run has died, and none can go on without it; `resume=True` continues the run, "
                 "as torchrun does by itself with --max-restarts 3"
             )
         return None
-
-    def better(self, one: Scores, other: Scores) -> bool:
-        """Return whether scores of a validation are better than others."""
-        assert self.validator is not None
-        return self.validator.rank(one) > self.validator.rank(other)
 
     def _validate(self, model: nn.Module) -> Scores | None:
         if self.validator is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, closing
@@ -29,18 +30,17 @@ Context = Callable[[], AbstractContextManager[Any]]
 class Validator:
     """Scores a model: `measure` gets it and the context of a forward pass.
 
-    The first of `order`, or the first score, decides which epoch is the best, the next where those are equal; less is
-    better of those in `lower`, or of all where that is True.
+    The first score decides which epoch is the best, the next where those are equal; less is better of those in `lower`,
+    or of all where that is True.
     """
 
     measure: Callable[[nn.Module, Context], Scores]
-    order: tuple[str, ...] = ()
     lower: Collection[str] | bool = ("loss",)
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Return a key that sorts better scores behind worse ones."""
-        signs = {name: -1 if self.lower is True or (self.lower and name in self.lower) else 1 for name in scores}
-        return tuple(signs[name] * scores[name] for name in self.order or scores)
+        lower = scores if self.lower is True else self.lower or ()
+        return tuple(-value if name in lower else value for name, value in scores.items())
 
 
 def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validator:
@@ -58,9 +58,9 @@ def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validat
         )
         sums = torch.tensor([float(found.losses.sum()), found.correct, len(found)], dtype=torch.float64)
         loss, correct, seen = team.sum(sums).tolist()
-        return {"loss": loss / max(1.0, seen), "top1": correct / max(1.0, seen)}
+        return {"top1": correct / max(1.0, seen), "loss": loss / max(1.0, seen)}
 
-    return Validator(measure, ("top1", "loss"))
+    return Validator(measure)
 
 
 def by_loss(objective: Objective, source: Source, team: Team) -> Validator:
@@ -91,15 +91,12 @@ def by_user(evaluate: Callable[[nn.Module], Any], team: Team, seed: int) -> Vali
         seed_(seed, "validate")
         with eval_mode(model), torch.no_grad(), context():
             found = call("`evaluate=…`", evaluate, model)
-        scores = {}
+        scores: dict[str, float] = {}
         for key, value in (found if isinstance(found, Mapping) else {name: found}).items():
-            try:
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 scores[str(key)] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                what = f"a {type(value).__name__} as {key}"
-                raise SourceError(f"`evaluate=…` gave {what}; it must return a number, or a dict of numbers") from None
-            if not math.isfinite(scores[str(key)]):
-                raise SourceError(f"`evaluate=…` gave {key} = {scores[str(key)]}, which says nothing of the model")
+            if not math.isfinite(scores.get(str(key), math.nan)):
+                raise SourceError(f"`evaluate=…` gave {key} = {value}, not a number that says how good the model is")
         if not scores:
             raise SourceError("`evaluate=…` gave an empty dict; it must return a number, or a dict of numbers")
         return scores

@@ -88,7 +88,8 @@ class Holes:
 
 def read(pictures: Any, workers: int = 0, strict: bool = False, presets: tuple[str, ...] = ("none",)) -> list[Any]:
     images = TrainingImages(pictures, training_transform(GREY, presets), 0, strict)
-    return list(Reader(images, Schedule(len(pictures.labels), 4, 1, Team(), 0), workers).read(0, 0))
+    reader = Reader(images, Schedule(len(pictures.labels), 4, 1, Team(), 0), workers)
+    return [batch for group, _ in reader.groups(0, 0) for batch in group]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -192,7 +193,7 @@ def test_processes_share_the_users_batches(count: int, accumulate: int, size: in
 def test_a_sampler_that_shares_too() -> None:
     data = TensorDataset(torch.zeros(8))
     loader = DataLoader(data, sampler=DistributedSampler(data, 2, 0))
-    with pytest.raises(SourceError, match="give a DataLoader without DistributedSampler"):
+    with pytest.raises(SourceError, match="leave out the DistributedSampler"):
         Batches(loader, 1, Team(0, 2), seed=0)
     assert Batches(loader, 1, Team(), seed=0).count == 4
 
