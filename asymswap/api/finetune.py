@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from asymswap.api.progress import shows_progress
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
-from asymswap.data.batches import presets_for
-from asymswap.data.datasets import Parts, open_parts
-from asymswap.data.normalization import settle
-from asymswap.data.predict import check_class_names, check_classifier, known_classes
+from asymswap.data.batches import (
+    MIXES,
+    Batches,
+    Mixing,
+    Reader,
+    Schedule,
+    Source,
+    TrainingImages,
+    presets_for,
+    training_transform,
+)
+from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, samples_of
+from asymswap.data.normalization import Feeding, fed_of, settle
+from asymswap.data.predict import check_class_names, check_classifier, known_classes, placement
+from asymswap.errors import AsymswapError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
+from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain, read_history
 from asymswap.training.config import Callback, Training
-from asymswap.training.distillation import Objective, find_teacher
+from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
+from asymswap.training.objective import Objective
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
+from asymswap.training.validation import Validator, by_labels, by_loss, by_user
 from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
-from asymswap.utils.tensors import deep_copy
+from asymswap.utils.tensors import deep_copy, eval_mode
+
+_NOT_VALIDATED = "the last weights are kept: to keep the best give `evaluate=…`, or a Dataset to hold back from"
 
 
 @dataclass
@@ -46,12 +63,30 @@ class FineTuned(Shown):
     base: nn.Module | None = None
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What is trained on and validated by, and what the records say of it."""
+
+    source: Source
+    held_back: LabelledImages | Source | None
+    data: str
+    validation: str | None = None
+    classes: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    labels: bool = False  # of classes, which a classifier learns
+    notes: tuple[str, ...] = ()
+
+
 @shows_progress
 def finetune(
     model: Model,
-    data: str,
+    data: Any,
     training: Training | None = None,
     *,
+    inputs: Callable[[Any], Any] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    evaluate: Callable[[nn.Module], Any] | None = None,
+    teacher: Model | None = None,
     output: str | Path | None = None,
     run: str | Path | None = None,
     resume: bool = False,
@@ -63,15 +98,31 @@ def finetune(
     callback: Callback | None = None,
     progress: Any = True,
 ) -> FineTuned:
-    """Train a converted model, or any other classifier, on a data reference; the given model is not changed.
+    """Train a converted model, or any other network; the given model is not changed.
 
-    `output` is the checkpoint that is written at the end, `run` the folder of what is needed to go on after an
-    interruption, by default beside it; with neither nothing is written. `resume` goes on where a run is, and begins
-    where there is none. In a `team` all processes must call alike. `callback` sees the run instead of the person at the
-    terminal or notebook, to whom nothing is shown without `progress`. Raises AsymswapError, with a one-line reason, for
-    what cannot be done.
+    - `data`: a data reference; a Dataset or a tensor of inputs; a DataLoader, any other iterable of batches that can be
+      read again, or a function that returns one. A classifier learns the labels of a data reference without more;
+    - `inputs(batch)`: the forward's arguments, as a tensor, a tuple, or a dict by their names. By default a tensor is
+      the input, of a pair (inputs, labels) the first, and of a dict the entries that the forward has;
+    - `loss(outputs, batch)`: what to minimise, a scalar tensor. Without it, and without labels, the outputs of the
+      teacher, `Training(distill=…)`, are learned;
+    - `evaluate(model)`: validates, in eval mode: a number, or a dict of them. The first decides which epoch is the
+      best. Higher is better, unless the function has an attribute `lower_is_better`: True, or the names;
+    - `teacher`: a model to learn from, such as the unconverted module, in place of what `Training(distill=…)` names;
+    - `output`: the checkpoint that is written at the end; `run`: the folder of what is needed to go on after an
+      interruption, by default beside it; with neither nothing is written;
+    - `resume`: go on where a run is, and begin where there is none.
+
+    Batches of your own are read in order: every reading must give the same ones for the same state of the random
+    generators, which are seeded before each batch. An interrupted run reads on from the start of its epoch.
+
+    In a `team` all processes must call alike. `callback` sees the run instead of the person at the terminal or
+    notebook, to whom nothing is shown without `progress`. Raises AsymswapError, with a one-line reason, for what cannot
+    be done.
     """
     start, settings = time.perf_counter(), training or Training()
+    if teacher is not None and settings.distill is None:
+        settings = replace(settings, distill=ORIGINAL)
     target = None if output is None else Path(output)
     place = Path(run) if run is not None else None if target is None else target.with_suffix(".run")
     folder = None if place is None else RunFolder(place)
@@ -81,41 +132,48 @@ def finetune(
     if not opened.may_share:
         opened = replace(opened, model=deep_copy(opened.model).eval())
     check_finite(opened, "trained")
-    if download:
-        # The first process alone downloads, which settling and opening the parts then find.
-        team.first(lambda: settle(opened, data, "train", download=True))
-    opened, feeding = settle(opened, data, "train")
-
-    def images(download: bool) -> Parts:
-        return open_parts(data, opened.preprocessing, settings.validation, settings.seed, download=download)
-
-    if download:
-        team.first(lambda: len(images(download=True).train))
-    parts = images(download=False)
-    check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), parts.train)
-    classes = check_classifier(opened.model, parts.train, exact=True)
-    if settings.workers is None:
-        # None for images in memory, else one for each core but one.
-        settings = replace(
-            settings, workers=0 if parts.train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1))
+    if evaluate is not None and settings.validation is not None:
+        raise AsymswapError(f"give either `evaluate=…` or `validation={settings.validation}`")
+    held_back = settings.validation if evaluate is None else "none"
+    feeding: Feeding | None = None
+    if isinstance(data, str | Path):
+        data = str(data)
+        if download:
+            # The first process alone downloads, which settling and opening the parts then find.
+            team.first(lambda: settle(opened, data, "train", download=True))
+        opened, feeding = settle(opened, data, "train")
+    if isinstance(data, str | torch.Tensor | Dataset) and not isinstance(data, IterableDataset):
+        settings, material = _samples(opened, data, settings, held_back, loss, inputs, team, download)
+    else:
+        material = _batches(data, settings, held_back, team)
+    if loss is None and settings.distill is None and not material.labels:
+        raise AsymswapError(
+            f"nothing says what to learn from {material.data}: give `loss=…`, a function of the outputs and the batch, "
+            "or a teacher, `distill=…`"
         )
-    teacher = None
+    taught: Teacher | None = None
     if settings.distill is not None:
         beside = None if opened.file is None else opened.file.parent
-        teacher = find_teacher(opened.header(), settings.distill, opened.model, beside)
-    presets = presets_for(data) if settings.augment is None else settings.augment
-    about = {"data": data, "images": len(parts.train), "checkpoint": opened.sha256, "processes": team.size}
-    identity = settings.identity() | {"augment": list(presets)} | about
+        named = settings.distill if teacher is None else teacher
+        taught = find_teacher(opened.header(), named, opened.model, beside)
+    identity = settings.identity() | {"augment": list(material.presets), "data": data if feeding else material.data}
+    identity |= {"images": material.source.count, "checkpoint": opened.sha256, "processes": team.size}
+    for name, function in {"inputs": inputs, "loss": loss, "evaluate": evaluate}.items():
+        if function is not None:
+            identity[name] = getattr(function, "__qualname__", type(function).__name__)
+    if material.source.unit == "batches":
+        identity["batch_size"] = None
+    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
 
     def described(progress: Progress) -> dict[str, Any]:
         """Return what the report and the checkpoint both say of the run so far."""
         return {
             "model": opened.reference,
-            "data": parts.train.description,
-            "validation": None if parts.validation is None else parts.validation.description,
-            "classes": parts.train.classes,
+            "data": material.data,
+            "validation": material.validation if evaluate is None else f"{identity['evaluate']}(model)",
+            "classes": material.classes or known,
             "settings": identity,
-            "teacher": None if teacher is None else teacher.description,
+            "teacher": None if taught is None else taught.description,
             "epochs": progress.epoch,
             "steps": progress.step,
             "best_epoch": progress.best_epoch,
@@ -135,18 +193,30 @@ def finetune(
     def write(path: Path, trained: nn.Module, progress: Progress) -> None:
         save_checkpoint(path, _with_weights(opened.model, trained.state_dict()), header(progress))
 
+    mix = Mixing(material.presets, len(material.classes)) if material.labels else None
+    objective = Objective(settings, taught, material.labels, mix, inputs, loss)
+    validator: Validator | None = None
+    if evaluate is not None:
+        validator = by_user(evaluate, team, settings.seed)
+    elif isinstance(material.held_back, LabelledImages):
+        validator = by_labels(material.held_back, settings, team)
+    elif material.held_back is not None:
+        validator = by_loss(objective, material.held_back, team)
+    if validator is None and settings.patience is not None:
+        raise AsymswapError(
+            f"`patience={settings.patience}` needs a validation: give `evaluate=…`, a function of the model"
+        )
     trainable = deep_copy(opened.model)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable.parameters()):
         # Small steps vanish in weights of half precision.
         trainable = trainable.float()
     trainer = Trainer(
         model=trainable,
-        parts=parts,
+        source=material.source,
         settings=settings,
-        presets=presets,
-        objective=Objective(settings, teacher),
+        objective=objective,
+        validator=validator,
         replacements=[swap.site for plan in opened.plans for swap in plan.swaps],
-        classes=classes,
         identity=identity,
         team=team,
         folder=folder,
@@ -173,12 +243,100 @@ def finetune(
         total=sum(p.numel() for p in parameters),
         device=str(trainer.accelerator.device),
         files=tuple(FileRow(str(path), path.stat().st_size) for path in dict.fromkeys(files)),
-        notes=tuple(_notes(trainer)),
+        notes=(*material.notes, *_notes(trainer)),
         seconds=time.perf_counter() - start,
-        fed=feeding.fed,
-        warnings=feeding.warnings,
+        fed=fed_of(feeding),
+        warnings=() if feeding is None else feeding.warnings,
     )
     return FineTuned(result, report, header(progress), base_of(opened))
+
+
+def _samples(
+    opened: OpenedModel,
+    data: Any,
+    settings: Training,
+    validation: str | None,
+    loss: Callable[[Any, Any], Any] | None,
+    inputs: Callable[[Any], Any] | None,
+    team: Team,
+    download: bool,
+) -> tuple[Training, _Material]:
+    """Open images, with labels for a classifier alone, or samples of the user's, which are taken as they are."""
+    distills, named = settings.distill is not None, isinstance(data, str)
+    if not named:
+        _check_plain(settings, ("augment", "label_smoothing", "strict"))
+        data = samples_of(data, opened.preprocessing)
+
+    def images(unlabelled: bool, download: bool = False) -> Parts:
+        prepared, seed = opened.preprocessing, settings.seed
+        return open_parts(data, prepared, validation, seed, download=download, unlabelled=unlabelled)
+
+    if download:
+        team.first(lambda: len(images(False, download=True).train))
+    parts = images(unlabelled=distills or loss is not None)
+    train, held = parts.train, parts.validation
+    labels = loss is None and bool(train.classes) and (not distills or _gives_scores(opened))
+    if labels:
+        images(unlabelled=False)  # which checks the classes
+        check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), train)
+        check_classifier(opened.model, train, exact=True)
+        if inputs is not None:
+            raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
+    if settings.workers is None:
+        # None for images in memory, else one for each core but one.
+        settings = replace(settings, workers=0 if train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
+    presets = tuple((presets_for(data) if settings.augment is None else settings.augment) if named else ())
+    mixed = [name for name in presets if name in MIXES]
+    if mixed and not labels:
+        raise AsymswapError(f"`augment={mixed[0]}` mixes class labels, which are not learned here; leave it out")
+    double = placement(opened.model)[1] == torch.float64
+
+    def source(images: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> Source:
+        dtype = None if not named else torch.float64 if double else torch.float32
+        transform = transform if named else nn.Identity()
+        made = TrainingImages(images.pictures, transform, settings.seed, settings.strict or not named, dtype)
+        return Reader(made, Schedule(len(images), batch, accumulate, team, settings.seed), settings.workers or 0)
+
+    prepared = train.preprocessing
+    return settings, _Material(
+        source(train, training_transform(prepared, presets), settings.batch, settings.accumulate, team),
+        held if held is None or labels else source(held, image_transform(prepared), 2 * settings.batch, 1, ALONE),
+        train.description,
+        None if held is None else held.description,
+        train.classes if labels else (),
+        presets,
+        labels,
+    )
+
+
+def _gives_scores(opened: OpenedModel) -> bool:
+    """Return whether the model gives class scores for one image."""
+    (device, dtype), known = placement(opened.model), opened.preprocessing
+    with eval_mode(opened.model), torch.inference_mode():
+        output = opened.model(torch.zeros(1, known.channels, *known.size, device=device, dtype=dtype))
+    return isinstance(output, torch.Tensor) and output.ndim == 2
+
+
+def _batches(data: Any, settings: Training, validation: str | None, team: Team) -> _Material:
+    """Open batches of the user's, which are taken as they are."""
+    _check_plain(settings, ("augment", "label_smoothing", "strict", "batch_size", "workers"))
+    if validation not in (None, "none", "0"):
+        raise AsymswapError(
+            f"`validation={validation}` would hold back batches, which may share samples with others; give a Dataset, "
+            "or `evaluate=…`"
+        )
+    batches = Batches(data, settings.accumulate, team, settings.seed, settings.steps)
+    notes = (_NOT_VALIDATED,) if validation is None else ()
+    number = "1 batch" if batches.count == 1 else f"{batches.count} batches"
+    return _Material(batches, None, f"{number} of a {batches.name}", notes=notes)
+
+
+def _check_plain(settings: Training, names: Sequence[str]) -> None:
+    """Raise AsymswapError for a setting that data of the user's own leaves no room for."""
+    for name in names:
+        value = getattr(settings, name)
+        if value:
+            raise AsymswapError(f"`{name}={value}` changes nothing in data of your own: it is taken as it is")
 
 
 def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:
@@ -202,11 +360,11 @@ def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
 
 def _notes(trainer: Trainer) -> Iterator[str]:
     progress = trainer.progress
-    if trainer.note:
-        yield trainer.note
+    yield from trainer.notes
     if progress.skipped_in_all:
         yield f"{progress.skipped_in_all} times an image could not be read and another was used instead"
-    if progress.before is not None and progress.best is not None and progress.best.top1 < progress.before.top1:
+    before, best, validator = progress.before, progress.best, trainer.validator
+    if before and best and validator is not None and validator.rank(best)[0] < validator.rank(before)[0]:
         yield "no epoch was better than the initial weights: try a smaller `lr=…`, or more epochs"
     if progress.step < trainer.steps:
         yield f"stopped early: no better epoch since epoch {progress.best_epoch}"

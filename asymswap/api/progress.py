@@ -116,7 +116,9 @@ class _Shown(Callback):
         if start.done:
             self._say(f"resumed after {start.done} of {start.steps} steps")
         elif start.before is not None:
-            self._say(f"before: validation {100 * start.before.top1:.2f} %, loss {start.before.loss:.4f}")
+            from asymswap.reporting.screens import validation_words
+
+            self._say(f"before: validation {validation_words(start.before, loss=True)}")
 
     def step(self, row: StepRow) -> None:
         """Move the bar."""

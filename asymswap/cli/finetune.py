@@ -15,7 +15,9 @@ from asymswap.training.config import Training
 @takes_fields("training", Training)
 def finetune(
     checkpoint: o.Checkpoint,
-    data: o.Data,
+    data: Annotated[
+        str | None, opt(f"{o.DATA_FORMS} With --distill also a folder of images without labels.", o.IMAGES, shown=False)
+    ] = None,
     training: Any = None,
     download: o.Download = False,
     output: Annotated[
@@ -33,13 +35,22 @@ def finetune(
 ) -> None:
     """Train a converted model and keep the best epoch's weights; the same command works under torchrun.
 
+    A classifier learns labels; any other network what the task's loss says, or with --distill the original's outputs.
+
     Example: asymswap finetune model.asym.pt --data photos/ --epochs 5 --distill
     """
     from asymswap.api.progress import training as shown_training
     from asymswap.cli.failures import in_flags
+    from asymswap.errors import AsymswapError
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output
 
+    task: Any = common.task
+    material = getattr(task, "training", None)
+    if (data is None) == (material is None):
+        raise AsymswapError("give --data, or a task with training(); one of them, not both")
+    if getattr(task, "evaluate", None) is not None:
+        task.evaluate.lower_is_better = task.lower_is_better
     target = output or o.default_output(str(checkpoint), "tuned")
     # A process that torchrun has restarted resumes the run.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -60,8 +71,9 @@ def finetune(
             training["augment"] = parse_presets(training["augment"])
         tuned = asymswap.finetune(
             common.open_model(checkpoint, silent),
-            data,
+            material if data is None else data,
             Training(**training),
+            **{name: getattr(task, name, None) for name in ("inputs", "loss", "evaluate")},
             output=target,
             run=run,
             resume=resume,

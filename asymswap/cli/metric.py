@@ -71,8 +71,8 @@ def _against(
     against_original: Annotated[
         bool,
         opt(
-            "Measure how far each model agrees with the first, without labels, on what `convert` holds back of the same "
-            "--data, or of a task's calibration().",
+            "Measure how far each model agrees with the first, without labels, on what `convert` holds back of the "
+            "same --data, or of a task's calibration().",
             _PANEL,
             "--against-original",
         ),

@@ -1,25 +1,34 @@
-"""The order of training images, their distribution over processes, reading and augmenting them.
+"""Sources of batches for training: images and datasets in an order of ours, and batches that the user makes.
 
-An epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for: every image is seen
-once, and no step is left with a handful. A step is cut into its forward passes and processes in the same way.
+Of images and datasets an epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for:
+every image is seen once, and no step is left with a handful. A step is cut into its forward passes and processes in the
+same way. The user's own batches are taken in their order, and each process takes every n-th.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
 from asymswap.data.datasets import Pictures, geometry, to_input
 from asymswap.errors import AsymswapError, SourceError, near_names
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
-from asymswap.utils.tensors import drawn_from, generator_for
+from asymswap.utils.tensors import drawn_from, generator_for, map_tensors, number_for, random_state_kept, seed_
+from asymswap.utils.users import call
+
+Groups = Generator[tuple[list["Batch"], int], None, None]
+"""The batches of this process for one step after another, each with the sum of the counts in all processes."""
 
 Key = tuple[int, int]
 """An epoch and the number of an image."""
@@ -30,12 +39,25 @@ MIXES = ("mixup", "cutmix")
 _MOST_SKIPPED = 100
 """Unreadable images in a row from which on something else must be wrong."""
 
+_MOST_COUNTED = 1_000_000
+"""Batches after which we stop to look for the end of data without a length."""
+
+_END = object()
+
 
 @dataclass(frozen=True)
 class Batch:
-    images: Tensor  # N x C x H x W
-    labels: Tensor
-    skipped: int  # unreadable images that a neighbour replaces
+    content: Any  # (images N x C x H x W, labels), or what the user's data gave
+    count: int  # images or samples; 1 for a batch of the user's
+    skipped: int = 0  # unreadable images that a neighbour replaces
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on the device; a batch of another kind is asked to move itself there."""
+    content = batch.content
+    if hasattr(content, "to") and not isinstance(content, Tensor):
+        return replace(batch, content=content.to(device))
+    return replace(batch, content=map_tensors(content, lambda tensor: tensor.to(device, non_blocking=True)))
 
 
 class Schedule(Sampler[list[Key]]):
@@ -50,7 +72,7 @@ class Schedule(Sampler[list[Key]]):
             )
         # At least one image for each, even where a batch of one image then has two.
         self.steps = min(-(-images // (batch_size * parts)), images // parts)
-        self._images, self._accumulate, self._team, self._seed = images, accumulate, team, seed
+        self.images, self.accumulate, self._team, self._seed = images, accumulate, team, seed
         self._epoch = self._start = 0
 
     def begin(self, epoch: int, start: int) -> None:
@@ -58,15 +80,15 @@ class Schedule(Sampler[list[Key]]):
 
     def size(self, step: int) -> int:
         """Return how many images all processes together see in this step of an epoch."""
-        return len(torch.arange(self._images).tensor_split(self.steps)[step])
+        return len(torch.arange(self.images).tensor_split(self.steps)[step])
 
     def __len__(self) -> int:
-        return (self.steps - self._start) * self._accumulate
+        return (self.steps - self._start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self._images, generator=generator_for(self._seed, "order", self._epoch))
+        order = torch.randperm(self.images, generator=generator_for(self._seed, "order", self._epoch))
         for group in order.tensor_split(self.steps)[self._start :]:
-            pieces = group.tensor_split(self._accumulate * self._team.size)
+            pieces = group.tensor_split(self.accumulate * self._team.size)
             for piece in pieces[self._team.rank :: self._team.size]:
                 yield [(self._epoch, index) for index in piece.tolist()]
 
@@ -74,59 +96,165 @@ class Schedule(Sampler[list[Key]]):
 class TrainingImages(Dataset[Any]):
     """Augmented network inputs; the augmentation depends only on the seed, the epoch and the image's number.
 
-    The next image replaces one that cannot be read; with `strict` the error is the sample.
+    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`;
+    samples of the user's stay as they are.
     """
 
-    def __init__(self, pictures: Pictures, transform: Any, seed: int, strict: bool) -> None:
-        self._pictures, self._transform, self._seed, self._strict = pictures, transform, seed, strict
+    def __init__(
+        self, pictures: Pictures, transform: Any, seed: int, strict: bool, dtype: torch.dtype | None = torch.float32
+    ) -> None:
+        self._pictures, self._transform, self._seed = pictures, transform, seed
+        self._strict, self.dtype = strict, dtype
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int] | SourceError:
+    def __getitem__(self, key: Key) -> tuple[Any, int, int] | SourceError:
         (epoch, index), labels = key, self._pictures.labels
         for skipped in range(min(len(labels), _MOST_SKIPPED)):
             place = (index + skipped) % len(labels)
-            try:
-                picture = self._pictures.picture(place)
-            except SourceError as error:
-                # Returned: raised in a worker it would arrive as a page of traceback.
-                if self._strict:
-                    return error
-                continue
             with drawn_from(self._seed, "augment", epoch, index):
-                return self._transform(picture), labels[place], int(skipped > 0)
+                try:
+                    return self._transform(self._pictures.picture(place)), labels[place], int(skipped > 0)
+                except SourceError as error:
+                    # Returned: raised in a worker it would arrive as a page of traceback.
+                    if self._strict:
+                        return error
         return SourceError("no image of the data can be read; `strict=True` names the first that cannot")
 
 
-def _collate(samples: Sequence[Any]) -> Batch | SourceError:
+def _collate(dtype: torch.dtype | None, samples: Sequence[Any]) -> Batch | SourceError:
+    """Return a batch of images and labels, or of the images alone where there are no labels."""
     for sample in samples:
         if isinstance(sample, SourceError):
             return sample
-    images, labels, skipped = default_collate(list(samples))
-    return Batch(images, labels, int(skipped.sum()))
+    try:
+        hint = "; give a DataLoader with a collate_fn of yours"
+        images, labels, skipped = call("putting samples into a batch", default_collate, list(samples), hint=hint)
+    except SourceError as error:
+        return error
+    images = images if dtype is None else images.to(dtype)
+    return Batch(images if -1 in labels else (images, labels), len(labels), int(skipped.sum()))
 
 
 class Reader:
-    """Reads the batches of a schedule, ahead of time if there are workers."""
+    """A source of images, or of samples of the user's, by a schedule; reads ahead of time if there are workers."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, images: TrainingImages, schedule: Schedule, workers: int) -> None:
-        self.schedule = schedule
+        self.schedule, self.steps, self.count = schedule, schedule.steps, schedule.images
+        self.unit = "samples" if images.dtype is None else "images"
         self._loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=schedule,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, images.dtype),
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: the loader would otherwise draw from the global one.
             generator=torch.Generator(),
         )
 
-    def read(self, epoch: int, start: int) -> Generator[Batch, None, None]:
-        """Yield the batches of an epoch from a step on; raise SourceError for an image that cannot be read."""
+    def groups(self, epoch: int, start: int) -> Groups:
+        """Yield the batches of each step of an epoch, from `start` on; SourceError for an image that cannot be read."""
         self.schedule.begin(epoch, start)
-        for batch in self._loader:
-            if isinstance(batch, SourceError):
-                raise batch
-            yield batch
+        batches = iter(self._loader)
+        for step in range(start, self.steps):
+            group = list(itertools.islice(batches, self.schedule.accumulate))
+            for batch in group:
+                if isinstance(batch, SourceError):
+                    raise batch
+            yield group, self.schedule.size(step)
+
+
+class Batches:
+    """A source of the user's batches: a DataLoader, another iterable, or a function that returns one.
+
+    The data is read from its start for every epoch, also where an epoch is continued. Before each batch the global
+    random generators are seeded, by the epoch and the batch's number, and so is a DataLoader's own generator: a resumed
+    run gets the same batches, and so does every process. The last batches of an epoch are left out where they are fewer
+    than the processes. Raises SourceError for data that cannot be read twice, or gives nothing; `most` is the number of
+    steps after which data without a length need not be counted further.
+    """
+
+    unit = "batches"
+
+    def __init__(self, data: Any, accumulate: int, team: Team, seed: int, most: int | None = None) -> None:
+        self._team, self._seed, self._each = team, seed, accumulate * team.size
+        makes = callable(data) and not hasattr(data, "__iter__")
+        self._what = what = f"{data.__name__}()" if makes and hasattr(data, "__name__") else "`data=…`"
+        made = call(what, data) if makes else data
+        self.name, once = type(made).__name__, isinstance(made, Iterator)
+        if not hasattr(made, "__iter__") or isinstance(made, Mapping | str):
+            raise SourceError(
+                f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
+                "iterable of batches, or a function that returns one"
+            )
+        if once and not makes:
+            raise SourceError(f"{what} is a {self.name}, which can be read only once; give a function that returns one")
+        if team.size > 1 and isinstance(getattr(made, "sampler", None), DistributedSampler):
+            raise SourceError("every process takes its share of the batches itself; leave out the DistributedSampler")
+        self._make: Callable[[], Iterable[Any]] = data if once else lambda: made
+        self.notes: tuple[str, ...] = ()
+        try:
+            # That of a loader of an IterableDataset is an estimate.
+            known = None if isinstance(getattr(made, "dataset", None), IterableDataset) else len(made)
+        except TypeError:
+            known = None
+        if known is None:
+            limit = _MOST_COUNTED if most is None else most * self._each
+            with random_state_kept():
+                known = sum(1 for _ in itertools.islice(self._read(0), limit))
+            if known == _MOST_COUNTED:
+                raise SourceError(f"{what} has no end within {known:,} batches; give `steps=…` instead of `epochs=…`")
+            self.notes = (f"the data has no length: its {known} batches were counted by reading it once",)
+        self.count, rest = known, known % self._each
+        self.steps = known // self._each + (rest >= team.size)
+        if not self.steps:
+            few = f"gives {known} batches for {team.size} processes" if known else "gives no batch"
+            raise SourceError(f"{what} {few}; give more, from an iterable that can be read again")
+        if rest % team.size:
+            self.notes += (f"the last {rest % team.size} batches of each epoch are left out, fewer than the processes",)
+
+    def _read(self, epoch: int) -> Generator[Any, None, None]:
+        """Yield all batches of an epoch."""
+        seed_(self._seed, "data", epoch)
+        data = call(self._what, self._make)
+        own = getattr(data, "generator", None)
+        before = own.get_state() if isinstance(own, torch.Generator) else None
+        if isinstance(own, torch.Generator):
+            own.manual_seed(number_for(self._seed, "data", epoch))
+        try:
+            batches = call(self._what, iter, data)
+            for number in itertools.count():
+                seed_(self._seed, "data", epoch, number)
+                batch = call(self._what, next, batches, _END)
+                if batch is _END:
+                    return
+                yield batch
+        finally:
+            if before is not None:
+                own.set_state(before)  # type: ignore[union-attr]
+
+    def groups(self, epoch: int, start: int) -> Groups:
+        """Yield the batches of each step of an epoch, from `start` on."""
+        with closing(self._read(epoch)) as batches:
+            for step in range(self.steps):
+                wanted = min(self._each, self.count - step * self._each)
+                mine, given = [], 0
+                for given, batch in enumerate(itertools.islice(batches, wanted), start=1):
+                    if (given - 1) % self._team.size == self._team.rank:
+                        mine.append(Batch(batch, 1))
+                number = step * self._each + given
+                if given < wanted:
+                    raise SourceError(
+                        f"{self._what} gave {number} batches in epoch {epoch + 1}, not {self.count}: "
+                        "if one reading uses it up, give a function that returns a new one"
+                    )
+                if step >= start:
+                    whole = wanted // self._team.size
+                    yield mine[:whole], whole * self._team.size
+
+
+Source = Reader | Batches
 
 
 def parse_presets(text: str) -> tuple[str, ...]:

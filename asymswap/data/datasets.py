@@ -35,6 +35,7 @@ from asymswap.data import arrays
 from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import generator_for
+from asymswap.utils.users import call
 
 Part = Literal["train", "test", "val"]
 PIL_MODES = {1: "L", 3: "RGB"}
@@ -381,40 +382,55 @@ class Parts:
     validation: LabelledImages | None
 
 
+def samples_of(data: Any, preprocessing: Preprocessing) -> LabelledImages:
+    """Return the samples of the user's dataset, or of a tensor, as if they were images without labels."""
+    pictures = Pictures([-1] * len(data), partial(call, "`data=…`", data.__getitem__))
+    return LabelledImages(pictures, (), f"{len(data)} samples of a {type(data).__name__}", preprocessing)
+
+
 def open_parts(
-    reference: str, preprocessing: Preprocessing, validation: str | None, seed: int, *, download: bool = False
+    reference: str | LabelledImages,
+    preprocessing: Preprocessing,
+    validation: str | None,
+    seed: int,
+    *,
+    download: bool = False,
+    unlabelled: bool = False,
 ) -> Parts:
     """Open data for training.
 
     `validation` is the fraction of each class's training images to hold back; `none`; `test` for the test part; or
     another data reference. By default it is the folder `val` if there is one, else a tenth: the test part stays unseen.
-    Raises SourceError for data that cannot be trained on.
+    `unlabelled`: labels are not needed. Raises SourceError for data that cannot be trained on.
     """
-    train = open_data(reference, preprocessing, "train", download=download)
+    opened = partial(open_data, preprocessing=preprocessing, unlabelled=unlabelled)
+    train = reference if isinstance(reference, LabelledImages) else opened(reference, part="train", download=download)
     counts = Counter(train.pictures.labels)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
-    if empty:
+    if empty and not unlabelled:
         raise SourceError(
             f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
             "add some, or remove the class"
         )
-    if validation is None and train.has_val:
-        other = open_data(reference, preprocessing, "val")
-    elif validation == "test":
-        other = open_data(reference, preprocessing, "test", download=download)
+    if validation is None and train.has_val and isinstance(reference, str):
+        other = opened(reference, part="val")
+    elif validation == "test" and isinstance(reference, str):
+        other = opened(reference, part="test", download=download)
     else:
         text = "0.1" if validation is None else "0" if validation == "none" else validation
         try:
             fraction = float(text)
         except ValueError:
-            other = open_data(text, preprocessing, "test")
+            if not isinstance(reference, str):
+                raise SourceError(f"`validation={text}` goes with a data reference; give 0.1 or none") from None
+            other = opened(text, part="test")
         else:
-            if not 0 <= fraction < 1:
+            if fraction == 0:
+                return Parts(train, None)
+            if not 0 < fraction < 1:
                 raise SourceError(
                     f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
                 )
-            if fraction == 0:
-                return Parts(train, None)
             kept, held = split(train.pictures.labels, fraction, seed)
             if not held:
                 raise SourceError(
@@ -423,7 +439,7 @@ def open_parts(
                 )
             about = f"of {train.description} (seed {seed})"
             return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
-    if other.classes != train.classes:
+    if other.classes != train.classes and not unlabelled:
         raise SourceError(
             f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
             f"({', '.join(train.classes[:5])} …); give data of the same classes"

@@ -22,6 +22,9 @@ from asymswap.types import Plan, Preprocessing
 _CLASSES_SHOWN = 20
 """Of more classes, the worst are shown."""
 
+_NAMES = {"top1": "top-1", "top5": "top-5"}
+"""Scores that are fractions of images, with their names on screens."""
+
 
 def evaluation_view(report: EvaluationReport, width: int) -> Screen:
     """Return the models' scores, how they compare with the first, their classes and their confusions."""
@@ -107,15 +110,18 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     rows: list[tuple[str, ...]] = []
     if report.before is not None and report.best is not None and report.last is not None:
         scores = (report.before, report.best, report.last)
-        rows.append(("top-1", *(fmt.accuracy(one.top1) for one in scores)))
-        rows.append(("loss", *(f"{one.loss:.4f}" for one in scores)))
-    titles = ("on validation images", "before", "kept", "last epoch")
+        names = sorted(report.before, key=lambda name: name == "loss")
+        rows = [(_NAMES.get(name, name), *(_score(name, one[name]) for one in scores)) for name in names]
+    images = "on validation images" if report.before is None or "top1" in report.before else "validation"
+    titles = (images, "before", "kept", "last epoch")
     columns = [Column(title, itemgetter(n), side="right" if n else "left") for n, title in enumerate(titles)]
     settings = report.settings
+    batch = "batches of the data" if settings["batch_size"] is None else f"batch {settings['batch_size']}"
     lines = [f"Trained on {report.data}."]
-    lines += [f"Validated on {report.validation}."] if report.validation else ["Not validated."]
+    how = "by" if "evaluate" in settings else "on"
+    lines += [f"Validated {how} {report.validation}."] if report.validation else ["Not validated."]
     lines.append(
-        f"{settings['optimizer']}, learning rate {settings['lr']:g}, batch {settings['batch_size']}, "
+        f"{settings['optimizer']}, learning rate {settings['lr']:g}, {batch}, "
         f"{settings['precision']}, on {report.device}; {fmt.count(report.trained)} of {fmt.count(report.total)} "
         f"parameters trained; seed {settings['seed']}."
     )
@@ -128,18 +134,33 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     return screen(title, report.warnings, Table(columns, rows), fine_print=lines, width=width)
 
 
+def _score(name: str, value: float) -> str:
+    return fmt.accuracy(value) if name in _NAMES else f"{value:.4f}" if name == "loss" else f"{value:.4g}"
+
+
+def validation_words(scores: Mapping[str, float], loss: bool = False) -> str:
+    """Return the scores of a validation: of classes top-1, with `loss` the loss too; else all of them."""
+    if "top1" in scores:
+        return _score("top1", scores["top1"]) + (f", loss {_score('loss', scores['loss'])}" if loss else "")
+    return ", ".join(f"{name} {_score(name, value)}" for name, value in scores.items())
+
+
 def epoch_line(row: EpochRow, epochs: int) -> str:
     """Return one epoch as a line of 80 columns."""
-    text = f"epoch {row.epoch}/{epochs}: loss {row.train.loss:.4f}, top-1 {100 * row.train.top1:.1f} %"
+    text = f"epoch {row.epoch}/{epochs}: loss {row.train['loss']:.4f}"
+    if "top1" in row.train:
+        text += f", top-1 {100 * row.train['top1']:.1f} %"
     if row.validation is not None:
-        text += f"; validation {100 * row.validation.top1:.2f} %{' (best)' if row.best else ''}"
-    text += f"; {row.images_per_second:.0f} images/s"
+        text += f"; validation {validation_words(row.validation)}{' (best)' if row.best else ''}"
+    text += f"; {row.images_per_second:.0f} {row.unit}/s"
     return text + (f"; {row.skipped} unreadable skipped" if row.skipped else "")
 
 
 def step_words(row: StepRow) -> str:
     """Return how the epoch goes, in a few words."""
-    return f"loss {row.train.loss:.3f}  top-1 {100 * row.train.top1:.1f} %  {row.images_per_second:.0f} img/s"
+    top1 = f"top-1 {100 * row.train['top1']:.1f} %  " if "top1" in row.train else ""
+    unit = "img" if row.unit == "images" else row.unit
+    return f"loss {row.train['loss']:.3f}  {top1}{row.images_per_second:.0f} {unit}/s"
 
 
 def fusion_view(report: FusionReport, width: int | None = None) -> Screen:
@@ -226,7 +247,9 @@ def show_view(path: str, header: Mapping[str, Any]) -> Screen:
         text = f"Training {number}: {length} on {record['data']}{teacher}"
         before, best = record["scores"]["before"], record["scores"]["best"]
         if before and best:
-            text += f"; validation top-1 {before['top1']:.2%} -> {best['top1']:.2%} (epoch {record['best_epoch']})"
+            name = "top1" if "top1" in before else next(iter(before))
+            change = f"{_NAMES.get(name, name)} {_score(name, before[name])} -> {_score(name, best[name])}"
+            text += f"; validation {change} (epoch {record['best_epoch']})"
         blocks.append([text])
     return screen(path, size_warning(preprocessing), *blocks)
 

@@ -9,13 +9,10 @@ from typing import Any
 from asymswap.results.convert import FileRow
 from asymswap.types import Fed, Shown
 
-
-@dataclass(frozen=True)
-class Scores:
-    """The mean loss on some images, and the fraction of them whose highest score is their class's."""
-
-    loss: float
-    top1: float
+Scores = Mapping[str, float]
+"""Scores by name: `loss`, the mean loss; `top1`, the fraction of images whose highest score is their class's; or those
+that the user's `evaluate` returned. Of classes there are both, of other training `loss` alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,7 @@ class StepRow:
     train: Scores
     lr: float
     images_per_second: float
+    unit: str = "images"  # or the samples or batches that are counted instead
 
 
 @dataclass(frozen=True)
@@ -101,3 +99,4 @@ class EpochRow:
     images_per_second: float
     seconds: float
     skipped: int = 0
+    unit: str = "images"

@@ -50,7 +50,7 @@ class Training:
 
     epochs: int | None = option(None, "Number of epochs.", _LENGTH, shown="10")
     steps: int | None = option(None, "Number of steps, instead of epochs.", _LENGTH)
-    batch_size: int = option(128, "Images per forward pass and process.", _LENGTH)
+    batch_size: int | None = option(None, "Images per forward pass and process.", _LENGTH, shown="128")
     accumulate: int = option(1, "Forward passes per step.", _LENGTH)
     optimizer: str = option("adamw", "Optimizer: adamw or sgd.", _LENGTH)
     lr: float | None = option(None, "The highest learning rate.", _LENGTH, shown="0.001 (adamw), 0.02 (sgd)")
@@ -118,6 +118,11 @@ class Training:
         return (10, None) if self.epochs is None and self.steps is None else (self.epochs, self.steps)
 
     @property
+    def batch(self) -> int:
+        """Images per forward pass and process."""
+        return 128 if self.batch_size is None else self.batch_size
+
+    @property
     def base_lr(self) -> float:
         """The highest learning rate."""
         return _LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
@@ -131,7 +136,7 @@ class Training:
         """Return the settings on which the result depends, as plain data."""
         plain = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
         plain["epochs"], plain["steps"] = self.length
-        plain["lr"], plain["weight_decay"] = self.base_lr, self.decay
+        plain["lr"], plain["weight_decay"], plain["batch_size"] = self.base_lr, self.decay, self.batch
         return plain | {"augment": None if self.augment is None else list(self.augment)}
 
 

@@ -1,39 +1,30 @@
-"""Distillation: the teacher, by default the original network, and the loss of labels, its scores and its blocks.
-
-Class probabilities are distilled as by Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
-temperature, and the divergence is multiplied by its square. If the teacher is sure of its training images, the scores
-before the softmax say more: their squared difference (Ba and Caruana, 2014). Outputs of blocks with the same name can
-be compared too (Romero et al., 2015, without a regressor, since the shapes are the same).
-"""
+"""The teacher of a distillation, by default the original network, and its blocks that can be compared."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
-from asymswap.measure.fidelity import difference
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import names_python_file
-from asymswap.models.opening import open_model
+from asymswap.models.opening import Model, open_model
 from asymswap.models.references import FILE_SUFFIXES
 from asymswap.results.records import read_history
-from asymswap.training.config import Training
 from asymswap.types import Swap
+from asymswap.utils.tensors import deep_copy
 
-_AUXILIARY = 0.3  # the weight of auxiliary classifiers' losses (Szegedy et al., 2015)
 ORIGINAL = "original"
-_GIVE = "give the teacher, `distill=…`"
+_GIVE = "give the teacher, `distill=…` (in Python also a module, `teacher=…`)"
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -46,102 +37,8 @@ class Teacher:
     blocks: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The loss to minimise; see `Training` for its parts with a teacher."""
-
-    settings: Training
-    teacher: Teacher | None = None
-
-    def loss(self, student: nn.Module, runner: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss summed over the images, and the class scores; `runner` is the student as accelerate wraps it.
-
-        `labels` are class numbers (N) or fractions of classes (N x classes).
-        """
-        settings = self.settings
-        if self.teacher is None:
-            output = runner(images)
-            return self._by_labels(output, labels), all_scores(output)[0]
-        blocks = self.teacher.blocks if settings.distill_features else {}
-        # A copy: a model may change its input in place.
-        with torch.no_grad(), caught(self.teacher.model, blocks.values()) as taught:
-            target = all_scores(self.teacher.model(images.clone()))[0]
-        with caught(student, blocks) as learned:
-            output = runner(images)
-        scores = all_scores(output)[0]
-        if target.shape != scores.shape:
-            raise SourceError(
-                f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
-                f"{scores.shape[1]}; give as `distill=…` a teacher of the same classes"
-            )
-        if settings.distill_loss == "mse":
-            loss = settings.distill_weight * (len(scores) * difference(target, scores))
-        else:
-            loss = settings.distill_weight * divergence(target, scores, settings.temperature)
-        if settings.distill_weight < 1:
-            loss = loss + (1 - settings.distill_weight) * self._by_labels(output, labels)
-        if settings.distill_features:
-            error = feature_error(taught, learned, blocks)
-            if error is None:
-                raise SourceError("no block of the teacher has the same output; leave out `distill_features=…`")
-            loss = loss + settings.distill_features * len(images) * error
-        return loss, scores
-
-    def _by_labels(self, output: object, labels: Tensor) -> Tensor:
-        main, *auxiliary = (
-            F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
-            for scores in all_scores(output)
-        )
-        for loss in auxiliary:
-            main = main + _AUXILIARY * loss
-        return main
-
-
-def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of class probabilities at a temperature, times its square, summed over the images."""
-    target, given = (F.log_softmax(scores.float() / temperature, 1) for scores in (target_NC, scores_NC))
-    return F.kl_div(given, target, reduction="sum", log_target=True) * temperature**2
-
-
-def feature_error(
-    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
-) -> Tensor | None:
-    """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
-    errors = []
-    for own, theirs in blocks.items():
-        target, output = taught.get(theirs), learned.get(own)
-        if target is not None and output is not None and target.shape == output.shape:
-            errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
-    return torch.stack(errors).mean() if errors else None
-
-
-def all_scores(output: object) -> list[Tensor]:
-    """Return a classifier's scores (N x classes) in train mode, the main ones first, or raise SourceError."""
-    found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
-    scores = [item for item in found if isinstance(item, Tensor)]
-    if not scores or any(item.ndim != 2 for item in scores):
-        shape = f"tensors of shape {', '.join(str(tuple(item.shape)) for item in scores)}" if scores else type(output)
-        raise SourceError(f"the model returns {shape}, not images x class scores; give a classifier")
-    return scores
-
-
-@contextmanager
-def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
-    outputs: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for name in names:
-
-            def catch(_: nn.Module, __: object, output: object, name: str = name) -> None:
-                if isinstance(output, Tensor):
-                    outputs[name] = output
-
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(catch))
-        yield outputs
-
-
-def find_teacher(header: Header, reference: str, student: nn.Module, folder: Path | None = None) -> Teacher:
-    """Return the teacher that a model reference or `original` names, in eval mode.
+def find_teacher(header: Header, reference: Model, student: nn.Module, folder: Path | None = None) -> Teacher:
+    """Return the teacher that a model reference or `original` names, or that is given itself, in eval mode.
 
     For `original` nothing is downloaded, and no path in a checkpoint is followed: the file is looked for in `folder`,
     beside the checkpoint, by its name and SHA-256. Raises SourceError if it is not available or has changed since the
@@ -157,7 +54,9 @@ def find_teacher(header: Header, reference: str, student: nn.Module, folder: Pat
             raise SourceError(f"the original {named} cannot be fetched ({error}); {_GIVE}") from None
         raise SourceError(f"the teacher {named} cannot be used: {error}") from None
     swaps = [swap for plan in header.plans for swap in plan.swaps]
-    teacher = opened.model.eval().requires_grad_(False)
+    # What was given stays the caller's, and may be the network that is trained.
+    teacher = opened.model if isinstance(reference, str) else deep_copy(opened.model)
+    teacher = teacher.eval().requires_grad_(False)
     return Teacher(teacher, opened.reference, blocks_around(swaps, student, teacher))
 
 

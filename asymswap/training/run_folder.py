@@ -82,9 +82,9 @@ class RunFolder:
             raise OutputError(f"cannot write {self.metrics}: {error.strerror or error}") from None
         if self._board is None:
             return
-        scalars = {f"{event}/loss": row.train.loss, f"{event}/top1": row.train.top1, f"{event}/lr": row.lr}
+        scalars = {f"{event}/{name}": value for name, value in {**row.train, "lr": row.lr}.items()}
         if isinstance(row, EpochRow) and row.validation is not None:
-            scalars |= {"validation/loss": row.validation.loss, "validation/top1": row.validation.top1}
+            scalars |= {f"validation/{name}": value for name, value in row.validation.items()}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, row.step)
 

@@ -22,20 +22,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from asymswap.checkpoint import read_checkpoint
-from asymswap.data.batches import Batch, Mixing, Reader, Schedule, TrainingImages, training_transform
-from asymswap.data.datasets import Parts
-from asymswap.data.predict import placement, predict
+from asymswap.data.batches import Batch, Source, to_device
 from asymswap.errors import AsymswapError
 from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
 from asymswap.training.config import Callback, Training, check_same
-from asymswap.training.distillation import Objective
+from asymswap.training.objective import Objective, check_gradient
 from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
 from asymswap.training.run_folder import RunFolder
+from asymswap.training.validation import Validator
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import first_not_finite, map_tensors, random_state_kept, seed_
 
 _LOOK_ON_GPU = 10  # steps after which the loss is fetched from a GPU: each time the GPU waits
 
+_IN_EVAL_MODE = "trained in eval mode, without batch statistics: its outputs in train mode are not those of the teacher"
 _NOT_SHARED = "each process keeps its own batch statistics; the first one's are saved (they are shared on GPUs only)"
 
 
@@ -58,9 +58,10 @@ class Progress:
     stale: int = 0
     done: bool = False
 
-    def scores(self) -> Scores:
-        """Return the scores on the images of this epoch so far."""
-        return Scores(self.loss / max(1.0, self.seen), self.correct / max(1.0, self.seen))
+    def scores(self, labels: bool) -> Scores:
+        """Return the scores on the images of this epoch so far, top-1 too where they have `labels`."""
+        sums = {"loss": self.loss, "top1": self.correct} if labels else {"loss": self.loss}
+        return {name: value / max(1.0, self.seen) for name, value in sums.items()}
 
 
 @dataclass
@@ -72,21 +73,20 @@ class Trainer:
     """
 
     model: nn.Module
-    parts: Parts
+    source: Source
     settings: Training
-    presets: Sequence[str]
     objective: Objective
+    validator: Validator | None
     replacements: Sequence[str]
     identity: Mapping[str, Any]
     team: Team
     folder: RunFolder | None
     callback: Callback
     write: Callable[[Path, nn.Module, Progress], None]
-    classes: int
 
     def __post_init__(self) -> None:
-        settings, team, train = self.settings, self.team, self.parts.train
-        self.accelerator = make_accelerator(settings, team)
+        settings, team, source = self.settings, self.team, self.source
+        self.accelerator = make_accelerator(settings, team, all_used=self.objective.labels)
         self.progress = Progress()
         self.best: Mapping[str, Tensor] | None = None
         device = self.accelerator.device
@@ -100,7 +100,7 @@ class Trainer:
         self._frozen_norms = frozen_norms(raw, settings, self.replacements)
         norms = sum(isinstance(module, _BatchNorm) for module in raw.modules())
         apart = team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
-        self.note = _NOT_SHARED if apart else ""
+        self.notes = [*source.notes, *([_NOT_SHARED] if apart else [])]
         self.average = None
         if settings.ema is not None:
             self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
@@ -108,15 +108,9 @@ class Trainer:
         self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, settings))
         if self.objective.teacher is not None:
             self.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
-        transform = training_transform(train.preprocessing, self.presets)
-        images = TrainingImages(train.pictures, transform, settings.seed, settings.strict)
-        schedule = Schedule(len(train), settings.batch_size, settings.accumulate, team, settings.seed)
-        self.mix = Mixing(self.presets, self.classes)
-        self.reader = Reader(images, schedule, settings.workers or 0)
         epochs, steps = settings.length
-        self.steps = steps if steps is not None else int(epochs or 0) * schedule.steps
-        self.epochs = -(-self.steps // schedule.steps)
-        self._dtype = placement(raw)[1]
+        self.steps = steps if steps is not None else int(epochs or 0) * source.steps
+        self.epochs = -(-self.steps // source.steps)
         self._pending = torch.zeros(3, device=device)
         self._look_every = 1 if device.type == "cpu" else _LOOK_ON_GPU
 
@@ -135,9 +129,11 @@ class Trainer:
                 if folder is not None:
                     # All wait for the first: the others would else begin to train for a run that cannot be written.
                     self.team.first(lambda: folder.begin(progress.step, self.identity))
+                self._eval_mode = self._needs_eval_mode()
                 if progress.before is None:
                     progress.before = self._validate(self.raw)
-                self.callback.begin(RunStart(self.epochs, self.steps, progress.step, progress.before, self.note))
+                note = "; ".join(self.notes)
+                self.callback.begin(RunStart(self.epochs, self.steps, progress.step, progress.before, note))
                 while not progress.done:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
@@ -151,19 +147,30 @@ class Trainer:
                 folder.close()
         return progress
 
+    def _needs_eval_mode(self) -> bool:
+        """Return whether the outputs can be compared with the teacher's in eval mode alone."""
+        objective = self.objective
+        if objective.teacher is None or objective.labels or objective.by_user is not None:
+            return False
+        with closing(self.source.groups(0, 0)) as groups:
+            (batch, *_), _ = next(groups)
+        needed = objective.trains_in_eval_mode(self.raw, to_device(batch, self.accelerator.device))
+        if needed:
+            self.notes.append(_IN_EVAL_MODE)
+        return needed
+
     def _epoch(self) -> None:
         """Train for the rest of one epoch, validate and save."""
         progress, settings = self.progress, self.settings
         start, here = time.perf_counter(), 0
-        end = min(self.reader.schedule.steps, progress.within + self.steps - progress.step)
-        rate = 0.0
-        self.runner.train()
+        end = min(self.source.steps, progress.within + self.steps - progress.step)
+        rate, labels, unit = 0.0, self.objective.labels, self.source.unit
+        self.runner.train(not self._eval_mode)
         for norm in self._frozen_norms:
             norm.eval()
-        with closing(self.reader.read(progress.epoch, progress.within)) as batches:
+        with closing(self.source.groups(progress.epoch, progress.within)) as groups:
             while progress.within < end:
-                group = [next(batches) for _ in range(settings.accumulate)]
-                size = self.reader.schedule.size(progress.within)
+                group, size = next(groups)
                 rate = self._step(group, size)
                 progress.step, progress.within, here = progress.step + 1, progress.within + 1, here + size
                 # An epoch's last step is saved with its end.
@@ -172,7 +179,7 @@ class Trainer:
                 if due or last or progress.step % self._look_every == 0:
                     self._check_loss()
                     speed = here / (time.perf_counter() - start)
-                    self._report(StepRow(progress.epoch + 1, progress.step, progress.scores(), rate, speed))
+                    self._report(StepRow(progress.epoch + 1, progress.step, progress.scores(labels), rate, speed, unit))
                 if due and not last:
                     self._check_weights()
                     self._save()
@@ -187,8 +194,8 @@ class Trainer:
         self.team.follow_(self._kept_model)
         validation, best = self._validate(self._kept_model), progress.best
         better = True
-        if validation is not None and best is not None:
-            better = (validation.top1, -validation.loss) > (best.top1, -best.loss)
+        if self.validator is not None and validation is not None and best is not None:
+            better = self.validator.rank(validation) > self.validator.rank(best)
         progress.last = validation
         progress.skipped_in_all += progress.skipped
         progress.stale = 0 if better else progress.stale + 1
@@ -198,13 +205,14 @@ class Trainer:
         row = EpochRow(
             epoch=progress.epoch,
             step=progress.step,
-            train=progress.scores(),
+            train=progress.scores(self.objective.labels),
             validation=validation,
             best=better and validation is not None,
             lr=rate,
             images_per_second=speed,
             seconds=seconds,
             skipped=progress.skipped,
+            unit=self.source.unit,
         )
         progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
         progress.within, progress.loss, progress.correct, progress.seen, progress.skipped = 0, 0.0, 0.0, 0.0, 0
@@ -229,19 +237,15 @@ class Trainer:
         return rate
 
     def _learn(self, batch: Batch, size: int) -> None:
-        device = self.accelerator.device
-        images = batch.images.to(device, self._dtype, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        images, targets = self.mix(images, labels)
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        placed = to_device(batch, self.accelerator.device)
         with self.accelerator.autocast():
-            loss, scores = self.objective.loss(self.raw, self.runner, images, targets)
+            loss, right = self.objective.loss(self.raw, self.runner, placed)
         # Gradients are averaged over the processes: this factor makes it the gradient of the mean over all images.
         self.accelerator.backward(loss * self.team.size / size)
-        right = (scores.detach().argmax(1) == labels).sum()
-        counts = (loss.detach().float(), right.float(), torch.tensor(float(len(labels)), device=device))
-        self._pending += torch.stack(counts)
+        if all(parameter.grad is None for parameter in self.raw.parameters()):
+            check_gradient(loss.detach(), "the loss")
+        counts = (loss.detach(), right, torch.tensor(batch.count))
+        self._pending += torch.stack([count.to(self._pending) for count in counts])
         self.progress.skipped += batch.skipped
 
     def _check_loss(self) -> None:
@@ -271,17 +275,19 @@ class Trainer:
 
     def _understood(self, error: Exception) -> AsymswapError | None:
         """Return an error of torch in the user's words, if the user can do something about it."""
-        text, settings = str(error), self.settings
+        text, settings, source = str(error), self.settings, self.source
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+            size, half = f"`batch_size={settings.batch}`", f"`batch_size={max(1, settings.batch // 2)}`"
+            if source.unit == "batches":
+                size, half = "a batch of the data", "batches of half the size"
             return AsymswapError(
-                f"not enough memory for `batch_size={settings.batch_size}`; `batch_size="
-                f"{max(1, settings.batch_size // 2)}` with `accumulate={2 * settings.accumulate}` gives the same step"
+                f"not enough memory for {size}; {half} with `accumulate={2 * settings.accumulate}` gives the same step"
             )
         if "more than 1 value per channel" in text:
-            return AsymswapError(
-                f"a batch norm got a single image, of {len(self.parts.train)} images with "
-                f"`batch_size={settings.batch_size}`; give a larger `batch_size=…`"
-            )
+            what, larger = f"{source.count} {source.unit} with `batch_size={settings.batch}`", "a larger `batch_size=…`"
+            if source.unit == "batches":
+                what, larger = "a batch of the data", "larger batches"
+            return AsymswapError(f"a batch norm got a single image, of {what}; give {larger}")
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
             return AsymswapError(
                 "another process of the run has died, and none can go on without it; `resume=True` continues the run, "
@@ -290,23 +296,16 @@ class Trainer:
         return None
 
     def _validate(self, model: nn.Module) -> Scores | None:
-        if self.parts.validation is None:
+        if self.validator is None:
             return None
-        found = predict(
-            model,
-            self.parts.validation,
-            batch_size=2 * self.settings.batch_size,
-            workers=self.settings.workers or 0,
-            strict=self.settings.strict,
-            team=self.team,
-            context=self.accelerator.autocast,
-        )
-        right = float((found.guesses == found.labels).sum())
-        sums = torch.tensor([float(found.losses.sum()), right, float(len(found))], dtype=torch.float64)
-        loss, correct, seen = self.team.sum(sums).tolist()
-        if not math.isfinite(loss):
-            raise self._diverged(f"the validation loss is {loss:g} at step {self.progress.step}")
-        return Scores(loss / max(1.0, seen), correct / max(1.0, seen))
+        found, before = self.validator.measure(model, self.accelerator.autocast), self.progress.before
+        if not all(math.isfinite(value) for value in found.values()):
+            raise self._diverged(f"the validation loss is {found['loss']:g} at step {self.progress.step}")
+        if before is not None and before.keys() != found.keys():
+            raise AsymswapError(
+                f"`evaluate=…` gave {', '.join(found)}, and before {', '.join(before)}; give the same names"
+            )
+        return found
 
     def _report(self, row: StepRow | EpochRow) -> None:
         if not self.team.leads:
@@ -360,9 +359,12 @@ class Trainer:
             self.best = {**best.state, **best.extra}
 
 
-def make_accelerator(settings: Training, team: Team) -> Any:
-    """Return accelerate's Accelerator; raise AsymswapError for a precision that the device does not have."""
-    from accelerate import Accelerator
+def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> Any:
+    """Return accelerate's Accelerator; raise AsymswapError for a precision that the device does not have.
+
+    With `all_used` every trained weight has a part in every loss.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     # One process may train several times, and accelerate keeps the first run's precision for good.
@@ -371,7 +373,9 @@ def make_accelerator(settings: Training, team: Team) -> Any:
     # Several processes without GPUs would each train on its own if accelerate did not know that this is meant.
     cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
     try:
-        accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision, cpu=cpu)
+        precision = "no" if settings.precision == "fp32" else settings.precision
+        parallel = DistributedDataParallelKwargs(find_unused_parameters=not all_used)
+        accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[parallel])
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise AsymswapError(f"{named} is not available here ({reason}); try bf16 or fp32") from None

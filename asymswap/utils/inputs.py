@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import list_tensors, map_tensors, seeded
+from asymswap.utils.users import call
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
+
+_PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 PORTION = 3 * 224 * 224
 """Numbers in the inputs of one forward pass, if there is a choice: one image of the usual size, or many small ones."""
@@ -108,38 +111,44 @@ class Replayed:
 
 
 def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | None = None) -> Inputs:
-    """Return the positional arguments of the model's forward that are in a user's batch.
+    """Return the arguments of the model's forward that a batch holds.
 
-    `inputs` turns a batch into one argument, a tuple of arguments, or a dict of them by name. Without it a tensor is
-    the argument, of a sequence such as (inputs, labels) the first, and of a dict what the forward has a name for.
-    Raises SourceError, with the forward's signature, where that does not fit.
+    `inputs(batch)` returns them: a tensor, a tuple, or a dict by the forward's names. By default a tensor is the input,
+    of a pair (inputs, labels) the first, and of a dict the entries that the forward has. Raises SourceError where they
+    do not fit the forward.
     """
     signature = inspect.signature(model.forward)
-    if inputs is not None:
-        try:
-            given = inputs(batch)
-        except Exception as error:  # the user's own code
-            raise SourceError(f"`inputs=` fails on a batch: {type(error).__name__}: {reason_of(error, 200)}") from error
-    else:
-        given = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if isinstance(given, Mapping):
-            given = {name: given[name] for name in signature.parameters if name in given}
-    named = {str(name): value for name, value in given.items()} if isinstance(given, Mapping) else {}
-    values = () if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
+    found = batch if inputs is None else call("`inputs=…`", inputs, batch)
+    if inputs is None:
+        if isinstance(found, list | tuple):
+            if not 1 <= len(found) <= 2:
+                raise SourceError(
+                    f"a batch holds {len(found)} parts: give `inputs=…`, which says what the network gets"
+                )
+            found = found[0]
+        if isinstance(found, Mapping):
+            found = {name: value for name, value in found.items() if name in signature.parameters}
     try:
-        bound = signature.bind(*values, **named)
+        if not isinstance(found, Mapping):
+            arguments = found if isinstance(found, tuple) else (found,)
+            signature.bind(*arguments)
+            if not list_tensors(arguments):
+                raise TypeError("it holds no tensor")
+            return arguments
+        bound = signature.bind(**found)
+        unplaced = [name for name in bound.arguments if signature.parameters[name].kind not in _PLACED]
+        if unplaced:
+            raise TypeError(f"{unplaced[0]!r} has no position")
     except TypeError as error:
-        raise _unfit(signature, str(error)) from None
-    if named:
-        # By position: trailing defaults are left out, those in between are given.
-        places = [one for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
-        last = max((number for number, one in enumerate(places) if one.name in bound.arguments), default=-1)
-        values = tuple(bound.arguments.get(one.name, one.default) for one in places[: last + 1])
-        if len(set(named) - {one.name for one in places}):
-            raise _unfit(signature, "it takes some of them by name only; wrap it in a module that takes them by place")
-    if not list_tensors(values):
-        raise _unfit(signature, f"a batch of {type(batch).__name__} holds no tensor for it")
-    return values
+        what = f"the batch ({type(batch).__name__})" if inputs is None else "what `inputs=…` returned"
+        raise SourceError(
+            f"{what} does not fit forward{signature} of {type(model).__name__}: {reason_of(error)}; give as `inputs=…` "
+            "a function of the batch that returns the arguments, as a tensor, a tuple or a dict by their names"
+        ) from None
+    names = list(bound.arguments)
+    bound.apply_defaults()
+    # Defaults behind the last argument are left out.
+    return tuple(bound.args[: list(bound.arguments).index(names[-1]) + 1]) if names else ()
 
 
 def placed(model: nn.Module, inputs: Inputs) -> Inputs:
@@ -149,10 +158,6 @@ def placed(model: nn.Module, inputs: Inputs) -> Inputs:
         inputs, lambda one: one.to(own.device, own.dtype if one.is_floating_point() else one.dtype)
     )
     return moved
-
-
-def _unfit(signature: inspect.Signature, reason: str) -> SourceError:
-    return SourceError(f"the batch does not fit forward{signature}: {reason}; give `inputs=`, a function of a batch")
 
 
 def sizes(inputs: Inputs) -> str:

@@ -193,7 +193,7 @@ class Bench:
         assert tuned.report.before is not None
         curve = [tuned.report.before, *stopwatch.scores]
         result = {
-            "top1": [scores.top1 for scores in curve],
+            "top1": [scores["top1"] for scores in curve],
             "loss": [scores.loss for scores in curve],
             "train_loss": stopwatch.train_losses,
             "cpu_seconds_per_epoch": stopwatch.seconds,

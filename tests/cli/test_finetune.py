@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 import asymswap
+from asymswap.cli.options import Common
 
 Run = Callable[..., Any]
 SHORT = ("--data", "digits", "--epochs", "2", "--batch-size", "256", "--lr", "0.002")
@@ -139,6 +141,48 @@ def test_unreadable_images(run: Run, refusal: Run) -> None:
         assert re.search(
             r"image '.*(3/1|7/2)\.png' cannot be read .*; remove or replace it", run(*command, "--strict").err
         )
+
+
+def test_a_teacher_needs_no_labels(run: Run, refusal: Run) -> None:
+    run("convert", "digits-resnet", "--recipe", "half-macs", "--macs", "0.4", "-q", "-o", "d.asym.pt")
+    Path("photos").mkdir()
+    for number, image in enumerate(torch.rand(20, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).byte()):
+        Image.fromarray(image.numpy()).save(f"photos/{number}.png")
+    options = ("--data", "photos", "--epochs", "2", "--workers", "0", "--augment", "none")
+    done = run("finetune", "d.asym.pt", *options, "--distill")
+    assert done.code == 0, done.err
+    assert re.search(r"^before: validation loss 0\.\d+$", done.err, re.MULTILINE)
+    assert re.search(
+        r"^epoch 1/2: loss \d\.\d+; validation loss 0\.\d+ \(best\); \d+ images/s$", done.err, re.MULTILINE
+    )
+    assert "Taught by digits-resnet." in done.out
+    shown = " ".join(run("show", "d.tuned.pt").out.split())
+    assert re.search(r"taught by digits-resnet; validation loss 0\.\d+ -> 0\.\d+ \(epoch \d\)", shown)
+    said = refusal("finetune", "d.asym.pt", *options, "-o", "x.pt")
+    assert "data folder 'photos' holds no class folders" in said
+
+
+def test_the_functions_of_a_task(run: Run, refusal: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("convert", "digits-resnet", "--recipe", "3x3-only", "-q", "-o", "d.asym.pt")
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def spread(model: torch.nn.Module) -> float:
+        return float(model(images).std())
+
+    task = SimpleNamespace(
+        training=lambda: [{"pixels": images, "other": 0}],
+        inputs=lambda batch: batch["pixels"],
+        loss=lambda outputs, batch: outputs.std(),
+        evaluate=spread,
+        lower_is_better=("spread",),
+    )
+    monkeypatch.setattr(Common, "task", task, raising=False)
+    done = run("finetune", "d.asym.pt", "--epochs", "3")
+    assert done.code == 0, done.err
+    assert "3 epochs, 3 steps; those of epoch 3 kept" in done.out
+    assert "Trained on 1 batch of a list." in done.out
+    assert "Validated by" in done.out
+    assert re.search("give --data, or a task with training", refusal("finetune", "d.asym.pt", *SHORT, "-o", "x.pt"))
 
 
 def test_evaluation_on_screen(run: Run, start: Path) -> None:

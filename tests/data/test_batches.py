@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from asymswap.data.batches import (
+    Batches,
     Mixing,
     Reader,
     Schedule,
@@ -84,15 +88,16 @@ class Holes:
 
 def read(pictures: Any, workers: int = 0, strict: bool = False, presets: tuple[str, ...] = ("none",)) -> list[Any]:
     images = TrainingImages(pictures, training_transform(GREY, presets), 0, strict)
-    return list(Reader(images, Schedule(len(pictures.labels), 4, 1, Team(), 0), workers).read(0, 0))
+    reader = Reader(images, Schedule(len(pictures.labels), 4, 1, Team(), 0), workers)
+    return [batch for group, _ in reader.groups(0, 0) for batch in group]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_next_image_stands_in_for_one_that_cannot_be_read(workers: int) -> None:
     batches = read(Holes(3, 4, 9), workers)
-    shown = sorted(int(image[0, 0, 0]) for batch in batches for image in batch.images)
+    shown = sorted(int(image[0, 0, 0]) for batch in batches for image in batch.content[0])
     assert shown == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]
-    assert sorted(int(label) for batch in batches for label in batch.labels) == shown
+    assert sorted(int(label) for batch in batches for label in batch.content[1]) == shown
     assert sum(batch.skipped for batch in batches) == 3
 
 
@@ -117,7 +122,7 @@ def test_augmentation_does_not_depend_on_workers_order_or_what_was_drawn_before(
     second = read(pictures, workers=1, presets=presets)
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.content[0], other.content[0])
     images = TrainingImages(pictures, training_transform(GREY, presets), 0, False)
     epochs = [images[epoch, 4][0] for epoch in (0, 0, 1, 2)]
     assert torch.equal(epochs[0], epochs[1])
@@ -165,3 +170,34 @@ def test_presets_that_are_none(text: str, said: str) -> None:
     with pytest.raises(SourceError, match=said):
         parse_presets(text)
     assert parse_presets("randaugment, mixup") == ("randaugment", "mixup")
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 3))
+def test_processes_share_the_users_batches(count: int, accumulate: int, size: int) -> None:
+    """Each in as many as the others in every step; only fewer than the processes are left out, at an epoch's end."""
+    if count < size:
+        with pytest.raises(SourceError, match=f"gives {count} batches for {size} processes"):
+            Batches(list(range(count)), accumulate, Team(0, size), seed=0)
+        return
+    sources = [Batches(list(range(count)), accumulate, Team(rank, size), seed=0) for rank in range(size)]
+    seen: list[int] = []
+    for groups in zip(*(source.groups(0, 0) for source in sources), strict=True):
+        assert len({len(group) for group, _ in groups}) == 1
+        assert {whole for _, whole in groups} == {sum(len(group) for group, _ in groups)}
+        seen += sorted(batch.content for group, _ in groups for batch in group)
+    assert seen == list(range(count - count % size))
+    rest = [group for group, _ in sources[0].groups(0, 1)]
+    assert rest == [group for group, _ in sources[0].groups(0, 0)][1:]
+
+
+def test_a_sampler_that_shares_too() -> None:
+    data = TensorDataset(torch.zeros(8))
+    loader = DataLoader(data, sampler=DistributedSampler(data, 2, 0))
+    with pytest.raises(SourceError, match="leave out the DistributedSampler"):
+        Batches(loader, 1, Team(0, 2), seed=0)
+    assert Batches(loader, 1, Team(), seed=0).count == 4
+
+
+def test_data_without_an_end() -> None:
+    endless = Batches(lambda: itertools.count(), 2, Team(), seed=0, most=3)
+    assert (endless.steps, endless.count) == (3, 6)

@@ -123,12 +123,12 @@ def test_a_batch_becomes_arguments() -> None:
     ("net", "batch", "inputs", "expected"),
     [
         (Two(), {"picture": rows(1)}, None, r"does not fit forward\(image: .*missing a required argument: 'image'"),
-        (Two(), rows(1), lambda b: (b, b, b, b), r"does not fit forward\(image.*too many positional arguments; give"),
+        (Two(), rows(1), lambda b: (b, b, b, b), r"returned does not fit forward\(image.*too many positional"),
         (Two(), rows(1), lambda b: {"imag": b}, r"does not fit forward\(image"),
-        (Two(), rows(1), lambda b: b.missing, "`inputs=` fails on a batch: AttributeError: "),
-        (Two(), [], None, "holds no tensor for it"),
-        (Two(), ("a", 3), None, "a batch of tuple holds no tensor"),
-        (Named(), {"image": rows(1)}, None, "by name only; wrap it in a module that takes them by place"),
+        (Two(), rows(1), lambda b: b.missing, "`inputs=…` .*AttributeError: "),
+        (Two(), [], None, "a batch holds 0 parts: give `inputs=…`"),
+        (Two(), ("a", 3), None, r"the batch \(tuple\) does not fit .*it holds no tensor; give as `inputs=…`"),
+        (Named(), {"image": rows(1)}, None, "'image' has no position"),
     ],
 )
 def test_what_does_not_fit_the_forward(net: nn.Module, batch: Any, inputs: Any, expected: str) -> None:
@@ -159,7 +159,7 @@ def failing() -> Iterator[Tensor]:
         ({"image": rows(3)}, "data cannot be dict"),
         (failing, "the data fails: KeyError: 'lost'"),
         (lambda: 1 / 0, "the data's function fails: ZeroDivisionError: division by zero"),
-        ([rows(3), "text"], "a batch of str holds no tensor"),
+        ([rows(3), "text"], "it holds no tensor"),
     ],
 )
 def test_data_that_gives_nothing_of_use(data: Any, expected: str) -> None:

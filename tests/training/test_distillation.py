@@ -14,22 +14,14 @@ from torch.nn import functional as F
 
 import asymswap
 from asymswap.checkpoint import read_checkpoint
+from asymswap.data.batches import Batch
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.models.networks import digits_resnet
 from asymswap.models.opening import open_model
 from asymswap.training.config import Training
-from asymswap.training.distillation import (
-    ORIGINAL,
-    Objective,
-    Teacher,
-    all_scores,
-    blocks_around,
-    caught,
-    divergence,
-    feature_error,
-    find_teacher,
-)
+from asymswap.training.distillation import ORIGINAL, Teacher, blocks_around, find_teacher
+from asymswap.training.objective import Objective, all_scores, caught, divergence, feature_error
 from asymswap.types import Origin, Swap
 
 
@@ -49,13 +41,21 @@ def taught(teacher: Teacher, **settings: Any) -> Objective:
     return Objective(Training(distill=teacher.description, **settings), teacher)
 
 
+def loss_of(objective: Objective, student: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the student's scores."""
+    loss, right = objective.loss(student, student, Batch((images, labels), len(images)))
+    scores = all_scores(student(images))[0]
+    assert int(right) == int((scores.argmax(1) == labels).sum())
+    return loss, scores
+
+
 IMAGES = torch.ones(2, 1, 2, 2)
 LABELS = torch.tensor([0, 2])
 
 
 def test_labels_alone_are_cross_entropy_summed() -> None:
     student = Scores(1.0, 2.0, -1.0)
-    loss, scores = Objective(Training(label_smoothing=0.1)).loss(student, student, IMAGES, LABELS)
+    loss, scores = loss_of(Objective(Training(label_smoothing=0.1)), student, IMAGES, LABELS)
     expected = F.cross_entropy(scores, LABELS, label_smoothing=0.1) * 2
     torch.testing.assert_close(loss, expected)
 
@@ -73,7 +73,7 @@ def test_both_parts_and_the_features_add_up() -> None:
     student, master = Scores(1.0, 2.0, -1.0), Scores(0.5, 2.5, 0.0)
     teacher = Teacher(master, "master", {"layer": "layer"})
     objective = taught(teacher, distill_weight=0.75, temperature=2.0, distill_features=3.0)
-    loss, scores = objective.loss(student, student, IMAGES, LABELS)
+    loss, scores = loss_of(objective, student, IMAGES, LABELS)
     target = master(IMAGES)
     features = (scores - target).square().mean() / target.var()
     expected = 0.75 * divergence(target, scores, 2.0) + 0.25 * F.cross_entropy(scores, LABELS, reduction="sum")
@@ -87,7 +87,7 @@ def test_both_parts_and_the_features_add_up() -> None:
 def test_scores_may_be_compared_instead_of_probabilities() -> None:
     """Scores 1, 2, -1 instead of 0.5, 2.5, 0: squares 0.25, 0.25 and 1 beside 0.25 and 6.25, for each of two images."""
     student, teacher = Scores(1.0, 2.0, -1.0), Teacher(Scores(0.5, 2.5, 0.0), "master", {})
-    loss, scores = taught(teacher, distill_weight=0.8, distill_loss="mse").loss(student, student, IMAGES, LABELS)
+    loss, scores = loss_of(taught(teacher, distill_weight=0.8, distill_loss="mse"), student, IMAGES, LABELS)
     expected = 0.8 * 2 * 1.5 / 6.5 + 0.2 * F.cross_entropy(scores, LABELS, reduction="sum")
     torch.testing.assert_close(loss, expected)
 
@@ -95,7 +95,7 @@ def test_scores_may_be_compared_instead_of_probabilities() -> None:
 def test_a_student_that_agrees_has_nothing_to_learn() -> None:
     student = Scores(1.0, 2.0)
     teacher = Teacher(Scores(1.0, 2.0), "twin", {"layer": "layer"})
-    loss, _ = taught(teacher, distill_weight=1.0, distill_features=1.0).loss(student, student, IMAGES, LABELS)
+    loss, _ = loss_of(taught(teacher, distill_weight=1.0, distill_features=1.0), student, IMAGES, LABELS)
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_auxiliary_classifiers_count_a_little() -> None:
             return torch.tensor([[1.0, 0.0]]).expand(2, -1), None, torch.tensor([[0.0, 3.0]]).expand(2, -1)
 
     labels = torch.tensor([0, 1])
-    loss, scores = Objective(Training()).loss(Two(), Two(), IMAGES, labels)
+    loss, scores = loss_of(Objective(Training()), Two(), IMAGES, labels)
     main, auxiliary = (torch.tensor([row, row]) for row in ([1.0, 0.0], [0.0, 3.0]))
     assert torch.equal(scores, main)
     parts = [F.cross_entropy(part, labels, reduction="sum") for part in (main, auxiliary)]
@@ -119,11 +119,10 @@ def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
     with pytest.raises(
         SourceError, match=r"the teacher wide scores 3 classes, the model 2; give as `distill=…` a teacher"
     ):
-        taught(teacher).loss(student, student, IMAGES, torch.tensor([0, 1]))
+        loss_of(taught(teacher), student, IMAGES, torch.tensor([0, 1]))
+    objective = taught(Teacher(Scores(1.0, 2.0), "same", {}), distill_features=1.0)
     with pytest.raises(SourceError, match=r"no block of the teacher has the same output"):
-        taught(Teacher(Scores(1.0, 2.0), "same", {}), distill_features=1.0).loss(
-            student, student, IMAGES, torch.tensor([0, 1])
-        )
+        loss_of(objective, student, IMAGES, torch.tensor([0, 1]))
 
 
 def stored(tmp_path: Path, reference: Any, **options: Any) -> Any:

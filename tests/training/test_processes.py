@@ -113,3 +113,45 @@ def test_one_process_has_no_batch_statistics_to_share(start: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "batch statistics" not in done.stderr + done.stdout
+
+
+OWN = """
+import sys
+import torch
+from torch import nn
+import asymswap
+from asymswap.utils.distributed import joined
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+torch.manual_seed(0)
+net = Net()
+batches = list(torch.rand(5, 3, 1, 8, 8))
+with joined() as team:
+    settings = asymswap.Training(epochs=2, lr=0.01, optimizer="sgd", accumulate=int(sys.argv[2]))
+    data = [batch for batch in batches[:4]]
+    tuned = asymswap.finetune(
+        net, data, settings, loss=lambda outputs, batch: (outputs - batch.mean()).square().mean(),
+        evaluate=lambda model: float(model(batches[4]).mean()), team=team,
+    )
+    if team.leads:
+        torch.save(tuned.model.state_dict(), sys.argv[1])
+"""
+
+
+def test_batches_of_the_users_are_shared(start: Path) -> None:
+    """Two processes with a batch each are one with two, though a layer has no part in the loss."""
+    folder = start.parent
+    (folder / "own.py").write_text(OWN)
+    two = torchrun(folder, "two.pt", "1", script="own.py")
+    assert two.returncode == 0, two.stderr
+    subprocess.run([sys.executable, "own.py", "one.pt", "2"], cwd=folder, env=ENV, check=True)
+    states = [torch.load(folder / name, weights_only=True) for name in ("one.pt", "two.pt")]
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(states[1][key], tensor, rtol=1e-4, atol=1e-6)

@@ -273,14 +273,14 @@ def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
     seen = Seen()
     tuned = start.train("out.pt", dataclasses.replace(SHORT, epochs=4, ema=None, augment=("none",)), callback=seen)
     report = tuned.report
-    assert report.before.top1 < 0.3 < report.best.top1
-    assert report.best.loss < report.before.loss
-    tops = [row.validation.top1 for row in seen.epochs if row.validation is not None]
-    assert report.best.top1 == max(tops)
+    assert report.before["top1"] < 0.3 < report.best["top1"]
+    assert report.best["loss"] < report.before["loss"]
+    tops = [row.validation["top1"] for row in seen.epochs if row.validation is not None]
+    assert report.best["top1"] == max(tops)
     assert report.best_epoch == next(row.epoch for row in reversed(seen.epochs) if row.best)
     assert seen.start == RunStart(4, 4 * STEPS, 0, report.before)
     assert [row.step for row in seen.steps] == list(range(1, 4 * STEPS + 1))
-    assert seen.epochs[-1].train.loss < seen.epochs[0].train.loss
+    assert seen.epochs[-1].train["loss"] < seen.epochs[0].train["loss"]
     # What is returned, what is written and what is told are one.
     assert same(dict(tuned.model.state_dict()), weights(start / "out.pt"))
     again = asymswap.evaluate(
@@ -289,8 +289,8 @@ def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
         part="validation",
         validation="0.2",
     ).models[0]
-    assert again.top1 == report.best.top1
-    assert again.loss == pytest.approx(report.best.loss, rel=1e-5)
+    assert again.top1 == report.best["top1"]
+    assert again.loss == pytest.approx(report.best["loss"], rel=1e-5)
 
 
 def test_the_checkpoint_tells_of_its_training(start: Start) -> None:
@@ -502,7 +502,7 @@ def test_a_state_that_is_damaged(start: Start, content: bytes) -> None:
 
 def test_half_precision(start: Start) -> None:
     report = start.train("out.pt", Training(steps=20, precision="bf16", lr=3e-3, augment=("none",))).report
-    assert report.best.loss < report.before.loss
+    assert report.best["loss"] < report.before["loss"]
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(start / "out.pt").values())
     with pytest.raises(AsymswapError, match=r"`precision=fp16` needs a GPU; use bf16 or fp32"):
         start.train("half.pt", Training(steps=1, precision="fp16", cpu=True))

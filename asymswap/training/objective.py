@@ -1,0 +1,219 @@
+"""What is minimised: a loss of labels or of the user's, the difference from a teacher's outputs, or both.
+
+Class probabilities are distilled as by Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
+temperature, and the divergence is multiplied by its square. If the teacher is sure of its training images, the scores
+before the softmax say more: their squared difference (Ba and Caruana, 2014). Of outputs that are no class scores, and
+without labels, the squared difference is taken. Outputs of blocks with the same name can be compared too (Romero et
+al., 2015, without a regressor, since the shapes are the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asymswap.data.batches import Batch, Mixing
+from asymswap.errors import SourceError
+from asymswap.measure.fidelity import difference
+from asymswap.training.config import Training
+from asymswap.training.distillation import Teacher
+from asymswap.utils.inputs import arguments_of, sizes
+from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, meta_copy, to_meta
+from asymswap.utils.users import call
+
+_COMPARABLE = (
+    "; to learn from a teacher both must return the same tensors, such as a detector's heads before boxes are chosen: "
+    "wrap them in a module whose forward returns these"
+)
+_AUXILIARY = 0.3  # the weight of auxiliary classifiers' losses (Szegedy et al., 2015)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss to minimise; see `Training` for its parts with a teacher.
+
+    With `labels` the batches are images with their classes, and the outputs class scores. Else `inputs` says what of a
+    batch is the network's input, and `by_user(outputs, batch)` is the loss beside the teacher's.
+    """
+
+    settings: Training
+    teacher: Teacher | None = None
+    labels: bool = True
+    mix: Mixing | None = None
+    inputs: Callable[[Any], Any] | None = None
+    by_user: Callable[[Any, Any], Any] | None = None
+
+    def loss(self, student: nn.Module, runner: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss times the batch's count, and how many guesses are right, 0 without labels.
+
+        `runner` is the student as accelerate wraps it.
+        """
+        settings, teacher, content = self.settings, self.teacher, batch.content
+        if self.labels:
+            images, labels = content
+            # Of mixed images the labels are fractions of classes (N x classes).
+            images, targets = (images, labels) if self.mix is None else self.mix(images, labels)
+            arguments: tuple[Any, ...] = (images,)
+        else:
+            arguments = arguments_of(student, content, self.inputs)
+        arguments = map_tensors(arguments, self._formatted)
+        blocks = teacher.blocks if teacher is not None and settings.distill_features else {}
+        if teacher is not None:
+            with torch.no_grad(), caught(teacher.model, blocks.values()) as taught:
+                # Copies: a model may change its input in place.
+                target = self._run(teacher.model, map_tensors(arguments, Tensor.clone))
+        with caught(student, blocks) as learned:
+            output = self._run(runner, arguments)
+        alone = not self.labels and self.by_user is None
+        weight = 0.0 if teacher is None else 1.0 if alone else settings.distill_weight
+        loss: Any = 0.0
+        if weight > 0:
+            error = self._by_scores(target, output) if self.labels else batch.count * output_error(target, output)
+            loss = weight * error
+        if weight < 1:
+            own = self._by_labels(output, targets) if self.labels else batch.count * self._by_user(output, content)
+            loss = loss + (1 - weight) * own
+        if settings.distill_features:
+            apart = feature_error(taught, learned, blocks)
+            if apart is None:
+                raise SourceError("no block of the teacher has the same output; leave out `distill_features=…`")
+            loss = loss + settings.distill_features * batch.count * apart
+        return loss, (all_scores(output)[0].detach().argmax(1) == labels).sum() if self.labels else torch.zeros(())
+
+    def _formatted(self, tensor: Tensor) -> Tensor:
+        four = self.settings.channels_last and tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if four else tensor
+
+    def _run(self, model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        if self.labels:
+            return model(*arguments)
+        return call(f"the network, given {sizes(arguments) or 'no tensor'},", model, *arguments)
+
+    def _by_labels(self, output: object, labels: Tensor) -> Tensor:
+        main, *auxiliary = (
+            F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
+            for scores in all_scores(output)
+        )
+        for loss in auxiliary:
+            main = main + _AUXILIARY * loss
+        return main
+
+    def _by_scores(self, taught: object, output: object) -> Tensor:
+        target, scores = all_scores(taught)[0], all_scores(output)[0]
+        if target.shape != scores.shape:
+            assert self.teacher is not None
+            raise SourceError(
+                f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
+                f"{scores.shape[1]}; give as `distill=…` a teacher of the same classes"
+            )
+        if self.settings.distill_loss == "mse":
+            return len(scores) * difference(target, scores)
+        return divergence(target, scores, self.settings.temperature)
+
+    def _by_user(self, output: object, content: object) -> Tensor:
+        assert self.by_user is not None
+        hint = "; here a batch is one tensor, without labels" if isinstance(content, Tensor) else ""
+        found = call("`loss=…`", self.by_user, output, content, hint=hint)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+            what = f"a {type(found).__name__}{shape}"
+            raise SourceError(f"`loss=…` gave {what}; it must return one number as a tensor, such as a mean")
+        return check_gradient(found.reshape(()), "`loss=…` gave a number that")
+
+    def trains_in_eval_mode(self, student: nn.Module, batch: Batch) -> bool:
+        """Return True for a student whose outputs are those of the teacher in eval mode only.
+
+        Detectors and networks with auxiliary heads return something else in train mode. Raises SourceError where the
+        outputs cannot be compared in either mode.
+        """
+        assert self.teacher is not None
+        arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
+        probed, reason = deep_copy(student), ""
+        with torch.no_grad():
+            target = self._run(self.teacher.model, map_tensors(arguments, Tensor.clone))
+            for training in (True, False):
+                try:
+                    output_error(target, self._run(probed.train(training), map_tensors(arguments, Tensor.clone)))
+                    if not training:
+                        # Boxes that are chosen by their scores are no pairs, even of one number; this fails for them.
+                        self._run(meta_copy(probed), to_meta(arguments))
+                except SourceError as error:
+                    reason = reason or str(error).removesuffix(_COMPARABLE)
+                else:
+                    return not training
+        raise SourceError(reason + _COMPARABLE)
+
+
+def check_gradient(loss: Tensor, what: str) -> Tensor:
+    """Return the loss; raise SourceError where it has no gradient."""
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise SourceError(
+            f"{what} does not depend on the trained weights (it has no gradient): compute it from the network's "
+            "outputs, without .item(), .detach() or NumPy"
+        )
+    return loss
+
+
+def output_error(target: object, output: object) -> Tensor:
+    """Return the mean over the outputs of the squared difference relative to the teacher's squares.
+
+    Outputs are the floating-point tensors in nested lists, tuples, dicts and dataclasses. Raises SourceError where
+    there are none, or they differ in number or size.
+    """
+    pair = [[tensor for tensor in list_tensors(value) if tensor.is_floating_point()] for value in (target, output)]
+    if [tensor.shape for tensor in pair[0]] != [tensor.shape for tensor in pair[1]] or not pair[0]:
+        theirs, own = (sizes(tuple(tensors)) or "no tensor" for tensors in pair)
+        raise SourceError(
+            f"the teacher returns {theirs} and the trained network {own}, which cannot be compared{_COMPARABLE}"
+        )
+    errors = [difference(one, other) for one, other in zip(*pair, strict=True)]
+    return check_gradient(torch.stack(errors).mean(), "the difference from the teacher")
+
+
+def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tensor:
+    """Return the KL divergence of class probabilities at a temperature, times its square, summed over the images."""
+    target, given = (F.log_softmax(scores.float() / temperature, 1) for scores in (target_NC, scores_NC))
+    return F.kl_div(given, target, reduction="sum", log_target=True) * temperature**2
+
+
+def feature_error(
+    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
+) -> Tensor | None:
+    """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
+    errors = []
+    for own, theirs in blocks.items():
+        target, output = taught.get(theirs), learned.get(own)
+        if target is not None and output is not None and target.shape == output.shape:
+            errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
+    return torch.stack(errors).mean() if errors else None
+
+
+def all_scores(output: object) -> list[Tensor]:
+    """Return a classifier's scores (N x classes) in train mode, the main ones first, or raise SourceError."""
+    found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
+    scores = [item for item in found if isinstance(item, Tensor)]
+    if not scores or any(item.ndim != 2 for item in scores):
+        shape = f"tensors of shape {', '.join(str(tuple(item.shape)) for item in scores)}" if scores else type(output)
+        raise SourceError(f"the model returns {shape}, not images x class scores; give a classifier")
+    return scores
+
+
+@contextmanager
+def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def catch(_: nn.Module, __: object, output: object, name: str = name) -> None:
+                if isinstance(output, Tensor):
+                    outputs[name] = output
+
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(catch))
+        yield outputs
