@@ -24,27 +24,26 @@ def _options(
         ),
     ] = None,
     crop_border: Annotated[int, opt("Pixels to leave out at each border of pairs.", _PANEL, min=0)] = 0,
-) -> dict[str, Any]:
-    return {"metric": metric, "crop_border": crop_border}
+) -> None: ...
 
 
-takes_metric = takes("measured", parameters_of(_options), lambda values: _options(**values))
+takes_metric = takes("measured", parameters_of(_options))
 
 
 def measured_by(option: str, data: str | None, measured: Mapping[str, Any], needed: bool = False) -> dict[str, Any]:
-    """Return what `option` and `--metric` ask for as arguments of a verb, `by` and `crop_border`.
+    """Return what `option` and `--metric` ask for, as the arguments `by` and `crop_border`; metrics are run.
 
-    The files of metrics are run. Raises AsymswapError where both are given, or none is although one is needed.
+    Raises AsymswapError where both are given, or none is although one is needed.
     """
-    if data is not None and measured["metric"]:
+    metrics, crop_border = measured["metric"] or [], measured["crop_border"]
+    if data is not None and metrics:
         raise AsymswapError(f"{option} and --metric both say what to measure by; give one of them")
-    if needed and data is None and not measured["metric"]:
+    if needed and data is None and not metrics:
         raise AsymswapError(f"give {option}, or --metric with a function of your own")
-    if measured["crop_border"] and data is None:
+    if crop_border and data is None:
         raise AsymswapError(f"--crop-border goes with {option} pairs:INPUTS,TARGETS; leave it out")
-    by: Any = data
-    if measured["metric"]:
+    if metrics:
         from asymswap.data.metrics import read_metric
 
-        by = [read_metric(reference) for reference in measured["metric"]]
-    return {"by": by, "crop_border": measured["crop_border"]}
+        return {"by": [read_metric(reference) for reference in metrics], "crop_border": 0}
+    return {"by": data, "crop_border": crop_border}
