@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
-from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of, paired_kind
+from asymswap.data.datasets import open_data
+from asymswap.data.metrics import EvaluatedBy, Evaluator, Labelled, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions, check_classifier, judge, placement
+from asymswap.data.predict import Predictions, placement
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
@@ -58,28 +55,31 @@ def compare(
         raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in models]
     feedings: list[Feeding | None] = [None] * len(opened)
-    sets: list[LabelledImages] = []
-    total = _RANDOM
     if isinstance(data, str):
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
-    evaluators = []
+    evaluators: list[Evaluator] = []
+    description, total, outputs_on = None, None, f"{_RANDOM} random images (seed {seed})"
+    inputs = [probe(one.preprocessing, one.dtype(), images=_RANDOM, seed=seed) for one in opened]
     if isinstance(data, str) and paired_kind(data) is None and not crop_border:
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
-        total = min(images or len(sets[0]), len(sets[0]))
+        description, total = sets[0].description, min(images or len(sets[0]), len(sets[0]))
+        chosen = torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total]
+        evaluators = [Labelled(one.some(sorted(chosen), one.description)) for one in sets]
+        compared = chosen[:_COMPARED]
+        outputs_on = f"{len(compared)} images of {data}"
+        inputs = [(torch.stack([one.images[index][0] for index in compared]),) for one in sets]
     elif images is not None:
         raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
     elif data is not None:
         evaluators = [evaluator_of(data, one, crop_border) for one in opened]
+        description = evaluators[0].description
     costs = [cost_row(one) for one in opened]
     timed: list[Any] = [(None, None)] * len(opened)
     if timing is not None:
         timed = time_in_turn(opened, timing, progress)
-    found = _on_data(opened, sets, total, seed, progress) if sets else _on_random(opened, seed)
-    for number, evaluator in enumerate(evaluators):
-        step = functools.partial(progress, f"evaluating {number + 1} of {len(opened)}")
-        found[number].scores, found[number].refusal = evaluator(opened[number].model, step), evaluator.note or None
-        check_same(found[0].scores, found[number].scores)
+    found = _outputs(opened, inputs, on_data=bool(total))
+    _measure(opened, evaluators, found, progress)
     rows = []
     for one, cost, times, outputs, feeding in zip(opened, costs, timed, found, feedings, strict=True):
         notes = ("its weights are random" if one.weights == "random" else None, outputs.refusal, outputs.note)
@@ -102,9 +102,9 @@ def compare(
     return Comparison(
         asymswap=asymswap.__version__,
         models=tuple(rows),
-        outputs_on=f"{total:,} images of {data}" if sets else f"{total} random images (seed {seed})",
-        data=sets[0].description if sets else evaluators[0].description if evaluators else None,
-        images=total if sets and total != len(sets[0]) else None,
+        outputs_on=outputs_on,
+        data=description,
+        images=total if total and total != len(sets[0]) else None,
         timing=measured,
         warnings=all_warnings(feedings) if isinstance(data, str) else sizes_assumed(opened),
     )
@@ -118,7 +118,6 @@ class _Outputs:
     refusal: str | None = None
     scores: tuple[Score, ...] = ()
     against_first: AgainstFirst | None = None
-    parts: list[Sequence[Tensor]] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
 
     def add(self, first: Any, own: Any) -> None:
@@ -141,26 +140,33 @@ class _Outputs:
         return OutputGap(found.relative, found.largest, agreement)
 
 
-_RANDOM = 2
-"""Random images on which outputs are compared where no data is given."""
+_RANDOM, _COMPARED = 2, 32
+"""Images on which outputs are compared: random ones where no labelled images are given, or the first of those."""
 
 
-def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Outputs]:
-    """Compare the outputs of those models that take the first's inputs."""
+def _outputs(opened: Sequence[OpenedModel], inputs: Sequence[Inputs], on_data: bool) -> list[_Outputs]:
+    """Compare the outputs of models on the same images, each in its own preprocessing.
+
+    Random ones are compared only where a model takes the first's inputs.
+    """
     first, expected = opened[0], opened[0].preprocessing
-    inputs = probe(expected, first.dtype(), images=_RANDOM, seed=seed)
-    reference = _run(first, inputs)
+    reference = [_run(first, batch) for batch in _batches(inputs[0])]
     every = [_Outputs() for _ in opened]
-    for one, outputs in zip(opened[1:], every[1:], strict=True):
-        own = one.preprocessing
-        if (own.form, own.describe()) != (expected.form, expected.describe()):
-            takes = own.describe()
-            outputs.note = f"it takes {takes}, so its outputs cannot be compared with the first's; give `input_size=…`"
-        elif own.form == "image-list":
+    for one, own, outputs in zip(opened[1:], inputs[1:], every[1:], strict=True):
+        takes = one.preprocessing
+        if not on_data and (takes.form, takes.describe()) != (expected.form, expected.describe()):
+            what = takes.describe()
+            outputs.note = f"it takes {what}, so its outputs cannot be compared with the first's; give `input_size=…`"
+        elif takes.form == "image-list":
             outputs.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
         else:
-            outputs.add(reference, _run(one, inputs))
+            for known, batch in zip(reference, _batches(own), strict=True):
+                outputs.add(known, _run(one, batch))
     return every
+
+
+def _batches(inputs: Inputs) -> list[Inputs]:
+    return [tuple(one[start : start + 4] for one in inputs) for start in range(0, len(inputs[0]), 4)]
 
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:
@@ -171,40 +177,25 @@ def _run(opened: OpenedModel, inputs: Inputs) -> Any:
         return map_tensors(opened.model(*placed), lambda tensor: tensor.cpu())
 
 
-def _on_data(
-    opened: Sequence[OpenedModel], sets: Sequence[LabelledImages], total: int, seed: int, progress: Progress
-) -> list[_Outputs]:
-    """Run all models on the same images in one pass, each with its own preprocessing."""
-    every = [_Outputs() for _ in opened]
-    for one, images, outputs in zip(opened, sets, every, strict=True):
+def _measure(
+    opened: Sequence[OpenedModel], evaluators: Sequence[Evaluator], every: Sequence[_Outputs], progress: Progress
+) -> None:
+    """Add the models' scores; a model that is no classifier has none on labelled images, and a note says why."""
+    first: Predictions | None = None
+    for number, evaluator in enumerate(evaluators):
+        model, outputs = opened[number].model, every[number]
+        step = functools.partial(progress, f"evaluating {number + 1} of {len(opened)}")
+        if not isinstance(evaluator, Labelled):
+            outputs.scores, outputs.refusal = evaluator(model, step), evaluator.note or None
+            check_same(every[0].scores, outputs.scores)
+            continue
         try:
-            check_classifier(one.model, images)
+            found = evaluator.predict(model, step)
         except SourceError as error:
             outputs.refusal = f"no accuracy: {error}"
-    order = sorted(torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total])
-    batch = max(4, min(128, 2**20 // max(math.prod(one.preprocessing.size) for one in opened)))
-    # A generator of its own: the loader would otherwise draw from the global one.
-    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]
-    done = 0
-    for parts in zip(*loaders, strict=True):
-        labels = parts[0][1]
-        done += len(labels)
-        answers = [_run(one, (images,)) for one, (images, _) in zip(opened, parts, strict=True)]
-        for number, (outputs, answer) in enumerate(zip(every, answers, strict=True)):
-            if number:
-                outputs.add(answers[0], answer)
-            if outputs.refusal is None:
-                outputs.parts.append([*judge(answer, labels), torch.tensor([answer.shape[1]])])
-        progress("running all models", done, total)
-    first: Predictions | None = None
-    for outputs in every:
-        if outputs.refusal is None:
-            columns = [torch.cat(column) for column in zip(*outputs.parts, strict=True)]
-            labels, guesses, ranks, losses, scored = columns
-            found = Predictions(torch.tensor(order), labels, guesses, ranks, losses, int(scored[0]), 0.0)
-            outputs.scores = found.named
-            if outputs is every[0]:
-                first = found
-            elif first is not None:
-                outputs.against_first = against_first(found.labels, first.guesses, found.guesses)
-    return every
+            continue
+        outputs.scores = found.named
+        if number == 0:
+            first = found
+        elif first is not None:
+            outputs.against_first = against_first(found.labels, first.guesses, found.guesses)

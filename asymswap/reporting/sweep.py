@@ -50,7 +50,8 @@ def _table(sweep: Tradeoff) -> Table:
     for score in sweep.scores:
         value, show = partial(_value, score.name), partial(fmt.score, unit=score.unit, digits=1)
         columns.append(Column(score.name, value, show, least=0 if score is first else WIDE))
-    columns.insert(5, Column("Change", change, partial(fmt.score_change, unit=first.unit)))
+    show = partial(fmt.score_change, unit=first.unit)
+    columns.insert(5, Column("Change", change, lambda value: show(value).removesuffix(" points")))
     return Table([*columns, Column("Note", mark, side="left")], [unchanged, *sweep.points])
 
 

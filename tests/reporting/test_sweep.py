@@ -132,7 +132,7 @@ def test_tables_hold_every_point_and_say_what_was_not_met() -> None:
     text = to_markdown(
         make([Point("a", 0.5, Cost(500, 300), top1(0.895)), Point("a", 0.1, failed="it is out of reach")])
     )
-    assert "| a | 0.5 | 500 (50.0 %) | 300 (60.0 %) | 89.5 % | -0.50 points | advised |" in text
+    assert "| a | 0.5 | 500 (50.0 %) | 300 (60.0 %) | 89.5 % | -0.50 | advised |" in text
     assert "| a | 0.1 | - | - | - | - | not met |" in text
     assert "- a at 0.1: it is out of reach." in text
 
