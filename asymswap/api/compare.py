@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 import asymswap
 from asymswap.api.benchmark import cost_row, time_in_turn
@@ -18,10 +15,10 @@ from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first
 from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
-from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.metrics import Evaluator, check_same, evaluator_of, paired_kind
+from asymswap.data.datasets import open_data
+from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions, check_classifier, judge
+from asymswap.data.predict import Predictions
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
@@ -32,7 +29,7 @@ from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.types import Progress
-from asymswap.utils.inputs import Inputs, placed
+from asymswap.utils.inputs import Inputs, placed, portions
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 
 
@@ -70,8 +67,6 @@ def compare(
         for model in models
     ]
     feedings: list[Feeding | None] = [None] * len(opened)
-    sets: list[LabelledImages] = []
-    total = _RANDOM
     evaluators: list[Evaluator] = []
     if against_original:
         opened, feedings, against_first_one = Against.first_of(opened, data)
@@ -79,22 +74,28 @@ def compare(
     elif isinstance(data, str):
         settled = [settle(one, data, "test") for one in opened]
         opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
+    description, total, outputs_on = None, None, f"{_RANDOM} random images (seed {seed})"
+    inputs = [one.probe(_RANDOM, seed) for one in opened]
     if isinstance(data, str) and paired_kind(data) is None and not crop_border and not evaluators:
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
         total = min(images or len(sets[0]), len(sets[0]))
+        chosen = torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total]
+        evaluators += [Labelled(one.some(sorted(chosen), one.description)) for one in sets]
+        compared = chosen[:_COMPARED]
+        outputs_on = f"{len(compared)} images of {data}"
+        inputs = [(torch.stack([one.images[index][0] for index in compared]),) for one in sets]
     elif images is not None:
         raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
     elif data is not None and not evaluators:
-        evaluators = [evaluator_of(data, one, crop_border) for one in opened]
+        evaluators += [evaluator_of(data, one, crop_border) for one in opened]
+    if evaluators:
+        description = evaluators[0].description
     costs = [cost_row(one) for one in opened]
     timed: list[Any] = [(None, None)] * len(opened)
     if timing is not None:
         timed = time_in_turn(opened, timing, progress)
-    found = _on_data(opened, sets, total, seed, progress) if sets else _on_random(opened, seed)
-    for number, evaluator in enumerate(evaluators):
-        step = functools.partial(progress, f"evaluating {number + 1} of {len(opened)}")
-        found[number].scores, found[number].refusal = evaluator(opened[number].model, step), evaluator.note or None
-        check_same(found[0].scores, found[number].scores)
+    found = _outputs(opened, inputs, on_data=bool(total))
+    _measure(opened, evaluators, found, progress)
     rows = []
     for one, cost, times, outputs, feeding in zip(opened, costs, timed, found, feedings, strict=True):
         notes = ("its weights are random" if one.weights == "random" else None, outputs.refusal, outputs.note)
@@ -117,9 +118,9 @@ def compare(
     return Comparison(
         asymswap=asymswap.__version__,
         models=tuple(rows),
-        outputs_on=f"{total:,} images of {data}" if sets else f"{total} random images (seed {seed})",
-        data=sets[0].description if sets else evaluators[0].description if evaluators else None,
-        images=total if sets and total != len(sets[0]) else None,
+        outputs_on=outputs_on,
+        data=description,
+        images=total if total and total != len(sets[0]) else None,
         timing=measured,
         warnings=all_warnings(feedings) if any(feedings) else sizes_assumed(opened),
     )
@@ -133,7 +134,6 @@ class _Outputs:
     refusal: str | None = None
     scores: tuple[Score, ...] = ()
     against_first: AgainstFirst | None = None
-    parts: list[Sequence[Tensor]] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
 
     def add(self, first: Any, own: Any) -> None:
@@ -156,26 +156,27 @@ class _Outputs:
         return OutputGap(found.relative, found.largest, agreement)
 
 
-_RANDOM = 2
-"""Random images on which outputs are compared where no data is given."""
+_RANDOM, _COMPARED = 2, 32
+"""Images on which outputs are compared: random ones where no labelled images are given, or the first of those."""
 
 
-def _on_random(opened: Sequence[OpenedModel], seed: int) -> list[_Outputs]:
-    """Compare the outputs of those models that take the first's inputs."""
+def _outputs(opened: Sequence[OpenedModel], inputs: Sequence[Inputs], on_data: bool) -> list[_Outputs]:
+    """Compare the outputs of models on the same images, each in its own preprocessing.
+
+    Random ones are compared only where a model takes the first's inputs.
+    """
     first = opened[0]
-    inputs = first.probe(_RANDOM, seed)
-    reference = _run(first, inputs)
+    reference = [_run(first, batch) for batch in portions(inputs[0])]
     every = [_Outputs() for _ in opened]
-    for one, outputs in zip(opened[1:], every[1:], strict=True):
-        form = one.preprocessing.form
-        if (form, one.takes()) != (first.preprocessing.form, first.takes()):
-            outputs.note = (
-                f"it takes {one.takes()}, so its outputs cannot be compared with the first's; give `input_size=…`"
-            )
+    for one, own, outputs in zip(opened[1:], inputs[1:], every[1:], strict=True):
+        form, takes = one.preprocessing.form, one.takes()
+        if not on_data and (form, takes) != (first.preprocessing.form, first.takes()):
+            outputs.note = f"it takes {takes}, so its outputs cannot be compared with the first's; give `input_size=…`"
         elif form == "image-list":
             outputs.note = "which boxes it keeps jumps where scores are close, so its outputs are not compared"
         else:
-            outputs.add(reference, _run(one, inputs))
+            for known, batch in zip(reference, portions(own), strict=True):
+                outputs.add(known, _run(one, batch))
     return every
 
 
@@ -185,40 +186,25 @@ def _run(opened: OpenedModel, inputs: Inputs) -> Any:
         return map_tensors(opened.model(*placed(opened.model, inputs)), lambda tensor: tensor.cpu())
 
 
-def _on_data(
-    opened: Sequence[OpenedModel], sets: Sequence[LabelledImages], total: int, seed: int, progress: Progress
-) -> list[_Outputs]:
-    """Run all models on the same images in one pass, each with its own preprocessing."""
-    every = [_Outputs() for _ in opened]
-    for one, images, outputs in zip(opened, sets, every, strict=True):
+def _measure(
+    opened: Sequence[OpenedModel], evaluators: Sequence[Evaluator], every: Sequence[_Outputs], progress: Progress
+) -> None:
+    """Add the models' scores; a model that is no classifier has none on labelled images, and a note says why."""
+    first: Predictions | None = None
+    for number, evaluator in enumerate(evaluators):
+        model, outputs = opened[number].model, every[number]
+        step = functools.partial(progress, f"evaluating {number + 1} of {len(opened)}")
+        if not isinstance(evaluator, Labelled):
+            outputs.scores, outputs.refusal = evaluator(model, step), evaluator.note or None
+            check_same(every[0].scores, outputs.scores)
+            continue
         try:
-            check_classifier(one.model, images)
+            found = evaluator.predict(model, step)
         except SourceError as error:
             outputs.refusal = f"no accuracy: {error}"
-    order = sorted(torch.randperm(len(sets[0]), generator=seeded(seed)).tolist()[:total])
-    batch = max(4, min(128, 2**20 // max(math.prod(one.preprocessing.size) for one in opened)))
-    # A generator of its own: the loader would otherwise draw from the global one.
-    loaders = [DataLoader(Subset(one.images, order), batch, generator=torch.Generator()) for one in sets]
-    done = 0
-    for parts in zip(*loaders, strict=True):
-        labels = parts[0][1]
-        done += len(labels)
-        answers = [_run(one, (images,)) for one, (images, _) in zip(opened, parts, strict=True)]
-        for number, (outputs, answer) in enumerate(zip(every, answers, strict=True)):
-            if number:
-                outputs.add(answers[0], answer)
-            if outputs.refusal is None:
-                outputs.parts.append([*judge(answer, labels), torch.tensor([answer.shape[1]])])
-        progress("running all models", done, total)
-    first: Predictions | None = None
-    for outputs in every:
-        if outputs.refusal is None:
-            columns = [torch.cat(column) for column in zip(*outputs.parts, strict=True)]
-            labels, guesses, ranks, losses, scored = columns
-            found = Predictions(torch.tensor(order), labels, guesses, ranks, losses, int(scored[0]), 0.0)
-            outputs.scores = found.named
-            if outputs is every[0]:
-                first = found
-            elif first is not None:
-                outputs.against_first = against_first(found.labels, first.guesses, found.guesses)
-    return every
+            continue
+        outputs.scores = found.named
+        if number == 0:
+            first = found
+        elif first is not None:
+            outputs.against_first = against_first(found.labels, first.guesses, found.guesses)

@@ -28,40 +28,36 @@ def _options(
         ),
     ] = None,
     crop_border: Annotated[int, opt("Pixels to leave out at each border of pairs.", _PANEL, min=0)] = 0,
-) -> dict[str, Any]:
-    return {"metric": metric, "crop_border": crop_border}
+) -> None: ...
 
 
-takes_metric = takes("measured", parameters_of(_options), lambda values: _options(**values))
+takes_metric = takes("measured", parameters_of(_options))
 
 
 def measured_by(
     option: str, data: str | None, measured: Mapping[str, Any], task: Task | None, needed: bool = False
 ) -> dict[str, Any]:
-    """Return what `option`, `--metric` and a task ask for as arguments of a verb, `by` and `crop_border`.
+    """Return what `option`, `--metric` and a task ask for, as the arguments `by` and `crop_border`; metrics are run.
 
-    The files of metrics are run. Raises AsymswapError where both are given, or none is although one is needed.
+    Raises AsymswapError where both are given, or none is although one is needed.
     """
-    if data is not None and measured["metric"]:
+    metrics, crop_border = measured["metric"] or [], measured["crop_border"]
+    if data is not None and metrics:
         raise AsymswapError(f"{option} and --metric both say what to measure by; give one of them")
     own = None if task is None else task.evaluate
-    if task is not None and own is not None and (data is not None or measured["metric"]):
+    if task is not None and own is not None and (data is not None or metrics):
         given = option if data is not None else "--metric"
         raise AsymswapError(f"{given} and evaluate() of {task.path} both say what to measure by; give one of them")
-    if needed and data is None and not measured["metric"] and own is None:
+    if needed and data is None and not metrics and own is None:
         raise AsymswapError(f"give {option}, --metric with a function of your own, or a --task with evaluate()")
-    if measured["crop_border"] and data is None:
+    if crop_border and data is None:
         raise AsymswapError(f"--crop-border goes with {option} pairs:INPUTS,TARGETS; leave it out")
-    by: Any = data
-    if task is not None and own is not None:
-        from asymswap.data.metrics import Metric
+    if not metrics and own is None:
+        return {"by": data, "crop_border": crop_border}
+    from asymswap.data.metrics import Metric, read_metric
 
-        by = Metric(own, task.lower_is_better)
-    if measured["metric"]:
-        from asymswap.data.metrics import read_metric
-
-        by = [read_metric(reference) for reference in measured["metric"]]
-    return {"by": by, "crop_border": measured["crop_border"]}
+    by: Any = [read_metric(reference) for reference in metrics]
+    return {"by": by if task is None or own is None else Metric(own, task.lower_is_better), "crop_border": 0}
 
 
 _UNLABELLED = {"patch", "noise", "outputs"}

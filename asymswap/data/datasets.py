@@ -95,10 +95,12 @@ def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Imag
     return read_picture(paths[index], mode)
 
 
-def read_picture(path: str | Path, mode: str) -> Image.Image:
-    """Read an image file as grey (L) or colour (RGB); raise SourceError if it cannot be read."""
+def read_picture(path: str | Path, mode: str | None) -> Image.Image:
+    """Read an image file as grey (L), in colour (RGB), or as it is; raise SourceError if it cannot be read."""
     try:
         with Image.open(path) as image:
+            if mode is None:
+                return image.copy()
             if image.mode.startswith("I;16"):
                 # Pillow itself would cut off all that is brighter than 255 of 65,535.
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
@@ -176,10 +178,10 @@ def open_data(
     if colon and name in COLLECTIONS:
         return _open_collection(name, Path(path).expanduser(), preprocessing, part, download)
     if colon and name in PAIRED:
-        place, _ = paired_places(reference)
         if not unlabelled:
             raise SourceError(f"data {reference!r} has no classes; give images with labels")
-        return _without_labels(place, [place] if place.is_file() else image_files(place), preprocessing)
+        paths = [path for path, _ in paired_files(reference)]
+        return _without_labels(paths[0].parent, paths, preprocessing)
     if download:
         raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
     place = Path(reference).expanduser()
@@ -293,13 +295,29 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
     return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
 
 
-def paired_places(reference: str) -> tuple[Path, Path]:
-    """Return both places of `pairs:INPUTS,TARGETS`; raise SourceError if there are not two."""
+def paired_files(reference: str) -> list[tuple[Path, Path]]:
+    """Return the files of `pairs:INPUTS,TARGETS`, two folders of images of the same stems, or two images.
+
+    Raises SourceError where a file has no partner.
+    """
     name, _, places = reference.partition(":")
-    first, comma, second = places.partition(",")
-    if not (first and comma and second):
+    first, second = (Path(place).expanduser() for place in f"{places},".split(",")[:2])
+    if places.count(",") != 1 or not all(places.split(",")):
         raise SourceError(f"data {reference!r}: give {name}:{PAIRED[name]}, two folders or two files")
-    return Path(first).expanduser(), Path(second).expanduser()
+    if first.is_file() and second.is_file():
+        return [(first, second)]
+    stems: list[dict[str, Path]] = []
+    for folder in (first, second):
+        found: dict[str, Path] = {}
+        for path in image_files(folder):
+            if found.setdefault(path.stem, path) != path:
+                raise SourceError(f"'{found[path.stem]}' and '{path}' have one stem, by which images are paired")
+        stems.append(found)
+    alone = [path for one, other in (stems, stems[::-1]) for stem, path in one.items() if stem not in other]
+    if alone:
+        others = f" (and so have {len(alone) - 1} more)" if len(alone) > 1 else ""
+        raise SourceError(f"'{alone[0]}' has no partner of the same stem in the other folder{others}")
+    return [(path, stems[1][stem]) for stem, path in stems[0].items()]
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -54,15 +54,6 @@ class Predictions:
         return (Score("top-1", self.top1, "%"), *([Score("top-5", top5, "%")] if self.scores > 5 else []))
 
 
-def judge(output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the labels, and for each image the likeliest class, the rank of the right one, and the loss."""
-    output, guesses = output.float().cpu(), output.argmax(1).cpu()
-    ranks = (output > output.gather(1, labels[:, None])).sum(1)
-    # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
-    ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
-    return labels, guesses, ranks, F.cross_entropy(output, labels, reduction="none").double()
-
-
 def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
     """Return a batch of the readable images with their numbers, None if there is none, and the errors of the others."""
     samples, errors = [], []
@@ -113,7 +104,12 @@ def predict(
                 output = check_scores(model(images), data).float().cpu()
             seconds += time.perf_counter() - start
             scores = output.shape[1]
-            parts.append([numbers, *judge(output, labels)])
+            guesses = output.argmax(1)
+            ranks = (output > output.gather(1, labels[:, None])).sum(1)
+            # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
+            ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
+            losses = F.cross_entropy(output, labels, reduction="none").double()
+            parts.append([numbers, labels, guesses, ranks, losses])
             done += len(labels)
             if progress is not None:
                 progress(done + unreadable, len(chosen))

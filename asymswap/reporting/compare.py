@@ -63,14 +63,15 @@ def _table(comparison: Comparison) -> Table:
     if any(row.gap is not None and row.gap.agreement is not None for row in models):
         columns.append(Column("Agree", lambda row: row.gap and row.gap.agreement, fmt.percent, least=WIDE))
     for score in _scores(comparison):
-
-        def value(row: ComparedRow, name: str = score.name) -> float | None:
-            return next((score.value for score in row.scores if score.name == name), None)
-
         # There is hardly room for it; its change is in the fine print.
         least = _ROOMY if score.name == "top-5" else 0
+        value = partial(_value, score.name)
         columns.append(Column(score.name, value, partial(fmt.score, unit=score.unit), least=least))
     return Table(columns, models)
+
+
+def _value(name: str, row: ComparedRow) -> float | None:
+    return next((score.value for score in row.scores if score.name == name), None)
 
 
 def _scores(comparison: Comparison) -> list[Score]:

@@ -49,21 +49,17 @@ def accuracy(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def score(value: float, unit: str, digits: int = 2) -> str:
-    """Return a score with its unit; a fraction as per cent."""
-    if unit == "%":
-        return f"{100 * value:.{digits}f} %"
-    return f"{value:.2f} {unit}" if unit else _digits(value)
+def score(value: float, unit: str, digits: int = 2, sign: str = "") -> str:
+    """Return a score with its unit, a fraction as per cent: `87.80 %`, `30.44 dB`, `0.1234`."""
+    if unit in ("%", "points"):
+        return f"{100 * value:{sign}.{digits}f} {unit}"
+    small = "{:{}.2f}" if unit else "{:{}.4g}" if not 1e4 <= abs(value) < 1e12 else "{:{},.0f}"
+    return f"{small.format(value, sign)} {unit}".rstrip()
 
 
-def score_change(change: float, unit: str, named: bool = True) -> str:
-    """Return the difference of two scores, `named` with its unit: `-0.28 points`, `-0.03 dB`, `+0.0012`."""
-    text = f"{100 * change:+.2f}" if unit == "%" else f"{change:+.2f}" if unit else _digits(change, "+")
-    return f"{text} {'points' if unit == '%' else unit}".strip() if named else text
-
-
-def _digits(value: float, sign: str = "") -> str:
-    return f"{value:{sign},.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:{sign}.4g}"
+def score_change(change: float, unit: str) -> str:
+    """Return the difference of two scores with its unit: `-0.28 points`, `-0.03 dB`, `+0.0012`."""
+    return score(change, "points" if unit == "%" else unit, sign="+")
 
 
 def measured_on(scores: Collection[Any], data: str) -> str:

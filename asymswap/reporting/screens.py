@@ -33,18 +33,21 @@ def evaluation_view(report: EvaluationReport, width: int) -> Screen:
     models = [(f"{number} {model.model}" if several else model.model, model) for number, model in numbered]
     scores = [Column("Model", itemgetter(0), side="fold")]
     beside_first = [Column("Beside the first", itemgetter(0), side="fold")]
-    classifiers, interval = first.classifier is not None, attrgetter("classifier.interval")
-    for number, score in enumerate(first.scores):
-        show, change = partial(fmt.score, unit=score.unit), partial(fmt.score_change, unit=score.unit)
-        scores.append(Column(score.name, partial(_scored, score.name), show))
-        if classifiers and number == 0:
-            scores.append(Column("95 %", lambda row: interval(row[1]), lambda e: f"{100 * e[0]:.2f}-{100 * e[1]:.2f}"))
-        if number == 0 or not classifiers:
-            title = "points" if classifiers else score.name
-            difference = partial(_scored, score.name, less=score.value)
-            beside_first.append(Column(title, difference, partial(change, named=not classifiers)))
+    classifiers = first.classifier is not None
+    for score in first.scores:
+        value, change = partial(_scored, score.name, 0.0), partial(_scored, score.name, score.value)
+        scores.append(Column(score.name, value, partial(fmt.score, unit=score.unit)))
+        beside_first.append(Column(score.name, change, partial(fmt.score_change, unit=score.unit)))
     if classifiers:
         about = attrgetter("classifier.against_first")
+        # There is no room for the change of top-5.
+        del beside_first[2:]
+        scores.insert(
+            2,
+            Column(
+                "95 %", lambda row: row[1].classifier.interval, lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"
+            ),
+        )
         scores += [
             Column("loss", lambda row: row[1].classifier.loss, "{:.4f}".format),
             Column("images/s", lambda row: row[1].classifier.images_per_second, "{:.0f}".format),
@@ -63,26 +66,20 @@ def evaluation_view(report: EvaluationReport, width: int) -> Screen:
             which = f" by {number}" if several else ""
             confused.append(f"Most confused{which}: {'; '.join(pairs if width >= WIDE else pairs[:5])}")
     lines = []
-    if first.classifier is not None:
+    if classifiers:
         lines.append("95 %: Wilson's interval of top-1.")
         if several:
             lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
-        images = f"{report.batch} images on {report.device}"
-        lines.append(f"images/s: forward passes of {images}, without reading the images.")
+        lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading them.")
     lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
     lines += map(fmt.sentence, report.notes)
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
     tables = [Table(scores, models), Table(beside_first, models[1:]), _classes(report)]
-    return screen(
-        f"{fmt.measured_on(first.scores, report.data) if not classifiers else report.data}{skipped}",
-        report.warnings,
-        *tables,
-        confused,
-        fine_print=lines,
-    )
+    title = f"{report.data if classifiers else fmt.measured_on(first.scores, report.data)}{skipped}"
+    return screen(title, report.warnings, *tables, confused, fine_print=lines)
 
 
-def _scored(name: str, row: tuple[str, ModelScores], less: float = 0.0) -> float | None:
+def _scored(name: str, less: float, row: tuple[str, ModelScores]) -> float | None:
     """Return the score of a model; None where it has none of that name, as top-5 of few classes."""
     return next((score.value - less for score in row[1].scores if score.name == name), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, screen
-from asymswap.results.evaluate import Score
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Cost
 
 
 def _table(sweep: Tradeoff) -> Table:
     """Return the table of the network as it was and of every point; the last cell marks the front and the advice."""
+    first = sweep.first
     unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
 
     def mark(point: Point) -> str:
@@ -35,12 +35,9 @@ def _table(sweep: Tradeoff) -> Table:
 
         return text
 
-    def scored(score: Score, less: float = 0.0) -> Callable[[Point], float | None]:
-        def value(point: Point) -> float | None:
-            known = score.name in point.scores and not (less and point is unchanged)
-            return point.scores[score.name] - less * score.value if known else None
-
-        return value
+    def change(point: Point) -> float | None:
+        value = None if point is unchanged else point.scores.get(first.name)
+        return None if value is None else value - first.value
 
     columns = [
         Column("Recipe", attrgetter("recipe"), side="fold"),
@@ -49,14 +46,15 @@ def _table(sweep: Tradeoff) -> Table:
         Column("Parameters", cost("params")),
     ]
     for score in sweep.scores:
-        show = partial(fmt.score, unit=score.unit, digits=1)
-        columns.append(Column(score.name, scored(score), show, least=0 if score is sweep.first else WIDE))
-        if score is sweep.first:
-            columns.append(
-                Column("Change", scored(score, 1.0), partial(fmt.score_change, unit=score.unit, named=False))
-            )
-    columns.append(Column("Note", mark, side="left"))
-    return Table(columns, [unchanged, *sweep.points])
+        value, show = partial(_value, score.name), partial(fmt.score, unit=score.unit, digits=1)
+        columns.append(Column(score.name, value, show, least=0 if score is first else WIDE))
+    show = partial(fmt.score_change, unit=first.unit)
+    columns.insert(5, Column("Change", change, lambda value: show(value).removesuffix(" points")))
+    return Table([*columns, Column("Note", mark, side="left")], [unchanged, *sweep.points])
+
+
+def _value(name: str, point: Point) -> float | None:
+    return point.scores.get(name)
 
 
 def fine_print(sweep: Tradeoff) -> list[str]:
