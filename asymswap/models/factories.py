@@ -192,16 +192,33 @@ def running(home: str, reference: str) -> Iterator[ModuleType]:
     Modules beside the file are found, as when Python runs it; afterwards only where nothing else is found. Prints go to
     stderr, since stdout is the report's.
     """
-    path = Path(home)
+    path, about = Path(home), home if home == reference else f"{home} of {reference!r}"
     if not path.is_file():
         what = "is a folder, not a Python file" if path.is_dir() else "does not exist"
-        raise SourceError(f"{home} of {reference!r} {what}; give PATH.py" + ":NAME" * (home != reference))
+        raise SourceError(f"{about} {what}; give PATH.py" + ":NAME" * (home != reference))
     path = path.resolve()
+    # With its dot the name can't stand in the way of any module's. The file is not imported: that would write its
+    # compiled form beside it, and could take an old one for it.
+    module = ModuleType(path.name)
+    module.__file__ = str(path)
+    module.__package__ = ""
+    sys.modules[module.__name__] = module
     folder, known = str(path.parent), str(path.parent) in sys.path
     sys.path.insert(0, folder)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield _run_file(reference, path)
+            try:
+                exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
+            except (Exception, SystemExit) as error:
+                del sys.modules[module.__name__]
+                if isinstance(error, ImportError) and "relative import" in str(error) and home != reference:
+                    name = f"{path.parent.name}.{path.stem}:{_parse(reference)[1]}"
+                    raise SourceError(
+                        f"{home} imports from the package that it belongs to: name it as a module, {name}, in the "
+                        "folder above"
+                    ) from None
+                raise SourceError(f"cannot run {about}: {_raised(error)}") from error
+            yield module
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
@@ -223,27 +240,6 @@ def _check_named(home: str, attribute: str) -> None:
         known = f"; it defines {', '.join(names[:6])}" if names else ""
         example = f"{home}:{(names or ['NAME'])[0]}"
         raise SourceError(f"{home} is Python code: say what in it builds the model, as {example}{known}")
-
-
-def _run_file(reference: str, path: Path) -> ModuleType:
-    home, attribute = _parse(reference)
-    # With its dot the name can't stand in the way of any module's. The file is not imported: that would write its
-    # compiled form beside it, and could take an old one for it.
-    module = ModuleType(path.name)
-    module.__file__ = str(path)
-    module.__package__ = ""
-    sys.modules[module.__name__] = module
-    try:
-        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module.__name__]
-        if isinstance(error, ImportError) and "relative import" in str(error):
-            name = f"{path.parent.name}.{path.stem}:{attribute}"
-            raise SourceError(
-                f"{home} imports from the package that it belongs to: name it as a module, {name}, in the folder above"
-            ) from None
-        raise SourceError(f"cannot run {home} of {reference!r}: {_raised(error)}") from error
-    return module
 
 
 def _import_module(reference: str) -> ModuleType:
