@@ -24,9 +24,9 @@ def recipe_of(*rules: str) -> object:
 
 def test_a_rule_that_keeps_is_named() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    recipe = recipe_of('match = { names = "0" }\nkeep = true', 'match = {}\nswap = { kind = "separable" }')
+    recipe = recipe_of('match = { names = "0" }\nkeep = true', 'match = {}\nswap = { kind = "separable", rank = 2 }')
     first, second = find_candidates(net, sites_of(net), recipe)  # type: ignore[arg-type]
-    assert (first.reason, first.kind) == ("rule 1 keeps it", None)
+    assert (first.reason, first.kind) == ("rule 1 keeps it", "separable")
     assert second.reason is None
 
 
