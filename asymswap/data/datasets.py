@@ -159,7 +159,7 @@ def open_data(
     given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
     SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
     """
-    if preprocessing.form != "images":
+    if preprocessing.form != "images" and not (unlabelled and preprocessing.form == "image-list"):
         takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
         raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
     channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)

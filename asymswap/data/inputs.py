@@ -171,8 +171,11 @@ def _grouped(
                 f"samples of {type(data).__name__} make no batch ({reason_of(error)}); give a DataLoader with a "
                 "collate_fn"
             ) from None
-        inputs = None if isinstance(data, LabelledImages) else given.inputs
-        return placed(model, arguments_of(model, batch, inputs))
+        if isinstance(data, LabelledImages):
+            images_NCHW = batch[0]
+            listed = data.preprocessing.form == "image-list"
+            return placed(model, ([*images_NCHW],) if listed else (images_NCHW,))
+        return placed(model, arguments_of(model, batch, given.inputs))
 
     area = max(one.shape[-2:].numel() if one.dim() > 2 else 1 for one in list_tensors(load([indices[:1]], 0)))
     size = max(4, min(128, _PIXELS // area))

@@ -126,6 +126,8 @@ def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | No
                     f"a batch holds {len(found)} parts: give `inputs=…`, which says what the network gets"
                 )
             found = found[0]
+            # Detectors take a list of images, which loaders give as a tuple.
+            found = [*found] if isinstance(found, tuple) else found
         if isinstance(found, Mapping):
             found = {name: value for name, value in found.items() if name in signature.parameters}
     try:
