@@ -50,16 +50,10 @@ def compare(
 ) -> Comparison:
     """Compare two or more models: costs, latency, outputs and scores; none of them is changed.
 
-    <<<<<<< HEAD
-        `data` is what `asymswap.convert` takes as `evaluate`, or with `against_original` inputs without labels, on which
-        each model is compared with the first, as by `asymswap.evaluate`. On labelled images, or on `images` of them,
-        outputs are compared too, each model with its own preprocessing; otherwise on random inputs. Latency is measured by
-        `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
-    =======
-        `data` is what `asymswap.convert` takes as `evaluate`; of labelled images `images` are taken. Outputs are compared
-        on at most 32 of those, each model with its own preprocessing, and otherwise on random inputs. Latency is
-        measured by `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
-    >>>>>>> wt-a
+    `data` is what `asymswap.convert` takes as `evaluate`, or with `against_original` inputs without labels, on which
+    each model is compared with the first, as by `asymswap.evaluate`. Of labelled images `images` are taken; outputs are
+    compared on at most 32 of those, each model with its own preprocessing, and otherwise on random inputs. Latency is
+    measured by `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
     """
     assert callable(progress)  # `shows_progress` makes it one
     if len(models) < 2:

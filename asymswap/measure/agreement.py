@@ -19,6 +19,7 @@ from asymswap.utils.inputs import Inputs, copied, samples_in
 from asymswap.utils.tensors import eval_mode
 
 _PEAKS = (1.0, 255.0)
+_LAST_PARTS = 3
 _BEYOND = 1.5
 """Images may exceed their peak by this factor: what a network makes is not clamped."""
 
@@ -92,8 +93,8 @@ def measure_agreement(
     """Compare both networks' outputs on batches of inputs, the own ones of each; each output by its name.
 
     `scores`: outputs of two dimensions are scores of classes; a map of several channels then is scores for each pixel.
-    Where what comes out depends on values (a detector's boxes), `parts` are compared in its place, each on the first
-    network's input to it. Outputs whose sizes differ are left out.
+    Where what comes out depends on values (a detector's boxes), the outputs of the last of its `parts` are compared in
+    its place, in either network's own run. Outputs whose sizes differ are left out.
     """
     found: dict[str, _Output] = {}
     shapes: dict[str, Sequence[int]] = {}
@@ -107,19 +108,24 @@ def measure_agreement(
             shapes[name] = tensor.shape
             found.setdefault(name, _Output()).add(tensor, its)
 
-    done = 0
-    with eval_mode(original, other), torch.inference_mode(), ExitStack() as hooks:
-        if tuple(parts) != WHOLE:
-            for name in parts:
-
-                def compare(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                    add(output, other.get_submodule(name)(*args, **kwargs), name)
-
-                hooks.enter_context(original.get_submodule(name).register_forward_hook(compare, with_kwargs=True))
+    whole, done = tuple(parts) == WHOLE, 0
+    with eval_mode(original, other), torch.inference_mode():
         for batch, own in batches:
-            output = original(*copied(batch))
-            if tuple(parts) == WHOLE:
-                add(output, other(*copied(own)), "")
+            seen = []
+            for model, inputs in ((original, batch), (other, own)):
+                with ExitStack() as hooks:
+                    outputs: dict[str, list[Any]] = {}
+                    for name in () if whole else parts:
+
+                        def keep(_: nn.Module, __: Any, output: Any, name: str = name, kept: Any = outputs) -> None:
+                            kept.setdefault(name, []).append(output)
+
+                        hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
+                    output = model(*copied(inputs))
+                    seen.append({"": output} if whole else dict(list(outputs.items())[-_LAST_PARTS:]))
+            for name in seen[0].keys() & seen[1].keys():
+                add(seen[0][name], seen[1][name], name)
             done += samples_in(batch)
             step(done)
-    return tuple(one.result(name, shapes[name], scores) for name, one in found.items())
+    # In parts, a map of three channels is no image.
+    return tuple(one.result(name, shapes[name] if whole else (), scores) for name, one in sorted(found.items()))
