@@ -188,6 +188,8 @@ class Batches:
                 f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
                 "iterable of batches, or a function that returns one"
             )
+        if isinstance(made, IterableDataset):
+            raise SourceError(f"{what} gives samples, not batches; give a DataLoader of the {self.name}")
         if once and not makes:
             raise SourceError(f"{what} is a {self.name}, which can be read only once; give a function that returns one")
         if team.size > 1 and isinstance(getattr(made, "sampler", None), DistributedSampler):

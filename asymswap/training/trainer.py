@@ -305,7 +305,7 @@ class Trainer:
             raise AsymswapError(
                 f"`evaluate=…` gave {', '.join(found)}, and before {', '.join(before)}; give the same names"
             )
-        return found
+        return found if before is None else {name: found[name] for name in before}
 
     def _report(self, row: StepRow | EpochRow) -> None:
         if not self.team.leads:

@@ -30,17 +30,18 @@ Context = Callable[[], AbstractContextManager[Any]]
 class Validator:
     """Scores a model: `measure` gets it and the context of a forward pass.
 
-    The first score decides which epoch is the best, the next where those are equal; less is better of those in `lower`,
-    or of all where that is True.
+    The first of `order`, or the first score, decides which epoch is the best, the next where those are equal; less is
+    better of those in `lower`, or of all where that is True.
     """
 
     measure: Callable[[nn.Module, Context], Scores]
     lower: Collection[str] | bool = ("loss",)
+    order: tuple[str, ...] = ()
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Return a key that sorts better scores behind worse ones."""
         lower = scores if self.lower is True else self.lower or ()
-        return tuple(-value if name in lower else value for name, value in scores.items())
+        return tuple(-scores[name] if name in lower else scores[name] for name in self.order or scores)
 
 
 def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validator:
@@ -58,9 +59,9 @@ def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validat
         )
         sums = torch.tensor([float(found.losses.sum()), found.correct, len(found)], dtype=torch.float64)
         loss, correct, seen = team.sum(sums).tolist()
-        return {"top1": correct / max(1.0, seen), "loss": loss / max(1.0, seen)}
+        return {"loss": loss / max(1.0, seen), "top1": correct / max(1.0, seen)}
 
-    return Validator(measure)
+    return Validator(measure, order=("top1", "loss"))
 
 
 def by_loss(objective: Objective, source: Source, team: Team) -> Validator:

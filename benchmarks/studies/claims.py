@@ -194,7 +194,7 @@ class Bench:
         curve = [tuned.report.before, *stopwatch.scores]
         result = {
             "top1": [scores["top1"] for scores in curve],
-            "loss": [scores.loss for scores in curve],
+            "loss": [scores["loss"] for scores in curve],
             "train_loss": stopwatch.train_losses,
             "cpu_seconds_per_epoch": stopwatch.seconds,
             "convert_cpu_seconds": converted,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import asymswap
 from asymswap.checkpoint import read_checkpoint
@@ -193,8 +193,44 @@ def test_a_teacher_alone_is_learned(net: asymswap.Conversion) -> None:
     assert all(parameter.requires_grad for parameter in net.model.parameters())
 
 
+def test_a_teacher_beside_a_loss_and_blocks_that_are_compared(tmp_path: Path) -> None:
+    """What is minimised is 0.75 times the teacher's part, a quarter of the loss, and the part of the blocks."""
+    torch.manual_seed(0)
+    original = Denoiser().eval()
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[[rules]]\nmatch = { names = ['body.0'] }\nswap = { kind = 'cross' }\n")
+    given = asymswap.open_model(original, input_size=(1, 8, 8))
+    converted = asymswap.convert(given, recipe)
+    losses: list[float] = []
+
+    class Seen(Callback):
+        def step(self, row: StepRow) -> None:
+            losses.append(row.train["loss"])
+
+    options: dict[str, Any] = {"teacher": original, "callback": Seen()}
+    base = Training(steps=1, lr=1e-9, precision="bf16")
+    runs = {
+        "teacher": (base, {}),
+        "both": (dataclasses.replace(base, distill="original", distill_weight=0.75), {"loss": one}),
+        "blocks": (dataclasses.replace(base, distill="original", distill_features=2.0), {}),
+    }
+    for settings, more in runs.values():
+        asymswap.finetune(converted, [NOISY], settings, **options, **more)
+    alone, both, blocks = losses
+    assert both == pytest.approx(0.75 * alone + 0.25, rel=1e-3)
+    assert blocks > alone > 0
+
+
+def one(outputs: Tensor, batch: Any) -> Tensor:
+    """A loss of 1 that depends on the outputs."""
+    return outputs.sum() * 0 + 1
+
+
 def test_batches_without_a_validation_say_so(net: asymswap.Conversion) -> None:
+    before = torch.get_rng_state()
     report = asymswap.finetune(net, drawn, Training(epochs=1), teacher=net.model).report
+    # Nor has counting them drawn anything.
+    assert torch.equal(torch.get_rng_state(), before)
     assert report.best is None
     assert (
         "the last weights are kept: to keep the best give `evaluate=…`, or a Dataset to hold back from" in report.notes
@@ -322,6 +358,11 @@ def test_lines_of_a_run() -> None:
     assert step_words(StepRow(1, 1, {"loss": 0.5}, 0.1, 3.0, "samples")) == "loss 0.500  3 samples/s"
 
 
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(NOISY)
+
+
 class Broken(Dataset[Tensor]):
     def __len__(self) -> int:
         return 8
@@ -351,6 +392,7 @@ LOADER = DataLoader(PAIRS, 8)
         (exhausted(), {}, r"<lambda>\(\) gave 0 batches in epoch 1, not 2: .*give a function that returns a new one"),
         (7, {}, r"`data=…` gives a int, not batches; give a data reference, a DataLoader"),
         ({"a": NOISY}, {}, r"`data=…` gives a dict, not batches"),
+        (Stream(), {}, r"`data=…` gives samples, not batches; give a DataLoader of the Stream"),
         (lambda: 1 / 0, {}, r"<lambda>\(\) raised ZeroDivisionError: division by zero \(test_own_data.py, line \d+\)"),
         (Broken(), {}, r"`data=…` raised KeyError: 'no such key' \(test_own_data.py, line \d+\)"),
         (DataLoader(Broken(), 4, num_workers=1), {}, r"`data=…` raised KeyError: 'no such key'"),
