@@ -281,7 +281,7 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
     if gathered is not None and gathered.held_back is not None:
         inputs = placed(opened.model, gathered.held_back.load(0))
         inputs = samples_of(inputs, 0, PROBED)
-        probed = f"{samples_in(inputs)} images of {gathered.summary.data}"
+        probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")
     else:
         inputs, probed = some_inputs(None, opened, seed, images=2)
     parts = compared_parts(traced)

@@ -28,6 +28,7 @@ from asymswap.data.batches import (
     training_transform,
 )
 from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, samples_of
+from asymswap.data.metrics import EvaluatedBy
 from asymswap.data.normalization import Feeding, fed_of, settle
 from asymswap.data.predict import check_class_names, check_classifier, known_classes, placement
 from asymswap.errors import AsymswapError
@@ -85,7 +86,7 @@ def finetune(
     *,
     inputs: Callable[[Any], Any] | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
-    evaluate: Callable[[nn.Module], Any] | None = None,
+    evaluate: EvaluatedBy | None = None,
     teacher: Model | None = None,
     output: str | Path | None = None,
     run: str | Path | None = None,
@@ -107,7 +108,7 @@ def finetune(
     - `loss(outputs, batch)`: what to minimise, a scalar tensor. Without it, and without labels, the outputs of the
       teacher, `Training(distill=…)`, are learned;
     - `evaluate(model)`: validates, in eval mode: a number, or a dict of them. The first decides which epoch is the
-      best. Higher is better, unless the function has an attribute `lower_is_better`: True, or the names;
+      best. Higher is better; `asymswap.Metric(function, lower_is_better=…)` says otherwise;
     - `teacher`: a model to learn from, such as the unconverted module, in place of what `Training(distill=…)` names;
     - `output`: the checkpoint that is written at the end; `run`: the folder of what is needed to go on after an
       interruption, by default beside it; with neither nothing is written;
@@ -160,7 +161,7 @@ def finetune(
     identity |= {"images": material.source.count, "checkpoint": opened.sha256, "processes": team.size}
     for name, function in {"inputs": inputs, "loss": loss, "evaluate": evaluate}.items():
         if function is not None:
-            identity[name] = getattr(function, "__qualname__", type(function).__name__)
+            identity[name] = getattr(function, "name", getattr(function, "__qualname__", type(function).__name__))
     if material.source.unit == "batches":
         identity["batch_size"] = None
     known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)

@@ -26,6 +26,7 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
+from asymswap.reporting import format as fmt
 from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
@@ -163,7 +164,7 @@ def _notes(session: Session, evaluator: Evaluator) -> tuple[str, ...]:
     if gathered is None or calibration is None:
         return ("not calibrated: ranks and weights were chosen by the weights alone", *note)
     summary = gathered.summary
-    notes = [f"calibrated on {summary.images} unlabelled images of {summary.data} (seed {summary.seed})"]
+    notes = [f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})"]
     if calibration.polishes:
         notes.append(f"then polished on up to {calibration.polish_images} of them")
     if gathered.held_back is not None and gathered.held_back.description == evaluator.inputs:

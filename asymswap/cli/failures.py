@@ -88,6 +88,8 @@ _OTHER_NAMES = {
     "batches": "batch",
     "calibration": "data",
     "form": "to",
+    "inputs": "task",
+    "loss": "task",
     "memory_formats": "memory_format",
     "overrides": "settings",
     "path": "output",

@@ -45,12 +45,10 @@ def finetune(
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output
 
-    task: Any = common.task
-    material = getattr(task, "training", None)
-    if (data is None) == (material is None):
-        raise AsymswapError("give --data, or a task with training(); one of them, not both")
-    if getattr(task, "evaluate", None) is not None:
-        task.evaluate.lower_is_better = task.lower_is_better
+    task = common.task
+    own = None if task is None else task.training
+    if (data is None) == (own is None):
+        raise AsymswapError("give --data, or a --task with training(); one of them, not both")
     target = output or o.default_output(str(checkpoint), "tuned")
     # A process that torchrun has restarted resumes the run.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -64,6 +62,7 @@ def finetune(
     ):
         import asymswap
         from asymswap.data.batches import parse_presets
+        from asymswap.data.metrics import Metric
         from asymswap.reporting.screens import training_view
         from asymswap.types import silent
 
@@ -71,9 +70,11 @@ def finetune(
             training["augment"] = parse_presets(training["augment"])
         tuned = asymswap.finetune(
             common.open_model(checkpoint, silent),
-            material if data is None else data,
+            own if data is None else data,
             Training(**training),
-            **{name: getattr(task, name, None) for name in ("inputs", "loss", "evaluate")},
+            inputs=None if task is None else task.inputs,
+            loss=None if task is None else task.loss,
+            evaluate=Metric(task.evaluate, task.lower_is_better) if task is not None and task.evaluate else None,
             output=target,
             run=run,
             resume=resume,

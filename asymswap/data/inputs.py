@@ -26,6 +26,7 @@ from asymswap.models.preprocessing import with_size
 from asymswap.types import Patches, Preprocessing, UserData
 from asymswap.utils.inputs import Inputs, arguments_of, placed, samples_in, samples_of
 from asymswap.utils.tensors import generator_for, list_tensors, map_tensors
+from asymswap.utils.users import call
 
 HELD_BACK = 256
 """Samples held back of data whose samples can be chosen; a fifth of them at most."""
@@ -68,7 +69,7 @@ def open_inputs(
     elif patches != Patches():
         raise SourceError("`patch=`, `patches=` and `noise=` are for images by a data reference; cut your own batches")
     if callable(data) and not isinstance(data, Iterable | Dataset):
-        data = _called(data)
+        data = call("the data's function", data)
     if isinstance(data, Tensor):
         if data.dim() == 0:
             raise SourceError("the calibration data is a tensor of a single number; give a batch of samples")
@@ -84,13 +85,6 @@ def open_inputs(
             "batches, or a function that returns one"
         )
     return _read(model, data, given.inputs, count, memory_gib)
-
-
-def _called(function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except Exception as error:  # the user's own code
-        raise SourceError(f"the data's function fails: {type(error).__name__}: {reason_of(error, 200)}") from error
 
 
 @dataclass(frozen=True)
@@ -217,7 +211,7 @@ def _read(
     if len(kept) == back:
         # Too few to hold back so many.
         back = 1 if len(kept) > 1 else 0
-    about = f"batches of {type(data).__name__}"
+    about = f"a {type(data).__name__}"
 
     def batches(some: Sequence[Inputs]) -> Batches:
         return Batches(tuple(map(samples_in, some)), some.__getitem__, about)

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import math
 import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -30,6 +29,7 @@ from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import eval_mode, list_tensors
+from asymswap.utils.users import call
 
 
 @dataclass(frozen=True)
@@ -289,16 +289,8 @@ def _measured(metric: Metric, model: nn.Module) -> Any:
     """Call a metric with a model in eval mode; raise AsymswapError where it fails, or changes the model's weights."""
     state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
     before = {name: one._version for name, one in state.items() if not one.is_inference()}
-    try:
-        with eval_mode(model):
-            found = metric.function(model)
-    except (Exception, SystemExit) as error:
-        ours = str(Path(__file__).parents[1])
-        frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(ours)]
-        # The last line of the metric's own file, not one deep in torch.
-        own = [f" at {one.filename}:{one.lineno}" for one in frames if one.filename == frames[0].filename]
-        what = f"{type(error).__name__}: {reason_of(error, 300)}"
-        raise AsymswapError(f"the metric {metric.name} failed{''.join(own[-1:])}: {what}") from error
+    with eval_mode(model):
+        found = call(f"the metric {metric.name}", metric.function, model)
     changed = [name for name, version in before.items() if state[name]._version != version]
     if changed:
         raise AsymswapError(f"the metric {metric.name} changed {changed[0]!r} of the model; let it work on a copy")

@@ -200,7 +200,7 @@ def _fine_print(report: Report) -> list[str]:
         lines += [fmt.sentence(accuracy.note)] if accuracy.note else []
     if calibration is not None:
         how = "layer by layer" if calibration.sequential else "in one pass"
-        images = f"{calibration.images} unlabelled images of {calibration.data}"
+        images = fmt.samples(calibration.images, calibration.data)
         lines.append(f"Calibrated {how} on {images} (seed {calibration.seed}).")
         lines += map(fmt.sentence, calibration.notes)
     lines += fmt.fed_by_model([(model.reference, report.fed)])

@@ -217,3 +217,9 @@ def _agreed(one: OutputAgreement) -> str:
     if one.measure == "PSNR":
         return "equal" if math.isinf(one.value) else f"{one.value:.1f} dB between the images"
     return f"{error(one.value)} relative error"
+
+
+def samples(number: int, data: str) -> str:
+    """Return what was taken of data: images by a reference, samples of a user's loader."""
+    own = data.startswith("a ") or " samples of a " in data
+    return f"{plural(number, 'unlabelled sample' if own else 'unlabelled image')} of {data}"

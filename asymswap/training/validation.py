@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +12,14 @@ from torch import nn
 
 from asymswap.data.batches import Source, to_device
 from asymswap.data.datasets import LabelledImages
+from asymswap.data.metrics import EvaluatedBy, Own
 from asymswap.data.predict import placement, predict
-from asymswap.errors import SourceError
+from asymswap.results.evaluate import Score
 from asymswap.results.finetune import Scores
 from asymswap.training.config import Training
 from asymswap.training.objective import Objective
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import eval_mode, seed_
-from asymswap.utils.users import call
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -31,17 +29,16 @@ class Validator:
     """Scores a model: `measure` gets it and the context of a forward pass.
 
     The first of `order`, or the first score, decides which epoch is the best, the next where those are equal; less is
-    better of those in `lower`, or of all where that is True.
+    better of those in `lower`.
     """
 
     measure: Callable[[nn.Module, Context], Scores]
-    lower: Collection[str] | bool = ("loss",)
+    lower: Collection[str] = ("loss",)
     order: tuple[str, ...] = ()
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Return a key that sorts better scores behind worse ones."""
-        lower = scores if self.lower is True else self.lower or ()
-        return tuple(-scores[name] if name in lower else scores[name] for name in self.order or scores)
+        return tuple(-scores[name] if name in self.lower else scores[name] for name in self.order or scores)
 
 
 def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validator:
@@ -80,27 +77,18 @@ def by_loss(objective: Objective, source: Source, team: Team) -> Validator:
     return Validator(lambda model, context: team.first(lambda: measure(model, context)))
 
 
-def by_user(evaluate: Callable[[nn.Module], Any], team: Team, seed: int) -> Validator:
-    """Validate by the user's function, which the first process alone calls, with the model in eval mode.
+def by_user(evaluate: EvaluatedBy, team: Team, seed: int) -> Validator:
+    """Validate by the user's function or `Metric`, which the first process alone calls."""
+    metric, lower = Own(evaluate), set[str]()
 
-    Its attribute `lower_is_better` says of which names less is better; True: of all.
-    """
-    name = getattr(evaluate, "__name__", "score").replace("<lambda>", "score")
-    lower = getattr(evaluate, "lower_is_better", ())
+    def scores(model: nn.Module, context: Context) -> tuple[Score, ...]:
+        seed_(seed, "validate")
+        with torch.no_grad(), context():
+            return metric(model, lambda *_: None)
 
     def measure(model: nn.Module, context: Context) -> Scores:
-        seed_(seed, "validate")
-        with eval_mode(model), torch.no_grad(), context():
-            found = call("`evaluate=…`", evaluate, model)
-        scores: dict[str, float] = {}
-        for key, value in (found if isinstance(found, Mapping) else {name: found}).items():
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):
-                scores[str(key)] = float(value)
-            if not math.isfinite(scores.get(str(key), math.nan)):
-                raise SourceError(f"`evaluate=…` gave {key} = {value}, not a number that says how good the model is")
-        if not scores:
-            raise SourceError("`evaluate=…` gave an empty dict; it must return a number, or a dict of numbers")
-        return scores
+        found = team.first(lambda: scores(model, context))
+        lower.update(score.name for score in found if score.lower_is_better)
+        return {score.name: score.value for score in found}
 
-    lower = (lower,) if isinstance(lower, str) else lower
-    return Validator(lambda model, context: team.first(lambda: measure(model, context)), lower=lower)
+    return Validator(measure, lower=lower)

@@ -29,7 +29,7 @@ def call(what: str, function: Callable[..., T], *arguments: Any, hint: str = "")
         return function(*arguments)
     except (AsymswapError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if any(word in str(error) for word in _KNOWN):
             raise
         # A DataLoader's worker sends its whole traceback, of which the last line says what went wrong.

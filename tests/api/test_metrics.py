@@ -106,7 +106,7 @@ class TestConvert:
         def broken(model: nn.Module) -> float:
             return 1 / 0
 
-        with pytest.raises(asymswap.AsymswapError, match=r"the metric broken failed at .*ZeroDivisionError"):
+        with pytest.raises(asymswap.AsymswapError, match=r"the metric broken raised ZeroDivisionError"):
             asymswap.convert(
                 "digits-resnet",
                 "half-macs",

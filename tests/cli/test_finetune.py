@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image
 
 import asymswap
 from asymswap.cli.options import Common
+from asymswap.data.task import Task
 
 Run = Callable[..., Any]
 SHORT = ("--data", "digits", "--epochs", "2", "--batch-size", "256", "--lr", "0.002")
@@ -169,7 +169,8 @@ def test_the_functions_of_a_task(run: Run, refusal: Run, monkeypatch: pytest.Mon
     def spread(model: torch.nn.Module) -> float:
         return float(model(images).std())
 
-    task = SimpleNamespace(
+    task = Task(
+        "my_task.py",
         training=lambda: [{"pixels": images, "other": 0}],
         inputs=lambda batch: batch["pixels"],
         loss=lambda outputs, batch: outputs.std(),
@@ -182,7 +183,7 @@ def test_the_functions_of_a_task(run: Run, refusal: Run, monkeypatch: pytest.Mon
     assert "3 epochs, 3 steps; those of epoch 3 kept" in done.out
     assert "Trained on 1 batch of a list." in done.out
     assert "Validated by" in done.out
-    assert re.search("give --data, or a task with training", refusal("finetune", "d.asym.pt", *SHORT, "-o", "x.pt"))
+    assert re.search("give --data, or a --task with training", refusal("finetune", "d.asym.pt", *SHORT, "-o", "x.pt"))
 
 
 def test_evaluation_on_screen(run: Run, start: Path) -> None:

@@ -69,7 +69,7 @@ def quality(model: nn.Module) -> dict[str, float]:
     return {"psnr": -10 * torch.log10(torch.tensor(error)).item(), "error": error}
 
 
-quality.lower_is_better = ("error",)  # type: ignore[attr-defined]
+QUALITY = asymswap.Metric(quality, lower_is_better=("error",))
 
 
 def drawn() -> Iterator[dict[str, Tensor]]:
@@ -95,7 +95,7 @@ def test_a_loss_and_a_validation_of_the_users(net: asymswap.Conversion, tmp_path
         DataLoader(PAIRS, 8, shuffle=True),
         Training(epochs=6, lr=1e-2),
         loss=squares,
-        evaluate=quality,
+        evaluate=QUALITY,
         output=tmp_path / "d.pt",
         callback=Seen(),
     )
@@ -121,17 +121,17 @@ def test_a_loss_and_a_validation_of_the_users(net: asymswap.Conversion, tmp_path
 def test_less_is_better_of_some_scores(net: asymswap.Conversion) -> None:
     """A validation that falls and rises: of an error its least value is the best epoch, of a score its highest."""
 
-    def kept(**attributes: Any) -> int:
+    def kept(lower: tuple[str, ...] | str = ()) -> int:
         values = iter([9.0, 5.0, 2.0, 7.0])
 
         def error(model: nn.Module) -> float:
             return next(values)
 
-        vars(error).update(attributes)
-        return asymswap.finetune(net, [NOISY], Training(epochs=3), teacher=net.model, evaluate=error).report.best_epoch
+        metric = asymswap.Metric(error, lower_is_better=lower)
+        return asymswap.finetune(net, [NOISY], Training(epochs=3), teacher=net.model, evaluate=metric).report.best_epoch
 
     assert kept() == 3
-    assert kept(lower_is_better=True) == kept(lower_is_better=("error",)) == kept(lower_is_better="error") == 2
+    assert kept(("error",)) == kept("error") == 2
 
 
 SOURCES: dict[str, Callable[[], Any]] = {
@@ -409,17 +409,17 @@ LOADER = DataLoader(PAIRS, 8)
         (LOADER, {"inputs": lambda b: b[7]}, r"`inputs=…` raised IndexError: list index out of range \(test_own_data."),
         ([(NOISY, NOISY, NOISY)], {}, r"a batch holds 3 parts: give `inputs=…`, which says what the network gets"),
         ([{"y": NOISY}], {}, r"the batch \(dict\) does not fit forward\(noisy"),
-        (LOADER, {"evaluate": lambda _: float("nan")}, r"`evaluate=…` gave score = nan, not a number that says how"),
-        (LOADER, {"evaluate": lambda _: None}, r"`evaluate=…` gave score = None, not a number"),
-        (LOADER, {"evaluate": lambda _: {}}, r"`evaluate=…` gave an empty dict"),
-        (LOADER, {"evaluate": lambda m: m.nothing}, r"`evaluate=…` raised AttributeError: .*no attribute 'nothing' \("),
+        (LOADER, {"evaluate": lambda _: float("nan")}, r"the metric metric gave nan; return a finite number"),
+        (LOADER, {"evaluate": lambda _: None}, r"the metric metric gave None; return a finite number"),
+        (LOADER, {"evaluate": lambda _: {}}, r"the metric metric gave \{\}; return a finite number"),
+        (LOADER, {"evaluate": lambda m: m.nothing}, r"the metric metric raised AttributeError: .*'nothing' \("),
         (LOADER, {"teacher": None}, r"nothing says what to learn from 6 batches of a DataLoader: give `loss=…`, a fun"),
         (LOADER, {"settings": Training(batch_size=8)}, r"`batch_size=8` changes nothing in data of your own: it is t"),
         (LOADER, {"settings": Training(augment=("flip",))}, r"`augment=\('flip',\)` changes nothing in data of"),
         (LOADER, {"settings": Training(validation="0.2")}, r"`validation=0.2` would hold back batches, which may shar"),
         (LOADER, {"settings": Training(patience=1)}, r"`patience=1` needs a validation: give `evaluate=…`"),
         (PAIRS, {"settings": Training(validation="test")}, r"`validation=test` goes with a data reference; give 0.1 o"),
-        (PAIRS, {"settings": Training(validation="0.1"), "evaluate": quality}, r"give either `evaluate=…` or `validat"),
+        (PAIRS, {"settings": Training(validation="0.1"), "evaluate": QUALITY}, r"give either `evaluate=…` or `validat"),
         ("digits", {"settings": Training(augment=("mixup",))}, r"`augment=mixup` mixes class labels, which are not le"),
     ],
 )  # fmt: skip
