@@ -378,6 +378,10 @@ class Patches:
     count: int | None = None
     noise: float = 0.0
 
+    def __str__(self) -> str:
+        cut = "" if self.size is None else f", patches of {self.size}x{self.size}"
+        return cut + (f", noise of {self.noise:.3g} added" if self.noise else "")
+
 
 @dataclass(frozen=True)
 class UserData:

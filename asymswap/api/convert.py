@@ -59,7 +59,7 @@ from asymswap.results.convert import (
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Progress, Shown, Site, Swap
 from asymswap.utils.files import check_output, write_text
-from asymswap.utils.inputs import placed, portions, samples_in, samples_of
+from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
@@ -284,6 +284,7 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
         probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")
     else:
         inputs, probed = some_inputs(None, opened, seed, images=2)
+    size = "" if session.calibration is None or session.calibration.patch is None else sizes(samples_of(inputs, 0, 1))
     parts = compared_parts(traced)
     if not traced.on_meta:
         probed += f", compared at the outputs of {len(parts)} parts"
@@ -318,7 +319,7 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
         rest=before.total - sum((row.before for row in rows), start=Cost(0, 0)),
         before=before.total,
         after=converted.costs.total,
-        output=OutputChange(fidelity.output.relative, fidelity.output.largest, probed),
+        output=OutputChange(fidelity.output.relative, fidelity.output.largest, probed, size),
         warnings=tuple(_surprises(rows, fidelity)),
         multiplier=plan.multiplier,
         weights_bytes=(state_bytes(opened.model), state_bytes(converted.model)),

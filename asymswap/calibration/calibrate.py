@@ -115,7 +115,7 @@ def gather_statistics(
             why += f"; `outputs={'values' if outputs == 'scores' else 'scores'}` says otherwise"
         found = gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
-            data=calibration.given().reference or held_back_text(held_back),
+            data=_named(calibration.given(), held_back),
             images=images.count,
             sha256=images_hash(batches, team),
             seed=calibration.seed,
@@ -224,8 +224,10 @@ def some_inputs(reference: str | None, opened: OpenedModel, seed: int, images: i
     return (images_NCHW,), f"{len(images_NCHW)} images of {reference} (seed {seed})"
 
 
-def held_back_text(held_back: Batches | None) -> str:
-    """Describe a user's data."""
+def _named(given: UserData, held_back: Batches | None) -> str:
+    """Return the data reference as the user gave it, with how it is cut, or what their own data is."""
+    if given.reference is not None:
+        return f"{given.reference}{given.patches}"
     return "" if held_back is None else held_back.description
 
 

@@ -33,7 +33,7 @@ from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
 from asymswap.errors import SourceError, near_names, reason_of
-from asymswap.types import Preprocessing
+from asymswap.types import Patches, Preprocessing
 from asymswap.utils.tensors import generator_for
 from asymswap.utils.users import call
 
@@ -213,9 +213,7 @@ def patches_from(data: LabelledImages, size: int | None, count: int | None, nois
         labels=[-1] * (count or total),
         picture=partial(_patch, data.pictures.picture, total, size, noise, seed),
     )
-    cut = "" if size is None else f", {count or total} patches of {size}x{size}"
-    noisy = f", noise of {noise:.3g} added" if noise else ""
-    return replace(data, pictures=pictures, classes=(), description=f"{data.description}{cut}{noisy}")
+    return replace(data, pictures=pictures, classes=(), description=f"{data.description}{Patches(size, None, noise)}")
 
 
 def _patch(

@@ -187,7 +187,7 @@ def _latency(row: LatencyRow) -> list[str]:
 def _fine_print(report: Report) -> list[str]:
     model, output, accuracy, calibration = report.model, report.output, report.accuracy, report.calibration
     change = f"{fmt.error(output.relative)} relative difference, {output.largest:.3g} at most"
-    lines = [f"Output of the whole model: {change}, on {output.probe} of {model.input}."]
+    lines = [f"Output of the whole model: {change}, on {output.probe} of {output.input or model.input}."]
     lines += [f"{kind}: {what}." for kind, what in report.preserves.items()]
     if report.swapped:
         lines.append("Error: relative change of the layer's own output, on the original's input to it.")

@@ -44,11 +44,15 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class OutputChange:
-    """Change of the whole model's output on the probe batch, relative and at most, and what the probe was."""
+    """Change of the whole model's output on the probe batch, relative and at most, and what the probe was.
+
+    `input` is the size of one of its inputs, the model's if it is empty.
+    """
 
     relative: float
     largest: float
     probe: str
+    input: str = ""
 
 
 @dataclass(frozen=True)

@@ -451,7 +451,7 @@ def test_the_json_report_is_plain_and_its_keys_are_stable(digits: asymswap.Conve
     assert data.keys() == REPORT_KEYS
     assert data["model"].keys() == MODEL_KEYS
     assert all(row.keys() == SITE_KEYS for row in data["sites"])
-    assert data["output"].keys() == {"relative", "largest", "probe"}
+    assert data["output"].keys() == {"relative", "largest", "probe", "input"}
     for cost in (data["before"], data["after"], data["rest"], data["sites"][0]["before"]):
         assert cost.keys() == {"macs", "flops", "params"}
         assert cost["flops"] == 2 * cost["macs"]
