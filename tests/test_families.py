@@ -149,11 +149,15 @@ def test_clips_have_frames() -> None:
 
 
 def test_data_is_for_networks_that_take_single_images() -> None:
-    with pytest.raises(asymswap.AsymswapError, match="this network takes lists of images; data can be given to"):
+    with pytest.raises(asymswap.AsymswapError, match="this network takes pairs of images; data can be given to"):
         asymswap.convert(
-            asymswap.open_model("ssdlite320_mobilenet_v3_large", weights="none"),
+            asymswap.open_model("raft_small", weights="none"),
             "3x3-only",
             calibration=asymswap.Calibration(data="digits"),
+        )
+    with pytest.raises(asymswap.AsymswapError, match="this network takes lists of images; data can be given to"):
+        asymswap.convert(
+            asymswap.open_model("ssdlite320_mobilenet_v3_large", weights="none"), "3x3-only", evaluate="digits"
         )
 
 

@@ -85,8 +85,7 @@ def show(
         from asymswap.reporting.screens import show_view
 
         try:
-            view = show_view(str(checkpoint), header_to_json(header))
+            screen.show(show_view(str(checkpoint), header_to_json(header)), screen.console())
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
             # Nothing else reads a provenance, so nothing else has checked it.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
-        screen.show(view, screen.console())

@@ -92,7 +92,8 @@ def feeding_of(
     data = open_data(reference, known, part, download=download, unlabelled=True)
     order = torch.randperm(len(data), generator=seeded(0)).tolist()
     known, warnings = _sized(known, data.pictures, order)
-    if data.pictures.as_they_are and known.normalization_from != "given":
+    # What was settled when a file was converted holds for what comes after.
+    if data.pictures.as_they_are and known.normalization_from not in ("given", "file"):
         known = pre.with_normalization(known, pre.usual(known.channels)["none"], "images")
         warnings = (
             f"{label} is fed the tensors of {reference} as they are: give `normalize=…` if they are to be normalised",

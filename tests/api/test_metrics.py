@@ -286,9 +286,9 @@ class TestCommands:
         ("options", "said"),
         [
             (("--metric", "mine.py:sizes"), "mine.py has no callable 'sizes'; did you mean size"),
-            (("--metric", "mine.py:broken"), "mine.py:12: RuntimeError: no data here"),
+            (("--metric", "mine.py:broken"), "raised RuntimeError: no data here (mine.py, line 12)"),
             (("--metric", "mine.py:two", "--data", "digits"), "--data and --metric both say what to measure by"),
-            ((), "give --data, or --metric with a function of your own"),
+            ((), "give --data, --metric with a function of your own, or a --task with evaluate()"),
             (("--metric", "mine.py:two", "--crop-border", "2"), "--crop-border goes with --data pairs:INPUTS,TARGETS"),
             (("--data", "digits", "--crop-border", "2"), "--crop-border goes with pairs:INPUTS,TARGETS"),
             (("--data", "pairs:a"), "'pairs:a': give pairs:INPUTS,TARGETS"),

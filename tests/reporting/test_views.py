@@ -21,7 +21,7 @@ from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Setting
 from asymswap.results.candidates import Candidates
 from asymswap.results.compare import ComparedRow, Comparison
 from asymswap.results.convert import Report
-from asymswap.results.evaluate import EvaluationReport, ModelScores
+from asymswap.results.evaluate import Classification, EvaluationReport, ModelScores, Score
 from asymswap.results.export import Check, ExportReport
 from asymswap.results.finetune import TrainingReport
 from asymswap.results.fuse import FusionReport, FusionRow
@@ -35,15 +35,16 @@ SETTINGS = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "precision": "fp32",
 TIMED = ((Setting("eager", 1, 1, None),), (), (), (), "float32", EVIL, 2, 5, 0.1, ())
 MOVED = OffsetRow(EVIL, "offset", (1, 1), (1, 1), ((0.5, 1.0),), ((0.0, 0.0),), 1.2)
 COST = Cost(3_000_000, 5000)
+SCORE = Score("top-1", 0.9, "%")
 RESULTS: tuple[Shown, ...] = (
     report(),
     Plan((Swap("conv1", "separable", {"rank": 3}),), (Keep("conv2", EVIL),)),
     Candidates(EVIL, "torch.fx", "an input", (Candidate(Site(EVIL, ConvSpec(3, 4, (3, 3)), CALLS)),), COST),
     Comparison("1", tuple(ComparedRow(EVIL, "", "", "3x8x8", COST) for _ in range(3)), "random images"),
     EvaluationReport(
-        EVIL, 5, 0, 4, "cpu", (ModelScores(EVIL, 0.5, 2, (0.2, 0.8), None, 1.5, 10.0, 2, (), ()),)
+        EVIL, 5, 0, 4, "cpu", (ModelScores(EVIL, (SCORE,), Classification(2, (0.2, 0.8), 1.5, 10.0, 2, (), ())),)
     ),
-    Tradeoff(EVIL, "macs", COST, 0.9, 100, "digits", 0.01, (Point("half-macs", 0.5, COST, 0.8),)),
+    Tradeoff(EVIL, "macs", COST, (SCORE,), 100, "digits", 0.01, (Point("half-macs", 0.5, COST, {"top-1": 0.8}),)),
     Benchmark("1", (BenchmarkedModel(EVIL, "", "", "", COST),), *TIMED),
     TrainingReport(model=EVIL, settings=SETTINGS),
     FusionReport(EVIL, "origin", (FusionRow("conv", "acb", "fused"),), COST, COST, 0.0, 0.0, "random images", True),

@@ -289,8 +289,9 @@ def test_it_learns_and_tells_and_keeps_the_best(start: Start) -> None:
         part="validation",
         validation="0.2",
     ).models[0]
-    assert again.top1 == report.best["top1"]
-    assert again.loss == pytest.approx(report.best["loss"], rel=1e-5)
+    assert again.scores[0].value == report.best["top1"]
+    assert again.classifier is not None
+    assert again.classifier.loss == pytest.approx(report.best["loss"], rel=1e-5)
 
 
 def test_the_checkpoint_tells_of_its_training(start: Start) -> None:
