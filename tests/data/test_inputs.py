@@ -158,7 +158,7 @@ def failing() -> Iterator[Tensor]:
         (5, "data cannot be int: give a data reference, a tensor, a Dataset, a DataLoader"),
         ({"image": rows(3)}, "data cannot be dict"),
         (failing, "the data fails: KeyError: 'lost'"),
-        (lambda: 1 / 0, "the data's function fails: ZeroDivisionError: division by zero"),
+        (lambda: 1 / 0, r"the data's function raised ZeroDivisionError: division by zero \(test_inputs.py, line \d+\)"),
         ([rows(3), "text"], "it holds no tensor"),
     ],
 )

@@ -315,7 +315,7 @@ class TestReadBack:
     def test_numbers_that_are_not_finite_are_null_and_come_back_as_none_of_their_own(self) -> None:
         told = replace(like_resnet50(), output=OutputChange(math.inf, math.nan, "1 image"), multiplier=math.inf)
         data = json.loads(json.dumps(to_json(told), allow_nan=False))
-        assert data["output"] == {"relative": None, "largest": None, "probe": "1 image"}
+        assert data["output"] == {"relative": None, "largest": None, "probe": "1 image", "input": ""}
         assert data["multiplier"] is None
         back = read_report({"report": data}, "x.pt")
         assert math.isnan(back.output.relative)
