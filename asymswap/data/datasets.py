@@ -165,7 +165,9 @@ def open_data(
     channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
     tensors = Path(reference).expanduser()
     if channels not in PIL_MODES and not (tensors.suffix in arrays.SUFFIXES and tensors.is_file()):
-        raise SourceError(f"the model takes {channels} channels, images have 1 or 3; give a file of tensors")
+        raise SourceError(
+            f"the model takes {channels} channels, images have 1 or 3; give `input_size=…`, or a file of tensors"
+        )
     if not channels == means == stds:
         raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
     known = [mode.value for mode in InterpolationMode]

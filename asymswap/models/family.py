@@ -183,5 +183,10 @@ def from_weights(opened: OpenedModel) -> OpenedModel:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return the number of channels of a network's input, as its first conv has it."""
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    """Return the number of channels of a network's input, as its first conv has it.
+
+    The conv that is defined first may not be the one that runs first: of one with many channels, the first conv that
+    takes 1 or 3 is believed instead.
+    """
+    channels = [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)] or [3]
+    return channels[0] if channels[0] <= 4 else next((one for one in channels if one in (1, 3)), channels[0])

@@ -190,7 +190,7 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"channels": 4}, "the model takes 4 channels, images have 1 or 3; give a file of tensors"),
+        ({"channels": 4}, "the model takes 4 channels, images have 1 or 3; give `input_size=…`, or a file of"),
         ({"mean": (0.5,) * 3}, "preprocessing has 3 means and 1 stds for 1 channels; give one for each"),
         ({"interpolation": "bilinar"}, r"there is no interpolation 'bilinar'; did you mean bilinear\?"),
         ({"interpolation": "x"}, "there is no interpolation 'x'; known are nearest, .*bilinear"),
