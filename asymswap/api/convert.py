@@ -284,7 +284,11 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
         probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")
     else:
         inputs, probed = some_inputs(None, opened, seed, images=2)
-    size = "" if session.calibration is None or session.calibration.patch is None else sizes(samples_of(inputs, 0, 1))
+    size = (
+        ""
+        if session.calibration is None or session.calibration.patch is None
+        else sizes(samples_of(inputs, 0, 1)).removeprefix("1x")
+    )
     parts = compared_parts(traced)
     if not traced.on_meta:
         probed += f", compared at the outputs of {len(parts)} parts"

@@ -18,10 +18,10 @@ from asymswap.results.agreement import OutputAgreement
 from asymswap.utils.inputs import Inputs, copied, samples_in
 from asymswap.utils.tensors import eval_mode
 
-_PEAKS = (1.0, 255.0)
+_PEAKS = {1.0: (0.0, 1.0), 255.0: (8.0, 255.0)}
+"""Peaks of images, and between which root mean squares their pixels are; what is between the two is no image."""
+
 _LAST_PARTS = 3
-_BEYOND = 1.5
-"""Images may exceed their peak by this factor: what a network makes is not clamped."""
 
 
 def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -51,14 +51,11 @@ class _Output:
     votes: int = 0
     cosines: float = 0.0
     rows: int = 0
-    largest: float = 0.0
     numbers: int = 0
 
     def add(self, one: Tensor, other: Tensor) -> None:
         self.sums.add(one, other)
         self.numbers += one.numel()
-        if one.numel():
-            self.largest = max(self.largest, float(one.abs().max()))
         if one.dim() < 2 or one.shape[1] < 2 or not one.is_floating_point():
             return
         self.same += int((one.argmax(1) == other.argmax(1)).sum())
@@ -74,7 +71,8 @@ class _Output:
             return OutputAgreement(name, "top-1", self.same / self.votes, relative, interval)
         if len(shape) == 2 and self.rows:
             return OutputAgreement(name, "cosine", self.cosines / self.rows, relative)
-        peak = next((peak for peak in _PEAKS if self.largest <= _BEYOND * peak), None)
+        size = math.sqrt(self.sums.energy / max(1, self.numbers))
+        peak = next((peak for peak, (low, high) in _PEAKS.items() if low <= size <= high), None)
         if len(shape) == 4 and shape[1] in (1, 3) and peak is not None:
             error = self.sums.squares / max(1, self.numbers)
             value = math.inf if error == 0 else 10 * math.log10(peak**2 / error)

@@ -58,6 +58,9 @@ def test_images_in_decibels(peak: float) -> None:
     assert (found.measure, found.peak) == ("PSNR", peak)
     assert one.max() <= peak
     assert found.value == pytest.approx(40.0, abs=1e-3)
+    # A few pixels far beyond the peak do not make it another one.
+    (far,) = agreement(lambda x: x.sigmoid() + (x > 3) * 5, lambda x: x.sigmoid() + (x > 3) * 5 + 0.01)
+    assert (far.measure, far.peak) == ("PSNR", 1.0)
     (same,) = agreement(torch.sigmoid, torch.sigmoid)
     assert same.value == math.inf
 
