@@ -27,7 +27,7 @@ from asymswap.data.batches import (
     presets_for,
     training_transform,
 )
-from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, samples_of
+from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, own_samples
 from asymswap.data.metrics import EvaluatedBy
 from asymswap.data.normalization import Feeding, fed_of, settle
 from asymswap.data.predict import check_class_names, check_classifier, known_classes, placement
@@ -266,7 +266,7 @@ def _samples(
     distills, named = settings.distill is not None, isinstance(data, str)
     if not named:
         _check_plain(settings, ("augment", "label_smoothing", "strict"))
-        data = samples_of(data, opened.preprocessing)
+        data = own_samples(data, opened.preprocessing)
 
     def images(unlabelled: bool, download: bool = False) -> Parts:
         prepared, seed = opened.preprocessing, settings.seed

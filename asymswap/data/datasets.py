@@ -400,7 +400,7 @@ class Parts:
     validation: LabelledImages | None
 
 
-def samples_of(data: Any, preprocessing: Preprocessing) -> LabelledImages:
+def own_samples(data: Any, preprocessing: Preprocessing) -> LabelledImages:
     """Return the samples of the user's dataset, or of a tensor, as if they were images without labels."""
     pictures = Pictures([-1] * len(data), partial(call, "`data=…`", data.__getitem__))
     return LabelledImages(pictures, (), f"{len(data)} samples of a {type(data).__name__}", preprocessing)

@@ -140,8 +140,8 @@ def _chosen(
         patches, count = given.patches, given.patches.count or count
         count = count if patches.size is not None else min(count, len(chosen))
         sources = [
-            patches_from(data.some(some, data.description), patches.size, number, patches.noise, seed)
-            for some, number in ((chosen, count), (held, len(held)))
+            patches_from(data.some(some, data.description), patches.size, number, patches.noise, drawn)
+            for some, number, drawn in ((chosen, count, seed), (held, len(held), 0))
         ]
         seen, others = (_grouped(model, one, given, range(len(one))) for one in sources)
         return seen, others

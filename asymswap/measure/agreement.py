@@ -121,9 +121,10 @@ def measure_agreement(
                         hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
                     output = model(*copied(inputs))
                     seen.append({"": output} if whole else dict(list(outputs.items())[-_LAST_PARTS:]))
-            for name in seen[0].keys() & seen[1].keys():
-                add(seen[0][name], seen[1][name], name)
+            for name in seen[0]:
+                if name in seen[1]:
+                    add(seen[0][name], seen[1][name], name)
             done += samples_in(batch)
             step(done)
-    # In parts, a map of three channels is no image.
-    return tuple(one.result(name, shapes[name] if whole else (), scores) for name, one in sorted(found.items()))
+    # In the network's own order, for the first decides; in parts, a map of three channels is no image.
+    return tuple(one.result(name, shapes[name] if whole else (), scores) for name, one in found.items())

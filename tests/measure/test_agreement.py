@@ -85,6 +85,12 @@ def test_outputs_go_by_their_names() -> None:
     assert {one.output: round(one.value, 6) for one in found} == {"boxes": 0.0, "scores": 1.0}
 
 
+def test_outputs_stay_in_the_order_of_the_network() -> None:
+    """The first decides what a sweep advises: of a segmenter its output, not its auxiliary one."""
+    found = agreement(lambda x: {"out": x, "aux": x[:, :1]}, lambda x: {"out": x, "aux": x[:, :1]})
+    assert [one.output for one in found] == ["out", "aux"]
+
+
 def test_outputs_of_other_sizes_are_left_out() -> None:
     found = agreement(lambda x: {"a": x, "b": x[:, :1]}, lambda x: {"a": x[:3], "b": x[:, :1]})
     assert [one.output for one in found] == ["b"]
