@@ -126,6 +126,8 @@ def gather_statistics(
         if cache is not None and team.leads:
             save_statistics(cache, found, summary)
     notes += _notes(summary, found, sites)
+    if held_back is not None and held_back.shared:
+        notes.append("too few samples to hold any back: the agreement is on those calibrated on; give more")
     return Gathered(found, summary, opened, images, held_back, notes)
 
 

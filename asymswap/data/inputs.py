@@ -40,11 +40,15 @@ _PIXELS = 2**20
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of a network's arguments, the same whenever they are read; `counts` are the samples in each."""
+    """Batches of a network's arguments, the same whenever they are read; `counts` are the samples in each.
+
+    `shared`: too few samples to hold any back, so that these are used for calibration too.
+    """
 
     counts: tuple[int, ...]
     load: Callable[[int], Inputs]
     description: str
+    shared: bool = False
 
     def __iter__(self) -> Iterator[Inputs]:
         return map(self.load, range(len(self.counts)))
@@ -144,8 +148,8 @@ def _chosen(
             for some, number, drawn in ((chosen, count, seed), (held, len(held), 0))
         ]
         seen, others = (_grouped(model, one, given, range(len(one))) for one in sources)
-        return seen, others
-    return _grouped(model, data, given, chosen[:count]), _grouped(model, data, given, held)
+        return seen, replace(others, shared=not back)
+    return _grouped(model, data, given, chosen[:count]), replace(_grouped(model, data, given, held), shared=not back)
 
 
 def _grouped(
@@ -216,7 +220,8 @@ def _read(
     def batches(some: Sequence[Inputs]) -> Batches:
         return Batches(tuple(map(samples_in, some)), some.__getitem__, about)
 
-    return batches(kept[back:][: _enough(kept[back:], count)]), batches(kept[:back] or kept)
+    held_back = replace(batches(kept[:back] or kept), shared=not back)
+    return batches(kept[back:][: _enough(kept[back:], count)]), held_back
 
 
 def _enough(batches: Sequence[Inputs], count: int) -> int:

@@ -97,7 +97,10 @@ def test_a_dataset_is_drawn_from() -> None:
 
 def test_few_batches_are_shared_out() -> None:
     assert opened(list(rows(12).split(6)), 100) == (list(range(6, 12)), list(range(6)))
-    # With a single one there is nothing to hold back.
+    # With a single one there is nothing to hold back, which is told.
+    model = open_model(Two())
+    assert [open_inputs(model, UserData(list(rows(12).split(size))), 9)[1].shared for size in (6, 12)] == [False, True]
+    assert [open_inputs(model, UserData(rows(count)), 9)[1].shared for count in (5, 4)] == [False, True]
     assert opened([rows(6)], 100) == (list(range(6)), list(range(6)))
 
 
