@@ -338,10 +338,7 @@ def calibration_row(session: Session, converted: Converted, evaluated_on: str | 
         return None
     notes = list(gathered.notes)
     if polished is not None:
-        notes.append(
-            f"polished for {polished.steps} steps on {polished.images} images: difference of the outputs on held-back "
-            f"ones {polished.before:.3g} -> {polished.after:.3g} (the weights of step {polished.kept_step})"
-        )
+        notes.append(str(polished))
     if evaluated_on is not None and gathered.held_back and evaluated_on == gathered.held_back.description:
         notes.append(SAME_IMAGES)
     summary = gathered.summary

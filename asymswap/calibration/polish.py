@@ -1,19 +1,24 @@
-"""Label-free polish: train the converted network on the original's outputs, on unlabelled images.
+"""Label-free polish: train the converted network on the original's outputs, on unlabelled inputs.
 
-The student gets the same inputs as the teacher. Images of one size come half of them mirrored, each shifted a little
-(Beyer et al., 2022: a consistent teacher, augmented images and many steps); other inputs come in the user's batches.
-The loss is the squared difference of the outputs, of class scores before the softmax (Ba and Caruana, 2014): a network
-is so sure of its training images that the probabilities say next to nothing. Batch norms keep their statistics. Of all
-weights, the initial ones among them, those with the smallest difference on held-back inputs are kept, so the result is
-never worse than the start.
+The student gets the same inputs as the teacher, augmented, for many steps (Beyer et al., 2022). The loss is the squared
+difference of the outputs, of class scores before the softmax (Ba and Caruana, 2014): a network is so sure of its
+training images that the probabilities say next to nothing. Batch norms keep their statistics. Kernels and matrices are
+trained by Muon (Jordan et al., 2024), whose steps have the same size in every direction: within the few hundred steps
+that a budget of minutes allows, it gains a third more than Adam (docs/results/polish.md).
+
+Everything else is found from the network and the budget: the batch, as large as leaves enough steps; the patch, where
+outputs are images; the rate, by short runs from the same start; and when to go back, at a lower rate. Of all weights,
+the initial ones among them, those with the smallest difference on held-back inputs are kept, so the result is never
+worse than the start.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,26 +29,63 @@ from asymswap.calibration.config import Calibration
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import difference
 from asymswap.types import Progress, silent
-from asymswap.utils.inputs import Inputs, copied, samples_in
+from asymswap.utils.inputs import Inputs, copied, samples_in, samples_of
 from asymswap.utils.tensors import deep_copy, eval_mode, seeded
 
-_LEARNING_RATE = 2e-3
-_BATCH = 128
+_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_USUAL_RATE = 3e-4
+_STEPS = 300  # wanted in a budget of minutes, so that the batch is made smaller
+_LEAST_STEPS = 40  # of a budget of steps, below which no rate is looked for
+_PROBE = 1 / 16  # of the budget, for each rate that is tried
+_LEAST_SAMPLES, _MOST_SAMPLES = 8, 128  # in a batch
+_NUMBERS = 2**17  # of a channel in a batch, at most
+_SEEN_PER_HELD_BACK = 50  # samples to train on for each one held back, so that judging takes little of the time
+_HELD_BACK = 32, 512
 _CHECKS = 20
 _WARM_UP = 0.05
+_WORSE = 1.2  # times the best difference: then go back
+_SETTLED = 0.25  # of the budget, before which a high rate may still raise the difference
 _SHIFT = 8  # images are shifted by up to an eighth of their sides
+_PATCH = 64  # side of the patches that are cut from larger images, where the outputs are images too
 
 
 @dataclass(frozen=True)
 class Polished:
-    """Steps done, the step that was kept, the difference on held-back images before and after, images and seconds."""
+    """What polishing did: its steps, samples a step, and rate; the difference on held-back inputs before and after.
+
+    `kept_step` is the step whose weights were kept, `images` the number of inputs there were.
+    """
 
     steps: int
     kept_step: int
     before: float
     after: float
     images: int
-    seconds: float
+    batch: int
+    rate: float
+
+    def __str__(self) -> str:
+        """Return a sentence for the report; where nothing was gained, with the reason."""
+        steps = f"{self.steps} steps of {self.batch} samples at a rate of {self.rate:g}"
+        if self.kept_step:
+            gained = f"{self.before:.3g} -> {self.after:.3g} (the weights of step {self.kept_step})"
+            return (
+                f"polished for {steps}, on {self.images} inputs: difference of the outputs on held-back ones {gained}"
+            )
+        few = "too few; give it more time" if self.steps < _STEPS else "no rate does; more inputs may"
+        return f"polishing brought nothing: {steps} do not lower the difference on held-back inputs ({few})"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of training: its steps, the rate at its end, the last difference and the best one with its weights."""
+
+    steps: int
+    rate: float
+    last: float
+    best: float
+    step: int
+    weights: dict[str, Tensor]
 
 
 def polish_(
@@ -54,92 +96,221 @@ def polish_(
     progress: Progress = silent,
 ) -> Polished:
     """Train `converted`, in place, on the outputs of `original` for the batches of inputs."""
-    start, steps = time.perf_counter(), settings.polish_steps
-    generator = seeded(settings.seed)
-    images = sum(map(samples_in, batches))
-    held_back, seen = _split(batches, generator)
+    begun, steps = time.perf_counter(), settings.polish_steps
+    seconds = 60 * (settings.polish_minutes or 0.0)
     # A backward pass through asymmetric convs takes half as long in this format. Copies: the models keep their own.
     teacher, student = (deep_copy(one).to(memory_format=torch.channels_last) for one in (original, converted))
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise AsymswapError("there is nothing to polish: every parameter of the model is frozen")
-    optimizer = torch.optim.AdamW(trainable, lr=_LEARNING_RATE, weight_decay=0)
-
     with eval_mode(teacher, student):
+        data, trainer = _Inputs(teacher, batches, seeded(settings.seed)), _Trainer(teacher, student)
+        size, each = data.largest, 0.0
+        if not steps:
+            size, each = _fitting(trainer, data, seconds)
+        trainer.hold_back(data.held_back(size * (steps or int(seconds / each)) // _SEEN_PER_HELD_BACK))
+
+        def run(rate: float, share: float, checks: int = 1, stage: str = "") -> _Run:
+            """Train from the start on a share of the steps or seconds, or until the whole time is over."""
+            now = time.perf_counter()
+            end = begun + seconds if share == 1 else now + share * seconds
+
+            def part(done: int) -> float:
+                found = done / max(1, round(share * steps)) if steps else (time.perf_counter() - now) / (end - now)
+                if stage:
+                    progress(stage, min(1000, int(1000 * found)), 1000)
+                return found
+
+            return trainer.train(data.draw(size, seeded(settings.seed)), rate, part, checks)
+
+        place = _RATES.index(_USUAL_RATE)
+        if not steps or steps >= _LEAST_STEPS:
+            tried: dict[int, float] = {}
+
+            def probe(at: int) -> float:
+                if at not in tried and 0 <= at < len(_RATES):
+                    tried[at] = run(_RATES[at], _PROBE).last
+                    progress("finding a learning rate", len(tried), len(_RATES))
+                return tried.get(at, math.inf)
+
+            way = 1 if probe(place + 1) < probe(place) else -1
+            while probe(place + way) < probe(place):
+                place += way
+        found = run(_RATES[place], 1, _CHECKS, "polishing")
+    converted.load_state_dict(found.weights)
+    return Polished(found.steps, found.step, trainer.before, found.best, data.count, size, found.rate)
+
+
+def _fitting(trainer: _Trainer, data: _Inputs, seconds: float) -> tuple[int, float]:
+    """Return the largest batch of which enough steps fit into the time, and the seconds of one of its steps."""
+    size, fitting = 0, 0.0
+    trying = min(_LEAST_SAMPLES, data.largest)
+    while trying > size:
+        batches, took = data.draw(trying, seeded(0)), []
+        for batch in itertools.islice(batches, 2):  # the first one takes longer
+            start = time.perf_counter()
+            trainer.gradient_(batch)
+            took.append(time.perf_counter() - start)
+        if size and _STEPS * took[-1] > seconds:
+            break
+        size, fitting = trying, took[-1]
+        trying = min(2 * trying, data.largest)
+    return size, fitting
+
+
+class _Trainer:
+    """Trains the student, always from the same start, on the outputs of the teacher."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self.teacher, self.student = teacher, student
+        self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if not self.trainable:
+            raise AsymswapError("there is nothing to polish: every parameter of the model is frozen")
+        self.start = copy.deepcopy(student.state_dict())
+        self.held_back: list[tuple[Inputs, object]] = []
+        self.before = math.inf
+
+    @torch.no_grad()
+    def hold_back(self, batches: Sequence[Inputs]) -> None:
+        """Judge by these inputs from now on."""
+        self.held_back = [(batch, self.teacher(*copied(batch))) for batch in batches]
+        self.before = self.difference()
+
+    @torch.no_grad()
+    def difference(self) -> float:
+        """Return the student's difference from the teacher on held-back inputs."""
+        gaps = [float(difference(target, self.student(*copied(batch)))) for batch, target in self.held_back]
+        counts = [samples_in(batch) for batch, _ in self.held_back]
+        return sum(gap * count for gap, count in zip(gaps, counts, strict=True)) / sum(counts)
+
+    def gradient_(self, batch: Inputs) -> None:
+        """Set the gradients for one batch."""
         with torch.no_grad():
-            targets = [teacher(*copied(batch)) for batch in held_back]
+            target = self.teacher(*copied(batch))
+        self.student.zero_grad()
+        difference(target, self.student(*copied(batch))).backward()
 
-        @torch.no_grad()
-        def held_back_difference() -> float:
-            pairs = zip(targets, held_back, strict=True)
-            gaps = [(float(difference(target, student(*copied(one)))), samples_in(one)) for target, one in pairs]
-            return sum(gap * count for gap, count in gaps) / sum(count for _, count in gaps)
+    def train(self, batches: Iterator[Inputs], rate: float, part: Callable[[int], float], checks: int) -> _Run:
+        """Train from the start until the `part` done, by the number of steps, reaches 1; go back where it gets worse.
 
-        before = best = held_back_difference()
-        kept_step, kept = 0, copy.deepcopy(student.state_dict())
-        done, next_check = 0, 1 / _CHECKS
-        for batch in seen:
-            elapsed = time.perf_counter() - start
-            part = done / steps if steps else elapsed / (60 * (settings.polish_minutes or 1.0))
-            if part >= next_check or part >= 1:
-                now = held_back_difference()
-                if now < best:
-                    best, kept_step, kept = now, done, copy.deepcopy(student.state_dict())
-                next_check += 1 / _CHECKS
-            if part >= 1:
-                break
-            rate = part / _WARM_UP if part < _WARM_UP else 0.5 * (1 + math.cos(math.pi * part))
-            for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * max(rate, 0.01)
-            with torch.no_grad():
-                target = teacher(*copied(batch))
-            optimizer.zero_grad()
-            difference(target, student(*copied(batch))).backward()
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            done += 1
-            progress("polishing", min(1000, int(1000 * part)), 1000)
-    converted.load_state_dict(kept)
-    return Polished(done, kept_step, before, best, images, time.perf_counter() - start)
-
-
-def _split(batches: Sequence[Inputs], generator: torch.Generator) -> tuple[Sequence[Inputs], Iterator[Inputs]]:
-    """Return batches to hold back, an eighth of all inputs, and the others without end."""
-    arguments = [batch[0] for batch in batches if len(batch) == 1 and isinstance(batch[0], Tensor)]
-    if len(arguments) == len(batches) and {one.shape[1:] for one in arguments} == {arguments[0].shape[1:]}:
-        rows = torch.cat(arguments)
-        order = torch.randperm(len(rows), generator=generator)
-        back = max(1, min(512, len(rows) // 8))
-        held, seen = rows[order[:back]], rows[order[back:]] if len(rows) > back else rows[order]
-        if rows.dim() == 4 and rows.is_floating_point():
-            held = held.contiguous(memory_format=torch.channels_last)
-            return [(one,) for one in held.split(_BATCH)], ((one,) for one in _augmented(seen, generator))
-        return [(one,) for one in held.split(_BATCH)], _repeated([(one,) for one in seen.split(_BATCH)], generator)
-    order = torch.randperm(len(batches), generator=generator)
-    back = max(1, len(batches) // 8)
-    rest = order[back:] if len(batches) > back else order
-    return [batches[number] for number in order[:back]], _repeated([batches[number] for number in rest], generator)
-
-
-def _repeated(batches: Sequence[Inputs], generator: torch.Generator) -> Iterator[Inputs]:
-    while True:
-        for number in torch.randperm(len(batches), generator=generator):
-            yield batches[number]
-
-
-def _augmented(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches without end, in a new order every epoch: half of the images mirrored, each shifted on its own."""
-    height, width = images.shape[2:]
-    far = height // _SHIFT, width // _SHIFT
-    while True:
-        for chosen in torch.randperm(len(images), generator=generator).split(_BATCH):
-            batch, count = images[chosen], len(chosen)
-            mirrored = torch.rand(count, generator=generator) < 0.5
-            batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
-            padded = F.pad(batch, (far[1], far[1], far[0], far[0]), mode="reflect").permute(0, 2, 3, 1)
-            rows, columns = (
-                torch.randint(0, 2 * most + 1, (count, 1), generator=generator) + torch.arange(side)
-                for most, side in zip(far, (height, width), strict=True)
+        The rate rises for a short time, and falls to zero with a cosine.
+        """
+        self.student.load_state_dict(self.start)
+        optimizer = _Optimizer(self.trainable)
+        best, step, weights = self.before, 0, self.start
+        done, last, next_check = 0, self.before, 1 / checks
+        while True:
+            now = part(done)
+            if done and now >= min(1.0, next_check):
+                last, next_check = self.difference(), now + 1 / checks
+                if last < best:
+                    best, step, weights = last, done, copy.deepcopy(self.student.state_dict())
+                elif now > _SETTLED and not last <= _WORSE * best:
+                    self.student.load_state_dict(weights)
+                    optimizer, rate = _Optimizer(self.trainable), rate / 2
+            if now >= 1 and done:
+                return _Run(done, rate, last if math.isfinite(last) else math.inf, best, step, weights)
+            self.gradient_(next(batches))
+            optimizer.step_(
+                rate * max(0.01, now / _WARM_UP if now < _WARM_UP else 0.5 * (1 + math.cos(math.pi * min(now, 1))))
             )
-            shifted = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-            yield shifted.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+            done += 1
+
+
+class _Optimizer:
+    """Muon for kernels and matrices, a kernel as the matrix of its filters, and Adam for all else."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.kernels = [parameter for parameter in parameters if parameter.dim() > 1]
+        others = [parameter for parameter in parameters if parameter.dim() < 2]
+        self.matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in self.kernels]
+        self.parts: list[torch.optim.Optimizer] = []
+        if self.matrices:
+            self.parts.append(torch.optim.Muon(self.matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.Adam(others))
+
+    @torch.no_grad()
+    def step_(self, rate: float) -> None:
+        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+            kernel.copy_(matrix.view_as(kernel))
+
+
+class _Inputs:
+    """The inputs: some are held back, the others come in batches of any size, augmented where they are images."""
+
+    def __init__(self, teacher: nn.Module, batches: Sequence[Inputs], generator: torch.Generator) -> None:
+        self.count = sum(map(samples_in, batches))
+        arguments = [batch[0] for batch in batches if len(batch) == 1 and isinstance(batch[0], Tensor)]
+        same = len(arguments) == len(batches) and len({one.shape[1:] for one in arguments}) == 1
+        # Batches that are the user's own are only cut, never put together.
+        self.rows = torch.cat(arguments) if same else None
+        self.batches = batches
+        order = torch.randperm(len(batches) if self.rows is None else self.count, generator=generator)
+        back = max(1, min(_HELD_BACK[1], len(order) // 8))
+        self.held, self.seen = order[:back], order[back:] if len(order) > back else order
+        self.patch, area = None, 1
+        if self.rows is not None and self.rows.dim() == 4:
+            self.patch = _patch(teacher, self.rows[:1])
+            area = self.patch**2 if self.patch else self.rows.shape[2:].numel()
+        most = len(self.seen) if self.rows is not None else max(map(samples_in, batches))
+        self.largest = min(most, max(_LEAST_SAMPLES, min(_MOST_SAMPLES, _NUMBERS // area)))
+
+    def held_back(self, count: int) -> list[Inputs]:
+        """Return about so many held-back samples, in batches."""
+        count = max(count, _HELD_BACK[0])
+        if self.rows is not None:
+            return [(rows,) for rows in _formatted(self.rows[self.held[:count]]).split(self.largest)]
+        chosen = [self.batches[number] for number in self.held]
+        before = itertools.accumulate(map(samples_in, chosen), initial=0)
+        return [batch for batch, samples in zip(chosen, before, strict=False) if samples < count]
+
+    def draw(self, size: int, generator: torch.Generator) -> Iterator[Inputs]:
+        """Yield batches of at most so many samples without end, in a new order every epoch."""
+        while True:
+            order = self.seen[torch.randperm(len(self.seen), generator=generator)]
+            if self.rows is None:
+                for batch in (self.batches[number] for number in order):
+                    for start in range(0, samples_in(batch), size):
+                        yield samples_of(batch, start, start + size)
+                continue
+            for chosen in order.split(size):
+                rows = self.rows[chosen]
+                if rows.dim() == 4 and rows.is_floating_point():
+                    rows = _augmented(rows, self.patch, generator)
+                yield (rows,)
+
+
+def _patch(teacher: nn.Module, image_1CHW: Tensor) -> int | None:
+    """Return the side of patches to train on, where images are large and the network makes images of any size."""
+    if min(image_1CHW.shape[2:]) < 1.5 * _PATCH:
+        return None
+    try:
+        with torch.no_grad():
+            output = teacher(image_1CHW[:, :, :_PATCH, :_PATCH].clone())
+    except Exception:  # the network's own code may insist on a size
+        return None
+    return _PATCH if isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] >= _PATCH else None
+
+
+def _augmented(images: Tensor, patch: int | None, generator: torch.Generator) -> Tensor:
+    """Return half of the images mirrored; of each a patch at its own place, or all of it, shifted a little."""
+    height, width = images.shape[2:]
+    sides = (patch, patch) if patch else (height, width)
+    far = (0, 0) if patch else (height // _SHIFT, width // _SHIFT)
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    padded = F.pad(images, (far[1], far[1], far[0], far[0]), mode="reflect").permute(0, 2, 3, 1)
+    rows, columns = (
+        torch.randint(0, padded.shape[1 + axis] - side + 1, (len(images), 1), generator=generator) + torch.arange(side)
+        for axis, side in enumerate(sides)
+    )
+    shifted = padded[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return _formatted(shifted.permute(0, 3, 1, 2))
+
+
+def _formatted(rows: Tensor) -> Tensor:
+    return rows.contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else rows

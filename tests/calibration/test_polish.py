@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from asymswap.calibration.config import Calibration
-from asymswap.calibration.polish import _augmented, polish_
+from asymswap.calibration.polish import _augmented, _patch, polish_
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import difference
 from asymswap.planning.apply import apply_plan
@@ -51,14 +53,80 @@ def test_it_learns_what_the_teacher_says_and_leaves_the_teacher_alone(
 
 def test_it_never_ends_worse_than_it_began(teacher: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the teacher cannot be bettered, and a learning rate that ruins it is seen on the images held back."""
-    monkeypatch.setattr("asymswap.calibration.polish._LEARNING_RATE", 1.0)
-    copy = apply_plan(teacher, Plan(()))
-    nn.init.normal_(copy[-1].bias, std=0.01)
-    start = {key: value.clone() for key, value in copy.state_dict().items()}
-    result = polish_(teacher, copy, [(images,)], Calibration("images", polish_steps=10))
+    monkeypatch.setattr("asymswap.calibration.polish._RATES", (1.0,))
+    monkeypatch.setattr("asymswap.calibration.polish._USUAL_RATE", 1.0)
+    student = apply_plan(teacher, Plan(()))
+    start = {key: value.clone() for key, value in student.state_dict().items()}
+    result = polish_(teacher, student, [(images,)], Calibration("images", polish_steps=10))
     assert result.kept_step == 0
     assert result.after == result.before
-    assert all(torch.equal(start[key], value) for key, value in copy.state_dict().items())
+    assert all(torch.equal(start[key], value) for key, value in student.state_dict().items())
+    assert str(result).startswith("polishing brought nothing: 10 steps of 128 samples at a rate of ")
+    assert "too few" in str(result)
+
+
+def test_the_rate_is_found_by_trial(
+    teacher: nn.Module, student: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = copy.deepcopy(student)
+    found = polish_(teacher, student, [(images,)], Calibration("images", polish_steps=64))
+    monkeypatch.setattr("asymswap.calibration.polish._RATES", (1e-6,))
+    monkeypatch.setattr("asymswap.calibration.polish._USUAL_RATE", 1e-6)
+    fixed = polish_(teacher, other, [(images,)], Calibration("images", polish_steps=64))
+    assert (found.steps, found.before) == (fixed.steps, fixed.before)
+    assert fixed.rate == 1e-6 < found.rate
+    assert found.after < 0.9 * fixed.after < 0.9 * fixed.before
+
+
+def test_a_run_that_gets_worse_goes_back_and_on_at_a_lower_rate(
+    teacher: nn.Module, student: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate that ruins the network it ends at half of a half of it, and still with a gain."""
+    monkeypatch.setattr("asymswap.calibration.polish._RATES", (0.2,))
+    monkeypatch.setattr("asymswap.calibration.polish._USUAL_RATE", 0.2)
+    result = polish_(teacher, student, [(images,)], Calibration("images", polish_steps=39))
+    assert result.rate <= 0.05
+    assert result.after <= result.before
+
+
+def test_large_images_are_cut_into_patches_where_the_network_makes_images_of_any_size(teacher: nn.Module) -> None:
+    class Insisting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2:] == (96, 96)
+            return x
+
+    image = torch.randn(1, 3, 96, 96)
+    dense = nn.Conv2d(3, 3, 3, padding=1)
+    assert [_patch(model, image) for model in (dense, teacher, Insisting())] == [64, None, None]
+    assert _patch(dense, image[..., :95]) is None
+    places = torch.arange(96.0 * 128).reshape(1, 1, 96, 128).expand(32, 1, 96, 128)
+    cut = _augmented(places, 64, torch.Generator().manual_seed(0))
+    assert cut.shape == (32, 1, 64, 64)
+    assert len(cut[:, 0, 0, 0].unique()) > 16
+    assert set(cut.diff(dim=2).unique().tolist()) == {128.0}
+    student = nn.Conv2d(3, 3, 3, padding=1)
+    assert polish_(dense, student, [(torch.randn(20, 3, 96, 96),)], Calibration("images", polish_steps=50)).batch == 18
+
+
+def test_batches_of_the_user_are_cut_but_not_put_together() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3)
+            self.sizes = set[tuple[int, ...]]()
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            assert len(x) == len(scale)
+            self.sizes.add(tuple(x.shape))
+            return self.conv(x) * scale[:, None, None, None]
+
+    teacher, student = Two(), Two()
+    batches = [(torch.randn(count, 2, side, side), torch.ones(count)) for count, side in ((3, 8), (150, 6), (5, 9))]
+    result = polish_(teacher, student, batches, Calibration(batches, polish_steps=60))
+    assert result.after < 0.9 * result.before
+    assert (result.images, result.batch) == (158, 128)
+    sizes = teacher.sizes  # the copies that train share it
+    assert {(128, 2, 6, 6), (22, 2, 6, 6)} <= sizes or {(3, 2, 8, 8), (5, 2, 9, 9)} <= sizes
 
 
 def test_minutes_end_it_too(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
@@ -85,7 +153,7 @@ def test_difference_is_the_relative_squared_one_of_all_outputs() -> None:
 def test_images_are_mirrored_and_shifted_but_not_changed_otherwise() -> None:
     """Each pixel of a gradient tells where it comes from: neighbours in a row differ by one either way."""
     images = torch.arange(16.0).expand(64, 1, 16, 16)
-    batch = next(_augmented(images, torch.Generator().manual_seed(0)))
+    batch = _augmented(images, None, torch.Generator().manual_seed(0))
     assert batch.shape == images.shape
     inner = batch[:, :, :, 3:-3].diff(dim=3)
     assert set(inner.unique().tolist()) == {-1.0, 1.0}
