@@ -1,4 +1,4 @@
-"""Two real processes against one; in the nightly tests started by torchrun, as tests/training/test_processes.py always does."""
+"""Two real processes against one; nightly, and always in tests/training/test_processes.py, torchrun starts them."""
 
 from __future__ import annotations
 
