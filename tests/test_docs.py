@@ -17,6 +17,7 @@ import pytest
 import torch
 from documented import PAGES, ROOT, Block, blocks, check
 from prepared import prepare, yours
+from processes import forked
 
 import asymswap
 from asymswap import replacements
@@ -29,7 +30,9 @@ ALL = [block for page in PAGES for block in blocks(page)]
 WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL, "python") for b in blocks(page))]
 # Those whose examples convert a ResNet-18, download nothing, and take longest.
 MINUTES = {"reports.md", "after-conversion.md", "models.md", "benchmarking.md", "finetuning.md", "tutorial.md"}
-"""Pages that `make test-nightly` runs."""
+# Those that train another network in the way of one that `make test` runs, finetune-segmenter.md.
+ALIKE = {"finetune-denoiser.md", "finetune-embedder.md"}
+NIGHTLY = MINUTES | ALIKE
 
 SLOW = {
     "README.md",
@@ -84,7 +87,7 @@ def test_the_ten_line_loop_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         pytest.param(
             page,
-            marks=[pytest.mark.slow] * (page.name in SLOW) + [pytest.mark.nightly] * (page.name in MINUTES),
+            marks=[pytest.mark.slow] * (page.name in SLOW) + [pytest.mark.nightly] * (page.name in NIGHTLY),
             id=page.name,
         )
         for page in WITH_EXAMPLES
@@ -182,7 +185,7 @@ def test_output_is_compared_but_for_its_numbers() -> None:
 
 def test_the_pages_made_from_code_are_those_of_this_code() -> None:
     script = ROOT / "benchmarks" / "make_reference.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    done = forked(f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')", "--check", cwd=script.parent)
     assert done.returncode == 0, done.stderr
 
 

@@ -122,6 +122,7 @@ def test_a_changed_detector_is_told_by_its_parts() -> None:
     assert report.output.relative > 0.01
 
 
+@pytest.mark.nightly  # the comparison of models of every form, below, opens one too
 def test_a_pickled_detector_is_known_by_its_class(tmp_path: Path) -> None:
     torch.save(build("torchvision:ssdlite320_mobilenet_v3_large", {}), tmp_path / "detector.pt")
     found = asymswap.candidates(tmp_path / "detector.pt")
@@ -176,7 +177,11 @@ def test_every_form_has_a_preprocessing() -> None:
 
 @pytest.mark.parametrize(
     ("name", "small"),
-    [("raft_small", (3, 128, 128)), ("r3d_18", (3, 4, 32, 32)), ("ssdlite320_mobilenet_v3_large", None)],
+    [
+        pytest.param("raft_small", (3, 128, 128), marks=pytest.mark.nightly),
+        ("r3d_18", (3, 4, 32, 32)),
+        ("ssdlite320_mobilenet_v3_large", None),
+    ],
 )
 def test_models_of_every_form_can_stand_beside_each_other(
     name: str, small: tuple[int, ...] | None, tmp_path: Path

@@ -36,13 +36,19 @@ KINDS = {
 }
 THOROUGH = "resnet18"
 """The network that `make test` tries every kind on; the others are tried with the kind that most users want."""
-LARGE = {"resnet50", "vgg16_bn"}
-"""Built as others here are, and larger."""
+LIKE_OTHERS = {
+    *("resnet50", "vgg16_bn", "cifar:resnet18", "cifar:densenet121"),  # plain, residual or dense
+    *(
+        "inception_v3",
+        "efficientnet_v2_s",
+    ),  # branches as in GoogLeNet; depthwise convs as in ConvNeXt, SE as in CIFAR's
+}
+"""Built as others here are, and larger: nightly."""
 PAIRS = [
     pytest.param(network, kind, marks=pytest.mark.slow if quick else pytest.mark.nightly)
     for network in NETWORKS
     for kind in KINDS
-    for quick in [network == THOROUGH or (kind == "separable" and network not in LARGE)]
+    for quick in [network == THOROUGH or (kind == "separable" and network not in LIKE_OTHERS)]
 ]
 RULE = "[[rules]]\nmatch = {{ kernel = {{ min = '3x3', max = '7x7' }} }}\nswap = {{ {} }}\n"
 

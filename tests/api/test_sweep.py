@@ -27,7 +27,8 @@ def run(budgets: list[float], model: Any = "digits-resnet", **options: Any) -> T
 def test_each_point_is_what_a_conversion_of_its_own_gives() -> None:
     found = run([0.5, 0.3], calibration=CALIBRATION)
     assert [point.budget for point in found.points] == [0.5, 0.3]
-    for point in found.points:
+    # The second would show what the first has left behind.
+    for point in found.points[1:]:
         overrides = {"budget.macs": point.budget}
         alone = asymswap.convert(
             "digits-resnet", "half-macs", overrides=overrides, calibration=CALIBRATION, evaluate="digits"
@@ -43,10 +44,8 @@ def test_the_images_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     real = session_module.gather_statistics
     monkeypatch.setattr(session_module, "gather_statistics", lambda *args: looks.append(1) or real(*args))
-    found = asymswap.sweep(
-        "digits-resnet", ["half-macs", "3x3-only"], "digits", budgets=[0.6, 0.4], calibration=CALIBRATION
-    )
-    assert len(found.points) == 4
+    found = asymswap.sweep("digits-resnet", ["half-macs", "3x3-only"], "digits", budgets=[0.5], calibration=CALIBRATION)
+    assert len(found.points) == 2
     assert len(looks) == 1
 
 

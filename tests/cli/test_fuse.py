@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import forked
 
 import asymswap
 from asymswap.models.networks import digits_resnet
@@ -46,7 +45,8 @@ def test_a_fused_file_loads_in_a_fresh_process_and_computes_the_same(run: Run, f
         "x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)); torch.save(m(x).detach(), 'y.pt'); "
         "print(sorted({type(m).__name__ for m in m.modules()}))"
     )
-    done = subprocess.run([sys.executable, "-c", code % form], capture_output=True, text=True, check=True)
+    done = forked(code % form, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
     assert "Offset" not in done.stdout
     with torch.no_grad():
         expected = conversion.model(probe)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import asymswap
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import compare_outputs
-from asymswap.models.networks import BUILDERS
+from asymswap.models.networks import digits_resnet
 
 EXACT = ("acb", "acb with norms", "offset", "weighted-offset", "separable", "cross")
 
@@ -21,7 +21,7 @@ EXACT = ("acb", "acb with norms", "offset", "weighted-offset", "separable", "cro
 def network() -> nn.Module:
     """With batch norms that have seen something, and are not all positive."""
     torch.manual_seed(0)
-    model = BUILDERS["resnet20"]()
+    model = digits_resnet()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -34,7 +34,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def train_a_little_(model: nn.Module) -> None:
@@ -65,7 +65,7 @@ def recipe_text(swap: str) -> str:
 def converted(request: pytest.FixtureRequest, network: nn.Module, tmp_path: Path) -> asymswap.Conversion:
     (tmp_path / "recipe.toml").write_text(recipe_text(request.param))
     return asymswap.convert(
-        asymswap.open_model(network, input_size=(3, 32, 32)), tmp_path / "recipe.toml", allow_drift=True
+        asymswap.open_model(network, input_size=(1, 8, 8)), tmp_path / "recipe.toml", allow_drift=True
     )
 
 
@@ -81,7 +81,7 @@ def test_a_trained_model_computes_the_same_when_it_is_fused(
     moved = "offset" in converted.plan.swaps[0].kind
     assert fusion.report.as_original is not moved
     if not moved:
-        plain = BUILDERS["resnet20"]()
+        plain = digits_resnet()
         plain.load_state_dict(fusion.model.state_dict())
         assert compare_outputs(converted.model, plain, (images,)).relative < 1e-5
 
@@ -109,7 +109,7 @@ def test_batch_norms_of_weight_zero_come_back(network: nn.Module, images: Tensor
         if name.endswith("bn2"):
             nn.init.zeros_(module.weight)
     (tmp_path / "recipe.toml").write_text(recipe_text("acb with norms"))
-    conversion = asymswap.convert(asymswap.open_model(zeroed, input_size=(3, 32, 32)), tmp_path / "recipe.toml")
+    conversion = asymswap.convert(asymswap.open_model(zeroed, input_size=(1, 8, 8)), tmp_path / "recipe.toml")
     assert "layer1.0.bn2" in {swap.absorbs for swap in conversion.plan.swaps}
     fusion = asymswap.fuse(asymswap.open_model(conversion, arch=zeroed))
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_conversion_inside_of_another_comes_first(network: nn.Module, tmp_path
         "[[rules]]\nmatch = { names = '*.square.*', kernel = '3x3' }\nswap = { kind = 'separable', ratio = 0.5 }\n"
     )
     torch.save(network.state_dict(), tmp_path / "net.pt")
-    one = asymswap.convert(asymswap.open_model(tmp_path / "net.pt", arch="cifar:resnet20"), tmp_path / "1.toml")
+    one = asymswap.convert(asymswap.open_model(tmp_path / "net.pt", arch="digits-resnet"), tmp_path / "1.toml")
     asymswap.save(one, tmp_path / "one.pt")
     two = asymswap.convert(tmp_path / "one.pt", tmp_path / "2.toml")
     asymswap.save(two, tmp_path / "two.pt")
@@ -174,8 +174,8 @@ def test_a_conversion_inside_of_another_comes_first(network: nn.Module, tmp_path
         asymswap.fuse(tmp_path / "two.pt")
     fusion = asymswap.fuse(tmp_path / "two.pt", separable=True)
     assert fusion.report.as_original
-    assert [row.kind for row in fusion.report.sites[:18]] == ["acb"] * 18
-    plain = BUILDERS["resnet20"]()
+    assert [row.kind for row in fusion.report.sites[:8]] == ["acb"] * 8
+    plain = digits_resnet()
     plain.load_state_dict(fusion.model.state_dict())
     assert compare_outputs(two.model, plain, (images,)).relative < 1e-5
 

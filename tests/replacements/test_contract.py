@@ -156,7 +156,8 @@ def property_test(dtype: torch.dtype) -> Any:
     def decorate(test: Any) -> Any:
         given_all = given(case=CASES[dtype], data=st.data())(test)
         # Some kinds refuse most forms; where one refused all of them hypothesis would say so.
-        quiet = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.filter_too_much])
+        half = settings.default.max_examples // 2  # for each of the kinds
+        quiet = settings(max_examples=half, suppress_health_check=[HealthCheck.filter_too_much])
         return pytest.mark.parametrize("name", KINDS)(quiet(given_all))
 
     return decorate

@@ -492,7 +492,9 @@ def test_solving_layer_by_layer_sets_it_anew(between: str, monkeypatch: pytest.M
         assert relative(converted(x), model(x)) < relative(one_pass(x), model(x))
 
 
-@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize(
+    "between", [pytest.param(each, marks=[pytest.mark.nightly] * (each != "bn")) for each in BETWEEN]
+)
 def test_a_conversion_is_written_and_read_again(between: str, tmp_path: Path) -> None:
     wanted = {"between": between, "budget.macs": 0.6}
     conversion = asymswap.convert("digits-resnet", "half-macs", overrides=wanted)
@@ -509,7 +511,9 @@ def test_a_conversion_is_written_and_read_again(between: str, tmp_path: Path) ->
         assert torch.equal(loaded(x), conversion.model.eval()(x))
 
 
-@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize(
+    "between", [pytest.param(each, marks=[pytest.mark.nightly] * (each != "bn-relu")) for each in BETWEEN]
+)
 def test_a_calibrated_network_works_before_any_training(between: str) -> None:
     wanted = {"between": between, "budget.macs": 0.4}
     calibration = asymswap.Calibration("digits", images=128, sequential=False)

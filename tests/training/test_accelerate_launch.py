@@ -1,4 +1,4 @@
-"""`accelerate launch` starts the processes of a training as `torchrun` does."""
+"""`accelerate launch` starts the processes of a training as `torchrun` does, which `make test` tries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAUNCH = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_share_the_images_and_one_of_them_writes(tmp_path: Path) -> None:
     conversion = asymswap.convert("digits-resnet", "half-macs", overrides={"budget.macs": 0.3})
     asymswap.save(conversion, tmp_path / "x.pt")

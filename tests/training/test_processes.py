@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import CLI, forked, team
 from sklearn.datasets import load_digits
 
 import asymswap
@@ -51,10 +52,7 @@ def test_two_processes_come_to_what_one_comes_to_with_the_double_batch(start: Pa
     folder, options = start.parent, (*OPTIONS, "--freeze-bn")
     two = torchrun(folder, "finetune", str(start), *options, "--batch-size", "10", "-o", "two.pt", "--json")
     assert two.returncode == 0, two.stderr
-    one = subprocess.run(
-        [sys.executable, "-m", "asymswap", "finetune", str(start), *options, "--batch-size", "20", "-o", "one.pt"],
-        cwd=folder, env=ENV, capture_output=True, text=True,
-    )  # fmt: skip
+    one = forked(CLI, "finetune", start, *options, "--batch-size", "20", "-o", "one.pt", cwd=folder)
     assert one.returncode == 0, one.stderr
     # One process prints and writes.
     report = json.loads(two.stdout)
@@ -109,8 +107,7 @@ def test_a_killed_worker_is_started_again_from_the_last_saving(start: Path) -> N
 def test_one_process_has_no_batch_statistics_to_share(start: Path) -> None:
     folder = start.parent
     options = ("--data", "few.pt", "--steps", "2", "--validation", "none", "--cpu", "-o", "alone.pt")
-    command = [sys.executable, "-m", "asymswap", "finetune", str(start), *options]
-    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+    done = forked(CLI, "finetune", start, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "batch statistics" not in done.stderr + done.stdout
 
@@ -148,10 +145,8 @@ with joined() as team:
 def test_batches_of_the_users_are_shared(start: Path) -> None:
     """Two processes with a batch each are one with two, though a layer has no part in the loss."""
     folder = start.parent
-    (folder / "own.py").write_text(OWN)
-    two = torchrun(folder, "two.pt", "1", script="own.py")
-    assert two.returncode == 0, two.stderr
-    subprocess.run([sys.executable, "own.py", "one.pt", "2"], cwd=folder, env=ENV, check=True)
+    for done in (*team(OWN, "two.pt", "1", cwd=folder), forked(OWN, "one.pt", "2", cwd=folder)):
+        assert done.returncode == 0, done.stderr
     states = [torch.load(folder / name, weights_only=True) for name in ("one.pt", "two.pt")]
     for key, tensor in states[0].items():
         torch.testing.assert_close(states[1][key], tensor, rtol=1e-4, atol=1e-6)

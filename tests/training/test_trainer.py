@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import forked
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -123,9 +122,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 DOOMED = """
-import importlib.util, pathlib, sys, torch
+import importlib.util, pathlib, sys
 
-torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("doomed", {file!r})
 module = sys.modules["doomed"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -135,9 +133,9 @@ module.Start(pathlib.Path({path!r}), {digits!r}).train("broken.pt")
 
 
 def run_to_its_death(start: Start, kill: str) -> int:
-    """Train in a new process that dies as arranged, a fork not training where torch has threads; its exit code."""
+    """Train in a new process that dies as arranged; its exit code."""
     code = DOOMED.format(file=__file__, kill=kill, path=str(start.path), digits=start.digits)
-    return subprocess.run([sys.executable, "-c", code], timeout=300).returncode
+    return forked(code, cwd=start.path.parent).returncode
 
 
 def die(*_: object, **__: object) -> None:

@@ -1,15 +1,15 @@
-"""Two real processes, started as a user starts them, against one."""
+"""Two real processes against one; nightly, and always in tests/training/test_processes.py, torchrun starts them."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import CLI, forked, team
 
 import asymswap
 from asymswap.utils.distributed import ALONE, joined
@@ -24,19 +24,11 @@ def torchrun(folder: Path, *command: str, processes: int = 2) -> subprocess.Comp
 
 def test_two_processes_give_the_plan_and_the_weights_of_one(tmp_path: Path) -> None:
     options = (*CONVERT, "--calibrate", "digits", "--calibration-images", "300", "--polish", "3", "--json")
-    two = torchrun(
-        tmp_path, *options, "-o", "two.pt", "--write-plan", "two.json", "--calibration-cache", "e.safetensors"
-    )
-    assert two.returncode == 0, two.stderr
-    # torchrun gives each process one thread: another number of them would round otherwise.
-    one = subprocess.run(
-        [sys.executable, "-m", "asymswap", *options, "-o", "one.pt", "--write-plan", "one.json"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    written = ("-o", "two.pt", "--write-plan", "two.json", "--calibration-cache", "e.safetensors")
+    two, silent = team(CLI, *options, *written, cwd=tmp_path)
+    assert (two.returncode, silent.returncode) == (0, 0), two.stderr
+    one = forked(CLI, *options, "-o", "one.pt", "--write-plan", "one.json", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
     plans = [json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json")]
     settings = [[(swap["site"], swap["settings"]) for swap in plan["swaps"]] for plan in plans]
     assert settings[0] == settings[1]
@@ -45,7 +37,8 @@ def test_two_processes_give_the_plan_and_the_weights_of_one(tmp_path: Path) -> N
     states = [asymswap.load(tmp_path / name).state_dict() for name in ("one.pt", "two.pt")]
     for key, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][key], rtol=1e-4, atol=1e-5), key
-    # One process prints; both tell of the same images.
+    # One process prints; both runs tell of the same images.
+    assert "{" not in silent.stdout
     # Before the report, torch 2.9 prints there which processes have found each other.
     rows = [json.loads(done.stdout[done.stdout.index("{\n") :])["calibration"] for done in (one, two)]
     assert rows[0]["sha256"] == rows[1]["sha256"]
@@ -63,9 +56,11 @@ def test_a_process_without_images_waits_for_the_others(tmp_path: Path) -> None:
 
 
 def test_what_fails_in_the_first_process_ends_all(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, *CONVERT[:-1], "0.001", "--calibrate", "digits", "--calibration-images", "8")
-    assert done.returncode != 0
-    assert "error: the budget of 0.001 of the model's MACs cannot be reached" in done.stderr
+    options = ("--calibrate", "digits", "--calibration-images", "8")
+    processes = team(CLI, *CONVERT[:-1], "0.001", *options, cwd=tmp_path)
+    assert [done.returncode for done in processes] == [1, 1]
+    for done in processes:
+        assert "error: the budget of 0.001 of the model's MACs cannot be reached" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
