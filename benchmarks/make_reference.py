@@ -213,7 +213,7 @@ def plain(part: Schema) -> str:
     """The values of a type without choices."""
     kind = str(part["type"])
     if kind == "array":
-        return "list of these" if "$ref" not in part["items"] else "tables"
+        return "tables" if part["items"].get("$ref") == "#/$defs/Rule" else "list of these"
     if kind in ("number", "integer"):
         return ("whole number" if kind == "integer" else "number") + bounds(part)
     return {"boolean": "`true`, `false`", "string": "text"}[kind]
