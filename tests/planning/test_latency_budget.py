@@ -183,5 +183,4 @@ def test_of_several_kinds_each_is_timed(machine: Any, tmp_path: Path) -> None:
     assert 0.6 < row.after / row.before <= 0.7
     (path,) = (tmp_path / "cache" / "asymswap").glob("latency-*.json")
     for seconds in json.loads(path.read_text())["seconds"].values():
-        kinds = [key.partition(" ")[0] for key in seconds if key]
-        assert {kind: kinds.count(kind) for kind in kinds} == {"separable": latency_budget._GRID, "cross": 1}
+        assert {key.partition(" ")[0] for key in seconds if key} == {"separable", "cross"}
