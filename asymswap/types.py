@@ -120,6 +120,14 @@ class ConvSpec:
         """Return the multiply-adds for one pixel of the output feature map."""
         return self.out_channels * self.group_in * math.prod(self.kernel)
 
+    def output(self, input: Size) -> Size:
+        """Return the size of the output feature map for an input of this size."""
+        left, right, top, bottom = self.pads
+        padded = input[0] + top + bottom, input[1] + left + right
+        axes = zip(padded, self.kernel, self.stride, self.dilation, strict=True)
+        height, width = ((size - dilation * (taps - 1) - 1) // step + 1 for size, taps, step, dilation in axes)
+        return height, width
+
     def describe(self) -> str:
         """Return the conv in one short phrase, defaults left out: `64->128 3x3 s2 d2 g4`."""
         parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel))]
@@ -286,6 +294,7 @@ class Fed:
 class Option:
     """One way to swap a site that a budget may choose."""
 
+    kind: str
     settings: Mapping[str, Any]  # resolved
     cost: Cost
     error: float  # squared, relative to the layer's energy, 0 to 1: of the kernel, or with statistics of the output
@@ -348,22 +357,22 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class RankCost:
-    """The cost of a separable pair of some rank and order at a site."""
+    """The cost of a pair of some rank at a site; of a separable one also its order."""
 
     rank: int
-    order: str
+    order: str | None
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site with what `separable` could save there, or the reason why it is no candidate."""
+    """A site with what a pair could save there, or the reason why it is no candidate."""
 
     site: Site
     reason: str | None = None
     break_even: RankCost | None = None  # the largest rank that still saves something
     half: RankCost | None = None  # half of that rank
-    kind: str = "separable"  # or what the recipe asks for
+    kind: str = "separable"  # for 1x1 convs `low-rank`, or what the recipe asks for
     becomes: Cost | None = None  # the cost of another kind, if it is known without the weights
 
 

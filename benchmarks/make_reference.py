@@ -79,6 +79,20 @@ RECIPES_MIDDLE = """\
 `kind` names one of the kinds below ([their mathematics](kinds.md)); every other key is a setting of that kind. One of
 `rank`, `ratio` and `energy` sets the size; without them the recipe needs a budget, which chooses it. A swap that costs
 more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
+
+Several kinds in a list are a choice, made at every conv that the rule matches:
+
+```toml
+swap = [{ kind = "separable" }, { kind = "low-rank" }, { kind = "cross" }]
+```
+
+- A kind that cannot take the conv is left out. If none can, the conv is kept, and the report gives the reason of each.
+- With a budget, the kind and size are taken that lose least for what they cost. A kind with a size of its own takes
+  part in that size, and the conv may also stay as it is.
+- Without a budget, or where every kind that can take the conv has its own size, the first in the list that saves
+  something is taken.
+
+The plan and the report say which kind each conv got.
 """
 
 COMMANDS_HEAD = """\
@@ -96,7 +110,6 @@ def recipes_page() -> str:
     """The keys of recipes, from the schema, and the shipped recipes."""
     schema = json_schema()
     parts = schema["$defs"]
-    rule = parts["Rule"]["properties"]
     text = [
         RECIPES_HEAD.format(written=WRITTEN),
         "## The file",
@@ -115,7 +128,7 @@ def recipes_page() -> str:
         fields(parts["Budget"]),
         RECIPES_MIDDLE,
     ]
-    for swap in rule["swap"]["oneOf"]:
+    for swap in parts["Swap"]["oneOf"]:
         kind = replacements.load(swap["title"])
         text += [f"### `{swap['title']}`", f"Function: {kind.PRESERVES}.", fields(swap, skip=("kind",))]
     text += ["## Shipped recipes", *shipped()]
@@ -182,13 +195,10 @@ def values(part: Schema) -> str:
     """The values that a key takes, in a few words."""
     if "$ref" in part:
         name = str(part["$ref"]).rpartition("/")[2]
-        return {"Match": "[`match`](#match)", "Budget": "[`[budget]`](#budget)", "SizeRange": "range of sizes"}.get(
-            name, name.lower()
-        )
+        known = {"Match": "[`match`](#match)", "Swap": "[`swap`](#swap)", "Budget": "[`[budget]`](#budget)"}
+        return {**known, "SizeRange": "range of sizes"}.get(name, name.lower())
     if part.get("title") == "Size":
         return "size"
-    if "oneOf" in part and all("kind" in each.get("properties", {}) for each in part["oneOf"]):
-        return "[`swap`](#swap)"
     if "anyOf" in part or "oneOf" in part:
         choices = [each for each in part.get("anyOf", part.get("oneOf")) if each != {"type": "null"}]
         return " or ".join(dict.fromkeys(map(values, choices)))
@@ -203,7 +213,7 @@ def plain(part: Schema) -> str:
     """The values of a type without choices."""
     kind = str(part["type"])
     if kind == "array":
-        return "list of these" if "$ref" not in part["items"] else "tables"
+        return "tables" if part["items"].get("$ref") == "#/$defs/Rule" else "list of these"
     if kind in ("number", "integer"):
         return ("whole number" if kind == "integer" else "number") + bounds(part)
     return {"boolean": "`true`, `false`", "string": "text"}[kind]

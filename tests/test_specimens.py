@@ -140,7 +140,7 @@ def test_the_first_folder_is_whole() -> None:
 
 def test_there_is_a_specimen_of_every_kind(run: Run) -> None:
     """For a new kind: `python tests/data/specimens/make.py`, with a line for it in SWAPS."""
-    rule = json.loads(run("recipes", "--schema").out)["$defs"]["Rule"]["properties"]["swap"]["oneOf"]
+    rule = json.loads(run("recipes", "--schema").out)["$defs"]["Swap"]["oneOf"]
     kinds = {swap["properties"]["kind"]["const"] for swap in rule}
     for suffix in SUFFIXES:
         headers = [header(case.values[0]) for case in found(f"checkpoints/*{suffix}")]

@@ -25,7 +25,7 @@ def candidates(
     example_inputs: Any = None,
     progress: Progress | bool = True,
 ) -> Candidates:
-    """List every Conv2d with what `separable` would save there, or why it is no candidate."""
+    """List every Conv2d with what `separable` or, if it is 1x1, `low-rank` would save, or why it is no candidate."""
     assert callable(progress)  # `shows_progress` makes it one
     parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
     opened = open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs)

@@ -20,7 +20,9 @@ def candidates(
     *,
     common: o.Common,
 ) -> None:
-    """List every Conv2d: what a separable pair would save there, or why it is no candidate.
+    """List every Conv2d: what a pair of convs would save there, or why it is no candidate.
+
+    Convs of 1x1 would become two 1x1 convs (low-rank), larger ones a column and a row (separable).
 
     Example: asymswap candidates resnet18 --weights none
     """

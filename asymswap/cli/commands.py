@@ -13,7 +13,7 @@ from asymswap.cli.failures import begin, reporting_errors
 
 SUMMARIES = {
     "convert": "Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.",
-    "candidates": "List every Conv2d: what a separable pair would save there, or why it is no candidate.",
+    "candidates": "List every Conv2d: what a pair of convs would save there, or why it is no candidate.",
     "recipes": "List the recipes that come with asymswap, show one, or check a file.",
     "show": "Show how a converted model was made, from which source, with which result.",
     "compare": "Compare models: parameters, MACs, size, latency, outputs, scores.",

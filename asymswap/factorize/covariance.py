@@ -18,7 +18,7 @@ and Pereyra, 1973). It is minimised by L-BFGS (Liu and Nocedal, 1989), from a st
 by the average of S over the taps. What the Hessian would be if all taps had this average covariance and nothing in
 common preconditions it: (sum_k H_k' P H_k) V S_mean.
 (Covariance instead of weights alone: Zhang, Zou, He and Sun, 2015, section 3.1, for 1 x 1 factors; this is its form
-for two kernels.)
+for two kernels.) With a single tap, K = 1, the start is the solution: the average of S is S itself.
 """
 
 from __future__ import annotations
@@ -139,11 +139,14 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly.
 
     Never worse than the truncated SVD of the kernel, which is a start too. At low ranks L-BFGS ends in different minima
-    now and then, and goes on from three starts; else, or with a large covariance, from the better one of two.
+    now and then, and goes on from three starts; else, or with a large covariance, from the better one of two. For a
+    single tap the first start is the best pair there is.
     """
     large = problem.w_GOKM.shape[2:].numel() > _LARGE
     with nullcontext() if large else one_thread():
-        if large or rank > _LOW_RANK:
+        if problem.w_GOKM.shape[2] == 1:
+            best = next(starts(problem, rank))
+        elif large or rank > _LOW_RANK:
             start = reduce(_better, islice(starts(problem, rank), 2))
             best = descend(problem, start, _LARGE_ITERATIONS if large else _ITERATIONS)
         else:

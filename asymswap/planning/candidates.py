@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import bisect
-import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
 
 from asymswap import replacements
 from asymswap.errors import RecipeError
-from asymswap.planning.plan import find_rule, refusal_of, saves
-from asymswap.planning.recipe import Recipe
-from asymswap.replacements import Original, separable
+from asymswap.planning.plan import find_rule, join_reasons, refusal_of, saves
+from asymswap.planning.recipe import Recipe, RequestedSwap
+from asymswap.replacements import Original
+from asymswap.replacements._pairs import Pair, SettledPair, full_rank
 from asymswap.types import Candidate, RankCost, Site
-
-_ORDERS: tuple[separable.Order, ...] = ("vertical-first", "horizontal-first")
 
 
 def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
@@ -26,44 +25,56 @@ def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | No
 
 
 def _candidate(model: nn.Module, site: Site, recipe: Recipe | None, number: int | None) -> Candidate:
-    name, rule = "separable", None
-    if recipe is not None:
-        if number is None:
-            return Candidate(site, "no rule matches")
-        rule = recipe.rules[number]
-        if rule.swap is None:
-            return Candidate(site, f"rule {number + 1} keeps it")
-        name = rule.kind
-    kind = replacements.load(name)
+    """Return the site as a candidate for the first kind that could gain something there."""
+    if recipe is None:
+        kind = "low-rank" if site.conv.kernel == (1, 1) else "separable"
+        return _by(model, site, RequestedSwap(kind, replacements.parse_settings(kind, {})))
+    if number is None:
+        return Candidate(site, "no rule matches")
+    swaps = recipe.rules[number].swaps
+    if not swaps:
+        return Candidate(site, f"rule {number + 1} keeps it")
+    found = [_by(model, site, swap) for swap in swaps]
+    reasons = {one.kind: one.reason for one in found if one.reason is not None}
+    gaining = (one for one in found if one.reason is None)
+    return next(gaining, None) or replace(found[0], reason=join_reasons(reasons))
+
+
+def _by(model: nn.Module, site: Site, swap: RequestedSwap) -> Candidate:
+    """Return what a kind could do at a site."""
+    kind = replacements.load(swap.kind)
     reason = refusal_of(site, kind)
     if reason is not None:
-        return Candidate(site, reason, kind=name)
-    if rule is not None and name != "separable":
+        return Candidate(site, reason, kind=swap.kind)
+    if not isinstance(kind, Pair):
         if kind.SIZES:
-            return Candidate(site, kind=name)
+            return Candidate(site, kind=swap.kind)
         # What approximates the conv is resolved from its weights, which would take as long as a plan.
-        if kind.preserves(site.conv, rule.settings):
+        if kind.preserves(site.conv, swap.settings):
             try:
-                kind.resolve(site, Original(cast(nn.Conv2d, model.get_submodule(site.name))), rule.settings)
+                kind.resolve(site, Original(cast(nn.Conv2d, model.get_submodule(site.name))), swap.settings)
             except RecipeError as error:
-                return Candidate(site, str(error), kind=name)
-        return Candidate(site, kind=name, becomes=kind.cost(site, rule.settings))
-    best = _break_even(site)
-    if best is None or best.rank == 1:
+                return Candidate(site, str(error), kind=swap.kind)
+        return Candidate(site, kind=swap.kind, becomes=kind.cost(site, swap.settings))
+    best, half = max(
+        (_break_even(site, kind, form) for form in kind.forms(swap.settings)),
+        key=lambda item: (item[0].rank, -item[0].cost.macs),
+    )
+    if best.rank < 2:
         # One column of weights for each input channel is no approximation that anybody keeps.
-        return Candidate(site, "even rank 1 saves nothing" if best is None else "only rank 1 would save anything")
-    half, order = best.rank // 2, _ORDERS[best.order == "horizontal-first"]
-    return Candidate(site, None, best, RankCost(half, order, separable.pair_cost(site, half, order)))
+        why = "only rank 1 would save anything" if best.rank else "even rank 1 saves nothing"
+        return Candidate(site, why, kind=swap.kind)
+    return Candidate(site, None, best, half, swap.kind)
 
 
-def _break_even(site: Site) -> RankCost | None:
-    """Return the largest rank that costs less than the conv, in the order that allows more of it."""
-    found = []
-    for order in _ORDERS:
-        costs = functools.partial(separable.pair_cost, site, order=order)
-        ranks = range(1, separable.full_rank(site.conv, order) + 1)
-        # Costs rise with the rank: the ranks that save come first.
-        rank = bisect.bisect_left(ranks, True, key=lambda rank: not saves(costs(rank), site.cost))
-        if rank:
-            found.append(RankCost(rank, order, costs(rank)))
-    return max(found, key=lambda item: (item.rank, -item.cost.macs), default=None)
+def _break_even(site: Site, kind: Pair, form: SettledPair) -> tuple[RankCost, RankCost]:
+    """Return the largest rank at which a pair of this form costs less than the conv, 0 if none does, and half of it."""
+
+    def at(rank: int) -> RankCost:
+        settled = form.model_copy(update={"rank": rank})
+        return RankCost(rank, getattr(form, "order", None), kind.cost(site, settled))
+
+    # Costs rise with the rank: the ranks that save come first.
+    ranks = range(1, full_rank(site.conv, form) + 1)
+    rank = bisect.bisect_left(ranks, True, key=lambda rank: not saves(at(rank).cost, site.cost))
+    return at(rank), at(rank // 2)

@@ -154,7 +154,7 @@ class _Table:
         """Time what is not known yet, and write it to the file, where that can be written."""
         # For each site the swaps that are timed, with their MACs.
         tries: dict[str, list[tuple[Swap, int]]] = {site.name: [] for site in choices.matched}
-        tries |= {name: _grid(name, item.kind_name, options) for name, (item, options) in choices.left_open.items()}
+        tries |= {name: _grid(name, options) for name, (_, options) in choices.left_open.items()}
         tries |= {name: [(item.swap(option), option.cost.macs)] for name, (item, option) in choices.fixed.items()}
         sites = {site.name: site for site in choices.matched}
         if all(
@@ -198,16 +198,16 @@ class _Table:
             "latency",
             round(1e9 * (rest + sum(map(seconds, choices.matched)))),
             lambda site: round(1e9 * seconds(site)),
-            lambda site, kind, option: round(1e9 * self._seconds_of(site, kind, option)),
+            lambda site, option: round(1e9 * self._seconds_of(site, option)),
         )
 
-    def _seconds_of(self, site: Site, kind: str, option: Option) -> float:
+    def _seconds_of(self, site: Site, option: Option) -> float:
         """Return the seconds of an option, as timed or between the two timed ones with fewer and with more MACs."""
         known = self._known[_form(site)]
-        exact = known.get(_option_key(kind, option.settings))
+        exact = known.get(_option_key(option.kind, option.settings))
         if exact is not None:
             return exact[1]
-        entries = sorted(entry for key, entry in known.items() if key.startswith(f"{kind} "))
+        entries = sorted(entry for key, entry in known.items() if key.startswith(f"{option.kind} "))
         below = [entry for entry in entries if entry[0] <= option.cost.macs]
         above = [entry for entry in entries if entry[0] > option.cost.macs]
         if not below or not above:
@@ -218,12 +218,16 @@ class _Table:
         return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
 
 
-def _grid(name: str, kind: str, options: Sequence[Option]) -> list[tuple[Swap, int]]:
-    """Return some of a conv's options with their MACs, in rising order, one for each number of MACs."""
-    by_macs = {option.cost.macs: option for option in sorted(options, key=lambda option: -option.loss)}
-    every = sorted(by_macs)
-    chosen = sorted({round(step * (len(every) - 1) / (_GRID - 1)) for step in range(_GRID)}) if every else []
-    return [(Swap(name, kind, by_macs[every[index]].settings), every[index]) for index in chosen]
+def _grid(name: str, options: Sequence[Option]) -> list[tuple[Swap, int]]:
+    """Return some of a conv's options with their MACs, of each kind in rising order, one for each number of MACs."""
+    grid = []
+    for kind in dict.fromkeys(option.kind for option in options):
+        own = sorted((option for option in options if option.kind == kind), key=lambda option: -option.loss)
+        by_macs = {option.cost.macs: option for option in own}
+        every = sorted(by_macs)
+        chosen = sorted({round(step * (len(every) - 1) / (_GRID - 1)) for step in range(_GRID)})
+        grid += [(Swap(name, kind, by_macs[every[index]].settings), every[index]) for index in chosen]
+    return grid
 
 
 def _form(site: Site) -> str:

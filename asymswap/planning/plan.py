@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.planning.allocate import Allocation, Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
-from asymswap.planning.recipe import MEASURES, Budget, Recipe
+from asymswap.planning.recipe import MEASURES, Budget, Recipe, RequestedSwap
 from asymswap.replacements import KindSettings, Original, Replacement
 from asymswap.types import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
 from asymswap.utils.tensors import side_by_side
@@ -29,13 +30,13 @@ class CostModel:
     """What sites and their options cost, in whole units of what a budget bounds.
 
     `what` is its name in messages, `total` the cost of the whole original model; `keep(site)` is the cost of a site as
-    it is, `option(site, kind, option)` that of its replacement.
+    it is, `option(site, option)` that of its replacement.
     """
 
     what: str
     total: int
     keep: Callable[[Site], int]
-    option: Callable[[Site, str, Option], int]
+    option: Callable[[Site, Option], int]
 
 
 def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
@@ -47,52 +48,90 @@ def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
     def count(cost: Cost) -> int:
         return cost.params if measure == "params" else cost.macs
 
-    def option_cost(_site: Site, _kind: str, option: Option) -> int:
+    def option_cost(_site: Site, option: Option) -> int:
         return count(option.cost)
 
     return CostModel(MEASURES[measure], count(whole), lambda site: count(site.cost), option_cost)
 
 
 @dataclass(frozen=True)
+class Way:
+    """One kind by which a site can be swapped, with the rule's settings; `leaves_choice` as in `RequestedSwap`.
+
+    `absorbs` is the batch norm that it folds in.
+    """
+
+    kind: Replacement
+    settings: KindSettings
+    leaves_choice: bool
+    absorbs: str | None = None
+
+    def pays(self, option: Option, site: Site) -> bool:
+        """Return True if the option saves something, or the settings allow growth."""
+        return self.settings.allow_growth or saves(option.cost, site.cost)
+
+
+@dataclass(frozen=True)
 class Matched:
-    """A site that a rule (`"rule 1"`) swaps and its kind accepts; `leaves_choice` as in `Rule`."""
+    """A site that a rule (`"rule 1"`) swaps, and the ways to do it: the rule's kinds that can take the conv."""
 
     site: Site
     original: Original
     rule: str
-    leaves_choice: bool
-    kind_name: str
-    kind: Replacement
-    settings: KindSettings
-    absorbs: str | None = None
+    ways: tuple[Way, ...]
 
-    def pays(self, option: Option) -> bool:
-        """Return True if the option saves something, or the settings allow growth."""
-        return self.settings.allow_growth or saves(option.cost, self.site.cost)
+    @property
+    def leaves_choice(self) -> bool:
+        """True if a budget can choose."""
+        return any(way.leaves_choice for way in self.ways)
 
     def options(self) -> list[Option]:
-        """Return the sizes that pay."""
-        every = self.kind.options(self.site, self.original, self.settings)
-        return [option for option in every if self.pays(option)]
+        """Return what pays, of all ways; among several, one whose settings the conv cannot have offers nothing."""
+        found: list[Option] = []
+        for way in self.ways:
+            with suppress(RecipeError) if len(self.ways) > 1 else nullcontext():
+                asked = self.site, self.original, way.settings
+                offered = way.kind.options(*asked) if way.leaves_choice else [way.kind.resolve(*asked)]
+                found += [option for option in offered if way.pays(option, self.site)]
+        return found
 
     def settle(self) -> Option | Keep:
-        """Return the option that the rule's own settings ask for; the site is kept where it does not pay."""
-        try:
-            option = self.kind.resolve(self.site, self.original, self.settings)
-        except RecipeError as error:
-            raise RecipeError(f"{self.rule}, {self.site.name} ({self.site.conv.describe()}): {error}") from None
-        return option if self.pays(option) else self.keep(_no_gain(option, self.site.cost))
+        """Return the option that the rule's own settings ask for: that of the first way that pays, else keep the site.
+
+        Raises RecipeError where the conv cannot have the settings of the only way.
+        """
+        reasons = {}
+        for way in self.ways:
+            try:
+                option = way.kind.resolve(self.site, self.original, way.settings)
+            except RecipeError as error:
+                if len(self.ways) == 1:
+                    raise RecipeError(f"{self.rule}, {self.site.name} ({self.site.conv.describe()}): {error}") from None
+                reasons[way.kind.name] = str(error)
+                continue
+            if way.pays(option, self.site):
+                return option
+            reasons[way.kind.name] = _no_gain(option, self.site.cost)
+        return self.keep(join_reasons(reasons))
 
     def swap(self, option: Option) -> Swap:
         """Return the plan's entry for this option."""
-        settings, growth = dict(option.settings), self.settings.allow_growth
-        if growth != type(self.settings).model_fields["allow_growth"].default:
+        way = next(way for way in self.ways if way.kind.name == option.kind)
+        settings, growth = dict(option.settings), way.settings.allow_growth
+        if growth != type(way.settings).model_fields["allow_growth"].default:
             settings["allow_growth"] = growth
-        return Swap(self.site.name, self.kind_name, settings, self.rule, math.sqrt(option.error), self.absorbs)
+        return Swap(self.site.name, option.kind, settings, self.rule, math.sqrt(option.error), way.absorbs)
 
     def keep(self, reason: str) -> Keep:
         """Return the plan's entry for leaving the site as it is."""
         return Keep(self.site.name, f"{self.rule}, but {reason}")
+
+
+def join_reasons(reasons: Mapping[str, str]) -> str:
+    """Return why each kind leaves a conv as it is, by the names of the kinds; once if it is the same for all."""
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
 
 
 def saves(new: Cost, old: Cost) -> bool:
@@ -105,7 +144,7 @@ class Choices:
     """What a recipe leaves to a budget, by the names of sites: those `left_open`, each with all its options.
 
     `fixed` has the sites whose size a rule gives, each with its option, `keeps` those that stay; `matched` are the
-    sites that a rule swaps and its kind accepts.
+    sites that a rule swaps and one of its kinds accepts.
     """
 
     sites: Sequence[Site]
@@ -168,7 +207,7 @@ def choose(
     # Keeping the site is the last point of each curve.
     points = [
         [
-            *(Point(costs.option(item.site, item.kind_name, option), option.loss) for option in curve),
+            *(Point(costs.option(item.site, option), option.loss) for option in curve),
             Point(costs.keep(item.site), 0.0),
         ]
         for item, curve in shared
@@ -206,7 +245,7 @@ def _limit(choices: Choices, costs: CostModel, fraction: float, shared: Sequence
     whole = matched if budget.over == "matched" else costs.total
     untouched = whole - sum(costs.keep(site) for site in shared)
     for item, option in choices.fixed.values():
-        untouched += costs.option(item.site, item.kind_name, option) - costs.keep(item.site)
+        untouched += costs.option(item.site, option) - costs.keep(item.site)
     least = untouched + cheapest
     if least > fraction * whole:
         raise RecipeError(
@@ -289,26 +328,24 @@ def _decide(
     if index is None:
         return Keep(site.name, _UNMATCHED)
     rule, number = recipe.rules[index], f"rule {index + 1}"
-    if rule.swap is None:
+    if not rule.swaps:
         return Keep(site.name, f"{number} keeps it")
-    found = _match(model, site, rule.kind, rule.settings, number, statistics)
-    if isinstance(found, str):
-        return Keep(site.name, f"{number}, but {found}")
-    return dataclasses.replace(found, leaves_choice=rule.leaves_choice)
+    found = {swap.kind: _way(model, site, swap) for swap in rule.swaps}
+    ways = tuple(way for way in found.values() if isinstance(way, Way))
+    if not ways:
+        return Keep(site.name, f"{number}, but {join_reasons({kind: str(why) for kind, why in found.items()})}")
+    return Matched(site, Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics), number, ways)
 
 
-def _match(
-    model: nn.Module, site: Site, name: str, settings: KindSettings, rule: str, statistics: SiteStatistics | None
-) -> Matched | str:
-    """Return the site as this kind would swap it, with the batch norm that it folds in, or why it cannot."""
-    kind = replacements.load(name)
+def _way(model: nn.Module, site: Site, swap: RequestedSwap) -> Way | str:
+    """Return how a kind would swap the site, with the batch norm that it folds in, or why it cannot."""
+    kind = replacements.load(swap.kind)
     reason = refusal_of(site, kind)
     if reason is not None:
         return reason
     norm = site.norm_behind
-    folded = None if norm is None else kind.fold_norm(settings, model.get_submodule(norm))
-    original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
-    return Matched(site, original, rule, False, name, kind, folded or settings, norm if folded else None)
+    folded = None if norm is None else kind.fold_norm(swap.settings, model.get_submodule(norm))
+    return Way(kind, folded or swap.settings, swap.leaves_choice, norm if folded else None)
 
 
 def refusal_of(site: Site, kind: Replacement) -> str | None:
@@ -396,19 +433,20 @@ def check_replay(
 
 def _settle_again(model: nn.Module, site: Site, swap: Swap, statistics: SiteStatistics | None) -> Swap:
     """Return a plan's swap with settled settings and the error that it has here; raises RecipeError for none."""
-    settings = replacements.parse_settings(swap.kind, swap.settings)
-    item = _match(model, site, swap.kind, settings, swap.reason, statistics)
-    if isinstance(item, str):
-        raise RecipeError(item)
-    if item.kind.SIZES and all(getattr(settings, size) is None for size in item.kind.SIZES):
-        raise RecipeError(f"it has no size; give one of {', '.join(item.kind.SIZES)}")
-    if swap.absorbs not in (None, item.absorbs):
-        instead = f"only {item.absorbs!r}" if item.absorbs else "no batch norm"
+    asked = RequestedSwap(swap.kind, replacements.parse_settings(swap.kind, swap.settings))
+    way = _way(model, site, asked)
+    if isinstance(way, str):
+        raise RecipeError(way)
+    if asked.lacks_size:
+        raise RecipeError(f"it has no size; give one of {', '.join(way.kind.SIZES)}")
+    if swap.absorbs not in (None, way.absorbs):
+        instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
         raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
-    item = dataclasses.replace(item, settings=settings, absorbs=swap.absorbs)
-    option = item.kind.resolve(site, item.original, settings)
-    if not item.pays(option):
+    way = dataclasses.replace(way, settings=asked.settings, absorbs=swap.absorbs)
+    original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
+    option = way.kind.resolve(site, original, asked.settings)
+    if not way.pays(option, site):
         raise RecipeError(
             f'{_no_gain(option, site.cost)}; where that is meant, give it "allow_growth": true among its settings'
         )
-    return item.swap(option)
+    return Matched(site, original, swap.reason, (way,)).swap(option)

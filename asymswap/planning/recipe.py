@@ -10,7 +10,9 @@
     macs = 0.5
     over = "matched"
 
-The first rule whose `match` a conv meets decides about it. Sizes are written "3x3", or 3 for both sides; a list means
+The first rule whose `match` a conv meets decides about it. `swap` may list several kinds: those that cannot take the
+conv are left out, and of the others a budget takes what loses least, with no budget the first that saves something
+wins. Sizes are written "3x3", or 3 for both sides; a list means
 any of them; a range { min = …, max = … } includes its ends, and for sizes holds for both sides. Globs match whole
 names.
 
@@ -27,7 +29,9 @@ import math
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -216,59 +220,63 @@ def _allows(condition: Range | SizeRange | tuple[Any, ...] | None, values: Colle
     return any(condition.holds(value) for value in values)
 
 
-def _one_kind(value: Any) -> Any:
-    if isinstance(value, list) or (isinstance(value, dict) and isinstance(value.get("kind"), list)):
-        raise ValueError("a rule swaps by one kind; write a rule for each, the first that matches a conv decides")
-    return value
+@dataclass(frozen=True)
+class RequestedSwap:
+    """A kind and its checked settings, as a rule asks for them."""
+
+    kind: str
+    settings: KindSettings
+
+    @property
+    def lacks_size(self) -> bool:
+        """True if the kind has sizes, and none is given."""
+        sizes = replacements.load(self.kind).SIZES
+        return bool(sizes) and all(getattr(self.settings, size) is None for size in sizes)
+
+    @property
+    def leaves_choice(self) -> bool:
+        """True if a budget can choose: the size, or for a kind without one whether to swap at all."""
+        return self.lacks_size if replacements.load(self.kind).SIZES else not self.settings.allow_growth
 
 
 class Rule(_Strict):
     """One rule: the convs that it matches, and what they become. Matching none is an error, unless `optional`."""
 
     match: Match = Field(Match.model_validate({}), description="Which convs the rule matches; by default all.")
-    swap: Annotated[dict[str, Any] | None, BeforeValidator(_one_kind)] = Field(
-        None, description="What they become: a kind and its settings."
+    swap: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = Field(
+        (), description="What they become: a kind and its settings, or a list of several to choose from."
     )
     keep: Literal[True] | None = Field(None, description="They stay as they are, in the place of `swap`.")
     optional: Annotated[bool, Field(strict=True)] = Field(False, description="It is no error if no conv matches.")
 
     @model_validator(mode="after")
     def _one_outcome(self) -> Rule:
-        if (self.swap is None) == (self.keep is None):
+        if bool(self.swap) == bool(self.keep):
             raise ValueError("say either swap = { kind = … } or keep = true")
-        if self.swap is not None:
-            if not isinstance(self.swap.get("kind"), str):
-                raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
-            try:
-                _ = self.settings
-            except RecipeError as error:
-                raise ValueError(str(error)) from None
+        if not all(isinstance(swap.get("kind"), str) for swap in self.swap):
+            raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
+        try:
+            kinds = Counter(swap.kind for swap in self.swaps)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        twice = next((kind for kind, times in kinds.items() if times > 1), None)
+        if twice is not None:
+            raise ValueError(f"swap has the kind {twice!r} twice; a conv that it suits could become either")
         return self
 
-    @property
-    def kind(self) -> str:
-        """The name of the kind by which the rule swaps."""
-        assert self.swap is not None
-        return str(self.swap["kind"])
-
-    @property
-    def settings(self) -> KindSettings:
-        """The settings of `swap` beside the kind, checked."""
-        assert self.swap is not None
-        return replacements.parse_settings(self.kind, {key: self.swap[key] for key in self.swap if key != "kind"})
-
-    @property
-    def lacks_size(self) -> bool:
-        """True if the rule swaps and gives no size, although its kind has one."""
-        sizes = () if self.swap is None else replacements.load(self.kind).SIZES
-        return bool(sizes) and set(sizes).isdisjoint(self.swap or ())
+    @functools.cached_property
+    def swaps(self) -> tuple[RequestedSwap, ...]:
+        """What a matched conv may become, checked; nothing where it is kept."""
+        settings = [{key: value for key, value in swap.items() if key != "kind"} for swap in self.swap]
+        return tuple(
+            RequestedSwap(swap["kind"], replacements.parse_settings(swap["kind"], own))
+            for swap, own in zip(self.swap, settings, strict=True)
+        )
 
     @property
     def leaves_choice(self) -> bool:
-        """True if a budget can choose: the size, or for a kind without one whether to swap at all."""
-        if self.swap is None or replacements.load(self.kind).SIZES:
-            return self.lacks_size
-        return not self.settings.allow_growth
+        """True if a budget can choose anything at a conv that the rule matches."""
+        return any(swap.leaves_choice for swap in self.swaps)
 
 
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -344,13 +352,14 @@ class Recipe(About):
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
-        for number, rule in enumerate(self.rules, start=1):
-            if self.budget is None and rule.lacks_size:
-                sizes = " or ".join(replacements.load(rule.kind).SIZES)
-                raise ValueError(f"rule {number} says no size: give {sizes}, or the recipe a [budget]")
-        if self.budget is not None and not any(rule.leaves_choice for rule in self.rules):
+        every = [(number, swap) for number, rule in enumerate(self.rules, start=1) for swap in rule.swaps]
+        for number, swap in every:
+            if self.budget is None and swap.lacks_size:
+                sizes = " or ".join(replacements.load(swap.kind).SIZES)
+                raise ValueError(f"rule {number} says no size: give {swap.kind} a {sizes}, or the recipe a [budget]")
+        if self.budget is not None and not any(swap.leaves_choice for _, swap in every):
             why = "no rule's kind has sizes; leave the budget out"
-            if any(replacements.load(rule.kind).SIZES for rule in self.rules if rule.swap is not None):
+            if any(replacements.load(swap.kind).SIZES for _, swap in every):
                 why = "every rule gives its own size; remove one of the two"
             raise ValueError(f"the [budget] has nothing to choose: {why}")
         return self
@@ -468,15 +477,17 @@ def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
     known: set[str] = set()
     taken = is_size = False
     for rule in rules:
-        swap = rule.get("swap")
-        if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
-            continue
-        kind = replacements.load(swap["kind"])
-        known |= kind.settings.model_fields.keys()
-        if key in kind.settings.model_fields:
-            dropped = kind.SIZES if key in kind.SIZES else ()
-            rule["swap"] = {**{name: item for name, item in swap.items() if name not in dropped}, key: new}
-            taken, is_size = True, is_size or key in kind.SIZES
+        swaps = []
+        for swap in _as_tuple(rule.get("swap", ())):
+            if isinstance(swap, dict) and swap.get("kind") in replacements.names():
+                kind = replacements.load(swap["kind"])
+                known |= kind.settings.model_fields.keys()
+                if key in kind.settings.model_fields:
+                    dropped = kind.SIZES if key in kind.SIZES else ()
+                    swap = {**{name: item for name, item in swap.items() if name not in dropped}, key: new}
+                    taken, is_size = True, is_size or key in kind.SIZES
+            swaps.append(swap)
+        rule["swap"] = swaps
     if not taken:
         hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
         raise RecipeError(f"no rule of the recipe has a setting {key!r}{hint}")
@@ -511,6 +522,9 @@ def json_schema() -> dict[str, Any]:
         settings["required"] = ["kind"]
         settings["title"] = name
         swaps.append(settings)
-    swap = schema["$defs"]["Rule"]["properties"]["swap"]
-    schema["$defs"]["Rule"]["properties"]["swap"] = {"description": swap["description"], "oneOf": swaps}
+    schema["$defs"]["Swap"] = {"oneOf": swaps}
+    one = {"$ref": "#/$defs/Swap"}
+    rule = schema["$defs"]["Rule"]["properties"]
+    both = [one, {"type": "array", "items": one, "minItems": 1}]
+    rule["swap"] = {"description": rule["swap"]["description"], "anyOf": both}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

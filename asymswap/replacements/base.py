@@ -72,6 +72,11 @@ class Replacement(ABC):
     PRESERVES: ClassVar[str]
     """What stays the same at conversion, in a few words for a person."""
 
+    @property
+    def name(self) -> str:
+        """The name of the kind, which is that of its file."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
     def unsupported(self, conv: ConvSpec) -> str | None:
         """Return the reason why this kind cannot replace such a conv, or None where it can."""
         if conv.dtype not in ("float64", "float32", "float16", "bfloat16"):
@@ -99,7 +104,8 @@ class Replacement(ABC):
 
     def option(self, site: Site, settled: KindSettings, error: float = 0.0, loss: float = 0.0) -> Option:
         """Return the option of settled settings; a plan stores those fields that are set."""
-        return Option(settled.model_dump(mode="json", exclude_unset=True), self.cost(site, settled), error, loss)
+        stored = settled.model_dump(mode="json", exclude_unset=True)
+        return Option(self.name, stored, self.cost(site, settled), error, loss)
 
     @abstractmethod
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:

@@ -17,7 +17,7 @@ _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
 
 
 def candidates_view(found: Candidates, width: int) -> Screen:
-    """Return what the candidates hold, and every conv with what `separable` would save, or why it is no candidate."""
+    """Return what the candidates hold, and every conv with what a pair would save, or why it is no candidate."""
     rows, total, wide = found.rows, found.total, width >= WIDE
     warnings = list(found.warnings)
     if rows and (not total.macs or found.held.macs / total.macs < 0.05):
@@ -27,12 +27,14 @@ def candidates_view(found: Candidates, width: int) -> Screen:
         f"for {found.input}; read by {found.traced_by}."
     ]
     if any(row.half is not None for row in rows):
-        fine_print.append(
-            "Even at: the largest rank of a separable pair that still saves something. Half of it saves: this share of "
-            "the conv's MACs / parameters."
+        what = (
+            "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of the "
+            "conv's MACs / parameters."
             if wide
-            else "Saves: by a separable pair of half the rank up to which one saves anything, of the conv's MACs."
+            else "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
         )
+        kinds = dict.fromkeys(row.kind for row in rows if row.half is not None)
+        fine_print.append(f"{what} Pairs are {' or, where it says so, '.join(sorted(kinds, reverse=True))}.")
     title = _verdict(found) if rows else f"{found.reference} has no Conv2d: there is nothing to swap"
     fine_print += map(fmt.sentence, found.notes)
     return screen(title, warnings, _table(found, wide), fine_print=fine_print, width=width)
@@ -61,7 +63,7 @@ def _table(found: Candidates, wide: bool) -> Table:
         if row.half is None:
             return row.kind
         saved = cost - row.half.cost
-        text = f"rank {row.half.rank}: {fmt.share(saved.macs, cost.macs)}"
+        text = f"{'rank' if row.kind == 'separable' else row.kind} {row.half.rank}: {fmt.share(saved.macs, cost.macs)}"
         return text + f" / {fmt.share(saved.params, cost.params)}" * wide
 
     pairs = any(row.half is not None for row in found.rows)
@@ -87,8 +89,7 @@ def draw(found: Candidates, form: str = "svg") -> bytes:
     rest = total - sum((row.site.cost for row in rows), start=Cost(0, 0))
     kinds = list(dict.fromkeys(row.kind for row in rows if row.reason is None))
     series = [
-        ("candidate" if kind == "separable" else f"candidate: {kind}", f"C{number}", _HATCHES[number % len(_HATCHES)])
-        for number, kind in enumerate(kinds)
+        (f"candidate: {kind}", f"C{number}", _HATCHES[number % len(_HATCHES)]) for number, kind in enumerate(kinds)
     ]
     series.append(("no candidate", "0.6", ""))
     numbers = [kinds.index(row.kind) if row.reason is None else len(kinds) for row in rows]

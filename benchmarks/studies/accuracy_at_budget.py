@@ -51,11 +51,11 @@ from asymswap.measure.macs import count_costs
 from asymswap.models import builders
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
-from asymswap.replacements.separable import full_rank, pair_cost
+from asymswap.replacements._pairs import full_rank
+from asymswap.replacements.separable import Separable
 from asymswap.types import Site
 
 PEERS = Path(__file__).with_name("peers")
-ORDERS = ("vertical-first", "horizontal-first")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> Labelle
 
 def uniform(bench: Bench, budget: float, _: int) -> asymswap.Conversion:
     """Every 3x3 conv at the same ratio, the largest at which the whole model keeps the budget."""
+    kind = Separable()
 
     def macs_at(ratio: float) -> float:
         spared = 0
@@ -137,10 +138,10 @@ def uniform(bench: Bench, budget: float, _: int) -> asymswap.Conversion:
             costs = [
                 [
                     cost
-                    for rank in range(1, full_rank(site.conv, order) + 1)
-                    if (cost := pair_cost(site, rank, order).macs) <= ratio * site.cost.macs
+                    for rank in range(1, full_rank(site.conv, form) + 1)
+                    if (cost := kind.cost(site, form.model_copy(update={"rank": rank})).macs) <= ratio * site.cost.macs
                 ]
-                for order in ORDERS
+                for form in kind.forms(kind.settings())
             ]
             # The order is chosen by the error, so it may be the dearer of the two.
             spared += site.cost.macs - max((max(some) for some in costs if some), default=site.cost.macs)

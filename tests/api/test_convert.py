@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pairs import pair_cost
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +25,6 @@ from asymswap.graph.trace import trace
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
 from asymswap.planning.plan import plan_text
-from asymswap.replacements import separable
 from asymswap.results.convert import Report
 from asymswap.results.records import to_json
 from asymswap.types import Call, Cost, Plan, Site
@@ -387,7 +387,7 @@ class TestReport:
         for row in conversion.report.sites:
             assert row.before == sites[row.site].cost
             if row.action == "swap":
-                assert row.after == separable.pair_cost(sites[row.site], row.settings["rank"], row.settings["order"])
+                assert row.after == pair_cost(sites[row.site], row.settings["rank"], row.settings["order"])
             else:
                 assert row.after == row.before
 
@@ -514,7 +514,7 @@ class TestCandidates:
         for row in asymswap.candidates(asymswap.open_model(net, input_size=SIZE)).rows:
             assert row.break_even is not None
             rank, order = row.break_even.rank, row.break_even.order
-            at, above = (separable.pair_cost(row.site, rank + more, order) for more in (0, 1))  # type: ignore[arg-type]
+            at, above = (pair_cost(row.site, rank + more, order) for more in (0, 1))  # type: ignore[arg-type]
             assert at == row.break_even.cost
             assert at.macs <= row.site.cost.macs
             assert at.params <= row.site.cost.params
@@ -530,7 +530,7 @@ def test_a_pair_at_stride_two_costs_what_its_walk_says() -> None:
     conv = read_conv(nn.Conv2d(8, 16, 3, stride=2, padding=1))
     site = Site("conv", conv, (Call((10, 12), (5, 6)),))
     macs = 4 * 8 * 3 * (5 * 12) + 16 * 4 * 3 * (5 * 6)
-    assert separable.pair_cost(site, 4, "vertical-first") == Cost(macs, 4 * 8 * 3 + 16 * 4 * 3 + 16)
+    assert pair_cost(site, 4, "vertical-first") == Cost(macs, 4 * 8 * 3 + 16 * 4 * 3 + 16)
 
 
 def test_data_that_does_not_fit_is_told_before_the_work_is_done(

@@ -49,7 +49,7 @@ RESULTS = {
     "candidates": "candidates digits-resnet",
     "candidates-recipe": "candidates digits-resnet --recipe mixed",
     "candidates-long-names": "candidates inception_v3 --weights none",
-    "candidates-little": "candidates mobilenet_v3_small --weights none",
+    "candidates-little": "candidates swin_t --weights none",
     "recipes": "recipes",
     "recipes-check": "recipes mine.toml",
     "convert": "convert digits-resnet --recipe 3x3-only --dry-run --evaluate digits",

@@ -30,7 +30,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float32, sides: Sequence[int] = (2, 3, 4, 5)) -> Case:
-    """Any conv with more than one row and column of taps; `sides` are those that its kernel may have."""
+    """Any conv whose kernel has these sides, by default more than one row and column of taps."""
     groups = draw(st.integers(1, 3))
     group_in, group_out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     kernel = (draw(st.sampled_from(sides)), draw(st.sampled_from(sides)))

@@ -228,8 +228,9 @@ def _check_extras(arguments: list[str]) -> None:
 
 def _check_toml(text: str) -> None:
     value = tomllib.loads(text)
-    swaps = [value["swap"]] if "swap" in value else [rule.get("swap", {}) for rule in value.get("rules", ())]
-    if not {swap["kind"] for swap in swaps if swap} <= {*replacements.names()}:
+    given = [value["swap"]] if "swap" in value else [rule.get("swap", []) for rule in value.get("rules", ())]
+    swaps = [swap for one in given for swap in (one if isinstance(one, list) else [one])]
+    if not {swap["kind"] for swap in swaps} <= {*replacements.names()}:
         return  # of the guide's own kind, which is there when its page runs
     if "swap" in value:
         Rule.model_validate(value)

@@ -69,3 +69,30 @@ def test_more_than_two_reasons_are_counted() -> None:
     assert "(0: reason 0; 1: reason 1; and 2 more)" in str(caught.value)
     with pytest.raises(RecipeError, match=r"\(0: reason 0; 1: reason 1\)"):
         check_not_empty(Plan((), plan.keeps[:2]), recipe)  # type: ignore[arg-type]
+
+
+def test_both_pairs_are_candidates_without_a_recipe() -> None:
+    """8 -> 8 channels: 64 weights of a 1x1 conv against 16 R, 576 of a 3x3 conv against 48 R."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 8, 3, padding=1)
+    )
+    _, point, scale, dense = find_candidates(net, sites_of(net), None)
+    assert point.break_even is not None
+    assert dense.break_even is not None
+    assert (point.kind, point.break_even.rank, point.break_even.order) == ("low-rank", 3, None)
+    assert (dense.kind, dense.break_even.rank) == ("separable", 11)
+    assert point.half is not None
+    assert point.half.cost.params == 8 * 1 + 1 * 8 + 8
+    assert (scale.kind, scale.break_even) == ("low-rank", None)
+    assert str(scale.reason).startswith("a depthwise 1x1 conv")
+
+
+def test_of_a_choice_the_first_kind_that_gains_is_told() -> None:
+    last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, (1, 3))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 5, padding=2, groups=8), *last)
+    recipe = recipe_of('match = {}\nswap = [{ kind = "low-rank", ratio = 0.5 }, { kind = "cross" }]')
+    stem, depthwise, point, strip = find_candidates(net, sites_of(net), recipe)  # type: ignore[arg-type]
+    assert [row.kind for row in (stem, depthwise, point)] == ["cross", "cross", "low-rank"]
+    assert depthwise.becomes is not None
+    assert point.break_even is not None
+    assert strip.reason == "low-rank: a 1x3 kernel is not 1x1; cross: 1x3 is asymmetric already"

@@ -169,3 +169,18 @@ def test_a_real_machine_is_measured_too(tmp_path: Path) -> None:
     assert row.after > 0
     assert conversion.plan.swaps
     assert len(list(tmp_path.glob("latency-*.json"))) == 1
+
+
+def test_of_several_kinds_each_is_timed(machine: Any, tmp_path: Path) -> None:
+    machine()
+    (tmp_path / "r.toml").write_text(
+        '[[rules]]\nmatch = { in_channels = { min = 8 } }\nswap = [{ kind = "separable" }, { kind = "cross" }]\n'
+        "[budget]\nlatency = 0.7\n"
+    )
+    conversion = asymswap.convert("digits-resnet", tmp_path / "r.toml")
+    row = conversion.report.latency
+    assert row is not None
+    assert 0.6 < row.after / row.before <= 0.7
+    (path,) = (tmp_path / "cache" / "asymswap").glob("latency-*.json")
+    for seconds in json.loads(path.read_text())["seconds"].values():
+        assert {key.partition(" ")[0] for key in seconds if key} == {"separable", "cross"}

@@ -364,3 +364,114 @@ def test_the_same_bits_on_one_thread_and_on_two(resnet: nn.Module, traced: Trace
     (plan, state), (other_plan, other_state) = found
     assert plan == other_plan
     assert all(torch.equal(tensor, other_state[key]) for key, tensor in state.items())
+
+
+class Mixture(nn.Sequential):
+    """Convs that different kinds suit: by `cross` and by `separable` no error, a 1x1 of rank 2, a strip, depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, conv in {
+            "crossed": nn.Conv2d(8, 8, 3, padding=1),
+            "outer": nn.Conv2d(8, 8, 3, padding=1),
+            "point": nn.Conv2d(8, 8, 1),
+            "strip": nn.Conv2d(8, 8, (1, 7), padding=(0, 3)),
+            "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            "scale": nn.Conv2d(8, 8, 1, groups=8),
+        }.items():
+            self.add_module(name, conv)
+        with torch.no_grad():
+            self.crossed.weight[:, :, ::2, ::2] = 0
+            self.outer.weight.copy_(torch.einsum("ci,oj->ocij", torch.randn(8, 3), torch.randn(8, 3)))
+            self.point.weight.copy_((torch.randn(8, 2) @ torch.randn(2, 8))[..., None, None])
+
+
+def chosen(swap: str, budget: str = "", model: nn.Module | None = None) -> Plan:
+    model = (model or Mixture()).eval()
+    inputs = (torch.zeros(1, 8, 16, 16),)
+    recipe = parse_recipe(f"[[rules]]\nswap = {swap}\n{budget}", "r")
+    sites = trace(model, inputs).sites
+    plan = make_plan(model, sites, recipe, count_costs(model, inputs).total)
+    # It says all that it takes to do the same again.
+    assert check_replay(model, sites, plan_from_json(plan_text(plan), "p")) == plan
+    return plan
+
+
+def kinds_of(plan: Plan) -> dict[str, str]:
+    return {swap.site: swap.kind for swap in plan.swaps}
+
+
+PLAIN_CROSS = '{ kind = "cross", correlation = 0 }'
+CHOICE = f'[{{ kind = "separable" }}, {{ kind = "low-rank" }}, {PLAIN_CROSS}]'
+
+
+def test_a_budget_takes_at_each_conv_the_kind_that_loses_least() -> None:
+    """Of 1744 MACs a pixel 992 are left where nothing is lost: 384 for the cross, 48 and 32 for the pairs."""
+    plan = chosen(CHOICE, "[budget]\nmacs = 0.57\n")
+    assert kinds_of(plan).items() >= {"crossed": "cross", "outer": "separable", "point": "low-rank"}.items()
+    exact = [swap.predicted for swap in plan.swaps if swap.site in ("crossed", "outer", "point")]
+    assert exact == pytest.approx([0, 0, 0], abs=1e-6)
+    # Without the cross something is lost.
+    pairs = chosen('[{ kind = "separable" }, { kind = "low-rank" }]', "[budget]\nmacs = 0.57\n")
+    lost = [sum((swap.predicted or 0.0) ** 2 for swap in found.swaps) for found in (plan, pairs)]
+    assert lost[1] > lost[0] + 0.01
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.6, 0.4])
+def test_a_choice_keeps_the_budget(fraction: float) -> None:
+    model, inputs = Mixture().eval(), (torch.zeros(1, 8, 16, 16),)
+    plan = chosen(CHOICE, f"[budget]\nmacs = {fraction}\n")
+    after = count_costs(apply_plan(model, plan), inputs).total.macs
+    assert after <= fraction * count_costs(model, inputs).total.macs
+
+
+def test_where_no_kind_of_a_choice_suits_the_reasons_of_all_are_told() -> None:
+    kept = {keep.site: keep.reason for keep in chosen(CHOICE, "[budget]\nmacs = 0.5\n").keeps}
+    assert kept["strip"] == (
+        "rule 1, but separable: 1x7 is asymmetric already; low-rank: a 1x7 kernel is not 1x1; "
+        "cross: 1x7 is asymmetric already"
+    )
+    assert kept["scale"].count(":") == 3
+    same = chosen('[{ kind = "acb" }, { kind = "cross" }]')
+    assert {keep.site: keep.reason for keep in same.keeps}["strip"] == "rule 1, but 1x7 is asymmetric already"
+
+
+def test_without_a_budget_the_first_kind_that_saves_something_is_taken() -> None:
+    half, cross = '{ kind = "separable", ratio = 0.5 }', '{ kind = "cross" }'
+    spatial = ("crossed", "outer", "depthwise")
+    # Rank 1 of the depthwise conv has two thirds of its MACs.
+    assert kinds_of(chosen(f"[{half}, {cross}]")) == dict.fromkeys(spatial, "separable") | {"depthwise": "cross"}
+    assert kinds_of(chosen(f"[{cross}, {half}]")) == dict.fromkeys(spatial, "cross")
+    with pytest.raises(RecipeError, match=r"rule 1, depthwise .*: ratio = 0.5 cannot be met"):
+        chosen(half)
+    # Rank 12 costs as much as the conv.
+    dear = '{ kind = "separable", rank = 12 }'
+    assert kinds_of(chosen(f"[{dear}, {cross}]")) == dict.fromkeys(spatial, "cross")
+    # What is left of a choice is as strict as a kind alone.
+    two = f'[{dear}, {{ kind = "low-rank", rank = 1 }}]'
+    kept = {keep.site: keep.reason for keep in chosen(two, 'match = { names = "crossed" }\n').keeps}
+    assert kept["crossed"].startswith("rule 1, but rank 12, order vertical-first would cost 1.00 x the MACs")
+    with pytest.raises(RecipeError, match=r"rule 1, depthwise .*: rank = 12 is above the full rank 3"):
+        chosen(two)
+
+
+def test_a_kind_with_its_own_size_is_one_option_of_the_budget() -> None:
+    with_size = f'[{{ kind = "separable", rank = 3, order = "vertical-first" }}, {PLAIN_CROSS}]'
+    plan = chosen(with_size, "[budget]\nmacs = 0.7\n")
+    assert kinds_of(plan).items() >= {"crossed": "cross", "outer": "separable"}.items()
+    assert {swap.settings["rank"] for swap in plan.swaps if swap.kind == "separable"} == {3}
+    # Where all have their sizes it is as without a budget, and what the budget cannot change is not asked.
+    fixed = '[{ kind = "separable", rank = 3 }, { kind = "acb" }]'
+    rule = '[[rules]]\nmatch = { kernel = "1x1" }\nswap = { kind = "low-rank" }\noptional = true\n'
+    plan = chosen(fixed, f'match = {{ names = "crossed" }}\n{rule}[budget]\nmacs = 0.95\n')
+    assert kinds_of(plan)["crossed"] == "separable"
+
+
+def test_a_choice_takes_over_a_batch_norm_for_the_kind_that_wants_it() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    too_large = '{ kind = "separable", rank = 99 }'
+    (swap,) = chosen(f'[{too_large}, {{ kind = "acb", bn = "branch" }}]', model=model).swaps
+    assert (swap.kind, swap.absorbs) == ("acb", "1")
+    (swap,) = chosen('[{ kind = "separable", rank = 2 }, { kind = "acb", bn = "branch" }]', model=model).swaps
+    assert (swap.kind, swap.absorbs) == ("separable", None)

@@ -203,6 +203,8 @@ FORMS = [
     site("early", (Call((32, 32), (32, 32)),)),
     site("wide", (Call((32, 32), (32, 32)),), groups=32, kernel=(7, 7), out_channels=32),
     site("point", (Call((32, 32), (32, 32)),), kernel=(1, 1)),
+    site("pair", (Call((32, 32), (32, 32)),), kernel=(1, 1), groups=2),
+    site("scale", (Call((32, 32), (32, 32)),), kernel=(1, 1), groups=32),
     site("patches", (Call((32, 32), (8, 8)),), kernel=(4, 4), stride=(4, 4)),
     site("dilated", (Call((8, 8), (8, 8)),), dilation=(2, 2)),
     site("late", (Call((8, 8), (8, 8)),)),
@@ -211,7 +213,7 @@ FORMS = [
 ]
 SPOKEN_OF = {
     "3x3-only": {"separable": ["early", "dilated", "late"]},
-    "half-macs": {"separable": ["early", "patches", "dilated", "late", "five"]},
+    "half-macs": {"separable": ["early", "patches", "dilated", "late", "five"], "low-rank": ["point", "pair"]},
     "inception-7x7": {"separable": ["stem"]},
     "large-kernels": {"separable": ["stem", "five"]},
     "all-spatial": {
@@ -238,8 +240,9 @@ def test_which_convs_a_shipped_recipe_swaps_by_which_kind(name: str) -> None:
     recipe = parse_recipe(*read_recipe_text(name))
     found: dict[str, list[str]] = {}
     for each, (spoken, number) in zip(FORMS, find_rule(FORMS, recipe).items(), strict=True):
-        kind = "" if number is None else (recipe.rules[number].swap or {})["kind"]
-        if kind and replacements.load(kind).unsupported(each.conv) is None:
+        swaps = () if number is None else recipe.rules[number].swaps
+        fitting = [swap.kind for swap in swaps if replacements.load(swap.kind).unsupported(each.conv) is None]
+        for kind in fitting[:1]:
             found.setdefault(kind, []).append(spoken)
     assert found == SPOKEN_OF[name]
 
@@ -248,12 +251,13 @@ def test_which_convs_a_shipped_recipe_swaps_by_which_kind(name: str) -> None:
 def test_a_shipped_recipe_promises_what_its_kinds_do(name: str) -> None:
     recipe = parse_recipe(*read_recipe_text(name))
     promises = []
-    for rule in recipe.rules:
-        assert rule.swap is not None
-        sized = {"rank": 1, "order": "vertical-first"} if replacements.load(rule.kind).SIZES else {}
-        wish = {key: item for key, item in rule.swap.items() if key not in ("kind", "ratio", "energy")} | sized
-        kind, settings = replacements.load_swap(Swap("conv", rule.kind, wish))
-        promises.append(kind.preserves(FORMS[1].conv, settings))
+    for wish in (swap for rule in recipe.rules for swap in rule.swap):
+        settled = replacements.load(wish["kind"]).settled
+        sizes = {"rank": 1, "order": "vertical-first"} if settled is not None else {}
+        sized = {key: size for key, size in sizes.items() if settled is not None and key in settled.model_fields}
+        settings = {key: item for key, item in wish.items() if key not in ("kind", "ratio", "energy")} | sized
+        kind, found = replacements.load_swap(Swap("conv", wish["kind"], settings))
+        promises.append(kind.preserves(FORMS[1].conv, found))
     assert all(promises) == (recipe.preserves == "exactly")
 
 
@@ -291,10 +295,29 @@ def test_a_conv_that_never_runs_has_no_feature_map() -> None:
         ("macs = 0.5", 'over = "model"', "a budget needs one of macs, params, latency, max_error"),
         ("macs = 0.5", 'max_error = 0.5\nover = "matched"', "over says of what a fraction is taken, and max_error is"),
         ("[budget]", "[budgt]", "unknown key 'budgt'; did you mean budget"),
-        ("[budget]\nmacs = 0.5", "", "rule 1 says no size: give rank or ratio or energy, or the recipe a .budget."),
+        (
+            "[budget]\nmacs = 0.5",
+            "",
+            "rule 1 says no size: give separable a rank or ratio or energy, or the recipe a .budget.",
+        ),
         ('"separable"', '"separable", rank = 4', "budget. has nothing to choose"),
         ('swap = { kind = "separable" }', "", "say either swap = .* or keep = true"),
         ('swap = { kind = "separable" }', "swap = { rank = 3 }", "swap needs a kind"),
+        ('swap = { kind = "separable" }', "swap = []", "say either swap = .* or keep = true"),
+        ('swap = { kind = "separable" }', "swap = [3]", "rule 1 swap: Input should be a valid dictionary .got 3."),
+        ('{ kind = "separable" }', '["separable"]', "rule 1 swap: Input should be a valid dictionary"),
+        ('"separable"', '["separable", "cross"]', "swap needs a kind"),
+        ('{ kind = "separable" }', '[{ kind = "separable" }, { kind = "cros" }]', "'cros'; did you mean cross"),
+        (
+            '{ kind = "separable" }',
+            '[{ kind = "acb" }, { kind = "cross", rank = 1 }]',
+            "kind 'cross': unknown key 'rank'",
+        ),
+        (
+            '{ kind = "separable" }',
+            '[{ kind = "cross" }, { kind = "cross" }]',
+            "rule 1: swap has the kind 'cross' twice",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line_with_the_place(old: str, new: str, text: str) -> None:
@@ -326,13 +349,13 @@ def test_overrides(overrides: dict[str, Any], swap: dict[str, Any] | None, budge
             parse_recipe(BASE, "r", overrides)
         return
     recipe = parse_recipe(BASE, "r", overrides)
-    assert recipe.rules[0].swap == swap
+    assert recipe.rules[0].swap == (swap,)
     assert str(recipe.budget) == budget
 
 
 def test_a_size_given_by_the_user_takes_the_place_of_the_recipes() -> None:
     recipe = parse_recipe(*read_recipe_text("large-kernels"), {"rank": 5})
-    assert recipe.rules[0].swap == {"kind": "separable", "rank": 5}
+    assert recipe.rules[0].swap == ({"kind": "separable", "rank": 5},)
 
 
 @pytest.mark.parametrize(("overrides", "budget"), [({"correlation": 0.3}, "0.9 of the model's MACs"), ({}, "0.9")])
@@ -362,7 +385,7 @@ def test_unknown_recipe_and_missing_file(tmp_path: Path) -> None:
 def test_the_schema_holds_every_kind_and_every_setting() -> None:
     schema = json_schema()
     json.dumps(schema)
-    swaps = {s["properties"]["kind"]["const"]: s for s in schema["$defs"]["Rule"]["properties"]["swap"]["oneOf"]}
+    swaps = {s["properties"]["kind"]["const"]: s for s in schema["$defs"]["Swap"]["oneOf"]}
     assert swaps.keys() == set(replacements.names())
     for name, swap in swaps.items():
         assert set(swap["properties"]) == {"kind", *replacements.load(name).settings.model_fields}
@@ -425,7 +448,8 @@ def test_the_schema_takes_what_recipes_may_say_and_no_more(match: str, fits: boo
 
 def test_every_field_of_the_schema_says_what_it_is_for() -> None:
     schema = json_schema()
-    tables = [schema, *schema["$defs"].values(), *schema["$defs"]["Rule"]["properties"]["swap"]["oneOf"]]
+    parts = [part for name, part in schema["$defs"].items() if name != "Swap"]
+    tables = [schema, *parts, *schema["$defs"]["Swap"]["oneOf"]]
     silent = [
         (table["title"], name)
         for table in tables

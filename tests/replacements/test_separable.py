@@ -9,6 +9,7 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
+from pairs import full_rank, pair_cost
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +38,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @given(case=cases(), order=st.sampled_from(ORDERS))
 def test_full_rank_is_exact_for_every_form_of_conv(case: Case, order: separable.Order) -> None:
-    pair, _ = convert(case, rank=separable.full_rank(case.site.conv, order), order=order)
+    pair, _ = convert(case, rank=full_rank(case.site.conv, order), order=order)
     with torch.no_grad():
         expected, got = case.conv(case.x), pair(case.x)
     assert got.shape == expected.shape
@@ -47,7 +48,7 @@ def test_full_rank_is_exact_for_every_form_of_conv(case: Case, order: separable.
 
 @given(case=cases(dtype=torch.float64), order=st.sampled_from(ORDERS), data=st.data())
 def test_output_is_that_of_the_truncated_kernel(case: Case, order: separable.Order, data: st.DataObject) -> None:
-    rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
+    rank = data.draw(st.integers(1, full_rank(case.site.conv, order)))
     pair, settled = convert(case, rank=rank, order=order)
     fused = KIND.fuse(pair, case.site.conv, settled)
     with torch.no_grad():
@@ -66,7 +67,7 @@ def test_kernel_error_is_what_numpy_style_svd_leaves_out(case: Case, order: sepa
     spectra = [torch.linalg.svdvals(m.reshape(m.shape[0] * m.shape[1], -1)) for m in matrices]
     total = sum(float(s.square().sum()) for s in spectra)
     options = KIND.options(case.site, Original(case.conv), parse_settings("separable", {"order": order}))
-    assert [option.settings["rank"] for option in options] == list(range(1, separable.full_rank(spec, order) + 1))
+    assert [option.settings["rank"] for option in options] == list(range(1, full_rank(spec, order) + 1))
     for option in options:
         left = sum(float(s[option.settings["rank"] :].square().sum()) for s in spectra)
         assert option.error == pytest.approx(left / total, abs=1e-9)
@@ -88,9 +89,9 @@ def test_error_falls_with_rank_and_the_measured_kernel_agrees(case: Case) -> Non
 
 @given(case=cases(), order=st.sampled_from(ORDERS), data=st.data())
 def test_offered_cost_is_the_cost_counted_by_torch(case: Case, order: separable.Order, data: st.DataObject) -> None:
-    rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
+    rank = data.draw(st.integers(1, full_rank(case.site.conv, order)))
     pair, _ = convert(case, rank=rank, order=order)
-    cost = separable.pair_cost(case.site, rank, order)
+    cost = pair_cost(case.site, rank, order)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pair(case.x[:1])
     assert counter.get_total_flops() == cost.flops
@@ -99,16 +100,16 @@ def test_offered_cost_is_the_cost_counted_by_torch(case: Case, order: separable.
 
 @given(case=cases(), ratio=st.floats(0.05, 1.0))
 def test_ratio_is_the_largest_rank_that_keeps_within_it(case: Case, ratio: float) -> None:
-    if all(separable.pair_cost(case.site, 1, o).macs > ratio * case.site.cost.macs for o in ORDERS):
+    if all(pair_cost(case.site, 1, o).macs > ratio * case.site.cost.macs for o in ORDERS):
         with pytest.raises(RecipeError, match="cannot be met: rank 1 keeps"):
             convert(case, ratio=ratio)
         return
     pair, settled = convert(case, ratio=ratio)
     assert settled.rank is not None
     order = "vertical-first" if next(iter(pair.named_children()))[0] == "vertical" else "horizontal-first"
-    assert separable.pair_cost(case.site, settled.rank, order).macs <= ratio * case.site.cost.macs
-    if settled.rank < separable.full_rank(case.site.conv, order):
-        assert separable.pair_cost(case.site, settled.rank + 1, order).macs > ratio * case.site.cost.macs
+    assert pair_cost(case.site, settled.rank, order).macs <= ratio * case.site.cost.macs
+    if settled.rank < full_rank(case.site.conv, order):
+        assert pair_cost(case.site, settled.rank + 1, order).macs > ratio * case.site.cost.macs
 
 
 @given(case=cases(dtype=torch.float64), energy=st.floats(0.05, 1.0))
@@ -148,7 +149,7 @@ def test_auto_takes_the_cheaper_order_at_equal_error() -> None:
         conv.weight.copy_(torch.einsum("oc,i,j->ocij", torch.randn(4, 1) * torch.randn(4), *torch.randn(2, 3)))
     case = Case(conv, torch.randn(1, 4, 16, 16))
     settled = KIND.resolve(case.site, Original(conv), parse_settings("separable", {"rank": 1})).settings
-    costs = {order: separable.pair_cost(case.site, 1, order).macs for order in ORDERS}
+    costs = {order: pair_cost(case.site, 1, order).macs for order in ORDERS}
     assert costs["vertical-first"] < costs["horizontal-first"]
     assert settled["order"] == "vertical-first"
 

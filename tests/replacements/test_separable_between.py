@@ -10,6 +10,7 @@ import torch
 from conv_cases import Case, cases
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pairs import full_rank, pair_cost
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -91,7 +92,7 @@ def test_a_batch_norm_is_exact_at_full_rank_borders_included(
     case: Case, order: separable.Order, calibrated: bool
 ) -> None:
     statistics = see(case) if calibrated else None
-    rank = separable.full_rank(case.site.conv, order)
+    rank = full_rank(case.site.conv, order)
     pair, settled = convert(case, statistics, rank=rank, order=order, between="bn")
     with torch.no_grad():
         expected, got = case.conv(case.x), pair(case.x)
@@ -107,7 +108,7 @@ def test_a_batch_norm_changes_nothing_at_any_rank(
     case: Case, data: st.DataObject, order: separable.Order, calibrated: bool
 ) -> None:
     statistics = see(case) if calibrated else None
-    rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
+    rank = data.draw(st.integers(1, full_rank(case.site.conv, order)))
     plain, _ = convert(case, statistics, rank=rank, order=order)
     pair, settled = convert(case, statistics, rank=rank, order=order, between="bn")
     x = 3 * case.x + 1
@@ -128,7 +129,7 @@ def test_a_relu_that_cuts_nothing_changes_nothing(
     assume(not lopsided(case))
     calibrated = data.draw(st.booleans())
     statistics = see(case) if calibrated else None
-    rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
+    rank = data.draw(st.integers(1, full_rank(case.site.conv, order)))
     # The start of the plain pair is solved for the same statistics, with a bias to hold the mean where there is one.
     plain, _ = convert(case, statistics, rank=rank, order=order)
     pair, _ = convert(case, statistics, rank=rank, order=order, between=between)
@@ -189,7 +190,7 @@ def test_a_relu_cuts_no_more_than_any_distribution_must(
 ) -> None:
     """Cantelli: at most 1 / (1 + 3^2) of any distribution lies three deviations below its mean."""
     case = Case(_like(case.conv, case.conv.kernel_size, (0, 0), "zeros"), case.x)
-    rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
+    rank = data.draw(st.integers(1, full_rank(case.site.conv, order)))
     pair, _ = convert(case, see(case), rank=rank, order=order, between=between)
     # A patch reads one value a tap of the second conv, and all that are read are those that the statistics is of.
     axis = 3 if order == "vertical-first" else 2
@@ -223,7 +224,7 @@ def test_the_statistics_are_what_torch_gathers(case: Case, data: st.DataObject, 
     mode = case.conv.padding_mode if min(case.x.shape[2:]) > max(padding) else "zeros"
     x = case.x + torch.randn(case.x.shape[1], 1, 1, dtype=torch.float64)
     case = Case(_like(case.conv, kernel, padding, mode), x)
-    rank = data.draw(st.integers(1, separable.full_rank(case.site.conv, order)))
+    rank = data.draw(st.integers(1, full_rank(case.site.conv, order)))
     pair, _ = convert(case, see(case), rank=rank, order=order, between="bn")
     norm = cast(nn.BatchNorm2d, pair.norm)
     seen = before(pair, "norm", case.x)
@@ -240,7 +241,7 @@ def test_the_statistics_are_those_of_the_parts_of_real_patches(
 ) -> None:
     """Of any conv: the first conv's weights applied to the rows or columns of patches that see no padding, or least."""
     conv, spec = case.conv, case.site.conv
-    rank = data.draw(st.integers(1, separable.full_rank(spec, order)))
+    rank = data.draw(st.integers(1, full_rank(spec, order)))
     pair, _ = convert(case, see(case), rank=rank, order=order, between=between)
     axis = 1 if order == "vertical-first" else 0
     early = cast(Any, pair[0]).padding
@@ -300,9 +301,7 @@ def test_offered_cost_is_the_cost_counted_by_torch(
     statistics = see(case) if calibrated else None
     wish = parse_settings("separable", {"order": order, "between": between, "multiple": 1})
     offered = KIND.options(case.site, Original(case.conv, statistics), wish)
-    assert [option.settings["rank"] for option in offered] == list(
-        range(1, separable.full_rank(case.site.conv, order) + 1)
-    )
+    assert [option.settings["rank"] for option in offered] == list(range(1, full_rank(case.site.conv, order) + 1))
     option = data.draw(st.sampled_from(offered))
     settled = separable.Settled.model_validate(option.settings)
     pair = KIND.build(case.site.conv, settled).eval()
@@ -321,12 +320,12 @@ def test_what_a_relu_adds_to_the_cost_by_hand() -> None:
     site = Site("c", read_conv(nn.Conv2d(4, 6, 3, padding=1, bias=False)), (Call((10, 12), (10, 12)),))
     weights = 2 * 4 * 3 + 6 * 2 * 3
     names: list[separable.Between] = ["none", "bn", "relu", "bn-relu"]
-    plain, norm, relu, both = (separable.pair_cost(site, 2, "vertical-first", between=between) for between in names)
+    plain, norm, relu, both = (pair_cost(site, 2, "vertical-first", between=between) for between in names)
     assert plain.macs == norm.macs == 2 * 4 * 3 * 10 * 12 + 6 * 2 * 3 * 10 * 12
     assert relu.macs == both.macs == 2 * 4 * 3 * 10 * 14 + 6 * 2 * 3 * 10 * 12
     assert [cost.params - weights for cost in (plain, norm, relu, both)] == [0, 4, 2 + 6, 4 + 6]
     mirrored = replace(site, conv=replace(site.conv, padding_mode="reflect"))
-    assert separable.pair_cost(mirrored, 2, "vertical-first", between="relu") == replace(relu, macs=plain.macs)
+    assert pair_cost(mirrored, 2, "vertical-first", between="relu") == replace(relu, macs=plain.macs)
 
 
 @given(case=cases(dtype=torch.float64), data=st.data(), order=st.sampled_from(ORDERS))
@@ -334,7 +333,7 @@ def test_a_trained_batch_norm_fuses_where_no_zeros_are_padded_behind_it(
     case: Case, data: st.DataObject, order: separable.Order
 ) -> None:
     spec = case.site.conv
-    rank = data.draw(st.integers(1, separable.full_rank(spec, order)))
+    rank = data.draw(st.integers(1, full_rank(spec, order)))
     pair, settled = convert(case, see(case), rank=rank, order=order, between="bn")
     norm = cast(nn.BatchNorm2d, pair.norm)
     with torch.no_grad():

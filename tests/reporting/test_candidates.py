@@ -48,13 +48,15 @@ def test_it_names_layers_and_says_what_the_candidates_hold() -> None:
     words = texts(shown.draw(found(ROWS)))
     assert "net: 2 of 3 convs are candidates; they hold " in words
     assert "what is no conv holds 1.3 % and 30.0 %" in words
-    for word in ("candidate", "no candidate", "stem", "layer1.conv1", "layer1.conv2"):
+    for word in ("candidate: separable", "no candidate", "stem", "layer1.conv1", "layer1.conv2"):
         assert word in words.splitlines()
 
 
 def test_kinds_of_a_recipe_are_told_apart() -> None:
     rows = [candidate("a", 4, kind="acb"), candidate("b", 4), candidate("c", 4, kind="acb")]
-    assert {"candidate: acb", "candidate", "no candidate"} <= set(texts(shown.draw(found(rows))).splitlines())
+    assert {"candidate: acb", "candidate: separable", "no candidate"} <= set(
+        texts(shown.draw(found(rows))).splitlines()
+    )
 
 
 @pytest.mark.parametrize("rows", [ROWS, []], ids=["some", "none"])

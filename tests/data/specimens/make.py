@@ -42,12 +42,13 @@ sys.path.insert(0, str(HERE.parents[1] / "helpers"))
 
 import specimen_nets as nets  # noqa: E402
 
-RULE = '[[rules]]\nmatch = {{ kernel = {{ min = "3x3" }} }}\nswap = {{ kind = {} }}\noptional = true\n'
+RULE = '[[rules]]\nmatch = {{ kernel = {{ min = "{}" }} }}\nswap = {{ kind = {} }}\noptional = true\n'
 SWAPS = {
     "separable": '"separable", rank = 2',
     "separable-relu": '"separable", rank = 2, between = "relu", allow_growth = true',
     "separable-bn": '"separable", rank = 2, between = "bn", allow_growth = true',
     "separable-bn-relu": '"separable", rank = 2, between = "bn-relu", allow_growth = true',
+    "low-rank": '"low-rank", rank = 2',
     "cross": '"cross", bias = true',
     "acb": '"acb", bn = "shared"',
     "acb-branch": '"acb", bn = "branch", eps = 0.001, momentum = "cumulative"',
@@ -152,7 +153,8 @@ def moved(made: asymswap.Conversion) -> asymswap.Conversion:
 
 def converted(net: nn.Module, swap: str, recipe: str | None = None) -> asymswap.Conversion:
     if recipe is None:
-        Path("swap.toml").write_text(RULE.format(swap), encoding="utf-8")
+        least = "1x1" if swap == SWAPS["low-rank"] else "3x3"
+        Path("swap.toml").write_text(RULE.format(least, swap), encoding="utf-8")
     made = asymswap.convert(asymswap.open_model(seen(net), input_size=nets.SIZE), recipe or "swap.toml")
     Path("swap.toml").unlink(missing_ok=True)
     return moved(made)
