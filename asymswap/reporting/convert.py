@@ -128,7 +128,7 @@ def report_view(report: Report, width: int) -> Screen:
     return screen(
         f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
         _first_lines(report),
-        fmt.agreement(report.agreement),
+        [*fmt.drop(report.drop), *fmt.agreement(report.agreement)],
         changes(_headline(report)),
         layer_table(report, width),
         ["Kept: " + "; ".join(kept)] if kept else [],
@@ -147,6 +147,7 @@ def to_markdown(report: Report) -> str:
     return document(
         f"# {fmt.markdown_text(title)}",
         *bold(map(fmt.sentence, _first_lines(report))),
+        *fmt.drop(report.drop),
         *fmt.agreement(report.agreement),
         changes(_headline(report)),
         [*facts, f"asymswap {report.asymswap}."],
