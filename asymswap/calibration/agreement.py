@@ -103,7 +103,7 @@ class Restored(Evaluator):
         self._batches = list(zip(noisy, clean, strict=True))
         known, self.images = opened.preprocessing, noisy.count
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (known.mean, known.std))
-        self.description = self.inputs = noisy.description
+        self.description = noisy.description
 
     def suits(self, model: nn.Module) -> bool:
         """Return True if the network makes images of the size of its inputs."""

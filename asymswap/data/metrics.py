@@ -159,7 +159,8 @@ class _Paired(Evaluator):
     ) -> None:
         # Opened for what it refuses: networks that do not take single images.
         opened = open_data(reference, known, "test", unlabelled=True)
-        self.known, self.inputs, self.crop = opened.preprocessing, opened.description, crop_border
+        self.known, self.crop = opened.preprocessing, crop_border
+        self.inputs = opened.description if chosen is None else ""
         self.mode = PIL_MODES[known.channels]
         pairs = datasets.paired_files(reference)
         self.pairs = pairs if chosen is None else [pairs[number] for number in chosen]

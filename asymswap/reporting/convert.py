@@ -194,6 +194,8 @@ def _fine_print(report: Report) -> list[str]:
         lines.append("Error: relative change of the layer's own output, on the original's input to it.")
     if report.budget is not None:
         lines.append(f"Budget: {report.budget}.")
+    if report.drop is not None:
+        lines.append("The network was chosen by the loss measured: on other inputs it may be a little larger.")
     if report.latency is not None:
         lines += _latency(report.latency)
     if accuracy is not None:

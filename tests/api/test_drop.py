@@ -23,17 +23,21 @@ def silent(*_: object) -> None: ...
 
 
 class Net(nn.Module):
-    """Classifies noise in ten classes, by random weights of a low rank and some more."""
+    """Classifies noise in ten classes; its second kernel has four pairs of strong directions, and weak others."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU())
-        self.last = nn.Linear(24, 10)
+        torch.manual_seed(0)
+        self.first, self.body = nn.Conv2d(1, 12, 5, padding=2), nn.Conv2d(12, 16, 3, padding=1)
+        self.last = nn.Linear(16, 10)
+        pairs = torch.einsum("ri,rcj,or->ocij", torch.randn(4, 3), torch.randn(4, 12, 3), torch.randn(16, 4))
+        with torch.no_grad():
+            self.body.weight.copy_(0.1 * pairs + 0.02 * torch.randn(16, 12, 3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.last(self.body(x).mean((2, 3)) * 20)
-        return scores - scores.mean(1, keepdim=True)
+        features = self.body(self.first(x).relu()).relu()
+        scores: Tensor = self.last(20 * features.mean((2, 3)))
+        return scores
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +164,7 @@ def test_a_metric_of_the_users_decides_and_is_measured_once_more_for_each_try(re
     assert scores.scores[0].after == pytest.approx(1 - row.lost)
     assert accuracy(conversion.model) == pytest.approx(1 - row.lost)
     assert row.lost <= 0.02
-    assert any("chosen by" in note for note in conversion.report.calibration.notes)  # type: ignore[union-attr]
+    assert "The network was chosen by the loss measured" in str(conversion)
 
 
 def test_polish_is_measured_and_never_ends_with_more(recipe: str, images: Tensor) -> None:
@@ -188,7 +192,7 @@ def test_batches_of_a_loader_are_held_back_up_to_half(recipe: str, images: Tenso
         ("0.1dB", r"0\.1 dB is in decibels, but what is measured is agreement; give points, such as 0\.5$"),
         (
             1e-9,
-            r"the budget of a measured loss of at most 1e-09 cannot be kept: at 0\.\d+ of the MACs \d+\.\d+ points of ",
+            r"the budget of a measured loss of at most 1e-09 cannot be kept: at 0\.\d+ of the MACs \d+\.\d+ poin",
         ),
         ("some", "max_drop: .*some is no loss that may be allowed"),
     ],
@@ -206,9 +210,7 @@ def test_values_without_the_right_images_have_no_decibels(recipe: str, images: T
 
 
 def test_without_anything_to_measure_on_it_is_refused(recipe: str) -> None:
-    with pytest.raises(
-        AsymswapError, match=r"`max_drop=…` is measured: give `calibration=…` with data, of which a part"
-    ):
+    with pytest.raises(AsymswapError, match=r"`max_drop=…` is measured: give `calibration=…` with data, of which"):
         asymswap.convert(Net(), recipe, example_inputs=torch.zeros(1, 1, 8, 8))
     with pytest.raises(RecipeError, match=r"a budget of loss needs measuring: use asymswap\.convert"):
         asymswap.plan(Net(), recipe, example_inputs=torch.zeros(1, 1, 8, 8))
@@ -218,9 +220,8 @@ def test_a_sweep_measures_what_a_loss_is_measured_by(recipe: str, folder: Path, 
     row = converted(recipe, images, 3).report.drop
     assert row is not None
     calibration = asymswap.Calibration(images, images=128, outputs="scores", held_back=4096)
-    found = asymswap.sweep(
-        Net().eval(), [recipe], calibration=calibration, budgets=[row.share + 1e-6], tolerance="3%", progress=False
-    )
+    options: dict[str, Any] = {"budgets": [row.share + 1e-6], "tolerance": "3%"}
+    found = asymswap.sweep(Net().eval(), [recipe], calibration=calibration, progress=False, **options)
     assert found.tolerance == 0.03
     assert (found.first.name, found.images) == (row.score, row.samples)
     assert -found.gain(found.points[0]) == pytest.approx(row.lost, abs=2.5 / 200)
