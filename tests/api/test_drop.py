@@ -190,16 +190,22 @@ def test_batches_of_a_loader_are_held_back_up_to_half(recipe: str, images: Tenso
     ("drop", "expected"),
     [
         ("0.1dB", r"0\.1 dB is in decibels, but what is measured is agreement; give points, such as 0\.5$"),
-        (
-            1e-9,
-            r"the budget of a measured loss of at most 1e-09 cannot be kept: at 0\.\d+ of the MACs \d+\.\d+ poin",
-        ),
         ("some", "max_drop: .*some is no loss that may be allowed"),
     ],
 )
 def test_what_cannot_be_kept_says_why(recipe: str, images: Tensor, drop: float | str, expected: str) -> None:
     with pytest.raises(AsymswapError, match=expected):
         converted(recipe, images, drop)
+
+
+def test_what_every_network_loses_cannot_be_asked_for(recipe: str, images: Tensor) -> None:
+    kept = (
+        r"the budget of a measured loss of at most 0\.0001% cannot be kept: at 0\.\d+ of the MACs \d+\.\d+ % of output "
+    )
+    with pytest.raises(RecipeError, match=kept + "error are lost; allow more, or polish$"):
+        asymswap.convert(
+            Denoiser().eval(), recipe, max_drop="0.0001%", calibration=asymswap.Calibration(images), progress=silent
+        )
 
 
 def test_values_without_the_right_images_have_no_decibels(recipe: str, images: Tensor) -> None:
