@@ -63,7 +63,7 @@ class Calibration:
         None,
         "Number of images to measure the loss on, at most half.",
         _PANEL,
-        shown="256; 4,096 for --max-drop",
+        shown="256; 4,096 for a max drop",
     )
     outputs: OutputKind | None = option(
         None,
