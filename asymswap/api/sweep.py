@@ -84,13 +84,14 @@ def sweep(
     feeding = None
     if isinstance(data, str) or (calibration is not None and calibration.data is not None):
         opened, feeding = settle_on(opened, *fed_on(calibration, str(data)))
-    session = Session(opened, calibration)
-    if data is not None:
-        evaluator = evaluator_of(data, opened, crop_border)
-    elif calibration is not None and calibration.data is not None:
-        evaluator = on_held_back(opened, calibration, session.traced)
-    else:
+    # Before the model runs: a mistake in the data is not to be hidden by one in its input.
+    evaluator = None if data is None else evaluator_of(data, opened, crop_border)
+    if evaluator is None and (calibration is None or calibration.data is None):
         raise AsymswapError("a sweep needs something to measure by: give `evaluate=…`, or `calibration=…` with data")
+    session = Session(opened, calibration)
+    if evaluator is None and calibration is not None:
+        evaluator = on_held_back(opened, calibration, session.traced)
+    assert evaluator is not None
     on = data if isinstance(data, str) else evaluator.description
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, evaluator, on, measure, calibration)
     if known is not None:
