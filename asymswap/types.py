@@ -394,11 +394,15 @@ class Patches:
 
 @dataclass(frozen=True)
 class UserData:
-    """What a user gives as data: anything that `open_inputs` takes, and how a batch becomes arguments."""
+    """What a user gives as data: anything that `open_inputs` takes, and how a batch becomes arguments.
+
+    `held_back` is the number of samples, or of patches, to hold back; 0 leaves it to `open_inputs`.
+    """
 
     data: Any
     inputs: Callable[[Any], Any] | None = None
     patches: Patches = Patches()
+    held_back: int = 0
 
     @property
     def reference(self) -> str | None:

@@ -70,7 +70,7 @@ asymswap convert digits-resnet --plan plan.json
 ```
 
 On the command line, `--set rank=8` changes a setting of every rule whose kind has it, and `--macs`, `--params`,
-`--latency` and `--max-error` replace the budget.
+`--latency` and `--max-drop` replace the budget.
 """
 
 RECIPES_MIDDLE = """\

@@ -4,8 +4,9 @@ A model is a reference (`"resnet18"`), a file, an `nn.Module`, or the result of 
 it is never changed. Options of several verbs:
 
 - `input_size`, `preprocessing`: as those of `open_model`;
-- `macs`, `params`, `latency`: the recipe's budget, as a fraction of the model's own; one of them;
-- `overrides`: further changes to the recipe: `{"order": "vertical-first", "budget.max_error": 0.1}`;
+- `macs`, `params`, `latency`: the recipe's budget, as a fraction of the model's own; one of them, or in `convert`
+  `max_drop`: the smallest network whose measured loss is at most 0.5 (points), "0.1dB", or "2%" of the outputs;
+- `overrides`: further changes to the recipe: `{"order": "vertical-first", "budget.over": "matched"}`;
 - `progress`: bars in a terminal and a notebook by default; False shows nothing, a function is called with the name of a
   stage, the steps done and the steps in all.
 
@@ -27,8 +28,10 @@ from torch import nn
 
 import asymswap
 from asymswap import replacements
+from asymswap.api.drop import convert_within, measuring
 from asymswap.api.progress import shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
+from asymswap.calibration.agreement import Against, on_held_back
 from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
@@ -41,6 +44,7 @@ from asymswap.measure.macs import Costs
 from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.planning.drop_budget import Drop
 from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe, read_recipe_text
@@ -105,6 +109,7 @@ def convert(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
+    max_drop: float | str | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     input_size: tuple[int, ...] | None = None,
@@ -123,13 +128,15 @@ def convert(
     processes of its team must make the same call, and get the same result. `evaluate` is a data reference, whose test
     part is used, a function of the model that returns a number or numbers by name, or a `Metric`: scores are measured
     before and after; `crop_border` is for `pairs:`. `timing` is for budgets of latency, `seed` for the probe batch.
+    A `max_drop` is of the first score of `evaluate`, or else of what is measured on inputs of the calibration that are
+    held back.
     Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
     `allow_drift`.
     """
     assert callable(progress)  # `shows_progress` makes it one
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
-    overrides = _with_budget(overrides, macs=macs, params=params, latency=latency)
+    overrides = _with_budget(overrides, macs=macs, params=params, latency=latency, max_drop=max_drop)
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: `overrides=…` and budgets go with a recipe; edit the plan instead")
     requested: Recipe | Plan
@@ -142,6 +149,9 @@ def convert(
         budget = requested.budget
     if calibration is not None and not isinstance(calibration, Calibration):
         raise AsymswapError(f"`calibration=` takes asymswap.Calibration(DATA), not {calibration!r}")
+    drop = None if budget is None or budget.max_drop is None else Drop.parse(budget.max_drop)
+    if drop is not None and evaluate is None:
+        calibration = measuring(calibration)
     in_time = budget is not None and budget.latency is not None
     if timing is not None and not in_time:
         raise AsymswapError("`timing=…` goes with a budget of latency: give `latency=…`, or leave it out")
@@ -161,25 +171,36 @@ def convert(
     clock.stop("load")
     session = Session(opened, calibration, clock)
     what_is_stored(opened.model)  # raises where it could not be written
+    judge = evaluator
+    if drop is not None and judge is None and calibration is not None:
+        judge = on_held_back(opened, calibration, session.traced, drop.unit)
     before = None
-    if evaluator is not None:
+    if judge is not None:
         # Before calibration, which takes minutes.
         step = functools.partial(progress, "evaluating before")
-        before = session.team.first(functools.partial(evaluator, opened.model, step))
+        before = session.team.first(functools.partial(judge.measured, opened.model, step))
+        if drop is not None:
+            drop.allowed(before.scores[0])
         clock.stop("evaluate before")
     if calibration is not None:
         classes = None if evaluator is None else evaluator.classes
         session.gather(session.sites_of([requested]), classes, progress)
-    settled, timed = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
-    if isinstance(requested, Recipe):
-        check_not_empty(settled, requested)
-    converted = session.apply(settled, progress)
+    kept, timed = None, None
+    if drop is not None and judge is not None and before is not None and isinstance(requested, Recipe):
+        kept = convert_within(session, requested, drop, judge, before, progress)
+        converted = kept.converted
+    else:
+        settled, timed = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
+        if isinstance(requested, Recipe):
+            check_not_empty(settled, requested)
+        converted = session.apply(settled, progress)
+    settled = converted.plan
 
     def measured() -> Report:
         report = make_report(session, converted, name, None if budget is None else str(budget), seed)
         if not allow_drift:
             check_promises(report, opened.dtype())
-        against = session.against()
+        against = judge if isinstance(judge, Against) else session.against()
         comparing = functools.partial(progress, "comparing")
         agreement = None if against is None else against.agreement(converted.model, comparing)
         first = sizes_assumed([opened]) if feeding is None else feeding.warnings
@@ -187,10 +208,11 @@ def convert(
         clock.stop("measure")
         scores = None
         if evaluator is not None and before is not None:
-            after = evaluator(converted.model, functools.partial(progress, "evaluating after"))
-            check_same(before, after)
+            step = functools.partial(progress, "evaluating after")
+            after = evaluator(converted.model, step) if kept is None else kept.measured.scores
+            check_same(before.scores, after)
             value = {score.name: score.value for score in after}
-            changes = [ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before]
+            changes = [ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before.scores]
             scores = AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
             clock.stop("evaluate")
         return replace(
@@ -199,6 +221,7 @@ def convert(
             calibration=calibrated,
             accuracy=scores,
             agreement=agreement,
+            drop=None if kept is None else kept.row,
             warnings=(*first, *report.warnings),
             fed=fed_of(feeding),
             seconds=clock.seconds,
@@ -217,7 +240,7 @@ def convert(
     return Conversion(converted.model, settled, report, header, base_of(opened))
 
 
-def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | None) -> dict[str, Any]:
+def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | None) -> dict[str, Any]:
     """Return the overrides with the budget that is given; raise AsymswapError where two are."""
     given = {f"budget.{measure}": value for measure, value in budgets.items() if value is not None}
     every = [*(overrides or {}).items(), *given.items()]
@@ -336,7 +359,7 @@ def calibration_row(session: Session, converted: Converted, evaluated_on: str | 
     gathered, polished = session.gathered, converted.polished
     if gathered is None:
         return None
-    notes = list(gathered.notes)
+    notes = list(converted.notes)
     if polished is not None:
         notes.append(str(polished))
     if evaluated_on is not None and gathered.held_back and evaluated_on == gathered.held_back.description:

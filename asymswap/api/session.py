@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from asymswap.calibration.agreement import Against
 from asymswap.calibration.calibrate import UNSEEN, Gathered, convert_on, gather_statistics, in_own_precision, polish
 from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.polish import Polished
-from asymswap.errors import AsymswapError, SourceError
+from asymswap.errors import AsymswapError, RecipeError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.fidelity import check_stand_ins, describe_calls
@@ -25,35 +25,39 @@ from asymswap.planning.latency_budget import Timing, plan_in_time
 from asymswap.planning.plan import Choices, check_replay, choose, counted_costs, find_choices, matched_sites
 from asymswap.planning.recipe import Budget, Recipe
 from asymswap.results.convert import LatencyRow
-from asymswap.types import Plan, Progress, Site, silent
+from asymswap.types import Plan, Progress, Site, Swap, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.inputs import portions
 from asymswap.utils.tensors import eval_mode, first_not_finite
 
+_LEAST = 1e-3  # how near to the least fraction of the MACs
+_STEPS = 40  # fractions at which plans are made, to see what they predict
+
 
 class Clock:
-    """Wall time of consecutive stages; the first one began `spent` seconds ago."""
+    """Wall time of consecutive stages, which may come again; the first one began `spent` seconds ago."""
 
     def __init__(self, spent: float = 0.0) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter() - spent
 
     def stop(self, stage: str) -> None:
-        """Record the seconds since the last stage."""
+        """Add the seconds since the last stage."""
         now = time.perf_counter()
-        self.seconds[stage] = round(now - self._last, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
         self._last = now
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted model, its plan and costs; `sequential`: it was solved layer by layer."""
+    """A converted model, its plan and costs; `sequential`: it was solved layer by layer, as the `notes` say."""
 
     model: nn.Module
     plan: Plan
     costs: Costs
     sequential: bool = False
     polished: Polished | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Session:
@@ -106,7 +110,7 @@ class Session:
         budget: Budget | None = None,
         timing: Timing | None = None,
     ) -> tuple[Plan, LatencyRow | None]:
-        """Plan by a recipe, under its own budget or another one of MACs, parameters or error, or replay a plan.
+        """Plan by a recipe, under its own budget or another one of MACs or parameters, or replay a plan.
 
         With `timing` the budget is one of latency; returns what was measured too. Raises RecipeError where the recipe
         does not fit the model or the budget cannot be reached, PlanError where the plan does not fit.
@@ -144,14 +148,39 @@ class Session:
             check_stand_ins(self.opened.model, new, self.opened.example())
         self._replaceable.update(new)
 
-    def apply(self, plan: Plan, progress: Progress = silent) -> Converted:
+    def curve(self, recipe: Recipe, progress: Progress = silent) -> list[tuple[float, float]]:
+        """Return fractions of the MACs, from the least that can be reached, with the errors that their plans predict.
+
+        The errors are sums of squares over the layers; fractions whose plans swap nothing are left out.
+        """
+        choices, total = self.choices(recipe, progress), self.costs.total
+
+        def swapped(fraction: float) -> tuple[Swap, ...] | None:
+            budget = Budget.model_validate({"macs": fraction})
+            at = replace(choices, recipe=recipe.model_copy(update={"budget": budget}))
+            with suppress(RecipeError):
+                return choose(at, counted_costs(budget, total)).swaps
+            return None
+
+        low, high = 0.0, 1.0
+        while high - low > _LEAST:
+            middle = (low + high) / 2
+            low, high = (middle, high) if swapped(middle) is None else (low, middle)
+        fractions = [high + (1.0 - high) * step / _STEPS for step in range(_STEPS + 1)]
+        swaps = [(fraction, swapped(fraction)) for fraction in fractions]
+        return [(fraction, sum((one.predicted or 0.0) ** 2 for one in some)) for fraction, some in swaps if some]
+
+    def apply(self, plan: Plan, progress: Progress = silent, polished: bool = True) -> Converted:
         """Convert a copy of the model by a plan, solved on the statistics and polished if the calibration asks for it.
 
-        Raises AsymswapError where the converted model does not run as before, or holds NaN or infinity.
+        Without `polished` it is only solved. Raises AsymswapError where the converted model does not run as before, or
+        holds NaN or infinity.
         """
         opened, gathered, calibration = self.opened, self.gathered, self.calibration
+        # Each conversion has notes of its own.
+        gathered = None if gathered is None else replace(gathered, notes=[*gathered.notes])
         self.check_replaceable([name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None])
-        polished = None
+        trained = None
         if gathered is None or calibration is None:
             # If nobody else holds the original, unchanged weights need not be held twice.
             converted = apply_plan(opened.model, plan, progress, share=opened.may_share)
@@ -160,8 +189,8 @@ class Session:
         else:
             converted, sequential = convert_on(self.traced, plan, gathered, calibration, progress)
             self.clock.stop("convert")
-            if calibration.polishes:
-                polished = self.team.first(lambda: polish(gathered, converted, calibration, progress))
+            if calibration.polishes and polished:
+                trained = self.team.first(lambda: polish(gathered, converted, calibration, progress))
                 self.team.follow_(converted)
                 self.clock.stop("polish")
             converted = in_own_precision(opened, plan, converted, gathered)
@@ -184,7 +213,7 @@ class Session:
             change = describe_calls(site.name, costs.calls[site.name], site.calls)
             if change is not None:
                 raise AsymswapError(f"in the converted model {change}; keep that conv by a rule with keep = true")
-        return Converted(converted, plan, costs, sequential, polished)
+        return Converted(converted, plan, costs, sequential, trained, () if gathered is None else tuple(gathered.notes))
 
 
 def check_finite(opened: OpenedModel, done: str = "converted") -> None:

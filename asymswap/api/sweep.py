@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.progress import shows_progress
 from asymswap.api.session import Session, check_finite
-from asymswap.calibration.agreement import Against
+from asymswap.calibration.agreement import on_held_back
 from asymswap.calibration.calibrate import fed_on, options_of
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
@@ -24,6 +24,7 @@ from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
@@ -33,8 +34,8 @@ from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Patches, Progress
 
 Measure = Literal["macs", "params"]
-TOLERANCES = {"%": 1.0, "dB": 0.1}
-"""How much of a score the advice allows to lose: points of one in per cent, decibels."""
+TOLERANCES = {"%": "1%", "dB": "0.1dB"}
+"""How much of a score the advice allows to lose, by its unit."""
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -48,7 +49,7 @@ def sweep(
     budgets: Sequence[float] = BUDGETS,
     measure: Measure = "macs",
     calibration: Calibration | None = None,
-    tolerance: float | None = None,
+    tolerance: float | str | None = None,
     known: Tradeoff | None = None,
     on_point: Callable[[Tradeoff], None] = lambda _: None,
     input_size: tuple[int, ...] | None = None,
@@ -58,12 +59,12 @@ def sweep(
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure each.
 
-    Calibration statistics are gathered once. `data` is what `asymswap.convert` takes as `evaluate`; without it the
-    agreement with the original is measured, on inputs of the calibration that are held back. `tolerance` is how
-    much of the first score the advice allows to lose: points of one in per cent (1 by default), else in its own unit
-    (0.1 dB; a hundredth of the original's). `on_point` gets the sweep so far after each point; `known`, a sweep with
-    the same settings, is resumed. The other options are those of `asymswap.convert`. A budget that a recipe cannot
-    reach is a point with the reason. Raises AsymswapError for everything else.
+    Calibration statistics are gathered once. `data` is what `asymswap.convert` takes as `evaluate`; without it what
+    `max_drop` limits is measured, on inputs of the calibration that are held back. `tolerance` is how much of the first
+    score the advice allows to lose, given as a `max_drop` is (1 point, 0.1 dB, or a hundredth of the original's).
+    `on_point` gets the sweep so far after each point; `known`, a sweep with the same settings, is resumed. The other
+    options are those of `asymswap.convert`. A budget that a recipe cannot reach is a point with the reason. Raises
+    AsymswapError for everything else.
     """
     assert callable(progress)  # `shows_progress` makes it one
     check_choice("the measure", measure, get_args(Measure))
@@ -83,17 +84,18 @@ def sweep(
     feeding = None
     if isinstance(data, str) or (calibration is not None and calibration.data is not None):
         opened, feeding = settle_on(opened, *fed_on(calibration, str(data)))
-    if data is not None:
-        evaluator = evaluator_of(data, opened, crop_border)
-    elif calibration is not None and calibration.data is not None:
-        evaluator = Against(opened, calibration)
-    else:
+    # Before the model runs: a mistake in the data is not to be hidden by one in its input.
+    evaluator = None if data is None else evaluator_of(data, opened, crop_border)
+    if evaluator is None and (calibration is None or calibration.data is None):
         raise AsymswapError("a sweep needs something to measure by: give `evaluate=…`, or `calibration=…` with data")
+    session = Session(opened, calibration)
+    if evaluator is None and calibration is not None:
+        evaluator = on_held_back(opened, calibration, session.traced)
+    assert evaluator is not None
     on = data if isinstance(data, str) else evaluator.description
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, evaluator, on, measure, calibration)
     if known is not None:
         known = _resumable(known, setting)
-    session = Session(opened, calibration)
     if known is None:
         known = Tradeoff(
             model=opened.reference,
@@ -116,6 +118,7 @@ def sweep(
         if calibration is not None:
             session.gather(sites, evaluator.classes, progress)
     seconds: list[float] = []
+    notes: dict[str, None] = dict.fromkeys(() if session.gathered is None else session.gathered.notes)
     for name, fraction in lacking:
         place = f"{fraction:g} ({len(seconds) + 1} of {len(lacking)}"
         if seconds:
@@ -137,6 +140,7 @@ def sweep(
             point = Point(name, fraction, failed=str(error))
         else:
             converted = session.apply(plan, step)
+            notes |= dict.fromkeys(converted.notes)
             found = {one.name: one for one in evaluator(converted.model, functools.partial(step, "evaluating"))}
             # An older sweep knows top-1 alone.
             found = {score.name: found[score.name] for score in result.scores if score.name in found}
@@ -145,19 +149,19 @@ def sweep(
             point = Point(name, fraction, converted.costs.total, values, len(plan.swaps))
         seconds.append(time.perf_counter() - start)
         point = replace(point, seconds=round(seconds[-1], 2))
-        result = replace(result.with_point(point), notes=_notes(session, evaluator))
+        result = replace(result.with_point(point), notes=_notes(session, evaluator, notes))
         on_point(result)
     return result
 
 
-def _tolerated(first: Score, tolerance: float | None) -> float:
-    """Return how much of a score may be lost, as its values are; `tolerance` is in points where they are fractions."""
+def _tolerated(first: Score, tolerance: float | str | None) -> float:
+    """Return how much of a score may be lost, as its values are."""
     if tolerance is None:
         tolerance = TOLERANCES.get(first.unit, abs(first.value) / 100)
-    return tolerance / 100 if first.unit == "%" else tolerance
+    return Drop.parse(tolerance).allowed(first)
 
 
-def _notes(session: Session, evaluator: Evaluator) -> tuple[str, ...]:
+def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tuple[str, ...]:
     """Return how the sweep was calibrated, and what to know of the scores."""
     note = (evaluator.note,) if evaluator.note else ()
     gathered, calibration = session.gathered, session.calibration
@@ -169,7 +173,7 @@ def _notes(session: Session, evaluator: Evaluator) -> tuple[str, ...]:
         notes.append(f"then polished on up to {calibration.polish_images} of them")
     if gathered.held_back is not None and gathered.held_back.description == evaluator.inputs:
         notes.append(SAME_IMAGES)
-    return (*notes, *dict.fromkeys(gathered.notes), *note)
+    return (*notes, *found, *note)
 
 
 _SETTINGS = ("images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
@@ -181,6 +185,8 @@ def _plain_settings(calibration: Calibration) -> dict[str, Any]:
     given = calibration.given()
     if given.patches != Patches():
         settings["patches"] = plain(given.patches)
+    if given.held_back:
+        settings["held_back"] = given.held_back
     return {"data": given.reference or f"a {type(given.data).__name__}", **settings}
 
 

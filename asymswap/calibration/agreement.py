@@ -1,25 +1,44 @@
-"""Agreement as an evaluator: how far models answer as a first one does, on held-back inputs without labels."""
+"""What models are measured by on held-back inputs without labels: how far they answer as a first one does.
+
+Of a network that makes images more is known where the right ones are: before noise was added to them, or in `pairs:`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.gather import output_kind
-from asymswap.data.inputs import Batches, open_inputs, settle_on
-from asymswap.data.metrics import Evaluator, Steps
+from asymswap.data.datasets import paired_files
+from asymswap.data.inputs import Batches, held_back_of, open_inputs, settle_on
+from asymswap.data.metrics import Evaluator, Measured, Pairs, Steps, paired_kind, psnr
 from asymswap.data.normalization import Feeding
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Trace
 from asymswap.measure.agreement import measure_agreement
 from asymswap.measure.fidelity import WHOLE, compared_parts
 from asymswap.models.opened import OpenedModel
 from asymswap.results.agreement import Agreement, OutputAgreement
 from asymswap.results.evaluate import Score
+from asymswap.utils.inputs import Inputs, copied
+from asymswap.utils.tensors import eval_mode, list_tensors
+
+MEASURED = 4096
+"""Samples to hold back where a loss of tenths of a point is to be seen; a half at most."""
+
+_VALUES = 512
+"""Samples of which values are compared, at most: each says more than the class of a sample does."""
+
+_KEPT = 2**30
+"""Bytes of inputs, and of a network's outputs, that are kept for the next network."""
 
 
 class Against(Evaluator):
@@ -28,15 +47,18 @@ class Against(Evaluator):
     def __init__(
         self, first: OpenedModel, calibration: Calibration, traced: Trace | None = None, kind: OutputKind | None = None
     ) -> None:
-        self._first, self._given = first.model, calibration.given()
-        self._held_back = self._own = self._batches(first)
+        self._first, self._calibration = first.model, calibration
         self._parts = WHOLE if traced is None else compared_parts(traced)
-        kind = kind or calibration.outputs or output_kind(first.model, lambda: enumerate(self._held_back))[0]
+        held_back = _held_back(first, calibration)
+        kind = kind or calibration.outputs or output_kind(first.model, lambda: enumerate(held_back))[0]
         self._scores = kind == "scores"
+        self._held_back = self._own = held_back if self._scores else _some(held_back)
         self.description, self.images = self._held_back.description, self._held_back.count
+        self._seen: dict[int, Any] = {}  # the first network's outputs
 
     def _batches(self, opened: OpenedModel) -> Batches:
-        return open_inputs(opened, self._given, 1)[1]
+        held_back = _held_back(opened, self._calibration)
+        return held_back if self._scores else _some(held_back)
 
     def of(self, opened: OpenedModel) -> Against:
         """Return the same for a model that takes its inputs in its own preprocessing."""
@@ -61,12 +83,87 @@ class Against(Evaluator):
         """Return how far a model agrees with the first one."""
         count, pairs = self._held_back.count, zip(self._held_back, self._own, strict=True)
         step = lambda done: progress(done, count)  # noqa: E731
-        outputs = measure_agreement(self._first, model, pairs, self._scores, self._parts, step)
+        outputs = measure_agreement(self._first, model, pairs, self._scores, self._parts, step, self._seen)
         return Agreement(self.description, count, outputs)
 
-    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
         found = self.agreement(model, progress).outputs
-        return tuple(_score(one, f"{one.output} " if len(found) > 1 else "") for one in found)
+        return Measured(tuple(_score(one, f"{one.output} " if len(found) > 1 else "") for one in found))
+
+
+class Restored(Evaluator):
+    """PSNR of a network that takes noise out of images, on held-back ones: without the noise they are the right ones.
+
+    Outputs are taken to be normalised as the inputs are, and are clamped to 0 to 1, as by `Pairs`.
+    """
+
+    def __init__(self, opened: OpenedModel, calibration: Calibration) -> None:
+        without = replace(calibration, noise=None)
+        noisy, clean = (_some(_held_back(opened, one)) for one in (calibration, without))
+        self._batches = list(zip(noisy, clean, strict=True))
+        known, self.images = opened.preprocessing, noisy.count
+        self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (known.mean, known.std))
+        self.description = noisy.description
+
+    def suits(self, model: nn.Module) -> bool:
+        """Return True if the network makes images of the size of its inputs."""
+        (noisy, (clean,)) = self._batches[0]
+        with eval_mode(model), torch.inference_mode():
+            output = model(*copied(noisy))
+        return isinstance(output, Tensor) and isinstance(clean, Tensor) and output.shape == clean.shape
+
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
+        each: list[float] = []
+        with eval_mode(model), torch.inference_mode():
+            for noisy, (clean,) in self._batches:
+                images, right = (one.cpu() * self._std + self._mean for one in (model(*copied(noisy)), clean))
+                each += psnr(images.clamp(0, 1), right)
+                progress(len(each), self.images or 0)
+        return Measured((Score("PSNR", sum(each) / len(each), "dB"),), tuple(each))
+
+
+def on_held_back(
+    opened: OpenedModel, calibration: Calibration, traced: Trace | None = None, unit: str = ""
+) -> Evaluator:
+    """Return what measures models on held-back inputs: PSNR where the right images are known, else the agreement.
+
+    With the unit `%` errors of outputs are measured, even there.
+    """
+    given = calibration.given()
+    pairs = given.reference if paired_kind(given.reference or opened.model) == "pairs" else None
+    if unit != "%" and given.patches.noise and given.reference is not None and pairs is None:
+        restored = Restored(opened, calibration)
+        if restored.suits(opened.model):
+            return restored
+    if unit != "%" and pairs is not None and not given.patches.noise:
+        held_back = held_back_of(len(paired_files(pairs)), given)[:_VALUES]
+        # A network may take images of its own size alone, or make other ones than those.
+        with contextlib.suppress(SourceError):
+            Pairs(pairs, opened.preprocessing, chosen=held_back[:1])(opened.model, lambda *_: None)
+            return Pairs(pairs, opened.preprocessing, chosen=held_back)
+    return Against(opened, calibration, traced)
+
+
+def _held_back(opened: OpenedModel, calibration: Calibration) -> Batches:
+    """Return the held-back batches, in memory where they do not take much of it."""
+    held_back = open_inputs(opened, calibration.given(), 1, memory_gib=calibration.memory_gib)[1]
+    size = sum(tensor.nbytes for tensor in list_tensors(held_back.load(0))) / held_back.counts[0]
+    if size * held_back.count > _KEPT:
+        return held_back
+    kept: dict[int, Inputs] = {}
+
+    def load(number: int) -> Inputs:
+        if number not in kept:
+            kept[number] = held_back.load(number)
+        return kept[number]
+
+    return replace(held_back, load=load)
+
+
+def _some(batches: Batches) -> Batches:
+    """Return the first batches that hold enough samples to compare values."""
+    enough = next((n for n, total in enumerate(accumulate(batches.counts), 1) if total >= _VALUES), len(batches.counts))
+    return replace(batches, counts=batches.counts[:enough])
 
 
 def _score(one: OutputAgreement, name: str) -> Score:
@@ -74,5 +171,5 @@ def _score(one: OutputAgreement, name: str) -> Score:
     if one.measure == "top-1":
         return Score(f"{name}agreement", one.value, "%", interval=one.interval)
     if one.measure == "cosine":
-        return Score(f"{name}cosine", one.value)
+        return Score(f"{name}cosine", one.value, "%")
     return Score(f"{name}output error", one.relative, "%", lower_is_better=True)

@@ -59,6 +59,12 @@ class Calibration:
     noise: str | float | None = option(
         None, "Noise to add for a denoiser: its deviation for pixels from 0 to 1, as 25/255.", _PANEL, text=True
     )
+    held_back: int | None = option(
+        None,
+        "Number of images to measure the loss on, at most half.",
+        _PANEL,
+        shown="256; 4,096 for a max drop",
+    )
     outputs: OutputKind | None = option(
         None,
         "Kind of the network's outputs: class scores, or values (of a regressor, an embedder, a denoiser).",
@@ -86,6 +92,8 @@ class Calibration:
             object.__setattr__(self, "data", Replayed(self.data))
         if self.images < 1:
             raise AsymswapError(f"`images={self.images}` is no number of images; give 128 to 2048")
+        if self.held_back is not None and self.held_back < 1:
+            raise AsymswapError(f"`held_back={self.held_back}` is no number of images; give 256 to 4096")
         if self.outputs is not None:
             check_choice("the kind of outputs", self.outputs, get_args(OutputKind))
         polish = (self.polish_steps, self.polish_minutes)
@@ -98,7 +106,8 @@ class Calibration:
 
     def given(self) -> UserData:
         """Return the data with all that says how it becomes inputs."""
-        return UserData(self.data, self.inputs, Patches(self.patch, self.patches, parse_noise(self.noise)))
+        patches = Patches(self.patch, self.patches, parse_noise(self.noise))
+        return UserData(self.data, self.inputs, patches, self.held_back or 0)
 
     @property
     def polishes(self) -> bool:

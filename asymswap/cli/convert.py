@@ -33,7 +33,9 @@ def convert(
     macs: Annotated[float | None, opt("Keep at most this fraction of the model's MACs.", _CHANGE)] = None,
     params: Annotated[float | None, opt("Keep at most this fraction of its parameters.", _CHANGE)] = None,
     latency: Annotated[float | None, opt("Keep at most this fraction of its latency on this machine.", _CHANGE)] = None,
-    max_error: Annotated[float | None, opt("Save what this predicted error of all layers allows.", _CHANGE)] = None,
+    max_drop: Annotated[
+        str | None, opt("Lose at most 0.5 (points), 0.1dB, or 2% of the outputs, when measured.", _CHANGE)
+    ] = None,
     memory_format: Annotated[
         o.MemoryFormat | None,
         opt(
@@ -86,10 +88,10 @@ def convert(
     if report is not None:
         check_suffix(report)
     check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration["cache"]})
-    budgets = {"macs": macs, "params": params, "latency": latency, "max_error": max_error}
+    budgets = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop}
     given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
     if len(given) > 1:
-        raise AsymswapError("a budget is one of --macs, --params, --latency and --max-error; give one of them")
+        raise AsymswapError("a budget is one of --macs, --params, --latency and --max-drop; give one of them")
     overrides = o.parse_pairs("--set", settings) | given
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")

@@ -32,12 +32,11 @@ def sweep(
     ] = None,
     params: Annotated[str | None, opt("Fractions of the parameters instead.", _BUDGET)] = None,
     tolerance: Annotated[
-        float | None,
+        str | None,
         opt(
-            "How much of the first score the advice may lose: points, or in its own unit.",
+            "How much of the first score the advice may lose, as for convert's --max-drop.",
             _BUDGET,
-            shown="1 point; 0.1 dB; a hundredth",
-            min=0,
+            shown="1 point; 0.1dB; a hundredth",
         ),
     ] = None,
     calibration: Any = None,

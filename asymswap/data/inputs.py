@@ -29,7 +29,7 @@ from asymswap.utils.tensors import generator_for, list_tensors, map_tensors
 from asymswap.utils.users import call
 
 HELD_BACK = 256
-"""Samples held back of data whose samples can be chosen; a fifth of them at most."""
+"""Samples held back of data whose samples can be chosen; a fifth of them at most. If the user says how many, a half."""
 
 _HELD_BACK_BATCHES = 32
 """Samples held back of data that comes in batches, at least: the first batches with so many."""
@@ -88,7 +88,7 @@ def open_inputs(
             f"data cannot be {name}: give a data reference, a tensor, a Dataset, a DataLoader, another iterable of "
             "batches, or a function that returns one"
         )
-    return _read(model, data, given.inputs, count, memory_gib)
+    return _read(model, data, given, count, memory_gib)
 
 
 @dataclass(frozen=True)
@@ -133,23 +133,32 @@ def _chosen(
     if not total:
         raise SourceError("the calibration data holds no samples")
     # Always the same ones are held back, whatever the seed and the number of others.
-    order = torch.randperm(total, generator=generator_for("held back")).tolist()
-    back = min(HELD_BACK, total // 5)
-    # A handful of samples is used for both.
-    held, rest = order[:back] or order, order[back:]
+    held = held_back_of(total, given)
+    back = 0 if len(held) == total else len(held)
+    rest = torch.randperm(total, generator=generator_for("held back")).tolist()[back:]
     shuffled = torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()
     chosen = [rest[number] for number in shuffled]
     if isinstance(data, LabelledImages) and given.patches != Patches():
         # Patches that are held back are of other images.
         patches, count = given.patches, given.patches.count or count
         count = count if patches.size is not None else min(count, len(chosen))
+        back_count = len(held) if patches.size is None else given.held_back or len(held)
         sources = [
             patches_from(data.some(some, data.description), patches.size, number, patches.noise, drawn)
-            for some, number, drawn in ((chosen, count, seed), (held, len(held), 0))
+            for some, number, drawn in ((chosen, count, seed), (held, back_count, 0))
         ]
         seen, others = (_grouped(model, one, given, range(len(one))) for one in sources)
         return seen, replace(others, shared=not back)
     return _grouped(model, data, given, chosen[:count]), replace(_grouped(model, data, given, held), shared=not back)
+
+
+def held_back_of(total: int, given: UserData) -> list[int]:
+    """Return the numbers of the samples that are held back, of a handful all: those are used for both."""
+    # Any number of patches can be cut of a few images.
+    many = given.held_back and given.patches.size is None
+    back = min(given.held_back, total // 2) if many else min(HELD_BACK, total // 5)
+    order = torch.randperm(total, generator=generator_for("held back")).tolist()
+    return order[:back] or order
 
 
 def _grouped(
@@ -184,24 +193,23 @@ def _grouped(
 
 
 def _read(
-    model: nn.Module, data: Iterable[Any], inputs: Callable[[Any], Any] | None, count: int, memory_gib: float
+    model: nn.Module, data: Iterable[Any], given: UserData, count: int, memory_gib: float
 ) -> tuple[Batches, Batches]:
     kept: list[Inputs] = []
-    held = used = 0
+    held = used = back = 0
     limit = memory_gib * 2**30
-    back = 0
+    # Of as many as are to be held back again, whatever the count, it is known that those are no more than half.
+    need = max(count, given.held_back)
     try:
         for batch in data:
-            arguments = placed(model, arguments_of(model, batch, inputs))
-            number = samples_in(arguments)
-            if held < _HELD_BACK_BATCHES:
-                held, back = held + number, back + 1
-            else:
-                arguments = samples_of(arguments, 0, min(number, count - used)) if used + number > count else arguments
-                used += samples_in(arguments)
+            arguments = placed(model, arguments_of(model, batch, given.inputs))
             kept.append(arguments)
+            if held < (given.held_back or _HELD_BACK_BATCHES):
+                held, back = held + samples_in(arguments), back + 1
+            else:
+                used += samples_in(arguments)
             limit -= sum(tensor.nbytes for tensor in list_tensors(arguments))
-            if used >= count or (limit < 0 and len(kept) > back):
+            if used >= need or (limit < 0 and len(kept) > (1 if given.held_back else back)):
                 break
     except AsymswapError:
         raise
@@ -212,6 +220,9 @@ def _read(
             f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted: give a "
             "list, a DataLoader or a function that makes it"
         )
+    if given.held_back:
+        sums = list(accumulate(map(samples_in, kept)))
+        back = min(back, sum(one <= sums[-1] / 2 for one in sums))
     if len(kept) == back:
         # Too few to hold back so many.
         back = 1 if len(kept) > 1 else 0
@@ -221,7 +232,11 @@ def _read(
         return Batches(tuple(map(samples_in, some)), some.__getitem__, about)
 
     held_back = replace(batches(kept[:back] or kept), shared=not back)
-    return batches(kept[back:][: _enough(kept[back:], count)]), held_back
+    others = kept[back:][: _enough(kept[back:], count)]
+    above = sum(map(samples_in, others)) - count
+    if above > 0:
+        others[-1] = samples_of(others[-1], 0, samples_in(others[-1]) - above)
+    return batches(others), held_back
 
 
 def _enough(batches: Sequence[Inputs], count: int) -> int:
@@ -241,7 +256,7 @@ def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> tupl
         return settle(opened, reference, part)
     if opened.example_inputs is not None:
         return opened, None
-    first = next(iter(open_inputs(opened, given, 1)[0]))
+    first = next(iter(open_inputs(opened, replace(given, held_back=0), 1)[0]))
     return with_example(opened, samples_of(first, 0, 1)), None
 
 

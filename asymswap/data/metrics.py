@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -65,8 +65,18 @@ Steps: TypeAlias = Callable[[int, int], None]
 """Progress: the number of images done, and of all."""
 
 
+class Measured(NamedTuple):
+    """Scores, the first of which decides, and its values for single samples, of which it is the mean, if it is one."""
+
+    scores: tuple[Score, ...]
+    each: tuple[float, ...] = ()
+
+
 class Evaluator:
-    """Measures models: called with one and a function for progress, it returns scores, or raises AsymswapError."""
+    """Measures models: called with one and a function for progress, it returns scores, or raises AsymswapError.
+
+    Subclasses have `measured`.
+    """
 
     description = ""
     inputs = ""  # the images that the model gets, as calibration describes them
@@ -75,8 +85,12 @@ class Evaluator:
     fingerprint = ""  # another one where the data is another
     note = ""  # for the report
 
-    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
+        """Return the scores with the values for single samples."""
         raise NotImplementedError
+
+    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
+        return self.measured(model, progress).scores
 
 
 def evaluator_of(measure: EvaluatedBy, opened: OpenedModel, crop_border: int = 0) -> Evaluator:
@@ -125,8 +139,10 @@ class Labelled(Evaluator):
         """Return what the model says of each image."""
         return predict(model, self.data, progress=progress, **self._options)
 
-    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
-        return self.predict(model, progress).named
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
+        found = self.predict(model, progress)
+        right = (found.guesses == found.labels)[found.numbers.argsort()]
+        return Measured(found.named, tuple(right.double().tolist()))
 
 
 def _hash(value: object) -> str:
@@ -138,12 +154,16 @@ class _Paired(Evaluator):
 
     SIZED = ""
 
-    def __init__(self, reference: str, known: Preprocessing, crop_border: int) -> None:
+    def __init__(
+        self, reference: str, known: Preprocessing, crop_border: int = 0, chosen: Sequence[int] | None = None
+    ) -> None:
         # Opened for what it refuses: networks that do not take single images.
         opened = open_data(reference, known, "test", unlabelled=True)
-        self.known, self.inputs, self.crop = opened.preprocessing, opened.description, crop_border
+        self.known, self.crop = opened.preprocessing, crop_border
+        self.inputs = opened.description if chosen is None else ""
         self.mode = PIL_MODES[known.channels]
-        self.pairs = datasets.paired_files(reference)
+        pairs = datasets.paired_files(reference)
+        self.pairs = pairs if chosen is None else [pairs[number] for number in chosen]
         self.images = len(self.pairs)
         self.description = f"{reference}, {self.images} images" + self.SIZED
         self.description += f", without {crop_border} pixels at each border" if crop_border else ""
@@ -187,8 +207,9 @@ class Pairs(_Paired):
 
     SIZED = ", each at its own size"
 
-    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
-        known, crop, psnr, ssim = self.known, self.crop, 0.0, 0.0
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
+        known, crop, ssim = self.known, self.crop, 0.0
+        each: list[float] = []
         mean, std = (torch.tensor(values)[:, None, None] for values in (known.mean, known.std))
         if importlib.util.find_spec("torchmetrics") is None:
             self.note = "no SSIM: it needs torchmetrics (pip install 'asymswap[metrics]')"
@@ -203,8 +224,7 @@ class Pairs(_Paired):
                 raise SourceError(f"`crop_border={crop}` leaves nothing of '{place}' ({_shape(target)}), or is below 0")
             if crop:
                 picture, target = (one[:, crop:-crop, crop:-crop] for one in (picture, target))
-            error = float((picture.double() - target.double()).square().mean())
-            psnr += min(-10 * math.log10(max(error, 1e-300)), _MOST_DB) / len(self.pairs)
+            each += psnr(picture[None], target[None])
             if min(target.shape[1:]) < _SSIM_WINDOW:
                 self.note = f"no SSIM: it needs targets of {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels"
             if not self.note:
@@ -212,8 +232,14 @@ class Pairs(_Paired):
 
                 found: Any = structural_similarity_index_measure(picture[None], target[None], data_range=1.0)
                 ssim += float(found) / len(self.pairs)
-        scores = (Score("PSNR", psnr, "dB"), Score("SSIM", ssim))
-        return scores[:1] if self.note else scores
+        scores = (Score("PSNR", sum(each) / len(each), "dB"), Score("SSIM", ssim))
+        return Measured(scores[:1] if self.note else scores, tuple(each))
+
+
+def psnr(images_NCHW: Tensor, right_NCHW: Tensor) -> list[float]:
+    """Return each image's PSNR in dB, of values from 0 to 1."""
+    errors = (images_NCHW.double() - right_NCHW.double()).square().flatten(1).mean(1)
+    return [min(-10 * math.log10(max(error, 1e-300)), _MOST_DB) for error in errors.tolist()]
 
 
 class Masks(_Paired):
@@ -222,7 +248,7 @@ class Masks(_Paired):
     Images are resized to the network's input, its scores to the mask (bilinear).
     """
 
-    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
         counts = torch.zeros(1, 1, dtype=torch.int64)  # pixels of each class (rows) by the class that is said
         for output, _, place in self.outputs(model, [v2.Resize(list(self.known.size))], progress):
             scores = output.get("out") if isinstance(output, Mapping) else output
@@ -247,7 +273,8 @@ class Masks(_Paired):
         right = counts.diagonal()
         union = counts.sum(0) + counts.sum(1) - right
         iou = (right[union > 0].double() / union[union > 0]).mean()
-        return Score("mIoU", float(iou), "%"), Score("pixel accuracy", float(right.sum() / counts.sum()), "%")
+        accuracy = float(right.sum() / counts.sum())
+        return Measured((Score("mIoU", float(iou), "%"), Score("pixel accuracy", accuracy, "%")))
 
 
 class Own(Evaluator):
@@ -259,7 +286,7 @@ class Own(Evaluator):
         self.description = "the data of the metric " + ", ".join(metric.name for metric in self._metrics)
         self.fingerprint = _hash([(metric.name, _source(metric.function)) for metric in self._metrics])
 
-    def __call__(self, model: nn.Module, progress: Steps) -> tuple[Score, ...]:
+    def measured(self, model: nn.Module, progress: Steps) -> Measured:
         scores: dict[str, Score] = {}
         for done, metric in enumerate(self._metrics):
             progress(done, len(self._metrics))
@@ -273,7 +300,7 @@ class Own(Evaluator):
                     raise AsymswapError(f"two metrics give {name!r}; give one of them another name")
                 scores[name] = Score(name, value, lower_is_better=name in metric.lower_is_better)
         progress(len(self._metrics), len(self._metrics))
-        return tuple(scores.values())
+        return Measured(tuple(scores.values()))
 
 
 def _source(function: Callable[..., Any]) -> str:

@@ -16,12 +16,13 @@ from asymswap.measure.fidelity import WHOLE, Sums
 from asymswap.measure.statistics import wilson_interval
 from asymswap.results.agreement import OutputAgreement
 from asymswap.utils.inputs import Inputs, copied, samples_in
-from asymswap.utils.tensors import eval_mode
+from asymswap.utils.tensors import eval_mode, list_tensors
 
 _PEAKS = {1.0: (0.0, 1.0), 255.0: (8.0, 255.0)}
 """Peaks of images, and between which root mean squares their pixels are; what is between the two is no image."""
 
 _LAST_PARTS = 3
+_KNOWN = 2**30  # bytes of the original's outputs that are kept
 
 
 def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -87,13 +88,17 @@ def measure_agreement(
     scores: bool,
     parts: Sequence[str] = WHOLE,
     step: Callable[[int], None] = lambda _: None,
+    known: dict[int, Any] | None = None,
 ) -> tuple[OutputAgreement, ...]:
     """Compare both networks' outputs on batches of inputs, the own ones of each; each output by its name.
 
     `scores`: outputs of two dimensions are scores of classes; a map of several channels then is scores for each pixel.
     Where what comes out depends on values (a detector's boxes), the outputs of the last of its `parts` are compared in
-    its place, in either network's own run. Outputs whose sizes differ are left out.
+    its place, in either network's own run. Outputs whose sizes differ are left out. `known` has the original's outputs
+    of batches by their numbers; those that it lacks are put into it while they take little memory.
     """
+    known = {} if known is None else known
+    room = _KNOWN - sum(tensor.nbytes for one in known.values() for tensor in list_tensors(one))
     found: dict[str, _Output] = {}
     shapes: dict[str, Sequence[int]] = {}
 
@@ -108,9 +113,9 @@ def measure_agreement(
 
     whole, done = tuple(parts) == WHOLE, 0
     with eval_mode(original, other), torch.inference_mode():
-        for batch, own in batches:
-            seen = []
-            for model, inputs in ((original, batch), (other, own)):
+        for number, (batch, own) in enumerate(batches):
+            seen = [known[number]] if number in known else []
+            for model, inputs in ((original, batch), (other, own))[len(seen) :]:
                 with ExitStack() as hooks:
                     outputs: dict[str, list[Any]] = {}
                     for name in () if whole else parts:
@@ -121,6 +126,9 @@ def measure_agreement(
                         hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
                     output = model(*copied(inputs))
                     seen.append({"": output} if whole else dict(list(outputs.items())[-_LAST_PARTS:]))
+            room -= sum(tensor.nbytes for tensor in list_tensors(seen[0])) if number not in known else 0
+            if room > 0:
+                known[number] = seen[0]
             for name in seen[0]:
                 if name in seen[1]:
                     add(seen[0][name], seen[1][name], name)

@@ -1,10 +1,10 @@
-"""Wilson's interval of an accuracy, McNemar's exact test of two, and the interval of a median by order statistics."""
+"""Intervals of an accuracy (Wilson), of a mean, and of a median by order statistics; McNemar's exact test."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 
 def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -18,6 +18,14 @@ def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[
     half = z / (1 + spread) * math.sqrt(fraction * (1 - fraction) / images + spread / (4 * images))
     # At the ends the two are equal but for rounding.
     return 0.0 if right == 0 else max(0.0, centre - half), 1.0 if right == images else min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Return the normal interval of the mean of independent values; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +17,7 @@ from torch import nn
 from asymswap import replacements
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.planning.allocate import Allocation, Point, allocate, least_cost
+from asymswap.planning.allocate import Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
 from asymswap.planning.recipe import MEASURES, Budget, Recipe, RequestedSwap
 from asymswap.replacements import KindSettings, Original, Replacement
@@ -40,10 +40,11 @@ class CostModel:
 
 
 def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
-    """Return costs in MACs or parameters, as the budget counts; raises RecipeError for a budget of latency."""
+    """Return costs in MACs or parameters, as the budget counts; raises RecipeError for one that is to be measured."""
     measure = "macs" if budget is None else budget.measure
-    if measure == "latency":
-        raise RecipeError("a budget of latency needs measuring: use asymswap.convert")
+    if budget is not None and (budget.max_drop is not None or measure == "latency"):
+        what = "latency" if budget.max_drop is None else "loss"
+        raise RecipeError(f"a budget of {what} needs measuring: use asymswap.convert")
 
     def count(cost: Cost) -> int:
         return cost.params if measure == "params" else cost.macs
@@ -214,10 +215,7 @@ def choose(
     ]
     allocation = None
     budget = choices.recipe.budget
-    if budget is not None and budget.max_error is not None:
-        others = [option.error for _, option in choices.fixed.values()]
-        allocation = _within_error(points, [curve for _, curve in shared], budget.max_error, others)
-    elif budget is not None:
+    if budget is not None:
         limit = _limit(
             choices, costs, fraction or budget.fraction, [item.site for item, _ in shared], least_cost(points)
         )
@@ -256,43 +254,6 @@ def _limit(choices: Choices, costs: CostModel, fraction: float, shared: Sequence
             + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
         )
     return int(fraction * whole) - untouched
-
-
-def combined_error(errors: Iterable[float]) -> float:
-    """Return the error of all layers together: sqrt(1 - product of (1 - error^2)).
-
-    Of each layer's energy the share 1 - error^2 is right; the product of the shares is what a budget keeps large
-    (Zhang, Zou, He and Sun, 2015, section 3.4).
-    """
-    return math.sqrt(max(0.0, 1 - math.prod(1 - min(error, 1.0) ** 2 for error in errors)))
-
-
-def _within_error(
-    points: Sequence[Sequence[Point]], curves: Sequence[Sequence[Option]], most: float, others: Sequence[float]
-) -> Allocation:
-    """Return the cheapest allocation found whose error, with the squared ones of `others`, is at most `most`."""
-
-    def error_of(allocation: Allocation) -> float:
-        pairs = zip(curves, allocation.chosen, strict=True)
-        squares = [curve[index].error for curve, index in pairs if index < len(curve)]
-        return combined_error(math.sqrt(square) for square in (*others, *squares))
-
-    low, high = least_cost(points), sum(curve[-1].cost for curve in points)
-    best = allocate(points, high)
-    least = error_of(best)
-    if least > most:
-        raise RecipeError(
-            f"max_error = {most:g} cannot be kept: the rules that give their own sizes have a predicted error of "
-            f"{_round_up(least)} by themselves; give them larger sizes, or the budget a larger max_error"
-        )
-    while low < high:
-        middle = (low + high) // 2
-        found = allocate(points, middle)
-        if error_of(found) <= most:
-            best, high = found, middle
-        else:
-            low = middle + 1
-    return best
 
 
 _UNMATCHED = "no rule matches"

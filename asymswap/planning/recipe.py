@@ -50,8 +50,9 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from asymswap import replacements
-from asymswap.errors import RecipeError, near_names, validation_text
+from asymswap.errors import AsymswapError, RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
+from asymswap.planning.drop_budget import Drop
 from asymswap.replacements import KindSettings
 from asymswap.types import Site, Size
 
@@ -282,17 +283,27 @@ class Rule(_Strict):
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
+def _as_drop(value: Any) -> Any:
+    try:
+        drop = Drop.parse(value)
+    except AsymswapError as error:
+        raise ValueError(str(error)) from None
+    if drop.value == 0:
+        raise ValueError("a loss of 0 leaves nothing to swap; give what may be lost")
+    return value
+
+
 class Budget(_Strict):
     """What may be left, of the model or of the matched convs: a fraction of the MACs, the parameters or the latency.
 
-    Or, with `max_error`, how large the error of all layers together may become, for as few MACs as that takes.
+    Or, with `max_drop`, how much may be lost, as it is measured, for as few MACs as that takes.
     """
 
     macs: Fraction | None = Field(None, description="At most this fraction of the multiply-adds.")
     params: Fraction | None = Field(None, description="At most this fraction of the parameters.")
     latency: Fraction | None = Field(None, description="At most this fraction of the latency on this machine.")
-    max_error: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
-        None, description="The predicted relative error of all layers together, for as few MACs as that takes."
+    max_drop: Annotated[float | str, BeforeValidator(_as_drop)] | None = Field(
+        None, description='At most this measured loss: `0.5` (points), `"0.1dB"` or `"2%"`; above 0.'
     )
     over: Literal["model", "matched"] = Field(
         "model", description="Fraction of the whole model, or of the convs that rules match and their kinds can swap."
@@ -304,13 +315,13 @@ class Budget(_Strict):
         if len(given) != 1:
             instead = f", not {' and '.join(given)}" if given else ""
             raise ValueError(f"a budget needs one of {', '.join(BUDGETS)}{instead}")
-        if self.max_error is not None and "over" in self.model_fields_set:
-            raise ValueError("over says of what a fraction is taken, and max_error is none; remove one of the two")
+        if self.max_drop is not None and "over" in self.model_fields_set:
+            raise ValueError("over says of what a fraction is taken, and max_drop is none; remove one of the two")
         return self
 
     @property
     def measure(self) -> Literal["macs", "params", "latency"]:
-        """Which cost is bounded, or made as low as the error allows."""
+        """Which cost is bounded, or made as low as the loss allows."""
         if self.latency is not None:
             return "latency"
         return "params" if self.params is not None else "macs"
@@ -321,15 +332,14 @@ class Budget(_Strict):
         return self.macs or self.params or self.latency or 1.0
 
     def __str__(self) -> str:
-        error = self.max_error
-        if error is not None:
-            return f"a predicted error of at most {error:g} (the measured one is usually several times smaller)"
+        if self.max_drop is not None:
+            return f"a measured loss of at most {Drop.parse(self.max_drop)}"
         owner = "the matched convs'" if self.over == "matched" else "the model's"
         return f"{self.fraction:g} of {owner} {MEASURES[self.measure]}"
 
 
 MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
-BUDGETS = (*MEASURES, "max_error")
+BUDGETS = (*MEASURES, "max_drop")
 
 
 class About(_Strict):

@@ -128,7 +128,7 @@ def report_view(report: Report, width: int) -> Screen:
     return screen(
         f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
         _first_lines(report),
-        fmt.agreement(report.agreement),
+        [*fmt.drop(report.drop), *fmt.agreement(report.agreement)],
         changes(_headline(report)),
         layer_table(report, width),
         ["Kept: " + "; ".join(kept)] if kept else [],
@@ -147,6 +147,7 @@ def to_markdown(report: Report) -> str:
     return document(
         f"# {fmt.markdown_text(title)}",
         *bold(map(fmt.sentence, _first_lines(report))),
+        *fmt.drop(report.drop),
         *fmt.agreement(report.agreement),
         changes(_headline(report)),
         [*facts, f"asymswap {report.asymswap}."],
@@ -193,6 +194,8 @@ def _fine_print(report: Report) -> list[str]:
         lines.append("Error: relative change of the layer's own output, on the original's input to it.")
     if report.budget is not None:
         lines.append(f"Budget: {report.budget}.")
+    if report.drop is not None:
+        lines.append("The network was chosen by the loss measured: on other inputs it may be a little larger.")
     if report.latency is not None:
         lines += _latency(report.latency)
     if accuracy is not None:

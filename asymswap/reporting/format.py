@@ -9,6 +9,7 @@ from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
 from asymswap.results.agreement import Agreement, OutputAgreement
+from asymswap.results.convert import DropRow
 from asymswap.types import Fed, Ratio
 
 _UNCLEAN = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
@@ -60,6 +61,27 @@ def score(value: float, unit: str, digits: int = 2, sign: str = "") -> str:
 def score_change(change: float, unit: str) -> str:
     """Return the difference of two scores with its unit: `-0.28 points`, `-0.03 dB`, `+0.0012`."""
     return score(change, "points" if unit == "%" else unit, sign="+")
+
+
+def lost(change: float, of: Any) -> str:
+    """Return a loss of a score with its unit; `of` has the score's unit and says if lower is better."""
+    return score(change, "points" if of.unit == "%" and not of.lower_is_better else of.unit)
+
+
+def drop(found: DropRow | None) -> list[str]:
+    """Return, as a sentence, what was allowed to be lost and what a converted network lost; nothing for None."""
+    if found is None:
+        return []
+    inputs = found.data if found.samples is None else f"{found.samples:,} inputs"
+    interval = ""
+    if found.interval is not None:
+        low, high = (lost(end, found) for end in found.interval)
+        interval = f" ({low} to {high} with 95 % confidence)"
+    text = (
+        f"Of {found.score} at most {lost(found.allowed, found)} may be lost: {lost(found.lost, found)} measured on "
+        f"{inputs}{interval}, at {found.share:.3f} of the MACs, after {plural(found.solves, 'solve')}"
+    )
+    return [text + (", with the smallest swap everywhere." if found.smallest else ".")]
 
 
 def measured_on(scores: Collection[Any], data: str) -> str:

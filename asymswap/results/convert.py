@@ -106,6 +106,27 @@ class LatencyRow:
 
 
 @dataclass(frozen=True)
+class DropRow:
+    """How much of a score was allowed to be lost, and what the network lost, in the score's own values.
+
+    `interval` is the 95 % interval, where there is one; `data` are the `samples` measured on, None of a metric of the
+    user's; `share` is the fraction of the MACs left, after so many `solves`. `smallest`: no rank could be lower.
+    """
+
+    score: str
+    unit: str
+    lower_is_better: bool
+    allowed: float
+    lost: float
+    interval: tuple[float, float] | None
+    data: str
+    samples: int | None
+    share: float
+    solves: int
+    smallest: bool = False
+
+
+@dataclass(frozen=True)
 class FileRow:
     """A file read or written, and its size in bytes."""
 
@@ -150,6 +171,7 @@ class Report(Shown, view="convert.report_view"):
     calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
     agreement: Agreement | None = None
+    drop: DropRow | None = None
     fed: Fed | None = None
     weights_bytes: tuple[int, int] = (0, 0)
     files: tuple[FileRow, ...] = ()

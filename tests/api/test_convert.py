@@ -286,7 +286,7 @@ def test_a_budget_is_a_keyword(measure: str) -> None:
     [
         ({"macs": 0.5, "params": 0.4}, r"one budget, and `macs=0\.5` and `params=0\.4` are two; give one of them$"),
         ({"macs": 0.5, "overrides": {"budget.macs": 0.4}}, r"`macs=0\.4` and `macs=0\.5` are two"),
-        ({"latency": 0.5, "overrides": {"budget.max_error": 0.4}}, r"`latency=0\.5` and `max_error=0\.4` are two"),
+        ({"latency": 0.5, "overrides": {"budget.max_drop": 0.4}}, r"`latency=0\.5` and `max_drop=0\.4` are two"),
         ({"overrides": {"budget.macs": 0.5, "budget.params": 0.4}}, r"`macs=0\.5` and `params=0\.4` are two"),
         ({"macs": 1.5}, r"macs.*1\.5"),
     ],

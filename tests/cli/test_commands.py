@@ -484,7 +484,7 @@ def test_waiting_threads_sleep_unless_latency_is_measured(
     ("typed", "place", "offered"),
     [
         ("asymswap con", 1, ["convert"]),
-        ("asymswap convert x --max", 3, ["--max-error"]),
+        ("asymswap convert x --max", 3, ["--max-drop"]),
         ("asymswap convert x --recipe half", 4, ["half-macs"]),
         ("asymswap recipes acnet-", 2, ["acnet-branch-bn"]),
         ("asymswap export x --to p", 4, ["pt2"]),

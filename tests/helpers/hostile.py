@@ -797,7 +797,7 @@ def made_up(count: int, seed: int) -> list[Case]:
         {"kind": st.sampled_from(replacements.names())}, optional={"rank": number, "ratio": number, "limit": number}
     )
     rule = st.fixed_dictionaries({"swap": swap}, optional={"match": match, "keep": value})
-    budget = st.fixed_dictionaries({}, optional={"macs": number, "params": number, "max_error": number, "over": text})
+    budget = st.fixed_dictionaries({}, optional={"macs": number, "params": number, "max_drop": number, "over": text})
     recipe = st.fixed_dictionaries({"rules": st.lists(rule, min_size=1, max_size=3)}, optional={"budget": budget})
     sites = st.sampled_from(["conv1", "layer1.0.conv1", "layer2.0.conv2", "fc", ""])
     entry = st.fixed_dictionaries(

@@ -13,13 +13,11 @@ from asymswap.errors import PlanError, RecipeError
 from asymswap.graph.trace import Trace, trace
 from asymswap.measure.macs import count_costs
 from asymswap.models.networks import BUILDERS
-from asymswap.models.opening import open_model
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.plan import (
     check_replay,
     choose,
-    combined_error,
     counted_costs,
     find_choices,
     plan_from_json,
@@ -265,54 +263,6 @@ def test_replaying_a_plan_that_keeps_what_is_not_there(resnet: nn.Module, traced
 def test_unknown_keys_of_a_plan_have_near_names() -> None:
     with pytest.raises(PlanError, match="unknown key 'resaon' in keep 1; did you mean reason"):
         plan_from_json('{"swaps": [], "keeps": [{"site": "a", "resaon": ""}]}', "p")
-
-
-@pytest.fixture(scope="module")
-def digits() -> nn.Module:
-    """Trained weights: those of a fresh network have no rank to spare."""
-    return open_model("digits-resnet").model
-
-
-def within(digits: nn.Module, most: float) -> Plan:
-    inputs = (torch.empty(1, 1, 8, 8),)
-    recipe = parse_recipe(DENSE + f"[budget]\nmax_error = {most}\n", "r")
-    return make_plan(digits, trace(digits, inputs).sites, recipe, count_costs(digits, inputs).total)
-
-
-@pytest.mark.parametrize("most", [0.3, 0.6, 0.9])
-def test_errors_together_stay_below_what_is_allowed_and_near_it(digits: nn.Module, most: float) -> None:
-    plan = within(digits, most)
-    kept = 1.0
-    for swap in plan.swaps:
-        assert swap.predicted is not None
-        kept *= 1 - swap.predicted**2
-    together = (1 - kept) ** 0.5
-    assert together == pytest.approx(combined_error(swap.predicted for swap in plan.swaps if swap.predicted))
-    assert 0.8 * most < together <= most
-
-
-def test_more_error_never_costs_more_macs(digits: nn.Module) -> None:
-    inputs = (torch.empty(1, 1, 8, 8),)
-    plans = [within(digits, most) for most in (0.02, 0.3, 0.6, 0.8, 0.95)]
-    costs = [count_costs(apply_plan(digits, plan), inputs).total.macs for plan in plans]
-    assert costs == sorted(costs, reverse=True)
-    assert costs[-1] < 0.7 * costs[0]
-
-
-def test_an_error_that_fixed_sizes_exceed_is_refused_with_what_they_come_to(digits: nn.Module) -> None:
-    inputs = (torch.empty(1, 1, 8, 8),)
-    sites, total = trace(digits, inputs).sites, count_costs(digits, inputs).total
-    fixed = '[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "separable", rank = 1 }\n'
-    (alone,) = make_plan(digits, sites, parse_recipe(fixed, "r"), total).swaps
-    assert alone.predicted is not None
-    allowed = fixed + DENSE + "[budget]\nmax_error = "
-    text = r"max_error = 0\.01 cannot be kept: .* predicted error of (0\.\d+) by themselves"
-    with pytest.raises(RecipeError, match=text) as caught:
-        make_plan(digits, sites, parse_recipe(f"{allowed}0.01", "r"), total)
-    least = float(str(caught.value).split("error of ")[1].split()[0])
-    assert least == pytest.approx(alone.predicted, abs=1.1e-3)
-    plan = make_plan(digits, sites, parse_recipe(f"{allowed}{least}", "r"), total)
-    assert combined_error(swap.predicted for swap in plan.swaps if swap.predicted) <= least
 
 
 def test_where_every_open_site_is_undone_only_the_fixed_ones_are_swapped(resnet: nn.Module, traced: Trace) -> None:

@@ -1,0 +1,171 @@
+"""A budget of loss: what is allowed, and the search for the smallest network that loses no more when measured.
+
+One number is searched: the fraction of the MACs that a plan may keep. Each trial solves and measures a network, which
+takes long; the errors that plans predict take no time, and the logarithm of the measured loss is nearly a straight line
+over the logarithm of their sum of squares. So each next fraction is where that line, through the nearest trials on both
+sides, meets the allowed loss.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from asymswap.errors import AsymswapError
+from asymswap.results.evaluate import Score
+
+_AIM = 0.95  # of the allowed loss: a step that aims at all of it would end above it as often as below
+_NEAR = 0.9  # of the allowed loss, above which a network is small enough
+_CLOSE = 0.01  # fractions of the MACs that are as good as equal
+_FAR = 0.6  # of the way to the end, at most, in one step
+_TRIES = 6
+_SLOPE = 0.7  # of the line through a single trial
+_SLOPES = (0.3, 3.0)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """How much may be lost: a number, in the unit that was given with it."""
+
+    value: float
+    unit: Literal["", "%", "dB"] = ""
+
+    @classmethod
+    def parse(cls, given: Any) -> Drop:
+        """Read 0.5, "2%" or "0.1dB"; raises AsymswapError for anything else."""
+        found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|dB|)\s*", str(given), re.IGNORECASE)
+        try:
+            value = math.nan if found is None or isinstance(given, bool) else float(found[1])
+        except ValueError:
+            value = math.nan
+        if found is None or not math.isfinite(value):
+            raise AsymswapError(f"{given!s:.60} is no loss that may be allowed; give 0.5 (points), 0.1dB or 2%")
+        return cls(value, {"": "", "%": "%"}.get(found[2], "dB"))  # type: ignore[arg-type]
+
+    def allowed(self, score: Score) -> float:
+        """Return how much of a score may be lost, as its values are; raises AsymswapError for another unit than its.
+
+        A number without a unit is in points of a score in per cent, else in the score's own unit; errors are fractions.
+        """
+        if self.unit != "dB" and score.unit == "%" and not (score.lower_is_better and self.unit == ""):
+            return self.value / 100
+        if self.unit == "dB" and score.unit == "%":
+            more = "give points, such as 0.5"
+            if score.lower_is_better:
+                more = (
+                    "give a relative error, such as 2%; decibels need the right images: `noise=…` for a denoiser, "
+                    "pairs:INPUTS,TARGETS as data, or `evaluate=…`"
+                )
+            raise AsymswapError(f"{self} is in decibels, but what is measured is {score.name}; {more}")
+        if self.unit == "%" and score.unit == "dB":
+            raise AsymswapError(f"{self} is in per cent, but {score.name} is in decibels; give 0.1dB")
+        if score.unit == "%" and self.value >= 1:
+            raise AsymswapError(f"an {score.name} of {self} allows everything; give 0.02 or 2%")
+        return self.value / 100 if self.unit == "%" else self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{' ' * (self.unit == 'dB')}{self.unit}"
+
+
+class Search:
+    """Finds the smallest of rising `fractions` with at most the `allowed` loss: call `next`, measure, and `add`.
+
+    `predicted` has the error that each fraction's plan predicts; between fractions it is interpolated. `grain` is the
+    smallest difference that the measure can show, `start` the first fraction to try, `slope` that of the line through a
+    single trial.
+    """
+
+    def __init__(
+        self,
+        fractions: Sequence[float],
+        predicted: Sequence[float],
+        allowed: float,
+        *,
+        grain: float = 0.0,
+        start: float | None = None,
+        slope: float = _SLOPE,
+        tries: int = _TRIES,
+    ) -> None:
+        self._fractions = np.asarray(fractions)
+        # More MACs never predict a larger error, but for what is spent off the hulls.
+        falling = np.minimum.accumulate(np.log(np.maximum(predicted, 1e-12)))
+        # Equal predictions have no inverse: each is a little below the one before.
+        self._predicted = falling - 1e-9 * np.arange(len(falling))
+        self._allowed, self._grain, self._tries = allowed, grain, tries
+        self._slope = slope
+        self._start = (fractions[0] + fractions[-1]) / 2 if start is None else start
+        self.tried: list[tuple[float, float]] = []  # fractions with their losses, in order of the fractions
+
+    def add(self, fraction: float, loss: float) -> None:
+        """Take a measured loss."""
+        loss = loss if math.isfinite(loss) else math.inf
+        self.tried.insert(bisect_left(self.tried, (fraction, loss)), (fraction, loss))
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """The smallest fraction tried with at most the allowed loss, and its loss."""
+        return next(((fraction, loss) for fraction, loss in self.tried if loss <= self._allowed), None)
+
+    @property
+    def slope(self) -> float:
+        """The slope of the line through the two trials that are nearest to the allowed loss."""
+        if len(self.tried) < 2:
+            return self._slope
+        after = next((n for n, (_, loss) in enumerate(self.tried) if loss <= self._allowed), len(self.tried))
+        start = min(max(after - 1, 0), len(self.tried) - 2)
+        (more, high), (less, low) = map(self._place, self.tried[start : start + 2])
+        return min(max((high - low) / max(more - less, 1e-9), _SLOPES[0]), _SLOPES[1])
+
+    def next(self) -> float | None:
+        """Return the fraction to try next; None where the best is good enough, or nothing is left to try."""
+        if not self.tried:
+            return self._start
+        best, least, most = self.best, float(self._fractions[0]), float(self._fractions[-1])
+        # Where noise puts a loss above the allowed one beyond the best, it does not matter.
+        worse = [one for one in self.tried if best is None or one[0] < best[0]]
+        outside = worse[-1] if worse else None
+        if best is None and self.tried[-1][0] >= most:
+            return None
+        if best is None and len(self.tried) >= self._tries - 1:
+            return most
+        if best is not None:
+            near = best[1] >= min(_NEAR * self._allowed, self._allowed - self._grain)
+            close = best[0] <= least or (outside is not None and best[0] - outside[0] <= _CLOSE)
+            if near or close or len(self.tried) >= self._tries:
+                return None
+        found = self._between(best, outside) if best and outside else self._beyond(best or self.tried[-1])
+        return min(max(found, least), most)
+
+    def _between(self, best: tuple[float, float], outside: tuple[float, float]) -> float:
+        (good, low), (bad, high) = map(self._place, (best, outside))
+        share = (self._aim() - low) / max(high - low, 1e-9)
+        return self._fraction(good + min(max(share, 0.15), 0.85) * (bad - good))
+
+    def _beyond(self, nearest: tuple[float, float]) -> float:
+        """Return where a line through the trials, all on one side of the allowed loss, meets it."""
+        x, y = self._place(nearest)
+        found = self._fraction(x + (self._aim() - y) / self.slope)
+        # A loss of nothing says little about how far there is to go.
+        end = float(self._fractions[0 if y <= self._aim() else -1])
+        far = nearest[0] + _FAR * (end - nearest[0])
+        if abs(end - nearest[0]) <= 5 * _CLOSE:
+            return end if abs(found - nearest[0]) > _CLOSE else found
+        return max(found, far) if end < nearest[0] else min(found, far)
+
+    def _aim(self) -> float:
+        return math.log(_AIM * self._allowed)
+
+    def _place(self, trial: tuple[float, float]) -> tuple[float, float]:
+        """Return the logarithms of a trial's predicted error and of its loss, which may have been nothing at all."""
+        fraction, loss = trial
+        loss = min(max(loss, self._allowed / 10), 300 * self._allowed)
+        return float(np.interp(fraction, self._fractions, self._predicted)), math.log(loss)
+
+    def _fraction(self, predicted: float) -> float:
+        return float(np.interp(predicted, self._predicted[::-1], self._fractions[::-1]))
