@@ -41,7 +41,8 @@ Batches = Callable[[], Iterable[tuple[int, Inputs]]]
 
 
 _POSITIONS = 32  # positions of a feature map to look at in each image, at least, if it has as many
-_SAMPLES_PER_DIMENSION = 8  # patches for each row of a covariance, at least, if the images have as many
+_SAMPLES_PER_DIMENSION = 8, 64  # patches for each row of a covariance, if the images have as many: at least, at most
+_ENOUGH = 2**16  # patches; more only for the least number of each row
 _ASYMMETRY = 1e-5  # that rounding in float32 may cause, relative to a matrix's norm
 _JUDGED = 128  # images whose outputs decide what kind of outputs they are
 _BLOCK = 256  # rows of a Gram matrix to multiply at once
@@ -300,9 +301,14 @@ def _pass(
 
 
 def positions_for(site: Site, images: int) -> int:
-    """Return the number of positions to look at in each image: enough for the covariance, and no more."""
+    """Return the number of positions to look at in each image: enough for the covariance, and no more.
+
+    With 8 patches for each row a pair fits the noise of the sample: on a DnCNN at half of its MACs, calibrated on 64
+    patches, 64 leave a third of the error (docs/results/calibration-experiments.md).
+    """
     length = site.conv.group_in * math.prod(site.conv.kernel)
-    return max(_POSITIONS, math.ceil(_SAMPLES_PER_DIMENSION * length / max(images, 1)))
+    least, most = (each * length for each in _SAMPLES_PER_DIMENSION)
+    return max(_POSITIONS, math.ceil(max(least, min(most, _ENOUGH)) / max(images, 1)))
 
 
 def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -240,7 +240,7 @@ def test_half_precision_is_solved_and_polished_in_float32(dtype: torch.dtype, tm
     )
     for key, value in exact.model.state_dict().items():
         torch.testing.assert_close(polished[key], value.to(dtype).float(), rtol=2e-2, atol=2e-2)
-    assert max((polished[key] - solved[key]).abs().max() for key in solved) > 3e-3
+    assert max((polished[key] - solved[key]).abs().max() for key in solved) > 3e-4
 
 
 @pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (1e4, 1.0), (1e3, 1e-3), (0.0, 0.0), (5.0, 0.0)])
@@ -314,7 +314,7 @@ def test_inputs_that_hardly_vary_are_converted_and_noted(data: str, sequential: 
         told = [
             note for note in conversion.report.calibration.notes if "hardly varies" in note or "fewer than two" in note
         ]
-        assert bool(told) or (data in ("noise", "bright") and isinstance(net, Base))
+        assert bool(told) or (data in ("noise", "bright", "one picture") and isinstance(net, Base))
 
 
 def test_a_conv_that_runs_on_no_image_is_kept() -> None:
