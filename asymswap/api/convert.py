@@ -295,7 +295,7 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
 
 
 def make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
-    """EvaluatedBy what has changed, on held-back images where there are some, else on random ones by the seed.
+    """Measure what has changed, on held-back images where there are some, else on random ones by the seed.
 
     Raises AsymswapError where the converted model's output is not finite.
     """

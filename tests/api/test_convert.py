@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from asymswap.results.records import to_json
 from asymswap.types import Call, Cost, Plan, Site
 
 REPORT_KEYS = {
+    "drop",
     "schema",
     "asymswap",
     "model",
@@ -386,7 +388,13 @@ class TestReport:
         sites = plan_sites(model, size)
         for row in conversion.report.sites:
             assert row.before == sites[row.site].cost
-            if row.action == "swap":
+            if row.kind == "low-rank":
+                conv, rank = sites[row.site].conv, row.settings["rank"]
+                (call,) = sites[row.site].calls
+                assert (conv.groups, conv.bias, call.input) == (1, False, call.output)
+                params = rank * (conv.in_channels + conv.out_channels)
+                assert row.after == Cost(call.batch * math.prod(call.output) * params, params)
+            elif row.action == "swap":
                 assert row.after == pair_cost(sites[row.site], row.settings["rank"], row.settings["order"])
             else:
                 assert row.after == row.before
@@ -395,7 +403,8 @@ class TestReport:
         _, size, conversion = case
         halves = plan_sites(conversion.model, size)
         for row in conversion.report.swapped:
-            pair = [halves[f"{row.site}.{name}"].cost for name in ("vertical", "horizontal")]
+            names = ("vertical", "horizontal") if row.kind == "separable" else ("reduce", "expand")
+            pair = [halves[f"{row.site}.{name}"].cost for name in names]
             assert row.after == total(pair)
 
     def test_every_conv_has_one_row_in_the_order_of_the_plan(self, case: Any) -> None:
