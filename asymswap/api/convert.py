@@ -180,6 +180,10 @@ def convert(
         step = functools.partial(progress, "evaluating before")
         before = session.team.first(functools.partial(judge.measured, opened.model, step))
         if drop is not None:
+            if not before.scores:
+                raise AsymswapError(
+                    "`max_drop` has nothing to measure: the outputs cannot be compared; give `evaluate=…`"
+                )
             drop.allowed(before.scores[0])
         clock.stop("evaluate before")
     if calibration is not None:

@@ -215,6 +215,17 @@ def test_values_without_the_right_images_have_no_decibels(recipe: str, images: T
         )
 
 
+def test_outputs_that_cannot_be_compared_are_refused(recipe: str, images: Tensor) -> None:
+    class Mute(Net):
+        def forward(self, x: Tensor) -> Any:
+            super().forward(x)
+            return {}
+
+    with pytest.raises(AsymswapError, match="the outputs cannot be compared; give `evaluate=…`"):
+        calibration = asymswap.Calibration(images, images=128, outputs="values")
+        asymswap.convert(Mute().eval(), recipe, max_drop="2%", calibration=calibration, progress=silent)
+
+
 def test_without_anything_to_measure_on_it_is_refused(recipe: str) -> None:
     with pytest.raises(AsymswapError, match=r"`max_drop=…` is measured: give `calibration=…` with data, of which"):
         asymswap.convert(Net(), recipe, example_inputs=torch.zeros(1, 1, 8, 8))
