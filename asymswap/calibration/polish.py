@@ -4,7 +4,7 @@ The student gets the same inputs as the teacher, augmented, for many steps (Beye
 difference of the outputs, of class scores before the softmax (Ba and Caruana, 2014): a network is so sure of its
 training images that the probabilities say next to nothing. Batch norms keep their statistics. Kernels and matrices are
 trained by Muon (Jordan et al., 2024), whose steps have the same size in every direction: within the few hundred steps
-that a budget of minutes allows, it gains a third more than Adam (docs/results/polish.md).
+that a budget of minutes allows, it gains more than Adam (docs/results/polish.md).
 
 Everything else is found from the network and the budget: the batch, as large as leaves enough steps; the patch, where
 outputs are images; the rate, by short runs from the same start; and when to go back, at a lower rate. Of all weights,
@@ -35,7 +35,7 @@ from asymswap.utils.tensors import deep_copy, eval_mode, seeded
 _RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _USUAL_RATE = 3e-4
 _STEPS = 300  # wanted in a budget of minutes, so that the batch is made smaller
-_LEAST_STEPS = 40  # of a budget of steps, below which no rate is looked for
+_LEAST_STEPS = 40  # below which no rate is looked for
 _PROBE = 1 / 16  # of the budget, for each rate that is tried
 _LEAST_SAMPLES, _MOST_SAMPLES = 8, 128  # in a batch
 _NUMBERS = 2**17  # of a channel in a batch, at most
@@ -105,7 +105,8 @@ def polish_(
         size, each = data.largest, 0.0
         if not steps:
             size, each = _fitting(trainer, data, seconds)
-        trainer.hold_back(data.held_back(size * (steps or int(seconds / each)) // _SEEN_PER_HELD_BACK))
+        expected = steps or int(seconds / each)
+        trainer.hold_back(data.held_back(size * expected // _SEEN_PER_HELD_BACK))
 
         def run(rate: float, share: float, checks: int = 1, stage: str = "") -> _Run:
             """Train from the start on a share of the steps or seconds, or until the whole time is over."""
@@ -113,7 +114,10 @@ def polish_(
             end = begun + seconds if share == 1 else now + share * seconds
 
             def part(done: int) -> float:
-                found = done / max(1, round(share * steps)) if steps else (time.perf_counter() - now) / (end - now)
+                if steps:
+                    found = done / max(1, round(share * steps))
+                else:  # a slow network may have used up its time before
+                    found = (time.perf_counter() - now) / max(end - now, 1e-9)
                 if stage:
                     progress(stage, min(1000, int(1000 * found)), 1000)
                 return found
@@ -121,7 +125,7 @@ def polish_(
             return trainer.train(data.draw(size, seeded(settings.seed)), rate, part, checks)
 
         place = _RATES.index(_USUAL_RATE)
-        if not steps or steps >= _LEAST_STEPS:
+        if expected >= _LEAST_STEPS:
             tried: dict[int, float] = {}
 
             def probe(at: int) -> float:
@@ -202,7 +206,7 @@ class _Trainer:
                 last, next_check = self.difference(), now + 1 / checks
                 if last < best:
                     best, step, weights = last, done, copy.deepcopy(self.student.state_dict())
-                elif now > _SETTLED and not last <= _WORSE * best:
+                elif _SETTLED < now < 1 and not last <= _WORSE * best:
                     self.student.load_state_dict(weights)
                     optimizer, rate = _Optimizer(self.trainable), rate / 2
             if now >= 1 and done:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -127,6 +128,22 @@ def test_batches_of_the_user_are_cut_but_not_put_together() -> None:
     assert (result.images, result.batch) == (158, 128)
     assert len(sizes & {(3, 2, 8, 8), (128, 2, 6, 6), (22, 2, 6, 6), (5, 2, 9, 9)}) >= 2
     assert (150, 2, 6, 6) not in sizes or len(sizes) == 3  # unless that one is held back, which is judged as a whole
+
+
+def test_a_network_too_slow_for_the_time_ends_after_a_step(teacher: nn.Module, student: nn.Module) -> None:
+    class Slow(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.02)
+            scores: Tensor = self.model(x)
+            return scores
+
+    images = torch.randn(64, 3, 8, 8)
+    result = polish_(Slow(teacher), Slow(student), [(images,)], Calibration("images", polish_minutes=1e-4))
+    assert (result.steps, result.batch, result.rate) == (1, 8, 3e-4)
 
 
 def test_minutes_end_it_too(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
