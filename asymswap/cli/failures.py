@@ -83,7 +83,7 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-_ARGUMENT = re.compile(r"`([a-z]\w*)=([^`]{0,200})`")
+_ARGUMENT = re.compile(r"`(?P<of>[A-Z]\w*\()?(?P<name>[a-z]\w*)=(?P<value>[^`]{0,200}?)(?(of)\))`")
 _OTHER_NAMES = {
     "batches": "batch",
     "calibration": "data",
@@ -112,8 +112,9 @@ def begin(options: Mapping[str, Any]) -> None:
 def in_flags(value: T) -> T:
     """Return a text or a record with each argument that it names between backquotes as the running command's option.
 
-    `` `force=True` `` becomes --force, `` `weights="none"` `` --weights none, `` `arch=…` `` --arch; an argument that
-    is no option of the command stays as it is. Records are dataclasses, dicts, lists and tuples; they are copied.
+    `` `force=True` `` becomes --force, `` `weights="none"` `` --weights none, `` `arch=…` `` --arch, and
+    `` `PreprocessingOptions(normalize=…)` `` --normalize; what is no option of the command stays as it is.
+    Records are dataclasses, dicts, lists and tuples; they are copied.
     """
     changed: Any = value
     if isinstance(value, str):
@@ -129,7 +130,7 @@ def in_flags(value: T) -> T:
 
 
 def _as_option(found: re.Match[str]) -> str:
-    name, text = found[1], found[2]
+    name, text = found["name"], found["value"]
     option = _options.get(name) or _options.get(_OTHER_NAMES.get(name, ""))
     if option is None:
         return found[0]

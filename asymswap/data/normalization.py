@@ -96,7 +96,8 @@ def feeding_of(
     if data.pictures.as_they_are and known.normalization_from not in ("given", "file"):
         known = pre.with_normalization(known, pre.usual(known.channels)["none"], "images")
         warnings = (
-            f"{label} is fed the tensors of {reference} as they are: give `normalize=…` if they are to be normalised",
+            f"{label} is fed the tensors of {reference} as they are: give `PreprocessingOptions(normalize=…)` if they "
+            "are to be normalised",
             *warnings,
         )
     answer = _ask(model, known, _sample(data, known, order), label)
@@ -286,7 +287,8 @@ def _decide(
     if doubt and pairs is None:
         raise SourceError(
             f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
-            f"`normalize=…` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` and `std=…`"
+            f"`PreprocessingOptions(normalize=…)` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` "
+            "and `std=…`"
         )
     if doubt and pairs is not None:
         return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (

@@ -140,8 +140,8 @@ class Point:
 def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best pair found, as a_GAR and b_GRB of `asymswap.factorize.svd`, the scale shared evenly.
 
-    Never worse than the truncated SVD of the kernel, which is a start too. At low ranks L-BFGS ends in different minima,
-    and descends from three starts, and from random ones where the covariance is small; else, or with a large covariance,
+    Never worse than the truncated SVD of the kernel, which is a start too. At low ranks L-BFGS ends in various minima,
+    and it descends from three starts, and from random ones where the covariance is small; else, or with a large one,
     from the better one of two. For a single tap the first start is the best pair there is.
     """
     large = problem.w_GOKM.shape[2:].numel() > _LARGE

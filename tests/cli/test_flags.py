@@ -41,6 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ("`arguments={'depth': 3, 'width': …}`", "--arg depth=3 --arg width=…"),
         ("`overrides={'rank': 8, 'bias': True}`", "--set rank=8 --set bias=true"),
         ("`arch={[]: 1}` `arch=((((`", "--arch {[]: 1} --arch (((("),
+        ("`PreprocessingOptions(normalize=…)` or `PreprocessingOptions(size=(8, 9))`", "--normalize or --size 8x9"),
         ("`sequential=False`", "--no-sequential"),
         ("`calibration=…`", "--calibrate"),
         ("`data='a b'`", "--calibrate 'a b'"),

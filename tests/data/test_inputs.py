@@ -220,7 +220,7 @@ def test_numbers_are_taken_as_they_are(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", values.numpy())
     settled, feeding = settle_on(open_model(Two()), UserData(str(tmp_path / "a.npy")))
     assert feeding is not None
-    assert any("as they are: give `normalize=…`" in line for line in feeding.warnings)
+    assert any("as they are: give `PreprocessingOptions(normalize=…)`" in line for line in feeding.warnings)
     chosen, _ = open_inputs(settled, UserData(str(tmp_path / "a.npy")), 20)
     found = torch.cat([batch[0] for batch in chosen])
     assert len(found) == 16

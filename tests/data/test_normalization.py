@@ -174,7 +174,7 @@ def standardised() -> nn.Module:
 def test_what_cannot_be_told_stops(data: dict[int, str], net: Any, reason: str) -> None:
     torch.manual_seed(0)
     made = net()
-    said = rf"nobody said how images are normalised for \w+, and it cannot be found out .*{reason}.*`normalize=…`"
+    said = rf"nobody said how images are normalised for \w+, and it cannot be found out .*{reason}.*\(normalize=…\)`"
     with pytest.raises(SourceError, match=said):
         fed(made, data[3])
     for calibration, evaluate in ((Calibration(data[3], images=8), None), (None, data[3])):
@@ -195,7 +195,7 @@ def test_numbers_of_the_users_own_are_fed_as_they_are(tmp_path: Path) -> None:
     assert len(as_they_are.warnings) == 3, as_they_are.warnings
     first, second, _ = as_they_are.warnings
     assert "as the tensors are, but the statistics in its batch norms fit imagenet better" in first
-    assert "as they are: give `normalize=…`" in second
+    assert "as they are: give `PreprocessingOptions(normalize=…)`" in second
     asked = fed(net, str(tmp_path / "a.npz"), normalize="imagenet")
     assert (asked.fed.normalization, asked.warnings[1:]) == ("imagenet", ())
 
