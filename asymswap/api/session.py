@@ -190,7 +190,7 @@ class Session:
             converted, sequential = convert_on(self.traced, plan, gathered, calibration, progress)
             self.clock.stop("convert")
             if calibration.polishes and polished:
-                trained = self.team.first(lambda: polish(gathered, converted, calibration, progress))
+                trained = self.team.first(lambda: polish(gathered, converted, plan, calibration, progress))
                 self.team.follow_(converted)
                 self.clock.stop("polish")
             converted = in_own_precision(opened, plan, converted, gathered)

@@ -205,11 +205,13 @@ def convert_on(
     return converted, len(refined.one_pass) < len(names)
 
 
-def polish(gathered: Gathered, converted: nn.Module, calibration: Calibration, progress: Progress = silent) -> Polished:
-    """Train the converted network, in place, on the original's outputs on images of the calibration data."""
+def polish(
+    gathered: Gathered, converted: nn.Module, plan: Plan, calibration: Calibration, progress: Progress = silent
+) -> Polished:
+    """Train a network converted by a plan, in place, on the original's outputs on images of the calibration data."""
     chosen = replace(calibration, images=calibration.polish_images, team=ALONE)
     images = [batch for _, batch in _open_images(gathered.opened, chosen)[0].batches()]
-    return polish_(gathered.opened.model, converted, images, calibration, progress)
+    return polish_(gathered.opened.model, converted, images, calibration, progress, plan)
 
 
 def some_inputs(reference: str | None, opened: OpenedModel, seed: int, images: int = 8) -> tuple[Inputs, str]:

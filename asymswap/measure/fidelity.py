@@ -8,8 +8,8 @@ input: if the calls or the outputs differ, the model's code treats the two diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,33 @@ def difference(teacher: object, student: object) -> Tensor:
             gaps.append((other.float() - one.float()).square().sum())
             wholes.append(one.float().square().sum())
     return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)
+
+
+def feature_error(
+    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
+) -> Tensor | None:
+    """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
+    errors = []
+    for own, theirs in blocks.items():
+        target, output = taught.get(theirs), learned.get(own)
+        if target is not None and output is not None and target.shape == output.shape:
+            errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
+    return torch.stack(errors).mean() if errors else None
+
+
+@contextmanager
+def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def catch(_: nn.Module, __: object, output: object, name: str = name) -> None:
+                if isinstance(output, Tensor):
+                    outputs[name] = output
+
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(catch))
+        yield outputs
 
 
 class _StandIn(nn.Module):

@@ -9,8 +9,7 @@ al., 2015, without a regressor, since the shapes are the same).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from asymswap.data.batches import Batch, Mixing
 from asymswap.errors import SourceError
-from asymswap.measure.fidelity import difference
+from asymswap.measure.fidelity import caught, difference, feature_error
 from asymswap.training.config import Training
 from asymswap.training.distillation import Teacher
 from asymswap.utils.inputs import arguments_of, sizes
@@ -182,18 +181,6 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
     return F.kl_div(given, target, reduction="sum", log_target=True) * temperature**2
 
 
-def feature_error(
-    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
-) -> Tensor | None:
-    """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
-    errors = []
-    for own, theirs in blocks.items():
-        target, output = taught.get(theirs), learned.get(own)
-        if target is not None and output is not None and target.shape == output.shape:
-            errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
-    return torch.stack(errors).mean() if errors else None
-
-
 def all_scores(output: object) -> list[Tensor]:
     """Return a classifier's scores (N x classes) in train mode, the main ones first, or raise SourceError."""
     found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
@@ -202,18 +189,3 @@ def all_scores(output: object) -> list[Tensor]:
         shape = f"tensors of shape {', '.join(str(tuple(item.shape)) for item in scores)}" if scores else type(output)
         raise SourceError(f"the model returns {shape}, not images x class scores; give a classifier")
     return scores
-
-
-@contextmanager
-def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
-    outputs: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for name in names:
-
-            def catch(_: nn.Module, __: object, output: object, name: str = name) -> None:
-                if isinstance(output, Tensor):
-                    outputs[name] = output
-
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(catch))
-        yield outputs

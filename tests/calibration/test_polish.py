@@ -52,6 +52,26 @@ def test_it_learns_what_the_teacher_says_and_leaves_the_teacher_alone(
     assert torch.equal(student[1].running_mean, teacher[1].running_mean)
 
 
+def test_the_outputs_of_replaced_layers_are_learned_too(teacher: nn.Module, images: Tensor) -> None:
+    """Also where a replacement has taken over the batch norm behind it, and gives what that gave."""
+    pair = Swap("3", "separable", {"rank": 4, "order": "vertical-first"})
+    whole = Swap("0", "acb", {"bn": "branch", "eps": 1e-5, "momentum": 0.1}, absorbs="1")
+    for plan, name in ((Plan((pair,)), "3"), (Plan((pair, whole)), "1")):
+        fresh = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+        errors = []
+        for told in (plan, Plan(())):
+            torch.manual_seed(0)
+            student = apply_plan(teacher, plan)
+            if name == "1":
+                for parameter in student[0].parameters():
+                    parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+            polish_(teacher, student, [(images,)], Calibration("images", polish_steps=60), plan=told)
+            upto = int(name) + 1
+            with torch.no_grad():
+                errors.append(float(difference(teacher[:upto](fresh), student[:upto](fresh))))
+        assert errors[0] < 0.9 * errors[1], (name, errors)
+
+
 def test_it_never_ends_worse_than_it_began(teacher: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the teacher cannot be bettered, and a learning rate that ruins it is seen on the images held back."""
     monkeypatch.setattr("asymswap.calibration.polish._RATES", (1.0,))

@@ -17,11 +17,12 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.data.batches import Batch
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sha256
+from asymswap.measure.fidelity import caught, feature_error
 from asymswap.models.networks import digits_resnet
 from asymswap.models.opening import open_model
 from asymswap.training.config import Training
 from asymswap.training.distillation import ORIGINAL, Teacher, blocks_around, find_teacher
-from asymswap.training.objective import Objective, all_scores, caught, divergence, feature_error
+from asymswap.training.objective import Objective, all_scores, divergence
 from asymswap.types import Origin, Swap
 
 
