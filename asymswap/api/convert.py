@@ -41,11 +41,11 @@ from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, CheckpointError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
+from asymswap.measure.timing import Timing
 from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
-from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt

@@ -19,9 +19,10 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.fidelity import check_stand_ins, describe_calls
 from asymswap.measure.macs import Costs, count_costs, count_swapped
+from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, costs_of
 from asymswap.planning.apply import apply_plan
-from asymswap.planning.latency_budget import Timing, plan_in_time
+from asymswap.planning.latency_budget import plan_in_time
 from asymswap.planning.plan import Choices, check_replay, choose, counted_costs, find_choices, matched_sites
 from asymswap.planning.recipe import Budget, Recipe
 from asymswap.results.convert import LatencyRow

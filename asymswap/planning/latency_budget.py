@@ -14,16 +14,16 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from asymswap.errors import AsymswapError, OutputError, RecipeError, check_choice
-from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, machine, time_models
+from asymswap.errors import OutputError, RecipeError
+from asymswap.measure.latency import Timed, in_format, inputs_like, machine, time_models
+from asymswap.measure.timing import Timing
 from asymswap.planning.apply import apply_random
 from asymswap.planning.plan import Choices, CostModel, choose
 from asymswap.results.convert import LatencyRow
@@ -34,25 +34,6 @@ from asymswap.utils.inputs import Inputs
 _GRID = 8  # options of each conv that are timed; between them latency is interpolated by the MACs
 _ATTEMPTS = 5
 _NOISE = 0.02  # differences below this share are the machine's noise
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How latency is measured: the weights' memory format, images at a time, rounds, and where tables are kept.
-
-    `cache` is a folder; None stands for the user's own cache folder. The threads are torch's.
-    """
-
-    memory_format: MemoryFormat = "channels-last"
-    batch: int = 1
-    rounds: int = 20
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Raise AsymswapError for what cannot be measured."""
-        check_choice("the memory format", self.memory_format, get_args(MemoryFormat))
-        if self.batch < 1 or self.rounds < 1:
-            raise AsymswapError(f"batches of {self.batch} in {self.rounds} rounds measure nothing; give 1 or more")
 
 
 def plan_in_time(

@@ -9,6 +9,8 @@ from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
 from asymswap.results.agreement import Agreement, OutputAgreement
+from asymswap.results.benchmark import TITLES, Setting
+from asymswap.results.compare import TimingRow
 from asymswap.results.convert import DropRow
 from asymswap.types import Fed, Ratio
 
@@ -100,6 +102,12 @@ def share(part: float, whole: float) -> str:
 
 def plural(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def setting(row: Setting | TimingRow) -> str:
+    """Return in which runtime something ran, and how."""
+    words = [TITLES[row.runtime], f"batch {row.batch}", plural(row.threads, "thread")]
+    return ", ".join(words if row.memory_format is None else [*words[:2], row.memory_format, words[2]])
 
 
 def extent(pixels: tuple[int, int]) -> str:

@@ -127,7 +127,7 @@ def test_the_table_is_kept_and_used_again(machine: Any, tmp_path: Path) -> None:
     assert convert(0.8).plan == plan
     assert max(first.runs) > 2 >= max(again.runs)
     # Another memory format has a table of its own, a damaged one is made anew, and one that cannot be written is not.
-    convert(0.8, timing=asymswap.Timing("contiguous"))
+    convert(0.8, timing=asymswap.Timing(memory_format="contiguous"))
     assert len(list(path.parent.glob("*.json"))) == 2
     path.write_text("{")
     assert convert(0.8).plan == plan

@@ -32,7 +32,7 @@ from asymswap.types import Call, Candidate, ConvSpec, Cost, Keep, Plan, Shown, S
 EVIL = "<script>alert(1)</script>\x1b[31m\nnet"
 CALLS = (Call((8, 8), (8, 8)),)
 SETTINGS = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "precision": "fp32", "seed": 0}
-TIMED = ((Setting("eager", 1, 1, None),), (), (), (), "float32", EVIL, 2, 5, 0.1, ())
+TIMED = ((Setting("torch", 1, 1, None),), (), (), (), "float32", EVIL, 2, 5, 0.1, ())
 MOVED = OffsetRow(EVIL, "offset", (1, 1), (1, 1), ((0.5, 1.0),), ((0.0, 0.0),), 1.2)
 COST = Cost(3_000_000, 5000)
 SCORE = Score("top-1", 0.9, "%")
