@@ -17,11 +17,12 @@ from asymswap.api.progress import shows_progress
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.measure.latency import Bystanders, Passes, machine, ratio_of, seconds_of, take_turns, time_models
 from asymswap.measure.macs import count_costs
-from asymswap.measure.runtimes import RUNTIMES, Key, Network, Run, on_threads, prepare_all
+from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, on_threads, prepare_all
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
+from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Progress, Ratio, Seconds, silent
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -65,6 +66,8 @@ def benchmark(
     with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
         networks = networks_of(opened, Path(folder), None if dtype is None else getattr(torch, dtype))
         runs, failures = prepare_all(networks, settings, progress)
+        if not runs:
+            raise AsymswapError("; ".join(dict.fromkeys(failures.values())))
         watched = Bystanders()
         turns = {key: run.turn for key, run in runs.items()}
         timed = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
@@ -106,7 +109,7 @@ def benchmark(
         cores=about["cores"],
         rounds=len(next(iter(timed.values()))),
         others=others,
-        versions=versions_of({settings[place].runtime: run for (_, place), run in runs.items()}),
+        versions=tuple(dict.fromkeys((RUNTIMES["torch"].version(), *(run.version for run in runs.values())))),
         warnings=sizes_assumed(opened),
     )
 
@@ -125,15 +128,6 @@ def networks_of(opened: Sequence[OpenedModel], folder: Path, dtype: torch.dtype 
     return [Network(one.model, one.example(), folder, dtype) for one in opened]
 
 
-def versions_of(runs: Mapping[str, Run]) -> tuple[str, ...]:
-    """Return the version of each runtime, by its name, and the precision in which it ran where that is its own."""
-    found = {"torch": f"torch {torch.__version__}"}
-    for name, run in runs.items():
-        for version in RUNTIMES[name].versions():
-            found.setdefault(version.split()[0], version + (f" (in {run.precision})" if run.precision else ""))
-    return tuple(found.values())
-
-
 def time_in_turn(
     opened: Sequence[OpenedModel], timing: Timing, progress: Progress = silent
 ) -> list[tuple[Seconds, Ratio | None]]:
@@ -149,6 +143,43 @@ def time_in_turn(
         turns = {number: run.turn for (number, _), run in runs.items()}
         found = take_turns(turns, rounds=timing.rounds, progress=progress)
     return [(seconds_of(own), ratio_of(own, found[0]) if number else None) for number, own in sorted(found.items())]
+
+
+_OTHERS = ("torch", "onnxruntime", "openvino")
+"""The runtimes in which a conversion is timed where they are installed; compiling takes minutes."""
+
+
+def time_conversion(
+    opened: OpenedModel, converted: nn.Module, timing: Timing, known: LatencyRow | None, progress: Progress = silent
+) -> LatencyRow:
+    """Time a model before and after, in the runtime of `timing` and in others that are installed, all in turn.
+
+    `known` is what the planning under a budget of latency has measured already.
+    """
+    done = [] if known is None else [row.runtime for row in known.times]
+    names = [name for name in dict.fromkeys((timing.runtime, *_OTHERS)) if name not in done]
+    if timing.runtime not in done:
+        RUNTIMES[timing.runtime].version()  # raises where what was asked for is not there
+    names = installed(names)
+    settings = [RUNTIMES[name].setting(timing) for name in names]
+    with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
+        networks = networks_of([opened, replace(opened, model=converted)], Path(folder))
+        runs, failures = prepare_all(networks, settings, progress)
+        both = [place for place in range(len(names)) if {(0, place), (1, place)} <= runs.keys()]
+        turns = {key: run.turn for key, run in runs.items() if key[1] in both}
+        found = take_turns(turns, rounds=timing.rounds, progress=progress) if turns else {}
+    rows = []
+    for place, name in enumerate(names):
+        row = TimeRow(name, failure=failures.get((1, place), failures.get((0, place))))
+        if place in both:
+            before, after = found[0, place], found[1, place]
+            version, ratio = runs[0, place].version, ratio_of(after, before)
+            row = TimeRow(name, version, seconds_of(before), seconds_of(after), ratio)
+        rows.append(row)
+    if known is not None:
+        return replace(known, times=(*known.times, *rows))
+    setting = RUNTIMES["torch"].setting(timing)
+    return LatencyRow(tuple(rows), setting.memory_format, setting.batch, setting.threads, machine()["processor"])
 
 
 def _settings(

@@ -111,21 +111,21 @@ class Session:
         budget: Budget | None = None,
         timing: Timing | None = None,
     ) -> tuple[Plan, LatencyRow | None]:
-        """Plan by a recipe, under its own budget or another one of MACs or parameters, or replay a plan.
+        """Plan by a recipe, under its own budget or another one, or replay a plan.
 
-        With `timing` the budget is one of latency; returns what was measured too. Raises RecipeError where the recipe
-        does not fit the model or the budget cannot be reached, PlanError where the plan does not fit.
+        With `timing` the budget is one of latency; what was measured is returned too. Raises RecipeError where the
+        recipe does not fit the model or the budget cannot be reached, PlanError where the plan does not fit.
         """
 
         def planned() -> tuple[Plan, LatencyRow | None]:
             if isinstance(requested, Plan):
                 return check_replay(self.opened.model, self.traced.sites, requested, self._statistics), None
             choices = self.choices(requested, progress)
+            if budget is not None:
+                choices = replace(choices, recipe=requested.model_copy(update={"budget": budget}))
             if timing is not None:
                 with _running_converted():
                     return plan_in_time(self.opened.model, self.opened.example(), choices, timing, progress)
-            if budget is not None:
-                choices = replace(choices, recipe=requested.model_copy(update={"budget": budget}))
             return choose(choices, counted_costs(choices.recipe.budget, self.costs.total)), None
 
         found = self.team.first(planned)

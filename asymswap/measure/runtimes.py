@@ -111,11 +111,11 @@ class Network:
 
 @dataclass(frozen=True)
 class Run:
-    """A network that is ready: its turn, which measures seconds, how long it took to make, and in which precision."""
+    """A network that is ready: its turn, which measures seconds, in what it runs, and how long it took to make."""
 
     turn: Turn
+    version: str
     ready: float | None = None
-    precision: str = ""
 
 
 class Runtime(ABC):
@@ -137,9 +137,9 @@ class Runtime(ABC):
     def title(self) -> str:
         return TITLES[self.name]
 
-    def versions(self) -> tuple[str, ...]:
-        """Return the packages in which networks run, with their versions; raise AsymswapError where one is missing."""
-        return programs.check_installed(self.title, self.extra, self.needs)[-1:] or (f"torch {torch.__version__}",)
+    def version(self) -> str:
+        """Return the package in which networks run, and its version; raise AsymswapError where one is missing."""
+        return [f"torch {torch.__version__}", *programs.check_installed(self.title, self.extra, self.needs)][-1]
 
     def setting(self, timing: Timing) -> Setting:
         """Return the setting in this runtime that a timing asks for."""
@@ -148,7 +148,7 @@ class Runtime(ABC):
 
     def prepare(self, network: Network, setting: Setting) -> Run:
         """Make a network ready, and check once that it computes what it does in PyTorch; raise AsymswapError if not."""
-        self.versions()
+        version = self.version()
         module, inputs = network.placed(setting)
         with on_threads(setting.threads):
             with torch.inference_mode():
@@ -159,7 +159,8 @@ class Runtime(ABC):
             if not network.takes_lists:
                 with torch.inference_mode():
                     self.check(network, setting, once, expected)
-        return Run(Turn(stopwatch(once), setting.threads, self.pool), ready, precision)
+        version += f" (in {precision})" if precision else ""
+        return Run(Turn(stopwatch(once), setting.threads, self.pool), version, ready)
 
     @abstractmethod
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
@@ -318,7 +319,7 @@ def installed(names: Sequence[str]) -> list[str]:
     found = []
     for name in names:
         with contextlib.suppress(AsymswapError):
-            RUNTIMES[name].versions()
+            RUNTIMES[name].version()
             found.append(name)
     return found
 
@@ -326,10 +327,7 @@ def installed(names: Sequence[str]) -> list[str]:
 def prepare_all(
     networks: Sequence[Network], settings: Sequence[Setting], progress: Progress = silent
 ) -> tuple[dict[Key, Run], dict[Key, str]]:
-    """Make all networks ready in all settings; return those that are, and the reasons of the others.
-
-    Raises AsymswapError where none is.
-    """
+    """Make all networks ready in all settings; return those that are, and the reasons of the others."""
     runs: dict[Key, Run] = {}
     failures: dict[Key, str] = {}
     keys = list(itertools.product(range(len(settings)), range(len(networks))))
@@ -341,8 +339,6 @@ def prepare_all(
         except Exception as error:
             # The model's code can raise anything.
             failures[number, place] = _reason(error)
-    if not runs:
-        raise AsymswapError("; ".join(dict.fromkeys(failures.values())))
     return runs, failures
 
 

@@ -221,10 +221,11 @@ def test_nodes_of_a_file_belong_to_the_modules_that_they_are_from(network: Netwo
 def test_the_precision_that_a_runtime_chooses_is_told(network: Network, one_thread: None) -> None:
     if "openvino" not in installed(["openvino"]):
         pytest.skip("openvino is not installed")
-    chosen = RUNTIMES["openvino"].prepare(network, setting("openvino")).precision
-    assert chosen in ("", "bfloat16", "float16")
+    version = RUNTIMES["openvino"].version()
+    chosen = RUNTIMES["openvino"].prepare(network, setting("openvino")).version
+    assert chosen in (version, f"{version} (in bfloat16)", f"{version} (in float16)")
     network.dtype = torch.float32
-    assert RUNTIMES["openvino"].prepare(network, setting("openvino")).precision == ""
+    assert RUNTIMES["openvino"].prepare(network, setting("openvino")).version == version
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

@@ -103,7 +103,7 @@ def test_the_cards_are_those_of_the_page() -> None:
     page = Page(made._repr_html_()).root
     (figures,) = page.all("ul")
     names = [card.all("h3")[0].text for card in figures.children]
-    assert names == ["MACs", "parameters", "weights", "latency", "top-1"]
+    assert names == ["MACs", "parameters", "weights", "time, PyTorch", "top-1"]
     (table,) = page.all("table")
     assert [row.all("th")[0].text for row in table.all("tbody")[0].children] == [row.site for row in made.swapped]
 
