@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from asymswap.calibration.config import Calibration as Calibration
     from asymswap.data.metrics import Metric as Metric
     from asymswap.errors import AsymswapError as AsymswapError
+    from asymswap.measure.timing import Timing as Timing
     from asymswap.models.opened import OpenedModel as OpenedModel
     from asymswap.models.opening import open_model as open_model
     from asymswap.models.preprocessing import PreprocessingOptions as PreprocessingOptions
-    from asymswap.planning.latency_budget import Timing as Timing
     from asymswap.training.config import Training as Training
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ _HOMES = {
     "models.opened": ["OpenedModel"],
     "models.opening": ["open_model"],
     "models.preprocessing": ["PreprocessingOptions"],
-    "planning.latency_budget": ["Timing"],
+    "measure.timing": ["Timing"],
     "training.config": ["Training"],
 }
 _MODULES = {name: f"asymswap.{module}" for module, names in _HOMES.items() for name in names}

@@ -22,10 +22,11 @@ from asymswap.data.predict import Predictions
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
+from asymswap.measure.runtimes import RUNTIMES
+from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.planning.latency_budget import Timing
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.types import Progress
@@ -113,8 +114,10 @@ def compare(
         rows.append(row)
     measured = None
     if timing is not None:
-        threads, processor = torch.get_num_threads(), machine()["processor"]
-        measured = TimingRow(timing.memory_format, timing.batch, threads, processor, timing.rounds)
+        setting, processor = RUNTIMES[timing.runtime].setting(timing), machine()["processor"]
+        measured = TimingRow(
+            setting.memory_format, timing.batch, setting.threads, processor, timing.rounds, timing.runtime
+        )
     return Comparison(
         asymswap=asymswap.__version__,
         models=tuple(rows),

@@ -28,6 +28,7 @@ from torch import nn
 
 import asymswap
 from asymswap import replacements
+from asymswap.api.benchmark import time_conversion
 from asymswap.api.drop import convert_within, measuring
 from asymswap.api.progress import shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
@@ -41,11 +42,12 @@ from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, CheckpointError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
+from asymswap.measure.runtimes import RUNTIMES
+from asymswap.measure.timing import Timing
 from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
-from asymswap.planning.latency_budget import Timing
 from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
@@ -85,7 +87,7 @@ def plan(
     *,
     macs: float | None = None,
     params: float | None = None,
-    latency: float | None = None,
+    latency: float | str | None = None,
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
@@ -108,7 +110,7 @@ def convert(
     plan: Plan | str | bytes | Mapping[str, Any] | None = None,
     macs: float | None = None,
     params: float | None = None,
-    latency: float | None = None,
+    latency: float | str | None = None,
     max_drop: float | str | None = None,
     overrides: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
@@ -117,6 +119,8 @@ def convert(
     preprocessing: PreprocessingOptions | None = None,
     evaluate: EvaluatedBy | None = None,
     crop_border: int = 0,
+    time: bool | None = None,
+    runtime: str | None = None,
     timing: Timing | None = None,
     allow_drift: bool = False,
     seed: int = 0,
@@ -127,7 +131,9 @@ def convert(
     `calibration` chooses ranks and weights on unlabelled images, far more accurately than by the weights alone; the
     processes of its team must make the same call, and get the same result. `evaluate` is a data reference, whose test
     part is used, a function of the model that returns a number or numbers by name, or a `Metric`: scores are measured
-    before and after; `crop_border` is for `pairs:`. `timing` is for budgets of latency, `seed` for the probe batch.
+    before and after; `crop_border` is for `pairs:`. `time` measures time before and after in the runtimes that are
+    installed, by default where `latency` is given, which is kept in `runtime`; `timing` says more of how. `seed` is for
+    the probe batch.
     A `max_drop` is of the first score of `evaluate`, or else of what is measured on inputs of the calibration that are
     held back.
     Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
@@ -153,8 +159,13 @@ def convert(
     if drop is not None and evaluate is None:
         calibration = measuring(calibration)
     in_time = budget is not None and budget.latency is not None
-    if timing is not None and not in_time:
-        raise AsymswapError("`timing=…` goes with a budget of latency: give `latency=…`, or leave it out")
+    if (timing is not None or runtime is not None) and not in_time and not time:
+        given = "runtime" if timing is None else "timing"
+        raise AsymswapError(f"`{given}=…` goes with `latency=…` or `time=True`; give one of them, or leave it out")
+    timing = timing or Timing()
+    timing = timing if runtime is None else replace(timing, runtime=runtime)
+    if in_time or time:
+        RUNTIMES[timing.runtime].version()  # raises where it is not installed
     opened = open_for_verb(
         model,
         progress,
@@ -194,7 +205,7 @@ def convert(
         kept = convert_within(session, requested, drop, judge, before, progress)
         converted = kept.converted
     else:
-        settled, timed = session.plan(requested, progress, timing=(timing or Timing()) if in_time else None)
+        settled, timed = session.plan(requested, progress, timing=timing if in_time else None)
         if isinstance(requested, Recipe):
             check_not_empty(settled, requested)
         converted = session.apply(settled, progress)
@@ -210,6 +221,10 @@ def convert(
         first = sizes_assumed([opened]) if feeding is None else feeding.warnings
         calibrated = calibration_row(session, converted, None if evaluator is None else evaluator.inputs)
         clock.stop("measure")
+        times = timed
+        if time or (time is None and in_time):
+            times = time_conversion(opened, converted.model, timing, timed, progress)
+            clock.stop("time")
         scores = None
         if evaluator is not None and before is not None:
             step = functools.partial(progress, "evaluating after")
@@ -221,7 +236,8 @@ def convert(
             clock.stop("evaluate")
         return replace(
             report,
-            latency=timed,
+            latency=times,
+            untimed="Time was not measured; give `time=True`." if times is None else "",
             calibration=calibrated,
             accuracy=scores,
             agreement=agreement,

@@ -17,9 +17,10 @@ import torch
 from asymswap.api.progress import shows_progress
 from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
-from asymswap.measure.runtimes import (
+from asymswap.measure.programs import (
+    ONNX_RUNTIME,
     OPSET,
-    check_versions,
+    check_installed,
     failing_clearly,
     forward_in,
     open_session,
@@ -74,7 +75,7 @@ def export(
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
-    versions = check_versions() if form == "onnx" else (f"torch {torch.__version__}",)
+    versions = check_installed("ONNX", "onnx", ONNX_RUNTIME) if form == "onnx" else (f"torch {torch.__version__}",)
     opened = open_for_verb(model, progress, example_inputs=example_inputs)
     if opened.preprocessing.form == "image-list":
         raise AsymswapError(

@@ -19,9 +19,10 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.fidelity import check_stand_ins, describe_calls
 from asymswap.measure.macs import Costs, count_costs, count_swapped
+from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, costs_of
 from asymswap.planning.apply import apply_plan
-from asymswap.planning.latency_budget import Timing, plan_in_time
+from asymswap.planning.latency_budget import plan_in_time
 from asymswap.planning.plan import Choices, check_replay, choose, counted_costs, find_choices, matched_sites
 from asymswap.planning.recipe import Budget, Recipe
 from asymswap.results.convert import LatencyRow
@@ -110,21 +111,21 @@ class Session:
         budget: Budget | None = None,
         timing: Timing | None = None,
     ) -> tuple[Plan, LatencyRow | None]:
-        """Plan by a recipe, under its own budget or another one of MACs or parameters, or replay a plan.
+        """Plan by a recipe, under its own budget or another one, or replay a plan.
 
-        With `timing` the budget is one of latency; returns what was measured too. Raises RecipeError where the recipe
-        does not fit the model or the budget cannot be reached, PlanError where the plan does not fit.
+        With `timing` the budget is one of latency; what was measured is returned too. Raises RecipeError where the
+        recipe does not fit the model or the budget cannot be reached, PlanError where the plan does not fit.
         """
 
         def planned() -> tuple[Plan, LatencyRow | None]:
             if isinstance(requested, Plan):
                 return check_replay(self.opened.model, self.traced.sites, requested, self._statistics), None
             choices = self.choices(requested, progress)
+            if budget is not None:
+                choices = replace(choices, recipe=requested.model_copy(update={"budget": budget}))
             if timing is not None:
                 with _running_converted():
                     return plan_in_time(self.opened.model, self.opened.example(), choices, timing, progress)
-            if budget is not None:
-                choices = replace(choices, recipe=requested.model_copy(update={"budget": budget}))
             return choose(choices, counted_costs(choices.recipe.budget, self.costs.total)), None
 
         found = self.team.first(planned)

@@ -21,6 +21,7 @@ from asymswap.data.inputs import settle_on
 from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
 from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
+from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
@@ -33,7 +34,7 @@ from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Patches, Progress
 
-Measure = Literal["macs", "params"]
+Measure = Literal["macs", "params", "latency"]
 TOLERANCES = {"%": "1%", "dB": "0.1dB"}
 """How much of a score the advice allows to lose, by its unit."""
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -48,6 +49,7 @@ def sweep(
     crop_border: int = 0,
     budgets: Sequence[float] = BUDGETS,
     measure: Measure = "macs",
+    timing: Timing | None = None,
     calibration: Calibration | None = None,
     tolerance: float | str | None = None,
     known: Tradeoff | None = None,
@@ -57,17 +59,20 @@ def sweep(
     preprocessing: PreprocessingOptions | None = None,
     progress: Progress | bool = True,
 ) -> Tradeoff:
-    """Convert a model by each recipe to each budget (a fraction of its MACs or parameters), and measure each.
+    """Convert a model by each recipe to each budget (a fraction of its MACs, parameters or latency), and measure each.
 
     Calibration statistics are gathered once. `data` is what `asymswap.convert` takes as `evaluate`; without it what
     `max_drop` limits is measured, on inputs of the calibration that are held back. `tolerance` is how much of the first
     score the advice allows to lose, given as a `max_drop` is (1 point, 0.1 dB, or a hundredth of the original's).
-    `on_point` gets the sweep so far after each point; `known`, a sweep with the same settings, is resumed. The other
-    options are those of `asymswap.convert`. A budget that a recipe cannot reach is a point with the reason. Raises
-    AsymswapError for everything else.
+    `timing` says how latency is measured, and in which runtime. `on_point` gets the sweep so far after each point;
+    `known`, a sweep with the same settings, is resumed. The other options are those of `asymswap.convert`. A budget
+    that a recipe cannot reach is a point with the reason. Raises AsymswapError for everything else.
     """
     assert callable(progress)  # `shows_progress` makes it one
     check_choice("the measure", measure, get_args(Measure))
+    if timing is not None and measure != "latency":
+        raise AsymswapError('`timing=…` goes with `measure="latency"`; leave it out')
+    timing = (timing or Timing()) if measure == "latency" else None
     wrong = [budget for budget in budgets if not 0 < budget < 1]
     if wrong or not budgets:
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
@@ -94,6 +99,8 @@ def sweep(
     assert evaluator is not None
     on = data if isinstance(data, str) else evaluator.description
     setting = _setting(opened, {name: text for name, (text, _) in read.items()}, evaluator, on, measure, calibration)
+    if timing is not None:
+        setting["timing"] = {name: value for name, value in vars(timing).items() if name != "cache"}
     if known is not None:
         known = _resumable(known, setting)
     if known is None:
@@ -134,7 +141,7 @@ def sweep(
             budget = parsed[name].budget
             assert budget is not None
             budget = budget.model_copy(update={budget.measure: fraction})
-            plan, _ = session.plan(parsed[name], step, budget)
+            plan, timed = session.plan(parsed[name], step, budget, timing)
             check_not_empty(plan, parsed[name].model_copy(update={"budget": budget}))
         except RecipeError as error:
             point = Point(name, fraction, failed=str(error))
@@ -147,6 +154,8 @@ def sweep(
             check_same(result.scores, [*found.values()])
             values = {name: score.value for name, score in found.items()}
             point = Point(name, fraction, converted.costs.total, values, len(plan.swaps))
+            if timed is not None and timed.times[0].ratio is not None:
+                point = replace(point, time=timed.times[0].ratio.value)
         seconds.append(time.perf_counter() - start)
         point = replace(point, seconds=round(seconds[-1], 2))
         result = replace(result.with_point(point), notes=_notes(session, evaluator, notes))

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from asymswap.cli import options as o
 from asymswap.cli.fields import opt
+from asymswap.results.benchmark import TITLES
 
 _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
 
 
 # Typer takes no list of literals.
-Runtime = StrEnum("Runtime", {"eager": "eager", "compile": "compile", "onnx": "onnx"})
 MemoryFormat = StrEnum("MemoryFormat", {"channels_last": "channels-last", "contiguous": "contiguous"})
 
 
@@ -22,8 +22,7 @@ MemoryFormat = StrEnum("MemoryFormat", {"channels_last": "channels-last", "conti
 def benchmark(
     models: o.Models,
     runtime: Annotated[
-        list[Runtime] | None,
-        opt("eager PyTorch, torch.compile or ONNX Runtime; can be repeated.", _SETTINGS, shown="eager"),
+        list[str] | None, opt(f"{', '.join(TITLES)}; can be repeated.", _SETTINGS, shown="torch", metavar="NAME")
     ] = None,
     batch: Annotated[str, opt("Batch sizes, as 1,8.", _SETTINGS)] = "1",
     threads: Annotated[
@@ -43,9 +42,9 @@ def benchmark(
     *,
     common: o.Common,
 ) -> None:
-    """Time models in turn in PyTorch, torch.compile and ONNX Runtime, and compare time with MACs.
+    """Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.
 
-    Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime eager --runtime onnx --batch 1,8
+    Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime onnxruntime --batch 1,8
     """
     common.check_form(markdown)
     batches = o.parse_counts("--batch", batch)
@@ -56,7 +55,7 @@ def benchmark(
 
         found = run(
             common.open_models(models, step),
-            runtimes=[one.value for one in runtime or [Runtime.eager]],
+            runtimes=runtime or ["torch"],
             batches=batches,
             threads=counts,
             memory_formats=[one.value for one in memory_format or MemoryFormat],

@@ -22,7 +22,7 @@ SUMMARIES = {
     "evaluate": "Measure models on data or by a metric; classifiers also per class, with tests of their differences.",
     "fuse": "Turn acb and offset kinds back into ordinary convs that compute the same.",
     "export": "Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.",
-    "benchmark": "Time models in turn in PyTorch, torch.compile and ONNX Runtime, and compare time with MACs.",
+    "benchmark": "Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.",
     "task": "Print a commented Python file for --task: your own data, inputs, metric and loss.",
 }
 """The files of this folder that are commands, and the first line of the docstring of each."""

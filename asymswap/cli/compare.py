@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt
+from asymswap.cli.fields import opt, takes_fields
 from asymswap.cli.metric import EVALUATION_FORMS, agreement_on, measured_by, takes_against, takes_metric
+from asymswap.measure.timing import Timing
 
-_LATENCY = "Latency"
 _OUTPUTS = "Outputs and scores"
 
 
 @o.takes_common()
 @takes_metric
 @takes_against
+@takes_fields("timing", Timing)
 def compare(
     models: o.Models,
     data: Annotated[
@@ -24,13 +25,8 @@ def compare(
     against: Any = None,
     images: Annotated[int | None, opt("Number of labelled images.", _OUTPUTS, shown="all")] = None,
     seed: Annotated[int, opt("Seed for choosing images.", _OUTPUTS)] = 0,
-    latency: Annotated[bool, opt("Time all models in turn.", _LATENCY, "--latency/--no-latency")] = True,
-    memory_format: Annotated[
-        o.MemoryFormat, opt("Memory format: channels-last or contiguous.", _LATENCY, metavar="ORDER")
-    ] = "channels-last",
-    batch: Annotated[int, opt("Batch size.", _LATENCY, min=1)] = 1,
-    rounds: Annotated[int, opt("Maximum number of rounds.", _LATENCY, min=1)] = 20,
-    threads: Annotated[int | None, opt("Threads of a forward pass.", _LATENCY, shown="torch's own", min=1)] = None,
+    latency: Annotated[bool, opt("Time all models in turn.", "Time", "--latency/--no-latency")] = True,
+    timing: Any = None,
     markdown: o.Markdown = False,
     *,
     common: o.Common,
@@ -41,15 +37,10 @@ def compare(
     """
     common.check_form(markdown)
     with common.progress() as step:
-        import torch
-
         from asymswap.api.compare import compare as beside
         from asymswap.models.preprocessing import check_needed
-        from asymswap.planning.latency_budget import Timing
         from asymswap.reporting import compare as views
 
-        if threads is not None:
-            torch.set_num_threads(threads)
         check_needed(common.opening["preprocessing"], data)
         unlabelled = agreement_on(data, against, common.task)
         by: Any = {"by": unlabelled, "crop_border": 0}
@@ -61,7 +52,7 @@ def compare(
             against_original=unlabelled is not None,
             crop_border=by["crop_border"],
             images=images,
-            timing=Timing(memory_format, batch, rounds) if latency else None,
+            timing=Timing(**timing) if latency else None,
             seed=seed,
             progress=step,
         )

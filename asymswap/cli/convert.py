@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt
+from asymswap.cli.fields import opt, takes_fields
 from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
+from asymswap.measure.timing import Timing
 
 _CHANGE = "What to do"
 _OUTPUTS = ("-o", "--output", "--report", "--write-plan")
@@ -24,6 +25,7 @@ _NO_VALUE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 @o.takes_common()
 @takes_calibration
 @takes_metric
+@takes_fields("timing", Timing, given_only=True)
 def convert(
     model: o.Model,
     recipe: Annotated[
@@ -32,18 +34,11 @@ def convert(
     plan: Annotated[Path | None, opt("Replay a plan (JSON) instead of a recipe.", _CHANGE)] = None,
     macs: Annotated[float | None, opt("Keep at most this fraction of the model's MACs.", _CHANGE)] = None,
     params: Annotated[float | None, opt("Keep at most this fraction of its parameters.", _CHANGE)] = None,
-    latency: Annotated[float | None, opt("Keep at most this fraction of its latency on this machine.", _CHANGE)] = None,
+    latency: Annotated[
+        str | None, opt("Keep at most this fraction of its latency on this machine, or a time: 0.6, 5ms.", _CHANGE)
+    ] = None,
     max_drop: Annotated[
         str | None, opt("Lose at most 0.5 (points), 0.1dB, or 2% of the outputs, when measured.", _CHANGE)
-    ] = None,
-    memory_format: Annotated[
-        o.MemoryFormat | None,
-        opt(
-            "Memory format in which --latency is measured: channels-last or contiguous.",
-            _CHANGE,
-            shown="channels-last",
-            metavar="ORDER",
-        ),
     ] = None,
     settings: Annotated[
         list[str] | None, opt("key=value: change a setting of the recipe, such as rank=8.", _CHANGE, "--set")
@@ -61,6 +56,10 @@ def convert(
     ] = False,
     evaluate: Annotated[str | None, opt(f"Measure before and after on {EVALUATION_FORMS}", o.RESULT)] = None,
     measured: Any = None,
+    time: Annotated[
+        bool, opt("Time before and after in the installed runtimes, as --latency does.", "Time", "--time")
+    ] = False,
+    timing: Any = None,
     calibration: Any = None,
     seed: Annotated[int, opt("Seed for choosing images and for the probe batch.")] = 0,
     *,
@@ -76,6 +75,7 @@ def convert(
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output, write_text
 
+    given_timing = {name: value for name, value in timing.items() if value is not None}
     target = output or o.default_output(model)
     if recipe is not None and plan is not None:
         raise AsymswapError("give either --recipe or --plan, not both")
@@ -114,7 +114,8 @@ def convert(
             calibration=calibration_of(calibration, seed, team, common.task),
             evaluate=measured["by"],
             crop_border=measured["crop_border"],
-            timing=None if memory_format is None else asymswap.Timing(memory_format),
+            time=time or None,
+            timing=Timing(**given_timing) if given_timing else None,
             allow_drift=allow_drift,
             seed=seed,
             progress=step,

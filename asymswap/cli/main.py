@@ -46,10 +46,11 @@ def _root(
 
 
 def _budgets_latency(arguments: Sequence[str]) -> bool:
-    """Return True if a command has a budget of latency: by an option, a setting, or a recipe file."""
+    """Return True if a command measures time: by an option, a setting, or a recipe file with a budget of latency."""
     import tomllib
 
-    if any(argument.startswith(("--latency", "budget.latency", "--set=budget.latency")) for argument in arguments):
+    timed = ("--latency", "--time", "budget.latency", "--set=budget.latency")
+    if any(argument.startswith(timed) for argument in arguments):
         return True
     recipes = [value for option, value in itertools.pairwise(arguments) if option == "--recipe"]
     recipes += [argument.removeprefix("--recipe=") for argument in arguments if argument.startswith("--recipe=")]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -37,9 +37,6 @@ IMAGES, RESULT = "Images", "Result"
 
 DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
 """Labelled images that every command takes, for the end of a help text."""
-
-
-MemoryFormat = Literal["channels-last", "contiguous"]
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt
+from asymswap.cli.fields import opt, takes_fields
 from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 from asymswap.errors import AsymswapError
+from asymswap.measure.timing import Timing
 
 _BUDGET, _DATA = "Budgets", "Data"
 
@@ -20,6 +21,7 @@ _BUDGET, _DATA = "Budgets", "Data"
 @o.takes_common()
 @takes_calibration
 @takes_metric
+@takes_fields("timing", Timing, given_only=True)
 def sweep(
     model: o.Model,
     recipe: Annotated[
@@ -31,6 +33,8 @@ def sweep(
         str | None, opt("Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", _BUDGET, shown="0.9:0.3:0.1")
     ] = None,
     params: Annotated[str | None, opt("Fractions of the parameters instead.", _BUDGET)] = None,
+    latency: Annotated[str | None, opt("Fractions of the latency on this machine instead.", _BUDGET)] = None,
+    timing: Any = None,
     tolerance: Annotated[
         str | None,
         opt(
@@ -63,11 +67,13 @@ def sweep(
     from asymswap.utils.distributed import ALONE
     from asymswap.utils.files import check_distinct, check_output
 
-    if macs is not None and params is not None:
-        raise AsymswapError("budgets are of --macs or of --params; give one of them")
-    measure: Literal["macs", "params"] = "macs" if params is None else "params"
-    text = macs if params is None else params
-    budgets = None if text is None else parse_fractions(f"--{measure}", text)
+    every = {"macs": macs, "params": params, "latency": latency}
+    given = {name: text for name, text in every.items() if text is not None}
+    if len(given) > 1:
+        raise AsymswapError("budgets are of --macs, of --params or of --latency; give one of them")
+    measure = cast(Literal["macs", "params", "latency"], next(iter(given), "macs"))
+    budgets = parse_fractions(f"--{measure}", given[measure]) if given else None
+    how = {name: value for name, value in timing.items() if value is not None}
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     reports = list(dict.fromkeys(report or []))
     for path in reports:
@@ -96,6 +102,7 @@ def sweep(
             crop_border=by["crop_border"],
             budgets=budgets or BUDGETS,
             measure=measure,
+            timing=Timing(**how) if how else None,
             calibration=calibration_of(calibration, seed, ALONE, common.task),
             tolerance=tolerance,
             known=known,

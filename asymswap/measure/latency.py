@@ -18,17 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from asymswap.measure.statistics import median_interval
+from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
 from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors
 
-MemoryFormat = Literal["channels-last", "contiguous"]
 _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 _WARM_UPS = 3
@@ -45,12 +45,14 @@ Passes = Sequence[Sequence[float]]
 class Turn:
     """A model's turn: `measure` does one forward pass, which measures itself, on a number of threads.
 
-    `pool` names the library that computes: its threads stay awake for a while, and slow down another's.
+    `pool` names the library that computes: its threads stay awake for a while, and slow down another's. `read` makes
+    the measurement of what `measure` has returned, once all turns are over.
     """
 
     measure: Callable[[], Any]
     threads: int | None = None
     pool: str = "torch"
+    read: Callable[[Any], Any] | None = None
 
 
 def take_turns(
@@ -89,12 +91,8 @@ def take_turns(
                     break
     finally:
         torch.set_num_threads(threads)
-    return found
-
-
-def forward(model: nn.Module, inputs: Inputs) -> Turn:
-    """Return a turn of a model in eval mode, in PyTorch."""
-    return Turn(stopwatch(lambda: model(*inputs)))
+    read = {key: turn.read for key, turn in turns.items() if turn.read is not None}
+    return found | {key: [list(map(one, passes)) for passes in found[key]] for key, one in read.items()}
 
 
 def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
@@ -137,6 +135,11 @@ class Timed:
     rest: float
     median: float = math.nan
 
+    @classmethod
+    def of(cls, whole: float, modules: Mapping[str, float]) -> Timed:
+        """Return one pass."""
+        return cls(whole, modules, whole - sum(modules.values()))
+
 
 def time_models(
     models: Mapping[str, nn.Module],
@@ -149,22 +152,29 @@ def time_models(
 ) -> dict[str, Timed]:
     """Time models and the named modules that all have, in turn, in eval mode; inputs may be a mapping by model."""
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
-    turns = {key: Turn(functools.partial(_time_once, model, given[key], names)) for key, model in models.items()}
+    turns = {key: Turn(functools.partial(time_once, model, given[key], names)) for key, model in models.items()}
     with eval_mode(*models.values()):
-        found = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
+        return time_layers(turns, rounds=rounds, seconds=seconds, progress=progress)
+
+
+def time_layers(
+    turns: Mapping[str, Turn], *, rounds: int = 20, seconds: float = _MOST_SECONDS, progress: Progress = silent
+) -> dict[str, Timed]:
+    """Run turns that measure a `Timed` each, and return the best of every part of each."""
     best = {}
-    for key, every in found.items():
-        passes = [timed for one_round in every for timed in one_round]
+    for key, every in take_turns(turns, rounds=rounds, seconds=seconds, progress=progress).items():
+        passes: list[Timed] = [timed for one_round in every for timed in one_round]
         best[key] = Timed(
             min(timed.whole for timed in passes),
-            {name: min(timed.modules[name] for timed in passes) for name in names},
+            {name: min(timed.modules[name] for timed in passes) for name in passes[0].modules},
             min(timed.rest for timed in passes),
             statistics.median(timed.whole for timed in passes),
         )
     return best
 
 
-def _time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
+def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
+    """Time one pass of a model, and all runs of the named modules in it."""
     seconds = dict.fromkeys(names, 0.0)
     with ExitStack() as hooks:
         for name in names:
@@ -181,12 +191,23 @@ def _time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
         start = time.perf_counter()
         model(*inputs)
         whole = time.perf_counter() - start
-    return Timed(whole, seconds, whole - sum(seconds.values()))
+    return Timed.of(whole, seconds)
 
 
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
     """Return a copy of the model with its weights in a memory format."""
     return deep_copy(model).to(memory_format=_FORMATS[memory_format])
+
+
+def is_in_format(model: nn.Module, memory_format: MemoryFormat, dtype: torch.dtype | None) -> bool:
+    """Return True if all weights are on the processor in a memory format and a dtype; None stands for their own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return all(
+        one.device.type == "cpu"
+        and (dtype is None or one.dtype == dtype or not one.is_floating_point())
+        and (one.dim() != 4 or one.is_contiguous(memory_format=_FORMATS[memory_format]))
+        for one in tensors
+    )
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:

@@ -1,9 +1,9 @@
-"""Plans under a budget of latency: a table of the seconds of each conv and its swaps on this machine, then a check.
+"""Plans under a budget of latency: a table of the seconds of each conv and its swaps in a runtime, then a check.
 
 The table has the seconds inside of the model for each form of conv and a grid of its options. It is kept in a file
-with the machine's description, since it takes some seconds to make. A plan by this table is then measured as a whole
-beside the original: swaps that have become slower are undone, and where the whole takes longer than the budget allows,
-the next plan gets less.
+with a description of machine and runtime, since it takes some seconds to make. A plan by this table is then measured as
+a whole beside the original: swaps that have become slower are undone, and where the whole takes longer than the budget
+allows, the next plan gets less.
 """
 
 from __future__ import annotations
@@ -13,21 +13,31 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from asymswap.errors import AsymswapError, OutputError, RecipeError, check_choice
-from asymswap.measure.latency import MemoryFormat, Timed, in_format, inputs_like, machine, time_models
+from asymswap.errors import AsymswapError, OutputError, RecipeError
+from asymswap.measure.latency import (
+    Passes,
+    Timed,
+    in_format,
+    machine,
+    ratio_of,
+    seconds_of,
+    take_turns,
+    time_layers,
+)
+from asymswap.measure.runtimes import RUNTIMES, Network
+from asymswap.measure.timing import Timing
 from asymswap.planning.apply import apply_random
 from asymswap.planning.plan import Choices, CostModel, choose
-from asymswap.results.convert import LatencyRow
-from asymswap.types import Option, Plan, Progress, Site, Swap, silent
+from asymswap.results.convert import LatencyRow, TimeRow
+from asymswap.types import Option, Plan, Progress, Ratio, Site, Swap, silent
 from asymswap.utils.files import write_text
 from asymswap.utils.inputs import Inputs
 
@@ -36,99 +46,111 @@ _ATTEMPTS = 5
 _NOISE = 0.02  # differences below this share are the machine's noise
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How latency is measured: the weights' memory format, images at a time, rounds, and where tables are kept.
+class Bench:
+    """Times variants of one model, which share its weights, in the runtime of a timing."""
 
-    `cache` is a folder; None stands for the user's own cache folder. The threads are torch's.
-    """
+    def __init__(self, model: nn.Module, example: Inputs, timing: Timing, progress: Progress) -> None:
+        self.runtime, self._example, self._progress = RUNTIMES[timing.runtime], example, progress
+        self.version = self.runtime.version()
+        self.setting, self._rounds = self.runtime.setting(timing), timing.rounds
+        self.original = in_format(model, timing.memory_format if self.runtime.has_formats else "contiguous")
 
-    memory_format: MemoryFormat = "channels-last"
-    batch: int = 1
-    rounds: int = 20
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Raise AsymswapError for what cannot be measured."""
-        check_choice("the memory format", self.memory_format, get_args(MemoryFormat))
-        if self.batch < 1 or self.rounds < 1:
-            raise AsymswapError(f"batches of {self.batch} in {self.rounds} rounds measure nothing; give 1 or more")
+    def measure(
+        self, models: Mapping[str, nn.Module], names: Sequence[str], whole: bool = True
+    ) -> tuple[dict[str, Passes], dict[str, Timed]]:
+        """Time models in turn, as a `whole` if asked for, and the named modules that all of them have."""
+        with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
+            networks = {key: Network(model, self._example, Path(folder)) for key, model in models.items()}
+            passes: dict[str, Passes] = {}
+            if whole:
+                runs = {key: self.runtime.prepare(network, self.setting) for key, network in networks.items()}
+                self.version = runs[""].version
+                turns = {key: run.turn for key, run in runs.items()}
+                passes |= take_turns(turns, rounds=self._rounds, progress=self._progress)
+            probes = {key: self.runtime.probe(network, self.setting, names) for key, network in networks.items()}
+            layers = time_layers(probes, rounds=self._rounds, progress=self._progress)
+        for name, seconds in layers.get("", next(iter(layers.values()))).modules.items():
+            if not seconds > 0:
+                raise AsymswapError(f"{self.runtime.title} does not tell the time of {name}, or of what it is part of")
+        return passes, layers
 
 
 def plan_in_time(
     model: nn.Module, example: Inputs, choices: Choices, timing: Timing, progress: Progress = silent
-) -> tuple[Plan, LatencyRow]:
+) -> tuple[Plan, LatencyRow | None]:
     """Return the plan that keeps the recipe's budget of latency when measured, or the nearest of a few attempts.
 
-    `example` is one input; only its sizes count. Raises RecipeError for a budget that no plan can keep.
+    `example` is one input; only its sizes count. A plan without a swap is not measured. Raises RecipeError for a budget
+    that no plan can keep, and where nothing was faster than the original.
     """
     budget = choices.recipe.budget
     assert budget is not None
-    original = in_format(model, timing.memory_format)
-    inputs = inputs_like(example, timing.memory_format, timing.batch)
-    table = _Table(timing)
-    table.fill(original, inputs, choices, progress)
-    costs = table.costs(original, inputs, choices)
+    bench = Bench(model, example, timing, progress)
+    table = _Table(bench, timing)
+    table.fill(choices)
+    costs = table.costs(choices)
+    allowed = budget.fraction if budget.seconds is None else min(1.0, 1e9 * budget.seconds / costs.total)
     undone: dict[str, str] = {}
 
-    def measure(plan: Plan) -> tuple[Timed, Timed, LatencyRow]:
-        """Time the original and the converted network in turn."""
-        models = {"original": original, "converted": apply_random(original, plan)}
-        names = [swap.site for swap in plan.swaps]
-        found = time_models(models, inputs, names, rounds=timing.rounds, progress=progress)
-        before, after = found["original"], found["converted"]
-        row = LatencyRow(
-            before=before.whole,
-            after=after.whole,
-            memory_format=timing.memory_format,
-            batch=timing.batch,
-            threads=torch.get_num_threads(),
-            machine=machine()["processor"],
-            wanted=budget.fraction,
-            undone=tuple(undone),
-        )
-        return before, after, row
+    def measure(plan: Plan) -> tuple[Ratio, dict[str, str], LatencyRow]:
+        """Time the original and the converted network in turn; say why swaps are slower than their convs."""
+        models = {"": bench.original, "converted": apply_random(bench.original, plan)}
+        passes, layers = bench.measure(models, [swap.site for swap in plan.swaps])
+        slower = {}
+        for swap in plan.swaps:
+            was, now = layers[""].modules[swap.site], layers["converted"].modules[swap.site]
+            # A swap whose size a rule gives, or that makes the network stronger, is not the budget's to undo.
+            if swap.site in choices.left_open and now > was * (1 + _NOISE):
+                settings = ", ".join(f"{key} {value}" for key, value in swap.settings.items())
+                slower[swap.site] = f"{settings} took {1e3 * now:.3f} ms where the conv takes {1e3 * was:.3f} ms"
+        before, after = (seconds_of(passes[key]) for key in models)
+        ratio = ratio_of(passes["converted"], passes[""])
+        row = TimeRow(timing.runtime, bench.version, before, after, ratio)
+        setting, wanted = bench.setting, budget.seconds or budget.fraction
+        how = timing.memory_format, setting.batch, setting.threads, machine()["processor"]
+        return ratio, slower, LatencyRow((row,), *how, wanted, tuple(undone), budget.seconds is not None)
 
-    fraction = budget.fraction
+    fraction = allowed
     # Best is a ratio within the budget that uses most of it, else the nearest above.
     best: tuple[tuple[bool, float], Plan, LatencyRow] | None = None
     tried: Plan | None = None
-    for _ in range(_ATTEMPTS):
+    last: Ratio | None = None
+    for attempt in range(_ATTEMPTS):
         try:
             plan = choose(choices, costs, fraction, undone)
         except RecipeError:
             # By the table no plan takes as little as is now requested: an earlier one is as near as we get.
-            if best is None:
+            if last is None:
                 raise
             break
+        if not plan.swaps and best is None and last is None:
+            return plan, None
         if plan == tried:
             break
         tried = plan
-        before, after, row = measure(plan)
-        # A swap whose size a rule gives, or that makes the network stronger, is not the budget's to undo.
-        slower = {}
-        for swap in plan.swaps:
-            was, now = before.modules[swap.site], after.modules[swap.site]
-            if swap.site in choices.left_open and now > was * (1 + _NOISE):
-                settings = ", ".join(f"{key} {value}" for key, value in swap.settings.items())
-                slower[swap.site] = f"{settings} took {1e3 * now:.3f} ms where the conv takes {1e3 * was:.3f} ms"
+        last, slower, row = measure(plan)
         undone |= slower
-        if slower:
+        if slower and attempt < _ATTEMPTS - 1:
             continue
-        ratio = after.whole / before.whole
-        within = ratio <= budget.fraction
-        fit = within, ratio if within else -ratio
-        if best is None or fit > best[0]:
+        within = last.value <= allowed
+        fit = within, last.value if within else -last.value
+        if (within or (last.is_significant and last.value < 1)) and (best is None or fit > best[0]):
             best = fit, plan, row
-        if within and ratio >= (1 - 2 * _NOISE) * budget.fraction:
+        if within and last.value >= (1 - 2 * _NOISE) * allowed:
             break
         # A little below the budget: noise would otherwise make the next plan miss it as narrowly.
-        fraction = min(1.0, fraction * (1 - _NOISE / 2) * budget.fraction / ratio)
-    if best is None:
-        # Every attempt found another swap to undo: the last one was not measured without it.
-        plan = choose(choices, costs, fraction, undone)
-        return plan, measure(plan)[2]
-    return best[1], best[2]
+        fraction = min(1.0, fraction * (1 - _NOISE / 2) * allowed / last.value)
+    if best is not None:
+        return best[1], best[2]
+    assert last is not None
+    where = f"in {bench.runtime.title} at batch {bench.setting.batch}: the network with swaps takes {last.value:.2f} of"
+    interval = f"the time ({last.low:.2f} to {last.high:.2f} with {last.confidence:.0%} confidence)"
+    if last.is_noisy and not last.is_significant:
+        raise RecipeError(
+            f"the machine is too noisy to tell if a swap pays {where} {interval}; try it on a quiet one, or with more "
+            "`rounds=…`"
+        )
+    raise RecipeError(f"the budget of {budget} cannot be reached, and no swap pays {where} {interval}")
 
 
 class _Table:
@@ -137,20 +159,20 @@ class _Table:
     `_known` has for each form of conv, and for "" (the conv itself) and each option, its MACs and seconds.
     """
 
-    def __init__(self, timing: Timing) -> None:
-        self._machine = {**machine(), "memory_format": timing.memory_format, "batch": timing.batch}
+    def __init__(self, bench: Bench, timing: Timing) -> None:
+        self._bench = bench
+        self._machine = {**machine(), **vars(bench.setting), "version": bench.version}
         digest = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
         given = os.environ.get("XDG_CACHE_HOME")
         folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"
         self._path = folder / f"latency-{digest}.json"
-        self._rounds = timing.rounds
         self._known: dict[str, dict[str, tuple[int, float]]] = {}
         # A file that cannot be read is measured again.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             seconds = json.loads(self._path.read_text(encoding="utf-8"))["seconds"]
             self._known = TypeAdapter(dict[str, dict[str, tuple[int, float]]]).validate_python(seconds)
 
-    def fill(self, original: nn.Module, inputs: Inputs, choices: Choices, progress: Progress) -> None:
+    def fill(self, choices: Choices) -> None:
         """Time what is not known yet, and write it to the file, where that can be written."""
         # For each site the swaps that are timed, with their MACs.
         tries: dict[str, list[tuple[Swap, int]]] = {site.name: [] for site in choices.matched}
@@ -168,10 +190,15 @@ class _Table:
             {name: some[min(level, len(some) - 1)] for name, some in tries.items() if some}
             for level in range(max(map(len, tries.values())))
         ]
+        original = self._bench.original
         models = {"": original}
         for number, level in enumerate(levels):
             models[str(number)] = apply_random(original, Plan(tuple(swap for swap, _ in level.values())))
-        found = time_models(models, inputs, list(tries), rounds=self._rounds, progress=progress)
+        # Programs hold weights of their own: in turn they would take the memory of all.
+        groups = [{key: one} for key, one in models.items()] if self._bench.runtime.takes_time else [models]
+        found: dict[str, Timed] = {}
+        for group in groups:
+            found |= self._bench.measure(group, list(tries), whole=False)[1]
         timed = [(name, "", site.cost.macs, found[""]) for name, site in sites.items()]
         for number, level in enumerate(levels):
             for name, (swap, macs) in level.items():
@@ -186,10 +213,10 @@ class _Table:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._path, text + "\n")
 
-    def costs(self, original: nn.Module, inputs: Inputs, choices: Choices) -> CostModel:
+    def costs(self, choices: Choices) -> CostModel:
         """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now."""
         names = [site.name for site in choices.matched]
-        rest = time_models({"": original}, inputs, names, rounds=self._rounds)[""].rest
+        rest = self._bench.measure({"": self._bench.original}, names, whole=False)[1][""].rest
 
         def seconds(site: Site) -> float:
             return self._known[_form(site)][""][1]

@@ -246,10 +246,13 @@ def _limit(choices: Choices, costs: CostModel, fraction: float, shared: Sequence
         untouched += costs.option(item.site, option) - costs.keep(item.site)
     least = untouched + cheapest
     if least > fraction * whole:
+        left, ask = f"{least / whole:.3f}", _round_up(least / whole)
+        if budget.seconds is not None:
+            left, ask = f"{1e-6 * least:.3g} ms", f"{math.ceil(1.01e-4 * least) / 100:g}ms"
         raise RecipeError(
             f"the budget of {budget} cannot be reached: the matched convs hold {matched / costs.total:.1%} of "
-            f"the model's {costs.what}, and with the smallest swap everywhere {least / whole:.3f} is left; ask for at "
-            f"least {_round_up(least / whole)}"
+            f"the model's {costs.what}, and with the smallest swap everywhere {left} is left"
+            + (f"; ask for at least {ask}" if least < whole else ", since none is faster than its conv")
             + (", or match more convs" if budget.over == "model" else "")
             + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
         )

@@ -23,6 +23,7 @@ U-Net), "first" the largest, "inner" all between; where there is but one size, i
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import math
@@ -293,6 +294,24 @@ def _as_drop(value: Any) -> Any:
     return value
 
 
+def _as_latency(value: Any) -> Any:
+    """Read 0.6 as a fraction, and leave "5ms" or "0.005s" as the text that it is."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return _as_latency(float(value))
+        if _seconds(value):
+            return value
+    raise ValueError('give a fraction above 0 and at most 1, or a time such as "5ms" or "0.005s"')
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a time, 0 for what is none."""
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(ms|s)\s*", text)
+    return 0.0 if found is None else float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
 class Budget(_Strict):
     """What may be left, of the model or of the matched convs: a fraction of the MACs, the parameters or the latency.
 
@@ -301,7 +320,9 @@ class Budget(_Strict):
 
     macs: Fraction | None = Field(None, description="At most this fraction of the multiply-adds.")
     params: Fraction | None = Field(None, description="At most this fraction of the parameters.")
-    latency: Fraction | None = Field(None, description="At most this fraction of the latency on this machine.")
+    latency: Annotated[float | str, BeforeValidator(_as_latency)] | None = Field(
+        None, description='At most this fraction of the latency on this machine, or a time: `0.6`, `"5ms"`, `"0.005s"`.'
+    )
     max_drop: Annotated[float | str, BeforeValidator(_as_drop)] | None = Field(
         None, description='At most this measured loss: `0.5` (points), `"0.1dB"` or `"2%"`; above 0.'
     )
@@ -315,8 +336,8 @@ class Budget(_Strict):
         if len(given) != 1:
             instead = f", not {' and '.join(given)}" if given else ""
             raise ValueError(f"a budget needs one of {', '.join(BUDGETS)}{instead}")
-        if self.max_drop is not None and "over" in self.model_fields_set:
-            raise ValueError("over says of what a fraction is taken, and max_drop is none; remove one of the two")
+        if (self.max_drop or self.seconds) is not None and "over" in self.model_fields_set:
+            raise ValueError(f"over says of what a fraction is taken, and {given[0]} is none; remove one of the two")
         return self
 
     @property
@@ -328,12 +349,20 @@ class Budget(_Strict):
 
     @property
     def fraction(self) -> float:
-        """The bound on it."""
-        return self.macs or self.params or self.latency or 1.0
+        """The bound on it; 1 where it is no fraction."""
+        bound = self.macs or self.params or self.latency
+        return bound if isinstance(bound, float) else 1.0
+
+    @property
+    def seconds(self) -> float | None:
+        """The bound on the latency, where it is a time."""
+        return _seconds(self.latency) if isinstance(self.latency, str) else None
 
     def __str__(self) -> str:
         if self.max_drop is not None:
             return f"a measured loss of at most {Drop.parse(self.max_drop)}"
+        if self.seconds is not None:
+            return f"{1e3 * self.seconds:g} ms"
         owner = "the matched convs'" if self.over == "matched" else "the model's"
         return f"{self.fraction:g} of {owner} {MEASURES[self.measure]}"
 

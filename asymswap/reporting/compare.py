@@ -84,9 +84,8 @@ def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
     lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
     if timing is not None:
         lines.append(
-            f"ms: one forward pass, batch {timing.batch}, {timing.memory_format}, "
-            f"{fmt.plural(timing.threads, 'thread')} of {timing.machine}; all models in turn, {timing.rounds} rounds "
-            "at most, their minimum." + " Of 1st: the median of the rounds' ratios." * wide
+            f"ms: one forward pass, {fmt.setting(timing, timing.runtime)} of {timing.machine}; all models in turn, "
+            f"{timing.rounds} rounds at most, their minimum." + " Of 1st: the median of the rounds' ratios." * wide
         )
         lines += fmt.doubts(first.model, ((row.model, row.latency_ratio) for row in models[1:]))
     if comparison.data is not None:

@@ -14,7 +14,7 @@ from asymswap.errors import OutputError, near_names
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
 from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, bold, changes, document, kept_lines, screen
-from asymswap.results.convert import LatencyRow, Report, SiteRow
+from asymswap.results.convert import Report, SiteRow
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
 
@@ -57,15 +57,21 @@ def _headline(report: Report) -> list[Change]:
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
     latency, accuracy = report.latency, report.accuracy
-    if latency is not None:
-        remark, was, now = f"batch {latency.batch}, {latency.memory_format}", 1e3 * latency.before, 1e3 * latency.after
-        rows.append(Change("latency", was, now, "{:.3g} ms".format, "{:.2f} ms".format, remark=remark))
+    for row in latency.times if latency is not None else ():
+        if latency is not None and row.before is not None and row.after is not None and row.ratio is not None:
+            name, both = f"time, {fmt.runtime(row.runtime)}", (1e3 * row.before.minimum, 1e3 * row.after.minimum)
+            how = fmt.setting(latency, row.runtime)
+            rows.append(Change(name, *both, _ms, _ms, fmt.time_share(row.ratio), how))
     for one in accuracy.scores if accuracy is not None else ():
         show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
         remark = f"{accuracy.images:,} images" if accuracy is not None and accuracy.images is not None else ""
         remark += ", lower is better" * one.lower_is_better
         rows.append(Change(one.name, one.before, one.after, show, show, change, remark.removeprefix(", ")))
     return rows
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{fmt.milliseconds(milliseconds / 1e3)} ms"
 
 
 def layer_table(report: Report, width: int | None = None) -> Table:
@@ -158,31 +164,50 @@ def to_markdown(report: Report) -> str:
 
 def _first_lines(report: Report) -> list[str]:
     """Return what to read before any figure: the warnings, and if nothing was swapped, the command that says why."""
-    reference = report.model.reference
+    reference, warnings = report.model.reference, [*report.warnings]
+    for row in report.latency.times if report.latency is not None else ():
+        ratio = row.ratio
+        if ratio is not None and ratio.is_significant and ratio.value > 1:
+            interval = f"{ratio.low:.2f} to {ratio.high:.2f} with {fmt.confidence(ratio)} confidence"
+            warnings.append(
+                f"slower in {fmt.runtime(row.runtime)}: it takes {ratio.value:.2f} of the time ({interval})"
+            )
     if not report.sites:
-        return [*report.warnings, f"nothing was swapped: {reference} has no Conv2d"]
+        return [*warnings, f"nothing was swapped: {reference} has no Conv2d"]
     if not report.swapped:
         advice = f"`asymswap candidates {reference}` tells what each conv would save"
-        return [*report.warnings, f"nothing was swapped; {advice}"]
-    return [*report.warnings]
+        return [*warnings, f"nothing was swapped; {advice}"]
+    return warnings
 
 
 def _kept(rows: Iterable[SiteRow]) -> list[str]:
     return kept_lines((row.site, row.reason) for row in rows if row.action == "keep")
 
 
-def _latency(row: LatencyRow) -> list[str]:
-    """Return how latency was measured, and what it changed."""
-    how = f"batch {row.batch}, {row.memory_format}, {fmt.plural(row.threads, 'thread')} of {row.machine}"
-    lines = [f"Latency: {how}; both networks in turn, the minimum of all rounds."]
-    if row.undone:
-        lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(row.undone)}.")
-    if row.wanted is not None and row.after > row.wanted * row.before:
-        lines.append(
-            f"The latency measured is above the budget of {row.wanted:g}: the machine is noisy, or the convs matched "
-            "cannot bring it about."
-        )
-    return lines
+def _latency(report: Report) -> list[str]:
+    """Return how time was measured, and what is to be known of it."""
+    found = report.latency
+    if found is None:
+        return [report.untimed] if report.untimed else []
+    setting = fmt.setting(found, found.times[0].runtime if len(found.times) == 1 else None)
+    versions = ", ".join(dict.fromkeys(row.version for row in found.times if row.version))
+    lines = [
+        f"Time: {setting} of {found.machine} ({versions}); before and after in turn, the fastest pass, and the median "
+        "of the rounds' ratios (?: not significant)."
+    ]
+    if found.undone:
+        lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(found.undone)}.")
+    first = next(iter(found.times), None)
+    if found.wanted is not None and first is not None and first.after is not None and first.ratio is not None:
+        asked, reached, got = f"{found.wanted:g} of the time", f"{first.ratio.value:.3f}", first.ratio.value
+        if found.in_seconds:
+            got = first.after.minimum
+            asked, reached = _ms(1e3 * found.wanted), _ms(1e3 * got)
+        lines.append(f"In {fmt.runtime(first.runtime)}: asked for {asked}, measured {reached}.")
+        if got > found.wanted:
+            lines.append("That is above the budget: the machine is noisy, or the convs matched cannot bring it about.")
+    lines += [f"{fmt.runtime(row.runtime)}: {row.failure}." for row in found.times if row.failure]
+    return lines + fmt.doubts("the original", ((fmt.runtime(row.runtime), row.ratio) for row in found.times))
 
 
 def _fine_print(report: Report) -> list[str]:
@@ -196,8 +221,7 @@ def _fine_print(report: Report) -> list[str]:
         lines.append(f"Budget: {report.budget}.")
     if report.drop is not None:
         lines.append("The network was chosen by the loss measured: on other inputs it may be a little larger.")
-    if report.latency is not None:
-        lines += _latency(report.latency)
+    lines += _latency(report)
     if accuracy is not None:
         lines += [f"{fmt.measured_on(accuracy.scores, accuracy.data)}."]
         lines += [fmt.sentence(accuracy.note)] if accuracy.note else []
@@ -241,7 +265,7 @@ def to_html(report: Report, provenance: Provenance) -> str:
         table=layer_table(report),
         details=partial(_details, report),
         kept=_kept(report.sites),
-        latency=_latency(report.latency) if report.latency is not None else [],
+        latency=_latency(report),
         fused=Table(fused, provenance.fused),
         origin=_origin_facts(report, provenance),
     )

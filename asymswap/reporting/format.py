@@ -9,7 +9,9 @@ from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
 from asymswap.results.agreement import Agreement, OutputAgreement
-from asymswap.results.convert import DropRow
+from asymswap.results.benchmark import TITLES
+from asymswap.results.compare import TimingRow
+from asymswap.results.convert import DropRow, LatencyRow
 from asymswap.types import Fed, Ratio
 
 _UNCLEAN = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
@@ -100,6 +102,18 @@ def share(part: float, whole: float) -> str:
 
 def plural(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def runtime(name: str) -> str:
+    """Return the title of a runtime; a file may name any."""
+    return TITLES.get(name, name)
+
+
+def setting(row: TimingRow | LatencyRow, where: str | None) -> str:
+    """Return in which runtime something ran, and how; in several, the memory format is PyTorch's."""
+    words = [*([] if where is None else [runtime(where)]), f"batch {row.batch}"]
+    words += [] if row.memory_format is None else [row.memory_format]
+    return ", ".join([*words, plural(row.threads, "thread")])
 
 
 def extent(pixels: tuple[int, int]) -> str:

@@ -13,7 +13,6 @@ from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, screen
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Cost
 
 
 def _table(sweep: Tradeoff) -> Table:
@@ -45,12 +44,19 @@ def _table(sweep: Tradeoff) -> Table:
         Column("MACs", cost("macs")),
         Column("Parameters", cost("params")),
     ]
+    if sweep.measure == "latency":
+        columns.append(Column("Time", attrgetter("time"), fmt.percent))
     for score in sweep.scores:
         value, show = partial(_value, score.name), partial(fmt.score, unit=score.unit, digits=1)
         columns.append(Column(score.name, value, show, least=0 if score is first else WIDE))
     show = partial(fmt.score_change, unit=first.unit)
-    columns.insert(5, Column("Change", change, lambda value: show(value).removesuffix(" points")))
+    place = [column.title for column in columns].index(first.name) + 1
+    columns.insert(place, Column("Change", change, lambda value: show(value).removesuffix(" points")))
     return Table([*columns, Column("Note", mark, side="left")], [unchanged, *sweep.points])
+
+
+def _what(sweep: Tradeoff) -> str:
+    return {"macs": "MACs", "params": "parameters"}.get(sweep.measure, sweep.measure)
 
 
 def _value(name: str, point: Point) -> float | None:
@@ -59,8 +65,7 @@ def _value(name: str, point: Point) -> float | None:
 
 def fine_print(sweep: Tradeoff) -> list[str]:
     """Return how the figures were measured, and which budgets could not be met."""
-    measure = "MACs" if sweep.measure == "macs" else "parameters"
-    lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {measure}."]
+    lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {_what(sweep)}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
     # Budgets of a recipe share a line if the reasons why they were not met differ only in their figures.
@@ -139,7 +144,7 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     if len(sweep.front) > 1:
         (front,) = axes.plot(*_places(sweep, sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
-    axes.set_xlabel(f"{'MACs' if sweep.measure == 'macs' else 'parameters'} left, as a fraction")
+    axes.set_xlabel(f"{_what(sweep)} left, as a fraction")
     axes.set_ylabel(fmt.clean(first.name + (f" in {first.unit}" if first.unit else "")), parse_math=False)
     axes.set_title(fmt.clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)
@@ -150,7 +155,7 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
 
 def _places(sweep: Tradeoff, points: Sequence[Point]) -> tuple[list[float], list[float]]:
     """Return the coordinates of measured points: what is left of the cost, and the first score in its unit."""
-    shares = [sweep.share(point.cost or Cost(0, 0)) for point in points]
+    shares = [sweep.share(point) for point in points]
     return shares, [_scale(sweep) * point.scores[sweep.first.name] for point in points]
 
 

@@ -101,4 +101,5 @@ class Benchmark(Shown, view="benchmark.benchmark_view"):
     warnings: tuple[str, ...] = ()
 
 
-TITLES = {"eager": "PyTorch", "compile": "torch.compile", "onnx": "ONNX Runtime"}
+TITLES = {"torch": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""The runtimes by their names."""

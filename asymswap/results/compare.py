@@ -40,13 +40,14 @@ class ComparedRow(BenchmarkedModel):
 
 @dataclass(frozen=True)
 class TimingRow:
-    """How latency was measured: all models in turn."""
+    """How latency was measured: all models in turn; `memory_format` is None for a runtime with its own."""
 
-    memory_format: str
+    memory_format: str | None
     batch: int
     threads: int
     machine: str
     rounds: int
+    runtime: str = "torch"
 
 
 @dataclass(frozen=True)

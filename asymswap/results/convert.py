@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asymswap.results.agreement import Agreement
-from asymswap.types import Cost, Fed, Shown
+from asymswap.types import Cost, Fed, Ratio, Seconds, Shown
 
 _NOTHING = Cost(0, 0)
 
@@ -89,20 +89,33 @@ class CalibrationRow:
 
 
 @dataclass(frozen=True)
-class LatencyRow:
-    """Seconds of one forward pass before and after, measured in turn on `machine`: the minimum of several rounds.
+class TimeRow:
+    """Time of one forward pass in a runtime before and after, measured in turn, or the reason for having none."""
 
-    `wanted` is the requested fraction; `undone` names the convs whose swaps were slower, and were taken back.
+    runtime: str
+    version: str = ""
+    before: Seconds | None = None
+    after: Seconds | None = None
+    ratio: Ratio | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Times before and after in each runtime, on `machine`; `memory_format` is PyTorch's.
+
+    `wanted` is what a budget asked for in the first of the runtimes: a fraction, or with `in_seconds` seconds; `undone`
+    names the convs whose swaps were slower, and were taken back.
     """
 
-    before: float
-    after: float
-    memory_format: str
+    times: tuple[TimeRow, ...]
+    memory_format: str | None
     batch: int
     threads: int
     machine: str
     wanted: float | None = None
     undone: tuple[str, ...] = ()
+    in_seconds: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ class Report(Shown, view="convert.report_view"):
     """Everything about a conversion.
 
     `rest` is the cost outside of the sites: the totals are the sums of the rows and it. Each format shows `warnings`
-    first. `fed` is how images were prepared, if there were any.
+    first. `fed` is how images were prepared, if there were any; `untimed` says how to measure time if it was not.
     """
 
     asymswap: str
@@ -168,6 +181,7 @@ class Report(Shown, view="convert.report_view"):
     warnings: tuple[str, ...] = ()
     multiplier: float | None = None
     latency: LatencyRow | None = None
+    untimed: str = ""
     calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
     agreement: Agreement | None = None

@@ -16,7 +16,8 @@ from asymswap.types import Cost, Fed, Shown
 class Point:
     """One conversion of a sweep, or the reason in `failed` why there is none.
 
-    `budget` is the fraction that was allowed, `cost` what is left, `scores` what the metric gave, by name.
+    `budget` is the fraction that was allowed, `cost` what is left, `scores` what the metric gave, by name, `time` the
+    fraction of the time that is left where budgets are of latency.
     """
 
     recipe: str
@@ -26,14 +27,15 @@ class Point:
     swapped: int = 0
     seconds: float = 0.0
     failed: str | None = None
+    time: float | None = None
 
 
 @dataclass(frozen=True)
 class Tradeoff(Shown, view="sweep.sweep_view"):
     """A sweep: the original network, and the points measured so far.
 
-    Budgets are fractions of the `measure`, `macs` or `params`; `scores` are the original's; `tolerance` is how much of
-    the first of them the advice may lose; `setting` is everything that the results depend on.
+    Budgets are fractions of the `measure`, `macs`, `params` or `latency`; `scores` are the original's; `tolerance` is
+    how much of the first of them the advice may lose; `setting` is everything that the results depend on.
     """
 
     model: str
@@ -54,15 +56,18 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
         """Return the points whose budget was reached."""
         return tuple(point for point in self.points if point.failed is None)
 
-    def share(self, cost: Cost) -> float:
-        """Return the fraction of the original cost that is left."""
-        return float(getattr(cost, self.measure)) / max(float(getattr(self.before, self.measure)), 1.0)
+    def share(self, point: Point) -> float:
+        """Return the fraction of the original's cost that a measured point has left."""
+        if self.measure == "latency":
+            assert point.time is not None
+            return point.time
+        return float(getattr(point.cost, self.measure)) / max(float(getattr(self.before, self.measure)), 1.0)
 
     @property
     def front(self) -> tuple[Point, ...]:
         """Return the Pareto front, the cheapest point first."""
         best, front = -math.inf, []
-        for point in sorted(self.measured, key=lambda p: (self.share(_cost(p)), -self.gain(p))):
+        for point in sorted(self.measured, key=lambda p: (self.share(p), -self.gain(p))):
             if self.gain(point) > best:
                 best = self.gain(point)
                 front.append(point)
@@ -114,7 +119,7 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
         points = [
             {
                 **plain(point),
-                "share": None if point.cost is None else self.share(point.cost),
+                "share": None if point.cost is None else self.share(point),
                 "lost": None if point.failed is not None else 0.0 - self.gain(point),
                 "on_front": point in front,
                 "advised": point == advised,
@@ -122,11 +127,6 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
             for point in self.points
         ]
         return {**plain(self), "points": points, "advice": self.advice()}
-
-
-def _cost(point: Point) -> Cost:
-    assert point.cost is not None
-    return point.cost
 
 
 def from_json(value: Mapping[str, Any]) -> Tradeoff:
@@ -145,12 +145,13 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
     counts = [found.images or 0, found.before.macs, found.before.params]
     for point in found.points:
         measured = point.cost is not None and names == point.scores.keys()
-        if not names or measured == (point.failed is not None):
+        timed = found.measure != "latency" or (point.time is None) == (point.cost is None)
+        if not names or measured == (point.failed is not None) or not timed:
             raise ValueError("one of its points is neither measured nor failed")
-        numbers += [point.budget, point.seconds, *point.scores.values()]
+        numbers += [point.budget, point.seconds, point.time or 0.0, *point.scores.values()]
         counts += [] if point.cost is None else [point.cost.macs, point.cost.params]
     sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in counts)
-    if found.measure not in ("macs", "params") or not sound:
+    if found.measure not in ("macs", "params", "latency") or not sound:
         raise ValueError("its measure or one of its numbers cannot be")
     if not isinstance(found.setting.get("recipes", {}), Mapping):
         raise ValueError("its setting has no recipes")

@@ -90,7 +90,7 @@ def measure(name: str, budgets: Sequence[float], threads: int, rounds: int, ever
     for memory_format in FORMATS:
         # A table of an earlier day would be read from the user's cache.
         with tempfile.TemporaryDirectory() as folder:
-            timing = asymswap.Timing(memory_format, cache=Path(folder))
+            timing = asymswap.Timing(memory_format=memory_format, cache=Path(folder))
             timed_ones = {timed_name(budget): convert("latency", budget, timing) for budget in budgets if everything}
         conversions = {**counted, **timed_ones}
         failed = {key: value for key, value in conversions.items() if isinstance(value, str)}

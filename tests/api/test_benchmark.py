@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.api import benchmark as benchmark_module
 from asymswap.api.benchmark import shared_layers
 from asymswap.errors import AsymswapError, TraceError
-from asymswap.measure import latency, runtimes
+from asymswap.measure import latency, programs, runtimes
 from asymswap.results.benchmark import Benchmark, Result
 from asymswap.results.records import to_json
 
@@ -153,7 +152,7 @@ class TestFigures:
         assert data["results"][1]["ratio"] == {"value": 0.5, "low": 0.5, "high": 0.5, "confidence": 0.9375}
         assert data["results"][1]["rounds"] == [1.0] * 5
         assert data["settings"][0] == {
-            "runtime": "eager", "batch": 1, "threads": 1, "memory_format": "channels-last",
+            "runtime": "torch", "batch": 1, "threads": 1, "memory_format": "channels-last",
         }  # fmt: skip
 
 
@@ -179,20 +178,20 @@ class TestFailures:
         assert of(found, 1).seconds is not None
 
     def test_where_nothing_can_be_run_it_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(runtimes._NEEDED, "no_such_module", (1,))
-        with pytest.raises(AsymswapError, match=r"^ONNX needs no_such_module; pip install 'asymswap\[onnx\]'$"):
-            asymswap.benchmark([DIGITS, DIGITS], runtimes=["onnx"])
+        monkeypatch.setitem(programs.ONNX_RUNTIME, "no_such_module", (1,))
+        with pytest.raises(AsymswapError, match=r"^ONNX Runtime needs no_such_module; pip install 'asymswap\[onnx\]'$"):
+            asymswap.benchmark([DIGITS, DIGITS], runtimes=["onnxruntime"])
 
     def test_a_missing_runtime_leaves_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(runtimes._NEEDED, "no_such_module", (1,))
-        found = asymswap.benchmark([DIGITS], runtimes=["eager", "onnx"], rounds=1, memory_formats=["contiguous"])
+        monkeypatch.setitem(programs.ONNX_RUNTIME, "no_such_module", (1,))
+        found = asymswap.benchmark([DIGITS], runtimes=["torch", "onnxruntime"], rounds=1, memory_formats=["contiguous"])
         assert of(found, 0, 0).seconds is not None
         assert "no_such_module" in (of(found, 0, 1).failure or "")
 
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"runtimes": ["egaer"]}, "the runtime 'egaer' is unknown; did you mean eager"),
+            ({"runtimes": ["trch"]}, "the runtime 'trch' is unknown; did you mean torch"),
             ({"memory_formats": ["nhwc"]}, "the memory format 'nhwc' is unknown; choose channels-last, contiguous"),
             ({"batches": [0]}, r"batches \[0\] on threads \[1\] are nothing to time"),
             ({"batches": []}, r"batches \[\] on threads"),
@@ -229,7 +228,7 @@ class TestLayers:
 
         found = run(network(3, 4, 1, hidden=8), network(3, 3, 2, hidden=4), batches=[2], layers=True)
         (layers,) = found.layers
-        assert (layers.model, found.settings[layers.setting].runtime) == (1, "eager")
+        assert (layers.model, found.settings[layers.setting].runtime) == (1, "torch")
         # The seconds pass in Work, outside of the convs, which are all that the two have in common below it.
         assert {row.layer for row in layers.rows} <= {"0.conv", "1.conv", "2.conv"}
         assert (layers.rest.first, layers.rest.own) == (8, 8)
@@ -283,31 +282,31 @@ class TestRuntimes:
             threads.append(torch.get_num_threads())
             return lambda: model(*inputs)
 
-        monkeypatch.setattr(benchmark_module, "compiled", compiled)
+        monkeypatch.setattr(runtimes, "compiled", compiled)
         model = Work(clock, constant(2))
-        found = run(model, runtimes=["eager", "compile"], threads=[1, 2], memory_formats=["contiguous"])
+        found = run(model, runtimes=["torch", "compile"], threads=[1, 2], memory_formats=["contiguous"])
         assert [result.ready for result in found.results] == [None, None, 50, 50]
         assert all(result.seconds is not None and result.seconds.minimum == 2 for result in found.results)
         assert threads == [1, 2]
 
     def test_what_computes_something_else_is_not_timed(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(benchmark_module, "compiled", lambda model, inputs: lambda: model(*inputs) + 1)
-        found = run(Work(clock, constant(2)), runtimes=["eager", "compile"], memory_formats=["contiguous"])
+        monkeypatch.setattr(runtimes, "compiled", lambda model, inputs: lambda: model(*inputs) + 1)
+        found = run(Work(clock, constant(2)), runtimes=["torch", "compile"], memory_formats=["contiguous"])
         assert "computes something else than PyTorch: 1.0e+00" in (of(found, 0, 1).failure or "")
 
     def test_onnx_runtime_has_no_memory_format_and_one_file_for_all(
         self, monkeypatch: pytest.MonkeyPatch, one_thread: None
     ) -> None:
         written: list[Path] = []
-        write = benchmark_module.write_for_runtime
+        write = programs.write_onnx
 
-        def noted(model: nn.Module, inputs: Any, path: Path) -> None:
+        def noted(model: nn.Module, inputs: Any, shapes: Any, path: Path) -> None:
             written.append(path)
-            write(model, inputs, path)
+            write(model, inputs, shapes, path)
 
-        monkeypatch.setattr(benchmark_module, "write_for_runtime", noted)
+        monkeypatch.setattr(programs, "write_onnx", noted)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        found = run(model, runtimes=["onnx"], batches=[1, 4], threads=[1, 2], rounds=2)
+        found = run(model, runtimes=["onnxruntime"], batches=[1, 4], threads=[1, 2], rounds=2)
         assert [(one.batch, one.threads, one.memory_format) for one in found.settings] == [
             (1, 1, None), (1, 2, None), (4, 1, None), (4, 2, None),
         ]  # fmt: skip

@@ -20,9 +20,9 @@ from asymswap.data.datasets import open_data
 from asymswap.data.predict import predict
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
+from asymswap.measure.timing import Timing
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model, open_models
-from asymswap.planning.latency_budget import Timing
 from asymswap.reporting.compare import comparison_to_markdown
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
@@ -190,7 +190,7 @@ class TestOnRandomImages:
             ).timing
             is None
         )
-        found = asymswap.compare([Net(), Net(channels=1)], timing=Timing("contiguous", 2, 3))
+        found = asymswap.compare([Net(), Net(channels=1)], timing=Timing("torch", "contiguous", 2, 3))
         assert found.timing is not None
         assert (found.timing.memory_format, found.timing.batch, found.timing.rounds) == ("contiguous", 2, 3)
         for row in found.models:

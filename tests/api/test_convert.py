@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from asymswap.graph.trace import trace
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
 from asymswap.planning.plan import plan_text
+from asymswap.reporting.convert import to_html, to_markdown
 from asymswap.results.convert import Report
-from asymswap.results.records import to_json
+from asymswap.results.records import Provenance, to_json
 from asymswap.types import Call, Cost, Plan, Site
 
 REPORT_KEYS = {
@@ -591,7 +593,7 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
         "polished": {
             "calibration": asymswap.Calibration(str(tmp_path), images=8, polish_steps=2),
         },
-        "in time": {"overrides": {"budget.latency": 0.9}, "timing": asymswap.Timing(rounds=1)},
+        "in time": {"latency": 0.9, "timing": asymswap.Timing(rounds=1)},
     }[way]
     said = r"more cannot be swapped: the model's code treats it unlike .* \(AttributeError: .*'out_channels'\); keep it"
     if way == "in time":
@@ -616,8 +618,8 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
         (lambda: asymswap.export("x.pt", "y.onnx", form="tflite"), "the form 'tflite' is unknown; choose onnx, pt2"),
         (lambda: asymswap.benchmark(["digits-resnet"], dtype="float8"), "the dtype 'float8' is unknown; did you mean"),
         (
-            lambda: asymswap.sweep("digits-resnet", ["half-macs"], "digits", measure="latency"),
-            "the measure 'latency' is unknown; choose macs, params",
+            lambda: asymswap.sweep("digits-resnet", ["half-macs"], "digits", measure="flops"),
+            "the measure 'flops' is unknown; choose macs, params, latency",
         ),
         (
             lambda: asymswap.convert("digits-resnet", "half-macs", calibration="digits"),
@@ -694,3 +696,63 @@ def test_size_and_preprocessing_may_be_given_to_the_verb_or_to_open_model(tmp_pa
     other = asymswap.Calibration(data, images=8, preprocessing=asymswap.PreprocessingOptions(normalize="none"))
     with pytest.raises(AsymswapError, match="contradict each other"):
         asymswap.convert(net, "half-macs", input_size=(3, 12, 12), preprocessing=given, calibration=other)
+
+
+class TestTime:
+    """Measured by a clock of its own; that real runtimes are is for tests of budgets of latency."""
+
+    def conversion(self, monkeypatch: pytest.MonkeyPatch, factor: float, **options: Any) -> asymswap.Conversion:
+        def turns(given: Any, *, rounds: int, **_: Any) -> Any:
+            # Of each runtime the first network is the original.
+            return {key: [[0.01 * (factor if key[0] else 1.0)] for _ in range(rounds)] for key in given}
+
+        monkeypatch.setattr("asymswap.api.benchmark.take_turns", turns)
+        return asymswap.convert("digits-resnet", "3x3-only", **options)
+
+    def test_every_runtime_that_is_installed_is_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("asymswap.api.benchmark.installed", lambda names: [n for n in names if n != "openvino"])
+        report = self.conversion(monkeypatch, 0.5, time=True).report
+        assert report.latency is not None
+        assert [row.runtime for row in report.latency.times] == ["torch", "onnxruntime"]
+        for row in report.latency.times:
+            assert row.ratio is not None
+            assert (row.ratio.value, row.failure) == (0.5, None)
+        text = str(report)
+        assert "slower" not in text
+        assert re.search(r"time, PyTorch +10.0 ms +5.00 ms +50.0 %", text)
+        assert report.seconds["time"] > 0
+
+    def test_the_first_line_says_where_it_is_slower(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("asymswap.api.benchmark.installed", lambda names: ["torch"])
+        slower = self.conversion(monkeypatch, 1.25, time=True).report
+        said = "Slower in PyTorch: it takes 1.25 of the time (1.25 to 1.25 with 95 % confidence)."
+        assert said in str(slower).splitlines()[1]
+        for form in (to_markdown(slower), to_html(slower, Provenance())):
+            assert "Slower in PyTorch" in form
+        # Noise is no verdict.
+        assert "Slower" not in str(self.conversion(monkeypatch, 1.01, time=True).report)
+
+    def test_what_a_runtime_cannot_run_is_one_line_and_the_others_are_timed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise AsymswapError("no operator Bessel at layer1")
+
+        monkeypatch.setattr("asymswap.api.benchmark.installed", lambda names: ["torch", "onnxruntime"])
+        monkeypatch.setattr("asymswap.measure.programs.write_onnx", fail)
+        report = self.conversion(monkeypatch, 0.5, time=True).report
+        assert report.latency is not None
+        assert [row.failure for row in report.latency.times] == [None, "no operator Bessel at layer1"]
+        assert "ONNX Runtime: no operator Bessel at layer1." in " ".join(str(report).split())
+
+    def test_without_it_the_report_says_how(self, run: Any) -> None:
+        report = asymswap.convert("digits-resnet", "3x3-only").report
+        assert report.latency is None
+        assert "Time was not measured; give `time=True`." in str(report)
+        printed = run("convert", "digits-resnet", "--recipe", "3x3-only", "--dry-run").out
+        assert "Time was not measured; give --time." in printed
+
+    def test_a_setting_that_times_nothing_is_refused(self) -> None:
+        for options, name in (({"runtime": "openvino"}, "runtime"), ({"timing": asymswap.Timing()}, "timing")):
+            with pytest.raises(AsymswapError, match=rf"^`{name}=…` goes with `latency=…` or `time=True`"):
+                asymswap.convert("digits-resnet", "3x3-only", **options)

@@ -454,6 +454,7 @@ def test_help_names_the_default_output(command: Command, name: str, text: str) -
         (["--latency", "0.6"], None),
         (["--set", "budget.latency=0.6"], None),
         (["--recipe", "timed.toml"], None),
+        (["--macs", "0.6", "--time"], None),
         (["--recipe", "counted.toml"], "PASSIVE"),
         (["--recipe", "gone.toml"], "PASSIVE"),
         (["--macs", "0.6"], "PASSIVE"),

@@ -65,7 +65,7 @@ def test_it_depends_on_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "export")
     assert in_flags('`form="pt2"`, `fuse=False`, `data=…`') == "--to pt2, --no-fuse, `data=…`"
     run(monkeypatch, "benchmark")
-    assert in_flags("`runtimes=['eager', 'onnx']`") == "--runtime eager --runtime onnx"
+    assert in_flags("`runtimes=['torch', 'onnxruntime']`") == "--runtime torch --runtime onnxruntime"
 
 
 def test_records_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

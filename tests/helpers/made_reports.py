@@ -15,9 +15,10 @@ from asymswap.results.convert import (
     Report,
     ScoreChange,
     SiteRow,
+    TimeRow,
 )
 from asymswap.results.records import Provenance
-from asymswap.types import Cost
+from asymswap.types import Cost, Ratio, Seconds
 
 
 def site(number: int, **changes: Any) -> SiteRow:
@@ -66,6 +67,10 @@ def kept(number: int, reason: str = "a 1x1 kernel has nothing to separate", **ch
     )
 
 
+TIMES = (
+    TimeRow("torch", "2.14.1", Seconds(0.0262, 0.027, 0.01), Seconds(0.0193, 0.0199, 0.01), Ratio(0.74, 0.73, 0.75)),
+    TimeRow("openvino", failure="OpenVINO cannot express this model: no operator Bessel"),
+)
 REST = Cost(2_000_000, 2_050_000)
 
 
@@ -87,7 +92,7 @@ def report(*rows: SiteRow, rest: Cost = REST, **changes: Any) -> Report:
         after=after,
         output=OutputChange(0.123, 4.5, "32 images of photos"),
         warnings=("the images were taken as they are",),
-        latency=LatencyRow(0.0262, 0.0193, "channels-last", 1, 2, "Some Processor", 0.7, ("layer1.0.conv2",)),
+        latency=LatencyRow(TIMES, "channels-last", 1, 2, "Some Processor", 0.7, ("layer1.0.conv2",)),
         calibration=CalibrationRow("photos", 512, "cd" * 32, 0, True, ("all went well",)),
         accuracy=AccuracyRow(
             "folder photos: 2,000 images of 10 classes", 2000, (ScoreChange("top-1", 0.878, 0.867, "%"),)

@@ -12,8 +12,8 @@ from asymswap.reporting.benchmark import benchmark_to_markdown, benchmark_view
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Cost, Ratio, Seconds
 
-NCHW, NHWC = Setting("eager", 1, 2, "contiguous"), Setting("eager", 1, 2, "channels-last")
-ONNX = Setting("onnx", 8, 1, None)
+NCHW, NHWC = Setting("torch", 1, 2, "contiguous"), Setting("torch", 1, 2, "channels-last")
+ONNX = Setting("onnxruntime", 8, 1, None)
 TOLD, UNTOLD, VAGUE = Ratio(0.6, 0.58, 0.62), Ratio(0.99, 0.97, 1.01), Ratio(0.7, 0.6, 0.8)
 
 

@@ -193,7 +193,7 @@ ALWAYS = ["Headline figures", "The layers in order", "All layers", "What the cha
 class TestSections:
     def test_all_that_is_known_has_its_place(self) -> None:
         fused = replace(PROVENANCE, fused=(FusionRow("layer1.0.conv2", "acb", "fused"),))
-        expected = [*ALWAYS, "Scores", "Latency", "Calibration", "Fused since", "How it was made"]
+        expected = [*ALWAYS, "Scores", "Time", "Calibration", "Fused since", "How it was made"]
         assert headings(page(like_resnet50(), fused)) == expected
 
     def test_what_is_not_known_has_none(self) -> None:

@@ -32,7 +32,7 @@ from asymswap.types import Call, Candidate, ConvSpec, Cost, Keep, Plan, Shown, S
 EVIL = "<script>alert(1)</script>\x1b[31m\nnet"
 CALLS = (Call((8, 8), (8, 8)),)
 SETTINGS = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "precision": "fp32", "seed": 0}
-TIMED = ((Setting("eager", 1, 1, None),), (), (), (), "float32", EVIL, 2, 5, 0.1, ())
+TIMED = ((Setting("torch", 1, 1, None),), (), (), (), "float32", EVIL, 2, 5, 0.1, ())
 MOVED = OffsetRow(EVIL, "offset", (1, 1), (1, 1), ((0.5, 1.0),), ((0.0, 0.0),), 1.2)
 COST = Cost(3_000_000, 5000)
 SCORE = Score("top-1", 0.9, "%")
@@ -103,7 +103,7 @@ def test_the_cards_are_those_of_the_page() -> None:
     page = Page(made._repr_html_()).root
     (figures,) = page.all("ul")
     names = [card.all("h3")[0].text for card in figures.children]
-    assert names == ["MACs", "parameters", "weights", "latency", "top-1"]
+    assert names == ["MACs", "parameters", "weights", "time, PyTorch", "top-1"]
     (table,) = page.all("table")
     assert [row.all("th")[0].text for row in table.all("tbody")[0].children] == [row.site for row in made.swapped]
 
