@@ -36,6 +36,7 @@ NIGHTLY = MINUTES | ALIKE
 
 SLOW = {
     "README.md",
+    "deploy.md",
     "benchmarking.md",
     "reports.md",
     "models.md",

@@ -160,7 +160,11 @@ def failing_clearly(what: str) -> Iterator[None]:
     except (AsymswapError, OSError):
         raise
     except Exception as error:
-        # An exporter may fail in any of its many passes, with any error.
-        raise AsymswapError(
-            f"{what} cannot express this model: {reason_of(error, 200)} (`debug=True` shows where)"
-        ) from error
+        # An exporter may fail in any of its many passes, with any error; what it wraps says why.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        operator = re.search(r"target=torch\.ops\.([\w.]+)\]", str(cause.__context__ or error))
+        where = "" if operator is None else f", at the operator {operator[1]}"
+        reason = reason_of(str(cause).strip().partition("\n")[0], 200) if str(cause) else type(cause).__name__
+        raise AsymswapError(f"{what} cannot express this model{where}: {reason} (`debug=True` shows more)") from error

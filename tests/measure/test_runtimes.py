@@ -267,3 +267,14 @@ def test_a_missing_package_is_named_and_what_lacks_it_is_not_installed(
 def test_compiled_networks_tell_no_layers(network: Network) -> None:
     with pytest.raises(AsymswapError, match=r"^torch\.compile does not tell the time of single layers.*`runtime=…`$"):
         RUNTIMES["compile"].probe(network, setting("compile"), ["last"])
+
+
+@pytest.mark.skipif("onnxruntime" not in installed(["onnxruntime"]), reason="ONNX Runtime is not installed")
+def test_what_cannot_be_exported_names_its_operator(tmp_path: Path) -> None:
+    class Odd(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(super().forward(x))
+
+    said = r"^ONNX cannot express this model, at the operator prims\.bessel_j0\.default: No ONNX function found"
+    with pytest.raises(AsymswapError, match=said):
+        Network(Odd(), (torch.empty(1, 3, 8, 8, device="meta"),), tmp_path).onnx()
