@@ -29,6 +29,7 @@ NETWORKS = {
 }
 KINDS = {
     "acb": 'kind = "acb", bn = "branch"',
+    "low-rank": 'kind = "low-rank", ratio = 0.5',
     "cross": 'kind = "cross", allow_growth = true',
     "offset": 'kind = "weighted-offset", limit = 1.0',
     "predicted-offset": 'kind = "predicted-offset", mask = true',
@@ -48,9 +49,15 @@ PAIRS = [
     pytest.param(network, kind, marks=pytest.mark.slow if quick else pytest.mark.nightly)
     for network in NETWORKS
     for kind in KINDS
+    if kind != "low-rank" or network not in ("vgg16_bn", "convnext_tiny")  # they have no 1x1 conv
     for quick in [network == THOROUGH or (kind == "separable" and network not in LIKE_OTHERS)]
 ]
 RULE = "[[rules]]\nmatch = {{ kernel = {{ min = '3x3', max = '7x7' }} }}\nswap = {{ {} }}\n"
+
+
+def rule_of(kind: str) -> str:
+    rule = RULE.format(KINDS[kind])
+    return rule.replace("{ min = '3x3', max = '7x7' }", "'1x1'") if kind == "low-rank" else rule
 
 
 @pytest.mark.parametrize(("network", "kind"), PAIRS)
@@ -58,7 +65,7 @@ def test_it_converts_keeps_its_promise_and_trains(network: str, kind: str, tmp_p
     torch.manual_seed(0)
     size = NETWORKS[network]
     original = open_model(network, weights="none", input_size=(3, size, size)).model
-    rule = RULE.format(KINDS[kind])
+    rule = rule_of(kind)
     if kind == "separable":
         # A depthwise 3x3 conv is of rank 3: half of its cost is out of reach. Wide kernels take long to factorise.
         rule = rule.replace("match = {", "match = { groups = 'dense', in_channels = { max = 128 },")
@@ -92,9 +99,12 @@ def check_training(original: nn.Module, model: nn.Module, x: Tensor, sites: list
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_keep_their_dtype(kind: str, dtype: torch.dtype, tmp_path: Any) -> None:
-    (tmp_path / "r.toml").write_text(RULE.format(KINDS[kind]))
-    original = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).to(dtype)
-    model = asymswap.convert(asymswap.open_model(original.eval(), input_size=(4, 12, 12)), tmp_path / "r.toml").model
+    (tmp_path / "r.toml").write_text(rule_of(kind))
+    original = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+    )
+    original = original.to(dtype).eval()
+    model = asymswap.convert(asymswap.open_model(original, input_size=(4, 12, 12)), tmp_path / "r.toml").model
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {dtype}
     with torch.no_grad():
         assert model(torch.randn(2, 4, 12, 12, dtype=dtype)).dtype == dtype
@@ -103,8 +113,10 @@ def test_weights_keep_their_dtype(kind: str, dtype: torch.dtype, tmp_path: Any) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_compile_and_run_in_channels_last(kind: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
-    (tmp_path / "r.toml").write_text(RULE.format(KINDS[kind]))
-    original = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    (tmp_path / "r.toml").write_text(rule_of(kind))
+    original = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+    ).eval()
     model = asymswap.convert(asymswap.open_model(original, input_size=(4, 12, 12)), tmp_path / "r.toml").model
     x = torch.randn(2, 4, 12, 12)
     with torch.no_grad():
