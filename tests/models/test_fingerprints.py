@@ -149,7 +149,10 @@ def test_old_keys_are_told_too() -> None:
     assert identify(old, "x.pt", silent)[0].reference == "torchvision:densenet121"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "swin_t", "squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "googlenet", "mobilenet_v3_small", pytest.param("swin_t", marks=pytest.mark.nightly), "squeezenet1_1"],
+)
 def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = builders.build(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3}).eval()
