@@ -166,6 +166,15 @@ def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
             assert torch.equal(opened.model(image), model(image))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v3_small", "swin_t", "squeezenet1_1"])
+def test_a_grey_stem_differs_in_its_channels_alone(name: str) -> None:
+    stems = []
+    for arguments in ({}, {"in_channels": 1}):
+        model = on_meta(f"torchvision:{name}", arguments)
+        stems.append(next(repr(module) for module in model.modules() if isinstance(module, torch.nn.Conv2d)))
+    assert stems[1] == stems[0].replace("Conv2d(3, ", "Conv2d(1, ") != stems[0]
+
+
 @pytest.mark.parametrize(
     ("reference", "channels", "expected"),
     [
