@@ -85,5 +85,5 @@ clean:
 
 $(READY): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	$(RUN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev,docs]'
 	touch $@

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from processes import forked
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.models.networks import BUILDERS
+from asymswap.models.networks import digits_resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMS = ("x.pt", "x.safetensors", "x.module.pt", "x.asym.pt", "x.asym.safetensors")
-ARCH = "cifar:resnet20"
+ARCH = "digits-resnet"
 
 # In a process of its own: whoever has mapped a file that is cut off is ended by a signal.
 CHANGING = """
@@ -89,7 +88,7 @@ def write(name: str, folder: Path, model: nn.Module) -> tuple[Path, str]:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return BUILDERS["resnet20"]()
+    return digits_resnet()
 
 
 def state_in(path: Path) -> dict[str, Tensor]:
@@ -117,8 +116,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Changed:
         asymswap.save(asymswap.convert(asymswap.open_model(sources[name], arch=arch or None), "3x3-only"), wanted[name])
         arguments += [sources[name], arch, found[name]]
     cut, _ = write("cut.safetensors", folder, network())
-    command = [sys.executable, "-c", CHANGING, *map(str, arguments), str(cut)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = forked(CHANGING, *arguments, cut, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     return Changed(sources, found, wanted, cut, done.stdout)
 

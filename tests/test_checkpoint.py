@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forked
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision import models
@@ -51,11 +51,15 @@ FRESH_PROCESS = """
 import importlib, json, sys
 import torch
 
+sys.path.insert(0, sys.argv[3])
 jobs = json.loads(open(sys.argv[1]).read())
+# Torch alone must be able to read them.
+hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "asymswap"}
+sys.modules["asymswap"] = None
 for job in jobs:
     if job["path"].endswith(".pt"):
         torch.load(job["path"], weights_only=True)
-assert "asymswap" not in sys.modules, "torch alone must be able to read them"
+sys.modules.update(hidden)
 
 import asymswap
 
@@ -210,9 +214,8 @@ def computed_elsewhere(written: dict[str, Written], user_module: Path, tmp_path_
         common = {"input": str(folder / f"{number}.input"), "factory": CASES[name].factory}
         jobs += [{"path": str(path), **common} for path in item.paths.values()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-c", FRESH_PROCESS, "jobs.json", "results.pt"]
-    environment = {"PYTHONPATH": str(user_module), "PATH": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    done = forked(FRESH_PROCESS, "jobs.json", "results.pt", user_module, cwd=folder)
+    assert done.returncode == 0, done.stderr
     return torch.load(folder / "results.pt")
 
 
@@ -318,26 +321,28 @@ class TestClassOfTheUser:
         assert again.header.origin.reference == "asymswap_user_nets:make"
 
 
-class TestConvertedTwice:
-    @pytest.fixture(params=SUFFIXES)
-    def twice(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-        """digits-resnet, its second stage separated by one conversion, its first by another."""
-        stages = []
-        for stage in ("layer2", "layer1"):
-            recipe = tmp_path / f"{stage}.toml"
-            recipe.write_text(
-                f"""
-                [[rules]]
-                match = {{ names = "{stage}.*", kernel = "3x3" }}
-                swap = {{ kind = "separable", rank = 4 }}
-                """
-            )
-            stages.append(recipe)
-        first, second = (tmp_path / f"digits.{mark}.{request.param}" for mark in ("asym", "asym2"))
-        asymswap.save(asymswap.convert("digits-resnet", stages[0]), first)
-        asymswap.save(asymswap.convert(first, stages[1]), second)
-        return second
+@pytest.fixture(scope="module", params=SUFFIXES)
+def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """digits-resnet, its second stage separated by one conversion, its first by another."""
+    tmp_path = tmp_path_factory.mktemp("twice")
+    stages = []
+    for stage in ("layer2", "layer1"):
+        recipe = tmp_path / f"{stage}.toml"
+        recipe.write_text(
+            f"""
+            [[rules]]
+            match = {{ names = "{stage}.*", kernel = "3x3" }}
+            swap = {{ kind = "separable", rank = 4 }}
+            """
+        )
+        stages.append(recipe)
+    first, second = (tmp_path / f"digits.{mark}.{request.param}" for mark in ("asym", "asym2"))
+    asymswap.save(asymswap.convert("digits-resnet", stages[0]), first)
+    asymswap.save(asymswap.convert(first, stages[1]), second)
+    return second
 
+
+class TestConvertedTwice:
     def test_the_plans_stand_in_order(self, twice: Path) -> None:
         plans = read_checkpoint(twice).header.plans
         starts = [{swap.site.split(".")[0] for swap in plan.swaps} for plan in plans]
@@ -405,19 +410,20 @@ def test_memory_format_survives(tmp_path: Path) -> None:
     assert conversion.model[1][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Path]]:
+    tmp_path, found = tmp_path_factory.mktemp("runs"), []
+    for number in range(2):
+        conversion = asymswap.convert("digits-resnet", "3x3-only")
+        paths = {suffix: tmp_path / f"run{number}.{suffix}" for suffix in SUFFIXES}
+        for path in paths.values():
+            asymswap.save(conversion, path)
+        found.append(paths)
+    return found
+
+
 class TestEqualRuns:
     """Equal runs write equal contents; the files' own bytes may differ, in the order of metadata, say."""
-
-    @pytest.fixture
-    def runs(self, tmp_path: Path) -> list[dict[str, Path]]:
-        found = []
-        for number in range(2):
-            conversion = asymswap.convert("digits-resnet", "3x3-only")
-            paths = {suffix: tmp_path / f"run{number}.{suffix}" for suffix in SUFFIXES}
-            for path in paths.values():
-                asymswap.save(conversion, path)
-            found.append(paths)
-        return found
 
     def test_safetensors_hold_the_same_header_and_the_same_bytes(self, runs: list[dict[str, Path]]) -> None:
         one, other = (header_and_data(paths["safetensors"]) for paths in runs)
@@ -443,11 +449,9 @@ def header_and_data(path: Path) -> tuple[Any, bytes]:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(written: dict[str, Written], tmp_path: Path) -> Path:
     """A small checkpoint to be damaged."""
-    path = tmp_path / "small.safetensors"
-    asymswap.save(asymswap.convert("digits-resnet", "3x3-only"), path)
-    return path
+    return Path(shutil.copy(written["digits-resnet"].paths["safetensors"], tmp_path / "small.safetensors"))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:

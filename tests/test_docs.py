@@ -32,7 +32,9 @@ WITH_EXAMPLES = [page for page in PAGES if any(b.language in (*documented.SHELL,
 MINUTES = {"reports.md", "after-conversion.md", "models.md", "benchmarking.md", "finetuning.md", "tutorial.md"}
 # Those that train another network in the way of one that `make test` runs, finetune-segmenter.md.
 ALIKE = {"finetune-denoiser.md", "finetune-embedder.md"}
-NIGHTLY = MINUTES | ALIKE
+# Whose commands README.md has too: a ResNet-20 calibrated on photos, and the digits with the loss that is allowed.
+REPEATED = {"calibration.md"}
+NIGHTLY = MINUTES | ALIKE | REPEATED
 
 SLOW = {
     "README.md",

@@ -74,7 +74,9 @@ def test_what_hypothesis_makes_up_is_read_or_refused(workers: Workers) -> None:
 
 
 def test_no_trap_is_sprung(workers: Workers) -> None:
-    assert faults(workers, [case for case in hostile.traps() if case.arguments[0] == "convert"]) == []
+    """In `make test` each pickle in two of its four forms; what is called stands in two pickles, so in all four."""
+    cases = [case for case in hostile.traps() if case.arguments[0] == "convert"]
+    assert faults(workers, cases if MANY else [case for n, case in enumerate(cases) if (n // 4 + n) % 2 == 0]) == []
 
 
 def test_a_sprung_trap_would_be_seen(workers: Workers) -> None:

@@ -14,6 +14,7 @@ from asymswap.models.opening import open_model
 from asymswap.utils.tensors import list_tensors
 
 NETWORKS = {
+    "cifar:resnet20": 32,
     "resnet18": 64,
     "resnet50": 64,
     "vgg16_bn": 64,
@@ -35,10 +36,10 @@ KINDS = {
     "predicted-offset": 'kind = "predicted-offset", mask = true',
     "separable": 'kind = "separable", ratio = 0.5',
 }
-THOROUGH = "resnet18"
+THOROUGH = "cifar:resnet20"
 """The network that `make test` tries every kind on; the others are tried with the kind that most users want."""
 LIKE_OTHERS = {
-    *("resnet50", "vgg16_bn", "cifar:resnet18", "cifar:densenet121"),  # plain, residual or dense
+    *("resnet18", "resnet50", "vgg16_bn", "cifar:resnet18", "cifar:densenet121"),  # plain, residual or dense
     *(
         "inception_v3",
         "efficientnet_v2_s",

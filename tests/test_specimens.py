@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import specimen_nets
 import torch
+from processes import forked
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 import asymswap
 
 Run = Callable[..., Any]
-ROOT = Path(__file__).parents[1]
 SPECIMENS = Path(__file__).parent / "data" / "specimens"
 FOLDERS = sorted(path.parent for path in SPECIMENS.glob("*/expected.safetensors"))
 SUFFIXES = (".pt", ".safetensors")
@@ -47,9 +44,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 paths, results = json.loads(sys.argv[1]), {}
+# Torch and safetensors alone must be able to read them.
+hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "asymswap"}
+sys.modules["asymswap"] = None
 assert torch.load(paths[0], weights_only=True).keys() == {"asymswap", "state_dict"}
 assert load_file(paths[1])
-assert "asymswap" not in sys.modules, "torch and safetensors alone must be able to read them"
+sys.modules.update(hidden)
 
 import asymswap
 
@@ -225,10 +225,8 @@ def test_what_was_tied_is_tied_again(path: Path) -> None:
 def test_a_fresh_process_computes_the_same(folder: Path, tmp_path: Path) -> None:
     paths = [folder / "checkpoints" / name for name in ("structure.pt", "digits-resnet.safetensors")]
     given = [json.dumps([path.as_posix() for path in paths]), str(folder / "expected.safetensors"), "results"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, *given], cwd=tmp_path, env=environment, check=True, timeout=300
-    )
+    done = forked(FRESH_PROCESS, *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     results = load_file(tmp_path / "results")
     for number, path in enumerate(paths):
         wanted = expected(folder)[f"{path.stem}/output"]

@@ -198,7 +198,7 @@ def test_wrong_input_size(size: str, expected: str, refusal: Refusal) -> None:
 
 
 def test_too_small_an_input(refusal: Refusal) -> None:
-    said = refusal("candidates", "vgg11", "--weights", "none", "--input", "3x8x8")
+    said = refusal("candidates", "squeezenet1_1", "--weights", "none", "--input", "3x8x8")
     assert re.search(r"the model does not run on an input of 1x3x8x8: .*too small", said)
 
 

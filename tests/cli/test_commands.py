@@ -420,12 +420,10 @@ class TestThreads:
         assert os.environ["OMP_WAIT_POLICY"] == found
 
 
-def test_python_m_is_the_command(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "asymswap", *CONVERT, "--json"]
+def test_python_m_is_the_command(command: Command, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "asymswap", "recipes", "3x3-only"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr == ""
-    assert json.loads(done.stdout)["model"]["reference"] == "digits-resnet"
-    assert [path.name for path in tmp_path.iterdir()] == ["digits-resnet.asym.pt"]
+    assert (done.stdout, done.stderr) == (command("recipes", "3x3-only").out, "")
 
 
 def test_a_factory_named_again_is_called_as_before(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import CLI, Forked
 
+LISTING = ("recipes", "3x3-only")
+"""Prints without loading torch."""
 CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
 FORMS = ("x.pt", "x.safetensors")
 
@@ -201,34 +204,28 @@ def test_writer_that_stops_halfway(
     assert refusal(*CONVERT, "-o", "x.pt", code=code).startswith(said)
 
 
-def started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "asymswap", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that starts the tests in the background has told them to ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+# A shell that starts the tests in the background has told them to ignore Ctrl-C.
+HEEDING = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{CLI}"
 
 
 @pytest.mark.parametrize("command", [("convert", "slow:net", "--recipe", "all-spatial"), ("candidates", "slow:net")])
 def test_ctrl_c(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW_NET)
-    process = started([*command, "--input", "3x16x16"], tmp_path)
+    running = Forked(HEEDING, *command, "--input", "3x16x16", cwd=tmp_path)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline and running.process.is_alive():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "error: interrupted; no half-written file is left\n")
+    assert running.process.pid is not None
+    os.kill(running.process.pid, signal.SIGINT)
+    done = running.end()
+    expected = (130, "", "error: interrupted; no half-written file is left\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected
     assert {path.name for path in tmp_path.iterdir()} <= {"slow.py", "started", "__pycache__"}
 
 
 def test_reader_of_a_pipe_that_has_gone_is_no_error(tmp_path: Path) -> None:
-    process = started(["recipes", "--schema"], tmp_path)
+    command = [sys.executable, "-m", "asymswap", *LISTING]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
@@ -240,6 +237,6 @@ def test_reader_of_a_pipe_that_has_gone_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_output_that_cannot_be_printed(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "asymswap", "recipes", "--schema"]
+        command = [sys.executable, "-m", "asymswap", *LISTING]
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: the system refused: No space left on device\n")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import forked
 from torchvision import datasets
 
 from asymswap.data import arrays
@@ -182,7 +181,7 @@ def test_a_key_of_tuples_in_tuples_does_not_end_the_process(tmp_path: Path) -> N
         "from asymswap.data.arrays import read_arrays\n"
         "try:\n    read_arrays(Path(sys.argv[1]), 'test')\nexcept SourceError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True)
+    done = forked(code, tmp_path / "a.pt", cwd=tmp_path)
     assert done.returncode == 0, done
     assert re.fullmatch(r"data .*a\.pt cannot be read \(it has a key that is neither text nor a sm.*\n", done.stdout)
 

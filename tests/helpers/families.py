@@ -12,18 +12,29 @@ from torchvision import models
 def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> list[Any]:
     """The references (NAME, NAME@WEIGHTS, torchvision:NAME, or others) as parameters, most of them marked nightly.
 
-    A family is what one file of torchvision builds; its first reference is marked slow, unless a reference in `tried`
-    is of that family. Other references than torchvision's are families of their own.
+    A family is what one file of torchvision builds; its smallest is marked slow, unless a reference in `tried` is of
+    that family. Other references than torchvision's are families of their own.
     """
     met = {_family(reference) for reference in tried}
     found = []
-    for reference in references:
+    for reference in sorted(references, key=_size):
         family = _family(reference)
         found.append(pytest.param(reference, marks=pytest.mark.nightly if family in met else pytest.mark.slow))
         met.add(family)
     return found
 
 
+def _name(reference: str) -> str:
+    return reference.removeprefix("torchvision:").partition("@")[0]
+
+
+def _size(reference: str) -> int:
+    """Parameters of a reference of torchvision's, as its published weights say; 0 of others."""
+    name = _name(reference)
+    weights = list(models.get_model_weights(name)) if name in models.list_models() else []
+    return min((weight.meta["num_params"] for weight in weights), default=0)
+
+
 def _family(reference: str) -> str:
-    name = reference.removeprefix("torchvision:").partition("@")[0]
+    name = _name(reference)
     return models.get_model_builder(name).__module__ if name in models.list_models() else reference

@@ -219,6 +219,7 @@ def _training_state() -> bytes:
     return states[0]
 
 
+_ONE_CONV = b'[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "separable", rank = 4 }\n'
 _SWEEP = ("--recipe", "half-macs", "--evaluate", "digits", "--macs", "0.6")
 _TRAIN = ("--data", "digits", "--steps", "2", "--save-every", "1", "--workers", "0", "--cpu", "--run", "run")
 
@@ -269,8 +270,9 @@ def commands(kind: str) -> list[tuple[str, ...]]:
     path = path_of(kind)
     if kind.startswith("data "):
         calibrate = ("--calibrate", path, "--calibration-images", "16", "--no-sequential", "-o", "y.pt")
+        # What is seen of the data reaches the solver in one conv as well as in eight.
         evaluate = [("evaluate", "digits-resnet", "--data", path)] * (kind != "data .npy")
-        return [*evaluate, ("convert", "digits-resnet", "--recipe", "half-macs", *calibrate)]
+        return [*evaluate, ("convert", "digits-resnet", "--recipe", "one.toml", *calibrate)]
     if kind == "training state":
         return [("finetune", "c.pt", *_TRAIN, "-o", "y.pt", "--resume")]
     if kind == "sweep state":
@@ -617,7 +619,8 @@ def case_of(files: Mapping[str, bytes], kind: str, name: str, arguments: tuple[s
     if kind == "training state":
         beside = {"c.pt": files["asymswap .pt"]}
         return Case(kind, name, arguments, {**beside, path_of(kind): content}, may_leave=("run/*",))
-    return Case(kind, name, arguments, {path_of(kind): content})
+    beside = {"one.toml": _ONE_CONV} if kind.startswith("data ") else {}
+    return Case(kind, name, arguments, {**beside, path_of(kind): content})
 
 
 # ---- traps

@@ -29,13 +29,15 @@ class Forked:
         self.process = _CONTEXT.Process(target=_work, args=(code, argv, str(cwd), dict(env or {}), names))
         self.process.start()
 
-    def end(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def end(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Wait for its end; how it ended, and what it printed."""
         self.process.join(timeout)
+        out, err = (file.read() for file in self.outputs)
+        for file in self.outputs:
+            file.close()
         if self.process.exitcode is None:
             self.process.kill()
-            raise TimeoutError(f"still running after {timeout} s: {self.outputs[1].read()}")
-        out, err = (file.read() for file in self.outputs)
+            raise TimeoutError(f"still running after {timeout} s: {err}")
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, out, err)
 
 

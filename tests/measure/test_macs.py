@@ -91,21 +91,6 @@ def test_deformable_convs_are_counted_with_their_samples(with_mask: bool, macs_p
     assert costs.by_name["moved"] + costs.by_name["predictor"] == costs.total
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v3_small", "squeezenet1_1", "vit_b_32"])
-def test_totals_of_torchvision_models(name: str) -> None:
-    kwargs = {"init_weights": False} if name == "googlenet" else {}
-    model = models.get_model(name, weights=None, **kwargs).to("meta").eval()
-    x = torch.empty(1, 3, 224, 224, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    names = [site.name for site in trace(model, (x,)).sites]
-    costs = count_costs(model, (x,), names)
-    assert costs.total.flops == counter.get_total_flops()
-    assert costs.total.params == sum(p.numel() for p in model.parameters())
-    for site in trace(model, (x,)).sites:
-        assert costs.by_name[site.name] == site.cost
-
-
 @pytest.mark.parametrize(
     ("name", "macs"), [("resnet20", 40.6e6), ("resnet56", 125.5e6), ("resnet18", 555e6)], ids=lambda v: str(v)
 )
@@ -116,9 +101,9 @@ def test_totals_of_cifar_networks_are_the_published_ones(name: str, macs: float)
 
 def test_the_cost_after_a_swap_is_that_of_a_whole_run() -> None:
     """Site by site at the sizes of before, and counted on the converted network: two ways to one number."""
-    model = models.resnet18()
-    conversion = asymswap.convert(asymswap.open_model(model, input_size=(3, 64, 64)), "3x3-only")
-    image = (torch.empty(1, 3, 64, 64, device="meta"),)
+    model = networks.digits_resnet()
+    conversion = asymswap.convert(asymswap.open_model(model, input_size=(1, 8, 8)), "3x3-only")
+    image = (torch.empty(1, 1, 8, 8, device="meta"),)
     sites = trace(model, image).sites
     names = [site.name for site in sites]
     before, after = count_costs(model, image, names), count_costs(conversion.model, image, names)

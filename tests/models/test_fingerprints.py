@@ -149,7 +149,10 @@ def test_old_keys_are_told_too() -> None:
     assert identify(old, "x.pt", silent)[0].reference == "torchvision:densenet121"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "swin_t", "squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "googlenet", "mobilenet_v3_small", pytest.param("swin_t", marks=pytest.mark.nightly), "squeezenet1_1"],
+)
 def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = builders.build(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3}).eval()
@@ -161,6 +164,15 @@ def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
         image = torch.rand(2, *opened.example()[0].shape[1:])
         with torch.no_grad():
             assert torch.equal(opened.model(image), model(image))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v3_small", "swin_t", "squeezenet1_1"])
+def test_a_grey_stem_differs_in_its_channels_alone(name: str) -> None:
+    stems = []
+    for arguments in ({}, {"in_channels": 1}):
+        model = on_meta(f"torchvision:{name}", arguments)
+        stems.append(next(repr(module) for module in model.modules() if isinstance(module, torch.nn.Conv2d)))
+    assert stems[1] == stems[0].replace("Conv2d(3, ", "Conv2d(1, ") != stems[0]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ def structure(model: nn.Module) -> Any:
     return state, lines, fields
 
 
-@pytest.mark.parametrize("name", [*SMALL, *one_of_each_family(MEDIUM, SMALL)])
+# What weights change and what is stored of it is seen in the structures below too; Inception has an auxiliary head.
+@pytest.mark.parametrize(
+    "name",
+    [*SMALL, *(pytest.param(name, marks=[pytest.mark.nightly] * (name != "inception_v3")) for name in MEDIUM)],
+)
 def test_weights_come_from_the_cache_and_the_origin_builds_the_same(
     name: str, cache: Callable[[str, State], Path]
 ) -> None:
@@ -171,21 +175,21 @@ def test_arguments_that_do_not_fit_the_weights(cache: Callable[[str, State], Pat
 
 
 @pytest.mark.parametrize("weights", ["none", "IMAGENET1K_V1", "w.pt"])
-@pytest.mark.parametrize("spelled", ["resnet18@{}", "torchvision:resnet18@{}", "resnet18 --weights {}"])
+@pytest.mark.parametrize("spelled", ["squeezenet1_1@{}", "torchvision:squeezenet1_1@{}", "squeezenet1_1 --weights {}"])
 def test_every_way_to_choose_weights(
     spelled: str, weights: str, cache: Callable[[str, State], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
-    state = randomised(build("torchvision:resnet18", {})).state_dict()
-    cache("resnet18", state)
+    state = build("torchvision:squeezenet1_1", {}).state_dict()
+    cache("squeezenet1_1", state)
     torch.save({"model": state}, "w.pt")
     reference, _, option = spelled.format(weights).partition(" --weights ")
     # Other numbers than those of the state dict: reading one draws none in between.
     torch.manual_seed(3)
     opened = open_model(reference, weights=option or None)
-    assert opened.origin == Origin("torchvision:resnet18")
-    same = torch.equal(opened.model.state_dict()["conv1.weight"], state["conv1.weight"])
+    assert opened.origin == Origin("torchvision:squeezenet1_1")
+    same = torch.equal(opened.model.state_dict()["features.0.weight"], state["features.0.weight"])
     assert same is (weights != "none")
     assert opened.weights == {"none": "random", "w.pt": "file w.pt"}.get(weights, weights)
 
@@ -322,7 +326,7 @@ def old_keys(state: State) -> State:
     return renamed
 
 
-@pytest.mark.parametrize("request_", [{"arch": "densenet121"}, {}])
+@pytest.mark.parametrize("request_", [pytest.param({"arch": "densenet121"}, marks=pytest.mark.nightly), {}])
 def test_published_densenets_load_from_their_files(request_: dict[str, Any], tmp_path: Path) -> None:
     model = randomised(build("torchvision:densenet121", {}))
     state = old_keys(model.state_dict())

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from html_tree import Page, Tag
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import PROVENANCE, kept, like_resnet50, report, site
 
@@ -282,7 +282,6 @@ class TestNamesOfOthers:
         assert shape(named(text)) == shape(named("tame"))
 
     @given(st.text(st.characters(), min_size=1, max_size=8))
-    @settings(max_examples=60, deadline=None, derandomize=True)
     def test_names_are_read_as_they_were_written(self, text: str) -> None:
         name = "n" + text
         tree = page(report(site(0, site=name), kept(1)))

@@ -1,4 +1,4 @@
-"""`accelerate launch` starts the processes of a training as `torchrun` does, which `make test` tries."""
+"""`accelerate launch` starts the processes of a training as `torchrun` does."""
 
 from __future__ import annotations
 
