@@ -49,6 +49,7 @@ REPORT_KEYS = {
     "warnings",
     "multiplier",
     "latency",
+    "untimed",
     "accuracy",
     "agreement",
     "calibration",
