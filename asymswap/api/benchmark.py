@@ -63,53 +63,33 @@ def benchmark(
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
     opened = [open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs) for model in models]
     costs = tuple(cost_row(one) for one in opened)
-    with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
-        networks = networks_of(opened, Path(folder), None if dtype is None else getattr(torch, dtype))
-        runs, failures = prepare_all(networks, settings, progress)
-        if not runs:
-            raise AsymswapError("; ".join(dict.fromkeys(failures.values())))
-        watched = Bystanders()
-        turns = {key: run.turn for key, run in runs.items()}
-        timed = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
-        others = watched.cores()
-        measured = []
-        for number in range(1, len(opened)) if layers else ():
-            # In the first setting of eager PyTorch in which both run.
-            eager = (place for place, setting in enumerate(settings) if setting.runtime == "torch")
-            place = next((place for place in eager if {(0, place), (number, place)} <= runs.keys()), None)
-            if place is not None:
-                both = (opened[0], networks[0]), (opened[number], networks[number])
-                rows = _time_layers(both, settings[place], rounds, seconds, progress)
-                measured.append(Layers(number, place, *rows))
-    results = []
-    for place, number in itertools.product(range(len(settings)), range(len(models))):
-        result = Result(number, place, failure=failures.get((number, place)))
-        if (number, place) in runs:
-            times, first = timed[number, place], timed.get((0, place))
-            figures = seconds_of(times)
-            result = replace(
-                result,
-                seconds=figures,
-                images_per_second=settings[place].batch / figures.median if figures.median else None,
-                ratio=ratio_of(times, first) if number and first is not None else None,
-                ready=runs[number, place].ready,
-                rounds=tuple(min(passes) for passes in times),
-            )
-        results.append(result)
+    cast_to = None if dtype is None else getattr(torch, dtype)
+    found = _InTurn(opened, settings, rounds, seconds, progress, cast_to)
+    if not found.timed:
+        raise AsymswapError("; ".join(dict.fromkeys(result.failure or "" for result in found.results.values())))
+    measured = []
+    for number in range(1, len(opened)) if layers else ():
+        # In the first setting of eager PyTorch in which both run.
+        eager = (place for place, setting in enumerate(settings) if setting.runtime == "torch")
+        place = next((place for place in eager if {(0, place), (number, place)} <= found.timed.keys()), None)
+        if place is not None:
+            both = (opened[0], found.networks[0]), (opened[number], found.networks[number])
+            measured.append(Layers(number, place, *_time_layers(both, settings[place], rounds, seconds, progress)))
+    results = tuple(found.results.values())
     about = machine()
     return Benchmark(
         asymswap=asymswap.__version__,
         models=costs,
         settings=settings,
-        results=tuple(results),
+        results=results,
         layers=tuple(measured),
-        gains=tuple(_gains(settings, timed)),
+        gains=tuple(_gains(settings, found.timed)),
         dtype=dtype or ", ".join(dict.fromkeys(str(one.dtype()).removeprefix("torch.") for one in opened)),
         machine=about["processor"],
         cores=about["cores"],
-        rounds=len(next(iter(timed.values()))),
-        others=others,
-        versions=tuple(dict.fromkeys((RUNTIMES["torch"].version(), *(run.version for run in runs.values())))),
+        rounds=len(next(iter(found.timed.values()))),
+        others=found.others,
+        versions=tuple(dict.fromkeys((RUNTIMES["torch"].version(), *(one.version for one in results if one.version)))),
         warnings=sizes_assumed(opened),
     )
 
@@ -123,28 +103,58 @@ def cost_row(opened: OpenedModel) -> BenchmarkedModel:
     )
 
 
-def networks_of(opened: Sequence[OpenedModel], folder: Path, dtype: torch.dtype | None = None) -> list[Network]:
-    """Return models as they are deployed; what is exported of them is written to a folder."""
-    return [Network(one.model, one.example(), folder, dtype) for one in opened]
+class _InTurn:
+    """Models timed in settings, all in turn: the results in the order of the settings, and the rounds of each."""
+
+    def __init__(
+        self,
+        opened: Sequence[OpenedModel],
+        settings: Sequence[Setting],
+        rounds: int,
+        seconds: float,
+        progress: Progress,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
+            self.networks = [Network(one.model, one.example(), Path(folder), dtype) for one in opened]
+            runs, failures = prepare_all(self.networks, settings, progress)
+            turns, watched = {key: run.turn for key, run in runs.items()}, Bystanders()
+            timed = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress) if turns else {}
+        self.timed, self.others = timed, watched.cores()
+        self.results: dict[Key, Result] = {}
+        for place, number in itertools.product(range(len(settings)), range(len(opened))):
+            key, first = (number, place), timed.get((0, place))
+            result = Result(number, place, failure=failures.get(key))
+            if key in timed:
+                figures = seconds_of(timed[key])
+                result = replace(
+                    result,
+                    seconds=figures,
+                    images_per_second=settings[place].batch / figures.median if figures.median else None,
+                    ratio=ratio_of(timed[key], first) if number and first is not None else None,
+                    ready=runs[key].ready,
+                    rounds=tuple(min(passes) for passes in timed[key]),
+                    version=runs[key].version,
+                )
+            self.results[key] = result
 
 
 def time_in_turn(
     opened: Sequence[OpenedModel], timing: Timing, progress: Progress = silent
-) -> list[tuple[Seconds, Ratio | None]]:
+) -> list[tuple[Seconds | None, Ratio | None]]:
     """Time models in one setting: the seconds of each, and the ratio to the first one's.
 
     Raises AsymswapError, with the reason, where one of them cannot be run.
     """
     setting = RUNTIMES[timing.runtime].setting(timing)
-    with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
-        runs, failures = prepare_all(networks_of(opened, Path(folder)), [setting], progress)
-        for (number, _), reason in failures.items():
-            raise AsymswapError(f"{opened[number].reference} in {TITLES[timing.runtime]}: {reason}")
-        turns = {number: run.turn for (number, _), run in runs.items()}
-        found = take_turns(turns, rounds=timing.rounds, progress=progress)
-    return [(seconds_of(own), ratio_of(own, found[0]) if number else None) for number, own in sorted(found.items())]
+    results = [*_InTurn(opened, [setting], timing.rounds, _MOST_SECONDS, progress).results.values()]
+    for one, result in zip(opened, results, strict=True):
+        if result.failure is not None:
+            raise AsymswapError(f"{one.reference} in {TITLES[timing.runtime]}: {result.failure}")
+    return [(result.seconds, result.ratio) for result in results]
 
 
+_MOST_SECONDS = 30.0
 _OTHERS = ("torch", "onnxruntime", "openvino")
 """The runtimes in which a conversion is timed where they are installed; compiling takes minutes."""
 
@@ -162,20 +172,13 @@ def time_conversion(
         RUNTIMES[timing.runtime].version()  # raises where what was asked for is not there
     names = installed(names)
     settings = [RUNTIMES[name].setting(timing) for name in names]
-    with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
-        networks = networks_of([opened, replace(opened, model=converted)], Path(folder))
-        runs, failures = prepare_all(networks, settings, progress)
-        both = [place for place in range(len(names)) if {(0, place), (1, place)} <= runs.keys()]
-        turns = {key: run.turn for key, run in runs.items() if key[1] in both}
-        found = take_turns(turns, rounds=timing.rounds, progress=progress) if turns else {}
+    both = [opened, replace(opened, model=converted)]
+    found = _InTurn(both, settings, timing.rounds, _MOST_SECONDS, progress).results
     rows = []
     for place, name in enumerate(names):
-        row = TimeRow(name, failure=failures.get((1, place), failures.get((0, place))))
-        if place in both:
-            before, after = found[0, place], found[1, place]
-            version, ratio = runs[0, place].version, ratio_of(after, before)
-            row = TimeRow(name, version, seconds_of(before), seconds_of(after), ratio)
-        rows.append(row)
+        before, after = found[0, place], found[1, place]
+        failure = after.failure or before.failure
+        rows.append(TimeRow(name, after.version, before.seconds, after.seconds, after.ratio, failure))
     if known is not None:
         return replace(known, times=(*known.times, *rows))
     setting = RUNTIMES["torch"].setting(timing)

@@ -160,8 +160,8 @@ def convert(
         calibration = measuring(calibration)
     in_time = budget is not None and budget.latency is not None
     if (timing is not None or runtime is not None) and not in_time and not time:
-        given = "runtime" if timing is None else "timing"
-        raise AsymswapError(f"`{given}=…` goes with `latency=…` or `time=True`; give one of them, or leave it out")
+        said = "options of time, such as `runtime=…`, go with `latency=…` or `time=True`; give one, or leave them out"
+        raise AsymswapError(said)
     timing = timing or Timing()
     timing = timing if runtime is None else replace(timing, runtime=runtime)
     if in_time or time:

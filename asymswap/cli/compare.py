@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt, takes_fields
+from asymswap.cli.fields import opt
 from asymswap.cli.metric import EVALUATION_FORMS, agreement_on, measured_by, takes_against, takes_metric
 from asymswap.measure.timing import Timing
 
@@ -15,7 +15,7 @@ _OUTPUTS = "Outputs and scores"
 @o.takes_common()
 @takes_metric
 @takes_against
-@takes_fields("timing", Timing)
+@o.takes_timing
 def compare(
     models: o.Models,
     data: Annotated[
@@ -52,7 +52,7 @@ def compare(
             against_original=unlabelled is not None,
             crop_border=by["crop_border"],
             images=images,
-            timing=Timing(**timing) if latency else None,
+            timing=(timing or Timing()) if latency else None,
             seed=seed,
             progress=step,
         )

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt, takes_fields
+from asymswap.cli.fields import opt
 from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
-from asymswap.measure.timing import Timing
 
 _CHANGE = "What to do"
 _OUTPUTS = ("-o", "--output", "--report", "--write-plan")
@@ -25,7 +24,7 @@ _NO_VALUE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 @o.takes_common()
 @takes_calibration
 @takes_metric
-@takes_fields("timing", Timing, given_only=True)
+@o.takes_timing
 def convert(
     model: o.Model,
     recipe: Annotated[
@@ -75,7 +74,6 @@ def convert(
     from asymswap.utils.distributed import joined
     from asymswap.utils.files import check_distinct, check_output, write_text
 
-    given_timing = {name: value for name, value in timing.items() if value is not None}
     target = output or o.default_output(model)
     if recipe is not None and plan is not None:
         raise AsymswapError("give either --recipe or --plan, not both")
@@ -115,7 +113,7 @@ def convert(
             evaluate=measured["by"],
             crop_border=measured["crop_border"],
             time=time or None,
-            timing=Timing(**given_timing) if given_timing else None,
+            timing=timing,
             allow_drift=allow_drift,
             seed=seed,
             progress=step,

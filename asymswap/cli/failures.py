@@ -95,7 +95,7 @@ _OTHER_NAMES = {
     "path": "output",
     "polish_minutes": "polish_steps",
     "runtimes": "runtime",
-    "timing": "memory_format",
+    "timing": "runtime",
 }
 """Arguments in Python that have another name among the parameters of commands."""
 

@@ -19,8 +19,9 @@ import typer
 from asymswap.api.progress import bars
 from asymswap.cli import screen
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Command, opt, parameters_of, takes
+from asymswap.cli.fields import Command, opt, options, parameters_of, takes
 from asymswap.errors import AsymswapError
+from asymswap.measure.timing import Timing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,6 +38,15 @@ IMAGES, RESULT = "Images", "Result"
 
 DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
 """Labelled images that every command takes, for the end of a help text."""
+
+
+def _timing(values: Mapping[str, Any]) -> Timing | None:
+    given = {name: value for name, value in values.items() if value is not None}
+    return Timing(**given) if given else None
+
+
+takes_timing = takes("timing", options(Timing, given_only=True), _timing)
+"""Gives a command the options of time in place of its parameter `timing`: a Timing, or None if none is given."""
 
 
 def complete_recipe(incomplete: str) -> list[str]:

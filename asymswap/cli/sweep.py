@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal, cast
 from asymswap.cli import options as o
 from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt, takes_fields
+from asymswap.cli.fields import opt
 from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 from asymswap.errors import AsymswapError
-from asymswap.measure.timing import Timing
 
 _BUDGET, _DATA = "Budgets", "Data"
 
@@ -21,7 +20,7 @@ _BUDGET, _DATA = "Budgets", "Data"
 @o.takes_common()
 @takes_calibration
 @takes_metric
-@takes_fields("timing", Timing, given_only=True)
+@o.takes_timing
 def sweep(
     model: o.Model,
     recipe: Annotated[
@@ -73,7 +72,6 @@ def sweep(
         raise AsymswapError("budgets are of --macs, of --params or of --latency; give one of them")
     measure = cast(Literal["macs", "params", "latency"], next(iter(given), "macs"))
     budgets = parse_fractions(f"--{measure}", given[measure]) if given else None
-    how = {name: value for name, value in timing.items() if value is not None}
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     reports = list(dict.fromkeys(report or []))
     for path in reports:
@@ -102,7 +100,7 @@ def sweep(
             crop_border=by["crop_border"],
             budgets=budgets or BUDGETS,
             measure=measure,
-            timing=Timing(**how) if how else None,
+            timing=timing,
             calibration=calibration_of(calibration, seed, ALONE, common.task),
             tolerance=tolerance,
             known=known,

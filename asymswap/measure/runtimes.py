@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asymswap.errors import AsymswapError, reason_of
 from asymswap.graph.fold import fold_norms
@@ -258,7 +258,7 @@ class OpenVino(Runtime):
     extra, needs = "openvino", {**programs.ONNX, "openvino": (2025, 4)}
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
-        once, program = self._compiled(network, setting, exact=network.dtype is not None)
+        once, program, _ = self._compiled(network, setting, exact=network.dtype is not None)
         precision = program.get_property("INFERENCE_PRECISION_HINT").to_string()
         return once, {"bf16": "bfloat16", "f16": "float16"}.get(precision, "")
 
@@ -268,7 +268,7 @@ class OpenVino(Runtime):
 
     def probe(self, network: Network, setting: Setting, names: Sequence[str]) -> Turn:
         owners = programs.layers_of(network.onnx(), names)
-        once, program = self._compiled(network, setting, network.dtype is not None, PERF_COUNT=True)
+        once, program, request = self._compiled(network, setting, network.dtype is not None, PERF_COUNT=True)
         parts: dict[str, str] = {}
         for node in program.get_runtime_model().get_ordered_ops():
             was = node.get_rt_info()
@@ -279,14 +279,14 @@ class OpenVino(Runtime):
             start = time.perf_counter()
             once()
             whole, seconds = time.perf_counter() - start, dict.fromkeys(names, 0.0)
-            for node in once.request.get_profiling_info():
+            for node in request.get_profiling_info():
                 if node.node_name in parts:
                     seconds[parts[node.node_name]] += node.real_time.total_seconds()
             return Timed.of(whole, seconds)
 
         return Turn(measure, setting.threads, self.pool)
 
-    def _compiled(self, network: Network, setting: Setting, exact: bool, **more: Any) -> tuple[_Request, Any]:
+    def _compiled(self, network: Network, setting: Setting, exact: bool, **more: Any) -> tuple[Once, Any, Any]:
         with quiet(), failing_clearly(self.title):
             import openvino
 
@@ -297,18 +297,13 @@ class OpenVino(Runtime):
             if exact:
                 config["INFERENCE_PRECISION_HINT"] = "f16" if network.dtype == torch.float16 else "f32"
             program = core.compile_model(model, "CPU", config)
-            return _Request(program.create_infer_request(), inputs), program
+            request, values = program.create_infer_request(), [tensor.numpy() for tensor in inputs]
 
+        def once() -> Any:
+            request.infer(values, share_inputs=True)
+            return [torch.as_tensor(output.data) for output in request.output_tensors]
 
-class _Request:
-    """One pass of an OpenVINO program."""
-
-    def __init__(self, request: Any, inputs: Sequence[Tensor]) -> None:
-        self.request, self._inputs = request, [tensor.numpy() for tensor in inputs]
-
-    def __call__(self) -> Any:
-        self.request.infer(self._inputs, share_inputs=True)
-        return [torch.as_tensor(output.data) for output in self.request.output_tensors]
+        return once, program, request
 
 
 RUNTIMES: Mapping[str, Runtime] = {kind.name: kind() for kind in (Torch, Compile, OnnxRuntime, OpenVino)}

@@ -192,8 +192,8 @@ def _latency(report: Report) -> list[str]:
     setting = fmt.setting(found, found.times[0].runtime if len(found.times) == 1 else None)
     versions = ", ".join(dict.fromkeys(row.version for row in found.times if row.version))
     lines = [
-        f"Time: {setting} of {found.machine} ({versions}); before and after in turn, the fastest pass, and the median "
-        "of the rounds' ratios (?: not significant)."
+        f"Time of a pass: {setting} of {found.machine} ({versions}); before and after in turn, the fastest pass, and "
+        "the median of the rounds' ratios (?: not significant)."
     ]
     if found.undone:
         lines.append(f"Measured to be slower than the conv itself, and taken back: {', '.join(found.undone)}.")

@@ -34,7 +34,7 @@ class Result:
     """One model in one setting, by their indices, or the reason why it could not be run.
 
     `ratio` is to the first model in the same setting, `ready` the seconds of compiling or exporting, `rounds` the
-    fastest pass of every round.
+    fastest pass of every round, `version` that of the runtime, with the precision that it has chosen.
     """
 
     model: int
@@ -45,6 +45,7 @@ class Result:
     ready: float | None = None
     rounds: tuple[float, ...] = ()
     failure: str | None = None
+    version: str = ""
 
 
 @dataclass(frozen=True)

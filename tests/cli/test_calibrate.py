@@ -155,7 +155,7 @@ def test_images_of_another_size_and_colour_are_prepared(run: Run, tmp_path: Path
         (("--no-sequential",), "--no-sequential is of calibration"),
         (("--calibration-images", "64"), "--calibration-images 64 is of calibration"),
         (("--calibrate", "digits", "--polish-images", "5"), "--polish-images needs polishing: give --polish"),
-        (("--memory-format", "contiguous"), "--memory-format goes with a budget of latency: give --latency"),
+        (("--memory-format", "contiguous"), "options of time, such as --runtime, go with --latency or --time"),
         (("--calibrate", "digits", "--polish", "fast"), "--polish 'fast' is neither steps"),
         (("--calibrate", "digits", "--polish", "0"), "polish takes either a number of steps"),
         (("--calibrate", "digits", "--macs", "0.01"), "cannot be reached: .* ask for at least 0."),

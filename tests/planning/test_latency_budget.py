@@ -19,6 +19,8 @@ from asymswap.measure.runtimes import RUNTIMES, installed
 from asymswap.planning import latency_budget
 from asymswap.planning.latency_budget import Bench
 from asymswap.results.convert import LatencyRow
+from asymswap.results.records import to_json
+from asymswap.results.sweep import Tradeoff, from_json
 
 REST = 1e-3
 
@@ -292,3 +294,27 @@ def test_of_several_kinds_each_is_timed(machine: Any, tmp_path: Path) -> None:
     (path,) = (tmp_path / "cache" / "asymswap").glob("latency-*.json")
     for seconds in json.loads(path.read_text())["seconds"].values():
         assert {key.partition(" ")[0] for key in seconds if key} == {"separable", "cross"}
+
+
+def test_a_sweep_takes_budgets_of_latency(machine: Any) -> None:
+    machine()
+
+    def sweep(**options: Any) -> Tradeoff:
+        return asymswap.sweep(
+            "digits-resnet", ["half-macs"], "digits", budgets=[0.8, 0.1], measure="latency", **options
+        )
+
+    found = sweep()
+    met, missed = found.points
+    assert met.time is not None
+    assert 0.7 < met.time <= 0.8
+    assert (found.front, found.share(met)) == ((met,), met.time)
+    assert "0.1 of the model's latency cannot be reached" in (missed.failed or "")
+    assert f"{100 * met.time:.1f} %" in str(found)
+    assert from_json(to_json(found)).points == found.points
+    # What is known is not measured again, but only for the same setting.
+    assert sweep(known=found).points == found.points
+    with pytest.raises(AsymswapError, match=r"has other settings \(timing\)"):
+        sweep(known=found, timing=asymswap.Timing(batch=2))
+    with pytest.raises(AsymswapError, match='goes with `measure="latency"`; leave it out'):
+        asymswap.sweep("digits-resnet", ["half-macs"], "digits", timing=asymswap.Timing())
