@@ -23,7 +23,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function, eval_str=True).parameters)
 
 
-def options(
+def options_of(
     config: type, given_only: bool = False, names: Mapping[str, str] | None = None
 ) -> dict[str, inspect.Parameter]:
     """Return a parameter for Typer for each field that `asymswap.utils.options.option` made, by its name.
@@ -57,7 +57,7 @@ def takes_fields(
     placeholder: str, config: type, given_only: bool = False, names: Mapping[str, str] | None = None
 ) -> Callable[[Command], Command]:
     """Give a command the options of a dataclass in place of one parameter, which gets their values by field name."""
-    return takes(placeholder, options(config, given_only, names))
+    return takes(placeholder, options_of(config, given_only, names))
 
 
 def takes(

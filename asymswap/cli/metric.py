@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from asymswap.calibration.config import Calibration
-from asymswap.cli.fields import opt, options, parameters_of, takes
+from asymswap.cli.fields import opt, options_of, parameters_of, takes
 from asymswap.cli.options import DATA_FORMS
 from asymswap.errors import AsymswapError
 
@@ -80,7 +80,7 @@ def _against(
 takes_against = takes(
     "against",
     parameters_of(_against)
-    | {name: one for name, one in options(Calibration, given_only=True).items() if name in _UNLABELLED},
+    | {name: one for name, one in options_of(Calibration, given_only=True).items() if name in _UNLABELLED},
 )
 
 

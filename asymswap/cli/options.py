@@ -19,7 +19,7 @@ import typer
 from asymswap.api.progress import bars
 from asymswap.cli import screen
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Command, opt, options, parameters_of, takes
+from asymswap.cli.fields import Command, opt, options_of, parameters_of, takes
 from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
 
@@ -45,7 +45,7 @@ def _timing(values: Mapping[str, Any]) -> Timing | None:
     return Timing(**given) if given else None
 
 
-takes_timing = takes("timing", options(Timing, given_only=True), _timing)
+takes_timing = takes("timing", options_of(Timing, given_only=True), _timing)
 """Gives a command the options of time in place of its parameter `timing`: a Timing, or None if none is given."""
 
 

@@ -149,7 +149,7 @@ class TestSweep:
     def test_lower_is_better_turns_front_and_advice(self) -> None:
         found = self.run(tolerance=1e6)
         values = {point.budget: point.scores["distance"] for point in found.measured}
-        assert found.advised == min(found.measured, key=lambda point: found.share(point.cost))  # type: ignore[arg-type]
+        assert found.advised == min(found.measured, key=found.share)  # type: ignore[arg-type]
         assert found.advice().startswith(
             f"Advised: {found.advised.budget:g}, the last before distance rises by more than"
         )

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from asymswap.calibration.config import Calibration
-from asymswap.cli.fields import options, takes_fields
+from asymswap.cli.fields import options_of, takes_fields
 from asymswap.training.config import Training
 from asymswap.utils.options import option
 
@@ -66,7 +66,7 @@ def test_a_parameter_named_like_a_field_is_where_its_option_stands() -> None:
 
 @pytest.mark.parametrize("config", [Training, Calibration])
 def test_every_field_without_help_is_set_by_the_command_itself(config: type) -> None:
-    assert {field.name for field in dataclasses.fields(config)} - options(config).keys() <= {
+    assert {field.name for field in dataclasses.fields(config)} - options_of(config).keys() <= {
         "channels_last", "deterministic", "polish_minutes", "seed", "team", "preprocessing", "inputs",
     }  # fmt: skip
 
