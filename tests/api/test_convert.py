@@ -727,7 +727,8 @@ class TestTime:
         monkeypatch.setattr("asymswap.api.benchmark.installed", lambda names: ["torch"])
         slower = self.conversion(monkeypatch, 1.25, time=True).report
         said = "Slower in PyTorch: it takes 1.25 of the time (1.25 to 1.25 with 95 % confidence)."
-        assert said in str(slower).splitlines()[1]
+        assert str(slower).splitlines()[1].startswith("Slower in PyTorch: ")
+        assert said in " ".join(str(slower).split())
         for form in (to_markdown(slower), to_html(slower, Provenance())):
             assert "Slower in PyTorch" in form
         # Noise is no verdict.
