@@ -31,7 +31,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -41,6 +41,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from measured import machine, markdown_table, table, write_json
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import asymswap
@@ -120,12 +121,29 @@ class Bench:
         return self._sites
 
 
-def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> LabelledImages:
+@dataclass(frozen=True)
+class Decoded(LabelledImages):
+    """Images that are network inputs already, N x C x H x W, with their labels."""
+
+    tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def images(self) -> TensorDataset:  # type: ignore[override]
+        return TensorDataset(*self.tensors)
+
+
+def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> Decoded:
     """All images, or so many drawn as calibration draws them, decoded once."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = range(len(data)) if count is None else order[:count]
-    images, labels = zip(*(data.images[index] for index in chosen), strict=True)
-    return replace(data, images=TensorDataset(torch.stack(images), torch.tensor(labels)))
+    some = data.some(chosen, data.description)
+    images, labels = zip(*(some.images[index] for index in range(len(chosen))), strict=True)
+    return Decoded(**vars_of(some), tensors=(torch.stack(images), torch.tensor(labels)))
+
+
+def vars_of(data: LabelledImages) -> dict[str, Any]:
+    """Its fields by name."""
+    return {field.name: getattr(data, field.name) for field in fields(LabelledImages)}
 
 
 def uniform(bench: Bench, budget: float, _: int) -> asymswap.Conversion:
@@ -196,6 +214,7 @@ METHODS = {
     "tucker": Method("tensorly-torch, Tucker", **TUCKER),
     "tucker-bn": Method("tensorly-torch, Tucker + BN re-estimation", variant="+ BN re-estimation", **TUCKER),
     "pruning": Method("Torch-Pruning + BN re-estimation", script="pruning.py", packages=("torch-pruning==1.6.1",)),
+    "balf": Method("BALF", script="balf.py", packages=("numpy==2.3.2",)),
 }
 
 
@@ -305,15 +324,15 @@ class Peers:
         if builders.canonical(reference) is None:
             return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"
         chosen = in_memory(bench.train, bench.args.calibration_images, bench.args.seeds[0])
-        self.images = images_hash(lambda: iter([(0, chosen.images.tensors[0])]))
+        self.images = images_hash(lambda: iter([(0, (chosen.tensors[0],))]))
         self._bundle = str(Path(self._work.name) / "bundle.pt")
         torch.save(
             {
                 "reference": reference,
                 "arguments": dict(origin.arguments),
                 "state_dict": bench.opened.model.state_dict(),
-                "calibration": chosen.images.tensors,
-                "test": bench.test.images.tensors,
+                "calibration": chosen.tensors,
+                "test": bench.test.tensors,
             },
             self._bundle,
         )
@@ -632,6 +651,7 @@ def parse() -> argparse.Namespace:
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)}"
     )
     parser.add_argument("--peer-env", type=Path, default=Path("build/peers/env"))
+    parser.add_argument("--balf", type=Path, help="a checkout of github.com/davidgonmar/BALF; else that peer fails")
     parser.add_argument("--peer-timeout", type=float, default=3600, help="seconds for one peer at one budget")
     parser.add_argument(
         "--reuse-scores",
@@ -646,6 +666,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if args.balf is not None:
+        os.environ["BALF"] = str(args.balf.resolve())
     bench = Bench(args)
     book = Book(args.out, bench.setting)
     run_all(bench, book)
