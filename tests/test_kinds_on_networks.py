@@ -38,6 +38,7 @@ KINDS = {
 }
 THOROUGH = "cifar:resnet20"
 """The network that `make test` tries every kind on; the others are tried with the kind that most users want."""
+QUICK = [(THOROUGH, kind) for kind in KINDS] + [("cifar:se-resnet18", "low-rank")]
 LIKE_OTHERS = {
     *("resnet18", "resnet50", "vgg16_bn", "cifar:resnet18", "cifar:densenet121"),  # plain, residual or dense
     *(
@@ -50,8 +51,8 @@ PAIRS = [
     pytest.param(network, kind, marks=pytest.mark.slow if quick else pytest.mark.nightly)
     for network in NETWORKS
     for kind in KINDS
-    if kind != "low-rank" or network not in ("vgg16_bn", "convnext_tiny")  # they have no 1x1 conv
-    for quick in [network == THOROUGH or (kind == "separable" and network not in LIKE_OTHERS)]
+    if kind != "low-rank" or network not in (THOROUGH, "vgg16_bn", "convnext_tiny")  # they have no 1x1 conv
+    for quick in [(network, kind) in QUICK or (kind == "separable" and network not in LIKE_OTHERS)]
 ]
 RULE = "[[rules]]\nmatch = {{ kernel = {{ min = '3x3', max = '7x7' }} }}\nswap = {{ {} }}\n"
 

@@ -41,14 +41,19 @@ def command(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
+def begin_as(name: str) -> Any:
+    """Return a command, whose options `in_flags` names from now on."""
+    made = command(name)
+    begin({parameter.name: parameter for parameter in made.params if parameter.param_type_name == "option"})
+    return made
+
+
 class _Listed(TyperCommand):
     """A command in the list of all, which is only made when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
-        made = command(self.name)
-        begin({parameter.name: parameter for parameter in made.params if parameter.param_type_name == "option"})
-        return made.make_context(info_name, args, parent=parent, **extra)
+        return begin_as(self.name).make_context(info_name, args, parent=parent, **extra)
 
 
 class Commands(TyperGroup):

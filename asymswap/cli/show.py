@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from asymswap.cli import options as o
+from asymswap.cli.commands import begin_as
 from asymswap.cli.failures import in_flags
 from asymswap.cli.fields import opt
 from asymswap.errors import AsymswapError
@@ -63,6 +64,7 @@ def show(
         from asymswap.checkpoint import header_to_json, read_checkpoint
 
         header = read_checkpoint(checkpoint).header
+        begin_as("convert")  # whose report it is
         try:
             header = replace(header, provenance=in_flags(header.provenance))
         except RecursionError:

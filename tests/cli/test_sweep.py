@@ -29,7 +29,7 @@ def test_a_sweep_writes_its_json_and_its_reports_and_goes_on(run: Callable[..., 
     ("options", "message"),
     [
         (("--macs", "x"), "--macs 'x' is neither from:to:step, such as 0.9:0.3:0.1, nor 0.6,0.5"),
-        (("--macs", "0.5", "--params", "0.5"), "budgets are of --macs or of --params; give one of them"),
+        (("--macs", "0.5", "--params", "0.5"), "budgets are of --macs, of --params or of --latency; give one of them"),
         (("--report", "s.pdf"), "--report s.pdf: the file must end in .html, .md, .svg or .png"),
         (("-o", "other.json"), "other.json is no sweep to resume"),
         (("-o", "."), ". is a folder; give a file name in it"),
