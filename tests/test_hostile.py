@@ -41,7 +41,12 @@ def faults(workers: Workers, cases: list[Case]) -> list[str]:
     """What ended as nothing may, told so that it can be made again."""
     ends = [(case, ending, verdict(case, ending, PATIENCE)) for case, ending in workers.run(cases)]
     assert len(ends) == len(cases)
-    return [f"{how}: {case}: {ending}" for case, ending, how in ends if how not in (ACCEPTED, REFUSED, MEMORY)]
+    # A case that is refused for lack of its own recipe tries nothing.
+    return [
+        f"{how}: {case}: {ending}"
+        for case, ending, how in ends
+        if how not in (ACCEPTED, REFUSED, MEMORY) or hostile.ONE_CONV in ending.err
+    ]
 
 
 def quick(case: Case) -> bool:

@@ -64,6 +64,10 @@ class Case:
     files: Mapping[str, bytes] = field(repr=False)
     may_leave: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if ONE_CONV in self.arguments:
+            object.__setattr__(self, "files", {ONE_CONV: _ONE_CONV, **self.files})
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -219,6 +223,8 @@ def _training_state() -> bytes:
     return states[0]
 
 
+ONE_CONV = "one.toml"
+"""A recipe for one conv; a case that names it has it beside its files."""
 _ONE_CONV = b'[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "separable", rank = 4 }\n'
 _SWEEP = ("--recipe", "half-macs", "--evaluate", "digits", "--macs", "0.6")
 _TRAIN = ("--data", "digits", "--steps", "2", "--save-every", "1", "--workers", "0", "--cpu", "--run", "run")
@@ -272,7 +278,7 @@ def commands(kind: str) -> list[tuple[str, ...]]:
         calibrate = ("--calibrate", path, "--calibration-images", "16", "--no-sequential", "-o", "y.pt")
         # What is seen of the data reaches the solver in one conv as well as in eight.
         evaluate = [("evaluate", "digits-resnet", "--data", path)] * (kind != "data .npy")
-        return [*evaluate, ("convert", "digits-resnet", "--recipe", "one.toml", *calibrate)]
+        return [*evaluate, ("convert", "digits-resnet", "--recipe", ONE_CONV, *calibrate)]
     if kind == "training state":
         return [("finetune", "c.pt", *_TRAIN, "-o", "y.pt", "--resume")]
     if kind == "sweep state":
@@ -619,8 +625,7 @@ def case_of(files: Mapping[str, bytes], kind: str, name: str, arguments: tuple[s
     if kind == "training state":
         beside = {"c.pt": files["asymswap .pt"]}
         return Case(kind, name, arguments, {**beside, path_of(kind): content}, may_leave=("run/*",))
-    beside = {"one.toml": _ONE_CONV} if kind.startswith("data ") else {}
-    return Case(kind, name, arguments, {**beside, path_of(kind): content})
+    return Case(kind, name, arguments, {path_of(kind): content})
 
 
 # ---- traps
