@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SAME = 1e-4
 Eight times the precision of the output's dtype, if that is more.
 """
 
+_TELEMETRY = "openvino_telemetry"
 _ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid")
 # Versions from which deformable convs are written and run on the CPU.
 ONNX = {"onnx": (1, 17), "onnxscript": (0, 7, 1)}
@@ -95,13 +97,24 @@ def layers_of(path: Path, names: Collection[str]) -> dict[str, str]:
     return found
 
 
+def imported(name: str) -> Any:
+    """Import a package, OpenVINO without its telemetry: each import would fork this process, to tell its makers."""
+    modules: dict[str, Any] = sys.modules  # where None stands for a package that is not to be found
+    kept = modules.setdefault(_TELEMETRY, None)
+    try:
+        return importlib.import_module(name)
+    finally:
+        if kept is None:
+            del modules[_TELEMETRY]
+
+
 def check_installed(what: str, extra: str, needed: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return the packages that `what` needs, with their versions; raise AsymswapError for one missing or too old."""
     found = []
     for name, lowest in needed.items():
         try:
             with quiet():
-                version = re.split("[-+]", importlib.import_module(name).__version__)[0]
+                version = re.split("[-+]", imported(name).__version__)[0]
         except ImportError:
             raise AsymswapError(f"{what} needs {name}; pip install 'asymswap[{extra}]'") from None
         if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:3]) < lowest:

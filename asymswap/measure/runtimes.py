@@ -288,9 +288,7 @@ class OpenVino(Runtime):
 
     def _compiled(self, network: Network, setting: Setting, exact: bool, **more: Any) -> tuple[Once, Any, Any]:
         with quiet(), failing_clearly(self.title):
-            import openvino
-
-            core, inputs = openvino.Core(), list_tensors(network.placed(setting)[1])
+            core, inputs = programs.imported("openvino").Core(), list_tensors(network.placed(setting)[1])
             model = core.read_model(network.onnx())
             model.reshape({one: list(tensor.shape) for one, tensor in zip(model.inputs, inputs, strict=True)})
             config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setting.threads, **more}

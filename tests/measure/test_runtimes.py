@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -278,3 +281,18 @@ def test_what_cannot_be_exported_names_its_operator(tmp_path: Path) -> None:
     said = r"^ONNX cannot express this model, at the operator prims\.bessel_j0\.default: No ONNX function found"
     with pytest.raises(AsymswapError, match=said):
         Network(Odd(), (torch.empty(1, 3, 8, 8, device="meta"),), tmp_path).onnx()
+
+
+def test_openvino_is_imported_without_its_telemetry() -> None:
+    """Which forks the process that imports it, to tell the makers of OpenVINO; a user's own import may."""
+    if importlib.util.find_spec("openvino_telemetry") is None:
+        pytest.skip("OpenVINO is not installed")
+    code = """
+import sys
+from asymswap.measure.programs import imported
+assert imported("openvino").Core().available_devices
+print([name for name in sys.modules if name.startswith("openvino_telemetry")])
+import openvino_telemetry
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
