@@ -206,7 +206,8 @@ def test_a_real_machine_is_measured_too(runtime: str, tmp_path: Path, one_thread
         )
     except RecipeError as error:
         # Other programs may take so much of the machine that nothing can be told.
-        assert re.search("cannot be reached|too noisy", str(error)), error
+        if not re.search("cannot be reached|too noisy", str(error)):
+            raise
         pytest.skip(f"the machine is too busy: {error}")
     row = conversion.report.latency
     assert row is not None
