@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -16,6 +16,13 @@ import pytest
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=200)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# OpenVINO's telemetry forks the process that imports it; without it OpenVINO does nothing of the kind.
+_modules: dict[str, Any] = sys.modules
+_modules["openvino_telemetry"] = None
+
+# A worker with the threads of three runtimes in it has died, without a word, in the vfork of a new process.
+subprocess._USE_VFORK = False  # type: ignore[attr-defined]
 
 # Several workers share the cores: torch, which looks here when it is imported, must not take all of them in each.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -27,13 +34,6 @@ if WORKERS > 1:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that test_screens.py is about."""
     parser.addoption("--record-screens", action="store_true", help="record the screens in tests/golden again")
-
-
-def pytest_collection_finish() -> None:
-    """What is imported and collected stays: looking through it for garbage takes a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 class Outcome(NamedTuple):
