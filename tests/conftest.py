@@ -20,6 +20,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # OpenVINO's telemetry forks the process that imports it; without it OpenVINO does nothing of the kind.
 _modules: dict[str, Any] = sys.modules
 _modules["openvino_telemetry"] = None
+if os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+    # Workers that have loaded OpenVINO have died, without a word, when they started a process.
+    _modules["openvino"] = None
 
 # A worker with the threads of three runtimes in it has died, without a word, in the vfork of a new process.
 subprocess._USE_VFORK = False  # type: ignore[attr-defined]

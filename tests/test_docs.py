@@ -34,7 +34,7 @@ MINUTES = {"reports.md", "after-conversion.md", "models.md", "benchmarking.md", 
 ALIKE = {"finetune-denoiser.md", "finetune-embedder.md"}
 # Whose commands README.md has too: a ResNet-20 calibrated on photos, and the digits with the loss that is allowed.
 REPEATED = {"calibration.md"}
-NIGHTLY = MINUTES | ALIKE | REPEATED
+NIGHTLY = MINUTES | ALIKE | REPEATED | {"deploy.md"}
 
 SLOW = {
     "README.md",
