@@ -15,7 +15,16 @@ from torch import nn
 import asymswap
 from asymswap.api.progress import shows_progress
 from asymswap.errors import AsymswapError, check_choice
-from asymswap.measure.latency import Bystanders, Passes, machine, ratio_of, seconds_of, take_turns, time_models
+from asymswap.measure.latency import (
+    MOST_SECONDS,
+    Bystanders,
+    Passes,
+    machine,
+    ratio_of,
+    seconds_of,
+    take_turns,
+    time_models,
+)
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, on_threads, prepare_all
 from asymswap.measure.timing import MemoryFormat, Timing
@@ -147,14 +156,13 @@ def time_in_turn(
     Raises AsymswapError, with the reason, where one of them cannot be run.
     """
     setting = RUNTIMES[timing.runtime].setting(timing)
-    results = [*_InTurn(opened, [setting], timing.rounds, _MOST_SECONDS, progress).results.values()]
+    results = [*_InTurn(opened, [setting], timing.rounds, MOST_SECONDS, progress).results.values()]
     for one, result in zip(opened, results, strict=True):
         if result.failure is not None:
             raise AsymswapError(f"{one.reference} in {TITLES[timing.runtime]}: {result.failure}")
     return [(result.seconds, result.ratio) for result in results]
 
 
-_MOST_SECONDS = 30.0
 _OTHERS = ("torch", "onnxruntime", "openvino")
 """The runtimes in which a conversion is timed where they are installed; compiling takes minutes."""
 
@@ -173,7 +181,7 @@ def time_conversion(
     names = installed(names)
     settings = [RUNTIMES[name].setting(timing) for name in names]
     both = [opened, replace(opened, model=converted)]
-    found = _InTurn(both, settings, timing.rounds, _MOST_SECONDS, progress).results
+    found = _InTurn(both, settings, timing.rounds, MOST_SECONDS, progress).results
     rows = []
     for place, name in enumerate(names):
         before, after = found[0, place], found[1, place]

@@ -33,7 +33,7 @@ _FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous
 
 _WARM_UPS = 3
 _FEWEST = 5
-_MOST_SECONDS = 30.0
+MOST_SECONDS = 30.0
 _STAT = Path("/proc/stat")
 _TURN = 0.02  # seconds that one turn lasts at least: of small models it holds many passes
 
@@ -56,7 +56,7 @@ class Turn:
 
 
 def take_turns(
-    turns: Mapping[Any, Turn], *, rounds: int, seconds: float = _MOST_SECONDS, progress: Progress = silent
+    turns: Mapping[Any, Turn], *, rounds: int, seconds: float = MOST_SECONDS, progress: Progress = silent
 ) -> dict[Any, list[list[Any]]]:
     """Run all in turn, round after round, and return the measurements of each, round by round.
 
@@ -147,7 +147,7 @@ def time_models(
     names: Sequence[str] = (),
     *,
     rounds: int = 20,
-    seconds: float = _MOST_SECONDS,
+    seconds: float = MOST_SECONDS,
     progress: Progress = silent,
 ) -> dict[str, Timed]:
     """Time models and the named modules that all have, in turn, in eval mode; inputs may be a mapping by model."""
@@ -158,7 +158,7 @@ def time_models(
 
 
 def time_layers(
-    turns: Mapping[str, Turn], *, rounds: int = 20, seconds: float = _MOST_SECONDS, progress: Progress = silent
+    turns: Mapping[str, Turn], *, rounds: int = 20, seconds: float = MOST_SECONDS, progress: Progress = silent
 ) -> dict[str, Timed]:
     """Run turns that measure a `Timed` each, and return the best of every part of each."""
     best = {}
