@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +22,6 @@ _modules["openvino_telemetry"] = None
 if os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
     # Workers that have loaded OpenVINO have died, without a word, when they started a process.
     _modules["openvino"] = None
-
-# A worker with the threads of three runtimes in it has died, without a word, in the vfork of a new process.
-subprocess._USE_VFORK = False  # type: ignore[attr-defined]
 
 # Several workers share the cores: torch, which looks here when it is imported, must not take all of them in each.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -95,8 +95,6 @@ end_process({code!r})
 """
 
 
-# Started from a worker of a long run that has forked teams before, it has killed that worker, without a word why.
-@pytest.mark.nightly
 @pytest.mark.parametrize(("code", "returned"), [(None, 0), (0, 0), (1, 1), (130, 130), ("what failed", 1)])
 def test_a_process_of_a_team_ends_without_the_teardown_of_python(code: object, returned: int) -> None:
     """Threads of torch's process groups outlive the training, and abort the process if they run during it."""
