@@ -5,6 +5,7 @@ The first two share a file of results and write everything before the mark; muta
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,12 @@ UTF-8); folders of images with a strange one among them (cut off, empty, 16 bits
 
 
 def write_page(path: Path, found: dict[str, Any]) -> None:
-    """Write the page from the results of both scripts, as far as there are any."""
-    parts = [HEAD]
+    """Write the sections that there are results for; the others stay as they are."""
+    new = {}
     if "fuzz" in found:
-        parts += [_fuzz_totals(found), FUZZ, _fuzz_table(found["fuzz"])]
-        parts.append(f"\nMachine: {_in_words(found['machine'])}.\n")
+        new[FUZZ] = (
+            f"{FUZZ}{_fuzz_totals(found)}{_fuzz_table(found['fuzz'])}\nMachine: {_in_words(found['machine'])}.\n"
+        )
     if "kill" in found:
         rows = [
             [part, end, f"{count:,}", *(shown if number == 0 else ("", ""))]
@@ -79,9 +81,13 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
         faults = [f"{part}: {fault}" for part, row in found["kill"].items() for fault in row["faults"]]
         shown = markdown_table(["part", "end", "times", "seconds", "MB"], rows)
         machine = _in_words(found.get("kill_machine", found.get("machine", {})))
-        parts.append(KILL.format(table=shown, faults="; ".join(faults) or "none", machine=machine))
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    path.write_text("".join(parts) + old.removeprefix(page_without_mutation(path)), encoding="utf-8")
+        new[KILL] = KILL.format(table=shown, faults="; ".join(faults) or "none", machine=machine)
+    ours = page_without_mutation(path)
+    mutation = path.read_text(encoding="utf-8").removeprefix(ours) if path.exists() else ""
+    old = ["\n" + part for part in re.split(r"(?m)^(?=## )", ours)[1:]]
+    kept = {text: next((part for part in old if part[:12] == text[:12]), "") for text in (FUZZ, KILL)}
+    sections = [new.get(text, kept[text].rstrip("\n") + "\n" if kept[text] else "") for text in (FUZZ, KILL)]
+    path.write_text(HEAD + "".join(sections) + mutation, encoding="utf-8")
 
 
 def page_without_mutation(path: Path) -> str:
