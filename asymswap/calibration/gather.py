@@ -350,22 +350,23 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tensor | None:
     """Return a scalar whose gradient has the second moment of the Fisher information, summed over the images.
 
-    Scores of classes (N, classes, ...) are categorical distributions: we draw a label from each. Values are normal
-    distributions with the deviation of the output itself, or its size where it never varies. None if the output has no
-    gradient: under `torch.no_grad`, or behind an argmax.
+    Outputs are taken as normal distributions with the deviation of the output itself, or its size where it never
+    varies. Scores of classes (N, classes, ...) mean the same with any number added to all of them. Their softmax is no
+    use here: it is so sure of most images that a few of them would decide all the weights
+    (docs/results/calibration-experiments.md). None if the output has no gradient: under `torch.no_grad`, or behind an
+    argmax.
     """
     tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not tensors:
         return None
-    if kind == "scores" and len(tensors) == 1 and tensors[0].dim() >= 2 and tensors[0].shape[1] > 1:
-        # A segmenter gives scores for every pixel.
-        scores_NK = tensors[0].to(torch.float32).movedim(1, -1).flatten(0, -2)
-        log = scores_NK.clamp_min(1e-12).log() if _are_probabilities(scores_NK) else F.log_softmax(scores_NK, 1)
-        drawn = torch.multinomial(log.detach().exp(), 1, generator=generator)
-        return -log.gather(1, drawn).sum()
+    scores = kind == "scores" and len(tensors) == 1 and tensors[0].dim() >= 2 and tensors[0].shape[1] > 1
     parts = []
     for tensor in tensors:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+        if scores:
+            noise = noise - noise.mean(1, keepdim=True)
+            if _are_probabilities(tensor.detach().movedim(1, -1).flatten(0, -2)):
+                tensor = tensor.clamp_min(1e-12).log()
         values = tensor.detach()
         deviation = values.std(correction=0)
         scale = torch.where(deviation > 0, deviation, values.abs().mean())

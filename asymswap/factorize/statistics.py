@@ -13,11 +13,11 @@ In one-pass calibration the target output is the conv's own, so `target` is its 
 patches come from the network as converted so far and the target output from the original network (the asymmetric
 reconstruction of Zhang, Zou, He and Sun, 2015, section 3.3): target = T S^-1 with T the cross-covariance.
 
-`weight` is the second moment of the gradient of the log-likelihood of labels that are drawn from the network's own
-prediction, with respect to the conv's output: the output factor of K-FAC's Fisher matrix (Martens and Grosse, 2015;
+`weight` is the second moment of the gradient, with respect to the conv's output, of the log-likelihood of outputs drawn
+about the network's own, in a normal distribution: the output factor of K-FAC's Fisher matrix (Martens and Grosse, 2015;
 Grosse and Martens, 2016, for convolutions). For a small error E of the kernel, trace(weight E cov E') / 2 is the
-expected divergence (in nats) of the network's prediction, up to spatial correlations that K-FAC leaves out. No labels
-are needed.
+expected divergence (in nats) of the network's output, half its squared difference in deviations, up to spatial
+correlations that K-FAC leaves out. No labels are needed.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_statistics_is_the_moments_of_all_patches(
 
 
 def test_output_weights_are_second_moments_of_gradients(net: nn.Module, images: Tensor) -> None:
-    """The expectation over drawn labels, which autograd can give class by class."""
+    """The expectation over the noise, class by class by autograd; a number added to all scores changes nothing."""
     few = images[:16]
     draws = [
         gather(net, spatial(net, few), Images(in_batches(few, 16), 16, seed=seed))["b2"].weight_GOO
@@ -123,13 +123,25 @@ def test_output_weights_are_second_moments_of_gradients(net: nn.Module, images: 
     handle = net.b2.register_forward_hook(lambda _, __, out: kept.update(y=out))
     scores = net(few.clone().requires_grad_(True))
     handle.remove()
-    probabilities = scores.softmax(1).detach()
+    centred = (scores - scores.mean(1, keepdim=True)) / scores.detach().std(correction=0)
     for label in range(5):
-        (g,) = torch.autograd.grad(-scores.log_softmax(1)[:, label].sum(), kept["y"], retain_graph=True)
-        rows = g.permute(0, 2, 3, 1) * probabilities[:, label, None, None, None].sqrt()
+        (g,) = torch.autograd.grad(centred[:, label].sum(), kept["y"], retain_graph=True)
+        rows = g.permute(0, 2, 3, 1)
         exact += torch.einsum("nhwo,nhwp->op", rows, rows).double() / 16
     mean = torch.stack([weight[0] for weight in draws if weight is not None]).mean(0)
     assert float((mean - exact).norm() / exact.norm()) < 0.15
+
+
+def test_probabilities_weigh_as_the_scores_they_are_made_from(net: nn.Module, images: Tensor) -> None:
+    """They differ by the logarithm and a number added to all scores."""
+    few = images[:16]
+
+    def weight(model: nn.Module, name: str) -> Tensor:
+        found = gather(model, spatial(model, few), Images(in_batches(few, 16), 16), "scores")[name].weight_GOO
+        assert found is not None
+        return found / found.norm()
+
+    assert torch.allclose(weight(nn.Sequential(net, nn.Softmax(1)), "0.b2"), weight(net, "b2"), rtol=1e-4, atol=1e-7)
 
 
 def test_gathering_leaves_the_model_alone(net: nn.Module, images: Tensor) -> None:
