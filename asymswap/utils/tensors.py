@@ -20,8 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import AsymswapError
 
-_AT_ONCE = 2  # threads of `side_by_side`: each layer holds float64 copies of its kernel and covariance meanwhile
-
 _HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
 """Attributes that transformers and earlier torch versions leave on modules and weights; they do nothing."""
 
@@ -146,9 +144,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def allocated(model: nn.Module) -> nn.Module:
     """Return a deep copy with unset memory on the CPU for every parameter and buffer on the meta device.
 
-    The memory comes from the system, which hands it out when it is written to: a module that takes over the tensors of
-    a file never takes any. After the first free of a block of megabytes malloc would take smaller ones from its heap,
-    where feature maps of many sizes leave holes, in a DenseNet as large as its weights.
+    The system hands it out when it is written to: a module that takes over the tensors of a file never takes any.
+    malloc would come to take it from its heap, where feature maps of many sizes leave holes as large as the weights.
     """
 
     def unset(ghost: Tensor) -> Tensor:
@@ -166,14 +163,13 @@ def allocated(model: nn.Module) -> nn.Module:
     return copy_with(model, ghosts, unset)
 
 
-_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.fill_, Tensor.zero_)
-
-
 class WithoutMemory(TorchFunctionMode):
     """Make functions of torch (`torch.empty` makes all weights of layers) use the meta device while it lasts.
 
     Tensors without numbers are not filled: torch would take most of the time of building a network for it.
     """
+
+    _fills = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.fill_, Tensor.zero_)
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         super().__init__()
@@ -183,7 +179,7 @@ class WithoutMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._functions:
             kwargs["device"] = "meta"
-        elif func in _FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+        elif func in self._fills or getattr(func, "__module__", None) == nn.init.__name__:
             tensor: Tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor
@@ -226,16 +222,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over names and numbers; nothing else would show a flipped bit."""
     digest = hashlib.sha256()
-    for key in sorted(tensors):
+    for key, tensor in sorted(tensors.items()):
         digest.update(key.encode())
-        digest.update(bytes_of(tensors[key]))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
 def number_for(*words: object) -> int:
     """Return a number of 63 bits that depends on the words alone."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:8], "big") >> 1
 
 
 def generator_for(*words: object) -> torch.Generator:
@@ -257,14 +252,6 @@ def seed_(*words: object) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
-
-
-@contextmanager
-def drawn_from(*words: object) -> Iterator[None]:
-    """Let torch's CPU generator, which augmentations use, depend on the words alone while the block lasts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(number_for(*words))
-        yield
 
 
 @contextmanager
@@ -294,11 +281,7 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep LAPACK's eigensolvers to one thread.
-
-    They synchronise threads thousands of times for little work each, which saves a sixth to a third of the time on idle
-    cores, and takes ten to a hundred times as long if another program keeps a core busy.
-    """
+    """Keep LAPACK's eigensolvers to one thread: more save a third at most, and wait for ever where a core is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -315,15 +298,15 @@ def side_by_side(
 ) -> list[_Result]:
     """Return `function` of every item, in order; two run at once if torch has two threads, each on one thread.
 
-    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, and results are
-    the same to the bit either way. Items that are `alone` take too much memory to run beside another; they come first.
-    `step` gets the number of items done. The first exception in this order is raised once running items have ended; the
-    rest are not begun. The function may run in other threads: it must not draw from torch's global generator, nor rely
-    on a mode (`torch.no_grad`) that was set here.
+    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, with the same
+    bits. Items that are `alone` take too much memory to run beside another; they come first. `step` gets the number of
+    items done. The first exception in this order is raised once running items have ended; the rest are not begun. In
+    its thread the function must not draw from torch's global generator, nor rely on a mode that was set here.
     """
     results: dict[int, _Result] = {}
     solitary = [number for number, item in enumerate(items) if alone(item)]
-    workers = min(torch.get_num_threads(), _AT_ONCE)
+    # No more than two: each layer holds float64 copies of its kernel and covariance meanwhile.
+    workers = min(torch.get_num_threads(), 2)
     with one_thread():
         for number in solitary:
             results[number] = function(items[number])
