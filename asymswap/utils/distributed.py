@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,17 +55,17 @@ class Team:
             return work()
         from torch import distributed as dist
 
-        box: list[tuple[T | None, Exception | None]] = [(None, None)]
+        box: list[Any] = [None, None]  # what work returned, or the error
         if self.leads:
             try:
-                box[0] = (work(), None)
+                box[0] = work()
             except Exception as error:
-                box[0] = (None, error)
+                box[1] = error
         dist.broadcast_object_list(box, src=0)
-        result, failure = box[0]
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]  # it is what work returned
+        if box[1] is not None:
+            raise box[1]
+        result: T = box[0]
+        return result
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, in the order of their numbers."""
@@ -73,9 +73,9 @@ class Team:
             return [value]
         from torch import distributed as dist
 
-        values: list[T | None] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]  # each process has filled in its own
+        return values
 
     def follow_(self, module: nn.Module) -> None:
         """Give the module, in place, the parameters and buffers that it has in the first process."""

@@ -10,7 +10,7 @@ import mmap
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,18 +66,17 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     does not call, and the second graph of torchvision's feature extractors.
     """
     memo = {} if memo is None else memo
-    given = set(memo)
+    fresh = [module for module in model.modules() if id(module) not in memo]
     # From the inside out: a copy is found in the memo by the modules that hold it.
-    for module in reversed(list(model.modules())):
+    for module in reversed(fresh):
         if isinstance(module, fx.GraphModule) and id(module) not in memo:
-            new = type(module).__new__(type(module))
+            new = memo[id(module)] = type(module).__new__(type(module))
             type(new).__name__ = type(module).__name__
-            memo[id(module)] = new
             new.__dict__.update(copy.deepcopy(vars(module), memo))
             new.graph = new.graph  # compiles the forward, which belongs to the class
     result = copy.deepcopy(model, memo)
-    for module in model.modules():
-        if id(module) in memo and id(module) not in given:
+    for module in fresh:
+        if id(module) in memo:
             memo[id(module)].training = module.training
     return result
 
@@ -91,10 +90,9 @@ def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Ten
     return deep_copy(model, memo)
 
 
-def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield tensors that modules hold as plain attributes, neither parameter nor buffer (as weight_norm does)."""
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+def loose_tensors(model: nn.Module) -> list[Tensor]:
+    """Return tensors that modules hold as plain attributes, neither parameter nor buffer (as weight_norm does)."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def store_(target: Tensor, numbers: Tensor) -> None:
@@ -113,9 +111,9 @@ def additions(module: nn.Module, fresh: nn.Module) -> str | None:
     """Describe hooks, attributes, methods or parameters that a `fresh` module of the class lacks; None for nothing."""
     own = vars(fresh)
     added = [key for key in vars(module) if key not in own and key not in _HARMLESS]
-    methods = [key for key in added if callable(getattr(type(module), key, None))]
-    if methods:
-        return f"has its {methods[0]} replaced on the instance"
+    for key in added:
+        if callable(getattr(type(module), key, None)):
+            return f"has its {key} replaced on the instance"
     for key, value in own.items():
         if isinstance(value, dict | set):
             more = [str(item) for item in getattr(module, key, ()) if item not in value]
@@ -194,7 +192,7 @@ class WithinMemory(TorchFunctionMode):
         self._most, self._taken = most, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is torch.empty:
             self._taken += func(*args, **{**kwargs, "device": "meta", "pin_memory": False}).nbytes
             if self._taken > self._most:
@@ -313,12 +311,9 @@ def side_by_side(
             step(len(results))
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             others = [number for number in range(len(items)) if number not in results]
-            futures = [pool.submit(function, items[number]) for number in others]
-            try:
-                for number, future in zip(others, futures, strict=True):
-                    results[number] = future.result()
+            # At its end, also by an exception, what has not begun is cancelled.
+            with closing(pool.map(function, [items[number] for number in others])) as found:  # type: ignore[type-var]
+                for number, result in zip(others, found, strict=True):
+                    results[number] = result
                     step(len(results))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
     return [results[number] for number in range(len(items))]

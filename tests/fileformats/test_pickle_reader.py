@@ -104,7 +104,9 @@ def test_a_tensor_fits_exactly_where_torch_says_so(sizes: list[int], strides: li
         fits = True
     except RuntimeError:
         fits = False
-    ref = described_tensor((StorageRef("0", torch.float32, held), offset, tuple(sizes), tuple(strides[: len(sizes)])))
+    ref = described_tensor(
+        "_rebuild_tensor", (StorageRef("0", torch.float32, held), offset, tuple(sizes), tuple(strides[: len(sizes)]))
+    )
     assert ref is not None
     try:
         Builder(lambda _: pytest.fail("not asked for"), 4 * held, "x", foreign=False).check(ref, torch.float32)
