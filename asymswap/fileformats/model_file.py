@@ -172,10 +172,9 @@ def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
     """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
     if _is_module(value):
         return dict(_tensors_below(value, scripted=False)), (value.name,)
-    if not isinstance(value, dict):
-        return value, ()
-    changed = {key: states_of_modules(part) if _is_module(part) else (part, ()) for key, part in value.items()}
-    return {key: part for key, (part, _) in changed.items()}, tuple(n for _, names in changed.values() for n in names)
+    modules = {key: part for key, part in value.items() if _is_module(part)} if isinstance(value, dict) else {}
+    states = {key: dict(_tensors_below(part, scripted=False)) for key, part in modules.items()}
+    return value | states if states else value, tuple(part.name for part in modules.values())
 
 
 def _is_module(value: Any) -> bool:

@@ -273,7 +273,7 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
             start, length = places[storage.key]
             tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
             stream.seek(start)
-            if length and stream.readinto(tensor.numpy()) != length:  # type: ignore[attr-defined]
+            if length and stream.readinto(tensor.numpy().data) != length:
                 raise MalformedError(f"its storage {storage.key!r} is cut off")
             return tensor.untyped_storage()
 
