@@ -15,7 +15,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from importlib import resources
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -401,9 +401,21 @@ class Builder:
             if part not in state:
                 raise MalformedError(f"its {owner} lacks parts ({part})")
         made: Any = object.__new__(kind)
-        vars(made).update(state)
+        own = vars(made)
+        own.update(state)
         if is_module:
-            _complete(cast(nn.Module, made))
+            # What later versions of torch keep on a module, as its `__setstate__` would add it, without calling that.
+            own.update(vars(nn.Module()) | own)
+            for later, added in _ADDED.items():
+                if isinstance(made, later):
+                    own.update(added | own)
+        if isinstance(made, nn.RNNBase):
+            names = own.get("_flat_weights_names")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise Odd(f"has a {kind.__name__} of a very old torch")
+            weights = [made._parameters.get(name) for name in names]
+            own["_flat_weights"] = weights
+            own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
         return _Found(made, found.levels + 1, found.parts, found.whole)
 
     def _check_attribute(self, owner: str, key: str, value: Any) -> None:
@@ -429,22 +441,6 @@ def look_up(name: str, label: str) -> Any:
     except (ImportError, AttributeError):
         lack = "which the installed torch and torchvision lack; install a version with it"
         raise SourceError(f"{label} needs {name}, {lack}") from None
-
-
-def _complete(module: nn.Module) -> None:
-    """Add what later versions of torch keep on a module, as its `__setstate__` would, without calling that."""
-    own = vars(module)
-    own.update(vars(nn.Module()) | own)
-    for kind, added in _ADDED.items():
-        if isinstance(module, kind):
-            own.update(added | own)
-    if isinstance(module, nn.RNNBase):
-        names = own.get("_flat_weights_names")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Odd(f"has a {type(module).__name__} of a very old torch")
-        weights = [module._parameters.get(name) for name in names]
-        own["_flat_weights"] = weights
-        own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
 
 
 def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:

@@ -98,8 +98,7 @@ class Reader:
         self.names: set[str] = set()
         self.storages: list[StorageRef] = []
         self.nested_bytes = 0
-        self._work = MOST_OPERATIONS
-        self._bytes = _MADE_BYTES + 4 * size
+        self._work, self._bytes = MOST_OPERATIONS, _MADE_BYTES + 4 * size
         self._inside, self._nested = False, 0
         self._globals: dict[str, Any] = {}
 
@@ -247,6 +246,7 @@ class Reader:
         return self.storages[-1]
 
     def _call(self, what: Any, arguments: Any, made_by: str) -> Any:
+        """Return what a call makes; raise Odd where pickle and torch.save do not write it so."""
         if not isinstance(what, Global) or type(arguments) is not tuple:
             raise Odd("calls what is not named")
         match what.name, arguments:
@@ -260,10 +260,8 @@ class Reader:
         if name.startswith("torch.jit._pickle.") and arguments:
             # TorchScript's marks of a list's static type.
             return arguments[0]
-        return self._made_by(name, arguments) if name in _KNOWN_CALLS else Record(name, arguments, made_by)
-
-    def _made_by(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """Return what a call of one of `_KNOWN_CALLS` makes; raise Odd where pickle and torch.save do not write it."""
+        if name not in _KNOWN_CALLS:
+            return Record(name, arguments, made_by)
         if not arguments and name in _EMPTY:
             return _EMPTY[name]()
         match name, arguments:

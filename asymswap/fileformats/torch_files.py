@@ -178,26 +178,21 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
             return loaded
     except Odd as error:
         if not trust_pickle:
-            raise SourceError(
-                f"{label} {error}, which torch.save never writes; nothing of it was executed; {instead}"
-            ) from None
+            strange = f"{error}, which torch.save never writes"
+            raise SourceError(f"{label} {strange}; nothing of it was executed; {instead}") from None
     except MalformedError as error:
         raise SourceError(f"{label} is cut off or damaged: {error}") from None
-    finally:
-        if not isinstance(file, Path):
-            file.seek(0)
     import_from_here()
     try:
         with warnings.catch_warnings():
             # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
             warnings.simplefilter("ignore")
             return RawFile(torch.load(file, map_location="cpu", weights_only=False), executed=True)
-    except Exception as error:
-        # Any code may run, and may fail.
-        if isinstance(error, ImportError | AttributeError):
-            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
-        else:
-            what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
+    except (ImportError, AttributeError) as error:
+        what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
+        raise SourceError(f"{label} {what}") from error
+    except Exception as error:  # any code may run, and may fail
+        what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
         raise SourceError(f"{label} {what}") from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import importlib
 import itertools
 import os
 import sys
@@ -35,6 +36,10 @@ class Team:
         """True in the process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def _exchange(self) -> Any:
+        return importlib.import_module("torch.distributed")
+
     def share(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
         """Return every `size`-th of all items, with its number."""
         return ((number, item) for number, item in enumerate(items) if number % self.size == self.rank)
@@ -43,25 +48,21 @@ class Team:
         """Return the sum of all processes' tensors of one shape, the same bits in every process."""
         if self.size == 1:
             return tensor
-        from torch import distributed as dist
-
         total = tensor.detach().cpu().contiguous().clone()
-        dist.all_reduce(total)
+        self._exchange.all_reduce(total)
         return total.to(tensor.device)
 
     def first(self, work: Callable[[], T]) -> T:
         """Return the result of `work`, which the first process alone does; where it fails, all do."""
         if self.size == 1:
             return work()
-        from torch import distributed as dist
-
         box: list[Any] = [None, None]  # what work returned, or the error
         if self.leads:
             try:
                 box[0] = work()
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0)
+        self._exchange.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
         result: T = box[0]
@@ -69,24 +70,17 @@ class Team:
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, in the order of their numbers."""
-        if self.size == 1:
-            return [value]
-        from torch import distributed as dist
-
         values = [value] * self.size
-        dist.all_gather_object(values, value)
+        if self.size > 1:
+            self._exchange.all_gather_object(values, value)
         return values
 
     def follow_(self, module: nn.Module) -> None:
         """Give the module, in place, the parameters and buffers that it has in the first process."""
-        if self.size == 1:
-            return
-        from torch import distributed as dist
-
-        for tensor in (tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers())):
-            sent = tensor.cpu().contiguous()
-            dist.broadcast(sent, src=0)
-            tensor.copy_(sent)
+        for tensor in itertools.chain(module.parameters(), module.buffers()) if self.size > 1 else ():
+            sent = tensor.detach().cpu().contiguous()
+            self._exchange.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
 
 
 ALONE = Team()

@@ -43,14 +43,12 @@ def with_values(inputs: Inputs) -> Inputs:
     def fill(tensor: Tensor) -> Tensor:
         return torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor
 
-    filled: Inputs = map_tensors(inputs, fill)
-    return filled
+    return tuple(map_tensors(one, fill) for one in inputs)
 
 
 def copied(inputs: Inputs) -> Inputs:
     """Return copies of the inputs, since a model may change them in place."""
-    copies: Inputs = map_tensors(inputs, Tensor.clone)
-    return copies
+    return tuple(map_tensors(one, Tensor.clone) for one in inputs)
 
 
 def portions(inputs: Inputs) -> Iterator[Inputs]:
@@ -101,11 +99,10 @@ class Replayed:
 
 
 def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | None = None) -> Inputs:
-    """Return the arguments of the model's forward that a batch holds.
+    """Return the arguments of the model's forward that a batch holds; raise SourceError where they do not fit it.
 
     `inputs(batch)` returns them: a tensor, a tuple, or a dict by the forward's names. By default a tensor is the input,
-    of a pair (inputs, labels) the first, and of a dict the entries that the forward has. Raises SourceError where they
-    do not fit the forward.
+    of a pair (inputs, labels) the first, and of a dict the entries that the forward has.
     """
     signature = inspect.signature(model.forward)
     found = batch if inputs is None else call("`inputs=…`", inputs, batch)

@@ -60,13 +60,11 @@ def to_meta(value: Any) -> Any:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule.
-
-    A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
-    does not call, and the second graph of torchvision's feature extractors.
-    """
+    """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule."""
     memo = {} if memo is None else memo
     fresh = [module for module in model.modules() if id(module) not in memo]
+    # A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
+    # does not call, and the second graph of torchvision's feature extractors.
     # From the inside out: a copy is found in the memo by the modules that hold it.
     for module in reversed(fresh):
         if isinstance(module, fx.GraphModule) and id(module) not in memo:
@@ -148,8 +146,7 @@ def allocated(model: nn.Module) -> nn.Module:
 
     def unset(ghost: Tensor) -> Tensor:
         size = ghost.untyped_storage().nbytes()
-        nothing = torch.empty_like(ghost.new_empty(0), device="cpu")
-        if not size or nothing.is_meta:  # within WithoutMemory
+        if not size or torch.empty_like(ghost.new_empty(0), device="cpu").is_meta:  # within WithoutMemory
             return torch.empty_like(ghost, device="cpu")
         try:
             memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
