@@ -145,27 +145,24 @@ def _exported(entries: Entries, path: Path) -> State:
     if listing is None:
         what = "a torch.export archive that holds no weights of its own (as AOTInductor packages do not)"
         raise SourceError(f"{path} is {what}; give the state_dict of the model")
-    folder = listing[: listing.rindex("/") + 1]
+    builder = Builder(lambda storage: entries.storage(storage.key), entries.size, str(path), foreign=False)
+    found: State = {}
     try:
-        config = json.loads(entries.read(listing))["config"]
-        return {str(name): _exported_tensor(entries, folder, entry) for name, entry in config.items()}
+        for key, entry in json.loads(entries.read(listing))["config"].items():
+            meta, name = entry["tensor_meta"], listing[: listing.rindex("/") + 1] + str(entry["path_name"])
+            if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
+                raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
+            if (length := entries.length(name)) is None:
+                raise MalformedError(f"entry {name} is missing")
+            dtype, offset = _EXPORT_DTYPES[meta["dtype"]], int(meta["storage_offset"]["as_int"])
+            size, stride = (tuple(int(part["as_int"]) for part in meta[which]) for which in ("sizes", "strides"))
+            if not all(map(are_sizes, (size, stride, (offset,)))) or len(size) != len(stride):
+                raise MalformedError(f"the sizes of {name} are not those of a tensor")
+            storage = StorageRef(name, dtype, length // dtype.itemsize)
+            found[str(key)] = builder.tensor(TensorRef(storage, offset, size, stride))
+        return found
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedError(f"{listing} is not what torch.export writes ({reason_of(error, 100)})") from None
-
-
-def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) -> Tensor:
-    meta, name = entry["tensor_meta"], folder + str(entry["path_name"])
-    if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
-        raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
-    dtype = _EXPORT_DTYPES[meta["dtype"]]
-    size, stride = (tuple(int(part["as_int"]) for part in meta[key]) for key in ("sizes", "strides"))
-    storage = StorageRef(name, dtype, (entries.length(name) or 0) // dtype.itemsize)
-    offset = int(meta["storage_offset"]["as_int"])
-    if not all(map(are_sizes, (size, stride, (offset,)))) or len(size) != len(stride):
-        raise MalformedError(f"the sizes of {name} are not those of a tensor")
-    memory = entries.storage(name, storage.claimed)
-    builder = Builder(lambda _: memory, storage.claimed, name, foreign=False)
-    return builder.tensor(TensorRef(storage, offset, size, stride))
 
 
 def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:

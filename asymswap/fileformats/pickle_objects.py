@@ -141,14 +141,15 @@ class _Found(NamedTuple):
 class Builder:
     """Makes what a file holds out of what its pickle says.
 
-    `storage` gives the memory of a storage, `held` says how many bytes all of them have. With `foreign`, the file holds
-    objects of other classes than those allowed: modules with such a part stay records too.
+    `storage` reads a storage, once for each; `held` says how many bytes all of them have. With `foreign`, the file
+    holds objects of other classes than those allowed: modules with such a part stay records too.
     """
 
     def __init__(
         self, storage: Callable[[StorageRef], torch.UntypedStorage], held: int, label: str, foreign: bool
     ) -> None:
         self._storage, self._label, self._foreign = storage, label, foreign
+        self._memories: dict[tuple[str, bool], torch.UntypedStorage] = {}
         self._left = max(_MOST_VIEWED, _VIEWS * held)
         self._done: dict[int, tuple[Any, _Found]] = {}
         self._above: set[int] = set()
@@ -259,12 +260,19 @@ class Builder:
             tensor = torch.empty_strided(ref.size, ref.stride, dtype=dtype)
         else:
             offset = ref.offset + storage.start
-            tensor = torch.tensor((), dtype=dtype).set_(self._storage(storage), offset, ref.size, ref.stride)
+            tensor = torch.tensor((), dtype=dtype).set_(self._memory(storage), offset, ref.size, ref.stride)
         if ref.requires_grad:
             tensor.requires_grad_()
         if ref.metadata:
             set_tensor_metadata(tensor, ref.metadata)
         return tensor
+
+    def _memory(self, storage: StorageRef) -> torch.UntypedStorage:
+        key = (storage.key, storage.data is None)
+        if key not in self._memories:
+            inside = None if storage.data is None else torch.frombuffer(bytearray(storage.data), dtype=torch.uint8)
+            self._memories[key] = self._storage(storage) if inside is None else inside.untyped_storage()
+        return self._memories[key]
 
     def check(self, ref: TensorRef, dtype: torch.dtype) -> None:
         """Raise Odd for a tensor that its storage does not hold, or that is far larger than all storages."""
@@ -309,7 +317,7 @@ class Builder:
                 ref = pickle_reader.described_tensor(record.name, (*record.arguments[:4], grad, hooks))
                 storage, start = ref.storage, ref.offset + ref.storage.start
                 self.check(ref, storage.dtype)
-                typed = TypedStorage(wrap_storage=self._storage(storage), dtype=storage.dtype, _internal=True)
+                typed = TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
                 how = (scheme, *(self.visit(one, depth).value for one in scales))
                 return _rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
             case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(parts)):

@@ -60,13 +60,12 @@ _RUNS_CODE = (
 
 
 class Entries:
-    """The entries of an archive, by their whole names; a storage is read once."""
+    """The entries of an archive, by their whole names."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
         self._archive, self.size, self._verify = archive, size, verify
         infos = [info for info in archive.infolist() if not info.is_dir()]
         self._infos = {info.filename: info for info in infos}
-        self._storages: dict[str, torch.UntypedStorage] = {}
         # torch ignores case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
             raise Odd("is an archive with two entries of one name")
@@ -91,24 +90,22 @@ class Entries:
         """Return how many bytes an entry has; None where there is none."""
         return self._infos[name].file_size if name in self._infos else None
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of an entry; raise MalformedError where it is missing."""
+    def _info(self, name: str) -> zipfile.ZipInfo:
         if name not in self._infos:
             raise MalformedError(f"entry {name} is missing")
-        return self._archive.read(self._infos[name])
+        return self._infos[name]
 
-    def storage(self, name: str, needed: int) -> torch.UntypedStorage:
-        """Return the bytes of an entry, of which `needed` are claimed, as memory for tensors."""
-        length = self.length(name)
-        if length is None or length < needed:
-            raise MalformedError(f"entry {name} is {'missing' if length is None else f'shorter than {needed} bytes'}")
-        if name in self._storages:
-            return self._storages[name]
-        info, memory = self._infos[name], torch.empty_strided((length,), (1,), dtype=torch.uint8)
-        self._storages[name] = memory.untyped_storage()
-        if not length:
-            return self._storages[name]
+    def read(self, name: str) -> bytes:
+        """Return the bytes of an entry; raise MalformedError where it is missing."""
+        return self._archive.read(self._info(name))
+
+    def storage(self, name: str) -> torch.UntypedStorage:
+        """Return the bytes of an entry as memory for tensors; raise MalformedError where it is missing."""
+        info = self._info(name)
+        memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
         place: Any = memory.numpy()
+        if not info.file_size:
+            return memory.untyped_storage()
         if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
             # The bytes are read into their place, so that they are in memory once.
             file = cast(BinaryIO, self._archive.fp)
@@ -122,11 +119,11 @@ class Entries:
             content = self._archive.read(info)
             found = len(content)
             place[:found] = memoryview(content)
-        if found != length:
+        if found != info.file_size:
             raise MalformedError(f"entry {name} is cut off")
         if self._verify and zlib.crc32(place) != info.CRC:
             raise MalformedError(f"Bad CRC-32 for file {name!r}")
-        return self._storages[name]
+        return memory.untyped_storage()
 
 
 @contextmanager
@@ -231,7 +228,7 @@ def read_archive(entries: Entries, label: str, folder: str, scripted: bool = Fal
         held, claimed = entries.length(f"{folder}data/{storage.key}"), storage.claimed
         if held is None or held < claimed:
             raise Odd(f"claims {claimed:,} bytes for the storage {storage.key!r}, of which it holds {held or 0:,}")
-    return _built(root, reader, label, lambda s: entries.storage(f"{folder}data/{s.key}", s.claimed), scripted)
+    return _built(root, reader, label, lambda s: entries.storage(f"{folder}data/{s.key}"), scripted)
 
 
 def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
@@ -284,15 +281,7 @@ def _built(
     unread = {name for name in names if not is_allowed(name)}
     if any(map(_wants_code, unread)) and not scripted:
         return RawFile(None, tuple(sorted(unread)))
-    made: dict[tuple[str, bool], torch.UntypedStorage] = {}
-
-    def found(storage: StorageRef) -> torch.UntypedStorage:
-        key = (storage.key, storage.data is None)
-        if key not in made and storage.data is not None:
-            made[key] = torch.frombuffer(bytearray(storage.data), dtype=torch.uint8).untyped_storage()
-        return made[key] if key in made else made.setdefault(key, memory(storage))
-
-    builder = Builder(found, held + reader.nested_bytes, label, bool(unread))
+    builder = Builder(memory, held + reader.nested_bytes, label, bool(unread))
     try:
         with warnings.catch_warnings():
             # torch's own, of quantised and of sparse tensors.
