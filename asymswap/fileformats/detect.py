@@ -28,10 +28,7 @@ class FileKind(Enum):
 
 def resolve(path: Path) -> Path:
     """Return the index of shards in a folder with one, else the path itself."""
-    try:
-        indices = sorted(path.glob("*.index.json")) if path.is_dir() else []
-    except OSError:
-        return path
+    indices = [*path.glob("*.index.json")] if os.path.isdir(path) else []  # noqa: PTH112  # it never raises
     return indices[0] if len(indices) == 1 else path
 
 

@@ -92,7 +92,6 @@ def _plain(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> 
 
 def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the extra state in a text of `to_text`, taking its tensors out of `tensors`; raise ValueError."""
-    used: set[str] = set()
 
     def value(data: Any) -> Any:
         if isinstance(data, list):
@@ -101,20 +100,16 @@ def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
             return data
         ((kind, content),) = data.items()
         if kind == "tensor":
-            used.add(content)
-            return tensors[content]
+            return tensors.pop(content)
         if kind == "tuple":
             return tuple(value(item) for item in content)
         made = {"dict": dict, "ordered": OrderedDict}[kind]
         return made((value(name), value(item)) for name, item in content)
 
     try:
-        found = {str(key): value(item) for key, item in json.loads(text).items()}
+        return {str(key): value(item) for key, item in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"extra state: {reason_of(f'{type(error).__name__}: {error}')}") from error
-    for name in used:
-        del tensors[name]
-    return found
 
 
 def _overrides(module: nn.Module, method: str) -> bool:

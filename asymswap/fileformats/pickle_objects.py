@@ -307,8 +307,8 @@ class Builder:
                 # A tensor or parameter with attributes of its own.
                 known = kind in ("torch.Tensor", _PARAMETERS[0])
                 if known and function in pickle_reader.TENSOR_CALLS:
-                    described = pickle_reader.described_tensor(function, inner)
-                    return self._with_attributes(self.tensor(described), state, depth)
+                    tensor = self.tensor(pickle_reader.described_tensor(function, inner))
+                    return self._with_attributes(tensor, state, depth)
                 if known and function in _CALLS and function != record.name:
                     return self._with_attributes(self._inner(Record(function, inner), depth), state, depth)
             case "_rebuild_qtensor", (_, _, _, _, (torch.qscheme() as scheme, *scales), bool(grad), hooks) if all(
@@ -320,8 +320,10 @@ class Builder:
                 typed = TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
                 how = (scheme, *(self.visit(one, depth).value for one in scales))
                 return _rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
-            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(parts)):
-                return _sparse(layout, [self.visit(part, depth).value for part in parts])
+            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(described)):
+                parts = [self.visit(part, depth).value for part in described]
+                if all(one is None or isinstance(one, bool | Tensor | torch.Size) or are_sizes(one) for one in parts):
+                    return _sparse(layout, parts)
             case "_rebuild_meta_tensor_no_storage", (torch.dtype() as dtype, size, stride, bool(grad)):
                 if are_sizes(size) and are_sizes(stride):
                     return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
@@ -451,9 +453,7 @@ def look_up(name: str, label: str) -> Any:
         raise SourceError(f"{label} needs {name}, {lack}") from None
 
 
-def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:
-    if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in parts):
-        return None
+def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor:
     # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
     try:
         if layout == torch.sparse_coo:

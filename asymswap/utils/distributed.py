@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TIMEOUT = datetime.timedelta(days=1)  # a process waits for the others: the first one alone may polish for hours
-
 
 @dataclass(frozen=True)
 class Team:
@@ -95,8 +93,7 @@ def end_process(code: str | int | None) -> NoReturn:
     """End this process with the code of a `SystemExit`, after its exit handlers, but without Python's own teardown.
 
     The threads of DistributedDataParallel's process group outlive it, destroyed or not (torch 2.14). One that drops a
-    tensor during the teardown aborts the process, and torchrun counts a finished training as failed. `multiprocessing`
-    ends its processes like this too.
+    tensor during the teardown aborts the process. `multiprocessing` ends its processes like this too.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)  # noqa: T201  # as Python itself does
@@ -116,18 +113,18 @@ def joined(gpus: bool = False) -> Iterator[Team]:
     from torch import distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
+    patience = datetime.timedelta(days=1)  # for the others: the first one alone may polish for hours
     # torchrun keeps one store for all its attempts, with the addresses of processes that died.
-    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=patience))
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
-    backend = "cpu:gloo,cuda:nccl" if both else "gloo"
     # gloo reports its peers on stdout (torch 2.9): send that to stderr.
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
