@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -18,6 +21,10 @@ BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 CONTROL = re.compile(f"[{CONTROLS}]")
 _OBEYED = re.compile(f"[{CONTROLS}\t\n\u2028\u2029\ud800-\udfff{BIDIRECTIONAL}]")
 _LONGEST_NAME = 200
+_PASSED = ("out of memory", "allocate memory", "more than 1 value per channel", "gloo", "NCCL", "Connection")
+"""In errors of torch for which a caller has better words."""
+
+T = TypeVar("T")
 
 
 class AsymswapError(Exception):
@@ -107,3 +114,24 @@ def reason_of(error: object, most: int = 160) -> str:
 def listed(names: Sequence[str], most: int) -> str:
     """Return the first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def call(what: str, function: Callable[..., T], *arguments: Any, hint: str = "") -> T:
+    """Return what the user's `function` returns; where it fails, raise SourceError with its reason and its line.
+
+    `what` names the function in the message. Errors of memory, and of other processes, pass.
+    """
+    try:
+        return function(*arguments)
+    except (AsymswapError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if any(word in str(error) for word in _PASSED):
+            raise
+        # A DataLoader's worker sends its whole traceback, of which the last line says what went wrong.
+        reason = f"{type(error).__name__}: {reason_of(error, 300)}"
+        text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else reason
+        installed = (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<")
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(installed)]
+        place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+        raise SourceError(f"{what} raised {text}{place}{hint}") from error

@@ -21,11 +21,10 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
 from asymswap.data.datasets import Pictures, geometry, to_input
-from asymswap.errors import AsymswapError, SourceError, near_names
+from asymswap.errors import AsymswapError, SourceError, call, near_names
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import generator_for, map_tensors, number_for, random_state_kept, seed_
-from asymswap.utils.users import call
 
 Groups = Generator[tuple[list["Batch"], int], None, None]
 """The batches of this process for one step after another, each with the sum of the counts in all processes."""

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError, reason_of
+from asymswap.errors import SourceError, call, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import list_tensors, map_tensors, seeded
-from asymswap.utils.users import call
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
