@@ -341,7 +341,8 @@ def read_old(reader: Reader, stream: BinaryIO, most: int) -> tuple[Any, dict[str
     for storage in reader.storages:
         if claimed.setdefault(storage.key, storage).claimed != storage.claimed:
             raise Odd(f"claims two sizes for the storage {storage.key!r}")
-    if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(claimed):
+    listed = isinstance(keys, list) and len(keys) == len(claimed) and all(type(key) is str for key in keys)
+    if not listed or set(keys) != claimed.keys():
         raise MalformedError("its list of storages is damaged")
     start, total = head.tell(), sum(8 + storage.claimed for storage in claimed.values())
     if start + total > stream.seek(0, io.SEEK_END):
