@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -40,15 +40,13 @@ from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.state_dict import State, stored_tensors
 from asymswap.fileformats.torch_files import RawFile
 from asymswap.planning.plan import plan_from_json
-from asymswap.types import STRICT, Origin, Plan, Preprocessing
+from asymswap.types import Origin, Plan, Preprocessing, Strict
 from asymswap.utils.files import real_cause, whole_file
 
 FORMAT = 2
 SUFFIXES = (".pt", ".pth", ".safetensors")
-_LARGEST_HEADER = 16 * 2**20
-_LARGEST_SKELETON = 64 * 2**20
-# Numbers in one input: 11,000 x 4,000 pixels of three channels, half a gigabyte.
-_LARGEST_INPUT = 2**27
+_LARGEST_HEADER, _LARGEST_SKELETON = 16 * 2**20, 64 * 2**20
+_LARGEST_INPUT = 2**27  # numbers: 11,000 x 4,000 pixels of three channels, half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class _FileHeader:
-    """The header as written in the file, checked strictly; plans have a check of their own."""
-
-    __pydantic_config__: ClassVar = STRICT
+class _FileHeader(Strict):
+    """The header as written in the file; plans have a check of their own."""
 
     format: Literal[1, 2]
     origin: Origin
@@ -85,9 +81,6 @@ class _FileHeader:
     skeleton: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     extra_state: str = ""
-
-
-_FILE_HEADER = TypeAdapter(_FileHeader)
 
 
 def check_suffix(path: Path) -> None:
@@ -101,23 +94,15 @@ def write_checkpoint(path: Path, model: nn.Module, header: Header, check: Callab
     check_suffix(path)
     tensors, extra = what_is_stored(model)
     extra_text, inside = extra_state.to_text(extra)
-    state = {key: tensor.detach() for key, tensor in (tensors | inside).items()}
-    data = header_to_json(header) | {"skeleton": None, "aliases": {}}
-    if header.skeleton is not None:
-        data["skeleton"] = base64.b64encode(zlib.compress(header.skeleton, 9)).decode()
+    packed = None if header.skeleton is None else base64.b64encode(zlib.compress(header.skeleton, 9)).decode()
+    data = header_to_json(header) | {"skeleton": packed, "aliases": {}}
     if extra:
         # Earlier versions know by the number of the format that they cannot read this, and read all else.
         data |= {"format": FORMAT, "extra_state": extra_text}
-    content = {"asymswap": json.dumps(data), "state_dict": state}
-    stored = stored_in(RawFile(content), str(path))
+    stored = stored_in(RawFile({"asymswap": json.dumps(data), "state_dict": tensors | inside}), str(path))
     assert stored is not None
     check(stored)
-    if path.suffix == ".safetensors":
-        unique, data["aliases"] = _without_aliases(state)
-        # One entry only: safetensors writes several in random order, and equal models would make unequal files.
-        _write(path, unique, {"asymswap": json.dumps(data)})
-    else:
-        _write(path, content)
+    _write(path, tensors | inside, data)
 
 
 def what_is_stored(model: nn.Module) -> tuple[State, dict[str, Any]]:
@@ -132,8 +117,7 @@ def save_state(path: Path, model: nn.Module) -> None:
     tensors, extra = what_is_stored(model)
     if path.suffix == ".safetensors" and not all(isinstance(value, Tensor) for value in extra.values()):
         raise OutputError(f"{path.name} cannot hold the model's extra state ({next(iter(extra))}); write a .pt file")
-    state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in (tensors | extra).items()}
-    _write(path, _without_aliases(state)[0] if path.suffix == ".safetensors" else state)
+    _write(path, tensors | extra)
 
 
 def stored_in(raw: RawFile, label: str) -> Stored | None:
@@ -145,22 +129,19 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         return None
     if not isinstance(text, str) or not isinstance(state, Mapping):
         raise CheckpointError(f"{label} is damaged: its asymswap header or state_dict is not what it should be")
-    if len(text) > _LARGEST_HEADER:
-        raise CheckpointError(f"{label} is damaged: its header has {len(text):,} characters, more than any has")
     data = _parse(text, label)
     try:
         plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
     except PlanError as error:
         raise CheckpointError(str(error)) from None
-    skeleton = None
+    skeleton, unpacker = None, zlib.decompressobj()
     if data.skeleton is not None:
-        unpacker = zlib.decompressobj()
         try:
             skeleton = unpacker.decompress(base64.b64decode(data.skeleton, validate=True), _LARGEST_SKELETON)
         except (ValueError, zlib.error) as error:
             raise CheckpointError(f"{label} has a damaged structure: {error}") from None
-        if unpacker.unconsumed_tail:
-            raise CheckpointError(f"{label} stores a structure of over {_LARGEST_SKELETON} bytes, which no model needs")
+    if unpacker.unconsumed_tail:
+        raise CheckpointError(f"{label} stores a structure of over {_LARGEST_SKELETON} bytes, which no model needs")
     tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     for alias, key in data.aliases.items():
         if key not in tensors:
@@ -196,12 +177,24 @@ def header_to_json(header: Header) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+def _write(path: Path, state: Mapping[str, Any], header: Mapping[str, Any] | None = None) -> None:
+    state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in state.items()}
     with whole_file(path) as draft:
         try:
             if path.suffix == ".safetensors":
-                save_file(content, draft, metadata=metadata)
+                # It stores each tensor once; the header says which other keys mean which first key.
+                first: dict[Any, str] = {}
+                aliases: dict[str, str] = {}
+                for key, tensor in state.items():
+                    identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                    if (other := first.setdefault(identity if tensor.numel() else key, key)) != key:
+                        aliases[key] = other
+                unique = {key: tensor.contiguous() for key, tensor in state.items() if key not in aliases}
+                # One entry only: safetensors writes several in random order, and equal models would make unequal files.
+                text = None if header is None else {"asymswap": json.dumps({**header, "aliases": aliases})}
+                save_file(unique, draft, metadata=text)
             else:
+                content = state if header is None else {"asymswap": json.dumps(header), "state_dict": state}
                 # Given a path, torch.save would write its name into the file: equal models would make unequal files.
                 with draft.open("wb") as file:
                     torch.save(content, file)
@@ -209,31 +202,18 @@ def _write(path: Path, content: dict[str, Any], metadata: dict[str, str] | None 
             raise real_cause(error) from error
 
 
-def _without_aliases(state: State) -> tuple[State, dict[str, str]]:
-    """Return each tensor once, as safetensors stores it, and which other keys mean which first key."""
-    first: dict[Any, str] = {}
-    unique: State = {}
-    aliases: dict[str, str] = {}
-    for key, tensor in state.items():
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
-        if identity in first:
-            aliases[key] = first[identity]
-        else:
-            first[identity] = key
-            unique[key] = tensor.contiguous()
-    return unique, aliases
-
-
 def _parse(text: str, label: str) -> _FileHeader:
     """Check the header of a file, except for its plans and structure; nothing in it is trusted."""
     try:
+        if len(text) > _LARGEST_HEADER:
+            raise ValueError(f"{len(text):,} characters, more than any has")
         written = json.loads(text)
         number = written.get("format") if isinstance(written, dict) else None
         if isinstance(number, int) and number > FORMAT:
             raise CheckpointError(f"{label} is of format {number}, newer than {FORMAT}; upgrade asymswap")
         if not _is_printable(written):
             raise ValueError("control characters, which a terminal would obey")
-        data = _FILE_HEADER.validate_json(text)
+        data = TypeAdapter(_FileHeader).validate_json(text)
         pre = data.preprocessing
         height, width = pre.size
         numbers = pre.channels * pre.frames * height * width
@@ -252,8 +232,6 @@ def _parse(text: str, label: str) -> _FileHeader:
 
 def _is_printable(value: Any) -> bool:
     """Return whether no text in plain data would move the cursor or change how a terminal shows what follows."""
-    if isinstance(value, dict):
-        return _is_printable([*value, *value.values()])
-    if isinstance(value, list):
-        return all(map(_is_printable, value))
+    if isinstance(value, dict | list):
+        return all(map(_is_printable, [*value, *value.values()] if isinstance(value, dict) else value))
     return not isinstance(value, str) or CONTROL.search(value) is None

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
 """Characters that a terminal obeys instead of showing them, for a regular expression; not line ends and tabs."""
-
-CONTROL = re.compile(f"[{CONTROLS}]")
-
 BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters that reorder how the text beside them is read."""
 
+CONTROL = re.compile(f"[{CONTROLS}]")
 _OBEYED = re.compile(f"[{CONTROLS}\t\n\u2028\u2029\ud800-\udfff{BIDIRECTIONAL}]")
 _LONGEST_NAME = 200
+_PASSED = ("out of memory", "allocate memory", "more than 1 value per channel", "gloo", "NCCL", "Connection")
+"""In errors of torch for which a caller has better words."""
+
+T = TypeVar("T")
 
 
 class AsymswapError(Exception):
@@ -61,8 +66,8 @@ def check_choice(what: str, value: object, known: Iterable[str]) -> None:
 def visible(text: str) -> str:
     """Return the text with line ends and every other character that a terminal obeys as its escape, such as `\\x1b`.
 
-    Names in a model file or a data set come from anybody, and could colour, move or hide the lines beside them. Halves
-    of surrogate pairs, which stand for bytes of a file name that are no text, cannot be printed at all.
+    Names in a file come from anybody, and could colour, move or hide the lines beside them. Surrogates, which stand for
+    bytes of a file name that are no text, cannot be printed at all.
     """
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -79,7 +84,14 @@ def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
     """Return pydantic's complaints as one line: where, what, the value, and near names for unknown keys."""
     lines = []
     for item in error.errors(include_url=False):
-        where = _place(item["loc"])
+        where = ""  # in a recipe or plan, counted from one: `rule 2 match.kernel`
+        for part in item["loc"]:
+            if isinstance(part, int):
+                # Where several types are allowed, pydantic numbers those too; only these names belong to lists.
+                where = where.removesuffix("s") + f" {part + 1} " if where in ("rules", "swaps", "keeps") else where
+            elif part not in ("range", "any of"):
+                where += part if not where or where.endswith(" ") else f".{part}"
+        where = where.strip()
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             key = str(item["loc"][-1])
             hint = near_names(key, known) or (f"; known: {', '.join(known)}" if known else "")
@@ -94,18 +106,6 @@ def validation_text(error: ValidationError, known: Sequence[str] = ()) -> str:
     return "; ".join(lines)
 
 
-def _place(loc: Sequence[int | str]) -> str:
-    """Return where in a recipe or plan a mistake is, counted from one: `rule 2 match.kernel`."""
-    text = ""
-    for part in loc:
-        if isinstance(part, int):
-            # Where several types are allowed, pydantic numbers those too; only these names belong to lists.
-            text = text.removesuffix("s") + f" {part + 1} " if text in ("rules", "swaps", "keeps") else text
-        elif part not in ("range", "any of"):
-            text += part if not text or text.endswith(" ") else f".{part}"
-    return text.strip()
-
-
 def reason_of(error: object, most: int = 160) -> str:
     """Return an error's text on one line, or the name of its class where it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__
@@ -114,3 +114,24 @@ def reason_of(error: object, most: int = 160) -> str:
 def listed(names: Sequence[str], most: int) -> str:
     """Return the first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def call(what: str, function: Callable[..., T], *arguments: Any, hint: str = "") -> T:
+    """Return what the user's `function` returns; where it fails, raise SourceError with its reason and its line.
+
+    `what` names the function in the message. Errors of memory, and of other processes, pass.
+    """
+    try:
+        return function(*arguments)
+    except (AsymswapError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if any(word in str(error) for word in _PASSED):
+            raise
+        # A DataLoader's worker sends its whole traceback, of which the last line says what went wrong.
+        reason = f"{type(error).__name__}: {reason_of(error, 300)}"
+        text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else reason
+        installed = (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<")
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(installed)]
+        place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+        raise SourceError(f"{what} raised {text}{place}{hint}") from error

@@ -48,8 +48,11 @@ MACS = (
     "each sample (every channel of the input at every tap of every pixel of the output), 5 where a mask scales it."
 )
 
-STRICT = {"extra": "forbid", "strict": True}
-"""Pydantic's configuration for records read from files: no unknown keys, no numbers guessed from text."""
+
+class Strict:
+    """A record read from files: pydantic takes no unknown keys, and guesses no numbers from text."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,16 @@ class ConvSpec:
     @property
     def grouping(self) -> str:
         """`dense` (one group), `depthwise` (one input channel a group) or `grouped`."""
-        if self.groups == 1:
-            return "dense"
-        return "depthwise" if self.group_in == 1 else "grouped"
+        return "dense" if self.groups == 1 else "depthwise" if self.group_in == 1 else "grouped"
 
     @property
     def pads(self) -> tuple[int, int, int, int]:
         """Pixels padded left, right, above and below; `"same"` may have one more right and below."""
-        if self.padding == "valid":
-            return 0, 0, 0, 0
-        if isinstance(self.padding, str):
+        if self.padding == "same":
             sums = [dilation * (taps - 1) for dilation, taps in zip(self.dilation, self.kernel, strict=True)]
             (top, bottom), (left, right) = ((whole // 2, whole - whole // 2) for whole in sums)
             return left, right, top, bottom
-        height, width = self.padding
+        height, width = (0, 0) if isinstance(self.padding, str) else self.padding
         return width, width, height, height
 
     @property
@@ -201,10 +200,8 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Swap:
+class Swap(Strict):
     """A site to be replaced: by which kind, with which resolved settings, and why."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     site: str
     kind: str
@@ -215,20 +212,16 @@ class Swap:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Strict):
     """A site that stays as it is, and why."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     site: str
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Plan(Shown, view="screens.plan_view"):
+class Plan(Strict, Shown, view="screens.plan_view"):
     """The decision for every site of a model: data that can be written, edited and replayed."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     swaps: tuple[Swap, ...]
     keeps: tuple[Keep, ...] = ()
@@ -239,18 +232,12 @@ InputForm = Literal["images", "image-list", "image-pair", "clips"]
 """What a forward takes: N x C x H x W, a list of C x H x W, two times N x C x H x W, or N x C x frames x H x W."""
 
 KnownFrom = Literal["given", "weights", "family", "file", "images", "asked", "assumed"]
-"""Who says how images are prepared.
-
-The user (`given`), the published `weights`, the `family` of networks, the converted `file`, the size of the `images`,
-or the network's batch norms (`asked`); else the usual is `assumed`.
-"""
+"""Who says how images are prepared: `given` by the user, `asked` of the batch norms, `assumed` where nobody says it."""
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(Strict):
     """How an image becomes the network's input: resized, cropped to `size`, scaled to [0, 1], normalised."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     channels: int
     size: Size
@@ -302,16 +289,10 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How to build the unconverted model again.
+class Origin(Strict):
+    """How to build the unconverted model again."""
 
-    `reference` is a model reference; `skeleton:CLASS` if the structure is stored, `class:CLASS` if only the user has
-    the code that builds it.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-
-    reference: str
+    reference: str  # a model reference; `skeleton:CLASS`: the structure is stored, `class:CLASS`: the user's own code
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -335,10 +316,8 @@ class Ratio:
 
     @property
     def is_significant(self) -> bool:
-        """True if the interval excludes 1 and the difference is at least 2 %.
-
-        Two copies of one model may differ by up to 2 % in one process, depending on their addresses in memory.
-        """
+        """True if the interval excludes 1 and the difference is at least 2 %."""
+        # Two copies of one model may differ by that much in one process, depending on their addresses in memory.
         return not self.low <= 1 <= self.high and abs(self.value - 1) >= 0.02
 
     @property
@@ -378,14 +357,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Patches:
-    """Square patches of this side in place of whole images, `count` in all, with noise for a denoiser.
-
-    `noise` is the standard deviation of what is added to pixels from 0 to 1.
-    """
+    """Square patches of this side in place of whole images, `count` in all, with noise for a denoiser."""
 
     size: int | None = None
     count: int | None = None
-    noise: float = 0.0
+    noise: float = 0.0  # standard deviation of what is added to pixels from 0 to 1
 
     def __str__(self) -> str:
         cut = "" if self.size is None else f", patches of {self.size}x{self.size}"
@@ -394,15 +370,12 @@ class Patches:
 
 @dataclass(frozen=True)
 class UserData:
-    """What a user gives as data: anything that `open_inputs` takes, and how a batch becomes arguments.
-
-    `held_back` is the number of samples, or of patches, to hold back; 0 leaves it to `open_inputs`.
-    """
+    """What a user gives as data: anything that `open_inputs` takes, and how a batch becomes arguments."""
 
     data: Any
     inputs: Callable[[Any], Any] | None = None
     patches: Patches = Patches()
-    held_back: int = 0
+    held_back: int = 0  # samples, or patches, to hold back; 0 leaves it to `open_inputs`
 
     @property
     def reference(self) -> str | None:

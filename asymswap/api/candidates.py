@@ -13,7 +13,7 @@ from asymswap.planning.candidates import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.candidates import Candidates
 from asymswap.types import Progress
-from asymswap.utils.inputs import describe
+from asymswap.utils.inputs import sizes
 
 
 @shows_progress
@@ -35,7 +35,7 @@ def candidates(
     return Candidates(
         reference=opened.reference,
         traced_by=traced.by,
-        input=describe(opened.example()),
+        input=f"an input of {sizes(opened.example())}",
         rows=tuple(find_candidates(opened.model, traced.sites, parsed)),
         total=costs.total,
         notes=opened.notes + traced.notes + costs.notes(),

@@ -64,7 +64,7 @@ from asymswap.results.convert import (
 )
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Progress, Shown, Site, Swap
-from asymswap.utils.files import check_output, write_text
+from asymswap.utils.files import check_output, write_file
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
@@ -299,7 +299,7 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
         text = report_text(of.report, read_provenance(of.header.provenance, "the conversion"), path)
     else:
         text = stored_report_text(read_checkpoint(Path(of)).header, Path(of), path)
-    write_text(path, text)
+    write_file(path, text)
 
 
 def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:

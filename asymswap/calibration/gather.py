@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -30,7 +30,7 @@ from asymswap.errors import SourceError, validation_text
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.sites import read_conv
 from asymswap.graph.trace import conv_hooks
-from asymswap.types import STRICT, Progress, Site, silent
+from asymswap.types import Progress, Site, Strict, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import whole_file
 from asymswap.utils.inputs import Inputs, copied, samples_in
@@ -389,10 +389,8 @@ def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]
 
 
 @dataclass(frozen=True)
-class StatisticsSummary:
+class StatisticsSummary(Strict):
     """What statistics were made from; `unseen` sites did not run on the images, `outputs` is the kind of outputs."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     data: str
     images: int

@@ -26,7 +26,7 @@ def candidates(
 
     Example: asymswap candidates resnet18 --weights none
     """
-    from asymswap.utils.files import write_bytes
+    from asymswap.utils.files import write_file
 
     if plot is not None:
         o.check_picture("--plot", plot, force)
@@ -37,5 +37,5 @@ def candidates(
         o.check_recipe(recipe)
         found = asymswap.candidates(common.open_model(model, step), recipe=recipe, progress=step)
     if plot is not None:
-        write_bytes(plot, draw(found, plot.suffix[1:]))
+        write_file(plot, draw(found, plot.suffix[1:]))
     common.show(found)

@@ -72,7 +72,7 @@ def convert(
     from asymswap.errors import AsymswapError, OutputError
     from asymswap.reporting.convert import check_suffix
     from asymswap.utils.distributed import joined
-    from asymswap.utils.files import check_distinct, check_output, write_text
+    from asymswap.utils.files import check_distinct, check_output, write_file
 
     target = output or o.default_output(model)
     if recipe is not None and plan is not None:
@@ -131,7 +131,7 @@ def convert(
     conversion.report = in_flags(conversion.report)
     try:
         if write_plan is not None:
-            write_text(write_plan, plan_text(conversion.plan))
+            write_file(write_plan, plan_text(conversion.plan))
         if report is not None:
             asymswap.write_report(conversion, report, force=force)
     except OutputError as error:

@@ -38,7 +38,7 @@ def show(
     from asymswap.cli import screen
     from asymswap.errors import CheckpointError
     from asymswap.reporting.convert import check_suffix
-    from asymswap.utils.files import check_output, write_bytes, write_text
+    from asymswap.utils.files import check_output, write_file
 
     if draw is not None or data is not None or offsets or common.opening["preprocessing"] is not None:
         if report is not None or plan:
@@ -54,7 +54,7 @@ def show(
             check_needed(common.opening["preprocessing"], data)
             moved = find_offsets(common.open_model(checkpoint, step), data=data)
         if draw is not None:
-            write_bytes(draw, views.draw(moved, draw.suffix[1:]))
+            write_file(draw, views.draw(moved, draw.suffix[1:]))
         common.show(moved)
         return
     if report is not None:
@@ -74,7 +74,7 @@ def show(
     if report is not None:
         from asymswap.api.convert import stored_report_text
 
-        write_text(report, stored_report_text(header, checkpoint, report))
+        write_file(report, stored_report_text(header, checkpoint, report))
     if plan:
         from asymswap.planning.plan import plan_text
 

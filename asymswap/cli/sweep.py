@@ -85,10 +85,10 @@ def sweep(
         from asymswap.reporting import sweep as views
         from asymswap.results.records import to_json
         from asymswap.results.sweep import Tradeoff
-        from asymswap.utils.files import write_bytes, write_text
+        from asymswap.utils.files import write_file
 
         def write(result: Tradeoff) -> None:
-            write_text(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
+            write_file(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
 
         for one in recipe:
             o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
@@ -111,9 +111,9 @@ def sweep(
         for path in reports:
             if path.suffix in (".md", ".html"):
                 written = views.to_markdown if path.suffix == ".md" else views.to_html
-                write_text(path, written(in_flags(result)))
+                write_file(path, written(in_flags(result)))
             else:
-                write_bytes(path, views.draw(result, path.suffix[1:]))
+                write_file(path, views.draw(result, path.suffix[1:]))
     common.show(result, views.sweep_view)
 
 

@@ -21,11 +21,10 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
 from asymswap.data.datasets import Pictures, geometry, to_input
-from asymswap.errors import AsymswapError, SourceError, near_names
+from asymswap.errors import AsymswapError, SourceError, call, near_names
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
-from asymswap.utils.tensors import drawn_from, generator_for, map_tensors, number_for, random_state_kept, seed_
-from asymswap.utils.users import call
+from asymswap.utils.tensors import generator_for, map_tensors, number_for, random_state_kept, seed_
 
 Groups = Generator[tuple[list["Batch"], int], None, None]
 """The batches of this process for one step after another, each with the sum of the counts in all processes."""
@@ -110,7 +109,9 @@ class TrainingImages(Dataset[Any]):
         (epoch, index), labels = key, self._pictures.labels
         for skipped in range(min(len(labels), _MOST_SKIPPED)):
             place = (index + skipped) % len(labels)
-            with drawn_from(self._seed, "augment", epoch, index):
+            with torch.random.fork_rng(devices=[]):
+                # torch's CPU generator, which augmentations use.
+                torch.default_generator.manual_seed(number_for(self._seed, "augment", epoch, index))
                 try:
                     return self._transform(self._pictures.picture(place)), labels[place], int(skipped > 0)
                 except SourceError as error:

@@ -32,10 +32,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
-from asymswap.errors import SourceError, near_names, reason_of
+from asymswap.errors import SourceError, call, near_names, reason_of
 from asymswap.types import Patches, Preprocessing
 from asymswap.utils.tensors import generator_for
-from asymswap.utils.users import call
 
 Part = Literal["train", "test", "val"]
 PIL_MODES = {1: "L", 3: "RGB"}

@@ -20,13 +20,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from asymswap.data import arrays
 from asymswap.data.datasets import LabelledImages, open_data, patches_from
 from asymswap.data.normalization import Feeding, settle
-from asymswap.errors import AsymswapError, SourceError, reason_of
+from asymswap.errors import AsymswapError, SourceError, call, reason_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_size
 from asymswap.types import Patches, Preprocessing, UserData
 from asymswap.utils.inputs import Inputs, arguments_of, placed, samples_in, samples_of
 from asymswap.utils.tensors import generator_for, list_tensors, map_tensors
-from asymswap.utils.users import call
 
 HELD_BACK = 256
 """Samples held back of data whose samples can be chosen; a fifth of them at most. If the user says how many, a half."""

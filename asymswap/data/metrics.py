@@ -23,13 +23,12 @@ from torchvision.transforms import v2
 from asymswap.data import datasets
 from asymswap.data.datasets import PAIRED, PIL_MODES, LabelledImages, open_data, read_picture, to_input
 from asymswap.data.predict import Predictions, check_classifier, placement, predict
-from asymswap.errors import AsymswapError, SourceError, listed, near_names, reason_of
+from asymswap.errors import AsymswapError, SourceError, call, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import eval_mode, list_tensors
-from asymswap.utils.users import call
 
 
 @dataclass(frozen=True)

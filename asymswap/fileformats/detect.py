@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from enum import Enum
 from pathlib import Path
 
 from asymswap.errors import SourceError, listed
 
-_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f920")
 # What a pickle of protocol 0 or 1 begins with: a dict, a list or an OrderedDict.
 _OLD_PICKLES = (b"(d", b"(l", b"}q", b"]q", b"ccollections\nOrderedDict\n")
-_TENSORFLOW_OR_KERAS = b"\x89HDF\r\n\x1a\n"
 
 
 class FileKind(Enum):
@@ -29,10 +28,7 @@ class FileKind(Enum):
 
 def resolve(path: Path) -> Path:
     """Return the index of shards in a folder with one, else the path itself."""
-    try:
-        indices = sorted(path.glob("*.index.json")) if path.is_dir() else []
-    except OSError:
-        return path
+    indices = [*path.glob("*.index.json")] if os.path.isdir(path) else []  # noqa: PTH112  # it never raises
     return indices[0] if len(indices) == 1 else path
 
 
@@ -52,25 +48,32 @@ def sniff(path: Path) -> FileKind:
         raise SourceError(f"{path} is empty (0 bytes); write or download it again")
     if head.startswith(b"PK"):
         return _sniff_zip(path)
-    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:24]:
+    if head[:1] == b"\x80" and bytes.fromhex("8a0a6cfc9c46f920") in head[:24]:
         return FileKind.LEGACY
     if (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head.startswith(_OLD_PICKLES):
         return FileKind.PICKLE
-    if size > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100 * 2**20:
-        if int.from_bytes(head[:8], "little") + 8 > size:
+    header = int.from_bytes(head[:8], "little")
+    if size > 8 and head[8:9] == b"{" and header < 100 * 2**20:
+        if header + 8 > size:
             raise SourceError(f"{path} is cut off: its safetensors header is longer than the file; download it again")
         return FileKind.SAFETENSORS
     if path.suffix == ".json" and head.lstrip()[:1] == b"{":
         return FileKind.SHARDS
-    raise SourceError(f"{path} is {_guess(head)}, not a checkpoint; give a .pt, .pth or .safetensors file")
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        guess = "an HDF5 file (Keras?)"
+    elif head.lstrip()[:1] == b"<":
+        guess = "a web page"
+    elif head.startswith(b"version https://git-lfs"):
+        guess = "a Git LFS pointer (run `git lfs pull`)"
+    else:
+        text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in head)
+        guess = "text" if text else "binary data of an unknown kind"
+    raise SourceError(f"{path} is {guess}, not a checkpoint; give a .pt, .pth or .safetensors file")
 
 
 def exists(path: Path) -> bool:
     """True where there is such a file or folder; a text too long for a path names none."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    return os.path.exists(path)  # noqa: PTH110  # it never raises
 
 
 def sha256(path: Path) -> str:
@@ -84,9 +87,8 @@ def _sniff_zip(path: Path) -> FileKind:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        raise SourceError(
-            f"{path} is cut off or damaged: a zip archive that cannot be opened; download it again"
-        ) from None
+        damaged = "cut off or damaged: a zip archive that cannot be opened"
+        raise SourceError(f"{path} is {damaged}; download it again") from None
     inner = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         return FileKind.TORCHSCRIPT
@@ -96,10 +98,8 @@ def _sniff_zip(path: Path) -> FileKind:
         return FileKind.EXPORTED
     if "data.pkl" in inner:
         return FileKind.TORCH
-    raise SourceError(
-        f"{path} is a zip archive of something else (it holds {names[0] if names else 'nothing'}); "
-        f"give a .pt, .pth or .safetensors file"
-    )
+    what = f"a zip archive of something else (it holds {names[0] if names else 'nothing'})"
+    raise SourceError(f"{path} is {what}; give a .pt, .pth or .safetensors file")
 
 
 def _files_in(folder: Path) -> str:
@@ -111,13 +111,3 @@ def _files_in(folder: Path) -> str:
     endings = (".index.json", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
     found = sorted(path.name for path in folder.iterdir() if path.name.endswith(endings))
     return f": {listed(found, 4)}" if found else ""
-
-
-def _guess(head: bytes) -> str:
-    if head.startswith(_TENSORFLOW_OR_KERAS):
-        return "an HDF5 file (Keras?)"
-    if head.lstrip()[:1] == b"<":
-        return "a web page"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer (run `git lfs pull`)"
-    return "text" if all(byte in b"\t\n\r\f" or byte >= 32 for byte in head) else "binary data of an unknown kind"

@@ -24,28 +24,26 @@ def is_extra(key: str) -> bool:
 def owners(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that keep extra state, by its keys in the state dict."""
     modules = model.named_modules(remove_duplicate=False)
-    kept = ((name, module) for name, module in modules if _overrides(module, "get_extra_state"))
-    return {f"{name}.{KEY}" if name else KEY: module for name, module in kept}
+    return {f"{name}.{KEY}" if name else KEY: one for name, one in modules if _overrides(one, "get_extra_state")}
 
 
 def read(model: nn.Module) -> dict[str, Any]:
     """Return the extra state of every module that keeps some; raise SourceError for what cannot be restored."""
     found = {}
     for key, module in owners(model).items():
+        named = _named(key, module)
         try:
             found[key] = module.get_extra_state()
         except Exception as error:
-            raise SourceError(
-                f"{_named(key, module)} cannot be read ({reason_of(f'{type(error).__name__}: {error}')})"
-            ) from error
+            raise SourceError(f"{named} cannot be read ({reason_of(f'{type(error).__name__}: {error}')})") from error
         if not _overrides(module, "set_extra_state"):
-            raise SourceError(f"{_named(key, module)} has no set_extra_state that would restore it; define one")
+            raise SourceError(f"{named} has no set_extra_state that would restore it; define one")
         try:
             _plain(found[key], key, {})
-        except _RefusedError as refused:
+        except TypeError as refused:
             raise SourceError(
-                f"{_named(key, module)} holds {refused}; only tensors, numbers, text, and lists, tuples and dicts of "
-                "them can be stored without pickle: let get_extra_state return these"
+                f"{named} holds {refused}; only tensors, numbers, text, and lists, tuples and dicts of them can be "
+                "stored without pickle: let get_extra_state return these"
             ) from None
     return found
 
@@ -57,13 +55,8 @@ def load_(model: nn.Module, extra: Mapping[str, Any]) -> None:
         try:
             known[key].set_extra_state(value)
         except Exception as error:
-            raise SourceError(
-                f"{_named(key, known[key])} is not taken ({reason_of(f'{type(error).__name__}: {error}')})"
-            ) from error
-
-
-class _RefusedError(Exception):
-    """A value cannot be stored as plain data; the text says what."""
+            reason = reason_of(f"{type(error).__name__}: {error}")
+            raise SourceError(f"{_named(key, known[key])} is not taken ({reason})") from error
 
 
 def to_text(extra: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
@@ -73,13 +66,13 @@ def to_text(extra: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 
 def _plain(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
-    """Return a value as JSON's types, its tensors put into `tensors`; raise _RefusedError."""
+    """Return a value as JSON's types, its tensors put into `tensors`; raise TypeError, which says what it is."""
     kind = type(value)
     if depth > _DEEPEST:
-        raise _RefusedError(f"values nested more than {_DEEPEST} deep")
+        raise TypeError(f"values nested more than {_DEEPEST} deep")
     if isinstance(value, Tensor):
         if kind not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
-            raise _RefusedError(f"a {kind.__name__} that is no ordinary tensor with numbers")
+            raise TypeError(f"a {kind.__name__} that is no ordinary tensor with numbers")
         name = key if key not in tensors else f"{key}.{len(tensors)}"
         tensors[name] = value.detach()
         return {"tensor": name}
@@ -89,17 +82,16 @@ def _plain(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> 
     if kind in (dict, OrderedDict):
         for name in value:
             if not isinstance(name, str | int | float | bool | None):
-                raise _RefusedError(f"a {type(name).__name__} as a key")
+                raise TypeError(f"a {type(name).__name__} as a key")
         pairs = [[_plain(part, key, tensors, depth + 1) for part in pair] for pair in value.items()]
         return {"dict" if kind is dict else "ordered": pairs}
     if kind not in (str, int, float, bool, type(None)):
-        raise _RefusedError(f"a {kind.__name__}")
+        raise TypeError(f"a {kind.__name__}")
     return value
 
 
 def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the extra state in a text of `to_text`, taking its tensors out of `tensors`; raise ValueError."""
-    used: set[str] = set()
 
     def value(data: Any) -> Any:
         if isinstance(data, list):
@@ -108,22 +100,16 @@ def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
             return data
         ((kind, content),) = data.items()
         if kind == "tensor":
-            used.add(content)
-            return tensors[content]
+            return tensors.pop(content)
         if kind == "tuple":
             return tuple(value(item) for item in content)
-        if kind not in ("dict", "ordered"):
-            raise ValueError(f"no {kind!r} is known")
-        return (OrderedDict if kind == "ordered" else dict)((value(name), value(item)) for name, item in content)
+        made = {"dict": dict, "ordered": OrderedDict}[kind]
+        return made((value(name), value(item)) for name, item in content)
 
     try:
-        data = json.loads(text)
-        found = {str(key): value(item) for key, item in data.items()}
+        return {str(key): value(item) for key, item in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"extra state: {reason_of(f'{type(error).__name__}: {error}')}") from error
-    for name in used:
-        del tensors[name]
-    return found
 
 
 def _overrides(module: nn.Module, method: str) -> bool:

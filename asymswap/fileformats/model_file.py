@@ -17,7 +17,6 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,12 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import FileKind, sha256, sniff
 from asymswap.fileformats.pickle_objects import Builder
-from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, described_tensor
+from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, TensorRef, are_sizes
 from asymswap.fileformats.state_dict import State
 from asymswap.fileformats.torch_files import Entries, RawFile, load, load_object, opened, read_archive
 
-# The largest index known has some thousand entries of a hundred bytes.
-_LARGEST_INDEX = 64 * 2**20
-
-# More modules and tensors than any network has: a module may be in a file once and be named a billion times.
-_MOST_PARTS = 200_000
-
+_LARGEST_INDEX = 64 * 2**20  # the largest known has some thousand entries of a hundred bytes
+_MOST_PARTS = 200_000  # more than any network has: a module may be in a file once and be named a billion times
 # What torch.export calls dtypes, by number.
 _EXPORT_DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -56,21 +51,22 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
                 return RawFile(state, metadata=file.metadata() or {})
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise SourceError(f"{path} is cut off or damaged: {error}") from None
-    if kind is FileKind.TORCHSCRIPT:
-        note = "weights taken out of a TorchScript archive, whose code was not executed"
-        return RawFile(read_torchscript(path), notes=(note,))
-    if kind is FileKind.EXPORTED:
-        note = "weights taken out of a torch.export archive, whose graph was not read"
-        return RawFile(read_exported(path), notes=(note,))
     if kind is FileKind.SHARDS:
         return _read_shards(path, trust_pickle)
-    return load(path, kind, trust_pickle, str(path))
+    if kind not in (FileKind.TORCHSCRIPT, FileKind.EXPORTED):
+        return load(path, kind, trust_pickle, str(path))
+    scripted = kind is FileKind.TORCHSCRIPT
+    unread = "code was not executed" if scripted else "graph was not read"
+    try:
+        with opened(path, verify=True) as entries:
+            state = _scripted(entries, path) if scripted else _exported(entries, path)
+    except (Odd, MalformedError) as error:
+        raise SourceError(f"{path} is cut off or damaged: {error}") from None
+    return RawFile(state, notes=(f"weights taken out of {kind.value}, whose {unread}",))
 
 
 def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
-    weight_map = _weight_map(index)
-    state: State = {}
-    executed = False
+    weight_map, state, executed = _weight_map(index), State(), False
     for name in sorted(set(weight_map.values())):
         path = index.parent / name
         if sniff(path) is FileKind.SHARDS:
@@ -78,8 +74,8 @@ def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
         raw = read_raw(path, trust_pickle)
         executed |= raw.executed
         if not isinstance(raw.value, Mapping):
-            what = type(raw.value).__name__
-            raise SourceError(f"{path} is no part of a state_dict, as {index} says; it holds a {what}")
+            held = type(raw.value).__name__
+            raise SourceError(f"{path} is no part of a state_dict, as {index} says; it holds a {held}")
         for key in [key for key, file in weight_map.items() if file == name]:
             if not isinstance(raw.value.get(key), Tensor):
                 raise SourceError(f"{path} lacks {key!r}, which {index} says it holds; download both again")
@@ -109,9 +105,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise SourceError(
-            f'{index} is no index of shards: it must be JSON with a "weight_map" of keys to files'
-        ) from None
+        what = 'it must be JSON with a "weight_map" of keys to files'
+        raise SourceError(f"{index} is no index of shards: {what}") from None
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f'{index} is damaged: its "weight_map" must name a file for every key')
     for name in sorted(set(weight_map.values())):
@@ -122,86 +117,67 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_torchscript(path: Path) -> State:
-    """Return the parameters and buffers of a TorchScript archive by their names; raise SourceError."""
-    with _opened(path) as entries:
-        pickled = entries.ending("data.pkl") or "data.pkl"
-        root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
-        if not isinstance(root, Record):
-            raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
-        state = dict(_tensors_below(root, scripted=True))
+def _scripted(entries: Entries, path: Path) -> State:
+    """Return the parameters and buffers of a TorchScript archive by their names."""
+    pickled = entries.ending("data.pkl") or "data.pkl"
+    root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
+    if not isinstance(root, Record):
+        raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
+    state = dict(_tensors_below(root, scripted=True))
     if not state:
-        raise SourceError(
-            f"{path} is a TorchScript archive without named weights, as torch.jit.freeze leaves it; "
-            f"give the archive from before freezing, or the state_dict"
-        )
+        what = "a TorchScript archive without named weights, as torch.jit.freeze leaves it"
+        raise SourceError(f"{path} is {what}; give the archive from before freezing, or the state_dict")
     return state
 
 
-def read_exported(path: Path) -> State:
-    """Return the parameters and buffers of a torch.export archive by their names; raise SourceError."""
-    with _opened(path) as entries:
-        # Before torch 2.9 it was a torch.save file, which is read in the restricted way, trusted or not.
-        older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
-        if older is not None:
-            instead = "save the program's state_dict and give it with `arch=…`"
-            label = f"{path}, entry {older},"
-            state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, label, instead)
-            if isinstance(state, Mapping):
-                return {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-            raise SourceError(f"{path} is damaged: its entry {older} holds a {type(state).__name__}, not a state_dict")
-        listing = entries.ending("_weights_config.json")
-        if listing is None:
-            raise SourceError(
-                f"{path} is a torch.export archive that holds no weights of its own (as AOTInductor packages do not); "
-                f"give the state_dict of the model"
-            )
-        folder = listing[: listing.rindex("/") + 1]
-        try:
-            config = json.loads(entries.read(listing))["config"]
-            return {str(name): _exported_tensor(entries, folder, entry) for name, entry in config.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise MalformedError(f"{listing} is not what torch.export writes ({reason_of(error, 100)})") from None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Entries]:
+def _exported(entries: Entries, path: Path) -> State:
+    """Return the parameters and buffers of a torch.export archive by their names."""
+    # Before torch 2.9 it was a torch.save file, which is read in the restricted way, trusted or not.
+    older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
+    if older is not None:
+        instead = "save the program's state_dict and give it with `arch=…`"
+        label = f"{path}, entry {older},"
+        state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, label, instead)
+        if isinstance(state, Mapping):
+            return {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+        raise SourceError(f"{path} is damaged: its entry {older} holds a {type(state).__name__}, not a state_dict")
+    listing = entries.ending("_weights_config.json")
+    if listing is None:
+        what = "a torch.export archive that holds no weights of its own (as AOTInductor packages do not)"
+        raise SourceError(f"{path} is {what}; give the state_dict of the model")
+    builder = Builder(lambda storage: entries.storage(storage.key), entries.size, str(path), foreign=False)
+    found: State = {}
     try:
-        with opened(path, verify=True) as entries:
-            yield entries
-    except (Odd, MalformedError) as error:
-        raise SourceError(f"{path} is cut off or damaged: {error}") from None
-
-
-def _exported_tensor(entries: Entries, folder: str, entry: Mapping[str, Any]) -> Tensor:
-    meta, name = entry["tensor_meta"], folder + str(entry["path_name"])
-    if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
-        raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
-    dtype = _EXPORT_DTYPES[meta["dtype"]]
-    size, stride = (tuple(int(part["as_int"]) for part in meta[key]) for key in ("sizes", "strides"))
-    storage = StorageRef(name, dtype, (entries.length(name) or 0) // dtype.itemsize)
-    ref = described_tensor((storage, int(meta["storage_offset"]["as_int"]), size, stride))
-    if ref is None:
-        raise MalformedError(f"the sizes of {name} are not those of a tensor")
-    entries.storage(name, storage.claimed)
-    return Builder(lambda s: entries.storage(s.key, s.claimed), storage.claimed, name, foreign=False).tensor(ref)
+        for key, entry in json.loads(entries.read(listing))["config"].items():
+            meta, name = entry["tensor_meta"], listing[: listing.rindex("/") + 1] + str(entry["path_name"])
+            if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
+                raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
+            if (length := entries.length(name)) is None:
+                raise MalformedError(f"entry {name} is missing")
+            dtype, offset = _EXPORT_DTYPES[meta["dtype"]], int(meta["storage_offset"]["as_int"])
+            size, stride = (tuple(int(part["as_int"]) for part in meta[which]) for which in ("sizes", "strides"))
+            if not all(map(are_sizes, (size, stride, (offset,)))) or len(size) != len(stride):
+                raise MalformedError(f"the sizes of {name} are not those of a tensor")
+            storage = StorageRef(name, dtype, length // dtype.itemsize)
+            found[str(key)] = builder.tensor(TensorRef(storage, offset, size, stride))
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MalformedError(f"{listing} is not what torch.export writes ({reason_of(error, 100)})") from None
 
 
 def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
     """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
     if _is_module(value):
         return dict(_tensors_below(value, scripted=False)), (value.name,)
-    if not isinstance(value, dict):
-        return value, ()
-    changed = {key: states_of_modules(part) if _is_module(part) else (part, ()) for key, part in value.items()}
-    return {key: part for key, (part, _) in changed.items()}, tuple(n for _, names in changed.values() for n in names)
+    modules = {key: part for key, part in value.items() if _is_module(part)} if isinstance(value, dict) else {}
+    states = {key: dict(_tensors_below(part, scripted=False)) for key, part in modules.items()}
+    return value | states if states else value, tuple(part.name for part in modules.values())
 
 
 def _is_module(value: Any) -> bool:
     """True for a record with the parts that every nn.Module has."""
-    state = value.state if isinstance(value, Record) else None
-    parts = ("_parameters", "_buffers", "_modules")
-    return isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts)
+    state = value.state if isinstance(value, Record) and isinstance(value.state, dict) else {}
+    return all(isinstance(state.get(part), dict) for part in ("_parameters", "_buffers", "_modules"))
 
 
 def _tensors_below(root: Record, scripted: bool) -> Iterator[tuple[str, Tensor]]:
@@ -215,14 +191,13 @@ def _tensors_below(root: Record, scripted: bool) -> Iterator[tuple[str, Tensor]]
         nonlocal parts
         if id(record) in above:
             raise MalformedError("a module contains itself")
-        state = record.state if isinstance(record.state, dict) else {}
-        if not scripted and _is_module(record):
+        state = record.state if isinstance(record.state, dict) and (scripted or _is_module(record)) else {}
+        if state and not scripted:
             passing = state.get("_non_persistent_buffers_set")
-            passing = passing if isinstance(passing, set) else set()
-            kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
+            kept = dict(state["_buffers"])
+            for name in passing if isinstance(passing, set) else ():
+                kept.pop(name, None)
             state = {**state["_parameters"], **kept, **state["_modules"]}
-        elif not scripted:
-            state = {}
         for name, value in state.items():
             # Each name is written out, with the whole prefix.
             parts += 1 + len(f"{prefix}{name}") // 256

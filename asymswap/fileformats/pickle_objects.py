@@ -1,8 +1,7 @@
-"""Make tensors, arrays and modules of what `asymswap.fileformats.pickle_reader` read.
+"""Make tensors, arrays and modules of what `pickle_reader` read, without running anything of theirs.
 
-Modules are made without running anything of theirs: the class comes from `allowlist.txt` (made by
-benchmarks/make_allowlist.py), `__new__` makes it, and its attributes are checked before they are set. What a pickle
-holds of other classes stays a `Record`, and nothing of it is imported.
+A module's class comes from `allowlist.txt` (made by benchmarks/make_allowlist.py), `__new__` makes it, and its
+attributes are checked before they are set. What is of other classes stays a `Record`; nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -11,44 +10,29 @@ import argparse
 import functools
 import importlib
 import math
+import re
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from importlib import resources
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._utils import _rebuild_qtensor, set_tensor_metadata
 from torch.storage import TypedStorage
 
 from asymswap.errors import SourceError, reason_of
-from asymswap.fileformats.pickle_arrays import ARRAY_CALLS, NoArrayError, array_of
-from asymswap.fileformats.pickle_reader import (
-    NAMES_READ,
-    TENSOR_CALLS,
-    Global,
-    MalformedError,
-    Odd,
-    Record,
-    StorageRef,
-    TensorRef,
-    are_sizes,
-    constants,
-    described_tensor,
-    storage_dtype,
-)
+from asymswap.fileformats import pickle_reader
+from asymswap.fileformats.pickle_reader import Global, MalformedError, Odd, Record, StorageRef, TensorRef, are_sizes
 
 DEEPEST = 150
 """Levels of nesting, three for each module in a module: copying and running use up several frames for each."""
-
 MOST_PARTS = 1_000_000
 """Items of all lists and dicts, as often as one meets them; a long key counts for each 32 characters."""
-
-_MOST_VIEWED = 2**28
-"""Bytes of all tensors together, however few their storages hold; `_VIEWS` times as many as these hold at least."""
-_VIEWS = 64
-
+_MOST_VIEWED, _VIEWS = 2**28, 64
+"""Bytes of all tensors together, however few their storages hold; or as many times what these hold."""
 _LONGEST_ATTRIBUTE = 200
 
 # What torchvision's detectors and RAFT keep beside modules: holders of a few numbers, and functions of tensors alone.
@@ -74,21 +58,25 @@ _ADDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], dict[str, Any]] = {
     (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): {"activation": nn.functional.relu},
 }
 
-_PARAMETERS = (
-    "torch.nn.parameter.Parameter",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
+# `numpy.core` is where numpy kept them before version 2.
+ARRAY_CALLS = frozenset(
+    f"numpy.{core}.{name}"
+    for core in ("core", "_core")
+    for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
 )
+_NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}|O8?")
+
+_PARAMETERS = (
+    "torch.nn.parameter.Parameter", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+)  # fmt: skip
 _CALLS = frozenset(_PARAMETERS) | {
-    "torch._tensor._rebuild_from_type_v2",
-    "torch._utils._rebuild_qtensor",
-    "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+    "torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_qtensor", "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage", "torch._utils._rebuild_device_tensor_from_cpu_tensor",
     "functools.partial",
-}
+}  # fmt: skip
 """Calls that `Builder` makes something of; see `Builder._called`."""
 
+_PLAIN = (bool, int, float, str, bytes, type(None))
 _COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
 _PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 
@@ -103,17 +91,13 @@ def module_names() -> frozenset[str]:
 @functools.cache
 def allowed_names() -> frozenset[str]:
     """Return every global of which something is made; objects and calls of others stay records."""
-    return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | NAMES_READ | constants().keys()
+    read = pickle_reader.NAMES_READ | pickle_reader.constants().keys()
+    return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | read
 
 
 def is_allowed(name: str) -> bool:
     """True for a global of which something is made, or the type of a storage."""
-    if name in allowed_names():
-        return True
-    try:
-        return name.endswith("Storage") and storage_dtype(name) is not None
-    except Odd:
-        return False
+    return name in allowed_names() or name in pickle_reader.storage_dtypes()
 
 
 def is_allowed_module(model: nn.Module) -> bool:
@@ -122,63 +106,51 @@ def is_allowed_module(model: nn.Module) -> bool:
 
 
 def is_safe_name(name: str) -> bool:
-    """True for a name that a module may have.
-
-    torch writes names into the Python code that it generates, as they are; and a child called `__deepcopy__` is what
-    copying calls.
-    """
+    """True for a name that a module may have: torch writes it into code, and copying calls a child `__deepcopy__`."""
     short = len(name) <= _LONGEST_ATTRIBUTE
     return short and name.isprintable() and not set("\"'\\.") & set(name) and not name.startswith("__")
 
 
 def named_in(root: Any) -> set[str]:
     """Return the names of all that is in a file, but for what torch.compile keeps beside a module."""
-    names: set[str] = set()
     seen: dict[int, Any] = {}
     todo = [root]
     while todo:
         part = todo.pop()
-        if type(part) not in _COMPOSITE or id(part) in seen:
-            continue
-        seen[id(part)] = part
-        if isinstance(part, dict):
-            todo += [*part, *part.values()]
-        elif isinstance(part, list | tuple):
-            todo += part
-        elif isinstance(part, Record | Global):
-            names.add(part.name)
-        if isinstance(part, Record):
-            todo += part.arguments[:1] if part.name == COMPILED else part.arguments
-            todo += [part.state, part.items, part.elements]
-    return names
+        if type(part) in _COMPOSITE and id(part) not in seen:
+            seen[id(part)] = part
+            if isinstance(part, dict):
+                todo += [*part, *part.values()]
+            elif isinstance(part, list | tuple):
+                todo += part
+            elif isinstance(part, Record):
+                todo += part.arguments[:1] if part.name == COMPILED else part.arguments
+                todo += [part.state, part.items, part.elements]
+    return {part.name for part in seen.values() if isinstance(part, Record | Global)}
 
 
 class _Found(NamedTuple):
-    """What a part of the file became, how many levels are in it, and how many parts a walk through it meets.
-
-    `whole`: nothing in it is of a class that is not read.
-    """
+    """What a part of the file became."""
 
     value: Any
-    levels: int = 0
-    parts: int = 1
-    whole: bool = True
+    levels: int = 0  # of nesting in it
+    parts: int = 1  # that a walk through it meets
+    whole: bool = True  # nothing in it is of a class that is not read
 
 
 class Builder:
     """Makes what a file holds out of what its pickle says.
 
-    `storage` gives the memory of a storage, `held` says how many bytes all of them have. With `foreign`, the file holds
-    objects of other classes than those allowed: modules with such a part stay records too.
+    `storage` reads a storage, once for each; `held` says how many bytes all of them have. With `foreign`, the file
+    holds objects of other classes than those allowed: modules with such a part stay records too.
     """
 
     def __init__(
         self, storage: Callable[[StorageRef], torch.UntypedStorage], held: int, label: str, foreign: bool
     ) -> None:
-        self._storage = storage
+        self._storage, self._label, self._foreign = storage, label, foreign
+        self._memories: dict[tuple[str, bool], torch.UntypedStorage] = {}
         self._left = max(_MOST_VIEWED, _VIEWS * held)
-        self._label = label
-        self._foreign = foreign
         self._done: dict[int, tuple[Any, _Found]] = {}
         self._above: set[int] = set()
         self._records: list[Record] = []
@@ -236,9 +208,8 @@ class Builder:
         if kind is StorageRef:
             return _Found(self.tensor(TensorRef(value, 0, (value.length,), (1,))))
         levels, parts, whole = 0, 1, True
-        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-        changed = []
-        for key, item in items:
+        changed = {}
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             weight = 1 + (len(key) >> 5 if type(key) is str else 0)
             if type(item) not in _COMPOSITE:
                 parts += weight
@@ -246,25 +217,23 @@ class Builder:
             found = self.visit(item, depth)
             levels, whole, parts = max(levels, found.levels), whole and found.whole, parts + found.parts * weight
             if found.value is not item:
-                changed.append((key, found.value))
+                changed[key] = found.value
         if parts > MOST_PARTS:
             raise Odd(f"holds the same things again and again, more than {MOST_PARTS:,} in all")
         if kind is tuple and changed:
-            value = list(value)
-        for key, new in changed:
-            value[key] = new
-        return _Found(tuple(value) if kind is tuple and changed else value, levels + 1, parts, whole)
+            value = tuple(changed.get(place, item) for place, item in enumerate(value))
+        else:
+            for key, new in changed.items():
+                value[key] = new
+        return _Found(value, levels + 1, parts, whole)
 
     def _of_record(self, record: Record, depth: int) -> _Found:
         if record.name in _CALLS:
-            made = self._called(record, depth)
-            if made is None:
-                raise Odd(f"calls {record.name} in another way")
-            return _Found(made)
+            return _Found(self._called(record, depth))
         if record.name in ARRAY_CALLS:
             try:
-                made = array_of(record)
-            except NoArrayError as error:
+                made = _array_of(record)
+            except _NoArrayError as error:
                 self.unread.add(str(error))
                 return _Found(record, whole=False)
             self._spend(2 * getattr(made, "nbytes", 0))
@@ -291,12 +260,19 @@ class Builder:
             tensor = torch.empty_strided(ref.size, ref.stride, dtype=dtype)
         else:
             offset = ref.offset + storage.start
-            tensor = torch.tensor((), dtype=dtype).set_(self._storage(storage), offset, ref.size, ref.stride)
+            tensor = torch.tensor((), dtype=dtype).set_(self._memory(storage), offset, ref.size, ref.stride)
         if ref.requires_grad:
             tensor.requires_grad_()
         if ref.metadata:
             set_tensor_metadata(tensor, ref.metadata)
         return tensor
+
+    def _memory(self, storage: StorageRef) -> torch.UntypedStorage:
+        key = (storage.key, storage.data is None)
+        if key not in self._memories:
+            inside = None if storage.data is None else torch.frombuffer(bytearray(storage.data), dtype=torch.uint8)
+            self._memories[key] = self._storage(storage) if inside is None else inside.untyped_storage()
+        return self._memories[key]
 
     def check(self, ref: TensorRef, dtype: torch.dtype) -> None:
         """Raise Odd for a tensor that its storage does not hold, or that is far larger than all storages."""
@@ -304,12 +280,10 @@ class Builder:
         last = ref.offset + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if total else -1
         held = ref.storage.length * ref.storage.dtype.itemsize
         what = f"has a tensor of {'x'.join(map(str, ref.size))}"
+        memory = f"the {held:,} bytes of its storage {ref.storage.key!r}"
         if (last + 1) * dtype.itemsize > held:
-            raise Odd(f"{what} that reaches beyond the {held:,} bytes of its storage {ref.storage.key!r}")
-        self._spend(
-            total * dtype.itemsize,
-            f"{what} expanded from the {held:,} bytes of its storage {ref.storage.key!r}, or far too many of such",
-        )
+            raise Odd(f"{what} that reaches beyond {memory}")
+        self._spend(total * dtype.itemsize, f"{what} expanded from {memory}, or far too many of such")
 
     def _spend(self, made: int, otherwise: str = "makes far more bytes than it has") -> None:
         self._left -= made
@@ -323,37 +297,33 @@ class Builder:
         return made
 
     def _called(self, record: Record, depth: int) -> Any:
-        """Return what a call of one of `_CALLS` makes; None for one that torch does not write so."""
-        if record.name in _PARAMETERS:
-            return self._parameter(record, depth)
-        if record.name == "functools.partial":
-            return self._partial(record)
+        """Return what a call of one of `_CALLS` makes; raise Odd for one that torch does not write so."""
         match record.name.rpartition(".")[2], record.arguments:
+            case "Parameter" | "_rebuild_parameter" | "_rebuild_parameter_with_state", _:
+                return self._parameter(record, depth)
+            case "partial", (Global(name),) if name in module_names():
+                return self._partial(record, name)
             case "_rebuild_from_type_v2", (Global(function), Global(kind), tuple(inner), state):
                 # A tensor or parameter with attributes of its own.
-                if (
-                    kind not in ("torch.Tensor", _PARAMETERS[0])
-                    or function not in (_CALLS - {record.name}) | TENSOR_CALLS
-                ):
-                    return None
-                described: Any = Record(function, inner)
-                if function in TENSOR_CALLS:
-                    described = described_tensor(inner, typed=function.endswith("_v3"))
-                    if described is None:
-                        raise Odd(f"calls {function} in another way")
-                return self._with_attributes(self._inner(described, depth), state, depth)
-            case "_rebuild_qtensor", (StorageRef(), int(), tuple(), tuple(), (torch.qscheme(), *scales), grad, hooks):
-                ref = described_tensor((*record.arguments[:4], grad, hooks))
-                if ref is None or not all(isinstance(one, float | int | TensorRef) for one in scales):
-                    return None
-                storage = ref.storage
+                known = kind in ("torch.Tensor", _PARAMETERS[0])
+                if known and function in pickle_reader.TENSOR_CALLS:
+                    tensor = self.tensor(pickle_reader.described_tensor(function, inner))
+                    return self._with_attributes(tensor, state, depth)
+                if known and function in _CALLS and function != record.name:
+                    return self._with_attributes(self._inner(Record(function, inner), depth), state, depth)
+            case "_rebuild_qtensor", (_, _, _, _, (torch.qscheme() as scheme, *scales), bool(grad), hooks) if all(
+                isinstance(one, float | int | TensorRef) for one in scales
+            ):
+                ref = pickle_reader.described_tensor(record.name, (*record.arguments[:4], grad, hooks))
+                storage, start = ref.storage, ref.offset + ref.storage.start
                 self.check(ref, storage.dtype)
-                scheme = (record.arguments[4][0], *(self.visit(one, depth).value for one in scales))
-                typed = TypedStorage(wrap_storage=self._storage(storage), dtype=storage.dtype, _internal=True)
-                start = ref.offset + storage.start
-                return _rebuild_qtensor(typed, start, ref.size, ref.stride, scheme, grad, OrderedDict())
-            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(parts)):
-                return _sparse(layout, [self.visit(part, depth).value for part in parts])
+                typed = TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
+                how = (scheme, *(self.visit(one, depth).value for one in scales))
+                return _rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
+            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(described)):
+                parts = [self.visit(part, depth).value for part in described]
+                if all(one is None or isinstance(one, bool | Tensor | torch.Size) or are_sizes(one) for one in parts):
+                    return _sparse(layout, parts)
             case "_rebuild_meta_tensor_no_storage", (torch.dtype() as dtype, size, stride, bool(grad)):
                 if are_sizes(size) and are_sizes(stride):
                     return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
@@ -361,9 +331,9 @@ class Builder:
                 tensor = self._inner(data, depth).detach()
                 self._spend(tensor.numel() * dtype.itemsize)
                 return tensor.to(dtype).requires_grad_(grad)
-        return None
+        raise Odd(f"calls {record.name} in another way")
 
-    def _parameter(self, record: Record, depth: int) -> Any:
+    def _parameter(self, record: Record, depth: int) -> Tensor:
         """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
         requires_grad, state = True, None
         match record.arguments:
@@ -374,7 +344,7 @@ class Builder:
             case (data, bool(requires_grad), hooks, *rest) if not hooks and len(rest) < 2:
                 state = rest[0] if rest else None
             case _:
-                return None
+                raise Odd(f"calls {record.name} in another way")
         match record.state:
             case None:
                 pass
@@ -391,16 +361,13 @@ class Builder:
             if part is None:
                 continue
             # numpy and torch obey attributes with underscores around them.
-            if (
-                not isinstance(part, dict)
-                or not all(
-                    isinstance(key, str)
-                    and key.isidentifier()
-                    and not key.startswith("__")
-                    and not hasattr(Tensor, key)
-                    for key in part
-                )
-                or {"_is_param", "_is_buffer"} & part.keys()
+            if not isinstance(part, dict) or not all(
+                isinstance(key, str)
+                and key.isidentifier()
+                and not key.startswith("__")
+                and not hasattr(Tensor, key)
+                and key not in ("_is_param", "_is_buffer")
+                for key in part
             ):
                 raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
             for key, value in self.visit(part, depth).value.items():
@@ -408,28 +375,22 @@ class Builder:
                     setattr(tensor, key, value)
         return tensor
 
-    def _partial(self, record: Record) -> Any:
+    def _partial(self, record: Record, name: str) -> Any:
         """Only what makes a layer, with numbers and text given in advance: no `forward` of torchvision calls it."""
-        match record.arguments, record.state:
-            case (Global(name),), (Global(again), (), dict() | None as keywords, None) if name == again:
-                keywords = keywords or {}
-            case _:
-                raise Odd(f"fills a {record.name} in another way")
-        if name not in module_names():
-            return None
-        plain = all(value is None or type(value) in (bool, int, float, str, bytes) for value in keywords.values())
-        if not plain or not all(isinstance(key, str) and key.isidentifier() for key in keywords):
-            raise Odd(f"fills a {record.name} in another way")
-        return functools.partial(look_up(name, self._label), **keywords)
+        match record.state:
+            case (Global(again), (), dict() | None as keywords, None) if name == again and all(
+                isinstance(key, str) and key.isidentifier() and type(value) in _PLAIN
+                for key, value in (keywords or {}).items()
+            ):
+                return functools.partial(look_up(name, self._label), **(keywords or {}))
+        raise Odd(f"fills a {record.name} in another way")
 
     def _object(self, record: Record, depth: int) -> _Found:
-        owner, state = record.name, record.state
-        if record.made_by != "new" or record.arguments or record.items or record.elements:
-            raise Odd(f"makes a {owner} in another way")
+        owner, state = record.name, {} if record.state is None else record.state
         kind = argparse.Namespace if owner == "argparse.Namespace" else look_up(owner, self._label)
-        if not isinstance(kind, type):
+        contents = record.arguments or record.items or record.elements
+        if record.made_by != "new" or contents or not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
-        state = {} if state is None else state
         if type(state) is dict and state.get("__overloads__") == {}:
             # torch.jit.script leaves it on every module that it has been given.
             del state["__overloads__"]
@@ -447,19 +408,31 @@ class Builder:
             if is_module:
                 self._check_attribute(owner, key, value)
         for part in _PARTS if is_module else ():
-            if not isinstance(state.get(part), dict):
+            if part not in state:
                 raise MalformedError(f"its {owner} lacks parts ({part})")
         made: Any = object.__new__(kind)
-        vars(made).update(state)
+        own = vars(made)
+        own.update(state)
         if is_module:
-            _complete(cast(nn.Module, made))
+            # What later versions of torch keep on a module, as its `__setstate__` would add it, without calling that.
+            own.update(vars(nn.Module()) | own)
+            for later, added in _ADDED.items():
+                if isinstance(made, later):
+                    own.update(added | own)
+        if isinstance(made, nn.RNNBase):
+            names = own.get("_flat_weights_names")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise Odd(f"has a {kind.__name__} of a very old torch")
+            weights = [made._parameters.get(name) for name in names]
+            own["_flat_weights"] = weights
+            own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
         return _Found(made, found.levels + 1, found.parts, found.whole)
 
     def _check_attribute(self, owner: str, key: str, value: Any) -> None:
         """Raise Odd for what is no data: a hook, a child that is no module, a part of another class."""
         if key in _PARTS:
-            parts = list(value.values()) if isinstance(value, dict) else [value]
-            if not all(part is None or isinstance(part, _PARTS[key]) for part in parts) or parts == [value]:
+            whole = isinstance(value, dict)
+            if not whole or not all(part is None or isinstance(part, _PARTS[key]) for part in value.values()):
                 raise Odd(f"has other things than such in the {key} of a {owner}")
             for name in value:
                 if not isinstance(name, str) or not is_safe_name(name):
@@ -476,30 +449,11 @@ def look_up(name: str, label: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError):
-        raise SourceError(
-            f"{label} needs {name}, which the installed torch and torchvision lack; install a version with it"
-        ) from None
+        lack = "which the installed torch and torchvision lack; install a version with it"
+        raise SourceError(f"{label} needs {name}, {lack}") from None
 
 
-def _complete(module: nn.Module) -> None:
-    """Add what later versions of torch keep on a module, as its `__setstate__` would, without calling that."""
-    own = vars(module)
-    own.update(vars(nn.Module()) | own)
-    for kind, added in _ADDED.items():
-        if isinstance(module, kind):
-            own.update(added | own)
-    if isinstance(module, nn.RNNBase):
-        names = own.get("_flat_weights_names")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Odd(f"has a {type(module).__name__} of a very old torch")
-        weights = [module._parameters.get(name) for name in names]
-        own["_flat_weights"] = weights
-        own["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
-
-
-def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:
-    if not all(part is None or isinstance(part, bool | Tensor | torch.Size) or are_sizes(part) for part in parts):
-        return None
+def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor:
     # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
     try:
         if layout == torch.sparse_coo:
@@ -510,3 +464,55 @@ def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor | None:
         return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise Odd(f"has a damaged sparse tensor ({reason_of(error, 120)})") from None
+
+
+class _NoArrayError(Exception):
+    """Harmless data of a type that is not read; the text says which."""
+
+
+def _array_of(record: Record) -> Any:
+    """Return the array, number or text of a call among `ARRAY_CALLS`; raise Odd or _NoArrayError.
+
+    numpy's pickles say how memory is to be read, down to the flags of a dtype. Believed, a file could have its bytes
+    taken for addresses of objects. Here, a dtype is its code and its byte order, and the rest follows.
+    """
+    match record.name.rpartition(".")[2], record.arguments, record.state:
+        case "scalar", (Record() as described, bytes(data)), _:
+            dtype = _dtype(described)
+            if dtype.hasobject or len(data) != dtype.itemsize:
+                raise Odd("has a numpy scalar of other data than numpy writes for a number")
+            return np.frombuffer(data, dtype)[0] if data else dtype.type()
+        case "_reconstruct", (Global("numpy.ndarray"), _, _), (int(), tuple(shape), Record() as described, rows, data):
+            order: Any = "F" if rows is True else "C"
+        case "_frombuffer", (bytes() | bytearray() as data, Record() as described, tuple(shape), "C" | "F" as order), _:
+            pass  # as protocol 5 writes it
+        case _:
+            raise Odd(f"calls {record.name} in another way")
+    dtype = _dtype(described)
+    if not are_sizes(shape):
+        raise Odd("has a numpy array of a shape that no array has")
+    count, size = math.prod(shape), dtype.itemsize
+    if dtype.hasobject and isinstance(data, list) and len(data) == count:
+        if not all(type(item) in _PLAIN for item in data):
+            raise _NoArrayError("a numpy array of objects")
+        made = np.empty(count, dtype)
+        made[:] = data
+        return made.reshape(shape, order=order)
+    plain = isinstance(data, bytes | bytearray) and not dtype.hasobject
+    if not plain or len(data) != count * size or (size == 0 and count > 0):
+        raise Odd("has a numpy array in another state than numpy writes")
+    found: Any = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
+    return found.astype(dtype.newbyteorder("=")).reshape(shape, order=order)
+
+
+def _dtype(record: Record) -> np.dtype[Any]:
+    match record.name, record.arguments, record.state:
+        case "numpy.dtype", (str(code), *_), None:
+            order = "="
+        case "numpy.dtype", (str(code), *_), (_, "<" | ">" | "|" | "=" as order, *_):
+            pass
+        case _:
+            raise Odd("has a numpy.dtype in another state than numpy writes")
+    if not _NUMPY_CODE.fullmatch(code):
+        raise _NoArrayError(f"numpy data of the type {code[:40]!r}")
+    return np.dtype(code).newbyteorder(order)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Read pickles as data: bytes to plain values, records and references to tensors.
 
 Nothing that a pickle names is imported and nothing that it calls is called. A global becomes a `Global`, a call or an
-object a `Record` of name, arguments and contents, a tensor a `TensorRef` to a `StorageRef`; numbers, text, lists, dicts
-and the like become what they are. `asymswap.fileformats.pickle_objects` makes tensors and modules of these.
+object a `Record`, a tensor a `TensorRef` to a `StorageRef`; numbers, text, lists, dicts and the like become what they
+are. `asymswap.fileformats.pickle_objects` makes tensors and modules of these.
 
 All protocols from 0 to 5 are read. One `Reader` reads all pickles of a file, with one budget for everything in it: the
 work (operations, and items that an operation copies), the bytes that calls make, the length of keys and names.
@@ -17,19 +17,18 @@ import pathlib
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
+from torch.storage import _storage_type_to_dtype_map
 
 from asymswap.errors import reason_of
 
 MOST_OPERATIONS = 400_000
 """Operations of all pickles in a file; timm's largest networks need 57,000, and 300,000 with averages and optimizer."""
-
 _MADE_BYTES = 64 * 2**20
 """Bytes that calls (decoding, joining names, copying storages) may make, beside four times the pickle's own size."""
-
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _LONGEST_NAME, _LONGEST_NUMBER, _LONGEST_KEY, _MOST_DIMENSIONS = 1000, 1024, 4096, 64
 _PYTHON_2 = "holds bytes as text, as Python 2 wrote them"
@@ -64,19 +63,15 @@ class Record:
 
 @dataclass(eq=False, slots=True)
 class StorageRef:
-    """A storage: its key in the file, the dtype and the number of its elements, and where the view of it begins.
-
-    `length` is the number of elements that a tensor may use: fewer than `count` for a view of the old form. `data` are
-    the bytes where they are in the pickle itself, `claimed` the bytes that the file must hold.
-    """
+    """A storage of `count` elements; tensors may use `length` of them from `start` on (the old form has views)."""
 
     key: str
     dtype: torch.dtype
     count: int
     start: int = 0
     length: int = -1
-    data: memoryview | None = None
-    claimed: int = field(init=False)
+    data: memoryview | None = None  # where they are in the pickle itself
+    claimed: int = field(init=False)  # bytes that the file must hold
 
     def __post_init__(self) -> None:
         self.length = self.count if self.length < 0 else self.length
@@ -103,8 +98,7 @@ class Reader:
         self.names: set[str] = set()
         self.storages: list[StorageRef] = []
         self.nested_bytes = 0
-        self._work = MOST_OPERATIONS
-        self._bytes = _MADE_BYTES + 4 * size
+        self._work, self._bytes = MOST_OPERATIONS, _MADE_BYTES + 4 * size
         self._inside, self._nested = False, 0
         self._globals: dict[str, Any] = {}
 
@@ -115,6 +109,8 @@ class Reader:
         except (Odd, MalformedError, MemoryError):
             raise
         except Exception as error:
+            if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
+                raise Odd(_PYTHON_2) from None
             # A damaged pickle can go wrong in every way that a stack machine knows.
             raise MalformedError(reason_of(error)) from None
 
@@ -132,16 +128,8 @@ class Reader:
 
         while code := stream.read(1):
             self._spend(1)
-            operation = _OPERATIONS.get(code)
-            name = operation.name if operation else ""
-            argument: Any = None
-            if operation and operation.arg and name not in ("GLOBAL", "INST"):
-                try:
-                    argument = operation.arg.reader(stream)
-                except UnicodeDecodeError:
-                    if name == "STRING":
-                        raise Odd(_PYTHON_2) from None
-                    raise
+            name, read = _OPERATIONS.get(code, ("", None))
+            argument: Any = read(stream) if read else None
             match name:
                 case "BINPUT" | "LONG_BINPUT" | "PUT" | "MEMOIZE":
                     memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
@@ -149,20 +137,18 @@ class Reader:
                     push(memo[argument])
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE" | "BININT1" | "BININT2" | "BININT":
                     push(argument)
+                case "FLOAT" | "BINFLOAT" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                    push(argument)
                 case "INT" | "LONG" | "LONG1" | "LONG4":
                     if argument.bit_length() > 8 * _LONGEST_NUMBER:
                         raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
-                    push(argument)
-                case "FLOAT" | "BINFLOAT" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                     push(argument)
                 case "STRING" | "BINSTRING" | "SHORT_BINSTRING":
                     if not argument.isascii():
                         raise Odd(_PYTHON_2)
                     push(argument)
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-                case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
-                    push(_EMPTY[f"builtins.{name.removeprefix('EMPTY_').lower()}"]())
+                case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                    push(_PUSHED[name]())
                 case "MARK":
                     marks.append(len(stack))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -171,9 +157,10 @@ class Reader:
                         raise MalformedError("the stack of a pickle in it is empty")
                     stack[-length:] = [tuple(stack[-length:])]
                 case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
-                    push(_OF_ITEMS[name](pop_to_mark()))
+                    items = pop_to_mark()
+                    push(_OF_ITEMS[name](items))
                 case "GLOBAL":
-                    push(self._global(_line(stream), _line(stream)))
+                    push(self._global(*argument))
                 case "STACK_GLOBAL":
                     attribute, module = pop(), pop()
                     push(self._global(module, attribute))
@@ -187,8 +174,7 @@ class Reader:
                     what, *listed = pop_to_mark()
                     push(self._call(what, tuple(listed), "new"))
                 case "INST":
-                    what = self._global(_line(stream), _line(stream))
-                    push(self._call(what, tuple(pop_to_mark()), "new"))
+                    push(self._call(self._global(*argument), tuple(pop_to_mark()), "new"))
                 case "APPEND" | "APPENDS":
                     values = [pop()] if name == "APPEND" else pop_to_mark()
                     _contents(stack[-1], list).extend(values)
@@ -243,21 +229,24 @@ class Reader:
 
     def _persistent(self, reference: Any) -> Any:
         match reference:
-            case ("storage", Global(kind), str(key), str(), int(count), *rest) if count >= 0 and rest in ([], [None]):
-                storage = StorageRef(key, storage_dtype(kind), count)
-            case ("storage", Global(kind), str(key), str(), int(count), (str(), int(start), int(length))):
-                if not 0 <= start <= start + length <= count:
-                    raise Odd(f"takes a part of the storage {key!r} that it does not have")
-                storage = StorageRef(key, storage_dtype(kind), count, start, length)
             case ("module", Global() as what, *_):
                 # The old form keeps the source code of a module's class beside it, which is not read.
                 return what
+            case ("storage", Global(kind), str(key), str(), int(count), (str(), int(start), int(length))):
+                pass
+            case ("storage", Global(kind), str(key), str(), int(count), *rest) if rest in ([], [None]):
+                start, length = 0, count
             case _:
                 raise Odd("asks for something else than a storage")
-        self.storages.append(storage)
-        return storage
+        if kind not in storage_dtypes():
+            raise Odd(f"has a storage of the type {kind}")
+        if not 0 <= start <= start + length <= count:
+            raise Odd(f"takes a part of the storage {key!r} that it does not have")
+        self.storages.append(StorageRef(key, storage_dtypes()[kind], count, start, length))
+        return self.storages[-1]
 
     def _call(self, what: Any, arguments: Any, made_by: str) -> Any:
+        """Return what a call makes; raise Odd where pickle and torch.save do not write it so."""
         if not isinstance(what, Global) or type(arguments) is not tuple:
             raise Odd("calls what is not named")
         match what.name, arguments:
@@ -273,13 +262,6 @@ class Reader:
             return arguments[0]
         if name not in _KNOWN_CALLS:
             return Record(name, arguments, made_by)
-        made = self._made_by(name, arguments)
-        if made is _UNKNOWN:
-            raise Odd(f"calls {name} in another way")
-        return made
-
-    def _made_by(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """Return what a call of one of `_KNOWN_CALLS` makes, `_UNKNOWN` where pickle and torch.save do not write it."""
         if not arguments and name in _EMPTY:
             return _EMPTY[name]()
         match name, arguments:
@@ -313,20 +295,20 @@ class Reader:
                 return torch.device(kind, index)
             case "torch.serialization._get_layout", (str(layout),):
                 found = getattr(torch, layout.removeprefix("torch."), None)
-                return found if isinstance(found, torch.layout) else _UNKNOWN
+                if isinstance(found, torch.layout):
+                    return found
             case "torch.storage._load_from_bytes", (bytes(raw),) if not self._inside:
                 return self._storage_of_bytes(raw)
         if name in TENSOR_CALLS:
-            described = described_tensor(arguments, typed=name.endswith("_v3"))
-            if described is not None:
-                self._spend(len(described.size))
-                return described
+            described = described_tensor(name, arguments)
+            self._spend(len(described.size))
+            return described
         if name in _PATHS and all(type(part) is str for part in arguments):
             self._spend(len(arguments), 64 * sum(map(len, arguments)))
             return _PATHS[name](*arguments)
-        return _UNKNOWN
+        raise Odd(f"calls {name} in another way")
 
-    def _storage_of_bytes(self, raw: bytes) -> Any:
+    def _storage_of_bytes(self, raw: bytes) -> StorageRef:
         """Return what `pickle.dump` writes for a storage: a torch.save file of the old form, of one storage."""
         outside, self.storages, self._inside = self.storages, [], True
         try:
@@ -334,7 +316,7 @@ class Reader:
         finally:
             self.storages, self._inside = outside, False
         if not isinstance(found, StorageRef):
-            return _UNKNOWN
+            raise Odd("has other bytes than those of a storage")
         self._spend(1, found.claimed)
         start, length = places[found.key]
         self._nested += 1
@@ -355,27 +337,23 @@ def read_old(reader: Reader, stream: BinaryIO, most: int) -> tuple[Any, dict[str
         raise MalformedError("it does not begin as torch.save's old form does")
     if system.get("little_endian") is not True:
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise MalformedError("its list of storages is damaged")
     claimed: dict[str, StorageRef] = {}
     for storage in reader.storages:
         if claimed.setdefault(storage.key, storage).claimed != storage.claimed:
             raise Odd(f"claims two sizes for the storage {storage.key!r}")
+    listed = isinstance(keys, list) and len(keys) == len(claimed) and all(type(key) is str for key in keys)
+    if not listed or set(keys) != claimed.keys():
+        raise MalformedError("its list of storages is damaged")
     start, total = head.tell(), sum(8 + storage.claimed for storage in claimed.values())
     if start + total > stream.seek(0, io.SEEK_END):
         raise MalformedError(f"its tensors take {total:,} bytes, more than it has")
     places = {}
     for key in keys:
         stream.seek(start)
-        count = stream.read(8)
-        if key not in claimed or key in places or len(count) != 8:
-            raise MalformedError(f"its storage {key!r} is missing")
-        if int.from_bytes(count, "little", signed=True) != claimed[key].count:
+        if int.from_bytes(stream.read(8), "little", signed=True) != claimed[key].count:
             raise MalformedError(f"its storage {key!r} has another size than its pickle claims")
         places[key] = (start + 8, claimed[key].claimed)
         start += 8 + claimed[key].claimed
-    if claimed.keys() - places.keys():
-        raise MalformedError(f"its storage {min(claimed.keys() - places.keys())!r} is missing")
     return found, places
 
 
@@ -387,48 +365,39 @@ def constants() -> dict[str, Any]:
 
 
 @functools.cache
-def storage_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a storage type such as torch.FloatStorage; raise Odd for anything else."""
-    module, _, kind = name.rpartition(".")
-    if kind == "UntypedStorage" and module in ("torch.storage", "torch"):
-        return torch.uint8
-    try:
-        if module not in ("torch", "torch.cuda"):
-            raise KeyError(name)
-        dtype: torch.dtype = torch.serialization.StorageType(kind).dtype
-        return dtype
-    except KeyError:
-        raise Odd(f"has a storage of the type {name}") from None
+def storage_dtypes() -> dict[str, torch.dtype]:
+    """Return the dtypes of the types of storages, such as torch.FloatStorage, by name."""
+    typed = {f"{module}.{n}": t for module in ("torch", "torch.cuda") for n, t in _storage_type_to_dtype_map().items()}
+    return typed | {"torch.UntypedStorage": torch.uint8, "torch.storage.UntypedStorage": torch.uint8}
 
 
-def described_tensor(arguments: tuple[Any, ...], typed: bool = False) -> TensorRef | None:
-    """Return the tensor that `_rebuild_tensor`, `_rebuild_tensor_v2` or, `typed`, `_rebuild_tensor_v3` makes.
+def described_tensor(name: str, arguments: tuple[Any, ...]) -> TensorRef:
+    """Return the tensor that a call makes which torch.save wrote; raise Odd for one that it does not write.
 
-    None where it is not called as torch.save does. For the last the storage is of bytes, and the dtype is given.
+    In calls that end in `_v3` the storage is of bytes, and the dtype is given.
     """
-    dtype = arguments[6] if typed and len(arguments) > 6 else None
-    arguments = (*arguments[:6], *arguments[7:]) if typed else arguments
-    requires_grad = False
-    metadata: Any = {}
+    typed, dtype = name.endswith("_v3"), None
+    if typed and len(arguments) > 6:
+        dtype, arguments = arguments[6], (*arguments[:6], *arguments[7:])
+    requires_grad, metadata = False, cast(Any, {})
     match arguments:
         case (StorageRef() as storage, offset, size, stride) if not typed:
             pass
         case (StorageRef() as storage, offset, size, stride, bool(requires_grad), hooks, *rest) if not hooks:
             metadata = (rest[0] if rest else None) or {}
         case _:
-            return None
-    fits = are_sizes(size) and are_sizes(stride) and len(size) == len(stride) and are_sizes((offset,))
+            raise Odd(f"calls {name} in another way")
+    fits = all(map(are_sizes, (size, stride, (offset,)))) and len(size) == len(stride)
     flags = isinstance(metadata, dict) and all(type(k) is str and type(v) is bool for k, v in metadata.items())
     if not fits or not flags or isinstance(dtype, torch.dtype) != typed:
-        return None
+        raise Odd(f"calls {name} in another way")
     return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, metadata, dtype)
 
 
 def are_sizes(value: Any) -> bool:
     """True for what can be the sizes or strides of a tensor."""
-    if not isinstance(value, tuple | list):
-        return False
-    return len(value) <= _MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    short = isinstance(value, tuple | list) and len(value) <= _MOST_DIMENSIONS
+    return short and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def key_of(key: Any) -> Any:
@@ -442,12 +411,9 @@ def key_of(key: Any) -> Any:
     if kind is int:
         plain = -(2**53) <= key <= 2**53
     elif kind is tuple:
-        plain = len(key) <= 4 and all(
-            part is None
-            or (isinstance(part, int) and -(2**31) <= part <= 2**31)
-            or (type(part) is str and len(part) <= _LONGEST_KEY)
-            for part in key
-        )
+        small = (-(2**31) <= part <= 2**31 for part in key if isinstance(part, int))
+        short = (type(part) is str and len(part) <= _LONGEST_KEY for part in key if not isinstance(part, int | None))
+        plain = len(key) <= 4 and all(small) and all(short)
     else:
         plain = kind in (str, bytes, float) or isinstance(key, _PLAIN_KEYS)
     if not plain:
@@ -455,16 +421,14 @@ def key_of(key: Any) -> Any:
     return key
 
 
-def _line(stream: BinaryIO) -> str:
-    line = stream.readline()
-    if not line.endswith(b"\n"):
+def _two_lines(stream: BinaryIO) -> list[str]:
+    lines = [stream.readline(), stream.readline()]
+    if not all(line.endswith(b"\n") for line in lines):
         raise MalformedError("a pickle in it ends too soon")
-    return str(line[:-1], "utf-8")
+    return [str(line[:-1], "utf-8") for line in lines]
 
 
 def _paired(flat: list[Any]) -> dict[Any, Any]:
-    if len(flat) % 2:
-        raise MalformedError("a key of a dict in it has no value")
     return dict(zip(map(key_of, flat[::2]), flat[1::2], strict=True))
 
 
@@ -473,7 +437,7 @@ def _contents(value: Any, kind: type) -> Any:
     if isinstance(value, Record) and kind is not set:
         return value.elements if kind is list else value.items
     if not isinstance(value, kind):
-        raise Odd(f"puts items into {_called_text(value)}")
+        raise Odd(f"puts items into a {type(value).__name__}")
     return value
 
 
@@ -484,7 +448,7 @@ def _fill(target: Any, state: Any) -> None:
             raise Odd(f"fills a {target.name} twice")
         target.state = state
     elif not isinstance(target, dict):
-        raise Odd(f"fills {_called_text(target)} with attributes")
+        raise Odd(f"fills a {type(target).__name__} with attributes")
     elif type(target) is collections.OrderedDict and type(state) is dict:
         # The versions of the modules' forms, by their names; anything else that hangs on a dict is no part of it.
         versions = state.get("_metadata")
@@ -495,15 +459,16 @@ def _fill(target: Any, state: Any) -> None:
             target._metadata = versions  # type: ignore[attr-defined]  # as torch does
 
 
-def _called_text(value: Any) -> str:
-    return f"a {value.name if isinstance(value, Global) else type(value).__name__}"
-
-
-_UNKNOWN: Any = object()
 _OF_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
     "TUPLE": tuple, "LIST": list, "DICT": _paired, "FROZENSET": lambda items: set(map(key_of, items)),
 }  # fmt: skip
-_OPERATIONS = {operation.code.encode("latin-1"): operation for operation in pickletools.opcodes}
+_PUSHED: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": bool,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set,
+}  # fmt: skip
+_READERS: dict[str, Any] = {one.name: one.arg.reader for one in pickletools.opcodes if one.arg}
+_READERS |= {"GLOBAL": _two_lines, "INST": _two_lines}
+_OPERATIONS = {one.code.encode("latin-1"): (one.name, _READERS.get(one.name)) for one in pickletools.opcodes}
 _PLAIN_KEYS = (bool, type(None), Global, Record, pathlib.PurePath, torch.dtype, torch.device)
 
 # Made empty where they are called without arguments. Frozen sets become sets, dicts with defaults become dicts.

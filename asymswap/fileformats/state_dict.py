@@ -20,8 +20,7 @@ State = dict[str, Tensor]
 NESTS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "model_ema", "network", "params")
 """Keys under which training scripts store the weights, the likeliest first."""
 
-# What DataParallel and torch.compile put before all keys, and wrappers anywhere in a key.
-_PREFIXES = ("module.", "_orig_mod.")
+# What torch.compile and wrappers put anywhere in a key.
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # What holds tensors by name as well, and is no network.
 _NO_NETWORKS = ("optim", "lr_sched", "sched", "scaler", "callback", "loop", "message_hub", "meta", "metric", "rng")
@@ -46,7 +45,7 @@ def find_weights(value: Any, label: str, key: str | None = None) -> Found:
     if not found and key is not None:
         return _behind(list(_candidates(value, "", 0)), key, label)
     if found:
-        others = [other.key for other in found[1:] if not _shared(other.value, found[0].value)]
+        others = [other.key for other in found[1:] if _parts(other.value) != _parts(found[0].value)]
         note = f"other weights in {label}: {listed(others, 6)} (`key=…` chooses)"
         return replace(found[0], notes=(note,) if others else ())
     if not isinstance(value, Mapping):
@@ -107,27 +106,24 @@ def _as_state(value: Mapping[Any, Any]) -> State:
     return state if weights and remarks and all(isinstance(name, str) for name in state) else {}
 
 
-def _shared(one: State | nn.Module, other: State | nn.Module) -> bool:
-    if isinstance(one, nn.Module) or isinstance(other, nn.Module):
-        return one is other
-    return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
+def _parts(value: State | nn.Module) -> Any:
+    """Return what is equal for the same weights under two keys."""
+    return value if isinstance(value, nn.Module) else {key: id(tensor) for key, tensor in value.items()}
 
 
 def _behind(found: list[Found], key: str, label: str) -> Found:
     """Return the part of a state dict whose keys begin with the end of a path; raise SourceError for none."""
+    keys = [one.key for one in found if one.key]
+    known = [*keys]
     for one in found:
         inside = f"{one.key}." if one.key else ""
-        if isinstance(one.value, dict) and key.startswith(inside):
-            prefix = key.removeprefix(inside) + "."
-            part = {name.removeprefix(prefix): t for name, t in one.value.items() if name.startswith(prefix)}
-            if part:
-                return Found(strip_prefixes(part), key)
-    keys = [one.key for one in found if one.key]
-    known = list(keys)
-    for one in found:
-        if not isinstance(one.value, nn.Module):
-            firsts = dict.fromkeys(name.partition(".")[0] for name in one.value if "." in name)
-            known += [f"{one.key}.{first}" if one.key else first for first in firsts]
+        state = {} if isinstance(one.value, nn.Module) else one.value
+        within = {f"{inside}{name}": tensor for name, tensor in state.items()}
+        part = {name.removeprefix(f"{key}."): t for name, t in within.items() if name.startswith(f"{key}.")}
+        if part:
+            return Found(strip_prefixes(part), key)
+        firsts = dict.fromkeys(name.partition(".")[0] for name in state if "." in name)
+        known += [f"{inside}{first}" for first in firsts]
     it_has = f"; it has {listed(known, 6)}" if known else "; it has no keys to choose from"
     hint = near_names(key, keys) or near_names(key, known) or it_has
     raise SourceError(f'{label} has no state_dict under `key="{key}"`{hint}')
@@ -141,10 +137,9 @@ def strip_prefixes(state: State) -> State:
     while True:
         # An AveragedModel is a `module.` too, with this counter beside it.
         keys = [key for key in state if key != "n_averaged"]
-        prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
-        if prefix is None:
+        if not keys or not all(key.startswith("module.") for key in keys):
             return state
-        state = {key.removeprefix(prefix): state[key] for key in keys}
+        state = {key.removeprefix("module."): state[key] for key in keys}
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,9 @@ class Difference:
     def __str__(self) -> str:
         both = (("missing", self.missing), ("unexpected", self.unexpected))
         parts = [f"{name}: {listed(keys, 2)}" for name, keys in both if keys]
-        parts += [f"{key} is {_text(have)}, the model's {_text(want)}" for key, have, want in self.shapes[:2]]
+        for key, *shapes in self.shapes[:2]:
+            have, want = ("x".join(map(str, shape)) or "a scalar" for shape in shapes)
+            parts.append(f"{key} is {have}, the model's {want}")
         if len(self.shapes) > 2:
             parts.append(f"{len(self.shapes) - 2} more shapes differ")
         return "; ".join(parts)
@@ -190,12 +187,12 @@ def check_numbers(model: nn.Module) -> None:
 
 def own_tensors(model: nn.Module) -> State:
     """Return every parameter and stored buffer of a model by all of its names, in the order of the state dict."""
-    found: State = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        kept = {**module._parameters, **module._buffers}
-        stored = ((key, value) for key, value in kept.items() if key not in module._non_persistent_buffers_set)
-        found |= {f"{prefix}.{key}" if prefix else key: value for key, value in stored if value is not None}
-    return found
+    return {
+        f"{prefix}.{key}" if prefix else key: value
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for key, value in {**module._parameters, **module._buffers}.items()
+        if value is not None and key not in module._non_persistent_buffers_set
+    }
 
 
 def stored_tensors(model: nn.Module) -> State:
@@ -209,9 +206,9 @@ def stored_tensors(model: nn.Module) -> State:
         if not isinstance(value, Tensor) or key not in own:
             what = "no parameter or buffer" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise SourceError(f"the model's state dict has {key!r}, {what}, which could not be loaded again")
-    lacking = next((name for name in own if name not in state), None)
-    if lacking is not None:
-        raise SourceError(f"the model's state dict leaves out {lacking!r}, so that it could not be loaded again")
+    for key in own:
+        if key not in state:
+            raise SourceError(f"the model's state dict leaves out {key!r}, so that it could not be loaded again")
     return state
 
 
@@ -231,8 +228,11 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
         heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
     with torch.no_grad():
         for key, tensor in state.items():
-            own = tensors[key]
-            if take and len(heirs[tensor.untyped_storage().data_ptr()]) == 1 and _can_become(tensor, own):
+            own, memory = tensors[key], tensor.untyped_storage()
+            # A part of a larger memory would keep all of it alive, and be written with all of it.
+            whole = memory.nbytes() == tensor.nbytes and len(heirs[memory.data_ptr()]) == 1
+            alike = tensor.stride() == own.stride() and tensor.device == own.device and own.is_floating_point()
+            if take and whole and alike and type(tensor) in (Tensor, nn.Parameter):
                 own.data = tensor.detach()
                 continue
             if own.dtype != tensor.dtype and own.is_floating_point():
@@ -242,13 +242,6 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
             # Old files lack these counters, and the model's own memory may be unset.
             if key.endswith("num_batches_tracked"):
                 tensors[key].zero_()
-
-
-def _can_become(tensor: Tensor, own: Tensor) -> bool:
-    # A part of a larger memory would keep all of it alive, and be written with all of it.
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    alike = tensor.stride() == own.stride() and tensor.device == own.device and own.is_floating_point()
-    return whole and alike and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _check_tensor(key: str, tensor: Tensor, own: Tensor) -> None:
@@ -262,7 +255,3 @@ def _check_tensor(key: str, tensor: Tensor, own: Tensor) -> None:
     else:
         return
     raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

@@ -41,11 +41,8 @@ _INSTEAD = (
 
 LARGEST_PICKLE = 32 * 2**20
 """Bytes of a pickle that is larger than its archive, being compressed; others can't be larger."""
-
 _UNPACKED, _UNPACKED_RATIO = 64 * 2**20, 8
 """torch.save compresses nothing. What somebody compressed afterwards may be larger than this, and by this factor."""
-
-_LOCAL = struct.Struct("<4s5H3I2H")
 
 # A file that names another one of these modules or names wants more than to store something, and is not read at all.
 _STORING = {
@@ -63,15 +60,12 @@ _RUNS_CODE = (
 
 
 class Entries:
-    """The entries of an archive, by their whole names; a storage is read once."""
+    """The entries of an archive, by their whole names."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
-        self._archive = archive
+        self._archive, self.size, self._verify = archive, size, verify
         infos = [info for info in archive.infolist() if not info.is_dir()]
         self._infos = {info.filename: info for info in infos}
-        self._storages: dict[str, torch.UntypedStorage] = {}
-        self._verify = verify
-        self.size = size
         # torch ignores case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
             raise Odd("is an archive with two entries of one name")
@@ -89,55 +83,47 @@ class Entries:
 
     def ending(self, *suffixes: str) -> str | None:
         """Return the first entry whose name ends so, at the border of a part of its name."""
-        for suffix in suffixes:
-            for name in self._infos:
-                if name == suffix or name.endswith(suffix if suffix.startswith("_") else f"/{suffix}"):
-                    return name
-        return None
+        ends = [(suffix, suffix if suffix.startswith("_") else f"/{suffix}") for suffix in suffixes]
+        return next((name for whole, end in ends for name in self if name == whole or name.endswith(end)), None)
 
     def length(self, name: str) -> int | None:
         """Return how many bytes an entry has; None where there is none."""
         return self._infos[name].file_size if name in self._infos else None
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of an entry; raise MalformedError where it is missing."""
-        return self._archive.read(self._info(name))
-
-    def storage(self, name: str, needed: int) -> torch.UntypedStorage:
-        """Return the bytes of an entry, of which `needed` are claimed, as memory for tensors."""
-        info = self._info(name)
-        if info.file_size < needed:
-            raise MalformedError(f"entry {name} is shorter than its {needed} bytes")
-        if name in self._storages:
-            return self._storages[name]
-        memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
-        self._storages[name] = memory.untyped_storage()
-        if not info.file_size:
-            return self._storages[name]
-        place: Any = memory.numpy()
-        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
-            # The bytes are read into their place, so that they are in memory once.
-            file = cast(BinaryIO, self._archive.fp)
-            file.seek(info.header_offset)
-            signature, *_, name_length, extra_length = _LOCAL.unpack(file.read(_LOCAL.size))
-            if signature != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
-                raise MalformedError(f"entry {info.filename} is not where the list of entries says")
-            file.seek(extra_length, 1)
-            if file.readinto(place) != info.file_size:  # type: ignore[attr-defined]
-                raise MalformedError(f"entry {info.filename} is cut off")
-        else:
-            content = self._archive.read(info)
-            if len(content) != info.file_size:
-                raise MalformedError(f"entry {info.filename} is cut off")
-            place[:] = memoryview(content)
-        if self._verify and zlib.crc32(place) != info.CRC:
-            raise MalformedError(f"Bad CRC-32 for file {info.filename!r}")
-        return self._storages[name]
-
     def _info(self, name: str) -> zipfile.ZipInfo:
         if name not in self._infos:
             raise MalformedError(f"entry {name} is missing")
         return self._infos[name]
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of an entry; raise MalformedError where it is missing."""
+        return self._archive.read(self._info(name))
+
+    def storage(self, name: str) -> torch.UntypedStorage:
+        """Return the bytes of an entry as memory for tensors; raise MalformedError where it is missing."""
+        info = self._info(name)
+        memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
+        place: Any = memory.numpy()
+        if not info.file_size:
+            return memory.untyped_storage()
+        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+            # The bytes are read into their place, so that they are in memory once.
+            file = cast(BinaryIO, self._archive.fp)
+            file.seek(info.header_offset)
+            signature, *_, name_length, extra_length = struct.unpack("<4s5H3I2H", file.read(30))
+            if signature != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
+                raise MalformedError(f"entry {name} is not where the list of entries says")
+            file.seek(extra_length, 1)
+            found = file.readinto(place)  # type: ignore[attr-defined]
+        else:
+            content = self._archive.read(info)
+            found = len(content)
+            place[:found] = memoryview(content)
+        if found != info.file_size:
+            raise MalformedError(f"entry {name} is cut off")
+        if self._verify and zlib.crc32(place) != info.CRC:
+            raise MalformedError(f"Bad CRC-32 for file {name!r}")
+        return memory.untyped_storage()
 
 
 @contextmanager
@@ -158,16 +144,12 @@ def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
 
 @dataclass(frozen=True)
 class RawFile:
-    """What a file holds, before anything is made of it.
-
-    `unread` names the classes and types of what stayed records; `executed`: it was unpickled without restriction, so
-    code in it ran; `metadata` is from a safetensors file.
-    """
+    """What a file holds, before anything is made of it."""
 
     value: Any
-    unread: tuple[str, ...] = ()
-    executed: bool = False
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()  # the classes and types of what stayed records
+    executed: bool = False  # it was unpickled without restriction, so code in it ran
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors file
     notes: tuple[str, ...] = ()
 
 
@@ -187,44 +169,37 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
     """
     try:
         loaded = _read(file, kind, label)
-        if not trust_pickle and any(map(wants_code, loaded.unread)):
+        if not trust_pickle and any(map(_wants_code, loaded.unread)):
             raise refusal(loaded.unread, label, instead)
         if not trust_pickle or not loaded.unread:
             return loaded
     except Odd as error:
         if not trust_pickle:
-            raise SourceError(
-                f"{label} {error}, which torch.save never writes; nothing of it was executed; {instead}"
-            ) from None
+            strange = f"{error}, which torch.save never writes"
+            raise SourceError(f"{label} {strange}; nothing of it was executed; {instead}") from None
     except MalformedError as error:
         raise SourceError(f"{label} is cut off or damaged: {error}") from None
-    finally:
-        if not isinstance(file, Path):
-            file.seek(0)
     import_from_here()
     try:
         with warnings.catch_warnings():
             # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
             warnings.simplefilter("ignore")
             return RawFile(torch.load(file, map_location="cpu", weights_only=False), executed=True)
-    except Exception as error:
-        # Any code may run, and may fail.
-        if isinstance(error, ImportError | AttributeError):
-            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
-        else:
-            what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
+    except (ImportError, AttributeError) as error:
+        what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
+        raise SourceError(f"{label} {what}") from error
+    except Exception as error:  # any code may run, and may fail
+        what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
         raise SourceError(f"{label} {what}") from error
 
 
 def refusal(unread: Iterable[str], label: str, instead: str = _INSTEAD) -> SourceError:
     """Return the error for a file with classes that are not allowed."""
-    needs = listed(sorted(unread), 3)
-    return SourceError(
-        f"{label} is a pickle that needs {needs}, outside of the allowlist; nothing of it was executed; {instead}"
-    )
+    needs = f"{listed(sorted(unread), 3)}, outside of the allowlist"
+    return SourceError(f"{label} is a pickle that needs {needs}; nothing of it was executed; {instead}")
 
 
-def wants_code(name: str) -> bool:
+def _wants_code(name: str) -> bool:
     """True for a global of the kind that runs something, rather than stores something."""
     module, _, attribute = name.rpartition(".")
     root = module.partition(".")[0]
@@ -249,15 +224,11 @@ def read_archive(entries: Entries, label: str, folder: str, scripted: bool = Fal
     content = entries.read(f"{folder}data.pkl")
     reader = Reader(len(content))
     root = reader.read(io.BytesIO(content))
-
-    def check(storage: StorageRef) -> None:
-        held = entries.length(f"{folder}data/{storage.key}")
-        if held is None or held < storage.claimed:
-            raise Odd(
-                f"claims {storage.claimed:,} bytes for the storage {storage.key!r}, of which it holds {held or 0:,}"
-            )
-
-    return _built(root, reader, label, check, lambda s: entries.storage(f"{folder}data/{s.key}", s.claimed), scripted)
+    for storage in reader.storages:
+        held, claimed = entries.length(f"{folder}data/{storage.key}"), storage.claimed
+        if held is None or held < claimed:
+            raise Odd(f"claims {claimed:,} bytes for the storage {storage.key!r}, of which it holds {held or 0:,}")
+    return _built(root, reader, label, lambda s: entries.storage(f"{folder}data/{s.key}"), scripted)
 
 
 def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
@@ -269,69 +240,48 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
             return read_archive(entries, label, f"{roots.pop()}/")
     if not isinstance(file, Path):
         raise MalformedError(f"it is {kind.value}")
+    places: dict[str, tuple[int, int]] = {}
     with file.open("rb") as stream:
         if kind is FileKind.PICKLE:
             content = stream.read()
             reader = Reader(len(content))
             root = reader.read(io.BytesIO(content))
+            if reader.storages:
+                raise Odd(f"asks for the storage {reader.storages[0].key!r}, which no pickle by itself holds")
+        else:
+            size = file.stat().st_size
+            for most in (2**20, LARGEST_PICKLE):
+                stream.seek(0)
+                reader = Reader(min(most, size))
+                try:
+                    root, places = read_old(reader, stream, most)
+                    break
+                except MalformedError:
+                    # Few pickles are longer than the first try.
+                    if most == LARGEST_PICKLE or size < most:
+                        raise
 
-            def refuse(storage: StorageRef) -> Any:
-                raise Odd(f"asks for the storage {storage.key!r}, which no pickle by itself holds")
+        def memory(storage: StorageRef) -> torch.UntypedStorage:
+            start, length = places[storage.key]
+            tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
+            stream.seek(start)
+            if length and stream.readinto(tensor.numpy().data) != length:
+                raise MalformedError(f"its storage {storage.key!r} is cut off")
+            return tensor.untyped_storage()
 
-            return _built(root, reader, label, refuse, refuse)
-        return _read_old_form(stream, label, file.stat().st_size)
-
-
-def _read_old_form(stream: BinaryIO, label: str, size: int) -> RawFile:
-    for most in (2**20, LARGEST_PICKLE):
-        stream.seek(0)
-        reader = Reader(min(most, size))
-        try:
-            root, places = read_old(reader, stream, most)
-            break
-        except MalformedError:
-            # Few pickles are longer than the first try.
-            if most == LARGEST_PICKLE or size < most:
-                raise
-
-    def memory(storage: StorageRef) -> torch.UntypedStorage:
-        start, length = places[storage.key]
-        tensor = torch.empty_strided((length,), (1,), dtype=torch.uint8)
-        stream.seek(start)
-        if length and stream.readinto(tensor.numpy()) != length:  # type: ignore[attr-defined]
-            raise MalformedError(f"its storage {storage.key!r} is cut off")
-        return tensor.untyped_storage()
-
-    return _built(root, reader, label, lambda _: None, memory)
+        return _built(root, reader, label, memory)
 
 
 def _built(
-    root: Any,
-    reader: Reader,
-    label: str,
-    check: Callable[[StorageRef], None],
-    memory: Callable[[StorageRef], torch.UntypedStorage],
-    scripted: bool = False,
+    root: Any, reader: Reader, label: str, memory: Callable[[StorageRef], torch.UntypedStorage], scripted: bool = False
 ) -> RawFile:
-    """Return what a pickle describes, after checking every storage in it."""
-    for storage in reader.storages:
-        check(storage)
+    """Return what a pickle describes, every storage of which has been checked."""
     held = sum({s.key: s.claimed for s in reader.storages}.values())
     names = named_in(root) if COMPILED in reader.names else reader.names
     unread = {name for name in names if not is_allowed(name)}
-    if any(map(wants_code, unread)) and not scripted:
+    if any(map(_wants_code, unread)) and not scripted:
         return RawFile(None, tuple(sorted(unread)))
-    made: dict[tuple[str, bool], torch.UntypedStorage] = {}
-
-    def found(storage: StorageRef) -> torch.UntypedStorage:
-        key = (storage.key, storage.data is None)
-        if storage.data is not None and key not in made:
-            made[key] = torch.frombuffer(bytearray(storage.data), dtype=torch.uint8).untyped_storage()
-        elif key not in made:
-            made[key] = memory(storage)
-        return made[key]
-
-    builder = Builder(found, held + reader.nested_bytes, label, bool(unread))
+    builder = Builder(memory, held + reader.nested_bytes, label, bool(unread))
     try:
         with warnings.catch_warnings():
             # torch's own, of quantised and of sparse tensors.
@@ -346,10 +296,9 @@ def _built(
 
 
 def to_structure(model: nn.Module) -> bytes | None:
-    """Return the structure of a module without its weights as bytes, for models that were pickled whole.
+    """Return what torch.save makes of a module with every tensor of its state dict on the meta device.
 
-    It is what torch.save makes of the module with every tensor of its state dict on the meta device. None for a module
-    of classes outside of the allowlist, and where it holds anything that could not be read back.
+    None for one of classes outside of the allowlist, and where it holds anything that could not be read back.
     """
     if not is_allowed_module(model):
         return None

@@ -23,7 +23,7 @@ from asymswap.graph.graphs import Recording, believed_parts, recording, traceabl
 from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
 from asymswap.types import Call, Neighbour, Site, norm_behind
-from asymswap.utils.inputs import Inputs, describe, with_values
+from asymswap.utils.inputs import Inputs, sizes, with_values
 from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
 
 NORM_ACT = "batch_norm_act"  # the operation of a node that normalises and then does something else, in one module
@@ -98,7 +98,7 @@ def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
     elif hidden or (number and len(holders) == 1):
         hint = f"; give the network itself, its attribute {(hidden or holders)[0]!r}"
     seen = "; ".join(traced.notes)
-    raise TraceError(f"{name} on {describe(inputs)}: {what}{f' ({seen})' if seen else ''}{hint}")
+    raise TraceError(f"{name} on an input of {sizes(inputs)}: {what}{f' ({seen})' if seen else ''}{hint}")
 
 
 def read_structure(model: nn.Module) -> tuple[Site, ...]:
@@ -146,7 +146,7 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str,
         if len(dtypes) > 1:
             named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
             advice = f"its layers have several dtypes, {named}: give them one, as with model.float()"
-        raise TraceError(f"the model does not run on {describe(inputs)}: {reason}; {advice}") from error
+        raise TraceError(f"the model does not run on an input of {sizes(inputs)}: {reason}; {advice}") from error
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:

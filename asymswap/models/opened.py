@@ -16,7 +16,7 @@ from asymswap.measure.macs import Costs, count_costs
 from asymswap.models.preprocessing import size_warning
 from asymswap.types import Origin, Plan, Preprocessing
 from asymswap.utils import inputs as made_inputs
-from asymswap.utils.inputs import Inputs, describe
+from asymswap.utils.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,17 @@ def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
 
     Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.
     """
+    about = f"an input of {made_inputs.sizes(opened.example())}"
     try:
         costs = count_costs(opened.model, opened.example(), names)
     except Exception as error:
         # A network may raise anything for an input that it does not take.
-        about = describe(opened.example())
         raise TraceError(
             f"{opened.reference} does not run on {about}: {reason_of(error, 200)}; give another `input_size=…`"
         ) from error
     if costs.total.macs == 0:
         raise TraceError(
-            f"{opened.reference} costs 0 MACs on {describe(opened.example())}: no convolution, linear layer or matrix "
-            "product was seen to run; give the network itself if this is a wrapper around it"
+            f"{opened.reference} costs 0 MACs on {about}: no convolution, linear layer or matrix product was seen to "
+            "run; give the network itself if this is a wrapper around it"
         )
     return costs

@@ -38,7 +38,7 @@ from asymswap.planning.apply import apply_random
 from asymswap.planning.plan import Choices, CostModel, choose
 from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Option, Plan, Progress, Ratio, Site, Swap, silent
-from asymswap.utils.files import write_text
+from asymswap.utils.files import write_file
 from asymswap.utils.inputs import Inputs
 
 _GRID = 8  # options of each conv that are timed; between them latency is interpolated by the MACs
@@ -211,7 +211,7 @@ class _Table:
         # The file is a convenience: without it the next conversion measures again.
         with contextlib.suppress(OSError, OutputError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, text + "\n")
+            write_file(self._path, text + "\n")
 
     def costs(self, choices: Choices) -> CostModel:
         """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now."""

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymswap.data.batches import Batch, Mixing
-from asymswap.errors import SourceError
+from asymswap.errors import SourceError, call
 from asymswap.measure.fidelity import caught, difference, feature_error
 from asymswap.training.config import Training
 from asymswap.training.distillation import Teacher
 from asymswap.utils.inputs import arguments_of, sizes
 from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, meta_copy, to_meta
-from asymswap.utils.users import call
 
 _COMPARABLE = (
     "; to learn from a teacher both must return the same tensors, such as a detector's heads before boxes are chosen: "

@@ -23,7 +23,7 @@ from asymswap.errors import AsymswapError, CheckpointError, OutputError, SourceE
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
 from asymswap.results.finetune import EpochRow, StepRow
-from asymswap.utils.files import real_cause, whole_file, write_text
+from asymswap.utils.files import real_cause, whole_file, write_file
 from asymswap.utils.tensors import list_tensors, tensors_hash
 
 STATE_FORMAT = 1
@@ -66,7 +66,7 @@ class RunFolder:
         lines = [line for line in rows if _step_of(line) <= step] if step else []
         if not lines:
             lines = [json.dumps({"event": "start", "step": 0, "settings": identity})]
-        write_text(self.metrics, "".join(f"{line}\n" for line in lines))
+        write_file(self.metrics, "".join(f"{line}\n" for line in lines))
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import importlib
 import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-
-_TIMEOUT = datetime.timedelta(days=1)  # a process waits for the others: the first one alone may polish for hours
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,10 @@ class Team:
         """True in the process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def _exchange(self) -> Any:
+        return importlib.import_module("torch.distributed")
+
     def share(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
         """Return every `size`-th of all items, with its number."""
         return ((number, item) for number, item in enumerate(items) if number % self.size == self.rank)
@@ -43,50 +46,39 @@ class Team:
         """Return the sum of all processes' tensors of one shape, the same bits in every process."""
         if self.size == 1:
             return tensor
-        from torch import distributed as dist
-
         total = tensor.detach().cpu().contiguous().clone()
-        dist.all_reduce(total)
+        self._exchange.all_reduce(total)
         return total.to(tensor.device)
 
     def first(self, work: Callable[[], T]) -> T:
         """Return the result of `work`, which the first process alone does; where it fails, all do."""
         if self.size == 1:
             return work()
-        from torch import distributed as dist
-
-        box: list[tuple[T | None, Exception | None]] = [(None, None)]
+        box: list[Any] = [None, None]  # what work returned, or the error
         if self.leads:
             try:
-                box[0] = (work(), None)
+                box[0] = work()
             except Exception as error:
-                box[0] = (None, error)
-        dist.broadcast_object_list(box, src=0)
-        result, failure = box[0]
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]  # it is what work returned
+                box[1] = error
+        self._exchange.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        result: T = box[0]
+        return result
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, in the order of their numbers."""
-        if self.size == 1:
-            return [value]
-        from torch import distributed as dist
-
-        values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]  # each process has filled in its own
+        values = [value] * self.size
+        if self.size > 1:
+            self._exchange.all_gather_object(values, value)
+        return values
 
     def follow_(self, module: nn.Module) -> None:
         """Give the module, in place, the parameters and buffers that it has in the first process."""
-        if self.size == 1:
-            return
-        from torch import distributed as dist
-
-        for tensor in (tensor.detach() for tensor in itertools.chain(module.parameters(), module.buffers())):
-            sent = tensor.cpu().contiguous()
-            dist.broadcast(sent, src=0)
-            tensor.copy_(sent)
+        for tensor in itertools.chain(module.parameters(), module.buffers()) if self.size > 1 else ():
+            sent = tensor.detach().cpu().contiguous()
+            self._exchange.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
 
 
 ALONE = Team()
@@ -101,8 +93,7 @@ def end_process(code: str | int | None) -> NoReturn:
     """End this process with the code of a `SystemExit`, after its exit handlers, but without Python's own teardown.
 
     The threads of DistributedDataParallel's process group outlive it, destroyed or not (torch 2.14). One that drops a
-    tensor during the teardown aborts the process, and torchrun counts a finished training as failed. `multiprocessing`
-    ends its processes like this too.
+    tensor during the teardown aborts the process. `multiprocessing` ends its processes like this too.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)  # noqa: T201  # as Python itself does
@@ -122,18 +113,18 @@ def joined(gpus: bool = False) -> Iterator[Team]:
     from torch import distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    both = gpus and dist.is_nccl_available() and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
+    patience = datetime.timedelta(days=1)  # for the others: the first one alone may polish for hours
     # torchrun keeps one store for all its attempts, with the addresses of processes that died.
-    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=patience))
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not named in __all__
-    backend = "cpu:gloo,cuda:nccl" if both else "gloo"
     # gloo reports its peers on stdout (torch 2.9): send that to stderr.
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)

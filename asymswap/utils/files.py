@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from asymswap.errors import AsymswapError, OutputError, SourceError
@@ -22,28 +22,28 @@ try:
 except ImportError:  # Windows has no such locks: nothing is removed there but what a process itself has left.
     fcntl = None  # type: ignore[assignment]
 
-_DRAFT = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.part", re.DOTALL)
-_LOCK = "lock"
-
 
 def check_output(path: Path, force: bool) -> None:
     """Raise OutputError where a file cannot be written, before any work is done for it."""
     folder = path.parent
     try:
         if path.is_dir():
-            raise OutputError(f"{path} is a folder; give a file name in it")
-        if path.exists() and not path.is_file():
-            raise OutputError(f"{path} is a device or a pipe, which a file would replace; give another name")
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists already; give another name, or `force=True` to replace it")
+            reason = f"{path} is a folder; give a file name in it"
+        elif path.exists() and not path.is_file():
+            reason = f"{path} is a device or a pipe, which a file would replace; give another name"
+        elif path.exists() and not force:
+            reason = f"{path} exists already; give another name, or `force=True` to replace it"
+        elif not folder.exists():
+            reason = f"the folder {folder} does not exist; create it with mkdir -p {folder}"
+        elif not folder.is_dir():
+            reason = f"{folder} is not a folder, so {path.name} cannot be written there"
+        elif not os.access(folder, os.W_OK):
+            reason = f"the folder {folder} cannot be written to; give another"
+        else:
+            return
     except OSError as error:
-        raise OutputError(f"{path} cannot be the name of a file: {error.strerror}") from None
-    if not folder.exists():
-        raise OutputError(f"the folder {folder} does not exist; create it with mkdir -p {folder}")
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder, so {path.name} cannot be written there")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} cannot be written to; give another")
+        reason = f"{path} cannot be the name of a file: {error.strerror}"
+    raise OutputError(reason)
 
 
 def check_distinct(files: Mapping[str, Path | None]) -> None:
@@ -65,9 +65,20 @@ def real_cause(error: Exception) -> BaseException:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` at the end, or is removed at any error."""
+    # The name must not become too long, nor be the name of another draft for the same file.
+    folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:
         _remove_abandoned(path.parent)
-        with _draft_folder(path) as folder:
+        folder.mkdir(mode=0o700)
+        with ExitStack() as ending:
+            ending.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = ending.enter_context((folder / "unlocked").open("w"))
+            if fcntl is not None:
+                # A network disk may have no locks: then nobody removes what is left on it.
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            # Only now: nobody else sees it without its lock.
+            (folder / "unlocked").rename(folder / "lock")
             draft = folder / "draft"
             draft.touch(exist_ok=False)
             mode = draft.stat().st_mode
@@ -81,34 +92,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file completely, or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a file completely, or not at all."""
     with whole_file(path) as draft:
-        draft.write_bytes(data)
-
-
-@contextmanager
-def _draft_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path`, on the same disk, with a lock held; it is removed in the end."""
-    # The name must not become too long, nor be the name of another draft for the same file.
-    folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
-    folder.mkdir(mode=0o700)
-    try:
-        with (folder / "unlocked").open("w") as lock:
-            if fcntl is not None:
-                # A network disk may have no locks: then nobody removes what is left on it.
-                with suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            # Only now: nobody else sees it without its lock.
-            (folder / "unlocked").rename(folder / _LOCK)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _remove_abandoned(place: Path) -> None:
@@ -116,11 +103,12 @@ def _remove_abandoned(place: Path) -> None:
     if fcntl is None:
         return
     with suppress(OSError):
-        for folder in [entry for entry in place.iterdir() if _DRAFT.fullmatch(entry.name)]:
-            # Without a lock file it is only just being made, or not ours.
-            with suppress(OSError), (folder / _LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in place.iterdir():
+            if re.fullmatch(r"\..{1,40}\.[0-9a-f]{8}\.part", folder.name, re.DOTALL):
+                # Without a lock file it is only just being made, or not ours.
+                with suppress(OSError), (folder / "lock").open("r+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

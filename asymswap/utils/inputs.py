@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError, reason_of
+from asymswap.errors import SourceError, call, reason_of
 from asymswap.types import Preprocessing
 from asymswap.utils.tensors import list_tensors, map_tensors, seeded
-from asymswap.utils.users import call
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
-
-_PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 PORTION = 3 * 224 * 224
 """Numbers in the inputs of one forward pass, if there is a choice: one image of the usual size, or many small ones."""
@@ -42,14 +42,12 @@ def with_values(inputs: Inputs) -> Inputs:
     def fill(tensor: Tensor) -> Tensor:
         return torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor
 
-    filled: Inputs = map_tensors(inputs, fill)
-    return filled
+    return tuple(map_tensors(one, fill) for one in inputs)
 
 
 def copied(inputs: Inputs) -> Inputs:
     """Return copies of the inputs, since a model may change them in place."""
-    copies: Inputs = map_tensors(inputs, Tensor.clone)
-    return copies
+    return tuple(map_tensors(one, Tensor.clone) for one in inputs)
 
 
 def portions(inputs: Inputs) -> Iterator[Inputs]:
@@ -70,66 +68,50 @@ def samples_in(inputs: Inputs) -> int:
 
 def samples_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Return some of the samples: all that is as long as there are samples is cut, tensors and lists alike."""
-    count = samples_in(inputs)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, list) and len(value) == count:
-            return value[start:stop]
-        return map_tensors(value, lambda tensor: tensor[start:stop] if tensor.shape[:1] == (count,) else tensor)
-
-    return tuple(map(cut, inputs))
+    return _resampled(inputs, lambda samples: samples[start:stop])
 
 
 def repeated(inputs: Inputs, count: int) -> Inputs:
     """Return the first sample as often as asked for."""
-    samples = samples_in(inputs)
+    return _resampled(inputs, lambda all: all[:1] * count if isinstance(all, list) else torch.cat([all[:1]] * count))
 
-    def repeat(value: Any) -> Any:
-        if isinstance(value, list) and len(value) == samples:
-            return value[:1] * count
-        return map_tensors(value, lambda one: torch.cat([one[:1]] * count) if one.shape[:1] == (samples,) else one)
 
-    return tuple(map(repeat, inputs))
+def _resampled(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    count = samples_in(inputs)
+
+    def resample(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == count:
+            return change(value)
+        return map_tensors(value, lambda tensor: change(tensor) if tensor.shape[:1] == (count,) else tensor)
+
+    return tuple(map(resample, inputs))
 
 
 class Replayed:
     """The items of an iterator, which gives them once, for any number of readings: what was read is kept."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator, self._kept = iterator, list[Any]()
+        (self._start,) = itertools.tee(iterator, 1)
 
     def __iter__(self) -> Iterator[Any]:
-        place = 0
-        while True:
-            if place == len(self._kept):
-                try:
-                    self._kept.append(next(self._iterator))
-                except StopIteration:
-                    return
-            yield self._kept[place]
-            place += 1
+        return copy.copy(self._start)
 
 
 def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | None = None) -> Inputs:
-    """Return the arguments of the model's forward that a batch holds.
+    """Return the arguments of the model's forward that a batch holds; raise SourceError where they do not fit it.
 
     `inputs(batch)` returns them: a tensor, a tuple, or a dict by the forward's names. By default a tensor is the input,
-    of a pair (inputs, labels) the first, and of a dict the entries that the forward has. Raises SourceError where they
-    do not fit the forward.
+    of a pair (inputs, labels) the first, and of a dict the entries that the forward has.
     """
     signature = inspect.signature(model.forward)
     found = batch if inputs is None else call("`inputs=…`", inputs, batch)
-    if inputs is None:
-        if isinstance(found, list | tuple):
-            if not 1 <= len(found) <= 2:
-                raise SourceError(
-                    f"a batch holds {len(found)} parts: give `inputs=…`, which says what the network gets"
-                )
-            found = found[0]
-            # Detectors take a list of images, which loaders give as a tuple.
-            found = [*found] if isinstance(found, tuple) else found
-        if isinstance(found, Mapping):
-            found = {name: value for name, value in found.items() if name in signature.parameters}
+    if inputs is None and isinstance(found, list | tuple):
+        if not 1 <= len(found) <= 2:
+            raise SourceError(f"a batch holds {len(found)} parts: give `inputs=…`, which says what the network gets")
+        # Detectors take a list of images, which loaders give as a tuple.
+        found = [*found[0]] if isinstance(found[0], tuple) else found[0]
+    if inputs is None and isinstance(found, Mapping):
+        found = {name: value for name, value in found.items() if name in signature.parameters}
     try:
         if not isinstance(found, Mapping):
             arguments = found if isinstance(found, tuple) else (found,)
@@ -138,19 +120,19 @@ def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | No
                 raise TypeError("it holds no tensor")
             return arguments
         bound = signature.bind(**found)
-        unplaced = [name for name in bound.arguments if signature.parameters[name].kind not in _PLACED]
-        if unplaced:
-            raise TypeError(f"{unplaced[0]!r} has no position")
+        for name in bound.arguments:
+            if signature.parameters[name].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
+                raise TypeError(f"{name!r} has no position")
     except TypeError as error:
         what = f"the batch ({type(batch).__name__})" if inputs is None else "what `inputs=…` returned"
         raise SourceError(
             f"{what} does not fit forward{signature} of {type(model).__name__}: {reason_of(error)}; give as `inputs=…` "
             "a function of the batch that returns the arguments, as a tensor, a tuple or a dict by their names"
         ) from None
-    names = list(bound.arguments)
+    last = next(reversed(bound.arguments), None)
     bound.apply_defaults()
     # Defaults behind the last argument are left out.
-    return tuple(bound.args[: list(bound.arguments).index(names[-1]) + 1]) if names else ()
+    return () if last is None else bound.args[: list(bound.arguments).index(last) + 1]
 
 
 def placed(model: nn.Module, inputs: Inputs) -> Inputs:
@@ -165,11 +147,6 @@ def placed(model: nn.Module, inputs: Inputs) -> Inputs:
 def sizes(inputs: Inputs) -> str:
     """Return the inputs' sizes, such as `1x3x224x224`, separated by commas."""
     return ", ".join("x".join(map(str, tensor.shape)) for tensor in list_tensors(inputs))
-
-
-def describe(inputs: Inputs) -> str:
-    """Describe the inputs for a message: `an input of 1x3x224x224`."""
-    return f"an input of {sizes(inputs)}"
 
 
 def _make(preprocessing: Preprocessing, count: int, make: Callable[..., Tensor]) -> Inputs:

@@ -11,8 +11,7 @@ _T = TypeVar("_T")
 def option(default: _T, help: str, panel: str | None, **about: Any) -> _T:
     """Return a dataclass field that `asymswap.cli.fields` turns into a command line option.
 
-    `about` may have `shown` (the default as the help shows it),
-    `metavar`, and `text=True` if the command line parses the text itself.
+    `about`: `shown` (the default in the help), `metavar`, `text=True` if the command line parses the text itself.
     """
     made: _T = dataclasses.field(default=default, metadata={"help": help, "panel": panel, **about})
     return made

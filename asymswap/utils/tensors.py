@@ -10,7 +10,7 @@ import mmap
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,8 +19,6 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import AsymswapError
-
-_AT_ONCE = 2  # threads of `side_by_side`: each layer holds float64 copies of its kernel and covariance meanwhile
 
 _HARMLESS = {"_is_hf_initialized", "_is_full_backward_hook", "_padding_repeated_twice", "_backend"}
 """Attributes that transformers and earlier torch versions leave on modules and weights; they do nothing."""
@@ -62,24 +60,21 @@ def to_meta(value: Any) -> Any:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule.
-
-    A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
-    does not call, and the second graph of torchvision's feature extractors.
-    """
+    """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule."""
     memo = {} if memo is None else memo
-    given = set(memo)
+    fresh = [module for module in model.modules() if id(module) not in memo]
+    # A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
+    # does not call, and the second graph of torchvision's feature extractors.
     # From the inside out: a copy is found in the memo by the modules that hold it.
-    for module in reversed(list(model.modules())):
+    for module in reversed(fresh):
         if isinstance(module, fx.GraphModule) and id(module) not in memo:
-            new = type(module).__new__(type(module))
+            new = memo[id(module)] = type(module).__new__(type(module))
             type(new).__name__ = type(module).__name__
-            memo[id(module)] = new
             new.__dict__.update(copy.deepcopy(vars(module), memo))
             new.graph = new.graph  # compiles the forward, which belongs to the class
     result = copy.deepcopy(model, memo)
-    for module in model.modules():
-        if id(module) in memo and id(module) not in given:
+    for module in fresh:
+        if id(module) in memo:
             memo[id(module)].training = module.training
     return result
 
@@ -93,10 +88,9 @@ def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Ten
     return deep_copy(model, memo)
 
 
-def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield tensors that modules hold as plain attributes, neither parameter nor buffer (as weight_norm does)."""
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+def loose_tensors(model: nn.Module) -> list[Tensor]:
+    """Return tensors that modules hold as plain attributes, neither parameter nor buffer (as weight_norm does)."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def store_(target: Tensor, numbers: Tensor) -> None:
@@ -115,9 +109,9 @@ def additions(module: nn.Module, fresh: nn.Module) -> str | None:
     """Describe hooks, attributes, methods or parameters that a `fresh` module of the class lacks; None for nothing."""
     own = vars(fresh)
     added = [key for key in vars(module) if key not in own and key not in _HARMLESS]
-    methods = [key for key in added if callable(getattr(type(module), key, None))]
-    if methods:
-        return f"has its {methods[0]} replaced on the instance"
+    for key in added:
+        if callable(getattr(type(module), key, None)):
+            return f"has its {key} replaced on the instance"
     for key, value in own.items():
         if isinstance(value, dict | set):
             more = [str(item) for item in getattr(module, key, ()) if item not in value]
@@ -146,15 +140,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def allocated(model: nn.Module) -> nn.Module:
     """Return a deep copy with unset memory on the CPU for every parameter and buffer on the meta device.
 
-    The memory comes from the system, which hands it out when it is written to: a module that takes over the tensors of
-    a file never takes any. After the first free of a block of megabytes malloc would take smaller ones from its heap,
-    where feature maps of many sizes leave holes, in a DenseNet as large as its weights.
+    The system hands it out when it is written to: a module that takes over the tensors of a file never takes any.
+    malloc would come to take it from its heap, where feature maps of many sizes leave holes as large as the weights.
     """
 
     def unset(ghost: Tensor) -> Tensor:
         size = ghost.untyped_storage().nbytes()
-        nothing = torch.empty_like(ghost.new_empty(0), device="cpu")
-        if not size or nothing.is_meta:  # within WithoutMemory
+        if not size or torch.empty_like(ghost.new_empty(0), device="cpu").is_meta:  # within WithoutMemory
             return torch.empty_like(ghost, device="cpu")
         try:
             memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
@@ -166,14 +158,13 @@ def allocated(model: nn.Module) -> nn.Module:
     return copy_with(model, ghosts, unset)
 
 
-_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.fill_, Tensor.zero_)
-
-
 class WithoutMemory(TorchFunctionMode):
     """Make functions of torch (`torch.empty` makes all weights of layers) use the meta device while it lasts.
 
     Tensors without numbers are not filled: torch would take most of the time of building a network for it.
     """
+
+    _fills = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.fill_, Tensor.zero_)
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         super().__init__()
@@ -183,7 +174,7 @@ class WithoutMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._functions:
             kwargs["device"] = "meta"
-        elif func in _FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+        elif func in self._fills or getattr(func, "__module__", None) == nn.init.__name__:
             tensor: Tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor
@@ -198,7 +189,7 @@ class WithinMemory(TorchFunctionMode):
         self._most, self._taken = most, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is torch.empty:
             self._taken += func(*args, **{**kwargs, "device": "meta", "pin_memory": False}).nbytes
             if self._taken > self._most:
@@ -226,16 +217,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over names and numbers; nothing else would show a flipped bit."""
     digest = hashlib.sha256()
-    for key in sorted(tensors):
+    for key, tensor in sorted(tensors.items()):
         digest.update(key.encode())
-        digest.update(bytes_of(tensors[key]))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
 def number_for(*words: object) -> int:
     """Return a number of 63 bits that depends on the words alone."""
-    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:8], "big") >> 1
 
 
 def generator_for(*words: object) -> torch.Generator:
@@ -257,14 +247,6 @@ def seed_(*words: object) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
-
-
-@contextmanager
-def drawn_from(*words: object) -> Iterator[None]:
-    """Let torch's CPU generator, which augmentations use, depend on the words alone while the block lasts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(number_for(*words))
-        yield
 
 
 @contextmanager
@@ -294,11 +276,7 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep LAPACK's eigensolvers to one thread.
-
-    They synchronise threads thousands of times for little work each, which saves a sixth to a third of the time on idle
-    cores, and takes ten to a hundred times as long if another program keeps a core busy.
-    """
+    """Keep LAPACK's eigensolvers to one thread: more save a third at most, and wait for ever where a core is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -315,27 +293,24 @@ def side_by_side(
 ) -> list[_Result]:
     """Return `function` of every item, in order; two run at once if torch has two threads, each on one thread.
 
-    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, and results are
-    the same to the bit either way. Items that are `alone` take too much memory to run beside another; they come first.
-    `step` gets the number of items done. The first exception in this order is raised once running items have ended; the
-    rest are not begun. The function may run in other threads: it must not draw from torch's global generator, nor rely
-    on a mode (`torch.no_grad`) that was set here.
+    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, with the same
+    bits. Items that are `alone` take too much memory to run beside another; they come first. `step` gets the number of
+    items done. The first exception in this order is raised once running items have ended; the rest are not begun. In
+    its thread the function must not draw from torch's global generator, nor rely on a mode that was set here.
     """
     results: dict[int, _Result] = {}
     solitary = [number for number, item in enumerate(items) if alone(item)]
-    workers = min(torch.get_num_threads(), _AT_ONCE)
+    # No more than two: each layer holds float64 copies of its kernel and covariance meanwhile.
+    workers = min(torch.get_num_threads(), 2)
     with one_thread():
         for number in solitary:
             results[number] = function(items[number])
             step(len(results))
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             others = [number for number in range(len(items)) if number not in results]
-            futures = [pool.submit(function, items[number]) for number in others]
-            try:
-                for number, future in zip(others, futures, strict=True):
-                    results[number] = future.result()
+            # At its end, also by an exception, what has not begun is cancelled.
+            with closing(pool.map(function, [items[number] for number in others])) as found:  # type: ignore[type-var]
+                for number, result in zip(others, found, strict=True):
+                    results[number] = result
                     step(len(results))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
     return [results[number] for number in range(len(items))]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind, sniff
-from asymswap.fileformats.model_file import read_exported, read_raw, read_torchscript, states_of_modules
+from asymswap.fileformats.model_file import read_raw, states_of_modules
 from asymswap.fileformats.torch_files import load, load_object
 from asymswap.models.references import weights_in
 
@@ -84,7 +84,7 @@ def equal(found: State, model: nn.Module) -> bool:
 def test_torchscript(save: Callable[[nn.Module, Path], None], dtype: torch.dtype, tmp_path: Path) -> None:
     save(net(dtype), tmp_path / "x.pt")
     assert sniff(tmp_path / "x.pt") is FileKind.TORCHSCRIPT
-    found = read_torchscript(tmp_path / "x.pt")
+    found = read_raw(tmp_path / "x.pt", False).value
     assert equal(found, net(dtype))
     assert found["one.weight"].data_ptr() == found["two.weight"].data_ptr()
 
@@ -94,14 +94,14 @@ def test_frozen_torchscript_has_lost_its_names(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"x\.pt is a TorchScript archive without named weights, as torch\.jit\.freeze"
     ):
-        read_torchscript(tmp_path / "x.pt")
+        read_raw(tmp_path / "x.pt", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_exported(dtype: torch.dtype, tmp_path: Path) -> None:
     save_exported(net(dtype), tmp_path / "x.pt2")
     assert sniff(tmp_path / "x.pt2") is FileKind.EXPORTED
-    found = read_exported(tmp_path / "x.pt2")
+    found = read_raw(tmp_path / "x.pt2", False).value
     assert equal(found, net(dtype))
     assert found.keys() == net().state_dict().keys()
 
@@ -118,13 +118,13 @@ def older_export(value: object, path: Path, entry: str) -> None:
 def test_exported_by_older_versions(entry: str, tmp_path: Path) -> None:
     older_export(OrderedDict(net().state_dict()), tmp_path / "x.pt2", entry)
     assert sniff(tmp_path / "x.pt2") is FileKind.EXPORTED
-    assert equal(read_exported(tmp_path / "x.pt2"), net())
+    assert equal(read_raw(tmp_path / "x.pt2", False).value, net())
     older_export([1], tmp_path / "y.pt2", entry)
     with pytest.raises(SourceError, match=rf"its entry a/{entry} holds a list, not a state_dict"):
-        read_exported(tmp_path / "y.pt2")
+        read_raw(tmp_path / "y.pt2", False)
     older_export(types.SimpleNamespace(a=1), tmp_path / "z.pt2", entry)
     with pytest.raises(SourceError, match=r"needs types\.SimpleNamespace, outside of the allowlist; nothing of it was"):
-        read_exported(tmp_path / "z.pt2")
+        read_raw(tmp_path / "z.pt2", False)
     # Trust changes nothing about it, so that it is not advised either.
     for trusted in (False, True):
         with pytest.raises(SourceError, match=r"executed; save the program's state_dict and give it with `arch=…`$"):
@@ -186,14 +186,14 @@ def test_hostile_exports(name: str, an_export: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(an_export)
     with_config(tmp_path / "x.pt2", change)
     with pytest.raises(SourceError, match=rf"x\.pt2 is cut off or damaged: .*{expected}"):
-        read_exported(tmp_path / "x.pt2")
+        read_raw(tmp_path / "x.pt2", False)
 
 
 def test_an_export_without_weights(an_export: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(an_export)
     rewritten(tmp_path / "x.pt2", lambda name, content: None if "weights" in name else content)
     with pytest.raises(SourceError, match=r"a torch\.export archive that holds no weights of its own"):
-        read_exported(tmp_path / "x.pt2")
+        read_raw(tmp_path / "x.pt2", False)
 
 
 ARCHIVES: dict[str, tuple[Callable[[str, bytes], bytes | None], str]] = {
@@ -217,20 +217,20 @@ def test_damaged_archives(name: str, tmp_path: Path) -> None:
     save_traced(net(), tmp_path / "x.pt")
     rewritten(tmp_path / "x.pt", change)
     with pytest.raises(SourceError, match=rf"x\.pt is cut off or damaged: {expected}"):
-        read_torchscript(tmp_path / "x.pt")
+        read_raw(tmp_path / "x.pt", False)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
     save_traced(net(), tmp_path / "x.pt")
     rewritten(tmp_path / "x.pt", lambda name, content: content, zipfile.ZIP_DEFLATED)
-    assert equal(read_torchscript(tmp_path / "x.pt"), net())
+    assert equal(read_raw(tmp_path / "x.pt", False).value, net())
     rewritten(
         tmp_path / "x.pt",
         lambda name, content: bytes(65 * 2**20) if name.endswith("/data/0") else content,
         zipfile.ZIP_DEFLATED,
     )
     with pytest.raises(SourceError, match=r"is an archive of [\d,]+ bytes that would unpack to 68,[\d,]+"):
-        read_torchscript(tmp_path / "x.pt")
+        read_raw(tmp_path / "x.pt", False)
 
 
 def test_a_flipped_bit_is_seen(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_flipped_bit_is_seen(tmp_path: Path) -> None:
     assert content.count(weight) == 1
     (tmp_path / "x.pt").write_bytes(content.replace(weight, weight[:-1] + bytes([weight[-1] ^ 1])))
     with pytest.raises(SourceError, match=r"Bad CRC-32 for file .*/data/\d"):
-        read_torchscript(tmp_path / "x.pt")
+        read_raw(tmp_path / "x.pt", False)
 
 
 def test_a_module_in_itself_and_one_named_without_end(tmp_path: Path) -> None:
@@ -252,14 +252,14 @@ def test_a_module_in_itself_and_one_named_without_end(tmp_path: Path) -> None:
     head = b"c__torch__\nNet\n)\x81q\x00"
     write(b"\x80\x02" + head + b"}X\x01\x00\x00\x00ah\x00sb.")
     with pytest.raises(SourceError, match="a module contains itself"):
-        read_torchscript(tmp_path / "x.pt")
+        read_raw(tmp_path / "x.pt", False)
     # Each names the one before it twice: 2^60 in all.
     doubled = b"".join(
         b"c__torch__\nNet\n)\x81}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cubq%c" % (n, n, n + 1) for n in range(60)
     )
     write(b"\x80\x02" + head + doubled + b".")
     with pytest.raises(SourceError, match="it claims more modules than any network has"):
-        read_torchscript(tmp_path / "x.pt")
+        read_raw(tmp_path / "x.pt", False)
 
 
 class Mine(Net):
@@ -328,4 +328,4 @@ def test_no_code_of_an_archive_is_opened(tmp_path: Path) -> None:
     """Even code that is no code does not matter."""
     save_scripted(net(), tmp_path / "x.pt")
     rewritten(tmp_path / "x.pt", lambda name, content: b"raise SystemExit" if "/code/" in name else content)
-    assert equal(read_torchscript(tmp_path / "x.pt"), net())
+    assert equal(read_raw(tmp_path / "x.pt", False).value, net())

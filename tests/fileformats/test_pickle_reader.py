@@ -104,7 +104,9 @@ def test_a_tensor_fits_exactly_where_torch_says_so(sizes: list[int], strides: li
         fits = True
     except RuntimeError:
         fits = False
-    ref = described_tensor((StorageRef("0", torch.float32, held), offset, tuple(sizes), tuple(strides[: len(sizes)])))
+    ref = described_tensor(
+        "_rebuild_tensor", (StorageRef("0", torch.float32, held), offset, tuple(sizes), tuple(strides[: len(sizes)]))
+    )
     assert ref is not None
     try:
         Builder(lambda _: pytest.fail("not asked for"), 4 * held, "x", foreign=False).check(ref, torch.float32)
@@ -373,6 +375,11 @@ GROWING: dict[str, tuple[bytes, str]] = {
     "many dimensions": (
         _WHOLE + b"0(" + b"K\x01" * 65 + b"t" + put(1) + b"0ctorch._utils\n_rebuild_tensor_v2\n(" + get(0) + b"K\x00"
         + get(1) + get(1) + b"\x89}tR", r"calls torch\._utils\._rebuild_tensor_v2 in another way",
+    ),
+    "a sparse tensor of text": (
+        b"ctorch._utils\n_rebuild_sparse_tensor\n(ctorch.serialization\n_get_layout\n"
+        + hostile._text("torch.sparse_coo") + b"\x85R(" + hostile._text("a") + b"ttR",
+        r"calls torch\._utils\._rebuild_sparse_tensor in another way",
     ),
     "a wide dtype again and again": (
         _WHOLE.replace(hostile._number(4), hostile._number(10**6)) + b"0"

@@ -17,7 +17,7 @@ from torch import nn
 
 import asymswap
 from asymswap.errors import OutputError
-from asymswap.utils.files import check_output, whole_file, write_text
+from asymswap.utils.files import check_output, whole_file, write_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +75,7 @@ def test_whole_file_appears_only_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a" * 255, "ü" * 127, "🙂" * 63])
 def test_longest_names(name: str, tmp_path: Path) -> None:
-    write_text(tmp_path / name, "x")
+    write_file(tmp_path / name, "x")
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
@@ -106,7 +106,7 @@ def test_errors_of_the_system_name_the_file_and_the_reason(code: int, tmp_path: 
 
 def test_a_folder_that_vanishes(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*a\.txt: No such file or directory"):
-        write_text(tmp_path / "gone" / "a.txt", "x")
+        write_file(tmp_path / "gone" / "a.txt", "x")
 
 
 def test_two_drafts_of_one_file_do_not_meet(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def left_by_a_killed_process(path: Path) -> Path:
 @pytest.mark.parametrize("name", ["a.txt", "other.txt"])
 def test_what_a_killed_process_left_is_removed_by_the_next(name: str, tmp_path: Path) -> None:
     left_by_a_killed_process(tmp_path / "a.txt")
-    write_text(tmp_path / name, "x")
+    write_file(tmp_path / name, "x")
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
@@ -151,7 +151,7 @@ def test_what_is_still_being_written_is_left_alone(tmp_path: Path) -> None:
     abandoned = left_by_a_killed_process(tmp_path / "a.txt")
     with whole_file(tmp_path / "b.txt") as draft:
         assert not abandoned.exists()
-        write_text(tmp_path / "c.txt", "x")
+        write_file(tmp_path / "c.txt", "x")
         draft.write_text("y")
     assert (tmp_path / "b.txt").read_text() == "y"
 
@@ -165,7 +165,7 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
     for folder in kept[1:]:
         (folder / "lock").touch()
     (tmp_path / ".file.01234567.part").touch()
-    write_text(tmp_path / "a.txt", "x")
+    write_file(tmp_path / "a.txt", "x")
     assert all(folder.is_dir() for folder in kept)
     assert (tmp_path / ".file.01234567.part").is_file()
 
@@ -175,7 +175,7 @@ def test_a_disk_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    write_text(tmp_path / "a.txt", "x")
+    write_file(tmp_path / "a.txt", "x")
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -9,7 +9,7 @@ import torch
 
 import asymswap.utils.inputs
 from asymswap.types import InputForm, Preprocessing
-from asymswap.utils.inputs import PORTION, describe, example, portions, probe, with_values
+from asymswap.utils.inputs import PORTION, example, portions, probe, sizes, with_values
 from asymswap.utils.tensors import list_tensors
 
 FORMS: dict[InputForm, list[tuple[int, ...]]] = {
@@ -43,15 +43,15 @@ def test_what_normalises_by_itself_gets_no_negative_pixels() -> None:
 @pytest.mark.parametrize(
     ("form", "text"),
     [
-        ("images", "an input of 1x3x8x12"),
-        ("image-list", "an input of 3x8x12"),
-        ("image-pair", "an input of 1x3x8x12, 1x3x8x12"),
-        ("clips", "an input of 1x3x5x8x12"),
+        ("images", "1x3x8x12"),
+        ("image-list", "3x8x12"),
+        ("image-pair", "1x3x8x12, 1x3x8x12"),
+        ("clips", "1x3x5x8x12"),
     ],
 )
 def test_the_example_is_one_input_without_values(form: InputForm, text: str) -> None:
     made = example(preprocessing(form), torch.float32)
-    assert describe(made) == text
+    assert sizes(made) == text
     assert all(tensor.is_meta for tensor in list_tensors(made))
     filled = list_tensors(with_values(made))
     assert all(not tensor.is_meta and bool(torch.isfinite(tensor).all()) for tensor in filled)
