@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
+from asymswap.errors import listed
 from asymswap.types import Call, ConvSpec, Neighbour, Site
 from asymswap.utils.tensors import additions
 
@@ -63,10 +64,7 @@ def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]
 
 
 def make_sites(
-    model: nn.Module,
-    calls: Mapping[str, list[Call]],
-    neighbours: Mapping[str, Neighbours] | None,
-    read_elsewhere: Set[str],
+    model: nn.Module, calls: Mapping[str, list[Call]], neighbours: Mapping[str, Neighbours], read_elsewhere: Set[str]
 ) -> tuple[Site, ...]:
     """Return one Site for each Conv2d: those that run in the order of their first call, then those that never do.
 
@@ -80,7 +78,7 @@ def make_sites(
     sites = []
     for name in [*(name for name in calls if name in convs), *(name for name in convs if name not in calls)]:
         conv, aliases = convs[name]
-        before, after = (neighbours or {}).get(name, (None, None))
+        before, after = neighbours.get(name, (None, None))
         seen = tuple(calls.get(name, ()))
         refusal = _refusal(name, conv, owners, read_elsewhere)
         if refusal is None and not all(call.batched for call in seen):
@@ -117,17 +115,12 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
 
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
     """Name the convs that share their weights with another layer; nothing where there are none."""
-    refusals = [(site.name, site.refusal or "") for site in sites]
-    tied = [f"{name} with {why.removeprefix(_SHARES)}" for name, why in refusals if why.startswith(_SHARES)]
+    refused = [(site.name, site.refusal) for site in sites if site.refusal and site.refusal.startswith(_SHARES)]
+    tied = [f"{name} with {refusal.removeprefix(_SHARES)}" for name, refusal in refused]
     if not tied:
         return ()
     what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"
-    return (f"{what} with another layer, and nothing is swapped there: {first_few(tied)}",)
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Return the first four names as text, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (f"{what} with another layer, and nothing is swapped there: {listed(tied, 4)}",)
 
 
 def _memory(parameter: nn.Parameter) -> int:

@@ -47,11 +47,10 @@ class Trace:
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
         """Return the same with those sites refused that were not yet."""
-        sites = [
-            replace(site, refusal=reason) if site.name in names and site.refusal is None else site
-            for site in self.sites
-        ]
-        return replace(self, sites=tuple(sites))
+        refused = {
+            site.name: replace(site, refusal=site.refusal or reason) for site in self.sites if site.name in names
+        }
+        return replace(self, sites=tuple(refused.get(site.name, site) for site in self.sites))
 
     @property
     def by(self) -> str:
@@ -220,15 +219,10 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
         ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():
-        same_mode = all(
-            whole.get_submodule(norm).training == whole.get_submodule(name).training for whole in (model, ghost)
-        )
-        if not (
-            same_mode
-            and all(owners[id(tensor)] == 1 for tensor in _own_tensors(model.get_submodule(norm)))
-            and runs[id(ghost.get_submodule(norm))] <= 1
-            and norm_behind(trained.get(name, ((), ()))[1]) == norm
-        ):
+        modes = [(whole.get_submodule(norm).training, whole.get_submodule(name).training) for whole in (model, ghost)]
+        shares = any(owners[id(tensor)] > 1 for tensor in _own_tensors(model.get_submodule(norm)))
+        runs_once = runs[id(ghost.get_submodule(norm))] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
+        if shares or not runs_once or any(one != other for one, other in modes):
             before, after = found[name]
             found[name] = before, tuple(replace(n, alone=False) if n.name == norm else n for n in after)
     return found

@@ -139,7 +139,7 @@ def test_cut_off(form: str, kept: float, reader: str, refusal: Refusal) -> None:
         ("resnet19", r"resnet19.* names no known architecture; did you mean resnet18, "),
         ("resnet20", r"resnet20.* names no known architecture; did you mean cifar:resnet20, "),
         ("cifar:resnet21", r"names no known architecture; did you mean cifar:resnet\d\d, "),
-        ("nothing-like-it", r"names no known architecture; try resnet18 or cifar:resnet20"),
+        ("nothing-like-it", r"names no known architecture; known are torchvision's names, timm:…, cifar:…"),
         ("no_such_module:net", r"cannot import 'no_such_module' of 'no_such_module:net': no module named"),
     ],
 )  # fmt: skip

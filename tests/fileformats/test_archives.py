@@ -20,7 +20,7 @@ from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind, sniff
 from asymswap.fileformats.model_file import read_exported, read_raw, read_torchscript, states_of_modules
 from asymswap.fileformats.torch_files import load, load_object
-from asymswap.models.references import weights_in
+from asymswap.models.opening import weights_in
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

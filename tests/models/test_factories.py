@@ -16,8 +16,7 @@ import asymswap
 from asymswap.cli.options import parse_pairs
 from asymswap.errors import CheckpointError, SourceError
 from asymswap.models import factories
-from asymswap.models.opening import open_model
-from asymswap.models.references import is_file_reference
+from asymswap.models.opening import is_file_reference, open_model
 from asymswap.types import Origin
 
 pytestmark = pytest.mark.usefixtures("one_thread")

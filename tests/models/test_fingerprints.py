@@ -14,7 +14,7 @@ from families import one_of_each_family
 from torch import Tensor
 
 from asymswap.errors import SourceError
-from asymswap.models import builders, references, torchvision_models
+from asymswap.models import builders, opening, torchvision_models
 from asymswap.models.builders import family_of, identify, known_references
 from asymswap.models.fingerprints import from_line, matches, shapes_of, table
 from asymswap.models.opening import open_model
@@ -247,8 +247,8 @@ def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(self, reference, arguments)
 
     monkeypatch.setattr(torchvision_models.Torchvision, "build", build)
-    monkeypatch.setattr(references, "load_state_", lambda *_, **__: None)
-    monkeypatch.setattr(references, "check_numbers", lambda _: None)
+    monkeypatch.setattr(opening, "load_state_", lambda *_, **__: None)
+    monkeypatch.setattr(opening, "check_numbers", lambda _: None)
 
 
 @each_classifier

@@ -18,14 +18,11 @@ import asymswap
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import trace
 from asymswap.models.builders import build, known_references, near
+from asymswap.models.converted import rebuild
 from asymswap.models.factories import UserCode
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import open_model
-from asymswap.models.references import (
-    is_file_reference,
-    rebuild,
-)
+from asymswap.models.opening import is_file_reference, open_model
 from asymswap.types import Origin
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,9 +18,9 @@ from torch import nn
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
 from asymswap.models.builders import build, canonical
+from asymswap.models.converted import rebuild
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import open_model
-from asymswap.models.references import is_file_reference, rebuild
+from asymswap.models.opening import is_file_reference, open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
