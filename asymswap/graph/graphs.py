@@ -84,12 +84,15 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
         if given is not None:
             found.calls[id(module)].append(ModuleCall(*given, slice(start, len(found.operations))))
 
+    copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
+    for tensor in list_tensors(copies):
+        setattr(tensor, _MARK, True)
     with ExitStack() as hooks, _Recorder(found, _names(model)):
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(leave, always_call=True))
-        yield found, map_tensors(inputs, _marked_copy)
+        yield found, copies
 
 
 class _Recorder(TorchFunctionMode):
@@ -145,13 +148,6 @@ def _ghost(tensor: Tensor) -> Tensor:
     if hasattr(tensor, _MARK):
         setattr(ghost, _MARK, True)
     return ghost
-
-
-def _marked_copy(tensor: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        marked = tensor.detach().clone()
-    setattr(marked, _MARK, True)
-    return marked
 
 
 def _holds_conv(module: nn.Module) -> bool:

@@ -169,10 +169,9 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
         # The module of every call, and the owner of every parameter that is read without one.
         used: dict[fx.Node, nn.Module] = {}
         for node in graph.nodes:
-            if node.op == "call_module":
-                used[node] = root.get_submodule(str(node.target))
-            elif node.op == "get_attr":
-                used[node] = root.get_submodule(str(node.target).rpartition(".")[0])
+            if node.op in ("call_module", "get_attr"):
+                owner = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+                used[node] = root.get_submodule(owner)
         runs = Counter(id(module) for module in used.values())
         # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
         seams = {"input", "output"} if prefix else set()

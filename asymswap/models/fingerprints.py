@@ -86,18 +86,13 @@ def table() -> Mapping[str, Sequence[Fingerprint]]:
     found: dict[str, list[Fingerprint]] = defaultdict(list)
     for line in text.splitlines():
         if line and not line.startswith("#"):
-            entry = from_line(line)
-            found[entry.keys].append(entry)
+            reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
+            parts = (part.rsplit(":", 2) for part in classes.split())
+            free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
+            counts = [int(number or 0) for number in (count, channels, positions)]
+            entry = Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, free, stem, position, *counts)
+            found[keys].append(entry)
     return found
-
-
-def from_line(line: str) -> Fingerprint:
-    """Parse a line of the table."""
-    reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
-    parts = (part.rsplit(":", 2) for part in classes.split())
-    free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
-    counts = [int(number or 0) for number in (count, channels, positions)]
-    return Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, free, stem, position, *counts)
 
 
 def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:
