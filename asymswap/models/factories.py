@@ -31,7 +31,7 @@ from asymswap.models.family import Arguments, Family, Fit, input_channels, near_
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.models.torchvision_models import assumed_preprocessing
-from asymswap.types import Origin, Preprocessing
+from asymswap.types import Origin
 from asymswap.utils.tensors import deep_copy
 
 _PREFIXES = ("cifar", "timm", "torchvision")
@@ -132,9 +132,6 @@ class UserCode(Family):
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
-
-    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        return describe_module(model, "").preprocessing
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe the model as a module; for what timm can build again, the user's code is not needed any more."""

@@ -63,9 +63,9 @@ class Family(ABC):
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Build the network with random weights; raise whatever the builder does for a wrong argument."""
 
-    @abstractmethod
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """Return what a network takes."""
+        """Return what a network takes, where `describe` is the one below."""
+        raise NotImplementedError
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """Return the network with published weights, the default ones where `name` is None; raise SourceError."""

@@ -294,30 +294,24 @@ def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None
     return replace(opened, plans=header.plans, provenance=header.provenance)
 
 
-def weights_in(path: Path, raw: RawFile, key: str | None, arch_known: bool) -> Found:
-    """Return the state dict or module in a file: the likeliest, or the one under `key`."""
+def _open_loaded(path: Path, raw: RawFile, request: _Request, progress: Progress) -> OpenedModel:
+    """Return the model of a file that has been read: a module as it is, or a state dict put into its architecture."""
     value, notes = raw.value, raw.notes
     if raw.unread:
         notes += (f"left unread, being outside of the allowlist: {listed(raw.unread, 3)}",)
         try:
             # Where the architecture is known, the state dict of a module that cannot be loaded will do.
-            value, modules = states_of_modules(value) if arch_known else (value, ())
+            value, modules = states_of_modules(value) if request.arch is not None else (value, ())
         except MalformedError as error:
             raise SourceError(f"{path} is cut off or damaged: {error}") from None
         notes += tuple(f"weights taken out of a {name}, whose code was not executed" for name in modules)
     try:
-        found = find_weights(value, str(path), key)
+        found = find_weights(value, str(path), request.key)
     except SourceError as error:
         # Where nothing is there but what could not be loaded, the reason for that is the better message.
         raise (refusal(raw.unread, str(path)) if raw.unread else error) from None
     taken = (f"weights taken from {found.key!r} in {path.name}",) if found.key else ()
-    return replace(found, notes=(*taken, *notes, *found.notes))
-
-
-def _open_loaded(path: Path, raw: RawFile, request: _Request, progress: Progress) -> OpenedModel:
-    """Return the model of a file that has been read: a module as it is, or a state dict put into its architecture."""
-    found = weights_in(path, raw, request.key, arch_known=request.arch is not None)
-    notes, digest = found.notes, fingerprint(path)
+    notes, digest = (*taken, *notes, *found.notes), fingerprint(path)
     if isinstance(found.value, nn.Module):
         if request.weights is not None:
             raise SourceError(f"{path} holds a whole module; give it as the model instead of as `weights=…`")
