@@ -84,7 +84,8 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
         if given is not None:
             found.calls[id(module)].append(ModuleCall(*given, slice(start, len(found.operations))))
 
-    copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
+    with torch._C.DisableTorchFunction():
+        copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
     for tensor in list_tensors(copies):
         setattr(tensor, _MARK, True)
     with ExitStack() as hooks, _Recorder(found, _names(model)):
@@ -186,17 +187,6 @@ def placeholder_value(node: fx.Node, arguments: Mapping[str, Any]) -> Any:
     return arguments[name] if name in arguments else arguments[re.sub(r"_\d+$", "", name)]
 
 
-class _Walk(fx.Interpreter):
-    """Runs a graph with the modules of `root`."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any]) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)
-        self._arguments = arguments
-
-    def run_node(self, n: fx.Node) -> Any:
-        return placeholder_value(n, self._arguments) if n.op == "placeholder" else super().run_node(n)
-
-
 def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> dict[str, fx.Graph]:
     """Return the graph of the whole model by the name "", or those of its largest parts with a conv that are what runs.
 
@@ -214,8 +204,9 @@ def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> d
                 graph = trace_graph(part, arguments)
                 to_meta_(part)
             found = Recording()
+            values = {node: placeholder_value(node, arguments) for node in graph.nodes if node.op == "placeholder"}
             with torch.no_grad(), torch.device("meta"), _Recorder(found, names):
-                _Walk(part, graph, arguments).run()
+                fx.Interpreter(part, garbage_collect_values=False, graph=graph).run(initial_env=values)
             if found.operations != recorded.operations[call.operations]:
                 return None
         return graph
