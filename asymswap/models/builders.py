@@ -33,16 +33,13 @@ YOUR_OWN = 'a network of your own, or one with another head: `arch="net.py:build
 class OwnNetworks(Family):
     """`cifar:NAME` and `digits-resnet`, the trained network that ships with asymswap."""
 
+    builders = {DIGITS: networks.digits_resnet} | {f"cifar:{name}": one for name, one in networks.BUILDERS.items()}
+
     def names(self) -> list[str]:
-        """Return the full references of all networks."""
-        return [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
+        return [*self.builders]
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix("cifar:")]
-        unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
-        if unknown:
-            raise SourceError(f"{reference} does not take {unknown[0]!r}; it takes num_classes and in_channels")
-        return builder(**arguments)
+        return self.builders[reference](**arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         if reference != DIGITS:

@@ -69,9 +69,7 @@ class Family(ABC):
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """Return the network with published weights, the default ones where `name` is None; raise SourceError."""
-        raise SourceError(
-            f'{reference} has no published weights; use `weights="FILE"`, or `weights="none"` for random ones'
-        )
+        raise SourceError(f"{reference} has no published weights; {OTHER_WEIGHTS}")
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe a network of this family that has been built and filled."""

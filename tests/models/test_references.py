@@ -272,7 +272,7 @@ def test_a_converted_model_is_opened_with_its_plans(tmp_path: Path) -> None:
         (
             "cifar:resnet20",
             {},
-            r'cifar:resnet20 has no published weights; use `weights="FILE"`, or `weights="none"`',
+            r'cifar:resnet20 has no published weights; use `weights="none"` for random weights or `weights="FILE"`',
         ),
         ("cifar:resnet20", {"weights": "no.pt"}, r"no file no\.pt"),
         ("w.pt", {"weights": "none"}, r"`weights=…` goes with a reference; w\.pt brings its own weights"),

@@ -201,7 +201,7 @@ class TestInstalled:
 
     def test_no_published_weights(self, hub: object, timm: Any) -> None:
         name = next(name for name in timm.list_models("resnet*") if not timm.get_pretrained_cfg(name).has_weights)
-        with pytest.raises(SourceError, match=rf"timm's {name} has no published weights; use `weights=\"FILE\"`, or"):
+        with pytest.raises(SourceError, match=rf"timm's {name} has no published weights; use `weights=\"none\"`"):
             open_model(f"timm:{name}")
 
     @pytest.mark.parametrize(
