@@ -12,7 +12,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,16 +34,13 @@ class Trace:
     """What was read of a model: its sites, and the modules whose graphs are what runs (`""` is the whole model).
 
     `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them. `notes` name
-    convolutions that can't be swapped for reasons outside of a site. `graphs` are the graphs of the parts, and `ghost`
-    the copy of the model on the meta device that was traced.
+    convolutions that can't be swapped for reasons outside of a site.
     """
 
     sites: tuple[Site, ...]
     parts: tuple[str, ...] = ("",)
     on_meta: bool = True
     notes: tuple[str, ...] = ()
-    graphs: Mapping[str, fx.Graph] = field(default_factory=dict, repr=False, compare=False)
-    ghost: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
         """Return the same with those sites refused that were not yet."""
@@ -74,7 +71,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     read_elsewhere |= {name.rpartition(".")[0] for name in recorded.functional_weights}
     sites = make_sites(model, calls, neighbours, read_elsewhere)
     on_meta = all(parameter.is_meta for parameter in ran.parameters())
-    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + recorded.notes(), graphs, ghost)
+    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + recorded.notes())
 
 
 def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
