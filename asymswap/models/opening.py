@@ -170,7 +170,8 @@ def open_models(
     if weights is not None and len(files) == len(named):
         raise AsymswapError(f'`weights="{weights}"` goes with a reference, and all models are files with their own')
     for_files: dict[str, Any] = {"arch": arch, "key": key}
-    return [open_model(one, **(for_files if one in files else {"weights": weights}), **more) for one in models]
+    for_others: dict[str, Any] = {"weights": weights}
+    return [open_model(one, **(for_files if one in files else for_others), **more) for one in models]
 
 
 def is_file_reference(reference: str) -> bool:
