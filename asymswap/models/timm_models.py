@@ -227,8 +227,7 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
         if pretrained:
             raise
         with_what = f" with {dict(arguments)}" if arguments else ""
-        hint = family.near_keyword(error, arguments)
-        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}{hint}") from None
+        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}") from None
     return model
 
 
