@@ -104,11 +104,15 @@ def describe_module(model: nn.Module, weights: str) -> OpenedModel:
 
 
 class UserCode(Family):
-    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model."""
+    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model.
+
+    Or a module that is given for its architecture, and copied.
+    """
 
     private = False
 
-    def __init__(self) -> None:
+    def __init__(self, given: nn.Module | None = None) -> None:
+        self._given = given
         self._built: nn.Module | None = None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
@@ -116,6 +120,8 @@ class UserCode(Family):
 
         Raises SourceError where there is no such code, where it fails or returns something else.
         """
+        if self._given is not None:
+            return deep_copy(self._given)
         with found_callable(reference) as factory:
             if isinstance(factory, nn.Module):
                 for name in arguments:
@@ -136,6 +142,8 @@ class UserCode(Family):
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe the model as a module; for what timm can build again, the user's code is not needed any more."""
         opened = describe_module(model, weights)
+        if self._given is not None:
+            return opened
         notes = opened.notes
         if not opened.origin.reference.startswith(timm_models.PREFIX):
             kept = dict(arguments)
@@ -157,20 +165,6 @@ class UserCode(Family):
         if self._built is None:
             self._built = self.build(reference, arguments)
         return self._built
-
-
-class Given(UserCode):
-    """A module that the user gives for its architecture; it is copied."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = module
-
-    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        return deep_copy(self._module)
-
-    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        return describe_module(model, weights)
 
 
 @contextlib.contextmanager
