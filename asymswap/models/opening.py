@@ -22,15 +22,7 @@ from asymswap.fileformats.torch_files import RawFile, refusal
 from asymswap.models import builders, timm_models, torchvision_models
 from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
-from asymswap.models.factories import (
-    Given,
-    UserCode,
-    describe_module,
-    how_built,
-    names_code,
-    names_python_file,
-    same_callable,
-)
+from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
 from asymswap.models.family import Family
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
@@ -230,7 +222,7 @@ def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, st
     Raises SourceError, which begins with `unknown`, for what names neither a known network nor code.
     """
     if isinstance(named, nn.Module):
-        return Given(named), type(named).__name__
+        return UserCode(named), type(named).__name__
     full = builders.canonical(named)
     if full is not None:
         return builders.family_of(full), full
