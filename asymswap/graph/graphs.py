@@ -80,7 +80,7 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
         found.running.append((name, module, given, len(found.operations)))
 
     def leave(module: nn.Module, *_: Any) -> None:
-        *_, given, start = found.running.pop()
+        given, start = found.running.pop()[2:]
         if given is not None:
             found.calls[id(module)].append(ModuleCall(*given, slice(start, len(found.operations))))
 
