@@ -82,7 +82,8 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
     def leave(module: nn.Module, *_: Any) -> None:
         given, start = found.running.pop()[2:]
         if given is not None:
-            found.calls[id(module)].append(ModuleCall(*given, slice(start, len(found.operations))))
+            args, kwargs = given
+            found.calls[id(module)].append(ModuleCall(args, kwargs, slice(start, len(found.operations))))
 
     with torch._C.DisableTorchFunction():
         copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
