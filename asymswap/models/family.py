@@ -39,7 +39,7 @@ class Family(ABC):
     """Networks that are built in one way from a full reference and arguments.
 
     `private`: no code but ours, torch's and torchvision's builds them. `channels` is the argument that sets the number
-    of input channels.
+    of input channels; `prefix` begins all full references.
     """
 
     private = True
@@ -51,7 +51,7 @@ class Family(ABC):
         return []
 
     def canonical(self, reference: str) -> str | None:
-        """Return the full form of a reference to one of these networks, None for others; the prefix may be left out."""
+        """Return the full form of a reference, which may lack the prefix; None where it names none of these networks."""
         full = self.prefix + reference.removeprefix(self.prefix)
         return full if full in self.names() else None
 
