@@ -51,7 +51,7 @@ class Family(ABC):
         return []
 
     def canonical(self, reference: str) -> str | None:
-        """Return the full form of a reference, which may lack the prefix; None where it names none of these networks."""
+        """Return the full form of a reference, which may lack the prefix; None where it names no network of these."""
         full = self.prefix + reference.removeprefix(self.prefix)
         return full if full in self.names() else None
 
