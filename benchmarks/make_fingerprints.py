@@ -18,7 +18,7 @@ import torchvision
 
 from asymswap.errors import SourceError
 from asymswap.models import builders, fingerprints
-from asymswap.models.fingerprints import Fingerprint, Free, Shapes, free_sizes, keys_hash, shapes_hash
+from asymswap.models.fingerprints import Fingerprint, Free, Shapes, digest, shapes_hash
 
 OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
 
@@ -58,7 +58,7 @@ def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | Non
 def fingerprint(reference: str, arguments: dict[str, Any]) -> Fingerprint:
     """What one form of a network looks like."""
     base = shapes_of(reference, arguments)
-    entry = Fingerprint(reference, arguments, keys_hash(base), "")
+    entry = Fingerprint(reference, arguments, digest(base), "")
     some, others = (shapes_or_none(reference, {**arguments, "num_classes": n}) for n in CLASSES)
     if some is not None and others is not None and some.keys() == others.keys() == base.keys():
         free = tuple(
@@ -74,7 +74,7 @@ def fingerprint(reference: str, arguments: dict[str, Any]) -> Fingerprint:
     if reference.startswith("torchvision:vit_"):
         position = "encoder.pos_embedding"
         entry = dataclasses.replace(entry, position=position, default_positions=base[position][1])
-    return dataclasses.replace(entry, shapes=shapes_hash(base, free_sizes(entry)))
+    return dataclasses.replace(entry, shapes=shapes_hash(base, entry))
 
 
 def with_stem(entry: Fingerprint, base: Shapes, other: Shapes | None) -> Fingerprint:

@@ -21,8 +21,8 @@ from torchvision.models.resnet import BasicBlock
 import asymswap
 from asymswap.checkpoint import Header, header_to_json, read_checkpoint
 from asymswap.errors import CheckpointError, OutputError
+from asymswap.models.converted import save_checkpoint
 from asymswap.models.networks import BUILDERS
-from asymswap.models.opening import save_checkpoint
 
 SUFFIXES = ("pt", "safetensors")
 

@@ -72,7 +72,7 @@ def test_it_holds_the_package_the_recipes_and_the_weights(built: tuple[Path, Pat
     assert {f"asymswap/recipes/{name}.toml" for name in shipped_names()} <= names
     own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "asymswap").rglob("*") if path.is_file()}
     assert {name for name in own if "__pycache__" not in name} <= names
-    assert {"asymswap/py.typed", "asymswap/models/networks/digits-resnet.safetensors"} <= names
+    assert {"asymswap/py.typed", "asymswap/models/digits-resnet.safetensors"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"asymswap"}
 
 

@@ -44,8 +44,9 @@ from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.measure.runtimes import RUNTIMES
 from asymswap.measure.timing import Timing
+from asymswap.models.converted import base_of, save_checkpoint, versions
 from asymswap.models.opened import sizes_assumed
-from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty, plan_from_json

@@ -28,8 +28,9 @@ from asymswap.measure.programs import (
     widest_gap,
     write_onnx,
 )
+from asymswap.models.converted import original_of
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import Model, open_for_verb, original_of
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport

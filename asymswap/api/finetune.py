@@ -34,8 +34,9 @@ from asymswap.data.predict import check_class_names, check_classifier, known_cla
 from asymswap.errors import AsymswapError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
+from asymswap.models.converted import base_of, save_checkpoint, versions
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoint, versions
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport

@@ -17,7 +17,8 @@ from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
-from asymswap.models.opening import Model, base_of, open_for_verb, original_of, save_checkpoint
+from asymswap.models.converted import base_of, original_of, save_checkpoint
+from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow

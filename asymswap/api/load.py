@@ -8,7 +8,7 @@ from torch import nn
 
 from asymswap.checkpoint import read_checkpoint
 from asymswap.errors import AsymswapError
-from asymswap.models.opening import restore
+from asymswap.models.converted import restore
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from asymswap.calibration.gather import Images, PatchSums, choose_positions, outputs_at, patches_of, positions_for
-from asymswap.graph.graphs import bind, meta_graph, placeholder_value, shared_graph
+from asymswap.graph.graphs import bind, placeholder_value, whole_graph
 from asymswap.graph.trace import node_operation
 from asymswap.types import Site
 from asymswap.utils.inputs import Inputs, copied
@@ -42,7 +42,7 @@ def walk_graph(
     """
     try:
         # The model's own code runs here, with stand-ins, on meta tensors and node by node: it may raise anything.
-        walk = _Walk(*shared_graph(model, example), model)
+        walk = _Walk(*whole_graph(model, example), model)
         held = _bytes_held(model, example)
         wrong = not _computes_the_same(walk, model, next(iter(images.batches()), None))
     except Exception:
@@ -123,7 +123,7 @@ def _computes_the_same(walk: _Walk, model: nn.Module, first: tuple[int, Inputs] 
 def _bytes_held(model: nn.Module, example: Inputs) -> list[int]:
     """Return for each node the bytes that a pair of one sample holds there, including the sample itself."""
     ghost = to_meta(example)
-    graph, root = meta_graph(model, ghost)
+    graph, root = whole_graph(model, ghost, on_meta=True)
     walk = _Walk(graph, root, root)
     env: Env = {}
     held = []

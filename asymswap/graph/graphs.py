@@ -13,17 +13,17 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from asymswap.graph.sites import first_few
+from asymswap.errors import listed
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import copy_with, list_tensors, map_tensors, meta_copy
 
@@ -47,13 +47,15 @@ class Recording:
 
     `operations` are those that depend on its input, in order; `calls` the calls of each module that holds a conv, by
     the module's id. `functional_convs` counts the calls of `F.conv2d` that no Conv2d made, by the name and the class of
-    the module that did; `functional_weights` are the names of the model's own parameters that these used.
+    the module that did; `functional_weights` are the names of the model's own parameters that these used. `running` are
+    the modules that have begun and not ended: name, module, arguments of one that holds a conv, its first operation.
     """
 
     operations: list[Operation] = field(default_factory=list)
     calls: dict[int, list[ModuleCall]] = field(default_factory=lambda: defaultdict(list))
     functional_convs: Counter[tuple[str, str]] = field(default_factory=Counter)
     functional_weights: set[str] = field(default_factory=set)
+    running: list[tuple[str, nn.Module, Any, int]] = field(default_factory=list)
 
     def notes(self) -> tuple[str, ...]:
         """Name the functional convolutions, for which nothing can be swapped; nothing where there are none."""
@@ -62,7 +64,7 @@ class Recording:
         by_class: dict[str, list[str]] = defaultdict(list)
         for (name, kind), calls in self.functional_convs.items():
             by_class[kind].append((name or "the model itself") + (f" ({calls} times)" if calls > 1 else ""))
-        where = "; ".join(f"{kind} {first_few(names)}" for kind, names in by_class.items())
+        where = "; ".join(f"{kind} {listed(names, 4)}" for kind, names in by_class.items())
         number = self.functional_convs.total()
         what = "1 convolution is a function call" if number == 1 else f"{number} convolutions are function calls"
         return (f"{what} (conv2d without an nn.Conv2d), which nothing can be swapped for: {where}",)
@@ -72,53 +74,40 @@ class Recording:
 def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inputs]]:
     """While open, record what the model does with the inputs that are yielded, a copy of `inputs`."""
     found = Recording()
-    running: list[tuple[str, nn.Module]] = []
 
-    def watch(name: str, module: nn.Module) -> Iterator[RemovableHandle]:
-        begun: list[tuple[Any, Any, int]] = []
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = map_tensors((args, kwargs), _ghost) if _holds_conv(module) else None
+        found.running.append((name, module, given, len(found.operations)))
 
-        def enter(module: nn.Module, _: Any) -> None:
-            running.append((name, module))
-
-        def leave(*_: Any) -> None:
-            running.pop()
-
-        def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-            begun.append((map_tensors(args, _ghost), map_tensors(kwargs, _ghost), len(found.operations)))
-
-        def end(module: nn.Module, *_: Any) -> None:
-            args, kwargs, start = begun.pop()
+    def leave(module: nn.Module, *_: Any) -> None:
+        given, start = found.running.pop()[2:]
+        if given is not None:
+            args, kwargs = given
             found.calls[id(module)].append(ModuleCall(args, kwargs, slice(start, len(found.operations))))
 
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave, always_call=True)
-        if _holds_conv(module):
-            yield module.register_forward_pre_hook(begin, with_kwargs=True)
-            yield module.register_forward_hook(end)
-
-    named = [(name, part) for name, part in model.named_modules() if not isinstance(part, torch.jit.ScriptModule)]
-    handles = [handle for name, module in named for handle in watch(name, module)]
-    try:
-        with _Recorder(found, _names(model), running):
-            yield found, tuple(map_tensors(argument, _marked_copy) for argument in inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch._C.DisableTorchFunction():
+        copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
+    for tensor in list_tensors(copies):
+        setattr(tensor, _MARK, True)
+    with ExitStack() as hooks, _Recorder(found, _names(model)):
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+        yield found, copies
 
 
 class _Recorder(TorchFunctionMode):
     """Records every function of torch that is given a tensor which depends on the marked ones, and functional convs."""
 
-    def __init__(
-        self, found: Recording, names: Mapping[int, str], running: Sequence[tuple[str, nn.Module]] = ()
-    ) -> None:
+    def __init__(self, found: Recording, names: Mapping[int, str]) -> None:
         super().__init__()
-        self._found, self._names, self._running = found, names, running
+        self._found, self._names = found, names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.conv2d and self._running and not isinstance(self._running[-1][1], nn.Conv2d):
-            module_name, module = self._running[-1]
+        if func is F.conv2d and self._found.running and not isinstance(self._found.running[-1][1], nn.Conv2d):
+            module_name, module, *_ = self._found.running[-1]
             self._found.functional_convs[module_name, type(module).__name__] += 1
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if isinstance(weight, nn.Parameter) and id(weight) in self._names:
@@ -163,13 +152,6 @@ def _ghost(tensor: Tensor) -> Tensor:
     return ghost
 
 
-def _marked_copy(tensor: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        marked = tensor.detach().clone()
-    setattr(marked, _MARK, True)
-    return marked
-
-
 def _holds_conv(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv2d) and any(isinstance(part, nn.Conv2d) for part in module.modules())
 
@@ -206,17 +188,6 @@ def placeholder_value(node: fx.Node, arguments: Mapping[str, Any]) -> Any:
     return arguments[name] if name in arguments else arguments[re.sub(r"_\d+$", "", name)]
 
 
-class _Walk(fx.Interpreter):
-    """Runs a graph with the modules of `root`."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any]) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)
-        self._arguments = arguments
-
-    def run_node(self, n: fx.Node) -> Any:
-        return placeholder_value(n, self._arguments) if n.op == "placeholder" else super().run_node(n)
-
-
 def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> dict[str, fx.Graph]:
     """Return the graph of the whole model by the name "", or those of its largest parts with a conv that are what runs.
 
@@ -226,22 +197,19 @@ def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> d
 
     def graph_of(part: nn.Module, prefix: str) -> fx.Graph | None:
         calls = recorded.calls.get(id(model.get_submodule(prefix)), [])
-        if not calls:
-            return None
-        try:
-            # The part's own code runs here, with stand-ins and again on meta tensors: anything may be raised.
-            graph = trace_graph(part, bind(part, calls[0].args, calls[0].kwargs))
-            to_meta_(part)
-            for call in calls:
-                found = Recording()
-                # Copies, since what works in place changes the marks.
-                arguments = bind(part, map_tensors(call.args, _ghost), map_tensors(call.kwargs, _ghost))
-                with torch.no_grad(), torch.device("meta"), _Recorder(found, names):
-                    _Walk(part, graph, arguments).run()
-                if found.operations != recorded.operations[call.operations]:
-                    return None
-        except Exception:
-            return None
+        graph = None
+        for call in calls:
+            # Copies, since what works in place changes the marks.
+            arguments = bind(part, *map_tensors((call.args, call.kwargs), _ghost))
+            if graph is None:
+                graph = trace_graph(part, arguments)
+                to_meta_(part)
+            found = Recording()
+            values = {node: placeholder_value(node, arguments) for node in graph.nodes if node.op == "placeholder"}
+            with torch.no_grad(), torch.device("meta"), _Recorder(found, names):
+                fx.Interpreter(part, garbage_collect_values=False, graph=graph).run(initial_env=values)
+            if found.operations != recorded.operations[call.operations]:
+                return None
         return graph
 
     return dict(_graphs(ghost, "", graph_of))
@@ -251,11 +219,8 @@ def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
     """Return the same for a model that is not run, and may be changed: its graphs may not be what runs."""
 
     def graph_of(part: nn.Module, _: str) -> fx.Graph | None:
-        try:
-            _first, *others = inspect.signature(part.forward).parameters.values()
-            return trace_graph(part, {one.name: one.default for one in others if one.default is not one.empty})
-        except Exception:  # the part's own code runs with stand-ins: anything may be raised
-            return None
+        _first, *others = inspect.signature(part.forward).parameters.values()
+        return trace_graph(part, {one.name: one.default for one in others if one.default is not one.empty})
 
     return dict(_graphs(model, "", graph_of))
 
@@ -265,7 +230,9 @@ def _graphs(
 ) -> Iterator[tuple[str, fx.Graph]]:
     if not _holds_conv(module):
         return
-    graph = graph_of(module, prefix)
+    graph = None
+    with suppress(Exception):  # the part's own code runs with stand-ins and on meta tensors: anything may be raised
+        graph = graph_of(module, prefix)
     if graph is not None:
         yield prefix, graph
         return
@@ -281,16 +248,14 @@ def to_meta_(root: nn.Module) -> None:
                 setattr(module, name, value.to("meta"))
 
 
-def shared_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]:
-    """Return the graph of the whole model, and the traced copy with the model's own tensors; raises as torch.fx."""
+def whole_graph(model: nn.Module, inputs: Inputs, on_meta: bool = False) -> tuple[fx.Graph, nn.Module]:
+    """Return the graph of the whole model and the copy that was traced; raises whatever torch.fx raises.
+
+    The copy has the model's own tensors, or all of them on the meta device.
+    """
     every = itertools.chain(model.parameters(), model.buffers())
-    root = copy_with(model, every, lambda tensor: tensor).eval()
-    return trace_graph(root, bind(root, inputs, {})), root
-
-
-def meta_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]:
-    """Return the same with all tensors on the meta device."""
-    root = meta_copy(model).eval()
+    root = (meta_copy(model) if on_meta else copy_with(model, every, lambda tensor: tensor)).eval()
     graph = trace_graph(root, bind(root, inputs, {}))
-    to_meta_(root)
+    if on_meta:
+        to_meta_(root)
     return graph, root

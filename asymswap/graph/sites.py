@@ -7,26 +7,18 @@ from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
+from asymswap.errors import listed
 from asymswap.types import Call, ConvSpec, Neighbour, Site
 from asymswap.utils.tensors import additions
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
-_RUN_TIME_PADDING = "padding computed at run time"
-_STANDARDISED = "weights standardised at every run"
-_SCALED = "weights standardised and scaled at every run"
 # What the subclasses of Conv2d in use compute that a plain one does not, by the names of their classes.
 _SUBCLASSES = {
-    "Conv2dSame": _RUN_TIME_PADDING,
-    "Conv2dSameExport": _RUN_TIME_PADDING,
-    "Conv2dDynamicSamePadding": _RUN_TIME_PADDING,
+    **dict.fromkeys(("Conv2dSame", "Conv2dSameExport", "Conv2dDynamicSamePadding"), "padding computed at run time"),
+    **dict.fromkeys(("StdConv2d", "StdConv2dSame", "ConvWS2d", "ConvAWS2d"), "weights standardised at every run"),
+    **dict.fromkeys(("ScaledStdConv2d", "ScaledStdConv2dSame"), "weights standardised and scaled at every run"),
     "Conv2dStaticSamePadding": "uneven padding of its own",
-    "StdConv2d": _STANDARDISED,
-    "StdConv2dSame": f"{_STANDARDISED}, {_RUN_TIME_PADDING}",
-    "ScaledStdConv2d": _SCALED,
-    "ScaledStdConv2dSame": f"{_SCALED}, {_RUN_TIME_PADDING}",
-    "ConvWS2d": _STANDARDISED,
-    "ConvAWS2d": _STANDARDISED,
     "ParametrizedConv2d": "weights computed again at every run (weight_norm, spectral_norm or your own)",
     "LazyConv2d": "no weights before the model has run once",
 }
@@ -63,10 +55,7 @@ def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]
 
 
 def make_sites(
-    model: nn.Module,
-    calls: Mapping[str, list[Call]],
-    neighbours: Mapping[str, Neighbours] | None,
-    read_elsewhere: Set[str],
+    model: nn.Module, calls: Mapping[str, list[Call]], neighbours: Mapping[str, Neighbours], read_elsewhere: Set[str]
 ) -> tuple[Site, ...]:
     """Return one Site for each Conv2d: those that run in the order of their first call, then those that never do.
 
@@ -78,9 +67,9 @@ def make_sites(
         for parameter in module.parameters(recurse=False):
             owners[_memory(parameter)].append(name)
     sites = []
-    for name in [*(name for name in calls if name in convs), *(name for name in convs if name not in calls)]:
+    for name in [name for name in dict.fromkeys([*calls, *convs]) if name in convs]:
         conv, aliases = convs[name]
-        before, after = (neighbours or {}).get(name, (None, None))
+        before, after = neighbours.get(name, (None, None))
         seen = tuple(calls.get(name, ()))
         refusal = _refusal(name, conv, owners, read_elsewhere)
         if refusal is None and not all(call.batched for call in seen):
@@ -92,11 +81,10 @@ def make_sites(
 
 def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
     """Return why no kind may replace this module, or None."""
-    cls = type(conv)
-    if cls is not nn.Conv2d:
-        ancestors = (ancestor.__name__ for ancestor in cls.__mro__[: cls.__mro__.index(nn.Conv2d)])
-        known = next((f": {_SUBCLASSES[ancestor]}" for ancestor in ancestors if ancestor in _SUBCLASSES), None)
-        return f"is a {cls.__name__}{known or ', a subclass of Conv2d that may compute something else'}"
+    if type(conv) is not nn.Conv2d:
+        known = [_SUBCLASSES[cls.__name__] for cls in type(conv).__mro__ if cls.__name__ in _SUBCLASSES]
+        computes = f": {known[0]}" if known else ", a subclass of Conv2d that may compute something else"
+        return f"is a {type(conv).__name__}{computes}"
     if name == "":
         return "is the whole model; put it into an nn.Sequential"
     changed = additions(conv, _FRESH)
@@ -117,17 +105,12 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
 
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
     """Name the convs that share their weights with another layer; nothing where there are none."""
-    refusals = [(site.name, site.refusal or "") for site in sites]
-    tied = [f"{name} with {why.removeprefix(_SHARES)}" for name, why in refusals if why.startswith(_SHARES)]
+    refused = [(site.name, site.refusal) for site in sites if site.refusal and site.refusal.startswith(_SHARES)]
+    tied = [f"{name} with {refusal.removeprefix(_SHARES)}" for name, refusal in refused]
     if not tied:
         return ()
     what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"
-    return (f"{what} with another layer, and nothing is swapped there: {first_few(tied)}",)
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Return the first four names as text, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (f"{what} with another layer, and nothing is swapped there: {listed(tied, 4)}",)
 
 
 def _memory(parameter: nn.Parameter) -> int:

@@ -1,15 +1,20 @@
-"""Writing a model: modules swapped by name on a deep copy."""
+"""Writing a model: modules swapped by name, and batch norms folded into convs, on a deep copy."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from asymswap.errors import PlanError, near_names
+from asymswap.errors import PlanError, TraceError, near_names
+from asymswap.graph.trace import trace
+from asymswap.types import Site
+from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import deep_copy, is_channels_last, loose_tensors
 
 
@@ -32,15 +37,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
     if share:
         memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     swapped = deep_copy(model, memo)
-    _keep_tensors_(model, swapped, replacements)
-    return swapped
-
-
-def _keep_tensors_(model: nn.Module, copied: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Give the copy's parameters what torch does not copy; raise PlanError where the copy is not what was copied."""
     inside = {id(part) for new in replacements.values() for part in new.modules()}
-    old, new = dict(model.named_modules()), dict(copied.named_modules())
-    for name, module in new.items():
+    old = dict(model.named_modules())
+    for name, module in swapped.named_modules():
         if id(module) in inside or name in replacements:
             continue
         before = old.get(name)
@@ -50,12 +49,14 @@ def _keep_tensors_(model: nn.Module, copied: nn.Module, replacements: Mapping[st
             own = module._parameters.get(key)
             if own is None or parameter is None or own is parameter:
                 continue
+            # What torch does not copy.
             for attribute, value in vars(parameter).items():
                 vars(own).setdefault(attribute, value)
             for hook in (parameter._backward_hooks or {}).values():
                 own.register_hook(hook)
             for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
                 own.register_post_accumulate_grad_hook(hook)
+    return swapped
 
 
 def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None = None) -> nn.Module:
@@ -85,3 +86,26 @@ def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
     if any(is_channels_last(parameter) for parameter in parameters):
         fused.to(memory_format=torch.channels_last)
     return fused
+
+
+def fold_norms(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """Return a copy in eval mode that computes the same, where every batch norm that can be is folded into its conv.
+
+    All other tensors are the model's own. A norm stays where more than one conv, or something else than a conv, feeds
+    it, and where torch.fx cannot follow the model. Of the `inputs` only shapes and dtypes matter.
+    """
+    folded: dict[str, nn.Module] = {}
+    sites: tuple[Site, ...] = ()
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        with contextlib.suppress(TraceError):
+            sites = trace(model, inputs).sites
+    for site in sites:
+        # A site that is refused has hooks, shared weights, or a forward of its own.
+        if site.norm_behind is None or site.refusal is not None or len(site.calls) != 1 or site.aliases:
+            continue
+        norm = model.get_submodule(site.norm_behind)
+        if type(norm) is nn.BatchNorm2d and norm.running_var is not None and not norm._forward_hooks:
+            pair = (swap(one, {}, share=True).eval() for one in (model.get_submodule(site.name), norm))
+            folded[site.name] = fuse_conv_bn_eval(*cast(Any, pair))
+            folded[site.norm_behind] = nn.Identity()
+    return swap(model, folded, share=True).eval()

@@ -12,7 +12,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,24 +34,20 @@ class Trace:
     """What was read of a model: its sites, and the modules whose graphs are what runs (`""` is the whole model).
 
     `on_meta` is False where the sizes came from a run with numbers, since what runs depends on them. `notes` name
-    convolutions that can't be swapped for reasons outside of a site. `graphs` are the graphs of the parts, and `ghost`
-    the copy of the model on the meta device that was traced.
+    convolutions that can't be swapped for reasons outside of a site.
     """
 
     sites: tuple[Site, ...]
     parts: tuple[str, ...] = ("",)
     on_meta: bool = True
     notes: tuple[str, ...] = ()
-    graphs: Mapping[str, fx.Graph] = field(default_factory=dict, repr=False, compare=False)
-    ghost: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
         """Return the same with those sites refused that were not yet."""
-        sites = [
-            replace(site, refusal=reason) if site.name in names and site.refusal is None else site
-            for site in self.sites
-        ]
-        return replace(self, sites=tuple(sites))
+        refused = {
+            site.name: replace(site, refusal=site.refusal or reason) for site in self.sites if site.name in names
+        }
+        return replace(self, sites=tuple(refused.get(site.name, site) for site in self.sites))
 
     @property
     def by(self) -> str:
@@ -75,7 +71,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     read_elsewhere |= {name.rpartition(".")[0] for name in recorded.functional_weights}
     sites = make_sites(model, calls, neighbours, read_elsewhere)
     on_meta = all(parameter.is_meta for parameter in ran.parameters())
-    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + recorded.notes(), graphs, ghost)
+    return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + recorded.notes())
 
 
 def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
@@ -170,10 +166,9 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
         # The module of every call, and the owner of every parameter that is read without one.
         used: dict[fx.Node, nn.Module] = {}
         for node in graph.nodes:
-            if node.op == "call_module":
-                used[node] = root.get_submodule(str(node.target))
-            elif node.op == "get_attr":
-                used[node] = root.get_submodule(str(node.target).rpartition(".")[0])
+            if node.op in ("call_module", "get_attr"):
+                owner = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+                used[node] = root.get_submodule(owner)
         runs = Counter(id(module) for module in used.values())
         # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
         seams = {"input", "output"} if prefix else set()
@@ -220,15 +215,10 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
         ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():
-        same_mode = all(
-            whole.get_submodule(norm).training == whole.get_submodule(name).training for whole in (model, ghost)
-        )
-        if not (
-            same_mode
-            and all(owners[id(tensor)] == 1 for tensor in _own_tensors(model.get_submodule(norm)))
-            and runs[id(ghost.get_submodule(norm))] <= 1
-            and norm_behind(trained.get(name, ((), ()))[1]) == norm
-        ):
+        modes = [(whole.get_submodule(norm).training, whole.get_submodule(name).training) for whole in (model, ghost)]
+        shares = any(owners[id(tensor)] > 1 for tensor in _own_tensors(model.get_submodule(norm)))
+        runs_once = runs[id(ghost.get_submodule(norm))] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
+        if shares or not runs_once or any(one != other for one, other in modes):
             before, after = found[name]
             found[name] = before, tuple(replace(n, alone=False) if n.name == norm else n for n in after)
     return found

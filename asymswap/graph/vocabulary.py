@@ -20,21 +20,11 @@ OTHERS = frozenset([
 WORDS = ACTIVATIONS | OTHERS | {"activation"}
 
 _SAME = {
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
-    "truediv": "div",
-    "itruediv": "div",
-    "cat": "concat",
-    "concatenate": "concat",
-    "swish": "silu",
-    "view": "reshape",
-    "frozen_batch_norm": "batch_norm",
-    "sync_batch_norm": "batch_norm",
-    "feature_dropout": "dropout",
+    "iadd": "add", "isub": "sub", "imul": "mul", "truediv": "div", "itruediv": "div", "cat": "concat",
+    "concatenate": "concat", "swish": "silu", "view": "reshape", "upsample": "interpolate",
+    "frozen_batch_norm": "batch_norm", "sync_batch_norm": "batch_norm", "feature_dropout": "dropout",
     "stochastic_depth": "dropout",
-    "upsample": "interpolate",
-}
+}  # fmt: skip
 
 
 def canonical(name: str) -> str:

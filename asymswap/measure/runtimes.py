@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from asymswap.errors import AsymswapError, reason_of
-from asymswap.graph.fold import fold_norms
-from asymswap.graph.surgery import swap
+from asymswap.graph.surgery import fold_norms, swap
 from asymswap.measure import programs
 from asymswap.measure.latency import Timed, Turn, in_format, inputs_like, is_in_format, stopwatch, time_once
 from asymswap.measure.programs import failing_clearly, quiet, widest_gap

@@ -25,8 +25,6 @@ from asymswap.types import Preprocessing, Progress
 DIGITS = "digits-resnet"
 # A network and its moving average side by side, a teacher and a student: more than four are not looked at.
 _MOST_SIDE_BY_SIDE = 4
-# Where mmpretrain keeps the two parts of a classifier.
-_TWO_PARTS = ("backbone.", "head.")
 # Known networks of others that have the very keys and shapes of one here, and another function.
 TWINS = {"torchvision:resnet50": ", as timm's resnetblur50 has"}
 YOUR_OWN = 'a network of your own, or one with another head: `arch="net.py:build"`'
@@ -35,19 +33,13 @@ YOUR_OWN = 'a network of your own, or one with another head: `arch="net.py:build
 class OwnNetworks(Family):
     """`cifar:NAME` and `digits-resnet`, the trained network that ships with asymswap."""
 
-    def names(self) -> list[str]:
-        """Return the full references of all networks."""
-        return [DIGITS, *(f"cifar:{name}" for name in networks.BUILDERS)]
+    builders = {DIGITS: networks.digits_resnet} | {f"cifar:{name}": one for name, one in networks.BUILDERS.items()}
 
-    def canonical(self, reference: str) -> str | None:
-        return reference if reference in self.names() else None
+    def names(self) -> list[str]:
+        return [*self.builders]
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        builder = networks.digits_resnet if reference == DIGITS else networks.BUILDERS[reference.removeprefix("cifar:")]
-        unknown = sorted(set(arguments) - {"num_classes", "in_channels"})
-        if unknown:
-            raise SourceError(f"{reference} does not take {unknown[0]!r}; it takes num_classes and in_channels")
-        return builder(**arguments)
+        return self.builders[reference](**arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         if reference != DIGITS:
@@ -75,8 +67,7 @@ def known_references() -> list[str]:
 
 def canonical(reference: str) -> str | None:
     """Return the full form of a reference to a known network (`torchvision:resnet18` for `resnet18`), else None."""
-    found = (family.canonical(reference) for family in FAMILIES)
-    return next((full for full in found if full is not None), None)
+    return next(filter(None, (family.canonical(reference) for family in FAMILIES)), None)
 
 
 def family_of(reference: str) -> Family:
@@ -91,8 +82,8 @@ def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def near(reference: str) -> str:
     """Say, for a message, which known references come close to one that is none, as a user writes them."""
-    written = [text.removeprefix("torchvision:") for text in known_references()]
     name = reference.removeprefix("torchvision:")
+    written = [text.removeprefix("torchvision:") for text in known_references()]
     # Without a prefix, our own networks are found too; of two by one name, torchvision's comes last and counts.
     names = {text if ":" in name else text.removeprefix("cifar:"): text for text in written}
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
@@ -131,10 +122,10 @@ def views(state: State) -> list[View]:
     begin with the same part (`model.`, `net.`, `backbone.` …), which is taken off, twice at most.
     """
     found = [View(state)]
-    if {key.partition(".")[0] for key in state} == {part.removesuffix(".") for part in _TWO_PARTS}:
+    if {key.partition(".")[0] for key in state} == {"backbone", "head"}:  # the two parts of mmpretrain's classifiers
         bare = {key.partition(".")[2]: tensor for key, tensor in state.items()}
         if len(bare) == len(state):
-            found.append(View(bare, "' and '".join(_TWO_PARTS)))
+            found.append(View(bare, "backbone.' and 'head."))
     first = _below(View(state))
     return [*found, *first, *(further for view in first for further in _below(view))]
 
@@ -185,11 +176,11 @@ def nearest(state: State, progress: Progress) -> tuple[float, str, View]:
 
     Likeness is the number of common (key, shape) pairs over the number of all. The networks are built without weights.
     """
-    references = [*OWN.names(), *(f"torchvision:{name}" for name in torchvision_models.classifiers())]
+    references = sorted([*OWN.names(), *(f"torchvision:{name}" for name in torchvision_models.classifiers())])
     best: tuple[float, str, View] = (-1.0, "", View(state))
     for view in views(torchvision_models.with_current_keys(state)):
         own = set(fingerprints.shapes_of(view.state).items())
-        for done, reference in enumerate(sorted(references), start=1):
+        for done, reference in enumerate(references, start=1):
             pairs = shapes(reference)
             likeness = len(own & pairs) / max(len(own | pairs), 1)
             if likeness > best[0]:

@@ -27,17 +27,14 @@ from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.state_dict import State, compare
 from asymswap.fileformats.torch_files import import_from_here, to_structure
 from asymswap.models import timm_models
-from asymswap.models.family import Arguments, Family, Fit, input_channels, near_keyword
+from asymswap.models.family import Arguments, Family, Fit, input_channels
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.models.torchvision_models import assumed_preprocessing
-from asymswap.types import Origin, Preprocessing
+from asymswap.types import Origin
 from asymswap.utils.tensors import deep_copy
 
 _PREFIXES = ("cifar", "timm", "torchvision")
-
-# The prefixes of a whole module's origin: written into files, no names of modules to import.
-_ORIGINS = ("class", "skeleton")
 
 
 def _parse(reference: str) -> tuple[str, str]:
@@ -49,15 +46,16 @@ def _parse(reference: str) -> tuple[str, str]:
     return home, attribute
 
 
-def names_code(reference: str) -> bool:
-    """True for a reference to code that builds a model: `package.module:callable` or `path/to/net.py:callable`."""
-    prefix, colon, _ = reference.partition(":")
-    return names_python_file(reference) or (bool(colon) and prefix not in _PREFIXES + _ORIGINS)
-
-
 def names_python_file(reference: str) -> bool:
     """True for a reference to a Python file, with or without what in it builds the model."""
     return PurePath(_parse(reference)[0]).suffix.lower() == ".py"
+
+
+def names_code(reference: str) -> bool:
+    """True for a reference to code that builds a model: `package.module:callable` or `path/to/net.py:callable`."""
+    prefix, colon, _ = reference.partition(":")
+    # The origins of whole modules, as files hold them, begin with words that are no modules to import.
+    return names_python_file(reference) or (bool(colon) and prefix not in (*_PREFIXES, "class", "skeleton"))
 
 
 def same_callable(one: str, other: str) -> bool:
@@ -83,10 +81,9 @@ def how_to_build(origin: Origin) -> str:
     arch = ":".join(named.groups()) if named else origin.reference
     # What is no plain name is not offered for copying.
     if not names_code(arch) or not re.fullmatch(r"[\w./\\: @-]{1,150}:[\w.]+", arch):
-        arch = "…"
+        return "load it with asymswap.load(path, model=…) or give `arch=…`"
     given = ", ".join(f"{name}={value!r}" for name, value in origin.arguments.items())
-    net, quoted = (f"{_parse(arch)[1]}({given:.150})", f'"{arch}"') if arch != "…" else ("…", "…")
-    return f"load it with asymswap.load(path, model={net}) or give `arch={quoted}`"
+    return f'load it with asymswap.load(path, model={_parse(arch)[1]}({given:.150})) or give `arch="{arch}"`'
 
 
 def describe_module(model: nn.Module, weights: str) -> OpenedModel:
@@ -107,11 +104,15 @@ def describe_module(model: nn.Module, weights: str) -> OpenedModel:
 
 
 class UserCode(Family):
-    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model."""
+    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model.
+
+    Or a module that is given for its architecture, and copied.
+    """
 
     private = False
 
-    def __init__(self) -> None:
+    def __init__(self, given: nn.Module | None = None) -> None:
+        self._given = given
         self._built: nn.Module | None = None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
@@ -119,24 +120,43 @@ class UserCode(Family):
 
         Raises SourceError where there is no such code, where it fails or returns something else.
         """
+        if self._given is not None:
+            return deep_copy(self._given)
         with found_callable(reference) as factory:
-            return _build(reference, factory, arguments)
+            if isinstance(factory, nn.Module):
+                for name in arguments:
+                    raise SourceError(f"{reference} is a module already, so the argument {name} changes nothing")
+                return factory
+            _check_signature(reference, factory, arguments)
+            try:
+                model = factory(**arguments)
+            except (Exception, SystemExit) as error:
+                raise SourceError(f"{reference} failed: {_raised(error)}") from error
+        if not isinstance(model, nn.Module):
+            raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
+        return model
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         return self.describe(self.build(reference, arguments), reference, arguments, f"as {reference} made them")
 
-    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        return describe_module(model, "").preprocessing
-
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe the model as a module; for what timm can build again, the user's code is not needed any more."""
         opened = describe_module(model, weights)
+        if self._given is not None:
+            return opened
+        notes = opened.notes
         if not opened.origin.reference.startswith(timm_models.PREFIX):
-            kept = {name: value for name, value in arguments.items() if _is_data(value)}
+            kept = dict(arguments)
+            for name, value in arguments.items():
+                try:
+                    json.dumps(value)
+                except (TypeError, ValueError):
+                    del kept[name]
             lost = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if name not in kept)
-            notes = (f"a file cannot hold the arguments {lost}: give them again with `arch=…`",) if lost else ()
-            opened = replace(opened, origin=Origin(reference, kept), notes=(*notes, *opened.notes))
-        return replace(opened, notes=(*how_built(reference), *opened.notes))
+            if lost:
+                notes = (f"a file cannot hold the arguments {lost}: give them again with `arch=…`", *notes)
+            opened = replace(opened, origin=Origin(reference, kept))
+        return replace(opened, notes=(*how_built(reference), *notes))
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         return Fit(dict(arguments), state, compare(self.build_unset(reference, arguments), state))
@@ -145,20 +165,6 @@ class UserCode(Family):
         if self._built is None:
             self._built = self.build(reference, arguments)
         return self._built
-
-
-class Given(UserCode):
-    """A module that the user gives for its architecture; it is copied."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = module
-
-    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        return deep_copy(self._module)
-
-    def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
-        return describe_module(model, weights)
 
 
 @contextlib.contextmanager
@@ -170,11 +176,19 @@ def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
     home, attribute = _parse(reference)
     with contextlib.ExitStack() as stack:
         if names_python_file(reference):
-            _check_named(home, attribute)
+            if not attribute and Path(home).is_file():
+                raise SourceError(f"{home} is Python code: say what in it builds the model, as {_named_in(home)}")
             module = stack.enter_context(running(home, reference))
         else:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            module = _import_module(reference)
+            import_from_here()
+            try:
+                module = importlib.import_module(home)
+            except (Exception, SystemExit) as error:
+                why = _raised(error)
+                if isinstance(error, ModuleNotFoundError) and f"{home}.".startswith(f"{error.name}."):
+                    why = f"no module named {error.name!r}{near_names(home, _PREFIXES)}"
+                raise SourceError(f"cannot import {home!r} of {reference!r}: {why}") from error
         try:
             found = functools.reduce(getattr, attribute.split("."), module)
         except AttributeError:
@@ -213,10 +227,8 @@ def running(home: str, reference: str) -> Iterator[ModuleType]:
                 del sys.modules[module.__name__]
                 if isinstance(error, ImportError) and "relative import" in str(error) and home != reference:
                     name = f"{path.parent.name}.{path.stem}:{_parse(reference)[1]}"
-                    raise SourceError(
-                        f"{home} imports from the package that it belongs to: name it as a module, {name}, in the "
-                        "folder above"
-                    ) from None
+                    what = f"name it as a module, {name}, in the folder above"
+                    raise SourceError(f"{home} imports from the package that it belongs to: {what}") from None
                 raise SourceError(f"cannot run {about}: {_raised(error)}") from error
             yield module
     finally:
@@ -226,51 +238,17 @@ def running(home: str, reference: str) -> Iterator[ModuleType]:
             sys.path.append(folder)
 
 
-def _check_named(home: str, attribute: str) -> None:
-    """Raise SourceError where a reference to a file does not say what in it to call."""
-    path = Path(home)
-    if path.is_file() and not attribute:
-        names = []
-        with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-            # Read without running it; classes first.
-            body = ast.parse(path.read_bytes()).body
-            names = [node.name for node in body if isinstance(node, ast.ClassDef)]
-            names += [node.name for node in body if isinstance(node, ast.FunctionDef)]
-        names = [name for name in names if not name.startswith("_")]
-        known = f"; it defines {', '.join(names[:6])}" if names else ""
-        example = f"{home}:{(names or ['NAME'])[0]}"
-        raise SourceError(f"{home} is Python code: say what in it builds the model, as {example}{known}")
+def _named_in(home: str) -> str:
+    """Name for a message, without running the file, what a reference to it may name; classes first."""
+    names = []
+    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        body = ast.parse(Path(home).read_bytes()).body
+        for kind in (ast.ClassDef, ast.FunctionDef):
+            names += [node.name for node in body if isinstance(node, kind) and not node.name.startswith("_")]
+    return f"{home}:{names[0]}; it defines {', '.join(names[:6])}" if names else f"{home}:NAME"
 
 
-def _import_module(reference: str) -> ModuleType:
-    home, _ = _parse(reference)
-    import_from_here()
-    try:
-        return importlib.import_module(home)
-    except (Exception, SystemExit) as error:
-        cannot = f"cannot import {home!r} of {reference!r}"
-        if isinstance(error, ModuleNotFoundError) and f"{home}.".startswith(f"{error.name}."):
-            raise SourceError(f"{cannot}: no module named {error.name!r}{near_names(home, _PREFIXES)}") from None
-        raise SourceError(f"{cannot}: {_raised(error)}") from error
-
-
-def _build(reference: str, factory: Callable[..., Any], arguments: Arguments) -> nn.Module:
-    if isinstance(factory, nn.Module):
-        for name in arguments:
-            raise SourceError(f"{reference} is a module already, so the argument {name} changes nothing")
-        return factory
-    _check_arguments(reference, factory, arguments)
-    try:
-        model = factory(**arguments)
-    except (Exception, SystemExit) as error:
-        hint = near_keyword(error, arguments)
-        raise SourceError(f"{reference} failed: {_raised(error)}{hint}") from error
-    if not isinstance(model, nn.Module):
-        raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _check_arguments(reference: str, factory: Callable[..., Any], arguments: Arguments) -> None:
+def _check_signature(reference: str, factory: Callable[..., Any], arguments: Arguments) -> None:
     """Raise SourceError for arguments that a callable does not take, as far as its signature shows."""
     try:
         signature = inspect.signature(factory)
@@ -284,19 +262,10 @@ def _check_arguments(reference: str, factory: Callable[..., Any], arguments: Arg
         takes = {name: p for name, p in signature.parameters.items() if p.kind in named}
         missing = [name for name, p in takes.items() if p.default is p.empty and name not in arguments]
         unknown = [name for name in arguments if name not in takes and inspect.Parameter.VAR_KEYWORD not in kinds]
+        hint = f"; give the arguments {', '.join(f'{name}=…' for name in missing)}" if missing else ""
         if unknown:
             hint = near_names(unknown[0], takes) or f"; it takes {', '.join(takes) or 'none'}"
-        else:
-            hint = f"; give the arguments {', '.join(f'{name}=…' for name in missing)}" if missing else ""
         raise SourceError(f"{reference} cannot be called with {dict(arguments)}: {error}{hint}") from None
-
-
-def _is_data(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _raised(error: BaseException) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import traceback
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,27 +39,33 @@ class Family(ABC):
     """Networks that are built in one way from a full reference and arguments.
 
     `private`: no code but ours, torch's and torchvision's builds them. `channels` is the argument that sets the number
-    of input channels.
+    of input channels; `prefix` begins all full references.
     """
 
     private = True
     channels = "in_channels"
+    prefix = ""
+
+    def names(self) -> list[str]:
+        """Return the full references of all networks, where they can be listed."""
+        return []
 
     def canonical(self, reference: str) -> str | None:
-        """Return the full form of a reference to one of these networks, None for others."""
-        return None
+        """Return the full form of a reference, which may lack the prefix; None where it names no network of these."""
+        full = self.prefix + reference.removeprefix(self.prefix)
+        return full if full in self.names() else None
 
     @abstractmethod
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Build the network with random weights; raise whatever the builder does for a wrong argument."""
 
-    @abstractmethod
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """Return what a network takes."""
+        """Return what a network takes, where `describe` is the one below."""
+        raise NotImplementedError
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """Return the network with published weights, the default ones where `name` is None; raise SourceError."""
-        raise unpublished(reference)
+        raise SourceError(f"{reference} has no published weights; {OTHER_WEIGHTS}")
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe a network of this family that has been built and filled."""
@@ -79,8 +82,7 @@ class Family(ABC):
             # Builders check little: a wrong argument may come to light anywhere in them, as any error.
             if not arguments:
                 raise
-            hint = near_keyword(error, arguments)
-            raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}{hint}") from None
+            raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}") from None
 
     def on_meta(self, reference: str, arguments: Arguments) -> nn.Module:
         """Build the network with its weights on the meta device: enough to compare keys and shapes.
@@ -102,13 +104,12 @@ class Family(ABC):
         model = self.on_meta(reference, arguments)
         stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         every = [tensor for module in model.modules() for tensor in list_tensors(dict(vars(module)))]
-        if not any(tensor.is_meta for tensor in every):
-            return model
-        if any(tensor.is_meta and id(tensor) not in stored for tensor in every):
+        unset = {id(tensor) for tensor in every if tensor.is_meta}
+        if not unset <= stored:
             # What no state dict brings has to be computed.
             with torch.random.fork_rng(devices=[]):
                 return self.build(reference, arguments)
-        return allocated(model)
+        return allocated(model) if unset else model
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """Find the arguments that a state dict shows, such as class count and input channels, and what differs then.
@@ -124,12 +125,10 @@ class Family(ABC):
         difference = compare(plain, state)
         guess = {**self._guess(plain, difference), **arguments}
         if guess != dict(arguments):
-            try:
+            with contextlib.suppress(SourceError):
                 guessed = compare(self.on_meta(reference, guess), state)
-            except SourceError:
-                guessed = difference
-            if not guessed:
-                return Fit(guess, state, guessed)
+                if not guessed:
+                    return Fit(guess, state, guessed)
         return Fit(dict(arguments), state, difference)
 
     def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
@@ -144,36 +143,18 @@ class Family(ABC):
         return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
-def near_keyword(error: BaseException, arguments: Arguments) -> str:
-    """Name, for a message, what is close to an argument that a builder has handed on to a callable without it."""
-    said = re.search(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if not isinstance(error, TypeError) or said is None or said[2] not in arguments:
-        return ""
-    # The error is raised where the call is, and names what was called.
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    for value in (*frame.f_locals.values(), *frame.f_globals.values()):
-        called = [vars(one).get("__init__") for one in value.__mro__] if isinstance(value, type) else [value]
-        for one in called:
-            if isinstance(one, FunctionType) and one.__qualname__ == said[1]:
-                return near_names(said[2], inspect.signature(one).parameters)
-    return ""
+def check_weights(what: str, name: str, known: Collection[str]) -> None:
+    """Raise SourceError for published weights that there are not, with near names or all of them."""
+    if name not in known:
+        hint = near_names(name, known) or f"; known: {listed([*known], 8) or 'none'}"
+        raise SourceError(f"{what} has no weights {name!r}, no FILE of that name either{hint}")
 
 
-def unpublished(what: str) -> SourceError:
-    """Return the error for a network without published weights."""
-    return SourceError(f'{what} has no published weights; use `weights="FILE"`, or `weights="none"` for random ones')
-
-
-def unknown_weights(what: str, name: str, known: Iterable[str], most: int) -> SourceError:
-    """Return the error for published weights that there are not, with near names or all of them."""
-    known = list(known)
-    hint = near_names(name, known) or f"; known: {listed(known, most) or 'none'}"
-    return SourceError(f"{what} has no weights {name!r}, no FILE of that name either{hint}")
-
-
-def chosen_by_weights(what: str, argument: str) -> SourceError:
-    """Return the error for an argument that would choose weights: a stored reference could download something."""
-    return SourceError(f"{argument!r} is not an argument for {what}; choose weights with `weights=…`")
+def check_arguments(what: str, arguments: Arguments) -> None:
+    """Refuse arguments that choose weights: a stored reference could read other files, or download some."""
+    for name in arguments:
+        if name.startswith(("weights", "pretrained")) or name in ("progress", "cache_dir", "checkpoint_path"):
+            raise SourceError(f"{name!r} is not an argument for {what}; choose weights with `weights=…`")
 
 
 def from_weights(opened: OpenedModel) -> OpenedModel:

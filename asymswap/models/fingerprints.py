@@ -11,7 +11,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -41,10 +42,10 @@ class Fingerprint:
     keys: str
     shapes: str
     classes: tuple[Free, ...] = ()
-    default_classes: int = 0
     stem: str = ""
-    default_channels: int = 0
     position: str = ""
+    default_classes: int = 0
+    default_channels: int = 0
     default_positions: int = 0
 
 
@@ -53,56 +54,45 @@ def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(t.shape) for key, t in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def keys_hash(shapes: Shapes) -> str:
-    """Hash the keys, in any order."""
-    return _hash(sorted(shapes))
+def digest(lines: Iterable[str]) -> str:
+    """Hash lines of text, in any order: the keys, or the keys with their shapes."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
-def shapes_hash(shapes: Shapes, free: Mapping[tuple[str, int], Any]) -> str:
-    """Hash the shapes, the free sizes (pairs of key and axis) left out."""
+def shapes_hash(shapes: Shapes, entry: Fingerprint) -> str:
+    """Hash the shapes but for the sizes that a fingerprint leaves open."""
+    free = {(one.key, one.axis) for one in entry.classes} | {(entry.stem, 1), (entry.position, 1)}
     lines = []
-    for key in sorted(shapes):
-        sizes = ["*" if (key, axis) in free else str(size) for axis, size in enumerate(shapes[key])]
+    for key, shape in shapes.items():
+        sizes = ["*" if (key, axis) in free else str(size) for axis, size in enumerate(shape)]
         lines.append(f"{key} {'x'.join(sizes)}")
-    return _hash(lines)
-
-
-def free_sizes(entry: Fingerprint) -> dict[tuple[str, int], int]:
-    """Return the sizes that a fingerprint leaves open, and how many times their argument they are."""
-    free = {(one.key, one.axis): one.times for one in entry.classes}
-    return free | {(key, 1): 1 for key in (entry.stem, entry.position) if key}
+    return digest(lines)
 
 
 def matches(shapes: Shapes) -> list[Fingerprint]:
     """Return every known network that these shapes fit, with the arguments that make it fit."""
     found = []
-    for entry in table().get(keys_hash(shapes), ()):
-        if shapes_hash(shapes, free_sizes(entry)) == entry.shapes:
-            arguments = _read_off(entry, shapes)
-            if arguments is not None:
-                found.append(replace(entry, arguments={**entry.arguments, **arguments}))
+    for entry in table().get(digest(shapes), ()):
+        arguments = _read_off(entry, shapes) if shapes_hash(shapes, entry) == entry.shapes else None
+        if arguments is not None:
+            found.append(replace(entry, arguments={**entry.arguments, **arguments}))
     return found
 
 
 @functools.cache
-def table() -> Mapping[str, tuple[Fingerprint, ...]]:
+def table() -> Mapping[str, Sequence[Fingerprint]]:
     """Return the shipped fingerprints by the hash of their keys."""
     text = resources.files(__package__).joinpath("fingerprints.tsv").read_text(encoding="utf-8")
-    found: dict[str, tuple[Fingerprint, ...]] = {}
+    found: dict[str, list[Fingerprint]] = defaultdict(list)
     for line in text.splitlines():
         if line and not line.startswith("#"):
-            entry = from_line(line)
-            found[entry.keys] = (*found.get(entry.keys, ()), entry)
+            reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
+            parts = (part.rsplit(":", 2) for part in classes.split())
+            free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
+            counts = [int(number or 0) for number in (count, channels, positions)]
+            entry = Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, free, stem, position, *counts)
+            found[keys].append(entry)
     return found
-
-
-def from_line(line: str) -> Fingerprint:
-    """Parse a line of the table."""
-    reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
-    parts = (part.rsplit(":", 2) for part in classes.split())
-    free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
-    sizes = (free, int(count or 0), stem, int(channels or 0), position, int(positions or 0))
-    return Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, *sizes)
 
 
 def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:
@@ -123,7 +113,3 @@ def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:
             return None
         arguments["image_size"] = side * shapes[entry.stem][2]
     return arguments
-
-
-def _hash(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -25,10 +25,10 @@ class OpenedModel:
 
     `example_inputs` are the user's own arguments of one forward pass, in place of images. `reference` is the user's
     name for it, `weights` where its weights are from, `file` the file that it was read from, `sha256` its hash, `plans`
-    and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a
-    module that no reference can build, `base` the unconverted model where the user gave it. `private`: no code but
-    ours, torch's and torchvision's made it, so that nobody else holds its tensors; `handed_over`: the caller needs it
-    for one verb only, whose result may share its tensors. `seconds` is how long the opening took.
+    and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a module that no reference can
+    build, `base` the unconverted model where the user gave it. `private`: no code but ours, torch's and torchvision's
+    made it, so that nobody else holds its tensors; `handed_over`: the caller needs it for one verb only, whose result
+    may share its tensors. `seconds` is how long the opening took.
     """
 
     model: nn.Module
@@ -89,8 +89,7 @@ class OpenedModel:
 
 def sizes_assumed(opened: Iterable[OpenedModel]) -> tuple[str, ...]:
     """Warn where nobody gave the size of a model's input."""
-    warnings = [f"{one.reference}: {line}" for one in opened for line in one.size_warning()]
-    return tuple(dict.fromkeys(warnings))
+    return tuple(dict.fromkeys(f"{one.reference}: {line}" for one in opened for line in one.size_warning()))
 
 
 def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
@@ -101,11 +100,9 @@ def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
     about = f"an input of {made_inputs.sizes(opened.example())}"
     try:
         costs = count_costs(opened.model, opened.example(), names)
-    except Exception as error:
-        # A network may raise anything for an input that it does not take.
-        raise TraceError(
-            f"{opened.reference} does not run on {about}: {reason_of(error, 200)}; give another `input_size=…`"
-        ) from error
+    except Exception as error:  # a network may raise anything for an input that it does not take
+        what = f"{opened.reference} does not run on {about}: {reason_of(error, 200)}"
+        raise TraceError(f"{what}; give another `input_size=…`") from error
     if costs.total.macs == 0:
         raise TraceError(
             f"{opened.reference} costs 0 MACs on {about}: no convolution, linear layer or matrix product was seen to "

@@ -1,38 +1,40 @@
-"""Open models: from a reference, a file, a module or a conversion to an `OpenedModel`; rebuild and save converted ones.
-
-A converted model is built unconverted, its structure is swapped, and its state dict loaded strictly; a file is written
-only where that works.
-"""
+"""Open models: from a reference, a file, a module or a conversion to an `OpenedModel`; docs/guide/models.md has all."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-import torch
-import torchvision.ops  # also registers torch.ops.torchvision
 from torch import nn
 
-import asymswap
-from asymswap.checkpoint import Header, Stored, write_checkpoint
-from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError, reason_of
+from asymswap.checkpoint import Header, Stored, stored_in
+from asymswap.errors import AsymswapError, SourceError, listed, reason_of
 from asymswap.fileformats import extra_state
-from asymswap.fileformats.detect import resolve, sha256
-from asymswap.fileformats.state_dict import Difference, compare, load_state_
-from asymswap.graph.surgery import swap
-from asymswap.models import builders, timm_models
-from asymswap.models.factories import describe_module, how_built, how_to_build, same_callable
+from asymswap.fileformats.detect import exists, resolve, sha256
+from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
+from asymswap.fileformats.pickle_reader import MalformedError
+from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
+from asymswap.fileformats.torch_files import RawFile, refusal
+from asymswap.models import builders, timm_models, torchvision_models
+from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
+from asymswap.models.converted import restore
+from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
+from asymswap.models.family import Family
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
-from asymswap.models.references import Request, find_architecture, is_file_reference, open_file, open_reference, rebuild
-from asymswap.planning.apply import apply_structure
 from asymswap.results.records import read_history
 from asymswap.types import Origin, Progress, silent
+from asymswap.utils.files import fail_if_modified
 from asymswap.utils.inputs import arguments_of, placed
-from asymswap.utils.tensors import WithoutMemory, meta_copy
+from asymswap.utils.tensors import meta_copy
+
+FILE_SUFFIXES = (
+    ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch", ".json",
+)  # fmt: skip
 
 
 class Converted(Protocol):
@@ -45,6 +47,17 @@ class Converted(Protocol):
 
 Model = str | Path | nn.Module | OpenedModel | Converted
 """What every verb takes: a reference, a file, a module that exists already, an opened model, or a verb's result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What the user said about the model beside its reference; see `open_model`."""
+
+    arch: str | nn.Module | None = None
+    weights: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    trust_pickle: bool = False
+    key: str | None = None
 
 
 def open_model(
@@ -80,9 +93,9 @@ def open_model(
     start = time.perf_counter()
     if isinstance(arch, nn.Module) and arguments:
         raise SourceError(f"`arch=…` is a module already, so the argument {next(iter(arguments))!r} changes nothing")
-    request = Request(arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle)
+    request = _Request(arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle)
     if isinstance(model, OpenedModel):
-        if request != Request():
+        if request != _Request():
             raise SourceError(f"{model.reference} is open already; give these options where it is opened first")
         opened = model
     elif isinstance(model, nn.Module):
@@ -94,15 +107,15 @@ def open_model(
         if not isinstance(header, Header):
             raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
         base = model.base if arch is None else _build_named(header.origin, request)
-        opened = _describe_converted(model.model, header, base, "as given")
         named = read_history(header.provenance, "the conversion").report.model.reference
+        opened = _describe_converted(model.model, header, base, "as given")
         opened = replace(opened, reference=named or header.origin.reference)
     else:
         reference = str(model)
         if not is_file_reference(reference):
-            opened = open_reference(reference, request)
+            opened = _open_reference(reference, request)
         elif weights is None:
-            opened = open_file(Path(reference), request, progress, _open_converted)
+            opened = _open_file(Path(reference), request, progress, may_be_converted=True)
         else:
             raise SourceError(f"`weights=…` goes with a reference; {resolve(Path(reference))} brings its own weights")
         opened = replace(opened, reference=reference)
@@ -116,8 +129,8 @@ def open_model(
         prepared = with_size(prepared, input_size)
     if preprocessing is not None:
         prepared = preprocessing.apply(prepared)
-    opened = replace(opened, preprocessing=prepared, example_inputs=example)
-    return replace(opened, seconds=opened.seconds + time.perf_counter() - start)
+    seconds = opened.seconds + time.perf_counter() - start
+    return replace(opened, preprocessing=prepared, example_inputs=example, seconds=seconds)
 
 
 def open_for_verb(
@@ -130,59 +143,39 @@ def open_for_verb(
     """Return the model as a verb takes it; one that was opened here is the verb's alone."""
     if isinstance(model, OpenedModel) and input_size is None and preprocessing is None and example_inputs is None:
         return model
-    opened = open_model(
-        model,
-        input_size=input_size,
-        example_inputs=example_inputs,
-        preprocessing=preprocessing,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"input_size": input_size, "example_inputs": example_inputs}
+    opened = open_model(model, **options, preprocessing=preprocessing, progress=progress)
     return opened if isinstance(model, OpenedModel) else opened.hand_over()
 
 
 def open_models(
-    models: Sequence[Model],
-    *,
-    arch: str | None = None,
-    weights: str | None = None,
-    key: str | None = None,
-    **options: Any,
+    models: Sequence[Model], *, arch: str | None = None, weights: str | None = None, key: str | None = None, **more: Any
 ) -> list[OpenedModel]:
     """Open several models by one set of options: `arch` and `key` are the files', `weights` the references'.
 
-    `options` are the further ones of `open_model`. Raises AsymswapError for an option that suits none of the models.
+    `more` are further options of `open_model`. Raises AsymswapError for an option that suits none of the models.
     """
-    names = [str(model) for model in models if isinstance(model, str | Path)]
-    files = [name for name in names if is_file_reference(name)]
+    named = [model for model in models if isinstance(model, str | Path)]
+    files = [model for model in named if is_file_reference(str(model))]
     if arch is not None and not files:
         raise AsymswapError(f'`arch="{arch}"` goes with a file, and none of the models is one')
-    if weights is not None and len(files) == len(names):
+    if weights is not None and len(files) == len(named):
         raise AsymswapError(f'`weights="{weights}"` goes with a reference, and all models are files with their own')
-    opened = []
-    for model in models:
-        is_file = isinstance(model, str | Path) and str(model) in files
-        own: dict[str, Any] = {"arch": arch, "key": key} if is_file else {"weights": weights}
-        opened.append(open_model(model, **own, **options))
-    return opened
+    for_files: dict[str, Any] = {"arch": arch, "key": key}
+    for_others: dict[str, Any] = {"weights": weights}
+    return [open_model(one, **(for_files if one in files else for_others), **more) for one in models]
 
 
-def original_of(opened: OpenedModel) -> nn.Module:
-    """Return the unconverted model, of a checkpoint with unset weights; raise CheckpointError if it needs user code."""
-    if not opened.plans:
-        return opened.model
-    if opened.base is not None:
-        return opened.base
-    try:
-        return rebuild(opened.origin, opened.skeleton)
-    except AsymswapError as error:
-        raise CheckpointError(f"{opened.reference} cannot be rebuilt: {error}; {how_to_build(opened.origin)}") from None
+def is_file_reference(reference: str) -> bool:
+    """True for a reference to a file: it exists and names no known network, or it looks like a path."""
+    if builders.canonical(reference.partition("@")[0]) is not None or names_python_file(reference):
+        return False
+    return _is_file(reference) or "\\" in reference
 
 
-def base_of(opened: OpenedModel) -> nn.Module | None:
-    """Return the unconverted model where no later verb could build it again; None where one can."""
-    if opened.base is not None or opened.plans or opened.skeleton is not None:
-        return opened.base
-    return None if builders.canonical(opened.origin.reference) else opened.model
+def _is_file(text: str) -> bool:
+    path = Path(text)
+    return exists(path) or path.suffix in FILE_SUFFIXES or "/" in text
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -202,109 +195,188 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _open_converted(path: Path, stored: Stored, request: Request) -> OpenedModel:
+def _open_reference(reference: str, request: _Request) -> OpenedModel:
+    """Return the model that a reference other than a file names, with weights; raise SourceError."""
+    if request.arch is not None:
+        raise SourceError(f"`arch=…` goes with a file, and {reference!r} names a network itself")
+    if request.key is not None and not _is_file(str(request.weights)):
+        raise SourceError(f'`key=…` goes with a file, and {reference!r} names a network; give `weights="FILE"` with it')
+    name, weights = reference, request.weights
+    if not names_python_file(reference):
+        name, _, weights_name = reference.partition("@")
+        if weights_name and weights:
+            raise SourceError(f'{reference!r} names weights and `weights="{weights}"` others; give one of them')
+        weights = weights_name or weights
+    family, full = _find_network(name, f"no model {reference!r}, and no such file")
+    own_code = isinstance(family, UserCode)
+    if weights not in (None, "none") and (own_code or _is_file(str(weights))):
+        return _open_file(Path(str(weights)), replace(request, arch=full, weights=weights))
+    if weights == "none" and not own_code:
+        return family.describe(family.build(full, request.arguments), full, request.arguments, "random")
+    return family.weights(full, weights, request.arguments)
+
+
+def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, str]:
+    """Return the family of a reference and its full form, or of a module that is given as `arch`.
+
+    Raises SourceError, which begins with `unknown`, for what names neither a known network nor code.
+    """
+    if isinstance(named, nn.Module):
+        return UserCode(named), type(named).__name__
+    full = builders.canonical(named)
+    if full is not None:
+        return builders.family_of(full), full
+    if names_code(named):
+        return UserCode(), named
+    hint = builders.near(named) or "; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory"
+    architecture = named.partition(".")[0]
+    # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
+    if architecture and importlib.util.find_spec("timm") and timm_models.timm().is_model(architecture):
+        hint = f"; timm has one: {timm_models.PREFIX}{named}"
+    raise SourceError((unknown or f'`arch="{named}"` names no known architecture') + hint)
+
+
+def _open_file(
+    path: Path, request: _Request, progress: Progress = silent, may_be_converted: bool = False
+) -> OpenedModel:
+    path = resolve(path)
+    with fail_if_modified(*files_of(path)):
+        raw = read_raw(path, request.trust_pickle)
+        notes: tuple[str, ...] = ()
+        if raw.executed:
+            notes = (f"code in {path.name} was executed to read it (`trust_pickle=True`)",)
+        elif request.trust_pickle:
+            notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
+        try:
+            stored = stored_in(raw, str(path)) if may_be_converted else None
+            opened = _open_converted(path, stored, request) if stored else _open_loaded(path, raw, request, progress)
+        except AsymswapError as error:
+            if not raw.executed:
+                raise
+            # Code ran, whatever the result.
+            raise SourceError(f"{error}; {notes[0]}") from error
+    return replace(opened, notes=notes + opened.notes, file=path)
+
+
+def _open_converted(path: Path, stored: Stored, request: _Request) -> OpenedModel:
     if request.key is not None:
         raise SourceError(f"`key=…` goes with training checkpoints; {path} was converted before and holds one model")
     base = _build_named(stored.header.origin, request)
     opened = _describe_converted(restore(stored, str(path), base), stored.header, base, f"file {path.name}")
     times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
     built = how_built(request.arch) if isinstance(request.arch, str) else ()
-    return replace(opened, notes=(f"converted before, {times}", *built), file=path, sha256=sha256(path), private=True)
+    return replace(opened, notes=(f"converted before, {times}", *built), sha256=sha256(path), private=True)
 
 
-def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None, weights: str) -> OpenedModel:
-    """Describe a converted model; what was a guess of its preprocessing when it was written stays one."""
-    known, guesses = header.preprocessing, ("family", "assumed")
-    preprocessing = replace(
-        known,
-        normalization_from=known.normalization_from if known.normalization_from in guesses else "file",
-        size_from=known.size_from if known.size_from in guesses else "file",
-    )
-    opened = OpenedModel(model, header.origin, preprocessing, weights, skeleton=header.skeleton, base=base)
-    return replace(opened, plans=header.plans, provenance=header.provenance)
-
-
-def _build_named(origin: Origin, request: Request) -> nn.Module | None:
+def _build_named(origin: Origin, request: _Request) -> nn.Module | None:
     """Build the unconverted model of a checkpoint that `arch` names; the same network as it was built then."""
     arch = request.arch
     if arch is None or isinstance(arch, nn.Module):
         return arch
     same = builders.canonical(arch) == origin.reference or same_callable(arch, origin.reference)
-    stored = origin.arguments if same else {}
-    family, full = find_architecture(arch)
-    return family.build(full, {**stored, **request.arguments})
+    family, full = _find_network(arch)
+    return family.build(full, {**(origin.arguments if same else {}), **request.arguments})
 
 
-def versions(origin: Origin) -> dict[str, str]:
-    """Return the versions of all that a checkpoint of this origin was made with, for its provenance."""
-    found = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    if origin.reference.startswith(timm_models.PREFIX):
-        found["timm"] = str(timm_models.timm().__version__)
-    return found
+def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None, weights: str) -> OpenedModel:
+    """Describe a converted model; what was a guess of its preprocessing when it was written stays one."""
+    sources = ("normalization_from", "size_from")
+    told = [source for source in sources if getattr(header.preprocessing, source) not in ("family", "assumed")]
+    preprocessing = replace(header.preprocessing, **cast(Any, dict.fromkeys(told, "file")))
+    opened = OpenedModel(model, header.origin, preprocessing, weights, skeleton=header.skeleton, base=base)
+    return replace(opened, plans=header.plans, provenance=header.provenance)
 
 
-def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:
-    """Return the converted model with its weights, in eval mode and trainable.
-
-    `model` is the unconverted model, of any weights, where only the user can build it; it is not changed. Raises
-    CheckpointError where the parts do not fit each other.
-    """
-    header = stored.header
-    try:
-        difference = _try_without_memory(stored, model)
-        if not difference:
-            base = rebuild(header.origin, header.skeleton) if model is None else model
-            for plan in header.plans:
-                base = apply_structure(base, plan, share=base is not model)
-            base = swap(base, {}) if base is model else base
-            difference = compare(base, stored.state)
-    except AsymswapError as error:
-        how = how_to_build(header.origin) if model is None else "the model given is not the one that was converted"
-        raise CheckpointError(f"{label} cannot be rebuilt: {error}; {how}") from None
-    if difference:
-        raise CheckpointError(f"{label} does not fit {header.origin.reference}: {difference}")
-    unlike = sorted(extra_state.owners(base).keys() ^ stored.extra.keys())
-    if unlike:
-        lacks = "lacks" if unlike[0] not in stored.extra else f"is not of {header.origin.reference}: it has"
-        raise CheckpointError(f"{label} {lacks} the extra state {unlike[0]!r}")
-    try:
-        load_state_(base, stored.state, take=model is None)
-        extra_state.load_(base, stored.extra)
-    except SourceError as error:
-        raise CheckpointError(f"{label} cannot be used: {error}") from None
-    return base.eval()
-
-
-def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference | None:
-    """Compare the state dict with the header's model, without memory for that model; None where that cannot be done."""
-    try:
-        # Sizes computed with tensors, as RegNet's are, stay real.
-        with WithoutMemory(torch.empty, torch.empty_like):
-            base = rebuild(stored.header.origin, stored.header.skeleton) if model is None else meta_copy(model)
-    except Exception:
-        # Some networks run themselves while they are built; what else may be wrong shows when it is done for real.
-        return None
-    try:
-        with WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
-            for plan in stored.header.plans:
-                base = apply_structure(base, plan)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"its plan asks for what cannot be built ({reason_of(error)})") from None
-    return compare(base, stored.state)
-
-
-def save_checkpoint(path: Path, model: nn.Module, header: Header) -> None:
-    """Write a converted model; raise OutputError where the file cannot be written, or would not load again."""
-
-    def check(stored: Stored) -> None:
+def _open_loaded(path: Path, raw: RawFile, request: _Request, progress: Progress) -> OpenedModel:
+    """Return the model of a file that has been read: a module as it is, or a state dict put into its architecture."""
+    value, notes = raw.value, raw.notes
+    if raw.unread:
+        notes += (f"left unread, being outside of the allowlist: {listed(raw.unread, 3)}",)
         try:
-            difference = _try_without_memory(stored, None)
-        except AsymswapError:
-            # Only the user can build it again: it must be what was converted.
-            difference = compare(model, stored.state)
-        lacking = sorted(extra_state.owners(model).keys() ^ stored.extra.keys())
-        if difference or lacking:
-            about = str(difference) if difference else f"it lacks {lacking[0]}"
-            raise OutputError(f"{path} would not load again, so it is not written: {about}")
+            # Where the architecture is known, the state dict of a module that cannot be loaded will do.
+            value, modules = states_of_modules(value) if request.arch is not None else (value, ())
+        except MalformedError as error:
+            raise SourceError(f"{path} is cut off or damaged: {error}") from None
+        notes += tuple(f"weights taken out of a {name}, whose code was not executed" for name in modules)
+    try:
+        found = find_weights(value, str(path), request.key)
+    except SourceError as error:
+        # Where nothing is there but what could not be loaded, the reason for that is the better message.
+        raise (refusal(raw.unread, str(path)) if raw.unread else error) from None
+    taken = (f"weights taken from {found.key!r} in {path.name}",) if found.key else ()
+    notes, digest = (*taken, *notes, *found.notes), fingerprint(path)
+    if isinstance(found.value, nn.Module):
+        if request.weights is not None:
+            raise SourceError(f"{path} holds a whole module; give it as the model instead of as `weights=…`")
+        try:
+            check_numbers(found.value)
+            opened = replace(describe_module(found.value, ""), private=not request.trust_pickle)
+        except SourceError as error:
+            raise SourceError(f"{path} cannot be used: {error}") from None
+        except (AttributeError, TypeError) as error:
+            # Unpickling sets attributes, and builds nothing: what the file lacks is missing from the module.
+            raise SourceError(f"{path} is damaged: its {type(found.value).__name__} lacks parts ({error})") from error
+        if request.arch is not None:
+            arch = request.arch if isinstance(request.arch, str) else type(request.arch).__name__
+            notes += (f'`arch="{arch}"` was not needed: {path.name} holds the whole module',)
+    else:
+        opened = _open_state(path, found, digest, request, progress)
+    return replace(opened, notes=notes + opened.notes, sha256=digest, weights=f"file {path.name}")
 
-    write_checkpoint(path, model, header, check)
+
+def _open_state(path: Path, found: Found, digest: str, request: _Request, progress: Progress) -> OpenedModel:
+    """Load a state dict strictly into its network; class count and input channels follow the state."""
+    assert not isinstance(found.value, nn.Module)
+    state, arguments = found.value, request.arguments
+    notes: tuple[str, ...] = ()
+    published = torchvision_models.published(digest)
+    if request.arch is not None:
+        family, reference = _find_network(request.arch)
+    elif published is not None:
+        family, reference = builders.family_of(published.reference), published.reference
+    else:
+        match, view = identify(state, str(path), progress)
+        family, reference, state = builders.family_of(match.reference), match.reference, view.state
+        note = (
+            f"architecture taken from keys and shapes: {reference} (`arch=…` names another); a variant that "
+            f"computes differently can have the same{TWINS.get(reference, '')}"
+        )
+        notes = (*view.notes(), note)
+        # What the builder takes is left to the user, where they have said it.
+        arguments = {**match.arguments, **arguments}
+    if published is not None and published.reference == reference:
+        arguments = {**published.arguments, **arguments}
+    else:
+        published = None
+    most, closest = -1, Difference((), (), ())
+    for view in views(state):
+        fit = family.fit(reference, arguments, view.state)
+        if not fit.difference:
+            break
+        alike = len(fit.state) - len(fit.difference.unexpected) - len(fit.difference.shapes)
+        if alike > most:
+            most, closest = alike, fit.difference
+    else:
+        likeness, best, _ = nearest(state, progress)
+        hint = f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
+        if likeness == 0 or best == reference:
+            hint = f"; give {YOUR_OWN}" if not isinstance(family, UserCode) else ""
+        raise SourceError(f"{path} does not fit {reference}: {closest}{hint}")
+    model = family.build_unset(reference, fit.arguments)
+    # The user's own code may keep what it has built or read, and views of it.
+    private = not isinstance(family, UserCode) and not request.trust_pickle
+    own, extra = extra_state.owners(model), {key.removeprefix(view.prefix): v for key, v in found.extra.items()}
+    try:
+        load_state_(model, fit.state, take=private)
+        extra_state.load_(model, {key: value for key, value in extra.items() if key in own})
+    except SourceError as error:
+        raise SourceError(f"{path} cannot be used: {error}") from None
+    notes += view.notes()
+    if left_out := [key for key in extra if key not in own]:
+        notes += (f"extra state that no module takes was left out: {', '.join(left_out)}",)
+    if lacking := [key for key in own if key not in extra]:
+        notes += (f"extra state that the file lacks stays as it was built: {', '.join(lacking)}",)
+    opened = family.describe(model, reference, fit.arguments, str(path))
+    if published is not None:
+        opened = torchvision_models.as_published(opened, published)
+    return replace(opened, notes=notes + opened.notes, private=private)

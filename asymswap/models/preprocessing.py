@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from asymswap.errors import AsymswapError, near_names
+from asymswap.errors import AsymswapError, check_choice
 from asymswap.types import Fed, Preprocessing, Size
 
 
@@ -104,15 +104,15 @@ class PreprocessingOptions:
 
     def __post_init__(self) -> None:
         if self.normalize is not None:
-            if self.normalize not in NAMES:
-                hint = near_names(self.normalize, NAMES) or f"; known are {', '.join(NAMES)}"
-                raise AsymswapError(f'there is no `normalize="{self.normalize}"`{hint}')
+            check_choice("`normalize=…`", self.normalize, NAMES)
             for name in ("mean", "std", "bgr"):
                 if getattr(self, name) is not None:
                     raise AsymswapError(f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`')
         elif (self.mean is None) != (self.std is None):
             given, missing = ("mean", "std") if self.std is None else ("std", "mean")
             raise AsymswapError(f"`{given}=…` goes with `{missing}=…`: give both, or `normalize=…` with a usual name")
+        elif self.mean is None and self.bgr is not None:
+            raise AsymswapError("`bgr=…` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and not (len(values) and all(map(math.isfinite, values))):
@@ -124,8 +124,8 @@ class PreprocessingOptions:
         if self.resize is not None and self.resize < 1:
             raise AsymswapError(f"`resize={self.resize}` is no length in pixels, such as 256")
         if self.size is not None and self.resize is not None and self.resize < min(self.size):
-            least = f"give `resize={max(self.size)}` or more"
-            raise AsymswapError(f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)}); {least}")
+            what = f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)})"
+            raise AsymswapError(f"{what}; give `resize={max(self.size)}` or more")
 
     def apply(self, known: Preprocessing) -> Preprocessing:
         """Return the known preprocessing with these settings; raise AsymswapError where they do not suit it."""
@@ -149,10 +149,6 @@ class PreprocessingOptions:
                 raise AsymswapError(f"{what}; give one of {', '.join(suitable)}")
             return with_normalization(result, suitable[self.normalize], "given")
         if self.mean is None or self.std is None:
-            if self.bgr is not None:
-                raise AsymswapError(
-                    "`bgr=True` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red"
-                )
             return result
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
@@ -184,10 +180,8 @@ def with_size(preprocessing: Preprocessing, input_size: tuple[int, ...]) -> Prep
         takes = f"channels x {'frames x ' if clips else ''}height x width"
         raise AsymswapError(f"`input_size={_by(input_size)}` does not suit: one input is {takes}")
     channels, *frames, height, width = input_size
-    resized = replace(
-        preprocessing, size=(height, width), resize=None, frames=frames[0] if frames else 1, size_from="given"
-    )
-    return with_channels(resized, channels)
+    resized = replace(preprocessing, size=(height, width), resize=None, size_from="given")
+    return with_channels(replace(resized, frames=frames[0] if frames else 1), channels)
 
 
 def with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
@@ -199,7 +193,5 @@ def with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
 
 def size_warning(preprocessing: Preprocessing) -> tuple[str, ...]:
     """Warn where nobody gave the size of the input."""
-    if preprocessing.size_from != "assumed":
-        return ()
     what = f"input {preprocessing.describe()} is assumed, and all figures follow from it"
-    return (f"{what}: give `input_size=…` to say the size",)
+    return (f"{what}: give `input_size=…` to say the size",) if preprocessing.size_from == "assumed" else ()

@@ -33,8 +33,6 @@ from asymswap.types import Origin, Preprocessing
 
 PREFIX = "timm:"
 
-# As arguments of a stored reference these could make a checkpoint read other files, or download some.
-_CHOSEN_ELSEWHERE = ("cache_dir", "checkpoint_path")
 # Errors of a library that downloads are of its own classes, which are no errors of the system.
 _DOWNLOADERS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
@@ -64,15 +62,11 @@ class Timm(Family):
         _check_name(full)
         config = timm().models.get_pretrained_cfg(full)
         if config is None or not config.has_weights:
-            raise family.unpublished(f"timm's {full}")
+            return super().weights(f"timm's {full}", name, arguments)
         full = f"{architecture}.{config.tag}" if config.tag else full
         with _listening() as remarks:
             try:
-                file = _in_hubs_cache(config)
-                if file is None and config.hf_hub_id:
-                    find_hub()
-                own = {} if file is None else {"pretrained_cfg_overlay": {"file": file}}
-                model = _create(full, arguments, pretrained=True, **own)
+                model = _create(full, arguments, pretrained=True, **_in_hubs_cache(config))
             except SourceError:
                 raise
             except Exception as error:
@@ -117,9 +111,8 @@ def origin_of(model: nn.Module) -> Origin | None:
     name = made_by_timm(model)
     if name is None:
         return None
-    own = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
-    arguments = {key: value for key, value in own.items() if isinstance(value, int)}
-    arguments |= getattr(model, "_model_args", {})
+    own = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
+    arguments = {key: value for key, value in own.items() if isinstance(value, int)} | getattr(model, "_model_args", {})
     try:
         arguments = _settled(name, json.loads(json.dumps(arguments, allow_nan=False)))
         again = Timm().on_meta(PREFIX + name, arguments)
@@ -143,14 +136,13 @@ def _outline(model: nn.Module) -> dict[str, Any]:
 def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Add the arguments that timm takes from the tag's description, which another version of timm may change."""
     config = timm().models.get_pretrained_cfg(name)
-    own: dict[str, Any] = {}
-    if config is not None:
-        if config.num_classes >= 0:
-            own["num_classes"] = config.num_classes
-        if config.input_size[0] != 3:
-            own["in_chans"] = config.input_size[0]
-        if config.fixed_input_size:
-            own["img_size"] = list(config.input_size[1:])
+    if config is None:
+        return dict(arguments)
+    own = {"num_classes": config.num_classes} if config.num_classes >= 0 else {}
+    if config.input_size[0] != 3:
+        own["in_chans"] = config.input_size[0]
+    if config.fixed_input_size:
+        own["img_size"] = list(config.input_size[1:])
     return {**own, **arguments}
 
 
@@ -199,9 +191,9 @@ def timm() -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
-        what = f"models of {PREFIX} need timm, which is not installed; install it"
-        if error.name != "timm":
-            what = f"timm cannot be imported: {error}; install it again"
+        what = f"timm cannot be imported: {error}; install it again"
+        if error.name == "timm":
+            what = f"models of {PREFIX} need timm, which is not installed; install it"
         raise SourceError(f"{what}: pip install 'asymswap[timm]'") from None
     return timm
 
@@ -217,16 +209,14 @@ def _check_name(name: str) -> None:
     if architecture in renamed:
         now = f"; its name is now {PREFIX}{renamed[architecture]}" if renamed[architecture] else ", it was removed"
         raise SourceError(f"timm {installed.__version__} has no model {architecture!r} any more{now}")
-    tags = [other.partition(".")[2] for other in registry.get_arch_pretrained_cfgs(architecture)]
-    if tag and tag not in tags:
-        raise family.unknown_weights(f"timm's {architecture}", tag, filter(None, tags), 8)
+    if tag:
+        tags = [other.partition(".")[2] for other in registry.get_arch_pretrained_cfgs(architecture)]
+        family.check_weights(f"timm's {architecture}", tag, [*filter(None, tags)])
 
 
 def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: Any) -> nn.Module:
     _check_name(name)
-    for key in arguments:
-        if key.startswith("pretrained") or key in _CHOSEN_ELSEWHERE:
-            raise family.chosen_by_weights(f"timm's {name}", key)
+    family.check_arguments(f"timm's {name}", arguments)
     # Both TOML and JSON know lists only, where timm asks for a pair or a tuple of sizes.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
@@ -237,21 +227,24 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
         if pretrained:
             raise
         with_what = f" with {dict(arguments)}" if arguments else ""
-        hint = family.near_keyword(error, arguments)
-        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}{hint}") from None
+        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}") from None
     return model
 
 
-def _in_hubs_cache(config: Any) -> str | None:
-    """Return the file of these weights in the hub's cache, where its client would first ask the network for a newer."""
+def _in_hubs_cache(config: Any) -> dict[str, Any]:
+    """Name the file of these weights in the hub's cache, where its client would first ask the network for a newer."""
     from huggingface_hub import try_to_load_from_cache
 
     name = config.hf_hub_filename or "model.safetensors"
-    if not config.hf_hub_id or config.custom_load or not name.endswith(".safetensors"):
-        return None
-    repository, _, revision = config.hf_hub_id.partition("@")
-    found = try_to_load_from_cache(repository, name, revision=revision or None)
-    return found if isinstance(found, str) else None
+    if not config.hf_hub_id:
+        return {}
+    if not config.custom_load and name.endswith(".safetensors"):
+        repository, _, revision = config.hf_hub_id.partition("@")
+        found = try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(found, str):
+            return {"pretrained_cfg_overlay": {"file": found}}
+    find_hub()
+    return {}
 
 
 def find_hub() -> None:

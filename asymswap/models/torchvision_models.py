@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,8 +27,10 @@ from asymswap.types import InputForm, KnownFrom, Origin, Preprocessing, Size
 
 PREFIX = "torchvision:"
 
+# What the models of torchvision's packages take, where it is not a batch of images.
+_FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "image-pair", "video": "clips"}
+_FRAMES = 16  # of a clip: what the published video networks were trained on, and the least that some of them take
 _DELETE = "delete that file if it is damaged"
-
 # Keys of files that older versions wrote, torchvision's own published ones among them.
 _OLD_KEYS = (
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
@@ -48,13 +49,6 @@ def with_current_keys(state: State) -> State:
     for pattern, name in _OLD_KEYS:
         state = {pattern.sub(name, key): tensor for key, tensor in state.items()}
     return state
-
-
-_FRAMES = 16
-"""Of a clip: as many as the published video networks were trained on, and the least that some of them take."""
-
-_FORMS: dict[str, InputForm] = {"detection": "image-list", "optical_flow": "image-pair", "video": "clips"}
-"""What the models of torchvision's packages take, where it is not a batch of images."""
 
 
 def assumed_preprocessing(model: nn.Module) -> Preprocessing:
@@ -90,24 +84,20 @@ class Published:
 class Torchvision(Family):
     """`torchvision:NAME`, or NAME alone."""
 
+    prefix = PREFIX
+
     def names(self) -> list[str]:
         """Return the full references of all models that torchvision registers."""
         return [f"{PREFIX}{name}" for name in models.list_models()]
 
-    def canonical(self, reference: str) -> str | None:
-        full = PREFIX + reference.removeprefix(PREFIX)
-        return full if full in self.names() else None
-
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Build the model with random weights, downloading nothing; `in_channels` replaces its first conv."""
         name = reference.removeprefix(PREFIX)
-        own = {key: value for key, value in arguments.items() if key != "in_channels"}
-        _check_arguments(name, own)
-        builder = models.get_model_builder(name)
-        takes = inspect.signature(builder).parameters
+        family.check_arguments(f"torchvision's {name}", arguments)
+        takes = inspect.signature(models.get_model_builder(name)).parameters
         # Given weights are ours to load.
         none = {key: None for key in ("weights", "weights_backbone") if key in takes}
-        model: nn.Module = builder(**none, **{**_defaults(name), **own})
+        model = _make(name, {key: value for key, value in arguments.items() if key != "in_channels"}, none)
         if "in_channels" in arguments:
             _set_channels_(model, reference, arguments["in_channels"])
         return model
@@ -116,15 +106,13 @@ class Torchvision(Family):
         """Return the model with published weights, from torch.hub's cache, or downloaded into it; raise SourceError."""
         model_name = reference.removeprefix(PREFIX)
         weights = _weights(model_name, name or "DEFAULT")
-        _check_arguments(model_name, arguments)
-        cached = _fetch(model_name, weights)
-        state = _read(model_name, cached)
+        family.check_arguments(f"torchvision's {model_name}", arguments)
+        cached, state = _read_published(model_name, weights)
         # While this is set, torchvision's builder takes our state dict for the weights' own; it still sets what the
         # weights ask for.
         weights.get_state_dict = lambda **_: state
         try:
-            own = {**_defaults(model_name), **arguments}
-            model = models.get_model(model_name, weights=weights, progress=False, **own)
+            model = _make(model_name, arguments, {"weights": weights, "progress": False})
         except Exception as error:
             # Weights that do not fit can raise about anything; so can a builder at an argument of another network.
             if arguments and isinstance(error, TypeError | ValueError):
@@ -168,8 +156,8 @@ def as_published(opened: OpenedModel, published: Published) -> OpenedModel:
     """Describe a filled model whose weights have been found to be published ones."""
     name = published.reference.removeprefix(PREFIX)
     settings = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
-    note = f"known by its SHA-256 as torchvision's {published.weights} of {name}"
-    note = f"{note}, which sets {settings}" if settings else note
+    sets = f", which sets {settings}" if settings else ""
+    note = f"known by its SHA-256 as torchvision's {published.weights} of {name}{sets}"
     return replace(opened, preprocessing=_preprocessing(name, opened.model, published.weights), notes=(note,))
 
 
@@ -200,20 +188,14 @@ def _preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Pre
 
 def published(digest: str) -> Published | None:
     """Return which published weights a file is, by its SHA-256: torchvision's file names have the first digits."""
-    return _published().get(digest[:8])
-
-
-@functools.cache
-def _published() -> dict[str, Published]:
-    found: dict[str, Published] = {}
     for name in models.list_models():
         for weights in models.get_model_weights(name):
             digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
-            if digits and not name.startswith("quantized_"):
+            if digits and digits[1][:8] == digest[:8] and not name.startswith("quantized_"):
                 # The heads that torchvision drops from its pretrained models are in their files.
                 arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
-                found.setdefault(digits[1][:8], Published(f"{PREFIX}{name}", weights.name, arguments))
-    return found
+                return Published(f"{PREFIX}{name}", weights.name, arguments)
+    return None
 
 
 def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
@@ -227,39 +209,41 @@ def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
         raise SourceError(f"{reference} cannot have in_channels={channels!r}; give a whole number from 1 on")
     if channels == conv.in_channels:
         return
-    other = nn.Conv2d(
-        channels, conv.out_channels, cast(Any, conv.kernel_size), cast(Any, conv.stride), cast(Any, conv.padding),
-        cast(Any, conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode,
-    )  # fmt: skip
+    same = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    other = nn.Conv2d(channels, bias=conv.bias is not None, **{field: getattr(conv, field) for field in same})
     model.set_submodule(name, other)
 
 
-def _fetch(name: str, weights: Any) -> Path:
-    """Return where torch.hub keeps the file of these weights, downloading it where it is missing."""
-    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+def _make(name: str, arguments: Mapping[str, Any], weights: Mapping[str, Any]) -> nn.Module:
+    # The slow and warned-of initialisation of two networks would be thrown away.
+    slow = name.removeprefix("quantized_") in ("googlenet", "inception_v3")
+    defaults = {"init_weights": False} if slow else {}
+    model: nn.Module = models.get_model(name, **weights, **{**defaults, **arguments})
+    return model
+
+
+def _read_published(name: str, weights: Any) -> tuple[Path, Any]:
+    """Return the file of these weights in torch.hub's cache, downloaded where it is missing, and its state dict.
+
+    It is read as any file: torchvision would unpickle it without restriction.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    found = torch.hub.HASH_REGEX.search(cached.name)
+    digits = found[1] if found else ""
     try:
         if not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True)
-            digits = torch.hub.HASH_REGEX.search(cached.name)
-            torch.hub.download_url_to_file(
-                weights.url, str(cached), hash_prefix=digits and digits[1], progress=sys.stderr.isatty()
-            )
+            torch.hub.download_url_to_file(weights.url, str(cached), digits or None, sys.stderr.isatty())
     except (OSError, HTTPException, RuntimeError) as error:
         # The RuntimeError is torch's word for a download with another hash than its name says.
         why = reason_of(getattr(error, "reason", None) or error, 500)
         where = f"are not in {cached.parent} and cannot be downloaded ({why}); {family.OTHER_WEIGHTS}"
         raise SourceError(f"the weights {weights.name} of {name} {where}") from None
-    return cached
-
-
-def _read(name: str, cached: Path) -> Any:
-    """Read a file of torch.hub's cache as any file: torchvision would unpickle it without restriction."""
-    digits = torch.hub.HASH_REGEX.search(cached.name)
     try:
         kind = sniff(cached)
-        if digits and not sha256(cached).startswith(digits[1]):
+        if not sha256(cached).startswith(digits):
             raise SourceError("its SHA-256 is not the one in its name")
-        return load_object(cached, kind, False, "it", 'take weights of your own with `weights="FILE"`')
+        return cached, load_object(cached, kind, False, "it", 'take weights of your own with `weights="FILE"`')
     except SourceError as error:
         raise SourceError(f"cannot load {cached} into {name}: {error}; {_DELETE}") from None
 
@@ -269,15 +253,8 @@ def _weights(name: str, weights_name: str) -> Any:
     # The quantisable models stay unquantised here, and take the weights that theirs were made from.
     known = {key: weights.meta.get("unquantized", weights) for key, weights in members.items()}
     known |= {weights.name: weights for weights in known.values()}
-    if weights_name not in known:
-        raise family.unknown_weights(f"torchvision's {name}", weights_name, known, len(known))
+    family.check_weights(f"torchvision's {name}", weights_name, known)
     return known[weights_name]
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    """Return arguments of ours: the slow and warned-of initialisation of two networks would be thrown away."""
-    slow = name.removeprefix("quantized_") in ("googlenet", "inception_v3")
-    return {"init_weights": False} if slow else {}
 
 
 def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
@@ -289,9 +266,3 @@ def _set_by_weights(name: str, weights: Any) -> dict[str, Any]:
     if name.startswith("vit_") and weights.meta["min_size"][0] != 224:
         return {"image_size": weights.meta["min_size"][0]}
     return {}
-
-
-def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    for key in ("weights", "weights_backbone", "progress", "pretrained", "pretrained_backbone"):
-        if key in arguments:
-            raise family.chosen_by_weights(f"torchvision's {name}", key)

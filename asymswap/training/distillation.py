@@ -17,8 +17,7 @@ from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import names_python_file
-from asymswap.models.opening import Model, open_model
-from asymswap.models.references import FILE_SUFFIXES
+from asymswap.models.opening import FILE_SUFFIXES, Model, open_model
 from asymswap.results.records import read_history
 from asymswap.types import Swap
 from asymswap.utils.tensors import deep_copy

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from asymswap.models.networks.densenet import DenseLayer, DenseNet
-from asymswap.models.networks.resnet import BasicBlock, ResNet, SqueezeExcite, project_shortcut
+from asymswap.models.networks import BasicBlock, DenseNet, ResNet, SqueezeExcite, project_shortcut
 
 WIDTHS = (8, 16, 32, 64)
 REDUCTION = 4
@@ -31,6 +30,4 @@ def densenet(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
 
     Four, so that it ends at the same feature maps as the others.
     """
-    return DenseNet(
-        DenseLayer, (3, 3, 3, 3), 8, stem=16, compression=0.5, num_classes=num_classes, in_channels=in_channels
-    )
+    return DenseNet((3, 3, 3, 3), 8, stem=16, compression=0.5, num_classes=num_classes, in_channels=in_channels)

@@ -139,7 +139,7 @@ def test_cut_off(form: str, kept: float, reader: str, refusal: Refusal) -> None:
         ("resnet19", r"resnet19.* names no known architecture; did you mean resnet18, "),
         ("resnet20", r"resnet20.* names no known architecture; did you mean cifar:resnet20, "),
         ("cifar:resnet21", r"names no known architecture; did you mean cifar:resnet\d\d, "),
-        ("nothing-like-it", r"names no known architecture; try resnet18 or cifar:resnet20"),
+        ("nothing-like-it", r"names no known architecture; known are torchvision's names, timm:…, cifar:…"),
         ("no_such_module:net", r"cannot import 'no_such_module' of 'no_such_module:net': no module named"),
     ],
 )  # fmt: skip
@@ -284,7 +284,7 @@ MODELS = {
     "cifar:resent20": r"no model 'cifar:resent20', and no such file; did you mean cifar:resnet20, ",
     "resnet20": r"no model 'resnet20', and no such file; did you mean cifar:resnet20, ",
     "nothing-like-it": r"no such file; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory",
-    "cifar:resnet20": r"has no published weights; use .*, or .* for random ones",
+    "cifar:resnet20": r"has no published weights; use .* for random weights or .* for a state_dict",
     "resnet18@IMAGENET1K_V9": r"torchvision's resnet18 has no weights 'IMAGENET1K_V9'.*; did you mean IMAGENET1K_V1\?",
     "digits-resnet@V1": r"digits-resnet has one set of weights",
     "no_such_module:net": r"cannot import 'no_such_module' of 'no_such_module:net': no module named 'no_such_module'",

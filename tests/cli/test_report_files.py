@@ -17,7 +17,7 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.convert import repeatable
 from asymswap.errors import AsymswapError
-from asymswap.models.opening import restore, save_checkpoint
+from asymswap.models.converted import restore, save_checkpoint
 from asymswap.reporting.convert import to_markdown
 from asymswap.results.records import read_report
 

@@ -27,7 +27,7 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.commands import SUMMARIES
 from asymswap.cli.main import main
 from asymswap.measure.latency import Timed
-from asymswap.models.opening import save_checkpoint
+from asymswap.models.converted import save_checkpoint
 from asymswap.types import Ratio, Seconds
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -252,7 +252,7 @@ def test_what_was_asked_is_stored_and_gives_what_it_gives_when_it_is_given(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalize": "imagnet"}, r'there is no `normalize="imagnet"`; did you mean imagenet'),
+        ({"normalize": "imagnet"}, r"`normalize=…` 'imagnet' is unknown; did you mean imagenet"),
         ({"normalize": "half", "mean": (0.5,)}, '`normalize="half"` says the mean already: leave out `mean=…`'),
         ({"normalize": "half", "bgr": True}, "says the bgr already"),
         ({"mean": (0.5,)}, "`mean=…` goes with `std=…`: give both"),
@@ -275,7 +275,7 @@ def test_options_that_do_not_suit_the_network_are_refused(
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"mean": (0.5, 0.5), "std": (1.0,)}, "`mean=…` has 2 numbers for 3 channels"),
         ({"normalize": "mnist"}, '`normalize="mnist"` is not for 3 channels; give one of imagenet, none, half'),
-        ({"bgr": True}, "`bgr=True` goes with `mean=…` and `std=…`"),
+        ({"bgr": True}, "`bgr=…` goes with `mean=…` and `std=…`"),
         ({"resize": 100}, "`resize=100` is shorter than the input"),
         ({"normalize": "half", "interpolation": "cubic"}, "there is no interpolation 'cubic'; did you mean bicubic"),
     ]

@@ -20,7 +20,7 @@ from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind, sniff
 from asymswap.fileformats.model_file import read_raw, states_of_modules
 from asymswap.fileformats.torch_files import load, load_object
-from asymswap.models.references import weights_in
+from asymswap.models.opening import open_model
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -298,9 +298,8 @@ class Hollow(Net):
 )
 def test_a_module_that_is_none_is_refused_in_one_line(kind: type[Net], expected: str, tmp_path: Path) -> None:
     torch.save({"model": kind()}, tmp_path / "x.pt")
-    raw = read_raw(tmp_path / "x.pt", trust_pickle=False)
     with pytest.raises(SourceError, match=expected) as caught:
-        weights_in(tmp_path / "x.pt", raw, None, arch_known=True)
+        open_model(tmp_path / "x.pt", arch="resnet18")
     assert "\n" not in str(caught.value)
 
 

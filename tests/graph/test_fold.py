@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.graph.fold import fold_norms
+from asymswap.graph.surgery import fold_norms
 
 X = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
 

@@ -12,7 +12,7 @@ from torchvision.models import googlenet, resnet18
 
 import asymswap
 from asymswap.errors import TraceError
-from asymswap.graph.graphs import meta_graph
+from asymswap.graph.graphs import whole_graph
 from asymswap.graph.trace import NORM_ACT, node_operation, trace
 from asymswap.types import Call, Site
 
@@ -276,7 +276,9 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_not_looked_through() -> None:
 )
 def test_only_what_is_linear_is_called_a_batch_norm(norm: nn.Module, operation: str) -> None:
     """Calibration undoes the scale of what goes by that name."""
-    graph, root = meta_graph(nn.Sequential(nn.Conv2d(3, 4, 3), norm), (torch.empty(1, 3, 8, 8, device="meta"),))
+    graph, root = whole_graph(
+        nn.Sequential(nn.Conv2d(3, 4, 3), norm), (torch.empty(1, 3, 8, 8, device="meta"),), on_meta=True
+    )
     assert [node_operation(root, node) for node in graph.nodes] == ["input", "conv", operation, "output"]
 
 

@@ -20,10 +20,11 @@ from asymswap.models.networks import (
     CIFAR_PREPROCESSING,
     DIGITS_PREPROCESSING,
     DIGITS_WEIGHTS,
+    DenseNet,
+    PadShortcut,
+    SqueezeExcite,
     digits_resnet,
 )
-from asymswap.models.networks.densenet import DenseLayer, DenseNet
-from asymswap.models.networks.resnet import PadShortcut, SqueezeExcite
 from asymswap.types import Preprocessing
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -62,7 +63,7 @@ def test_parameters_are_as_published(name: str, parameters: int) -> None:
 
 
 def test_densenet_of_twelve_layers_a_block_has_the_published_million_parameters() -> None:
-    assert count(DenseNet(DenseLayer, (12, 12, 12), 12, stem=16, compression=1.0)) == 1_019_722
+    assert count(DenseNet((12, 12, 12), 12, stem=16, compression=1.0)) == 1_019_722
 
 
 def test_densenet_parameters_add_up() -> None:

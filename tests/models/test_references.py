@@ -18,14 +18,11 @@ import asymswap
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import trace
 from asymswap.models.builders import build, known_references, near
+from asymswap.models.converted import rebuild
 from asymswap.models.factories import UserCode
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import open_model
-from asymswap.models.references import (
-    is_file_reference,
-    rebuild,
-)
+from asymswap.models.opening import is_file_reference, open_model
 from asymswap.types import Origin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,7 +272,7 @@ def test_a_converted_model_is_opened_with_its_plans(tmp_path: Path) -> None:
         (
             "cifar:resnet20",
             {},
-            r'cifar:resnet20 has no published weights; use `weights="FILE"`, or `weights="none"`',
+            r'cifar:resnet20 has no published weights; use `weights="none"` for random weights or `weights="FILE"`',
         ),
         ("cifar:resnet20", {"weights": "no.pt"}, r"no file no\.pt"),
         ("w.pt", {"weights": "none"}, r"`weights=…` goes with a reference; w\.pt brings its own weights"),

@@ -18,9 +18,9 @@ from torch import nn
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
 from asymswap.models.builders import build, canonical
+from asymswap.models.converted import rebuild
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import open_model
-from asymswap.models.references import is_file_reference, rebuild
+from asymswap.models.opening import is_file_reference, open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -201,7 +201,7 @@ class TestInstalled:
 
     def test_no_published_weights(self, hub: object, timm: Any) -> None:
         name = next(name for name in timm.list_models("resnet*") if not timm.get_pretrained_cfg(name).has_weights)
-        with pytest.raises(SourceError, match=rf"timm's {name} has no published weights; use `weights=\"FILE\"`, or"):
+        with pytest.raises(SourceError, match=rf"timm's {name} has no published weights; use `weights=\"none\"`"):
             open_model(f"timm:{name}")
 
     @pytest.mark.parametrize(

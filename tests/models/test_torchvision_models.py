@@ -22,9 +22,9 @@ from torchvision import models
 from asymswap.errors import SourceError
 from asymswap.models import torchvision_models
 from asymswap.models.builders import build
+from asymswap.models.converted import rebuild
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
-from asymswap.models.references import rebuild
 from asymswap.types import Origin
 from asymswap.utils.tensors import WithoutMemory
 
@@ -62,8 +62,7 @@ REST = [reference for reference in references(models.list_models()) if reference
 def as_if_downloaded() -> Iterator[None]:
     """While open, torchvision builds what it builds for published weights, and none are read or loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision_models, "_fetch", lambda *_: Path("cached"))
-        patch.setattr(torchvision_models, "_read", lambda *_: {})
+        patch.setattr(torchvision_models, "_read_published", lambda *_: (Path("cached"), {}))
         patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
         yield
 

@@ -14,7 +14,7 @@ import torch
 
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
-from asymswap.models import references
+from asymswap.models import opening
 from asymswap.models.networks import digits_resnet
 from asymswap.utils.files import fail_if_modified
 
@@ -102,14 +102,14 @@ def test_a_source_that_changes_after_it_was_read_makes_no_report(
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read_raw = references.read_raw
+    read_raw = opening.read_raw
 
     def read_and_change(path: Path, *others: Any) -> Any:
         loaded = read_raw(path, *others)
         change(path)
         return loaded
 
-    monkeypatch.setattr(references, "read_raw", read_and_change)
+    monkeypatch.setattr(opening, "read_raw", read_and_change)
     outcome = run(*arguments)
     assert outcome.code == 1
     assert re.fullmatch(rf"error: x\.pt {CHANGED}\n", outcome.err)
