@@ -28,7 +28,7 @@ REQUIRED = 0.985
 
 def tensors(data: LabelledImages) -> tuple[Tensor, Tensor]:
     """All images (N x 1 x 8 x 8) and labels (N) of a small set."""
-    images, labels = zip(*(data.images[i] for i in range(len(data))), strict=True)
+    images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 

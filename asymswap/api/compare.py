@@ -84,7 +84,7 @@ def compare(
         evaluators += [Labelled(one.some(sorted(chosen), one.description)) for one in sets]
         compared = chosen[:_COMPARED]
         outputs_on = f"{len(compared)} images of {data}"
-        inputs = [(torch.stack([one.images[index][0] for index in compared]),) for one in sets]
+        inputs = [(torch.stack([one[index][0] for index in compared]),) for one in sets]
     elif images is not None:
         raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
     elif data is not None and not evaluators:

@@ -32,17 +32,7 @@ _NUMBERS = (torch.uint8, torch.int16, torch.int32, torch.int64, *_FLOATS)
 _UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
 """An .npz may unpack to this number of bytes, or to this multiple of its own size if that is more."""
 # numpy parses a header as Python, hence the TokenError; the RuntimeErrors include zipfile's NotImplementedError.
-_UNREADABLE = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    KeyError,
-    BadZipFile,
-    zlib.error,
-    TokenError,
-)
+_DAMAGED = (SafetensorError, OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError)
 _HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes, or floats as they are) and 'labels' (N)"
 
 
@@ -59,18 +49,21 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
     """
     try:
         entries = _read(path)
-        images, labels = _entry(entries, part, *_IMAGES), _entry(entries, part, "labels", "y", "targets")
-        if images is None:
+        stored, labels = _entry(entries, part, *_IMAGES), _entry(entries, part, "labels", "y", "targets")
+        if stored is None:
             raise _UnfitError(f"holds no images (its entries: {', '.join(entries) or 'none'})")
-        tensor = _as_images(_tensor(images))
+        images = _as_images(_tensor(stored))
         if labels is None:
-            return tensor, [-1] * len(tensor), ()
-        numbers = _as_labels(_tensor(labels), len(tensor))
-        classes = entries.get("classes")
-        names = _as_names(range(max(numbers) + 1) if classes is None else classes)
-        if max(numbers) >= len(names):
-            raise _UnfitError(f"has a label {max(numbers)}, but names only {len(names)} classes")
-        return tensor, numbers, names
+            return images, [-1] * len(images), ()
+        numbers = _as_numbers(_tensor(labels), len(images))
+        classes: Any = range(max(numbers) + 1) if entries.get("classes") is None else entries["classes"]
+        if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
+            classes = classes.tolist()
+        if not isinstance(classes, list | tuple | range) or not all(isinstance(c, str | int | float) for c in classes):
+            raise _UnfitError("has 'classes' that are no list of names", "give one text for each class")
+        if max(numbers) >= len(classes):
+            raise _UnfitError(f"has a label {max(numbers)}, but names only {len(classes)} classes")
+        return images, numbers, tuple(map(str, classes))
     except _UnfitError as error:
         raise SourceError(f"data {path} {error}") from None
 
@@ -94,13 +87,24 @@ def _read(path: Path) -> Mapping[str, Any]:
             with path.open("rb") as file:
                 return {"images": _read_npy(file, path.stat().st_size)}
         if path.suffix == ".npz":
-            return _read_npz(path)
+            with ZipFile(path) as archive:
+                entries, size = archive.infolist(), path.stat().st_size
+                unpacked = sum(entry.file_size for entry in entries)
+                if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
+                    raise ValueError(
+                        f"it has {size:,} bytes and would unpack to {unpacked:,}; save it with numpy.savez"
+                    )
+                found = {}
+                for entry in entries:
+                    with archive.open(entry) as file:
+                        found[entry.filename.removesuffix(".npy")] = _read_npy(file, entry.file_size)
+                return found
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except SourceError as error:
         raise _UnfitError(f"cannot be read ({error})") from None
-    except _UNREADABLE as error:
+    except _DAMAGED as error:
         raise _UnfitError(f"cannot be read ({reason_of(error)})") from None
     if isinstance(value, Tensor):
         return {"images": value}
@@ -109,18 +113,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
     raise _UnfitError(f"holds a {type(value).__name__}")
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    found = {}
-    with ZipFile(path) as archive:
-        unpacked, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
-        if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
-            raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}; save it with numpy.savez")
-        for info in archive.infolist():
-            with archive.open(info) as file:
-                found[info.filename.removesuffix(".npy")] = _read_npy(file, info.file_size)
-    return found
 
 
 def _read_npy(file: IO[bytes], size: int) -> Any:
@@ -166,17 +158,6 @@ def _is_strided(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
 
 
-def _as_names(classes: Any) -> tuple[str, ...]:
-    """Return the names of classes: a list or an array of text or numbers."""
-    if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
-        classes = classes.tolist()
-    if not isinstance(classes, list | tuple | range) or not all(
-        isinstance(name, str | int | float) for name in classes
-    ):
-        raise _UnfitError("has 'classes' that are no list of names", "give one text for each class")
-    return tuple(map(str, classes))
-
-
 def _as_images(images: Tensor) -> Tensor:
     """Return images, maybe without channels or with them last, as N x C x H x W: bytes, or numbers as they are."""
     if images.ndim == 3:
@@ -192,7 +173,7 @@ def _as_images(images: Tensor) -> Tensor:
     return images if images.dtype == torch.uint8 else images.to(torch.float32)
 
 
-def _as_labels(labels: Tensor, count: int) -> list[int]:
+def _as_numbers(labels: Tensor, count: int) -> list[int]:
     labels = labels.reshape(-1) if labels.numel() == count else labels
     whole = not (labels.is_floating_point() or labels.is_complex())
     # torch has no minimum of the larger unsigned types.

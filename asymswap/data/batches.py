@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
-from asymswap.data.datasets import Pictures, geometry, to_input
+from asymswap.data.datasets import LabelledImages, geometry, to_input
 from asymswap.errors import AsymswapError, SourceError, near_names
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
@@ -30,18 +30,11 @@ from asymswap.utils.users import call
 Groups = Generator[tuple[list["Batch"], int], None, None]
 """The batches of this process for one step after another, each with the sum of the counts in all processes."""
 
-Key = tuple[int, int]
-"""An epoch and the number of an image."""
-
 PRESETS = ("none", "flip", "crop", "flip-crop", "randaugment")
 MIXES = ("mixup", "cutmix")
 
-_MOST_SKIPPED = 100
-"""Unreadable images in a row from which on something else must be wrong."""
-
-_MOST_COUNTED = 1_000_000
-"""Batches after which we stop to look for the end of data without a length."""
-
+_MOST_SKIPPED = 100  # unreadable images in a row: from there on something else must be wrong
+_MOST_COUNTED = 1_000_000  # batches after which we stop to look for the end of data without a length
 _END = object()
 
 
@@ -60,59 +53,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, content=map_tensors(content, lambda tensor: tensor.to(device, non_blocking=True)))
 
 
-class Schedule(Sampler[list[Key]]):
-    """The batches of this process, epoch by epoch; `begin` sets the epoch and step to continue with."""
-
-    def __init__(self, images: int, batch_size: int, accumulate: int, team: Team, seed: int) -> None:
-        parts = accumulate * team.size
-        if images < parts:
-            raise AsymswapError(
-                f"{images} images cannot be shared among {team.size} processes x `accumulate={accumulate}`; give more "
-                "images, or fewer of those"
-            )
-        # At least one image for each, even where a batch of one image then has two.
-        self.steps = min(-(-images // (batch_size * parts)), images // parts)
-        self.images, self.accumulate, self._team, self._seed = images, accumulate, team, seed
-        self._epoch = self._start = 0
-
-    def begin(self, epoch: int, start: int) -> None:
-        self._epoch, self._start = epoch, start
-
-    def size(self, step: int) -> int:
-        """Return how many images all processes together see in this step of an epoch."""
-        return len(torch.arange(self.images).tensor_split(self.steps)[step])
-
-    def __len__(self) -> int:
-        return (self.steps - self._start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self.images, generator=generator_for(self._seed, "order", self._epoch))
-        for group in order.tensor_split(self.steps)[self._start :]:
-            pieces = group.tensor_split(self.accumulate * self._team.size)
-            for piece in pieces[self._team.rank :: self._team.size]:
-                yield [(self._epoch, index) for index in piece.tolist()]
-
-
 class TrainingImages(Dataset[Any]):
     """Augmented network inputs; the augmentation depends only on the seed, the epoch and the image's number.
 
-    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`;
-    samples of the user's stay as they are.
+    Item `epoch * len(data) + number` is that image in that epoch. The next image replaces one that cannot be read; with
+    `strict` the error is the sample. Images become of `dtype`; samples of the user's stay as they are.
     """
 
     def __init__(
-        self, pictures: Pictures, transform: Any, seed: int, strict: bool, dtype: torch.dtype | None = torch.float32
+        self, data: LabelledImages, transform: Any, seed: int, strict: bool, dtype: torch.dtype | None = torch.float32
     ) -> None:
-        self._pictures, self._transform, self._seed = pictures, transform, seed
-        self._strict, self.dtype = strict, dtype
+        self.data, self.seed, self.dtype, self._transform, self._strict = data, seed, dtype, transform, strict
 
-    def __getitem__(self, key: Key) -> tuple[Any, int, int] | SourceError:
-        (epoch, index), labels = key, self._pictures.labels
+    def __getitem__(self, key: int) -> tuple[Any, int, int] | SourceError:
+        labels = self.data.labels
+        epoch, index = divmod(key, len(labels))
         for skipped in range(min(len(labels), _MOST_SKIPPED)):
             place = (index + skipped) % len(labels)
-            with drawn_from(self._seed, "augment", epoch, index):
+            with drawn_from(self.seed, "augment", epoch, index):
                 try:
-                    return self._transform(self._pictures.picture(place)), labels[place], int(skipped > 0)
+                    return self._transform(self.data.picture(place)), labels[place], int(skipped > 0)
                 except SourceError as error:
                     # Returned: raised in a worker it would arrive as a page of traceback.
                     if self._strict:
@@ -135,16 +95,25 @@ def _collate(dtype: torch.dtype | None, samples: Sequence[Any]) -> Batch | Sourc
 
 
 class Reader:
-    """A source of images, or of samples of the user's, by a schedule; reads ahead of time if there are workers."""
+    """A source of images, or of samples of the user's; reads ahead of time if there are workers."""
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, images: TrainingImages, schedule: Schedule, workers: int) -> None:
-        self.schedule, self.steps, self.count = schedule, schedule.steps, schedule.images
+    def __init__(self, images: TrainingImages, batch_size: int, accumulate: int, team: Team, workers: int) -> None:
+        self.count, parts = len(images.data.labels), accumulate * team.size
+        if self.count < parts:
+            raise AsymswapError(
+                f"{self.count} images cannot be shared among {team.size} processes x `accumulate={accumulate}`; give "
+                "more images, or fewer of those"
+            )
+        # At least one image for each, even where a batch of one image then has two.
+        self.steps = min(-(-self.count // (batch_size * parts)), self.count // parts)
         self.unit = "samples" if images.dtype is None else "images"
+        self._seed, self._accumulate, self._team = images.seed, accumulate, team
+        self._keys: list[list[int]] = []  # of the batches that the loader reads next
         self._loader: DataLoader[Any] = DataLoader(
             images,
-            batch_sampler=schedule,
+            batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=partial(_collate, images.dtype),
             persistent_workers=workers > 0,
@@ -155,14 +124,17 @@ class Reader:
 
     def groups(self, epoch: int, start: int) -> Groups:
         """Yield the batches of each step of an epoch, from `start` on; SourceError for an image that cannot be read."""
-        self.schedule.begin(epoch, start)
+        order = torch.randperm(self.count, generator=generator_for(self._seed, "order", epoch)) + epoch * self.count
+        steps, team = order.tensor_split(self.steps)[start:], self._team
+        shares = [step.tensor_split(self._accumulate * team.size)[team.rank :: team.size] for step in steps]
+        self._keys[:] = [share.tolist() for step in shares for share in step]
         batches = iter(self._loader)
-        for step in range(start, self.steps):
-            group = list(itertools.islice(batches, self.schedule.accumulate))
+        for step in steps:
+            group = list(itertools.islice(batches, self._accumulate))
             for batch in group:
                 if isinstance(batch, SourceError):
                     raise batch
-            yield group, self.schedule.size(step)
+            yield group, len(step)
 
 
 class Batches:
@@ -179,6 +151,7 @@ class Batches:
 
     def __init__(self, data: Any, accumulate: int, team: Team, seed: int, most: int | None = None) -> None:
         self._team, self._seed, self._each = team, seed, accumulate * team.size
+        self.notes: tuple[str, ...] = ()
         makes = callable(data) and not hasattr(data, "__iter__")
         self._what = what = f"{data.__name__}()" if makes and hasattr(data, "__name__") else "`data=…`"
         made = call(what, data) if makes else data
@@ -195,15 +168,14 @@ class Batches:
         if team.size > 1 and isinstance(getattr(made, "sampler", None), DistributedSampler):
             raise SourceError("every process takes its share of the batches itself; leave out the DistributedSampler")
         self._make: Callable[[], Iterable[Any]] = data if once else lambda: made
-        self.notes: tuple[str, ...] = ()
         try:
             # That of a loader of an IterableDataset is an estimate.
             known = None if isinstance(getattr(made, "dataset", None), IterableDataset) else len(made)
         except TypeError:
             known = None
         if known is None:
-            limit = _MOST_COUNTED if most is None else most * self._each
             with random_state_kept():
+                limit = _MOST_COUNTED if most is None else most * self._each
                 known = sum(1 for _ in itertools.islice(self._read(0), limit))
             if known == _MOST_COUNTED:
                 raise SourceError(f"{what} has no end within {known:,} batches; give `steps=…` instead of `epochs=…`")
@@ -221,9 +193,9 @@ class Batches:
         seed_(self._seed, "data", epoch)
         data = call(self._what, self._make)
         own = getattr(data, "generator", None)
-        before = own.get_state() if isinstance(own, torch.Generator) else None
-        if isinstance(own, torch.Generator):
-            own.manual_seed(number_for(self._seed, "data", epoch))
+        own = own if isinstance(own, torch.Generator) else torch.Generator()
+        before = own.get_state()
+        own.manual_seed(number_for(self._seed, "data", epoch))
         try:
             batches = call(self._what, iter, data)
             for number in itertools.count():
@@ -233,8 +205,7 @@ class Batches:
                     return
                 yield batch
         finally:
-            if before is not None:
-                own.set_state(before)  # type: ignore[union-attr]
+            own.set_state(before)
 
     def groups(self, epoch: int, start: int) -> Groups:
         """Yield the batches of each step of an epoch, from `start` on."""
@@ -273,8 +244,7 @@ def parse_presets(text: str) -> tuple[str, ...]:
 
 def presets_for(reference: str) -> tuple[str, ...]:
     """Return the default for a data reference: digits are not mirrored, which would change what they are."""
-    drawn = reference == "digits" or reference.partition(":")[0] == "mnist"
-    return ("crop",) if drawn else ("flip-crop",)
+    return ("crop",) if reference.partition(":")[0] in ("digits", "mnist") else ("flip-crop",)
 
 
 def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -22,12 +23,13 @@ from torchvision.transforms import v2
 
 from asymswap.data import datasets
 from asymswap.data.datasets import PAIRED, PIL_MODES, LabelledImages, open_data, read_picture, to_input
-from asymswap.data.predict import Predictions, check_classifier, placement, predict
+from asymswap.data.predict import Predictions, check_classifier, predict
 from asymswap.errors import AsymswapError, SourceError, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
 from asymswap.types import Preprocessing
+from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import eval_mode, list_tensors
 from asymswap.utils.users import call
 
@@ -131,7 +133,7 @@ class Labelled(Evaluator):
         self.data, self._options = data, {"strict": True, **options}
         self.description = self.inputs = data.description
         self.images, self.classes = len(data), len(data.classes)
-        self.fingerprint = _hash((data.classes, [int(label) for label in data.pictures.labels]))
+        self.fingerprint = _hash((data.classes, [int(label) for label in data.labels]))
         if scored not in (None, self.classes):
             self.note = f"the model scores {scored} classes, the data has {self.classes}: do they agree?"
 
@@ -172,13 +174,12 @@ class _Paired(Evaluator):
 
     def outputs(self, model: nn.Module, steps: list[Any], progress: Steps) -> Iterator[tuple[Any, Path, Path]]:
         """Yield what the model returns for each image, in batches of one, and the paths of the pair."""
-        device, dtype = placement(model)
         transform = v2.Compose([*steps, *to_input(self.known)])
         with eval_mode(model), torch.inference_mode():
             for done, (path, target) in enumerate(self.pairs, 1):
                 image = transform(read_picture(path, self.mode))
                 try:
-                    output = model(image[None].to(device, dtype))
+                    output = model(*placed(model, (image[None],)))
                 except Exception as error:
                     # The network's own code may raise anything for an image that it does not take.
                     what = f"'{path}' ({_shape(image)}): {reason_of(error)}"
@@ -290,7 +291,7 @@ class Own(Evaluator):
         scores: dict[str, Score] = {}
         for done, metric in enumerate(self._metrics):
             progress(done, len(self._metrics))
-            found = _numbers(metric, _measured(metric, model))
+            found = _numbers(metric, model)
             for name in metric.lower_is_better:
                 if name not in found:
                     hint = near_names(name, found) or f"; it gives {listed(list(found), 6)}"
@@ -312,8 +313,11 @@ def _source(function: Callable[..., Any]) -> str:
     return ""
 
 
-def _measured(metric: Metric, model: nn.Module) -> Any:
-    """Call a metric with a model in eval mode; raise AsymswapError where it fails, or changes the model's weights."""
+def _numbers(metric: Metric, model: nn.Module) -> dict[str, float]:
+    """Return what a metric gives for a model in eval mode: finite numbers by name.
+
+    Raises AsymswapError where it fails, gives anything else, or changes the model's weights.
+    """
     state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
     before = {name: one._version for name, one in state.items() if not one.is_inference()}
     with eval_mode(model):
@@ -321,16 +325,11 @@ def _measured(metric: Metric, model: nn.Module) -> Any:
     changed = [name for name, version in before.items() if state[name]._version != version]
     if changed:
         raise AsymswapError(f"the metric {metric.name} changed {changed[0]!r} of the model; let it work on a copy")
-    return found
-
-
-def _numbers(metric: Metric, found: Any) -> dict[str, float]:
-    """Return what a metric gave as finite numbers by name; raise AsymswapError for anything else."""
-    numbers = {}
-    for name, value in (found if isinstance(found, Mapping) and found else {metric.name: found}).items():
+    named, numbers = isinstance(found, Mapping) and bool(found), {}
+    for name, value in (found if named else {metric.name: found}).items():
         one = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
         if not isinstance(name, str) or not isinstance(one, Real) or not math.isfinite(one):
-            gave = f"{one!s:.60}" + (f" for {name!r}" if found and isinstance(found, Mapping) else "")
+            gave = f"{one!s:.60}" + (f" for {name!r}" if named else "")
             raise AsymswapError(f"the metric {metric.name} gave {gave}; return a finite number, or some by name")
         numbers[name] = float(one)
     return numbers
@@ -349,11 +348,11 @@ def read_metric(reference: str) -> Metric:
         module = sys.modules.get(getattr(function, "__module__", ""))
     beside = vars(module) if module is not None else {}
 
+    @functools.wraps(function, updated=())  # which says where its source is
     def quiet(model: nn.Module) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return function(model)
 
-    quiet.__wrapped__ = function  # type: ignore[attr-defined]  # where its source is
     metric = Metric(quiet, beside.get("LOWER_IS_BETTER", ()), name)
     # Names of other functions there are of other metrics.
     return Metric(quiet, [one for one in metric.lower_is_better if one == name or one not in beside], name)

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, default_collate
 
 from asymswap.data.datasets import LabelledImages
 from asymswap.errors import SourceError
+from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
-from asymswap.results.records import History
-from asymswap.types import Origin
+from asymswap.results.records import read_history
 from asymswap.utils.distributed import ALONE, Team
+from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import eval_mode
 
 
@@ -59,7 +60,7 @@ def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | 
     samples, errors = [], []
     for number in numbers:
         try:
-            samples.append((number, *data.images[number]))
+            samples.append((number, *data[number]))
         except SourceError as error:
             errors.append(error)
     return (default_collate(samples) if samples else None), errors
@@ -81,13 +82,13 @@ def predict(
     `context` surrounds each forward pass; `progress` gets the number of images done and of all. Raises SourceError if
     there is no image or the model is no classifier of these classes, with `strict` also if an image cannot be read.
     """
-    _check_any(data)
+    if len(data) == 0:
+        raise SourceError(f"there is nothing to evaluate on: {data.description}")
     chosen: Any = range(team.rank, len(data), team.size)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Iterable[Any] = DataLoader(
         chosen, batch_size, num_workers=workers, collate_fn=partial(_read, data), generator=torch.Generator()
     )
-    device, dtype = placement(model)
     parts: list[list[Tensor]] = []
     scores, seconds, unreadable, done = 0, 0.0, 0, 0
     with eval_mode(model), torch.inference_mode():
@@ -98,10 +99,10 @@ def predict(
             if readable is None:
                 continue
             numbers, images, labels = readable
-            images = images.to(device, dtype)
+            arguments = placed(model, (images,))
             start = time.perf_counter()
             with context():
-                output = check_scores(model(images), data).float().cpu()
+                output = check_scores(model(*arguments), data).float().cpu()
             seconds += time.perf_counter() - start
             scores = output.shape[1]
             guesses = output.argmax(1)
@@ -116,16 +117,7 @@ def predict(
     if not parts and team.size == 1:
         raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
     columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
-    numbers, labels, guesses, ranks, losses = columns
-    return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
-
-
-def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype of a model's parameters."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.float32
+    return Predictions(*columns, scores, seconds, unreadable)
 
 
 def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:
@@ -133,12 +125,10 @@ def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False
 
     With `exact`, found without an image, and a model with more classes than the data is an error too.
     """
-    _check_any(data)
-    device, dtype = placement(model)
     known = data.preprocessing
-    image = torch.zeros(known.channels, *known.size) if exact else data.images[0][0]
+    image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
     with eval_mode(model), torch.inference_mode():
-        return check_scores(model(image[None].to(device, dtype)), data, exact).shape[1]
+        return check_scores(model(*placed(model, (image[None],))), data, exact).shape[1]
 
 
 def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
@@ -161,24 +151,21 @@ def check_scores(output: object, data: LabelledImages, exact: bool = False) -> T
     return output
 
 
-def known_classes(history: History, origin: Origin) -> tuple[str, ...]:
-    """Return the names of the model's classes in order, if its checkpoint or its published weights have them."""
+def known_classes(opened: OpenedModel) -> tuple[str, ...]:
+    """Return the names of the model's classes in order, if its checkpoint or torchvision's weights have them."""
+    history, name = read_history(opened.provenance, opened.reference), opened.origin.reference
     if history.training:
         return history.training[-1].classes
-    return published_classes(origin.reference, history.report.model.weights)
-
-
-def published_classes(reference: str, weights: str) -> tuple[str, ...]:
-    """Return the names that torchvision gives the classes of published weights; none for other weights."""
-    if not reference.startswith("torchvision:"):
+    if not name.startswith("torchvision:"):
         return ()
     from torchvision import models
 
     try:
-        found = models.get_model_weights(reference.removeprefix("torchvision:"))[weights]
+        known = models.get_model_weights(name.removeprefix("torchvision:"))
+        weights = known[history.report.model.weights or opened.weights]
     except (KeyError, ValueError):
         return ()
-    return tuple(found.meta.get("categories", ()))
+    return tuple(weights.meta.get("categories", ()))
 
 
 def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
@@ -192,8 +179,3 @@ def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
                 f"class {name!r} is number {number} of the data and number {numbers[name]} of the model "
                 f"({data.description}); name the data's classes so that they sort as the model's"
             )
-
-
-def _check_any(data: LabelledImages) -> None:
-    if len(data) == 0:
-        raise SourceError(f"there is nothing to evaluate on: {data.description}")

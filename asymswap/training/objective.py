@@ -99,9 +99,7 @@ class Objective:
             F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
             for scores in all_scores(output)
         )
-        for loss in auxiliary:
-            main = main + _AUXILIARY * loss
-        return main
+        return main + _AUXILIARY * sum(auxiliary)
 
     def _by_scores(self, taught: object, output: object) -> Tensor:
         target, scores = all_scores(taught)[0], all_scores(output)[0]

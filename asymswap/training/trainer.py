@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from asymswap.checkpoint import read_checkpoint
 from asymswap.data.batches import Batch, Source, to_device
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, reason_of
 from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
 from asymswap.training.config import Callback, Training, check_same
 from asymswap.training.objective import Objective, check_gradient
@@ -106,6 +106,8 @@ class Trainer:
             self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
         self._kept_model: nn.Module = raw if self.average is None else self.average.module
         self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, settings))
+        self._parts: dict[str, Any] = {"model": raw, "average": self.average, "optimizer": self.optimizer}
+        self._parts["scaler"] = self.accelerator.scaler
         if self.objective.teacher is not None:
             self.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
         epochs, steps = settings.length
@@ -129,7 +131,13 @@ class Trainer:
                 if folder is not None:
                     # All wait for the first: the others would else begin to train for a run that cannot be written.
                     self.team.first(lambda: folder.begin(progress.step, self.identity))
-                self._eval_mode = self._needs_eval_mode()
+                objective, self._eval_mode = self.objective, False
+                if objective.teacher is not None and not objective.labels and objective.by_user is None:
+                    with closing(self.source.groups(0, 0)) as groups:
+                        (batch, *_), _ = next(groups)
+                    batch = to_device(batch, self.accelerator.device)
+                    self._eval_mode = objective.trains_in_eval_mode(self.raw, batch)
+                    self.notes += [_IN_EVAL_MODE] if self._eval_mode else []
                 if progress.before is None:
                     progress.before = self._validate(self.raw)
                 note = "; ".join(self.notes)
@@ -146,18 +154,6 @@ class Trainer:
             if folder is not None and self.team.leads:
                 folder.close()
         return progress
-
-    def _needs_eval_mode(self) -> bool:
-        """Return whether the outputs can be compared with the teacher's in eval mode alone."""
-        objective = self.objective
-        if objective.teacher is None or objective.labels or objective.by_user is not None:
-            return False
-        with closing(self.source.groups(0, 0)) as groups:
-            (batch, *_), _ = next(groups)
-        needed = objective.trains_in_eval_mode(self.raw, to_device(batch, self.accelerator.device))
-        if needed:
-            self.notes.append(_IN_EVAL_MODE)
-        return needed
 
     def _epoch(self) -> None:
         """Train for the rest of one epoch, validate and save."""
@@ -275,18 +271,16 @@ class Trainer:
 
     def _understood(self, error: Exception) -> AsymswapError | None:
         """Return an error of torch in the user's words, if the user can do something about it."""
-        text, settings, source = str(error), self.settings, self.source
+        text, settings, own = str(error), self.settings, self.source.unit == "batches"
+        size = "a batch of the data" if own else f"`batch_size={settings.batch}`"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            size, half = f"`batch_size={settings.batch}`", f"`batch_size={max(1, settings.batch // 2)}`"
-            if source.unit == "batches":
-                size, half = "a batch of the data", "batches of half the size"
+            half = "batches of half the size" if own else f"`batch_size={max(1, settings.batch // 2)}`"
             return AsymswapError(
                 f"not enough memory for {size}; {half} with `accumulate={2 * settings.accumulate}` gives the same step"
             )
         if "more than 1 value per channel" in text:
-            what, larger = f"{source.count} {source.unit} with `batch_size={settings.batch}`", "a larger `batch_size=…`"
-            if source.unit == "batches":
-                what, larger = "a batch of the data", "larger batches"
+            what = size if own else f"{self.source.count} {self.source.unit} with {size}"
+            larger = "larger batches" if own else "a larger `batch_size=…`"
             return AsymswapError(f"a batch norm got a single image, of {what}; give {larger}")
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
             return AsymswapError(
@@ -319,7 +313,7 @@ class Trainer:
 
     def _save(self, better: bool = False) -> None:
         """Save all that the next step depends on; at the end of an epoch first the checkpoints."""
-        folder, progress, scaler = self.folder, self.progress, self.accelerator.scaler
+        folder, progress = self.folder, self.progress
         if folder is None:
             return
 
@@ -327,16 +321,8 @@ class Trainer:
             if progress.within == 0:
                 for path in (folder.best, folder.last) if better else (folder.last,):
                     self.write(path, self._kept_model, progress)
-            folder.save_state(
-                {
-                    "identity": dict(self.identity),
-                    "progress": asdict(progress),
-                    "model": self.raw.state_dict(),
-                    "average": None if self.average is None else self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                }
-            )
+            states = {name: None if part is None else part.state_dict() for name, part in self._parts.items()}
+            folder.save_state({"identity": dict(self.identity), "progress": asdict(progress), **states})
 
         self.team.first(write)
 
@@ -347,12 +333,9 @@ class Trainer:
         if folder is None or found is None:
             return
         check_same(self.identity, found["identity"], folder.folder)
-        self.raw.load_state_dict(found["model"])
-        if self.average is not None:
-            self.average.load_state_dict(found["average"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(found["scaler"])
+        for name, part in self._parts.items():
+            if part is not None:
+                part.load_state_dict(found[name])
         self.progress = TypeAdapter(Progress).validate_python(found["progress"])
         if self.progress.best_epoch:
             best = self.team.first(lambda: read_checkpoint(folder.best))
@@ -369,19 +352,19 @@ def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> A
 
     # One process may train several times, and accelerate keeps the first run's precision for good.
     AcceleratorState._reset_state(reset_partial_state=True)
-    named = f"`precision={settings.precision}`"
     # Several processes without GPUs would each train on its own if accelerate did not know that this is meant.
     cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
     try:
-        precision = "no" if settings.precision == "fp32" else settings.precision
+        mixed = "no" if settings.precision == "fp32" else settings.precision
         parallel = DistributedDataParallelKwargs(find_unused_parameters=not all_used)
-        accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[parallel])
+        accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
     except ValueError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise AsymswapError(f"{named} is not available here ({reason}); try bf16 or fp32") from None
+        raise AsymswapError(
+            f"`precision={settings.precision}` is not available here ({reason_of(error)}); try bf16 or fp32"
+        ) from None
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would silently train in fp32.
-        raise AsymswapError(f"{named} needs a GPU; use bf16 or fp32")
+        raise AsymswapError("`precision=fp16` needs a GPU; use bf16 or fp32")
     if accelerator.num_processes != team.size:
         raise AsymswapError(
             f"{accelerator.num_processes} processes were started and {team.size} of them train together; call finetune "

@@ -13,7 +13,7 @@ from torch import nn
 from asymswap.data.batches import Source, to_device
 from asymswap.data.datasets import LabelledImages
 from asymswap.data.metrics import EvaluatedBy, Own
-from asymswap.data.predict import placement, predict
+from asymswap.data.predict import predict
 from asymswap.results.evaluate import Score
 from asymswap.results.finetune import Scores
 from asymswap.training.config import Training
@@ -65,7 +65,7 @@ def by_loss(objective: Objective, source: Source, team: Team) -> Validator:
     """Validate by the loss of a source, of which the first process alone reads everything."""
 
     def measure(model: nn.Module, context: Context) -> Scores:
-        device, total, seen = placement(model)[0], 0.0, 0
+        device, total, seen = next(model.parameters()).device, 0.0, 0
         with eval_mode(model), torch.no_grad(), closing(source.groups(0, 0)) as groups:
             for group, count in groups:
                 for batch in group:

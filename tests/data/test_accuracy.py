@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asymswap.data.datasets import LabelledImages, Pictures
+from asymswap.data.datasets import LabelledImages, from_memory
 from asymswap.data.predict import predict
 from asymswap.errors import SourceError
 from asymswap.types import Preprocessing
 
 
 def labelled(images: Tensor, labels: list[int], classes: int) -> LabelledImages:
-    pictures = Pictures.in_memory(images, labels, 1)
     names = tuple(f"class {i}" for i in range(classes))
-    return LabelledImages(pictures, names, "a test set", Preprocessing(1, (3, 3), (0.0,), (1.0,)))
+    known = Preprocessing(1, (3, 3), (0.0,), (1.0,))
+    return LabelledImages(labels, from_memory(images, 1), names, "a test set", known)
 
 
 class Lookup(nn.Module):
