@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.models.networks import DIGITS_PREPROCESSING, DIGITS_WEIGHTS, digits_resnet
 
 SEED = 0

@@ -16,9 +16,8 @@ from asymswap.api.evaluate import against_first
 from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import open_data
-from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
+from asymswap.data.metrics import Evaluator, Labelled, Predictions, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine

@@ -14,9 +14,17 @@ from torch import Tensor
 from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
-from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
+from asymswap.data.metrics import (
+    Evaluator,
+    Labelled,
+    Predictions,
+    check_class_names,
+    check_same,
+    evaluator_of,
+    known_classes,
+    paired_kind,
+)
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions, check_class_names, known_classes
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
 from asymswap.models.opened import sizes_assumed

@@ -27,9 +27,8 @@ from asymswap.data.batches import (
     training_transform,
 )
 from asymswap.data.datasets import LabelledImages, image_transform, open_parts, own_samples
-from asymswap.data.metrics import EvaluatedBy
+from asymswap.data.metrics import EvaluatedBy, check_class_names, check_classifier, known_classes
 from asymswap.data.normalization import Feeding, fed_of, settle
-from asymswap.data.predict import check_class_names, check_classifier, known_classes
 from asymswap.errors import AsymswapError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
@@ -41,10 +40,9 @@ from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain
 from asymswap.training.config import Callback, Training
 from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
-from asymswap.training.objective import Objective
+from asymswap.training.objective import Objective, Validator, by_labels, by_loss, by_user
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
-from asymswap.training.validation import Validator, by_labels, by_loss, by_user
 from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output

@@ -91,9 +91,7 @@ def _read(path: Path) -> Mapping[str, Any]:
                 entries, size = archive.infolist(), path.stat().st_size
                 unpacked = sum(entry.file_size for entry in entries)
                 if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
-                    raise ValueError(
-                        f"it has {size:,} bytes and would unpack to {unpacked:,}; save it with numpy.savez"
-                    )
+                    raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}; use numpy.savez")
                 found = {}
                 for entry in entries:
                     with archive.open(entry) as file:

@@ -103,8 +103,7 @@ class Reader:
         self.count, parts = len(images.data.labels), accumulate * team.size
         if self.count < parts:
             raise AsymswapError(
-                f"{self.count} images cannot be shared among {team.size} processes x `accumulate={accumulate}`; give "
-                "more images, or fewer of those"
+                f"{self.count} images cannot be shared among {team.size} processes x `accumulate={accumulate}`: too few"
             )
         # At least one image for each, even where a batch of one image then has two.
         self.steps = min(-(-self.count // (batch_size * parts)), self.count // parts)
@@ -158,8 +157,7 @@ class Batches:
         self.name, once = type(made).__name__, isinstance(made, Iterator)
         if not hasattr(made, "__iter__") or isinstance(made, Mapping | str):
             raise SourceError(
-                f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
-                "iterable of batches, or a function that returns one"
+                f"{what} gives a {self.name}, not batches; give an iterable of those, or a function that returns one"
             )
         if isinstance(made, IterableDataset):
             raise SourceError(f"{what} gives samples, not batches; give a DataLoader of the {self.name}")

@@ -267,9 +267,7 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
             )
     if not classes:
         if not unlabelled:
-            raise SourceError(
-                f"data folder '{root}' holds no class folders; put each class's images into its own folder"
-            )
+            raise SourceError(f"folder '{root}' holds no class folders; put each class's images into its own folder")
         return _of_files(root, [(path, -1) for path in image_files(root)], preprocessing)
     # As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
     numbers = {name: number for number, name in enumerate(classes)}
@@ -378,9 +376,9 @@ def open_parts(
     seen = set(train.labels)
     empty = [name for label, name in enumerate(train.classes) if label not in seen]
     if empty and not unlabelled:
+        names = ", ".join(map(repr, empty[:3]))
         raise SourceError(
-            f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
-            "add some, or remove the class"
+            f"there is no image of class {names} to train on in {train.description}; add some, or remove it"
         )
     if validation is None and train.has_val:
         other = opened(str(reference), part="val")
@@ -398,14 +396,11 @@ def open_parts(
             if fraction == 0:
                 return train, None
             if not 0 < fraction < 1:
-                raise SourceError(
-                    f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
-                )
+                raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or data")
             kept, held = split(train.labels, fraction, seed)
             if not held:
                 raise SourceError(
-                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction "
-                    "in `validation=…`, or none"
+                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger one"
                 )
             about = f"of {train.description} (seed {seed})"
             return train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}")

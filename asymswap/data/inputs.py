@@ -82,8 +82,8 @@ def open_inputs(
         return _chosen(model, data, given, count, seed)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
         raise SourceError(
-            f"data cannot be {type(data).__name__}: give a data reference, a tensor, a Dataset, a DataLoader, another "
-            "iterable of batches, or a function that returns one"
+            f"data cannot be {type(data).__name__}: give a data reference, a tensor, a Dataset, an iterable of batches "
+            "or a function that returns one"
         )
     return _read(model, data, given, count, memory_gib)
 
@@ -195,8 +195,7 @@ def _read(
         limit -= sum(tensor.nbytes for tensor in list_tensors(kept[-1]))
     if not kept:
         raise SourceError(
-            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted: give a "
-            "list, a DataLoader or a function that makes it"
+            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted"
         )
     if given.held_back:
         sums = list(accumulate(map(samples_in, kept)))

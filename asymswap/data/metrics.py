@@ -9,8 +9,11 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,16 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from asymswap.data import datasets
 from asymswap.data.datasets import PAIRED, PIL_MODES, LabelledImages, open_data, read_picture, to_input
-from asymswap.data.predict import Predictions, check_classifier, predict
 from asymswap.errors import AsymswapError, SourceError, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
+from asymswap.results.records import read_history
 from asymswap.types import Preprocessing
+from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import eval_mode, list_tensors
 from asymswap.utils.users import call
@@ -124,6 +129,155 @@ def check_same(first: Sequence[Score], found: Sequence[Score]) -> None:
     if set(one) != set(other):
         names = f"{', '.join(one)} for the first model and {', '.join(other)} for another"
         raise AsymswapError(f"the metric gave {names}; give the same names for every model")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each readable image."""
+
+    numbers: Tensor  # of the images
+    labels: Tensor
+    guesses: Tensor  # the likeliest classes
+    ranks: Tensor  # of the right classes, 0 is best
+    losses: Tensor
+    scores: int  # the model's number of classes
+    seconds: float  # in forward passes
+    unreadable: int = 0  # images left out
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def correct(self) -> int:
+        return int((self.guesses == self.labels).sum())
+
+    @property
+    def top1(self) -> float:
+        return self.correct / len(self)
+
+    @property
+    def named(self) -> tuple[Score, ...]:
+        """Top-1, and top-5 of more than five classes."""
+        top5 = int((self.ranks < 5).sum()) / len(self)
+        return (Score("top-1", self.top1, "%"), *([Score("top-5", top5, "%")] if self.scores > 5 else []))
+
+
+def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
+    """Return a batch of the readable images with their numbers, None if there is none, and the errors of the others."""
+    samples, errors = [], []
+    for number in numbers:
+        try:
+            samples.append((number, *data[number]))
+        except SourceError as error:
+            errors.append(error)
+    return (default_collate(samples) if samples else None), errors
+
+
+def predict(
+    model: nn.Module,
+    data: LabelledImages,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    strict: bool = False,
+    team: Team = ALONE,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress: Steps = lambda *_: None,
+) -> Predictions:
+    """Run the model in eval mode, where its parameters are, on the images or this process's share of them.
+
+    `context` surrounds each forward pass; `progress` gets the number of images done and of all. Raises SourceError if
+    there is no image or the model is no classifier of these classes, with `strict` also if an image cannot be read.
+    """
+    if len(data) == 0:
+        raise SourceError(f"there is nothing to evaluate on: {data.description}")
+    chosen: Any = range(team.rank, len(data), team.size)
+    # A generator of its own: the loader would otherwise draw from the global one.
+    loader: Iterable[Any] = DataLoader(
+        chosen, batch_size, num_workers=workers, collate_fn=partial(_read, data), generator=torch.Generator()
+    )
+    parts: list[list[Tensor]] = []
+    scores, seconds, unreadable, done = 0, 0.0, 0, 0
+    with eval_mode(model), torch.inference_mode():
+        for readable, errors in loader:
+            if errors and strict:
+                raise errors[0]
+            unreadable += len(errors)
+            if readable is None:
+                continue
+            numbers, images, labels = readable
+            arguments = placed(model, (images,))
+            start = time.perf_counter()
+            with context():
+                output = check_scores(model(*arguments), data).float().cpu()
+            seconds += time.perf_counter() - start
+            scores = output.shape[1]
+            guesses = output.argmax(1)
+            ranks = (output > output.gather(1, labels[:, None])).sum(1)
+            # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
+            ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
+            losses = F.cross_entropy(output, labels, reduction="none").double()
+            parts.append([numbers, labels, guesses, ranks, losses])
+            done += len(labels)
+            progress(done + unreadable, len(chosen))
+    if not parts and team.size == 1:
+        raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
+    return Predictions(*columns, scores, seconds, unreadable)
+
+
+def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:
+    """Return the model's number of classes, found with the first image; raise what `predict` would raise.
+
+    With `exact`, found without an image, and a model with more classes than the data is an error too.
+    """
+    known = data.preprocessing
+    image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
+    with eval_mode(model), torch.inference_mode():
+        return check_scores(model(*placed(model, (image[None],))), data, exact).shape[1]
+
+
+def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
+    """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise SourceError(f"the model returns {_shape(output)}, not images x class scores; give a classifier")
+    scores, classes = output.shape[1], len(data.classes)
+    if scores < classes or (exact and scores > classes):
+        raise SourceError(
+            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data with the "
+            "model's classes"
+        )
+    return output
+
+
+def known_classes(opened: OpenedModel) -> tuple[str, ...]:
+    """Return the names of the model's classes in order, if its checkpoint or torchvision's weights have them."""
+    history, name = read_history(opened.provenance, opened.reference), opened.origin.reference
+    if history.training:
+        return history.training[-1].classes
+    if not name.startswith("torchvision:"):
+        return ()
+    from torchvision import models
+
+    try:
+        known = models.get_model_weights(name.removeprefix("torchvision:"))
+        weights = known[history.report.model.weights or opened.weights]
+    except (KeyError, ValueError):
+        return ()
+    return tuple(weights.meta.get("categories", ()))
+
+
+def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
+    """Raise SourceError if a class of the data has the name of a class of the model, but another number."""
+    numbers = {name: number for number, name in enumerate(known)}
+    if len(numbers) != len(known):
+        return
+    for number, name in enumerate(data.classes):
+        if numbers.get(name, number) != number:
+            raise SourceError(
+                f"class {name!r} is number {number} of the data and number {numbers[name]} of the model "
+                f"({data.description}); name the data's classes so that they sort as the model's"
+            )
 
 
 class Labelled(Evaluator):

@@ -132,8 +132,7 @@ def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> 
         return known, pre.size_warning(known)
     sized = replace(known, size=native, resize=None, size_from="images")
     return sized, (
-        f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` if the "
-        "network takes one",
+        f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` for another",
     )
 
 
@@ -161,8 +160,7 @@ def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label:
     except Exception as error:
         # The network's own code may raise anything for an input that it does not take.
         raise TraceError(
-            f"{label} does not run on images of {known.describe()}: {reason_of(error, 200)}; give another "
-            "`input_size=…`"
+            f"{label} does not run on images of {known.describe()}: {reason_of(error)}; give another `input_size=…`"
         ) from error
     rows = list(zip(*seen.values(), strict=False))
     # A batch norm whose input does not depend on the image says nothing.

@@ -148,8 +148,7 @@ def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: obje
     if differing:
         listed = ", ".join(f"`{name}={given.get(name)}` (was {stored.get(name)})" for name in differing)
         raise AsymswapError(
-            f"the run in {folder} was begun with other settings: {listed}; resume it with the same ones, or start "
-            "again with `force=True`"
+            f"{folder} was begun with other settings: {listed}; resume it with the same ones, or `force=True`"
         )
 
 

@@ -125,8 +125,7 @@ def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
         raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another as `run=…`")
     if folder.exists and not resume and not force:
         raise AsymswapError(
-            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another "
-            "name, `run=…`"
+            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another"
         )
 
 

@@ -46,7 +46,7 @@ from torch import Tensor
 import asymswap
 from asymswap.calibration.gather import images_hash, model_hash
 from asymswap.data.datasets import LabelledImages, Part, open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.measure.macs import count_costs
 from asymswap.models import builders
 from asymswap.models.opened import OpenedModel

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.data.datasets import open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
 from asymswap.measure.timing import Timing

@@ -159,7 +159,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("digit", r"data 'digit' is neither a known name nor an existing folder; did you mean digits\?"),
         ("no/such", "data 'no/such' is neither .* folder; give digits, or a folder that holds one folder of images"),
         ("file.txt", "data '.*file.txt' is a file; give digits, or a folder"),
-        ("empty", "data folder '.*empty' holds no class folders; put each class's images into its own folder"),
+        ("empty", "folder '.*empty' holds no class folders; put each class's images into its own folder"),
         ("bare", "class folders of '.*bare' hold no images; known are .jpg"),
         ("half", "holds train, but no folder test or val that holds class folders; add it, or give the folder"),
         ("odd", r"other classes in train than in test \(only in one: b, c\); give both the same class folders"),

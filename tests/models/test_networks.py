@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.data.datasets import open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.models.networks import (
     BUILDERS,
     CIFAR_PREPROCESSING,

@@ -13,7 +13,7 @@ import asymswap
 from asymswap import replacements
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Training
-from asymswap.training.optimizer import (
+from asymswap.training.trainer import (
     choose_trained_,
     frozen_norms,
     make_optimizer,
