@@ -29,8 +29,7 @@ IMAGES = frozenset(f"{name}{part}" for name in _IMAGES for part in ("", "_train"
 _MOST_CLASSES = 1_000_000
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBERS = (torch.uint8, torch.int16, torch.int32, torch.int64, *_FLOATS)
-_UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
-"""An .npz may unpack to this number of bytes, or to this multiple of its own size if that is more."""
+_UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8  # an .npz may unpack to so many bytes, or so many times its own size
 # numpy parses a header as Python, hence the TokenError; the RuntimeErrors include zipfile's NotImplementedError.
 _DAMAGED = (SafetensorError, OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError)
 _HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes, or floats as they are) and 'labels' (N)"

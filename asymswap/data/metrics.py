@@ -349,8 +349,7 @@ def _shape(value: Any) -> str:
 
 
 _SSIM_WINDOW = 11
-_MOST_DB = 100.0
-"""PSNR of an image without any error, which would be infinite."""
+_MOST_DB = 100.0  # PSNR of an image without any error, which would be infinite
 
 
 class Pairs(_Paired):

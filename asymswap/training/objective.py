@@ -217,17 +217,10 @@ class Validator:
 
 def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validator:
     """Validate a classifier by its loss and top-1."""
+    options: dict[str, Any] = {"workers": settings.workers or 0, "strict": settings.strict, "team": team}
 
     def measure(model: nn.Module, context: Context) -> Scores:
-        found = predict(
-            model,
-            images,
-            batch_size=2 * settings.batch,
-            workers=settings.workers or 0,
-            strict=settings.strict,
-            team=team,
-            context=context,
-        )
+        found = predict(model, images, batch_size=2 * settings.batch, context=context, **options)
         sums = torch.tensor([float(found.losses.sum()), found.correct, len(found)], dtype=torch.float64)
         loss, correct, seen = team.sum(sums).tolist()
         return {"loss": loss / max(1.0, seen), "top1": correct / max(1.0, seen)}

@@ -27,9 +27,7 @@ from asymswap.utils.files import real_cause, whole_file, write_text
 from asymswap.utils.tensors import list_tensors, tensors_hash
 
 STATE_FORMAT = 1
-_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}
-"""The keys of a state besides its format."""
-
+_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}  # what is kept besides the format
 _AGAIN = "start again with `force=True`"
 
 

@@ -92,11 +92,10 @@ class Trainer:
         raw = self.model.to(device)
         if settings.channels_last:
             raw = raw.to(memory_format=torch.channels_last)
-        choose_trained_(raw, settings.train, self.replacements)
         if team.size > 1 and device.type == "cuda":
             raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
         self.raw = raw
-        self._frozen_norms = frozen_norms(raw, settings, self.replacements)
+        self._frozen_norms = choose_trained_(raw, settings, self.replacements)
         norms = sum(isinstance(module, _BatchNorm) for module in raw.modules())
         apart = team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
         self.notes = [*source.notes, *([_NOT_SHARED] if apart else [])]
@@ -144,10 +143,8 @@ class Trainer:
                 while not progress.done:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
-                understood = self._understood(error)
-                if understood is None:
-                    raise
-                raise understood from error
+                self._explain(error)
+                raise
             finally:
                 cudnn.deterministic, cudnn.benchmark = flags
             if folder is not None and self.team.leads:
@@ -268,25 +265,24 @@ class Trainer:
             f"`lr=…`, `clip=1` or a longer `warmup=…`{half}"
         )
 
-    def _understood(self, error: Exception) -> AsymswapError | None:
-        """Return an error of torch in the user's words, if the user can do something about it."""
+    def _explain(self, error: Exception) -> None:
+        """Raise an error of torch in the user's words, if the user can do something about it."""
         text, settings, own = str(error), self.settings, self.source.unit == "batches"
         size = "a batch of the data" if own else f"`batch_size={settings.batch}`"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
             half = "batches of half the size" if own else f"`batch_size={max(1, settings.batch // 2)}`"
-            return AsymswapError(
+            raise AsymswapError(
                 f"not enough memory for {size}; {half} with `accumulate={2 * settings.accumulate}` gives the same step"
-            )
+            ) from error
         if "more than 1 value per channel" in text:
             what = size if own else f"{self.source.count} {self.source.unit} with {size}"
             larger = "larger batches" if own else "a larger `batch_size=…`"
-            return AsymswapError(f"a batch norm got a single image, of {what}; give {larger}")
+            raise AsymswapError(f"a batch norm got a single image, of {what}; give {larger}") from error
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
-            return AsymswapError(
+            raise AsymswapError(
                 "another process of the run has died, and none can go on without it; `resume=True` continues the run, "
                 "as torchrun does by itself with --max-restarts 3"
-            )
-        return None
+            ) from error
 
     def _validate(self, model: nn.Module) -> Scores | None:
         if self.validator is None:
@@ -372,33 +368,23 @@ def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> A
     return accelerator
 
 
-def choose_trained_(model: nn.Module, what: str, replacements: Iterable[str]) -> None:
-    """Freeze, in place, what is not trained; `replacements` are the new layers. AsymswapError if nothing is left."""
-    if what == "all":
-        return
-    new = tuple(replacements)
+def choose_trained_(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
+    """Freeze, in place, what is not trained; return the batch norms whose statistics must not change either.
+
+    `replacements` are the names of the new layers. Raises AsymswapError if nothing is left to train.
+    """
+    what, roots, frozen = settings.train, tuple(replacements), list[nn.Module]()
     for name, module in model.named_modules():
-        chosen = isinstance(module, _BatchNorm) if what == "bn" else _within(name, new)
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(chosen)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+        norm, new = isinstance(module, _BatchNorm), any(f"{name}.".startswith(f"{root}.") for root in roots)
+        if norm and (settings.freeze_bn or (what == "new" and not new)):
+            frozen.append(module)
+        if what != "all":
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(norm if what == "bn" else new)
+    if what != "all" and not any(parameter.requires_grad for parameter in model.parameters()):
         lacking = "batch norm" if what == "bn" else "replaced layer"
         raise AsymswapError(f"`train={what}` has nothing to train: the model has no {lacking}; use `train=all`")
-
-
-def frozen_norms(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
-    """Return the batch norms whose statistics must not change either."""
-    new = tuple(replacements)
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and (settings.freeze_bn or (settings.train == "new" and not _within(name, new)))
-    ]
-
-
-def _within(name: str, roots: tuple[str, ...]) -> bool:
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
+    return frozen
 
 
 def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -407,16 +393,12 @@ def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimize
     Biases, offsets and the parameters of normalisations do not decay.
     """
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "offsets": []}
-    seen = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if "offset" in name or isinstance(module, PredictorConv2d):
-                groups["offsets"].append(parameter)
-            else:
-                groups["decayed" if parameter.ndim > 1 else "plain"].append(parameter)
+    predictors = [module for module in model.modules() if isinstance(module, PredictorConv2d)]
+    predicting = {id(parameter) for module in predictors for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moves = "offset" in name.rpartition(".")[2] or id(parameter) in predicting
+            groups["offsets" if moves else "decayed" if parameter.ndim > 1 else "plain"].append(parameter)
     options: list[dict[str, object]] = []
     for name, parameters in groups.items():
         rate = settings.base_lr * (settings.offset_lr_scale if name == "offsets" else 1)

@@ -15,7 +15,6 @@ from asymswap.errors import AsymswapError
 from asymswap.training.config import Training
 from asymswap.training.trainer import (
     choose_trained_,
-    frozen_norms,
     make_optimizer,
     rate_at,
     set_rate_,
@@ -54,31 +53,29 @@ def test_only_weights_decay_and_offsets_learn_slowly(kind: str, tmp_path: Any) -
 def test_new_layers_alone(tmp_path: Any) -> None:
     conversion = converted("acb", tmp_path)
     model, sites = conversion.model, [swap.site for swap in conversion.plan.swaps]
-    choose_trained_(model, "new", sites)
+    still = choose_trained_(model, Training(train="new"), sites)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == any(name.startswith(f"{site}.") for site in sites), name
     norms = dict(model.named_modules())
-    still = frozen_norms(model, Training(train="new"), sites)
     assert norms["layer2.0.bn1"] in still
     assert not any(module in still for name, module in norms.items() if name.startswith(sites[0]))
 
 
 def test_batch_norms_alone(tmp_path: Any) -> None:
     model = converted("separable", tmp_path).model
-    choose_trained_(model, "bn", [])
+    assert choose_trained_(model, Training(train="bn"), []) == []
     norms = {id(p) for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()}
     assert norms
     assert all(parameter.requires_grad == (id(parameter) in norms) for parameter in model.parameters())
-    assert frozen_norms(model, Training(train="bn"), []) == []
     all_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert frozen_norms(model, Training(freeze_bn=True), []) == all_norms
+    assert choose_trained_(model, Training(freeze_bn=True), []) == all_norms
 
 
 def test_nothing_to_train() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1))
     for what, lacks in (("new", "replaced layer"), ("bn", "batch norm")):
         with pytest.raises(AsymswapError, match=f"`train={what}` has nothing to train: the model has no {lacks}"):
-            choose_trained_(model, what, [])
+            choose_trained_(model, Training(train=what), [])
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
