@@ -41,10 +41,9 @@ class _UnfitError(Exception):
 
 
 def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ...]]:
-    """Return the images in a file (N x C x H x W), their labels, and the names of the classes.
+    """Return the images in a file (N x C x H x W), their labels (-1 without), and the names of the classes.
 
-    Without labels, all are -1 and there is no class. A file may hold both parts: `images_train`, `labels_train`,
-    `x_test` … Raises SourceError if it holds no images.
+    A file may hold both parts: `images_train`, `labels_train`, `x_test` … Raises SourceError if it holds no images.
     """
     try:
         entries = _read(path)

@@ -1,8 +1,8 @@
 """Sources of batches for training: images and datasets in an order of ours, and batches that the user makes.
 
-Of images and datasets an epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for:
-every image is seen once, and no step is left with a handful. A step is cut into its forward passes and processes in the
-same way. The user's own batches are taken in their order, and each process takes every n-th.
+Of images and datasets an epoch is one permutation, cut into steps of nearly equal size, and those into forward passes
+and processes: every image is seen once, and no step is left with a handful. Of the user's own batches, which are taken
+in their order, each process takes every n-th.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class TrainingImages(Dataset[Any]):
-    """Augmented network inputs; the augmentation depends only on the seed, the epoch and the image's number.
+    """Augmented network inputs: item `epoch * len(data) + number` depends on the seed, the epoch and the number alone.
 
-    Item `epoch * len(data) + number` is that image in that epoch. The next image replaces one that cannot be read; with
-    `strict` the error is the sample. Images become of `dtype`; samples of the user's stay as they are.
+    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`.
     """
 
     def __init__(
@@ -139,11 +138,10 @@ class Reader:
 class Batches:
     """A source of the user's batches: a DataLoader, another iterable, or a function that returns one.
 
-    The data is read from its start for every epoch, also where an epoch is continued. Before each batch the global
-    random generators are seeded, by the epoch and the batch's number, and so is a DataLoader's own generator: a resumed
-    run gets the same batches, and so does every process. The last batches of an epoch are left out where they are fewer
-    than the processes. Raises SourceError for data that cannot be read twice, or gives nothing; `most` is the number of
-    steps after which data without a length need not be counted further.
+    The data is read from its start for every epoch, also where an epoch is continued. Before each batch the random
+    generators are seeded, by the epoch and the batch's number: a resumed run gets the same batches, and so does every
+    process. Raises SourceError for data that cannot be read twice, or gives nothing; `most` is the number of steps
+    after which data without a length need not be counted further.
     """
 
     unit = "batches"
@@ -246,10 +244,7 @@ def presets_for(reference: str) -> tuple[str, ...]:
 
 
 def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:
-    """Return the random transform from a picture to a network's input.
-
-    Small pictures are shifted, their borders reflected; large ones are cropped at random, as for ImageNet.
-    """
+    """Return the random transform from a picture to a network's input: large ones are cropped as for ImageNet."""
     size, steps = list(preprocessing.size), geometry(preprocessing)
     if {"crop", "flip-crop", "randaugment"} & set(presets):
         if preprocessing.resize is not None:

@@ -92,10 +92,7 @@ def _nth(make: Callable[[Any], Any], items: Sequence[Any], index: int) -> Any:
 
 
 def from_memory(images: Tensor, channels: int) -> Callable[[int], TensorImage]:
-    """Return pictures N x C x H x W, of bytes or of floats, by number; made grey or coloured as needed.
-
-    Raises SourceError for images of another number of channels.
-    """
+    """Return pictures N x C x H x W, of bytes or floats, by number, made grey or coloured as needed, or SourceError."""
     if images.shape[1] != channels and not {images.shape[1], channels} <= {1, 3}:
         raise SourceError(f"the model takes {channels} channels, the data has {images.shape[1]}; give other data")
     return partial(_nth, partial(_from_memory, channels), images)
@@ -132,10 +129,9 @@ def open_data(
 ) -> LabelledImages:
     """Open a part of the data that `reference` names; `val` is for folders that have it.
 
-    A folder that holds `train` and `test` (or `val`) folders of class folders is split by them; any other folder is
-    the same for all parts, and so is a file of tensors that does not name parts itself. A folder called digits is
-    given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
-    SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
+    A folder of `train` and `test` (or `val`) folders of class folders is split by them; any other is the same for all
+    parts, and so is a file of tensors that names no parts. `download` fetches what torchvision can; `unlabelled`:
+    labels are not needed. Raises SourceError if there is no such data, or it cannot be preprocessed like this.
     """
     known = preprocessing
     if known.form != "images" and not (unlabelled and known.form == "image-list"):
@@ -190,10 +186,10 @@ def open_data(
 
 
 def patches_from(data: LabelledImages, size: int | None, count: int | None, noise: float, seed: int) -> LabelledImages:
-    """Return square patches of the images, as many as asked for or one of each, with noise added for a denoiser.
+    """Return square patches of the images, `count` or one of each, with noise of this standard deviation added.
 
-    A patch is drawn by its number and the seed alone: from the images in turn, mirrored or not. `noise` is the standard
-    deviation of what is added to pixels from 0 to 1. Reading one raises SourceError where an image is smaller.
+    A patch is drawn by its number and the seed alone: from the images in turn, mirrored or not. Reading one raises
+    SourceError where an image is smaller.
     """
     picture = partial(_patch, data.picture, len(data), size, noise, seed)
     description = f"{data.description}{Patches(size, None, noise)}"
@@ -288,10 +284,7 @@ def _of_files(
 
 
 def paired_files(reference: str) -> list[tuple[Path, Path]]:
-    """Return the files of `pairs:INPUTS,TARGETS`, two folders of images of the same stems, or two images.
-
-    Raises SourceError where a file has no partner.
-    """
+    """Return the files of `pairs:INPUTS,TARGETS`, two images or folders of images of the same stems; or SourceError."""
     name, _, places = reference.partition(":")
     first, second = (Path(place).expanduser() for place in f"{places},".split(",")[:2])
     if places.count(",") != 1 or not all(places.split(",")):
@@ -413,10 +406,7 @@ def open_parts(
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the images that stay and of those held back: `fraction` of each class, rounded.
-
-    The seed chooses them; both lists are in order. At least one of each class stays.
-    """
+    """Return the numbers, in order, of images that stay, at least one of each class, and of the fraction held back."""
     order = torch.randperm(len(labels), generator=generator_for(seed, "validation")).tolist()
     left = {label: min(round(fraction * count), count - 1) for label, count in Counter(labels).items()}
     held = set()

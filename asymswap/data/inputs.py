@@ -38,22 +38,18 @@ _END = object()
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of a network's arguments, the same whenever they are read; `counts` are the samples in each.
+    """Batches of a network's arguments, the same whenever they are read."""
 
-    `shared`: too few samples to hold any back, so that these are used for calibration too.
-    """
-
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # the samples in each
     load: Callable[[int], Inputs]
     description: str
-    shared: bool = False
+    shared: bool = False  # too few samples to hold any back: these are used for calibration too
 
     def __iter__(self) -> Iterator[Inputs]:
         return map(self.load, range(len(self.counts)))
 
     @property
     def count(self) -> int:
-        """The number of samples."""
         return sum(self.counts)
 
 

@@ -55,8 +55,7 @@ class Metric:
         what, lower = self.function, self.lower_is_better
         if not callable(what):
             raise AsymswapError(
-                "models are measured by a data reference, a function of the model or asymswap.Metric, not by "
-                f"{what!r:.60}"
+                f"models are measured by data, a function of the model or a Metric, not by {what!r:.60}"
             )
         if not isinstance(lower, str | tuple | list | set | frozenset):
             raise AsymswapError(f"`lower_is_better={lower!r:.60}` is no tuple or set of names")
@@ -80,10 +79,7 @@ class Measured(NamedTuple):
 
 
 class Evaluator:
-    """Measures models: called with one and a function for progress, it returns scores, or raises AsymswapError.
-
-    Subclasses have `measured`.
-    """
+    """Measures models: called with one and a function for progress, it returns scores, or raises AsymswapError."""
 
     description = ""
     inputs = ""  # the images that the model gets, as calibration describes them
@@ -101,11 +97,7 @@ class Evaluator:
 
 
 def evaluator_of(measure: EvaluatedBy, opened: OpenedModel, crop_border: int = 0) -> Evaluator:
-    """Return what measures a model; of data the test part is used.
-
-    `crop_border`: pixels to leave out at each border of pairs. Raises SourceError for data that does not suit the
-    model.
-    """
+    """Return what measures a model, of data on the test part; `crop_border` pixels of pairs are left out at borders."""
     kind = paired_kind(measure)
     if crop_border and kind != "pairs":
         raise AsymswapError("`crop_border=…` goes with pairs:INPUTS,TARGETS; leave it out")
@@ -184,10 +176,10 @@ def predict(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Steps = lambda *_: None,
 ) -> Predictions:
-    """Run the model in eval mode, where its parameters are, on the images or this process's share of them.
+    """Run the model in eval mode on the images or this process's share of them; `context` surrounds each forward pass.
 
-    `context` surrounds each forward pass; `progress` gets the number of images done and of all. Raises SourceError if
-    there is no image or the model is no classifier of these classes, with `strict` also if an image cannot be read.
+    Raises SourceError if there is no image or the model is no classifier of these classes, with `strict` also if an
+    image cannot be read.
     """
     if len(data) == 0:
         raise SourceError(f"there is nothing to evaluate on: {data.description}")
@@ -227,10 +219,7 @@ def predict(
 
 
 def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:
-    """Return the model's number of classes, found with the first image; raise what `predict` would raise.
-
-    With `exact`, found without an image, and a model with more classes than the data is an error too.
-    """
+    """Return the model's number of classes; SourceError for fewer than the data's, with `exact` also for more."""
     known = data.preprocessing
     image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
     with eval_mode(model), torch.inference_mode():
@@ -397,10 +386,7 @@ def psnr(images_NCHW: Tensor, right_NCHW: Tensor) -> list[float]:
 
 
 class Masks(_Paired):
-    """Mean IoU over the classes that occur, and pixel accuracy, of a network that scores every pixel's class.
-
-    Images are resized to the network's input, its scores to the mask (bilinear).
-    """
+    """Mean IoU over the classes that occur, and pixel accuracy, of scores of every pixel, resized to the mask."""
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
         counts = torch.zeros(1, 1, dtype=torch.int64)  # pixels of each class (rows) by the class that is said
@@ -467,10 +453,7 @@ def _source(function: Callable[..., Any]) -> str:
 
 
 def _numbers(metric: Metric, model: nn.Module) -> dict[str, float]:
-    """Return what a metric gives for a model in eval mode: finite numbers by name.
-
-    Raises AsymswapError where it fails, gives anything else, or changes the model's weights.
-    """
+    """Return the finite numbers by name that a metric gives for a model in eval mode, whose weights it must leave."""
     state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
     before = {name: one._version for name, one in state.items() if not one.is_inference()}
     with eval_mode(model):

@@ -1,9 +1,8 @@
 """Find out, or check, how images are normalised for a network, by the statistics in its batch norms.
 
-In training a batch norm keeps the mean and the variance of every channel that it gets. Images normalised as in training
-give the same statistics again; normalised otherwise, they do not. So we run a few images through the network under each
-usual normalisation, and compare the statistics at its first batch norms with those kept there. The distance of two
-channels is the squared Hellinger distance of normal distributions,
+In training a batch norm keeps the mean and the variance of every channel that it gets. So we run a few images through
+the network under each usual normalisation, and compare the statistics at its first batch norms with those kept there.
+The distance of two channels is the squared Hellinger distance of normal distributions,
 
     1 - sqrt(2 s t / (s^2 + t^2)) exp(-(m - n)^2 / (4 (s^2 + t^2))),
 
@@ -137,10 +136,7 @@ def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> 
 
 
 def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label: str) -> _Answer:
-    """Run images (C x H x W, pixels from 0 to 1) through the first batch norms under every usual normalisation.
-
-    Raises TraceError if the network does not run on images of this size.
-    """
+    """Run images (pixels from 0 to 1) through the first batch norms under every usual normalisation, or TraceError."""
     if not found:
         return _Answer({}, silence="no image can be read")
     images, own, candidates = torch.stack(list(found)), pre.name_of(known) or _OWN, pre.usual(known.channels)
@@ -229,7 +225,7 @@ def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> 
 
 
 def hellinger(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
-    """Return the squared Hellinger distance of normal distributions, element by element, between 0 and 1."""
+    """Return the squared Hellinger distance of normal distributions, element by element."""
     both = variance + other_variance
     overlap = (2 * (variance * other_variance).sqrt() / both).sqrt()
     return 1 - overlap * torch.exp(-((mean - other_mean) ** 2) / (4 * both))
@@ -243,10 +239,9 @@ def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
 def _decide(
     known: Preprocessing, answer: _Answer, label: str, pairs: str | None
 ) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Return the preprocessing with the normalisation that clearly fits best, and a warning.
+    """Return the preprocessing with the normalisation that clearly fits best, and a warning; SourceError if none does.
 
-    If none does, images for a network that makes images (named by `pairs`) are used as they are, as their maker usually
-    feeds his network; else it is a SourceError.
+    Images for a network that makes images (named by `pairs`) are then used as they are.
     """
     distances, doubt = answer.distances, answer.silence
     if not doubt:
@@ -281,7 +276,7 @@ def _decide(
 
 
 def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str, ...]:
-    """Return a warning if the batch norms contradict a known normalisation, or cannot confirm one that is a guess."""
+    """Return a warning if the batch norms contradict a known normalisation, or cannot confirm a guess."""
     distances, own = answer.distances, pre.name_of(known) or _OWN
     fed_as = f"{label} is fed images normalised as {_named(known)}"
     if not distances:

@@ -35,13 +35,10 @@ class Training:
     - weights of batch norms, biases and offsets do not decay;
     - `train`: what is not trained does not change, running statistics included; `freeze_bn` freezes the running
       statistics alone, while the weights of batch norms are trained as `train` says;
-    - `augment`: presets of `asymswap.data.batches`; None means what suits the data;
     - `distill`: `original`, or a model reference. Its part of the loss, `distill_weight`, is the divergence (`kl`) of
       the class probabilities at `temperature`, or the squared difference (`mse`) of the class scores, relative to the
-      teacher's. `distill_features` is the weight of the error of the outputs of blocks with swapped layers, relative to
-      the teacher's variance;
-    - `ema`: the moving average is validated and kept;
-    - `validation`: see `asymswap.data.datasets.open_parts`.
+      teacher's; `distill_features` weighs the error of the outputs of blocks, relative to the teacher's variance;
+    - `ema`: the moving average is validated and kept.
 
     Several processes share the statistics of batch norms on GPUs; without GPUs each keeps its own.
     """

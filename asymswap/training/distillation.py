@@ -41,8 +41,7 @@ def find_teacher(header: Header, reference: Model, student: nn.Module, folder: P
     """Return the teacher that a model reference or `original` names, or that is given itself, in eval mode.
 
     For `original` nothing is downloaded, and no path in a checkpoint is followed: the file is looked for in `folder`,
-    beside the checkpoint, by its name and SHA-256. Raises SourceError if it is not available or has changed since the
-    conversion.
+    beside the checkpoint, by its name and SHA-256. Raises SourceError if it is not available or has changed.
     """
     original = reference == ORIGINAL
     named, options = _recorded(header, folder) if original else (reference, {})

@@ -55,10 +55,7 @@ class Objective:
     by_user: Callable[[Any, Any], Any] | None = None
 
     def loss(self, student: nn.Module, runner: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss times the batch's count, and how many guesses are right, 0 without labels.
-
-        `runner` is the student as accelerate wraps it.
-        """
+        """Return the loss times the batch's count, and how many guesses are right; `runner` is the wrapped student."""
         settings, teacher, content = self.settings, self.teacher, batch.content
         if self.labels:
             images, labels = content
@@ -130,10 +127,9 @@ class Objective:
         return check_gradient(found.reshape(()), "`loss=…` gave a number that")
 
     def trains_in_eval_mode(self, student: nn.Module, batch: Batch) -> bool:
-        """Return True for a student whose outputs are those of the teacher in eval mode only.
+        """Return True for a student, such as a detector, whose outputs are those of the teacher in eval mode only.
 
-        Detectors and networks with auxiliary heads return something else in train mode. Raises SourceError where the
-        outputs cannot be compared in either mode.
+        Raises SourceError where the outputs cannot be compared in either mode.
         """
         assert self.teacher is not None
         arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
@@ -164,10 +160,9 @@ def check_gradient(loss: Tensor, what: str) -> Tensor:
 
 
 def output_error(target: object, output: object) -> Tensor:
-    """Return the mean over the outputs of the squared difference relative to the teacher's squares.
+    """Return the mean over all floating-point outputs of the squared difference relative to the teacher's squares.
 
-    Outputs are the floating-point tensors in nested lists, tuples, dicts and dataclasses. Raises SourceError where
-    there are none, or they differ in number or size.
+    Raises SourceError where there are none, or they differ in number or size.
     """
     pair = [[tensor for tensor in list_tensors(value) if tensor.is_floating_point()] for value in (target, output)]
     if [tensor.shape for tensor in pair[0]] != [tensor.shape for tensor in pair[1]] or not pair[0]:

@@ -338,10 +338,7 @@ class Trainer:
 
 
 def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> Any:
-    """Return accelerate's Accelerator; raise AsymswapError for a precision that the device does not have.
-
-    With `all_used` every trained weight has a part in every loss.
-    """
+    """Return accelerate's Accelerator; `all_used`: every trained weight has a part in every loss."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
@@ -369,10 +366,7 @@ def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> A
 
 
 def choose_trained_(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
-    """Freeze, in place, what is not trained; return the batch norms whose statistics must not change either.
-
-    `replacements` are the names of the new layers. Raises AsymswapError if nothing is left to train.
-    """
+    """Freeze, in place, what is not trained; return the batch norms whose statistics must not change either."""
     what, roots, frozen = settings.train, tuple(replacements), list[nn.Module]()
     for name, module in model.named_modules():
         norm, new = isinstance(module, _BatchNorm), any(f"{name}.".startswith(f"{root}.") for root in roots)
@@ -388,10 +382,7 @@ def choose_trained_(model: nn.Module, settings: Training, replacements: Iterable
 
 
 def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """Return the optimizer over the trained parameters, in groups with their highest learning rate as `initial_lr`.
-
-    Biases, offsets and the parameters of normalisations do not decay.
-    """
+    """Return the optimizer over the trained parameters; biases, offsets and those of normalisations do not decay."""
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "offsets": []}
     predictors = [module for module in model.modules() if isinstance(module, PredictorConv2d)]
     predicting = {id(parameter) for module in predictors for parameter in module.parameters()}
