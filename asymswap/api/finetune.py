@@ -19,10 +19,10 @@ from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.batches import (
     MIXES,
     Batches,
-    Mixing,
     Reader,
     Source,
     TrainingImages,
+    mixing,
     presets_for,
     training_transform,
 )
@@ -192,7 +192,7 @@ def finetune(
     def write(path: Path, trained: nn.Module, progress: Progress) -> None:
         save_checkpoint(path, _with_weights(opened.model, trained.state_dict()), header(progress))
 
-    mix = Mixing(material.presets, len(material.classes)) if material.labels else None
+    mix = mixing(material.presets, len(material.classes)) if material.labels else None
     objective = Objective(settings, taught, material.labels, mix, inputs, loss)
     validator: Validator | None = None
     if evaluate is not None:

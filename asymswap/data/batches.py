@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
@@ -260,17 +260,8 @@ def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> 
     return v2.Compose([*steps, *to_input(preprocessing)])
 
 
-class Mixing:
-    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019); with both, one of them for each batch."""
-
-    def __init__(self, presets: Sequence[str], classes: int) -> None:
-        known = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
-        chosen = [known[name] for name in MIXES if name in presets]
-        self._mix = v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0] if chosen else None
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mixed batch with its labels as shares of classes; unchanged where there is nothing to mix."""
-        if self._mix is None or len(images) < 2:
-            return images, labels
-        mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
-        return mixed
+def mixing(presets: Sequence[str], classes: int) -> nn.Module | None:
+    """Return mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of a batch, or with both one of them for each."""
+    known = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
+    chosen = [known[name] for name in MIXES if name in presets]
+    return v2.RandomChoice(chosen) if len(chosen) > 1 else next(iter(chosen), None)

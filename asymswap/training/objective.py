@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymswap.data.batches import Batch, Mixing, Source, to_device
+from asymswap.data.batches import Batch, Source, to_device
 from asymswap.data.datasets import LabelledImages
 from asymswap.data.metrics import EvaluatedBy, Own, predict
 from asymswap.errors import SourceError
@@ -50,7 +50,7 @@ class Objective:
     settings: Training
     teacher: Teacher | None = None
     labels: bool = True
-    mix: Mixing | None = None
+    mix: nn.Module | None = None
     inputs: Callable[[Any], Any] | None = None
     by_user: Callable[[Any, Any], Any] | None = None
 
@@ -60,7 +60,8 @@ class Objective:
         if self.labels:
             images, labels = content
             # Of mixed images the labels are fractions of classes (N x classes).
-            images, targets = (images, labels) if self.mix is None else self.mix(images, labels)
+            mix = self.mix if len(images) > 1 else None
+            images, targets = (images, labels) if mix is None else mix(images, labels)
             arguments: tuple[Any, ...] = (images,)
         else:
             arguments = arguments_of(student, content, self.inputs)
@@ -108,10 +109,8 @@ class Objective:
         target, scores = all_scores(taught)[0], all_scores(output)[0]
         if target.shape != scores.shape:
             assert self.teacher is not None
-            raise SourceError(
-                f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
-                f"{scores.shape[1]}; give as `distill=…` a teacher of the same classes"
-            )
+            counts = f"{target.shape[1]} classes, the model {scores.shape[1]}"
+            raise SourceError(f"the teacher {self.teacher.description} scores {counts}; give one of the same classes")
         if self.settings.distill_loss == "mse":
             return len(scores) * difference(target, scores)
         return divergence(target, scores, self.settings.temperature)
@@ -182,11 +181,11 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
 
 def all_scores(output: object) -> list[Tensor]:
     """Return a classifier's scores (N x classes) in train mode, the main ones first, or raise SourceError."""
-    found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
+    found = output if isinstance(output, tuple) else (output,)
     scores = [item for item in found if isinstance(item, Tensor)]
     if not scores or any(item.ndim != 2 for item in scores):
-        shape = f"tensors of shape {', '.join(str(tuple(item.shape)) for item in scores)}" if scores else type(output)
-        raise SourceError(f"the model returns {shape}, not images x class scores; give a classifier")
+        what = sizes(tuple(scores)) or f"a {type(output).__name__}"
+        raise SourceError(f"the model returns {what}, not images x class scores; give a classifier")
     return scores
 
 
