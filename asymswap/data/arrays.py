@@ -142,12 +142,10 @@ def _tensor(value: Any) -> Tensor:
         if len({(item.shape, item.dtype) for item in value}) > 1:
             raise _UnfitError("holds a list of tensors of several shapes")
         return torch.stack([item.detach() for item in value])
-    if not isinstance(value, Tensor):
-        raise _UnfitError(f"holds a {type(value).__name__}, which is no tensor")
     if not _is_strided(value):
-        kind = "meta" if value.is_meta else "quantised" if value.is_quantized else "sparse"
-        raise _UnfitError(f"holds a {kind} tensor", "store plain ones")
-    return value.detach().resolve_conj().resolve_neg()
+        raise _UnfitError(f"holds a {type(value).__name__}, which is no plain tensor")
+    tensor: Tensor = value.detach().resolve_conj().resolve_neg()
+    return tensor
 
 
 def _is_strided(value: Any) -> bool:

@@ -86,7 +86,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return replace(self, labels=labels, picture=partial(_nth, self.picture, chosen), description=description)
 
 
-def _nth(make: Callable[[Any], Any], items: Sequence[Any], index: int) -> Any:
+def _nth(make: Callable[[Any], Any], items: Any, index: int) -> Any:
     """Return what is made of an item: unlike a closure, a `partial` of this can be sent to another process."""
     return make(items[index])
 

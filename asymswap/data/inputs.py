@@ -102,9 +102,8 @@ def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
     if len(tensors) < 2 or arrays.IMAGES & tensors.keys():
         return None
     found = arguments_of(model, tensors)
-    lengths = {name: tensor.shape[:1] for name, tensor in tensors.items()}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in lengths)
+    if len({tensor.shape[:1] for tensor in tensors.values()}) > 1:
+        listed = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise SourceError(f"data {path} holds inputs of different numbers of samples ({listed})")
     return found
 

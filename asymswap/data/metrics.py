@@ -54,9 +54,7 @@ class Metric:
     def __post_init__(self) -> None:
         what, lower = self.function, self.lower_is_better
         if not callable(what):
-            raise AsymswapError(
-                f"models are measured by data, a function of the model or a Metric, not by {what!r:.60}"
-            )
+            raise AsymswapError(f"models are measured by data, a function or a Metric, not by {what!r:.60}")
         if not isinstance(lower, str | tuple | list | set | frozenset):
             raise AsymswapError(f"`lower_is_better={lower!r:.60}` is no tuple or set of names")
         own = str(getattr(what, "__name__", type(what).__name__)).replace("<lambda>", "metric")
@@ -215,7 +213,8 @@ def predict(
     if not parts and team.size == 1:
         raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
     columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
-    return Predictions(*columns, scores, seconds, unreadable)
+    numbers, labels, guesses, ranks, losses = columns
+    return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
 
 
 def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:

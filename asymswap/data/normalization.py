@@ -181,11 +181,9 @@ def _run(model: nn.Module, images: Tensor) -> None:
 def _keeps_statistics(module: nn.Module) -> bool:
     """Return whether it is a batch norm, of any class, that has seen training: new ones have mean 0, variance 1."""
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or mean.is_meta:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) or not isinstance(mean, Tensor) or mean.is_meta:
         return False
-    return not isinstance(module, nn.modules.instancenorm._InstanceNorm) and bool(
-        (mean != 0).any() or (variance != 1).any()
-    )
+    return isinstance(variance, Tensor) and bool((mean != 0).any() or (variance != 1).any())
 
 
 class _EnoughError(Exception):
