@@ -429,15 +429,28 @@ class Own(Evaluator):
         scores: dict[str, Score] = {}
         for done, metric in enumerate(self._metrics):
             progress(done, len(self._metrics))
-            found = _numbers(metric, model)
+            state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
+            before = {name: one._version for name, one in state.items() if not one.is_inference()}
+            who = f"the metric {metric.name}"
+            with eval_mode(model):
+                gave = call(who, metric.function, model)
+            changed = [name for name, version in before.items() if state[name]._version != version]
+            if changed:
+                raise AsymswapError(f"{who} changed {changed[0]!r} of the model; let it work on a copy")
+            named = isinstance(gave, Mapping) and bool(gave)
+            found = gave if named else {metric.name: gave}
+            for name, value in found.items():
+                one = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
+                if not isinstance(name, str) or not isinstance(one, Real) or not math.isfinite(one):
+                    what = f"{one!s:.60}" + (f" for {name!r}" if named else "")
+                    raise AsymswapError(f"{who} gave {what}; return a finite number, or some by name")
+                if name in scores:
+                    raise AsymswapError(f"two metrics give {name!r}; give one of them another name")
+                scores[name] = Score(name, float(one), lower_is_better=name in metric.lower_is_better)
             for name in metric.lower_is_better:
                 if name not in found:
                     hint = near_names(name, found) or f"; it gives {listed(list(found), 6)}"
                     raise AsymswapError(f"lower is better for {name!r}, which metric {metric.name} does not give{hint}")
-            for name, value in found.items():
-                if name in scores:
-                    raise AsymswapError(f"two metrics give {name!r}; give one of them another name")
-                scores[name] = Score(name, value, lower_is_better=name in metric.lower_is_better)
         progress(len(self._metrics), len(self._metrics))
         return Measured(tuple(scores.values()))
 
@@ -449,25 +462,6 @@ def _source(function: Callable[..., Any]) -> str:
         path = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
         return Path(path or "").read_text(encoding="utf-8")
     return ""
-
-
-def _numbers(metric: Metric, model: nn.Module) -> dict[str, float]:
-    """Return the finite numbers by name that a metric gives for a model in eval mode, whose weights it must leave."""
-    state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
-    before = {name: one._version for name, one in state.items() if not one.is_inference()}
-    with eval_mode(model):
-        found = call(f"the metric {metric.name}", metric.function, model)
-    changed = [name for name, version in before.items() if state[name]._version != version]
-    if changed:
-        raise AsymswapError(f"the metric {metric.name} changed {changed[0]!r} of the model; let it work on a copy")
-    named, numbers = isinstance(found, Mapping) and bool(found), {}
-    for name, value in (found if named else {metric.name: found}).items():
-        one = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
-        if not isinstance(name, str) or not isinstance(one, Real) or not math.isfinite(one):
-            gave = f"{one!s:.60}" + (f" for {name!r}" if named else "")
-            raise AsymswapError(f"the metric {metric.name} gave {gave}; return a finite number, or some by name")
-        numbers[name] = float(one)
-    return numbers
 
 
 def read_metric(reference: str) -> Metric:
