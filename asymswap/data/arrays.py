@@ -53,7 +53,19 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
         images = _as_images(_tensor(stored))
         if labels is None:
             return images, [-1] * len(images), ()
-        numbers = _as_numbers(_tensor(labels), len(images))
+        given = _tensor(labels)
+        given = given.reshape(-1) if given.numel() == len(images) else given
+        whole = not (given.is_floating_point() or given.is_complex())
+        # torch has no minimum of the larger unsigned types.
+        given = given.to(torch.int64) if whole else given
+        if given.shape != (len(images),) or not whole or int(given.min()) < 0:
+            raise _UnfitError(
+                f"has labels of shape {tuple(given.shape)} and {given.dtype} for {len(images)} images",
+                "give one whole number from 0 on for each",
+            )
+        numbers: list[int] = given.tolist()
+        if max(numbers) >= _MOST_CLASSES:
+            raise _UnfitError(f"has a label {max(numbers)}, which is no number of a class")
         classes: Any = range(max(numbers) + 1) if entries.get("classes") is None else entries["classes"]
         if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
             classes = classes.tolist()
@@ -165,19 +177,3 @@ def _as_images(images: Tensor) -> Tensor:
     if not bool(torch.isfinite(images).all()):
         raise _UnfitError("holds NaN or infinite numbers")
     return images if images.dtype == torch.uint8 else images.to(torch.float32)
-
-
-def _as_numbers(labels: Tensor, count: int) -> list[int]:
-    labels = labels.reshape(-1) if labels.numel() == count else labels
-    whole = not (labels.is_floating_point() or labels.is_complex())
-    # torch has no minimum of the larger unsigned types.
-    labels = labels.to(torch.int64) if whole else labels
-    if labels.shape != (count,) or not whole or int(labels.min()) < 0:
-        raise _UnfitError(
-            f"has labels of shape {tuple(labels.shape)} and {labels.dtype} for {count} images",
-            "give one whole number from 0 on for each",
-        )
-    if int(labels.max()) >= _MOST_CLASSES:
-        raise _UnfitError(f"has a label {int(labels.max())}, which is no number of a class")
-    numbers: list[int] = labels.tolist()
-    return numbers

@@ -216,7 +216,7 @@ class Trainer:
     def _step(self, group: Sequence[Batch], size: int) -> float:
         """Make one step on `size` images over all processes; return the learning rate."""
         seed_(self.settings.seed, "step", self.progress.step, self.team.rank)
-        rate = set_rate_(self.optimizer, rate_at(self.progress.step, self.steps, self.settings))
+        rate = set_rate_(self.optimizer, self.progress.step, self.steps, self.settings)
         for number, batch in enumerate(group, start=1):
             with nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner):
                 self._learn(batch, size)
@@ -402,18 +402,13 @@ def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimize
     return torch.optim.AdamW(options, lr=settings.base_lr)
 
 
-def rate_at(step: int, steps: int, settings: Training) -> float:
-    """Return the learning rate at a step (counted from 0) of `steps`, as a fraction of the highest."""
-    warm = round(settings.warmup * steps)
+def set_rate_(optimizer: torch.optim.Optimizer, step: int, steps: int, settings: Training) -> float:
+    """Set every group's learning rate for a step (counted from 0) of `steps`; return the largest."""
+    warm, factor = round(settings.warmup * steps), 1.0
     if step < warm:
-        return (step + 1) / (warm + 1)
-    if settings.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def set_rate_(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's learning rate to this fraction of its highest; return the largest."""
+        factor = (step + 1) / (warm + 1)
+    elif settings.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(max(group["lr"] for group in optimizer.param_groups))

@@ -16,7 +16,6 @@ from asymswap.training.config import Training
 from asymswap.training.trainer import (
     choose_trained_,
     make_optimizer,
-    rate_at,
     set_rate_,
 )
 
@@ -80,19 +79,21 @@ def test_nothing_to_train() -> None:
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
     settings = Training(warmup=0.1, lr=1.0)
-    rates = [rate_at(step, 100, settings) for step in range(100)]
+    one = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "initial_lr": 1.0}], lr=1.0)
+    rates = [set_rate_(one, step, 100, settings) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
     assert 0 < rates[99] < 0.001
-    assert rate_at(99, 100, Training(schedule="constant")) == 1.0
+    assert set_rate_(one, 99, 100, Training(schedule="constant")) == 1.0
 
 
 def test_every_group_follows_the_schedule(tmp_path: Any) -> None:
-    optimizer = make_optimizer(converted("offset", tmp_path).model, Training(optimizer="sgd", lr=0.2))
+    settings = Training(optimizer="sgd", lr=0.2, warmup=0.1)
+    optimizer = make_optimizer(converted("offset", tmp_path).model, settings)
     assert isinstance(optimizer, torch.optim.SGD)
-    assert set_rate_(optimizer, 0.5) == pytest.approx(0.1)
+    assert set_rate_(optimizer, 55, 100, settings) == pytest.approx(0.1)
     assert {round(group["lr"], 9) for group in optimizer.param_groups} == {0.1, 0.01}
 
 
