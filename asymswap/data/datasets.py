@@ -186,11 +186,7 @@ def open_data(
 
 
 def patches_from(data: LabelledImages, size: int | None, count: int | None, noise: float, seed: int) -> LabelledImages:
-    """Return square patches of the images, `count` or one of each, with noise of this standard deviation added.
-
-    A patch is drawn by its number and the seed alone: from the images in turn, mirrored or not. Reading one raises
-    SourceError where an image is smaller.
-    """
+    """Return square patches of the images in turn, `count` or one of each, drawn by number and seed, with noise."""
     picture = partial(_patch, data.picture, len(data), size, noise, seed)
     description = f"{data.description}{Patches(size, None, noise)}"
     return replace(data, labels=[-1] * (count or len(data)), picture=picture, classes=(), description=description)

@@ -212,11 +212,7 @@ def _read(
 
 
 def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> tuple[OpenedModel, Feeding | None]:
-    """Return the opened model with its preprocessing, or its example, settled on the data that it is to get.
-
-    Images by a data reference settle size and normalisation (see `settle`); a user's own batches are taken as they are,
-    and their first sample is the example that is traced and counted.
-    """
+    """Return the opened model with its preprocessing settled on images, or the first sample of own data as example."""
     reference = given.reference
     if reference is not None and _named_arguments(opened.model, Path(reference)) is None:
         return settle(opened, reference, part)

@@ -467,8 +467,7 @@ def _source(function: Callable[..., Any]) -> str:
 def read_metric(reference: str) -> Metric:
     """Return the metric that `FILE.py:function` or `package.module:function` names; the file is run.
 
-    `LOWER_IS_BETTER`, a tuple or set of names beside it, is honoured. What it prints goes to stderr, since stdout is
-    the report's. Raises SourceError where there is no such function.
+    `LOWER_IS_BETTER`, a tuple or set of names beside it, is honoured. What it prints goes to stderr.
     """
     name = reference.rpartition(":")[2]
     if name == reference or "/" in name or name.endswith(".py"):

@@ -237,10 +237,7 @@ def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
 def _decide(
     known: Preprocessing, answer: _Answer, label: str, pairs: str | None
 ) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Return the preprocessing with the normalisation that clearly fits best, and a warning; SourceError if none does.
-
-    Images for a network that makes images (named by `pairs`) are then used as they are.
-    """
+    """Return the preprocessing with what clearly fits best, and a warning; if nothing, `pairs` stay as they are."""
     distances, doubt = answer.distances, answer.silence
     if not doubt:
         best = min(distances, key=distances.__getitem__)

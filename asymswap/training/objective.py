@@ -1,10 +1,9 @@
 """What is minimised: a loss of labels or of the user's, the difference from a teacher's outputs, or both.
 
 Class probabilities are distilled as by Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
-temperature, and the divergence is multiplied by its square. If the teacher is sure of its training images, the scores
-before the softmax say more: their squared difference (Ba and Caruana, 2014). Of outputs that are no class scores, and
-without labels, the squared difference is taken. Outputs of blocks with the same name can be compared too (Romero et
-al., 2015, without a regressor, since the shapes are the same).
+temperature, and the divergence is multiplied by its square. Or the squared difference of the scores is taken (Ba and
+Caruana, 2014), and always without labels. Outputs of blocks with the same name can be compared too (Romero et al.,
+2015, without a regressor, since the shapes are the same).
 """
 
 from __future__ import annotations
@@ -126,10 +125,7 @@ class Objective:
         return check_gradient(found.reshape(()), "`loss=…` gave a number that")
 
     def trains_in_eval_mode(self, student: nn.Module, batch: Batch) -> bool:
-        """Return True for a student, such as a detector, whose outputs are those of the teacher in eval mode only.
-
-        Raises SourceError where the outputs cannot be compared in either mode.
-        """
+        """Return True for a student, such as a detector, whose outputs are those of the teacher in eval mode only."""
         assert self.teacher is not None
         arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
         probed, reason = deep_copy(student), ""
@@ -159,10 +155,7 @@ def check_gradient(loss: Tensor, what: str) -> Tensor:
 
 
 def output_error(target: object, output: object) -> Tensor:
-    """Return the mean over all floating-point outputs of the squared difference relative to the teacher's squares.
-
-    Raises SourceError where there are none, or they differ in number or size.
-    """
+    """Return the mean over all floating-point outputs of the squared difference relative to the teacher's squares."""
     pair = [[tensor for tensor in list_tensors(value) if tensor.is_floating_point()] for value in (target, output)]
     if [tensor.shape for tensor in pair[0]] != [tensor.shape for tensor in pair[1]] or not pair[0]:
         theirs, own = (sizes(tuple(tensors)) or "no tensor" for tensors in pair)
@@ -194,15 +187,11 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Validator:
-    """Scores a model: `measure` gets it and the context of a forward pass.
-
-    The first of `order`, or the first score, decides which epoch is the best, the next where those are equal; less is
-    better of those in `lower`.
-    """
+    """Scores a model: `measure` gets it and the context of a forward pass."""
 
     measure: Callable[[nn.Module, Context], Scores]
-    lower: Collection[str] = ("loss",)
-    order: tuple[str, ...] = ()
+    lower: Collection[str] = ("loss",)  # of these less is better
+    order: tuple[str, ...] = ()  # the first decides which epoch is the best, then the next; else all
 
     def rank(self, scores: Scores) -> tuple[float, ...]:
         """Return a key that sorts better scores behind worse ones."""

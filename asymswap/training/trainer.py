@@ -1,8 +1,7 @@
 """The training loop, on accelerate, of one process.
 
-Every random number is a function of the seed and of the place in the run, and the learning rate one of the step. So the
-next step depends on the weights, the optimizer's state and a few counters alone, and a resumed run gives the same
-result as one that was never interrupted: with any number of workers, in whatever order images arrive.
+Every random number is a function of the seed and of the place in the run. So the next step depends on the weights, the
+optimizer's state and a few counters alone, and a resumed run gives the same result as one that was never interrupted.
 """
 
 from __future__ import annotations
