@@ -155,7 +155,8 @@ class Batches:
         self.name, once = type(made).__name__, isinstance(made, Iterator)
         if not hasattr(made, "__iter__") or isinstance(made, Mapping | str):
             raise SourceError(
-                f"{what} gives a {self.name}, not batches; give an iterable of those, or a function that returns one"
+                f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
+                "iterable of batches, or a function that returns one"
             )
         if isinstance(made, IterableDataset):
             raise SourceError(f"{what} gives samples, not batches; give a DataLoader of the {self.name}")
