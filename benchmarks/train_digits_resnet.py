@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asymswap.data.datasets import LabelledImages, open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.models.networks import DIGITS_PREPROCESSING, DIGITS_WEIGHTS, digits_resnet
 
 SEED = 0
@@ -28,7 +28,7 @@ REQUIRED = 0.985
 
 def tensors(data: LabelledImages) -> tuple[Tensor, Tensor]:
     """All images (N x 1 x 8 x 8) and labels (N) of a small set."""
-    images, labels = zip(*(data.images[i] for i in range(len(data))), strict=True)
+    images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 

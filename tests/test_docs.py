@@ -23,7 +23,7 @@ import asymswap
 from asymswap import replacements
 from asymswap.cli.main import main
 from asymswap.data.datasets import open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.models.networks import DIGITS_PREPROCESSING
 
 ALL = [block for page in PAGES for block in blocks(page)]

@@ -16,9 +16,8 @@ from asymswap.api.evaluate import against_first
 from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import open_data
-from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
+from asymswap.data.metrics import Evaluator, Labelled, Predictions, check_same, evaluator_of, paired_kind
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
@@ -84,7 +83,7 @@ def compare(
         evaluators += [Labelled(one.some(sorted(chosen), one.description)) for one in sets]
         compared = chosen[:_COMPARED]
         outputs_on = f"{len(compared)} images of {data}"
-        inputs = [(torch.stack([one.images[index][0] for index in compared]),) for one in sets]
+        inputs = [(torch.stack([one[index][0] for index in compared]),) for one in sets]
     elif images is not None:
         raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
     elif data is not None and not evaluators:

@@ -14,9 +14,17 @@ from torch import Tensor
 from asymswap.api.progress import shows_progress
 from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import LabelledImages, open_data, open_parts
-from asymswap.data.metrics import Evaluator, Labelled, check_same, evaluator_of, paired_kind
+from asymswap.data.metrics import (
+    Evaluator,
+    Labelled,
+    Predictions,
+    check_class_names,
+    check_same,
+    evaluator_of,
+    known_classes,
+    paired_kind,
+)
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
-from asymswap.data.predict import Predictions, check_class_names, known_classes, published_classes
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
 from asymswap.models.opened import sizes_assumed
@@ -88,8 +96,7 @@ def evaluate(
     for one in opened if not evaluators else ():
         if isinstance(data, str) and paired_kind(data) is None and not crop_border:
             mine = _open(one.preprocessing, data, part, validation, seed, download)
-            known = known_classes(read_history(one.provenance, one.reference), one.origin)
-            check_class_names(known or published_classes(one.origin.reference, one.weights), mine)
+            check_class_names(known_classes(one), mine)
             evaluators.append(Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
         elif part != "test":
             raise AsymswapError(f'`part="{part}"` is for labelled images; leave it out')
@@ -160,12 +167,12 @@ def _open(
 ) -> LabelledImages:
     if part == "test" or (part == "train" and validation is None):
         return open_data(data, preprocessing, "test" if part == "test" else "train", download=download)
-    parts = open_parts(data, preprocessing, validation, seed, download=download)
+    train, held_back = open_parts(data, preprocessing, validation, seed, download=download)
     if part == "train":
-        return parts.train
-    if parts.validation is None:
+        return train
+    if held_back is None:
         raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
-    return parts.validation
+    return held_back
 
 
 def _classification(classes: Sequence[str], found: Predictions, confusions: int) -> Classification:

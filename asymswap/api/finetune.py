@@ -19,18 +19,16 @@ from asymswap.checkpoint import Header, check_suffix
 from asymswap.data.batches import (
     MIXES,
     Batches,
-    Mixing,
     Reader,
-    Schedule,
     Source,
     TrainingImages,
+    mixing,
     presets_for,
     training_transform,
 )
-from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, own_samples
-from asymswap.data.metrics import EvaluatedBy
+from asymswap.data.datasets import LabelledImages, image_transform, open_parts, own_samples
+from asymswap.data.metrics import EvaluatedBy, check_class_names, check_classifier, known_classes
 from asymswap.data.normalization import Feeding, fed_of, settle
-from asymswap.data.predict import check_class_names, check_classifier, known_classes, placement
 from asymswap.errors import AsymswapError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
@@ -40,16 +38,16 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
-from asymswap.results.records import plain, read_history
+from asymswap.results.records import plain
 from asymswap.training.config import Callback, Training
 from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
-from asymswap.training.objective import Objective
+from asymswap.training.objective import Objective, Validator, by_labels, by_loss, by_user
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
-from asymswap.training.validation import Validator, by_labels, by_loss, by_user
 from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
+from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import deep_copy, eval_mode
 
 _NOT_VALIDATED = "the last weights are kept: to keep the best give `evaluate=…`, or a Dataset to hold back from"
@@ -165,7 +163,7 @@ def finetune(
             identity[name] = getattr(function, "name", getattr(function, "__qualname__", type(function).__name__))
     if material.source.unit == "batches":
         identity["batch_size"] = None
-    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
+    known = known_classes(opened)
 
     def described(progress: Progress) -> dict[str, Any]:
         """Return what the report and the checkpoint both say of the run so far."""
@@ -195,7 +193,7 @@ def finetune(
     def write(path: Path, trained: nn.Module, progress: Progress) -> None:
         save_checkpoint(path, _with_weights(opened.model, trained.state_dict()), header(progress))
 
-    mix = Mixing(material.presets, len(material.classes)) if material.labels else None
+    mix = mixing(material.presets, len(material.classes)) if material.labels else None
     objective = Objective(settings, taught, material.labels, mix, inputs, loss)
     validator: Validator | None = None
     if evaluate is not None:
@@ -269,35 +267,34 @@ def _samples(
         _check_plain(settings, ("augment", "label_smoothing", "strict"))
         data = own_samples(data, opened.preprocessing)
 
-    def images(unlabelled: bool, download: bool = False) -> Parts:
+    def images(unlabelled: bool, download: bool = False) -> tuple[LabelledImages, LabelledImages | None]:
         prepared, seed = opened.preprocessing, settings.seed
         return open_parts(data, prepared, validation, seed, download=download, unlabelled=unlabelled)
 
     if download:
-        team.first(lambda: len(images(False, download=True).train))
-    parts = images(unlabelled=distills or loss is not None)
-    train, held = parts.train, parts.validation
+        team.first(lambda: len(images(False, download=True)[0]))
+    train, held = images(unlabelled=distills or loss is not None)
     labels = loss is None and bool(train.classes) and (not distills or _gives_scores(opened))
     if labels:
         images(unlabelled=False)  # which checks the classes
-        check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), train)
+        check_class_names(known_classes(opened), train)
         check_classifier(opened.model, train, exact=True)
         if inputs is not None:
             raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
-        settings = replace(settings, workers=0 if train.pictures.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
+        settings = replace(settings, workers=0 if train.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
     presets = tuple((presets_for(data) if settings.augment is None else settings.augment) if named else ())
     mixed = [name for name in presets if name in MIXES]
     if mixed and not labels:
         raise AsymswapError(f"`augment={mixed[0]}` mixes class labels, which are not learned here; leave it out")
-    double = placement(opened.model)[1] == torch.float64
+    double = opened.dtype() == torch.float64
 
     def source(images: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> Source:
         dtype = None if not named else torch.float64 if double else torch.float32
         transform = transform if named else nn.Identity()
-        made = TrainingImages(images.pictures, transform, settings.seed, settings.strict or not named, dtype)
-        return Reader(made, Schedule(len(images), batch, accumulate, team, settings.seed), settings.workers or 0)
+        made = TrainingImages(images, transform, settings.seed, settings.strict or not named, dtype)
+        return Reader(made, batch, accumulate, team, settings.workers or 0)
 
     prepared = train.preprocessing
     return settings, _Material(
@@ -313,9 +310,9 @@ def _samples(
 
 def _gives_scores(opened: OpenedModel) -> bool:
     """Return whether the model gives class scores for one image."""
-    (device, dtype), known = placement(opened.model), opened.preprocessing
+    known = opened.preprocessing
     with eval_mode(opened.model), torch.inference_mode():
-        output = opened.model(torch.zeros(1, known.channels, *known.size, device=device, dtype=dtype))
+        output = opened.model(*placed(opened.model, (torch.zeros(1, known.channels, *known.size),)))
     return isinstance(output, torch.Tensor) and output.ndim == 2
 
 

@@ -224,7 +224,7 @@ def some_inputs(reference: str | None, opened: OpenedModel, seed: int, images: i
         )
     data = open_data(reference, opened.preprocessing, "test", unlabelled=True)
     order = torch.randperm(len(data), generator=seeded(seed)).tolist()[:PROBED]
-    images_NCHW = torch.stack([data.images[index][0] for index in order]).to(opened.dtype())
+    images_NCHW = torch.stack([data[index][0] for index in order]).to(opened.dtype())
     return (images_NCHW,), f"{len(images_NCHW)} images of {reference} (seed {seed})"
 
 

@@ -29,20 +29,9 @@ IMAGES = frozenset(f"{name}{part}" for name in _IMAGES for part in ("", "_train"
 _MOST_CLASSES = 1_000_000
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBERS = (torch.uint8, torch.int16, torch.int32, torch.int64, *_FLOATS)
-_UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8
-"""An .npz may unpack to this number of bytes, or to this multiple of its own size if that is more."""
+_UNPACKED, _UNPACKED_RATIO = 256 * 2**20, 8  # an .npz may unpack to so many bytes, or so many times its own size
 # numpy parses a header as Python, hence the TokenError; the RuntimeErrors include zipfile's NotImplementedError.
-_UNREADABLE = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    KeyError,
-    BadZipFile,
-    zlib.error,
-    TokenError,
-)
+_DAMAGED = (SafetensorError, OSError, ValueError, EOFError, RuntimeError, KeyError, BadZipFile, zlib.error, TokenError)
 _HOW = "give an .npz or .pt file with 'images' (N x C x H x W, bytes, or floats as they are) and 'labels' (N)"
 
 
@@ -52,25 +41,39 @@ class _UnfitError(Exception):
 
 
 def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ...]]:
-    """Return the images in a file (N x C x H x W), their labels, and the names of the classes.
+    """Return the images in a file (N x C x H x W), their labels (-1 without), and the names of the classes.
 
-    Without labels, all are -1 and there is no class. A file may hold both parts: `images_train`, `labels_train`,
-    `x_test` … Raises SourceError if it holds no images.
+    A file may hold both parts: `images_train`, `labels_train`, `x_test` … Raises SourceError if it holds no images.
     """
     try:
         entries = _read(path)
-        images, labels = _entry(entries, part, *_IMAGES), _entry(entries, part, "labels", "y", "targets")
-        if images is None:
+        stored, labels = _entry(entries, part, *_IMAGES), _entry(entries, part, "labels", "y", "targets")
+        if stored is None:
             raise _UnfitError(f"holds no images (its entries: {', '.join(entries) or 'none'})")
-        tensor = _as_images(_tensor(images))
+        images = _as_images(_tensor(stored))
         if labels is None:
-            return tensor, [-1] * len(tensor), ()
-        numbers = _as_labels(_tensor(labels), len(tensor))
-        classes = entries.get("classes")
-        names = _as_names(range(max(numbers) + 1) if classes is None else classes)
-        if max(numbers) >= len(names):
-            raise _UnfitError(f"has a label {max(numbers)}, but names only {len(names)} classes")
-        return tensor, numbers, names
+            return images, [-1] * len(images), ()
+        given = _tensor(labels)
+        given = given.reshape(-1) if given.numel() == len(images) else given
+        whole = not (given.is_floating_point() or given.is_complex())
+        # torch has no minimum of the larger unsigned types.
+        given = given.to(torch.int64) if whole else given
+        if given.shape != (len(images),) or not whole or int(given.min()) < 0:
+            raise _UnfitError(
+                f"has labels of shape {tuple(given.shape)} and {given.dtype} for {len(images)} images",
+                "give one whole number from 0 on for each",
+            )
+        numbers: list[int] = given.tolist()
+        if max(numbers) >= _MOST_CLASSES:
+            raise _UnfitError(f"has a label {max(numbers)}, which is no number of a class")
+        classes: Any = range(max(numbers) + 1) if entries.get("classes") is None else entries["classes"]
+        if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
+            classes = classes.tolist()
+        if not isinstance(classes, list | tuple | range) or not all(isinstance(c, str | int | float) for c in classes):
+            raise _UnfitError("has 'classes' that are no list of names", "give one text for each class")
+        if max(numbers) >= len(classes):
+            raise _UnfitError(f"has a label {max(numbers)}, but names only {len(classes)} classes")
+        return images, numbers, tuple(map(str, classes))
     except _UnfitError as error:
         raise SourceError(f"data {path} {error}") from None
 
@@ -94,13 +97,22 @@ def _read(path: Path) -> Mapping[str, Any]:
             with path.open("rb") as file:
                 return {"images": _read_npy(file, path.stat().st_size)}
         if path.suffix == ".npz":
-            return _read_npz(path)
+            with ZipFile(path) as archive:
+                entries, size = archive.infolist(), path.stat().st_size
+                unpacked = sum(entry.file_size for entry in entries)
+                if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
+                    raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}; use numpy.savez")
+                found = {}
+                for entry in entries:
+                    with archive.open(entry) as file:
+                        found[entry.filename.removesuffix(".npy")] = _read_npy(file, entry.file_size)
+                return found
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except SourceError as error:
         raise _UnfitError(f"cannot be read ({error})") from None
-    except _UNREADABLE as error:
+    except _DAMAGED as error:
         raise _UnfitError(f"cannot be read ({reason_of(error)})") from None
     if isinstance(value, Tensor):
         return {"images": value}
@@ -109,18 +121,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
     raise _UnfitError(f"holds a {type(value).__name__}")
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    found = {}
-    with ZipFile(path) as archive:
-        unpacked, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
-        if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
-            raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}; save it with numpy.savez")
-        for info in archive.infolist():
-            with archive.open(info) as file:
-                found[info.filename.removesuffix(".npy")] = _read_npy(file, info.file_size)
-    return found
 
 
 def _read_npy(file: IO[bytes], size: int) -> Any:
@@ -154,27 +154,14 @@ def _tensor(value: Any) -> Tensor:
         if len({(item.shape, item.dtype) for item in value}) > 1:
             raise _UnfitError("holds a list of tensors of several shapes")
         return torch.stack([item.detach() for item in value])
-    if not isinstance(value, Tensor):
-        raise _UnfitError(f"holds a {type(value).__name__}, which is no tensor")
     if not _is_strided(value):
-        kind = "meta" if value.is_meta else "quantised" if value.is_quantized else "sparse"
-        raise _UnfitError(f"holds a {kind} tensor", "store plain ones")
-    return value.detach().resolve_conj().resolve_neg()
+        raise _UnfitError(f"holds a {type(value).__name__}, which is no plain tensor")
+    tensor: Tensor = value.detach().resolve_conj().resolve_neg()
+    return tensor
 
 
 def _is_strided(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
-
-
-def _as_names(classes: Any) -> tuple[str, ...]:
-    """Return the names of classes: a list or an array of text or numbers."""
-    if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
-        classes = classes.tolist()
-    if not isinstance(classes, list | tuple | range) or not all(
-        isinstance(name, str | int | float) for name in classes
-    ):
-        raise _UnfitError("has 'classes' that are no list of names", "give one text for each class")
-    return tuple(map(str, classes))
 
 
 def _as_images(images: Tensor) -> Tensor:
@@ -190,19 +177,3 @@ def _as_images(images: Tensor) -> Tensor:
     if not bool(torch.isfinite(images).all()):
         raise _UnfitError("holds NaN or infinite numbers")
     return images if images.dtype == torch.uint8 else images.to(torch.float32)
-
-
-def _as_labels(labels: Tensor, count: int) -> list[int]:
-    labels = labels.reshape(-1) if labels.numel() == count else labels
-    whole = not (labels.is_floating_point() or labels.is_complex())
-    # torch has no minimum of the larger unsigned types.
-    labels = labels.to(torch.int64) if whole else labels
-    if labels.shape != (count,) or not whole or int(labels.min()) < 0:
-        raise _UnfitError(
-            f"has labels of shape {tuple(labels.shape)} and {labels.dtype} for {count} images",
-            "give one whole number from 0 on for each",
-        )
-    if int(labels.max()) >= _MOST_CLASSES:
-        raise _UnfitError(f"has a label {int(labels.max())}, which is no number of a class")
-    numbers: list[int] = labels.tolist()
-    return numbers

@@ -1,8 +1,8 @@
 """Sources of batches for training: images and datasets in an order of ours, and batches that the user makes.
 
-Of images and datasets an epoch is one permutation, cut into steps of nearly equal size, none larger than was asked for:
-every image is seen once, and no step is left with a handful. A step is cut into its forward passes and processes in the
-same way. The user's own batches are taken in their order, and each process takes every n-th.
+Of images and datasets an epoch is one permutation, cut into steps of nearly equal size, and those into forward passes
+and processes: every image is seen once, and no step is left with a handful. Of the user's own batches, which are taken
+in their order, each process takes every n-th.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
-from asymswap.data.datasets import Pictures, geometry, to_input
+from asymswap.data.datasets import LabelledImages, geometry, to_input
 from asymswap.errors import AsymswapError, SourceError, call, near_names
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
@@ -29,18 +29,11 @@ from asymswap.utils.tensors import generator_for, map_tensors, number_for, rando
 Groups = Generator[tuple[list["Batch"], int], None, None]
 """The batches of this process for one step after another, each with the sum of the counts in all processes."""
 
-Key = tuple[int, int]
-"""An epoch and the number of an image."""
-
 PRESETS = ("none", "flip", "crop", "flip-crop", "randaugment")
 MIXES = ("mixup", "cutmix")
 
-_MOST_SKIPPED = 100
-"""Unreadable images in a row from which on something else must be wrong."""
-
-_MOST_COUNTED = 1_000_000
-"""Batches after which we stop to look for the end of data without a length."""
-
+_MOST_SKIPPED = 100  # unreadable images in a row: from there on something else must be wrong
+_MOST_COUNTED = 1_000_000  # batches after which we stop to look for the end of data without a length
 _END = object()
 
 
@@ -59,61 +52,27 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, content=map_tensors(content, lambda tensor: tensor.to(device, non_blocking=True)))
 
 
-class Schedule(Sampler[list[Key]]):
-    """The batches of this process, epoch by epoch; `begin` sets the epoch and step to continue with."""
-
-    def __init__(self, images: int, batch_size: int, accumulate: int, team: Team, seed: int) -> None:
-        parts = accumulate * team.size
-        if images < parts:
-            raise AsymswapError(
-                f"{images} images cannot be shared among {team.size} processes x `accumulate={accumulate}`; give more "
-                "images, or fewer of those"
-            )
-        # At least one image for each, even where a batch of one image then has two.
-        self.steps = min(-(-images // (batch_size * parts)), images // parts)
-        self.images, self.accumulate, self._team, self._seed = images, accumulate, team, seed
-        self._epoch = self._start = 0
-
-    def begin(self, epoch: int, start: int) -> None:
-        self._epoch, self._start = epoch, start
-
-    def size(self, step: int) -> int:
-        """Return how many images all processes together see in this step of an epoch."""
-        return len(torch.arange(self.images).tensor_split(self.steps)[step])
-
-    def __len__(self) -> int:
-        return (self.steps - self._start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self.images, generator=generator_for(self._seed, "order", self._epoch))
-        for group in order.tensor_split(self.steps)[self._start :]:
-            pieces = group.tensor_split(self.accumulate * self._team.size)
-            for piece in pieces[self._team.rank :: self._team.size]:
-                yield [(self._epoch, index) for index in piece.tolist()]
-
-
 class TrainingImages(Dataset[Any]):
-    """Augmented network inputs; the augmentation depends only on the seed, the epoch and the image's number.
+    """Augmented network inputs: item `epoch * len(data) + number` depends on the seed, the epoch and the number alone.
 
-    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`;
-    samples of the user's stay as they are.
+    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`.
     """
 
     def __init__(
-        self, pictures: Pictures, transform: Any, seed: int, strict: bool, dtype: torch.dtype | None = torch.float32
+        self, data: LabelledImages, transform: Any, seed: int, strict: bool, dtype: torch.dtype | None = torch.float32
     ) -> None:
-        self._pictures, self._transform, self._seed = pictures, transform, seed
-        self._strict, self.dtype = strict, dtype
+        self.data, self.seed, self.dtype, self._transform, self._strict = data, seed, dtype, transform, strict
 
-    def __getitem__(self, key: Key) -> tuple[Any, int, int] | SourceError:
-        (epoch, index), labels = key, self._pictures.labels
+    def __getitem__(self, key: int) -> tuple[Any, int, int] | SourceError:
+        labels = self.data.labels
+        epoch, index = divmod(key, len(labels))
         for skipped in range(min(len(labels), _MOST_SKIPPED)):
             place = (index + skipped) % len(labels)
             with torch.random.fork_rng(devices=[]):
                 # torch's CPU generator, which augmentations use.
-                torch.default_generator.manual_seed(number_for(self._seed, "augment", epoch, index))
+                torch.default_generator.manual_seed(number_for(self.seed, "augment", epoch, index))
                 try:
-                    return self._transform(self._pictures.picture(place)), labels[place], int(skipped > 0)
+                    return self._transform(self.data.picture(place)), labels[place], int(skipped > 0)
                 except SourceError as error:
                     # Returned: raised in a worker it would arrive as a page of traceback.
                     if self._strict:
@@ -136,16 +95,24 @@ def _collate(dtype: torch.dtype | None, samples: Sequence[Any]) -> Batch | Sourc
 
 
 class Reader:
-    """A source of images, or of samples of the user's, by a schedule; reads ahead of time if there are workers."""
+    """A source of images, or of samples of the user's; reads ahead of time if there are workers."""
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, images: TrainingImages, schedule: Schedule, workers: int) -> None:
-        self.schedule, self.steps, self.count = schedule, schedule.steps, schedule.images
+    def __init__(self, images: TrainingImages, batch_size: int, accumulate: int, team: Team, workers: int) -> None:
+        self.count, parts = len(images.data.labels), accumulate * team.size
+        if self.count < parts:
+            raise AsymswapError(
+                f"{self.count} images cannot be shared among {team.size} processes x `accumulate={accumulate}`: too few"
+            )
+        # At least one image for each, even where a batch of one image then has two.
+        self.steps = min(-(-self.count // (batch_size * parts)), self.count // parts)
         self.unit = "samples" if images.dtype is None else "images"
+        self._seed, self._accumulate, self._team = images.seed, accumulate, team
+        self._keys: list[list[int]] = []  # of the batches that the loader reads next
         self._loader: DataLoader[Any] = DataLoader(
             images,
-            batch_sampler=schedule,
+            batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=partial(_collate, images.dtype),
             persistent_workers=workers > 0,
@@ -156,30 +123,33 @@ class Reader:
 
     def groups(self, epoch: int, start: int) -> Groups:
         """Yield the batches of each step of an epoch, from `start` on; SourceError for an image that cannot be read."""
-        self.schedule.begin(epoch, start)
+        order = torch.randperm(self.count, generator=generator_for(self._seed, "order", epoch)) + epoch * self.count
+        steps, team = order.tensor_split(self.steps)[start:], self._team
+        shares = [step.tensor_split(self._accumulate * team.size)[team.rank :: team.size] for step in steps]
+        self._keys[:] = [share.tolist() for step in shares for share in step]
         batches = iter(self._loader)
-        for step in range(start, self.steps):
-            group = list(itertools.islice(batches, self.schedule.accumulate))
+        for step in steps:
+            group = list(itertools.islice(batches, self._accumulate))
             for batch in group:
                 if isinstance(batch, SourceError):
                     raise batch
-            yield group, self.schedule.size(step)
+            yield group, len(step)
 
 
 class Batches:
     """A source of the user's batches: a DataLoader, another iterable, or a function that returns one.
 
-    The data is read from its start for every epoch, also where an epoch is continued. Before each batch the global
-    random generators are seeded, by the epoch and the batch's number, and so is a DataLoader's own generator: a resumed
-    run gets the same batches, and so does every process. The last batches of an epoch are left out where they are fewer
-    than the processes. Raises SourceError for data that cannot be read twice, or gives nothing; `most` is the number of
-    steps after which data without a length need not be counted further.
+    The data is read from its start for every epoch, also where an epoch is continued. Before each batch the random
+    generators are seeded, by the epoch and the batch's number: a resumed run gets the same batches, and so does every
+    process. Raises SourceError for data that cannot be read twice, or gives nothing; `most` is the number of steps
+    after which data without a length need not be counted further.
     """
 
     unit = "batches"
 
     def __init__(self, data: Any, accumulate: int, team: Team, seed: int, most: int | None = None) -> None:
         self._team, self._seed, self._each = team, seed, accumulate * team.size
+        self.notes: tuple[str, ...] = ()
         makes = callable(data) and not hasattr(data, "__iter__")
         self._what = what = f"{data.__name__}()" if makes and hasattr(data, "__name__") else "`data=…`"
         made = call(what, data) if makes else data
@@ -196,15 +166,14 @@ class Batches:
         if team.size > 1 and isinstance(getattr(made, "sampler", None), DistributedSampler):
             raise SourceError("every process takes its share of the batches itself; leave out the DistributedSampler")
         self._make: Callable[[], Iterable[Any]] = data if once else lambda: made
-        self.notes: tuple[str, ...] = ()
         try:
             # That of a loader of an IterableDataset is an estimate.
             known = None if isinstance(getattr(made, "dataset", None), IterableDataset) else len(made)
         except TypeError:
             known = None
         if known is None:
-            limit = _MOST_COUNTED if most is None else most * self._each
             with random_state_kept():
+                limit = _MOST_COUNTED if most is None else most * self._each
                 known = sum(1 for _ in itertools.islice(self._read(0), limit))
             if known == _MOST_COUNTED:
                 raise SourceError(f"{what} has no end within {known:,} batches; give `steps=…` instead of `epochs=…`")
@@ -222,9 +191,9 @@ class Batches:
         seed_(self._seed, "data", epoch)
         data = call(self._what, self._make)
         own = getattr(data, "generator", None)
-        before = own.get_state() if isinstance(own, torch.Generator) else None
-        if isinstance(own, torch.Generator):
-            own.manual_seed(number_for(self._seed, "data", epoch))
+        own = own if isinstance(own, torch.Generator) else torch.Generator()
+        before = own.get_state()
+        own.manual_seed(number_for(self._seed, "data", epoch))
         try:
             batches = call(self._what, iter, data)
             for number in itertools.count():
@@ -234,8 +203,7 @@ class Batches:
                     return
                 yield batch
         finally:
-            if before is not None:
-                own.set_state(before)  # type: ignore[union-attr]
+            own.set_state(before)
 
     def groups(self, epoch: int, start: int) -> Groups:
         """Yield the batches of each step of an epoch, from `start` on."""
@@ -274,15 +242,11 @@ def parse_presets(text: str) -> tuple[str, ...]:
 
 def presets_for(reference: str) -> tuple[str, ...]:
     """Return the default for a data reference: digits are not mirrored, which would change what they are."""
-    drawn = reference == "digits" or reference.partition(":")[0] == "mnist"
-    return ("crop",) if drawn else ("flip-crop",)
+    return ("crop",) if reference.partition(":")[0] in ("digits", "mnist") else ("flip-crop",)
 
 
 def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> v2.Transform:
-    """Return the random transform from a picture to a network's input.
-
-    Small pictures are shifted, their borders reflected; large ones are cropped at random, as for ImageNet.
-    """
+    """Return the random transform from a picture to a network's input: large ones are cropped as for ImageNet."""
     size, steps = list(preprocessing.size), geometry(preprocessing)
     if {"crop", "flip-crop", "randaugment"} & set(presets):
         if preprocessing.resize is not None:
@@ -298,17 +262,8 @@ def training_transform(preprocessing: Preprocessing, presets: Sequence[str]) -> 
     return v2.Compose([*steps, *to_input(preprocessing)])
 
 
-class Mixing:
-    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019); with both, one of them for each batch."""
-
-    def __init__(self, presets: Sequence[str], classes: int) -> None:
-        known = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
-        chosen = [known[name] for name in MIXES if name in presets]
-        self._mix = v2.RandomChoice(chosen) if len(chosen) > 1 else chosen[0] if chosen else None
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mixed batch with its labels as shares of classes; unchanged where there is nothing to mix."""
-        if self._mix is None or len(images) < 2:
-            return images, labels
-        mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
-        return mixed
+def mixing(presets: Sequence[str], classes: int) -> nn.Module | None:
+    """Return mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of a batch, or with both one of them for each."""
+    known = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
+    chosen = [known[name] for name in MIXES if name in presets]
+    return v2.RandomChoice(chosen) if len(chosen) > 1 else next(iter(chosen), None)

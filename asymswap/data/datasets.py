@@ -57,41 +57,53 @@ _HOW_TO_NAME = (
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures by number, before they are preprocessed."""
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """Pictures by number; as a Dataset the network inputs (float C x H x W) made of them, with their class numbers."""
 
     labels: Sequence[int]  # class numbers, -1 without labels
     picture: Callable[[int], Any]  # a PIL image, or a float C x H x W tensor from 0 to 1; SourceError if unreadable
+    classes: tuple[str, ...]  # their names
+    description: str
+    preprocessing: Preprocessing
     ready: bool = True  # in memory, so that no workers are needed
     as_they_are: bool = False  # numbers of the user's own, which are normalised only if the user says how
+    has_val: bool = False  # the data has a part for validation too
 
-    @classmethod
-    def in_memory(cls, images: Tensor, labels: Sequence[int], channels: int) -> Pictures:
-        """Return pictures N x C x H x W, of bytes or of floats; made grey or coloured as needed.
+    def __len__(self) -> int:
+        return len(self.labels)
 
-        Raises SourceError for images of another number of channels.
-        """
-        if images.shape[1] != channels and not {images.shape[1], channels} <= {1, 3}:
-            raise SourceError(f"the model takes {channels} channels, the data has {images.shape[1]}; give other data")
-        return cls(labels, partial(_from_memory, images, channels))
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self.picture(index)), self.labels[index]
+
+    @cached_property
+    def _transform(self) -> v2.Transform:
+        return image_transform(self.preprocessing)
+
+    def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
+        """Return some of these images, in a given order."""
+        labels = [self.labels[index] for index in chosen]
+        return replace(self, labels=labels, picture=partial(_nth, self.picture, chosen), description=description)
 
 
-def _nth(picture: Callable[[int], Any], chosen: Sequence[int], index: int) -> Any:
-    return picture(chosen[index])
+def _nth(make: Callable[[Any], Any], items: Any, index: int) -> Any:
+    """Return what is made of an item: unlike a closure, a `partial` of this can be sent to another process."""
+    return make(items[index])
 
 
-def _from_memory(images: Tensor, channels: int, index: int) -> TensorImage:
-    image = images[index]
+def from_memory(images: Tensor, channels: int) -> Callable[[int], TensorImage]:
+    """Return pictures N x C x H x W, of bytes or floats, by number, made grey or coloured as needed, or SourceError."""
+    if images.shape[1] != channels and not {images.shape[1], channels} <= {1, 3}:
+        raise SourceError(f"the model takes {channels} channels, the data has {images.shape[1]}; give other data")
+    return partial(_nth, partial(_from_memory, channels), images)
+
+
+def _from_memory(channels: int, image: Tensor) -> TensorImage:
     image = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image.to(torch.float32)
     if image.shape[0] < channels:
         image = image.expand(channels, -1, -1)
     elif image.shape[0] > channels:
         image = v2.functional.rgb_to_grayscale(image)
     return TensorImage(image)
-
-
-def _from_file(paths: Sequence[str | Path], mode: str, index: int) -> Image.Image:
-    return read_picture(paths[index], mode)
 
 
 def read_picture(path: str | Path, mode: str | None) -> Image.Image:
@@ -111,91 +123,61 @@ def read_picture(path: str | Path, mode: str | None) -> Image.Image:
         raise SourceError(f"image '{path}' cannot be read ({error}); remove or replace it") from error
 
 
-class _Inputs(Dataset[tuple[Tensor, int]]):
-    """Network inputs (float C x H x W) with their class numbers."""
-
-    def __init__(self, pictures: Pictures, transform: Callable[[Any], Tensor]) -> None:
-        self._pictures, self._transform = pictures, transform
-
-    def __len__(self) -> int:
-        return len(self._pictures.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(self._pictures.picture(index)), self._pictures.labels[index]
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Pictures with the names of their classes and a description; `images` are the network inputs made of them."""
-
-    pictures: Pictures
-    classes: tuple[str, ...]
-    description: str
-    preprocessing: Preprocessing
-    has_val: bool = False  # the data has a part for validation too
-
-    def __len__(self) -> int:
-        return len(self.pictures.labels)
-
-    @cached_property
-    def images(self) -> Dataset[tuple[Tensor, int]]:
-        return _Inputs(self.pictures, image_transform(self.preprocessing))
-
-    def some(self, chosen: Sequence[int], description: str) -> LabelledImages:
-        """Return some of these images, in a given order."""
-        labels = [self.pictures.labels[index] for index in chosen]
-        pictures = replace(self.pictures, labels=labels, picture=partial(_nth, self.pictures.picture, chosen))
-        return replace(self, pictures=pictures, description=description)
-
-
 def open_data(
     reference: str, preprocessing: Preprocessing, part: Part, *, download: bool = False, unlabelled: bool = False
 ) -> LabelledImages:
     """Open a part of the data that `reference` names; `val` is for folders that have it.
 
-    A folder that holds `train` and `test` (or `val`) folders of class folders is split by them; any other folder is
-    the same for all parts, and so is a file of tensors that does not name parts itself. A folder called digits is
-    given as `./digits`. `download` fetches what torchvision can; `unlabelled`: labels are not needed. Raises
-    SourceError if there is no such data, it holds no images, or it cannot be preprocessed like this.
+    A folder of `train` and `test` (or `val`) folders of class folders is split by them; any other is the same for all
+    parts, and so is a file of tensors that names no parts. `download` fetches what torchvision can; `unlabelled`:
+    labels are not needed. Raises SourceError if there is no such data, or it cannot be preprocessed like this.
     """
-    if preprocessing.form != "images" and not (unlabelled and preprocessing.form == "image-list"):
-        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[preprocessing.form]
+    known = preprocessing
+    if known.form != "images" and not (unlabelled and known.form == "image-list"):
+        takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[known.form]
         raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
-    channels, means, stds = preprocessing.channels, len(preprocessing.mean), len(preprocessing.std)
-    tensors = Path(reference).expanduser()
-    if channels not in PIL_MODES and not (tensors.suffix in arrays.SUFFIXES and tensors.is_file()):
+    place, channels, means, stds = Path(reference).expanduser(), known.channels, len(known.mean), len(known.std)
+    tensors = place.suffix in arrays.SUFFIXES and place.is_file()
+    if channels not in PIL_MODES and not tensors:
         raise SourceError(
             f"the model takes {channels} channels, images have 1 or 3; give `input_size=…`, or a file of tensors"
         )
     if not channels == means == stds:
         raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
-    known = [mode.value for mode in InterpolationMode]
-    if preprocessing.interpolation not in known:
-        hint = near_names(preprocessing.interpolation, known) or f"; known are {', '.join(known)}"
-        raise SourceError(f"there is no interpolation {preprocessing.interpolation!r}{hint}")
-    if reference == "digits":
-        return _open_digits(preprocessing, part)
+    modes = [mode.value for mode in InterpolationMode]
+    if known.interpolation not in modes:
+        hint = near_names(known.interpolation, modes) or f"; known are {', '.join(modes)}"
+        raise SourceError(f"there is no interpolation {known.interpolation!r}{hint}")
     name, colon, path = reference.partition(":")
+    if reference == "digits":
+        with np.load(Path(__file__).with_name("digits.npz")) as stored:
+            chosen = stored["train" if part == "train" else "test"]
+            # Pixels count from 0 to 16.
+            pixels = torch.from_numpy(stored["images"][chosen]).to(torch.float32)[:, None] / 16
+            labels = stored["labels"][chosen].tolist()
+        description = f"digits (scikit-learn): {len(chosen)} {part} images of 10 classes"
+        # These pictures fill their frame, so that a crop would cut them: they are always resized as a whole.
+        whole = replace(known, resize=None)
+        return LabelledImages(labels, from_memory(pixels, channels), tuple("0123456789"), description, whole)
     if colon and name in COLLECTIONS:
-        return _open_collection(name, Path(path).expanduser(), preprocessing, part, download)
+        return _open_collection(name, Path(path).expanduser(), known, part, download)
     if colon and name in PAIRED:
         if not unlabelled:
             raise SourceError(f"data {reference!r} has no classes; give images with labels")
         paths = [path for path, _ in paired_files(reference)]
-        return _without_labels(paths[0].parent, paths, preprocessing)
+        return _of_files(paths[0].parent, [(path, -1) for path in paths], known)
     if download:
         raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
-    place = Path(reference).expanduser()
     if place.is_dir():
-        return _open_folder(place, preprocessing, part, unlabelled)
-    if place.is_file() and place.suffix in arrays.SUFFIXES:
-        tensor, labels, classes = arrays.read_arrays(place, part)
-        pictures = Pictures.in_memory(tensor, labels, preprocessing.channels)
-        pictures = replace(pictures, as_they_are=tensor.dtype != torch.uint8)
+        return _open_folder(place, known, part, unlabelled)
+    if tensors:
+        images, labels, classes = arrays.read_arrays(place, part)
+        picture = from_memory(images, channels)
         if not classes and not unlabelled:
             raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
         description = f"file {place}: {len(labels)} images of {len(classes)} classes"
-        return LabelledImages(pictures, classes, description, preprocessing)
+        own = images.dtype != torch.uint8
+        return LabelledImages(labels, picture, classes, description, known, as_they_are=own)
     if place.exists():
         raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
     hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
@@ -203,18 +185,10 @@ def open_data(
 
 
 def patches_from(data: LabelledImages, size: int | None, count: int | None, noise: float, seed: int) -> LabelledImages:
-    """Return square patches of the images, as many as asked for or one of each, with noise added for a denoiser.
-
-    A patch is drawn by its number and the seed alone: from the images in turn, mirrored or not. `noise` is the standard
-    deviation of what is added to pixels from 0 to 1. Reading one raises SourceError where an image is smaller.
-    """
-    total = len(data)
-    pictures = replace(
-        data.pictures,
-        labels=[-1] * (count or total),
-        picture=partial(_patch, data.pictures.picture, total, size, noise, seed),
-    )
-    return replace(data, pictures=pictures, classes=(), description=f"{data.description}{Patches(size, None, noise)}")
+    """Return square patches of the images in turn, `count` or one of each, drawn by number and seed, with noise."""
+    picture = partial(_patch, data.picture, len(data), size, noise, seed)
+    description = f"{data.description}{Patches(size, None, noise)}"
+    return replace(data, labels=[-1] * (count or len(data)), picture=picture, classes=(), description=description)
 
 
 def _patch(
@@ -236,18 +210,6 @@ def _patch(
     return TensorImage(image)
 
 
-def _open_digits(preprocessing: Preprocessing, part: Part) -> LabelledImages:
-    with np.load(Path(__file__).with_name("digits.npz")) as stored:
-        chosen = stored["train" if part == "train" else "test"]
-        # Pixels count from 0 to 16.
-        images = torch.from_numpy(stored["images"][chosen]).to(torch.float32)[:, None] / 16
-        labels = stored["labels"][chosen].tolist()
-    pictures = Pictures.in_memory(images, labels, preprocessing.channels)
-    description = f"digits (scikit-learn): {len(chosen)} {part} images of 10 classes"
-    # These pictures fill their frame, so that a crop would cut them: they are always resized as a whole.
-    return LabelledImages(pictures, tuple("0123456789"), description, replace(preprocessing, resize=None))
-
-
 def _open_collection(
     name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
 ) -> LabelledImages:
@@ -264,54 +226,71 @@ def _open_collection(
         what = f"data {name}:{folder} cannot be read ({reason_of(error)})"
         raise SourceError(f"{what}; `download=True` fetches it again") from None
     labels, classes = [int(label) for label in found.targets], tuple(found.classes)
-    pictures = Pictures(labels, partial(_from_collection, found.data, PIL_MODES[preprocessing.channels]))
+    picture = partial(_nth, partial(_from_collection, PIL_MODES[preprocessing.channels]), found.data)
     description = f"{name} in {folder}: {len(labels)} {part} images of {len(classes)} classes"
-    return LabelledImages(pictures, classes, description, replace(preprocessing, resize=None))
+    return LabelledImages(labels, picture, classes, description, replace(preprocessing, resize=None))
 
 
-def _from_collection(images: Any, mode: str, index: int) -> Image.Image:
+def _from_collection(mode: str, image: Any) -> Image.Image:
     # Both NumPy arrays and tensors give their pixels as an array.
-    return Image.fromarray(images[index].__array__()).convert(mode)
+    return Image.fromarray(image.__array__()).convert(mode)
 
 
 def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabelled: bool) -> LabelledImages:
-    root = _part_folder(folder, part)
-    classes = _class_names(root)
-    if classes:
-        # As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
-        numbers = {name: number for number, name in enumerate(classes)}
-        samples = make_dataset(str(root), numbers, is_valid_file=_is_image, allow_empty=True)
-        if not samples:
-            raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
-    elif not unlabelled:
-        raise SourceError(f"data folder '{root}' holds no class folders; put each class's images into its own folder")
-    else:
-        return _without_labels(root, image_files(root), preprocessing)
+    parts = {name: _class_names(folder / name) for name in ("train", "test", "val")}
+    present = [name for name, classes in parts.items() if classes]
+    root, classes = folder, _class_names(folder)
+    if present:
+        suitable = ("test", "val") if part == "test" else (part,)
+        name = next((name for name in suitable if name in present), None)
+        if name is None:
+            raise SourceError(
+                f"data folder '{folder}' holds {' and '.join(present)}, but no folder {' or '.join(suitable)} that "
+                "holds class folders; add it, or give the folder that is meant"
+            )
+        root, classes = folder / name, parts[name]
+        # Labels are positions among the names: with other classes they would shift unnoticed.
+        if parts["train"] and parts["train"] != classes:
+            odd = ", ".join(sorted(set(parts["train"]) ^ set(classes)))
+            raise SourceError(
+                f"data folder '{folder}' has other classes in train than in {name} (only in one: {odd}); "
+                "give both the same class folders"
+            )
+    if not classes:
+        if not unlabelled:
+            raise SourceError(f"folder '{root}' holds no class folders; put each class's images into its own folder")
+        return _of_files(root, [(path, -1) for path in image_files(root)], preprocessing)
+    # As torchvision's ImageFolder, but without hidden files, which editors and archives leave (`._x.jpg`).
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = make_dataset(str(root), numbers, is_valid_file=_is_image, allow_empty=True)
+    if not samples:
+        raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
+    found = _of_files(root, samples, preprocessing, tuple(classes))
+    return replace(found, has_val=part == "train" and bool(parts["val"]))
+
+
+def _of_files(
+    place: Path, samples: Sequence[tuple[str | Path, int]], preprocessing: Preprocessing, classes: tuple[str, ...] = ()
+) -> LabelledImages:
     paths, labels = zip(*samples, strict=True)
-    pictures = Pictures(labels, partial(_from_file, paths, PIL_MODES[preprocessing.channels]), ready=False)
-    description = f"folder {root}: {len(labels)} images of {len(classes)} classes"
-    has_val = part == "train" and root != folder and bool(_class_names(folder / "val"))
-    return LabelledImages(pictures, tuple(classes), description, preprocessing, has_val)
+    picture = partial(_nth, partial(read_picture, mode=PIL_MODES[preprocessing.channels]), paths)
+    description = f"folder {place}: {len(paths)} images" + (f" of {len(classes)} classes" if classes else "")
+    return LabelledImages(labels, picture, classes, description, preprocessing, ready=False)
 
 
 def paired_files(reference: str) -> list[tuple[Path, Path]]:
-    """Return the files of `pairs:INPUTS,TARGETS`, two folders of images of the same stems, or two images.
-
-    Raises SourceError where a file has no partner.
-    """
+    """Return the files of `pairs:INPUTS,TARGETS`, two images or folders of images of the same stems; or SourceError."""
     name, _, places = reference.partition(":")
     first, second = (Path(place).expanduser() for place in f"{places},".split(",")[:2])
     if places.count(",") != 1 or not all(places.split(",")):
         raise SourceError(f"data {reference!r}: give {name}:{PAIRED[name]}, two folders or two files")
     if first.is_file() and second.is_file():
         return [(first, second)]
-    stems: list[dict[str, Path]] = []
-    for folder in (first, second):
-        found: dict[str, Path] = {}
+    stems: tuple[dict[str, Path], dict[str, Path]] = {}, {}
+    for folder, found in zip((first, second), stems, strict=True):
         for path in image_files(folder):
             if found.setdefault(path.stem, path) != path:
                 raise SourceError(f"'{found[path.stem]}' and '{path}' have one stem, by which images are paired")
-        stems.append(found)
     alone = [path for one, other in (stems, stems[::-1]) for stem, path in one.items() if stem not in other]
     if alone:
         others = f" (and so have {len(alone) - 1} more)" if len(alone) > 1 else ""
@@ -325,35 +304,6 @@ def image_files(folder: Path) -> list[Path]:
     if not found:
         raise SourceError(f"data folder '{folder}' holds no images, and no folders of images; put some into it")
     return found
-
-
-def _without_labels(place: Path, paths: Sequence[Path], preprocessing: Preprocessing) -> LabelledImages:
-    pictures = Pictures([-1] * len(paths), partial(_from_file, paths, PIL_MODES[preprocessing.channels]), ready=False)
-    return LabelledImages(pictures, (), f"folder {place}: {len(paths)} images", preprocessing)
-
-
-def _part_folder(folder: Path, part: Part) -> Path:
-    """Return the folder of the part if `folder` is split into parts, else `folder` itself."""
-    parts = {name: _class_names(folder / name) for name in ("train", "test", "val")}
-    present = [name for name, classes in parts.items() if classes]
-    if not present:
-        return folder
-    suitable = ("test", "val") if part == "test" else (part,)
-    name = next((name for name in suitable if name in present), None)
-    if name is None:
-        lacking = " or ".join(suitable)
-        raise SourceError(
-            f"data folder '{folder}' holds {' and '.join(present)}, but no folder {lacking} that holds class folders; "
-            "add it, or give the folder that is meant"
-        )
-    # Labels are positions among the names: with other classes they would shift unnoticed.
-    if parts["train"] and parts["train"] != parts[name]:
-        odd = ", ".join(sorted(set(parts["train"]) ^ set(parts[name])))
-        raise SourceError(
-            f"data folder '{folder}' has other classes in train than in {name} (only in one: {odd}); "
-            "give both the same class folders"
-        )
-    return folder / name
 
 
 def _is_image(path: str | Path) -> bool:
@@ -382,27 +332,16 @@ def geometry(preprocessing: Preprocessing) -> list[v2.Transform]:
 
 def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
     """Return the transforms from a picture of the right size to normalised numbers."""
-    reverse = [v2.Lambda(_reverse_channels)] if preprocessing.bgr else []
+    reverse = [v2.Lambda(partial(torch.flip, dims=(-3,)))] if preprocessing.bgr else []
     normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), *reverse, normalize, v2.ToPureTensor()]
 
 
-def _reverse_channels(image: Tensor) -> Tensor:
-    return image.flip(-3)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Images to train on, and others to validate on, if any."""
-
-    train: LabelledImages
-    validation: LabelledImages | None
-
-
 def own_samples(data: Any, preprocessing: Preprocessing) -> LabelledImages:
     """Return the samples of the user's dataset, or of a tensor, as if they were images without labels."""
-    pictures = Pictures([-1] * len(data), partial(call, "`data=…`", data.__getitem__))
-    return LabelledImages(pictures, (), f"{len(data)} samples of a {type(data).__name__}", preprocessing)
+    picture = partial(call, "`data=…`", data.__getitem__)
+    description = f"{len(data)} samples of a {type(data).__name__}"
+    return LabelledImages([-1] * len(data), picture, (), description, preprocessing)
 
 
 def open_parts(
@@ -413,8 +352,8 @@ def open_parts(
     *,
     download: bool = False,
     unlabelled: bool = False,
-) -> Parts:
-    """Open data for training.
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Return images to train on, and others to validate on, if any.
 
     `validation` is the fraction of each class's training images to hold back; `none`; `test` for the test part; or
     another data reference. By default it is the folder `val` if there is one, else a tenth: the test part stays unseen.
@@ -422,15 +361,15 @@ def open_parts(
     """
     opened = partial(open_data, preprocessing=preprocessing, unlabelled=unlabelled)
     train = reference if isinstance(reference, LabelledImages) else opened(reference, part="train", download=download)
-    counts = Counter(train.pictures.labels)
-    empty = [name for label, name in enumerate(train.classes) if not counts[label]]
+    seen = set(train.labels)
+    empty = [name for label, name in enumerate(train.classes) if label not in seen]
     if empty and not unlabelled:
+        names = ", ".join(map(repr, empty[:3]))
         raise SourceError(
-            f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}; "
-            "add some, or remove the class"
+            f"there is no image of class {names} to train on in {train.description}; add some, or remove it"
         )
-    if validation is None and train.has_val and isinstance(reference, str):
-        other = opened(reference, part="val")
+    if validation is None and train.has_val:
+        other = opened(str(reference), part="val")
     elif validation == "test" and isinstance(reference, str):
         other = opened(reference, part="test", download=download)
     else:
@@ -443,32 +382,26 @@ def open_parts(
             other = opened(text, part="test")
         else:
             if fraction == 0:
-                return Parts(train, None)
+                return train, None
             if not 0 < fraction < 1:
-                raise SourceError(
-                    f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or other data"
-                )
-            kept, held = split(train.pictures.labels, fraction, seed)
+                raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or data")
+            kept, held = split(train.labels, fraction, seed)
             if not held:
                 raise SourceError(
-                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger fraction "
-                    "in `validation=…`, or none"
+                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger one"
                 )
             about = f"of {train.description} (seed {seed})"
-            return Parts(train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}"))
+            return train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}")
     if other.classes != train.classes and not unlabelled:
         raise SourceError(
             f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
             f"({', '.join(train.classes[:5])} …); give data of the same classes"
         )
-    return Parts(train, other)
+    return train, other
 
 
 def split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the images that stay and of those held back: `fraction` of each class, rounded.
-
-    The seed chooses them; both lists are in order. At least one of each class stays.
-    """
+    """Return the numbers, in order, of images that stay, at least one of each class, and of the fraction held back."""
     order = torch.randperm(len(labels), generator=generator_for(seed, "validation")).tolist()
     left = {label: min(round(fraction * count), count - 1) for label, count in Counter(labels).items()}
     held = set()

@@ -15,46 +15,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from asymswap.data import arrays
 from asymswap.data.datasets import LabelledImages, open_data, patches_from
 from asymswap.data.normalization import Feeding, settle
-from asymswap.errors import AsymswapError, SourceError, call, reason_of
+from asymswap.errors import SourceError, call, reason_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_size
-from asymswap.types import Patches, Preprocessing, UserData
+from asymswap.types import Patches, UserData
 from asymswap.utils.inputs import Inputs, arguments_of, placed, samples_in, samples_of
 from asymswap.utils.tensors import generator_for, list_tensors, map_tensors
 
 HELD_BACK = 256
 """Samples held back of data whose samples can be chosen; a fifth of them at most. If the user says how many, a half."""
 
-_HELD_BACK_BATCHES = 32
-"""Samples held back of data that comes in batches, at least: the first batches with so many."""
-
-_PIXELS = 2**20
-"""Numbers of a channel in a batch of samples that can be chosen."""
+_HELD_BACK_BATCHES = 32  # samples held back of data that comes in batches, at least: the first ones with so many
+_PIXELS = 2**20  # numbers of a channel in a batch of samples that can be chosen
+_END = object()
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of a network's arguments, the same whenever they are read; `counts` are the samples in each.
+    """Batches of a network's arguments, the same whenever they are read."""
 
-    `shared`: too few samples to hold any back, so that these are used for calibration too.
-    """
-
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # the samples in each
     load: Callable[[int], Inputs]
     description: str
-    shared: bool = False
+    shared: bool = False  # too few samples to hold any back: these are used for calibration too
 
     def __iter__(self) -> Iterator[Inputs]:
         return map(self.load, range(len(self.counts)))
 
     @property
     def count(self) -> int:
-        """The number of samples."""
         return sum(self.counts)
 
 
@@ -66,10 +60,12 @@ def open_inputs(
     Samples that can be chosen are drawn by the seed; batches are taken in their order, and kept in memory, up to its
     limit. Raises SourceError for data that gives nothing, or nothing that the network takes.
     """
-    data, model, patches = given.data, opened.model, given.patches
+    data, model = given.data, opened.model
     if given.reference is not None:
-        data = _open_reference(opened, given)
-    elif patches != Patches():
+        named, known, side = _named_arguments(model, Path(given.reference)), opened.preprocessing, given.patches.size
+        known = known if side is None else replace(known, size=(side, side), resize=None)
+        data = open_data(given.reference, known, "train", unlabelled=True) if named is None else _Rows(named)
+    elif given.patches != Patches():
         raise SourceError("`patch=`, `patches=` and `noise=` are for images by a data reference; cut your own batches")
     if callable(data) and not isinstance(data, Iterable | Dataset):
         data = call("the data's function", data)
@@ -77,15 +73,12 @@ def open_inputs(
         if data.dim() == 0:
             raise SourceError("the calibration data is a tensor of a single number; give a batch of samples")
         data = _Rows((data,))
-    name = type(data).__name__
-    if isinstance(data, LabelledImages | _Rows) or (
-        isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, DataLoader)
-    ):
+    if isinstance(data, _Rows) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
         return _chosen(model, data, given, count, seed)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
         raise SourceError(
-            f"data cannot be {name}: give a data reference, a tensor, a Dataset, a DataLoader, another iterable of "
-            "batches, or a function that returns one"
+            f"data cannot be {type(data).__name__}: give a data reference, a tensor, a Dataset, an iterable of batches "
+            "or a function that returns one"
         )
     return _read(model, data, given, count, memory_gib)
 
@@ -100,16 +93,6 @@ class _Rows:
         return samples_in(self.arguments)
 
 
-def _open_reference(opened: OpenedModel, given: UserData) -> LabelledImages | _Rows:
-    named = _named_arguments(opened.model, Path(str(given.data)))
-    if named is not None:
-        return _Rows(named)
-    known, side = opened.preprocessing, given.patches.size
-    if side is not None:
-        known = replace(known, size=(side, side), resize=None)
-    return open_data(str(given.data), known, "train", unlabelled=True)
-
-
 def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
     """Return the forward's arguments of a file that holds several of them by name; None for other data."""
     if path.suffix not in arrays.SUFFIXES or not path.is_file():
@@ -118,15 +101,14 @@ def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
     if len(tensors) < 2 or arrays.IMAGES & tensors.keys():
         return None
     found = arguments_of(model, tensors)
-    lengths = {name: tensor.shape[:1] for name, tensor in tensors.items()}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in lengths)
+    if len({tensor.shape[:1] for tensor in tensors.values()}) > 1:
+        listed = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise SourceError(f"data {path} holds inputs of different numbers of samples ({listed})")
     return found
 
 
 def _chosen(
-    model: nn.Module, data: LabelledImages | _Rows | Dataset[Any], given: UserData, count: int, seed: int
+    model: nn.Module, data: _Rows | Dataset[Any], given: UserData, count: int, seed: int
 ) -> tuple[Batches, Batches]:
     total = len(data)  # type: ignore[arg-type]  # a Dataset without a length is read in batches
     if not total:
@@ -160,27 +142,22 @@ def held_back_of(total: int, given: UserData) -> list[int]:
     return order[:back] or order
 
 
-def _grouped(
-    model: nn.Module, data: LabelledImages | _Rows | Dataset[Any], given: UserData, indices: Sequence[int]
-) -> Batches:
+def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indices: Sequence[int]) -> Batches:
     """Return batches of chosen samples, of about as many numbers each."""
-    images = data.images if isinstance(data, LabelledImages) else data
 
     def load(groups: Sequence[Sequence[int]], number: int) -> Inputs:
         group = list(groups[number])
         if isinstance(data, _Rows):
             return placed(model, map_tensors(data.arguments, lambda one: one[group] if one.dim() else one))
         try:
-            batch = default_collate([images[index] for index in group])  # type: ignore[index]
+            batch = default_collate([data[index] for index in group])
         except (TypeError, RuntimeError) as error:
             raise SourceError(
                 f"samples of {type(data).__name__} make no batch ({reason_of(error)}); give a DataLoader with a "
                 "collate_fn"
             ) from None
         if isinstance(data, LabelledImages):
-            images_NCHW = batch[0]
-            listed = data.preprocessing.form == "image-list"
-            return placed(model, ([*images_NCHW],) if listed else (images_NCHW,))
+            return placed(model, ([*batch[0]] if data.preprocessing.form == "image-list" else batch[0],))
         return placed(model, arguments_of(model, batch, given.inputs))
 
     area = max(one.shape[-2:].numel() if one.dim() > 2 else 1 for one in list_tensors(load([indices[:1]], 0)))
@@ -199,25 +176,20 @@ def _read(
     limit = memory_gib * 2**30
     # Of as many as are to be held back again, whatever the count, it is known that those are no more than half.
     need = max(count, given.held_back)
-    try:
-        for batch in data:
-            arguments = placed(model, arguments_of(model, batch, given.inputs))
-            kept.append(arguments)
-            if held < (given.held_back or _HELD_BACK_BATCHES):
-                held, back = held + samples_in(arguments), back + 1
-            else:
-                used += samples_in(arguments)
-            limit -= sum(tensor.nbytes for tensor in list_tensors(arguments))
-            if used >= need or (limit < 0 and len(kept) > (1 if given.held_back else back)):
-                break
-    except AsymswapError:
-        raise
-    except Exception as error:  # the user's own loader
-        raise SourceError(f"the data fails: {type(error).__name__}: {reason_of(error, 200)}") from error
+    batches = call("the data", iter, data)
+    while used < need and (limit >= 0 or len(kept) <= (1 if given.held_back else back)):
+        batch = call("the data", next, batches, _END)
+        if batch is _END:
+            break
+        kept.append(placed(model, arguments_of(model, batch, given.inputs)))
+        if held < (given.held_back or _HELD_BACK_BATCHES):
+            held, back = held + samples_in(kept[-1]), back + 1
+        else:
+            used += samples_in(kept[-1])
+        limit -= sum(tensor.nbytes for tensor in list_tensors(kept[-1]))
     if not kept:
         raise SourceError(
-            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted: give a "
-            "list, a DataLoader or a function that makes it"
+            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted"
         )
     if given.held_back:
         sums = list(accumulate(map(samples_in, kept)))
@@ -225,48 +197,32 @@ def _read(
     if len(kept) == back:
         # Too few to hold back so many.
         back = 1 if len(kept) > 1 else 0
-    about = f"a {type(data).__name__}"
 
-    def batches(some: Sequence[Inputs]) -> Batches:
-        return Batches(tuple(map(samples_in, some)), some.__getitem__, about)
+    def batches_of(some: Sequence[Inputs]) -> Batches:
+        return Batches(tuple(map(samples_in, some)), some.__getitem__, f"a {type(data).__name__}")
 
-    held_back = replace(batches(kept[:back] or kept), shared=not back)
-    others = kept[back:][: _enough(kept[back:], count)]
+    held_back, others = replace(batches_of(kept[:back] or kept), shared=not back), kept[back:]
     above = sum(map(samples_in, others)) - count
+    while above >= samples_in(others[-1]):
+        above -= samples_in(others.pop())
     if above > 0:
         others[-1] = samples_of(others[-1], 0, samples_in(others[-1]) - above)
-    return batches(others), held_back
-
-
-def _enough(batches: Sequence[Inputs], count: int) -> int:
-    """Return how many batches hold so many samples."""
-    sums = list(accumulate(map(samples_in, batches)))
-    return next((number for number, total in enumerate(sums, start=1) if total >= count), len(sums))
+    return batches_of(others), held_back
 
 
 def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> tuple[OpenedModel, Feeding | None]:
-    """Return the opened model with its preprocessing, or its example, settled on the data that it is to get.
-
-    Images by a data reference settle size and normalisation (see `settle`); a user's own batches are taken as they are,
-    and their first sample is the example that is traced and counted.
-    """
+    """Return the opened model with its preprocessing settled on images, or the first sample of own data as example."""
     reference = given.reference
     if reference is not None and _named_arguments(opened.model, Path(reference)) is None:
         return settle(opened, reference, part)
     if opened.example_inputs is not None:
         return opened, None
     first = next(iter(open_inputs(opened, replace(given, held_back=0), 1)[0]))
-    return with_example(opened, samples_of(first, 0, 1)), None
-
-
-def with_example(opened: OpenedModel, example: Inputs) -> OpenedModel:
-    """Return the opened model with example inputs, of one sample."""
-    if len(example) == 1 and isinstance(example[0], Tensor) and example[0].dim() == 4:
-        x_NCHW = example[0]
-        known: Preprocessing = opened.preprocessing
-        if x_NCHW.is_floating_point() and known.form == "images":
-            if known.size_from in ("given", "file") and known.size != tuple(x_NCHW.shape[-2:]):
-                return opened
-            sized = with_size(known, tuple(x_NCHW.shape[1:]))
-            return replace(opened, preprocessing=replace(sized, size_from="images"))
-    return replace(opened, example_inputs=example)
+    example = samples_of(first, 0, 1)
+    x_NCHW, known = example[0] if len(example) == 1 else None, opened.preprocessing
+    if isinstance(x_NCHW, Tensor) and x_NCHW.dim() == 4 and x_NCHW.is_floating_point() and known.form == "images":
+        if known.size_from in ("given", "file") and known.size != tuple(x_NCHW.shape[-2:]):
+            return opened, None
+        sized = with_size(known, tuple(x_NCHW.shape[1:]))
+        return replace(opened, preprocessing=replace(sized, size_from="images")), None
+    return replace(opened, example_inputs=example), None

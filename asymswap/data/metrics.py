@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,16 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from asymswap.data import datasets
 from asymswap.data.datasets import PAIRED, PIL_MODES, LabelledImages, open_data, read_picture, to_input
-from asymswap.data.predict import Predictions, check_classifier, placement, predict
 from asymswap.errors import AsymswapError, SourceError, call, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
+from asymswap.results.records import read_history
 from asymswap.types import Preprocessing
+from asymswap.utils.distributed import ALONE, Team
+from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
@@ -46,10 +53,7 @@ class Metric:
     def __post_init__(self) -> None:
         what, lower = self.function, self.lower_is_better
         if not callable(what):
-            raise AsymswapError(
-                "models are measured by a data reference, a function of the model or asymswap.Metric, not by "
-                f"{what!r:.60}"
-            )
+            raise AsymswapError(f"models are measured by data, a function or a Metric, not by {what!r:.60}")
         if not isinstance(lower, str | tuple | list | set | frozenset):
             raise AsymswapError(f"`lower_is_better={lower!r:.60}` is no tuple or set of names")
         own = str(getattr(what, "__name__", type(what).__name__)).replace("<lambda>", "metric")
@@ -72,10 +76,7 @@ class Measured(NamedTuple):
 
 
 class Evaluator:
-    """Measures models: called with one and a function for progress, it returns scores, or raises AsymswapError.
-
-    Subclasses have `measured`.
-    """
+    """Measures models: called with one and a function for progress, it returns scores, or raises AsymswapError."""
 
     description = ""
     inputs = ""  # the images that the model gets, as calibration describes them
@@ -93,11 +94,7 @@ class Evaluator:
 
 
 def evaluator_of(measure: EvaluatedBy, opened: OpenedModel, crop_border: int = 0) -> Evaluator:
-    """Return what measures a model; of data the test part is used.
-
-    `crop_border`: pixels to leave out at each border of pairs. Raises SourceError for data that does not suit the
-    model.
-    """
+    """Return what measures a model, of data on the test part; `crop_border` pixels of pairs are left out at borders."""
     kind = paired_kind(measure)
     if crop_border and kind != "pairs":
         raise AsymswapError("`crop_border=…` goes with pairs:INPUTS,TARGETS; leave it out")
@@ -123,6 +120,153 @@ def check_same(first: Sequence[Score], found: Sequence[Score]) -> None:
         raise AsymswapError(f"the metric gave {names}; give the same names for every model")
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each readable image."""
+
+    numbers: Tensor  # of the images
+    labels: Tensor
+    guesses: Tensor  # the likeliest classes
+    ranks: Tensor  # of the right classes, 0 is best
+    losses: Tensor
+    scores: int  # the model's number of classes
+    seconds: float  # in forward passes
+    unreadable: int = 0  # images left out
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def correct(self) -> int:
+        return int((self.guesses == self.labels).sum())
+
+    @property
+    def top1(self) -> float:
+        return self.correct / len(self)
+
+    @property
+    def named(self) -> tuple[Score, ...]:
+        """Top-1, and top-5 of more than five classes."""
+        top5 = int((self.ranks < 5).sum()) / len(self)
+        return (Score("top-1", self.top1, "%"), *([Score("top-5", top5, "%")] if self.scores > 5 else []))
+
+
+def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
+    """Return a batch of the readable images with their numbers, None if there is none, and the errors of the others."""
+    samples, errors = [], []
+    for number in numbers:
+        try:
+            samples.append((number, *data[number]))
+        except SourceError as error:
+            errors.append(error)
+    return (default_collate(samples) if samples else None), errors
+
+
+def predict(
+    model: nn.Module,
+    data: LabelledImages,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    strict: bool = False,
+    team: Team = ALONE,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress: Steps = lambda *_: None,
+) -> Predictions:
+    """Run the model in eval mode on the images or this process's share of them; `context` surrounds each forward pass.
+
+    Raises SourceError if there is no image or the model is no classifier of these classes, with `strict` also if an
+    image cannot be read.
+    """
+    if len(data) == 0:
+        raise SourceError(f"there is nothing to evaluate on: {data.description}")
+    chosen: Any = range(team.rank, len(data), team.size)
+    # A generator of its own: the loader would otherwise draw from the global one.
+    loader: Iterable[Any] = DataLoader(
+        chosen, batch_size, num_workers=workers, collate_fn=partial(_read, data), generator=torch.Generator()
+    )
+    parts: list[list[Tensor]] = []
+    scores, seconds, unreadable, done = 0, 0.0, 0, 0
+    with eval_mode(model), torch.inference_mode():
+        for readable, errors in loader:
+            if errors and strict:
+                raise errors[0]
+            unreadable += len(errors)
+            if readable is None:
+                continue
+            numbers, images, labels = readable
+            arguments = placed(model, (images,))
+            start = time.perf_counter()
+            with context():
+                output = check_scores(model(*arguments), data).float().cpu()
+            seconds += time.perf_counter() - start
+            scores = output.shape[1]
+            guesses = output.argmax(1)
+            ranks = (output > output.gather(1, labels[:, None])).sum(1)
+            # Of equal scores argmax takes one; if that is not the right class, it counts as likelier.
+            ranks = torch.where((ranks == 0) & (guesses != labels), 1, ranks)
+            losses = F.cross_entropy(output, labels, reduction="none").double()
+            parts.append([numbers, labels, guesses, ranks, losses])
+            done += len(labels)
+            progress(done + unreadable, len(chosen))
+    if not parts and team.size == 1:
+        raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
+    numbers, labels, guesses, ranks, losses = columns
+    return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
+
+
+def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:
+    """Return the model's number of classes; SourceError for fewer than the data's, with `exact` also for more."""
+    known = data.preprocessing
+    image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
+    with eval_mode(model), torch.inference_mode():
+        return check_scores(model(*placed(model, (image[None],))), data, exact).shape[1]
+
+
+def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
+    """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise SourceError(f"the model returns {_shape(output)}, not images x class scores; give a classifier")
+    scores, classes = output.shape[1], len(data.classes)
+    if scores < classes or (exact and scores > classes):
+        raise SourceError(
+            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data with the "
+            "model's classes"
+        )
+    return output
+
+
+def known_classes(opened: OpenedModel) -> tuple[str, ...]:
+    """Return the names of the model's classes in order, if its checkpoint or torchvision's weights have them."""
+    history, name = read_history(opened.provenance, opened.reference), opened.origin.reference
+    if history.training:
+        return history.training[-1].classes
+    if not name.startswith("torchvision:"):
+        return ()
+    from torchvision import models
+
+    try:
+        known = models.get_model_weights(name.removeprefix("torchvision:"))
+        weights = known[history.report.model.weights or opened.weights]
+    except (KeyError, ValueError):
+        return ()
+    return tuple(weights.meta.get("categories", ()))
+
+
+def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
+    """Raise SourceError if a class of the data has the name of a class of the model, but another number."""
+    numbers = {name: number for number, name in enumerate(known)}
+    if len(numbers) != len(known):
+        return
+    for number, name in enumerate(data.classes):
+        if numbers.get(name, number) != number:
+            raise SourceError(
+                f"class {name!r} is number {number} of the data and number {numbers[name]} of the model "
+                f"({data.description}); name the data's classes so that they sort as the model's"
+            )
+
+
 class Labelled(Evaluator):
     """Top-1 and top-5 of a classifier; `scored` is the number of classes that the model scores, if it is known."""
 
@@ -130,7 +274,7 @@ class Labelled(Evaluator):
         self.data, self._options = data, {"strict": True, **options}
         self.description = self.inputs = data.description
         self.images, self.classes = len(data), len(data.classes)
-        self.fingerprint = _hash((data.classes, [int(label) for label in data.pictures.labels]))
+        self.fingerprint = _hash((data.classes, [int(label) for label in data.labels]))
         if scored not in (None, self.classes):
             self.note = f"the model scores {scored} classes, the data has {self.classes}: do they agree?"
 
@@ -171,13 +315,12 @@ class _Paired(Evaluator):
 
     def outputs(self, model: nn.Module, steps: list[Any], progress: Steps) -> Iterator[tuple[Any, Path, Path]]:
         """Yield what the model returns for each image, in batches of one, and the paths of the pair."""
-        device, dtype = placement(model)
         transform = v2.Compose([*steps, *to_input(self.known)])
         with eval_mode(model), torch.inference_mode():
             for done, (path, target) in enumerate(self.pairs, 1):
                 image = transform(read_picture(path, self.mode))
                 try:
-                    output = model(image[None].to(device, dtype))
+                    output = model(*placed(model, (image[None],)))
                 except Exception as error:
                     # The network's own code may raise anything for an image that it does not take.
                     what = f"'{path}' ({_shape(image)}): {reason_of(error)}"
@@ -193,8 +336,7 @@ def _shape(value: Any) -> str:
 
 
 _SSIM_WINDOW = 11
-_MOST_DB = 100.0
-"""PSNR of an image without any error, which would be infinite."""
+_MOST_DB = 100.0  # PSNR of an image without any error, which would be infinite
 
 
 class Pairs(_Paired):
@@ -242,10 +384,7 @@ def psnr(images_NCHW: Tensor, right_NCHW: Tensor) -> list[float]:
 
 
 class Masks(_Paired):
-    """Mean IoU over the classes that occur, and pixel accuracy, of a network that scores every pixel's class.
-
-    Images are resized to the network's input, its scores to the mask (bilinear).
-    """
+    """Mean IoU over the classes that occur, and pixel accuracy, of scores of every pixel, resized to the mask."""
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
         counts = torch.zeros(1, 1, dtype=torch.int64)  # pixels of each class (rows) by the class that is said
@@ -289,15 +428,28 @@ class Own(Evaluator):
         scores: dict[str, Score] = {}
         for done, metric in enumerate(self._metrics):
             progress(done, len(self._metrics))
-            found = _numbers(metric, _measured(metric, model))
+            state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
+            before = {name: one._version for name, one in state.items() if not one.is_inference()}
+            who = f"the metric {metric.name}"
+            with eval_mode(model):
+                gave = call(who, metric.function, model)
+            changed = [name for name, version in before.items() if state[name]._version != version]
+            if changed:
+                raise AsymswapError(f"{who} changed {changed[0]!r} of the model; let it work on a copy")
+            named = isinstance(gave, Mapping) and bool(gave)
+            found = gave if named else {metric.name: gave}
+            for name, value in found.items():
+                one = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
+                if not isinstance(name, str) or not isinstance(one, Real) or not math.isfinite(one):
+                    what = f"{one!s:.60}" + (f" for {name!r}" if named else "")
+                    raise AsymswapError(f"{who} gave {what}; return a finite number, or some by name")
+                if name in scores:
+                    raise AsymswapError(f"two metrics give {name!r}; give one of them another name")
+                scores[name] = Score(name, float(one), lower_is_better=name in metric.lower_is_better)
             for name in metric.lower_is_better:
                 if name not in found:
                     hint = near_names(name, found) or f"; it gives {listed(list(found), 6)}"
                     raise AsymswapError(f"lower is better for {name!r}, which metric {metric.name} does not give{hint}")
-            for name, value in found.items():
-                if name in scores:
-                    raise AsymswapError(f"two metrics give {name!r}; give one of them another name")
-                scores[name] = Score(name, value, lower_is_better=name in metric.lower_is_better)
         progress(len(self._metrics), len(self._metrics))
         return Measured(tuple(scores.values()))
 
@@ -311,35 +463,10 @@ def _source(function: Callable[..., Any]) -> str:
     return ""
 
 
-def _measured(metric: Metric, model: nn.Module) -> Any:
-    """Call a metric with a model in eval mode; raise AsymswapError where it fails, or changes the model's weights."""
-    state = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
-    before = {name: one._version for name, one in state.items() if not one.is_inference()}
-    with eval_mode(model):
-        found = call(f"the metric {metric.name}", metric.function, model)
-    changed = [name for name, version in before.items() if state[name]._version != version]
-    if changed:
-        raise AsymswapError(f"the metric {metric.name} changed {changed[0]!r} of the model; let it work on a copy")
-    return found
-
-
-def _numbers(metric: Metric, found: Any) -> dict[str, float]:
-    """Return what a metric gave as finite numbers by name; raise AsymswapError for anything else."""
-    numbers = {}
-    for name, value in (found if isinstance(found, Mapping) and found else {metric.name: found}).items():
-        one = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
-        if not isinstance(name, str) or not isinstance(one, Real) or not math.isfinite(one):
-            gave = f"{one!s:.60}" + (f" for {name!r}" if found and isinstance(found, Mapping) else "")
-            raise AsymswapError(f"the metric {metric.name} gave {gave}; return a finite number, or some by name")
-        numbers[name] = float(one)
-    return numbers
-
-
 def read_metric(reference: str) -> Metric:
     """Return the metric that `FILE.py:function` or `package.module:function` names; the file is run.
 
-    `LOWER_IS_BETTER`, a tuple or set of names beside it, is honoured. What it prints goes to stderr, since stdout is
-    the report's. Raises SourceError where there is no such function.
+    `LOWER_IS_BETTER`, a tuple or set of names beside it, is honoured. What it prints goes to stderr.
     """
     name = reference.rpartition(":")[2]
     if name == reference or "/" in name or name.endswith(".py"):
@@ -348,11 +475,11 @@ def read_metric(reference: str) -> Metric:
         module = sys.modules.get(getattr(function, "__module__", ""))
     beside = vars(module) if module is not None else {}
 
+    @functools.wraps(function, updated=())  # which says where its source is
     def quiet(model: nn.Module) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return function(model)
 
-    quiet.__wrapped__ = function  # type: ignore[attr-defined]  # where its source is
     metric = Metric(quiet, beside.get("LOWER_IS_BETTER", ()), name)
     # Names of other functions there are of other metrics.
     return Metric(quiet, [one for one in metric.lower_is_better if one == name or one not in beside], name)

@@ -1,9 +1,8 @@
 """Find out, or check, how images are normalised for a network, by the statistics in its batch norms.
 
-In training a batch norm keeps the mean and the variance of every channel that it gets. Images normalised as in training
-give the same statistics again; normalised otherwise, they do not. So we run a few images through the network under each
-usual normalisation, and compare the statistics at its first batch norms with those kept there. The distance of two
-channels is the squared Hellinger distance of normal distributions,
+In training a batch norm keeps the mean and the variance of every channel that it gets. So we run a few images through
+the network under each usual normalisation, and compare the statistics at its first batch norms with those kept there.
+The distance of two channels is the squared Hellinger distance of normal distributions,
 
     1 - sqrt(2 s t / (s^2 + t^2)) exp(-(m - n)^2 / (4 (s^2 + t^2))),
 
@@ -14,35 +13,30 @@ normalisation is the mean over channels and over the first batch norms. Measurem
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from asymswap.data.datasets import LabelledImages, Part, Pictures, open_data
-from asymswap.data.predict import placement
+from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.errors import SourceError, TraceError, reason_of
 from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Fed, Preprocessing, Size
+from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import eval_mode, seeded
 
-# Later batch norms say less: differences from the training images add up from layer to layer.
-_NORMS = 4
-# How much to look at: fewer images if they are large.
-_IMAGES, _PIXELS = 64, 2**21
-# Two normalisations are alike if their inputs are closer than this, as ImageNet's and CIFAR-10's.
-_ALIKE = 0.02
-# A normalisation fits up to this distance.
-_FITS = 0.12
-# The best one wins clearly if every other that is not alike is at least this many times farther away.
-_CLEARLY = 2.0
-# Of those alike the most usual one is taken, unless it is this many times farther away than the best.
-_PRECISELY = 3.0
-# A given normalisation is wrong if the best is `_PRECISELY` times nearer, and by at least this distance.
-_WRONG = 0.02
+_NORMS = 4  # later batch norms say less: differences from the training images add up from layer to layer
+_IMAGES, _PIXELS = 64, 2**21  # how much to look at: fewer images if they are large
+_ALIKE = 0.02  # two normalisations are alike if their inputs are closer than this, as ImageNet's and CIFAR-10's
+_FITS = 0.12  # a normalisation fits up to this distance
+_CLEARLY = 2.0  # the best one wins if every other that is not alike is at least this many times farther away
+_PRECISELY = 3.0  # of those alike the most usual is taken, unless it is this many times farther away than the best
+_WRONG = 0.02  # a given one is wrong if the best is `_PRECISELY` times nearer, and by at least this distance
 _OWN = "its own"
 
 
@@ -65,9 +59,42 @@ class _Answer:
 
 
 def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
-    """Return an opened model with its preprocessing settled on images of a data reference; see `feeding_of`."""
-    found = feeding_of(opened.model, opened.preprocessing, reference, part, opened.reference, download=download)
-    return replace(opened, preprocessing=found.preprocessing), found
+    """Return an opened model with its preprocessing settled on the images of a data reference.
+
+    An unknown size is the size of the images, if all have the same; an unknown normalisation is found out from the
+    model's batch norms, and a known one is checked against them. Raises SourceError if it cannot be found out,
+    TraceError if the model does not run on an image of that size.
+    """
+    label = opened.reference
+    data = open_data(reference, opened.preprocessing, part, download=download, unlabelled=True)
+    order = torch.randperm(len(data), generator=seeded(0)).tolist()
+    known, warnings = _sized(opened.preprocessing, data, order)
+    plain = pre.usual(known.channels)["none"]
+    # What was settled when a file was converted holds for what comes after.
+    if data.as_they_are and known.normalization_from not in ("given", "file"):
+        known = pre.with_normalization(known, plain, "images")
+        warnings = (
+            f"{label} is fed the tensors of {reference} as they are: give `PreprocessingOptions(normalize=…)` if they "
+            "are to be normalised",
+            *warnings,
+        )
+    pixels = pre.with_normalization(known, plain, known.normalization_from)
+    # Some data is never cropped.
+    data = replace(data, preprocessing=replace(pixels, resize=data.preprocessing.resize and pixels.resize))
+    count, images = max(8, min(_IMAGES, _PIXELS // math.prod(known.size))), list[Tensor]()
+    for index in order:
+        with contextlib.suppress(SourceError):
+            images.append(data[index][0])
+        if len(images) == count:
+            break
+    answer = _ask(opened.model, known, images, label)
+    pairs = reference.startswith("pairs:")
+    if known.normalization_from == "assumed":
+        known, decided = _decide(known, answer, label, reference if pairs else None)
+    else:
+        decided = _objections(known, answer, label)
+    fed = replace(pre.fed(known, answer.distances), own_size=pairs)
+    return replace(opened, preprocessing=known), Feeding(known, fed, (*decided, *warnings))
 
 
 def fed_of(feeding: Feeding | None) -> Fed | None:
@@ -80,47 +107,15 @@ def all_warnings(feedings: Iterable[Feeding | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for one in feedings if one is not None for line in one.warnings))
 
 
-def feeding_of(
-    model: nn.Module, known: Preprocessing, reference: str, part: Part, label: str, *, download: bool = False
-) -> Feeding:
-    """Settle how the images of a data reference are prepared for a model.
-
-    An unknown size is the size of the images, if all have the same; an unknown normalisation is found out from the
-    model's batch norms, and a known one is checked against them. Raises SourceError if it cannot be found out,
-    TraceError if the model does not run on an image of that size.
-    """
-    data = open_data(reference, known, part, download=download, unlabelled=True)
-    order = torch.randperm(len(data), generator=seeded(0)).tolist()
-    known, warnings = _sized(known, data.pictures, order)
-    # What was settled when a file was converted holds for what comes after.
-    if data.pictures.as_they_are and known.normalization_from not in ("given", "file"):
-        known = pre.with_normalization(known, pre.usual(known.channels)["none"], "images")
-        warnings = (
-            f"{label} is fed the tensors of {reference} as they are: give `PreprocessingOptions(normalize=…)` if they "
-            "are to be normalised",
-            *warnings,
-        )
-    answer = _ask(model, known, _sample(data, known, order), label)
-    pairs = reference.startswith("pairs:")
-    if known.normalization_from == "assumed":
-        settled, decided = _decide(known, answer, label, reference if pairs else None)
-    else:
-        settled, decided = known, _objections(known, answer, label)
-    fed = replace(pre.fed(settled, answer.distances), own_size=pairs)
-    return Feeding(settled, fed, (*decided, *warnings))
-
-
-def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:
+def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:
     """Return the preprocessing with the size of the input, and a warning if the size is a guess."""
     if known.size_from not in ("assumed", "family"):
         return known, ()
     sizes: set[Size] = set()
     for index in order[:_IMAGES]:
         with contextlib.suppress(SourceError):
-            picture = pictures.picture(index)
-            # PIL says width first.
-            height, width = picture.shape[-2:] if isinstance(picture, Tensor) else (picture.height, picture.width)
-            sizes.add((int(height), int(width)))
+            height, width = v2.functional.get_size(data.picture(index))
+            sizes.add((height, width))
         if len(sizes) > 1:
             break
     native = sizes.pop() if len(sizes) == 1 else None
@@ -136,55 +131,32 @@ def _sized(known: Preprocessing, pictures: Pictures, order: Sequence[int]) -> tu
         return known, pre.size_warning(known)
     sized = replace(known, size=native, resize=None, size_from="images")
     return sized, (
-        f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` if the "
-        "network takes one",
+        f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` for another",
     )
 
 
-def _sample(data: LabelledImages, known: Preprocessing, order: Sequence[int]) -> Tensor | None:
-    """Return some readable images of the network's size with pixels from 0 to 1 (N x C x H x W)."""
-    plain = pre.with_normalization(known, pre.usual(known.channels)["none"], known.normalization_from)
-    # Some data is never cropped.
-    data = replace(data, preprocessing=replace(plain, resize=data.preprocessing.resize and plain.resize))
-    height, width = known.size
-    count, found = max(8, min(_IMAGES, _PIXELS // (height * width))), []
-    for index in order:
-        with contextlib.suppress(SourceError):
-            found.append(data.images[index][0])
-        if len(found) == count:
-            break
-    return torch.stack(found) if found else None
-
-
-def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: str) -> _Answer:
-    """Run the images through the network's first batch norms under every usual normalisation.
-
-    Raises TraceError if the network does not run on images of this size.
-    """
-    if images is None:
+def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label: str) -> _Answer:
+    """Run images (pixels from 0 to 1) through the first batch norms under every usual normalisation, or TraceError."""
+    if not found:
         return _Answer({}, silence="no image can be read")
-    norms = [module for module in model.modules() if _keeps_statistics(module)]
-    own = pre.name_of(known) or _OWN
-    candidates = ({own: pre.Normalization(known.mean, known.std, known.bgr)} if own == _OWN else {}) | pre.usual(
-        known.channels
-    )
+    images, own, candidates = torch.stack(list(found)), pre.name_of(known) or _OWN, pre.usual(known.channels)
+    if own == _OWN:
+        candidates = {_OWN: pre.Normalization(known.mean, known.std, known.bgr)} | candidates
     try:
         _run(model, _normalized(images[:1], candidates[own]))
+        norms = [module for module in model.modules() if _keeps_statistics(module)]
         if not norms:
             return _Answer({}, silence="it has no batch norm with statistics of its training")
         if known.normalization_from != "assumed":
-            found = _distances(model, norms, _normalized(images, candidates[own]))
-            if found and max(found) < _WRONG:
+            near = _distances(model, norms, _normalized(images, candidates[own]))
+            if near and max(near) < _WRONG:
                 # It fits, so no other one can be better by as much as matters.
-                return _Answer({own: round(sum(found) / len(found), 4)}, frozenset({own}))
-        elif own == _OWN:
-            del candidates[own]
+                return _Answer({own: round(sum(near) / len(near), 4)}, frozenset({own}))
         seen = {name: _distances(model, norms, _normalized(images, how)) for name, how in candidates.items()}
     except Exception as error:
         # The network's own code may raise anything for an input that it does not take.
         raise TraceError(
-            f"{label} does not run on images of {known.describe()}: {reason_of(error, 200)}; give another "
-            "`input_size=…`"
+            f"{label} does not run on images of {known.describe()}: {reason_of(error)}; give another `input_size=…`"
         ) from error
     rows = list(zip(*seen.values(), strict=False))
     # A batch norm whose input does not depend on the image says nothing.
@@ -202,19 +174,16 @@ def _ask(model: nn.Module, known: Preprocessing, images: Tensor | None, label: s
 
 
 def _run(model: nn.Module, images: Tensor) -> None:
-    device, dtype = placement(model)
     with eval_mode(model), torch.no_grad():
-        model(images.to(device, dtype))
+        model(*placed(model, (images,)))
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
     """Return whether it is a batch norm, of any class, that has seen training: new ones have mean 0, variance 1."""
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if not (isinstance(mean, Tensor) and isinstance(variance, Tensor)) or mean.is_meta:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) or not isinstance(mean, Tensor) or mean.is_meta:
         return False
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return False
-    return bool((mean != 0).any() or (variance != 1).any())
+    return isinstance(variance, Tensor) and bool((mean != 0).any() or (variance != 1).any())
 
 
 class _EnoughError(Exception):
@@ -245,10 +214,8 @@ def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> 
             handle.remove()
     distances = []
     for column in zip(*batches, strict=False):
-        norm, mean, square = column[0]
-        for _, more_mean, more_square in column[1:]:
-            mean, square = mean + more_mean, square + more_square
-        epsilon = float(getattr(norm, "eps", 1e-5))
+        (norm, *_), means, squares = zip(*column, strict=True)
+        mean, square, epsilon = sum(means), sum(squares), float(getattr(norm, "eps", 1e-5))
         kept_mean, kept_variance = (t.detach().to(mean) for t in (norm.running_mean, norm.running_var))
         variance = (square - mean.square()).clamp(min=0) + epsilon
         distances.append(float(hellinger(mean, variance, kept_mean, kept_variance.clamp(min=0) + epsilon).mean()))
@@ -256,7 +223,7 @@ def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> 
 
 
 def hellinger(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
-    """Return the squared Hellinger distance of normal distributions, element by element, between 0 and 1."""
+    """Return the squared Hellinger distance of normal distributions, element by element."""
     both = variance + other_variance
     overlap = (2 * (variance * other_variance).sqrt() / both).sqrt()
     return 1 - overlap * torch.exp(-((mean - other_mean) ** 2) / (4 * both))
@@ -270,11 +237,7 @@ def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
 def _decide(
     known: Preprocessing, answer: _Answer, label: str, pairs: str | None
 ) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Return the preprocessing with the normalisation that clearly fits best, and a warning.
-
-    If none does, images for a network that makes images (named by `pairs`) are used as they are, as their maker usually
-    feeds his network; else it is a SourceError.
-    """
+    """Return the preprocessing with what clearly fits best, and a warning; if nothing, `pairs` stay as they are."""
     distances, doubt = answer.distances, answer.silence
     if not doubt:
         best = min(distances, key=distances.__getitem__)
@@ -284,15 +247,15 @@ def _decide(
             doubt = f"the statistics in its batch norms fit none of the usual ones: {figures}"
         elif distances[nearest] < _CLEARLY * distances[best]:
             doubt = f"its batch norms fit two alike: {figures}"
-    if doubt and pairs is None:
+    if doubt and pairs is not None:
+        return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (
+            f"{label} is fed the pixels, 0 to 1, of {pairs} as they are: give `normalize=…` if it takes others",
+        )
+    if doubt:
         raise SourceError(
             f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
             f"`PreprocessingOptions(normalize=…)` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` "
             "and `std=…`"
-        )
-    if doubt and pairs is not None:
-        return pre.with_normalization(known, pre.usual(known.channels)["none"], "images"), (
-            f"{label} is fed the pixels, 0 to 1, of {pairs} as they are: give `normalize=…` if it takes others",
         )
     # The most usual first.
     limit = _PRECISELY * distances[best]
@@ -308,7 +271,7 @@ def _decide(
 
 
 def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str, ...]:
-    """Return a warning if the batch norms contradict a known normalisation, or cannot confirm one that is a guess."""
+    """Return a warning if the batch norms contradict a known normalisation, or cannot confirm a guess."""
     distances, own = answer.distances, pre.name_of(known) or _OWN
     fed_as = f"{label} is fed images normalised as {_named(known)}"
     if not distances:

@@ -12,9 +12,8 @@ from typing import Any
 from asymswap.errors import SourceError, near_names
 from asymswap.models.factories import running
 
+# The functions of a task file, and what they get.
 FUNCTIONS = {"calibration": "", "inputs": "batch", "evaluate": "model", "training": "", "loss": "outputs, batch"}
-"""The functions of a task file, and what they get."""
-
 _LOWER = "LOWER_IS_BETTER"
 
 
@@ -37,11 +36,7 @@ class Task:
 
 
 def read_task(path: str | Path) -> Task:
-    """Run a task file and return its functions.
-
-    Raises SourceError where the file cannot be run, has none of the functions, one that cannot be called as it will be,
-    or one whose name is close to theirs.
-    """
+    """Run a task file and return its functions; raise SourceError for none, or one that cannot be called or is near."""
     home = str(path)
     with running(home, home) as module:
         names = vars(module)

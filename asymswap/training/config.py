@@ -20,8 +20,7 @@ _CHOICES = {
 _ABOVE_ZERO = ("epochs", "steps", "batch_size", "accumulate", "lr", "clip", "temperature", "patience", "save_every")
 _NOT_BELOW_ZERO = ("momentum", "weight_decay", "offset_lr_scale", "warmup", "distill_features", "workers")
 _FRACTIONS = ("label_smoothing", "ema", "distill_weight", "warmup", "momentum")
-_FREE = ("workers", "save_every", "channels_last", "deterministic")
-"""Settings that change the speed of a run, but not its result."""
+_FREE = ("workers", "save_every", "channels_last", "deterministic")  # they change the speed of a run, not its result
 _LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.02}
 _WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
 
@@ -33,17 +32,13 @@ _LENGTH, _IMAGES, _TEACHER, _RESULT = "How long, and how", "Images", "Distillati
 class Training:
     """How to train; the help text of each field is beside it. Raises AsymswapError for values that make no sense.
 
-    - 10 epochs without `epochs` and `steps`;
-    - weights of batch norms, biases and offsets do not decay; offsets learn at `offset_lr_scale` of the others' rate;
+    - weights of batch norms, biases and offsets do not decay;
     - `train`: what is not trained does not change, running statistics included; `freeze_bn` freezes the running
       statistics alone, while the weights of batch norms are trained as `train` says;
-    - `augment`: presets of `asymswap.data.batches`; None means what suits the data;
     - `distill`: `original`, or a model reference. Its part of the loss, `distill_weight`, is the divergence (`kl`) of
       the class probabilities at `temperature`, or the squared difference (`mse`) of the class scores, relative to the
-      teacher's. `distill_features` is the weight of the error of the outputs of blocks with swapped layers, relative to
-      the teacher's variance;
-    - `ema`: the moving average is validated and kept;
-    - `validation`: see `asymswap.data.datasets.open_parts`.
+      teacher's; `distill_features` weighs the error of the outputs of blocks, relative to the teacher's variance;
+    - `ema`: the moving average is validated and kept.
 
     Several processes share the statistics of batch norms on GPUs; without GPUs each keeps its own.
     """
@@ -119,17 +114,14 @@ class Training:
 
     @property
     def batch(self) -> int:
-        """Images per forward pass and process."""
         return 128 if self.batch_size is None else self.batch_size
 
     @property
     def base_lr(self) -> float:
-        """The highest learning rate."""
         return _LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
 
     @property
     def decay(self) -> float:
-        """The weight decay of the parameters that decay."""
         return _WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
     def identity(self) -> dict[str, Any]:
@@ -148,8 +140,7 @@ def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: obje
     if differing:
         listed = ", ".join(f"`{name}={given.get(name)}` (was {stored.get(name)})" for name in differing)
         raise AsymswapError(
-            f"the run in {folder} was begun with other settings: {listed}; resume it with the same ones, or start "
-            "again with `force=True`"
+            f"{folder} was begun with other settings: {listed}; resume it with the same ones, or `force=True`"
         )
 
 

@@ -40,8 +40,7 @@ def find_teacher(header: Header, reference: Model, student: nn.Module, folder: P
     """Return the teacher that a model reference or `original` names, or that is given itself, in eval mode.
 
     For `original` nothing is downloaded, and no path in a checkpoint is followed: the file is looked for in `folder`,
-    beside the checkpoint, by its name and SHA-256. Raises SourceError if it is not available or has changed since the
-    conversion.
+    beside the checkpoint, by its name and SHA-256. Raises SourceError if it is not available or has changed.
     """
     original = reference == ORIGINAL
     named, options = _recorded(header, folder) if original else (reference, {})
@@ -66,20 +65,17 @@ def blocks_around(swaps: Iterable[Swap], student: nn.Module, teacher: nn.Module)
     layer that only lists of layers hold is its own block; if it has folded the batch norm behind it, its output is
     compared with the teacher's batch norm.
     """
-
-    def is_block(model: nn.Module, name: str) -> bool:
-        try:
-            return not isinstance(model.get_submodule(name), _LISTS)
-        except AttributeError:
-            return False
-
+    blocks, theirs = (
+        {name for name, module in model.named_modules(remove_duplicate=False) if not isinstance(module, _LISTS)}
+        for model in (student, teacher)
+    )
     found: dict[str, str] = {}
     for swap in swaps:
         parents = (swap.site.rsplit(".", depth)[0] for depth in range(1, swap.site.count(".") + 1))
         pairs = [*((parent, parent) for parent in parents), (swap.site, swap.absorbs or swap.site)]
-        for own, theirs in pairs:
-            if is_block(student, own) and is_block(teacher, theirs):
-                found[own] = theirs
+        for own, other in pairs:
+            if own in blocks and other in theirs:
+                found[own] = other
                 break
     return found
 

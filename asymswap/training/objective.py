@@ -1,15 +1,15 @@
 """What is minimised: a loss of labels or of the user's, the difference from a teacher's outputs, or both.
 
 Class probabilities are distilled as by Hinton, Vinyals and Dean (2015): both networks' scores are divided by a
-temperature, and the divergence is multiplied by its square. If the teacher is sure of its training images, the scores
-before the softmax say more: their squared difference (Ba and Caruana, 2014). Of outputs that are no class scores, and
-without labels, the squared difference is taken. Outputs of blocks with the same name can be compared too (Romero et
-al., 2015, without a regressor, since the shapes are the same).
+temperature, and the divergence is multiplied by its square. Or the squared difference of the scores is taken (Ba and
+Caruana, 2014), and always without labels. Outputs of blocks with the same name can be compared too (Romero et al.,
+2015, without a regressor, since the shapes are the same).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymswap.data.batches import Batch, Mixing
+from asymswap.data.batches import Batch, Source, to_device
+from asymswap.data.datasets import LabelledImages
+from asymswap.data.metrics import EvaluatedBy, Own, predict
 from asymswap.errors import SourceError, call
 from asymswap.measure.fidelity import caught, difference, feature_error
+from asymswap.results.evaluate import Score
+from asymswap.results.finetune import Scores
 from asymswap.training.config import Training
 from asymswap.training.distillation import Teacher
+from asymswap.utils.distributed import Team
 from asymswap.utils.inputs import arguments_of, sizes
-from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, meta_copy, to_meta
+from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors, meta_copy, seed_, to_meta
 
 _COMPARABLE = (
     "; to learn from a teacher both must return the same tensors, such as a detector's heads before boxes are chosen: "
@@ -43,20 +48,18 @@ class Objective:
     settings: Training
     teacher: Teacher | None = None
     labels: bool = True
-    mix: Mixing | None = None
+    mix: nn.Module | None = None
     inputs: Callable[[Any], Any] | None = None
     by_user: Callable[[Any, Any], Any] | None = None
 
     def loss(self, student: nn.Module, runner: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss times the batch's count, and how many guesses are right, 0 without labels.
-
-        `runner` is the student as accelerate wraps it.
-        """
+        """Return the loss times the batch's count, and how many guesses are right; `runner` is the wrapped student."""
         settings, teacher, content = self.settings, self.teacher, batch.content
         if self.labels:
             images, labels = content
             # Of mixed images the labels are fractions of classes (N x classes).
-            images, targets = (images, labels) if self.mix is None else self.mix(images, labels)
+            mix = self.mix if len(images) > 1 else None
+            images, targets = (images, labels) if mix is None else mix(images, labels)
             arguments: tuple[Any, ...] = (images,)
         else:
             arguments = arguments_of(student, content, self.inputs)
@@ -98,18 +101,14 @@ class Objective:
             F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
             for scores in all_scores(output)
         )
-        for loss in auxiliary:
-            main = main + _AUXILIARY * loss
-        return main
+        return main + _AUXILIARY * sum(auxiliary)
 
     def _by_scores(self, taught: object, output: object) -> Tensor:
         target, scores = all_scores(taught)[0], all_scores(output)[0]
         if target.shape != scores.shape:
             assert self.teacher is not None
-            raise SourceError(
-                f"the teacher {self.teacher.description} scores {target.shape[1]} classes, the model "
-                f"{scores.shape[1]}; give as `distill=…` a teacher of the same classes"
-            )
+            counts = f"{target.shape[1]} classes, the model {scores.shape[1]}"
+            raise SourceError(f"the teacher {self.teacher.description} scores {counts}; give one of the same classes")
         if self.settings.distill_loss == "mse":
             return len(scores) * difference(target, scores)
         return divergence(target, scores, self.settings.temperature)
@@ -125,11 +124,7 @@ class Objective:
         return check_gradient(found.reshape(()), "`loss=…` gave a number that")
 
     def trains_in_eval_mode(self, student: nn.Module, batch: Batch) -> bool:
-        """Return True for a student whose outputs are those of the teacher in eval mode only.
-
-        Detectors and networks with auxiliary heads return something else in train mode. Raises SourceError where the
-        outputs cannot be compared in either mode.
-        """
+        """Return True for a student, such as a detector, whose outputs are those of the teacher in eval mode only."""
         assert self.teacher is not None
         arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
         probed, reason = deep_copy(student), ""
@@ -159,11 +154,7 @@ def check_gradient(loss: Tensor, what: str) -> Tensor:
 
 
 def output_error(target: object, output: object) -> Tensor:
-    """Return the mean over the outputs of the squared difference relative to the teacher's squares.
-
-    Outputs are the floating-point tensors in nested lists, tuples, dicts and dataclasses. Raises SourceError where
-    there are none, or they differ in number or size.
-    """
+    """Return the mean over all floating-point outputs of the squared difference relative to the teacher's squares."""
     pair = [[tensor for tensor in list_tensors(value) if tensor.is_floating_point()] for value in (target, output)]
     if [tensor.shape for tensor in pair[0]] != [tensor.shape for tensor in pair[1]] or not pair[0]:
         theirs, own = (sizes(tuple(tensors)) or "no tensor" for tensors in pair)
@@ -182,9 +173,71 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
 
 def all_scores(output: object) -> list[Tensor]:
     """Return a classifier's scores (N x classes) in train mode, the main ones first, or raise SourceError."""
-    found = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
+    found = output if isinstance(output, tuple) else (output,)
     scores = [item for item in found if isinstance(item, Tensor)]
     if not scores or any(item.ndim != 2 for item in scores):
-        shape = f"tensors of shape {', '.join(str(tuple(item.shape)) for item in scores)}" if scores else type(output)
-        raise SourceError(f"the model returns {shape}, not images x class scores; give a classifier")
+        what = sizes(tuple(scores)) or f"a {type(output).__name__}"
+        raise SourceError(f"the model returns {what}, not images x class scores; give a classifier")
     return scores
+
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Scores a model: `measure` gets it and the context of a forward pass."""
+
+    measure: Callable[[nn.Module, Context], Scores]
+    lower: Collection[str] = ("loss",)  # of these less is better
+    order: tuple[str, ...] = ()  # the first decides which epoch is the best, then the next; else all
+
+    def rank(self, scores: Scores) -> tuple[float, ...]:
+        """Return a key that sorts better scores behind worse ones."""
+        return tuple(-scores[name] if name in self.lower else scores[name] for name in self.order or scores)
+
+
+def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validator:
+    """Validate a classifier by its loss and top-1."""
+    options: dict[str, Any] = {"workers": settings.workers or 0, "strict": settings.strict, "team": team}
+
+    def measure(model: nn.Module, context: Context) -> Scores:
+        found = predict(model, images, batch_size=2 * settings.batch, context=context, **options)
+        sums = torch.tensor([float(found.losses.sum()), found.correct, len(found)], dtype=torch.float64)
+        loss, correct, seen = team.sum(sums).tolist()
+        return {"loss": loss / max(1.0, seen), "top1": correct / max(1.0, seen)}
+
+    return Validator(measure, order=("top1", "loss"))
+
+
+def by_loss(objective: Objective, source: Source, team: Team) -> Validator:
+    """Validate by the loss of a source, of which the first process alone reads everything."""
+
+    def measure(model: nn.Module, context: Context) -> Scores:
+        device, total, seen = next(model.parameters()).device, 0.0, 0
+        with eval_mode(model), torch.no_grad(), closing(source.groups(0, 0)) as groups:
+            for group, count in groups:
+                for batch in group:
+                    with context():
+                        total += float(objective.loss(model, model, to_device(batch, device))[0])
+                seen += count
+        return {"loss": total / seen}
+
+    return Validator(lambda model, context: team.first(lambda: measure(model, context)))
+
+
+def by_user(evaluate: EvaluatedBy, team: Team, seed: int) -> Validator:
+    """Validate by the user's function or `Metric`, which the first process alone calls."""
+    metric, lower = Own(evaluate), set[str]()
+
+    def scores(model: nn.Module, context: Context) -> tuple[Score, ...]:
+        seed_(seed, "validate")
+        with torch.no_grad(), context():
+            return metric(model, lambda *_: None)
+
+    def measure(model: nn.Module, context: Context) -> Scores:
+        found = team.first(lambda: scores(model, context))
+        lower.update(score.name for score in found if score.lower_is_better)
+        return {score.name: score.value for score in found}
+
+    return Validator(measure, lower=lower)

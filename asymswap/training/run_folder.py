@@ -27,9 +27,7 @@ from asymswap.utils.files import real_cause, whole_file, write_file
 from asymswap.utils.tensors import list_tensors, tensors_hash
 
 STATE_FORMAT = 1
-_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}
-"""The keys of a state besides its format."""
-
+_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}  # what is kept besides the format
 _AGAIN = "start again with `force=True`"
 
 
@@ -125,8 +123,7 @@ def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
         raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another as `run=…`")
     if folder.exists and not resume and not force:
         raise AsymswapError(
-            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another "
-            "name, `run=…`"
+            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another"
         )
 
 

@@ -1,15 +1,14 @@
 """The training loop, on accelerate, of one process.
 
-Every random number is a function of the seed and of the place in the run, and the learning rate one of the step. So the
-next step depends on the weights, the optimizer's state and a few counters alone, and a resumed run gives the same
-result as one that was never interrupted: with any number of workers, in whatever order images arrive.
+Every random number is a function of the seed and of the place in the run. So the next step depends on the weights, the
+optimizer's state and a few counters alone, and a resumed run gives the same result as one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +22,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from asymswap.checkpoint import read_checkpoint
 from asymswap.data.batches import Batch, Source, to_device
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, reason_of
+from asymswap.replacements.predicted_offset import PredictorConv2d
 from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
 from asymswap.training.config import Callback, Training, check_same
-from asymswap.training.objective import Objective, check_gradient
-from asymswap.training.optimizer import choose_trained_, frozen_norms, make_optimizer, rate_at, set_rate_
+from asymswap.training.objective import Objective, Validator, check_gradient
 from asymswap.training.run_folder import RunFolder
-from asymswap.training.validation import Validator
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import first_not_finite, map_tensors, random_state_kept, seed_
 
@@ -93,11 +91,10 @@ class Trainer:
         raw = self.model.to(device)
         if settings.channels_last:
             raw = raw.to(memory_format=torch.channels_last)
-        choose_trained_(raw, settings.train, self.replacements)
         if team.size > 1 and device.type == "cuda":
             raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
         self.raw = raw
-        self._frozen_norms = frozen_norms(raw, settings, self.replacements)
+        self._frozen_norms = choose_trained_(raw, settings, self.replacements)
         norms = sum(isinstance(module, _BatchNorm) for module in raw.modules())
         apart = team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
         self.notes = [*source.notes, *([_NOT_SHARED] if apart else [])]
@@ -106,6 +103,8 @@ class Trainer:
             self.average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
         self._kept_model: nn.Module = raw if self.average is None else self.average.module
         self.runner, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, settings))
+        self._parts: dict[str, Any] = {"model": raw, "average": self.average, "optimizer": self.optimizer}
+        self._parts["scaler"] = self.accelerator.scaler
         if self.objective.teacher is not None:
             self.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
         epochs, steps = settings.length
@@ -129,7 +128,13 @@ class Trainer:
                 if folder is not None:
                     # All wait for the first: the others would else begin to train for a run that cannot be written.
                     self.team.first(lambda: folder.begin(progress.step, self.identity))
-                self._eval_mode = self._needs_eval_mode()
+                objective, self._eval_mode = self.objective, False
+                if objective.teacher is not None and not objective.labels and objective.by_user is None:
+                    with closing(self.source.groups(0, 0)) as groups:
+                        (batch, *_), _ = next(groups)
+                    batch = to_device(batch, self.accelerator.device)
+                    self._eval_mode = objective.trains_in_eval_mode(self.raw, batch)
+                    self.notes += [_IN_EVAL_MODE] if self._eval_mode else []
                 if progress.before is None:
                     progress.before = self._validate(self.raw)
                 note = "; ".join(self.notes)
@@ -137,27 +142,13 @@ class Trainer:
                 while not progress.done:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
-                understood = self._understood(error)
-                if understood is None:
-                    raise
-                raise understood from error
+                self._explain(error)
+                raise
             finally:
                 cudnn.deterministic, cudnn.benchmark = flags
             if folder is not None and self.team.leads:
                 folder.close()
         return progress
-
-    def _needs_eval_mode(self) -> bool:
-        """Return whether the outputs can be compared with the teacher's in eval mode alone."""
-        objective = self.objective
-        if objective.teacher is None or objective.labels or objective.by_user is not None:
-            return False
-        with closing(self.source.groups(0, 0)) as groups:
-            (batch, *_), _ = next(groups)
-        needed = objective.trains_in_eval_mode(self.raw, to_device(batch, self.accelerator.device))
-        if needed:
-            self.notes.append(_IN_EVAL_MODE)
-        return needed
 
     def _epoch(self) -> None:
         """Train for the rest of one epoch, validate and save."""
@@ -224,7 +215,7 @@ class Trainer:
     def _step(self, group: Sequence[Batch], size: int) -> float:
         """Make one step on `size` images over all processes; return the learning rate."""
         seed_(self.settings.seed, "step", self.progress.step, self.team.rank)
-        rate = set_rate_(self.optimizer, rate_at(self.progress.step, self.steps, self.settings))
+        rate = set_rate_(self.optimizer, self.progress.step, self.steps, self.settings)
         for number, batch in enumerate(group, start=1):
             with nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner):
                 self._learn(batch, size)
@@ -273,27 +264,24 @@ class Trainer:
             f"`lr=…`, `clip=1` or a longer `warmup=…`{half}"
         )
 
-    def _understood(self, error: Exception) -> AsymswapError | None:
-        """Return an error of torch in the user's words, if the user can do something about it."""
-        text, settings, source = str(error), self.settings, self.source
+    def _explain(self, error: Exception) -> None:
+        """Raise an error of torch in the user's words, if the user can do something about it."""
+        text, settings, own = str(error), self.settings, self.source.unit == "batches"
+        size = "a batch of the data" if own else f"`batch_size={settings.batch}`"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            size, half = f"`batch_size={settings.batch}`", f"`batch_size={max(1, settings.batch // 2)}`"
-            if source.unit == "batches":
-                size, half = "a batch of the data", "batches of half the size"
-            return AsymswapError(
+            half = "batches of half the size" if own else f"`batch_size={max(1, settings.batch // 2)}`"
+            raise AsymswapError(
                 f"not enough memory for {size}; {half} with `accumulate={2 * settings.accumulate}` gives the same step"
-            )
+            ) from error
         if "more than 1 value per channel" in text:
-            what, larger = f"{source.count} {source.unit} with `batch_size={settings.batch}`", "a larger `batch_size=…`"
-            if source.unit == "batches":
-                what, larger = "a batch of the data", "larger batches"
-            return AsymswapError(f"a batch norm got a single image, of {what}; give {larger}")
+            what = size if own else f"{self.source.count} {self.source.unit} with {size}"
+            larger = "larger batches" if own else "a larger `batch_size=…`"
+            raise AsymswapError(f"a batch norm got a single image, of {what}; give {larger}") from error
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
-            return AsymswapError(
+            raise AsymswapError(
                 "another process of the run has died, and none can go on without it; `resume=True` continues the run, "
                 "as torchrun does by itself with --max-restarts 3"
-            )
-        return None
+            ) from error
 
     def _validate(self, model: nn.Module) -> Scores | None:
         if self.validator is None:
@@ -303,7 +291,7 @@ class Trainer:
             raise self._diverged(f"the validation loss is {found['loss']:g} at step {self.progress.step}")
         if before is not None and before.keys() != found.keys():
             raise AsymswapError(
-                f"`evaluate=…` gave {', '.join(found)}, and before {', '.join(before)}; give the same names"
+                f"`evaluate=…` gave {', '.join(found)}, before {', '.join(before)}; give the same names"
             )
         return found if before is None else {name: found[name] for name in before}
 
@@ -319,7 +307,7 @@ class Trainer:
 
     def _save(self, better: bool = False) -> None:
         """Save all that the next step depends on; at the end of an epoch first the checkpoints."""
-        folder, progress, scaler = self.folder, self.progress, self.accelerator.scaler
+        folder, progress = self.folder, self.progress
         if folder is None:
             return
 
@@ -327,16 +315,8 @@ class Trainer:
             if progress.within == 0:
                 for path in (folder.best, folder.last) if better else (folder.last,):
                     self.write(path, self._kept_model, progress)
-            folder.save_state(
-                {
-                    "identity": dict(self.identity),
-                    "progress": asdict(progress),
-                    "model": self.raw.state_dict(),
-                    "average": None if self.average is None else self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                }
-            )
+            states = {name: None if part is None else part.state_dict() for name, part in self._parts.items()}
+            folder.save_state({"identity": dict(self.identity), "progress": asdict(progress), **states})
 
         self.team.first(write)
 
@@ -347,12 +327,9 @@ class Trainer:
         if folder is None or found is None:
             return
         check_same(self.identity, found["identity"], folder.folder)
-        self.raw.load_state_dict(found["model"])
-        if self.average is not None:
-            self.average.load_state_dict(found["average"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(found["scaler"])
+        for name, part in self._parts.items():
+            if part is not None:
+                part.load_state_dict(found[name])
         self.progress = TypeAdapter(Progress).validate_python(found["progress"])
         if self.progress.best_epoch:
             best = self.team.first(lambda: read_checkpoint(folder.best))
@@ -360,31 +337,77 @@ class Trainer:
 
 
 def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> Any:
-    """Return accelerate's Accelerator; raise AsymswapError for a precision that the device does not have.
-
-    With `all_used` every trained weight has a part in every loss.
-    """
+    """Return accelerate's Accelerator; `all_used`: every trained weight has a part in every loss."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     # One process may train several times, and accelerate keeps the first run's precision for good.
     AcceleratorState._reset_state(reset_partial_state=True)
-    named = f"`precision={settings.precision}`"
     # Several processes without GPUs would each train on its own if accelerate did not know that this is meant.
     cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
     try:
-        precision = "no" if settings.precision == "fp32" else settings.precision
+        mixed = "no" if settings.precision == "fp32" else settings.precision
         parallel = DistributedDataParallelKwargs(find_unused_parameters=not all_used)
-        accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[parallel])
+        accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
     except ValueError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise AsymswapError(f"{named} is not available here ({reason}); try bf16 or fp32") from None
+        raise AsymswapError(
+            f"`precision={settings.precision}` is not available here ({reason_of(error)}); try bf16 or fp32"
+        ) from None
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would silently train in fp32.
-        raise AsymswapError(f"{named} needs a GPU; use bf16 or fp32")
+        raise AsymswapError("`precision=fp16` needs a GPU; use bf16 or fp32")
     if accelerator.num_processes != team.size:
         raise AsymswapError(
             f"{accelerator.num_processes} processes were started and {team.size} of them train together; call finetune "
             "with the team of asymswap.utils.distributed.joined()"
         )
     return accelerator
+
+
+def choose_trained_(model: nn.Module, settings: Training, replacements: Iterable[str]) -> list[nn.Module]:
+    """Freeze, in place, what is not trained; return the batch norms whose statistics must not change either."""
+    what, roots, frozen = settings.train, tuple(replacements), list[nn.Module]()
+    for name, module in model.named_modules():
+        norm, new = isinstance(module, _BatchNorm), any(f"{name}.".startswith(f"{root}.") for root in roots)
+        if norm and (settings.freeze_bn or (what == "new" and not new)):
+            frozen.append(module)
+        if what != "all":
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(norm if what == "bn" else new)
+    if what != "all" and not any(parameter.requires_grad for parameter in model.parameters()):
+        lacking = "batch norm" if what == "bn" else "replaced layer"
+        raise AsymswapError(f"`train={what}` has nothing to train: the model has no {lacking}; use `train=all`")
+    return frozen
+
+
+def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """Return the optimizer over the trained parameters; biases, offsets and those of normalisations do not decay."""
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "offsets": []}
+    predictors = [module for module in model.modules() if isinstance(module, PredictorConv2d)]
+    predicting = {id(parameter) for module in predictors for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moves = "offset" in name.rpartition(".")[2] or id(parameter) in predicting
+            groups["offsets" if moves else "decayed" if parameter.ndim > 1 else "plain"].append(parameter)
+    options: list[dict[str, object]] = []
+    for name, parameters in groups.items():
+        rate = settings.base_lr * (settings.offset_lr_scale if name == "offsets" else 1)
+        decay = settings.decay if name == "decayed" else 0.0
+        if parameters:
+            options.append({"params": parameters, "name": name, "lr": rate, "initial_lr": rate, "weight_decay": decay})
+    if settings.optimizer == "sgd":
+        nesterov = settings.momentum > 0
+        return torch.optim.SGD(options, lr=settings.base_lr, momentum=settings.momentum, nesterov=nesterov)
+    return torch.optim.AdamW(options, lr=settings.base_lr)
+
+
+def set_rate_(optimizer: torch.optim.Optimizer, step: int, steps: int, settings: Training) -> float:
+    """Set every group's learning rate for a step (counted from 0) of `steps`; return the largest."""
+    warm, factor = round(settings.warmup * steps), 1.0
+    if step < warm:
+        factor = (step + 1) / (warm + 1)
+    elif settings.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(max(group["lr"] for group in optimizer.param_groups))

@@ -42,12 +42,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with th
 
 from measured import machine, markdown_table, table, write_json
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 import asymswap
 from asymswap.calibration.gather import images_hash, model_hash
 from asymswap.data.datasets import LabelledImages, Part, open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.measure.macs import count_costs
 from asymswap.models import builders
 from asymswap.models.opened import OpenedModel
@@ -127,9 +126,8 @@ class Decoded(LabelledImages):
 
     tensors: tuple[Tensor, ...] = ()
 
-    @property
-    def images(self) -> TensorDataset:  # type: ignore[override]
-        return TensorDataset(*self.tensors)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.tensors[0][index], int(self.tensors[1][index])
 
 
 def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> Decoded:
@@ -137,7 +135,7 @@ def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> Decoded
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = range(len(data)) if count is None else order[:count]
     some = data.some(chosen, data.description)
-    images, labels = zip(*(some.images[index] for index in range(len(chosen))), strict=True)
+    images, labels = zip(*(some[index] for index in range(len(chosen))), strict=True)
     return Decoded(**vars_of(some), tensors=(torch.stack(images), torch.tensor(labels)))
 
 

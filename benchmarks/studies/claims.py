@@ -435,9 +435,9 @@ def packed(reference: str, work: Path) -> str:
         arrays: dict[str, Any] = {}
         for part in ("train", "test"):
             data = open_data(reference, CIFAR_PREPROCESSING, part)
-            pictures = [data.pictures.picture(number) for number in range(len(data))]
+            pictures = [data.picture(number) for number in range(len(data))]
             small = [np.asarray(picture.resize((width, height), Image.Resampling.BOX)) for picture in pictures]
-            arrays |= {f"images_{part}": np.stack(small), f"labels_{part}": np.array(data.pictures.labels)}
+            arrays |= {f"images_{part}": np.stack(small), f"labels_{part}": np.array(data.labels)}
             arrays["classes"] = np.array(data.classes)
         target.parent.mkdir(parents=True, exist_ok=True)
         np.savez(target, **arrays)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.data.datasets import open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
 from asymswap.measure.timing import Timing
@@ -55,7 +55,7 @@ def on_digits(files: dict[str, Path]) -> Comparison:
 def answers(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, answers and labels on all test digits, one by one."""
     data = open_data("digits", open_model(DIGITS).preprocessing, "test")
-    pairs = [data.images[index] for index in range(len(data))]
+    pairs = [data[index] for index in range(len(data))]
     with torch.no_grad():
         scores = torch.cat([model.eval()(image[None]) for image, _ in pairs])
     return scores, scores.argmax(1), torch.tensor([label for _, label in pairs])

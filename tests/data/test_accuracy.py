@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asymswap.data.datasets import LabelledImages, Pictures
-from asymswap.data.predict import predict
+from asymswap.data.datasets import LabelledImages, from_memory
+from asymswap.data.metrics import predict
 from asymswap.errors import SourceError
 from asymswap.types import Preprocessing
 
 
 def labelled(images: Tensor, labels: list[int], classes: int) -> LabelledImages:
-    pictures = Pictures.in_memory(images, labels, 1)
     names = tuple(f"class {i}" for i in range(classes))
-    return LabelledImages(pictures, names, "a test set", Preprocessing(1, (3, 3), (0.0,), (1.0,)))
+    known = Preprocessing(1, (3, 3), (0.0,), (1.0,))
+    return LabelledImages(labels, from_memory(images, 1), names, "a test set", known)
 
 
 class Lookup(nn.Module):
@@ -69,7 +69,7 @@ def test_every_module_returns_to_its_own_mode(five: LabelledImages) -> None:
 
 def test_mode_returns_after_an_error_too(five: LabelledImages) -> None:
     model = Returns(None).train()
-    with pytest.raises(SourceError, match="the model returns a NoneType, not a tensor of class scores"):
+    with pytest.raises(SourceError, match="the model returns a NoneType, not images x class scores"):
         predict(model, five)
     assert model.training
 
@@ -99,8 +99,8 @@ def test_more_scores_than_classes_are_allowed(five: LabelledImages) -> None:
 @pytest.mark.parametrize(
     ("output", "text"),
     [
-        ({"logits": torch.zeros(5, 3)}, "the model returns a dict, not a tensor of class scores; give a classifier"),
-        (torch.zeros(5, 3, 2, 2), r"a tensor of shape \(5, 3, 2, 2\), not images x class scores; give a classifier"),
+        ({"logits": torch.zeros(5, 3)}, "the model returns a dict, not images x class scores; give a classifier"),
+        (torch.zeros(5, 3, 2, 2), "the model returns 5x3x2x2, not images x class scores; give a classifier"),
         (
             torch.zeros(5, 2),
             r"the model scores 2 classes, but the data has 3 \(a test set\); give data with the model's",

@@ -29,7 +29,7 @@ def pixels(count: int, channels: int = 3) -> np.ndarray[Any, Any]:
 
 
 def stacked(data: LabelledImages) -> torch.Tensor:
-    return torch.stack([data.images[index][0] for index in range(len(data))])
+    return torch.stack([data[index][0] for index in range(len(data))])
 
 
 def test_the_same_images_in_every_form_of_file(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_same_images_in_every_form_of_file(tmp_path: Path) -> None:
     for name in ("a.npz", "b.npz", "c.pt", "d.pt"):
         data = open_data(str(tmp_path / name), COLOUR, "train")
         torch.testing.assert_close(stacked(data), expected)
-        assert [data.images[index][1] for index in range(3)] == [2, 0, 1]
+        assert [data[index][1] for index in range(3)] == [2, 0, 1]
         assert data.classes == ("0", "1", "2")
 
 
@@ -95,8 +95,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "classes that are a number": ({**GOOD, "classes": 5}, "has 'classes' that are no list of names"),
     "classes that are a module": ({**GOOD, "classes": torch.nn.ReLU()}, "has 'classes' that are no list of names"),
-    "sparse": ({"images": torch.zeros(1, 3, 4, 4).to_sparse()}, "holds a sparse tensor; store plain ones"),
-    "meta": ({"images": torch.zeros(1, 3, 4, 4, device="meta")}, "holds a meta tensor; store plain ones"),
+    "sparse": ({"images": torch.zeros(1, 3, 4, 4).to_sparse()}, "holds a Tensor, which is no plain tensor"),
+    "meta": ({"images": torch.zeros(1, 3, 4, 4, device="meta")}, "holds a Tensor, which is no plain tensor"),
     "float8": ({"images": torch.zeros(1, 3, 4, 4).to(torch.float8_e5m2)}, "images of torch.float8_e5m2"),
     "labels with a gradient": ({**GOOD, "labels": torch.zeros(1, requires_grad=True)}, "give one whole number"),
     "a text": ("images", "holds a str; give an .npz or .pt file"),
@@ -152,7 +152,7 @@ def test_labels_of_any_whole_type(tmp_path: Path) -> None:
     for kind in ("uint8", "uint16", "int32", "uint64"):
         np.savez(tmp_path / "a.npz", images=pixels(3), labels=np.array([1, 0, 2], dtype=kind))
         data = open_data(str(tmp_path / "a.npz"), COLOUR, "train")
-        assert [data.images[index][1] for index in range(3)] == [1, 0, 2]
+        assert [data[index][1] for index in range(3)] == [1, 0, 2]
 
 
 def test_a_label_that_is_no_number_of_a_class(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_mnist_and_its_like(tmp_path: Path, reference: str, folder: str) -> None
     for place in (tmp_path, tmp_path / folder):
         data = open_data(f"{reference}:{place}", COLOUR, "train")
         torch.testing.assert_close(stacked(data), torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1).float() / 255)
-        assert [data.images[index][1] for index in range(3)] == [7, 0, 9]
+        assert [data[index][1] for index in range(3)] == [7, 0, 9]
         assert len(data.classes) == 10
 
 

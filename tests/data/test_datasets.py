@@ -29,7 +29,7 @@ def write_images(folder: Path, colours: dict[str, tuple[int, int, int]], size: t
 
 
 def labels(data: LabelledImages) -> list[int]:
-    return [data.images[index][1] for index in range(len(data))]
+    return [data[index][1] for index in range(len(data))]
 
 
 def test_digits_split_is_stratified_and_leaves_nothing_out() -> None:
@@ -39,17 +39,15 @@ def test_digits_split_is_stratified_and_leaves_nothing_out() -> None:
     counts = np.bincount(labels(test))
     assert counts.min() >= 34
     assert counts.max() <= 37
-    together = [
-        image.numpy().tobytes() for data in (train, test) for image, _ in (data.images[i] for i in range(len(data)))
-    ]
+    together = [image.numpy().tobytes() for data in (train, test) for image, _ in (data[i] for i in range(len(data)))]
     truth = [image.astype(np.float32).tobytes() for image in load_digits().images / 16]
     assert sorted(together) == sorted(truth)
 
 
 def test_digits_are_resized_repeated_and_normalised() -> None:
-    image, label = open_data("digits", GREY, "test").images[0]
+    image, label = open_data("digits", GREY, "test")[0]
     larger = Preprocessing(channels=3, size=(32, 24), mean=(0.5, 0.0, 0.0), std=(1.0, 1.0, 2.0), resize=40)
-    resized, same_label = open_data("digits", larger, "test").images[0]
+    resized, same_label = open_data("digits", larger, "test")[0]
     assert resized.shape == (3, 32, 24)
     assert resized.dtype == torch.float32
     assert isinstance(same_label, int)
@@ -65,8 +63,8 @@ def test_digits_are_those_of_scikit_learn_split_by_class() -> None:
     train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     for part, chosen in (("train", train), ("test", test)):
         data = open_data("digits", GREY, part)
-        assert data.pictures.labels == [labels[i] for i in chosen]
-        found = torch.stack([data.pictures.picture(number) for number in range(len(chosen))])
+        assert data.labels == [labels[i] for i in chosen]
+        found = torch.stack([data.picture(number) for number in range(len(chosen))])
         assert torch.equal(found, torch.from_numpy(theirs.images[chosen]).float()[:, None] / 16)
 
 
@@ -82,7 +80,7 @@ def test_folder_classes_are_sorted_and_hidden_folders_and_files_are_left_out(tmp
 
 def test_folder_images_are_scaled_and_normalised_per_channel(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": (255, 51, 0)})
-    image, label = open_data(str(tmp_path), COLOUR, "train").images[0]
+    image, label = open_data(str(tmp_path), COLOUR, "train")[0]
     assert type(image) is torch.Tensor
     assert isinstance(label, int)
     expected = torch.tensor([(1 - 0.5) / 0.5, (0.2 - 0.5) / 0.25, (0 - 0.5) / 1])
@@ -91,7 +89,7 @@ def test_folder_images_are_scaled_and_normalised_per_channel(tmp_path: Path) -> 
 
 def test_folder_images_become_grey_for_one_channel(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": (255, 0, 0)})
-    image, _ = open_data(str(tmp_path), GREY, "test").images[0]
+    image, _ = open_data(str(tmp_path), GREY, "test")[0]
     # ITU-R 601: red has 0.299 of the luma.
     torch.testing.assert_close(image, torch.full((1, 8, 8), 76 / 255))
 
@@ -100,7 +98,7 @@ def test_grey_images_become_three_equal_channels(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("L", (4, 4), 51).save(tmp_path / "a" / "0.png")
     plain = dataclasses.replace(COLOUR, mean=(0.0,) * 3, std=(1.0,) * 3)
-    image, _ = open_data(str(tmp_path), plain, "test").images[0]
+    image, _ = open_data(str(tmp_path), plain, "test")[0]
     torch.testing.assert_close(image, torch.full((3, 4, 4), 0.2))
 
 
@@ -131,7 +129,7 @@ def test_split_folder(tmp_path: Path, folders: tuple[str, str], chosen: str) -> 
         write_images(tmp_path / name, {"a": (shade * 255,) * 3, "b": (shade * 255,) * 3})
     plain = dataclasses.replace(COLOUR, mean=(0.0,) * 3, std=(1.0,) * 3)
     train, test = (open_data(str(tmp_path), plain, part) for part in ("train", "test"))
-    assert (train.images[0][0].mean().item(), test.images[0][0].mean().item()) == (0.0, 1.0)
+    assert (train[0][0].mean().item(), test[0][0].mean().item()) == (0.0, 1.0)
     assert test.classes == ("a", "b")
     assert str(tmp_path / chosen) in test.description
 
@@ -161,7 +159,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("digit", r"data 'digit' is neither a known name nor an existing folder; did you mean digits\?"),
         ("no/such", "data 'no/such' is neither .* folder; give digits, or a folder that holds one folder of images"),
         ("file.txt", "data '.*file.txt' is a file; give digits, or a folder"),
-        ("empty", "data folder '.*empty' holds no class folders; put each class's images into its own folder"),
+        ("empty", "folder '.*empty' holds no class folders; put each class's images into its own folder"),
         ("bare", "class folders of '.*bare' hold no images; known are .jpg"),
         ("half", "holds train, but no folder test or val that holds class folders; add it, or give the folder"),
         ("odd", r"other classes in train than in test \(only in one: b, c\); give both the same class folders"),
@@ -184,7 +182,7 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"image '.*bad\.png' cannot be read \(cannot identify .*; remove or replace it"
     ):
-        data.images[0]
+        data[0]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,7 @@ def test_images_in_one_folder_where_labels_are_not_needed(tmp_path: Path) -> Non
     plain = dataclasses.replace(COLOUR, mean=(0.0,) * 3, std=(1.0,) * 3)
     data = open_data(str(tmp_path), plain, "train", unlabelled=True)
     assert data.description == f"folder {tmp_path}: 3 images"
-    assert [round(float(data.images[index][0].mean() * 255)) for index in range(3)] == [0, 40, 80]
+    assert [round(float(data[index][0].mean() * 255)) for index in range(3)] == [0, 40, 80]
     with pytest.raises(SourceError, match="holds no class folders; put each class's images into its own folder"):
         open_data(str(tmp_path), plain, "train")
     write_images(tmp_path / "classes", {"a": (1, 2, 3), "b": (4, 5, 6)})
@@ -227,6 +225,6 @@ def test_pixels_of_more_than_eight_bits(tmp_path: Path) -> None:
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
     data = open_data(str(tmp_path), GREY, "train", unlabelled=True)
     wanted = torch.from_numpy(ramp.astype(np.float32))[None] / 65535
-    torch.testing.assert_close(data.images[0][0], wanted, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(data[0][0], wanted, atol=1 / 255, rtol=0)
     with pytest.raises(SourceError, match=r"float.tiff' cannot be read \(pixels of 32 bits"):
-        data.images[1]
+        data[1]

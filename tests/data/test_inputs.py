@@ -160,7 +160,7 @@ def failing() -> Iterator[Tensor]:
         (torch.tensor(3.0), "a tensor of a single number"),
         (5, "data cannot be int: give a data reference, a tensor, a Dataset, a DataLoader"),
         ({"image": rows(3)}, "data cannot be dict"),
-        (failing, "the data fails: KeyError: 'lost'"),
+        (failing, r"the data raised KeyError: 'lost' \(test_inputs\.py, line \d+\)"),
         (lambda: 1 / 0, r"the data's function raised ZeroDivisionError: division by zero \(test_inputs.py, line \d+\)"),
         ([rows(3), "text"], "it holds no tensor"),
     ],

@@ -323,7 +323,7 @@ class TestOwn:
 
     def test_what_is_no_metric(self) -> None:
         for wrong, name in ((3, "by 3"), ([], r"by \[\]"), ([3], "by 3")):
-            with pytest.raises(AsymswapError, match=rf"a function of the model or asymswap\.Metric, not {name}"):
+            with pytest.raises(AsymswapError, match=rf"a function or a Metric, not {name}"):
                 evaluator_of(wrong, opened(Darker()))  # type: ignore[arg-type]
         twice = [Metric(lambda model: 1, name="x")] * 2
         with pytest.raises(AsymswapError, match=r"two metrics give 'x'; give one of them another name"):

@@ -294,7 +294,7 @@ def test_options_that_do_not_suit_the_network_are_refused(
 def test_blue_green_red_is_fed_so(data: dict[int, str]) -> None:
     opened = open_model(trained_on(COLOUR["caffe"], 0), preprocessing=PreprocessingOptions(normalize="caffe"))
     opened, _ = settle(opened, data[3], "test")
-    image = open_data(data[3], opened.preprocessing, "test").images[5][0]
+    image = open_data(data[3], opened.preprocessing, "test")[5][0]
     original = torch.from_numpy(np.load(data[3])["images"][5]) / 255
     means = torch.tensor([103.939, 116.779, 123.68])[:, None, None]
     torch.testing.assert_close(image, 255 * original[[2, 1, 0]] - means, atol=1e-3, rtol=0)

@@ -43,42 +43,38 @@ def test_another_seed_holds_back_others() -> None:
 
 def test_one_folder_is_split(tmp_path: Path) -> None:
     write(tmp_path, {"a": 10, "b": 20})
-    parts = open_parts(str(tmp_path), COLOUR, None, 0)
-    assert parts.validation is not None
-    assert (len(parts.train), len(parts.validation)) == (27, 3)
-    assert parts.train.description == f"27 of folder {tmp_path}: 30 images of 2 classes (seed 0)"
-    seen = [data.images[i] for data in (parts.train, parts.validation) for i in range(len(data))]
+    train, held = open_parts(str(tmp_path), COLOUR, None, 0)
+    assert (len(train), len(held or ())) == (27, 3)
+    assert train.description == f"27 of folder {tmp_path}: 30 images of 2 classes (seed 0)"
+    seen = [data[i] for data in (train, held or ()) for i in range(len(data))]
     assert len({(float(image[0, 0, 0]), label) for image, label in seen}) == 30
 
 
 def test_the_folder_val_is_taken_and_test_stays_unseen(tmp_path: Path) -> None:
     for name, count in (("train", 10), ("val", 2), ("test", 3)):
         write(tmp_path / name, {"a": count, "b": count})
-    parts = open_parts(str(tmp_path), COLOUR, None, 0)
-    assert parts.validation is not None
-    assert (len(parts.train), len(parts.validation)) == (20, 4)
-    held = open_parts(str(tmp_path), COLOUR, "0.2", 0)
-    assert held.validation is not None
-    assert (len(held.train), len(held.validation)) == (16, 4)
-    assert "train" in held.validation.description
-    test = open_parts(str(tmp_path), COLOUR, "test", 0)
-    assert test.validation is not None
-    assert (len(test.train), len(test.validation)) == (20, 6)
+    train, held = open_parts(str(tmp_path), COLOUR, None, 0)
+    assert (len(train), len(held or ())) == (20, 4)
+    train, held = open_parts(str(tmp_path), COLOUR, "0.2", 0)
+    assert (len(train), len(held or ())) == (16, 4)
+    assert held is not None
+    assert "train" in held.description
+    train, held = open_parts(str(tmp_path), COLOUR, "test", 0)
+    assert (len(train), len(held or ())) == (20, 6)
 
 
 @pytest.mark.parametrize("text", ["none", "0"])
 def test_nothing_held_back(text: str) -> None:
-    parts = open_parts("digits", GREY, text, 0)
-    assert len(parts.train) == 1437
-    assert parts.validation is None
+    train, held = open_parts("digits", GREY, text, 0)
+    assert len(train) == 1437
+    assert held is None
 
 
 def test_other_data_to_validate_on(tmp_path: Path) -> None:
     write(tmp_path / "one", {"a": 3, "b": 3})
     write(tmp_path / "two", {"a": 1, "b": 1})
-    parts = open_parts(str(tmp_path / "one"), COLOUR, str(tmp_path / "two"), 0)
-    assert parts.validation is not None
-    assert (len(parts.train), len(parts.validation)) == (6, 2)
+    train, held = open_parts(str(tmp_path / "one"), COLOUR, str(tmp_path / "two"), 0)
+    assert (len(train), len(held or ())) == (6, 2)
     write(tmp_path / "three", {"a": 1, "c": 1})
     with pytest.raises(
         SourceError, match=r"the classes to validate on \(a, c …\) are not those to train on \(a, b …\)"

@@ -158,7 +158,7 @@ from asymswap.models.networks import DIGITS_PREPROCESSING
 from asymswap.data.datasets import open_data
 
 torch.manual_seed(0)
-loader = DataLoader(open_data("digits", DIGITS_PREPROCESSING, "train").images, 128, shuffle=True)
+loader = DataLoader(open_data("digits", DIGITS_PREPROCESSING, "train"), 128, shuffle=True)
 """,
     "models.md": """
 import sys

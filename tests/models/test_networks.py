@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.data.datasets import open_data
-from asymswap.data.predict import predict
+from asymswap.data.metrics import predict
 from asymswap.models.networks import (
     BUILDERS,
     CIFAR_PREPROCESSING,
@@ -176,7 +176,7 @@ def test_digits_weights_are_small_and_good_enough_for_the_demo() -> None:
 
 def test_digits_preprocessing_is_that_of_the_training_part() -> None:
     data = open_data("digits", Preprocessing(1, (8, 8), (0.0,), (1.0,)), "train")
-    pixels = torch.stack([data.images[index][0] for index in range(len(data))])
+    pixels = torch.stack([data[index][0] for index in range(len(data))])
     assert DIGITS_PREPROCESSING.mean == (round(pixels.mean().item(), 4),)
     assert DIGITS_PREPROCESSING.std == (round(pixels.std().item(), 4),)
 

@@ -13,11 +13,9 @@ import asymswap
 from asymswap import replacements
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Training
-from asymswap.training.optimizer import (
+from asymswap.training.trainer import (
     choose_trained_,
-    frozen_norms,
     make_optimizer,
-    rate_at,
     set_rate_,
 )
 
@@ -54,48 +52,48 @@ def test_only_weights_decay_and_offsets_learn_slowly(kind: str, tmp_path: Any) -
 def test_new_layers_alone(tmp_path: Any) -> None:
     conversion = converted("acb", tmp_path)
     model, sites = conversion.model, [swap.site for swap in conversion.plan.swaps]
-    choose_trained_(model, "new", sites)
+    still = choose_trained_(model, Training(train="new"), sites)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == any(name.startswith(f"{site}.") for site in sites), name
     norms = dict(model.named_modules())
-    still = frozen_norms(model, Training(train="new"), sites)
     assert norms["layer2.0.bn1"] in still
     assert not any(module in still for name, module in norms.items() if name.startswith(sites[0]))
 
 
 def test_batch_norms_alone(tmp_path: Any) -> None:
     model = converted("separable", tmp_path).model
-    choose_trained_(model, "bn", [])
+    assert choose_trained_(model, Training(train="bn"), []) == []
     norms = {id(p) for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()}
     assert norms
     assert all(parameter.requires_grad == (id(parameter) in norms) for parameter in model.parameters())
-    assert frozen_norms(model, Training(train="bn"), []) == []
     all_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert frozen_norms(model, Training(freeze_bn=True), []) == all_norms
+    assert choose_trained_(model, Training(freeze_bn=True), []) == all_norms
 
 
 def test_nothing_to_train() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1))
     for what, lacks in (("new", "replaced layer"), ("bn", "batch norm")):
         with pytest.raises(AsymswapError, match=f"`train={what}` has nothing to train: the model has no {lacks}"):
-            choose_trained_(model, what, [])
+            choose_trained_(model, Training(train=what), [])
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
     settings = Training(warmup=0.1, lr=1.0)
-    rates = [rate_at(step, 100, settings) for step in range(100)]
+    one = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "initial_lr": 1.0}], lr=1.0)
+    rates = [set_rate_(one, step, 100, settings) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
     assert 0 < rates[99] < 0.001
-    assert rate_at(99, 100, Training(schedule="constant")) == 1.0
+    assert set_rate_(one, 99, 100, Training(schedule="constant")) == 1.0
 
 
 def test_every_group_follows_the_schedule(tmp_path: Any) -> None:
-    optimizer = make_optimizer(converted("offset", tmp_path).model, Training(optimizer="sgd", lr=0.2))
+    settings = Training(optimizer="sgd", lr=0.2, warmup=0.1)
+    optimizer = make_optimizer(converted("offset", tmp_path).model, settings)
     assert isinstance(optimizer, torch.optim.SGD)
-    assert set_rate_(optimizer, 0.5) == pytest.approx(0.1)
+    assert set_rate_(optimizer, 55, 100, settings) == pytest.approx(0.1)
     assert {round(group["lr"], 9) for group in optimizer.param_groups} == {0.1, 0.01}
 
 
