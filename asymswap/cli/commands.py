@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from asymswap.cli.failures import begin, reporting_errors
+from asymswap.cli.fields import with_options
 
 SUMMARIES = {
     "convert": "Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.",
@@ -30,8 +31,7 @@ SUMMARIES = {
 
 def function(name: str) -> Callable[..., None]:
     """Return the function of a command, from whose signature Typer makes the options."""
-    found: Callable[..., None] = getattr(importlib.import_module(f"asymswap.cli.{name}"), name)
-    return found
+    return with_options(getattr(importlib.import_module(f"asymswap.cli.{name}"), name))
 
 
 def command(name: str) -> Any:
