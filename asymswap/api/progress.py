@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Callback
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Shows: TypeAlias = Any
+"""What `progress=` takes, True, False or a function of (stage, done, total); the verb itself gets a function."""
 
 
 def shows_progress(verb: Callable[P, T]) -> Callable[P, T]:

@@ -163,24 +163,24 @@ class Common:
 
     def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
         """Open the model of a command, for the verb that gets it."""
-        from asymswap.models import opening
+        from asymswap.models.opening import open_model
 
-        return self._with_example(opening.open_model(str(model), progress=step, **self._opening))
+        return self._handed_over([open_model(str(model), progress=step, **self._opening)])[0]
 
     def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
         """Open several models, all of them before the verb begins."""
-        from asymswap.models import opening
+        from asymswap.models.opening import open_models
 
-        return [self._with_example(one) for one in opening.open_models(models, progress=step, **self._opening)]
+        return self._handed_over(open_models(models, progress=step, **self._opening))
 
-    def _with_example(self, opened: OpenedModel) -> OpenedModel:
-        """Return the model, for one verb, with the first sample of a task's calibration() as its example."""
+    def _handed_over(self, opened: list[OpenedModel]) -> list[OpenedModel]:
+        """Return models for one verb; the first sample of a task's calibration() is their example."""
         if self.task is not None and self.task.calibration is not None:
             from asymswap.data.inputs import settle_on
             from asymswap.types import UserData
 
-            opened = settle_on(opened, UserData(self.task.calibration, self.task.inputs))[0]
-        return opened.hand_over()
+            opened = [settle_on(one, UserData(self.task.calibration, self.task.inputs))[0] for one in opened]
+        return [one.hand_over() for one in opened]
 
     def check_form(self, markdown: bool) -> None:
         """Raise AsymswapError where both JSON and Markdown are asked for."""
@@ -213,7 +213,7 @@ class Common:
             print_json(to_json(record))
         elif not self.quiet:
             screen = console()
-            show(screen, (view or views.view)(in_flags(record), screen.width))
+            screen.print((view or views.view)(in_flags(record), screen.width), highlight=False, markup=False)
 
 
 _NUMBERS = "no list of numbers, such as 0.5,0.5,0.5"
@@ -243,11 +243,6 @@ def console() -> Console:
     screen = plain_console()
     known = screen.is_terminal or "COLUMNS" in os.environ
     return screen if known else plain_console(width=max(screen.width, 120))
-
-
-def show(screen: Console, view: RenderableType) -> None:
-    """Print a view."""
-    screen.print(view, highlight=False, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -50,7 +50,7 @@ def recipes(
         if common.json:
             o.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         elif not common.quiet:
-            o.show(o.console(), _listing(listed))
+            o.console().print(_listing(listed), highlight=False, markup=False)
 
 
 _FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}

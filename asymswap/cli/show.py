@@ -81,7 +81,7 @@ def show(
         from asymswap.reporting.screens import show_view
 
         try:
-            o.show(o.console(), show_view(str(checkpoint), header_to_json(header)))
+            o.console().print(show_view(str(checkpoint), header_to_json(header)), highlight=False, markup=False)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
             # Nothing else reads a provenance, so nothing else has checked it.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None
