@@ -29,10 +29,10 @@ from torch import nn
 import asymswap
 from asymswap import replacements
 from asymswap.api.benchmark import time_conversion
-from asymswap.api.drop import convert_within, measuring
+from asymswap.api.drop import convert_within
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
-from asymswap.calibration.agreement import Against, on_held_back
+from asymswap.calibration.agreement import MEASURED, Against, on_held_back
 from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
@@ -147,7 +147,13 @@ def convert(
         raise AsymswapError(f"`calibration=` takes asymswap.Calibration(DATA), not {calibration!r}")
     drop = None if budget is None or budget.max_drop is None else Drop.parse(budget.max_drop)
     if drop is not None and evaluate is None:
-        calibration = measuring(calibration)
+        if calibration is None or calibration.data is None:
+            raise AsymswapError(
+                "`max_drop=…` is measured: give `calibration=…` with data, of which a part is held back, or "
+                "`evaluate=…`"
+            )
+        # As many as tenths of a point need.
+        calibration = replace(calibration, held_back=calibration.held_back or MEASURED)
     in_time = budget is not None and budget.latency is not None
     if (timing is not None or runtime is not None) and not in_time and not time:
         raise AsymswapError(
@@ -183,10 +189,9 @@ def convert(
     if calibration is not None:
         classes = None if evaluator is None else evaluator.classes
         session.gather(session.sites_of([requested]), classes, progress)
-    kept, timed = None, None
+    kept, dropped, timed = None, None, None
     if drop is not None and judge is not None and before is not None and isinstance(requested, Recipe):
-        kept = convert_within(session, requested, drop, judge, before, progress)
-        converted = kept.converted
+        converted, kept, dropped = convert_within(session, requested, drop, judge, before, progress)
     else:
         settled, timed = session.plan(requested, progress, timing=timing if in_time else None)
         if isinstance(requested, Recipe):
@@ -208,7 +213,7 @@ def convert(
         calibrated, scores = report.calibration, None
         if evaluator is not None and before is not None:
             step = partial(progress, "evaluating after")
-            after = evaluator(converted.model, step) if kept is None else kept.measured.scores
+            after = evaluator(converted.model, step) if kept is None else kept.scores
             check_same(before.scores, after)
             value = {score.name: score.value for score in after}
             changes = [
@@ -225,7 +230,7 @@ def convert(
             calibration=calibrated,
             accuracy=scores,
             agreement=agreement,
-            drop=None if kept is None else kept.row,
+            drop=dropped,
             warnings=(*(sizes_assumed([opened]) if feeding is None else feeding.warnings), *report.warnings),
             fed=fed_of(feeding),
             seconds=clock.seconds,

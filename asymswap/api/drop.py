@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 
 from asymswap.api.session import Converted, Session
-from asymswap.calibration.agreement import MEASURED
-from asymswap.calibration.config import Calibration
 from asymswap.data.metrics import Evaluator, Measured, check_same
-from asymswap.errors import AsymswapError, RecipeError
+from asymswap.errors import RecipeError
 from asymswap.measure.statistics import mean_interval
 from asymswap.planning.drop_budget import Drop, Search
 from asymswap.planning.plan import check_not_empty
@@ -21,28 +18,12 @@ from asymswap.types import Progress
 _POLISHED = 3  # networks, at most: each takes minutes
 
 
-def measuring(calibration: Calibration | None) -> Calibration:
-    """Return the calibration with as many inputs held back as tenths of a point need; raise AsymswapError without."""
-    if calibration is None or calibration.data is None:
-        raise AsymswapError(
-            "`max_drop=…` is measured: give `calibration=…` with data, of which a part is held back, or `evaluate=…`"
-        )
-    return replace(calibration, held_back=calibration.held_back or MEASURED)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The network found, its scores, and what the report says of it."""
-
-    converted: Converted
-    measured: Measured
-    row: DropRow
-
-
 def convert_within(
     session: Session, recipe: Recipe, drop: Drop, evaluator: Evaluator, before: Measured, progress: Progress
-) -> Kept:
-    """Return the smallest network found whose loss is at most `drop`; `before` is what the original measured.
+) -> tuple[Converted, Measured, DropRow]:
+    """Return the smallest network found whose loss is at most `drop`, with its scores and what the report says of it.
+
+    `before` is what the original measured.
 
     With polish a first search, without it, says where to begin; then up to three networks are polished. Raises
     RecipeError where every network that swaps anything loses more.
@@ -99,7 +80,7 @@ def convert_within(
         solves=solves,
         smallest=smallest,
     )
-    return Kept(converted, after, row)
+    return converted, after, row
 
 
 def _lost(before: Measured, after: Measured) -> tuple[float, tuple[float, float] | None]:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
 from asymswap.data import batches
-from asymswap.data.datasets import LabelledImages, Parts, image_transform, open_parts, own_samples
+from asymswap.data.datasets import LabelledImages, image_transform, open_parts, own_samples
 from asymswap.data.metrics import EvaluatedBy
 from asymswap.data.normalization import Feeding, fed_of, settle
 from asymswap.data.predict import check_class_names, check_classifier, known_classes, placement
@@ -273,12 +274,9 @@ def _samples(
         _check_plain(settings, ("augment", "label_smoothing", "strict"))
         data = own_samples(data, opened.preprocessing)
 
-    def images(unlabelled: bool, download: bool = False) -> Parts:
-        prepared, seed = opened.preprocessing, settings.seed
-        return open_parts(data, prepared, validation, seed, download=download, unlabelled=unlabelled)
-
+    images = partial(open_parts, data, opened.preprocessing, validation, settings.seed)
     if download:
-        team.first(lambda: len(images(False, download=True).train))
+        team.first(lambda: len(images(download=True, unlabelled=False).train))
     parts = images(unlabelled=distills or loss is not None)
     train, held = parts.train, parts.validation
     labels = loss is None and bool(train.classes)

@@ -63,13 +63,12 @@ def measured_by(
     Raises AsymswapError where both are given, or none is although one is needed.
     """
     metrics, crop_border = measured["metric"] or [], measured["crop_border"]
-    if data is not None and metrics:
-        raise AsymswapError(f"{option} and --metric both say what to measure by; give one of them")
     own = None if task is None else task.evaluate
-    if task is not None and own is not None and (data is not None or metrics):
-        given = option if data is not None else "--metric"
-        raise AsymswapError(f"{given} and evaluate() of {task.path} both say what to measure by; give one of them")
-    if needed and data is None and not metrics and own is None:
+    by = {option: data is not None, "--metric": metrics, f"evaluate() of {task.path if task else ''}": own}
+    said = [name for name, given in by.items() if given]
+    if len(said) > 1:
+        raise AsymswapError(f"{said[0]} and {said[1]} both say what to measure by; give one of them")
+    if needed and not said:
         raise AsymswapError(f"give {option}, --metric with a function of your own, or a --task with evaluate()")
     if crop_border and data is None:
         raise AsymswapError(f"--crop-border goes with {option} pairs:INPUTS,TARGETS; leave it out")

@@ -85,5 +85,5 @@ def with_options(command: Command) -> Command:
         command(**values, **dict.fromkeys(grouped.keys() & own.keys()), **made)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
     return run
