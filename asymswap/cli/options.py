@@ -149,15 +149,11 @@ class Common:
     @functools.cached_property
     def _opening(self) -> dict[str, Any]:
         """The options of `asymswap.open_model`."""
-        form = "not channels x height x width, such as 3x224x224"
-        return {
-            "weights": self.weights,
-            "arch": self.arch,
-            "key": self.key,
+        form, names = "not channels x height x width, such as 3x224x224", ("weights", "arch", "key", "trust_pickle")
+        return {name: getattr(self, name) for name in names} | {
             "arguments": parse_pairs("--arg", self.arguments, python=True),
             # With four numbers it is the size of a clip.
             "input_size": parse_numbers("--input", self.input_size, form, int, "x", (3, 4)),
-            "trust_pickle": self.trust_pickle,
             "preprocessing": self.preprocessing,
         }
 
@@ -228,12 +224,11 @@ def _common(*opening: str, images: bool = True) -> Any:
 
 
 _OPENING = ("weights", "arch", "key", "arguments", "input_size", "trust_pickle")
-COMMON, WITHOUT_IMAGES, OF_CHECKPOINT = (
-    _common(*_OPENING),
-    _common(*_OPENING, images=False),
-    _common("arch", "arguments"),
-)
-EXPORTED, TRAINED = _common("arch", "arguments", images=False), _common("arch", "arguments", "input_size")
+COMMON = _common(*_OPENING)
+WITHOUT_IMAGES = _common(*_OPENING, images=False)
+OF_CHECKPOINT = _common("arch", "arguments")
+EXPORTED = _common("arch", "arguments", images=False)
+TRAINED = _common("arch", "arguments", "input_size")
 PRINTING = _common(images=False)
 """The options of `Common` that different commands have."""
 
