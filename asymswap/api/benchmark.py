@@ -64,7 +64,20 @@ def benchmark(
     """
     if dtype is not None:
         check_choice("the dtype", dtype, get_args(Dtype))
-    settings = _settings(runtimes, batches, threads or (torch.get_num_threads(),), memory_formats)
+    for runtime in runtimes:
+        check_choice("the runtime", runtime, TITLES)
+    for form in memory_formats:
+        check_choice("the memory format", form, FORMATS)
+    threads = threads or (torch.get_num_threads(),)
+    if min(*batches, *threads, 1) < 1 or not (runtimes and batches and memory_formats):
+        raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
+    # Each once, for some runtimes have a memory format of their own.
+    settings = tuple(
+        dict.fromkeys(
+            Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None)
+            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
+        )
+    )
     if not models:
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
@@ -185,24 +198,6 @@ def time_conversion(
         return replace(known, times=(*known.times, *rows))
     setting = RUNTIMES["torch"].setting(timing)
     return LatencyRow(tuple(rows), setting.memory_format, setting.batch, setting.threads, machine()["processor"])
-
-
-def _settings(
-    runtimes: Sequence[str], batches: Sequence[int], threads: Sequence[int], formats: Sequence[MemoryFormat]
-) -> tuple[Setting, ...]:
-    """Return all combinations; some runtimes have a memory format of their own."""
-    for runtime in runtimes:
-        check_choice("the runtime", runtime, TITLES)
-    for form in formats:
-        check_choice("the memory format", form, FORMATS)
-    if min(*batches, *threads, 1) < 1 or not (runtimes and batches and formats):
-        raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
-    return tuple(
-        dict.fromkeys(
-            Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None)
-            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, formats)
-        )
-    )
 
 
 def _time_layers(

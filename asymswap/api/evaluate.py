@@ -112,7 +112,23 @@ def evaluate(
         # The same data in the same order, so the same images are unreadable.
         assert torch.equal(first.numbers, found.numbers)
         against = None if found is first else against_first(found.labels, first.guesses, found.guesses)
-        about = _classification(evaluator.data.classes, found, confusions, against)
+        classes, labels, correct = evaluator.data.classes, found.labels, found.guesses == found.labels
+        images_by_class = torch.bincount(labels, minlength=len(classes)).tolist()
+        right_by_class = torch.bincount(labels[correct], minlength=len(classes)).tolist()
+        confused = Counter(zip(labels[~correct].tolist(), found.guesses[~correct].tolist(), strict=True))
+        most_confused = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:confusions]
+        # A model may score more classes than the data has.
+        names = [*classes, *(f"class {number}" for number in range(len(classes), found.scores))]
+        about = results.Classification(
+            right=int(correct.sum()),
+            interval=wilson_interval(int(correct.sum()), len(found)),
+            loss=float(found.losses.mean()),
+            images_per_second=len(found) / found.seconds if found.seconds else 0.0,
+            outputs=found.scores,
+            classes=tuple(results.ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
+            confusions=tuple(results.ConfusionRow(names[of], names[as_], n) for (of, as_), n in most_confused),
+            against_first=against,
+        )
         rows.append(results.ModelScores(one.reference, found.named, about, fed_of(feeding)))
         if found.scores != evaluator.classes:
             notes.append(
@@ -156,29 +172,3 @@ def settle_each(
         return [*opened], [None] * len(opened), []
     settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
     return [one for one, _ in settled], [feeding for _, feeding in settled], []
-
-
-def _classification(
-    classes: Sequence[str], found: Predictions, confusions: int, against: results.AgainstFirst | None
-) -> results.Classification:
-    labels, guesses = found.labels, found.guesses
-    correct = guesses == labels
-    right = int(correct.sum())
-    images_by_class = torch.bincount(labels, minlength=len(classes)).tolist()
-    right_by_class = torch.bincount(labels[correct], minlength=len(classes)).tolist()
-    pairs = Counter(zip(labels[~correct].tolist(), guesses[~correct].tolist(), strict=True))
-    most_confused = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:confusions]
-
-    def class_name(number: int) -> str:
-        return classes[number] if number < len(classes) else f"class {number}"
-
-    return results.Classification(
-        right=right,
-        interval=wilson_interval(right, len(found)),
-        loss=float(found.losses.mean()),
-        images_per_second=len(found) / found.seconds if found.seconds else 0.0,
-        outputs=found.scores,
-        classes=tuple(results.ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
-        confusions=tuple(results.ConfusionRow(class_name(of), class_name(as_), n) for (of, as_), n in most_confused),
-        against_first=against,
-    )

@@ -94,7 +94,14 @@ def sweep(
     if timing is not None:
         setting["timing"] = {name: value for name, value in vars(timing).items() if name != "cache"}
     if known is not None:
-        known = _resumable(known, setting)
+        # Recipes may be added to a sweep; other settings must be as they were.
+        old, new = dict(known.setting), dict(setting)
+        before, added = old.pop("recipes", {}), new.pop("recipes")
+        wrong = [name for name in new if old.get(name) != new[name]]
+        wrong += [f"recipe {name}" for name in before if added.get(name, before[name]) != before[name]]
+        if wrong:
+            raise AsymswapError(f"the sweep to resume has other settings ({wrong[0]}); `force=True` starts again")
+        known = replace(known, setting={**setting, "recipes": {**before, **added}})
     else:
         known = Tradeoff(
             model=opened.reference,
@@ -178,17 +185,6 @@ def _setting(session: Session, evaluator: Evaluator, recipes: Mapping[str, tuple
         "calibration": calibrated,
         "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, (text, _) in recipes.items()},
     }
-
-
-def _resumable(known: Tradeoff, setting: Mapping[str, Any]) -> Tradeoff:
-    """Return the sweep to resume; raises AsymswapError for other settings. Recipes may be added to it."""
-    old = dict(known.setting)
-    recipes = {**old.get("recipes", {}), **setting["recipes"]}
-    wrong = [name for name in setting if name != "recipes" and old.get(name) != setting[name]]
-    wrong += [f"recipe {name}" for name, text in old.get("recipes", {}).items() if recipes[name] != text]
-    if wrong:
-        raise AsymswapError(f"the sweep to resume has other settings ({wrong[0]}); `force=True` starts again")
-    return replace(known, setting={**setting, "recipes": recipes})
 
 
 def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tuple[str, ...]:

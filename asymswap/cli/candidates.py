@@ -16,9 +16,7 @@ def candidates(
     force: bool = o.FORCE,
     common: o.Common = o.WITHOUT_IMAGES,
 ) -> None:
-    """List every Conv2d: what a pair of convs would save there, or why it is no candidate.
-
-    Convs of 1x1 would become two 1x1 convs (low-rank), larger ones a column and a row (separable).
+    """Convs of 1x1 would become two 1x1 convs (low-rank), larger ones a column and a row (separable).
 
     Example: asymswap candidates resnet18 --weights none
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +27,14 @@ SUMMARIES = {
     "benchmark": "Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.",
     "task": "Print a commented Python file for --task: your own data, inputs, metric and loss.",
 }
-"""The files of this folder that are commands, and the first line of the docstring of each."""
+"""The files of this folder that are commands, and what each does; its docstring says more."""
 
 
 def function(name: str) -> Callable[..., None]:
     """Return the function of a command, from whose signature Typer makes the options."""
-    return with_options(getattr(importlib.import_module(f"asymswap.cli.{name}"), name))
+    found = with_options(getattr(importlib.import_module(f"asymswap.cli.{name}"), name))
+    found.__doc__ = f"{SUMMARIES[name]}\n\n{inspect.cleandoc(found.__doc__ or '')}"
+    return found
 
 
 def command(name: str) -> Any:

@@ -27,10 +27,7 @@ def compare(
     markdown: bool = o.MARKDOWN,
     common: o.Common = o.COMMON,
 ) -> None:
-    """Compare models: parameters, MACs, size, latency, outputs, scores.
-
-    Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits
-    """
+    """Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits"""
     common.check_form(markdown)
     with common.progress() as step:
         from asymswap.api.compare import compare as beside

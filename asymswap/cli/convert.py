@@ -57,10 +57,7 @@ def convert(
     seed: int = option(0, "Seed for choosing images and for the probe batch."),
     common: o.Common = o.COMMON,
 ) -> None:
-    """Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.
-
-    Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
-    """
+    """Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only"""
     from asymswap.reporting.convert import check_suffix
 
     target = output or o.default_output(model)

@@ -31,10 +31,7 @@ def evaluate(
     download: bool = o.DOWNLOAD,
     common: o.Common = o.COMMON,
 ) -> None:
-    """Measure models on data or by a metric; classifiers also per class, with tests of their differences.
-
-    Example: asymswap evaluate model.pt model.asym.pt --data photos/
-    """
+    """Example: asymswap evaluate model.pt model.asym.pt --data photos/"""
     with common.progress() as step:
         import asymswap
 

@@ -20,10 +20,7 @@ def export(
     force: bool = o.FORCE,
     common: o.Common = o.EXPORTED,
 ) -> None:
-    """Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.
-
-    Example: asymswap export model.asym.pt --to onnx -o model.onnx
-    """
+    """Example: asymswap export model.asym.pt --to onnx -o model.onnx"""
     target = o.default_output(str(checkpoint), "exported")
     if to != "state-dict":
         target = target.with_name(f"{checkpoint.stem}.{to or 'onnx'}")

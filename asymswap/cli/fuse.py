@@ -20,10 +20,7 @@ def fuse(
     force: bool = o.FORCE,
     common: o.Common = o.OF_CHECKPOINT,
 ) -> None:
-    """Turn acb and offset kinds back into ordinary convs that compute the same.
-
-    Example: asymswap fuse model.asym.pt --as-original -o model.pt
-    """
+    """Example: asymswap fuse model.asym.pt --as-original -o model.pt"""
     target = o.target_of(checkpoint, output, o.default_output(str(checkpoint), "fused"), force)
     with common.progress() as step:
         import asymswap

@@ -26,10 +26,7 @@ def recipes(
     schema: bool = option(False, "Print the JSON Schema of recipes, for editors."),
     common: o.Common = o.PRINTING,
 ) -> None:
-    """List the recipes that come with asymswap, show one, or check a file.
-
-    Example: asymswap recipes 3x3-only > mine.toml
-    """
+    """Example: asymswap recipes 3x3-only > mine.toml"""
     from asymswap.planning import recipe as r
 
     if schema:

@@ -29,10 +29,7 @@ def show(
     force: bool = o.FORCE,
     common: o.Common = o.OF_CHECKPOINT,
 ) -> None:
-    """Show how a converted model was made, from which source, with which result.
-
-    Example: asymswap show resnet18.asym.pt --report resnet18.html
-    """
+    """Example: asymswap show resnet18.asym.pt --report resnet18.html"""
     if draw is not None or data is not None or offsets or common.preprocessing is not None:
         if report is not None or plan:
             other = "--plan" if report is None else "--report"

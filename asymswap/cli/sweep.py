@@ -51,10 +51,7 @@ def sweep(
     force: bool = o.FORCE,
     common: o.Common = o.COMMON,
 ) -> None:
-    """Convert a model to several budgets and plot scores over cost; an interrupted run resumes.
-
-    Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
-    """
+    """Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits"""
     every = {"macs": macs, "params": params, "latency": latency}
     given = {name: text for name, text in every.items() if text is not None}
     if len(given) > 1:
