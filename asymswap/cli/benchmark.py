@@ -36,7 +36,7 @@ def benchmark(
     markdown: bool = o.MARKDOWN,
     common: o.Common = o.WITHOUT_IMAGES,
 ) -> None:
-    """Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime onnxruntime --batch 1,8"""
+    """Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime openvino --batch 1,8"""
     common.check_form(markdown)
     batches = o.parse_numbers("--batch", batch, _COUNTS, int)
     counts = o.parse_numbers("--threads", threads, _COUNTS, int)
