@@ -97,10 +97,10 @@ def sweep(
         # Recipes may be added to a sweep; other settings must be as they were.
         old, new = dict(known.setting), dict(setting)
         before, added = old.pop("recipes", {}), new.pop("recipes")
-        wrong = [name for name in new if old.get(name) != new[name]]
-        wrong += [f"recipe {name}" for name in before if added.get(name, before[name]) != before[name]]
-        if wrong:
-            raise AsymswapError(f"the sweep to resume has other settings ({wrong[0]}); `force=True` starts again")
+        differing = [name for name in new if old.get(name) != new[name]]
+        differing += [f"recipe {name}" for name in before if added.get(name, before[name]) != before[name]]
+        if differing:
+            raise AsymswapError(f"the sweep to resume has other settings ({differing[0]}); `force=True` starts again")
         known = replace(known, setting={**setting, "recipes": {**before, **added}})
     else:
         known = Tradeoff(
