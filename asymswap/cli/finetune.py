@@ -28,10 +28,7 @@ def finetune(
     download: bool = o.DOWNLOAD,
     output: Path | None = option(None, "The checkpoint to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.tuned.pt"),
     run: Path | None = option(
-        None,
-        "Folder of the run: state, best and last checkpoint, metrics.",
-        o.RESULT,
-        shown="beside the output, .run",
+        None, "Folder of the run: state, best and last checkpoint, metrics.", o.RESULT, shown="beside the output, .run"
     ),
     resume: bool = option(False, "Resume an interrupted run.", o.RESULT),
     save_every: Any = None,  # a setting of the training; the help shows its option here

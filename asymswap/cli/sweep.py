@@ -23,8 +23,7 @@ _BUDGET, _DATA = "Budgets", "Data"
 def sweep(
     model: o.Model,
     recipe: Annotated[
-        list[str],
-        typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe),
+        list[str], typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
     ],
     evaluate: str | None = option(None, f"Measure on {d.EVALUATION_FORMS}", _DATA, shown=False),
     measured: Any = d.MEASURED,
