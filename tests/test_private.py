@@ -17,8 +17,7 @@ import asymswap
 from asymswap.api import convert as convert_module
 from asymswap.errors import SourceError
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import Model, open_for_verb, open_model
-from asymswap.types import Progress
+from asymswap.models.opening import open_for_verb, open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,8 +60,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OpenedModel]]:
     """The models that `convert` opens while the test runs."""
     found: list[OpenedModel] = []
 
-    def watch(model: Model, progress: Progress, **options: Any) -> OpenedModel:
-        found.append(open_for_verb(model, progress, **options))
+    def watch(*arguments: Any) -> OpenedModel:
+        found.append(open_for_verb(*arguments))
         return found[-1]
 
     monkeypatch.setattr(convert_module, "open_for_verb", watch)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import asymswap
-from asymswap.api.progress import shows_progress
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.errors import AsymswapError, check_choice
 from asymswap.measure.latency import (
     MOST_SECONDS,
@@ -52,7 +52,7 @@ def benchmark(
     layers: bool = True,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> Benchmark:
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
 
@@ -62,18 +62,29 @@ def benchmark(
     first setting of eager PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError
     where a model cannot be opened, and where nothing can be run.
     """
-    assert callable(progress)  # `shows_progress` makes it one
     if dtype is not None:
         check_choice("the dtype", dtype, get_args(Dtype))
-    settings = _settings(runtimes, batches, threads or (torch.get_num_threads(),), memory_formats)
+    for runtime in runtimes:
+        check_choice("the runtime", runtime, TITLES)
+    for form in memory_formats:
+        check_choice("the memory format", form, FORMATS)
+    threads = threads or (torch.get_num_threads(),)
+    if min(*batches, *threads, 1) < 1 or not (runtimes and batches and memory_formats):
+        raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
+    # Each once, for some runtimes have a memory format of their own.
+    settings = tuple(
+        dict.fromkeys(
+            Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None)
+            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
+        )
+    )
     if not models:
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
-    opened = [open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs) for model in models]
+    opened = [open_for_verb(model, progress, input_size, example_inputs) for model in models]
     costs = tuple(cost_row(one) for one in opened)
-    cast_to = None if dtype is None else getattr(torch, dtype)
-    found = _InTurn(opened, settings, rounds, seconds, progress, cast_to)
+    found = _InTurn(opened, settings, rounds, seconds, progress, None if dtype is None else getattr(torch, dtype))
     if not found.timed:
         raise AsymswapError("; ".join(dict.fromkeys(result.failure or "" for result in found.results.values())))
     measured = []
@@ -84,8 +95,7 @@ def benchmark(
         if place is not None:
             both = (opened[0], found.networks[0]), (opened[number], found.networks[number])
             measured.append(Layers(number, place, *_time_layers(both, settings[place], rounds, seconds, progress)))
-    results = tuple(found.results.values())
-    about = machine()
+    results, about = tuple(found.results.values()), machine()
     return Benchmark(
         asymswap=asymswap.__version__,
         models=costs,
@@ -105,11 +115,9 @@ def benchmark(
 
 def cost_row(opened: OpenedModel) -> BenchmarkedModel:
     """Return what a model is and what it costs."""
-    costs = costs_of(opened)
-    origin, takes = opened.origin.reference, opened.takes()
-    return BenchmarkedModel(
-        opened.reference, origin, opened.weights, takes, costs.total, notes=opened.notes + costs.notes()
-    )
+    costs, origin = costs_of(opened), opened.origin.reference
+    notes = opened.notes + costs.notes()
+    return BenchmarkedModel(opened.reference, origin, opened.weights, opened.takes(), costs.total, notes)
 
 
 class _InTurn:
@@ -156,7 +164,7 @@ def time_in_turn(
     Raises AsymswapError, with the reason, where one of them cannot be run.
     """
     setting = RUNTIMES[timing.runtime].setting(timing)
-    results = [*_InTurn(opened, [setting], timing.rounds, MOST_SECONDS, progress).results.values()]
+    results = _InTurn(opened, [setting], timing.rounds, MOST_SECONDS, progress).results.values()
     for one, result in zip(opened, results, strict=True):
         if result.failure is not None:
             raise AsymswapError(f"{one.reference} in {TITLES[timing.runtime]}: {result.failure}")
@@ -179,8 +187,7 @@ def time_conversion(
     if timing.runtime not in done:
         RUNTIMES[timing.runtime].version()  # raises where what was asked for is not there
     names = installed(names)
-    settings = [RUNTIMES[name].setting(timing) for name in names]
-    both = [opened, replace(opened, model=converted)]
+    both, settings = [opened, replace(opened, model=converted)], [RUNTIMES[name].setting(timing) for name in names]
     found = _InTurn(both, settings, timing.rounds, MOST_SECONDS, progress).results
     rows = []
     for place, name in enumerate(names):
@@ -191,24 +198,6 @@ def time_conversion(
         return replace(known, times=(*known.times, *rows))
     setting = RUNTIMES["torch"].setting(timing)
     return LatencyRow(tuple(rows), setting.memory_format, setting.batch, setting.threads, machine()["processor"])
-
-
-def _settings(
-    runtimes: Sequence[str], batches: Sequence[int], threads: Sequence[int], formats: Sequence[MemoryFormat]
-) -> tuple[Setting, ...]:
-    """Return all combinations; some runtimes have a memory format of their own."""
-    for runtime in runtimes:
-        check_choice("the runtime", runtime, TITLES)
-    for form in formats:
-        check_choice("the memory format", form, FORMATS)
-    if min(*batches, *threads, 1) < 1 or not (runtimes and batches and formats):
-        raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
-    combinations = itertools.product(runtimes, batches, threads, formats)
-    settings = [
-        Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None)
-        for runtime, batch, count, form in combinations
-    ]
-    return tuple(dict.fromkeys(settings))
 
 
 def _time_layers(

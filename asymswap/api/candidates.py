@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from asymswap.api.progress import shows_progress
-from asymswap.graph.trace import check_runs, trace
-from asymswap.models.opened import costs_of, sizes_assumed
+from asymswap.api.progress import Shows, shows_progress
+from asymswap.api.session import Session
+from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.candidates import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.candidates import Candidates
-from asymswap.types import Progress
 from asymswap.utils.inputs import sizes
 
 
@@ -23,15 +22,13 @@ def candidates(
     recipe: str | Path | None = None,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> Candidates:
     """List every Conv2d with what `separable` or, if it is 1x1, `low-rank` would save, or why it is no candidate."""
-    assert callable(progress)  # `shows_progress` makes it one
     parsed = None if recipe is None else parse_recipe(*read_recipe_text(str(recipe)))
-    opened = open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs)
-    traced = trace(opened.model, opened.example())
-    check_runs(traced, opened.model, opened.example())
-    costs = costs_of(opened)
+    opened = open_for_verb(model, progress, input_size, example_inputs)
+    session = Session(opened)
+    traced, costs = session.traced, session.costs
     return Candidates(
         reference=opened.reference,
         traced_by=traced.by,

@@ -15,11 +15,11 @@ All raise AsymswapError, with a one-line reason, for what cannot be done.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from torch import nn
 import asymswap
 from asymswap import replacements
 from asymswap.api.benchmark import time_conversion
-from asymswap.api.drop import convert_within, measuring
-from asymswap.api.progress import shows_progress
+from asymswap.api.drop import convert_within
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
-from asymswap.calibration.agreement import Against, on_held_back
+from asymswap.calibration.agreement import MEASURED, Against, on_held_back
 from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
@@ -53,18 +53,10 @@ from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
-from asymswap.results.convert import (
-    AccuracyRow,
-    CalibrationRow,
-    FileRow,
-    ModelRow,
-    OutputChange,
-    Report,
-    ScoreChange,
-    SiteRow,
-)
+from asymswap.results import convert as results
+from asymswap.results.convert import Report
 from asymswap.results.records import read_provenance, read_report, to_json
-from asymswap.types import Cost, Keep, Plan, Progress, Shown, Site, Swap
+from asymswap.types import Cost, Keep, Plan, Shown, Site, Swap
 from asymswap.utils.files import check_output, write_file
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
@@ -92,13 +84,12 @@ def plan(
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> Plan:
     """Return what `convert` would do, without doing it; the plan is plain data and can be edited and replayed."""
-    assert callable(progress)  # `shows_progress` makes it one
     overrides = _with_budget(overrides, macs=macs, params=params, latency=latency)
     parsed = parse_recipe(*read_recipe_text(str(recipe)), overrides)
-    opened = open_for_verb(model, progress, input_size=input_size, example_inputs=example_inputs)
+    opened = open_for_verb(model, progress, input_size, example_inputs)
     check_finite(opened)
     return Session(opened).plan(parsed, progress)[0]
 
@@ -125,7 +116,7 @@ def convert(
     timing: Timing | None = None,
     allow_drift: bool = False,
     seed: int = 0,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> Conversion:
     """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
 
@@ -140,40 +131,40 @@ def convert(
     Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
     `allow_drift`.
     """
-    assert callable(progress)  # `shows_progress` makes it one
     if (recipe is None) == (plan is None):
         raise AsymswapError("convert takes either a recipe or a plan")
     overrides = _with_budget(overrides, macs=macs, params=params, latency=latency, max_drop=max_drop)
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: `overrides=…` and budgets go with a recipe; edit the plan instead")
     requested: Recipe | Plan
-    name, text, budget = "a plan", "", None
+    text, budget = "", None
     if recipe is None:
         requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
     else:
-        name, (text, where) = str(recipe), read_recipe_text(str(recipe))
+        text, where = read_recipe_text(str(recipe))
         requested = parse_recipe(text, where, overrides)
         budget = requested.budget
     if calibration is not None and not isinstance(calibration, Calibration):
         raise AsymswapError(f"`calibration=` takes asymswap.Calibration(DATA), not {calibration!r}")
     drop = None if budget is None or budget.max_drop is None else Drop.parse(budget.max_drop)
     if drop is not None and evaluate is None:
-        calibration = measuring(calibration)
+        if calibration is None or calibration.data is None:
+            raise AsymswapError(
+                "`max_drop=…` is measured: give `calibration=…` with data, of which a part is held back, or "
+                "`evaluate=…`"
+            )
+        # As many as tenths of a point need.
+        calibration = replace(calibration, held_back=calibration.held_back or MEASURED)
     in_time = budget is not None and budget.latency is not None
     if (timing is not None or runtime is not None) and not in_time and not time:
-        said = "options of time, such as `runtime=…`, go with `latency=…` or `time=True`; give one, or leave them out"
-        raise AsymswapError(said)
+        raise AsymswapError(
+            "options of time, such as `runtime=…`, go with `latency=…` or `time=True`; give one, or leave them out"
+        )
     timing = timing or Timing()
     timing = timing if runtime is None else replace(timing, runtime=runtime)
     if in_time or time:
         RUNTIMES[timing.runtime].version()  # raises where it is not installed
-    opened = open_for_verb(
-        model,
-        progress,
-        input_size=input_size,
-        example_inputs=example_inputs,
-        preprocessing=options_of(preprocessing, calibration),
-    )
+    opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
     check_finite(opened)
     feeding = None
@@ -189,51 +180,49 @@ def convert(
     before = None
     if judge is not None:
         # Before calibration, which takes minutes.
-        step = functools.partial(progress, "evaluating before")
-        before = session.team.first(functools.partial(judge.measured, opened.model, step))
+        before = session.team.first(partial(judge.measured, opened.model, partial(progress, "evaluating before")))
         if drop is not None:
             if not before.scores:
-                raise AsymswapError(
-                    "`max_drop` has nothing to measure: the outputs cannot be compared; give `evaluate=…`"
-                )
+                nothing = "`max_drop` has nothing to measure: the outputs cannot be compared; give `evaluate=…`"
+                raise AsymswapError(nothing)
             drop.allowed(before.scores[0])
         clock.stop("evaluate before")
     if calibration is not None:
         classes = None if evaluator is None else evaluator.classes
         session.gather(session.sites_of([requested]), classes, progress)
-    kept, timed = None, None
+    kept, dropped, timed = None, None, None
     if drop is not None and judge is not None and before is not None and isinstance(requested, Recipe):
-        kept = convert_within(session, requested, drop, judge, before, progress)
-        converted = kept.converted
+        converted, kept, dropped = convert_within(session, requested, drop, judge, before, progress)
     else:
         settled, timed = session.plan(requested, progress, timing=timing if in_time else None)
         if isinstance(requested, Recipe):
             check_not_empty(settled, requested)
         converted = session.apply(settled, progress)
-    settled = converted.plan
 
     def measured() -> Report:
-        report = make_report(session, converted, name, None if budget is None else str(budget), seed)
+        budgeted = None if budget is None else str(budget)
+        report = _make_report(session, converted, "a plan" if recipe is None else str(recipe), budgeted, seed)
         if not allow_drift:
-            check_promises(report, opened.dtype())
+            _check_promises(report, opened.dtype())
         against = judge if isinstance(judge, Against) else session.against()
-        comparing = functools.partial(progress, "comparing")
-        agreement = None if against is None else against.agreement(converted.model, comparing)
-        first = sizes_assumed([opened]) if feeding is None else feeding.warnings
-        calibrated = calibration_row(session, converted, None if evaluator is None else evaluator.inputs)
+        agreement = None if against is None else against.agreement(converted.model, partial(progress, "comparing"))
         clock.stop("measure")
         times = timed
         if time or (time is None and in_time):
             times = time_conversion(opened, converted.model, timing, timed, progress)
             clock.stop("time")
-        scores = None
+        calibrated, scores = report.calibration, None
         if evaluator is not None and before is not None:
-            step = functools.partial(progress, "evaluating after")
-            after = evaluator(converted.model, step) if kept is None else kept.measured.scores
+            step = partial(progress, "evaluating after")
+            after = evaluator(converted.model, step) if kept is None else kept.scores
             check_same(before.scores, after)
             value = {score.name: score.value for score in after}
-            changes = [ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before.scores]
-            scores = AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
+            changes = [
+                results.ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before.scores
+            ]
+            scores = results.AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
+            if calibrated is not None and session.held_back_are(evaluator.inputs):
+                calibrated = replace(calibrated, notes=(*calibrated.notes, SAME_IMAGES))
             clock.stop("evaluate")
         return replace(
             report,
@@ -242,8 +231,8 @@ def convert(
             calibration=calibrated,
             accuracy=scores,
             agreement=agreement,
-            drop=None if kept is None else kept.row,
-            warnings=(*first, *report.warnings),
+            drop=dropped,
+            warnings=(*(sizes_assumed([opened]) if feeding is None else feeding.warnings), *report.warnings),
             fed=fed_of(feeding),
             seconds=clock.seconds,
         )
@@ -257,8 +246,8 @@ def convert(
         # Without wall times equal runs write equal files.
         "report": to_json(replace(report, seconds={})),
     }
-    header = replace(opened.header(), plans=(*opened.plans, settled), provenance=provenance)
-    return Conversion(converted.model, settled, report, header, base_of(opened))
+    header = replace(opened.header(), plans=(*opened.plans, converted.plan), provenance=provenance)
+    return Conversion(converted.model, converted.plan, report, header, base_of(opened))
 
 
 def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | None) -> dict[str, Any]:
@@ -282,7 +271,7 @@ def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Re
     start = time.perf_counter()
     save_checkpoint(path, conversion.model, conversion.header)
     seconds = {**conversion.report.seconds, "save": round(time.perf_counter() - start, 3)}
-    written = FileRow(str(path), path.stat().st_size)
+    written = results.FileRow(str(path), path.stat().st_size)
     conversion.report = replace(conversion.report, files=(*conversion.report.files, written), seconds=seconds)
     return conversion.report
 
@@ -306,7 +295,7 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
 def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
     """Return the report in the header of a checkpoint, in the form of the ending of `path`."""
     report = read_report(header.provenance, str(checkpoint))
-    report = replace(report, files=(*report.files, FileRow(str(checkpoint), checkpoint.stat().st_size)))
+    report = replace(report, files=(*report.files, results.FileRow(str(checkpoint), checkpoint.stat().st_size)))
     provenance = read_provenance(header.provenance, str(checkpoint))
     try:
         return report_text(report, provenance, path)
@@ -315,24 +304,25 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
         raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None
 
 
-def make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
+def _make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
     """Measure what has changed, on held-back images where there are some, else on random ones by the seed.
 
     Raises AsymswapError where the converted model's output is not finite.
     """
     opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
-    gathered = session.gathered
+    gathered, calibrated, size = session.gathered, None, ""
+    if gathered is not None:
+        about, polished = gathered.summary, [str(converted.polished)] if converted.polished is not None else []
+        calibrated = results.CalibrationRow(
+            about.data, about.images, about.sha256, about.seed, converted.sequential, (*converted.notes, *polished)
+        )
     if gathered is not None and gathered.held_back is not None:
-        inputs = placed(opened.model, gathered.held_back.load(0))
-        inputs = samples_of(inputs, 0, PROBED)
+        inputs = samples_of(placed(opened.model, gathered.held_back.load(0)), 0, PROBED)
         probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")
     else:
         inputs, probed = some_inputs(None, opened, seed, images=2)
-    size = (
-        ""
-        if session.calibration is None or session.calibration.patch is None
-        else sizes(samples_of(inputs, 0, 1)).removeprefix("1x")
-    )
+    if session.calibration is not None and session.calibration.patch is not None:
+        size = sizes(samples_of(inputs, 0, 1)).removeprefix("1x")
     parts = compared_parts(traced)
     if not traced.on_meta:
         probed += f", compared at the outputs of {len(parts)} parts"
@@ -346,12 +336,11 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
                 "a larger budget, or another dtype than half precision"
             )
     decided: list[Swap | Keep] = [*plan.keeps, *plan.swaps]
-    entries = {one.site: one for one in decided}
-    after = converted.costs.by_name
+    entries, after = {one.site: one for one in decided}, converted.costs.by_name
     rows = tuple(_row(site, entries[site.name], before, after[site.name], fidelity) for site in traced.sites)
     return Report(
         asymswap=asymswap.__version__,
-        model=ModelRow(
+        model=results.ModelRow(
             reference=opened.reference,
             origin=opened.origin.reference,
             weights=opened.weights,
@@ -367,38 +356,24 @@ def make_report(session: Session, converted: Converted, recipe: str, budget: str
         rest=before.total - sum((row.before for row in rows), start=Cost(0, 0)),
         before=before.total,
         after=converted.costs.total,
-        output=OutputChange(fidelity.output.relative, fidelity.output.largest, probed, size),
+        output=results.OutputChange(fidelity.output.relative, fidelity.output.largest, probed, size),
         warnings=tuple(_surprises(rows, fidelity)),
         multiplier=plan.multiplier,
+        calibration=calibrated,
         weights_bytes=(state_bytes(opened.model), state_bytes(converted.model)),
-        files=() if opened.file is None else (FileRow(str(opened.file), opened.file.stat().st_size),),
-    )
-
-
-def calibration_row(session: Session, converted: Converted, evaluated_on: str | None) -> CalibrationRow | None:
-    """Return what the conversion was calibrated on; `evaluated_on` describes the images of its scores."""
-    gathered, polished = session.gathered, converted.polished
-    if gathered is None:
-        return None
-    notes = list(converted.notes)
-    if polished is not None:
-        notes.append(str(polished))
-    if evaluated_on is not None and gathered.held_back and evaluated_on == gathered.held_back.description:
-        notes.append(SAME_IMAGES)
-    summary = gathered.summary
-    return CalibrationRow(
-        summary.data, summary.images, summary.sha256, summary.seed, converted.sequential, tuple(notes)
+        files=() if opened.file is None else (results.FileRow(str(opened.file), opened.file.stat().st_size),),
     )
 
 
 SAME_IMAGES = "calibrated and evaluated on the same images: the accuracy is too good to be trusted"
 
-
 _PROMISED = 1e-4
 """Relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype."""
+_SURPRISE = 5.0
+"""An error of more than this many times the predicted one has another cause."""
 
 
-def check_promises(report: Report, dtype: torch.dtype) -> None:
+def _check_promises(report: Report, dtype: torch.dtype) -> None:
     """Raise AsymswapError where a kind, or all of them together, have not preserved what they promise."""
     allowed = max(_PROMISED, 8 * torch.finfo(dtype).eps)
     for row in report.swapped:
@@ -414,26 +389,23 @@ def check_promises(report: Report, dtype: torch.dtype) -> None:
         )
 
 
-_SURPRISE = 5.0
-"""An error of more than this many times the predicted one has another cause."""
-
-
-def _surprises(rows: Sequence[SiteRow], fidelity: Fidelity) -> Iterator[str]:
+def _surprises(rows: Sequence[results.SiteRow], fidelity: Fidelity) -> Iterator[str]:
     """Warn where the error of a layer, or of the whole output, is far above the predicted one."""
-    errors = [(row, row.predicted_error, row.output_error) for row in rows if row.action == "swap"]
+    predicted = [row.predicted_error for row in rows if row.action == "swap"]
     far = [
-        f"{row.site} {fmt.error(measured)} instead of {fmt.error(predicted)}"
-        for row, predicted, measured in errors
-        if predicted is not None and measured is not None and not measured <= max(_SURPRISE * predicted, _PROMISED)
+        f"{row.site} {fmt.error(row.output_error)} instead of {fmt.error(row.predicted_error)}"
+        for row in rows
+        if row.predicted_error is not None
+        and row.output_error is not None
+        and not row.output_error <= max(_SURPRISE * row.predicted_error, _PROMISED)
     ]
     if far:
         more = f" and {len(far) - 3} more" if len(far) > 3 else ""
         yield f"the output error is far above the predicted one: {', '.join(far[:3])}{more}; check these layers"
-    if not errors or any(predicted is None for _, predicted, _ in errors):
-        return
     # The layers' errors add up like this where the network does not dampen them, which it usually does.
-    expected = math.sqrt(sum(predicted**2 for _, predicted, _ in errors if predicted is not None))
-    if not fidelity.output.relative <= max(_SURPRISE * expected, _PROMISED):
+    expected = math.sqrt(sum(error**2 for error in predicted if error is not None))
+    known = bool(predicted) and None not in predicted
+    if known and not fidelity.output.relative <= max(_SURPRISE * expected, _PROMISED):
         yield (
             f"the model's output changed by {fmt.error(fidelity.output.relative)}, where the errors of its layers "
             f"predict about {fmt.error(expected)}: its code may treat a replaced layer in another way than a Conv2d"
@@ -446,15 +418,10 @@ def state_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> SiteRow:
-    row = SiteRow(
-        site=site.name,
-        conv=site.conv.describe(),
-        feature_map=site.feature_map,
-        calls=len(site.calls),
-        reason=entry.reason,
-        before=before.by_name[site.name],
-        after=after,
+def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> results.SiteRow:
+    old, conv = before.by_name[site.name], site.conv.describe()
+    row = results.SiteRow(
+        site.name, conv, site.feature_map, len(site.calls), reason=entry.reason, before=old, after=after
     )
     if isinstance(entry, Keep):
         return row

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from functools import partial
 
 from asymswap.api.session import Converted, Session
-from asymswap.calibration.agreement import MEASURED
-from asymswap.calibration.config import Calibration
 from asymswap.data.metrics import Evaluator, Measured, check_same
-from asymswap.errors import AsymswapError, RecipeError
+from asymswap.errors import RecipeError
 from asymswap.measure.statistics import mean_interval
 from asymswap.planning.drop_budget import Drop, Search
 from asymswap.planning.plan import check_not_empty
@@ -21,35 +18,19 @@ from asymswap.types import Progress
 _POLISHED = 3  # networks, at most: each takes minutes
 
 
-def measuring(calibration: Calibration | None) -> Calibration:
-    """Return the calibration with as many inputs held back as tenths of a point need; raise AsymswapError without."""
-    if calibration is None or calibration.data is None:
-        raise AsymswapError(
-            "`max_drop=…` is measured: give `calibration=…` with data, of which a part is held back, or `evaluate=…`"
-        )
-    return replace(calibration, held_back=calibration.held_back or MEASURED)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The network found, its scores, and what the report says of it."""
-
-    converted: Converted
-    measured: Measured
-    row: DropRow
-
-
 def convert_within(
     session: Session, recipe: Recipe, drop: Drop, evaluator: Evaluator, before: Measured, progress: Progress
-) -> Kept:
-    """Return the smallest network found whose loss is at most `drop`; `before` is what the original measured.
+) -> tuple[Converted, Measured, DropRow]:
+    """Return the smallest network found whose loss is at most `drop`, with its scores and what the report says of it.
+
+    `before` is what the original measured.
 
     With polish a first search, without it, says where to begin; then up to three networks are polished. Raises
     RecipeError where every network that swaps anything loses more.
     """
     first = before.scores[0]
     allowed = drop.allowed(first)
-    curve = session.team.first(functools.partial(session.curve, recipe, progress))
+    curve = session.team.first(partial(session.curve, recipe, progress))
     if not curve:
         check_not_empty(session.plan(recipe, progress, Budget.model_validate({"macs": 1.0}))[0], recipe)
     fractions, predicted = zip(*curve, strict=True)
@@ -57,12 +38,12 @@ def convert_within(
     grain = 1 / evaluator.images if first.unit == "%" and evaluator.images else 0.0
     polishes = session.calibration is not None and session.calibration.polishes
     search = Search(fractions, predicted, allowed, grain=grain)
-    searches = [search]
-    solves = 0
-
-    def run(search: Search, polished: bool) -> Kept | None:
-        nonlocal solves
-        kept = None
+    kept, solves = None, 0
+    for polished in (False, True) if polishes else (False,):
+        if polished:
+            start = fractions[-1] if search.best is None else search.best[0]
+            slope = search.slope
+            search = Search(fractions, predicted, allowed, grain=grain, start=start, slope=slope, tries=_POLISHED)
         while (fraction := search.next()) is not None:
             solves += 1
             place = f"try {solves}, {fraction:.2f} of the MACs: "
@@ -70,46 +51,36 @@ def convert_within(
             def step(stage: str, done: int, total: int, place: str = place) -> None:
                 progress(place + stage, done, total)
 
-            converted = session.apply(
-                session.plan(recipe, step, Budget.model_validate({"macs": fraction}))[0], step, polished
-            )
-            measure = functools.partial(evaluator.measured, converted.model, functools.partial(step, "measuring"))
-            after = session.team.first(measure)
+            plan, _ = session.plan(recipe, step, Budget.model_validate({"macs": fraction}))
+            converted = session.apply(plan, step, polished)
+            after = session.team.first(partial(evaluator.measured, converted.model, partial(step, "measuring")))
             session.clock.stop("measure")
             check_same(before.scores, after.scores)
             lost, interval = _lost(before, after)
             search.add(fraction, lost)
             if search.best == (fraction, lost):
-                row = DropRow(
-                    first.name,
-                    first.unit,
-                    first.lower_is_better,
-                    allowed,
-                    lost,
-                    interval,
-                    evaluator.description,
-                    evaluator.images,
-                    converted.costs.total.macs / session.costs.total.macs,
-                    solves,
-                    smallest=fraction <= fractions[0],
-                )
-                kept = Kept(converted, after, row)
-        return kept
-
-    kept = run(search, False)
-    if polishes:
-        start = fractions[-1] if search.best is None else search.best[0]
-        searches.append(
-            Search(fractions, predicted, allowed, grain=grain, start=start, slope=search.slope, tries=_POLISHED)
-        )
-        kept = run(searches[-1], True) or kept
+                kept = converted, after, lost, interval, fraction <= fractions[0]
     if kept is None:
-        share, least = min(searches[-1].tried, key=lambda one: one[1])
+        share, least = min(search.tried, key=lambda one: one[1])
         raise RecipeError(
             f"the budget of {recipe.budget} cannot be kept: at {share:.3f} of the MACs {fmt.lost(least, first)} of "
             f"{first.name} are lost; allow more" + ("" if polishes else ", or polish")
         )
-    return replace(kept, row=replace(kept.row, solves=solves))
+    converted, after, lost, interval, smallest = kept
+    row = DropRow(
+        score=first.name,
+        unit=first.unit,
+        lower_is_better=first.lower_is_better,
+        allowed=allowed,
+        lost=lost,
+        interval=interval,
+        data=evaluator.description,
+        samples=evaluator.images,
+        share=converted.costs.total.macs / session.costs.total.macs,
+        solves=solves,
+        smallest=smallest,
+    )
+    return converted, after, row
 
 
 def _lost(before: Measured, after: Measured) -> tuple[float, tuple[float, float] | None]:

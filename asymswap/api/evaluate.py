@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asymswap.api.progress import shows_progress
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.calibration.agreement import Against
-from asymswap.data.datasets import LabelledImages, open_data, open_parts
+from asymswap.data.datasets import open_data, open_parts
 from asymswap.data.metrics import (
     Evaluator,
     Labelled,
@@ -27,19 +26,11 @@ from asymswap.data.metrics import (
 from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
-from asymswap.models.opened import sizes_assumed
+from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.results.evaluate import (
-    AgainstFirst,
-    Classification,
-    ClassRow,
-    ConfusionRow,
-    EvaluationReport,
-    ModelScores,
-)
+from asymswap.results import evaluate as results
 from asymswap.results.records import read_history
-from asymswap.types import Preprocessing, Progress
 from asymswap.utils.tensors import deep_copy
 
 PARTS = ("test", "validation", "train")
@@ -63,8 +54,8 @@ def evaluate(
     device: str | None = None,
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress | bool = True,
-) -> EvaluationReport:
+    progress: Shows = True,
+) -> results.EvaluationReport:
     """Measure one model or several on `data`, which is what `asymswap.convert` takes as `evaluate`.
 
     With `against_original` no labels are needed: `data` is a `Calibration`, or what it takes as data, and each model is
@@ -73,7 +64,6 @@ def evaluate(
     `validation` and `seed`) or train; images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
-    assert callable(progress)  # `shows_progress` makes it one
     check_choice("`part=…`", part, PARTS)
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("`batch_size=…` must be above 0, `confusions=…` and `workers=…` at least 0")
@@ -83,26 +73,26 @@ def evaluate(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Open and check all before measuring the first.
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
-    feedings: list[Feeding | None] = [None] * len(opened)
-    evaluators: list[Evaluator] = []
-    if against_original:
-        if part != "test" or crop_border:
-            raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
-        opened, feedings, against_first_one = Against.first_of(opened, data)
-        evaluators += against_first_one
-    elif isinstance(data, str):
-        settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
-        opened, feedings = [one for one, _ in settled], [feeding for _, feeding in settled]
+    if against_original and (part != "test" or crop_border):
+        raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
+    opened, feedings, evaluators = settle_each(opened, data, against_original, part, download)
     for one in opened if not evaluators else ():
         if isinstance(data, str) and paired_kind(data) is None and not crop_border:
-            mine = _open(one.preprocessing, data, part, validation, seed, download)
+            if part == "test" or (part == "train" and validation is None):
+                mine = open_data(data, one.preprocessing, "test" if part == "test" else "train", download=download)
+            else:
+                train, held_back = open_parts(data, one.preprocessing, validation, seed, download=download)
+                chosen = train if part == "train" else held_back
+                if chosen is None:
+                    raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
+                mine = chosen
             check_class_names(known_classes(one), mine)
             evaluators.append(Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
         elif part != "test":
             raise AsymswapError(f'`part="{part}"` is for labelled images; leave it out')
         else:
             evaluators.append(evaluator_of(data, one, crop_border))
-    rows: list[ModelScores] = []
+    rows: list[results.ModelScores] = []
     notes: list[str] = []
     first: Predictions | None = None
     for one, feeding, evaluator in zip(opened, feedings, evaluators, strict=True):
@@ -114,7 +104,7 @@ def evaluate(
         step = functools.partial(progress, stage)
         try:
             if not isinstance(evaluator, Labelled):
-                rows.append(ModelScores(one.reference, evaluator(placed, step), fed=fed_of(feeding)))
+                rows.append(results.ModelScores(one.reference, evaluator(placed, step), fed=fed_of(feeding)))
                 check_same(rows[0].scores, rows[-1].scores)
                 notes += [evaluator.note] if evaluator.note else []
                 continue
@@ -129,8 +119,24 @@ def evaluate(
         # The same data in the same order, so the same images are unreadable.
         assert torch.equal(first.numbers, found.numbers)
         against = None if found is first else against_first(found.labels, first.guesses, found.guesses)
-        about = replace(_classification(evaluator.data.classes, found, confusions), against_first=against)
-        rows.append(ModelScores(one.reference, found.named, about, fed_of(feeding)))
+        classes, labels, correct = evaluator.data.classes, found.labels, found.guesses == found.labels
+        images_by_class = torch.bincount(labels, minlength=len(classes)).tolist()
+        right_by_class = torch.bincount(labels[correct], minlength=len(classes)).tolist()
+        confused = Counter(zip(labels[~correct].tolist(), found.guesses[~correct].tolist(), strict=True))
+        most_confused = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:confusions]
+        # A model may score more classes than the data has.
+        names = [*classes, *(f"class {number}" for number in range(len(classes), found.scores))]
+        about = results.Classification(
+            right=int(correct.sum()),
+            interval=wilson_interval(int(correct.sum()), len(found)),
+            loss=float(found.losses.mean()),
+            images_per_second=len(found) / found.seconds if found.seconds else 0.0,
+            outputs=found.scores,
+            classes=tuple(results.ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
+            confusions=tuple(results.ConfusionRow(names[of], names[as_], n) for (of, as_), n in most_confused),
+            against_first=against,
+        )
+        rows.append(results.ModelScores(one.reference, found.named, about, fed_of(feeding)))
         if found.scores != evaluator.classes:
             notes.append(
                 f"the data has {evaluator.classes} classes, {one.reference} scores {found.scores}: do they agree?"
@@ -142,7 +148,7 @@ def evaluate(
                 f"{one.reference} was trained on images of the same place: its accuracy here is too good to be trusted "
                 '(`part="validation"` measures on the held-back ones)'
             )
-    return EvaluationReport(
+    return results.EvaluationReport(
         data=evaluators[0].description,
         images=evaluators[0].images if first is None else len(first),
         unreadable=0 if first is None else first.unreadable,
@@ -154,45 +160,22 @@ def evaluate(
     )
 
 
-def against_first(labels: Tensor, first: Tensor, other: Tensor) -> AgainstFirst:
+def against_first(labels: Tensor, first: Tensor, other: Tensor) -> results.AgainstFirst:
     """Compare the guesses of two models on the same images, all class numbers."""
     right, also = first == labels, other == labels
     only_first, only_other = int((right & ~also).sum()), int((~right & also).sum())
     agreement = int((first == other).sum()) / len(labels)
-    return AgainstFirst(agreement, only_first, only_other, mcnemar_exact(only_first, only_other))
+    return results.AgainstFirst(agreement, only_first, only_other, mcnemar_exact(only_first, only_other))
 
 
-def _open(
-    preprocessing: Preprocessing, data: str, part: str, validation: str | None, seed: int, download: bool
-) -> LabelledImages:
-    if part == "test" or (part == "train" and validation is None):
-        return open_data(data, preprocessing, "test" if part == "test" else "train", download=download)
-    train, held_back = open_parts(data, preprocessing, validation, seed, download=download)
-    if part == "train":
-        return train
-    if held_back is None:
-        raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
-    return held_back
-
-
-def _classification(classes: Sequence[str], found: Predictions, confusions: int) -> Classification:
-    labels, guesses = found.labels, found.guesses
-    correct = guesses == labels
-    right = int(correct.sum())
-    images_by_class = torch.bincount(labels, minlength=len(classes)).tolist()
-    right_by_class = torch.bincount(labels[correct], minlength=len(classes)).tolist()
-    pairs = Counter(zip(labels[~correct].tolist(), guesses[~correct].tolist(), strict=True))
-    most_confused = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:confusions]
-
-    def class_name(number: int) -> str:
-        return classes[number] if number < len(classes) else f"class {number}"
-
-    return Classification(
-        right=right,
-        interval=wilson_interval(right, len(found)),
-        loss=float(found.losses.mean()),
-        images_per_second=len(found) / found.seconds if found.seconds else 0.0,
-        outputs=found.scores,
-        classes=tuple(ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
-        confusions=tuple(ConfusionRow(class_name(of), class_name(as_), n) for (of, as_), n in most_confused),
-    )
+def settle_each(
+    opened: Sequence[OpenedModel], data: Any, against_original: bool, part: str = "test", download: bool = False
+) -> tuple[list[OpenedModel], list[Feeding | None], list[Evaluator]]:
+    """Return models with their preprocessing settled on the data, and what compares each with the first if asked."""
+    if against_original:
+        models, feedings, evaluators = Against.first_of(opened, data)
+        return models, feedings, [*evaluators]
+    if not isinstance(data, str):
+        return [*opened], [None] * len(opened), []
+    settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
+    return [one for one, _ in settled], [feeding for _, feeding in settled], []

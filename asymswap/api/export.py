@@ -14,27 +14,16 @@ from typing import Any, Literal
 
 import torch
 
-from asymswap.api.progress import shows_progress
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
-from asymswap.measure.programs import (
-    ONNX_RUNTIME,
-    OPSET,
-    check_installed,
-    failing_clearly,
-    forward_in,
-    open_session,
-    quiet,
-    widest_gap,
-    write_onnx,
-)
+from asymswap.measure import programs
 from asymswap.models.converted import original_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
-from asymswap.types import Progress
 from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, sizes
 from asymswap.utils.tensors import deep_copy, map_tensors
@@ -58,7 +47,7 @@ def export(
     force: bool = False,
     seed: int = 0,
     example_inputs: Any = None,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> ExportReport:
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
@@ -66,7 +55,6 @@ def export(
     may have any size, with `dynamic_size` height and width too. Raises AsymswapError where the model cannot be
     exported, or the file computes something else.
     """
-    assert callable(progress)  # `shows_progress` makes it one
     path = Path(path)
     by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes}
     form = form or by_suffix.get(path.suffix)
@@ -76,7 +64,11 @@ def export(
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
-    versions = check_installed("ONNX", "onnx", ONNX_RUNTIME) if form == "onnx" else (f"torch {torch.__version__}",)
+    versions = (
+        programs.check_installed("ONNX", "onnx", programs.ONNX_RUNTIME)
+        if form == "onnx"
+        else (f"torch {torch.__version__}",)
+    )
     opened = open_for_verb(model, progress, example_inputs=example_inputs)
     if opened.preprocessing.form == "image-list":
         raise AsymswapError(
@@ -113,7 +105,7 @@ def export(
         fused=fused,
         checks=tuple(checks),
         dynamic=dynamic,
-        opset=OPSET if form == "onnx" else None,
+        opset=programs.OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
         warnings=opened.size_warning(),
@@ -140,11 +132,11 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     shapes = map_tensors(inputs, sizes_of)
     run: Callable[[Inputs], Any]
     if form == "onnx":
-        write_onnx(model, inputs, shapes, draft)
-        session = open_session(draft)
-        runner, run = "ONNX Runtime", lambda given: forward_in(session, given)()
+        programs.write_onnx(model, inputs, shapes, draft)
+        session = programs.open_session(draft)
+        runner, run = "ONNX Runtime", lambda given: programs.forward_in(session, given)()
     else:
-        with quiet(), failing_clearly("torch.export"):
+        with programs.quiet(), programs.failing_clearly("torch.export"):
             program = torch.export.export(model, inputs, dynamic_shapes=shapes)
             buffer = io.BytesIO()
             torch.export.save(program, buffer)
@@ -159,7 +151,7 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
         with torch.no_grad():
-            gap = widest_gap(model(*inputs), run(inputs))
+            gap = programs.widest_gap(model(*inputs), run(inputs))
         check = Check(sizes(inputs), gap.largest, gap.allowed)
         if gap.share > 1:
             raise AsymswapError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from asymswap.api.progress import shows_progress
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
-from asymswap.data.batches import (
-    MIXES,
-    Batches,
-    Reader,
-    Source,
-    TrainingImages,
-    mixing,
-    presets_for,
-    training_transform,
-)
+from asymswap.data import batches
 from asymswap.data.datasets import LabelledImages, image_transform, open_parts, own_samples
 from asymswap.data.metrics import EvaluatedBy, check_class_names, check_classifier, known_classes
 from asymswap.data.normalization import Feeding, fed_of, settle
@@ -67,8 +59,8 @@ class FineTuned(Shown):
 class _Material:
     """What is trained on and validated by, and what the records say of it."""
 
-    source: Source
-    held_back: LabelledImages | Source | None
+    source: batches.Source
+    held_back: LabelledImages | batches.Source | None
     data: str
     validation: str | None = None
     classes: tuple[str, ...] = ()
@@ -96,7 +88,7 @@ def finetune(
     preprocessing: PreprocessingOptions | None = None,
     team: Team = ALONE,
     callback: Callback | None = None,
-    progress: Any = True,
+    progress: Shows = True,
 ) -> FineTuned:
     """Train a converted model, or any other network; the given model is not changed.
 
@@ -126,8 +118,16 @@ def finetune(
     target = None if output is None else Path(output)
     place = Path(run) if run is not None else None if target is None else target.with_suffix(".run")
     folder = None if place is None else RunFolder(place)
-    if folder is not None:
-        team.first(lambda: _check_places(target, folder, resume, force))
+
+    def check_places() -> None:
+        if target is not None:
+            check_suffix(target)
+            # A finished run that is resumed writes its result again.
+            check_output(target, force or (resume and folder is not None and folder.exists))
+        if folder is not None:
+            check_folder(folder, resume, force)
+
+    team.first(check_places)
     opened = open_for_verb(model, input_size=input_size, preprocessing=preprocessing)
     if not opened.may_share:
         opened = replace(opened, model=deep_copy(opened.model).eval())
@@ -180,7 +180,7 @@ def finetune(
         }
 
     def header(progress: Progress) -> Header:
-        """Return the checkpoint's header with this training; without times, so that equal runs are equal."""
+        # Without times, so that equal runs are equal.
         record = TrainingRecord(
             **described(progress),
             sha256=opened.sha256,
@@ -190,10 +190,7 @@ def finetune(
         trainings = [*opened.provenance.get("training", []), plain(record)]
         return replace(opened.header(), provenance={**opened.provenance, "training": trainings})
 
-    def write(path: Path, trained: nn.Module, progress: Progress) -> None:
-        save_checkpoint(path, _with_weights(opened.model, trained.state_dict()), header(progress))
-
-    mix = mixing(material.presets, len(material.classes)) if material.labels else None
+    mix = batches.mixing(material.presets, len(material.classes)) if material.labels else None
     objective = Objective(settings, taught, material.labels, mix, inputs, loss)
     validator: Validator | None = None
     if evaluate is not None:
@@ -221,7 +218,9 @@ def finetune(
         team=team,
         folder=folder,
         callback=callback or Callback(),
-        write=write,
+        write=lambda path, trained, progress: save_checkpoint(
+            path, _with_weights(opened.model, trained.state_dict()), header(progress)
+        ),
     )
     if folder is not None and force and not resume:
         # Not sooner: this run may begin with the old one, and its settings may be impossible.
@@ -233,17 +232,25 @@ def finetune(
     if target is not None:
         team.first(lambda: save_checkpoint(target, result, header(progress)))
         files = [path for path in (target, folder.last if folder else target) if path.exists()]
+    notes = [*material.notes, *trainer.notes]
+    if progress.skipped_in_all:
+        notes.append(f"{progress.skipped_in_all} times an image could not be read and another was used instead")
+    before, best = progress.before, progress.best
+    if before and best and validator is not None and validator.rank(best)[0] < validator.rank(before)[0]:
+        notes.append("no epoch was better than the initial weights: try a smaller `lr=…`, or more epochs")
+    if progress.step < trainer.steps:
+        notes.append(f"stopped early: no better epoch since epoch {progress.best_epoch}")
     parameters = list(trainer.raw.parameters())
     report = TrainingReport(
         **described(progress),
-        before=progress.before,
-        best=progress.best,
+        before=before,
+        best=best,
         last=progress.last,
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         device=str(trainer.accelerator.device),
         files=tuple(FileRow(str(path), path.stat().st_size) for path in dict.fromkeys(files)),
-        notes=(*material.notes, *_notes(trainer)),
+        notes=tuple(notes),
         seconds=time.perf_counter() - start,
         fed=fed_of(feeding),
         warnings=() if feeding is None else feeding.warnings,
@@ -267,14 +274,17 @@ def _samples(
         _check_plain(settings, ("augment", "label_smoothing", "strict"))
         data = own_samples(data, opened.preprocessing)
 
-    def images(unlabelled: bool, download: bool = False) -> tuple[LabelledImages, LabelledImages | None]:
-        prepared, seed = opened.preprocessing, settings.seed
-        return open_parts(data, prepared, validation, seed, download=download, unlabelled=unlabelled)
-
+    images = partial(open_parts, data, opened.preprocessing, validation, settings.seed)
     if download:
-        team.first(lambda: len(images(False, download=True)[0]))
+        team.first(lambda: len(images(download=True, unlabelled=False)[0]))
     train, held = images(unlabelled=distills or loss is not None)
-    labels = loss is None and bool(train.classes) and (not distills or _gives_scores(opened))
+    labels = loss is None and bool(train.classes)
+    if labels and distills:
+        # They are learned where the model gives class scores for an image.
+        known = opened.preprocessing
+        with eval_mode(opened.model), torch.inference_mode():
+            output = opened.model(*placed(opened.model, (torch.zeros(1, known.channels, *known.size),)))
+        labels = isinstance(output, torch.Tensor) and output.ndim == 2
     if labels:
         images(unlabelled=False)  # which checks the classes
         check_class_names(known_classes(opened), train)
@@ -284,21 +294,21 @@ def _samples(
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
         settings = replace(settings, workers=0 if train.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
-    presets = tuple((presets_for(data) if settings.augment is None else settings.augment) if named else ())
-    mixed = [name for name in presets if name in MIXES]
+    presets = tuple((batches.presets_for(data) if settings.augment is None else settings.augment) if named else ())
+    mixed = [name for name in presets if name in batches.MIXES]
     if mixed and not labels:
         raise AsymswapError(f"`augment={mixed[0]}` mixes class labels, which are not learned here; leave it out")
     double = opened.dtype() == torch.float64
 
-    def source(images: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> Source:
+    def source(images: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> batches.Source:
         dtype = None if not named else torch.float64 if double else torch.float32
         transform = transform if named else nn.Identity()
-        made = TrainingImages(images, transform, settings.seed, settings.strict or not named, dtype)
-        return Reader(made, batch, accumulate, team, settings.workers or 0)
+        made = batches.TrainingImages(images, transform, settings.seed, settings.strict or not named, dtype)
+        return batches.Reader(made, batch, accumulate, team, settings.workers or 0)
 
     prepared = train.preprocessing
     return settings, _Material(
-        source(train, training_transform(prepared, presets), settings.batch, settings.accumulate, team),
+        source(train, batches.training_transform(prepared, presets), settings.batch, settings.accumulate, team),
         held if held is None or labels else source(held, image_transform(prepared), 2 * settings.batch, 1, ALONE),
         train.description,
         None if held is None else held.description,
@@ -306,14 +316,6 @@ def _samples(
         presets,
         labels,
     )
-
-
-def _gives_scores(opened: OpenedModel) -> bool:
-    """Return whether the model gives class scores for one image."""
-    known = opened.preprocessing
-    with eval_mode(opened.model), torch.inference_mode():
-        output = opened.model(*placed(opened.model, (torch.zeros(1, known.channels, *known.size),)))
-    return isinstance(output, torch.Tensor) and output.ndim == 2
 
 
 def _batches(data: Any, settings: Training, validation: str | None, team: Team) -> _Material:
@@ -324,10 +326,10 @@ def _batches(data: Any, settings: Training, validation: str | None, team: Team) 
             f"`validation={validation}` would hold back batches, which may share samples with others; give a Dataset, "
             "or `evaluate=…`"
         )
-    batches = Batches(data, settings.accumulate, team, settings.seed, settings.steps)
+    given = batches.Batches(data, settings.accumulate, team, settings.seed, settings.steps)
     notes = (_NOT_VALIDATED,) if validation is None else ()
-    number = "1 batch" if batches.count == 1 else f"{batches.count} batches"
-    return _Material(batches, None, f"{number} of a {batches.name}", notes=notes)
+    number = "1 batch" if given.count == 1 else f"{given.count} batches"
+    return _Material(given, None, f"{number} of a {given.name}", notes=notes)
 
 
 def _check_plain(settings: Training, names: Sequence[str]) -> None:
@@ -338,15 +340,6 @@ def _check_plain(settings: Training, names: Sequence[str]) -> None:
             raise AsymswapError(f"`{name}={value}` changes nothing in data of your own: it is taken as it is")
 
 
-def _check_places(target: Path | None, folder: RunFolder, resume: bool, force: bool) -> None:
-    """Raise AsymswapError where something would be overwritten without leave."""
-    if target is not None:
-        check_suffix(target)
-        # A finished run that is resumed writes its result again.
-        check_output(target, force or (resume and folder.exists))
-    check_folder(folder, resume, force)
-
-
 def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     """Return a copy of the model, in eval mode, with these weights in its own dtypes and formats."""
     result = deep_copy(model).eval()
@@ -355,15 +348,3 @@ def _with_weights(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     load_state_(result, {key: state[key].detach().to(value) for key, value in own.items() if key not in extra})
     extra_state.load_(result, {key: state[key] for key in extra})
     return result
-
-
-def _notes(trainer: Trainer) -> Iterator[str]:
-    progress = trainer.progress
-    yield from trainer.notes
-    if progress.skipped_in_all:
-        yield f"{progress.skipped_in_all} times an image could not be read and another was used instead"
-    before, best, validator = progress.before, progress.best, trainer.validator
-    if before and best and validator is not None and validator.rank(best)[0] < validator.rank(before)[0]:
-        yield "no epoch was better than the initial weights: try a smaller `lr=…`, or more epochs"
-    if progress.step < trainer.steps:
-        yield f"stopped early: no better epoch since epoch {progress.best_epoch}"

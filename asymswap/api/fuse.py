@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asymswap.api.progress import shows_progress
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.calibration.calibrate import some_inputs
 from asymswap.checkpoint import Header, save_state
 from asymswap.data.normalization import fed_of, settle
@@ -24,7 +24,7 @@ from asymswap.planning.fuse import FusionOptions, fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
-from asymswap.types import Progress, Shown
+from asymswap.types import Shown
 from asymswap.utils.files import check_output
 
 
@@ -48,7 +48,7 @@ def fuse(
     seed: int = 0,
     preprocessing: PreprocessingOptions | None = None,
     example_inputs: Any = None,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
@@ -57,7 +57,6 @@ def fuse(
     which changes the function; the report has the difference. Raises AsymswapError where nothing can be fused, the
     model is in train mode, or the fused model does not compute the same.
     """
-    assert callable(progress)  # `shows_progress` makes it one
     opened = open_for_verb(model, progress, preprocessing=preprocessing, example_inputs=example_inputs)
     converted, label = opened.model, opened.reference
     original = original_of(opened)

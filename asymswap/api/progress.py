@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Callback
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Shows: TypeAlias = Any
+"""What `progress=` takes, True, False or a function of (stage, done, total); the verb itself gets a function."""
 
 
 def shows_progress(verb: Callable[P, T]) -> Callable[P, T]:
@@ -85,7 +87,7 @@ def training(quiet: bool = False, say: Callable[[str], str] = str) -> Iterator[C
     name, words = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[words]"))
     bar, numbers = BarColumn(bar_width=12), MofNCompleteColumn()
     with Progress(name, bar, numbers, words, TimeRemainingColumn(), **_live(quiet)) as live:
-        yield _Shown(live, live.console, quiet, say)
+        yield _Shown(live, quiet, say)
 
 
 def _live(quiet: bool) -> dict[str, Any]:
@@ -102,10 +104,9 @@ def _live(quiet: bool) -> dict[str, Any]:
 class _Shown(Callback):
     """Shows a training run."""
 
-    def __init__(self, live: Any, screen: Console, quiet: bool, say: Callable[[str], str]) -> None:
-        self._live, self._screen, self._quiet, self._put = live, screen, quiet, say
+    def __init__(self, live: Any, quiet: bool, say: Callable[[str], str]) -> None:
+        self._live, self._quiet, self._put, self._epochs = live, quiet, say, 0
         self._task = live.add_task("loading", total=None, words="")
-        self._epochs = 0
 
     def begin(self, start: RunStart) -> None:
         """Say how long it will be, and where it begins."""
@@ -136,4 +137,4 @@ class _Shown(Callback):
     def _say(self, text: str) -> None:
         if not self._quiet:
             # Through a pipe a line stays a line, however long it is.
-            self._screen.print(self._put(text), highlight=False, markup=False, soft_wrap=True)
+            self._live.console.print(self._put(text), highlight=False, markup=False, soft_wrap=True)

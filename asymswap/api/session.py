@@ -75,6 +75,7 @@ class Session:
         norms = [site.norm_behind for site in self.traced.sites if site.norm_behind is not None]
         self.costs = costs_of(opened, [*(site.name for site in self.traced.sites), *norms])
         self.gathered: Gathered | None = None
+        self._statistics: Mapping[str, SiteStatistics] = {}
         self._choices: Choices | None = None
         self._replaceable: set[str] = set()
         self.clock.stop("trace")
@@ -93,6 +94,7 @@ class Session:
         """Gather the calibration statistics of these sites; `classes` is the number in the evaluation data."""
         assert self.calibration is not None
         self.gathered = gather_statistics(self.opened, sites, self.calibration, progress, classes)
+        self._statistics = self.gathered.by_site
         self.traced = self.traced.refusing(self.gathered.summary.unseen, UNSEEN)
         self.clock.stop("calibrate")
 
@@ -103,6 +105,11 @@ class Session:
             return None
         kind: OutputKind = "scores" if gathered.summary.outputs.startswith("class scores") else "values"
         return Against(self.opened, calibration, self.traced, kind)
+
+    def held_back_are(self, inputs: str) -> bool:
+        """Return True if the inputs of this description are those that are held back."""
+        held_back = None if self.gathered is None else self.gathered.held_back
+        return held_back is not None and held_back.description == inputs
 
     def plan(
         self,
@@ -131,10 +138,6 @@ class Session:
         found = self.team.first(planned)
         self.clock.stop("plan")
         return found
-
-    @property
-    def _statistics(self) -> Mapping[str, SiteStatistics]:
-        return {} if self.gathered is None else self.gathered.by_site
 
     def choices(self, recipe: Recipe, progress: Progress = silent) -> Choices:
         """Decide all that does not depend on the budget, once for all budgets of a recipe."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymswap.api.convert import SAME_IMAGES
-from asymswap.api.progress import shows_progress
+from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.agreement import on_held_back
 from asymswap.calibration.calibrate import fed_on, options_of
@@ -22,17 +22,16 @@ from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_
 from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.measure.timing import Timing
-from asymswap.models.opened import OpenedModel, sizes_assumed
+from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.reporting import format as fmt
-from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
-from asymswap.types import Patches, Progress
+from asymswap.types import Patches
 
 Measure = Literal["macs", "params", "latency"]
 TOLERANCES = {"%": "1%", "dB": "0.1dB"}
@@ -57,7 +56,7 @@ def sweep(
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
-    progress: Progress | bool = True,
+    progress: Shows = True,
 ) -> Tradeoff:
     """Convert a model by each recipe to each budget (a fraction of its MACs, parameters or latency), and measure each.
 
@@ -68,7 +67,6 @@ def sweep(
     `known`, a sweep with the same settings, is resumed. The other options are those of `asymswap.convert`. A budget
     that a recipe cannot reach is a point with the reason. Raises AsymswapError for everything else.
     """
-    assert callable(progress)  # `shows_progress` makes it one
     check_choice("the measure", measure, get_args(Measure))
     if timing is not None and measure != "latency":
         raise AsymswapError('`timing=…` goes with `measure="latency"`; leave it out')
@@ -78,13 +76,7 @@ def sweep(
         raise AsymswapError(f"budgets are fractions between 0 and 1, not {wrong[0] if wrong else 'none at all'}")
     read = {str(recipe): read_recipe_text(str(recipe)) for recipe in recipes}
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
-    opened = open_for_verb(
-        model,
-        progress,
-        input_size=input_size,
-        example_inputs=example_inputs,
-        preprocessing=options_of(preprocessing, calibration),
-    )
+    opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     check_finite(opened)
     feeding = None
     if isinstance(data, str) or (calibration is not None and calibration.data is not None):
@@ -98,24 +90,34 @@ def sweep(
         evaluator = on_held_back(opened, calibration, session.traced)
     assert evaluator is not None
     on = data if isinstance(data, str) else evaluator.description
-    setting = _setting(opened, {name: text for name, (text, _) in read.items()}, evaluator, on, measure, calibration)
+    setting = {"data": on, "measure": measure, **_setting(session, evaluator, read)}
     if timing is not None:
         setting["timing"] = {name: value for name, value in vars(timing).items() if name != "cache"}
     if known is not None:
-        known = _resumable(known, setting)
-    if known is None:
+        # Recipes may be added to a sweep; other settings must be as they were.
+        old, new = dict(known.setting), dict(setting)
+        before, added = old.pop("recipes", {}), new.pop("recipes")
+        differing = [name for name in new if old.get(name) != new[name]]
+        differing += [f"recipe {name}" for name in before if added.get(name, before[name]) != before[name]]
+        if differing:
+            raise AsymswapError(f"the sweep to resume has other settings ({differing[0]}); `force=True` starts again")
+        known = replace(known, setting={**setting, "recipes": {**before, **added}})
+    else:
         known = Tradeoff(
             model=opened.reference,
             measure=measure,
             before=session.costs.total,
-            scores=evaluator(opened.model, functools.partial(progress, "evaluating the original")),
+            scores=evaluator(opened.model, partial(progress, "evaluating the original")),
             images=evaluator.images,
             data=evaluator.description,
             tolerance=0.0,
             setting=setting,
         )
+    if tolerance is None:
+        tolerance = TOLERANCES.get(known.first.unit, abs(known.first.value) / 100)
+    tolerated = Drop.parse(tolerance).allowed(known.first)
     warnings = sizes_assumed([opened]) if feeding is None else feeding.warnings
-    result = replace(known, tolerance=_tolerated(known.first, tolerance), warnings=warnings, fed=fed_of(feeding))
+    result = replace(known, tolerance=tolerated, warnings=warnings, fed=fed_of(feeding))
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
     sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])
@@ -148,11 +150,9 @@ def sweep(
         else:
             converted = session.apply(plan, step)
             notes |= dict.fromkeys(converted.notes)
-            found = {one.name: one for one in evaluator(converted.model, functools.partial(step, "evaluating"))}
-            # An older sweep knows top-1 alone.
-            found = {score.name: found[score.name] for score in result.scores if score.name in found}
-            check_same(result.scores, [*found.values()])
-            values = {name: score.value for name, score in found.items()}
+            found = evaluator(converted.model, partial(step, "evaluating"))
+            check_same(result.scores, found)
+            values = {score.name: score.value for score in found}
             point = Point(name, fraction, converted.costs.total, values, len(plan.swaps))
             if timed is not None and timed.times[0].ratio is not None:
                 point = replace(point, time=timed.times[0].ratio.value)
@@ -163,11 +163,28 @@ def sweep(
     return result
 
 
-def _tolerated(first: Score, tolerance: float | str | None) -> float:
-    """Return how much of a score may be lost, as its values are."""
-    if tolerance is None:
-        tolerance = TOLERANCES.get(first.unit, abs(first.value) / 100)
-    return Drop.parse(tolerance).allowed(first)
+_SETTINGS = ("images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
+"""The fields of a calibration that change the results."""
+
+
+def _setting(session: Session, evaluator: Evaluator, recipes: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Return what else the results depend on; of images their number and labels, not their pixels."""
+    calibration = session.calibration
+    calibrated: dict[str, Any] | None = None
+    if calibration is not None:
+        given = calibration.given()
+        calibrated = {"data": given.reference or f"a {type(given.data).__name__}"}
+        calibrated |= {name: getattr(calibration, name) for name in _SETTINGS}
+        calibrated |= {} if given.patches == Patches() else {"patches": plain(given.patches)}
+        calibrated |= {"held_back": given.held_back} if given.held_back else {}
+    return {
+        "weights": model_hash(session.opened.model),
+        "input": plain(session.opened.preprocessing),
+        "images": evaluator.images,
+        "labels": evaluator.fingerprint,
+        "calibration": calibrated,
+        "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, (text, _) in recipes.items()},
+    }
 
 
 def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tuple[str, ...]:
@@ -180,52 +197,6 @@ def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tupl
     notes = [f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})"]
     if calibration.polishes:
         notes.append(f"then polished on up to {calibration.polish_images} of them")
-    if gathered.held_back is not None and gathered.held_back.description == evaluator.inputs:
+    if session.held_back_are(evaluator.inputs):
         notes.append(SAME_IMAGES)
     return (*notes, *found, *note)
-
-
-_SETTINGS = ("images", "sequential", "seed", "polish_steps", "polish_minutes", "polish_images", "outputs")
-"""The fields of a calibration that change the results."""
-
-
-def _plain_settings(calibration: Calibration) -> dict[str, Any]:
-    settings = {name: getattr(calibration, name) for name in _SETTINGS}
-    given = calibration.given()
-    if given.patches != Patches():
-        settings["patches"] = plain(given.patches)
-    if given.held_back:
-        settings["held_back"] = given.held_back
-    return {"data": given.reference or f"a {type(given.data).__name__}", **settings}
-
-
-def _setting(
-    opened: OpenedModel,
-    recipes: Mapping[str, str],
-    evaluator: Evaluator,
-    data: str,
-    measure: Measure,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    """Return everything that the results depend on; for images their number and labels, not their pixels."""
-    return {
-        "weights": model_hash(opened.model),
-        "input": plain(opened.preprocessing),
-        "data": data,
-        "images": evaluator.images,
-        "labels": evaluator.fingerprint,
-        "measure": measure,
-        "calibration": None if calibration is None else _plain_settings(calibration),
-        "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in recipes.items()},
-    }
-
-
-def _resumable(known: Tradeoff, setting: Mapping[str, Any]) -> Tradeoff:
-    """Return the sweep to resume; raises AsymswapError for other settings. Recipes may be added to it."""
-    old = dict(known.setting)
-    recipes = {**old.get("recipes", {}), **setting["recipes"]}
-    wrong = [name for name in setting if name != "recipes" and old.get(name) != setting[name]]
-    wrong += [f"recipe {name}" for name, text in old.get("recipes", {}).items() if recipes[name] != text]
-    if wrong:
-        raise AsymswapError(f"the sweep to resume has other settings ({wrong[0]}); `force=True` starts again")
-    return replace(known, setting={**setting, "recipes": recipes})

@@ -4,51 +4,42 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt
 from asymswap.results.benchmark import TITLES
+from asymswap.utils.options import option
 
 _SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
-
+_RUNTIMES = f"{', '.join(TITLES)}; can be repeated."
+_COUNTS = "no list of whole numbers from 1, such as 1,8"
 
 # Typer takes no list of literals.
 MemoryFormat = StrEnum("MemoryFormat", {"channels_last": "channels-last", "contiguous": "contiguous"})
 
 
-@o.takes_common(preprocessing=False)
 def benchmark(
     models: o.Models,
-    runtime: Annotated[
-        list[str] | None, opt(f"{', '.join(TITLES)}; can be repeated.", _SETTINGS, shown="torch", metavar="NAME")
-    ] = None,
-    batch: Annotated[str, opt("Batch sizes, as 1,8.", _SETTINGS)] = "1",
-    threads: Annotated[
-        str | None, opt("Threads of a forward pass, as 1,2.", _SETTINGS, shown="torch's own number")
-    ] = None,
-    memory_format: Annotated[
-        list[MemoryFormat] | None, opt("Memory format; can be given twice.", _SETTINGS, shown="both")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        opt("Dtype of weights and inputs.", _SETTINGS, shown="the model's own"),
-    ] = None,
-    rounds: Annotated[int, opt("Maximum number of rounds, in which all take turns.", _TIME, min=1)] = 20,
-    seconds: Annotated[float, opt("Time limit in seconds; at least five rounds are run.", _TIME, min=0.1)] = 60.0,
-    layers: Annotated[int, opt("Number of layers to show, those that differ most; 0: time none.", _TIME, min=0)] = 5,
-    markdown: o.Markdown = False,
-    *,
-    common: o.Common,
+    runtime: list[str] | None = option(None, _RUNTIMES, _SETTINGS, shown="torch", metavar="NAME"),
+    batch: str = option("1", "Batch sizes, as 1,8.", _SETTINGS),
+    threads: str | None = option(None, "Threads of a forward pass, as 1,2.", _SETTINGS, shown="torch's own number"),
+    memory_format: list[MemoryFormat] | None = option(
+        None, "Memory format; can be given twice.", _SETTINGS, shown="both"
+    ),
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Dtype of weights and inputs.", _SETTINGS, shown="the model's own"
+    ),
+    rounds: int = option(20, "Maximum number of rounds, in which all take turns.", _TIME, min=1),
+    seconds: float = option(60.0, "Time limit in seconds; at least five rounds are run.", _TIME, min=0.1),
+    layers: int = option(5, "Number of layers to show, those that differ most; 0: time none.", _TIME, min=0),
+    markdown: bool = o.MARKDOWN,
+    common: o.Common = o.WITHOUT_IMAGES,
 ) -> None:
-    """Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.
-
-    Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime onnxruntime --batch 1,8
-    """
+    """Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime openvino --batch 1,8"""
     common.check_form(markdown)
-    batches = o.parse_counts("--batch", batch)
-    counts = None if threads is None else o.parse_counts("--threads", threads)
+    batches = o.parse_numbers("--batch", batch, _COUNTS, int)
+    counts = o.parse_numbers("--threads", threads, _COUNTS, int)
     with common.progress() as step:
         from asymswap.api.benchmark import benchmark as run
         from asymswap.reporting import benchmark as views

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt
+from asymswap.utils.options import option
 
 
-@o.takes_common(preprocessing=False)
 def candidates(
     model: o.Model,
-    recipe: Annotated[
-        str | None, opt("Candidates are what this recipe would swap.", autocompletion=o.complete_recipe)
-    ] = None,
-    plot: Annotated[Path | None, opt("Draw each conv's share of MACs and parameters (.svg or .png).", o.RESULT)] = None,
-    force: o.Force = False,
-    *,
-    common: o.Common,
+    recipe: str | None = option(None, "Candidates are what this recipe would swap.", autocompletion=o.complete_recipe),
+    plot: Path | None = option(None, "Draw each conv's share of MACs and parameters (.svg or .png).", o.RESULT),
+    force: bool = o.FORCE,
+    common: o.Common = o.WITHOUT_IMAGES,
 ) -> None:
-    """List every Conv2d: what a pair of convs would save there, or why it is no candidate.
-
-    Convs of 1x1 would become two 1x1 convs (low-rank), larger ones a column and a row (separable).
+    """Convs of 1x1 would become two 1x1 convs (low-rank), larger ones a column and a row (separable).
 
     Example: asymswap candidates resnet18 --weights none
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from asymswap.cli.failures import begin, reporting_errors
+from asymswap.cli.fields import with_options
 
 SUMMARIES = {
     "convert": "Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.",
@@ -25,12 +27,13 @@ SUMMARIES = {
     "benchmark": "Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.",
     "task": "Print a commented Python file for --task: your own data, inputs, metric and loss.",
 }
-"""The files of this folder that are commands, and the first line of the docstring of each."""
+"""The files of this folder that are commands, and what each does; its docstring says more."""
 
 
 def function(name: str) -> Callable[..., None]:
     """Return the function of a command, from whose signature Typer makes the options."""
-    found: Callable[..., None] = getattr(importlib.import_module(f"asymswap.cli.{name}"), name)
+    found = with_options(getattr(importlib.import_module(f"asymswap.cli.{name}"), name))
+    found.__doc__ = f"{SUMMARIES[name]}\n\n{inspect.cleandoc(found.__doc__ or '')}"
     return found
 
 

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+from asymswap.api.progress import bars
+from asymswap.cli import data as d
 from asymswap.cli import options as o
-from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt
-from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
+from asymswap.errors import AsymswapError, OutputError, PlanError
+from asymswap.utils.distributed import joined
+from asymswap.utils.files import check_distinct, check_output
+from asymswap.utils.options import option
 
 _CHANGE = "What to do"
 _OUTPUTS = ("-o", "--output", "--report", "--write-plan")
@@ -21,58 +24,42 @@ _JOINED = ("-o", "--output=", "--report=", "--write-plan=")
 _NO_VALUE = ("--force", "--json", "--quiet", "-q", "--debug", "--dry-run")
 
 
-@o.takes_common()
-@takes_calibration
-@takes_metric
-@o.takes_timing
 def convert(
     model: o.Model,
-    recipe: Annotated[
-        str | None, opt("Name of a shipped recipe, or a .toml file.", _CHANGE, autocompletion=o.complete_recipe)
-    ] = None,
-    plan: Annotated[Path | None, opt("Replay a plan (JSON) instead of a recipe.", _CHANGE)] = None,
-    macs: Annotated[float | None, opt("Keep at most this fraction of the model's MACs.", _CHANGE)] = None,
-    params: Annotated[float | None, opt("Keep at most this fraction of its parameters.", _CHANGE)] = None,
-    latency: Annotated[
-        str | None, opt("Keep at most this fraction of its latency on this machine, or a time: 0.6, 5ms.", _CHANGE)
-    ] = None,
-    max_drop: Annotated[
-        str | None, opt("Lose at most 0.5 (points), 0.1dB, or 2% of the outputs, when measured.", _CHANGE)
-    ] = None,
-    settings: Annotated[
-        list[str] | None, opt("key=value: change a setting of the recipe, such as rank=8.", _CHANGE, "--set")
-    ] = None,
-    output: Annotated[
-        Path | None, opt("The file to write.", o.RESULT, "-o", "--output", shown="<stem>.asym.pt")
-    ] = None,
-    force: o.Force = False,
-    dry_run: Annotated[bool, opt("Plan, measure and report, but write no model.", o.RESULT, "--dry-run")] = False,
-    write_plan: Annotated[Path | None, opt("Write the plan to this JSON file.", o.RESULT)] = None,
-    report: Annotated[Path | None, opt("Write the report to this .html, .json or .md file.", o.RESULT)] = None,
-    allow_drift: Annotated[
-        bool,
-        opt("Write the model even if a kind has not preserved the function as promised.", o.RESULT, "--allow-drift"),
-    ] = False,
-    evaluate: Annotated[str | None, opt(f"Measure before and after on {EVALUATION_FORMS}", o.RESULT)] = None,
-    measured: Any = None,
-    time: Annotated[
-        bool, opt("Time before and after in the installed runtimes, as --latency does.", "Time", "--time")
-    ] = False,
-    timing: Any = None,
-    calibration: Any = None,
-    seed: Annotated[int, opt("Seed for choosing images and for the probe batch.")] = 0,
-    *,
-    common: o.Common,
+    recipe: str | None = option(
+        None, "Name of a shipped recipe, or a .toml file.", _CHANGE, autocompletion=o.complete_recipe
+    ),
+    plan: Path | None = option(None, "Replay a plan (JSON) instead of a recipe.", _CHANGE),
+    macs: float | None = option(None, "Keep at most this fraction of the model's MACs.", _CHANGE),
+    params: float | None = option(None, "Keep at most this fraction of its parameters.", _CHANGE),
+    latency: str | None = option(
+        None, "Keep at most this fraction of its latency on this machine, or a time: 0.6, 5ms.", _CHANGE
+    ),
+    max_drop: str | None = option(
+        None, "Lose at most 0.5 (points), 0.1dB, or 2% of the outputs, when measured.", _CHANGE
+    ),
+    settings: list[str] | None = option(
+        None, "key=value: change a setting of the recipe, such as rank=8.", _CHANGE, flags=("--set",)
+    ),
+    output: Path | None = option(None, "The file to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.asym.pt"),
+    force: bool = o.FORCE,
+    dry_run: bool = option(False, "Plan, measure and report, but write no model.", o.RESULT),
+    write_plan: Path | None = option(None, "Write the plan to this JSON file.", o.RESULT),
+    report: Path | None = option(None, "Write the report to this .html, .json or .md file.", o.RESULT),
+    allow_drift: bool = option(
+        False, "Write the model even if a kind has not preserved the function as promised.", o.RESULT
+    ),
+    evaluate: str | None = option(None, f"Measure before and after on {d.EVALUATION_FORMS}", o.RESULT),
+    measured: Any = d.MEASURED,
+    time: bool = option(False, "Time before and after in the installed runtimes, as --latency does.", "Time"),
+    timing: Any = o.TIMING,
+    calibration: Any = d.CALIBRATION,
+    seed: int = option(0, "Seed for choosing images and for the probe batch."),
+    common: o.Common = o.COMMON,
 ) -> None:
-    """Turn convs of a model into asymmetric ones, initialised from its weights, and report what changed.
-
-    Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only
-    """
-    from asymswap.api.progress import bars
-    from asymswap.errors import AsymswapError, OutputError
+    """Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only"""
     from asymswap.reporting.convert import check_suffix
-    from asymswap.utils.distributed import joined
-    from asymswap.utils.files import check_distinct, check_output, write_file
+    from asymswap.utils.files import write_file
 
     target = output or o.default_output(model)
     if recipe is not None and plan is not None:
@@ -102,21 +89,28 @@ def convert(
             check_suffix(target)
         # Report mistakes in small files before a large model is read.
         o.check_recipe(recipe, overrides)
-        measured = measured_by("--evaluate", evaluate, measured, common.task)
-        replayed = None if plan is None else _read_plan(plan)
+        by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
+        replayed = None
+        if plan is not None:
+            from asymswap.planning.plan import plan_from_json
+
+            try:
+                replayed = plan_from_json(plan.read_text(encoding="utf-8"), str(plan))
+            except (OSError, UnicodeDecodeError) as error:
+                raise PlanError(f"cannot read the plan {plan}: {getattr(error, 'strerror', None) or error}") from None
         conversion = asymswap.convert(
             common.open_model(model, step),
             recipe,
             plan=replayed,
             overrides=overrides,
-            calibration=calibration_of(calibration, seed, team, common.task),
-            evaluate=measured["by"],
-            crop_border=measured["crop_border"],
+            calibration=d.calibration_of(calibration, seed, team, common.task),
+            evaluate=by,
             time=time or None,
             timing=timing,
             allow_drift=allow_drift,
             seed=seed,
             progress=step,
+            **how,
         )
         provenance = {**conversion.header.provenance, "command": repeatable(sys.argv[1:])}
         conversion.header = replace(conversion.header, provenance=provenance)
@@ -125,28 +119,17 @@ def convert(
             asymswap.save(conversion, target, force=force)
     if not team.leads:
         return
-    from asymswap.planning.plan import plan_text
-    from asymswap.reporting.convert import report_view
-
     conversion.report = in_flags(conversion.report)
     try:
         if write_plan is not None:
+            from asymswap.planning.plan import plan_text
+
             write_file(write_plan, plan_text(conversion.plan))
         if report is not None:
             asymswap.write_report(conversion, report, force=force)
     except OutputError as error:
         raise error if dry_run else OutputError(f"{error}; but the model was written to {target}") from None
-    common.show(conversion.report, report_view)
-
-
-def _read_plan(path: Path) -> Any:
-    from asymswap.errors import PlanError
-    from asymswap.planning.plan import plan_from_json
-
-    try:
-        return plan_from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+    common.show(conversion.report)
 
 
 def repeatable(arguments: Sequence[str]) -> str:

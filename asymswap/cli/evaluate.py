@@ -2,58 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
+from asymswap.cli import data as d
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt
-from asymswap.cli.metric import EVALUATION_FORMS, agreement_on, measured_by, takes_against, takes_metric
+from asymswap.utils.options import option
 
 
-@o.takes_common()
-@takes_metric
-@takes_against
 def evaluate(
     models: o.Models,
-    data: Annotated[str | None, opt(f"Measure on {EVALUATION_FORMS}", o.IMAGES, shown=False)] = None,
-    measured: Any = None,
-    against: Any = None,
-    part: Annotated[str, opt("test, validation (what finetune holds back) or train.", o.IMAGES)] = "test",
-    validation: Annotated[
-        str | None,
-        opt(
-            "Validation images: a fraction of the training images (0.1), test, none, or other data.",
-            o.IMAGES,
-            shown="the folder val, else 0.1",
-        ),
-    ] = None,
-    batch_size: Annotated[int, opt("Batch size.")] = 256,
-    workers: Annotated[int, opt("Number of processes that read images.", o.IMAGES)] = 0,
-    confusions: Annotated[int, opt("Number of confused pairs of classes to report.")] = 10,
-    seed: Annotated[int, opt("Seed of the validation split.", o.IMAGES)] = 0,
-    cpu: o.Cpu = False,
-    strict: o.Strict = False,
-    download: o.Download = False,
-    *,
-    common: o.Common,
+    data: str | None = option(None, f"Measure on {d.EVALUATION_FORMS}", o.IMAGES, shown=False),
+    measured: Any = d.MEASURED,
+    against_original: bool = d.AGAINST_ORIGINAL,
+    unlabelled: Any = d.UNLABELLED,
+    part: str = option("test", "test, validation (what finetune holds back) or train.", o.IMAGES),
+    validation: str | None = option(
+        None,
+        "Validation images: a fraction of the training images (0.1), test, none, or other data.",
+        o.IMAGES,
+        shown="the folder val, else 0.1",
+    ),
+    batch_size: int = option(256, "Batch size."),
+    workers: int = option(0, "Number of processes that read images.", o.IMAGES),
+    confusions: int = option(10, "Number of confused pairs of classes to report."),
+    seed: int = option(0, "Seed of the validation split.", o.IMAGES),
+    cpu: bool = option(False, "Use no GPU."),
+    strict: bool = option(False, "Fail on an image that cannot be read instead of skipping it.", o.IMAGES),
+    download: bool = o.DOWNLOAD,
+    common: o.Common = o.COMMON,
 ) -> None:
-    """Measure models on data or by a metric; classifiers also per class, with tests of their differences.
-
-    Example: asymswap evaluate model.pt model.asym.pt --data photos/
-    """
-
+    """Example: asymswap evaluate model.pt model.asym.pt --data photos/"""
     with common.progress() as step:
         import asymswap
-        from asymswap.reporting.screens import evaluation_view
 
-        unlabelled = agreement_on(data, against, common.task)
-        by: Any = {"by": unlabelled, "crop_border": 0}
-        if unlabelled is None:
-            by = measured_by("--data", data, measured, common.task, needed=True)
+        by, how = d.compared_by(data, measured, against_original, unlabelled, common.task, needed=True)
         report = asymswap.evaluate(
             common.open_models(models, step),
-            by["by"],
-            against_original=unlabelled is not None,
-            crop_border=by["crop_border"],
+            by,
             part=part,
             validation=validation,
             seed=seed,
@@ -64,5 +49,6 @@ def evaluate(
             download=download,
             device="cpu" if cpu else None,
             progress=step,
+            **how,
         )
-    common.show(report, evaluation_view)
+    common.show(report)

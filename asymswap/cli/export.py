@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt
+from asymswap.utils.options import option
 
 
-@o.takes_common(("arch", "arguments"), preprocessing=False)
 def export(
     checkpoint: o.Checkpoint,
-    to: Annotated[
-        Literal["onnx", "pt2", "state-dict"] | None,
-        opt("onnx, pt2 or state-dict.", o.RESULT, shown="by the file's ending, or onnx", metavar="FORM"),
-    ] = None,
-    output: Annotated[
-        Path | None, opt("The file to write.", o.RESULT, "-o", "--output", shown="<stem>.onnx or .pt2")
-    ] = None,
-    fuse: Annotated[bool, opt("First fuse replacements that fuse exactly.", None, "--fuse/--no-fuse")] = True,
-    dynamic_size: Annotated[
-        bool, opt("Accept inputs of any height and width, not only any batch size.", None, "--dynamic-size")
-    ] = False,
-    force: o.Force = False,
-    *,
-    common: o.Common,
+    to: Literal["onnx", "pt2", "state-dict"] | None = option(
+        None, "onnx, pt2 or state-dict.", o.RESULT, shown="by the file's ending, or onnx", metavar="FORM"
+    ),
+    output: Path | None = option(None, "The file to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.onnx or .pt2"),
+    fuse: bool = option(True, "First fuse replacements that fuse exactly."),
+    dynamic_size: bool = option(False, "Accept inputs of any height and width, not only any batch size."),
+    force: bool = o.FORCE,
+    common: o.Common = o.EXPORTED,
 ) -> None:
-    """Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.
-
-    Example: asymswap export model.asym.pt --to onnx -o model.onnx
-    """
-    from asymswap.utils.files import check_distinct, check_output
-
-    target = output or o.default_output(str(checkpoint), "exported")
-    if output is None and to != "state-dict":
+    """Example: asymswap export model.asym.pt --to onnx -o model.onnx"""
+    target = o.default_output(str(checkpoint), "exported")
+    if to != "state-dict":
         target = target.with_name(f"{checkpoint.stem}.{to or 'onnx'}")
-    check_output(target, force)
-    check_distinct({"the checkpoint": o.model_file(checkpoint), "-o": target})
+    target = o.target_of(checkpoint, output, target, force)
     with common.progress() as step:
         from asymswap.api.export import export as run
 
-        report = run(
-            common.open_model(checkpoint, step),
-            target,
-            form=to,
-            fuse=fuse,
-            dynamic_size=dynamic_size,
-            force=force,
-            progress=step,
-        )
+        opened = common.open_model(checkpoint, step)
+        report = run(opened, target, form=to, fuse=fuse, dynamic_size=dynamic_size, force=force, progress=step)
     common.show(report)

@@ -11,7 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,14 +37,16 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
             # What is still to be printed shows here, not at the interpreter's exit, whether it can be.
             sys.stdout.flush()
         except KeyboardInterrupt:
-            _fail("interrupted; no half-written file is left", 130)
+            sys.stderr.write("error: interrupted; no half-written file is left\n")
+            sys.exit(130)
         except BrokenPipeError:
             # The reader (head, less) has seen enough: nothing is wrong, and nothing more can be said to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            _fail(_in_one_line(_text(error)), 1)
+            sys.stderr.write(f"error: {_in_one_line(_text(error))}\n")
+            sys.exit(1)
 
     return run
 
@@ -78,18 +80,13 @@ def _text(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text[:300]}; this is a bug: run it again with --debug and report it"
 
 
-def _fail(text: str, code: int) -> NoReturn:
-    sys.stderr.write(f"error: {text}\n")
-    sys.exit(code)
-
-
 _ARGUMENT = re.compile(r"`(?P<of>[A-Z]\w*\()?(?P<name>[a-z]\w*)=(?P<value>[^`]{0,200}?)(?(of)\))`")
 _OTHER_NAMES = {
     "batches": "batch",
     "calibration": "data",
     "form": "to",
-    "inputs": "task",
-    "loss": "task",
+    "inputs": "task_file",
+    "loss": "task_file",
     "memory_formats": "memory_format",
     "overrides": "settings",
     "path": "output",

@@ -1,91 +1,89 @@
-"""Options of commands: one line each, and groups that a command takes as one parameter."""
+"""Options of commands for Typer, made of what `asymswap.utils.options.option` declares: a line each, or in groups."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 Command = Callable[..., None]
 
 
-def opt(help: str, panel: str | None = None, *flags: str, shown: str | bool = True, **more: Any) -> Any:
-    """Return Typer's option; `panel` is its group in the help, `shown` the default as the help shows it."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=shown, **more)
+@dataclass(frozen=True)
+class Group:
+    """The options that a dataclass declares; a command takes them as one parameter, whose default this is.
 
-
-def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a function by name, with their annotations evaluated."""
-    return dict(inspect.signature(function, eval_str=True).parameters)
-
-
-def options_of(
-    config: type, given_only: bool = False, names: Mapping[str, str] | None = None
-) -> dict[str, inspect.Parameter]:
-    """Return a parameter for Typer for each field that `asymswap.utils.options.option` made, by its name.
-
-    With `given_only` every option is None where the user does not give it; the help still shows the field's default.
-    `names` are flags that differ from the field's name.
-    """
-    found = {}
-    for field in dataclasses.fields(config):
-        about = field.metadata
-        if "help" not in about:
-            continue
-        kind: Any = str | None if about.get("text") else field.type
-        default, shown = field.default, about.get("shown")
-        if given_only:
-            kind, default = kind | None, None
-            if shown is None and field.default is not None:
-                shown = f"{field.default:g}"
-        flag = (names or {}).get(field.name, "--" + field.name.replace("_", "-"))
-        if kind in (bool, bool | None) and default is not False:
-            flag += f"/--no-{flag.removeprefix('--')}"
-        shown = True if shown is None else shown
-        made = opt(about["help"], about["panel"], flag, shown=shown, metavar=about.get("metavar"))
-        found[field.name] = inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
-        )
-    return found
-
-
-def takes_fields(
-    placeholder: str, config: type, given_only: bool = False, names: Mapping[str, str] | None = None
-) -> Callable[[Command], Command]:
-    """Give a command the options of a dataclass in place of one parameter, which gets their values by field name."""
-    return takes(placeholder, options_of(config, given_only, names))
-
-
-def takes(
-    placeholder: str, made: Mapping[str, inspect.Parameter], build: Callable[[dict[str, Any]], Any] = dict
-) -> Callable[[Command], Command]:
-    """Give a command these options in place of one parameter, which gets what `build` makes of their values by name.
-
-    A parameter of the command that is named like an option only says where the help shows that option.
+    The command gets what `build` makes of their values by name. `only` are the fields to take, `flags` those that
+    differ from the field's name. With `given_only` every value is None where the user does not give it; the help still
+    shows the field's default.
     """
 
-    def change(command: Command) -> Command:
-        signature = inspect.signature(command, eval_str=True)
-        placed = dict.fromkeys(made.keys() & signature.parameters.keys())
-        parameters: list[inspect.Parameter] = []
-        for name, own in signature.parameters.items():
-            if name == placeholder:
-                parameters += [one for name, one in made.items() if name not in placed]
-            else:
-                parameters.append(made.get(name, own))
-        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    config: type
+    build: Callable[[dict[str, Any]], Any] = dict
+    given_only: bool = False
+    flags: Mapping[str, str] = field(default_factory=dict)
+    only: Collection[str] | None = None
 
-        @functools.wraps(command)
-        def with_options(**values: Any) -> None:
-            built = build({name: values.pop(name) for name in made})
-            command(**values, **placed, **{placeholder: built})
+    @functools.cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Typer's parameters by the names of the fields."""
+        found, hints = {}, get_type_hints(self.config)
+        for one in dataclasses.fields(self.config):
+            if "help" in one.metadata and (self.only is None or one.name in self.only):
+                flags = (self.flags[one.name],) if one.name in self.flags else ()
+                found[one.name] = _parameter(one.name, hints[one.name], one, self.given_only, flags)
+        return found
 
-        with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        with_options.__annotations__ = {one.name: one.annotation for one in parameters}
-        return with_options
 
-    return change
+def _parameter(
+    name: str, kind: Any, declared: dataclasses.Field[Any], given_only: bool = False, flags: tuple[str, ...] = ()
+) -> inspect.Parameter:
+    """Return a parameter for Typer of what `option` has declared."""
+    about = dict(declared.metadata)
+    help, panel, shown = about.pop("help"), about.pop("panel"), about.pop("shown", None)
+    flags = about.pop("flags", flags) or (f"--{name.replace('_', '-')}",)
+    kind, default = str | None if about.pop("text", False) else kind, declared.default
+    if given_only:
+        if shown is None and default is not None:
+            shown = f"{default:g}"
+        kind, default = kind | None, None
+    if kind in (bool, bool | None) and default is not False:
+        flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}",)
+    made = typer.Option(
+        *flags, help=help, rich_help_panel=panel, show_default=True if shown is None else shown, **about
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])
+
+
+def with_options(command: Command) -> Command:
+    """Return a command with Typer's options in place of the parameters whose default is an `option` or a `Group`.
+
+    A parameter that is named like an option of a group only says where the help shows that option.
+    """
+    own = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Group] = {name: one.default for name, one in own.items() if isinstance(one.default, Group)}
+    grouped = {name: option for group in groups.values() for name, option in group.parameters.items()}
+    parameters: list[inspect.Parameter] = []
+    for name, one in own.items():
+        if name in groups:
+            parameters += [option for other, option in groups[name].parameters.items() if other not in own]
+        elif name in grouped:
+            parameters.append(grouped[name])
+        elif isinstance(one.default, dataclasses.Field):
+            parameters.append(_parameter(name, one.annotation, one.default))
+        else:
+            parameters.append(one.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        made = {name: group.build({one: values.pop(one) for one in group.parameters}) for name, group in groups.items()}
+        command(**values, **dict.fromkeys(grouped.keys() & own.keys()), **made)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
+    return run

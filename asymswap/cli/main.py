@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,22 +45,16 @@ def _root(
     pass
 
 
-def _budgets_latency(arguments: Sequence[str]) -> bool:
-    """Return True if a command measures time: by an option, a setting, or a recipe file with a budget of latency."""
-    import tomllib
-
-    timed = ("--latency", "--time", "budget.latency", "--set=budget.latency")
-    if any(argument.startswith(timed) for argument in arguments):
-        return True
-    recipes = [value for option, value in itertools.pairwise(arguments) if option == "--recipe"]
-    recipes += [argument.removeprefix("--recipe=") for argument in arguments if argument.startswith("--recipe=")]
-    for recipe in recipes:
-        # A shipped recipe is no file here; the command reports what cannot be read.
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            budget = tomllib.loads(Path(recipe).read_text(encoding="utf-8")).get("budget")
-            if isinstance(budget, dict) and "latency" in budget:
-                return True
-    return False
+def _measures_time(arguments: Sequence[str]) -> bool:
+    """Return True if a command measures time: always, by an option or a setting, or by the budget of a recipe file."""
+    texts = list(arguments)
+    for argument in arguments:
+        # The command reports what cannot be read.
+        with contextlib.suppress(OSError, ValueError):
+            if argument.endswith(".toml"):
+                texts.append(Path(argument.removeprefix("--recipe=")).read_text(encoding="utf-8"))
+    timed = any(re.search(r"^--(latency|time)|\blatency\s*=", text) for text in texts)
+    return timed or arguments[:1] in (["compare"], ["benchmark"])
 
 
 def main() -> NoReturn:
@@ -68,7 +62,7 @@ def main() -> NoReturn:
     # Otherwise torch's threads busy-wait: if another program keeps one core busy, converting a ResNet-50 takes twice
     # as long, a DenseNet-121 thirty times. Latency is measured with busy-waiting, as networks run: small layers are
     # then twice as fast.
-    if sys.argv[1:2] not in (["compare"], ["benchmark"]) and not _budgets_latency(sys.argv[1:]):
+    if not _measures_time(sys.argv[1:]):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("NO_COLOR"):
         # Typer's help would keep bold and dim.

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their text becomes values."""
+"""Options that several commands share, how their text becomes values, and how results are printed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import json
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from asymswap.api.progress import bars
-from asymswap.cli import screen
+from asymswap.api.progress import bars, plain_console
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Command, opt, options_of, parameters_of, takes
+from asymswap.cli.fields import Group
 from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
+from asymswap.utils.options import option
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
+    from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.types import Progress
 
 T = TypeVar("T")
@@ -35,26 +36,6 @@ T = TypeVar("T")
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
 """Panels of the help that several commands have."""
-
-DATA_FORMS = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
-"""Labelled images that every command takes, for the end of a help text."""
-
-
-def _timing(values: Mapping[str, Any]) -> Timing | None:
-    given = {name: value for name, value in values.items() if value is not None}
-    return Timing(**given) if given else None
-
-
-takes_timing = takes("timing", options_of(Timing, given_only=True), _timing)
-"""Gives a command the options of time in place of its parameter `timing`: a Timing, or None if none is given."""
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Return the shipped recipes that begin like this, for the shell; where none does, it offers files."""
-    from asymswap.planning.recipe import shipped_names
-
-    return [name for name in shipped_names() if name.startswith(incomplete)]
-
 
 _ABOUT_MODEL = (
     "A name (resnet18, timm:resnet18, cifar:resnet20, digits-resnet), a file, or your own code, which is run: "
@@ -64,123 +45,82 @@ _ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are co
 Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
-Markdown = Annotated[bool, opt("Print Markdown, for a pull request.", None, "--markdown")]
-Cpu = Annotated[bool, opt("Use no GPU.", None, "--cpu")]
-Force = Annotated[bool, opt("Replace files that exist.", RESULT, "--force")]
-Data = Annotated[str, opt(DATA_FORMS, IMAGES, shown=False)]
-Strict = Annotated[bool, opt("Fail on an image that cannot be read instead of skipping it.", IMAGES, "--strict")]
-Download = Annotated[bool, opt("Fetch the data where torchvision can.", IMAGES, "--download")]
+
+MARKDOWN = option(False, "Print Markdown, for a pull request.")
+FORCE = option(False, "Replace files that exist.", RESULT)
+OUTPUT = ("-o", "--output")
+DOWNLOAD = option(False, "Fetch the data where torchvision can.", IMAGES)
 
 
-def _opening(
-    weights: Annotated[
-        str | None,
-        opt(
-            "Name of published weights, none for random ones, or a state_dict file.",
-            _MODEL,
-            shown="the builder's DEFAULT",
-        ),
-    ] = None,
-    arch: Annotated[
-        str | None, opt("The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", _MODEL)
-    ] = None,
-    key: Annotated[
-        str | None,
-        opt("Which state_dict of the file, such as state_dict_ema; a dotted path.", _MODEL, shown="the likeliest"),
-    ] = None,
-    arguments: Annotated[
-        list[str] | None, opt("key=value for the builder, in Python: num_classes=10, weights=None.", _MODEL, "--arg")
-    ] = None,
-    input_size: Annotated[str | None, opt("Size of one input, as 3x224x224.", _MODEL, "--input", shown=False)] = None,
-    trust_pickle: Annotated[
-        bool,
-        opt("Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL, "--trust-pickle"),
-    ] = False,
-) -> dict[str, Any]:
-    """Return the options of `asymswap.open_model` but the preprocessing."""
-    return {
-        "weights": weights,
-        "arch": arch,
-        "key": key,
-        "arguments": parse_pairs("--arg", arguments, python=True),
-        # With four numbers it is the size of a clip.
-        "input_size": parse_size("--input", input_size, (3, 4), "channels x height x width, such as 3x224x224"),
-        "trust_pickle": trust_pickle,
-    }
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the shipped recipes that begin like this, for the shell; where none does, it offers files."""
+    from asymswap.planning.recipe import shipped_names
+
+    return [name for name in shipped_names() if name.startswith(incomplete)]
 
 
-def _preprocessing(
-    normalize: Annotated[
-        str | None,
-        opt(
-            "How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
-            IMAGES,
-            shown="as weights, family or file say; else inferred from the network's batch norms",
-        ),
-    ] = None,
-    mean: Annotated[
-        str | None,
-        opt("Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.", IMAGES, shown=False),
-    ] = None,
-    std: Annotated[str | None, opt("Standard deviation of each channel, as --mean.", IMAGES, shown=False)] = None,
-    bgr: Annotated[bool, opt("Channels are blue, green, red; with --mean and --std.", IMAGES, "--bgr")] = False,
-    size: Annotated[
-        str | None,
-        opt(
-            "Height x width of the network's input, as 224x224 or 224.",
-            IMAGES,
-            shown="from --input, or the model's own",
-        ),
-    ] = None,
-    resize: Annotated[
-        int | None,
-        opt(
-            "Resize the shorter side to this and crop the centre, as 256.",
-            IMAGES,
-            shown="the model's own; with --size the whole image is resized",
-        ),
-    ] = None,
-    interpolation: Annotated[
-        str | None, opt("bilinear, bicubic, nearest and others.", IMAGES, shown="the model's own, or bilinear")
-    ] = None,
-) -> Any:
-    """Return how images are prepared; None where none of the options is given."""
-    from asymswap.models.preprocessing import PreprocessingOptions
-
-    sides = parse_size("--size", size, (1, 2), "height x width, such as 224x224")
-    options = PreprocessingOptions(
-        normalize=normalize,
-        mean=parse_numbers("--mean", mean),
-        std=parse_numbers("--std", std),
-        bgr=bgr or None,
-        size=None if sides is None else (sides[0], sides[-1]),
-        resize=resize,
-        interpolation=interpolation,
-    )
-    return None if options == PreprocessingOptions() else options
+def _timing(values: Mapping[str, Any]) -> Timing | None:
+    given = {name: value for name, value in values.items() if value is not None}
+    return Timing(**given) if given else None
 
 
-def _further(
-    task: Annotated[
-        Path | None,
-        opt("Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.", "Task"),
-    ] = None,
-    json: Annotated[bool, opt("Print JSON instead of tables.", None, "--json")] = False,
-    quiet: Annotated[bool, opt("Show no progress and print no report.", None, "--quiet", "-q")] = False,
-    debug: Annotated[bool, opt("Show the traceback of an error.", None, "--debug")] = False,
-) -> dict[str, Any]:
-    """Return the file of a task, and what a command prints."""
-    return {"task_file": task, "json": json, "quiet": quiet}
+TIMING: Any = Group(Timing, _timing, given_only=True)
+"""The options of time: a Timing, or None if none is given."""
+
+
+# What is used where an option is not given.
+_DEFAULT = "the builder's DEFAULT"
+_NORMALIZE = "as weights, family or file say; else inferred from the network's batch norms"
+_SIZE, _RESIZE = "from --input, or the model's own", "the model's own; with --size the whole image is resized"
 
 
 @dataclass(frozen=True)
 class Common:
-    """The options that commands share: how models are opened, and what is printed."""
+    """The options that commands share: how models are opened and images are prepared, and what is printed."""
 
-    opening: Mapping[str, Any]
-    json: bool
-    quiet: bool
-    task_file: Path | None = None
+    weights: str | None = option(
+        None, "Name of published weights, none for random ones, or a state_dict file.", _MODEL, shown=_DEFAULT
+    )
+    arch: str | None = option(
+        None, "The architecture of a state_dict file: resnet18, timm:resnet18, net.py:Net …", _MODEL
+    )
+    key: str | None = option(
+        None, "Which state_dict of the file, such as state_dict_ema; a dotted path.", _MODEL, shown="the likeliest"
+    )
+    arguments: list[str] | None = option(
+        None, "key=value for the builder, in Python: num_classes=10, weights=None.", _MODEL, flags=("--arg",)
+    )
+    input_size: str | None = option(None, "Size of one input, as 3x224x224.", _MODEL, flags=("--input",), shown=False)
+    trust_pickle: bool = option(
+        False, "Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL
+    )
+    normalize: str | None = option(
+        None,
+        "How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
+        IMAGES,
+        shown=_NORMALIZE,
+    )
+    mean: str | None = option(
+        None, "Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.", IMAGES, shown=False
+    )
+    std: str | None = option(None, "Standard deviation of each channel, as --mean.", IMAGES, shown=False)
+    bgr: bool = option(False, "Channels are blue, green, red; with --mean and --std.", IMAGES)
+    size: str | None = option(None, "Height x width of the network's input, as 224x224 or 224.", IMAGES, shown=_SIZE)
+    resize: int | None = option(
+        None, "Resize the shorter side to this and crop the centre, as 256.", IMAGES, shown=_RESIZE
+    )
+    interpolation: str | None = option(
+        None, "bilinear, bicubic, nearest and others.", IMAGES, shown="the model's own, or bilinear"
+    )
+    task_file: Path | None = option(
+        None,
+        "Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.",
+        "Task",
+        flags=("--task",),
+    )
+    json: bool = option(False, "Print JSON instead of tables.")
+    quiet: bool = option(False, "Show no progress and print no report.", flags=("--quiet", "-q"))
+    debug: bool = option(False, "Show the traceback of an error.")
 
     @functools.cached_property
     def task(self) -> Task | None:
@@ -189,32 +129,65 @@ class Common:
 
         return None if self.task_file is None else read_task(self.task_file)
 
+    @functools.cached_property
+    def preprocessing(self) -> PreprocessingOptions | None:
+        """How images are prepared; None where none of the options is given."""
+        from asymswap.models.preprocessing import PreprocessingOptions
+
+        sides = parse_numbers("--size", self.size, "not height x width, such as 224x224", int, "x", (1, 2))
+        options = PreprocessingOptions(
+            normalize=self.normalize,
+            mean=parse_numbers("--mean", self.mean, _NUMBERS),
+            std=parse_numbers("--std", self.std, _NUMBERS),
+            bgr=self.bgr or None,
+            size=None if sides is None else (sides[0], sides[-1]),
+            resize=self.resize,
+            interpolation=self.interpolation,
+        )
+        return None if options == PreprocessingOptions() else options
+
+    @functools.cached_property
+    def _opening(self) -> dict[str, Any]:
+        """The options of `asymswap.open_model`."""
+        form, names = "not channels x height x width, such as 3x224x224", ("weights", "arch", "key", "trust_pickle")
+        return {name: getattr(self, name) for name in names} | {
+            "arguments": parse_pairs("--arg", self.arguments, python=True),
+            # With four numbers it is the size of a clip.
+            "input_size": parse_numbers("--input", self.input_size, form, int, "x", (3, 4)),
+            "preprocessing": self.preprocessing,
+        }
+
     def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
         """Open the model of a command, for the verb that gets it."""
-        from asymswap.models import opening
+        from asymswap.models.opening import open_model
 
-        return self._with_example(opening.open_model(str(model), progress=step, **self.opening)).hand_over()
+        return self._handed_over([open_model(str(model), progress=step, **self._opening)])[0]
 
     def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
         """Open several models, all of them before the verb begins."""
-        from asymswap.models import opening
+        from asymswap.models.opening import open_models
 
-        every = opening.open_models(models, progress=step, **self.opening)
-        return [self._with_example(opened).hand_over() for opened in every]
+        return self._handed_over(open_models(models, progress=step, **self._opening))
 
-    def _with_example(self, opened: OpenedModel) -> OpenedModel:
-        """Return the model with the first sample of a task's calibration() as its example."""
-        if self.task is None or self.task.calibration is None:
-            return opened
-        from asymswap.data.inputs import settle_on
-        from asymswap.types import UserData
+    def _handed_over(self, opened: list[OpenedModel]) -> list[OpenedModel]:
+        """Return models for one verb; the first sample of a task's calibration() is their example."""
+        if self.task is not None and self.task.calibration is not None:
+            from asymswap.data.inputs import settle_on
+            from asymswap.types import UserData
 
-        return settle_on(opened, UserData(self.task.calibration, self.task.inputs))[0]
+            opened = [settle_on(one, UserData(self.task.calibration, self.task.inputs))[0] for one in opened]
+        return [one.hand_over() for one in opened]
 
     def check_form(self, markdown: bool) -> None:
         """Raise AsymswapError where both JSON and Markdown are asked for."""
         if self.json and markdown:
             raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+
+    def check_images(self, data: str | None) -> None:
+        """Raise AsymswapError for options that say how to prepare images, where there are none."""
+        from asymswap.models.preprocessing import check_needed
+
+        check_needed(self.preprocessing, data)
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress while a block runs."""
@@ -233,33 +206,45 @@ class Common:
         if markdown is not None:
             typer.echo(markdown(in_flags(record)), nl=False)
         elif self.json:
-            screen.print_json(to_json(record))
+            print_json(to_json(record))
         elif not self.quiet:
-            console = screen.console()
-            screen.show((view or views.view)(in_flags(record), console.width), console)
+            screen = console()
+            screen.print((view or views.view)(in_flags(record), screen.width), highlight=False, markup=False)
 
 
-_EVERY = tuple(parameters_of(_opening))
+_NUMBERS = "no list of numbers, such as 0.5,0.5,0.5"
+_IMAGES = ("normalize", "mean", "std", "bgr", "size", "resize", "interpolation")
+_PRINTING = ("json", "quiet", "debug")
 
 
-def takes_common(opening: Collection[str] = _EVERY, preprocessing: bool = True) -> Callable[[Command], Command]:
-    """Give a command the options that commands share, in place of its parameter `common`.
+def _common(*opening: str, images: bool = True) -> Any:
+    """Return the common options, with these alone of those that say how a model is opened."""
+    only = (*opening, *(_IMAGES if images else ()), *(("task_file",) if opening else ()), *_PRINTING)
+    return Group(Common, lambda values: Common(**values), only=only)
 
-    Of those that say how a model is opened, only the named ones; `preprocessing` are the options of images. Who opens
-    no model has no task either.
-    """
-    groups = (
-        {name: one for name, one in parameters_of(_opening).items() if name in opening},
-        parameters_of(_preprocessing) if preprocessing else {},
-        {name: one for name, one in parameters_of(_further).items() if opening or name != "task"},
-    )
 
-    def build(values: dict[str, Any]) -> Common:
-        opened, prepared, further = ({name: values[name] for name in group} for group in groups)
-        how = {**_opening(**opened), "preprocessing": _preprocessing(**prepared)}
-        return Common(how, **_further(**further))
+_OPENING = ("weights", "arch", "key", "arguments", "input_size", "trust_pickle")
+COMMON = _common(*_OPENING)
+WITHOUT_IMAGES = _common(*_OPENING, images=False)
+OF_CHECKPOINT = _common("arch", "arguments")
+EXPORTED = _common("arch", "arguments", images=False)
+TRAINED = _common("arch", "arguments", "input_size")
+PRINTING = _common(images=False)
+"""The options of `Common` that different commands have."""
 
-    return takes("common", {name: one for group in groups for name, one in group.items()}, build)
+
+def console() -> Console:
+    """Return the console for results; of unknown width, it is wide enough for complete tables."""
+    screen = plain_console()
+    known = screen.is_terminal or "COLUMNS" in os.environ
+    return screen if known else plain_console(width=max(screen.width, 120))
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
+    from asymswap.results.records import plain
+
+    print(json.dumps(plain(in_flags(value)), indent=2, allow_nan=False))  # noqa: T201
 
 
 def fill_in(arguments: list[str]) -> list[str]:
@@ -272,44 +257,21 @@ def fill_in(arguments: list[str]) -> list[str]:
     return result
 
 
-def parse_size(option: str, text: str | None, numbers: Collection[int], form: str) -> tuple[int, ...] | None:
-    """Read `224x320`, where that is of `numbers` numbers; raises AsymswapError, which names the `form`, otherwise."""
+def parse_numbers(
+    option: str, text: str | None, form: str, kind: type = float, by: str = ",", lengths: Collection[int] = ()
+) -> Any:
+    """Read numbers, such as `0.5,0.5`, or `224x320`; whole ones must be above zero.
+
+    Raises AsymswapError, which says that the text is `form`, for anything else.
+    """
     if text is None:
         return None
-    parts = text.lower().split("x")
-    if len(parts) not in numbers or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise AsymswapError(f"{option} {text!r} is not {form}")
-    return tuple(int(part) for part in parts)
-
-
-def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Read `0.5,0.5,0.5`; raises AsymswapError for anything else."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise AsymswapError(f"{option} {text!r} is no list of numbers, such as 0.5,0.5,0.5") from None
-
-
-def parse_counts(option: str, text: str) -> tuple[int, ...]:
-    """Read `1,8`, numbers of at least 1; raises AsymswapError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise AsymswapError(f"{option} {text!r} is no list of whole numbers from 1, such as 1,8")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def parse_polish(text: str | None) -> tuple[int | None, float | None]:
-    """Read `500` as steps and `5min` as minutes; raises AsymswapError for anything else."""
-    if text is None:
-        return None, None
-    if text.isdecimal():
-        return int(text), None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?m(?:in(?:utes)?)?", text)
-    if match is None:
-        raise AsymswapError(f"--polish {text!r} is neither steps, such as 500, nor minutes, such as 5min")
-    return None, float(match[1])
+    found: tuple[Any, ...] = ()
+    with contextlib.suppress(ValueError):
+        found = tuple(kind(part) for part in text.lower().split(by))
+    if not found or (lengths and len(found) not in lengths) or (kind is int and min(found) < 1):
+        raise AsymswapError(f"{option} {text!r} is {form}")
+    return found
 
 
 def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> dict[str, Any]:
@@ -376,3 +338,13 @@ def default_output(reference: str, mark: str = "asym") -> Path:
     if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):
         return Path(f"{base}.asym{int(old[4:] or 1) + 1}.pt" if mark == "asym" else f"{base}.{mark}.pt")
     return Path(f"{stem}.{mark}.pt")
+
+
+def target_of(checkpoint: Path, output: Path | None, target: Path, force: bool) -> Path:
+    """Return the file that a command writes: `output`, or else `target`; raise OutputError where it cannot be."""
+    from asymswap.utils.files import check_distinct, check_output
+
+    target = output or target
+    check_output(target, force)
+    check_distinct({"the checkpoint": model_file(checkpoint), "-o": target})
+    return target

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asymswap.cli import options as o
-from asymswap.cli.fields import opt
+from asymswap.utils.options import option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from asymswap.planning.recipe import About
 
 
-@o.takes_common((), preprocessing=False)
 def recipes(
     recipe: Annotated[
         str | None,
@@ -24,24 +23,19 @@ def recipes(
             help="A name to show, or a .toml file to check.", show_default=False, autocompletion=o.complete_recipe
         ),
     ] = None,
-    schema: Annotated[bool, opt("Print the JSON Schema of recipes, for editors.", None, "--schema")] = False,
-    *,
-    common: o.Common,
+    schema: bool = option(False, "Print the JSON Schema of recipes, for editors."),
+    common: o.Common = o.PRINTING,
 ) -> None:
-    """List the recipes that come with asymswap, show one, or check a file.
-
-    Example: asymswap recipes 3x3-only > mine.toml
-    """
-    from asymswap.cli import screen
+    """Example: asymswap recipes 3x3-only > mine.toml"""
     from asymswap.planning import recipe as r
 
     if schema:
-        screen.print_json(r.json_schema())
+        o.print_json(r.json_schema())
     elif recipe is not None:
         text, where = r.read_recipe_text(recipe)
         checked = r.parse_recipe(text, where)
         if common.json:
-            screen.print_json(checked.model_dump(mode="json", exclude_none=True))
+            o.print_json(checked.model_dump(mode="json", exclude_none=True))
         elif recipe in r.shipped_names():
             typer.echo(text, nl=False)
         elif not common.quiet:
@@ -51,9 +45,9 @@ def recipes(
     else:
         listed = {name: r.read_about(name) for name in r.shipped_names()}
         if common.json:
-            screen.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
+            o.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         elif not common.quiet:
-            screen.show(_listing(listed), screen.console())
+            o.console().print(_listing(listed), highlight=False, markup=False)
 
 
 _FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}

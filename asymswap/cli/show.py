@@ -4,43 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from asymswap.cli import options as o
 from asymswap.cli.commands import begin_as
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, CheckpointError
+from asymswap.utils.files import check_output, write_file
+from asymswap.utils.options import option
 
 _OFFSETS = "Offsets"
 
 
-@o.takes_common(("arch", "arguments"))
 def show(
     checkpoint: o.Checkpoint,
-    plan: Annotated[bool, opt("Print the plan of the last conversion as JSON.", None, "--plan")] = False,
-    offsets: Annotated[bool, opt("Show where taps have moved, layer by layer.", _OFFSETS, "--offsets")] = False,
-    draw: Annotated[Path | None, opt("Draw the offsets into this .svg or .png file.", _OFFSETS)] = None,
-    data: Annotated[str | None, opt("Images to predict offsets on.", _OFFSETS, shown="random ones")] = None,
-    report: Annotated[
-        Path | None, opt("Write the report of the last conversion to this .html, .json or .md file.", o.RESULT)
-    ] = None,
-    force: o.Force = False,
-    *,
-    common: o.Common,
+    plan: bool = option(False, "Print the plan of the last conversion as JSON."),
+    offsets: bool = option(False, "Show where taps have moved, layer by layer.", _OFFSETS),
+    draw: Path | None = option(None, "Draw the offsets into this .svg or .png file.", _OFFSETS),
+    data: str | None = option(None, "Images to predict offsets on.", _OFFSETS, shown="random ones"),
+    report: Path | None = option(
+        None, "Write the report of the last conversion to this .html, .json or .md file.", o.RESULT
+    ),
+    force: bool = o.FORCE,
+    common: o.Common = o.OF_CHECKPOINT,
 ) -> None:
-    """Show how a converted model was made, from which source, with which result.
-
-    Example: asymswap show resnet18.asym.pt --report resnet18.html
-    """
-    from asymswap.cli import screen
-    from asymswap.errors import CheckpointError
-    from asymswap.reporting.convert import check_suffix
-    from asymswap.utils.files import check_output, write_file
-
-    if draw is not None or data is not None or offsets or common.opening["preprocessing"] is not None:
+    """Example: asymswap show resnet18.asym.pt --report resnet18.html"""
+    if draw is not None or data is not None or offsets or common.preprocessing is not None:
         if report is not None or plan:
             other = "--plan" if report is None else "--report"
             raise AsymswapError(f"{other} is about the conversion, --offsets, --draw and --data about taps; run twice")
@@ -48,16 +38,17 @@ def show(
             o.check_picture("--draw", draw, force)
         with common.progress() as step:
             from asymswap.api.offsets import offsets as find_offsets
-            from asymswap.models.preprocessing import check_needed
             from asymswap.reporting import offsets as views
 
-            check_needed(common.opening["preprocessing"], data)
+            common.check_images(data)
             moved = find_offsets(common.open_model(checkpoint, step), data=data)
         if draw is not None:
             write_file(draw, views.draw(moved, draw.suffix[1:]))
         common.show(moved)
         return
     if report is not None:
+        from asymswap.reporting.convert import check_suffix
+
         check_output(report, force)
         check_suffix(report)
     with common.progress():
@@ -80,14 +71,14 @@ def show(
 
         typer.echo(plan_text(header.plans[-1]), nl=False)
     elif common.json:
-        screen.print_json(header_to_json(header))
+        o.print_json(header_to_json(header))
     elif not common.quiet:
         from rich.errors import ConsoleError
 
         from asymswap.reporting.screens import show_view
 
         try:
-            screen.show(show_view(str(checkpoint), header_to_json(header)), screen.console())
+            o.console().print(show_view(str(checkpoint), header_to_json(header)), highlight=False, markup=False)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
             # Nothing else reads a provenance, so nothing else has checked it.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None

@@ -7,65 +7,50 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import typer
+
+from asymswap.cli import data as d
 from asymswap.cli import options as o
-from asymswap.cli.calibration import calibration_of, takes_calibration
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import opt
-from asymswap.cli.metric import EVALUATION_FORMS, measured_by, takes_metric
 from asymswap.errors import AsymswapError
+from asymswap.utils.distributed import ALONE
+from asymswap.utils.files import check_distinct, check_output
+from asymswap.utils.options import option
 
 _BUDGET, _DATA = "Budgets", "Data"
 
 
-@o.takes_common()
-@takes_calibration
-@takes_metric
-@o.takes_timing
 def sweep(
     model: o.Model,
     recipe: Annotated[
-        list[str], opt("A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
+        list[str], typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
     ],
-    evaluate: Annotated[str | None, opt(f"Measure on {EVALUATION_FORMS}", _DATA, shown=False)] = None,
-    measured: Any = None,
-    macs: Annotated[
-        str | None, opt("Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", _BUDGET, shown="0.9:0.3:0.1")
-    ] = None,
-    params: Annotated[str | None, opt("Fractions of the parameters instead.", _BUDGET)] = None,
-    latency: Annotated[str | None, opt("Fractions of the latency on this machine instead.", _BUDGET)] = None,
-    timing: Any = None,
-    tolerance: Annotated[
-        str | None,
-        opt(
-            "How much of the first score the advice may lose, as for convert's --max-drop.",
-            _BUDGET,
-            shown="1 point; 0.1dB; a hundredth",
-        ),
-    ] = None,
-    calibration: Any = None,
-    seed: Annotated[int, opt("Seed for choosing images.")] = 0,
-    output: Annotated[
-        Path | None,
-        opt(
-            "JSON file, written after each point and read to resume.",
-            o.RESULT,
-            "-o",
-            "--output",
-            shown="<stem>.sweep.json",
-        ),
-    ] = None,
-    report: Annotated[list[Path] | None, opt("Also write .html, .md, .svg or .png; can be repeated.", o.RESULT)] = None,
-    force: o.Force = False,
-    *,
-    common: o.Common,
+    evaluate: str | None = option(None, f"Measure on {d.EVALUATION_FORMS}", _DATA, shown=False),
+    measured: Any = d.MEASURED,
+    macs: str | None = option(None, "Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", _BUDGET, shown="0.9:0.3:0.1"),
+    params: str | None = option(None, "Fractions of the parameters instead.", _BUDGET),
+    latency: str | None = option(None, "Fractions of the latency on this machine instead.", _BUDGET),
+    timing: Any = o.TIMING,
+    tolerance: str | None = option(
+        None,
+        "How much of the first score the advice may lose, as for convert's --max-drop.",
+        _BUDGET,
+        shown="1 point; 0.1dB; a hundredth",
+    ),
+    calibration: Any = d.CALIBRATION,
+    seed: int = option(0, "Seed for choosing images."),
+    output: Path | None = option(
+        None,
+        "JSON file, written after each point and read to resume.",
+        o.RESULT,
+        flags=o.OUTPUT,
+        shown="<stem>.sweep.json",
+    ),
+    report: list[Path] | None = option(None, "Also write .html, .md, .svg or .png; can be repeated.", o.RESULT),
+    force: bool = o.FORCE,
+    common: o.Common = o.COMMON,
 ) -> None:
-    """Convert a model to several budgets and plot scores over cost; an interrupted run resumes.
-
-    Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits
-    """
-    from asymswap.utils.distributed import ALONE
-    from asymswap.utils.files import check_distinct, check_output
-
+    """Example: asymswap sweep digits-resnet --recipe half-macs --calibrate digits --evaluate digits"""
     every = {"macs": macs, "params": params, "latency": latency}
     given = {name: text for name, text in every.items() if text is not None}
     if len(given) > 1:
@@ -78,7 +63,7 @@ def sweep(
         o.check_picture("--report", path, force, (".html", ".md", ".svg", ".png"))
     check_output(target, force=True)
     check_distinct({"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in reports}})
-    known = None if force else _read(target)
+    known = _known(target) if target.exists() and not force else None
     with common.progress() as step:
         from asymswap.api.sweep import BUDGETS
         from asymswap.api.sweep import sweep as run
@@ -92,20 +77,20 @@ def sweep(
 
         for one in recipe:
             o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
-        by = measured_by("--evaluate", evaluate, measured, common.task)
+        by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
         result = run(
             common.open_model(model, step),
             recipe,
-            by["by"],
-            crop_border=by["crop_border"],
+            by,
             budgets=budgets or BUDGETS,
             measure=measure,
             timing=timing,
-            calibration=calibration_of(calibration, seed, ALONE, common.task),
+            calibration=d.calibration_of(calibration, seed, ALONE, common.task),
             tolerance=tolerance,
             known=known,
             on_point=write,
             progress=step,
+            **how,
         )
         write(result)
         for path in reports:
@@ -114,7 +99,7 @@ def sweep(
                 write_file(path, written(in_flags(result)))
             else:
                 write_file(path, views.draw(result, path.suffix[1:]))
-    common.show(result, views.sweep_view)
+    common.show(result)
 
 
 def parse_fractions(option: str, text: str) -> list[float]:
@@ -136,12 +121,10 @@ def parse_fractions(option: str, text: str) -> list[float]:
     return sorted({float(value) for value in found}, reverse=True)
 
 
-def _read(path: Path) -> Any:
-    """Return the sweep to resume from a file, if there is one."""
+def _known(path: Path) -> Any:
+    """Return the sweep to resume from a file."""
     from asymswap.results.sweep import from_json
 
-    if not path.exists():
-        return None
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -6,10 +6,7 @@ import typer
 
 
 def task() -> None:
-    """Print a commented Python file for --task: your own data, inputs, metric and loss.
-
-    Example: asymswap task > my_task.py
-    """
+    """Example: asymswap task > my_task.py"""
     from asymswap.planning.recipe import shipped_folder
 
     typer.echo((shipped_folder() / "my_task.py").read_text(encoding="utf-8"), nl=False)

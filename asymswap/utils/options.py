@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-def option(default: _T, help: str, panel: str | None, **about: Any) -> _T:
+def option(default: _T, help: str, panel: str | None = None, **about: Any) -> _T:
     """Return a dataclass field that `asymswap.cli.fields` turns into a command line option.
 
-    `about`: `shown` (the default in the help), `metavar`, `text=True` if the command line parses the text itself.
+    `about` may have `shown` (the default as the help shows it), `flags`, `text=True` if the command line parses the
+    text itself, and what else Typer's options take, such as `metavar`. Commands declare their own options by it, too.
     """
     made: _T = dataclasses.field(default=default, metadata={"help": help, "panel": panel, **about})
     return made

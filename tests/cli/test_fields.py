@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from asymswap.calibration.config import Calibration
-from asymswap.cli.fields import options_of, takes_fields
+from asymswap.cli.fields import Group, with_options
 from asymswap.training.config import Training
 from asymswap.utils.options import option
 
@@ -28,17 +28,19 @@ Settings = dataclasses.make_dataclass(
         ("inner", int, 7),
     ],
 )
+GROUP: Any = Group(Settings)
 
 
 def run(*arguments: str, given_only: bool = False) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
-    @takes_fields("settings", Settings, given_only, names={"cut": "--cut-at"})
-    def command(first: str, settings: Any = None, strict: Any = None, last: int = 0) -> None:
+    group: Any = Group(Settings, given_only=given_only, flags={"cut": "--cut-at"})
+
+    def command(first: str, settings: Any = group, strict: Any = None, last: int = 0) -> None:
         seen.update(first=first, last=last, settings=settings)
 
     app = typer.Typer()
-    app.command()(command)
+    app.command()(with_options(command))
     done = CliRunner().invoke(app, ["a", *arguments])
     assert done.exit_code == 0, done.output
     return seen
@@ -58,15 +60,15 @@ def test_what_is_not_given_can_be_told_from_a_default() -> None:
 
 
 def test_a_parameter_named_like_a_field_is_where_its_option_stands() -> None:
-    @takes_fields("settings", Settings)
-    def command(first: str, settings: Any = None, last: int = 0, rank: Any = None) -> None: ...
+    def command(first: str, settings: Any = GROUP, last: int = 0, rank: Any = None) -> None: ...
 
-    assert list(inspect.signature(command).parameters) == ["first", "cut", "names", "strict", "order", "last", "rank"]
+    made = inspect.signature(with_options(command)).parameters
+    assert list(made) == ["first", "cut", "names", "strict", "order", "last", "rank"]
 
 
 @pytest.mark.parametrize("config", [Training, Calibration])
 def test_every_field_without_help_is_set_by_the_command_itself(config: type) -> None:
-    assert {field.name for field in dataclasses.fields(config)} - options_of(config).keys() <= {
+    assert {field.name for field in dataclasses.fields(config)} - Group(config).parameters.keys() <= {
         "channels_last", "deterministic", "polish_minutes", "seed", "team", "preprocessing", "inputs",
     }  # fmt: skip
 
