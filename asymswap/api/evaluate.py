@@ -30,7 +30,7 @@ from asymswap.results.evaluate import (
     EvaluationReport,
     ModelScores,
 )
-from asymswap.results.records import read_history
+from asymswap.results.records import read_provenance
 from asymswap.types import Preprocessing, Progress
 from asymswap.utils.tensors import deep_copy
 
@@ -88,7 +88,7 @@ def evaluate(
     for one in opened if not evaluators else ():
         if isinstance(data, str) and paired_kind(data) is None and not crop_border:
             mine = _open(one.preprocessing, data, part, validation, seed, download)
-            known = known_classes(read_history(one.provenance, one.reference), one.origin)
+            known = known_classes(read_provenance(one.provenance, one.reference), one.origin)
             check_class_names(known or published_classes(one.origin.reference, one.weights), mine)
             evaluators.append(Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
         elif part != "test":
@@ -128,7 +128,7 @@ def evaluate(
             notes.append(
                 f"the data has {evaluator.classes} classes, {one.reference} scores {found.scores}: do they agree?"
             )
-        training = read_history(one.provenance, one.reference).training
+        training = read_provenance(one.provenance, one.reference).training
         description = evaluators[0].description
         if training and description in training[-1].data and training[-1].validation != description:
             notes.append(

@@ -39,7 +39,7 @@ from asymswap.models.opening import Model, base_of, open_for_verb, save_checkpoi
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
-from asymswap.results.records import plain, read_history
+from asymswap.results.records import plain, read_provenance
 from asymswap.training.config import Callback, Training
 from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
 from asymswap.training.objective import Objective
@@ -164,7 +164,7 @@ def finetune(
             identity[name] = getattr(function, "name", getattr(function, "__qualname__", type(function).__name__))
     if material.source.unit == "batches":
         identity["batch_size"] = None
-    known = known_classes(read_history(opened.provenance, opened.reference), opened.origin)
+    known = known_classes(read_provenance(opened.provenance, opened.reference), opened.origin)
 
     def described(progress: Progress) -> dict[str, Any]:
         """Return what the report and the checkpoint both say of the run so far."""
@@ -279,7 +279,7 @@ def _samples(
     labels = loss is None and bool(train.classes) and (not distills or _gives_scores(opened))
     if labels:
         images(unlabelled=False)  # which checks the classes
-        check_class_names(known_classes(read_history(opened.provenance, opened.reference), opened.origin), train)
+        check_class_names(known_classes(read_provenance(opened.provenance, opened.reference), opened.origin), train)
         check_classifier(opened.model, train, exact=True)
         if inputs is not None:
             raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")

@@ -39,7 +39,6 @@ def compare(
     with common.progress() as step:
         from asymswap.api.compare import compare as beside
         from asymswap.models.preprocessing import check_needed
-        from asymswap.reporting import compare as views
 
         check_needed(common.opening["preprocessing"], data)
         unlabelled = agreement_on(data, against, common.task)
@@ -56,4 +55,4 @@ def compare(
             seed=seed,
             progress=step,
         )
-    common.show(found, views.comparison_view, views.comparison_to_markdown if markdown else None)
+    common.show(found, markdown=markdown)

@@ -24,10 +24,9 @@ from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
+    from asymswap.reporting.tables import Screen
     from asymswap.types import Progress
 
 T = TypeVar("T")
@@ -223,20 +222,21 @@ class Common:
     def show(
         self,
         record: T,
-        view: Callable[[T, int], RenderableType] | None = None,
-        markdown: Callable[[T], str] | None = None,
+        view: Callable[[T, int | None], Screen] | None = None,
+        markdown: bool = False,
     ) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
         from asymswap.reporting import views
         from asymswap.results.records import to_json
 
-        if markdown is not None:
-            typer.echo(markdown(in_flags(record)), nl=False)
+        draw = view or views.view
+        if markdown:
+            typer.echo(draw(in_flags(record), None).markdown(), nl=False)
         elif self.json:
             screen.print_json(to_json(record))
         elif not self.quiet:
             console = screen.console()
-            screen.show((view or views.view)(in_flags(record), console.width), console)
+            screen.show(draw(in_flags(record), console.width), console)
 
 
 _EVERY = tuple(parameters_of(_opening))

@@ -88,6 +88,8 @@ def show(
 
         try:
             screen.show(show_view(str(checkpoint), header_to_json(header)), screen.console())
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
-            # Nothing else reads a provenance, so nothing else has checked it.
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --json prints it") from None
+        except (ArithmeticError, ValueError, ConsoleError) as error:
+            # The file's numbers can be anything.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None

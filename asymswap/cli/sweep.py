@@ -109,12 +109,13 @@ def sweep(
         )
         write(result)
         for path in reports:
-            if path.suffix in (".md", ".html"):
-                written = views.to_markdown if path.suffix == ".md" else views.to_html
-                write_text(path, written(in_flags(result)))
+            if path.suffix == ".md":
+                write_text(path, views.sweep_view(in_flags(result)).markdown())
+            elif path.suffix == ".html":
+                write_text(path, views.to_html(in_flags(result)))
             else:
                 write_bytes(path, views.draw(result, path.suffix[1:]))
-    common.show(result, views.sweep_view)
+    common.show(result)
 
 
 def parse_fractions(option: str, text: str) -> list[float]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from asymswap.data.datasets import LabelledImages
 from asymswap.errors import SourceError
 from asymswap.results.evaluate import Score
-from asymswap.results.records import History
+from asymswap.results.records import Provenance
 from asymswap.types import Origin
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.tensors import eval_mode
@@ -161,11 +161,11 @@ def check_scores(output: object, data: LabelledImages, exact: bool = False) -> T
     return output
 
 
-def known_classes(history: History, origin: Origin) -> tuple[str, ...]:
+def known_classes(provenance: Provenance, origin: Origin) -> tuple[str, ...]:
     """Return the names of the model's classes in order, if its checkpoint or its published weights have them."""
-    if history.training:
-        return history.training[-1].classes
-    return published_classes(origin.reference, history.report.model.weights)
+    if provenance.training:
+        return provenance.training[-1].classes
+    return published_classes(origin.reference, provenance.report.model.weights)
 
 
 def published_classes(reference: str, weights: str) -> tuple[str, ...]:

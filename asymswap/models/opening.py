@@ -29,7 +29,7 @@ from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.models.references import Request, find_architecture, is_file_reference, open_file, open_reference, rebuild
 from asymswap.planning.apply import apply_structure
-from asymswap.results.records import read_history
+from asymswap.results.records import read_provenance
 from asymswap.types import Origin, Progress, silent
 from asymswap.utils.inputs import arguments_of, placed
 from asymswap.utils.tensors import WithoutMemory, meta_copy
@@ -95,7 +95,7 @@ def open_model(
             raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
         base = model.base if arch is None else _build_named(header.origin, request)
         opened = _describe_converted(model.model, header, base, "as given")
-        named = read_history(header.provenance, "the conversion").report.model.reference
+        named = read_provenance(header.provenance, "the conversion").report.model.reference
         opened = replace(opened, reference=named or header.origin.reference)
     else:
         reference = str(model)

@@ -27,7 +27,8 @@ from asymswap.graph.trace import trace
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
 from asymswap.planning.plan import plan_text
-from asymswap.reporting.convert import to_html, to_markdown
+from asymswap.reporting.convert import to_html
+from asymswap.reporting.views import to_markdown
 from asymswap.results.convert import Report
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import Call, Cost, Plan, Site

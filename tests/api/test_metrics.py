@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.data.datasets import open_data
-from asymswap.reporting.convert import to_html, to_markdown
-from asymswap.reporting.sweep import draw, fine_print
+from asymswap.reporting.convert import to_html
+from asymswap.reporting.sweep import draw, sweep_view
+from asymswap.reporting.views import to_markdown
 from asymswap.results.records import Provenance, to_json
 from asymswap.results.sweep import Tradeoff, from_json
 
@@ -167,7 +168,8 @@ class TestSweep:
         found = self.run()
         assert found.tolerance == found.first.value / 100
         assert any(
-            "distance on the data of the metric distance (lower is better: distance)" in x for x in fine_print(found)
+            "distance on the data of the metric distance (lower is better: distance)" in x
+            for x in sweep_view(found).fine_print
         )
         assert from_json(json.loads(json.dumps(to_json(found)))).points == found.points
 

@@ -10,7 +10,8 @@ import pytest
 from made_reports import PROVENANCE, report, site
 from rich.console import Console
 
-from asymswap.reporting.convert import report_view, to_html, to_markdown
+from asymswap.reporting.convert import report_view, to_html
+from asymswap.reporting.views import to_markdown
 from asymswap.results.convert import Report
 
 
