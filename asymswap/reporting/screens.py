@@ -51,7 +51,9 @@ def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
             Column("agree", attrgetter("classifier.against_first.agreement"), partial(fmt.score, unit="%")),
             Column("only 1st right", attrgetter("classifier.against_first.only_first")),
             Column("only this", attrgetter("classifier.against_first.only_this")),
-            Column("McNemar p", attrgetter("classifier.against_first.p"), lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"),
+            Column(
+                "McNemar p", attrgetter("classifier.against_first.p"), lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+            ),
         ]
         lines.append("95 %: Wilson's interval of top-1.")
         if several:
