@@ -31,7 +31,7 @@ class Column:
     title: str
     value: Callable[[Any], Any]
     show: Callable[[Any], str | Text] = str
-    side: Literal["left", "right", "fold"] = "right"  # the first to fold, text that may break its lines, names the rows
+    side: Literal["left", "right", "fold"] = "right"  # what folds may break its lines
     least: int = 0  # the width from which on a terminal shows the column
     exact: Callable[[Any], str] | None = None  # writes a value with all its digits, for Markdown
     code: bool = False  # names that Markdown sets as code
@@ -46,7 +46,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    columns: Sequence[Column]
+    columns: Sequence[Column]  # the first names the rows
     rows: Sequence[Any]
     sums: Sequence[Any] = ()  # rows below the others, the last of which is the total
     gap: int = 2  # blanks between the columns in a terminal
@@ -54,11 +54,6 @@ class Table:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
-
-    @property
-    def named_by(self) -> Column:
-        """The column that names the rows."""
-        return next((column for column in self.columns if column.side == "fold"), self.columns[0])
 
     def terminal(self, width: int | None = None) -> rich.table.Table:
         """Return the table for a terminal of this width; None shows every column.

@@ -24,8 +24,6 @@ class BenchmarkedModel:
 
 @dataclass(frozen=True)
 class Setting:
-    """How models were run."""
-
     runtime: str
     batch: int
     threads: int
@@ -84,8 +82,6 @@ class Gain:
 
 @dataclass(frozen=True)
 class Benchmark(Shown, view="benchmark.benchmark_view"):
-    """Everything that was measured."""
-
     asymswap: str
     models: tuple[BenchmarkedModel, ...]
     settings: tuple[Setting, ...]

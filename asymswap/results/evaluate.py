@@ -72,8 +72,6 @@ class AgainstFirst:
 
 @dataclass(frozen=True)
 class Classification:
-    """More about a classifier."""
-
     right: int
     interval: tuple[float, float]  # Wilson's of 95 %, of top-1
     loss: float  # the mean

@@ -19,8 +19,6 @@ class Check:
 
 @dataclass(frozen=True)
 class ExportReport(Shown, view="screens.export_view"):
-    """An exported model."""
-
     model: str
     form: str  # `onnx`, `pt2` or `state-dict`
     runner: str  # what ran it for the checks
