@@ -24,15 +24,17 @@ _HOW = {
 
 
 def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> Screen:
-    """Return a table for each setting, or one of all settings for a single model, layers and fine print."""
+    """Return a table for each setting, or one of all for a single model or without a width, layers and fine print."""
     models, settings = benchmark.models, benchmark.settings
     measured = [result for result in benchmark.results if result.seconds is not None]
     blocks: list[Sequence[str | Text | Table]] = []
+    model = Column("Model", lambda row: models[row.model].model, side="fold", code=True)
+    setting = Column("Setting", lambda row: _words(settings[row.setting]), side="fold")
     if len(models) == 1:
-        setting = Column("Setting", lambda row: _words(settings[row.setting]), side="fold")
         blocks.append([written(models[0].model, "bold"), Table([setting, *_figures(benchmark, measured)], measured)])
+    elif width is None:
+        blocks.append([Table([model, setting, *_figures(benchmark, measured)], measured)])
     else:
-        model = Column("Model", lambda row: models[row.model].model, side="fold", code=True)
         for number, one in enumerate(settings):
             results = [result for result in measured if result.setting == number]
             if results:
