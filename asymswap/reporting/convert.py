@@ -62,7 +62,8 @@ def headline(report: Report) -> list[Change]:
     latency, accuracy = report.latency, report.accuracy
     for row in latency.times if latency is not None else ():
         if latency is not None and row.before is not None and row.after is not None and row.ratio is not None:
-            both, how = (row.before.minimum, row.after.minimum), fmt.setting(latency, row.runtime)
+            # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
+            both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
             rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, fmt.time_share(row.ratio), how))
     for one in accuracy.scores if accuracy is not None else ():
         show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
@@ -72,8 +73,8 @@ def headline(report: Report) -> list[Change]:
     return rows
 
 
-def _ms(seconds: float) -> str:
-    return f"{fmt.milliseconds(seconds)} ms"
+def _ms(milliseconds: float) -> str:
+    return f"{fmt.milliseconds(milliseconds / 1e3)} ms"
 
 
 def layer_table(report: Report, width: int | None = None) -> Table:
@@ -220,7 +221,7 @@ def _latency(report: Report) -> list[str]:
         asked, reached, got = f"{found.wanted:g} of the time", f"{first.ratio.value:.3f}", first.ratio.value
         if found.in_seconds:
             got = first.after.minimum
-            asked, reached = _ms(found.wanted), _ms(got)
+            asked, reached = _ms(1e3 * found.wanted), _ms(1e3 * got)
         lines.append(f"In {fmt.runtime(first.runtime)}: asked for {asked}, measured {reached}.")
         if got > found.wanted:
             lines.append("That is above the budget: the machine is noisy, or the convs matched cannot bring it about.")
