@@ -1,4 +1,4 @@
-"""Results on a screen of some columns, as text, in one line, as Markdown, and as HTML for a notebook.
+"""Results on a screen of some columns, as text, in one line, and as HTML for a notebook.
 
 `asymswap.types.Shown`, the base of all results, finds this module by its name.
 """
@@ -46,11 +46,6 @@ def to_line(result: Any) -> str:
     if rows:
         text += f", {rows[0].name} {rows[0].show(rows[0].before)} -> {rows[0].show(rows[0].after)}"
     return f"<{type(result).__name__} {visible(text)}>"
-
-
-def to_markdown(result: Any) -> str:
-    """Return the whole of a result as one document."""
-    return view(result, None).markdown()
 
 
 def to_fragment(result: Any) -> str:

@@ -23,7 +23,7 @@ from asymswap.measure.statistics import mcnemar_exact
 from asymswap.measure.timing import Timing
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model, open_models
-from asymswap.reporting.views import to_markdown
+from asymswap.reporting.views import view
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.results.records import to_json
@@ -260,7 +260,7 @@ def made() -> Comparison:
 
 class TestViews:
     def test_markdown_is_a_table_with_everything(self) -> None:
-        lines = to_markdown(made()).splitlines()
+        lines = view(made(), None).markdown().splitlines()
         assert lines[0] == (
             "| Model | MACs | of 1st | Params | of 1st | Weights | File | ms | Median | of 1st | Output "
             "| Agree | top-1 |"
