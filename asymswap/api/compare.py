@@ -118,10 +118,8 @@ def compare(
         rows.append(row)
     measured = None
     if timing is not None:
-        setting, processor = RUNTIMES[timing.runtime].setting(timing), machine()["processor"]
-        measured = TimingRow(
-            setting.memory_format, timing.batch, setting.threads, processor, timing.rounds, timing.runtime
-        )
+        setting = RUNTIMES[timing.runtime].setting(timing)
+        measured = TimingRow(**vars(setting), machine=machine()["processor"], rounds=timing.rounds)
     return Comparison(
         asymswap=asymswap.__version__,
         models=tuple(rows),

@@ -30,7 +30,7 @@ from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results import evaluate as results
-from asymswap.results.records import read_history
+from asymswap.results.records import read_provenance
 from asymswap.utils.tensors import deep_copy
 
 PARTS = ("test", "validation", "train")
@@ -141,7 +141,7 @@ def evaluate(
             notes.append(
                 f"the data has {evaluator.classes} classes, {one.reference} scores {found.scores}: do they agree?"
             )
-        training = read_history(one.provenance, one.reference).training
+        training = read_provenance(one.provenance, one.reference).training
         description = evaluators[0].description
         if training and description in training[-1].data and training[-1].validation != description:
             notes.append(

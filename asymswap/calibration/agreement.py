@@ -26,8 +26,7 @@ from asymswap.graph.trace import Trace
 from asymswap.measure.agreement import measure_agreement
 from asymswap.measure.fidelity import WHOLE, compared_parts
 from asymswap.models.opened import OpenedModel
-from asymswap.results.agreement import Agreement, OutputAgreement
-from asymswap.results.evaluate import Score
+from asymswap.results.evaluate import Agreement, OutputAgreement, Score
 from asymswap.utils.inputs import Inputs, copied
 from asymswap.utils.tensors import eval_mode, list_tensors
 

@@ -42,7 +42,7 @@ def benchmark(
     counts = o.parse_numbers("--threads", threads, _COUNTS, int)
     with common.progress() as step:
         from asymswap.api.benchmark import benchmark as run
-        from asymswap.reporting import benchmark as views
+        from asymswap.reporting.benchmark import benchmark_view
 
         found = run(
             common.open_models(models, step),
@@ -56,5 +56,4 @@ def benchmark(
             layers=layers > 0,
             progress=step,
         )
-    text = partial(views.benchmark_to_markdown, layers=layers) if markdown else None
-    common.show(found, partial(views.benchmark_view, layers=layers), text)
+    common.show(found, partial(benchmark_view, layers=layers), markdown)

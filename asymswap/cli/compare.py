@@ -31,11 +31,10 @@ def compare(
     common.check_form(markdown)
     with common.progress() as step:
         from asymswap.api.compare import compare as beside
-        from asymswap.reporting import compare as views
 
         common.check_images(data)
         by, how = d.compared_by(data, measured, against_original, unlabelled, common.task)
         timing = (timing or Timing()) if latency else None
         opened = common.open_models(models, step)
         found = beside(opened, data=by, images=images, timing=timing, seed=seed, progress=step, **how)
-    common.show(found, markdown=views.comparison_to_markdown if markdown else None)
+    common.show(found, markdown=markdown)

@@ -24,11 +24,12 @@ from asymswap.measure.timing import Timing
 from asymswap.utils.options import option
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
     from asymswap.models.preprocessing import PreprocessingOptions
+    from asymswap.reporting.tables import Screen
     from asymswap.types import Progress
 
 T = TypeVar("T")
@@ -196,20 +197,21 @@ class Common:
     def show(
         self,
         record: T,
-        view: Callable[[T, int], RenderableType] | None = None,
-        markdown: Callable[[T], str] | None = None,
+        view: Callable[[T, int | None], Screen] | None = None,
+        markdown: bool = False,
     ) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
         from asymswap.reporting import views
         from asymswap.results.records import to_json
 
-        if markdown is not None:
-            typer.echo(markdown(in_flags(record)), nl=False)
+        draw = view or views.view
+        if markdown:
+            typer.echo(draw(in_flags(record), None).markdown(), nl=False)
         elif self.json:
             print_json(to_json(record))
         elif not self.quiet:
             screen = console()
-            screen.print((view or views.view)(in_flags(record), screen.width), highlight=False, markup=False)
+            screen.print(draw(in_flags(record), screen.width), highlight=False, markup=False)
 
 
 _NUMBERS = "no list of numbers, such as 0.5,0.5,0.5"

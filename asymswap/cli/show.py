@@ -79,6 +79,8 @@ def show(
 
         try:
             o.console().print(show_view(str(checkpoint), header_to_json(header)), highlight=False, markup=False)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError) as error:
-            # Nothing else reads a provenance, so nothing else has checked it.
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --json prints it") from None
+        except (ArithmeticError, ValueError, ConsoleError) as error:
+            # The file's numbers can be anything.
             raise CheckpointError(f"{checkpoint} has a damaged provenance ({error!r}); --json prints it") from None

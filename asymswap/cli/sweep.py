@@ -94,9 +94,10 @@ def sweep(
         )
         write(result)
         for path in reports:
-            if path.suffix in (".md", ".html"):
-                written = views.to_markdown if path.suffix == ".md" else views.to_html
-                write_file(path, written(in_flags(result)))
+            if path.suffix == ".md":
+                write_file(path, views.sweep_view(in_flags(result)).markdown())
+            elif path.suffix == ".html":
+                write_file(path, views.to_html(in_flags(result)))
             else:
                 write_file(path, views.draw(result, path.suffix[1:]))
     common.show(result)

@@ -31,7 +31,7 @@ from asymswap.errors import AsymswapError, SourceError, call, listed, near_names
 from asymswap.models.factories import found_callable
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Score
-from asymswap.results.records import read_history
+from asymswap.results.records import read_provenance
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.inputs import placed
@@ -239,7 +239,7 @@ def check_scores(output: object, data: LabelledImages, exact: bool = False) -> T
 
 def known_classes(opened: OpenedModel) -> tuple[str, ...]:
     """Return the names of the model's classes in order, if its checkpoint or torchvision's weights have them."""
-    history, name = read_history(opened.provenance, opened.reference), opened.origin.reference
+    history, name = read_provenance(opened.provenance, opened.reference), opened.origin.reference
     if history.training:
         return history.training[-1].classes
     if not name.startswith("torchvision:"):

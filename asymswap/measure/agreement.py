@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from asymswap.measure.fidelity import WHOLE, Sums
 from asymswap.measure.statistics import wilson_interval
-from asymswap.results.agreement import OutputAgreement
+from asymswap.results.evaluate import OutputAgreement
 from asymswap.utils.inputs import Inputs, copied, samples_in
 from asymswap.utils.tensors import eval_mode, list_tensors
 

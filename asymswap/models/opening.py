@@ -26,7 +26,7 @@ from asymswap.models.factories import UserCode, describe_module, how_built, name
 from asymswap.models.family import Family
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
-from asymswap.results.records import read_history
+from asymswap.results.records import read_provenance
 from asymswap.types import Origin, Progress, silent
 from asymswap.utils.files import fail_if_modified
 from asymswap.utils.inputs import arguments_of, placed
@@ -107,8 +107,8 @@ def open_model(
         if not isinstance(header, Header):
             raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
         base = model.base if arch is None else _build_named(header.origin, request)
-        named = read_history(header.provenance, "the conversion").report.model.reference
         opened = _describe_converted(model.model, header, base, "as given")
+        named = read_provenance(header.provenance, "the conversion").report.model.reference
         opened = replace(opened, reference=named or header.origin.reference)
     else:
         reference = str(model)

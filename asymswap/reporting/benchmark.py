@@ -9,150 +9,99 @@ from typing import Any
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, paragraphs, screen, written
-from asymswap.results.benchmark import TITLES, Benchmark, Gain, LayerRow, Layers, Result, Setting
-from asymswap.types import Ratio
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, written
+from asymswap.results.benchmark import TITLES, Benchmark, Gain, Layers, Result, Setting
 
-# Cores that other programs may keep busy without a warning.
 _BUSY = 0.2
-# Relative spread of the rounds from which on the machine counts as busy, if a single model gives no ratio.
+"""Cores that other programs may keep busy without a warning."""
 _SPREAD = 0.1
-# How to use the faster memory format.
+"""Relative spread of the rounds from which on the machine counts as busy, if a single model gives no ratio."""
 _HOW = {
     "channels-last": "model.to(memory_format=torch.channels_last)",
     "contiguous": "PyTorch's default",
 }
+"""How to use the faster memory format."""
 
 
-def benchmark_view(benchmark: Benchmark, width: int, layers: int = 5) -> Screen:
-    """Return a table for each setting, or one of all settings for a single model, layers and fine print."""
-    blocks: list[Sequence[Text | Table]] = []
-    if len(benchmark.models) == 1:
-        title = ", ".join([benchmark.models[0].model, *_shared_words(benchmark)])
-        setting = Column("Setting", lambda row: _where(benchmark, row).strip(" ()") or "all", side="fold")
-        table = Table([setting, *_figures(benchmark, benchmark.results)], benchmark.results)
-        blocks.append([written(title, "bold"), table])
+def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> Screen:
+    """Return a table for each setting, or one of all for a single model or without a width, layers and fine print."""
+    models, settings = benchmark.models, benchmark.settings
+    measured = [result for result in benchmark.results if result.seconds is not None]
+    blocks: list[Sequence[str | Text | Table]] = []
+    model = Column("Model", lambda row: models[row.model].model, side="fold", code=True)
+    setting = Column("Setting", lambda row: _words(settings[row.setting]), side="fold")
+    if len(models) == 1:
+        blocks.append([written(models[0].model, "bold"), Table([setting, *_figures(benchmark, measured)], measured)])
+    elif width is None:
+        blocks.append([Table([model, setting, *_figures(benchmark, measured)], measured)])
     else:
-        for number, one in enumerate(benchmark.settings):
-            results = [result for result in benchmark.results if result.setting == number]
-            if any(result.seconds is not None for result in results):
-                table = Table([_model_column(benchmark), *_figures(benchmark, results)], results)
-                blocks.append([written(", ".join(_words(one)), "bold"), table])
-    blocks += [paragraphs(_warnings(benchmark), "yellow"), paragraphs(_advice(benchmark))]
+        for number, one in enumerate(settings):
+            results = [result for result in measured if result.setting == number]
+            if results:
+                table = Table([model, *_figures(benchmark, results)], results)
+                blocks.append([written(_words(one), "bold"), table])
+    blocks.append([written(line, "yellow") for line in _warnings(benchmark)])
+    blocks.append(list(_advice(benchmark)))
     for found in benchmark.layers if layers else ():
-        blocks.append([written(_layers_title(benchmark, found), "bold"), _layers_table(found, layers)])
-    return screen("", benchmark.warnings, *blocks, fine_print=_fine_print(benchmark), width=width)
-
-
-def benchmark_to_markdown(benchmark: Benchmark, layers: int = 5) -> str:
-    """Return one table of everything, the layers and the fine print, to be pasted into a pull request."""
-    settings = benchmark.settings
-    shown = [result for result in benchmark.results if result.seconds is not None]
-    columns = [
-        _model_column(benchmark),
-        Column("Runtime", lambda row: TITLES[settings[row.setting].runtime], side="left"),
-        Column("Batch", lambda row: settings[row.setting].batch, side="left"),
-        Column("Threads", lambda row: settings[row.setting].threads, side="left"),
-        Column("Memory format", lambda row: settings[row.setting].memory_format, side="left"),
-        *_figures(benchmark, shown),
-    ]
-    by_layer: list[str | Table] = []
-    for found in benchmark.layers if layers else ():
-        by_layer += [f"{fmt.markdown_text(_layers_title(benchmark, found))}:", _layers_table(found, layers)]
-    return document(
-        *bold(map(fmt.sentence, benchmark.warnings)),
-        Table(columns, shown),
-        *bold(_warnings(benchmark)),
-        *map(fmt.markdown_text, _advice(benchmark)),
-        *by_layer,
-        _fine_print(benchmark),
-    )
-
-
-def _model_column(benchmark: Benchmark) -> Column:
-    return Column("Model", lambda row: benchmark.models[row.model].model, side="fold", code=True)
+        where = f"{models[found.model].model} whose time differs most from what their MACs promise"
+        title = f"Layers of {where} ({_words(settings[found.setting])})"
+        blocks.append([written(title, "bold"), _layers_table(found, layers)])
+    return Screen("", benchmark.warnings, blocks, _fine_print(benchmark), width)
 
 
 def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
-    """Return the columns of figures, which are empty for what could not be run."""
-
-    def macs_of_first(row: Result) -> str | None:
-        macs, first = (benchmark.models[number].cost.macs for number in (row.model, 0))
-        return None if row.seconds is None else fmt.share(macs, first)
+    """Return the columns of figures of what could be run."""
+    models = benchmark.models
 
     def time_of_first(row: Result) -> str | None:
         if row.model == 0:
-            return None if row.seconds is None else fmt.percent(1)
+            return fmt.percent(1)
         return None if row.ratio is None else fmt.time_share(row.ratio)
 
-    def interval(ratio: Ratio) -> str:
-        return f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"
-
-    def rate(images: float) -> str:
-        return f"{images:,.0f}" if images >= 100 else f"{images:#.3g}"
-
     columns = [
-        Column("ms", lambda row: row.seconds and row.seconds.minimum, fmt.milliseconds),
-        Column("Median", lambda row: row.seconds and row.seconds.median, fmt.milliseconds),
-        Column("Spread", lambda row: row.seconds and row.seconds.spread, fmt.percent),
-        Column("Images/s", attrgetter("images_per_second"), rate),
+        Column("ms", attrgetter("seconds.minimum"), fmt.milliseconds),
+        Column("Median", attrgetter("seconds.median"), fmt.milliseconds),
+        Column("Spread", attrgetter("seconds.spread"), fmt.percent),
+        Column("Images/s", attrgetter("images_per_second"), lambda n: f"{n:,.0f}" if n >= 100 else f"{n:#.3g}"),
     ]
-    if any(result.model for result in results):
-        confidence = next((fmt.confidence(result.ratio) for result in results if result.ratio is not None), "95 %")
-        columns.append(Column("of 1st", time_of_first))
-        columns.append(Column(confidence, attrgetter("ratio"), interval, least=WIDE))
-        columns.append(Column("MACs", macs_of_first))
+    if len(models) > 1:
+        confidence = next((result.ratio.confidence for result in results if result.ratio is not None), 0.95)
+        interval = Column(
+            fmt.score(confidence, "%", 0),
+            attrgetter("ratio"),
+            lambda ratio: f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}",
+            least=WIDE,
+        )
+        macs = Column("MACs", lambda row: fmt.share(models[row.model].cost.macs, models[0].cost.macs))
+        columns += [Column("of 1st", time_of_first), interval, macs]
     if any(result.ready is not None for result in results):
         columns.append(Column("Ready s", attrgetter("ready"), "{:.1f}".format))
     return columns
 
 
-def _words(setting: Setting) -> list[str]:
-    words = [TITLES[setting.runtime], f"batch {setting.batch}", fmt.plural(setting.threads, "thread")]
-    return words if setting.memory_format is None else [*words, setting.memory_format]
-
-
-def _shared_words(benchmark: Benchmark) -> list[str]:
-    every = [_words(setting) for setting in benchmark.settings]
-    return [word for word in every[0] if all(word in other for other in every)]
-
-
-def _where(benchmark: Benchmark, result: Result) -> str:
-    """Return what distinguishes a result's setting, in brackets."""
-    shared = _shared_words(benchmark)
-    own = [word for word in _words(benchmark.settings[result.setting]) if word not in shared]
-    return f" ({', '.join(own)})" if own else ""
+def _words(setting: Setting, memory_format: bool = True) -> str:
+    text = f"{TITLES[setting.runtime]}, batch {setting.batch}, {fmt.plural(setting.threads, 'thread')}"
+    return f"{text}, {setting.memory_format}" if memory_format and setting.memory_format else text
 
 
 def _warnings(benchmark: Benchmark) -> list[str]:
     """Return what could not be run and why, and which figures are not reliable because the machine was busy."""
-    failed: dict[str, list[Result]] = {}
+    models, settings = benchmark.models, benchmark.settings
+    failed: dict[tuple[str, str], dict[str, None]] = {}
     for result in benchmark.results:
         if result.failure is not None:
-            failed.setdefault(result.failure, []).append(result)
-    failures = [f"{_models_and_settings(benchmark, results)}: {reason}." for reason, results in failed.items()]
-    names = [f"{benchmark.models[result.model].model}{_where(benchmark, result)}" for result in benchmark.results]
-    ratios = (result.ratio for result in benchmark.results)
-    doubts = fmt.doubts(benchmark.models[0].model, zip(names, ratios, strict=True))
-    if len(benchmark.models) == 1:
-        for result in benchmark.results:
-            if result.seconds is not None and result.seconds.spread > _SPREAD:
-                spread = f"{fmt.percent(result.seconds.spread)}{_where(benchmark, result)}"
-                doubts.append(f"The machine was busy: the middle half of the rounds spreads over {spread}.")
+            names = failed.setdefault((TITLES[settings[result.setting].runtime], result.failure), {})
+            names[models[result.model].model] = None
+    lines = [f"{', '.join([runtime, *names])}: {reason}." for (runtime, reason), names in failed.items()]
+    named = ((f"{models[one.model].model} ({_words(settings[one.setting])})", one.ratio) for one in benchmark.results)
+    doubts = fmt.doubts(models[0].model, named)
+    for result in benchmark.results if len(models) == 1 else ():
+        if result.seconds is not None and result.seconds.spread > _SPREAD:
+            spread = f"{fmt.percent(result.seconds.spread)} ({_words(settings[result.setting])})"
+            doubts.append(f"The machine was busy: the middle half of the rounds spreads over {spread}.")
     if doubts and benchmark.others is not None and benchmark.others >= _BUSY:
         doubts.append(f"Other programs kept {benchmark.others:.1f} of {benchmark.cores} cores busy meanwhile.")
-    return failures + doubts
-
-
-def _models_and_settings(benchmark: Benchmark, results: Sequence[Result]) -> str:
-    """Name the settings of results, by their runtime alone where all settings of it are among them, and the models."""
-    names = dict.fromkeys(benchmark.models[result.model].model for result in results)
-    numbers = list(dict.fromkeys(result.setting for result in results))
-    runtimes = list(dict.fromkeys(TITLES[benchmark.settings[number].runtime] for number in numbers))
-    every = [number for number, one in enumerate(benchmark.settings) if TITLES[one.runtime] in runtimes]
-    settings = runtimes if numbers == every else [", ".join(_words(benchmark.settings[number])) for number in numbers]
-    models = f", {', '.join(names)}" if len(benchmark.models) > 1 else ""
-    return "; ".join(settings) + models
+    return lines + doubts
 
 
 def _advice(benchmark: Benchmark) -> Iterator[str]:
@@ -165,25 +114,18 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
         for faster, gains in by_format.items():
             times = sorted(gain.times for gain in gains)
             factor = f"{times[0]:.2f}" if len(times) == 1 else f"{times[0]:.2f} to {times[-1]:.2f}"
-            where = ""
-            if len(by_format) > 1:
-                settings = (benchmark.settings[gain.setting] for gain in gains)
-                where = " (" + "; ".join(", ".join(_words(setting)[:-1]) for setting in settings) + ")"
+            settings = (_words(benchmark.settings[gain.setting], memory_format=False) for gain in gains)
+            where = f" ({'; '.join(settings)})" if len(by_format) > 1 else ""
             yield f"{model.model}: {faster} is {factor} x as fast here{where}: {_HOW[faster]}."
-
-
-def _layers_title(benchmark: Benchmark, layers: Layers) -> str:
-    model, setting = benchmark.models[layers.model].model, ", ".join(_words(benchmark.settings[layers.setting]))
-    return f"Layers of {model} whose time differs most from what their MACs promise ({setting})"
 
 
 def _layers_table(layers: Layers, most: int) -> Table:
     """Return the layers of the greatest excess, the others, the rest and the sum: rows of a name and its layers."""
 
-    def total(name: str) -> Callable[[tuple[str, Sequence[LayerRow]]], Any]:
+    def total(name: str) -> Callable[[Any], Any]:
         return lambda row: sum(getattr(layer, name) for layer in row[1])
 
-    def of_first(own: str, first: str) -> Callable[[tuple[str, Sequence[LayerRow]]], str]:
+    def of_first(own: str, first: str) -> Callable[[Any], str]:
         return lambda row: fmt.share(total(own)(row), total(first)(row))
 
     columns = (

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of
-from asymswap.reporting.tables import WIDE, Column, Screen, Table, screen, written
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, written
 from asymswap.results.candidates import Candidates
 from asymswap.types import Candidate, Cost
 
@@ -16,40 +16,10 @@ from asymswap.types import Candidate, Cost
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
 
 
-def candidates_view(found: Candidates, width: int) -> Screen:
+def candidates_view(found: Candidates, width: int | None) -> Screen:
     """Return what the candidates hold, and every conv with what a pair would save, or why it is no candidate."""
-    rows, total, wide = found.rows, found.total, width >= WIDE
-    warnings = list(found.warnings)
-    if rows and (not total.macs or found.held.macs / total.macs < 0.05):
-        warnings.append("little can be gained here")
-    fine_print = [
-        f"Model: {fmt.count(total.macs)}MACs ({fmt.count(total.flops)}FLOPs), {fmt.count(total.params)} parameters, "
-        f"for {found.input}; read by {found.traced_by}."
-    ]
-    if any(row.half is not None for row in rows):
-        what = (
-            "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of the "
-            "conv's MACs / parameters."
-            if wide
-            else "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
-        )
-        kinds = dict.fromkeys(row.kind for row in rows if row.half is not None)
-        fine_print.append(f"{what} Pairs are {' or, where it says so, '.join(sorted(kinds, reverse=True))}.")
-    title = _verdict(found) if rows else f"{found.reference} has no Conv2d: there is nothing to swap"
-    fine_print += map(fmt.sentence, found.notes)
-    return screen(title, warnings, _table(found, wide), fine_print=fine_print, width=width)
+    rows, total, wide = found.rows, found.total, width is None or width >= WIDE
 
-
-def _verdict(found: Candidates) -> str:
-    number, total = sum(row.reason is None for row in found.rows), found.total
-    return (
-        f"{found.reference}: {number} of {len(found.rows)} convs are candidates; they hold "
-        f"{fmt.share(found.held.macs, total.macs)} of the MACs and {fmt.share(found.held.params, total.params)} of the "
-        "parameters"
-    )
-
-
-def _table(found: Candidates, wide: bool) -> Table:
     def even_at(row: Candidate) -> int | None:
         return None if row.break_even is None or row.becomes is not None else row.break_even.rank
 
@@ -66,18 +36,44 @@ def _table(found: Candidates, wide: bool) -> Table:
         text = f"{'rank' if row.kind == 'separable' else row.kind} {row.half.rank}: {fmt.share(saved.macs, cost.macs)}"
         return text + f" / {fmt.share(saved.params, cost.params)}" * wide
 
-    pairs = any(row.half is not None for row in found.rows)
+    pairs = sorted({row.kind for row in rows if row.half is not None}, reverse=True)
     columns = [
         Column("Layer", attrgetter("site.name"), side="fold"),
         Column("Conv", lambda row: row.site.conv.describe(), side="left"),
         Column("MACs", attrgetter("site.cost.macs"), fmt.count),
-        Column("Share", lambda row: fmt.share(row.site.cost.macs, found.total.macs)),
+        Column("Share", lambda row: fmt.share(row.site.cost.macs, total.macs)),
         Column("Params", attrgetter("site.cost.params"), fmt.count, least=WIDE),
         Column("Map", attrgetter("site.feature_map"), fmt.extent, least=WIDE),
         Column("Even at", even_at, least=WIDE),
         Column(("Half of it saves" if wide else "Saves") if pairs else "Becomes", lambda row: row, outlook, "fold"),
     ]
-    return Table(columns, found.rows)
+    lines = [
+        f"Model: {fmt.count(total.macs)}MACs ({fmt.count(total.flops)}FLOPs), {fmt.count(total.params)} parameters, "
+        f"for {found.input}; read by {found.traced_by}."
+    ]
+    if pairs:
+        what = (
+            "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of the "
+            "conv's MACs / parameters."
+            if wide
+            else "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
+        )
+        lines.append(f"{what} Pairs are {' or, where it says so, '.join(pairs)}.")
+    lines += map(fmt.sentence, found.notes)
+    little = bool(rows) and (not total.macs or found.held.macs / total.macs < 0.05)
+    warnings = [*found.warnings, *(["little can be gained here"] if little else [])]
+    return Screen(_verdict(found), warnings, [[Table(columns, rows)]], lines, width)
+
+
+def _verdict(found: Candidates) -> str:
+    if not found.rows:
+        return f"{found.reference} has no Conv2d: there is nothing to swap"
+    number, total = sum(row.reason is None for row in found.rows), found.total
+    return (
+        f"{found.reference}: {number} of {len(found.rows)} convs are candidates; they hold "
+        f"{fmt.share(found.held.macs, total.macs)} of the MACs and {fmt.share(found.held.params, total.params)} of the "
+        "parameters"
+    )
 
 
 def draw(found: Candidates, form: str = "svg") -> bytes:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, screen
+from asymswap.reporting.tables import WIDE, Column, Screen, Table, score_column
 from asymswap.results.compare import ComparedRow, Comparison
 from asymswap.results.evaluate import Score
 
 _ROOMY = 130
 
 
-def comparison_view(comparison: Comparison, width: int) -> Screen:
+def comparison_view(comparison: Comparison, width: int | None) -> Screen:
     """Return a row for each model, and the fine print below."""
-    wide = width >= WIDE
-    # Twelve columns of figures leave the names of the models too little with two blanks between them.
-    table = replace(_table(comparison), gap=1 if wide else 2)
-    return screen("", comparison.warnings, table, fine_print=_fine_print(comparison, wide), width=width)
-
-
-def comparison_to_markdown(comparison: Comparison) -> str:
-    """Return the whole table and the fine print, to be pasted into a pull request."""
-    return document(
-        *bold(map(fmt.sentence, comparison.warnings)), _table(comparison), _fine_print(comparison, wide=True)
-    )
-
-
-def _table(comparison: Comparison) -> Table:
-    models, first = comparison.models, comparison.models[0]
+    models, first, timing = comparison.models, comparison.models[0], comparison.timing
+    wide = width is None or width >= WIDE
+    scores = list({score.name: score for row in models for score in row.scores}.values())
 
     def of_first(path: str) -> Any:
         """Return what is left of a cost of the first model."""
@@ -53,7 +40,7 @@ def _table(comparison: Comparison) -> Table:
     ]
     if any(row.file_bytes is not None for row in models):
         columns.append(Column("File", attrgetter("file_bytes"), fmt.size))
-    if comparison.timing is not None:
+    if timing is not None:
         columns += [
             Column("ms", lambda row: row.latency and row.latency.minimum, fmt.milliseconds),
             Column("Median", lambda row: row.latency and row.latency.median, fmt.milliseconds, least=WIDE),
@@ -62,24 +49,14 @@ def _table(comparison: Comparison) -> Table:
     columns.append(Column("Output", lambda row: row.gap and row.gap.relative, fmt.error))
     if any(row.gap is not None and row.gap.agreement is not None for row in models):
         columns.append(Column("Agree", lambda row: row.gap and row.gap.agreement, fmt.percent, least=WIDE))
-    for score in _scores(comparison):
-        # There is hardly room for it; its change is in the fine print.
-        least = _ROOMY if score.name == "top-5" else 0
-        value = partial(_value, score.name)
-        columns.append(Column(score.name, value, partial(fmt.score, unit=score.unit), least=least))
-    return Table(columns, models)
+    # There is hardly room for top-5; its change is in the fine print.
+    columns += [score_column(score, least=_ROOMY if score.name == "top-5" else 0) for score in scores]
+    # Twelve columns of figures leave the names of the models too little with two blanks between them.
+    table = Table(columns, models, gap=1 if wide else 2)
+    return Screen("", comparison.warnings, [[table]], _fine_print(comparison, scores, wide), width)
 
 
-def _value(name: str, row: ComparedRow) -> float | None:
-    return next((score.value for score in row.scores if score.name == name), None)
-
-
-def _scores(comparison: Comparison) -> list[Score]:
-    """Return a score of each name that any model has."""
-    return list({score.name: score for row in comparison.models for score in row.scores}.values())
-
-
-def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
+def _fine_print(comparison: Comparison, scores: Sequence[Score], wide: bool) -> list[str]:
     models, first, timing = comparison.models, comparison.models[0], comparison.timing
     lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
     if timing is not None:
@@ -90,18 +67,17 @@ def _fine_print(comparison: Comparison, wide: bool) -> list[str]:
         lines += fmt.doubts(first.model, ((row.model, row.latency_ratio) for row in models[1:]))
     if comparison.data is not None:
         of_them = f", {comparison.images:,} of them" if comparison.images else ""
-        lines.append(f"{fmt.measured_on(_scores(comparison), comparison.data)}{of_them}.")
+        lines.append(f"{fmt.measured_on(scores, comparison.data)}{of_them}.")
     for row in models[1:]:
         changes = [
             f"{one.name} {fmt.score_change(one.value - other.value, one.unit)}"
             for one, other in zip(row.scores, first.scores, strict=False)
         ]
-        against = row.against_first
         lines += [f"{row.model} beside the first: {', '.join(changes)}."] if changes else []
-        if against is not None:
+        if row.against_first is not None:
             lines.append(
-                f"{row.model} alone is right on {against.only_this} images, {first.model} alone on "
-                f"{against.only_first} (McNemar's exact test: p = {against.p:.2g})."
+                f"{row.model} alone is right on {row.against_first.only_this} images, {first.model} alone on "
+                f"{row.against_first.only_first} (McNemar's exact test: p = {row.against_first.p:.2g})."
             )
     if len({row.input for row in models}) > 1:
         lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in models) + ".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 from asymswap.errors import OutputError, near_names
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
-from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, bold, changes, document, kept_lines, screen
+from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines
 from asymswap.results.convert import Report, SiteRow
+from asymswap.results.evaluate import OutputAgreement
+from asymswap.results.fuse import FusionRow
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
 
@@ -43,11 +45,12 @@ def report_text(report: Report, provenance: Provenance, path: Path) -> str:
     if path.suffix == ".html":
         return to_html(report, provenance)
     if path.suffix == ".md":
-        return to_markdown(report)
+        return report_view(report, None).markdown()
     return json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
 
 
-def _headline(report: Report) -> list[Change]:
+def headline(report: Report) -> list[Change]:
+    """Return the figures before and after."""
     before, after = report.before, report.after
     flops = f"FLOPs (2 x MACs): {fmt.count(before.flops)} to {fmt.count(after.flops)}"
     rows = [
@@ -59,9 +62,9 @@ def _headline(report: Report) -> list[Change]:
     latency, accuracy = report.latency, report.accuracy
     for row in latency.times if latency is not None else ():
         if latency is not None and row.before is not None and row.after is not None and row.ratio is not None:
-            name, both = f"time, {fmt.runtime(row.runtime)}", (1e3 * row.before.minimum, 1e3 * row.after.minimum)
-            how = fmt.setting(latency, row.runtime)
-            rows.append(Change(name, *both, _ms, _ms, fmt.time_share(row.ratio), how))
+            # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
+            both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
+            rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, fmt.time_share(row.ratio), how))
     for one in accuracy.scores if accuracy is not None else ():
         show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
         remark = f"{accuracy.images:,} images" if accuracy is not None and accuracy.images is not None else ""
@@ -127,61 +130,77 @@ def layer_table(report: Report, width: int | None = None) -> Table:
     return Table(columns, report.sites, sums)
 
 
-def report_view(report: Report, width: int) -> Screen:
-    """Return headline figures, what was done to each conv, what was kept and why, and the fine print."""
-    model, kept = report.model, _kept(report.sites)
+def report_view(report: Report, width: int | None) -> Screen:
+    """Return headline figures, what was done to each conv, what was kept and why, and the fine print.
+
+    Without a width, every conv has a row, and all hashes are named.
+    """
+    model, calibration = report.model, report.calibration
     origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
-    return screen(
+    kept = [] if width is None else kept_lines(row for row in report.sites if row.action == "keep")
+    lines = _fine_print(report)
+    if width is None:
+        lines += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
+        lines += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration else []
+        lines += [_ERRORS, f"MACs of one forward pass, batch 1. asymswap {report.asymswap}."]
+    return Screen(
         f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
         _first_lines(report),
-        [*fmt.drop(report.drop), *fmt.agreement(report.agreement)],
-        changes(_headline(report)),
-        layer_table(report, width),
-        ["Kept: " + "; ".join(kept)] if kept else [],
-        fine_print=_fine_print(report),
-        width=width,
+        [
+            _verdicts(report),
+            [changes(headline(report))],
+            [layer_table(report, width)],
+            ["Kept: " + "; ".join(kept)] if kept else [],
+        ],
+        lines,
+        width,
     )
 
 
-def to_markdown(report: Report) -> str:
-    """Return the whole report as one Markdown document."""
-    model, calibration = report.model, report.calibration
-    facts = [f"Recipe: {report.recipe}.", *_fine_print(report)]
-    facts += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
-    facts += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration is not None else []
-    title = f"{model.reference} converted: {len(report.swapped)} of {len(report.sites)} convs swapped"
-    return document(
-        f"# {fmt.markdown_text(title)}",
-        *bold(map(fmt.sentence, _first_lines(report))),
-        *fmt.drop(report.drop),
-        *fmt.agreement(report.agreement),
-        changes(_headline(report)),
-        [*facts, f"asymswap {report.asymswap}."],
-        layer_table(report),
-        f"{_ERRORS} MACs of one forward pass, batch 1.",
-    )
+def _verdicts(report: Report) -> list[str]:
+    """Return what was allowed to be lost and what was lost, and how far the network answers as the original."""
+    drop, agreement = report.drop, report.agreement
+    lines = []
+    if drop is not None:
+        inputs = drop.data if drop.samples is None else f"{drop.samples:,} inputs"
+        ends = "" if drop.interval is None else " to ".join(fmt.lost(end, drop) for end in drop.interval)
+        lines.append(
+            f"Of {drop.score} at most {fmt.lost(drop.allowed, drop)} may be lost: {fmt.lost(drop.lost, drop)} measured "
+            f"on {inputs}{f' ({ends} with 95 % confidence)' if ends else ''}, at {drop.share:.3f} of the MACs, after "
+            f"{fmt.plural(drop.solves, 'solve')}{', with the smallest swap everywhere' if drop.smallest else ''}."
+        )
+    if agreement is not None and agreement.outputs:
+        figures = ", ".join(f"{one.output}: {_agreed(one)}".removeprefix(": ") for one in agreement.outputs[:6])
+        more = f" and {len(agreement.outputs) - 6} more outputs" if len(agreement.outputs) > 6 else ""
+        inputs = fmt.plural(agreement.samples, "held-back input")
+        lines.append(f"Agreement with the original on {inputs}: {figures}{more}.")
+    return lines
+
+
+def _agreed(one: OutputAgreement) -> str:
+    if one.measure == "top-1":
+        low, high = map(fmt.percent, one.interval or (one.value, one.value))
+        return f"{fmt.percent(one.value)} the same class ({low} to {high} with 95 % confidence)"
+    if one.measure == "cosine":
+        return f"cosine {one.value:.4f}"
+    if one.measure == "PSNR":
+        return "equal" if math.isinf(one.value) else f"{one.value:.1f} dB between the images"
+    return f"{fmt.error(one.value)} relative error"
 
 
 def _first_lines(report: Report) -> list[str]:
     """Return what to read before any figure: the warnings, and if nothing was swapped, the command that says why."""
-    reference, warnings = report.model.reference, [*report.warnings]
+    reference, lines = report.model.reference, [*report.warnings]
     for row in report.latency.times if report.latency is not None else ():
         ratio = row.ratio
         if ratio is not None and ratio.is_significant and ratio.value > 1:
-            interval = f"{ratio.low:.2f} to {ratio.high:.2f} with {fmt.confidence(ratio)} confidence"
-            warnings.append(
-                f"slower in {fmt.runtime(row.runtime)}: it takes {ratio.value:.2f} of the time ({interval})"
-            )
+            interval = f"{ratio.low:.2f} to {ratio.high:.2f} with {fmt.score(ratio.confidence, '%', 0)} confidence"
+            lines.append(f"slower in {fmt.runtime(row.runtime)}: it takes {ratio.value:.2f} of the time ({interval})")
     if not report.sites:
-        return [*warnings, f"nothing was swapped: {reference} has no Conv2d"]
-    if not report.swapped:
-        advice = f"`asymswap candidates {reference}` tells what each conv would save"
-        return [*warnings, f"nothing was swapped; {advice}"]
-    return warnings
-
-
-def _kept(rows: Iterable[SiteRow]) -> list[str]:
-    return kept_lines((row.site, row.reason) for row in rows if row.action == "keep")
+        lines.append(f"nothing was swapped: {reference} has no Conv2d")
+    elif not report.swapped:
+        lines.append(f"nothing was swapped; `asymswap candidates {reference}` tells what each conv would save")
+    return lines
 
 
 def _latency(report: Report) -> list[str]:
@@ -239,34 +258,38 @@ def _fine_print(report: Report) -> list[str]:
     return lines
 
 
+def fusion_table(rows: Sequence[FusionRow]) -> Table:
+    """Return what became of each replacement that was fused."""
+    columns = (
+        Column("Layer", attrgetter("site"), side="fold"),
+        Column("Was", attrgetter("kind"), side="left"),
+        Column("Became", lambda row: f"{row.outcome}: {row.reason}".removesuffix(": "), side="left"),
+    )
+    return Table(columns, rows)
+
+
 def to_html(report: Report, provenance: Provenance) -> str:
     """Return the whole report as the text of an HTML file."""
     kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
-    fused = (
-        Column("Layer", attrgetter("site"), side="fold"),
-        Column("Was", attrgetter("kind"), side="left"),
-        Column("Became", lambda row: row.outcome + (f": {row.reason}" if row.reason else ""), side="left"),
-    )
     return render(
         "report.html.j2",
         "report.js",
         report=report,
         provenance=provenance,
-        fmt=fmt,
         macs=MACS,
         errors=_ERRORS,
         first_lines=map(fmt.sentence, _first_lines(report)),
-        figures=_headline(report),
-        percent_of=percent_of,
+        figures=headline(report),
         marks=marks,
         panels=_panels(report),
         table=layer_table(report),
         details=partial(_details, report),
-        kept=_kept(report.sites),
+        verdicts=_verdicts(report),
+        kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
-        fused=Table(fused, provenance.fused),
+        fused=fusion_table(provenance.fused),
         origin=_origin_facts(report, provenance),
     )
 
@@ -280,8 +303,10 @@ def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
     ]
     panels = []
     for title, show, paths in bars:
-        values = [{css: attrgetter(path)(row) for css, path in paths.items()} for row in report.sites]
-        layers = [{css: value for css, value in layer.items() if value is not None} for layer in values]
+        layers = [
+            {css: value for css, path in paths.items() if (value := attrgetter(path)(row)) is not None}
+            for row in report.sites
+        ]
         if any(layers):
             most = max((value for layer in layers for value in layer.values() if math.isfinite(value)), default=0.0)
             heights = [{css: percent_of(value, most) for css, value in layer.items()} for layer in layers]

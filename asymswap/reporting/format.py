@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
-from asymswap.results.agreement import Agreement, OutputAgreement
 from asymswap.results.benchmark import TITLES
 from asymswap.results.compare import TimingRow
-from asymswap.results.convert import DropRow, LatencyRow
+from asymswap.results.convert import LatencyRow
 from asymswap.types import Fed, Ratio
 
 _UNCLEAN = re.compile(f"[{CONTROLS}\ud800-\udfff\ufffe\uffff{BIDIRECTIONAL}]")
 _MARKUP = re.compile(r"[\\`*\[]|<(?=[A-Za-z/!?])")
+_UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 _KNOWN_FROM = {
     "given": "given",
     "weights": "as the weights say",
@@ -29,7 +28,7 @@ _KNOWN_FROM = {
 
 def count(value: float) -> str:
     """Return a count with a unit: `40.6 M`."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, scale in _UNITS:
         if value >= scale:
             scaled = value / scale
             return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
@@ -38,18 +37,11 @@ def count(value: float) -> str:
 
 def size(value: float) -> str:
     """Return a number of bytes with a unit: `1.2 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.1f} {unit}"
-    return f"{value:.0f} B"
+    return next((f"{value / scale:.1f} {unit}B" for unit, scale in _UNITS if value >= scale), f"{value:.0f} B")
 
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
-
-
-def accuracy(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def score(value: float, unit: str, digits: int = 2, sign: str = "") -> str:
@@ -68,22 +60,6 @@ def score_change(change: float, unit: str) -> str:
 def lost(change: float, of: Any) -> str:
     """Return a loss of a score with its unit; `of` has the score's unit and says if lower is better."""
     return score(change, "points" if of.unit == "%" and not of.lower_is_better else of.unit)
-
-
-def drop(found: DropRow | None) -> list[str]:
-    """Return, as a sentence, what was allowed to be lost and what a converted network lost; nothing for None."""
-    if found is None:
-        return []
-    inputs = found.data if found.samples is None else f"{found.samples:,} inputs"
-    interval = ""
-    if found.interval is not None:
-        low, high = (lost(end, found) for end in found.interval)
-        interval = f" ({low} to {high} with 95 % confidence)"
-    text = (
-        f"Of {found.score} at most {lost(found.allowed, found)} may be lost: {lost(found.lost, found)} measured on "
-        f"{inputs}{interval}, at {found.share:.3f} of the MACs, after {plural(found.solves, 'solve')}"
-    )
-    return [text + (", with the smallest swap everywhere." if found.smallest else ".")]
 
 
 def measured_on(scores: Collection[Any], data: str) -> str:
@@ -111,12 +87,11 @@ def runtime(name: str) -> str:
 
 def setting(row: TimingRow | LatencyRow, where: str | None) -> str:
     """Return in which runtime something ran, and how; in several, the memory format is PyTorch's."""
-    words = [*([] if where is None else [runtime(where)]), f"batch {row.batch}"]
-    words += [] if row.memory_format is None else [row.memory_format]
-    return ", ".join([*words, plural(row.threads, "thread")])
+    words = (where and runtime(where), f"batch {row.batch}", row.memory_format, plural(row.threads, "thread"))
+    return ", ".join(word for word in words if word)
 
 
-def extent(pixels: tuple[int, int]) -> str:
+def extent(pixels: Iterable[int]) -> str:
     return "x".join(map(str, pixels))
 
 
@@ -142,19 +117,16 @@ def time_share(ratio: Ratio) -> str:
     return percent(ratio.value) + (" ?" if not ratio.is_significant else "")
 
 
-def confidence(ratio: Ratio) -> str:
-    return f"{100 * ratio.confidence:.0f} %"
-
-
 def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str]:
     """Return which times, each a name and the ratio to the time of `first`, do not differ significantly from it."""
     noisy: list[str] = []
     equal: list[str] = []
     surety = ""
     for name, ratio in measured:
-        if ratio is not None and (ratio.is_noisy or not ratio.is_significant):
-            (noisy if ratio.is_noisy else equal).append(f"{name} {ratio.low:.2f} to {ratio.high:.2f}")
-        surety = surety if ratio is None else f"{confidence(ratio)} confidence"
+        if ratio is not None:
+            surety = f"{score(ratio.confidence, '%', 0)} confidence"
+            if ratio.is_noisy or not ratio.is_significant:
+                (noisy if ratio.is_noisy else equal).append(f"{name} {ratio.low:.2f} to {ratio.high:.2f}")
     lines = []
     if noisy:
         lines.append(
@@ -177,33 +149,31 @@ def clean(text: str) -> str:
     return _UNCLEAN.sub("\ufffd", text)
 
 
-def markdown_text(text: str) -> str:
+def markdown_text(text: str, code: bool = False) -> str:
     """Return text as one line of Markdown that shows just this text; names and reasons may come from anybody's file.
 
-    A `<` that begins no tag stays as it is. A `|` matters only in tables, which escape it.
+    A `<` that begins no tag stays as it is. A `|` matters only in tables, which escape it. A name is set as code unless
+    code could not hold it, which has no escapes.
     """
-    return _MARKUP.sub(r"\\\g<0>", visible(" ".join(text.split())))
-
-
-def markdown_code(text: str) -> str:
-    """Return a name as code in Markdown, or as plain text if code could not hold it: code has no escapes."""
     shown = visible(" ".join(text.split()))
-    return markdown_text(text) if not shown or set(shown) & set("`\\") else f"`{shown}`"
+    if code and shown and not set(shown) & set("`\\"):
+        return f"`{shown}`"
+    return _MARKUP.sub(r"\\\g<0>", shown)
 
 
 def settings(values: Mapping[str, Any]) -> str:
     """Return settings as a short phrase: `rank 17, vertical` (the order by what comes first), `kernel 5x5`."""
-    parts = []
-    for key, value in values.items():
+
+    def phrase(key: str, value: Any) -> str:
         if value is True:
-            parts.append(key)
-        elif isinstance(value, str):
-            parts.append(value.removesuffix("-first"))
-        elif isinstance(value, list) and all(isinstance(side, int) for side in value):
-            parts.append(f"{key} {'x'.join(map(str, value))}")
-        else:
-            parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
-    return ", ".join(parts)
+            return key
+        if isinstance(value, str):
+            return value.removesuffix("-first")
+        if isinstance(value, list) and all(isinstance(side, int) for side in value):
+            return f"{key} {extent(value)}"
+        return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+
+    return ", ".join(phrase(key, value) for key, value in values.items())
 
 
 def fed(row: Fed) -> str:
@@ -233,26 +203,6 @@ def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
     if len(models) == 1:
         return [f"Fed: {text}." for text in models]
     return [f"Fed to {', '.join(names)}: {text}." for text, names in models.items()]
-
-
-def agreement(found: Agreement | None) -> list[str]:
-    """Return, as a sentence, how far a converted network answers as the original; nothing where that is not known."""
-    if found is None or not found.outputs:
-        return []
-    figures = ", ".join(f"{one.output}: {_agreed(one)}" if one.output else _agreed(one) for one in found.outputs[:6])
-    more = f" and {len(found.outputs) - 6} more outputs" if len(found.outputs) > 6 else ""
-    return [f"Agreement with the original on {plural(found.samples, 'held-back input')}: {figures}{more}."]
-
-
-def _agreed(one: OutputAgreement) -> str:
-    if one.measure == "top-1":
-        low, high = one.interval or (one.value, one.value)
-        return f"{percent(one.value)} the same class ({percent(low)} to {percent(high)} with 95 % confidence)"
-    if one.measure == "cosine":
-        return f"cosine {one.value:.4f}"
-    if one.measure == "PSNR":
-        return "equal" if math.isinf(one.value) else f"{one.value:.1f} dB between the images"
-    return f"{error(one.value)} relative error"
 
 
 def samples(number: int, data: str) -> str:

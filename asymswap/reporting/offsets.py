@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from operator import attrgetter
-from typing import Any
 
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import new_figure, picture_of
-from asymswap.reporting.tables import Column, Screen, Table, screen
+from asymswap.reporting.tables import Column, Screen, Table
 from asymswap.results.offsets import STILL, OffsetReport, OffsetRow
 
 _DOT = "\N{MIDDLE DOT}"
@@ -36,7 +35,7 @@ def offsets_view(report: OffsetReport, width: int | None = None) -> Screen:
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
     moved = len(report.rows) - len(still)
     title = f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can"
-    return screen(title, report.warnings, Table(columns, report.rows), fine_print=lines, width=width)
+    return Screen(title, report.warnings, [[Table(columns, report.rows)]], lines, width)
 
 
 def arrows(row: OffsetRow) -> list[str]:
@@ -56,25 +55,25 @@ def draw(report: OffsetReport, form: str) -> bytes:
     figure = new_figure(2.6 * across, 2.8 * down)
     figure.suptitle(fmt.clean(report.model), parse_math=False)
     for number, row in enumerate(report.rows, start=1):
-        _draw_layer(figure.add_subplot(down, across, number), row)
+        axes = figure.add_subplot(down, across, number)
+        # Where the taps were, in pixels from the first one, and where they are.
+        ys, xs = zip(
+            *itertools.product(*(range(0, n * d, d) for n, d in zip(row.kernel, row.dilation, strict=True))),
+            strict=True,
+        )
+        axes.scatter(xs, ys, marker="s", s=40, color="0.8", label="before")
+        ends = [(y + below, x + right) for y, x, (below, right) in zip(ys, xs, row.mean, strict=True)]
+        for y, x, (end_y, end_x), (tall, wide) in zip(ys, xs, ends, row.spread, strict=True):
+            axes.plot([x, end_x], [y, end_y], color="tab:blue", linewidth=1)
+            if max(tall, wide) > 0:
+                axes.errorbar(end_x, end_y, yerr=tall, xerr=wide, color="tab:orange", linewidth=1)
+        axes.scatter([x for _, x in ends], [y for y, _ in ends], s=16, color="tab:blue", zorder=3)
+        margin = 0.5 + max(0.2, row.largest)
+        axes.set_xlim(-margin, max(xs) + margin)
+        axes.set_ylim(max(ys) + margin, -margin)
+        axes.set_aspect("equal")
+        title = f"{fmt.clean(row.site)}\n{row.kind}" + (", still" if row.still else "")
+        axes.set_title(title, fontsize=8, parse_math=False)
+        axes.tick_params(labelsize=6)
+        axes.grid(alpha=0.3)
     return picture_of(figure, form)
-
-
-def _draw_layer(axes: Any, row: OffsetRow) -> None:
-    # Where the taps were, (down, right) in pixels from the first one.
-    places = [(i * row.dilation[0], j * row.dilation[1]) for i, j in itertools.product(*map(range, row.kernel))]
-    ends = [(y + down, x + right) for (y, x), (down, right) in zip(places, row.mean, strict=True)]
-    axes.scatter([x for _, x in places], [y for y, _ in places], marker="s", s=40, color="0.8", label="before")
-    for (y, x), (end_y, end_x), (tall, wide) in zip(places, ends, row.spread, strict=True):
-        axes.plot([x, end_x], [y, end_y], color="tab:blue", linewidth=1)
-        if max(tall, wide) > 0:
-            axes.errorbar(end_x, end_y, yerr=tall, xerr=wide, color="tab:orange", linewidth=1)
-    axes.scatter([x for _, x in ends], [y for y, _ in ends], s=16, color="tab:blue", zorder=3)
-    reach = max(0.2, row.largest)
-    axes.set_xlim(-0.5 - reach, max(x for _, x in places) + 0.5 + reach)
-    axes.set_ylim(max(y for y, _ in places) + 0.5 + reach, -0.5 - reach)
-    axes.set_aspect("equal")
-    title = f"{fmt.clean(row.site)}\n{row.kind}" + (", still" if row.still else "")
-    axes.set_title(title, fontsize=8, parse_math=False)
-    axes.tick_params(labelsize=6)
-    axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from asymswap.reporting.format import clean
+from asymswap.reporting import format as fmt
 
 
 def render(template: str, script: str | None = None, sheet: str = "report.css", **values: Any) -> str:
@@ -22,7 +22,11 @@ def render(template: str, script: str | None = None, sheet: str = "report.css", 
     from markupsafe import Markup
 
     def shown(value: Any) -> Any:
-        return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return fmt.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    def source(text: str) -> tuple[Markup, str]:
+        """Return a style or script with its hash."""
+        return Markup(text), "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("asymswap.reporting", "templates"),
@@ -35,14 +39,12 @@ def render(template: str, script: str | None = None, sheet: str = "report.css", 
     folder = resources.files("asymswap.reporting").joinpath("templates")
     # The policy of a page allows no style attributes: lengths of bars are classes.
     lengths = "".join(f".w{percent}{{width:{percent}%}}.h{percent}{{height:{percent}%}}" for percent in range(101))
-    style = folder.joinpath(sheet).read_text(encoding="utf-8") + lengths * (sheet == "report.css")
-    code = "" if script is None else folder.joinpath(script).read_text(encoding="utf-8")
-    style_hash, script_hash = (
-        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, code)
+    values["style"], values["style_hash"] = source(
+        folder.joinpath(sheet).read_text(encoding="utf-8") + lengths * (sheet == "report.css")
     )
-    return environment.get_template(template).render(
-        style=Markup(style), script=Markup(code), style_hash=style_hash, script_hash=script_hash, **values
-    )
+    if script is not None:
+        values["script"], values["script_hash"] = source(folder.joinpath(script).read_text(encoding="utf-8"))
+    return environment.get_template(template).render(fmt=fmt, percent_of=percent_of, **values)
 
 
 def percent_of(value: float, most: float) -> int:
@@ -54,12 +56,9 @@ def percent_of(value: float, most: float) -> int:
 
 def new_figure(width: float, height: float) -> Any:
     """Return an empty figure of this size in inches, without a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def add_legend(axes: Any, named: Sequence[tuple[Any, str]], **options: Any) -> None:
@@ -67,7 +66,7 @@ def add_legend(axes: Any, named: Sequence[tuple[Any, str]], **options: Any) -> N
     legend = axes.legend([line for line, _ in named], ["-"] * len(named), **options)
     for text, (_, name) in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)
-        text.set_text(clean(name))
+        text.set_text(fmt.clean(name))
 
 
 def picture_of(figure: Any, form: str) -> bytes:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from asymswap.errors import visible
+from rich.text import Text
+
 from asymswap.models.preprocessing import fed, size_warning
 from asymswap.reporting import format as fmt
-from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, facts, kept_lines, screen
-from asymswap.results.evaluate import ClassRow, EvaluationReport, ModelScores
+from asymswap.reporting.convert import fusion_table, headline
+from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, facts, kept_lines, score_column
+from asymswap.results.evaluate import ClassRow, EvaluationReport
 from asymswap.results.export import ExportReport
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
 from asymswap.results.fuse import FusionReport
-from asymswap.results.records import plain, scored
+from asymswap.results.records import plain, read_provenance, read_report
 from asymswap.types import Plan, Preprocessing
 
 _CLASSES_SHOWN = 20
@@ -26,62 +29,50 @@ _NAMES = {"top1": "top-1", "top5": "top-5"}
 """Scores that are fractions of images, with their names on screens."""
 
 
-def evaluation_view(report: EvaluationReport, width: int) -> Screen:
+def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
     """Return the models' scores, how they compare with the first, their classes and their confusions."""
-    first, several = report.models[0], len(report.models) > 1
-    numbered = list(enumerate(report.models, start=1))
-    models = [(f"{number} {model.model}" if several else model.model, model) for number, model in numbered]
-    scores = [Column("Model", itemgetter(0), side="fold")]
-    beside_first = [Column("Beside the first", itemgetter(0), side="fold")]
-    classifiers = first.classifier is not None
-    for score in first.scores:
-        value, change = partial(_scored, score.name, 0.0), partial(_scored, score.name, score.value)
-        scores.append(Column(score.name, value, partial(fmt.score, unit=score.unit)))
-        beside_first.append(Column(score.name, change, partial(fmt.score_change, unit=score.unit)))
-    if classifiers:
-        about = attrgetter("classifier.against_first")
-        # There is no room for the change of top-5.
-        del beside_first[2:]
-        scores.insert(
-            2,
-            Column(
-                "95 %", lambda row: row[1].classifier.interval, lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"
-            ),
-        )
-        scores += [
-            Column("loss", lambda row: row[1].classifier.loss, "{:.4f}".format),
-            Column("images/s", lambda row: row[1].classifier.images_per_second, "{:.0f}".format),
-        ]
-        beside_first += [
-            Column("agree", lambda row: about(row[1]).agreement, fmt.accuracy),
-            Column("only 1st right", lambda row: about(row[1]).only_first),
-            Column("only this", lambda row: about(row[1]).only_this),
-            Column("McNemar p", lambda row: about(row[1]).p, lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"),
-        ]
-    confused = []
-    for number, model in numbered:
-        confusions = () if model.classifier is None else model.classifier.confusions
-        pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in confusions]
-        if pairs:
-            which = f" by {number}" if several else ""
-            confused.append(f"Most confused{which}: {'; '.join(pairs if width >= WIDE else pairs[:5])}")
+    first, several, classifiers = report.models[0], len(report.models) > 1, report.models[0].classifier is not None
+    models = report.models
+    if several:
+        models = tuple(replace(one, model=f"{number} {one.model}") for number, one in enumerate(models, start=1))
+    scores = [Column("Model", attrgetter("model"), side="fold"), *map(score_column, first.scores)]
+    beside_first = [Column("Beside the first", attrgetter("model"), side="fold")]
+    beside_first += [score_column(score, change=True) for score in first.scores]
     lines = []
     if classifiers:
+        interval = attrgetter("classifier.interval")
+        scores.insert(2, Column("95 %", interval, lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"))
+        scores += [
+            Column("loss", attrgetter("classifier.loss"), "{:.4f}".format),
+            Column("images/s", attrgetter("classifier.images_per_second"), "{:.0f}".format),
+        ]
+        beside_first = [
+            *beside_first[:2],  # there is no room for the change of top-5
+            Column("agree", attrgetter("classifier.against_first.agreement"), partial(fmt.score, unit="%")),
+            Column("only 1st right", attrgetter("classifier.against_first.only_first")),
+            Column("only this", attrgetter("classifier.against_first.only_this")),
+            Column(
+                "McNemar p", attrgetter("classifier.against_first.p"), lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+            ),
+        ]
         lines.append("95 %: Wilson's interval of top-1.")
         if several:
             lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
         lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading them.")
     lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
     lines += map(fmt.sentence, report.notes)
+    confused = []
+    for number, model in enumerate(report.models, start=1):
+        confusions = () if model.classifier is None else model.classifier.confusions
+        pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in confusions]
+        if pairs:
+            which = f" by {number}" if several else ""
+            shown = pairs[:5] if width is not None and width < WIDE else pairs
+            confused.append(f"Most confused{which}: {'; '.join(shown)}")
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
-    tables = [Table(scores, models), Table(beside_first, models[1:]), _classes(report)]
     title = f"{report.data if classifiers else fmt.measured_on(first.scores, report.data)}{skipped}"
-    return screen(title, report.warnings, *tables, confused, fine_print=lines)
-
-
-def _scored(name: str, less: float, row: tuple[str, ModelScores]) -> float | None:
-    """Return the score of a model; None where it has none of that name, as top-5 of few classes."""
-    return next((score.value - less for score in row[1].scores if score.name == name), None)
+    beside = Table(beside_first, models[1:])
+    return Screen(title, report.warnings, [[Table(scores, models)], [beside], [_classes(report)], confused], lines)
 
 
 def _classes(report: EvaluationReport) -> Table:
@@ -114,25 +105,25 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     columns = [Column(title, itemgetter(n), side="right" if n else "left") for n, title in enumerate(titles)]
     settings = report.settings
     batch = "batches of the data" if settings["batch_size"] is None else f"batch {settings['batch_size']}"
-    lines = [f"Trained on {report.data}."]
     how = "by" if "evaluate" in settings else "on"
-    lines += [f"Validated {how} {report.validation}."] if report.validation else ["Not validated."]
-    lines.append(
+    lines = [
+        f"Trained on {report.data}.",
+        f"Validated {how} {report.validation}." if report.validation else "Not validated.",
         f"{settings['optimizer']}, learning rate {settings['lr']:g}, {batch}, "
         f"{settings['precision']}, on {report.device}; {fmt.count(report.trained)} of {fmt.count(report.total)} "
-        f"parameters trained; seed {settings['seed']}."
-    )
+        f"parameters trained; seed {settings['seed']}.",
+    ]
     lines += [f"Taught by {report.teacher}."] if report.teacher is not None else []
     lines += fmt.fed_by_model([(report.model, report.fed)])
     lines += map(fmt.sentence, report.notes)
     lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
     lines.append(f"Time: {report.seconds:.1f} s.")
     title = f"{report.model}: trained for {length}; {kept}"
-    return screen(title, report.warnings, Table(columns, rows), fine_print=lines, width=width)
+    return Screen(title, report.warnings, [[Table(columns, rows)]], lines, width)
 
 
 def _score(name: str, value: float) -> str:
-    return fmt.accuracy(value) if name in _NAMES else f"{value:.4f}" if name == "loss" else f"{value:.4g}"
+    return fmt.score(value, "%") if name in _NAMES else f"{value:.4f}" if name == "loss" else f"{value:.4g}"
 
 
 def validation_words(scores: Mapping[str, float], loss: bool = False) -> str:
@@ -177,29 +168,27 @@ def fusion_view(report: FusionReport, width: int | None = None) -> Screen:
     ]
     fused = sum(row.outcome != "left" for row in report.sites)
     title = f"{report.model}: {fused} of {len(report.sites)} replacements fused"
-    return screen(title, report.warnings, changes(costs), done, fine_print=lines, width=width)
+    return Screen(title, report.warnings, [[changes(costs)], done], lines, width)
 
 
 def export_view(report: ExportReport, width: int | None = None) -> Screen:
     """Return the file, which of its sizes may vary, and the differences from PyTorch."""
-    table = facts(
-        [
-            ("form", report.form + (f", opset {report.opset}" if report.opset is not None else "")),
-            ("any size", ", ".join(report.dynamic) or "none"),
-            ("fused before", f"{report.fused} replacements"),
-            ("run by", ", ".join((report.runner, *report.versions))),
-            *(("against PyTorch", f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
-            *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
-        ]
-    )
-    return screen(f"{report.model} exported", report.warnings, table, width=width)
+    known = [
+        ("form", report.form + (f", opset {report.opset}" if report.opset is not None else "")),
+        ("any size", ", ".join(report.dynamic) or "none"),
+        ("fused before", f"{report.fused} replacements"),
+        ("run by", ", ".join((report.runner, *report.versions))),
+        *(("against PyTorch", f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
+        *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
+    ]
+    return Screen(f"{report.model} exported", report.warnings, [[facts(known)]], width=width)
 
 
 def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
     """Return a title and the swaps of a plan in JSON."""
     columns = (
-        Column("Layer", itemgetter("site"), visible, "fold"),
-        Column("Kind", itemgetter("kind"), visible, "left"),
+        Column("Layer", itemgetter("site"), side="fold"),
+        Column("Kind", itemgetter("kind"), side="left"),
         Column("Settings", itemgetter("settings"), fmt.settings, side="left"),
     )
     return f"{len(plan['swaps'])} convs swapped, {len(plan['keeps'])} kept", Table(columns, plan["swaps"])
@@ -208,65 +197,49 @@ def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
 def plan_view(plan: Plan, width: int | None = None) -> Screen:
     """Return the swaps of a plan, and what it keeps and why."""
     title, table = _plan_table(plain(plan))
-    kept = kept_lines((keep.site, keep.reason) for keep in plan.keeps)
-    return screen(title, (), table, ["Kept: " + "; ".join(kept)] if kept else [], width=width)
+    kept = kept_lines(plan.keeps)
+    return Screen(title, (), [[table], ["Kept: " + "; ".join(kept)] if kept else []], width=width)
 
 
 def show_view(path: str, header: Mapping[str, Any]) -> Screen:
-    """Return origin, preprocessing, versions, headline figures, and the swaps of every conversion, from JSON.
+    """Return origin, preprocessing, headline figures, versions, and the swaps of every conversion, from JSON.
 
-    Raises TypeError or another of Python's errors if a provenance, which anybody may have written, has another form.
+    Raises CheckpointError or one of Python's errors where the provenance, which anybody may have written, is damaged.
     """
-    provenance, origin = header["provenance"], header["origin"]
+    made, origin = read_provenance(header["provenance"], path), header["origin"]
     arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
     preprocessing = Preprocessing(**header["preprocessing"])
     known = [
         ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
         ("input", fmt.fed(fed(preprocessing))),
-        *_conversion_facts(provenance.get("report", {})),
-        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())),
     ]
-    blocks: list[Table | list[str]] = [facts(known)]
-    layer, kind = Column("Layer", itemgetter("site"), visible, "fold"), itemgetter("kind")
+    figures = []
+    if "report" in header["provenance"]:
+        report = read_report(header["provenance"], path)
+        known += [
+            ("converted from", report.model.reference),
+            ("weights", report.model.weights),
+            ("source SHA-256", report.model.sha256 or ""),
+            ("recipe", report.recipe + (f", budget {report.budget}" if report.budget else "")),
+            ("output change", f"{fmt.error(report.output.relative)} on {report.output.probe}"),
+        ]
+        figures = [changes(headline(report))]
+    known.append(("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())))
+    blocks: list[Sequence[str | Text | Table]] = [[facts(known)], figures]
     for number, plan in enumerate(header["plans"], start=1):
         title, table = _plan_table(plan)
-        blocks += [[f"Conversion {number}: {title}"], table]
-    fused = provenance.get("fused")
-    if isinstance(fused, Mapping):
-        rows = fused["sites"]
-        done = sum(row["outcome"] != "left" for row in rows)
-        became = Column("Became", itemgetter("outcome"), visible, "left")
-        blocks.append([f"Fused: {done} of {len(rows)} replacements"])
-        blocks.append(Table((layer, Column("Was", kind, visible, "left"), became), rows))
-    for number, record in enumerate(provenance.get("training", []), start=1):
-        length = f"{fmt.plural(record['epochs'], 'epoch')} ({fmt.plural(record['steps'], 'step')})"
-        teacher = f", taught by {record['teacher']}" if record.get("teacher") else ""
-        text = f"Training {number}: {length} on {record['data']}{teacher}"
-        before, best = record["scores"]["before"], record["scores"]["best"]
+        blocks += [[f"Conversion {number}: {title}"], [table]]
+    if made.fused:
+        done = sum(row.outcome != "left" for row in made.fused)
+        blocks += [[f"Fused: {done} of {len(made.fused)} replacements"], [fusion_table(made.fused)]]
+    for number, record in enumerate(made.training, start=1):
+        length = f"{fmt.plural(record.epochs, 'epoch')} ({fmt.plural(record.steps, 'step')})"
+        teacher = f", taught by {record.teacher}" if record.teacher else ""
+        text = f"Training {number}: {length} on {record.data}{teacher}"
+        before, best = record.scores.get("before"), record.scores.get("best")
         if before and best:
             name = "top1" if "top1" in before else next(iter(before))
             change = f"{_NAMES.get(name, name)} {_score(name, before[name])} -> {_score(name, best[name])}"
-            text += f"; validation {change} (epoch {record['best_epoch']})"
+            text += f"; validation {change} (epoch {record.best_epoch})"
         blocks.append([text])
-    return screen(path, size_warning(preprocessing), *blocks)
-
-
-def _conversion_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not isinstance(report, Mapping) or not {"model", "before", "after", "output"} <= report.keys():
-        return []
-    model, before, after, accuracy = report["model"], report["before"], report["after"], report.get("accuracy")
-    known = [
-        ("converted from", model["reference"]),
-        ("weights", model["weights"]),
-        ("source SHA-256", model["sha256"] or ""),
-        ("recipe", report["recipe"] + (f", budget {report['budget']}" if report["budget"] else "")),
-    ]
-    for name, key in (("MACs", "macs"), ("parameters", "params")):
-        old, new = before[key], after[key]
-        known.append((name, f"{fmt.count(old)} -> {fmt.count(new)} ({fmt.share(new, old)})"))
-    known.append(("output change", f"{fmt.error(report['output']['relative'])} on {report['output']['probe']}"))
-    if accuracy:
-        for one in scored(accuracy)["scores"]:
-            old, new = (fmt.score(one[when], one["unit"]) for when in ("before", "after"))
-            known.append((one["name"], f"{old} -> {new} on {accuracy['data']}"))
-    return known
+    return Screen(path, size_warning(preprocessing), blocks)

@@ -11,19 +11,26 @@ from typing import Any
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
-from asymswap.reporting.tables import WIDE, Column, Screen, Table, bold, document, screen
+from asymswap.reporting.tables import WIDE, Column, Screen, Table
 from asymswap.results.sweep import Point, Tradeoff
 
 
-def _table(sweep: Tradeoff) -> Table:
-    """Return the table of the network as it was and of every point; the last cell marks the front and the advice."""
-    first = sweep.first
+def _what(sweep: Tradeoff) -> str:
+    return {"macs": "MACs", "params": "parameters"}.get(sweep.measure, sweep.measure)
+
+
+def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
+    """Return the advice, the network as it was and every point, and how the figures were measured.
+
+    The last cell of a row marks the front and the advice.
+    """
+    first, advised, front = sweep.first, sweep.advised, sweep.front
     unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
 
     def mark(point: Point) -> str:
         if point.failed is not None:
             return "not met"
-        return "advised" if point == sweep.advised else "front" if point in sweep.front else ""
+        return "advised" if point == advised else "front" if point in front else ""
 
     def cost(name: str) -> Any:
         def text(point: Point) -> str | None:
@@ -34,9 +41,10 @@ def _table(sweep: Tradeoff) -> Table:
 
         return text
 
-    def change(point: Point) -> float | None:
-        value = None if point is unchanged else point.scores.get(first.name)
-        return None if value is None else value - first.value
+    def change(point: Point) -> str | None:
+        if point is unchanged or point.cost is None:
+            return None
+        return fmt.score_change(point.scores[first.name] - first.value, first.unit).removesuffix(" points")
 
     columns = [
         Column("Recipe", attrgetter("recipe"), side="fold"),
@@ -47,24 +55,12 @@ def _table(sweep: Tradeoff) -> Table:
     if sweep.measure == "latency":
         columns.append(Column("Time", attrgetter("time"), fmt.percent))
     for score in sweep.scores:
-        value, show = partial(_value, score.name), partial(fmt.score, unit=score.unit, digits=1)
+        show = partial(fmt.score, unit=score.unit, digits=1)
+        value = partial(lambda name, point: point.scores.get(name), score.name)
         columns.append(Column(score.name, value, show, least=0 if score is first else WIDE))
-    show = partial(fmt.score_change, unit=first.unit)
-    place = [column.title for column in columns].index(first.name) + 1
-    columns.insert(place, Column("Change", change, lambda value: show(value).removesuffix(" points")))
-    return Table([*columns, Column("Note", mark, side="left")], [unchanged, *sweep.points])
+        columns += [Column("Change", change)] if score is first else []
+    columns.append(Column("Note", mark, side="left"))
 
-
-def _what(sweep: Tradeoff) -> str:
-    return {"macs": "MACs", "params": "parameters"}.get(sweep.measure, sweep.measure)
-
-
-def _value(name: str, point: Point) -> float | None:
-    return point.scores.get(name)
-
-
-def fine_print(sweep: Tradeoff) -> list[str]:
-    """Return how the figures were measured, and which budgets could not be met."""
     lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {_what(sweep)}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
@@ -77,51 +73,41 @@ def fine_print(sweep: Tradeoff) -> list[str]:
         *most, last = [f"{point.budget:g}" for point in points]
         budgets = f"{', '.join(most)} and {last}" if most else last
         lines.append(f"{recipe} at {budgets}: {points[0].failed}.")
-    return lines
-
-
-def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
-    """Return the table for a terminal, the advice first."""
     advice = sweep.advice()
     title = f"{sweep.model}: {advice[0].lower()}{advice[1:]}"
-    return screen(title, sweep.warnings, _table(sweep), fine_print=fine_print(sweep), width=width)
-
-
-def to_markdown(sweep: Tradeoff) -> str:
-    """Return the advice, the table and the fine print."""
-    return document(
-        f"# {fmt.markdown_text(f'{sweep.model}: {sweep.first.name} over budgets')}",
-        *bold(map(fmt.sentence, sweep.warnings)),
-        fmt.markdown_text(sweep.advice()),
-        _table(sweep),
-        fine_print(sweep),
-    )
+    return Screen(title, sweep.warnings, [[Table(columns, [unchanged, *sweep.points])]], lines, width)
 
 
 def to_html(sweep: Tradeoff) -> str:
     """Return the advice, the curve and the table as one self-contained page; needs matplotlib."""
+    screen = sweep_view(sweep)
     return render(
         "sweep.html.j2",
         sweep=sweep,
         picture="data:image/svg+xml;base64," + base64.b64encode(draw(sweep, "svg")).decode(),
-        table=_table(sweep),
-        lines=fine_print(sweep),
+        table=screen.items[0],
+        lines=screen.fine_print,
         warnings=[fmt.sentence(line) for line in sweep.warnings],
     )
 
 
 def draw(sweep: Tradeoff, form: str) -> bytes:
     """Draw the curve of each recipe, the Pareto front and the advice, as an SVG or PNG file; needs matplotlib."""
+    first, advised, named = sweep.first, sweep.advised, []
+    scale = 100.0 if first.unit == "%" else 1.0
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
-    named = []
+
+    def places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+        """Return what is left of the cost, and the first score in its unit."""
+        return [sweep.share(point) for point in points], [scale * point.scores[first.name] for point in points]
+
     for number, recipe in enumerate(dict.fromkeys(point.recipe for point in sweep.measured)):
-        places = _places(sweep, [point for point in sweep.measured if point.recipe == recipe])
+        shown = places([point for point in sweep.measured if point.recipe == recipe])
         # Each thinner than the one before: where recipes give the same, all of them are seen.
         thick = 1.5 + 2.5 / (1 + 2 * number)
         line = {"marker": "os^Dv<>"[number % 7], "markersize": 2.5 * thick, "linewidth": thick - 1}
-        named.append((axes.plot(*places, **line)[0], recipe))
-    across, first, scale = axes.get_yaxis_transform(), sweep.first, _scale(sweep)
+        named.append((axes.plot(*shown, **line)[0], recipe))
     word, sign = ("more", 1) if first.lower_is_better else ("less", -1)
     sides = ("bottom", "top")[::-sign]
     for top, text, style, side in (
@@ -129,20 +115,20 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         (first.value + sign * sweep.tolerance, f"{scale * sweep.tolerance:.4g} {word}", ":", sides[1]),
     ):
         axes.axhline(scale * top, color="0.4", linewidth=1, linestyle=style)
-        axes.text(0.01, scale * top, text, transform=across, color="0.3", va=side)
-    if sweep.advised is not None:
-        ((share,), (top,)) = _places(sweep, [sweep.advised])
+        axes.text(0.01, scale * top, text, transform=axes.get_yaxis_transform(), color="0.3", va=side)
+    if advised is not None:
+        ((share,), (top,)) = places([advised])
         ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black"}
         axes.plot(share, top, linestyle="", **ring)
         # The words go below the curve, which falls to the left; they need room on the right, and a background of their
         # own where it rises again.
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
         words_at = {"textcoords": "offset points", "xytext": (4, -32)}
-        axes.annotate(f"advised: {sweep.advised.budget:g}", (share, top), bbox=ground, zorder=9, **words_at)
+        axes.annotate(f"advised: {advised.budget:g}", (share, top), bbox=ground, zorder=9, **words_at)
         left, right = axes.get_xlim()
         axes.set_xlim(left, max(right, share + 0.25 * (right - left)))
     if len(sweep.front) > 1:
-        (front,) = axes.plot(*_places(sweep, sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
+        (front,) = axes.plot(*places(sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
     axes.set_xlabel(f"{_what(sweep)} left, as a fraction")
     axes.set_ylabel(fmt.clean(first.name + (f" in {first.unit}" if first.unit else "")), parse_math=False)
@@ -151,13 +137,3 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     if named:
         add_legend(axes, named, loc="lower right")
     return picture_of(figure, form)
-
-
-def _places(sweep: Tradeoff, points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Return the coordinates of measured points: what is left of the cost, and the first score in its unit."""
-    shares = [sweep.share(point) for point in points]
-    return shares, [_scale(sweep) * point.scores[sweep.first.name] for point in points]
-
-
-def _scale(sweep: Tradeoff) -> float:
-    return 100.0 if sweep.first.unit == "%" else 1.0

@@ -1,10 +1,11 @@
-"""Tables, described once, for a terminal, as Markdown and as HTML (`templates/table.html.j2`), and pages of them."""
+"""Tables and screens of them, described once, for a terminal, as Markdown and as HTML (`templates/`)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from asymswap.errors import visible
 from asymswap.reporting import format as fmt
+from asymswap.results.evaluate import Score
 
 WIDE = 110
 """Terminals of at least this many columns show more columns of most tables."""
@@ -29,7 +31,7 @@ class Column:
     title: str
     value: Callable[[Any], Any]
     show: Callable[[Any], str | Text] = str
-    side: Literal["left", "right", "fold"] = "right"  # the first to fold, text that may break its lines, names the rows
+    side: Literal["left", "right", "fold"] = "right"  # what folds may break its lines
     least: int = 0  # the width from which on a terminal shows the column
     exact: Callable[[Any], str] | None = None  # writes a value with all its digits, for Markdown
     code: bool = False  # names that Markdown sets as code
@@ -44,20 +46,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    columns: Sequence[Column]
+    columns: Sequence[Column]  # the first names the rows
     rows: Sequence[Any]
     sums: Sequence[Any] = ()  # rows below the others, the last of which is the total
     gap: int = 2  # blanks between the columns in a terminal
+    cards: bool = False  # the rows are figures before and after, which a page draws as cards
 
-    @property
-    def cards(self) -> bool:
-        """True if the rows are figures before and after, which a page draws as cards."""
-        return any(isinstance(row, Change) for row in self.rows)
-
-    @property
-    def named_by(self) -> Column:
-        """The column that names the rows."""
-        return next((column for column in self.columns if column.side == "fold"), self.columns[0])
+    def __bool__(self) -> bool:
+        return bool(self.rows)
 
     def terminal(self, width: int | None = None) -> rich.table.Table:
         """Return the table for a terminal of this width; None shows every column.
@@ -66,8 +62,8 @@ class Table:
         """
         columns = [column for column in self.columns if width is None or column.least <= width]
         titles = [column.title for column in columns]
-        cells = [[_as_text(column.text(row)) for column in columns] for row in self.rows]
-        cells += [[_as_text(column.text(row, none="")) for column in columns] for row in self.sums]
+        cells = [[written(column.text(row)) for column in columns] for row in self.rows]
+        cells += [[written(column.text(row, none="")) for column in columns] for row in self.sums]
         folds = [number for number, column in enumerate(columns) if column.side == "fold"]
         sizes = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
         if width is not None and folds:
@@ -76,8 +72,10 @@ class Table:
             room = width - (taken - sizes[names]) - self.gap * (len(columns) - 1)
             if room >= _LEAST:
                 folds = prose
+                # Lines end after a dot, or where they are full if there is none.
+                parts = re.compile(rf".{{1,{room}}}(?:(?<=\.)|$)|.{{1,{room}}}", re.DOTALL)
                 for row in cells:
-                    row[names] = Text("\n".join(_at_dots(row[names].plain, room)), row[names].style)
+                    row[names] = Text("\n".join(parts.findall(row[names].plain)), row[names].style)
         drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, self.gap, 0, 0), header_style="bold")
         drawn.show_header = any(titles)
         for number, column in enumerate(columns):
@@ -97,30 +95,16 @@ class Table:
         lines = [[column.title for column in self.columns]]
         lines.append(["---:" if column.side == "right" else "---" for column in self.columns])
         for row in self.rows:
-            cells = [(column, str(column.text(row, exact=True))) for column in self.columns]
-            lines.append([fmt.markdown_code(c) if column.code else fmt.markdown_text(c) for column, c in cells])
+            lines.append([fmt.markdown_text(str(one.text(row, exact=True)), one.code) for one in self.columns])
         for row in self.sums:
             sums = [fmt.markdown_text(str(column.text(row, "", exact=True))) for column in self.columns]
             lines.append([f"**{cell}**" if cell and row is self.sums[-1] else cell for cell in sums])
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _as_text(text: str | Text) -> Text:
-    return text if isinstance(text, Text) else written(text)
-
-
-def _at_dots(name: str, room: int) -> list[str]:
-    """Break a dotted name into lines of at most `room` characters: after dots, and inside of a part that is longer."""
-    lines = [""]
-    for part in re.findall(r"[^.]*\.|[^.]+", name):
-        while len(lines[-1]) + len(part) > room:
-            # What fits no line at all is cut where the line ends.
-            cut = room - len(lines[-1]) if len(part) > room else 0
-            lines[-1] += part[:cut]
-            part = part[cut:]
-            lines.append("")
-        lines[-1] += part
-    return lines
+def written(text: str | Text, style: str = "") -> Text:
+    """Return text for a terminal, with nothing in it that the terminal, or rich, would obey."""
+    return text if isinstance(text, Text) else Text(visible(text), style)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
@@ -154,84 +138,66 @@ def changes(rows: Sequence[Change]) -> Table:
         Column("after", lambda row: row, lambda row: row.show(row.after), exact=lambda row: row.exact(row.after)),
         Column("left", attrgetter("left")),
     )
-    return Table(columns, rows)
+    return Table(columns, rows, cards=True)
 
 
-def written(text: str, style: str = "") -> Text:
-    """Return text for a terminal, with nothing in it that the terminal, or rich, would obey."""
-    return Text(visible(text), style)
+def score_column(score: Score, change: bool = False, least: int = 0) -> Column:
+    """Return the scores of this name, `-` where a row has none, as of top-5 of few classes; or their changes."""
 
+    def value(row: Any) -> float | None:
+        return next((one.value - score.value * change for one in row.scores if one.name == score.name), None)
 
-def paragraphs(texts: Iterable[str], style: str = "") -> list[Text]:
-    """Return texts as lines of a terminal."""
-    return [written(text, style) for text in texts]
+    return Column(score.name, value, partial(fmt.score_change if change else fmt.score, unit=score.unit), least=least)
 
 
 @dataclass(frozen=True)
 class Screen:
-    """Title and warnings, blocks below each other, and the fine print; empty ones are left out."""
+    """Title and warnings, blocks below each other, and the fine print; without a width, tables show every column.
+
+    Empty tables and blocks are left out. Text with a style is bold in Markdown.
+    """
 
     title: str
     warnings: Sequence[str]
-    blocks: Sequence[Table | Sequence[str | Text | Table]]
-    fine_print: Sequence[str]
-    width: int | None
+    blocks: Sequence[Sequence[str | Text | Table]]
+    fine_print: Sequence[str] = ()
+    width: int | None = None
 
     @property
     def items(self) -> list[str | Text | Table]:
-        """What the blocks hold, without empty tables."""
-        every = [item for block in self.blocks for item in ([block] if isinstance(block, Table) else block)]
-        return [item for item in every if not isinstance(item, Table) or item.rows]
+        return [item for block in self.blocks for item in block if item]
 
     def __rich__(self) -> RenderableType:
+        first = [written(self.title, "bold")] if self.title else []
+        first += [written(fmt.sentence(line), "yellow") for line in self.warnings]
+        last = [written(line, "dim") for line in self.fine_print]
         parts: list[RenderableType] = []
-        first = paragraphs([self.title] if self.title else [], "bold")
-        first += paragraphs(map(fmt.sentence, self.warnings), "yellow")
-        for block in (first, *self.blocks, paragraphs(self.fine_print, "dim")):
-            items = [block] if isinstance(block, Table) else block
-            shown = [self._drawn(item) for item in items if not isinstance(item, Table) or item.rows]
+        for block in (first, *self.blocks, last):
+            shown: list[RenderableType] = [
+                item.terminal(self.width) if isinstance(item, Table) else written(item) for item in block if item
+            ]
             parts += [Text(""), *shown] if parts and shown else shown
         return Group(*parts)
 
-    def _drawn(self, item: str | Text | Table) -> RenderableType:
-        if isinstance(item, Table):
-            return item.terminal(self.width)
-        return _as_text(item)
+    def markdown(self) -> str:
+        """Return the screen as a document of Markdown, with all columns of its tables."""
+        texts = [f"# {fmt.markdown_text(self.title)}"] if self.title else []
+        for item in (*(written(fmt.sentence(line), "bold") for line in self.warnings), *self.items):
+            if isinstance(item, Table):
+                texts.append(item.markdown())
+            else:
+                text = fmt.markdown_text(str(item))
+                texts.append(f"**{text}**" if isinstance(item, Text) else text)
+        texts.append("\n".join(f"- {fmt.markdown_text(line)}" for line in self.fine_print))
+        return "\n\n".join(filter(None, texts)) + "\n"
 
 
-def screen(
-    title: str,
-    warnings: Iterable[str],
-    *blocks: Table | Sequence[str | Text | Table],
-    fine_print: Iterable[str] = (),
-    width: int | None = None,
-) -> Screen:
-    """Return a screen; without a width, tables show every column."""
-    return Screen(title, tuple(warnings), blocks, tuple(fine_print), width)
-
-
-def kept_lines(kept: Iterable[tuple[str, str]]) -> list[str]:
+def kept_lines(kept: Iterable[Any]) -> list[str]:
     """Return why sites were kept, the commonest reason first, with their number; up to three are named."""
     sites: dict[str, list[str]] = {}
-    for site, reason in kept:
-        sites.setdefault(reason, []).append(site)
+    for row in kept:
+        sites.setdefault(row.reason, []).append(row.site)
     return [
         fmt.plural(len(names), "conv") + (f" ({', '.join(names)})" if len(names) <= 3 else "") + f": {reason}"
         for reason, names in sorted(sites.items(), key=lambda item: -len(item[1]))
     ]
-
-
-def document(*blocks: str | Table | Sequence[str]) -> str:
-    """Return Markdown: text that is Markdown already, tables, and lists of lines; empty ones are left out."""
-    texts = []
-    for block in blocks:
-        if isinstance(block, str | Table):
-            texts.append(block if isinstance(block, str) else block.markdown())
-        else:
-            texts.append("\n".join(f"- {fmt.markdown_text(line)}" for line in block))
-    return "\n\n".join(filter(None, texts)) + "\n"
-
-
-def bold(lines: Iterable[str]) -> list[str]:
-    """Return lines as bold paragraphs of Markdown."""
-    return [f"**{fmt.markdown_text(line)}**" for line in lines]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from asymswap.types import Cost, Ratio, Seconds, Shown
 
+TITLES = {"torch": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""The runtimes by their names."""
+
 
 @dataclass(frozen=True)
 class BenchmarkedModel:
@@ -21,31 +24,25 @@ class BenchmarkedModel:
 
 @dataclass(frozen=True)
 class Setting:
-    """How models were run; `memory_format` is None for a runtime with its own."""
-
     runtime: str
     batch: int
     threads: int
-    memory_format: str | None
+    memory_format: str | None  # None for a runtime with its own
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model in one setting, by their indices, or the reason why it could not be run.
-
-    `ratio` is to the first model in the same setting, `ready` the seconds of compiling or exporting, `rounds` the
-    fastest pass of every round, `version` that of the runtime, with the precision that it has chosen.
-    """
+    """One model in one setting, by their indices, or the reason why it could not be run."""
 
     model: int
     setting: int
     seconds: Seconds | None = None
     images_per_second: float | None = None
-    ratio: Ratio | None = None
-    ready: float | None = None
-    rounds: tuple[float, ...] = ()
+    ratio: Ratio | None = None  # to the first model in the same setting
+    ready: float | None = None  # the seconds of compiling or exporting
+    rounds: tuple[float, ...] = ()  # the fastest pass of each
     failure: str | None = None
-    version: str = ""
+    version: str = ""  # of the runtime, with the precision that it has chosen
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class LayerRow:
 
     @property
     def excess(self) -> float:
-        """Return the seconds beyond the time in proportion to the MACs, or beyond the same time if there are none."""
+        """The seconds beyond the time in proportion to the MACs, or beyond the same time if there are none."""
         return self.own - self.first * (self.macs / self.first_macs if self.first_macs else 1.0)
 
 
@@ -85,8 +82,6 @@ class Gain:
 
 @dataclass(frozen=True)
 class Benchmark(Shown, view="benchmark.benchmark_view"):
-    """Everything that was measured, in `rounds` rounds, while other programs kept `others` cores busy."""
-
     asymswap: str
     models: tuple[BenchmarkedModel, ...]
     settings: tuple[Setting, ...]
@@ -97,10 +92,6 @@ class Benchmark(Shown, view="benchmark.benchmark_view"):
     machine: str
     cores: int | None
     rounds: int
-    others: float | None
+    others: float | None  # cores that other programs kept busy meanwhile
     versions: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-
-
-TITLES = {"torch": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-"""The runtimes by their names."""

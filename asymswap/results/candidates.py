@@ -28,7 +28,7 @@ class Candidates(Shown, view="candidates.candidates_view"):
 
     def to_plain(self) -> dict[str, Any]:
         """Return everything that is known of each conv, and the sums over the candidates, as plain data."""
-        held, total = self.held, self.total
+        known, held, total = plain(self), self.held, self.total
         sums = {
             "convs": sum(row.reason is None for row in self.rows),
             **plain(held),
@@ -36,13 +36,7 @@ class Candidates(Shown, view="candidates.candidates_view"):
             "params_share": held.params / total.params if total.params else 0.0,
         }
         sites = [
-            {
-                **plain(row.site),
-                "cost": plain(row.site.cost),
-                "candidate": row.reason is None,
-                **{name: plain(getattr(row, name)) for name in ("reason", "break_even", "half", "kind", "becomes")},
-            }
-            for row in self.rows
+            {**row.pop("site"), "cost": plain(one.site.cost), "candidate": one.reason is None, **row}
+            for row, one in zip(known.pop("rows"), self.rows, strict=True)
         ]
-        known = {name: plain(getattr(self, name)) for name in ("warnings", "traced_by", "input", "notes", "total")}
-        return {"model": self.reference, **known, "candidates": sums, "sites": sites}
+        return {"model": known.pop("reference"), **known, "candidates": sums, "sites": sites}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from asymswap.results.agreement import Agreement
+from asymswap.results.evaluate import Agreement
 from asymswap.types import Cost, Fed, Ratio, Seconds, Shown
 
 _NOTHING = Cost(0, 0)
@@ -14,45 +14,35 @@ _NOTHING = Cost(0, 0)
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One conv of the original model, and its replacement if there is one.
-
-    `action` is `swap` or `keep`; `becomes` is the settings in short, without the usual ones; `predicted_error` is the
-    plan's (of the output with calibration, of the kernel without); `kernel_error` is the Frobenius norm of the kernel's
-    change over that of the kernel, `output_error` the same of the layer's output on the probe batch. `exact`: the kind
-    promises to preserve the function there; `absorbs`: the batch norm that the replacement holds now, whose parameters
-    are not counted in `after`.
-    """
+    """One conv of the original model, and its replacement if there is one."""
 
     site: str
     conv: str
     feature_map: tuple[int, int] | None
     calls: int
-    action: str = "keep"
+    action: str = "keep"  # or `swap`
     kind: str | None = None
-    becomes: str = ""
+    becomes: str = ""  # the settings in short, without the usual ones
     settings: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
     before: Cost = _NOTHING
     after: Cost = _NOTHING
-    predicted_error: float | None = None
-    kernel_error: float | None = None
-    output_error: float | None = None
+    predicted_error: float | None = None  # the plan's: of the output with calibration, of the kernel without
+    kernel_error: float | None = None  # the Frobenius norm of the kernel's change over that of the kernel
+    output_error: float | None = None  # the same of the layer's output on the probe batch
     output_largest: float | None = None
-    exact: bool | None = None
-    absorbs: str | None = None
+    exact: bool | None = None  # the kind promises to preserve the function there
+    absorbs: str | None = None  # the batch norm that the replacement holds now; `after` has not its parameters
 
 
 @dataclass(frozen=True)
 class OutputChange:
-    """Change of the whole model's output on the probe batch, relative and at most, and what the probe was.
-
-    `input` is the size of one of its inputs, the model's if it is empty.
-    """
+    """Change of the whole model's output on the probe batch, relative and at most, and what the probe was."""
 
     relative: float
     largest: float
     probe: str
-    input: str = ""
+    input: str = ""  # the size of one of its inputs; the model's if it is empty
 
 
 @dataclass(frozen=True)
@@ -68,23 +58,23 @@ class ScoreChange:
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """Scores before and after on the same data; `images` is None for a metric of the user's."""
+    """Scores before and after on the same data."""
 
     data: str
-    images: int | None
+    images: int | None  # None for a metric of the user's
     scores: tuple[ScoreChange, ...]
     note: str = ""
 
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """What the conversion was calibrated on; `sha256` of the pixels; `sequential`: solved layer by layer."""
+    """What the conversion was calibrated on."""
 
     data: str
     images: int
-    sha256: str
+    sha256: str  # of the pixels
     seed: int
-    sequential: bool
+    sequential: bool  # solved layer by layer
     notes: tuple[str, ...] = ()
 
 
@@ -102,41 +92,33 @@ class TimeRow:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """Times before and after in each runtime, on `machine`; `memory_format` is PyTorch's.
-
-    `wanted` is what a budget asked for in the first of the runtimes: a fraction, or with `in_seconds` seconds; `undone`
-    names the convs whose swaps were slower, and were taken back.
-    """
+    """Times before and after in each runtime, on `machine`."""
 
     times: tuple[TimeRow, ...]
-    memory_format: str | None
+    memory_format: str | None  # PyTorch's
     batch: int
     threads: int
     machine: str
-    wanted: float | None = None
-    undone: tuple[str, ...] = ()
+    wanted: float | None = None  # what a budget asked for in the first of the runtimes: a fraction, or seconds
+    undone: tuple[str, ...] = ()  # convs whose swaps were slower, and were taken back
     in_seconds: bool = False
 
 
 @dataclass(frozen=True)
 class DropRow:
-    """How much of a score was allowed to be lost, and what the network lost, in the score's own values.
-
-    `interval` is the 95 % interval, where there is one; `data` are the `samples` measured on, None of a metric of the
-    user's; `share` is the fraction of the MACs left, after so many `solves`. `smallest`: no rank could be lower.
-    """
+    """How much of a score was allowed to be lost, and what the network lost, in the score's own values."""
 
     score: str
     unit: str
     lower_is_better: bool
     allowed: float
     lost: float
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None  # of 95 %, where there is one
     data: str
-    samples: int | None
-    share: float
+    samples: int | None  # None of a metric of the user's
+    share: float  # the fraction of the MACs left
     solves: int
-    smallest: bool = False
+    smallest: bool = False  # no rank could be lower
 
 
 @dataclass(frozen=True)
@@ -162,11 +144,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class Report(Shown, view="convert.report_view"):
-    """Everything about a conversion.
-
-    `rest` is the cost outside of the sites: the totals are the sums of the rows and it. Each format shows `warnings`
-    first. `fed` is how images were prepared, if there were any; `untimed` says how to measure time if it was not.
-    """
+    """Everything about a conversion; the totals are the sums of the rows and of `rest`."""
 
     asymswap: str
     model: ModelRow
@@ -174,19 +152,19 @@ class Report(Shown, view="convert.report_view"):
     budget: str | None
     preserves: Mapping[str, str]
     sites: tuple[SiteRow, ...]
-    rest: Cost
+    rest: Cost  # outside of the sites
     before: Cost
     after: Cost
     output: OutputChange
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # each format shows them first
     multiplier: float | None = None
     latency: LatencyRow | None = None
-    untimed: str = ""
+    untimed: str = ""  # how to measure time if it was not
     calibration: CalibrationRow | None = None
     accuracy: AccuracyRow | None = None
     agreement: Agreement | None = None
     drop: DropRow | None = None
-    fed: Fed | None = None
+    fed: Fed | None = None  # how images were prepared, if there were any
     weights_bytes: tuple[int, int] = (0, 0)
     files: tuple[FileRow, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)

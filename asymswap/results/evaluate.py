@@ -1,24 +1,45 @@
-"""What an evaluation found."""
+"""What an evaluation found, and how far one network answers as another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from asymswap.types import Fed, Shown
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a metric gave for a model; with the unit `%` a fraction, which is shown in per cent.
-
-    `interval`: 95 % confidence, of an agreement.
-    """
+    """What a metric gave for a model; with the unit `%` a fraction, which is shown in per cent."""
 
     name: str
     value: float
     unit: str = ""
     lower_is_better: bool = False
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None  # 95 % confidence, of an agreement
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """How far one output of two networks agrees on inputs without labels."""
+
+    output: str  # its name, empty if it is the only one
+    # `top-1` is the fraction of samples, or of pixels, with the same class; `cosine` the mean cosine of the angle
+    # between embeddings; `PSNR` decibels between images of this `peak`; `relative error` is `relative`.
+    measure: Literal["top-1", "cosine", "PSNR", "relative error"]
+    value: float
+    relative: float  # the norm of the difference over the norm of the first network's output
+    interval: tuple[float, float] | None = None  # Wilson's of 95 %, of top-1
+    peak: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two networks agree on `samples` held-back inputs, output by output."""
+
+    inputs: str
+    samples: int
+    outputs: tuple[OutputAgreement, ...]
 
 
 @dataclass(frozen=True)
@@ -41,30 +62,21 @@ class ConfusionRow:
 
 @dataclass(frozen=True)
 class AgainstFirst:
-    """A model compared with the first on the same images.
+    """A model compared with the first on the same images."""
 
-    `agreement` is the fraction of images with the same predicted class, `only_first` and `only_this` the numbers of
-    images that only one of them gets right, `p` the p-value of McNemar's exact two-sided test.
-    """
-
-    agreement: float
-    only_first: int
+    agreement: float  # the fraction of images with the same predicted class
+    only_first: int  # images that only the first gets right
     only_this: int
-    p: float
+    p: float  # of McNemar's exact two-sided test
 
 
 @dataclass(frozen=True)
 class Classification:
-    """More about a classifier: the images that it gets right, the mean loss, and images a second.
-
-    `interval` is Wilson's 95 % interval of top-1, `outputs` the number of classes that the model scores.
-    """
-
     right: int
-    interval: tuple[float, float]
-    loss: float
+    interval: tuple[float, float]  # Wilson's of 95 %, of top-1
+    loss: float  # the mean
     images_per_second: float
-    outputs: int
+    outputs: int  # classes that the model scores
     classes: tuple[ClassRow, ...]
     confusions: tuple[ConfusionRow, ...]
     against_first: AgainstFirst | None = None

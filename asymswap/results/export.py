@@ -10,29 +10,21 @@ from asymswap.types import Shown
 
 @dataclass(frozen=True)
 class Check:
-    """One run of the written file beside PyTorch: the sizes of its inputs, and the largest difference of an output.
+    """One run of the written file beside PyTorch."""
 
-    `allowed` is the largest difference accepted: 1e-4 of the largest output, and at least 1e-4.
-    """
-
-    inputs: str
-    largest: float
-    allowed: float
+    inputs: str  # their sizes
+    largest: float  # difference of an output
+    allowed: float  # 1e-4 of the largest output, and at least 1e-4
 
 
 @dataclass(frozen=True)
 class ExportReport(Shown, view="screens.export_view"):
-    """An exported model: `form` is `onnx`, `pt2` or `state-dict`, `runner` what ran it for the checks.
-
-    `fused` is the number of replacements fused before, `dynamic` names the dimensions of inputs that may have any size.
-    """
-
     model: str
-    form: str
-    runner: str
-    fused: int
+    form: str  # `onnx`, `pt2` or `state-dict`
+    runner: str  # what ran it for the checks
+    fused: int  # replacements fused before
     checks: tuple[Check, ...]
-    dynamic: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()  # dimensions of inputs that may have any size
     opset: int | None = None
     files: tuple[FileRow, ...] = ()
     versions: tuple[str, ...] = ()

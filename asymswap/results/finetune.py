@@ -32,16 +32,12 @@ class _Run:
 
 @dataclass(frozen=True)
 class TrainingReport(_Run, Shown, view="screens.training_view"):
-    """The report of a training run.
-
-    `before`, `best` and `last` are scores on the validation images: of the initial weights, of the weights that were
-    kept, and of the last epoch; None without validation. `total` and `trained` count parameters.
-    """
+    """The report of a training run; its scores are on the validation images, None without validation."""
 
     before: Scores | None = None
-    best: Scores | None = None
-    last: Scores | None = None
-    trained: int = 0
+    best: Scores | None = None  # of the weights that were kept
+    last: Scores | None = None  # of the last epoch
+    trained: int = 0  # parameters
     total: int = 0
     device: str = ""
     files: tuple[FileRow, ...] = ()
@@ -53,13 +49,10 @@ class TrainingReport(_Run, Shown, view="screens.training_view"):
 
 @dataclass(frozen=True)
 class TrainingRecord(_Run):
-    """A training run as the checkpoint records it; the defaults are for older files.
+    """A training run as the checkpoint records it; the defaults are for older files."""
 
-    `sha256` is the hash of the file that was trained; `scores` those before training, of the best and the last epoch.
-    """
-
-    sha256: str | None = None
-    scores: Mapping[str, Scores | None] = field(default_factory=dict)
+    sha256: str | None = None  # of the file that was trained
+    scores: Mapping[str, Scores | None] = field(default_factory=dict)  # `before`, `best` and `last`
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,16 +80,10 @@ class StepRow:
 
 
 @dataclass(frozen=True)
-class EpochRow:
-    """One epoch, counted from one; `skipped` counts unreadable images, `best`: it is the best so far."""
+class EpochRow(StepRow):
+    """One epoch, counted from one."""
 
-    epoch: int
-    step: int
-    train: Scores
-    validation: Scores | None
-    best: bool
-    lr: float
-    images_per_second: float
-    seconds: float
-    skipped: int = 0
-    unit: str = "images"
+    validation: Scores | None = None
+    best: bool = False  # it is the best so far
+    seconds: float = 0.0
+    skipped: int = 0  # unreadable images

@@ -20,10 +20,7 @@ class FusionRow:
 
 @dataclass(frozen=True)
 class FusionReport(Shown, view="screens.fusion_view"):
-    """Costs of the converted and the fused model, and the difference of their outputs on `probe`.
-
-    `as_original`: the state dict fits the unconverted model again.
-    """
+    """Costs of the converted and the fused model, and the difference of their outputs on `probe`."""
 
     model: str
     origin: str
@@ -33,7 +30,7 @@ class FusionReport(Shown, view="screens.fusion_view"):
     relative: float
     largest: float
     probe: str
-    as_original: bool
+    as_original: bool  # the state dict fits the unconverted model again
     files: tuple[FileRow, ...] = ()
     fed: Fed | None = None
     warnings: tuple[str, ...] = ()

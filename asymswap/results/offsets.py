@@ -12,29 +12,26 @@ from asymswap.types import Fed, Shown, Size
 STILL = 0.05
 """Pixels below which a tap counts as not moved."""
 
-Offset = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class OffsetRow:
     """The offsets of one layer, (down, right) in pixels of its input, for each tap row by row.
 
-    `mean` and `spread` (standard deviation) are over all pixels and images, for offsets predicted from the input;
-    `largest` is the longest single offset, `limit` the largest one along an axis, None if unbounded.
+    Offsets predicted from the input have a mean and a spread (standard deviation) over all pixels and images.
     """
 
     site: str
     kind: str
     kernel: Size
     dilation: Size
-    mean: tuple[Offset, ...]
-    spread: tuple[Offset, ...]
-    largest: float
-    limit: float | None = None
+    mean: tuple[tuple[float, float], ...]
+    spread: tuple[tuple[float, float], ...]
+    largest: float  # the longest single offset
+    limit: float | None = None  # along an axis; None if unbounded
 
     @property
     def average(self) -> float:
-        """Return the mean length of the mean offsets."""
+        """The mean length of the mean offsets."""
         return sum(math.hypot(*offset) for offset in self.mean) / len(self.mean)
 
     @property

@@ -41,18 +41,6 @@ def plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """How a file was made: the recipe and changes to it, the command line (empty in Python), versions and fusions."""
-
-    recipe: str = ""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    command: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    fused: tuple[FusionRow, ...] = ()
-
-
-@dataclass(frozen=True)
 class Source:
     """Which model was converted, and from which files."""
 
@@ -61,23 +49,23 @@ class Source:
 
 
 @dataclass(frozen=True)
-class History:
-    """The parts of a provenance that later commands need, with defaults for older files."""
+class Provenance:
+    """How a file was made, with defaults for what older files do not say."""
 
+    recipe: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # changes to the recipe
+    seed: int | None = None
+    command: str = ""  # empty in Python
+    versions: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[FusionRow, ...] = ()
     report: Source = field(default_factory=Source)
     training: tuple[TrainingRecord, ...] = ()
 
 
-def read_history(stored: Mapping[str, Any], label: str) -> History:
-    """Return the history in a provenance; raises CheckpointError where it is damaged."""
-    return _checked(History, dict(stored), f"{label} has a damaged provenance")
-
-
 def read_provenance(stored: Mapping[str, Any], label: str) -> Provenance:
-    """Return how the file was made; `label` names it. Raises CheckpointError where the provenance is damaged."""
-    known = {key: stored[key] for key in ("recipe", "overrides", "seed", "command", "versions") if key in stored}
-    if isinstance(stored.get("fused"), Mapping):
-        known["fused"] = stored["fused"].get("sites", [])
+    """Return how the file that `label` names was made; raises CheckpointError where the provenance is damaged."""
+    fused = stored.get("fused")
+    known = {**stored, "fused": fused.get("sites", []) if isinstance(fused, Mapping) else []}
     return _checked(Provenance, known, f"{label} has a damaged provenance")
 
 
@@ -86,19 +74,15 @@ def read_report(stored: Mapping[str, Any], label: str) -> Report:
     if "report" not in stored:
         raise CheckpointError(f"{label} holds no report; convert the model again to have one")
     report = stored["report"]
-    output = report.get("output") if isinstance(report, Mapping) else None
+    output, accuracy = (report.get(key) if isinstance(report, Mapping) else None for key in ("output", "accuracy"))
     if isinstance(output, Mapping):
         # These fields are never None: null stands for a number that is not finite.
         undefined = {key: math.nan for key in ("relative", "largest") if output.get(key, 0) is None}
-        report = {**report, "output": {**output, **undefined}, "accuracy": scored(report.get("accuracy"))}
+        report = {**report, "output": {**output, **undefined}}
+    if isinstance(accuracy, Mapping) and "scores" not in accuracy:
+        # Written when top-1 was all that could be measured.
+        report = {**report, "accuracy": {**accuracy, "scores": [{"name": "top-1", "unit": "%", **accuracy}]}}
     return _checked(Report, report, f"{label} has a damaged report")
-
-
-def scored(accuracy: Any) -> Any:
-    """Return the accuracy in a stored report with its scores; those that know only top-1 have none."""
-    if not isinstance(accuracy, Mapping) or "scores" in accuracy:
-        return accuracy
-    return {**accuracy, "scores": [{"name": "top-1", "unit": "%", **accuracy}]}
 
 
 def _checked(form: type[T], data: Any, what: str) -> T:

@@ -14,46 +14,38 @@ from asymswap.types import Cost, Fed, Shown
 
 @dataclass(frozen=True)
 class Point:
-    """One conversion of a sweep, or the reason in `failed` why there is none.
-
-    `budget` is the fraction that was allowed, `cost` what is left, `scores` what the metric gave, by name, `time` the
-    fraction of the time that is left where budgets are of latency.
-    """
+    """One conversion of a sweep, or the reason in `failed` why there is none."""
 
     recipe: str
-    budget: float
-    cost: Cost | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
+    budget: float  # the fraction that was allowed
+    cost: Cost | None = None  # what is left
+    scores: Mapping[str, float] = field(default_factory=dict)  # what the metric gave, by name
     swapped: int = 0
     seconds: float = 0.0
     failed: str | None = None
-    time: float | None = None
+    time: float | None = None  # the fraction that is left, where budgets are of latency
 
 
 @dataclass(frozen=True)
 class Tradeoff(Shown, view="sweep.sweep_view"):
-    """A sweep: the original network, and the points measured so far.
-
-    Budgets are fractions of the `measure`, `macs`, `params` or `latency`; `scores` are the original's; `tolerance` is
-    how much of the first of them the advice may lose; `setting` is everything that the results depend on.
-    """
+    """A sweep: the original network, and the points measured so far."""
 
     model: str
-    measure: str
+    measure: str  # of which budgets are fractions: `macs`, `params` or `latency`
     before: Cost
-    scores: tuple[Score, ...]
+    scores: tuple[Score, ...]  # the original's
     images: int | None
     data: str
-    tolerance: float
+    tolerance: float  # how much of the first score the advice may lose
     points: tuple[Point, ...] = ()
-    setting: Mapping[str, Any] = field(default_factory=dict)
+    setting: Mapping[str, Any] = field(default_factory=dict)  # everything that the results depend on
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     fed: Fed | None = None
 
     @property
     def measured(self) -> tuple[Point, ...]:
-        """Return the points whose budget was reached."""
+        """The points whose budget was reached."""
         return tuple(point for point in self.points if point.failed is None)
 
     def share(self, point: Point) -> float:
@@ -65,7 +57,7 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
 
     @property
     def front(self) -> tuple[Point, ...]:
-        """Return the Pareto front, the cheapest point first."""
+        """The Pareto front, the cheapest point first."""
         best, front = -math.inf, []
         for point in sorted(self.measured, key=lambda p: (self.share(p), -self.gain(p))):
             if self.gain(point) > best:
@@ -75,7 +67,7 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
 
     @property
     def first(self) -> Score:
-        """Return the original's first score."""
+        """The original's first score."""
         return self.scores[0]
 
     def gain(self, point: Point) -> float:
@@ -85,7 +77,7 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
 
     @property
     def advised(self) -> Point | None:
-        """Return the cheapest point within the tolerance; None where there is none."""
+        """The cheapest point within the tolerance; None where there is none."""
         # Accuracies are whole numbers of images: what is exactly tolerated must not fail by rounding.
         return next((point for point in self.front if self.gain(point) >= -self.tolerance - 1e-9), None)
 

@@ -18,7 +18,7 @@ from asymswap.fileformats.detect import sha256
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import names_python_file
 from asymswap.models.opening import FILE_SUFFIXES, Model, open_model
-from asymswap.results.records import read_history
+from asymswap.results.records import read_provenance
 from asymswap.types import Swap
 from asymswap.utils.tensors import deep_copy
 
@@ -82,7 +82,7 @@ def blocks_around(swaps: Iterable[Swap], student: nn.Module, teacher: nn.Module)
 
 def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]:
     """Return the reference and options with which the original was opened for the conversion."""
-    report = read_history(header.provenance, "the checkpoint").report
+    report = read_provenance(header.provenance, "the checkpoint").report
     reference, weights = report.model.reference, report.model.weights
     if not reference or weights in ("", "as given"):
         raise SourceError(f"the checkpoint does not say which model it was made from; {_GIVE}")

@@ -70,7 +70,7 @@ class RunFolder:
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
-    def add(self, row: StepRow | EpochRow) -> None:
+    def add(self, row: StepRow) -> None:
         """Add a line to the metrics."""
         event = "epoch" if isinstance(row, EpochRow) else "step"
         try:

@@ -295,7 +295,7 @@ class Trainer:
             )
         return found if before is None else {name: found[name] for name in before}
 
-    def _report(self, row: StepRow | EpochRow) -> None:
+    def _report(self, row: StepRow) -> None:
         if not self.team.leads:
             return
         if self.folder is not None:

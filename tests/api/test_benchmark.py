@@ -337,8 +337,8 @@ class TestCommand:
         assert [result["model"] for result in data["results"]] == [0, 1]
         assert 0.49 < data["models"][1]["cost"]["macs"] / data["models"][0]["cost"]["macs"] <= 0.5
         lines = run("benchmark", DIGITS, half, "--markdown", *self.QUICK).out.splitlines()
-        assert lines[0].startswith("| Model | Runtime | Batch | Threads | Memory format | ms | Median |")
-        assert lines[2].startswith(f"| `{DIGITS}` | PyTorch | 1 | 1 | contiguous |")
+        assert lines[0].startswith("| Model | Setting | ms | Median |")
+        assert lines[2].startswith(f"| `{DIGITS}` | PyTorch, batch 1, 1 thread, contiguous |")
 
     def test_it_is_timed_with_threads_that_wait_awake(
         self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ from asymswap.measure.statistics import mcnemar_exact
 from asymswap.measure.timing import Timing
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model, open_models
-from asymswap.reporting.compare import comparison_to_markdown
+from asymswap.reporting.views import view
 from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
 from asymswap.results.evaluate import AgainstFirst, Score
 from asymswap.results.records import to_json
@@ -254,13 +254,13 @@ def made() -> Comparison:
         Ratio(0.52, 0.5, 0.53), OutputGap(0.05, 1.0, 0.97),
         (Score("top-1", 0.88, "%"),), AgainstFirst(0.97, 23, 3, 0.0001),
     )  # fmt: skip
-    timing = TimingRow("channels-last", 1, 2, "Some Processor", 20)
+    timing = TimingRow("torch", 1, 2, "channels-last", "Some Processor", 20)
     return Comparison("0.1.0", (first, second), "100 images of photos", "photos: 100 images", None, timing)
 
 
 class TestViews:
     def test_markdown_is_a_table_with_everything(self) -> None:
-        lines = comparison_to_markdown(made()).splitlines()
+        lines = view(made(), None).markdown().splitlines()
         assert lines[0] == (
             "| Model | MACs | of 1st | Params | of 1st | Weights | File | ms | Median | of 1st | Output "
             "| Agree | top-1 |"

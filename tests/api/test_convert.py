@@ -27,7 +27,8 @@ from asymswap.graph.trace import trace
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
 from asymswap.planning.plan import plan_text
-from asymswap.reporting.convert import to_html, to_markdown
+from asymswap.reporting.convert import to_html
+from asymswap.reporting.views import view
 from asymswap.results.convert import Report
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import Call, Cost, Plan, Site
@@ -729,7 +730,7 @@ class TestTime:
         said = "Slower in PyTorch: it takes 1.25 of the time (1.25 to 1.25 with 95 % confidence)."
         assert str(slower).splitlines()[1].startswith("Slower in PyTorch: ")
         assert said in " ".join(str(slower).split())
-        for form in (to_markdown(slower), to_html(slower, Provenance())):
+        for form in (view(slower, None).markdown(), to_html(slower, Provenance())):
             assert "Slower in PyTorch" in form
         # Noise is no verdict.
         assert "Slower" not in str(self.conversion(monkeypatch, 1.01, time=True).report)

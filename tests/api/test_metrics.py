@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.data.datasets import open_data
-from asymswap.reporting.convert import to_html, to_markdown
-from asymswap.reporting.sweep import draw, fine_print
+from asymswap.reporting.convert import to_html
+from asymswap.reporting.sweep import draw, sweep_view
+from asymswap.reporting.views import view
 from asymswap.results.records import Provenance, to_json
 from asymswap.results.sweep import Tradeoff, from_json
 
@@ -93,7 +94,7 @@ class TestConvert:
         assert done.report.accuracy is not None
         (row,) = done.report.accuracy.scores
         before, after, change = f"{row.before:.4g}", f"{row.after:.4g}", f"{row.after - row.before:+.4g}"
-        assert f"| distance | {before} | {after} | {change} |" in to_markdown(done.report)
+        assert f"| distance | {before} | {after} | {change} |" in view(done.report, None).markdown()
         page = to_html(done.report, Provenance())
         assert f"(lower is better: distance): {before} before, {after} after: {change}." in page
         asymswap.save(done, tmp_path / "m.pt")
@@ -128,7 +129,7 @@ class TestConvert:
         assert done.report.accuracy.scores[0].unit == "dB"
         assert done.report.accuracy.images == 3
         assert done.report.warnings[0].startswith("Net is fed the pixels, 0 to 1, of pairs:")
-        text = to_markdown(done.report)
+        text = view(done.report, None).markdown()
         assert "each image at its own size; pixels from 0 to 1" in text
         assert " dB | " in text
 
@@ -167,7 +168,8 @@ class TestSweep:
         found = self.run()
         assert found.tolerance == found.first.value / 100
         assert any(
-            "distance on the data of the metric distance (lower is better: distance)" in x for x in fine_print(found)
+            "distance on the data of the metric distance (lower is better: distance)" in x
+            for x in sweep_view(found).fine_print
         )
         assert from_json(json.loads(json.dumps(to_json(found)))).points == found.points
 

@@ -158,7 +158,7 @@ class TestConvert:
         written = json.loads(Path("report.json").read_text())
         assert {**written, "seconds": None} == {**done.json, "seconds": None}
         markdown = Path("report.md").read_text()
-        assert markdown.startswith("# digits-resnet converted: 7 of 9 convs swapped\n")
+        assert markdown.startswith("# digits-resnet by 3x3-only: 7 of 9 convs swapped\n")
         for row in written["sites"]:
             assert f"| `{row['site']}` |" in markdown
         lines = markdown.splitlines()

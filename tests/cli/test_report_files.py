@@ -18,7 +18,7 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.convert import repeatable
 from asymswap.errors import AsymswapError
 from asymswap.models.converted import restore, save_checkpoint
-from asymswap.reporting.convert import to_markdown
+from asymswap.reporting.views import view
 from asymswap.results.records import read_report
 
 Run = Callable[..., Any]
@@ -54,11 +54,13 @@ def test_a_checkpoint_writes_no_markup_into_a_markdown_report(run: Run, converte
     report = stored.header.provenance["report"]
     sites = [{**report["sites"][0], "site": "a`<b>|c", "conv": nasty, "reason": nasty}, *report["sites"][1:]]
     changed = {**report, "model": {**report["model"], "reference": nasty, "notes": [nasty]}, "sites": sites}
-    text = to_markdown(read_report({"report": changed}, "x.pt"))
+    text = view(read_report({"report": changed}, "x.pt"), None).markdown()
     assert "\x1b" not in text
     lines = text.splitlines()
     assert [line for line in lines if line.startswith("#")] == lines[:1]
-    assert lines[0].startswith(r"# \<script>alert(1)\</script> # heading | \`x\` !\[y](http://z) \\x1b\[31m converted")
+    assert lines[0].startswith(
+        r"# \<script>alert(1)\</script> # heading | \`x\` !\[y](http://z) \\x1b\[31m (digits-resnet) by "
+    )
     # What is left after the escapes is no tag, no code and no link.
     bare = re.sub(r"\\[\\`*<\[|]", "", text)
     assert not re.search(r"<[a-z/!?]|\[", bare)

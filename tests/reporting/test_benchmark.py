@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from asymswap.reporting.benchmark import benchmark_to_markdown, benchmark_view
+from asymswap.reporting.benchmark import benchmark_view
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.types import Cost, Ratio, Seconds
 
@@ -93,7 +93,7 @@ def test_what_could_not_be_run_is_told_once_with_its_reason() -> None:
     text = joined(shown(both, 80))
     assert f"ONNX Runtime, a|b, {name}: ONNX cannot express this model: no." in text
     assert "batch 8" not in text
-    assert f"ONNX Runtime, a|b, {name}" in benchmark_to_markdown(both)
+    assert f"ONNX Runtime, a|b, {name}" in benchmark_view(both, None).markdown()
 
 
 def test_what_cannot_be_told_is_said() -> None:
@@ -106,7 +106,7 @@ def test_what_cannot_be_told_is_said() -> None:
     vague = replace(MADE, results=(MADE.results[0], result(1, 0, 12, VAGUE)), settings=(NCHW,), gains=())
     text = joined(shown(vague, 80))
     assert "The machine was too busy to measure times to within 5 %" in text
-    assert f"{name} 0.60 to 0.80." in text
+    assert f"{name} (PyTorch, batch 1, 2 threads, contiguous) 0.60 to 0.80." in text
     assert "Not significantly different from a|b" not in text
 
 
@@ -136,10 +136,10 @@ def test_one_model_has_a_line_for_each_setting_and_no_ratio() -> None:
         gains=(),
     )
     text = shown(alone, 80)
-    assert text.splitlines()[0] == "a|b, PyTorch, batch 1, 2 threads"
-    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["Setting", "contiguous", "channels-last"]
+    settings = [f"PyTorch, batch 1, 2 threads, {form}" for form in ("contiguous", "channels-last")]
+    assert [line.split("  ")[0] for line in text.splitlines()[:4]] == ["a|b", "Setting", *settings]
     assert "of 1st" not in text
-    assert "The machine was busy: the middle half of the rounds spreads over 30.0 % (channels-last)." in joined(text)
+    assert f"The machine was busy: the middle half of the rounds spreads over 30.0 % ({settings[1]})." in joined(text)
 
 
 def test_layers_and_their_sum() -> None:
@@ -154,16 +154,17 @@ def test_layers_and_their_sum() -> None:
 
 
 def test_markdown_is_one_table_of_everything() -> None:
-    lines = benchmark_to_markdown(MADE).splitlines()
-    assert lines[0] == (
-        "| Model | Runtime | Batch | Threads | Memory format | ms | Median | Spread | Images/s | of 1st | 95 % | MACs "
-        "| Ready s |"
-    )
+    lines = benchmark_view(MADE, None).markdown().splitlines()
+    assert lines[0] == "| Model | Setting | ms | Median | Spread | Images/s | of 1st | 95 % | MACs | Ready s |"
     assert lines[2] == (
-        "| `a\\|b` | PyTorch | 1 | 2 | contiguous | 20.0 | 22.0 | 1.0 % | 45.5 | 100.0 % | - | 100.0 % | - |"
+        "| `a\\|b` | PyTorch, batch 1, 2 threads, contiguous | 20.0 | 22.0 | 1.0 % | 45.5 | 100.0 % | - | 100.0 % | - |"
     )
     assert "| 12.0 | 13.2 | 1.0 % | 75.8 | 60.0 % | 58.0 to 62.0 | 50.0 % | - |" in lines[3]
-    assert lines[6].endswith("| ONNX Runtime | 8 | 1 | - | 100 | 110 | 1.0 % | 9.09 | 100.0 % | - | 100.0 % | 12.3 |")
+    assert lines[6].endswith(
+        "| ONNX Runtime, batch 8, 1 thread | 100 | 110 | 1.0 % | 9.09 | 100.0 % | - | 100.0 % | 12.3 |"
+    )
+    # What could not be run has no row, but a line.
+    assert lines[7] == ""
     text = "\n".join(lines)
     for words in (
         "cannot express",

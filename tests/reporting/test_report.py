@@ -10,7 +10,8 @@ import pytest
 from made_reports import PROVENANCE, report, site
 from rich.console import Console
 
-from asymswap.reporting.convert import report_view, to_html, to_markdown
+from asymswap.reporting.convert import report_view, to_html
+from asymswap.reporting.views import view
 from asymswap.results.convert import Report
 
 
@@ -21,7 +22,9 @@ def in_terminal(told: Report) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("form", [in_terminal, to_markdown, lambda told: to_html(told, PROVENANCE)])
+@pytest.mark.parametrize(
+    "form", [in_terminal, lambda told: view(told, None).markdown(), lambda told: to_html(told, PROVENANCE)]
+)
 def test_warnings_come_before_any_figure(form: Callable[[Report], str]) -> None:
     warning = "the images were normalised by a guess"
     text = form(replace(report(site(0)), warnings=(warning,)))

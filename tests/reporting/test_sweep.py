@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asymswap.reporting.sweep import draw, fine_print, to_html, to_markdown
+from asymswap.reporting.sweep import draw, sweep_view, to_html
 from asymswap.results.evaluate import Score
 from asymswap.results.records import to_json
 from asymswap.results.sweep import Point, Tradeoff, from_json
@@ -129,9 +129,8 @@ def test_new_points_stand_where_they_belong() -> None:
 
 
 def test_tables_hold_every_point_and_say_what_was_not_met() -> None:
-    text = to_markdown(
-        make([Point("a", 0.5, Cost(500, 300), top1(0.895)), Point("a", 0.1, failed="it is out of reach")])
-    )
+    points = [Point("a", 0.5, Cost(500, 300), top1(0.895)), Point("a", 0.1, failed="it is out of reach")]
+    text = sweep_view(make(points)).markdown()
     assert "| a | 0.5 | 500 (50.0 %) | 300 (60.0 %) | 89.5 % | -0.50 | advised |" in text
     assert "| a | 0.1 | - | - | - | - | not met |" in text
     assert "- a at 0.1: it is out of reach." in text
@@ -139,8 +138,10 @@ def test_tables_hold_every_point_and_say_what_was_not_met() -> None:
 
 def test_names_are_no_markdown() -> None:
     sweep = make([Point("a|<b>*c*\n# d", 0.5, Cost(500, 300), top1(0.895))])
-    lines = to_markdown(sweep).splitlines()
-    assert [line for line in lines if line.startswith("#")] == [f"# {sweep.model}: top-1 over budgets"]
+    lines = sweep_view(sweep).markdown().splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# net: advised: 0.5, the last before top-1 falls by more than 1 point (90.0 % -> 89.5 %)."
+    ]
     assert r"| a\|\<b>\*c\* # d | 0.5 | 500 (50.0 %) |" in "\n".join(lines)
 
 
@@ -196,20 +197,13 @@ def test_the_advice_stands_inside_of_the_frame(advised: float) -> None:
 
 def test_budgets_that_fail_for_one_reason_share_a_line() -> None:
     failures = [Point("a", budget, failed=f"the budget of {budget:g} is out of reach") for budget in (0.4, 0.2, 0.1)]
-    lines = fine_print(
-        make(
-            [
-                *failures,
-                Point("b", 0.4, failed="the budget of 0.4 is out of reach"),
-                Point("b", 0.9, Cost(900, 450), top1(0.9)),
-            ]
-        )
-    )
+    further = [Point("b", 0.4, failed="the budget of 0.4 is out of reach"), Point("b", 0.9, Cost(900, 450), top1(0.9))]
+    lines = sweep_view(make([*failures, *further])).fine_print
     assert [line for line in lines if "reach" in line] == [
         "a at 0.4, 0.2 and 0.1: the budget of 0.4 is out of reach.",
         "b at 0.4: the budget of 0.4 is out of reach.",
     ]
-    other = fine_print(make([failures[0], Point("a", 0.2, failed="it is something else")]))
+    other = sweep_view(make([failures[0], Point("a", 0.2, failed="it is something else")])).fine_print
     assert [line for line in other if line.startswith("a at")] == [
         "a at 0.4: the budget of 0.4 is out of reach.",
         "a at 0.2: it is something else.",

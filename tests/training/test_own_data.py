@@ -353,7 +353,7 @@ def test_a_teacher_of_class_scores_is_learned_without_labels() -> None:
 
 
 def test_lines_of_a_run() -> None:
-    row = EpochRow(1, 5, {"loss": 0.5}, {"psnr": 30.123, "loss": 0.25}, True, 0.1, 12.4, 1.0, unit="batches")
+    row = EpochRow(1, 5, {"loss": 0.5}, 0.1, 12.4, "batches", {"psnr": 30.123, "loss": 0.25}, True, 1.0)
     assert epoch_line(row, 3) == "epoch 1/3: loss 0.5000; validation psnr 30.12, loss 0.2500 (best); 12 batches/s"
     assert step_words(StepRow(1, 1, {"loss": 0.5}, 0.1, 3.0, "samples")) == "loss 0.500  3 samples/s"
 
