@@ -154,7 +154,7 @@ class _Outputs:
         """Return the difference over all batches; None for the first model, and for one that cannot be compared."""
         if self.note is not None or not self.sums.tensors:
             return None
-        found = self.sums.difference()
+        found = self.sums
         agreement = None if self.against_first is None else self.against_first.agreement
         return OutputGap(found.relative, found.largest, agreement)
 

@@ -17,7 +17,7 @@ import torch
 from asymswap.api.progress import shows_progress
 from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
-from asymswap.measure.programs import (
+from asymswap.measure.runtimes import (
     ONNX_RUNTIME,
     OPSET,
     check_installed,
@@ -30,7 +30,7 @@ from asymswap.measure.programs import (
 )
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb, original_of
-from asymswap.planning.fuse import FusionOptions, fuse_model
+from asymswap.planning.fuse import fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
 from asymswap.types import Progress
@@ -84,7 +84,7 @@ def export(
         )
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
     if fuse and opened.plans:
-        result = fuse_model(ready, original_of(opened), opened.plans, FusionOptions(), progress)
+        result = fuse_model(ready, original_of(opened), opened.plans, progress)
         ready, as_original = result.model, not result.plans
         fused = sum(row.outcome != "left" for row in result.sites)
     elif not opened.handed_over:

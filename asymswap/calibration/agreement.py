@@ -23,8 +23,7 @@ from asymswap.data.metrics import Evaluator, Measured, Pairs, Steps, paired_kind
 from asymswap.data.normalization import Feeding
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Trace
-from asymswap.measure.agreement import measure_agreement
-from asymswap.measure.fidelity import WHOLE, compared_parts
+from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
 from asymswap.results.agreement import Agreement, OutputAgreement
 from asymswap.results.evaluate import Score

@@ -28,7 +28,7 @@ from asymswap.models.factories import describe_module, how_built, how_to_build, 
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.models.references import Request, find_architecture, is_file_reference, open_file, open_reference, rebuild
-from asymswap.planning.apply import apply_structure
+from asymswap.planning.apply import apply_plan
 from asymswap.results.records import read_history
 from asymswap.types import Origin, Progress, silent
 from asymswap.utils.inputs import arguments_of, placed
@@ -255,7 +255,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
         if not difference:
             base = rebuild(header.origin, header.skeleton) if model is None else model
             for plan in header.plans:
-                base = apply_structure(base, plan, share=base is not model)
+                base = apply_plan(base, plan, share=base is not model, weights="unset")
             base = swap(base, {}) if base is model else base
             difference = compare(base, stored.state)
     except AsymswapError as error:
@@ -287,7 +287,7 @@ def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference |
     try:
         with WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
             for plan in stored.header.plans:
-                base = apply_structure(base, plan)
+                base = apply_plan(base, plan, weights="unset")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"its plan asks for what cannot be built ({reason_of(error)})") from None
     return compare(base, stored.state)

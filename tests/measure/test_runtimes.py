@@ -15,10 +15,9 @@ from processes import forked
 from torch import Tensor, nn
 
 from asymswap.errors import AsymswapError
-from asymswap.measure import programs
+from asymswap.measure import runtimes
 from asymswap.measure.latency import time_layers
-from asymswap.measure.programs import layers_of
-from asymswap.measure.runtimes import RUNTIMES, Network, compiled, installed, prepare_all
+from asymswap.measure.runtimes import RUNTIMES, Network, compiled, installed, layers_of, prepare_all
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.utils.tensors import list_tensors
 
@@ -241,7 +240,7 @@ def test_one_file_serves_all_and_what_cannot_be_written_is_told_each_time(
         calls.append(1)
         raise AsymswapError("no such operator")
 
-    monkeypatch.setattr(programs, "write_onnx", fail)
+    monkeypatch.setattr(runtimes, "write_onnx", fail)
     for _ in range(2):
         with pytest.raises(AsymswapError, match=r"^no such operator$"):
             RUNTIMES[name].prepare(network, setting(name))
@@ -288,7 +287,7 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     code = """
 import sys
-from asymswap.measure.programs import imported
+from asymswap.measure.runtimes import imported
 assert imported("openvino").Core().available_devices
 print([name for name in sys.modules if name.startswith("openvino_telemetry")])
 import openvino_telemetry
