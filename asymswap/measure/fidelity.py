@@ -1,7 +1,5 @@
 """How far a converted model's outputs and kernels are from the original's; and whether it can be converted at all.
 
-`measure_agreement` says how far it answers as the original does, without labels.
-
 Some networks look at what their layers are: they pad only before an nn.Conv2d, or collect the outputs of these alone.
 `check_stand_ins` hides each conv in question in a module that computes exactly the same, and runs both models on one
 input: if the calls or the outputs differ, the model's code treats the two differently.
@@ -35,9 +33,7 @@ _SAME = 1e-4  # largest relative difference of equal outputs: threads may add nu
 _PEAKS = {1.0: (0.0, 1.0), 255.0: (8.0, 255.0)}
 _LAST_PARTS = 3
 _KNOWN = 2**30  # bytes of the original's outputs that are kept
-
-WHOLE = ("",)
-"""The model itself, by torch's name for it, as the only part whose outputs are compared."""
+WHOLE = ("",)  # the model itself, by torch's name for it, as the only part whose outputs are compared
 
 
 class Sums:

@@ -231,11 +231,10 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
 
 def machine() -> dict[str, Any]:
     """Return what measured times depend on besides the work."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    named = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    processor = named[0] if named else platform.processor() or platform.machine()
     return {
         "processor": processor,
         "cores": os.cpu_count(),

@@ -49,11 +49,8 @@ ONNX_RUNTIME = {**_ONNX, "onnxruntime": (1, 25)}
 _MANY = 1 << 20
 _ON_CPU = {"float16", "float32", "float64"}
 
-Once = Callable[[], Any]
-"""One forward pass, which returns the outputs."""
-
-Key = tuple[int, int]
-"""Indices of a network and of a setting."""
+Once = Callable[[], Any]  # one forward pass, which returns the outputs
+Key = tuple[int, int]  # indices of a network and of a setting
 
 
 def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], ...], path: Path) -> None:
@@ -343,6 +340,21 @@ class Torch(Runtime):
         return Turn(functools.partial(time_once, *network.placed(setting), names), setting.threads, self.pool)
 
 
+def compiled(model: nn.Module, inputs: Inputs) -> Once:
+    """Compile a model in eval mode for these input sizes and the current number of threads, or raise AsymswapError."""
+    run = torch.compile(model, dynamic=False)
+    try:
+        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
+        # others uncompiled.
+        with quiet(), torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+            run(*inputs)
+    except Exception as error:
+        if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+            raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
+        raise AsymswapError(f"torch.compile cannot compile it: {reason_of(error, 200)}") from error
+    return lambda: run(*inputs)
+
+
 class Compile(Runtime):
     """torch.compile, in its default mode, for each size, memory format and number of threads."""
 
@@ -480,21 +492,6 @@ def prepare_all(
             # The model's code can raise anything, and torch has no error of its own for a lack of memory.
             text = " ".join(str(error).split())
             no_memory = isinstance(error, MemoryError) or "allocate memory" in text
-            why = "there is not enough memory" if no_memory else f"the model fails with {type(error).__name__}: "
-            failures[number, place] = why if no_memory else why + text[:200]
+            why = f"the model fails with {type(error).__name__}: {text:.200}"
+            failures[number, place] = "there is not enough memory" if no_memory else why
     return runs, failures
-
-
-def compiled(model: nn.Module, inputs: Inputs) -> Once:
-    """Compile a model in eval mode for these input sizes and the current number of threads, or raise AsymswapError."""
-    run = torch.compile(model, dynamic=False)
-    try:
-        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
-        # others uncompiled.
-        with quiet(), torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
-            run(*inputs)
-    except Exception as error:
-        if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-            raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
-        raise AsymswapError(f"torch.compile cannot compile it: {reason_of(error, 200)}") from error
-    return lambda: run(*inputs)

@@ -24,8 +24,7 @@ from asymswap.types import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import additions, eval_mode, meta_copy
 
-_WEAKEST = 1e-2
-"""A batch norm's channel that scales by no more than this share of the average one's scale is not divided by."""
+_WEAKEST = 1e-2  # share of the average scale: a batch norm's channel that scales by no more is not divided by
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def plan_in_time(
         models = {"": bench.original, "converted": apply_plan(bench.original, plan, share=True, weights="random")}
         passes, layers = bench.measure(models, [swap.site for swap in plan.swaps])
         ratio = ratio_of(passes["converted"], passes[""])
-        times = TimeRow(timing.runtime, bench.version, *(seconds_of(passes[key]) for key in models), ratio)
+        before, after = (seconds_of(passes[key]) for key in models)
+        times = TimeRow(timing.runtime, bench.version, before, after, ratio)
         how = timing.memory_format, bench.setting.batch, bench.setting.threads, machine()["processor"]
         wanted = budget.seconds or budget.fraction
         row = LatencyRow((times,), *how, wanted, tuple(undone), budget.seconds is not None)

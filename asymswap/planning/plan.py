@@ -141,7 +141,6 @@ def find_choices(
     decisions = _decide(model, sites, recipe, statistics or {})
     keeps = {decision.site: decision for decision in decisions if isinstance(decision, Keep)}
     matched = [decision for decision in decisions if isinstance(decision, Matched)]
-
     results = side_by_side(
         lambda item: item.settle(recipe.budget is not None and any(way.leaves_choice for way in item.ways)),
         matched,
@@ -245,15 +244,17 @@ def _decide(
         if index is None:
             decisions.append(Keep(site.name, _UNMATCHED))
             continue
-        asked, rule = recipe.rules[index].ways, f"rule {index + 1}"
-        found = {way.kind.name: _at_site(model, site, way) for way in asked}
+        rule = f"rule {index + 1}"
+        found = {way.kind.name: _at_site(model, site, way) for way in recipe.rules[index].ways}
         ways = tuple(way for way in found.values() if isinstance(way, Way))
-        if ways:
+        if not found:
+            decisions.append(Keep(site.name, f"{rule} keeps it"))
+        elif not ways:
+            why = join_reasons({kind: str(why) for kind, why in found.items()})
+            decisions.append(Keep(site.name, f"{rule}, but {why}"))
+        else:
             original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics.get(site.name))
             decisions.append(Matched(site, original, rule, ways))
-        else:
-            why = join_reasons({kind: str(why) for kind, why in found.items()}) if asked else ""
-            decisions.append(Keep(site.name, f"{rule}, but {why}" if asked else f"{rule} keeps it"))
     return decisions
 
 
@@ -328,17 +329,16 @@ def check_replay(
     swap's settings do not allow it.
     """
     by_name = {site.name: site for site in sites}
-    for entry in (*plan.swaps, *plan.keeps):
-        if entry.site not in by_name:
-            what = f"{'swaps' if isinstance(entry, Swap) else 'keeps'} {entry.site!r}"
-            raise PlanError(f"the plan {what}, which the model lacks{near_names(entry.site, by_name)}")
+    given = {keep.site: keep for keep in plan.keeps}
+    for what, name in [*(("swaps", swap.site) for swap in plan.swaps), *(("keeps", name) for name in given)]:
+        if name not in by_name:
+            raise PlanError(f"the plan {what} {name!r}, which the model lacks{near_names(name, by_name)}")
     swaps = {}
     for swap in plan.swaps:
         try:
             swaps[swap.site] = _settle_again(model, by_name[swap.site], swap, (statistics or {}).get(swap.site))
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {error}") from None
-    given = {keep.site: keep for keep in plan.keeps}
     keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swaps]
     return dataclasses.replace(plan, swaps=tuple(swaps.values()), keeps=tuple(keeps))
 

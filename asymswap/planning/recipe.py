@@ -193,12 +193,8 @@ class Match(_Strict):
         """Return True if a site matches, at this place among all sites and in these stages."""
         conv, cost = site.conv, site.cost
         facts: dict[str, Collection[Any]] = {
-            "kernel": [conv.kernel],
-            "stride": [conv.stride],
-            "dilation": [conv.dilation],
+            **{name: [getattr(conv, name)] for name in ("kernel", "stride", "dilation", "in_channels", "out_channels")},
             "groups": [conv.grouping],
-            "in_channels": [conv.in_channels],
-            "out_channels": [conv.out_channels],
             "feature_map": [call.input for call in site.calls[:1]],
             "position": [position],
             "stage": stages,
@@ -207,9 +203,10 @@ class Match(_Strict):
         }
         for name, values in facts.items():
             condition = getattr(self, name)
-            within = condition.__contains__ if isinstance(condition, tuple) else getattr(condition, "holds", None)
-            if within is not None and not any(map(within, values)):
-                return False
+            if condition is not None:
+                allows = condition.__contains__ if isinstance(condition, tuple) else condition.holds
+                if not any(map(allows, values)):
+                    return False
         for words, neighbours in ((self.followed_by, site.after or ()), (self.preceded_by, site.before or ())):
             if words is not None and not any(vocabulary.fits(word, near.op) for word in words for near in neighbours):
                 return False
@@ -266,11 +263,12 @@ class Rule(_Strict):
         if not all(isinstance(swap.get("kind"), str) for swap in self.swap):
             raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
         try:
-            ((kind, times),) = Counter(way.kind.name for way in self.ways).most_common(1) or [("", 0)]
+            kinds = Counter(way.kind.name for way in self.ways)
         except RecipeError as error:
             raise ValueError(str(error)) from None
-        if times > 1:
-            raise ValueError(f"swap has the kind {kind!r} twice; a conv that it suits could become either")
+        twice = next((kind for kind, times in kinds.items() if times > 1), None)
+        if twice is not None:
+            raise ValueError(f"swap has the kind {twice!r} twice; a conv that it suits could become either")
         return self
 
     @functools.cached_property
@@ -342,7 +340,7 @@ class Budget(_Strict):
 
     @property
     def measure(self) -> str:
-        """Which cost of `MEASURES` is bounded, or made as low as the loss allows."""
+        """The cost of `MEASURES` that is bounded, or made as low as the loss allows."""
         return next((name for name in MEASURES if getattr(self, name) is not None), "macs")
 
     @property
@@ -386,9 +384,10 @@ class Recipe(About):
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
         every = [(number, way) for number, rule in enumerate(self.rules, start=1) for way in rule.ways]
-        for number, kind in ((number, way.kind) for number, way in every if self.budget is None and way.lacks_size):
-            sizes = " or ".join(kind.SIZES)
-            raise ValueError(f"rule {number} says no size: give {kind.name} a {sizes}, or the recipe a [budget]")
+        for number, way in every:
+            if self.budget is None and way.lacks_size:
+                sizes = f"give {way.kind.name} a {' or '.join(way.kind.SIZES)}"
+                raise ValueError(f"rule {number} says no size: {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(way.leaves_choice for _, way in every):
             sized = any(way.kind.SIZES for _, way in every)
             why = "every rule gives its own size; remove one of the two" if sized else "no kind has sizes; leave it out"
