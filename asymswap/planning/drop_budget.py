@@ -53,11 +53,10 @@ class Drop:
 
         A number without a unit is in points of a score in per cent, else in the score's own unit; errors are fractions.
         """
-        if self.unit != "dB" and score.unit == "%" and not (score.lower_is_better and self.unit == ""):
-            return self.value / 100
+        is_error = score.unit == "%" and score.lower_is_better
         if self.unit == "dB" and score.unit == "%":
             more = "give points, such as 0.5"
-            if score.lower_is_better:
+            if is_error:
                 more = (
                     "give a relative error, such as 2%; decibels need the right images: `noise=…` for a denoiser, "
                     "pairs:INPUTS,TARGETS as data, or `evaluate=…`"
@@ -65,9 +64,9 @@ class Drop:
             raise AsymswapError(f"{self} is in decibels, but what is measured is {score.name}; {more}")
         if self.unit == "%" and score.unit == "dB":
             raise AsymswapError(f"{self} is in per cent, but {score.name} is in decibels; give 0.1dB")
-        if score.unit == "%" and self.value >= 1:
+        if is_error and self.unit == "" and self.value >= 1:
             raise AsymswapError(f"an {score.name} of {self} allows everything; give 0.02 or 2%")
-        return self.value / 100 if self.unit == "%" else self.value
+        return self.value / 100 if self.unit == "%" or (score.unit == "%" and not is_error) else self.value
 
     def __str__(self) -> str:
         return f"{self.value:g}{' ' * (self.unit == 'dB')}{self.unit}"

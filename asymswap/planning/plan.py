@@ -386,8 +386,21 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
     of every site we walk down the hulls, the step that buys the most error per cost first. What is left of the budget
     is smaller than one step, and is then spent on points off the hulls.
     """
-    ladders = [_ladder(curve) for curve in curves]
-    hulls = [_hull(curve, ladder) for curve, ladder in zip(curves, ladders, strict=True)]
+    # Of every curve the points that are better than all cheaper ones, and those of them on its hull, by rising cost.
+    ladders: list[list[int]] = []
+    hulls: list[list[int]] = []
+    for curve in curves:
+        ladder: list[int] = []
+        hull: list[int] = []
+        for index in sorted(range(len(curve)), key=curve.__getitem__):
+            if ladder and curve[index].error >= curve[ladder[-1]].error:
+                continue
+            ladder.append(index)
+            while len(hull) > 1 and _slope(curve[hull[-2]], curve[hull[-1]]) <= _slope(curve[hull[-1]], curve[index]):
+                hull.pop()
+            hull.append(index)
+        ladders.append(ladder)
+        hulls.append(hull)
     chosen = [hull[0] for hull in hulls]
     rest = limit - sum(curve[index].cost for curve, index in zip(curves, chosen, strict=True))
     steps = sorted(
@@ -422,25 +435,6 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
         rest -= curves[site][index].cost - curves[site][chosen[site]].cost
         chosen[site] = index
     return Allocation(tuple(chosen), multiplier)
-
-
-def _ladder(curve: Sequence[Point]) -> list[int]:
-    """Return the indices of the points that are better than all cheaper ones, by rising cost."""
-    ladder: list[int] = []
-    for index in sorted(range(len(curve)), key=curve.__getitem__):
-        if not ladder or curve[index].error < curve[ladder[-1]].error:
-            ladder.append(index)
-    return ladder
-
-
-def _hull(curve: Sequence[Point], ladder: Sequence[int]) -> list[int]:
-    """Return the indices of the lower convex hull from the cheapest to the best point, by rising cost."""
-    hull: list[int] = []
-    for index in ladder:
-        while len(hull) > 1 and _slope(curve[hull[-2]], curve[hull[-1]]) <= _slope(curve[hull[-1]], curve[index]):
-            hull.pop()
-        hull.append(index)
-    return hull
 
 
 def _slope(low: Point, high: Point) -> float:
