@@ -389,8 +389,9 @@ class Recipe(About):
                 sizes = f"give {way.kind.name} a {' or '.join(way.kind.SIZES)}"
                 raise ValueError(f"rule {number} says no size: {sizes}, or the recipe a [budget]")
         if self.budget is not None and not any(way.leaves_choice for _, way in every):
-            sized = any(way.kind.SIZES for _, way in every)
-            why = "every rule gives its own size; remove one of the two" if sized else "no kind has sizes; leave it out"
+            why = "no rule's kind has sizes; leave the budget out"
+            if any(way.kind.SIZES for _, way in every):
+                why = "every rule gives its own size; remove one of the two"
             raise ValueError(f"the [budget] has nothing to choose: {why}")
         return self
 
