@@ -139,13 +139,13 @@ def test_it_computes_what_pytorch_computes_at_every_batch_and_number_of_threads(
     for batch, threads in itertools.product((1, 3), (1, 2)):
         one = setting(name, batch, threads)
         run = RUNTIMES[name].prepare(network, one)
-        assert run.turn.threads == threads
+        assert run.threads == threads
         assert (run.ready is None) == (name == "torch")
         with torch.inference_mode():
             (found,) = list_tensors(RUNTIMES[name].open(network, one)[0]())
             # By the network as it is, not as it was folded.
             torch.testing.assert_close(found, residual(network.placed(one)[1][0]), atol=1e-4, rtol=1e-4)
-        assert run.turn.measure() > 0
+        assert run.measure() > 0
 
 
 def test_outputs_of_another_network_are_an_error(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
