@@ -20,13 +20,14 @@ from asymswap.measure.latency import (
     Bystanders,
     Passes,
     machine,
+    on_threads,
     ratio_of,
     seconds_of,
     take_turns,
     time_models,
 )
 from asymswap.measure.macs import count_costs
-from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, on_threads, prepare_all
+from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, prepare_all
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
@@ -134,8 +135,8 @@ class _InTurn:
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
             self.networks = [Network(one.model, one.example(), Path(folder), dtype) for one in opened]
-            runs, failures = prepare_all(self.networks, settings, progress)
-            turns, watched = {key: run.turn for key, run in runs.items()}, Bystanders()
+            turns, failures = prepare_all(self.networks, settings, progress)
+            watched = Bystanders()
             timed = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress) if turns else {}
         self.timed, self.others = timed, watched.cores()
         self.results: dict[Key, Result] = {}
@@ -149,9 +150,9 @@ class _InTurn:
                     seconds=figures,
                     images_per_second=settings[place].batch / figures.median if figures.median else None,
                     ratio=ratio_of(timed[key], first) if number and first is not None else None,
-                    ready=runs[key].ready,
+                    ready=turns[key].ready,
                     rounds=tuple(min(passes) for passes in timed[key]),
-                    version=runs[key].version,
+                    version=turns[key].version,
                 )
             self.results[key] = result
 

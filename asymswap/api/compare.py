@@ -158,7 +158,7 @@ def _gap(
             sums.add(expected, other)
     if not sums.tensors:
         return None, ""
-    found = sums.difference()
+    found = sums
     return OutputGap(found.relative, found.largest), ""
 
 

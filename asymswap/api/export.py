@@ -17,11 +17,11 @@ import torch
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
-from asymswap.measure import programs
+from asymswap.measure import runtimes
 from asymswap.models.converted import original_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
-from asymswap.planning.fuse import FusionOptions, fuse_model
+from asymswap.planning.fuse import fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.export import Check, ExportReport
 from asymswap.utils.files import check_output, whole_file
@@ -65,7 +65,7 @@ def export(
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
     check_output(path, force)
     versions = (
-        programs.check_installed("ONNX", "onnx", programs.ONNX_RUNTIME)
+        runtimes.check_installed("ONNX", "onnx", runtimes.ONNX_RUNTIME)
         if form == "onnx"
         else (f"torch {torch.__version__}",)
     )
@@ -77,7 +77,7 @@ def export(
         )
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
     if fuse and opened.plans:
-        result = fuse_model(ready, original_of(opened), opened.plans, FusionOptions(), progress)
+        result = fuse_model(ready, original_of(opened), opened.plans, progress)
         ready, as_original = result.model, not result.plans
         fused = sum(row.outcome != "left" for row in result.sites)
     elif not opened.handed_over:
@@ -105,7 +105,7 @@ def export(
         fused=fused,
         checks=tuple(checks),
         dynamic=dynamic,
-        opset=programs.OPSET if form == "onnx" else None,
+        opset=runtimes.OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
         warnings=opened.size_warning(),
@@ -132,11 +132,11 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     shapes = map_tensors(inputs, sizes_of)
     run: Callable[[Inputs], Any]
     if form == "onnx":
-        programs.write_onnx(model, inputs, shapes, draft)
-        session = programs.open_session(draft)
-        runner, run = "ONNX Runtime", lambda given: programs.forward_in(session, given)()
+        runtimes.write_onnx(model, inputs, shapes, draft)
+        session = runtimes.open_session(draft)
+        runner, run = "ONNX Runtime", lambda given: runtimes.forward_in(session, given)()
     else:
-        with programs.quiet(), programs.failing_clearly("torch.export"):
+        with runtimes.quiet(), runtimes.failing_clearly("torch.export"):
             program = torch.export.export(model, inputs, dynamic_shapes=shapes)
             buffer = io.BytesIO()
             torch.export.save(program, buffer)
@@ -151,7 +151,7 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
         with torch.no_grad():
-            gap = programs.widest_gap(model(*inputs), run(inputs))
+            gap = runtimes.widest_gap(model(*inputs), run(inputs))
         check = Check(sizes(inputs), gap.largest, gap.allowed)
         if gap.share > 1:
             raise AsymswapError(

@@ -20,7 +20,7 @@ from asymswap.measure.macs import count_costs
 from asymswap.models.converted import base_of, original_of, save_checkpoint
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.planning.fuse import FusionOptions, fuse_model
+from asymswap.planning.fuse import fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
@@ -66,7 +66,8 @@ def fuse(
     if data is not None:
         opened, feeding = settle(opened, data, "test")
     inputs, about = some_inputs(data, opened, seed)
-    fused = fuse_model(converted, original, opened.plans, FusionOptions(separable, max_offset, inputs), progress)
+    options: dict[str, Any] = {"separable": separable, "max_offset": max_offset, "inputs": inputs}
+    fused = fuse_model(converted, original, opened.plans, progress, **options)
     rows = fused.sites
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"

@@ -23,8 +23,7 @@ from asymswap.data.metrics import Evaluator, Measured, Pairs, Steps, paired_kind
 from asymswap.data.normalization import Feeding
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Trace
-from asymswap.measure.agreement import measure_agreement
-from asymswap.measure.fidelity import WHOLE, compared_parts
+from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Agreement, OutputAgreement, Score
 from asymswap.utils.inputs import Inputs, copied

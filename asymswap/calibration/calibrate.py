@@ -32,7 +32,7 @@ from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.planning.apply import apply_plan, apply_structure
+from asymswap.planning.apply import apply_plan
 from asymswap.types import Plan, Progress, Site, UserData, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.files import check_output
@@ -171,7 +171,7 @@ def in_own_precision(opened: OpenedModel, plan: Plan, converted: nn.Module, gath
     """Return the converted model in the precision of the given model."""
     if gathered.opened.model is opened.model:
         return converted
-    lowered = apply_structure(opened.model, plan)
+    lowered = apply_plan(opened.model, plan, weights="unset")
     own = lowered.state_dict()
     for key, value in converted.state_dict().items():
         if isinstance(value, Tensor):

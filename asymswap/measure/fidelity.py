@@ -8,58 +8,41 @@ input: if the calls or the outputs differ, the model's code treats the two diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from asymswap import replacements
 from asymswap.errors import AsymswapError
 from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap
 from asymswap.graph.trace import Trace, conv_hooks
+from asymswap.measure.statistics import wilson_interval
+from asymswap.results.evaluate import OutputAgreement
 from asymswap.types import Call, Plan
-from asymswap.utils.inputs import Inputs, portions, sizes, with_values
+from asymswap.utils.inputs import Inputs, copied, portions, samples_in, sizes, with_values
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors
 
 _SAME = 1e-4  # largest relative difference of equal outputs: threads may add numbers in another order
-
-_Run = tuple[Sequence[Tensor], Mapping[str, Sequence[Call]]]
-"""The outputs of one run, and the sizes of the calls of some modules in it."""
-
-WHOLE = ("",)
-"""The model itself, by torch's name for it, as the only part whose outputs are compared."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The norm of two results' difference relative to the first's norm, and the largest absolute difference."""
-
-    relative: float
-    largest: float
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Differences of the whole model's output, of each swapped site's output on the original's input, and its kernel.
-
-    A kernel is missing if the replacement is not equivalent to a kernel of the original size.
-    """
-
-    output: Difference
-    site_outputs: Mapping[str, Difference]
-    kernels: Mapping[str, float]
+# Peaks of images, and between which root mean squares their pixels are; what is between the two is no image.
+_PEAKS = {1.0: (0.0, 1.0), 255.0: (8.0, 255.0)}
+_LAST_PARTS = 3
+_KNOWN = 2**30  # bytes of the original's outputs that are kept
+WHOLE = ("",)  # the model itself, by torch's name for it, as the only part whose outputs are compared
 
 
 class Sums:
-    """Squared differences and squared values summed in float64, over any number of `tensors`."""
+    """The difference of any number of `tensors` from others: squared differences and squared values, in float64."""
 
     def __init__(self) -> None:
         self.tensors = 0
-        self.squares = self.energy = self.largest = 0.0
+        self.squares = self.energy = 0.0
+        self.largest = 0.0  # absolute difference of two numbers
 
     def add(self, one: Tensor, other: Tensor) -> None:
         """Compare the second of two tensors of the same shape with the first; of complex numbers both parts."""
@@ -74,10 +57,22 @@ class Sums:
         # max keeps a NaN that comes first, and drops one that comes second.
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
 
-    def difference(self) -> Difference:
-        """Return the difference over all tensors."""
-        relative = math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
-        return Difference(relative, self.largest)
+    @property
+    def relative(self) -> float:
+        """The norm of the difference relative to the norm of the first tensors."""
+        return math.sqrt(self.squares / self.energy) if self.energy else (0.0 if not self.squares else math.inf)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Differences of the whole model's output, of each swapped site's output on the original's input, and its kernel.
+
+    A kernel is missing if the replacement is not equivalent to a kernel of the original size.
+    """
+
+    output: Sums
+    site_outputs: Mapping[str, Sums]
+    kernels: Mapping[str, float]
 
 
 def compared_parts(traced: Trace) -> tuple[str, ...]:
@@ -120,11 +115,11 @@ def measure_fidelity(
         if fused is not None and fused.weight.shape == conv.weight.shape:
             kernel = Sums()
             kernel.add(conv.weight.detach(), fused.weight.detach())
-            kernels[one.site] = kernel.difference().relative
-    return Fidelity(output, {name: total.difference() for name, total in sums.items()}, kernels)
+            kernels[one.site] = kernel.relative
+    return Fidelity(output, sums, kernels)
 
 
-def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Sequence[str] = WHOLE) -> Difference:
+def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Sequence[str] = WHOLE) -> Sums:
     """Compare the outputs of both models, or of their parts, on the same inputs in eval mode.
 
     Each part of `other` gets the input of the same part of `one`. Both are unchanged afterwards. Raises AsymswapError
@@ -157,7 +152,7 @@ def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Seq
             "the model gives no tensor that could be compared; let its forward return tensors, or lists, tuples, "
             "dicts or dataclasses of them"
         )
-    return sums.difference()
+    return sums
 
 
 def difference(teacher: object, student: object) -> Tensor:
@@ -197,6 +192,112 @@ def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]
         yield outputs
 
 
+def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a nested output with its name: keys, fields and numbers, joined by dots."""
+    if isinstance(output, Tensor):
+        yield name, output
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        items = zip(output._fields, output, strict=True)
+    elif isinstance(output, list | tuple):
+        items = enumerate(output) if len(output) > 1 else [("", one) for one in output]
+    elif hasattr(output, "__dataclass_fields__"):
+        items = vars(output).items()
+    for key, item in items:
+        yield from named_outputs(item, ".".join(part for part in (name, str(key)) if part))
+
+
+@dataclass
+class _Output:
+    """Running figures of one output."""
+
+    shape: Sequence[int]
+    sums: Sums = field(default_factory=Sums)
+    same: int = 0
+    votes: int = 0
+    cosines: float = 0.0
+    rows: int = 0
+    numbers: int = 0
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        self.sums.add(one, other)
+        self.numbers += one.numel()
+        if one.dim() < 2 or one.shape[1] < 2 or not one.is_floating_point():
+            return
+        self.same += int((one.argmax(1) == other.argmax(1)).sum())
+        self.votes += one.numel() // one.shape[1]
+        self.cosines += float(F.cosine_similarity(one.double().flatten(1), other.double().flatten(1)).sum())
+        self.rows += len(one)
+
+    def result(self, name: str, scores: bool, whole: bool) -> OutputAgreement:
+        """Return the measure that suits the output: scores, embeddings, images, other values."""
+        relative = self.sums.relative
+        shape = self.shape if whole else ()  # in parts, a map of three channels is no image
+        if scores and self.votes:
+            interval = wilson_interval(self.same, self.votes)
+            return OutputAgreement(name, "top-1", self.same / self.votes, relative, interval)
+        if len(shape) == 2 and self.rows:
+            return OutputAgreement(name, "cosine", self.cosines / self.rows, relative)
+        size = math.sqrt(self.sums.energy / max(1, self.numbers))
+        peak = next((peak for peak, (low, high) in _PEAKS.items() if low <= size <= high), None)
+        if len(shape) == 4 and shape[1] in (1, 3) and peak is not None:
+            error = self.sums.squares / max(1, self.numbers)
+            value = math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+            return OutputAgreement(name, "PSNR", value, relative, peak=peak)
+        return OutputAgreement(name, "relative error", relative, relative)
+
+
+def measure_agreement(
+    original: nn.Module,
+    other: nn.Module,
+    batches: Iterable[tuple[Inputs, Inputs]],
+    scores: bool,
+    parts: Sequence[str] = WHOLE,
+    step: Callable[[int], None] = lambda _: None,
+    known: dict[int, dict[str, Tensor]] | None = None,
+) -> tuple[OutputAgreement, ...]:
+    """Compare both networks' outputs on batches of inputs, the own ones of each; each output by its name.
+
+    `scores`: outputs of two dimensions are scores of classes; a map of several channels then is scores for each pixel.
+    Where what comes out depends on values (a detector's boxes), the outputs of the last of its `parts` are compared in
+    its place, in either network's own run. Outputs whose sizes differ are left out. `known` has the original's outputs
+    of batches by their numbers; those that it lacks are put into it while they take little memory.
+    """
+    known = {} if known is None else known
+    room = _KNOWN - sum(tensor.nbytes for one in known.values() for tensor in one.values())
+    found: dict[str, _Output] = {}
+    whole, done = tuple(parts) == WHOLE, 0
+    with eval_mode(original, other), torch.inference_mode():
+        for number, (batch, own) in enumerate(batches):
+            seen: list[dict[str, Tensor]] = [known[number]] if number in known else []
+            for model, inputs in ((original, batch), (other, own))[len(seen) :]:
+                with ExitStack() as hooks:
+                    outputs: dict[str, list[Any]] = {}
+                    for name in () if whole else parts:
+
+                        def keep(_: nn.Module, __: Any, output: Any, name: str = name, kept: Any = outputs) -> None:
+                            kept.setdefault(name, []).append(output)
+
+                        hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
+                    output = model(*copied(inputs))
+                    last = output if whole else dict(list(outputs.items())[-_LAST_PARTS:])
+                    seen.append(dict(named_outputs(last)))
+            room -= sum(tensor.nbytes for tensor in seen[0].values()) if number not in known else 0
+            if room > 0:
+                known[number] = seen[0]
+            for name, one in seen[0].items():
+                its = seen[1].get(name)
+                if its is not None and its.shape == one.shape and one.numel():
+                    found.setdefault(name, _Output(one.shape)).add(one, its)
+            done += samples_in(batch)
+            step(done)
+    # In the network's own order, for the first decides.
+    return tuple(one.result(name, scores, whole) for name, one in found.items())
+
+
 class _StandIn(nn.Module):
     """Computes the same as the module that it holds, hidden from the model."""
 
@@ -212,14 +313,42 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
     """Raise AsymswapError, with the name, if the model's code would not run a replacement as it runs the module."""
     filled = with_values(inputs)
     try:
-        before = _run(model, {}, names, filled)
+        outputs, calls = _run(model, (), names, filled)
     except Exception:
         # A model that does not run on random numbers cannot be checked here; the converted model is run later.
         return
-    reason = _difference(model, names, filled, before)
+
+    def gap(others: Sequence[Tensor]) -> float:
+        """Return the relative difference from the outputs before; infinite if their number or sizes differ."""
+        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in others]:
+            return math.inf
+        sums = Sums()
+        for one, other in zip(outputs, others, strict=True):
+            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+                sums.add(one, other)
+        return sums.relative
+
+    def change(hidden: Sequence[str]) -> str | None:
+        """Describe what changes with stand-ins for these modules, if anything."""
+        try:
+            after, calls_after = _run(model, hidden, hidden, filled)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        told = (describe_calls(name, calls_after[name], calls[name]) for name in hidden)
+        other = next((one for one in told if one is not None), None)
+        if other is not None or gap(after) <= _SAME:
+            return other
+        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in after]:
+            return "the model's outputs are others in number or size"
+        # A model that draws random numbers, or has a state, is not the same twice either.
+        if gap(_run(model, (), hidden, filled)[0]) > _SAME:
+            return None
+        return f"the model's output changes by {gap(after):.1e} although the layer computes the same"
+
+    reason = change(names)
     if reason is None:
         return
-    single = ((name, _difference(model, [name], filled, before)) for name in names)
+    single = ((name, change([name])) for name in names)
     name, why = next(((name, why) for name, why in single if why is not None), (", ".join(names[:4]), reason))
     holders = [key for key, part in model.named_children() if find_convs(part)]
     inside = f", or give the network itself if it is the attribute {holders[0]!r}" if len(holders) == 1 else ""
@@ -229,20 +358,14 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
     )
 
 
-def describe_calls(name: str, calls: Sequence[Call], expected: Sequence[Call]) -> str | None:
-    """Describe how the calls of a module differ from the expected ones; None if they are the same."""
-    if len(calls) != len(expected):
-        return f"{name} is called {len(calls)} times instead of {len(expected)}"
-    for call, other in zip(calls, expected, strict=True):
-        if call != other:
-            old, new = (f"{c.batch} of {c.input[0]}x{c.input[1]} to {c.output[0]}x{c.output[1]}" for c in (other, call))
-            return f"{name} is called on {new} pixels instead of {old}"
-    return None
+def _run(
+    model: nn.Module, hidden: Sequence[str], names: Sequence[str], inputs: Inputs
+) -> tuple[list[Tensor], dict[str, list[Call]]]:
+    """Return the outputs of a run with stand-ins for the `hidden` modules, and the calls of the named ones.
 
-
-def _run(model: nn.Module, replacements: Mapping[str, nn.Module], names: Sequence[str], inputs: Inputs) -> _Run:
-    """Run a copy, since a forward may build or fuse things in its own model."""
-    copied = swap(model, replacements, share=True)
+    It runs a copy, since a forward may build or fuse things in its own model.
+    """
+    copied = swap(model, {name: _StandIn(model.get_submodule(name)) for name in hidden}, share=True)
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with ExitStack() as hooks, eval_mode(copied), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name in names:
@@ -256,35 +379,12 @@ def _run(model: nn.Module, replacements: Mapping[str, nn.Module], names: Sequenc
         return [tensor.clone() for tensor in list_tensors(copied(*inputs))], calls
 
 
-def _difference(model: nn.Module, names: Sequence[str], inputs: Inputs, before: _Run) -> str | None:
-    """Describe what changes with stand-ins for the named modules, if anything."""
-    outputs, calls = before
-
-    def gap(others: Sequence[Tensor]) -> float | None:
-        """Return the relative difference from the outputs before; None if their number or sizes differ."""
-        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in others]:
-            return None
-        sums = Sums()
-        for one, other in zip(outputs, others, strict=True):
-            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
-                sums.add(one, other)
-        return sums.difference().relative
-
-    try:
-        after, calls_after = _run(model, {name: _StandIn(model.get_submodule(name)) for name in names}, names, inputs)
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    for name in names:
-        change = describe_calls(name, calls_after[name], calls[name])
-        if change is not None:
-            return change
-    relative = gap(after)
-    if relative is None:
-        return "the model's outputs are others in number or size"
-    if relative <= _SAME:
-        return None
-    # A model that draws random numbers, or has a state, is not the same twice either.
-    again = gap(_run(model, {}, names, inputs)[0])
-    if again is None or again > _SAME:
-        return None
-    return f"the model's output changes by {relative:.1e} although the layer computes the same"
+def describe_calls(name: str, calls: Sequence[Call], expected: Sequence[Call]) -> str | None:
+    """Describe how the calls of a module differ from the expected ones; None if they are the same."""
+    if len(calls) != len(expected):
+        return f"{name} is called {len(calls)} times instead of {len(expected)}"
+    for call, other in zip(calls, expected, strict=True):
+        if call != other:
+            old, new = (f"{c.batch} of {c.input[0]}x{c.input[1]} to {c.output[0]}x{c.output[1]}" for c in (other, call))
+            return f"{name} is called on {new} pixels instead of {old}"
+    return None

@@ -14,8 +14,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,13 @@ from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
 from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors
 
-_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
-_WARM_UPS = 3
-_FEWEST = 5
+_WARM_UPS, _FEWEST = 3, 5  # rounds
 MOST_SECONDS = 30.0
-_STAT = Path("/proc/stat")
 _TURN = 0.02  # seconds that one turn lasts at least: of small models it holds many passes
-
-Passes = Sequence[Sequence[float]]
-"""Seconds of the passes of every round."""
+_STAT = Path("/proc/stat")
+Passes = Sequence[Sequence[float]]  # seconds, round by round
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,16 @@ class Turn:
     """A model's turn: `measure` does one forward pass, which measures itself, on a number of threads.
 
     `pool` names the library that computes: its threads stay awake for a while, and slow down another's. `read` makes
-    the measurement of what `measure` has returned, once all turns are over.
+    the measurement of what `measure` has returned, once all turns are over. `version` says in what it runs, `ready` how
+    long it took to make.
     """
 
     measure: Callable[[], Any]
     threads: int | None = None
     pool: str = "torch"
     read: Callable[[Any], Any] | None = None
+    version: str = ""
+    ready: float | None = None
 
 
 def take_turns(
@@ -67,32 +67,40 @@ def take_turns(
     # After another library's threads, or another number of them, a pass must wake up its own.
     waking = len({(turn.threads, turn.pool) for turn in turns.values()}) > 1
     order, shuffle = list(turns), random.Random(0).shuffle
-    threads, start = torch.get_num_threads(), time.perf_counter()
-    try:
-        with torch.inference_mode():
-            for number in range(-_WARM_UPS, rounds):
-                shuffle(order)
-                for key in order:
-                    turn, passes = turns[key], list[Any]()
-                    if turn.threads is not None and turn.threads != torch.get_num_threads():
-                        torch.set_num_threads(turn.threads)
-                    if waking:
-                        turn.measure()
-                    begun = time.perf_counter()
-                    while not passes or time.perf_counter() - begun < _TURN:
-                        passes.append(turn.measure())
-                    if number >= 0:
-                        found[key].append(passes)
-                spent = time.perf_counter() - start
-                done = number + _WARM_UPS + 1
-                within = max(_WARM_UPS + _FEWEST, math.ceil(seconds * done / spent)) if spent else done
-                progress("timing", done, max(done, min(rounds + _WARM_UPS, within)))
-                if number + 1 >= _FEWEST and spent > seconds:
-                    break
-    finally:
-        torch.set_num_threads(threads)
+    start = time.perf_counter()
+    with on_threads(torch.get_num_threads()), torch.inference_mode():
+        for number in range(-_WARM_UPS, rounds):
+            shuffle(order)
+            for key in order:
+                turn, passes = turns[key], list[Any]()
+                if turn.threads is not None and turn.threads != torch.get_num_threads():
+                    torch.set_num_threads(turn.threads)
+                if waking:
+                    turn.measure()
+                begun = time.perf_counter()
+                while not passes or time.perf_counter() - begun < _TURN:
+                    passes.append(turn.measure())
+                if number >= 0:
+                    found[key].append(passes)
+            spent = time.perf_counter() - start
+            done = number + _WARM_UPS + 1
+            within = max(_WARM_UPS + _FEWEST, math.ceil(seconds * done / spent)) if spent else done
+            progress("timing", done, max(done, min(rounds + _WARM_UPS, within)))
+            if number + 1 >= _FEWEST and spent > seconds:
+                break
     read = {key: turn.read for key, turn in turns.items() if turn.read is not None}
     return found | {key: [list(map(one, passes)) for passes in found[key]] for key, one in read.items()}
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Let torch use a number of threads while the block lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
@@ -196,18 +204,7 @@ def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
 
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
     """Return a copy of the model with its weights in a memory format."""
-    return deep_copy(model).to(memory_format=_FORMATS[memory_format])
-
-
-def is_in_format(model: nn.Module, memory_format: MemoryFormat, dtype: torch.dtype | None) -> bool:
-    """Return True if all weights are on the processor in a memory format and a dtype; None stands for their own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return all(
-        one.device.type == "cpu"
-        and (dtype is None or one.dtype == dtype or not one.is_floating_point())
-        and (one.dim() != 4 or one.is_contiguous(memory_format=_FORMATS[memory_format]))
-        for one in tensors
-    )
+    return deep_copy(model).to(memory_format=FORMATS[memory_format])
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:
@@ -218,12 +215,11 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return tensor.contiguous(memory_format=_FORMATS[memory_format]) if tensor.dim() == 4 else tensor
-        # The images of a list have no batch dimension.
-        shape = (batch, *tensor.shape[1:]) if tensor.dim() >= 4 else tensor.shape
-        made = torch.randn(shape, generator=generator).to(tensor.dtype)
-        return made.contiguous(memory_format=_FORMATS[memory_format]) if made.dim() == 4 else made
+        if tensor.is_meta:
+            # The images of a list have no batch dimension.
+            shape = (batch, *tensor.shape[1:]) if tensor.dim() >= 4 else tensor.shape
+            tensor = torch.randn(shape, generator=generator).to(tensor.dtype)
+        return tensor.contiguous(memory_format=FORMATS[memory_format]) if tensor.dim() == 4 else tensor
 
     if any(not tensor.is_meta for tensor in list_tensors(example)):
         example = repeated(example, batch)
@@ -235,11 +231,10 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
 
 def machine() -> dict[str, Any]:
     """Return what measured times depend on besides the work."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    named = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    processor = named[0] if named else platform.processor() or platform.machine()
     return {
         "processor": processor,
         "cores": os.cpu_count(),
@@ -254,21 +249,19 @@ class Bystanders:
     """Counts the cores that other programs keep busy from now on."""
 
     def __init__(self) -> None:
-        self._start = self._now()
+        self._busy, self._start = self._now(), time.perf_counter()
 
     def cores(self) -> float | None:
         """Return their average until now; None if the system does not report it."""
-        now = self._now()
-        if self._start is None or now is None:
+        before, now, passed = self._busy, self._now(), time.perf_counter() - self._start
+        if before is None or now is None:
             return None
-        busy, own, passed = (after - before for after, before in zip(now, self._start, strict=True))
-        return max(0.0, (busy - own) / passed) if passed > 0 else 0.0
+        return max(0.0, (now - before) / passed) if passed > 0 else 0.0
 
-    def _now(self) -> tuple[float, float, float] | None:
-        """Return the busy seconds of all cores, the seconds of this process, and the clock."""
+    def _now(self) -> float | None:
+        """Return the seconds that other processes have kept all cores busy."""
         try:
             user, nice, system, _, _, irq, softirq, steal = map(int, _STAT.read_text().split()[1:9])
-            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
         except (OSError, ValueError):
             return None
-        return busy, time.process_time(), time.perf_counter()
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()

@@ -38,9 +38,8 @@ class Costs:
 
     def notes(self) -> tuple[str, ...]:
         """Name the operators that the number of MACs leaves out, if any."""
-        if not self.uncounted:
-            return ()
-        return (f"MACs leave out operators that read weights and have no formula: {', '.join(self.uncounted)}",)
+        note = f"MACs leave out operators that read weights and have no formula: {', '.join(self.uncounted)}"
+        return (note,) if self.uncounted else ()
 
 
 def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> Costs:
@@ -104,16 +103,15 @@ def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
-    # Each sample is a weighted sum of four pixels of the input, scaled once more with a mask.
-    use_mask = bool(others[-1])
-    samples = x[1] * math.prod(weight[2:])
-    return 2 * offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask))
-
-
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     *batch, rows, depth = query
     return 2 * math.prod(batch) * rows * key[-2] * (depth + value[-1])
+
+
+def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any) -> int:
+    # Each sample is a weighted sum of four pixels of the input, scaled once more with a mask.
+    samples, use_mask = x[1] * math.prod(weight[2:]), bool(others[-1])
+    return 2 * offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask))
 
 
 def _product(one: Shape, *_: Any, **__: Any) -> int:
@@ -122,9 +120,7 @@ def _product(one: Shape, *_: Any, **__: Any) -> int:
 
 # What torch's counter lacks: FLOPs by the shapes of the arguments.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.mv: _product,
-    aten.dot: _product,
-    aten.vdot: _product,
+    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _product),
     aten.addmv: lambda _, one, *__, **___: _product(one),
     aten.addbmm: lambda _, one, other, *__, **___: _product(one) * other[-1],
     # nn.Bilinear: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).

@@ -6,13 +6,21 @@ To add one, write a class with `open` and, for budgets of latency, `probe`, and 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
+import importlib
+import io
 import itertools
 import json
+import logging
+import math
+import re
+import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,23 +30,182 @@ from torch import nn
 
 from asymswap.errors import AsymswapError, reason_of
 from asymswap.graph.surgery import fold_norms, swap
-from asymswap.measure import programs
-from asymswap.measure.latency import Timed, Turn, in_format, inputs_like, is_in_format, stopwatch, time_once
-from asymswap.measure.programs import failing_clearly, quiet, widest_gap
+from asymswap.measure.latency import (
+    FORMATS,
+    Timed,
+    Turn,
+    in_format,
+    inputs_like,
+    on_threads,
+    stopwatch,
+    time_once,
+)
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors
 
-Once = Callable[[], Any]
-"""One forward pass, which returns the outputs."""
-
-Key = tuple[int, int]
-"""Indices of a network and of a setting."""
-
+OPSET = 20
+# Largest difference of outputs from PyTorch's, relative to the largest number among them, or to 1.
+_SAME = 1e-4
+_TELEMETRY = "openvino_telemetry"
+_ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid")
+# Versions from which deformable convs are written and run on the CPU.
+_ONNX = {"onnx": (1, 17), "onnxscript": (0, 7, 1)}
+ONNX_RUNTIME = {**_ONNX, "onnxruntime": (1, 25)}
 _MANY = 1 << 20
 _ON_CPU = {"float16", "float32", "float64"}
+
+Once = Callable[[], Any]  # one forward pass, which returns the outputs
+Key = tuple[int, int]  # indices of a network and of a setting
+
+
+def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], ...], path: Path) -> None:
+    """Write a model in eval mode and check the file; `shapes` are the dynamic sizes of each input."""
+    import onnx
+
+    with quiet(), failing_clearly("ONNX"):
+        program = torch.onnx.export(
+            model,
+            inputs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[f"input_{number}" for number in range(len(inputs))] if len(inputs) > 1 else ["input"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def open_session(path: Path, threads: int | None = None, profile: Path | None = None) -> Any:
+    """Return an InferenceSession of a file on the CPU, by default with its own number of threads.
+
+    With `profile`, the beginning of a file name, it writes how long every operator takes.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def forward_in(session: Any, inputs: Inputs) -> Callable[[], Any]:
+    """Return a function that runs the file on these inputs."""
+    keys = [item.name for item in session.get_inputs()]
+    values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(inputs), strict=True)}
+    return lambda: [torch.as_tensor(value) for value in session.run(None, values)]
+
+
+def layers_of(path: Path, names: Collection[str]) -> dict[str, str]:
+    """Return which of the named modules the nodes of an ONNX file, and the tensors that they make, belong to."""
+    import onnx
+
+    found: dict[str, str] = {}
+    convs: dict[str, str] = {}
+    for node in onnx.load(str(path), load_external_data=False).graph.node:
+        scopes = next((item.value for item in node.metadata_props if item.key.endswith(".name_scopes")), "[]")
+        owner = next((scope for scope in ast.literal_eval(scopes) if scope in names), None)
+        if owner is not None:
+            found |= dict.fromkeys((node.name, *node.output), owner)
+            convs |= dict.fromkeys(node.output, owner) if node.op_type == "Conv" else {}
+        elif node.op_type in _ACTIVATIONS and node.input[0] in convs:
+            # Fused with the conv before it, this tensor names both.
+            found[node.output[0]] = convs[node.input[0]]
+    return found
+
+
+def imported(name: str) -> Any:
+    """Import a package, OpenVINO without its telemetry: each import would fork this process, to tell its makers."""
+    modules: dict[str, Any] = sys.modules  # where None stands for a package that is not to be found
+    kept = modules.setdefault(_TELEMETRY, None)
+    try:
+        return importlib.import_module(name)
+    finally:
+        if kept is None:
+            del modules[_TELEMETRY]
+
+
+def check_installed(what: str, extra: str, needed: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Return the packages that `what` needs, with their versions; raise AsymswapError for one missing or too old."""
+    found = []
+    for name, lowest in needed.items():
+        try:
+            with quiet():
+                version = re.split("[-+]", imported(name).__version__)[0]
+        except ImportError:
+            raise AsymswapError(f"{what} needs {name}; pip install 'asymswap[{extra}]'") from None
+        if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:3]) < lowest:
+            least = ".".join(map(str, lowest))
+            raise AsymswapError(f"{name} {version} is too old for {what}, which needs {least}; pip install -U {name}")
+        found.append(f"{name} {version}")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference between an output of a program and PyTorch's, and the largest that is allowed."""
+
+    largest: float
+    allowed: float
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of what is allowed; infinite for NaN and infinity."""
+        return self.largest / self.allowed if math.isfinite(self.largest) else math.inf
+
+
+def widest_gap(expected: Any, found: Any) -> Gap:
+    """Return the gap of the output that is farthest from PyTorch's, as a share of what is allowed there.
+
+    That is `_SAME`, or eight times the precision of the output's dtype, if that is more.
+    """
+    ours, theirs = list_tensors(expected), list_tensors(found)
+    if [one.shape for one in ours] != [other.shape for other in theirs]:
+        return Gap(math.inf, _SAME)
+    gaps = []
+    for one, other in zip(ours, theirs, strict=True):
+        if one.numel():
+            precision = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+            exact = one.double()
+            largest, scale = float((exact - other.double()).abs().max()), float(exact.abs().max())
+            gaps.append(Gap(largest, max(_SAME, 8 * precision) * max(1.0, scale)))
+    return max(gaps, key=lambda gap: gap.share, default=Gap(0.0, _SAME))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence exporters and compilers, which log their internals; checks follow."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def failing_clearly(what: str) -> Iterator[None]:
+    """Turn any failure of `what` into an AsymswapError of one line."""
+    try:
+        yield
+    except (AsymswapError, OSError):
+        raise
+    except Exception as error:
+        # An exporter may fail in any of its many passes, with any error; what it wraps says why.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        operator = re.search(r"target=torch\.ops\.([\w.]+)\]", str(cause.__context__ or error))
+        where = "" if operator is None else f", at the operator {operator[1]}"
+        reason = reason_of(str(cause).strip().partition("\n")[0], 200) if str(cause) else type(cause).__name__
+        raise AsymswapError(f"{what} cannot express this model{where}: {reason} (`debug=True` shows more)") from error
 
 
 class Network:
@@ -50,12 +217,10 @@ class Network:
     def __init__(self, model: nn.Module, example: Inputs, folder: Path, dtype: torch.dtype | None = None) -> None:
         self._model, self._example, self._folder, self.dtype = model, example, folder, dtype
         self._copies: dict[MemoryFormat, nn.Module] = {}
-        self._written: float | AsymswapError | None = None
-
-    @property
-    def takes_lists(self) -> bool:
-        """True for detectors: which boxes they keep jumps where scores are close."""
-        return any(isinstance(item, list) for item in self._example)
+        self.exporting = 0.0  # seconds that it took to write the ONNX file
+        self._unwritten: AsymswapError | None = None
+        # As detectors do: which boxes they keep jumps where scores are close.
+        self.takes_lists = any(isinstance(item, list) for item in example)
 
     @functools.cached_property
     def _folded(self) -> nn.Module:
@@ -72,8 +237,13 @@ class Network:
         """Return the network in a memory format, and random inputs, the same ones every time."""
         form: MemoryFormat = "channels-last" if setting.memory_format == "channels-last" else "contiguous"
         if form not in self._copies:
-            ready = is_in_format(self._folded, form, self.dtype)
             # A copy is only made where something changes: networks to be timed may share their weights.
+            ready = all(
+                one.device.type == "cpu"
+                and (self.dtype in (None, one.dtype) or not one.is_floating_point())
+                and (one.dim() != 4 or one.is_contiguous(memory_format=FORMATS[form]))
+                for one in (*self._folded.parameters(), *self._folded.buffers())
+            )
             self._copies[form] = self._folded if ready else in_format(self._folded, form).to("cpu", self.dtype)
         example: Inputs = map_tensors(
             self._example, lambda one: one.to(self.dtype or one.dtype) if one.is_floating_point() else one
@@ -83,7 +253,7 @@ class Network:
     def onnx(self) -> Path:
         """Write the network's ONNX file, for any batch size, unless it is there; raise AsymswapError if impossible."""
         path = self._folder / f"{id(self)}.onnx"
-        if self._written is None:
+        if not self.exporting and self._unwritten is None:
             start = time.perf_counter()
             try:
                 # With a single image, the batch would count as a number that never varies.
@@ -94,43 +264,24 @@ class Network:
                 if not dtypes <= _ON_CPU:
                     raise AsymswapError(f"ONNX is not given {', '.join(sorted(dtypes))} here")
                 batch = torch.export.Dim("batch")
-                programs.write_onnx(model, inputs, tuple({0: batch} for _ in inputs), path)
-                self._written = time.perf_counter() - start
+                write_onnx(model, inputs, tuple({0: batch} for _ in inputs), path)
+                self.exporting = time.perf_counter() - start
             except AsymswapError as error:
-                self._written = error
-        if isinstance(self._written, AsymswapError):
-            raise self._written
+                self._unwritten = error
+        if self._unwritten is not None:
+            raise self._unwritten
         return path
-
-    @property
-    def exporting(self) -> float:
-        """The seconds that it took to write the ONNX file; 0 where there is none."""
-        return self._written if isinstance(self._written, float) else 0.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """A network that is ready: its turn, which measures seconds, in what it runs, and how long it took to make."""
-
-    turn: Turn
-    version: str
-    ready: float | None = None
 
 
 class Runtime(ABC):
     """Where networks run."""
 
     name: ClassVar[str]
-    extra: ClassVar[str] = ""
-    """The extra of asymswap that installs it."""
-    needs: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    """The packages that it needs, each with its lowest version."""
-    pool: ClassVar[str] = "torch"
-    """The library whose threads compute."""
-    has_formats: ClassVar[bool] = False
-    """True if the memory format of weights and inputs is the caller's to choose."""
-    takes_time: ClassVar[bool] = True
-    """True if it takes long to make a network ready."""
+    extra: ClassVar[str] = ""  # of asymswap, which installs it
+    needs: ClassVar[Mapping[str, tuple[int, ...]]] = {}  # packages, each with its lowest version
+    pool: ClassVar[str] = "torch"  # the library whose threads compute
+    has_formats: ClassVar[bool] = False  # the memory format of weights and inputs is the caller's to choose
+    takes_time: ClassVar[bool] = True  # to make a network ready
 
     @property
     def title(self) -> str:
@@ -138,14 +289,14 @@ class Runtime(ABC):
 
     def version(self) -> str:
         """Return the package in which networks run, and its version; raise AsymswapError where one is missing."""
-        return [f"torch {torch.__version__}", *programs.check_installed(self.title, self.extra, self.needs)][-1]
+        return [f"torch {torch.__version__}", *check_installed(self.title, self.extra, self.needs)][-1]
 
     def setting(self, timing: Timing) -> Setting:
         """Return the setting in this runtime that a timing asks for."""
         form = timing.memory_format if self.has_formats else None
         return Setting(self.name, timing.batch, timing.threads or torch.get_num_threads(), form)
 
-    def prepare(self, network: Network, setting: Setting) -> Run:
+    def prepare(self, network: Network, setting: Setting) -> Turn:
         """Make a network ready, and check once that it computes what it does in PyTorch; raise AsymswapError if not."""
         version = self.version()
         module, inputs = network.placed(setting)
@@ -159,7 +310,7 @@ class Runtime(ABC):
                 with torch.inference_mode():
                     self.check(network, setting, once, expected)
         version += f" (in {precision})" if precision else ""
-        return Run(Turn(stopwatch(once), setting.threads, self.pool), version, ready)
+        return Turn(stopwatch(once), setting.threads, self.pool, version=version, ready=ready)
 
     @abstractmethod
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
@@ -197,6 +348,21 @@ class Torch(Runtime):
         return Turn(functools.partial(time_once, *network.placed(setting), names), setting.threads, self.pool)
 
 
+def compiled(model: nn.Module, inputs: Inputs) -> Once:
+    """Compile a model in eval mode for these input sizes and the current number of threads, or raise AsymswapError."""
+    run = torch.compile(model, dynamic=False)
+    try:
+        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
+        # others uncompiled.
+        with quiet(), torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+            run(*inputs)
+    except Exception as error:
+        if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+            raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
+        raise AsymswapError(f"torch.compile cannot compile it: {reason_of(error, 200)}") from error
+    return lambda: run(*inputs)
+
+
 class Compile(Runtime):
     """torch.compile, in its default mode, for each size, memory format and number of threads."""
 
@@ -212,19 +378,19 @@ class OnnxRuntime(Runtime):
     """ONNX Runtime on the file of `asymswap export`; its own profiler times layers."""
 
     name = pool = "onnxruntime"
-    extra, needs = "onnx", programs.ONNX_RUNTIME
+    extra, needs = "onnx", ONNX_RUNTIME
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
         with failing_clearly(self.title):
-            session = programs.open_session(network.onnx(), setting.threads)
-        return programs.forward_in(session, network.placed(setting)[1]), ""
+            session = open_session(network.onnx(), setting.threads)
+        return forward_in(session, network.placed(setting)[1]), ""
 
     def probe(self, network: Network, setting: Setting, names: Sequence[str]) -> Turn:
         path = network.onnx()
-        owners = programs.layers_of(path, names)
+        owners = layers_of(path, names)
         with failing_clearly(self.title):
-            session = programs.open_session(path, setting.threads, profile=path.with_suffix(""))
-        run, number = programs.forward_in(session, network.placed(setting)[1]), itertools.count()
+            session = open_session(path, setting.threads, profile=path.with_suffix(""))
+        run, number = forward_in(session, network.placed(setting)[1]), itertools.count()
 
         def measure() -> int:
             run()
@@ -254,7 +420,7 @@ class OpenVino(Runtime):
     """
 
     name = pool = "openvino"
-    extra, needs = "openvino", {**programs.ONNX, "openvino": (2025, 4)}
+    extra, needs = "openvino", {**_ONNX, "openvino": (2025, 4)}
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
         once, program, _ = self._compiled(network, setting, exact=network.dtype is not None)
@@ -266,7 +432,7 @@ class OpenVino(Runtime):
         super().check(network, setting, self._compiled(network, setting, exact=True)[0], expected)
 
     def probe(self, network: Network, setting: Setting, names: Sequence[str]) -> Turn:
-        owners = programs.layers_of(network.onnx(), names)
+        owners = layers_of(network.onnx(), names)
         once, program, request = self._compiled(network, setting, network.dtype is not None, PERF_COUNT=True)
         parts: dict[str, str] = {}
         for node in program.get_runtime_model().get_ordered_ops():
@@ -287,7 +453,7 @@ class OpenVino(Runtime):
 
     def _compiled(self, network: Network, setting: Setting, exact: bool, **more: Any) -> tuple[Once, Any, Any]:
         with quiet(), failing_clearly(self.title):
-            core, inputs = programs.imported("openvino").Core(), list_tensors(network.placed(setting)[1])
+            core, inputs = imported("openvino").Core(), list_tensors(network.placed(setting)[1])
             model = core.read_model(network.onnx())
             model.reshape({one: list(tensor.shape) for one, tensor in zip(model.inputs, inputs, strict=True)})
             config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setting.threads, **more}
@@ -318,9 +484,9 @@ def installed(names: Sequence[str]) -> list[str]:
 
 def prepare_all(
     networks: Sequence[Network], settings: Sequence[Setting], progress: Progress = silent
-) -> tuple[dict[Key, Run], dict[Key, str]]:
+) -> tuple[dict[Key, Turn], dict[Key, str]]:
     """Make all networks ready in all settings; return those that are, and the reasons of the others."""
-    runs: dict[Key, Run] = {}
+    runs: dict[Key, Turn] = {}
     failures: dict[Key, str] = {}
     keys = list(itertools.product(range(len(settings)), range(len(networks))))
     for done, (place, number) in enumerate(keys):
@@ -328,43 +494,12 @@ def prepare_all(
         setting = settings[place]
         try:
             runs[number, place] = RUNTIMES[setting.runtime].prepare(networks[number], setting)
+        except AsymswapError as error:
+            failures[number, place] = " ".join(str(error).split())
         except Exception as error:
-            # The model's code can raise anything.
-            failures[number, place] = _reason(error)
+            # The model's code can raise anything, and torch has no error of its own for a lack of memory.
+            text = " ".join(str(error).split())
+            no_memory = isinstance(error, MemoryError) or "allocate memory" in text
+            why = f"the model fails with {type(error).__name__}: {text:.200}"
+            failures[number, place] = "there is not enough memory" if no_memory else why
     return runs, failures
-
-
-def compiled(model: nn.Module, inputs: Inputs) -> Once:
-    """Compile a model in eval mode for these input sizes and the current number of threads, or raise AsymswapError."""
-    run = torch.compile(model, dynamic=False)
-    try:
-        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
-        # others uncompiled.
-        with quiet(), torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
-            run(*inputs)
-    except Exception as error:
-        if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-            raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
-        raise AsymswapError(f"torch.compile cannot compile it: {reason_of(error, 200)}") from error
-    return lambda: run(*inputs)
-
-
-@contextlib.contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    """Let torch use a number of threads while the block lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, AsymswapError):
-        return text
-    # torch has no error of its own for this.
-    if isinstance(error, MemoryError) or "allocate memory" in text:
-        return "there is not enough memory"
-    return f"the model fails with {type(error).__name__}: {text[:200]}"

@@ -22,7 +22,7 @@ from asymswap.graph.surgery import swap
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import how_to_build
 from asymswap.models.opened import OpenedModel
-from asymswap.planning.apply import apply_structure
+from asymswap.planning.apply import apply_plan
 from asymswap.types import Origin
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
@@ -76,7 +76,7 @@ def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Mo
         if not difference:
             base = rebuild(header.origin, header.skeleton) if model is None else model
             for plan in header.plans:
-                base = apply_structure(base, plan, share=base is not model)
+                base = apply_plan(base, plan, share=base is not model, weights="unset")
             base = swap(base, {}) if base is model else base
             difference = compare(base, stored.state)
     except AsymswapError as error:
@@ -108,7 +108,7 @@ def _try_without_memory(stored: Stored, model: nn.Module | None) -> Difference |
     try:
         with WithoutMemory(torch.empty, torch.empty_like, torch.zeros, torch.ones, torch.full, torch.tensor):
             for plan in stored.header.plans:
-                base = apply_structure(base, plan)
+                base = apply_plan(base, plan, weights="unset")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"its plan asks for what cannot be built ({reason_of(error)})") from None
     return compare(base, stored.state)

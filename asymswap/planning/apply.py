@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Set
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -26,53 +26,6 @@ def takes_room(conv: nn.Conv2d) -> bool:
     return conv.weight.numel() > _ROOM
 
 
-def apply_plan(
-    model: nn.Module,
-    plan: Plan,
-    progress: Progress = silent,
-    statistics: Mapping[str, SiteStatistics] | None = None,
-    unset: Set[str] = frozenset(),
-    share: bool = False,
-) -> nn.Module:
-    """Return a deep copy of the model with the plan's swaps in it; the model is unchanged.
-
-    Replacements are initialised from the weights and the `statistics` of their sites, if there are any; those at the
-    sites in `unset` hold NaN until others initialise them. With `share` what is not swapped has the model's own
-    parameters and buffers: for a model that nobody uses afterwards. Raises PlanError for a site or a batch norm that
-    the model lacks, RecipeError for a kind or a setting that does not exist.
-    """
-
-    def start(built: _Built) -> None:
-        if built.entry.site in unset:
-            # What nobody sets afterwards must show.
-            for parameter in built.replacement.parameters():
-                nn.init.constant_(parameter, math.nan)
-        else:
-            built.kind.init_(built.replacement, built.original, built.settings)
-
-    return _apply(model, plan, start, share, lambda done: progress("converting", done, len(plan.swaps)), statistics)
-
-
-def apply_structure(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
-    """As `apply_plan`, with unset weights in the replacements: for loading a state dict into it."""
-    return _apply(model, plan, share=share)
-
-
-def apply_random(model: nn.Module, plan: Plan) -> nn.Module:
-    """As `apply_plan` with `share`, with random weights in the replacements: for timing."""
-
-    def start(built: _Built) -> None:
-        generator = generator_for(built.entry.site)
-        for name, tensor in built.replacement.state_dict().items():
-            # Values neither grow nor vanish on their way through the network, where they would slow down arithmetic.
-            if tensor.dim() > 1:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5)
-            else:
-                tensor.fill_(name.endswith(("weight", "running_var")))
-
-    return _apply(model, plan, start, share=True)
-
-
 class _Built(NamedTuple):
     """A swap under way."""
 
@@ -83,15 +36,23 @@ class _Built(NamedTuple):
     replacement: nn.Module
 
 
-def _apply(
+def apply_plan(
     model: nn.Module,
     plan: Plan,
-    start: Callable[[_Built], None] | None = None,
-    share: bool = False,
-    step: Callable[[int], None] = lambda _: None,
+    progress: Progress = silent,
     statistics: Mapping[str, SiteStatistics] | None = None,
+    unset: Set[str] = frozenset(),
+    share: bool = False,
+    weights: Literal["solved", "random", "unset"] = "solved",
 ) -> nn.Module:
-    """Build all replacements, initialise them by `start`, some at once, and swap them in."""
+    """Return a deep copy of the model with the plan's swaps in it; the model is unchanged.
+
+    Replacements are initialised from the weights and the `statistics` of their sites, if there are any; those at the
+    sites in `unset` hold NaN until others initialise them. For timing, `weights` may be random instead; unset ones are
+    for loading a state dict into them. With `share` what is not swapped has the model's own parameters and buffers: for
+    a model that nobody uses afterwards. Raises PlanError for a site or a batch norm that the model lacks, RecipeError
+    for a kind or a setting that does not exist.
+    """
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
     norms = dict(model.named_modules())
     every: list[_Built] = []
@@ -105,8 +66,29 @@ def _apply(
         norm = None if entry.absorbs is None else cast(nn.BatchNorm2d, norms[entry.absorbs])
         original = Original(conv, (statistics or {}).get(entry.site), norm)
         every.append(_Built(entry, original, kind, settings, kind.build(read_conv(conv), settings)))
-    if start is not None:
-        side_by_side(start, every, step, lambda built: takes_room(built.original.conv))
+
+    def init(built: _Built) -> None:
+        if weights == "random":
+            generator = generator_for(built.entry.site)
+            for name, tensor in built.replacement.state_dict().items():
+                # Values neither grow nor vanish on their way through the network, where they would slow it down.
+                if tensor.dim() > 1:
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5)
+                else:
+                    tensor.fill_(name.endswith(("weight", "running_var")))
+        elif built.entry.site in unset:
+            for parameter in built.replacement.parameters():
+                nn.init.constant_(parameter, math.nan)  # what nobody sets afterwards must show
+        else:
+            built.kind.init_(built.replacement, built.original, built.settings)
+
+    if weights != "unset":
+        side_by_side(
+            init,
+            every,
+            lambda done: progress("converting", done, len(every)),
+            lambda built: takes_room(built.original.conv),
+        )
     swapped: dict[str, nn.Module] = {}
     for built in every:
         swapped[built.entry.site] = take_over_(built.replacement, built.original.conv, built.original.norm)

@@ -53,11 +53,10 @@ class Drop:
 
         A number without a unit is in points of a score in per cent, else in the score's own unit; errors are fractions.
         """
-        if self.unit != "dB" and score.unit == "%" and not (score.lower_is_better and self.unit == ""):
-            return self.value / 100
+        is_error = score.unit == "%" and score.lower_is_better
         if self.unit == "dB" and score.unit == "%":
             more = "give points, such as 0.5"
-            if score.lower_is_better:
+            if is_error:
                 more = (
                     "give a relative error, such as 2%; decibels need the right images: `noise=…` for a denoiser, "
                     "pairs:INPUTS,TARGETS as data, or `evaluate=…`"
@@ -65,9 +64,9 @@ class Drop:
             raise AsymswapError(f"{self} is in decibels, but what is measured is {score.name}; {more}")
         if self.unit == "%" and score.unit == "dB":
             raise AsymswapError(f"{self} is in per cent, but {score.name} is in decibels; give 0.1dB")
-        if score.unit == "%" and self.value >= 1:
+        if is_error and self.unit == "" and self.value >= 1:
             raise AsymswapError(f"an {score.name} of {self} allows everything; give 0.02 or 2%")
-        return self.value / 100 if self.unit == "%" else self.value
+        return self.value / 100 if self.unit == "%" or (score.unit == "%" and not is_error) else self.value
 
     def __str__(self) -> str:
         return f"{self.value:g}{' ' * (self.unit == 'dB')}{self.unit}"
@@ -78,7 +77,7 @@ class Search:
 
     `predicted` has the error that each fraction's plan predicts; between fractions it is interpolated. `grain` is the
     smallest difference that the measure can show, `start` the first fraction to try, `slope` that of the line through a
-    single trial.
+    single trial. `tried` has the fractions with their losses, in order of the fractions.
     """
 
     def __init__(
@@ -97,10 +96,9 @@ class Search:
         falling = np.minimum.accumulate(np.log(np.maximum(predicted, 1e-12)))
         # Equal predictions have no inverse: each is a little below the one before.
         self._predicted = falling - 1e-9 * np.arange(len(falling))
-        self._allowed, self._grain, self._tries = allowed, grain, tries
-        self._slope = slope
+        self._allowed, self._grain, self._tries, self._slope = allowed, grain, tries, slope
         self._start = (fractions[0] + fractions[-1]) / 2 if start is None else start
-        self.tried: list[tuple[float, float]] = []  # fractions with their losses, in order of the fractions
+        self.tried: list[tuple[float, float]] = []
 
     def add(self, fraction: float, loss: float) -> None:
         """Take a measured loss."""
@@ -139,27 +137,23 @@ class Search:
             close = best[0] <= least or (outside is not None and best[0] - outside[0] <= _CLOSE)
             if near or close or len(self.tried) >= self._tries:
                 return None
-        found = self._between(best, outside) if best and outside else self._beyond(best or self.tried[-1])
+        aim = math.log(_AIM * self._allowed)
+        if best and outside:
+            (good, low), (bad, high) = map(self._place, (best, outside))
+            share = (aim - low) / max(high - low, 1e-9)
+            found = self._fraction(good + min(max(share, 0.15), 0.85) * (bad - good))
+        else:
+            # Where a line through the trials, all on one side of the allowed loss, meets it.
+            nearest = best or self.tried[-1]
+            x, y = self._place(nearest)
+            found, end = self._fraction(x + (aim - y) / self.slope), least if y <= aim else most
+            # A loss of nothing says little about how far there is to go.
+            far = nearest[0] + _FAR * (end - nearest[0])
+            if abs(end - nearest[0]) > 5 * _CLOSE:
+                found = max(found, far) if end < nearest[0] else min(found, far)
+            elif abs(found - nearest[0]) > _CLOSE:
+                found = end
         return min(max(found, least), most)
-
-    def _between(self, best: tuple[float, float], outside: tuple[float, float]) -> float:
-        (good, low), (bad, high) = map(self._place, (best, outside))
-        share = (self._aim() - low) / max(high - low, 1e-9)
-        return self._fraction(good + min(max(share, 0.15), 0.85) * (bad - good))
-
-    def _beyond(self, nearest: tuple[float, float]) -> float:
-        """Return where a line through the trials, all on one side of the allowed loss, meets it."""
-        x, y = self._place(nearest)
-        found = self._fraction(x + (self._aim() - y) / self.slope)
-        # A loss of nothing says little about how far there is to go.
-        end = float(self._fractions[0 if y <= self._aim() else -1])
-        far = nearest[0] + _FAR * (end - nearest[0])
-        if abs(end - nearest[0]) <= 5 * _CLOSE:
-            return end if abs(found - nearest[0]) > _CLOSE else found
-        return max(found, far) if end < nearest[0] else min(found, far)
-
-    def _aim(self) -> float:
-        return math.log(_AIM * self._allowed)
 
     def _place(self, trial: tuple[float, float]) -> tuple[float, float]:
         """Return the logarithms of a trial's predicted error and of its loss, which may have been nothing at all."""

@@ -6,10 +6,10 @@ comes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,13 @@ from asymswap import replacements
 from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import give_back_, swap
 from asymswap.graph.trace import conv_input, read_structure
-from asymswap.planning.apply import apply_structure
+from asymswap.planning.apply import apply_plan
 from asymswap.results.fuse import FusionRow
 from asymswap.types import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import additions, eval_mode, meta_copy
 
-_WEAKEST = 1e-2
-"""A batch norm's channel that scales by no more than this share of the average one's scale is not divided by."""
+_WEAKEST = 1e-2  # share of the average scale: a batch norm's channel that scales by no more is not divided by
 
 
 @dataclass(frozen=True)
@@ -40,89 +39,91 @@ class Fused:
     sites: tuple[FusionRow, ...]
 
 
-@dataclass(frozen=True)
-class FusionOptions:
-    """Which replacements to fuse beside those that fuse exactly and cost no more then.
-
-    `separable`: pairs and crosses as well, whose one conv costs more. `max_offset`: predicted offsets that stay below
-    this number of pixels on `inputs` are left out.
-    """
-
-    separable: bool = False
-    max_offset: float | None = None
-    inputs: Inputs | None = None
+class _LeftError(Exception):
+    """Why a replacement is left as it is."""
 
 
 def fuse_model(
-    model: nn.Module, original: nn.Module, plans: Sequence[Plan], options: FusionOptions, progress: Progress = silent
+    model: nn.Module,
+    original: nn.Module,
+    plans: Sequence[Plan],
+    progress: Progress = silent,
+    *,
+    separable: bool = False,
+    max_offset: float | None = None,
+    inputs: Inputs | None = None,
 ) -> Fused:
-    """Fuse what can be fused in a copy of `model`, in eval mode; of the `original` only the structure counts."""
+    """Fuse what can be fused in a copy of `model`, in eval mode; of the `original` only the structure counts.
+
+    That is what fuses exactly and costs no more then; with `separable` pairs and crosses as well, whose one conv costs
+    more. Predicted offsets that stay below `max_offset` pixels on `inputs` are left out.
+    """
     structures = [meta_copy(original)]
     for plan in plans:
-        structures.append(apply_structure(structures[-1], plan))
+        structures.append(apply_plan(structures[-1], plan, weights="unset"))
     offsets: dict[str, float] = {}
 
     def see(entry: Swap, _: nn.Module, found_ST2: Tensor) -> None:
         offsets[entry.site] = max(offsets.get(entry.site, 0.0), float(found_ST2.abs().max()))
 
-    if options.max_offset is not None and options.inputs is not None:
-        read_taps(model, plans, options.inputs, see)
+    if max_offset is not None and inputs is not None:
+        read_taps(model, plans, inputs, see)
     rows: list[FusionRow] = []
     left: list[Plan] = []
     total = sum(len(plan.swaps) for plan in plans)
     for plan, before in reversed(list(zip(plans, structures, strict=False))):
         norms = {site.name: site.norm_behind for site in read_structure(before)}
         later = [entry.site for other in left for entry in other.swaps]
-        results: list[_Result] = []
+        results: list[FusionRow] = []
+        stays: list[Swap] = []
+        modules: dict[str, nn.Module] = {}
         for entry in plan.swaps:
             try:
                 if any(name.startswith(f"{entry.site}.") for name in later):
                     raise _LeftError("a later conversion has changed its insides")
-                offset = offsets.get(entry.site)
-                results.append(_fuse_site(entry, model, before, norms[entry.site], options, offset))
+                kind = replacements.load(entry.kind)
+                if isinstance(model.get_submodule(entry.site), nn.Conv2d):
+                    raise _LeftError("it is one conv already")
+                if not kind.settings.model_fields["allow_growth"].default and not separable:
+                    raise _LeftError("one conv would cost more; `separable=True` fuses it nevertheless")
+                offset = None if max_offset is None else offsets.get(entry.site)
+                row, stay, new = _fuse_site(entry, model, before, norms[entry.site], offset, max_offset)
             except _LeftError as reason:
-                results.append(_Result(FusionRow(entry.site, entry.kind, "left", str(reason)), {}, entry))
+                row, stay, new = FusionRow(entry.site, entry.kind, "left", str(reason)), entry, {}
+            results.append(row)
+            stays += [] if stay is None else [stay]
+            modules |= new
             progress("fusing", len(rows) + len(results), total)
-        model = swap(model, {name: new for result in results for name, new in result.modules.items()})
-        rows = [result.row for result in results] + rows
-        left.insert(0, replace(plan, swaps=tuple(result.stays for result in results if result.stays is not None)))
+        model = swap(model, modules)
+        rows = results + rows
+        left.insert(0, replace(plan, swaps=tuple(stays)))
     return Fused(model.eval(), tuple(plan for plan in left if plan.swaps), tuple(rows))
 
 
-class _LeftError(Exception):
-    """Why a replacement is left as it is."""
-
-
-class _Result(NamedTuple):
-    """The row of one replacement, the modules to put in, and the swap that stays in the plan."""
-
-    row: FusionRow
-    modules: Mapping[str, nn.Module]
-    stays: Swap | None
-
-
 def _fuse_site(
-    entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, options: FusionOptions, offset: float | None
-) -> _Result:
-    """Fuse one replacement; raises _LeftError where that cannot be done.
+    entry: Swap,
+    model: nn.Module,
+    before: nn.Module,
+    norm: str | None,
+    offset: float | None,
+    max_offset: float | None,
+) -> tuple[FusionRow, Swap | None, dict[str, nn.Module]]:
+    """Return the row of one replacement, the swap that stays in the plan, and the modules to put in.
 
-    `before` is the structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the largest.
+    `before` is the structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the largest
+    predicted one. Raises _LeftError where it cannot be fused.
     """
     kind, settings = replacements.load_swap(entry)
     module = model.get_submodule(entry.site)
-    if isinstance(module, nn.Conv2d):
-        raise _LeftError("it is one conv already")
-    if not kind.settings.model_fields["allow_growth"].default and not options.separable:
-        raise _LeftError("one conv would cost more; `separable=True` fuses it nevertheless")
     conv = read_conv(cast(nn.Conv2d, before.get_submodule(entry.site)))
     _check_unchanged(module, kind.build(conv, settings))
     fused, reason = kind.fuse(module, conv, settings), ""
     if fused is None:
         fused = kind.without_offsets(module, conv)
-        if fused is None or offset is None or options.max_offset is None:
+        if fused is None or offset is None or max_offset is None:
             more = "" if fused is None else "; `max_offset=…` leaves small offsets out"
             raise _LeftError(f"no ordinary conv computes the same{more}")
-        if offset > options.max_offset:
+        if offset > max_offset:
             raise _LeftError(f"it predicts offsets of up to {offset:.3g} pixels")
         reason = f"offsets of at most {offset:.3g} pixels were left out"
     modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
@@ -142,7 +143,7 @@ def _fuse_site(
     now = read_conv(fused)
     # The rebuilt network has weights of the usual dtype, whatever the checkpoint has.
     if replace(now, dtype=conv.dtype) == conv:
-        return _Result(FusionRow(entry.site, entry.kind, "fused", reason), modules, None)
+        return FusionRow(entry.site, entry.kind, "fused", reason), None, modules
     # One conv of another form stays as a swap of its own.
     padding = now.padding if isinstance(now.padding, str) else list(now.padding)
     fields: dict[str, Any] = {"kernel": list(now.kernel), "dilation": list(now.dilation), "padding": padding}
@@ -150,7 +151,7 @@ def _fuse_site(
     if now.bias and not conv.bias:
         fields, what = {**fields, "bias": True}, f"{what} with a bias"
     stays = Swap(entry.site, "resized", fields, f"fused from {entry.kind}")
-    return _Result(FusionRow(entry.site, entry.kind, "resized", what), modules, stays)
+    return FusionRow(entry.site, entry.kind, "resized", what), stays, modules
 
 
 def _check_unchanged(module: nn.Module, fresh: nn.Module, prefix: str = "") -> None:
@@ -192,27 +193,23 @@ def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.
     norm = nn.BatchNorm2d(
         like.num_features, own.eps, own.momentum, like.affine, device=fused.weight.device, dtype=own.weight.dtype
     )
+    norm.load_state_dict({key: value for key, value in own.state_dict().items() if key in norm.state_dict()})
     with torch.no_grad():
         deviation_O = (cast(Tensor, own.running_var).double() + own.eps).sqrt()
-        weight_O = own.weight.double() if like.affine else torch.ones_like(deviation_O)
+        scale_O, bias_O = 1 / deviation_O, torch.zeros_like(deviation_O)
         if like.affine:
+            weight_O, bias_O = own.weight.double(), own.bias.double()
             own_O = (weight_O / deviation_O).abs()
             # At most, not below: where all are zero, none is below their average.
-            weak_O = own_O <= _WEAKEST * own_O.mean()
-            weight_O = torch.where(weak_O, deviation_O, weight_O)
-        scale_O = weight_O / deviation_O
-        bias_O = own.bias.double() if like.affine else torch.zeros_like(scale_O)
+            weight_O = torch.where(own_O <= _WEAKEST * own_O.mean(), deviation_O, weight_O)
+            norm.weight.copy_(weight_O)
+            scale_O = weight_O / deviation_O
         target_O = cast(Tensor, fused.bias).double()
+        cast(Tensor, norm.running_mean).copy_((bias_O - target_O) / scale_O)
         fused.weight.copy_(fused.weight.double() / scale_O[:, None, None, None])
         if conv.bias:
             cast(Tensor, fused.bias).zero_()
         else:
             fused.register_parameter("bias", None)
-        cast(Tensor, norm.running_var).copy_(cast(Tensor, own.running_var))
-        cast(Tensor, norm.running_mean).copy_((bias_O - target_O) / scale_O)
-        cast(Tensor, norm.num_batches_tracked).copy_(cast(Tensor, own.num_batches_tracked))
-        if like.affine:
-            norm.weight.copy_(weight_O)
-            norm.bias.copy_(bias_O)
     norm.requires_grad_(any(parameter.requires_grad for parameter in own.parameters()))
     return norm.train(own.training)

@@ -22,19 +22,10 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from asymswap.errors import AsymswapError, OutputError, RecipeError
-from asymswap.measure.latency import (
-    Passes,
-    Timed,
-    in_format,
-    machine,
-    ratio_of,
-    seconds_of,
-    take_turns,
-    time_layers,
-)
+from asymswap.measure.latency import Passes, Timed, in_format, machine, ratio_of, seconds_of, take_turns, time_layers
 from asymswap.measure.runtimes import RUNTIMES, Network
 from asymswap.measure.timing import Timing
-from asymswap.planning.apply import apply_random
+from asymswap.planning.apply import apply_plan
 from asymswap.planning.plan import Choices, CostModel, choose
 from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Option, Plan, Progress, Ratio, Site, Swap, silent
@@ -63,9 +54,8 @@ class Bench:
             networks = {key: Network(model, self._example, Path(folder)) for key, model in models.items()}
             passes: dict[str, Passes] = {}
             if whole:
-                runs = {key: self.runtime.prepare(network, self.setting) for key, network in networks.items()}
-                self.version = runs[""].version
-                turns = {key: run.turn for key, run in runs.items()}
+                turns = {key: self.runtime.prepare(network, self.setting) for key, network in networks.items()}
+                self.version = turns[""].version
                 passes |= take_turns(turns, rounds=self._rounds, progress=self._progress)
             probes = {key: self.runtime.probe(network, self.setting, names) for key, network in networks.items()}
             layers = time_layers(probes, rounds=self._rounds, progress=self._progress)
@@ -91,66 +81,62 @@ def plan_in_time(
     costs = table.costs(choices)
     allowed = budget.fraction if budget.seconds is None else min(1.0, 1e9 * budget.seconds / costs.total)
     undone: dict[str, str] = {}
-
-    def measure(plan: Plan) -> tuple[Ratio, dict[str, str], LatencyRow]:
-        """Time the original and the converted network in turn; say why swaps are slower than their convs."""
-        models = {"": bench.original, "converted": apply_random(bench.original, plan)}
-        passes, layers = bench.measure(models, [swap.site for swap in plan.swaps])
-        slower = {}
-        for swap in plan.swaps:
-            was, now = layers[""].modules[swap.site], layers["converted"].modules[swap.site]
-            # A swap whose size a rule gives, or that makes the network stronger, is not the budget's to undo.
-            if swap.site in choices.left_open and now > was * (1 + _NOISE):
-                settings = ", ".join(f"{key} {value}" for key, value in swap.settings.items())
-                slower[swap.site] = f"{settings} took {1e3 * now:.3f} ms where the conv takes {1e3 * was:.3f} ms"
-        before, after = (seconds_of(passes[key]) for key in models)
-        ratio = ratio_of(passes["converted"], passes[""])
-        row = TimeRow(timing.runtime, bench.version, before, after, ratio)
-        setting, wanted = bench.setting, budget.seconds or budget.fraction
-        how = timing.memory_format, setting.batch, setting.threads, machine()["processor"]
-        return ratio, slower, LatencyRow((row,), *how, wanted, tuple(undone), budget.seconds is not None)
-
     fraction = allowed
     # Best is a ratio within the budget that uses most of it, else the nearest above.
     best: tuple[tuple[bool, float], Plan, LatencyRow] | None = None
     tried: Plan | None = None
-    last: Ratio | None = None
+    ratio: Ratio | None = None
     for attempt in range(_ATTEMPTS):
         try:
             plan = choose(choices, costs, fraction, undone)
         except RecipeError:
             # By the table no plan takes as little as is now requested: an earlier one is as near as we get.
-            if last is None:
+            if ratio is None:
                 raise
             break
-        if not plan.swaps and best is None and last is None:
+        if not plan.swaps and ratio is None:
             return plan, None
         if plan == tried:
             break
         tried = plan
-        last, slower, row = measure(plan)
+        models = {"": bench.original, "converted": apply_plan(bench.original, plan, share=True, weights="random")}
+        passes, layers = bench.measure(models, [swap.site for swap in plan.swaps])
+        ratio = ratio_of(passes["converted"], passes[""])
+        before, after = (seconds_of(passes[key]) for key in models)
+        times = TimeRow(timing.runtime, bench.version, before, after, ratio)
+        how = timing.memory_format, bench.setting.batch, bench.setting.threads, machine()["processor"]
+        wanted = budget.seconds or budget.fraction
+        row = LatencyRow((times,), *how, wanted, tuple(undone), budget.seconds is not None)
+        slower = {}
+        for swap in plan.swaps:
+            was, now = (layers[key].modules[swap.site] for key in models)
+            # A swap whose size a rule gives, or that makes the network stronger, is not the budget's to undo.
+            if swap.site in choices.left_open and now > was * (1 + _NOISE):
+                settings = ", ".join(f"{key} {value}" for key, value in swap.settings.items())
+                slower[swap.site] = f"{settings} took {1e3 * now:.3f} ms where the conv takes {1e3 * was:.3f} ms"
         undone |= slower
         if slower and attempt < _ATTEMPTS - 1:
             continue
-        within = last.value <= allowed
-        fit = within, last.value if within else -last.value
-        if (within or (last.is_significant and last.value < 1)) and (best is None or fit > best[0]):
+        within = ratio.value <= allowed
+        fit = within, ratio.value if within else -ratio.value
+        if (within or (ratio.is_significant and ratio.value < 1)) and (best is None or fit > best[0]):
             best = fit, plan, row
-        if within and last.value >= (1 - 2 * _NOISE) * allowed:
+        if within and ratio.value >= (1 - 2 * _NOISE) * allowed:
             break
         # A little below the budget: noise would otherwise make the next plan miss it as narrowly.
-        fraction = min(1.0, fraction * (1 - _NOISE / 2) * allowed / last.value)
+        fraction = min(1.0, fraction * (1 - _NOISE / 2) * allowed / ratio.value)
     if best is not None:
         return best[1], best[2]
-    assert last is not None
-    where = f"in {bench.runtime.title} at batch {bench.setting.batch}: the network with swaps takes {last.value:.2f} of"
-    interval = f"the time ({last.low:.2f} to {last.high:.2f} with {last.confidence:.0%} confidence)"
-    if last.is_noisy and not last.is_significant:
+    assert ratio is not None
+    where = (
+        f"in {bench.runtime.title} at batch {bench.setting.batch}: the network with swaps takes {ratio.value:.2f} of "
+        f"the time ({ratio.low:.2f} to {ratio.high:.2f} with {ratio.confidence:.0%} confidence)"
+    )
+    if ratio.is_noisy and not ratio.is_significant:
         raise RecipeError(
-            f"the machine is too noisy to tell if a swap pays {where} {interval}; try it on a quiet one, or with more "
-            "`rounds=…`"
+            f"the machine is too noisy to tell if a swap pays {where}; try it on a quiet one, or with more `rounds=…`"
         )
-    raise RecipeError(f"the budget of {budget} cannot be reached, and no swap pays {where} {interval}")
+    raise RecipeError(f"the budget of {budget} cannot be reached, and no swap pays {where}")
 
 
 class _Table:
@@ -174,10 +160,16 @@ class _Table:
 
     def fill(self, choices: Choices) -> None:
         """Time what is not known yet, and write it to the file, where that can be written."""
-        # For each site the swaps that are timed, with their MACs.
+        # For each site the swaps that are timed, with their MACs: of each kind a grid, one for each number of MACs.
         tries: dict[str, list[tuple[Swap, int]]] = {site.name: [] for site in choices.matched}
-        tries |= {name: _grid(name, options) for name, (_, options) in choices.left_open.items()}
         tries |= {name: [(item.swap(option), option.cost.macs)] for name, (item, option) in choices.fixed.items()}
+        for name, (_, options) in choices.left_open.items():
+            for kind in dict.fromkeys(option.kind for option in options):
+                own = sorted((option for option in options if option.kind == kind), key=lambda option: -option.loss)
+                by_macs = sorted({option.cost.macs: option for option in own}.items())
+                chosen = sorted({round(step * (len(by_macs) - 1) / (_GRID - 1)) for step in range(_GRID)})
+                some = [by_macs[index] for index in chosen]
+                tries[name] += [(Swap(name, kind, option.settings), macs) for macs, option in some]
         sites = {site.name: site for site in choices.matched}
         if all(
             {"", *(_option_key(swap.kind, swap.settings) for swap, _ in some)}
@@ -193,7 +185,8 @@ class _Table:
         original = self._bench.original
         models = {"": original}
         for number, level in enumerate(levels):
-            models[str(number)] = apply_random(original, Plan(tuple(swap for swap, _ in level.values())))
+            plan = Plan(tuple(swap for swap, _ in level.values()))
+            models[str(number)] = apply_plan(original, plan, share=True, weights="random")
         # Programs hold weights of their own: in turn they would take the memory of all.
         groups = [{key: one} for key, one in models.items()] if self._bench.runtime.takes_time else [models]
         found: dict[str, Timed] = {}
@@ -218,43 +211,31 @@ class _Table:
         names = [site.name for site in choices.matched]
         rest = self._bench.measure({"": self._bench.original}, names, whole=False)[1][""].rest
 
-        def seconds(site: Site) -> float:
+        def keep(site: Site) -> float:
             return self._known[_form(site)][""][1]
+
+        def seconds(site: Site, option: Option) -> float:
+            """Return the seconds as timed, or between the two timed options with fewer and with more MACs."""
+            known = self._known[_form(site)]
+            exact = known.get(_option_key(option.kind, option.settings))
+            if exact is not None:
+                return exact[1]
+            entries = sorted(entry for key, entry in known.items() if key.startswith(f"{option.kind} "))
+            below = [entry for entry in entries if entry[0] <= option.cost.macs]
+            above = [entry for entry in entries if entry[0] > option.cost.macs]
+            if not below or not above:
+                # Beyond the grid: the nearest, or what grows with the MACs from there.
+                macs, nearest = (below or above)[-1 if below else 0]
+                return nearest * max(1.0, option.cost.macs / max(macs, 1))
+            (low, fast), (high, slow) = below[-1], above[0]
+            return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
 
         return CostModel(
             "latency",
-            round(1e9 * (rest + sum(map(seconds, choices.matched)))),
-            lambda site: round(1e9 * seconds(site)),
-            lambda site, option: round(1e9 * self._seconds_of(site, option)),
+            round(1e9 * (rest + sum(map(keep, choices.matched)))),
+            lambda site: round(1e9 * keep(site)),
+            lambda site, option: round(1e9 * seconds(site, option)),
         )
-
-    def _seconds_of(self, site: Site, option: Option) -> float:
-        """Return the seconds of an option, as timed or between the two timed ones with fewer and with more MACs."""
-        known = self._known[_form(site)]
-        exact = known.get(_option_key(option.kind, option.settings))
-        if exact is not None:
-            return exact[1]
-        entries = sorted(entry for key, entry in known.items() if key.startswith(f"{option.kind} "))
-        below = [entry for entry in entries if entry[0] <= option.cost.macs]
-        above = [entry for entry in entries if entry[0] > option.cost.macs]
-        if not below or not above:
-            # Beyond the grid: the nearest, or what grows with the MACs from there.
-            macs, seconds = (below or above)[-1 if below else 0]
-            return seconds * max(1.0, option.cost.macs / max(macs, 1))
-        (low, fast), (high, slow) = below[-1], above[0]
-        return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
-
-
-def _grid(name: str, options: Sequence[Option]) -> list[tuple[Swap, int]]:
-    """Return some of a conv's options with their MACs, of each kind in rising order, one for each number of MACs."""
-    grid = []
-    for kind in dict.fromkeys(option.kind for option in options):
-        own = sorted((option for option in options if option.kind == kind), key=lambda option: -option.loss)
-        by_macs = {option.cost.macs: option for option in own}
-        every = sorted(by_macs)
-        chosen = sorted({round(step * (len(every) - 1) / (_GRID - 1)) for step in range(_GRID)})
-        grid += [(Swap(name, kind, by_macs[every[index]].settings), every[index]) for index in chosen]
-    return grid
 
 
 def _form(site: Site) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -17,10 +18,9 @@ from torch import nn
 from asymswap import replacements
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.planning.allocate import Point, allocate, least_cost
 from asymswap.planning.apply import takes_room
-from asymswap.planning.recipe import MEASURES, Budget, Recipe, RequestedSwap
-from asymswap.replacements import KindSettings, Original, Replacement
+from asymswap.planning.recipe import MEASURES, Budget, Recipe, Way
+from asymswap.replacements import Original, Replacement
 from asymswap.types import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
 from asymswap.utils.tensors import side_by_side
 
@@ -49,27 +49,9 @@ def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
     def count(cost: Cost) -> int:
         return cost.params if measure == "params" else cost.macs
 
-    def option_cost(_site: Site, option: Option) -> int:
-        return count(option.cost)
-
-    return CostModel(MEASURES[measure], count(whole), lambda site: count(site.cost), option_cost)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One kind by which a site can be swapped, with the rule's settings; `leaves_choice` as in `RequestedSwap`.
-
-    `absorbs` is the batch norm that it folds in.
-    """
-
-    kind: Replacement
-    settings: KindSettings
-    leaves_choice: bool
-    absorbs: str | None = None
-
-    def pays(self, option: Option, site: Site) -> bool:
-        """Return True if the option saves something, or the settings allow growth."""
-        return self.settings.allow_growth or saves(option.cost, site.cost)
+    return CostModel(
+        MEASURES[measure], count(whole), lambda site: count(site.cost), lambda _, option: count(option.cost)
+    )
 
 
 @dataclass(frozen=True)
@@ -81,39 +63,28 @@ class Matched:
     rule: str
     ways: tuple[Way, ...]
 
-    @property
-    def leaves_choice(self) -> bool:
-        """True if a budget can choose."""
-        return any(way.leaves_choice for way in self.ways)
-
-    def options(self) -> list[Option]:
-        """Return what pays, of all ways; among several, one whose settings the conv cannot have offers nothing."""
-        found: list[Option] = []
-        for way in self.ways:
-            with suppress(RecipeError) if len(self.ways) > 1 else nullcontext():
-                asked = self.site, self.original, way.settings
-                offered = way.kind.options(*asked) if way.leaves_choice else [way.kind.resolve(*asked)]
-                found += [option for option in offered if way.pays(option, self.site)]
-        return found
-
-    def settle(self) -> Option | Keep:
+    def settle(self, choosing: bool) -> list[Option] | Option | Keep:
         """Return the option that the rule's own settings ask for: that of the first way that pays, else keep the site.
 
-        Raises RecipeError where the conv cannot have the settings of the only way.
+        Where a budget is `choosing`, return instead what pays, of all ways. Among several ways, one whose settings the
+        conv cannot have offers nothing; raises RecipeError where it is the only one.
         """
+        found: list[Option] = []
         reasons = {}
         for way in self.ways:
+            asked = self.site, self.original, way.settings
             try:
-                option = way.kind.resolve(self.site, self.original, way.settings)
+                every = way.kind.options(*asked) if choosing and way.leaves_choice else [way.kind.resolve(*asked)]
             except RecipeError as error:
                 if len(self.ways) == 1:
                     raise RecipeError(f"{self.rule}, {self.site.name} ({self.site.conv.describe()}): {error}") from None
                 reasons[way.kind.name] = str(error)
                 continue
-            if way.pays(option, self.site):
-                return option
-            reasons[way.kind.name] = _no_gain(option, self.site.cost)
-        return self.keep(join_reasons(reasons))
+            found += [option for option in every if way.settings.allow_growth or saves(option.cost, self.site.cost)]
+            if found and not choosing:
+                return found[0]
+            reasons[way.kind.name] = "" if choosing else _no_gain(every[0], self.site.cost)
+        return found if choosing else self.keep(join_reasons(reasons))
 
     def swap(self, option: Option) -> Swap:
         """Return the plan's entry for this option."""
@@ -167,16 +138,11 @@ def find_choices(
 
     Raises RecipeError for a rule that matches nothing, or a setting that a matched conv cannot have.
     """
-    rules = find_rule(sites, recipe)
-    decisions = [_decide(model, site, recipe, rules[site.name], (statistics or {}).get(site.name)) for site in sites]
+    decisions = _decide(model, sites, recipe, statistics or {})
     keeps = {decision.site: decision for decision in decisions if isinstance(decision, Keep)}
     matched = [decision for decision in decisions if isinstance(decision, Matched)]
-
-    def settle(item: Matched) -> Sequence[Option] | Option | Keep:
-        return item.options() if recipe.budget is not None and item.leaves_choice else item.settle()
-
     results = side_by_side(
-        settle,
+        lambda item: item.settle(recipe.budget is not None and any(way.leaves_choice for way in item.ways)),
         matched,
         lambda done: progress("factorising", done, len(matched)),
         lambda item: takes_room(item.original.conv),
@@ -200,63 +166,46 @@ def choose(
 
     `fraction` takes the place of the budget's own; sites in `undone` are kept, for the reasons given there.
     """
-    undone = undone or {}
+    undone, budget, multiplier = undone or {}, choices.recipe.budget, None
     entries: dict[str, Swap | Keep] = {name: item.swap(option) for name, (item, option) in choices.fixed.items()}
     entries |= choices.keeps
     entries |= {name: choices.left_open[name][0].keep(reason) for name, reason in undone.items()}
-    shared = [entry for name, entry in choices.left_open.items() if name not in undone]
-    # Keeping the site is the last point of each curve.
-    points = [
-        [
-            *(Point(costs.option(item.site, option), option.loss) for option in curve),
-            Point(costs.keep(item.site), 0.0),
-        ]
-        for item, curve in shared
-    ]
-    allocation = None
-    budget = choices.recipe.budget
     if budget is not None:
-        limit = _limit(
-            choices, costs, fraction or budget.fraction, [item.site for item, _ in shared], least_cost(points)
-        )
-        allocation = allocate(points, limit) if points else None
-    if allocation is not None:
-        for (item, curve), index in zip(shared, allocation.chosen, strict=True):
-            if index < len(curve):
-                entries[item.site.name] = item.swap(curve[index])
-            else:
-                why = "the budget is better spent elsewhere" if curve else "no rank saves anything"
-                entries[item.site.name] = item.keep(why)
+        shared = [entry for name, entry in choices.left_open.items() if name not in undone]
+        # Keeping the site is the last point of each curve.
+        curves = [
+            [*(Point(costs.option(item.site, one), one.loss) for one in options), Point(costs.keep(item.site), 0.0)]
+            for item, options in shared
+        ]
+        matched = sum(costs.keep(site) for site in choices.matched)
+        whole = matched if budget.over == "matched" else costs.total
+        untouched = whole - sum(costs.keep(item.site) for item, _ in shared)
+        untouched += sum(costs.option(item.site, one) - costs.keep(item.site) for item, one in choices.fixed.values())
+        least = untouched + sum(min(point.cost for point in curve) for curve in curves)
+        fraction = fraction or budget.fraction
+        if least > fraction * whole:
+            left, ask = f"{least / whole:.3f}", f"{min(1.0, int(1000 * (least / whole) + 1) / 1000):.3f}"
+            if budget.seconds is not None:
+                left, ask = f"{1e-6 * least:.3g} ms", f"{math.ceil(1.01e-4 * least) / 100:g}ms"
+            raise RecipeError(
+                f"the budget of {budget} cannot be reached: the matched convs hold {matched / costs.total:.1%} of "
+                f"the model's {costs.what}, and with the smallest swap everywhere {left} is left"
+                + (f"; ask for at least {ask}" if least < whole else ", since none is faster than its conv")
+                + (", or match more convs" if budget.over == "model" else "")
+                + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
+            )
+        if shared:
+            chosen, multiplier = allocate(curves, int(fraction * whole) - untouched)
+            for (item, options), index in zip(shared, chosen, strict=True):
+                why = "the budget is better spent elsewhere" if options else "no rank saves anything"
+                kept = index == len(options)
+                entries[item.site.name] = item.keep(why) if kept else item.swap(options[index])
     ordered = [entries[site.name] for site in choices.sites if site.name in entries]
     return Plan(
         swaps=tuple(entry for entry in ordered if isinstance(entry, Swap)),
         keeps=tuple(entry for entry in ordered if isinstance(entry, Keep)),
-        multiplier=None if allocation is None else allocation.multiplier,
+        multiplier=multiplier,
     )
-
-
-def _limit(choices: Choices, costs: CostModel, fraction: float, shared: Sequence[Site], cheapest: int) -> int:
-    """Return what the `shared` sites may cost together; raises RecipeError where their `cheapest` options cost more."""
-    budget = choices.recipe.budget
-    assert budget is not None
-    matched = sum(costs.keep(site) for site in choices.matched)
-    whole = matched if budget.over == "matched" else costs.total
-    untouched = whole - sum(costs.keep(site) for site in shared)
-    for item, option in choices.fixed.values():
-        untouched += costs.option(item.site, option) - costs.keep(item.site)
-    least = untouched + cheapest
-    if least > fraction * whole:
-        left, ask = f"{least / whole:.3f}", _round_up(least / whole)
-        if budget.seconds is not None:
-            left, ask = f"{1e-6 * least:.3g} ms", f"{math.ceil(1.01e-4 * least) / 100:g}ms"
-        raise RecipeError(
-            f"the budget of {budget} cannot be reached: the matched convs hold {matched / costs.total:.1%} of "
-            f"the model's {costs.what}, and with the smallest swap everywhere {left} is left"
-            + (f"; ask for at least {ask}" if least < whole else ", since none is faster than its conv")
-            + (", or match more convs" if budget.over == "model" else "")
-            + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
-        )
-    return int(fraction * whole) - untouched
 
 
 _UNMATCHED = "no rule matches"
@@ -287,29 +236,35 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
 
 
 def _decide(
-    model: nn.Module, site: Site, recipe: Recipe, index: int | None, statistics: SiteStatistics | None
-) -> Matched | Keep:
-    if index is None:
-        return Keep(site.name, _UNMATCHED)
-    rule, number = recipe.rules[index], f"rule {index + 1}"
-    if not rule.swaps:
-        return Keep(site.name, f"{number} keeps it")
-    found = {swap.kind: _way(model, site, swap) for swap in rule.swaps}
-    ways = tuple(way for way in found.values() if isinstance(way, Way))
-    if not ways:
-        return Keep(site.name, f"{number}, but {join_reasons({kind: str(why) for kind, why in found.items()})}")
-    return Matched(site, Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics), number, ways)
+    model: nn.Module, sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, SiteStatistics]
+) -> list[Matched | Keep]:
+    """Return for each site how its rule can swap it, or why it stays; raises RecipeError as `find_rule` does."""
+    decisions: list[Matched | Keep] = []
+    for site, index in zip(sites, find_rule(sites, recipe).values(), strict=True):
+        if index is None:
+            decisions.append(Keep(site.name, _UNMATCHED))
+            continue
+        rule = f"rule {index + 1}"
+        found = {way.kind.name: _at_site(model, site, way) for way in recipe.rules[index].ways}
+        ways = tuple(way for way in found.values() if isinstance(way, Way))
+        if not found:
+            decisions.append(Keep(site.name, f"{rule} keeps it"))
+        elif not ways:
+            why = join_reasons({kind: str(why) for kind, why in found.items()})
+            decisions.append(Keep(site.name, f"{rule}, but {why}"))
+        else:
+            original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics.get(site.name))
+            decisions.append(Matched(site, original, rule, ways))
+    return decisions
 
 
-def _way(model: nn.Module, site: Site, swap: RequestedSwap) -> Way | str:
-    """Return how a kind would swap the site, with the batch norm that it folds in, or why it cannot."""
-    kind = replacements.load(swap.kind)
-    reason = refusal_of(site, kind)
-    if reason is not None:
-        return reason
-    norm = site.norm_behind
-    folded = None if norm is None else kind.fold_norm(swap.settings, model.get_submodule(norm))
-    return Way(kind, folded or swap.settings, swap.leaves_choice, norm if folded else None)
+def _at_site(model: nn.Module, site: Site, way: Way) -> Way | str:
+    """Return the way with the batch norm that the kind folds in at the site, or why it cannot take the conv."""
+    reason, norm = refusal_of(site, way.kind), site.norm_behind
+    if reason is not None or norm is None:
+        return reason or way
+    folded = way.kind.fold_norm(way.settings, model.get_submodule(norm))
+    return way if folded is None else Way(way.kind, folded, norm)
 
 
 def refusal_of(site: Site, kind: Replacement) -> str | None:
@@ -321,10 +276,6 @@ def _no_gain(option: Option, old: Cost) -> str:
     chosen = ", ".join(f"{key} {value}" for key, value in option.settings.items())
     macs, params = option.cost.macs / max(old.macs, 1), option.cost.params / max(old.params, 1)
     return f"{chosen} would cost {macs:.2f} x the MACs and {params:.2f} x the parameters"
-
-
-def _round_up(fraction: float) -> str:
-    return f"{min(1.0, int(fraction * 1000 + 1) / 1000):.3f}"
 
 
 def plan_text(plan: Plan) -> str:
@@ -366,8 +317,7 @@ def check_not_empty(plan: Plan, recipe: Recipe) -> None:
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:
     """Return the sites that the recipe's rules may swap: those whose statistics are needed."""
-    rules = find_rule(sites, recipe)
-    return [site for site in sites if isinstance(_decide(model, site, recipe, rules[site.name], None), Matched)]
+    return [found.site for found in _decide(model, sites, recipe, {}) if isinstance(found, Matched)]
 
 
 def check_replay(
@@ -379,26 +329,24 @@ def check_replay(
     swap's settings do not allow it.
     """
     by_name = {site.name: site for site in sites}
-    named = [("swaps", swap.site) for swap in plan.swaps] + [("keeps", keep.site) for keep in plan.keeps]
-    for what, name in named:
+    given = {keep.site: keep for keep in plan.keeps}
+    for what, name in [*(("swaps", swap.site) for swap in plan.swaps), *(("keeps", name) for name in given)]:
         if name not in by_name:
             raise PlanError(f"the plan {what} {name!r}, which the model lacks{near_names(name, by_name)}")
-    swaps = []
+    swaps = {}
     for swap in plan.swaps:
         try:
-            swaps.append(_settle_again(model, by_name[swap.site], swap, (statistics or {}).get(swap.site)))
+            swaps[swap.site] = _settle_again(model, by_name[swap.site], swap, (statistics or {}).get(swap.site))
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {error}") from None
-    given = {keep.site: keep for keep in plan.keeps}
-    swapped = {swap.site for swap in swaps}
-    keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swapped]
-    return dataclasses.replace(plan, swaps=tuple(swaps), keeps=tuple(keeps))
+    keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swaps]
+    return dataclasses.replace(plan, swaps=tuple(swaps.values()), keeps=tuple(keeps))
 
 
 def _settle_again(model: nn.Module, site: Site, swap: Swap, statistics: SiteStatistics | None) -> Swap:
     """Return a plan's swap with settled settings and the error that it has here; raises RecipeError for none."""
-    asked = RequestedSwap(swap.kind, replacements.parse_settings(swap.kind, swap.settings))
-    way = _way(model, site, asked)
+    asked = Way(replacements.load(swap.kind), replacements.parse_settings(swap.kind, swap.settings))
+    way = _at_site(model, site, asked)
     if isinstance(way, str):
         raise RecipeError(way)
     if asked.lacks_size:
@@ -406,11 +354,89 @@ def _settle_again(model: nn.Module, site: Site, swap: Swap, statistics: SiteStat
     if swap.absorbs not in (None, way.absorbs):
         instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
         raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
-    way = dataclasses.replace(way, settings=asked.settings, absorbs=swap.absorbs)
+    way = dataclasses.replace(asked, absorbs=swap.absorbs)
     original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
     option = way.kind.resolve(site, original, asked.settings)
-    if not way.pays(option, site):
+    if not (way.settings.allow_growth or saves(option.cost, site.cost)):
         raise RecipeError(
             f'{_no_gain(option, site.cost)}; where that is meant, give it "allow_growth": true among its settings'
         )
     return Matched(site, original, swap.reason, (way,)).swap(option)
+
+
+class Point(NamedTuple):
+    """One choice of a site: its cost and its error."""
+
+    cost: int
+    error: float
+
+
+class Allocation(NamedTuple):
+    """The index of each site's chosen point, and the multiplier: the error that one more unit of cost would save."""
+
+    chosen: tuple[int, ...]
+    multiplier: float
+
+
+def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
+    """Choose a point of every curve such that costs sum to at most `limit`, which the cheapest points do not exceed.
+
+    The sum of errors is to be small. Minimising `error + multiplier * cost` at each site alone, with one multiplier for
+    all, is optimal on the lower convex hulls of the curves (Shoham and Gersho, 1988, eq. 8). So from the cheapest point
+    of every site we walk down the hulls, the step that buys the most error per cost first. What is left of the budget
+    is smaller than one step, and is then spent on points off the hulls.
+    """
+    # Of every curve the points that are better than all cheaper ones, and those of them on its hull, by rising cost.
+    ladders: list[list[int]] = []
+    hulls: list[list[int]] = []
+    for curve in curves:
+        ladder: list[int] = []
+        hull: list[int] = []
+        for index in sorted(range(len(curve)), key=curve.__getitem__):
+            if ladder and curve[index].error >= curve[ladder[-1]].error:
+                continue
+            ladder.append(index)
+            while len(hull) > 1 and _slope(curve[hull[-2]], curve[hull[-1]]) <= _slope(curve[hull[-1]], curve[index]):
+                hull.pop()
+            hull.append(index)
+        ladders.append(ladder)
+        hulls.append(hull)
+    chosen = [hull[0] for hull in hulls]
+    rest = limit - sum(curve[index].cost for curve, index in zip(curves, chosen, strict=True))
+    steps = sorted(
+        (-_slope(curves[site][low], curves[site][high]), site, high)
+        for site, hull in enumerate(hulls)
+        for low, high in itertools.pairwise(hull)
+    )
+    multiplier = 0.0
+    blocked: set[int] = set()
+    for slope, site, new in steps:
+        extra = curves[site][new].cost - curves[site][chosen[site]].cost
+        if site in blocked:
+            continue
+        if extra > rest:
+            # Later steps of this site start from the point that was not reached.
+            blocked.add(site)
+            multiplier = multiplier or -slope
+            continue
+        chosen[site] = new
+        rest -= extra
+    # Single sites move to the best point that the rest pays for, the largest gain first.
+    costs = [[curve[index].cost for index in ladder] for curve, ladder in zip(curves, ladders, strict=True)]
+    while curves:
+        moves = []
+        for site, curve in enumerate(curves):
+            now = curve[chosen[site]]
+            index = ladders[site][bisect.bisect_right(costs[site], now.cost + rest) - 1]
+            moves.append((now.error - curve[index].error, site, index))
+        gain, site, index = max(moves, key=lambda move: move[0])
+        if gain <= 0:
+            break
+        rest -= curves[site][index].cost - curves[site][chosen[site]].cost
+        chosen[site] = index
+    return Allocation(tuple(chosen), multiplier)
+
+
+def _slope(low: Point, high: Point) -> float:
+    """Return the error saved per unit of cost between two points of rising cost."""
+    return (low.error - high.error) / max(high.cost - low.cost, 1)

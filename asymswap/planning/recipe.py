@@ -10,11 +10,10 @@
     macs = 0.5
     over = "matched"
 
-The first rule whose `match` a conv meets decides about it. `swap` may list several kinds: those that cannot take the
-conv are left out, and of the others a budget takes what loses least, with no budget the first that saves something
-wins. Sizes are written "3x3", or 3 for both sides; a list means
-any of them; a range { min = …, max = … } includes its ends, and for sizes holds for both sides. Globs match whole
-names.
+The first rule whose `match` a conv meets decides about it. Of several kinds in `swap` that can take the conv, a budget
+takes what loses least; with no budget the first that saves something wins. Sizes are written "3x3", or 3 for both
+sides; a list means any of them; a range { min = …, max = … } includes its ends, and for sizes holds for both sides.
+Globs match whole names.
 
 A stage is made of the convs whose output has the same number of pixels; sizes count at which a kernel of more than one
 tap runs, among the convs that `names` and `exclude` leave. `stage = "last"` is the smallest of them (the bottom of a
@@ -54,7 +53,7 @@ from asymswap import replacements
 from asymswap.errors import AsymswapError, RecipeError, near_names, validation_text
 from asymswap.graph import vocabulary
 from asymswap.planning.drop_budget import Drop
-from asymswap.replacements import KindSettings
+from asymswap.replacements import KindSettings, Replacement
 from asymswap.types import Site, Size
 
 
@@ -67,9 +66,7 @@ def _as_size(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _check_word(word: str) -> str:
@@ -132,17 +129,16 @@ class SizeRange(_Strict):
         return all(a <= b <= c for a, b, c in zip(low, size, high, strict=True))
 
 
-def _as_range(value: Any) -> Any:
-    exact = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"min": value, "max": value} if exact else value
-
-
 AnyOf = Annotated[tuple[Pair, ...], BeforeValidator(_as_tuple), _OrOne()]
 Sizes = Annotated[
     Annotated[SizeRange, Tag("range")] | Annotated[AnyOf, Tag("any of")],
     Discriminator(lambda value: "range" if isinstance(value, dict | SizeRange) else "any of"),
 ]
-Numbers = Annotated[Range, BeforeValidator(_as_range), _OrOne()]
+Numbers = Annotated[
+    Range,
+    BeforeValidator(lambda value: {"min": value, "max": value} if type(value) in (int, float) else value),
+    _OrOne(),
+]
 
 
 class Match(_Strict):
@@ -178,67 +174,76 @@ class Match(_Strict):
 
     def find(self, sites: Sequence[Site]) -> set[str]:
         """Return the names of the matching sites of a model, given in run order."""
-        running = [site.name for site in sites if site.calls]
-        ends: dict[str, Position] = {running[-1]: "last", running[0]: "first"} if running else {}
-        stages = _stages([site for site in sites if self._is_named(site)])
-        return {one.name for one in sites if self.holds(one, ends.get(one.name, "inner"), stages.get(one.name, set()))}
+        running = [site for site in sites if site.calls]
+        places: dict[str, Position] = {running[-1].name: "last", running[0].name: "first"} if running else {}
+        pixels = {site.name: math.prod(site.calls[0].output) for site in running if self._names(site)}
+        # A size at which no spatial conv runs (squeeze-excitation) is no stage.
+        sizes = {pixels[site.name] for site in running if site.name in pixels and site.conv.kernel != (1, 1)}
+        ends: dict[Position, int] = {"first": max(sizes, default=0), "last": min(sizes, default=0)}
+        stages: dict[str, set[Position]] = {
+            name: {end for end, extreme in ends.items() if size == extreme} or {"inner"}
+            for name, size in pixels.items()
+            if size in sizes
+        }
+        return {
+            one.name for one in sites if self.holds(one, places.get(one.name, "inner"), stages.get(one.name, set()))
+        }
 
     def holds(self, site: Site, position: Position, stages: Set[Position] = frozenset()) -> bool:
         """Return True if a site matches, at this place among all sites and in these stages."""
         conv, cost = site.conv, site.cost
         facts: dict[str, Collection[Any]] = {
-            "kernel": [conv.kernel],
-            "stride": [conv.stride],
-            "dilation": [conv.dilation],
+            **{name: [getattr(conv, name)] for name in ("kernel", "stride", "dilation", "in_channels", "out_channels")},
             "groups": [conv.grouping],
-            "in_channels": [conv.in_channels],
-            "out_channels": [conv.out_channels],
             "feature_map": [call.input for call in site.calls[:1]],
             "position": [position],
             "stage": stages,
             "macs": [cost.macs],
             "params": [cost.params],
         }
-        sides = [(self.followed_by, site.after), (self.preceded_by, site.before)]
-        return (
-            self._is_named(site)
-            and all(_allows(getattr(self, name), values) for name, values in facts.items())
-            and all(
-                words is None or any(vocabulary.fits(word, other.op) for word in words for other in neighbours or ())
-                for words, neighbours in sides
-            )
-        )
+        for name, values in facts.items():
+            condition = getattr(self, name)
+            if condition is not None:
+                allows = condition.__contains__ if isinstance(condition, tuple) else condition.holds
+                if not any(map(allows, values)):
+                    return False
+        for words, neighbours in ((self.followed_by, site.after or ()), (self.preceded_by, site.before or ())):
+            if words is not None and not any(vocabulary.fits(word, near.op) for word in words for near in neighbours):
+                return False
+        return self._names(site)
 
-    def _is_named(self, site: Site) -> bool:
+    def _names(self, site: Site) -> bool:
         return _matches(self.names)(site.name) and not _matches(self.exclude)(site.name)
 
 
-def _allows(condition: Range | SizeRange | tuple[Any, ...] | None, values: Collection[Any]) -> bool:
-    """Return True if one of the values meets a condition; without a condition any does, or none."""
-    if condition is None:
-        return True
-    if isinstance(condition, tuple):
-        return any(value in condition for value in values)
-    return any(condition.holds(value) for value in values)
+@functools.cache
+def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
+    """Match a name against any of the globs; the patterns that `fnmatch` makes never backtrack over a `*`."""
+    plain = {glob for glob in globs if not set("*?[") & set(glob)}
+    patterns = [re.compile(fnmatch.translate(glob)) for glob in globs if glob not in plain]
+    return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
 
 
 @dataclass(frozen=True)
-class RequestedSwap:
-    """A kind and its checked settings, as a rule asks for them."""
+class Way:
+    """One kind by which a conv can be swapped, with the settings that a rule asks for, checked.
 
-    kind: str
+    At a site, `absorbs` is the batch norm that the replacement takes over.
+    """
+
+    kind: Replacement
     settings: KindSettings
+    absorbs: str | None = None
 
     @property
     def lacks_size(self) -> bool:
         """True if the kind has sizes, and none is given."""
-        sizes = replacements.load(self.kind).SIZES
-        return bool(sizes) and all(getattr(self.settings, size) is None for size in sizes)
+        return bool(self.kind.SIZES) and all(getattr(self.settings, size) is None for size in self.kind.SIZES)
 
     @property
     def leaves_choice(self) -> bool:
         """True if a budget can choose: the size, or for a kind without one whether to swap at all."""
-        return self.lacks_size if replacements.load(self.kind).SIZES else not self.settings.allow_growth
+        return self.lacks_size if self.kind.SIZES else not self.settings.allow_growth
 
 
 class Rule(_Strict):
@@ -258,7 +263,7 @@ class Rule(_Strict):
         if not all(isinstance(swap.get("kind"), str) for swap in self.swap):
             raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
         try:
-            kinds = Counter(swap.kind for swap in self.swaps)
+            kinds = Counter(way.kind.name for way in self.ways)
         except RecipeError as error:
             raise ValueError(str(error)) from None
         twice = next((kind for kind, times in kinds.items() if times > 1), None)
@@ -267,42 +272,35 @@ class Rule(_Strict):
         return self
 
     @functools.cached_property
-    def swaps(self) -> tuple[RequestedSwap, ...]:
+    def ways(self) -> tuple[Way, ...]:
         """What a matched conv may become, checked; nothing where it is kept."""
-        settings = [{key: value for key, value in swap.items() if key != "kind"} for swap in self.swap]
-        return tuple(
-            RequestedSwap(swap["kind"], replacements.parse_settings(swap["kind"], own))
-            for swap, own in zip(self.swap, settings, strict=True)
-        )
-
-    @property
-    def leaves_choice(self) -> bool:
-        """True if a budget can choose anything at a conv that the rule matches."""
-        return any(swap.leaves_choice for swap in self.swaps)
+        asked = [(swap["kind"], {key: value for key, value in swap.items() if key != "kind"}) for swap in self.swap]
+        return tuple(Way(replacements.load(kind), replacements.parse_settings(kind, own)) for kind, own in asked)
 
 
+MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+BUDGETS = (*MEASURES, "max_drop")
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 def _as_drop(value: Any) -> Any:
     try:
-        drop = Drop.parse(value)
+        if Drop.parse(value).value == 0:
+            raise AsymswapError("a loss of 0 leaves nothing to swap; give what may be lost")
     except AsymswapError as error:
         raise ValueError(str(error)) from None
-    if drop.value == 0:
-        raise ValueError("a loss of 0 leaves nothing to swap; give what may be lost")
     return value
 
 
 def _as_latency(value: Any) -> Any:
     """Read 0.6 as a fraction, and leave "5ms" or "0.005s" as the text that it is."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
-        return float(value)
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return _as_latency(float(value))
         if _seconds(value):
             return value
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
     raise ValueError('give a fraction above 0 and at most 1, or a time such as "5ms" or "0.005s"')
 
 
@@ -341,11 +339,9 @@ class Budget(_Strict):
         return self
 
     @property
-    def measure(self) -> Literal["macs", "params", "latency"]:
-        """Which cost is bounded, or made as low as the loss allows."""
-        if self.latency is not None:
-            return "latency"
-        return "params" if self.params is not None else "macs"
+    def measure(self) -> str:
+        """The cost of `MEASURES` that is bounded, or made as low as the loss allows."""
+        return next((name for name in MEASURES if getattr(self, name) is not None), "macs")
 
     @property
     def fraction(self) -> float:
@@ -365,10 +361,6 @@ class Budget(_Strict):
             return f"{1e3 * self.seconds:g} ms"
         owner = "the matched convs'" if self.over == "matched" else "the model's"
         return f"{self.fraction:g} of {owner} {MEASURES[self.measure]}"
-
-
-MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
-BUDGETS = (*MEASURES, "max_drop")
 
 
 class About(_Strict):
@@ -391,37 +383,17 @@ class Recipe(About):
 
     @model_validator(mode="after")
     def _sizes_and_budget(self) -> Recipe:
-        every = [(number, swap) for number, rule in enumerate(self.rules, start=1) for swap in rule.swaps]
-        for number, swap in every:
-            if self.budget is None and swap.lacks_size:
-                sizes = " or ".join(replacements.load(swap.kind).SIZES)
-                raise ValueError(f"rule {number} says no size: give {swap.kind} a {sizes}, or the recipe a [budget]")
-        if self.budget is not None and not any(swap.leaves_choice for _, swap in every):
+        every = [(number, way) for number, rule in enumerate(self.rules, start=1) for way in rule.ways]
+        for number, way in every:
+            if self.budget is None and way.lacks_size:
+                sizes = f"give {way.kind.name} a {' or '.join(way.kind.SIZES)}"
+                raise ValueError(f"rule {number} says no size: {sizes}, or the recipe a [budget]")
+        if self.budget is not None and not any(way.leaves_choice for _, way in every):
             why = "no rule's kind has sizes; leave the budget out"
-            if any(replacements.load(swap.kind).SIZES for _, swap in every):
+            if any(way.kind.SIZES for _, way in every):
                 why = "every rule gives its own size; remove one of the two"
             raise ValueError(f"the [budget] has nothing to choose: {why}")
         return self
-
-
-@functools.cache
-def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
-    """Match a name against any of the globs; the patterns that `fnmatch` makes never backtrack over a `*`."""
-    plain = {glob for glob in globs if not set("*?[") & set(glob)}
-    patterns = [re.compile(fnmatch.translate(glob)) for glob in globs if glob not in plain]
-    return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
-
-
-def _stages(sites: Sequence[Site]) -> dict[str, set[Position]]:
-    """Return the stages of each site by its first call; one of no spatial conv's size (squeeze-excitation) has none."""
-    pixels = {site.name: math.prod(site.calls[0].output) for site in sites if site.calls}
-    sizes = {pixels[site.name] for site in sites if site.calls and site.conv.kernel != (1, 1)}
-    ends: dict[Position, int] = {"first": max(sizes, default=0), "last": min(sizes, default=0)}
-    return {
-        name: {end for end, extreme in ends.items() if size == extreme} or {"inner"}
-        for name, size in pixels.items()
-        if size in sizes
-    }
 
 
 _LARGEST, _LONGEST_KEY = 2**20, 100
@@ -464,7 +436,7 @@ def read_recipe_text(reference: str) -> tuple[str, str]:
 
 
 def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Check a recipe's text, with the user's `overrides` (see `override`) put in; raises RecipeError in one line."""
+    """Check a recipe's text, with the user's `overrides` put in; raises RecipeError in one line."""
     if len(text) > _LARGEST:
         raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -480,12 +452,19 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
         # Of numbers with thousands of digits, and of lists in lists in lists.
         raise RecipeError(f"{where}: not valid TOML: {error}") from None
     try:
-        return Recipe.model_validate(override(value, overrides or {}))
+        return Recipe.model_validate(_overridden(value, overrides or {}))
     except ValidationError as error:
-        raise RecipeError(f"{where}: {validation_text(error, _keys_at(error))}") from None
+        # The keys that are known where the first unknown one is, for near names.
+        known: list[str] = []
+        owners: dict[Any, type[BaseModel]] = {"rules": Rule, "match": Match, "budget": Budget}
+        for loc in (item["loc"] for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"):
+            path = [part for part in loc[:-1] if isinstance(part, str) and part not in ("range", "any of")]
+            owner = Range if len(path) > 2 else owners.get(path[-1], Recipe) if path else Recipe
+            known = known or list(owner.model_fields)
+        raise RecipeError(f"{where}: {validation_text(error, known)}") from None
 
 
-def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _overridden(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Put the user's `overrides` into a recipe that has been read but not checked.
 
     `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key goes into
@@ -499,11 +478,32 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     ):
         # The check of the whole says what is wrong with the rules, or the budget.
         return value
-    rules = [dict(rule) for rule in given]
-    sized = [_override_rules(rules, key, new) for key, new in overrides.items() if not key.startswith("budget.")]
-    if any(sized) and not any(_leaves_choice(rule) for rule in rules):
-        budget = None
+    rules = [{**rule, "swap": [*_as_tuple(rule.get("swap", ()))]} for rule in given]
     parts = {key.removeprefix("budget."): new for key, new in overrides.items() if key.startswith("budget.")}
+    sized = False
+    for key in (key for key in overrides if not key.startswith("budget.")):
+        known, taken = set[str](), False
+        for swaps, place in ((rule["swap"], place) for rule in rules for place in range(len(rule["swap"]))):
+            swap = swaps[place]
+            if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
+                continue
+            kind = replacements.load(swap["kind"])
+            known |= kind.settings.model_fields.keys()
+            if key in kind.settings.model_fields:
+                dropped = kind.SIZES if key in kind.SIZES else ()
+                swaps[place] = {name: item for name, item in swap.items() if name not in dropped} | {
+                    key: overrides[key]
+                }
+                taken, sized = True, sized or bool(dropped)
+        if not taken:
+            hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
+            raise RecipeError(f"no rule of the recipe has a setting {key!r}{hint}")
+    if sized:
+        left: list[Way] = []
+        for rule in rules:
+            with contextlib.suppress(ValidationError):  # the check of the whole says what is wrong with it
+                left += [way for way in Rule.model_validate(rule).ways if way.leaves_choice]
+        budget = budget if left else None
     # Another measure makes another budget, to which `over` then applies.
     for part in sorted(parts, key=lambda part: part not in BUDGETS):
         budget = {**({} if part in BUDGETS else budget or {}), part: parts[part]}
@@ -511,59 +511,15 @@ def override(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     return changed if budget is None else {**changed, "budget": budget}
 
 
-def _override_rules(rules: list[dict[str, Any]], key: str, new: Any) -> bool:
-    """Put a setting into all rules that take it, in place; return True if it is the size of one of them."""
-    known: set[str] = set()
-    taken = is_size = False
-    for rule in rules:
-        swaps = []
-        for swap in _as_tuple(rule.get("swap", ())):
-            if isinstance(swap, dict) and swap.get("kind") in replacements.names():
-                kind = replacements.load(swap["kind"])
-                known |= kind.settings.model_fields.keys()
-                if key in kind.settings.model_fields:
-                    dropped = kind.SIZES if key in kind.SIZES else ()
-                    swap = {**{name: item for name, item in swap.items() if name not in dropped}, key: new}
-                    taken, is_size = True, is_size or key in kind.SIZES
-            swaps.append(swap)
-        rule["swap"] = swaps
-    if not taken:
-        hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
-        raise RecipeError(f"no rule of the recipe has a setting {key!r}{hint}")
-    return is_size
-
-
-def _leaves_choice(rule: dict[str, Any]) -> bool:
-    try:
-        return Rule.model_validate(rule).leaves_choice
-    except ValidationError:
-        return False  # the check of the whole says what is wrong with it
-
-
-def _keys_at(error: ValidationError) -> list[str]:
-    """Return the keys that are known at the first unknown one, for near names."""
-    owners: dict[str | int, type[BaseModel]] = {"rules": Rule, "match": Match, "budget": Budget}
-    for item in error.errors(include_url=False):
-        if item["type"] == "extra_forbidden":
-            *path, _ = [part for part in item["loc"] if isinstance(part, str) and part not in ("range", "any of")]
-            owner = Range if len(path) > 2 else owners.get(path[-1], Recipe) if path else Recipe
-            return list(owner.model_fields)
-    return []
-
-
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, for editors, with the settings of each kind."""
-    schema = Recipe.model_json_schema()
-    swaps = []
+    schema, swaps = Recipe.model_json_schema(), []
     for name in replacements.names():
         settings = replacements.load(name).settings.model_json_schema()
-        settings["properties"] = {"kind": {"const": name}, **settings["properties"]}
-        settings["required"] = ["kind"]
-        settings["title"] = name
-        swaps.append(settings)
+        properties = {"kind": {"const": name}, **settings["properties"]}
+        swaps.append({**settings, "properties": properties, "required": ["kind"], "title": name})
     schema["$defs"]["Swap"] = {"oneOf": swaps}
-    one = {"$ref": "#/$defs/Swap"}
-    rule = schema["$defs"]["Rule"]["properties"]
+    one, rule = {"$ref": "#/$defs/Swap"}, schema["$defs"]["Rule"]["properties"]
     both = [one, {"type": "array", "items": one, "minItems": 1}]
     rule["swap"] = {"description": rule["swap"]["description"], "anyOf": both}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

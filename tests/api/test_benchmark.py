@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import asymswap
 from asymswap.api.benchmark import shared_layers
 from asymswap.errors import AsymswapError, TraceError
-from asymswap.measure import latency, programs, runtimes
+from asymswap.measure import latency, runtimes
 from asymswap.results.benchmark import Benchmark, Result
 from asymswap.results.records import to_json
 
@@ -178,12 +178,12 @@ class TestFailures:
         assert of(found, 1).seconds is not None
 
     def test_where_nothing_can_be_run_it_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(programs.ONNX_RUNTIME, "no_such_module", (1,))
+        monkeypatch.setitem(runtimes.ONNX_RUNTIME, "no_such_module", (1,))
         with pytest.raises(AsymswapError, match=r"^ONNX Runtime needs no_such_module; pip install 'asymswap\[onnx\]'$"):
             asymswap.benchmark([DIGITS, DIGITS], runtimes=["onnxruntime"])
 
     def test_a_missing_runtime_leaves_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(programs.ONNX_RUNTIME, "no_such_module", (1,))
+        monkeypatch.setitem(runtimes.ONNX_RUNTIME, "no_such_module", (1,))
         found = asymswap.benchmark([DIGITS], runtimes=["torch", "onnxruntime"], rounds=1, memory_formats=["contiguous"])
         assert of(found, 0, 0).seconds is not None
         assert "no_such_module" in (of(found, 0, 1).failure or "")
@@ -298,13 +298,13 @@ class TestRuntimes:
         self, monkeypatch: pytest.MonkeyPatch, one_thread: None
     ) -> None:
         written: list[Path] = []
-        write = programs.write_onnx
+        write = runtimes.write_onnx
 
         def noted(model: nn.Module, inputs: Any, shapes: Any, path: Path) -> None:
             written.append(path)
             write(model, inputs, shapes, path)
 
-        monkeypatch.setattr(programs, "write_onnx", noted)
+        monkeypatch.setattr(runtimes, "write_onnx", noted)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         found = run(model, runtimes=["onnxruntime"], batches=[1, 4], threads=[1, 2], rounds=2)
         assert [(one.batch, one.threads, one.memory_format) for one in found.settings] == [

@@ -742,7 +742,7 @@ class TestTime:
             raise AsymswapError("no operator Bessel at layer1")
 
         monkeypatch.setattr("asymswap.api.benchmark.installed", lambda names: ["torch", "onnxruntime"])
-        monkeypatch.setattr("asymswap.measure.programs.write_onnx", fail)
+        monkeypatch.setattr("asymswap.measure.runtimes.write_onnx", fail)
         report = self.conversion(monkeypatch, 0.5, time=True).report
         assert report.latency is not None
         assert [row.failure for row in report.latency.times] == [None, "no operator Bessel at layer1"]

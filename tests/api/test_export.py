@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap.api import export as exporting
-from asymswap.measure import programs
+from asymswap.measure import runtimes
 from asymswap.models.builders import build
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'
@@ -199,14 +199,14 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         asymswap.export(source, tmp_path / "model.onnx", form="pt2")
     with pytest.raises(asymswap.AsymswapError, match="a plain state_dict is one that digits-resnet loads, and some"):
         asymswap.export(source, tmp_path / "plain.pt")
-    monkeypatch.setitem(programs.ONNX_RUNTIME, "onnxruntime", (99,))
+    monkeypatch.setitem(runtimes.ONNX_RUNTIME, "onnxruntime", (99,))
     pytest.importorskip("onnxruntime")
     with pytest.raises(
         asymswap.AsymswapError, match=r"onnxruntime .* is too old for ONNX, which needs 99; pip install"
     ):
         asymswap.export(source, tmp_path / "model.onnx")
-    monkeypatch.setitem(programs.ONNX_RUNTIME, "no_such_module", (1,))
-    monkeypatch.delitem(programs.ONNX_RUNTIME, "onnxruntime")
+    monkeypatch.setitem(runtimes.ONNX_RUNTIME, "no_such_module", (1,))
+    monkeypatch.delitem(runtimes.ONNX_RUNTIME, "onnxruntime")
     with pytest.raises(asymswap.AsymswapError, match="ONNX needs no_such_module; pip install"):
         asymswap.export(source, tmp_path / "model.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "recipe.toml"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asymswap.measure.agreement import measure_agreement, named_outputs
+from asymswap.measure.fidelity import measure_agreement, named_outputs
 from asymswap.measure.statistics import wilson_interval
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))

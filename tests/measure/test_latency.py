@@ -232,7 +232,7 @@ def test_formats_and_batches(memory_format: latency.MemoryFormat) -> None:
     (x,) = inputs_like((torch.empty(1, 3, 8, 6, device="meta"),), memory_format, batch=5)
     assert x.shape == (5, 3, 8, 6)
     for tensor in (made.weight, x):
-        assert tensor.is_contiguous(memory_format=latency._FORMATS[memory_format])
+        assert tensor.is_contiguous(memory_format=latency.FORMATS[memory_format])
     assert conv.weight.is_contiguous()
 
 

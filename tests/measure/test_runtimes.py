@@ -15,10 +15,9 @@ from processes import forked
 from torch import Tensor, nn
 
 from asymswap.errors import AsymswapError
-from asymswap.measure import programs
+from asymswap.measure import runtimes
 from asymswap.measure.latency import time_layers
-from asymswap.measure.programs import layers_of
-from asymswap.measure.runtimes import RUNTIMES, Network, compiled, installed, prepare_all
+from asymswap.measure.runtimes import RUNTIMES, Network, compiled, installed, layers_of, prepare_all
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.utils.tensors import list_tensors
 
@@ -140,13 +139,13 @@ def test_it_computes_what_pytorch_computes_at_every_batch_and_number_of_threads(
     for batch, threads in itertools.product((1, 3), (1, 2)):
         one = setting(name, batch, threads)
         run = RUNTIMES[name].prepare(network, one)
-        assert run.turn.threads == threads
+        assert run.threads == threads
         assert (run.ready is None) == (name == "torch")
         with torch.inference_mode():
             (found,) = list_tensors(RUNTIMES[name].open(network, one)[0]())
             # By the network as it is, not as it was folded.
             torch.testing.assert_close(found, residual(network.placed(one)[1][0]), atol=1e-4, rtol=1e-4)
-        assert run.turn.measure() > 0
+        assert run.measure() > 0
 
 
 def test_outputs_of_another_network_are_an_error(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +240,7 @@ def test_one_file_serves_all_and_what_cannot_be_written_is_told_each_time(
         calls.append(1)
         raise AsymswapError("no such operator")
 
-    monkeypatch.setattr(programs, "write_onnx", fail)
+    monkeypatch.setattr(runtimes, "write_onnx", fail)
     for _ in range(2):
         with pytest.raises(AsymswapError, match=r"^no such operator$"):
             RUNTIMES[name].prepare(network, setting(name))
@@ -288,7 +287,7 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     code = """
 import sys
-from asymswap.measure.programs import imported
+from asymswap.measure.runtimes import imported
 assert imported("openvino").Core().available_devices
 print([name for name in sys.modules if name.startswith("openvino_telemetry")])
 import openvino_telemetry

@@ -5,10 +5,14 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymswap.planning.allocate import Point, allocate, least_cost
+from asymswap.planning.plan import Point, allocate
 
 points = st.builds(Point, cost=st.integers(0, 60), error=st.floats(0, 1))
 curves = st.lists(st.lists(points, min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def least_cost(all_curves: list[list[Point]]) -> int:
+    return sum(min(point.cost for point in curve) for curve in all_curves)
 
 
 def total(chosen: tuple[int, ...], all_curves: list[list[Point]]) -> tuple[int, float]:

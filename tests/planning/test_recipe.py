@@ -240,8 +240,8 @@ def test_which_convs_a_shipped_recipe_swaps_by_which_kind(name: str) -> None:
     recipe = parse_recipe(*read_recipe_text(name))
     found: dict[str, list[str]] = {}
     for each, (spoken, number) in zip(FORMS, find_rule(FORMS, recipe).items(), strict=True):
-        swaps = () if number is None else recipe.rules[number].swaps
-        fitting = [swap.kind for swap in swaps if replacements.load(swap.kind).unsupported(each.conv) is None]
+        ways = () if number is None else recipe.rules[number].ways
+        fitting = [way.kind.name for way in ways if way.kind.unsupported(each.conv) is None]
         for kind in fitting[:1]:
             found.setdefault(kind, []).append(spoken)
     assert found == SPOKEN_OF[name]
