@@ -11,8 +11,9 @@ axis, and costs as many MACs; a 3 x 3 kernel becomes 5 x 5 with L = 1, and one o
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,8 @@ from asymswap.types import ConvSpec, Cost, Site, Size
 class Settings(GrowingSettings):
     """How far a tap may move."""
 
-    limit: float = Field(
-        1.0,
-        ge=0.01,
-        le=16,
-        allow_inf_nan=False,
-        description="The largest offset, in pixels of the input; the larger, the larger the kernel that is trained.",
-    )
+    limit: Annotated[float, Field(ge=0.01, le=16, allow_inf_nan=False)] = 1.0
+    """The largest offset, in pixels of the input; the larger, the larger the kernel that is trained."""
 
 
 class OffsetConv2d(nn.Module):
@@ -90,20 +86,14 @@ _WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda
 @fx.wrap
 def _built_kernel(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Size, limit: float) -> Tensor:
     """Return the grown kernel, computed in float32 at least, in the dtype of the weights; one node to torch.fx."""
-    device = w_OIHW.device.type
-    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
-        # The convolution may run in half precision, but its taps would lose their places.
-        with torch.autocast(device, enabled=False):
-            return _grown(w_OIHW, raw_T2, factor_T, dilation, limit)
-    return _grown(w_OIHW, raw_T2, factor_T, dilation, limit)
-
-
-def _grown(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Size, limit: float) -> Tensor:
-    kernel = (w_OIHW.shape[2], w_OIHW.shape[3])
-    share_TYX = bilinear.spread(_bounded(raw_T2, limit), kernel, dilation, math.ceil(limit))
-    if factor_T is not None:
-        share_TYX = share_TYX * factor_T[:, None, None]
-    return bilinear.grow(w_OIHW.to(share_TYX.dtype), share_TYX).to(w_OIHW.dtype)
+    device, kernel = w_OIHW.device.type, (w_OIHW.shape[2], w_OIHW.shape[3])
+    autocast = device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    # The convolution may run in half precision, but its taps would lose their places.
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        share_TYX = bilinear.spread(_bounded(raw_T2, limit), kernel, dilation, math.ceil(limit))
+        if factor_T is not None:
+            share_TYX = share_TYX * factor_T[:, None, None]
+        return bilinear.grow(w_OIHW.to(share_TYX.dtype), share_TYX).to(w_OIHW.dtype)
 
 
 _WIDEST = 31  # pixels that a conv's taps may span: the built kernel has no holes, and costs more than a dilated conv

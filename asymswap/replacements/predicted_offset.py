@@ -36,10 +36,10 @@ BILINEAR_MACS = 4  # multiply-adds of one sample between pixels: one for each of
 class Settings(GrowingSettings):
     """Masks, and the number of groups of channels that move on their own."""
 
-    mask: bool = Field(False, description="Also predict a factor for every sample: 0 to 2, and 1 at conversion.")
-    offset_groups: int = Field(
-        1, ge=1, description="Equal groups of input channels with offsets (and masks) of their own."
-    )
+    mask: bool = False
+    """Also predict a factor for every sample: 0 to 2, and 1 at conversion."""
+    offset_groups: int = Field(1, ge=1)
+    """Equal groups of input channels with offsets (and masks) of their own."""
 
 
 class PredictorConv2d(nn.Conv2d):
