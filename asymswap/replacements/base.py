@@ -35,7 +35,6 @@ class KindSettings(BaseModel):
     """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
     allow_growth: bool = Field(False, description="Swap even where the replacement has more MACs or parameters.")
 
 
