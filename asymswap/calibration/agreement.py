@@ -32,11 +32,8 @@ from asymswap.results.evaluate import Score
 from asymswap.utils.inputs import copied
 from asymswap.utils.tensors import eval_mode
 
-MEASURED = 4096
-"""Samples to hold back where a loss of tenths of a point is to be seen; a half at most."""
-
-_VALUES = 512
-"""Samples of which values are compared, at most: each says more than the class of a sample does."""
+MEASURED = 4096  # samples to hold back where a loss of tenths of a point is to be seen; a half at most
+_VALUES = 512  # samples of which values are compared, at most: each says more than the class of a sample does
 
 
 class Against(Evaluator):

@@ -40,12 +40,9 @@ from asymswap.utils.files import check_output
 from asymswap.utils.inputs import Inputs, placed, samples_in
 from asymswap.utils.tensors import eval_mode, list_tensors, seeded, store_
 
-PROBED = 32
-"""Samples on which outputs are compared layer by layer, at most."""
+PROBED = 32  # samples on which outputs are compared layer by layer, at most
+UNSEEN = "did not run on the calibration images"  # why a conv without statistics is kept
 _HALF = (torch.float16, torch.bfloat16)
-
-UNSEEN = "did not run on the calibration images"
-"""Why a conv without statistics is kept."""
 
 
 def options_of(
@@ -54,9 +51,7 @@ def options_of(
     """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
     if None not in (own, preprocessing) and own != preprocessing:
-        raise AsymswapError(
-            "`preprocessing=…` of the verb and of its Calibration contradict each other; give one of them"
-        )
+        raise AsymswapError("`preprocessing=…` of the verb and of its Calibration contradict each other; give one")
     return preprocessing or own
 
 
@@ -190,8 +185,8 @@ def convert_on(
         return converted, False
     if images.count != gathered.summary.images:
         notes.append(f"solved layer by layer on {images.count} images")
-    example = opened.example()
-    refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, images, example, progress)
+    by_site, example = gathered.by_site, opened.example()
+    refined = refine_(opened.model, converted, traced.sites, plan, by_site, images, example, progress)
     if not refined.by_graph:
         notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
     if refined.one_pass:

@@ -40,9 +40,10 @@ from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tens
 Batches = Callable[[], Iterable[tuple[int, Inputs]]]
 """Returns a new iterator over the same batches of the forward's arguments, with their numbers, at every call."""
 
-
 _POSITIONS = 32  # positions of a feature map to look at in each image, at least, if it has as many
-_SAMPLES_PER_DIMENSION = 8, 64  # patches for each row of a covariance, if the images have as many: at least, at most
+# Patches for each row of a covariance, if the images have as many: at least, at most. With 8 a pair fits the noise of
+# the sample: on a DnCNN at half of its MACs 64 leave a third of the error (docs/results/calibration-experiments.md).
+_SAMPLES_PER_DIMENSION = 8, 64
 _ENOUGH = 2**16  # patches; more only for the least number of each row
 _ASYMMETRY = 1e-5  # that rounding in float32 may cause, relative to a matrix's norm
 _JUDGED = 128  # images whose outputs decide what kind of outputs they are
@@ -51,10 +52,9 @@ _BLOCK = 256  # rows of a Gram matrix to multiply at once
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a calibration, and how they are used.
+    """The images of a calibration: `count` in all processes of the `team`, each of which has some of the batches.
 
-    `count` is the number of images of all processes of the `team`, each of which has some of the batches. Random
-    numbers for a batch depend on the seed and its number alone, so it does not matter which process has it.
+    Random numbers for a batch depend on the seed and its number alone, so it does not matter which process has it.
     """
 
     batches: Batches
@@ -155,11 +155,10 @@ def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
-    """Decide whether a model's outputs are scores of classes or values, by its outputs for some images; and say why.
+    """Decide whether a model's outputs for some images are scores of classes or values; and say why.
 
     Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax ignores
-    an offset common to all; probabilities are positive and add up to one. `classes` is the number of classes of the
-    user's own labelled data, if there is any.
+    an offset common to all. `classes` is the number of classes of the user's own labelled data, if there is any.
     """
     norms, seen = list[Any](), list[Tensor]()
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
@@ -168,12 +167,12 @@ def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) 
                 hooks.enter_context(module.register_forward_hook(lambda _, __, output: norms.append(output)))
         for _, batch in batches():
             norms.clear()
-            outputs = list_tensors(model(*copied(batch)))
-            if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
+            output, *others = list_tensors(model(*copied(batch))) or [torch.empty(0)]
+            if others or not output.is_floating_point() or output.dim() != 2:
                 return "values", "they are not images x classes"
-            if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
-                return "values", "a single number" if outputs[0].shape[1] < 2 else "they are normalised"
-            seen.append(outputs[0].to(torch.float64))
+            if output.shape[1] < 2 or any(norm is output for norm in norms):
+                return "values", "a single number" if output.shape[1] < 2 else "they are normalised"
+            seen.append(output.to(torch.float64))
             if sum(map(len, seen)) >= _JUDGED:
                 break
     outputs_NK = torch.cat(seen)
@@ -211,10 +210,8 @@ def gather(
     found: dict[str, SiteStatistics] = {}
     everywhere = True
     for number, group in enumerate(groups):
-
-        def step(done: int, number: int = number) -> None:
-            progress("calibrating", done + number * images.count, len(groups) * images.count)
-
+        before, total = number * images.count, len(groups) * images.count
+        step = lambda done, before=before, total=total: progress("calibrating", before + done, total)  # noqa: E731
         gathered, with_gradient = _pass(model, group, images, outputs, step)
         found |= gathered
         everywhere = everywhere and with_gradient
@@ -298,11 +295,7 @@ def _length(site: Site) -> int:
 
 
 def positions_for(site: Site, images: int) -> int:
-    """Return the number of positions to look at in each image: enough for the covariance, and no more.
-
-    With 8 patches for each row a pair fits the noise of the sample: on a DnCNN at half of its MACs, calibrated on 64
-    patches, 64 leave a third of the error (docs/results/calibration-experiments.md).
-    """
+    """Return the number of positions to look at in each image: enough for the covariance, and no more."""
     least, most = (each * _length(site) for each in _SAMPLES_PER_DIMENSION)
     return max(_POSITIONS, math.ceil(max(least, min(most, _ENOUGH)) / max(images, 1)))
 
@@ -357,8 +350,7 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
     parts = []
     for tensor in tensors:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
-        values = tensor.detach()
-        deviation = values.std(correction=0)
+        values, deviation = tensor.detach(), tensor.detach().std(correction=0)
         scale = torch.where(deviation > 0, deviation, values.abs().mean())
         parts.append((tensor * noise).sum() / scale.clamp_min(1e-12))
     return torch.stack(parts).sum()
@@ -369,11 +361,10 @@ def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]
     groups: list[list[Site]] = []
     held = 0.0
     for site in sites:
-        size = size_of(site)
-        held += size
+        held += size_of(site)
         if not groups or held > limit:
             groups.append([])
-            held = size
+            held = size_of(site)
         groups[-1].append(site)
     return groups
 

@@ -3,15 +3,12 @@
 The student gets the same inputs as the teacher, augmented, for many steps (Beyer et al., 2022). The loss is the squared
 difference of the outputs, of class scores before the softmax (Ba and Caruana, 2014): a network is so sure of its
 training images that the probabilities say next to nothing. The outputs of the replaced layers are compared too (Romero
-et al., 2015): they say more than the few numbers of a class score, and the same steps gain a tenth more. Batch norms
-keep their statistics. Kernels and matrices are trained by Muon (Jordan et al., 2024), whose steps have the same
-size in every direction: within the few hundred steps that a budget of minutes allows, it gains more than Adam
-(docs/results/polish.md).
+et al., 2015): the same steps gain a tenth more. Batch norms keep their statistics. Muon (Jordan et al., 2024) gains
+more than Adam within the few hundred steps that a budget of minutes allows (docs/results/polish.md).
 
 Everything else is found from the network and the budget: the batch, as large as leaves enough steps; the patch, where
-outputs are images; the rate, by short runs from the same start; and when to go back, at a lower rate. Of all weights,
-the initial ones among them, those with the smallest difference on held-back inputs are kept, so the result is never
-worse than the start.
+outputs are images; the rate, by short runs from the same start; and when to go back, at a lower rate. The weights with
+the smallest difference on held-back inputs are kept, be it the initial ones.
 """
 
 from __future__ import annotations

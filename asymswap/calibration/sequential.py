@@ -48,9 +48,9 @@ Env = dict[fx.Node, Any]
 
 _DAMPING = 0.05  # batch norm scales below this fraction of the channels' average are not undone in full
 _SAME = 1e-3  # relative difference of outputs up to which a graph computes what the model does
+# Above this fraction of a target output's energy that no kernel explains, patches and targets do not belong together:
+# a detector's second stage looks at other boxes in the converted network than in the original.
 _UNEXPLAINED = 0.8
-"""Above this fraction of a target output's energy that no kernel explains, patches and targets do not belong together:
-a detector's second stage looks at other boxes in the converted network than in the original."""
 
 
 @dataclass
@@ -297,10 +297,9 @@ def _computes_the_same(walk: _Walk, model: nn.Module, inputs: Inputs) -> bool:
 
 @dataclass
 class _Pair:
-    """Both networks' values for one batch at one point of the walk.
+    """Both networks' values for one batch, of the original up to the node at `position`, which is included.
 
-    The original has run up to and including the node at `position`; the converted one up to the node before, since the
-    one at `position` may be a replacement that is still to be solved.
+    Of the converted one up to the node before, since that node may be a replacement that is still to be solved.
     """
 
     number: int

@@ -60,19 +60,14 @@ class Problem:
     p_GOO: Tensor
 
     @cached_property
-    def tap_covariance(self) -> Tensor:
-        """The covariance of one tap's inputs, averaged over the taps."""
-        return torch.einsum("gkmkn->gmn", self.s_GKMKM) / self.w_GOKM.shape[2]
-
-    @cached_property
     def moved_kernel(self) -> Tensor:
         """The kernel times the covariance, W S."""
         return torch.einsum("gokm,gkmln->goln", self.w_GOKM, self.s_GKMKM)
 
     @cached_property
     def tap_factor(self) -> Tensor:
-        """L with L L' the covariance of one tap."""
-        return _cholesky(self.tap_covariance)
+        """L with L L' the covariance of one tap's inputs, averaged over the taps."""
+        return _cholesky(torch.einsum("gkmkn->gmn", self.s_GKMKM) / self.w_GOKM.shape[2])
 
     def whitened(self) -> Tensor:
         """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""

@@ -9,7 +9,7 @@ distance from the border alone, so that less of it is a part of more of it.
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import reduce
 from typing import cast
 
@@ -22,26 +22,14 @@ from asymswap.utils.tensors import store_
 
 def new_conv(conv: ConvSpec, cls: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """Return a conv of these fields with unset weights."""
-    module: nn.Conv2d = nn.utils.skip_init(
-        cls,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=conv.bias,
-        padding_mode=conv.padding_mode,
-        dtype=getattr(torch, conv.dtype),
-    )
+    *fields, dtype = astuple(conv)  # in the order in which nn.Conv2d takes them
+    module: nn.Conv2d = nn.utils.skip_init(cls, *fields, dtype=getattr(torch, dtype))
     return module
 
 
 def conv_of(conv: ConvSpec, weight_OIHW: Tensor, bias_O: Tensor | None, like: Tensor) -> nn.Conv2d:
     """Return a conv of these fields but for kernel size and bias, with these numbers; dtype and device are `like`'s."""
-    kernel = (weight_OIHW.shape[2], weight_OIHW.shape[3])
-    dtype = str(like.dtype).removeprefix("torch.")
+    kernel, dtype = (weight_OIHW.shape[2], weight_OIHW.shape[3]), str(like.dtype).removeprefix("torch.")
     made = new_conv(replace(conv, kernel=kernel, bias=bias_O is not None, dtype=dtype)).to(like.device)
     copy_(made, weight_OIHW, bias_O)
     return made
@@ -113,14 +101,12 @@ class StripSum(nn.Module):
 
 def centre_column(w_OIHW: Tensor) -> Tensor:
     """Return the taps (O, I, H, 1) of the vertical strip, a view."""
-    middle = w_OIHW.shape[3] // 2
-    return w_OIHW[..., middle : middle + 1]
+    return w_OIHW.narrow(3, w_OIHW.shape[3] // 2, 1)
 
 
 def centre_row(w_OIHW: Tensor) -> Tensor:
     """Return the taps (O, I, 1, W) of the horizontal strip, a view."""
-    middle = w_OIHW.shape[2] // 2
-    return w_OIHW[:, :, middle : middle + 1]
+    return w_OIHW.narrow(2, w_OIHW.shape[2] // 2, 1)
 
 
 def as_square(vertical: Tensor, horizontal: Tensor) -> Tensor:

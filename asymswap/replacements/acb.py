@@ -87,9 +87,7 @@ class AsymmetricConvBlock(Replacement):
         """
         if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d:
             return None
-        if norm.running_mean is None or norm.running_var is None:
-            return None
-        if additions(norm, nn.BatchNorm2d(1, device="meta")) is not None:
+        if norm.running_mean is None or norm.running_var is None or additions(norm, nn.BatchNorm2d(1, device="meta")):
             return None
         momentum = "cumulative" if norm.momentum is None else norm.momentum
         return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})
@@ -178,8 +176,7 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[
     Without statistics we assume white inputs that explain the batch norm's: the variance goes with the kernel's squared
     norm, the mean with its part along the conv's kernel. With neither, outputs that are normal already.
     """
-    statistics, norm = original.statistics, original.norm
-    kernel = _float64(kernel_OIHW).flatten(1)
+    statistics, norm, kernel = original.statistics, original.norm, _float64(kernel_OIHW).flatten(1)
     if statistics is not None:
         kernel_GOD = kernel.unflatten(0, (conv.groups, -1))
         mean_GO = torch.einsum("god,gd->go", kernel_GOD, statistics.mean_GD)

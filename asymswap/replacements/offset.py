@@ -44,11 +44,9 @@ class OffsetConv2d(nn.Module):
 
     def __init__(self, conv: ConvSpec, limit: float, weighted: bool = False) -> None:
         super().__init__()
-        self.conv = conv
-        self.limit = limit
+        self.conv, self.limit = conv, limit
         self.padding = conv.padding if conv.padding == "same" else _added(conv.padding, (math.ceil(limit),) * 2)
-        dtype = getattr(torch, conv.dtype)
-        count = math.prod(conv.kernel)
+        dtype, count = getattr(torch, conv.dtype), math.prod(conv.kernel)
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
         self.raw_offsets = nn.Parameter(torch.zeros(count, 2, dtype=dtype))
         self.tap_weights = nn.Parameter(torch.ones(count, dtype=dtype)) if weighted else None
@@ -60,10 +58,6 @@ class OffsetConv2d(nn.Module):
     def offsets(self) -> Tensor:
         """Return the offsets (T, 2), row by row: (down, right) in pixels of the input; in float32 at least."""
         return _bounded(self.raw_offsets, self.limit)
-
-    def shares(self) -> Tensor:
-        """Return the share of each tap on each cell of the built kernel: `share_TYX` of `factorize.bilinear`."""
-        return bilinear.spread(self.offsets(), self.conv.kernel, self.conv.dilation, math.ceil(self.limit))
 
     def kernel(self) -> Tensor:
         """Return the kernel (O, C, Y, X) that runs, of dilation 1, in the dtype of the weights."""
@@ -144,11 +138,11 @@ class Offset(Replacement):
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         """Return one conv with the built kernel, cut to the pixels that taps touch, by the same on both sides."""
-        own = cast(OffsetConv2d, module)
+        own, reach = cast(OffsetConv2d, module), math.ceil(settings.limit)
         # "same" follows the kernel by itself, however short that becomes.
         shrink = None if conv.padding == "same" else _added(conv.padding, (0, 0))
-        reach = math.ceil(settings.limit)
-        rows, columns = bilinear.windows(own.shares(), conv.kernel, conv.dilation, reach, shrink)
+        share_TYX = bilinear.spread(own.offsets(), conv.kernel, conv.dilation, reach)
+        rows, columns = bilinear.windows(share_TYX, conv.kernel, conv.dilation, reach, shrink)
         growth = (rows.growth, columns.growth)
         padding = conv.padding if conv.padding == "same" or growth == (0, 0) else _added(conv.padding, growth)
         fields = replace(conv, padding=padding, dilation=(rows.step, columns.step))

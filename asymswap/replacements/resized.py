@@ -110,21 +110,16 @@ def _check(conv: ConvSpec, grown: ConvSpec) -> None:
     """Raise RecipeError where the new conv could not compute what the conv does."""
     old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
     axes = zip(_growth(conv, grown), conv.kernel, conv.dilation, grown.dilation, strict=True)
-    if any(
-        extra < 0 or extra % (2 * new_step) or (taps > 1 and old_step % new_step)
-        for extra, taps, old_step, new_step in axes
-    ):
+    if any(more < 0 or more % (2 * wide) or (taps > 1 and narrow % wide) for more, taps, narrow, wide in axes):
         if grown.dilation == conv.dilation:
             raise RecipeError(f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis")
-        raise RecipeError(
-            f"kernel = {new}, dilation = {step}: its taps would not meet those of {old} and dilation {dilation}"
-        )
+        about = f"its taps would not meet those of {old} and dilation {dilation}"
+        raise RecipeError(f"kernel = {new}, dilation = {step}: {about}")
     suitable = _text(_padding(conv, grown))
+    padding, stride = _text(grown.padding), _text(conv.stride)
     if grown.padding == "same" and grown.stride != (1, 1):
-        stride = _text(conv.stride)
         raise RecipeError(f'padding = "same": a conv of stride {stride} cannot have it; give {suitable}')
     if _convs.margins(grown) != _margins(conv, grown):
-        padding = _text(grown.padding)
         raise RecipeError(f"padding = {padding}: the output keeps its size and place with {suitable} only")
 
 
