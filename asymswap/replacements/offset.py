@@ -143,10 +143,10 @@ class Offset(Replacement):
         shrink = None if conv.padding == "same" else _added(conv.padding, (0, 0))
         share_TYX = bilinear.spread(own.offsets(), conv.kernel, conv.dilation, reach)
         rows, columns = bilinear.windows(share_TYX, conv.kernel, conv.dilation, reach, shrink)
-        growth = (rows.growth, columns.growth)
+        growth = (reach - rows.start, reach - columns.start)
         padding = conv.padding if conv.padding == "same" or growth == (0, 0) else _added(conv.padding, growth)
         fields = replace(conv, padding=padding, dilation=(rows.step, columns.step))
-        kernel = own.kernel()[:, :, rows.cells][..., columns.cells]
+        kernel = own.kernel()[:, :, list(rows)][..., list(columns)]
         return _convs.conv_of(fields, kernel, own.bias, own.weight)
 
 

@@ -102,9 +102,8 @@ class Separable(Pair):
         evenly = conv.padding_mode == "zeros" and all(before == after for before, after in _convs.margins(conv))
         if "relu" in settings.between and evenly:
             first, second = replace(first, padding=(conv.pads[2], conv.pads[0])), replace(second, padding=(0, 0))
-        return (
-            {"vertical": first, "horizontal": second} if vertical_first else {"horizontal": first, "vertical": second}
-        )
+        names = ("vertical", "horizontal") if vertical_first else ("horizontal", "vertical")
+        return dict(zip(names, (first, second), strict=True))
 
     def between(self, conv: ConvSpec, settings: Settled) -> dict[str, nn.Module]:
         """Return the layers `norm` and `relu`, if requested."""
@@ -171,9 +170,8 @@ def _half(conv: ConvSpec, vertical: bool) -> ConvSpec:
         return (size[0], across) if vertical else (across, size[1])
 
     padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
-    return replace(
-        conv, kernel=along(conv.kernel), stride=along(conv.stride), dilation=along(conv.dilation), padding=padding
-    )
+    kernel, stride, dilation = along(conv.kernel), along(conv.stride), along(conv.dilation)
+    return replace(conv, kernel=kernel, stride=stride, dilation=dilation, padding=padding)
 
 
 def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
@@ -185,11 +183,9 @@ def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
     taps = range(conv.kernel_size[axis])
     if not isinstance(first.padding, str) and first.padding[axis]:
         return list(taps)
-    kernel, dilation = cast(Size, conv.kernel_size), cast(Size, conv.dilation)
-    padding = cast("Size | str", conv.padding)
+    kernel, dilation, padding = (cast(Any, field) for field in (conv.kernel_size, conv.dilation, conv.padding))
     fields = ConvSpec(conv.in_channels, conv.out_channels, kernel, padding=padding, dilation=dilation)
-    before, after = _convs.margins(fields)[axis]
-    step = conv.dilation[axis]
+    (before, after), step = _convs.margins(fields)[axis], conv.dilation[axis]
     outside = [max(before - step * tap, 0) + max(after - step * (taps[-1] - tap), 0) for tap in taps]
     return [tap for tap in taps if outside[tap] == min(outside)]
 
