@@ -74,7 +74,9 @@ class Calibration:
     inputs: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        below_one = lambda number: number is not None and number < 1  # noqa: E731
+        def below_one(number: int | None) -> bool:
+            return number is not None and number < 1
+
         nothing, polish = self.data is None and self.cache is None, (self.polish_steps, self.polish_minutes)
         no_polish = None not in polish or any(value is not None and value <= 0 for value in polish)
         no_patches = below_one(self.patches) or (self.patches is not None and self.patch is None)
