@@ -321,6 +321,8 @@ class _Walk:
         self.residuals = {node: residual for node, residual in found if residual is not None}
         self.order = self._schedule(list(graph.nodes))
         place = {node: number for number, node in enumerate(self.order)}
+        # Of two convs that a sum joins only the later one knows the other's output.
+        self.residuals = {conv: one for conv, one in self.residuals.items() if place[one[0]] < place[conv]}
         self._last_read: list[list[fx.Node]] = [[] for _ in self.order]
         for node in self.order:
             readers = [*node.users, *(conv for conv, (other, _) in self.residuals.items() if other is node)]
@@ -412,9 +414,7 @@ class _Walk:
                     waiting += new
                 jumped = nodes[position : max(nodes.index(n) for n in early) + 1]
                 # What works in place would be read too early or too late.
-                if node in early or any(self._in_place(n) for n in jumped):
-                    del self.residuals[node]
-                else:
+                if node not in early and not any(self._in_place(n) for n in jumped):
                     order |= dict.fromkeys(n for n in jumped if n in early)
             order[node] = None  # nothing new where it was moved
         return list(order)
