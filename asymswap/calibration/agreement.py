@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asymswap.calibration.calibrate import in_memory
 from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.gather import output_kind
 from asymswap.data.datasets import paired_files
@@ -25,18 +26,12 @@ from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
-from asymswap.results.evaluate import Agreement, OutputAgreement, Score
-from asymswap.utils.inputs import Inputs, copied
-from asymswap.utils.tensors import eval_mode, list_tensors
+from asymswap.results.evaluate import Agreement, Score
+from asymswap.utils.inputs import copied
+from asymswap.utils.tensors import eval_mode
 
-MEASURED = 4096
-"""Samples to hold back where a loss of tenths of a point is to be seen; a half at most."""
-
-_VALUES = 512
-"""Samples of which values are compared, at most: each says more than the class of a sample does."""
-
-_KEPT = 2**30
-"""Bytes of inputs, and of a network's outputs, that are kept for the next network."""
+MEASURED = 4096  # samples to hold back where a loss of tenths of a point is to be seen; a half at most
+_VALUES = 512  # samples of which values are compared, at most: each says more than the class of a sample does
 
 
 class Against(Evaluator):
@@ -54,14 +49,10 @@ class Against(Evaluator):
         self.description, self.images = self._held_back.description, self._held_back.count
         self._seen: dict[int, Any] = {}  # the first network's outputs
 
-    def _batches(self, opened: OpenedModel) -> Batches:
-        held_back = _held_back(opened, self._calibration)
-        return held_back if self._scores else _some(held_back)
-
     def of(self, opened: OpenedModel) -> Against:
         """Return the same for a model that takes its inputs in its own preprocessing."""
-        other = copy.copy(self)
-        other._own = self._batches(opened)
+        other, held_back = copy.copy(self), _held_back(opened, self._calibration)
+        other._own = held_back if self._scores else _some(held_back)
         return other
 
     @staticmethod
@@ -85,8 +76,17 @@ class Against(Evaluator):
         return Agreement(self.description, count, outputs)
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
-        found = self.agreement(model, progress).outputs
-        return Measured(tuple(_score(one, f"{one.output} " if len(found) > 1 else "") for one in found))
+        found, scores = self.agreement(model, progress).outputs, []
+        for one in found:
+            name = f"{one.output} " if len(found) > 1 else ""
+            # Decibels between equal images have no best value.
+            if one.measure == "top-1":
+                scores.append(Score(f"{name}agreement", one.value, "%", interval=one.interval))
+            elif one.measure == "cosine":
+                scores.append(Score(f"{name}cosine", one.value, "%"))
+            else:
+                scores.append(Score(f"{name}output error", one.relative, "%", lower_is_better=True))
+        return Measured(tuple(scores))
 
 
 class Restored(Evaluator):
@@ -143,31 +143,10 @@ def on_held_back(
 
 
 def _held_back(opened: OpenedModel, calibration: Calibration) -> Batches:
-    """Return the held-back batches, in memory where they do not take much of it."""
-    held_back = open_inputs(opened, calibration.given(), 1, memory_gib=calibration.memory_gib)[1]
-    size = sum(tensor.nbytes for tensor in list_tensors(held_back.load(0))) / held_back.counts[0]
-    if size * held_back.count > _KEPT:
-        return held_back
-    kept: dict[int, Inputs] = {}
-
-    def load(number: int) -> Inputs:
-        if number not in kept:
-            kept[number] = held_back.load(number)
-        return kept[number]
-
-    return replace(held_back, load=load)
+    return in_memory(open_inputs(opened, calibration.given(), 1, memory_gib=calibration.memory_gib)[1])
 
 
 def _some(batches: Batches) -> Batches:
     """Return the first batches that hold enough samples to compare values."""
     enough = next((n for n, total in enumerate(accumulate(batches.counts), 1) if total >= _VALUES), len(batches.counts))
     return replace(batches, counts=batches.counts[:enough])
-
-
-def _score(one: OutputAgreement, name: str) -> Score:
-    """Return the figure of an output that has a best value: decibels between equal images have none."""
-    if one.measure == "top-1":
-        return Score(f"{name}agreement", one.value, "%", interval=one.interval)
-    if one.measure == "cosine":
-        return Score(f"{name}cosine", one.value, "%")
-    return Score(f"{name}output error", one.relative, "%", lower_is_better=True)

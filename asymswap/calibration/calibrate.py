@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,12 +40,9 @@ from asymswap.utils.files import check_output
 from asymswap.utils.inputs import Inputs, placed, samples_in
 from asymswap.utils.tensors import eval_mode, list_tensors, seeded, store_
 
-PROBED = 32
-"""Samples on which outputs are compared layer by layer, at most."""
+PROBED = 32  # samples on which outputs are compared layer by layer, at most
+UNSEEN = "did not run on the calibration images"  # why a conv without statistics is kept
 _HALF = (torch.float16, torch.bfloat16)
-
-UNSEEN = "did not run on the calibration images"
-"""Why a conv without statistics is kept."""
 
 
 def options_of(
@@ -53,9 +51,7 @@ def options_of(
     """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
     if None not in (own, preprocessing) and own != preprocessing:
-        raise AsymswapError(
-            "`preprocessing=…` of the verb and of its Calibration contradict each other; give one of them"
-        )
+        raise AsymswapError("`preprocessing=…` of the verb and of its Calibration contradict each other; give one")
     return preprocessing or own
 
 
@@ -94,18 +90,15 @@ def gather_statistics(
     OutputError for a file that cannot be written. `classes` is the number of classes of the data for the evaluation.
     """
     opened = _in_float32(opened)
-    cache, team = calibration.cache, calibration.team
-    images, held_back = None, None
-    if calibration.data is not None:
-        images, held_back = _open_images(opened, calibration)
-    notes = []
+    cache, team, notes = calibration.cache, calibration.team, list[str]()
+    images, held_back = (None, None) if calibration.data is None else _open_images(opened, calibration)
     if cache is not None and cache.exists():
         found, summary = _read_cache(cache, opened, sites)
         notes.append(f"statistics read from {cache}")
     else:
-        if images is None:
+        if images is None or held_back is None:
             raise SourceError(f"no calibration cache {cache}; `data=…` gathers and writes it")
-        batches = images.batches
+        batches, given = images.batches, calibration.given()
         if cache is not None:
             team.first(lambda: check_output(cache, force=False))
         if calibration.outputs is not None:
@@ -115,7 +108,7 @@ def gather_statistics(
             why += f"; `outputs={'values' if outputs == 'scores' else 'scores'}` says otherwise"
         found = gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
-            data=_named(calibration.given(), held_back),
+            data=held_back.description if given.reference is None else f"{given.reference}{given.patches}",
             images=images.count,
             sha256=images_hash(batches, team),
             seed=calibration.seed,
@@ -138,9 +131,7 @@ def _read_cache(
     found, summary = load_statistics(cache)
     if summary.model != model_hash(opened.model):
         raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
-    for site in sites:
-        if site.name in summary.unseen:
-            continue
+    for site in (site for site in sites if site.name not in summary.unseen):
         if site.name not in found:
             raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
         conv = site.conv
@@ -155,9 +146,8 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
     if not any(parameter.dtype in _HALF for parameter in opened.model.parameters()):
         return opened
     copied = swap(opened.model, {})
-    for tensor in itertools.chain(copied.parameters(), copied.buffers()):
-        if tensor.dtype in _HALF:
-            tensor.data = tensor.data.to(torch.float32)
+    for tensor in (one for one in itertools.chain(copied.parameters(), copied.buffers()) if one.dtype in _HALF):
+        tensor.data = tensor.data.to(torch.float32)
     try:
         # The model's own code may insist on its precision: then we solve in that.
         with eval_mode(copied), torch.no_grad():
@@ -195,8 +185,8 @@ def convert_on(
         return converted, False
     if images.count != gathered.summary.images:
         notes.append(f"solved layer by layer on {images.count} images")
-    example = opened.example()
-    refined = refine_(opened.model, converted, traced.sites, plan, gathered.by_site, images, example, progress)
+    by_site, example = gathered.by_site, opened.example()
+    refined = refine_(opened.model, converted, traced.sites, plan, by_site, images, example, progress)
     if not refined.by_graph:
         notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
     if refined.one_pass:
@@ -218,46 +208,36 @@ def some_inputs(reference: str | None, opened: OpenedModel, seed: int, images: i
     """Return inputs to compare outputs on, and a description: up to 32 images of the test part, or random ones."""
     if reference is None:
         inputs = opened.probe(images, seed)
-        return (
-            inputs,
-            f"{samples_in(inputs)} random images (seed {seed})" if opened.example_inputs is None else "the example",
-        )
+        about = f"{samples_in(inputs)} random images (seed {seed})"
+        return inputs, about if opened.example_inputs is None else "the example"
     data = open_data(reference, opened.preprocessing, "test", unlabelled=True)
     order = torch.randperm(len(data), generator=seeded(seed)).tolist()[:PROBED]
     images_NCHW = torch.stack([data[index][0] for index in order]).to(opened.dtype())
     return (images_NCHW,), f"{len(images_NCHW)} images of {reference} (seed {seed})"
 
 
-def _named(given: UserData, held_back: Batches | None) -> str:
-    """Return the data reference as the user gave it, with how it is cut, or what their own data is."""
-    if given.reference is not None:
-        return f"{given.reference}{given.patches}"
-    return "" if held_back is None else held_back.description
+def in_memory(batches: Batches) -> Batches:
+    """Return the same batches, kept in memory once they are read if all fit into a GiB."""
+    bytes_each = sum(tensor.nbytes for tensor in list_tensors(batches.load(0))) / batches.counts[0]
+    return replace(batches, load=functools.cache(batches.load)) if batches.count * bytes_each < 2**30 else batches
 
 
 def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Batches]:
-    """Return this process's share of the chosen batches, kept in memory if all fit into a GiB, and those held back."""
-    chosen, held_back = open_inputs(
-        opened, calibration.given(), calibration.images, calibration.seed, calibration.memory_gib
-    )
-    kept: dict[int, Inputs] = {}
-    bytes_each = sum(tensor.nbytes for tensor in list_tensors(chosen.load(0))) / chosen.counts[0]
+    """Return this process's share of the chosen batches, and those held back."""
+    memory_gib, seed, team = calibration.memory_gib, calibration.seed, calibration.team
+    chosen, held_back = open_inputs(opened, calibration.given(), calibration.images, seed, memory_gib)
+    chosen = in_memory(chosen)
 
     def batches() -> Iterator[tuple[int, Inputs]]:
-        for number, _ in calibration.team.share(chosen.counts):
-            batch = kept[number] if number in kept else chosen.load(number)
-            if chosen.count * bytes_each < 2**30:
-                kept[number] = batch
-            yield number, batch
+        return ((number, chosen.load(number)) for number, _ in team.share(chosen.counts))
 
-    return Images(batches, chosen.count, calibration.memory_gib, calibration.seed, calibration.team), held_back
+    return Images(batches, chosen.count, memory_gib, seed, team), held_back
 
 
 def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], sites: Sequence[Site]) -> list[str]:
     """Return notes on how the statistics were made, and where the images say little."""
     notes = [f"outputs taken for {summary.outputs}"] if summary.outputs else []
-    if summary.unseen:
-        number = len(summary.unseen)
+    if number := len(summary.unseen):
         convs = "1 conv did not run on the images and is" if number == 1 else f"{number} convs did not run and are"
         notes.append(f"{convs} kept: {', '.join(summary.unseen[:3])}")
     if found and all(statistics.weight_GOO is None for statistics in found.values()):
@@ -270,14 +250,11 @@ def _notes(summary: StatisticsSummary, found: Mapping[str, SiteStatistics], site
             f"{len(thin)} of {len(sites)} convs saw fewer than two patches per dimension ({thin[0]}: {one.patches} for "
             f"{one.mean_GD.shape[1]}); where the images say nothing a ridge keeps the original kernel; more images help"
         )
-
-    def hardly_varies(name: str) -> bool:
-        """Return True if most directions of the patches, of the first 256 dimensions, have next to no variance."""
+    flat = []  # where most directions of the patches, of the first 256 dimensions, have next to no variance
+    for name in (site.name for site in seen if site.name not in thin):
         energy_GD = torch.linalg.eigvalsh(found[name].cov_GDD[:, :256, :256])
-        largest_G = energy_GD[:, -1:]
-        return bool(((energy_GD > 1e-6 * largest_G) & (largest_G > 0)).double().mean() < 0.5)
-
-    flat = [site.name for site in seen if site.name not in thin and hardly_varies(site.name)]
+        if ((energy_GD > 1e-6 * energy_GD[:, -1:]) & (energy_GD[:, -1:] > 0)).double().mean() < 0.5:
+            flat.append(name)
     if flat:
         notes.append(
             f"the input of {len(flat)} of {len(sites)} convs hardly varies ({flat[0]}), so a ridge keeps the original "

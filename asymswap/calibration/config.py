@@ -1,6 +1,7 @@
 """The settings of calibration: one dataclass that checks its values, and from which the command line is made."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -44,10 +45,7 @@ class Calibration:
     )
     cache: Path | None = option(None, "File of calibration statistics: read if it exists, else written.", _PANEL)
     polish_steps: int | None = option(
-        None,
-        "Then train on the original's outputs, for a number of steps (500) or minutes (5min).",
-        _PANEL,
-        text=True,
+        None, "Then train on the original's outputs, for a number of steps (500) or minutes (5min).", _PANEL, text=True
     )
     polish_minutes: float | None = None
     polish_images: int = option(5000, "Number of images to polish on, at most.", _PANEL)
@@ -60,10 +58,7 @@ class Calibration:
         None, "Noise to add for a denoiser: its deviation for pixels from 0 to 1, as 25/255.", _PANEL, text=True
     )
     held_back: int | None = option(
-        None,
-        "Number of images to measure the loss on, at most half.",
-        _PANEL,
-        shown="256; 4,096 for a max drop",
+        None, "Number of images to measure the loss on, at most half.", _PANEL, shown="256; 4,096 for a max drop"
     )
     outputs: OutputKind | None = option(
         None,
@@ -79,51 +74,45 @@ class Calibration:
     inputs: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.data is None and self.cache is None:
-            raise AsymswapError("calibration needs images, `data=…`, or a file of statistics, `cache=…`")
-        if self.patch is not None and self.patch < 1:
-            raise AsymswapError(f"`patch={self.patch}` is no side in pixels, such as 64")
-        if self.patches is not None and (self.patches < 1 or self.patch is None):
-            raise AsymswapError(f"`patches={self.patches}` is a number of patches, and goes with `patch=SIDE`")
+        def below_one(number: int | None) -> bool:
+            return number is not None and number < 1
+
+        nothing, polish = self.data is None and self.cache is None, (self.polish_steps, self.polish_minutes)
+        no_polish = None not in polish or any(value is not None and value <= 0 for value in polish)
+        no_patches = below_one(self.patches) or (self.patches is not None and self.patch is None)
+        wrong = {
+            "calibration needs images, `data=…`, or a file of statistics, `cache=…`": nothing,
+            f"`patch={self.patch}` is no side in pixels, such as 64": below_one(self.patch),
+            f"`patches={self.patches}` is a number of patches, and goes with `patch=SIDE`": no_patches,
+            f"`images={self.images}` is no number of images; give 128 to 2048": below_one(self.images),
+            f"`held_back={self.held_back}` is no number of images; give 256 to 4096": below_one(self.held_back),
+            "polish takes either a number of steps or a number of minutes, above zero": no_polish,
+            "polish needs images: give `data=…` too": self.polishes and self.data is None,
+            f"`memory_gib={self.memory_gib:g}` is no amount of memory; give GiB, such as 4": self.memory_gib <= 0,
+        }
+        for message, is_so in wrong.items():
+            if is_so:
+                raise AsymswapError(message)
         self.given()
+        if self.outputs is not None:
+            check_choice("the kind of outputs", self.outputs, get_args(OutputKind))
         if isinstance(self.data, Iterator):
             from asymswap.utils.inputs import Replayed  # loads torch, which the command line does without
 
             object.__setattr__(self, "data", Replayed(self.data))
-        if self.images < 1:
-            raise AsymswapError(f"`images={self.images}` is no number of images; give 128 to 2048")
-        if self.held_back is not None and self.held_back < 1:
-            raise AsymswapError(f"`held_back={self.held_back}` is no number of images; give 256 to 4096")
-        if self.outputs is not None:
-            check_choice("the kind of outputs", self.outputs, get_args(OutputKind))
-        polish = (self.polish_steps, self.polish_minutes)
-        if None not in polish or any(value is not None and value <= 0 for value in polish):
-            raise AsymswapError("polish takes either a number of steps or a number of minutes, above zero")
-        if self.polishes and self.data is None:
-            raise AsymswapError("polish needs images: give `data=…` too")
-        if self.memory_gib <= 0:
-            raise AsymswapError(f"`memory_gib={self.memory_gib:g}` is no amount of memory; give GiB, such as 4")
 
     def given(self) -> UserData:
-        """Return the data with all that says how it becomes inputs."""
-        patches = Patches(self.patch, self.patches, parse_noise(self.noise))
-        return UserData(self.data, self.inputs, patches, self.held_back or 0)
+        """Return the data with all that says how it becomes inputs; raise AsymswapError for noise that is none."""
+        deviation = 0.0
+        if self.noise is not None:
+            above, _, below = str(self.noise).partition("/")
+            with suppress(ValueError, ZeroDivisionError):
+                deviation = float(above) / float(below or 1)
+            if not 0 < deviation < 1:
+                raise AsymswapError(f"`noise={self.noise}` is no deviation between 0 and 1, such as 25/255")
+        return UserData(self.data, self.inputs, Patches(self.patch, self.patches, deviation), self.held_back or 0)
 
     @property
     def polishes(self) -> bool:
         """True if the converted network is to be polished."""
         return self.polish_steps is not None or self.polish_minutes is not None
-
-
-def parse_noise(noise: str | float | None) -> float:
-    """Return the deviation of noise, a number or text such as `25/255`; raise AsymswapError for anything else."""
-    if noise is None:
-        return 0.0
-    above, _, below = str(noise).partition("/")
-    try:
-        value = float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        value = -1.0
-    if not 0 < value < 1:
-        raise AsymswapError(f"`noise={noise}` is no deviation between 0 and 1, such as 25/255")
-    return value

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,9 +40,10 @@ from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tens
 Batches = Callable[[], Iterable[tuple[int, Inputs]]]
 """Returns a new iterator over the same batches of the forward's arguments, with their numbers, at every call."""
 
-
 _POSITIONS = 32  # positions of a feature map to look at in each image, at least, if it has as many
-_SAMPLES_PER_DIMENSION = 8, 64  # patches for each row of a covariance, if the images have as many: at least, at most
+# Patches for each row of a covariance, if the images have as many: at least, at most. With 8 a pair fits the noise of
+# the sample: on a DnCNN at half of its MACs 64 leave a third of the error (docs/results/calibration-experiments.md).
+_SAMPLES_PER_DIMENSION = 8, 64
 _ENOUGH = 2**16  # patches; more only for the least number of each row
 _ASYMMETRY = 1e-5  # that rounding in float32 may cause, relative to a matrix's norm
 _JUDGED = 128  # images whose outputs decide what kind of outputs they are
@@ -50,10 +52,9 @@ _BLOCK = 256  # rows of a Gram matrix to multiply at once
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a calibration, and how they are used.
+    """The images of a calibration: `count` in all processes of the `team`, each of which has some of the batches.
 
-    `count` is the number of images of all processes of the `team`, each of which has some of the batches. Random
-    numbers for a batch depend on the seed and its number alone, so it does not matter which process has it.
+    Random numbers for a batch depend on the seed and its number alone, so it does not matter which process has it.
     """
 
     batches: Batches
@@ -72,14 +73,11 @@ class PatchSums:
 
     def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
         outputs, length = conv.out_channels // conv.groups if targets else 0, conv.weight[0].numel()
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(conv.groups, *shape, dtype=torch.float64, device=conv.weight.device)
-
+        zeros = partial(torch.zeros, dtype=torch.float64, device=conv.weight.device)
         self.patches = 0
-        self._mean_GD, self._gram_GDD = zeros(length), zeros(length, length)
-        self._mean_GO, self._cross_GOD = zeros(outputs), zeros(outputs, length)
-        self._energy_G = zeros()
+        self._mean_GD, self._gram_GDD = zeros(conv.groups, length), zeros(conv.groups, length, length)
+        self._mean_GO, self._cross_GOD = zeros(conv.groups, outputs), zeros(conv.groups, outputs, length)
+        self._energy_G = zeros(conv.groups)
 
     def add(self, patches_GDN: Tensor, targets_GON: Tensor | None = None) -> None:
         """Add N patches, and their target outputs; raise ValueError where they are not finite."""
@@ -116,12 +114,9 @@ class PatchSums:
         if team.size == 1:
             return
         own, self.patches = self.patches, int(team.sum(torch.tensor(self.patches)))
-        steps = []
-        for name in ("_mean_GD", "_mean_GO"):
-            mean = getattr(self, name)
-            setattr(self, name, team.sum(own * mean) / max(self.patches, 1))
-            steps.append(mean - getattr(self, name))
-        step_GD, step_GO = steps
+        mean_GD, mean_GO = (team.sum(own * mean) / max(self.patches, 1) for mean in (self._mean_GD, self._mean_GO))
+        step_GD, step_GO = self._mean_GD - mean_GD, self._mean_GO - mean_GO
+        self._mean_GD, self._mean_GO = mean_GD, mean_GO
         self._gram_GDD = team.sum(self._gram_GDD + own * step_GD[:, :, None] * step_GD[:, None, :])
         if self._cross_GOD.numel():
             self._cross_GOD = team.sum(self._cross_GOD + own * step_GO[:, :, None] * step_GD[:, None, :])
@@ -160,26 +155,24 @@ def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
-    """Decide whether a model's outputs are scores of classes or values, by its outputs for some images; and say why.
+    """Decide whether a model's outputs for some images are scores of classes or values; and say why.
 
     Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax ignores
-    an offset common to all; probabilities are positive and add up to one. `classes` is the number of classes of the
-    user's own labelled data, if there is any.
+    an offset common to all. `classes` is the number of classes of the user's own labelled data, if there is any.
     """
-    norms: list[Any] = []
-    seen: list[Tensor] = []
+    norms, seen = list[Any](), list[Tensor]()
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
                 hooks.enter_context(module.register_forward_hook(lambda _, __, output: norms.append(output)))
         for _, batch in batches():
             norms.clear()
-            outputs = list_tensors(model(*copied(batch)))
-            if len(outputs) != 1 or not outputs[0].is_floating_point() or outputs[0].dim() != 2:
+            output, *others = list_tensors(model(*copied(batch))) or [torch.empty(0)]
+            if others or not output.is_floating_point() or output.dim() != 2:
                 return "values", "they are not images x classes"
-            if outputs[0].shape[1] < 2 or any(norm is outputs[0] for norm in norms):
-                return "values", "a single number" if outputs[0].shape[1] < 2 else "they are normalised"
-            seen.append(outputs[0].to(torch.float64))
+            if output.shape[1] < 2 or any(norm is output for norm in norms):
+                return "values", "a single number" if output.shape[1] < 2 else "they are normalised"
+            seen.append(output.to(torch.float64))
             if sum(map(len, seen)) >= _JUDGED:
                 break
     outputs_NK = torch.cat(seen)
@@ -195,8 +188,7 @@ def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) 
     offset = float(outputs_NK.mean(1).abs().mean() / outputs_NK.std(1).mean().clamp_min(1e-12))
     about = f"a softmax would give {surest:.0%} to the first class on average, and the mean is {offset:.2f} deviations"
     mixed = log.exp().mean(0)
-    spread = float(-(mixed * mixed.clamp_min(1e-300).log()).sum())
-    shared = spread + float((log.exp() * log).sum(1).mean())
+    shared = float(-(mixed * mixed.clamp_min(1e-300).log()).sum()) + float((log.exp() * log).sum(1).mean())
     most = math.log(max(2, min(outputs_NK.shape)))
     return ("scores" if offset < 1 and (surest > 0.5 or shared > 0.5 * most) else "values"), about
 
@@ -214,18 +206,12 @@ def gather(
     One pass over the images gathers the covariances of as many sites as fit into `images.memory_gib`. Raises
     SourceError, naming the first layer, for activations that are not finite.
     """
-
-    def covariance_bytes(site: Site) -> float:
-        return 8.0 * site.conv.groups * (site.conv.group_in * math.prod(site.conv.kernel)) ** 2
-
-    groups = within(images.memory_gib * 2**30, sites, covariance_bytes)
+    groups = within(images.memory_gib * 2**30, sites, lambda site: 8.0 * site.conv.groups * _length(site) ** 2)
     found: dict[str, SiteStatistics] = {}
     everywhere = True
     for number, group in enumerate(groups):
-
-        def step(done: int, number: int = number) -> None:
-            progress("calibrating", done + number * images.count, len(groups) * images.count)
-
+        before, total = number * images.count, len(groups) * images.count
+        step = lambda done, before=before, total=total: progress("calibrating", before + done, total)  # noqa: E731
         gathered, with_gradient = _pass(model, group, images, outputs, step)
         found |= gathered
         everywhere = everywhere and with_gradient
@@ -240,8 +226,8 @@ def _pass(
     sums = {name: PatchSums(conv) for name, conv in convs.items()}
     weights = {}
     for name, conv in convs.items():
-        length = conv.out_channels // conv.groups
-        weights[name] = conv.weight.new_zeros(conv.groups, length, length, dtype=torch.float64)
+        outputs_each = conv.out_channels // conv.groups
+        weights[name] = conv.weight.new_zeros(conv.groups, outputs_each, outputs_each, dtype=torch.float64)
     positions = {site.name: positions_for(site, images.count) for site in sites}
     gradients: Counter[str] = Counter()
     number, runs = 0, Counter[str]()  # of the current batch, and how often each conv has run on it
@@ -249,25 +235,29 @@ def _pass(
     def see(name: str, seen: Tensor, output: Tensor) -> None:
         if name not in convs:
             return
-        conv = convs[name]
         runs[name] += 1
         with torch.no_grad():
             drawn = generator_for(images.seed, name, number, runs[name])
             at = choose_positions(output.shape[-2:], positions[name], drawn)
             try:
-                sums[name].add(patches_of(conv, seen.detach(), at))
+                sums[name].add(patches_of(convs[name], seen.detach(), at))
             except ValueError:
                 raise SourceError(
                     f"the input of {name} is not finite on the calibration images; check the preprocessing"
                 ) from None
 
         def back(gradient: Tensor) -> None:
-            g = _at_least_float32(gradient).unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
+            g = _at_least_float32(gradient).unflatten(1, (len(weights[name]), -1))
+            g = g.permute(1, 0, 3, 4, 2).flatten(1, 3)
             weights[name] += (g.mT @ g).to(torch.float64)
             gradients[name] += 1
 
         if output.requires_grad:
             output.register_hook(back)
+
+    def as_followed(tensor: Tensor) -> Tensor:
+        """Return a tensor with a gradient that the model may change in place, so that it is no leaf."""
+        return tensor.requires_grad_(True) * 1 if tensor.is_floating_point() else tensor
 
     done = 0
     with ExitStack() as frozen, eval_mode(model), torch.enable_grad(), conv_hooks(model, see):
@@ -277,7 +267,7 @@ def _pass(
             parameter.requires_grad_(False)
         for number, batch in images.batches():
             runs.clear()
-            output = model(*map_tensors(copied(batch), _no_leaf))
+            output = model(*map_tensors(copied(batch), as_followed))
             surprise = _surprise(output, outputs, generator_for(images.seed, "labels", number))
             if surprise is not None:
                 surprise.backward()
@@ -300,14 +290,13 @@ def _pass(
     return found, with_gradient
 
 
-def positions_for(site: Site, images: int) -> int:
-    """Return the number of positions to look at in each image: enough for the covariance, and no more.
+def _length(site: Site) -> int:
+    return site.conv.group_in * math.prod(site.conv.kernel)
 
-    With 8 patches for each row a pair fits the noise of the sample: on a DnCNN at half of its MACs, calibrated on 64
-    patches, 64 leave a third of the error (docs/results/calibration-experiments.md).
-    """
-    length = site.conv.group_in * math.prod(site.conv.kernel)
-    least, most = (each * length for each in _SAMPLES_PER_DIMENSION)
+
+def positions_for(site: Site, images: int) -> int:
+    """Return the number of positions to look at in each image: enough for the covariance, and no more."""
+    least, most = (each * _length(site) for each in _SAMPLES_PER_DIMENSION)
     return max(_POSITIONS, math.ceil(max(least, min(most, _ENOUGH)) / max(images, 1)))
 
 
@@ -338,11 +327,6 @@ def outputs_at(y_NCHW: Tensor, groups: int, at: tuple[Tensor, Tensor]) -> Tensor
     return taken.reshape(groups, taken.shape[0] // groups, -1)
 
 
-def _no_leaf(tensor: Tensor) -> Tensor:
-    """Return a tensor with a gradient that the model may change in place."""
-    return tensor.requires_grad_(True) * 1 if tensor.is_floating_point() else tensor
-
-
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -367,8 +351,7 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
             noise = noise - noise.mean(1, keepdim=True)
             if _are_probabilities(tensor.detach().movedim(1, -1).flatten(0, -2)):
                 tensor = tensor.clamp_min(1e-12).log()
-        values = tensor.detach()
-        deviation = values.std(correction=0)
+        values, deviation = tensor.detach(), tensor.detach().std(correction=0)
         scale = torch.where(deviation > 0, deviation, values.abs().mean())
         parts.append((tensor * noise).sum() / scale.clamp_min(1e-12))
     return torch.stack(parts).sum()
@@ -379,11 +362,10 @@ def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]
     groups: list[list[Site]] = []
     held = 0.0
     for site in sites:
-        size = size_of(site)
-        held += size
+        held += size_of(site)
         if not groups or held > limit:
             groups.append([])
-            held = size
+            held = size_of(site)
         groups[-1].append(site)
     return groups
 
@@ -403,15 +385,12 @@ class StatisticsSummary(Strict):
 
 def images_hash(batches: Batches, team: Team = ALONE) -> str:
     """Return the SHA-256 over the SHA-256 of every image's pixels, as the network gets them, in their order."""
-    own = [
-        (
-            number,
-            [hashlib.sha256(bytes_of(row)).digest() for one in list_tensors(batch) for row in torch.atleast_1d(one)],
-        )
-        for number, batch in batches()
-    ]
+    own = []
+    for number, batch in batches():
+        rows = itertools.chain.from_iterable(torch.atleast_1d(one) for one in list_tensors(batch))
+        own.append((number, b"".join(hashlib.sha256(bytes_of(row)).digest() for row in rows)))
     every = sorted(itertools.chain.from_iterable(team.gather(own)))
-    return hashlib.sha256(b"".join(itertools.chain.from_iterable(digests for _, digests in every))).hexdigest()
+    return hashlib.sha256(b"".join(digests for _, digests in every)).hexdigest()
 
 
 def model_hash(model: nn.Module) -> str:

@@ -3,15 +3,12 @@
 The student gets the same inputs as the teacher, augmented, for many steps (Beyer et al., 2022). The loss is the squared
 difference of the outputs, of class scores before the softmax (Ba and Caruana, 2014): a network is so sure of its
 training images that the probabilities say next to nothing. The outputs of the replaced layers are compared too (Romero
-et al., 2015): they say more than the few numbers of a class score, and the same steps gain a tenth more. Batch norms
-keep their statistics. Kernels and matrices are trained by Muon (Jordan et al., 2024), whose steps have the same
-size in every direction: within the few hundred steps that a budget of minutes allows, it gains more than Adam
-(docs/results/polish.md).
+et al., 2015): the same steps gain a tenth more. Batch norms keep their statistics. Muon (Jordan et al., 2024) gains
+more than Adam within the few hundred steps that a budget of minutes allows (docs/results/polish.md).
 
 Everything else is found from the network and the budget: the batch, as large as leaves enough steps; the patch, where
-outputs are images; the rate, by short runs from the same start; and when to go back, at a lower rate. Of all weights,
-the initial ones among them, those with the smallest difference on held-back inputs are kept, so the result is never
-worse than the start.
+outputs are images; the rate, by short runs from the same start; and when to go back, at a lower rate. The weights with
+the smallest difference on held-back inputs are kept, be it the initial ones.
 """
 
 from __future__ import annotations
@@ -54,6 +51,9 @@ _PATCH = 64  # side of the patches that are cut from larger images, where the ou
 
 _NO_SWAPS = Plan(())
 
+_Run = tuple["Polished", float, dict[str, Tensor]]
+"""What one run of training did, the last difference, and the weights of the best one."""
+
 
 @dataclass(frozen=True)
 class Polished:
@@ -73,25 +73,11 @@ class Polished:
     def __str__(self) -> str:
         """Return a sentence for the report; where nothing was gained, with the reason."""
         steps = f"{self.steps} steps of {self.batch} samples at a rate of {self.rate:g}"
-        if self.kept_step:
-            gained = f"{self.before:.3g} -> {self.after:.3g} (the weights of step {self.kept_step})"
-            return (
-                f"polished for {steps}, on {self.images} inputs: difference of the outputs on held-back ones {gained}"
-            )
-        few = "too few; give it more time" if self.steps < _STEPS else "no rate does; more inputs may"
-        return f"polishing brought nothing: {steps} do not lower the difference on held-back inputs ({few})"
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run of training: its steps, the rate at its end, the last difference and the best one with its weights."""
-
-    steps: int
-    rate: float
-    last: float
-    best: float
-    step: int
-    weights: dict[str, Tensor]
+        if not self.kept_step:
+            few = "too few; give it more time" if self.steps < _STEPS else "no rate does; more inputs may"
+            return f"polishing brought nothing: {steps} do not lower the difference on held-back inputs ({few})"
+        gained = f"{self.before:.3g} -> {self.after:.3g} (the weights of step {self.kept_step})"
+        return f"polished for {steps}, on {self.images} inputs: difference of the outputs on held-back ones {gained}"
 
 
 def polish_(
@@ -108,7 +94,8 @@ def polish_(
     # A backward pass through asymmetric convs takes half as long in this format. Copies: the models keep their own.
     teacher, student = (deep_copy(one).to(memory_format=torch.channels_last) for one in (original, converted))
     with eval_mode(teacher, student):
-        data, trainer = _Inputs(teacher, batches, seeded(settings.seed)), _Trainer(teacher, student, plan)
+        data = _Inputs(teacher, batches, seeded(settings.seed))
+        trainer = _Trainer(teacher, student, plan, data)
         size, each = data.largest, 0.0
         if not steps:
             size, each = _fitting(trainer, data, seconds)
@@ -129,7 +116,7 @@ def polish_(
                     progress(stage, min(1000, int(1000 * found)), 1000)
                 return found
 
-            return trainer.train(data.draw(size, seeded(settings.seed)), rate, part, checks)
+            return trainer.train(size, seeded(settings.seed), rate, part, checks)
 
         place = _RATES.index(_USUAL_RATE)
         if expected >= _LEAST_STEPS:
@@ -137,60 +124,57 @@ def polish_(
 
             def probe(at: int) -> float:
                 if at not in tried and 0 <= at < len(_RATES):
-                    tried[at] = run(_RATES[at], _PROBE).last
+                    _, tried[at], _ = run(_RATES[at], _PROBE)
                     progress("finding a learning rate", len(tried), len(_RATES))
                 return tried.get(at, math.inf)
 
             way = 1 if probe(place + 1) < probe(place) else -1
             while probe(place + way) < probe(place):
                 place += way
-        found = run(_RATES[place], 1, _CHECKS, "polishing")
-    converted.load_state_dict(found.weights)
-    return Polished(found.steps, found.step, trainer.before, found.best, data.count, size, found.rate)
+        polished, _, weights = run(_RATES[place], 1, _CHECKS, "polishing")
+    converted.load_state_dict(weights)
+    return polished
 
 
 def _fitting(trainer: _Trainer, data: _Inputs, seconds: float) -> tuple[int, float]:
     """Return the largest batch of which enough steps fit into the time, and the seconds of one of its steps."""
-    size, fitting = 0, 0.0
-    trying = min(_LEAST_SAMPLES, data.largest)
+    size, fitting, trying = 0, 0.0, min(_LEAST_SAMPLES, data.largest)
     while trying > size:
-        batches, took = data.draw(trying, seeded(0)), []
-        for batch in itertools.islice(batches, 2):  # the first one takes longer
+        for batch in itertools.islice(data.draw(trying, seeded(0)), 2):  # the first one takes longer
             start = time.perf_counter()
             trainer.gradient_(batch)
-            took.append(time.perf_counter() - start)
-        if size and _STEPS * took[-1] > seconds:
+            took = time.perf_counter() - start
+        if size and _STEPS * took > seconds:
             break
-        size, fitting = trying, took[-1]
-        trying = min(2 * trying, data.largest)
+        size, fitting, trying = trying, took, min(2 * trying, data.largest)
     return size, fitting
 
 
 class _Trainer:
     """Trains the student, always from the same start, on the outputs of the teacher."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan) -> None:
-        self.teacher, self.student = teacher, student
+    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan, data: _Inputs) -> None:
+        self.teacher, self.student, self.data = teacher, student, data
         # A replacement that takes over a batch norm gives what that gave.
         self.inner = {swap.site: swap.absorbs or swap.site for swap in plan.swaps}
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if not self.trainable:
             raise AsymswapError("there is nothing to polish: every parameter of the model is frozen")
         self.start = copy.deepcopy(student.state_dict())
-        self.held_back: list[tuple[Inputs, object]] = []
+        self.judged: list[tuple[Inputs, object]] = []
         self.before = math.inf
 
     @torch.no_grad()
     def hold_back(self, batches: Sequence[Inputs]) -> None:
         """Judge by these inputs from now on."""
-        self.held_back = [(batch, self.teacher(*copied(batch))) for batch in batches]
+        self.judged = [(batch, self.teacher(*copied(batch))) for batch in batches]
         self.before = self.difference()
 
     @torch.no_grad()
     def difference(self) -> float:
         """Return the student's difference from the teacher on held-back inputs."""
-        gaps = [float(difference(target, self.student(*copied(batch)))) for batch, target in self.held_back]
-        counts = [samples_in(batch) for batch, _ in self.held_back]
+        gaps = [float(difference(target, self.student(*copied(batch)))) for batch, target in self.judged]
+        counts = [samples_in(batch) for batch, _ in self.judged]
         return sum(gap * count for gap, count in zip(gaps, counts, strict=True)) / sum(counts)
 
     def gradient_(self, batch: Inputs) -> None:
@@ -206,13 +190,15 @@ class _Trainer:
             loss = loss + _INNER * (loss.detach() / inner.detach().clamp_min(1e-12)) * inner
         loss.backward()
 
-    def train(self, batches: Iterator[Inputs], rate: float, part: Callable[[int], float], checks: int) -> _Run:
+    def train(
+        self, size: int, generator: torch.Generator, rate: float, part: Callable[[int], float], checks: int
+    ) -> _Run:
         """Train from the start until the `part` done, by the number of steps, reaches 1; go back where it gets worse.
 
         The rate rises for a short time, and falls to zero with a cosine.
         """
         self.student.load_state_dict(self.start)
-        optimizer = _Optimizer(self.trainable)
+        optimizer, batches = _Optimizer(self.trainable), self.data.draw(size, generator)
         best, step, weights = self.before, 0, self.start
         done, last, next_check = 0, self.before, 1 / checks
         while True:
@@ -225,11 +211,11 @@ class _Trainer:
                     self.student.load_state_dict(weights)
                     optimizer, rate = _Optimizer(self.trainable), rate / 2
             if now >= 1 and done:
-                return _Run(done, rate, last if math.isfinite(last) else math.inf, best, step, weights)
+                polished = Polished(done, step, self.before, best, self.data.count, size, rate)
+                return polished, last if math.isfinite(last) else math.inf, weights
             self.gradient_(next(batches))
-            optimizer.step_(
-                rate * max(0.01, now / _WARM_UP if now < _WARM_UP else 0.5 * (1 + math.cos(math.pi * min(now, 1))))
-            )
+            share = now / _WARM_UP if now < _WARM_UP else 0.5 * (1 + math.cos(math.pi * min(now, 1)))
+            optimizer.step_(rate * max(0.01, share))
             done += 1
 
 
@@ -238,12 +224,11 @@ class _Optimizer:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.kernels = [parameter for parameter in parameters if parameter.dim() > 1]
-        others = [parameter for parameter in parameters if parameter.dim() < 2]
         self.matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in self.kernels]
         self.parts: list[torch.optim.Optimizer] = []
         if self.matrices:
             self.parts.append(torch.optim.Muon(self.matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
-        if others:
+        if others := [parameter for parameter in parameters if parameter.dim() < 2]:
             self.parts.append(torch.optim.Adam(others))
 
     @torch.no_grad()
@@ -293,8 +278,7 @@ class _Inputs:
             order = self.seen[torch.randperm(len(self.seen), generator=generator)]
             if self.rows is None:
                 for batch in (self.batches[number] for number in order):
-                    for start in range(0, samples_in(batch), size):
-                        yield samples_of(batch, start, start + size)
+                    yield from (samples_of(batch, at, at + size) for at in range(0, samples_in(batch), size))
                 continue
             for chosen in order.split(size):
                 rows = self.rows[chosen]
@@ -318,8 +302,7 @@ def _patch(teacher: nn.Module, image_1CHW: Tensor) -> int | None:
 def _augmented(images: Tensor, patch: int | None, generator: torch.Generator) -> Tensor:
     """Return half of the images mirrored; of each a patch at its own place, or all of it, shifted a little."""
     height, width = images.shape[2:]
-    sides = (patch, patch) if patch else (height, width)
-    far = (0, 0) if patch else (height // _SHIFT, width // _SHIFT)
+    sides, far = ((patch, patch), (0, 0)) if patch else ((height, width), (height // _SHIFT, width // _SHIFT))
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     padded = F.pad(images, (far[1], far[1], far[0], far[0]), mode="reflect").permute(0, 2, 3, 1)

@@ -1,21 +1,30 @@
 """Layer after layer: each replacement is solved for the input that it will really get.
 
 At each swapped site the patches come from the network as converted so far, and the target output from the original one
-(Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics). Where the graph of the whole
-model is what runs, both networks walk through it side by side (`graph_walk`). Elsewhere real forward passes are stopped
-at the current layer: the original runs once for many sites, keeping the sampled positions of each output alone; the
-converted network runs for every site, up to it.
+(Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics).
+
+Where the graph of the whole model is what runs, both networks walk through it side by side. We keep only the
+activations that later nodes still need. Where those of all images fit into the memory limit, they are kept at every
+site, and one pass over the images is enough for all layers. Where they do not, as in the first layers of large
+networks, the images walk again from the last site at which they fitted, or from the start. The last conv of a residual
+branch also corrects the error accumulated on the shortcut: its output is to make the *sum* right.
+
+Elsewhere real forward passes are stopped at the current layer: the original runs once for many sites, keeping the
+sampled positions of each output alone; the converted network runs for every site, up to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from asymswap import replacements
 from asymswap.calibration.gather import (
@@ -27,17 +36,21 @@ from asymswap.calibration.gather import (
     positions_for,
     within,
 )
-from asymswap.calibration.graph_walk import walk_graph
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.trace import conv_hooks, conv_input
+from asymswap.graph.graphs import bind, placeholder_value, whole_graph
+from asymswap.graph.trace import conv_hooks, conv_input, node_operation
 from asymswap.types import Plan, Progress, Site, silent
 from asymswap.utils.distributed import Team
 from asymswap.utils.inputs import Inputs, copied
-from asymswap.utils.tensors import eval_mode, generator_for
+from asymswap.utils.tensors import eval_mode, generator_for, list_tensors, to_meta
 
+Env = dict[fx.Node, Any]
+
+_DAMPING = 0.05  # batch norm scales below this fraction of the channels' average are not undone in full
+_SAME = 1e-3  # relative difference of outputs up to which a graph computes what the model does
+# Above this fraction of a target output's energy that no kernel explains, patches and targets do not belong together:
+# a detector's second stage looks at other boxes in the converted network than in the original.
 _UNEXPLAINED = 0.8
-"""Above this fraction of a target output's energy that no kernel explains, patches and targets do not belong together:
-a detector's second stage looks at other boxes in the converted network than in the original."""
 
 
 @dataclass
@@ -70,39 +83,29 @@ def refine_(
     by_name = {site.name: site for site in sites}
     chosen = [by_name[name] for name in swaps]
     found = Refined()
-
-    def solve_(name: str, sums: PatchSums | str) -> None:
-        used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, images.team)
-        if isinstance(used, str):
-            found.one_pass[name], used = used, statistics[name]
-        found.used[name] = used
-        module, conv = converted.get_submodule(name), cast(nn.Conv2d, model.get_submodule(name))
-        kind, settings = replacements.load_swap(swaps[name])
-        kind.init_(module, replacements.Original(conv, used), settings)
-        images.team.follow_(module)
-        progress("solving layer by layer", len(found.used), len(swaps))
-
     with eval_mode(model, converted), torch.inference_mode():
-        walk = walk_graph(model, converted, chosen, images, example)
+        walk = _walk_graph(model, converted, chosen, images, example)
         found.by_graph = walk is not None
-        for name, sums in walk or _stop_at_sites(model, converted, chosen, images):
+        missed = ((name, "it did not run") for name in swaps if name not in found.used)
+        for name, sums in itertools.chain(walk or _stop_at_sites(model, converted, chosen, images), missed):
             assert name not in found.used, "every replacement is solved by exactly one way"
-            solve_(name, sums)
-        for name in swaps:
-            if name not in found.used:
-                solve_(name, "it did not run")
+            used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, images.team)
+            if isinstance(used, str):
+                found.one_pass[name], used = used, statistics[name]
+            found.used[name] = used
+            module, conv = converted.get_submodule(name), cast(nn.Conv2d, model.get_submodule(name))
+            kind, settings = replacements.load_swap(swaps[name])
+            kind.init_(module, replacements.Original(conv, used), settings)
+            images.team.follow_(module)
+            progress("solving layer by layer", len(found.used), len(swaps))
     return found
 
 
 def refinable(sites: Sequence[Site], plan: Plan) -> set[str]:
     """Return the swapped sites that `refine_` solves: those that run once and whose function is not preserved."""
-    by_name = {site.name: site for site in sites}
-    found = set()
-    for swap in plan.swaps:
-        site, (kind, settings) = by_name[swap.site], replacements.load_swap(swap)
-        if len(site.calls) == 1 and not kind.preserves(site.conv, settings):
-            found.add(swap.site)
-    return found
+    once = {site.name: site.conv for site in sites if len(site.calls) == 1}
+    kinds = {swap.site: replacements.load_swap(swap) for swap in plan.swaps if swap.site in once}
+    return {name for name, (kind, settings) in kinds.items() if not kind.preserves(once[name], settings)}
 
 
 def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team) -> SiteStatistics | str:
@@ -140,6 +143,7 @@ def _stop_at_sites(
 ) -> Iterator[tuple[str, PatchSums | str]]:
     """Yield each site in call order, to be solved before the next one, with its sums or why there are none."""
     by_name = {site.name: site for site in sites}
+    most = {site.name: positions_for(site, images.count) for site in sites}
 
     def call_order() -> list[str]:
         """Return the convs in the order in which they run on the first batch."""
@@ -150,12 +154,10 @@ def _stop_at_sites(
                 break
         return [name for name in seen if name in by_name]
 
-    def output_bytes(site: Site) -> float:
-        return 4.0 * images.count * positions_for(site, images.count) * site.conv.out_channels
-
     order = [by_name[name] for name in images.team.first(call_order)]
+    output_bytes = lambda site: 4.0 * images.count * most[site.name] * site.conv.out_channels  # noqa: E731
     for group in within(images.memory_gib * 2**30, order, output_bytes):
-        targets = _targets(model, group, images)
+        targets = _targets(model, {site.name: most[site.name] for site in group}, images)
         for site in group:
             conv = cast(nn.Conv2d, model.get_submodule(site.name))
             sums = PatchSums(conv, targets=True)
@@ -164,21 +166,18 @@ def _stop_at_sites(
             yield site.name, reasons[0] if reasons else sums
 
 
-def _targets(model: nn.Module, group: Sequence[Site], images: Images) -> dict[str, dict[int, _Target]]:
-    """Return the targets for each site and batch."""
-    most = {site.name: positions_for(site, images.count) for site in group}
-    found: dict[str, dict[int, _Target]] = {site.name: {} for site in group}
+def _targets(model: nn.Module, most: Mapping[str, int], images: Images) -> dict[str, dict[int, _Target]]:
+    """Return the targets for each site, at so many positions, and batch."""
+    found: dict[str, dict[int, _Target]] = {name: {} for name in most}
     number = 0
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
-        if name not in found:
-            return
-        if number in found[name]:
+        if number in found.get(name, ()):
             found[name][number].calls += 1
-            return
-        conv = cast(nn.Conv2d, model.get_submodule(name))
-        at = choose_positions(output.shape[-2:], most[name], generator_for(images.seed, name, number))
-        found[name][number] = _Target(seen.shape, at, outputs_at(output, conv.groups, at))
+        elif name in found:
+            conv = cast(nn.Conv2d, model.get_submodule(name))
+            at = choose_positions(output.shape[-2:], most[name], generator_for(images.seed, name, number))
+            found[name][number] = _Target(seen.shape, at, outputs_at(output, conv.groups, at))
 
     with conv_hooks(model, see):
         for number, batch in images.batches():  # noqa: B007  # `see` reads it
@@ -204,12 +203,224 @@ def _add_runs(
             with suppress(_Stop):
                 converted(*copied(batch))
             target = targets.get(number)
-            if not inputs and target is None:
-                continue
-            if not inputs or target is None or inputs[0].shape != target.input:
+            if [one.shape for one in inputs] != ([] if target is None else [target.input]):
                 return "it runs on inputs of another size, or another number of times, in the converted network"
             try:
-                sums.add(patches_of(conv, inputs[0], target.at), target.outputs_GON)
+                if target is not None:
+                    sums.add(patches_of(conv, inputs[0], target.at), target.outputs_GON)
             except ValueError:
                 return "its input in the converted network is not finite"
     return None
+
+
+def _walk_graph(
+    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Inputs
+) -> Iterator[tuple[str, PatchSums]] | None:
+    """Yield each site that the graph calls, in order, with the sums of its patches and target outputs.
+
+    The replacement must be solved before the next site is asked for. None where the model has no graph that computes,
+    on the first batch, what the model computes.
+    """
+    try:
+        # The model's own code runs here, with stand-ins, on meta tensors and node by node: it may raise anything.
+        walk, ghost = _Walk(*whole_graph(model, example), model), to_meta(example)
+        graph, root = whole_graph(model, ghost, on_meta=True)
+        held = []
+        with torch.no_grad(), torch.device("meta"):
+            for node, env in _Walk(graph, root, root).values(root, ghost):
+                # A pair of one sample holds both networks' values, of the converted one not yet this node's.
+                values = [*env.values(), *(value for key, value in env.items() if key is not node), ghost]
+                held.append(sum(tensor.nbytes for tensor in list_tensors(values)))
+        first = next(iter(images.batches()), None)
+        wrong = first is not None and not _computes_the_same(walk, model, first[1])
+    except Exception:
+        wrong = True
+    if images.team.sum(torch.tensor(int(wrong))):
+        return None
+    return _steps(walk, model, converted, sites, images, held)
+
+
+def _steps(
+    walk: _Walk, model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, held: Sequence[int]
+) -> Iterator[tuple[str, PatchSums]]:
+    most = {site.name: positions_for(site, images.count) for site in sites}
+    limit = images.memory_gib * 2**30 * images.team.size
+    kept: list[_Pair] | None = None  # the pairs of all batches at the last site where they fitted
+
+    def pairs(last: bool) -> Iterator[_Pair]:
+        """Yield the pairs of all batches where they were kept, or at the start; copies unless it is the last time."""
+        if kept is None:
+            yield from (_Pair(number, batch) for number, batch in images.batches())
+        elif last:
+            while kept:
+                yield kept.pop(0)
+        else:
+            # What walks on may change its values in place.
+            for pair in kept:
+                nodes = {id(node): node for node in (*pair.original, *pair.converted)}
+                yield copy.deepcopy(pair, nodes)
+
+    for stop, node in enumerate(walk.order):
+        name, conv = str(node.target), walk.module(node)
+        if name not in most or not isinstance(conv, nn.Conv2d):
+            continue
+        source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
+        keep = images.count * held[stop] <= limit
+        sums = PatchSums(conv, targets=True)
+        here: list[_Pair] = []
+        for pair in pairs(last=keep):
+            walk.advance(pair, stop, model, converted)
+            target = pair.original[node]
+            if node in walk.residuals:
+                other, inverse_scale = walk.residuals[node]
+                right, wrong = pair.original[other], pair.converted[other]
+                if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
+                    target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
+            at = choose_positions(target.shape[-2:], most[name], generator_for(images.seed, name, pair.number))
+            sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
+            here += [pair] * keep
+        kept = here if keep else kept
+        yield name, sums
+
+
+def _computes_the_same(walk: _Walk, model: nn.Module, inputs: Inputs) -> bool:
+    """Compare the graph's output with the model's own."""
+    for node, env in walk.values(model, inputs):
+        last = env[node]
+    ours, theirs = list_tensors(last), list_tensors(model(*copied(inputs)))
+    if [one.shape for one in ours] != [other.shape for other in theirs]:
+        return False
+    pairs = [(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
+    same = ((one - other).norm() <= _SAME * other.norm() or not other.isfinite().all() for one, other in pairs)
+    return all(same)
+
+
+@dataclass
+class _Pair:
+    """Both networks' values for one batch, of the original up to the node at `position`, which is included.
+
+    Of the converted one up to the node before, since that node may be a replacement that is still to be solved.
+    """
+
+    number: int
+    inputs: Inputs
+    position: int = -1
+    original: Env = field(default_factory=dict)
+    converted: Env = field(default_factory=dict)
+
+
+class _Walk:
+    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends.
+
+    `residuals` are, for the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
+        self._root, self._model = root, model
+        found = ((node, self._find_residual(node)) for node in graph.nodes)
+        self.residuals = {node: residual for node, residual in found if residual is not None}
+        self.order = self._schedule(list(graph.nodes))
+        place = {node: number for number, node in enumerate(self.order)}
+        # Of two convs that a sum joins only the later one knows the other's output.
+        self.residuals = {conv: one for conv, one in self.residuals.items() if place[one[0]] < place[conv]}
+        self._last_read: list[list[fx.Node]] = [[] for _ in self.order]
+        for node in self.order:
+            readers = [*node.users, *(conv for conv, (other, _) in self.residuals.items() if other is node)]
+            self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
+
+    def advance(self, pair: _Pair, stop: int, model: nn.Module, converted: nn.Module) -> None:
+        """Walk on to the node at position `stop`."""
+        for position in range(pair.position, stop):
+            # The original's value at the current node is read there: it is forgotten on leaving.
+            if position >= 0:
+                node = self.order[position]
+                pair.converted[node] = self.run(node, converted, pair.converted, pair.inputs)
+                self.forget(pair.original, position)
+                self.forget(pair.converted, position)
+            node = self.order[position + 1]
+            pair.original[node] = self.run(node, model, pair.original, pair.inputs)
+        pair.position = stop
+
+    def values(self, model: nn.Module, inputs: Inputs) -> Iterator[tuple[fx.Node, Env]]:
+        """Run the whole graph; yield each node with its value and those of others that later nodes still need."""
+        env: Env = {}
+        for position, node in enumerate(self.order):
+            env[node] = self.run(node, model, env, inputs)
+            yield node, env
+            self.forget(env, position)
+
+    def forget(self, env: Env, position: int) -> None:
+        """Drop the values that no node after that position reads."""
+        for gone in self._last_read[position]:
+            env.pop(gone, None)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls."""
+        return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
+        """Return the value of one node, with the modules of `model`; the inputs are the model's arguments."""
+        args: Any = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
+        if node.op == "placeholder":
+            # A copy, since a model may change its input in place.
+            return placeholder_value(node, bind(self._model, copied(inputs), {}))
+        if node.op == "get_attr":
+            # A parameter or buffer of the model, or a constant that tracing has put on the root.
+            with suppress(AttributeError):
+                return attrgetter(str(node.target))(model)
+            return attrgetter(str(node.target))(self._root)
+        if node.op == "call_module":
+            return model.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return args[0] if node.op == "output" else cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+    def _find_residual(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+        """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between."""
+        conv = self.module(node)
+        if not isinstance(conv, nn.Conv2d):
+            return None
+        inverse = torch.ones(conv.out_channels, device=conv.weight.device)
+        last = node
+        while len(last.users) == 1:
+            user = next(iter(last.users))
+            op = node_operation(self._model, user)
+            if op == "add":
+                others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not last]
+                # With alpha, or with an operand by name, it is no plain sum of the two.
+                return (others[0], inverse) if len(others) == 1 and not user.kwargs else None
+            module = self.module(user)
+            if op == "batch_norm" and isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+                scale = torch.rsqrt(module.running_var + module.eps)
+                if module.weight is not None:
+                    scale = scale * module.weight.detach()
+                inverse = inverse * (scale / (scale.square() + _DAMPING**2 * scale.square().mean()))
+            elif op not in ("identity", "dropout"):
+                return None
+            last = user
+        return None
+
+    def _schedule(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        """Move what a sum's other operand needs in front of the conv that ends the branch, where that is safe."""
+        order: dict[fx.Node, None] = {}
+        for position, node in enumerate(nodes):
+            other = self.residuals[node][0] if node in self.residuals and node not in order else None
+            if other is not None and other not in order:
+                early, waiting = {other}, [other]
+                while waiting:
+                    new = set(waiting.pop().all_input_nodes) - early - order.keys()
+                    early |= new
+                    waiting += new
+                jumped = nodes[position : max(nodes.index(n) for n in early) + 1]
+                # What works in place would be read too early or too late.
+                if node not in early and not any(self._in_place(n) for n in jumped):
+                    order |= dict.fromkeys(n for n in jumped if n in early)
+            order[node] = None  # nothing new where it was moved
+        return list(order)
+
+    def _in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.module(node), "inplace", False))
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in ("iadd", "imul", "isub", "setitem")

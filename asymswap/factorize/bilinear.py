@@ -16,8 +16,6 @@ function. Learning positions by growing the kernel: Khalfaoui-Hassani, Pellegrin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -61,30 +59,13 @@ def grow(w_OIHW: Tensor, share_TYX: Tensor) -> Tensor:
     return grown.reshape(*w_OIHW.shape[:2], *share_TYX.shape[1:])
 
 
-@dataclass(frozen=True)
-class Window:
-    """The cells of one axis of the grid that a kernel needs: `range(start, start + step*(count - 1) + 1, step)`.
+def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink: Size | None) -> tuple[range, range]:
+    """Return the rows and the columns of the smallest window about the kernel's middle with every cell that taps touch.
 
-    `growth` is by how many pixels the window is longer than the original kernel on each side, shorter if negative.
-    """
-
-    start: int
-    step: int
-    count: int
-    growth: int
-
-    @property
-    def cells(self) -> list[int]:
-        """The indices of the cells."""
-        return [self.start + self.step * number for number in range(self.count)]
-
-
-def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink: Size | None) -> tuple[Window, Window]:
-    """Return, for rows and columns, the smallest window about the kernel's middle with every cell that a tap touches.
-
-    It keeps the dilation of an axis along which all taps sit where a tap of the original kernel could, and is at most
-    `shrink` pixels shorter on either side, if given: its padding, smaller by as much, cannot be negative. Places count,
-    not weights: a pruned tap does not change the size.
+    It is `reach - start` pixels longer than the original kernel on each side, shorter if negative. It keeps the
+    dilation of an axis along which all taps sit where a tap of the original kernel could, and is at most `shrink`
+    pixels shorter on either side, if given: its padding, smaller by as much, cannot be negative. Places count, not
+    weights: a pruned tap does not change the size.
     """
     found = []
     for axis in (0, 1):
@@ -95,5 +76,5 @@ def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink:
         if shrink is not None:
             growth = max(growth, -shrink[axis])
         growth += -growth % step
-        found.append(Window(first - growth, step, (last - first + 2 * growth) // step + 1, growth))
+        found.append(range(first - growth, last + growth + 1, step))
     return found[0], found[1]

@@ -42,17 +42,13 @@ _GAIN = 1e-3  # iterations end once the last `_WINDOW` of them have lowered the 
 _WINDOW = 5
 _MEMORY = 8  # pairs of steps and changes of the gradient that L-BFGS remembers
 _TRIALS = 6  # lengths that a step is tried with before it is given up
-_NOTHING = 1e-11
-"""An error of this share of the output's energy is none: the shift of the least squares adds a tenth of it."""
+_NOTHING = 1e-11  # an error of this share of the output's energy is none: the shift of the least squares adds a tenth
 
 _LOW_RANK = 16  # up to here minima differ by several percent, above it by a tenth of that
 _RANDOM = 16  # random starts at most: of 140 random problems the worst is then 2 % above the best found, else 9 %
 _RANDOM_SIZE = 2_000_000  # numbers in the covariances of all random starts together
-_LARGE = 2000
-"""Rows of a covariance from which on more than one thread pays, even where another program keeps a core busy."""
-
-_LARGE_ITERATIONS = 10
-"""Enough for one so large: they come within half a percent of the error of many (benchmarks/solver.py)."""
+_LARGE = 2000  # rows of a covariance from which on more threads pay, even where another program keeps a core busy
+_LARGE_ITERATIONS = 10  # of one so large: they come within half a percent of many (benchmarks/solver.py)
 
 
 @dataclass(frozen=True)
@@ -64,19 +60,19 @@ class Problem:
     p_GOO: Tensor
 
     @cached_property
-    def tap_covariance(self) -> Tensor:
-        """The covariance of one tap's inputs, averaged over the taps."""
-        return torch.einsum("gkmkn->gmn", self.s_GKMKM) / self.w_GOKM.shape[2]
-
-    @cached_property
     def moved_kernel(self) -> Tensor:
         """The kernel times the covariance, W S."""
         return torch.einsum("gokm,gkmln->goln", self.w_GOKM, self.s_GKMKM)
 
     @cached_property
     def tap_factor(self) -> Tensor:
-        """L with L L' the covariance of one tap."""
-        return _cholesky(self.tap_covariance)
+        """L with L L' the covariance of one tap's inputs, averaged over the taps."""
+        return _cholesky(torch.einsum("gkmkn->gmn", self.s_GKMKM) / self.w_GOKM.shape[2])
+
+    def whitened(self) -> Tensor:
+        """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""
+        gram = torch.einsum("gokm,gop,gpkn->gmn", self.w_GOKM, self.p_GOO, self.w_GOKM)
+        return self.tap_factor.mT @ gram @ self.tap_factor
 
     @cached_property
     def output_energy(self) -> Tensor:
@@ -105,7 +101,7 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
     The sum of what is left out is a close upper bound of a rank's error, exact if S is alike for all taps and white.
     """
     with one_thread():
-        energy, vectors = torch.linalg.eigh(_whitened(problem))
+        energy, vectors = torch.linalg.eigh(problem.whitened())
     start_GMM = torch.linalg.solve_triangular(problem.tap_factor.mT, vectors.flip(-1), upper=True)
     return start_GMM.mT, energy.flip(-1).clamp_min(0.0)
 
@@ -113,15 +109,8 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
 def energies(problem: Problem) -> Tensor:
     """Return the energies of `spectrum` alone, which take a third of the time."""
     with one_thread():
-        energy: Tensor = torch.linalg.eigvalsh(_whitened(problem))
+        energy: Tensor = torch.linalg.eigvalsh(problem.whitened())
     return energy.flip(-1).clamp_min(0.0)
-
-
-def _whitened(problem: Problem) -> Tensor:
-    """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""
-    gram = torch.einsum("gokm,gop,gpkn->gmn", problem.w_GOKM, problem.p_GOO, problem.w_GOKM)
-    white_GMM: Tensor = problem.tap_factor.mT @ gram @ problem.tap_factor
-    return white_GMM
 
 
 @dataclass(frozen=True)
@@ -131,10 +120,8 @@ class Point:
     v_GRM: Tensor
     h_GOKR: Tensor
     error_G: Tensor
-    gradient_GRM: Tensor
-    """Half the gradient of the error with respect to v."""
-    curvature_GRR: Tensor
-    """sum_k H_k' P H_k"""
+    gradient_GRM: Tensor  # half the gradient of the error with respect to v
+    curvature_GRR: Tensor  # sum_k H_k' P H_k
 
 
 def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +139,14 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
             start = reduce(_better, islice(starts(problem, rank), 2))
             best = descend(problem, start, _LARGE_ITERATIONS if large else _ITERATIONS)
         else:
-            best = reduce(_better, _descend_all(problem, [*starts(problem, rank), *_random_starts(problem, rank)]))
+            # All at once, each with its own copy of the groups: small matrices go faster together.
+            points = list(starts(problem, rank))
+            parts = (problem.w_GOKM, problem.s_GKMKM, problem.p_GOO)
+            copies = Problem(*(part.repeat(len(points), *[1] * (part.dim() - 1)) for part in parts))
+            fields = zip(*(vars(point).values() for point in points), strict=True)
+            ends = vars(descend(copies, Point(*map(torch.cat, fields)))).values()
+            chunks = zip(*(end.chunk(len(points)) for end in ends), strict=True)
+            best = reduce(_better, (Point(*chunk) for chunk in chunks))
     v, h = best.v_GRM, best.h_GOKR
     scale_GR = (h.square().sum((1, 2)).sqrt() / v.norm(dim=2).clamp_min(1e-300)).clamp_min(1e-150).sqrt()
     second = (h / scale_GR[:, None, None, :]).permute(0, 3, 1, 2).flatten(2)
@@ -162,46 +156,33 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def starts(problem: Problem, rank: int) -> Iterator[Point]:
     """Yield pairs to begin with, the best first as a rule.
 
-    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output.
+    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output; then
+    pairs with a random first conv, the same ones each time, as many as are cheap to descend from. None of those at full
+    rank, where every start is exact.
     """
     yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
     a_GMR, _ = svd.factors(problem.w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
     padded_GRM = F.pad(a_GMR, (0, rank - a_GMR.shape[2])).mT  # rows of zero above its rank
     yield project(problem, _orthonormal(problem, padded_GRM))
-    moved = problem.moved_kernel
+    moved, factor = problem.moved_kernel, problem.tap_factor
     gram_GMM = torch.einsum("gokm,gop,gpkn->gmn", moved, problem.p_GOO, moved)
-    half_GMM = torch.linalg.solve_triangular(problem.tap_factor, gram_GMM, upper=False)
-    white_GMM = torch.linalg.solve_triangular(problem.tap_factor, half_GMM.mT, upper=False)
+    half_GMM = torch.linalg.solve_triangular(factor, gram_GMM, upper=False)
+    white_GMM = torch.linalg.solve_triangular(factor, half_GMM.mT, upper=False)
     vectors = torch.linalg.eigh(white_GMM).eigenvectors.flip(-1)[:, :, :rank]
-    yield project(problem, torch.linalg.solve_triangular(problem.tap_factor.mT, vectors, upper=True).mT)
-
-
-def _random_starts(problem: Problem, rank: int) -> Iterator[Point]:
-    """Yield pairs with a random first conv, the same ones each time, as many as are cheap to descend from.
-
-    None at full rank, where every start is exact.
-    """
+    yield project(problem, torch.linalg.solve_triangular(factor.mT, vectors, upper=True).mT)
     random = torch.Generator().manual_seed(0)
     groups, outputs, taps, rows = problem.w_GOKM.shape
     cheap = min(_RANDOM, _RANDOM_SIZE // (groups * (taps * rows) ** 2))
     for _ in range(cheap if rank < min(rows, outputs * taps) else 0):
         drawn_GMR = torch.randn(groups, rows, rank, generator=random, dtype=torch.float64)
-        white_GMR = torch.linalg.solve_triangular(problem.tap_factor.mT, drawn_GMR.to(problem.w_GOKM), upper=True)
+        white_GMR = torch.linalg.solve_triangular(factor.mT, drawn_GMR.to(problem.w_GOKM), upper=True)
         yield project(problem, _orthonormal(problem, white_GMR.mT))
-
-
-def _descend_all(problem: Problem, points: Sequence[Point]) -> list[Point]:
-    """Descend from several points at once, each with its own copy of the groups: small matrices go faster together."""
-    count = len(points)
-    parts = (problem.w_GOKM, problem.s_GKMKM, problem.p_GOO)
-    copies = Problem(*(part.repeat(count, *[1] * (part.dim() - 1)) for part in parts))
-    ends = descend(copies, Point(*map(torch.cat, zip(*(vars(point).values() for point in points), strict=True))))
-    return [Point(*chunks) for chunks in zip(*(tensor.chunk(count) for tensor in vars(ends).values()), strict=True)]
 
 
 def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Point:
     """Lower the error by L-BFGS, until nothing is left in any group or the last iterations hardly lowered it."""
-    memory: list[_Pair] = []
+    # Steps, by how much each changed the gradient, and one over the product of the two, or zero.
+    memory: list[tuple[Tensor, Tensor, Tensor]] = []
     errors = [here.error_G]
     while len(errors) <= iterations:
         left = errors[-1] - _NOTHING * problem.output_energy
@@ -212,19 +193,10 @@ def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Poi
         there = _search(problem, here, _direction(problem, here, memory))
         moved, change = there.v_GRM - here.v_GRM, there.gradient_GRM - here.gradient_GRM
         product = _dot(moved, change)
-        memory = [*memory[1 - _MEMORY :], _Pair(moved, change, torch.where(product > 0, 1 / product, 0.0))]
+        memory = [*memory[1 - _MEMORY :], (moved, change, torch.where(product > 0, 1 / product, 0.0))]
         here = there
         errors.append(here.error_G)
     return here
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A step of L-BFGS, by how much it changed the gradient, and one over the product of the two, or zero."""
-
-    moved_GRM: Tensor
-    change_GRM: Tensor
-    inverse_G11: Tensor
 
 
 def project(problem: Problem, v_GRM: Tensor) -> Point:
@@ -247,18 +219,16 @@ def project(problem: Problem, v_GRM: Tensor) -> Point:
     )
 
 
-def _direction(problem: Problem, here: Point, memory: list[_Pair]) -> Tensor:
+def _direction(problem: Problem, here: Point, memory: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Where to go from here: the two loops of L-BFGS around the preconditioner."""
-    direction = -here.gradient_GRM
-    shares = []
-    for pair in reversed(memory):
-        shares.append(pair.inverse_G11 * _dot(pair.moved_GRM, direction))
-        direction = direction - shares[-1] * pair.change_GRM
+    direction, shares = -here.gradient_GRM, list[Tensor]()
+    for moved, change, inverse in reversed(memory):
+        shares.append(inverse * _dot(moved, direction))
+        direction = direction - shares[-1] * change
     direction = torch.cholesky_solve(direction, _cholesky(here.curvature_GRR))
     direction = torch.cholesky_solve(direction.mT, problem.tap_factor).mT
-    for pair in memory:
-        share = shares.pop() - pair.inverse_G11 * _dot(pair.change_GRM, direction)
-        direction = direction + share * pair.moved_GRM
+    for moved, change, inverse in memory:
+        direction = direction + (shares.pop() - inverse * _dot(change, direction)) * moved
     return direction
 
 

@@ -59,16 +59,17 @@ def relative_error(w_GOD: Tensor, x_GOD: Tensor, s_GDD: Tensor | None = None) ->
 
     Of the kernel itself, or with a covariance of the output; never above 1, which is the error of no kernel at all.
     """
-    whole, left = (
-        float(kernel.square().sum() if s_GDD is None else (kernel @ s_GDD * kernel).sum())
-        for kernel in (w_GOD, w_GOD - x_GOD)
-    )
+    gap_GOD = w_GOD - x_GOD
+    whole, left = (float((one * one if s_GDD is None else one @ s_GDD * one).sum()) for one in (w_GOD, gap_GOD))
     return min(left / whole, 1.0) if whole else 0.0
 
 
-def divergence(statistics: SiteStatistics, x_GOD: Tensor) -> float:
-    """Return K-FAC's estimate, in nats, of what the error does to the network's prediction: half the weighted error."""
-    gap_GOD = statistics.target_GOD - x_GOD
-    return 0.5 * float(
-        torch.einsum("god,gde,gpe,gop->", gap_GOD, statistics.ridged(), gap_GOD, statistics.output_weight())
-    )
+def divergence(statistics: SiteStatistics, x_GOD: Tensor) -> float | None:
+    """Return K-FAC's estimate, in nats, of what the error does to the network's prediction: half the weighted error.
+
+    None without a weight.
+    """
+    if statistics.weight_GOO is None:
+        return None
+    gap_GOD, weight_GOO = statistics.target_GOD - x_GOD, statistics.output_weight()
+    return 0.5 * float(torch.einsum("god,gde,gpe,gop->", gap_GOD, statistics.ridged(), gap_GOD, weight_GOO))

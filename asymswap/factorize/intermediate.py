@@ -1,4 +1,4 @@
-"""Mean and variance of the output of a separable pair's first conv, and how to bring it above zero.
+"""Mean and variance of the output of a separable pair's first conv, and what a constant added to it does.
 
 Shapes, G groups, C inputs of one group, R the rank, D = C*kh*kw the length of a patch (see `statistics`):
 
@@ -13,7 +13,6 @@ the block of the covariance of that part tell the moments of the first conv's ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,31 +20,15 @@ from torch import Tensor
 from asymswap.factorize.statistics import SiteStatistics
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean and variance of each output channel of the first conv, in float64."""
+def seen(
+    statistics: SiteStatistics, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return mean_GR and variance_GR in float64, on the images of the statistics, for a k x k conv of this `kernel`.
 
-    mean_GR: Tensor
-    variance_GR: Tensor
-
-    def shift(self, deviations: float | None) -> Tensor:
-        """Return the least numbers (G, R), none below zero, that raise values so many deviations below the mean to 0.
-
-        None below zero, so that a zero that was padded stays above it too; all zero where no deviations are given.
-        """
-        if deviations is None:
-            return torch.zeros_like(self.mean_GR)
-        return (deviations * self.variance_GR.sqrt() - self.mean_GR).clamp_min(0.0)
-
-
-def seen(statistics: SiteStatistics, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]) -> Moments:
-    """Return the moments through the given taps of the second conv together, on the images of the statistics.
-
-    `kernel` is that of the k x k conv. Exact for the pixels that those taps read.
+    They are seen through the given taps of the second conv together, and exact for the pixels that those taps read.
     """
     groups = len(statistics.mean_GD)
-    vertical_first = first_OIHW.shape[3] == 1
-    axis = 2 if vertical_first else 1
+    axis = 2 if first_OIHW.shape[3] == 1 else 1
     v_GRM = first_OIHW.detach().to(torch.float64).flatten(1).unflatten(0, (groups, -1))
     mean_GCij = statistics.mean_GD.unflatten(1, (-1, *kernel))
     cov_GCijCij = statistics.cov_GDD.unflatten(2, (-1, *kernel)).unflatten(1, (-1, *kernel))
@@ -57,14 +40,14 @@ def seen(statistics: SiteStatistics, first_OIHW: Tensor, kernel: tuple[int, int]
         squares.append(torch.einsum("grm,gmn,grn->gr", v_GRM, cov_GMM, v_GRM) + means[-1].square())
     mean_GR = torch.stack(means).mean(0)
     variance_GR = torch.stack(squares).mean(0) - mean_GR.square()
-    return Moments(mean_GR, variance_GR.clamp_min(0.0))
+    return mean_GR, variance_GR.clamp_min(0.0)
 
 
-def white(first_OIHW: Tensor, groups: int) -> Moments:
-    """Return the moments for white inputs of mean 0 and variance 1: the assumption without statistics."""
+def white(first_OIHW: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return mean_GR and variance_GR for white inputs of mean 0 and variance 1: the assumption without statistics."""
     v_GRM = first_OIHW.detach().to(torch.float64).flatten(1).unflatten(0, (groups, -1))
     variance_GR = v_GRM.square().sum(2)
-    return Moments(torch.zeros_like(variance_GR), variance_GR)
+    return torch.zeros_like(variance_GR), variance_GR
 
 
 def carried(shift_GR: Tensor, second_ORHW: Tensor) -> Tensor:

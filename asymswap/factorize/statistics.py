@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3  # added to a covariance, relative to the mean of its diagonal: see `SiteStatistics.ridged`
+_LEAST_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,5 +68,6 @@ class SiteStatistics:
         scale = self.weight_GOO.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         return self.weight_GOO + torch.where(scale > 0, _LEAST_WEIGHT * scale, 1.0) * eye_GOO
 
-
-_LEAST_WEIGHT = 0.05
+    def bias_of(self, kernel_GOD: Tensor) -> Tensor:
+        """Return the bias (G*O) that gives the outputs of a kernel their target mean."""
+        return (self.target_mean_GO - torch.einsum("god,gd->go", kernel_GOD, self.mean_GD)).flatten()

@@ -40,11 +40,8 @@ def load(name: str) -> Replacement:
     if name not in known:
         raise RecipeError(f"unknown kind {name!r}{near_names(name, known) or '; known: ' + ', '.join(known)}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    found = [
-        part
-        for part in vars(module).values()
-        if isinstance(part, type) and issubclass(part, Replacement) and part.__module__ == module.__name__
-    ]
+    own = (part for part in vars(module).values() if getattr(part, "__module__", None) == module.__name__)
+    found = [part for part in own if isinstance(part, type) and issubclass(part, Replacement)]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define one subclass of Replacement; it defines {len(found)}")
     kind: Replacement = found[0]()
@@ -53,14 +50,11 @@ def load(name: str) -> Replacement:
 
 def parse_settings(name: str, settings: Any) -> KindSettings:
     """Check settings that came from outside against the kind's own; raises RecipeError with every mistake in it."""
-    return _parse(load(name), name, settings)
-
-
-def _parse(kind: Replacement, name: str, settings: Any) -> KindSettings:
+    own = load(name).settings
     try:
-        return kind.settings.model_validate(dict(settings))
+        return own.model_validate(dict(settings))
     except ValidationError as error:
-        raise RecipeError(f"kind {name!r}: {validation_text(error, list(kind.settings.model_fields))}") from None
+        raise RecipeError(f"kind {name!r}: {validation_text(error, list(own.model_fields))}") from None
 
 
 def load_swap(swap: Swap) -> tuple[Replacement, KindSettings]:
@@ -68,8 +62,7 @@ def load_swap(swap: Swap) -> tuple[Replacement, KindSettings]:
 
     Raises RecipeError as `load` and `parse_settings` do, and PlanError for settings that are valid but not settled.
     """
-    kind = load(swap.kind)
-    settings = _parse(kind, swap.kind, swap.settings)
+    kind, settings = load(swap.kind), parse_settings(swap.kind, swap.settings)
     if kind.settled is None:
         return kind, settings
     try:

@@ -8,7 +8,9 @@ distance from the border alone, so that less of it is a part of more of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import astuple, replace
+from functools import reduce
 from typing import cast
 
 import torch
@@ -20,26 +22,14 @@ from asymswap.utils.tensors import store_
 
 def new_conv(conv: ConvSpec, cls: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """Return a conv of these fields with unset weights."""
-    module: nn.Conv2d = nn.utils.skip_init(
-        cls,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=conv.bias,
-        padding_mode=conv.padding_mode,
-        dtype=getattr(torch, conv.dtype),
-    )
+    *fields, dtype = astuple(conv)  # in the order in which nn.Conv2d takes them
+    module: nn.Conv2d = nn.utils.skip_init(cls, *fields, dtype=getattr(torch, dtype))
     return module
 
 
 def conv_of(conv: ConvSpec, weight_OIHW: Tensor, bias_O: Tensor | None, like: Tensor) -> nn.Conv2d:
     """Return a conv of these fields but for kernel size and bias, with these numbers; dtype and device are `like`'s."""
-    kernel = (weight_OIHW.shape[2], weight_OIHW.shape[3])
-    dtype = str(like.dtype).removeprefix("torch.")
+    kernel, dtype = (weight_OIHW.shape[2], weight_OIHW.shape[3]), str(like.dtype).removeprefix("torch.")
     made = new_conv(replace(conv, kernel=kernel, bias=bias_O is not None, dtype=dtype)).to(like.device)
     copy_(made, weight_OIHW, bias_O)
     return made
@@ -72,52 +62,51 @@ def unsupported(conv: ConvSpec) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class StripConvs:
-    """The kh x 1 and the 1 x kw conv, without a bias, at the centre of a kernel.
-
-    `crop` is how many (rows, columns) are cut from each side of the horizontal and of the vertical one's input.
-    """
-
-    vertical: ConvSpec
-    horizontal: ConvSpec
-    crop: Size
-
-
-def strip_convs(conv: ConvSpec) -> StripConvs:
-    """Return the strip convs of the fields of `conv`."""
-    vertical = replace(conv, kernel=(conv.kernel[0], 1), bias=False)
+def strip_convs(conv: ConvSpec, bias: bool = False) -> tuple[ConvSpec, ConvSpec, Size]:
+    """Return the kh x 1 (maybe with a bias) and the 1 x kw conv at the centre of a kernel, and `StripSum`'s crop."""
+    vertical = replace(conv, kernel=(conv.kernel[0], 1), bias=bias)
     horizontal = replace(conv, kernel=(1, conv.kernel[1]), bias=False)
     if conv.padding == "same":
-        return StripConvs(vertical, horizontal, (0, 0))
+        return vertical, horizontal, (0, 0)
     height, width = (0, 0) if isinstance(conv.padding, str) else conv.padding
     rows = height - conv.dilation[0] * (conv.kernel[0] - 1) // 2
     columns = width - conv.dilation[1] * (conv.kernel[1] - 1) // 2
-    return StripConvs(
-        replace(vertical, padding=(height, max(columns, 0))),
-        replace(horizontal, padding=(max(rows, 0), width)),
-        crop=(max(-rows, 0), max(-columns, 0)),
-    )
+    vertical = replace(vertical, padding=(height, max(columns, 0)))
+    return vertical, replace(horizontal, padding=(max(rows, 0), width)), (max(-rows, 0), max(-columns, 0))
 
 
-def run_strips(vertical: nn.Module, horizontal: nn.Module, x: Tensor, crop: Size) -> tuple[Tensor, Tensor]:
-    """Return the outputs of two strips for an input (…, H, W), of which each sees its part."""
-    rows, columns = crop
-    seen_by_vertical = x[..., columns:-columns] if columns else x
-    seen_by_horizontal = x[..., rows:-rows, :] if rows else x
-    return vertical(seen_by_vertical), horizontal(seen_by_horizontal)
+class StripSum(nn.Module):
+    """The sum of a vertical and a horizontal strip, and of a square conv where there is one.
+
+    Input (N, C, H, W) or (C, H, W), output that of the k x k conv. `crop` is how many (rows, columns) are cut from each
+    side of the horizontal and of the vertical strip's input.
+    """
+
+    def __init__(self, crop: Size, vertical: nn.Module, horizontal: nn.Module, square: nn.Module | None = None) -> None:
+        super().__init__()
+        self.square = square
+        self.vertical, self.horizontal = vertical, horizontal
+        self.crop = crop
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.crop
+        outputs: list[Tensor] = [] if self.square is None else [self.square(input)]
+        outputs.append(self.vertical(input[..., columns:-columns] if columns else input))
+        outputs.append(self.horizontal(input[..., rows:-rows, :] if rows else input))
+        return reduce(operator.add, outputs)
+
+    def extra_repr(self) -> str:
+        return f"crop={self.crop}" if any(self.crop) else ""
 
 
 def centre_column(w_OIHW: Tensor) -> Tensor:
     """Return the taps (O, I, H, 1) of the vertical strip, a view."""
-    middle = w_OIHW.shape[3] // 2
-    return w_OIHW[..., middle : middle + 1]
+    return w_OIHW.narrow(3, w_OIHW.shape[3] // 2, 1)
 
 
 def centre_row(w_OIHW: Tensor) -> Tensor:
     """Return the taps (O, I, 1, W) of the horizontal strip, a view."""
-    middle = w_OIHW.shape[2] // 2
-    return w_OIHW[:, :, middle : middle + 1]
+    return w_OIHW.narrow(2, w_OIHW.shape[2] // 2, 1)
 
 
 def as_square(vertical: Tensor, horizontal: Tensor) -> Tensor:

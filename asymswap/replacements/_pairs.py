@@ -31,22 +31,14 @@ class PairSettings(KindSettings):
     """One of three ways to give the rank (or none, where a budget decides)."""
 
     rank: int | None = Field(None, ge=1, description="Channels between the two convs, of each group.")
-    ratio: float | None = Field(
-        None, gt=0, le=1, description="The largest rank with at most this fraction of the MACs."
-    )
-    energy: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm.",
-    )
-    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto",
-        description="A budget chooses ranks among its multiples, and 1, 2, 4 … below it; `auto`: by the conv's size.",
-    )
-    bias: bool = Field(
-        False, description="Give the second conv a bias even where the conv has none, for calibration to set."
-    )
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The largest rank with at most this fraction of the MACs."""
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The smallest rank that keeps at least this fraction of the kernel's squared Frobenius norm."""
+    multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """A budget chooses ranks among its multiples, and 1, 2, 4 … below it; `auto`: by the conv's size."""
+    bias: bool = False
+    """Give the second conv a bias even where the conv has none, for calibration to set."""
 
     @model_validator(mode="after")
     def _one_size(self) -> PairSettings:
@@ -100,7 +92,12 @@ class Pair(Replacement):
         found: list[Option] = []
         for form in self.forms(settings):
             curve = self._curve(site, original, form, settings)
-            step = settings.multiple if settings.multiple != "auto" else _multiple(curve, site)
+            step = 1 if settings.multiple == "auto" else settings.multiple
+            # Processors work on 16 channels at once (AVX-512), or on 8 or 4: rank 65 takes as long as rank 80. The time
+            # of small convs does not depend on their rank (docs/results/calibration-experiments.md).
+            if settings.multiple == "auto" and site.cost.macs >= _SMALL:
+                paying = sum(option.cost.macs < site.cost.macs for option in curve)
+                step = next((step for step in (16, 8, 4, 2) if 5 * step <= paying), 1)
             for option in curve:
                 rank = option.settings["rank"]
                 # Powers of two below the step keep the cheapest ranks within reach.
@@ -136,8 +133,7 @@ class Pair(Replacement):
 
     def _curve(self, site: Site, original: Original, form: SettledPair, settings: PairSettings) -> list[Option]:
         """Return one option for each rank; its error is the share of the energy that truncation leaves out."""
-        statistics = original.statistics
-        divergences: list[float] | None = None
+        statistics, nats = original.statistics, list[float]()
         if statistics is None:
             errors = _left(svd.energies(svd.as_matrix(original.conv.weight, site.conv.groups, form.vertical_first)))
         else:
@@ -146,13 +142,12 @@ class Pair(Replacement):
             errors = _left(covariance.energies(plain))
             if statistics.weight_GOO is not None:
                 weighted = covariance.energies(problem)
-                divergences = [0.5 * float(weighted.sum()) * left for left in _left(weighted)]
+                nats = [0.5 * float(weighted.sum()) * left for left in _left(weighted)]
         extra = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
         curve = []
-        for rank in range(1, min(len(errors), full_rank(site.conv, form)) + 1):
-            error, nats = errors[rank - 1], None if divergences is None else divergences[rank - 1]
+        for rank, error in enumerate(errors[: full_rank(site.conv, form)], start=1):
             settled = form.model_copy(update={"rank": rank, **extra})
-            curve.append(self.option(site, settled, error, loss(error, nats)))
+            curve.append(self.option(site, settled, error, loss(error, nats[rank - 1] if nats else None)))
         return curve
 
     def between(self, conv: ConvSpec, settings: Any) -> dict[str, nn.Module]:
@@ -169,9 +164,9 @@ class Pair(Replacement):
 
         With statistics the bias gives the output its target mean.
         """
-        first, second, bias_O = solve(original, settings)
-        for half, weight, bias in zip(module.children(), (first, second), (None, bias_O), strict=True):
-            _convs.copy_(half, weight, bias)
+        (reduce, expand), (first, second, bias_O) = module.children(), solve(original, settings)
+        _convs.copy_(reduce, first, None)
+        _convs.copy_(expand, second, bias_O)
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
         """Return one conv of the original fields, its kernel the product of the pair's, with the pair's bias."""
@@ -190,35 +185,19 @@ def solve(original: Original, settings: SettledPair) -> tuple[Tensor, Tensor, Te
     conv, statistics, vertical_first = original.conv, original.statistics, settings.vertical_first
     kernel = cast(Size, conv.kernel_size)
     if statistics is None:
-        a_GAR, b_GRB = svd.factors(svd.as_matrix(conv.weight, conv.groups, vertical_first), settings.rank)
-    else:
-        a_GAR, b_GRB = covariance.factors(covariance.arrange(statistics, kernel, vertical_first), settings.rank)
-    first, second = svd.as_kernels(a_GAR, b_GRB, kernel, vertical_first)
-    if statistics is None:
-        bias_O = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-    else:
-        product = svd.compose(first, second, conv.groups, vertical_first).flatten(1)
-        mean_GO = torch.einsum("god,gd->go", product.unflatten(0, (conv.groups, -1)), statistics.mean_GD)
-        bias_O = (statistics.target_mean_GO - mean_GO).flatten()
-    return first, second, bias_O
+        factors = svd.factors(svd.as_matrix(conv.weight, conv.groups, vertical_first), settings.rank)
+        first, second = svd.as_kernels(*factors, kernel, vertical_first)
+        return first, second, conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+    factors = covariance.factors(covariance.arrange(statistics, kernel, vertical_first), settings.rank)
+    first, second = svd.as_kernels(*factors, kernel, vertical_first)
+    product = svd.compose(first, second, conv.groups, vertical_first).flatten(1)
+    return first, second, statistics.bias_of(product.unflatten(0, (conv.groups, -1)))
 
 
 def merge(conv: ConvSpec, settings: SettledPair, first: Tensor, second: nn.Conv2d, bias_O: Tensor | None) -> nn.Conv2d:
     """Return the conv of these fields whose kernel is the product of a weight in float64 and a second conv's."""
     kernel = svd.compose(first, second.weight.detach().to(torch.float64), conv.groups, settings.vertical_first)
     return _convs.conv_of(conv, kernel, None if bias_O is None else bias_O.detach(), second.weight)
-
-
-def _multiple(curve: Sequence[Option], site: Site) -> int:
-    """Return the largest of 16, 8, 4 and 2 that leaves five ranks below the break-even; 1 for small convs.
-
-    Processors work on 16 channels at once (AVX-512), or on 8 or 4: rank 65 takes as long as rank 80. The time of small
-    convs does not depend on their rank (docs/results/calibration-experiments.md).
-    """
-    if site.cost.macs < _SMALL:
-        return 1
-    paying = sum(option.cost.macs < site.cost.macs for option in curve)
-    return next((step for step in (16, 8, 4, 2) if 5 * step <= paying), 1)
 
 
 def _left(energy_GK: Tensor) -> list[float]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Annotated, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from asymswap.errors import PlanError
 from asymswap.replacements import _convs
 from asymswap.replacements.base import GrowingSettings, Original, Replacement
-from asymswap.types import ConvSpec, Cost, Option, Site, Size
-from asymswap.utils.tensors import additions, store_
+from asymswap.types import ConvSpec, Cost, Option, Site
+from asymswap.utils.tensors import additions
 
 _WEAKEST = 0.01  # a centre row or column below this share of the average one's energy gives way to the strongest one
 
@@ -42,12 +42,10 @@ class Settings(GrowingSettings):
     branches do nothing in eval mode but normalise in train mode, which the original did not: by the output's mean and
     variance from calibration, and without calibration by mean 0 and variance 1.
     """
-    eps: Annotated[float, Field(ge=0)] = Field(
-        1e-5, description="Added to the variance by the branches' batch norms; one that is taken over keeps its own."
-    )
-    momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = Field(
-        0.1, description="Momentum of their running statistics, `cumulative` for torch's None; likewise."
-    )
+    eps: Annotated[float, Field(ge=0)] = 1e-5
+    """Added to the variance by the branches' batch norms; one that is taken over keeps its own."""
+    momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = 0.1
+    """Momentum of their running statistics, `cumulative` for torch's None; likewise."""
 
     @model_validator(mode="after")
     def _norms_have_constants(self) -> Settings:
@@ -57,24 +55,8 @@ class Settings(GrowingSettings):
         return self
 
 
-class AsymmetricBlock(nn.Module):
-    """The sum of three branches, each a conv and maybe a batch norm; the strips see the input less `crop` pixels.
-
-    Input (N, C, H, W), output as of the square conv; without batch norms also without N.
-    """
-
-    def __init__(self, square: nn.Module, vertical: nn.Module, horizontal: nn.Module, crop: Size) -> None:
-        super().__init__()
-        self.square, self.vertical, self.horizontal = square, vertical, horizontal
-        self.crop = crop
-
-    def forward(self, input: Tensor) -> Tensor:
-        square: Tensor = self.square(input)
-        vertical, horizontal = _convs.run_strips(self.vertical, self.horizontal, input, self.crop)
-        return square + vertical + horizontal
-
-    def extra_repr(self) -> str:
-        return f"crop={self.crop}" if any(self.crop) else ""
+class AsymmetricBlock(_convs.StripSum):
+    """The sum of three branches, each a conv and maybe a batch norm, which takes no input without N."""
 
 
 class AsymmetricConvBlock(Replacement):
@@ -89,9 +71,9 @@ class AsymmetricConvBlock(Replacement):
         return settings.bn == "shared" or conv.dtype in ("float32", "float64")
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        strips = _convs.strip_convs(site.conv)
+        vertical, horizontal, _ = _convs.strip_convs(site.conv)
         norms = Cost(0, 6 * site.conv.out_channels if settings.bn == "branch" else 0)
-        return site.cost + replace(site, conv=strips.vertical).cost + replace(site, conv=strips.horizontal).cost + norms
+        return site.cost + replace(site, conv=vertical).cost + replace(site, conv=horizontal).cost + norms
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         stored = {"bn"} if settings.bn == "shared" else {"bn", "eps", "momentum"}
@@ -105,26 +87,24 @@ class AsymmetricConvBlock(Replacement):
         """
         if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d:
             return None
-        if norm.running_mean is None or norm.running_var is None:
-            return None
-        if additions(norm, nn.BatchNorm2d(1, device="meta")) is not None:
+        if norm.running_mean is None or norm.running_var is None or additions(norm, nn.BatchNorm2d(1, device="meta")):
             return None
         momentum = "cumulative" if norm.momentum is None else norm.momentum
         return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})
 
     def build(self, conv: ConvSpec, settings: Settings) -> AsymmetricBlock:
         """Return a block of branches `square` (with the bias), `vertical` and `horizontal`: `conv`, maybe `norm`."""
-        strips = _convs.strip_convs(conv)
+        momentum = None if settings.momentum == "cumulative" else settings.momentum
 
         def branch(own: ConvSpec) -> nn.Sequential:
             layers = OrderedDict[str, nn.Module](conv=_convs.new_conv(own))
             if settings.bn == "branch":
-                momentum = None if settings.momentum == "cumulative" else settings.momentum
                 dtype = getattr(torch, conv.dtype)
                 layers["norm"] = nn.BatchNorm2d(conv.out_channels, eps=settings.eps, momentum=momentum, dtype=dtype)
             return nn.Sequential(layers)
 
-        return AsymmetricBlock(branch(conv), branch(strips.vertical), branch(strips.horizontal), strips.crop)
+        vertical, horizontal, crop = _convs.strip_convs(conv)
+        return AsymmetricBlock(crop, branch(vertical), branch(horizontal), square=branch(conv))
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Make the square branch the conv and the batch norm that is taken over, and the strips without effect.
@@ -136,25 +116,22 @@ class AsymmetricConvBlock(Replacement):
             raise PlanError("kind 'acb' takes over a batch norm with bn = \"branch\" only")
         if norm is not None and self.fold_norm(settings, norm) is None:
             raise PlanError(f"kind 'acb' cannot take over a {type(norm).__name__} with hooks or no running statistics")
-        square, vertical, horizontal = _branches(module)
-        _convs.copy_(square.conv, conv.weight, conv.bias)
+        (square, square_norm), (vertical, vertical_norm), (horizontal, horizontal_norm) = _branches(module)
+        _convs.copy_(square, conv.weight, conv.bias)
         with torch.no_grad():
-            if settings.bn == "shared":
-                nn.init.zeros_(vertical.conv.weight)
-                nn.init.zeros_(horizontal.conv.weight)
+            if square_norm is None or vertical_norm is None or horizontal_norm is None:
+                nn.init.zeros_(vertical.weight)
+                nn.init.zeros_(horizontal.weight)
                 return
-            vertical.conv.weight.copy_(_strongest_column(conv.weight))
-            horizontal.conv.weight.copy_(_strongest_column(conv.weight.mT).mT)
-            _init_square_norm_(square, original)
-            column, row = vertical.conv.weight, horizontal.conv.weight
-            for strip, kernel in (
-                (vertical, _convs.as_square(column, torch.zeros_like(row))),
-                (horizontal, _convs.as_square(torch.zeros_like(column), row)),
+            vertical.weight.copy_(_strongest_column(conv.weight))
+            horizontal.weight.copy_(_strongest_column(conv.weight.mT).mT)
+            _init_square_norm_(square_norm, square, original)
+            column, row = vertical.weight, horizontal.weight
+            for own, kernel in (
+                (vertical_norm, _convs.as_square(column, torch.zeros_like(row))),
+                (horizontal_norm, _convs.as_square(torch.zeros_like(column), row)),
             ):
-                own = cast(nn.BatchNorm2d, strip.norm)
-                mean_O, variance_O = _moments(kernel, square.conv, original)
-                store_(cast(Tensor, own.running_mean), mean_O)
-                store_(cast(Tensor, own.running_var), variance_O)
+                _convs.set_neutral_(own, *_moments(kernel, square, original))
                 nn.init.zeros_(own.weight)
                 nn.init.zeros_(own.bias)
                 if norm is not None:
@@ -171,24 +148,14 @@ class AsymmetricConvBlock(Replacement):
                 weight, bias = weight * scale_O[:, None, None, None], bias * scale_O + shift_O
             weights.append(weight)
             biases.append(bias)
-        has_bias = conv.bias or settings.bn == "branch"
+        bias_O = biases[0] + biases[1] + biases[2] if conv.bias or settings.bn == "branch" else None
         kernel = weights[0] + _convs.as_square(weights[1], weights[2])
-        like = _branches(module)[0].conv.weight
-        return _convs.conv_of(conv, kernel, biases[0] + biases[1] + biases[2] if has_bias else None, like)
+        return _convs.conv_of(conv, kernel, bias_O, like=own.weight)
 
 
-class _Branch(NamedTuple):
-    conv: nn.Conv2d
-    norm: nn.BatchNorm2d | None
-
-
-def _branches(module: nn.Module) -> list[_Branch]:
-    """Return the square, the vertical and the horizontal branch."""
-    found = []
-    for branch in module.children():
-        conv, *norms = branch.children()
-        found.append(_Branch(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norms[0]) if norms else None))
-    return found
+def _branches(module: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | None]]:
+    """Return the conv and the batch norm of the square, the vertical and the horizontal branch."""
+    return [(cast(Any, branch).conv, getattr(branch, "norm", None)) for branch in module.children()]
 
 
 def _strongest_column(w_OIHW: Tensor) -> Tensor:
@@ -209,8 +176,7 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[
     Without statistics we assume white inputs that explain the batch norm's: the variance goes with the kernel's squared
     norm, the mean with its part along the conv's kernel. With neither, outputs that are normal already.
     """
-    statistics, norm = original.statistics, original.norm
-    kernel = _float64(kernel_OIHW).flatten(1)
+    statistics, norm, kernel = original.statistics, original.norm, _float64(kernel_OIHW).flatten(1)
     if statistics is not None:
         kernel_GOD = kernel.unflatten(0, (conv.groups, -1))
         mean_GO = torch.einsum("god,gd->go", kernel_GOD, statistics.mean_GD)
@@ -225,14 +191,14 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[
     return along_O * mean_O, share_O * _float64(norm.running_var)
 
 
-def _init_square_norm_(branch: _Branch, original: Original) -> None:
+def _init_square_norm_(own: nn.BatchNorm2d, conv: nn.Conv2d, original: Original) -> None:
     """Copy the batch norm that is taken over, or make one that does nothing in eval mode."""
-    own, norm = cast(nn.BatchNorm2d, branch.norm), original.norm
+    norm = original.norm
     if norm is None:
-        mean_O, variance_O = _moments(branch.conv.weight, branch.conv, original)
+        mean_O, variance_O = _moments(conv.weight, conv, original)
         # Without calibration statistics we assume zero mean, bias or not.
-        if original.statistics is not None and branch.conv.bias is not None:
-            mean_O = mean_O + _float64(branch.conv.bias)
+        if original.statistics is not None and conv.bias is not None:
+            mean_O = mean_O + _float64(conv.bias)
         _convs.set_neutral_(own, mean_O, variance_O)
         return
     for own_buffer, buffer in zip(own.buffers(), norm.buffers(), strict=True):

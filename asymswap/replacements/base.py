@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from asymswap.factorize.statistics import SiteStatistics
 
 
-SIZE_SCHEMA = WithJsonSchema(
-    {"title": "Size", "anyOf": [{"type": "string", "pattern": "^[0-9]+x[0-9]+$"}, {"type": "integer"}]}
-)
-"""The JSON Schema of a size in a recipe: "3x5", or 3 for both sides."""
+_SIZES = [{"type": "string", "pattern": "^[0-9]+x[0-9]+$"}, {"type": "integer"}]
+SIZE_SCHEMA = WithJsonSchema({"title": "Size", "anyOf": _SIZES})  # of a size in a recipe: "3x5", or 3 for both sides
 
 
 def as_size(value: Any) -> Any:
@@ -35,7 +33,6 @@ class KindSettings(BaseModel):
     """What the settings of all kinds share: unknown keys are errors, numbers are not guessed from text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
     allow_growth: bool = Field(False, description="Swap even where the replacement has more MACs or parameters.")
 
 
@@ -60,17 +57,14 @@ class Replacement(ABC):
     `resolve`, `options` and `init_` run for several convs at once, in threads (`asymswap.utils.tensors.side_by_side`).
     """
 
+    # What a recipe may ask for; the fields are the keys of `swap = { kind = …, … }`.
     settings: ClassVar[type[KindSettings]]
-    """What a recipe may ask for; the fields are the keys of `swap = { kind = …, … }`."""
-
+    # What a plan stores, where that is another type than `settings`: a rank, not a ratio.
     settled: ClassVar[type[KindSettings] | None] = None
-    """What a plan stores, where that is another type than `settings`: a rank, not a ratio."""
-
+    # The settings that fix the size of the replacement, at most one of them given; without one a budget chooses.
     SIZES: ClassVar[tuple[str, ...]] = ()
-    """The settings that fix the size of the replacement, at most one of them given; without one a budget chooses."""
-
+    # What stays the same at conversion, in a few words for a person.
     PRESERVES: ClassVar[str]
-    """What stays the same at conversion, in a few words for a person."""
 
     @property
     def name(self) -> str:

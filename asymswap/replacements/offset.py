@@ -11,8 +11,9 @@ axis, and costs as many MACs; a 3 x 3 kernel becomes 5 x 5 with L = 1, and one o
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,8 @@ from asymswap.types import ConvSpec, Cost, Site, Size
 class Settings(GrowingSettings):
     """How far a tap may move."""
 
-    limit: float = Field(
-        1.0,
-        ge=0.01,
-        le=16,
-        allow_inf_nan=False,
-        description="The largest offset, in pixels of the input; the larger, the larger the kernel that is trained.",
-    )
+    limit: Annotated[float, Field(ge=0.01, le=16, allow_inf_nan=False)] = 1.0
+    """The largest offset, in pixels of the input; the larger, the larger the kernel that is trained."""
 
 
 class OffsetConv2d(nn.Module):
@@ -48,11 +44,9 @@ class OffsetConv2d(nn.Module):
 
     def __init__(self, conv: ConvSpec, limit: float, weighted: bool = False) -> None:
         super().__init__()
-        self.conv = conv
-        self.limit = limit
+        self.conv, self.limit = conv, limit
         self.padding = conv.padding if conv.padding == "same" else _added(conv.padding, (math.ceil(limit),) * 2)
-        dtype = getattr(torch, conv.dtype)
-        count = math.prod(conv.kernel)
+        dtype, count = getattr(torch, conv.dtype), math.prod(conv.kernel)
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
         self.raw_offsets = nn.Parameter(torch.zeros(count, 2, dtype=dtype))
         self.tap_weights = nn.Parameter(torch.ones(count, dtype=dtype)) if weighted else None
@@ -64,10 +58,6 @@ class OffsetConv2d(nn.Module):
     def offsets(self) -> Tensor:
         """Return the offsets (T, 2), row by row: (down, right) in pixels of the input; in float32 at least."""
         return _bounded(self.raw_offsets, self.limit)
-
-    def shares(self) -> Tensor:
-        """Return the share of each tap on each cell of the built kernel: `share_TYX` of `factorize.bilinear`."""
-        return bilinear.spread(self.offsets(), self.conv.kernel, self.conv.dilation, math.ceil(self.limit))
 
     def kernel(self) -> Tensor:
         """Return the kernel (O, C, Y, X) that runs, of dilation 1, in the dtype of the weights."""
@@ -90,20 +80,14 @@ _WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda
 @fx.wrap
 def _built_kernel(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Size, limit: float) -> Tensor:
     """Return the grown kernel, computed in float32 at least, in the dtype of the weights; one node to torch.fx."""
-    device = w_OIHW.device.type
-    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
-        # The convolution may run in half precision, but its taps would lose their places.
-        with torch.autocast(device, enabled=False):
-            return _grown(w_OIHW, raw_T2, factor_T, dilation, limit)
-    return _grown(w_OIHW, raw_T2, factor_T, dilation, limit)
-
-
-def _grown(w_OIHW: Tensor, raw_T2: Tensor, factor_T: Tensor | None, dilation: Size, limit: float) -> Tensor:
-    kernel = (w_OIHW.shape[2], w_OIHW.shape[3])
-    share_TYX = bilinear.spread(_bounded(raw_T2, limit), kernel, dilation, math.ceil(limit))
-    if factor_T is not None:
-        share_TYX = share_TYX * factor_T[:, None, None]
-    return bilinear.grow(w_OIHW.to(share_TYX.dtype), share_TYX).to(w_OIHW.dtype)
+    device, kernel = w_OIHW.device.type, (w_OIHW.shape[2], w_OIHW.shape[3])
+    autocast = device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    # The convolution may run in half precision, but its taps would lose their places.
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        share_TYX = bilinear.spread(_bounded(raw_T2, limit), kernel, dilation, math.ceil(limit))
+        if factor_T is not None:
+            share_TYX = share_TYX * factor_T[:, None, None]
+        return bilinear.grow(w_OIHW.to(share_TYX.dtype), share_TYX).to(w_OIHW.dtype)
 
 
 _WIDEST = 31  # pixels that a conv's taps may span: the built kernel has no holes, and costs more than a dilated conv
@@ -154,15 +138,15 @@ class Offset(Replacement):
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         """Return one conv with the built kernel, cut to the pixels that taps touch, by the same on both sides."""
-        own = cast(OffsetConv2d, module)
+        own, reach = cast(OffsetConv2d, module), math.ceil(settings.limit)
         # "same" follows the kernel by itself, however short that becomes.
         shrink = None if conv.padding == "same" else _added(conv.padding, (0, 0))
-        reach = math.ceil(settings.limit)
-        rows, columns = bilinear.windows(own.shares(), conv.kernel, conv.dilation, reach, shrink)
-        growth = (rows.growth, columns.growth)
+        share_TYX = bilinear.spread(own.offsets(), conv.kernel, conv.dilation, reach)
+        rows, columns = bilinear.windows(share_TYX, conv.kernel, conv.dilation, reach, shrink)
+        growth = (reach - rows.start, reach - columns.start)
         padding = conv.padding if conv.padding == "same" or growth == (0, 0) else _added(conv.padding, growth)
         fields = replace(conv, padding=padding, dilation=(rows.step, columns.step))
-        kernel = own.kernel()[:, :, rows.cells][..., columns.cells]
+        kernel = own.kernel()[:, :, list(rows)][..., list(columns)]
         return _convs.conv_of(fields, kernel, own.bias, own.weight)
 
 

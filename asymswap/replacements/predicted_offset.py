@@ -36,10 +36,10 @@ BILINEAR_MACS = 4  # multiply-adds of one sample between pixels: one for each of
 class Settings(GrowingSettings):
     """Masks, and the number of groups of channels that move on their own."""
 
-    mask: bool = Field(False, description="Also predict a factor for every sample: 0 to 2, and 1 at conversion.")
-    offset_groups: int = Field(
-        1, ge=1, description="Equal groups of input channels with offsets (and masks) of their own."
-    )
+    mask: bool = False
+    """Also predict a factor for every sample: 0 to 2, and 1 at conversion."""
+    offset_groups: int = Field(1, ge=1)
+    """Equal groups of input channels with offsets (and masks) of their own."""
 
 
 class PredictorConv2d(nn.Conv2d):
@@ -96,8 +96,7 @@ class PredictedOffset(Replacement):
 
     def cost(self, site: Site, settings: Settings) -> Cost:
         """Count the predictor, the sampling (`BILINEAR_MACS` each, one more with a mask) and the conv's products."""
-        conv = site.conv
-        taps = math.prod(conv.kernel)
+        conv, taps = site.conv, math.prod(site.conv.kernel)
         predicted = _predicted_channels(conv, settings.mask, settings.offset_groups)
         predictor = predicted * conv.in_channels * taps
         sampling = conv.in_channels * taps * (BILINEAR_MACS + settings.mask)
@@ -105,11 +104,13 @@ class PredictedOffset(Replacement):
         return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
-        _check_groups(site.conv, settings, RecipeError)
+        if problem := _undivided(site.conv, settings):
+            raise RecipeError(problem)
         return super().resolve(site, original, settings)
 
     def build(self, conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
-        _check_groups(conv, settings, PlanError, "kind 'predicted-offset': ")
+        if problem := _undivided(conv, settings):
+            raise PlanError(f"kind 'predicted-offset': {problem}")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
@@ -139,10 +140,9 @@ def _predicted_channels(conv: ConvSpec, mask: bool, offset_groups: int) -> int:
     return (3 if mask else 2) * offset_groups * math.prod(conv.kernel)
 
 
-def _check_groups(conv: ConvSpec, settings: Settings, error: type[Exception], prefix: str = "") -> None:
+def _undivided(conv: ConvSpec, settings: Settings) -> str | None:
     groups, channels = settings.offset_groups, conv.in_channels
-    if channels % groups:
-        raise error(f"{prefix}offset_groups = {groups} does not divide the {channels} input channels")
+    return f"offset_groups = {groups} does not divide the {channels} input channels" if channels % groups else None
 
 
 def _deform_conv2d(
@@ -167,16 +167,8 @@ def _deform_conv2d(
         moved, mask = moved[:, :offset_channels], 2 * moved[:, offset_channels:].sigmoid()
     # A NaN for an offset makes the operator read outside of the input's memory, which ends the process.
     lost = moved.isnan().any(1, keepdim=True)
-    output: Tensor = ops.deform_conv2d(
-        x,
-        moved.nan_to_num(),
-        weight,
-        None if bias is None else bias.to(dtype),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        mask=mask,
-    )
+    bias = None if bias is None else bias.to(dtype)
+    output: Tensor = ops.deform_conv2d(x, moved.nan_to_num(), weight, bias, stride, padding, dilation, mask)
     output = output.masked_fill(lost, math.nan).to(predicted.dtype)
     # The operator forgets the input's format; the predictor is a conv, and chose that which any conv would.
     if is_channels_last(predicted):

@@ -31,14 +31,14 @@ Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(_as_pair)
 class Settings(GrowingSettings):
     """The fields of the new conv; those that are not given follow from the kernel's size."""
 
-    kernel: Taps | None = Field(
-        None, description='Its size, such as "5x5": an even number of taps more; by default two.'
-    )
-    dilation: Taps | None = Field(None, description="Pixels between its taps; by default those of the conv.")
-    padding: Padding | None = Field(
-        None, description='Pixels, "same" or "valid"; by default the output stays in place.'
-    )
-    bias: bool = Field(False, description="Give it a bias even where the conv has none.")
+    kernel: Taps | None = None
+    """Its size, such as "5x5": an even number of taps more; by default two."""
+    dilation: Taps | None = None
+    """Pixels between its taps; by default those of the conv."""
+    padding: Padding | None = None
+    """Pixels, "same" or "valid"; by default the output stays in place."""
+    bias: bool = False
+    """Give it a bias even where the conv has none."""
 
 
 class Resized(Replacement):
@@ -55,13 +55,10 @@ class Resized(Replacement):
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         grown = resized(site.conv, settings)
-        problem = _change(site.conv, grown)
-        if problem is not None:
-            raise RecipeError(problem)
+        _check(site.conv, grown)
         bias = {"bias": True} if settings.bias and not site.conv.bias else {}
-        return self.option(
-            site, Settings(kernel=grown.kernel, dilation=grown.dilation, padding=cast(Any, grown.padding), **bias)
-        )
+        padding: Any = grown.padding
+        return self.option(site, Settings(kernel=grown.kernel, dilation=grown.dilation, padding=padding, **bias))
 
     def build(self, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         return _convs.new_conv(resized(conv, settings))
@@ -89,6 +86,13 @@ def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     return replace(grown, padding=_padding(conv, grown) if settings.padding is None else settings.padding)
 
 
+def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
+    """Return the number of pixels that the new taps span more, along each axis."""
+    sides = zip(conv.kernel, conv.dilation, grown.kernel, grown.dilation, strict=True)
+    rows, columns = (new_step * (new_taps - 1) - step * (taps - 1) for taps, step, new_taps, new_step in sides)
+    return rows, columns
+
+
 def _margins(conv: ConvSpec, grown: ConvSpec) -> tuple[Size, Size]:
     """Return the pixels (before, after) that the new conv must pad, for rows and for columns, to stay in place."""
     (top, bottom), (left, right) = _convs.margins(conv)
@@ -102,33 +106,21 @@ def _padding(conv: ConvSpec, grown: ConvSpec) -> Size | str:
     return "same" if conv.padding == "same" else (rows[0], columns[0])
 
 
-def _change(conv: ConvSpec, grown: ConvSpec) -> str | None:
-    """Return why the new conv could not compute what the conv does, or None where it can."""
+def _check(conv: ConvSpec, grown: ConvSpec) -> None:
+    """Raise RecipeError where the new conv could not compute what the conv does."""
     old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
-    if any(
-        extra < 0 or extra % (2 * new_step) or (taps > 1 and old_step % new_step)
-        for extra, taps, old_step, new_step in zip(
-            _growth(conv, grown), conv.kernel, conv.dilation, grown.dilation, strict=True
-        )
-    ):
+    axes = zip(_growth(conv, grown), conv.kernel, conv.dilation, grown.dilation, strict=True)
+    if any(more < 0 or more % (2 * wide) or (taps > 1 and narrow % wide) for more, taps, narrow, wide in axes):
         if grown.dilation == conv.dilation:
-            return f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis"
-        return f"kernel = {new}, dilation = {step}: its taps would not meet those of {old} and dilation {dilation}"
+            raise RecipeError(f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis")
+        about = f"its taps would not meet those of {old} and dilation {dilation}"
+        raise RecipeError(f"kernel = {new}, dilation = {step}: {about}")
     suitable = _text(_padding(conv, grown))
+    padding, stride = _text(grown.padding), _text(conv.stride)
     if grown.padding == "same" and grown.stride != (1, 1):
-        return f'padding = "same": a conv of stride {_text(conv.stride)} cannot have it; give {suitable}'
+        raise RecipeError(f'padding = "same": a conv of stride {stride} cannot have it; give {suitable}')
     if _convs.margins(grown) != _margins(conv, grown):
-        return f"padding = {_text(grown.padding)}: the output keeps its size and place with {suitable} only"
-    return None
-
-
-def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
-    """Return the number of pixels that the new taps span more, along each axis."""
-    rows, columns = (
-        grown.dilation[axis] * (grown.kernel[axis] - 1) - conv.dilation[axis] * (conv.kernel[axis] - 1)
-        for axis in (0, 1)
-    )
-    return rows, columns
+        raise RecipeError(f"padding = {padding}: the output keeps its size and place with {suitable} only")
 
 
 def _text(size: Size | str) -> str:

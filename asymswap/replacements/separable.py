@@ -27,10 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from asymswap.factorize import intermediate
@@ -50,13 +49,10 @@ Between = Literal["none", "relu", "bn", "bn-relu"]
 class Settings(PairSettings):
     """Order of the two convs, what is between them, and one of three ways to give the rank."""
 
-    order: Literal["auto", "vertical-first", "horizontal-first"] = Field(
-        "auto", description="`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."
-    )
-    between: Between = Field(
-        "none",
-        description="A ReLU (which implies `bias`), a batch norm or both between the convs, ignored in choosing ranks.",
-    )
+    order: Literal["auto", "vertical-first", "horizontal-first"] = "auto"
+    """`auto`: the order with the smaller error at equal cost, or the cheaper one at equal error."""
+    between: Between = "none"
+    """A ReLU (which implies `bias`), a batch norm or both between the convs, ignored in choosing ranks."""
 
 
 class Settled(SettledPair):
@@ -68,16 +64,6 @@ class Settled(SettledPair):
     @property
     def vertical_first(self) -> bool:
         return self.order == "vertical-first"
-
-    @property
-    def normalises(self) -> bool:
-        """True if there is a batch norm between the two convs."""
-        return self.between in ("bn", "bn-relu")
-
-    @property
-    def rectifies(self) -> bool:
-        """True if there is a ReLU between the two convs."""
-        return self.between in ("relu", "bn-relu")
 
 
 class Separable(Pair):
@@ -94,7 +80,7 @@ class Separable(Pair):
 
     def preserves(self, conv: ConvSpec, settings: Settled) -> bool:
         """Return True at full rank without a ReLU, unless a batch norm in half precision rounds too much."""
-        if settings.rectifies or not super().preserves(conv, settings):
+        if "relu" in settings.between or not super().preserves(conv, settings):
             return False
         return settings.between == "none" or conv.dtype in ("float32", "float64")
 
@@ -104,16 +90,17 @@ class Separable(Pair):
         return [Settled(rank=1, order=order, **more) for order in orders if settings.order in ("auto", order)]
 
     def cost(self, site: Site, settings: Settled) -> Cost:
-        norm = 2 * site.conv.groups * settings.rank if settings.normalises else 0
+        norm = 2 * site.conv.groups * settings.rank if "bn" in settings.between else 0
         return super().cost(site, settings) + Cost(0, norm)
 
     def halves(self, conv: ConvSpec, settings: Settled) -> dict[str, ConvSpec]:
         """Return the convs `vertical` and `horizontal`, in run order."""
         vertical_first, channels = settings.vertical_first, conv.groups * settings.rank
         first = replace(_half(conv, vertical_first), out_channels=channels, bias=settings.between == "relu")
-        has_bias = conv.bias or settings.bias or settings.rectifies
+        has_bias = conv.bias or settings.bias or "relu" in settings.between
         second = replace(_half(conv, not vertical_first), in_channels=channels, bias=has_bias)
-        if settings.rectifies and _pads_evenly(conv):
+        evenly = conv.padding_mode == "zeros" and all(before == after for before, after in _convs.margins(conv))
+        if "relu" in settings.between and evenly:
             first, second = replace(first, padding=(conv.pads[2], conv.pads[0])), replace(second, padding=(0, 0))
         names = ("vertical", "horizontal") if vertical_first else ("horizontal", "vertical")
         return dict(zip(names, (first, second), strict=True))
@@ -121,34 +108,34 @@ class Separable(Pair):
     def between(self, conv: ConvSpec, settings: Settled) -> dict[str, nn.Module]:
         """Return the layers `norm` and `relu`, if requested."""
         layers: dict[str, nn.Module] = {}
-        if settings.normalises:
+        if "bn" in settings.between:
             layers["norm"] = nn.BatchNorm2d(conv.groups * settings.rank, dtype=getattr(torch, conv.dtype))
-        if settings.rectifies:
+        if "relu" in settings.between:
             layers["relu"] = nn.ReLU()
         return layers
 
     def init_(self, module: nn.Module, original: Original, settings: Settled) -> None:
         """Set the best pair of each group; what is between the two starts as said above."""
-        conv, statistics, parts = original.conv, original.statistics, _parts(module)
-        first, second, bias_O = solve(original, settings)
-        first_bias = None
-        if settings.between != "none":
-            if statistics is None:
-                moments = intermediate.white(first, conv.groups)
-            else:
-                moments = intermediate.seen(
-                    statistics, first, cast(Size, conv.kernel_size), _read_taps(parts.first, conv)
-                )
-            shift_GR = moments.shift(_DEVIATIONS if settings.rectifies else None)
-            bias_O = bias_O - intermediate.carried(shift_GR, second)
-            if parts.norm is None:
-                first_bias = shift_GR.flatten()
-            else:
-                with torch.no_grad():
-                    _convs.set_neutral_(parts.norm, moments.mean_GR.flatten(), moments.variance_GR.flatten())
-                    parts.norm.bias.add_(shift_GR.flatten())
-        _convs.copy_(parts.first, first, first_bias)
-        _convs.copy_(parts.second, second, bias_O)
+        if settings.between == "none":
+            super().init_(module, original, settings)
+            return
+        conv, statistics, (first, norm, second) = original.conv, original.statistics, _parts(module)
+        weight, second_weight, bias_O = solve(original, settings)
+        if statistics is None:
+            mean_GR, variance_GR = intermediate.white(weight, conv.groups)
+        else:
+            taps = _read_taps(first, conv)
+            mean_GR, variance_GR = intermediate.seen(statistics, weight, cast(Size, conv.kernel_size), taps)
+        shift_GR = torch.zeros_like(mean_GR)
+        if "relu" in settings.between:
+            # None below zero, so that a zero that was padded stays above it too.
+            shift_GR = (_DEVIATIONS * variance_GR.sqrt() - mean_GR).clamp_min(0.0)
+        if norm is not None:
+            with torch.no_grad():
+                _convs.set_neutral_(norm, mean_GR.flatten(), variance_GR.flatten())
+                norm.bias.add_(shift_GR.flatten())
+        _convs.copy_(first, weight, shift_GR.flatten())
+        _convs.copy_(second, second_weight, bias_O - intermediate.carried(shift_GR, second_weight))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settled) -> nn.Conv2d | None:
         """Return one k x k conv of the original fields, its kernel the product of the pair's, with the pair's bias.
@@ -156,24 +143,24 @@ class Separable(Pair):
         A batch norm between is folded into it. None with a ReLU between, or where the batch norm shifts its input (as
         it does once it is trained) and zeros are padded behind it: the borders do not get that shift.
         """
-        if settings.rectifies:
+        if "relu" in settings.between:
             return None
-        parts = _parts(module)
-        first = parts.first.weight.detach().to(torch.float64)
-        bias_O = None if parts.second.bias is None else parts.second.bias.detach().to(torch.float64)
-        if parts.norm is not None:
-            scale_R, shift_R = _convs.affine(parts.norm)
-            first = first * scale_R[:, None, None, None]
+        first, norm, second = _parts(module)
+        weight = first.weight.detach().to(torch.float64)
+        bias_O = None if second.bias is None else second.bias.detach().to(torch.float64)
+        if norm is not None:
+            scale_R, shift_R = _convs.affine(norm)
+            weight = weight * scale_R[:, None, None, None]
             # A shift that is mere rounding is none.
-            own = parts.norm.bias.detach().to(torch.float64).abs()
-            rounding = 4 * torch.finfo(parts.norm.weight.dtype).eps * (own + (own - shift_R).abs())
+            own = norm.bias.detach().to(torch.float64).abs()
+            rounding = 4 * torch.finfo(norm.weight.dtype).eps * (own + (own - shift_R).abs())
             shift_R = torch.where(shift_R.abs() > rounding, shift_R, 0.0)
             if bool(shift_R.any()):
                 if conv.padding_mode == "zeros" and any(_convs.margins(conv)[1 if settings.vertical_first else 0]):
                     return None
-                shift_O = intermediate.carried(shift_R.unflatten(0, (conv.groups, -1)), parts.second.weight)
+                shift_O = intermediate.carried(shift_R.unflatten(0, (conv.groups, -1)), second.weight)
                 bias_O = shift_O if bias_O is None else bias_O + shift_O
-        return merge(conv, settings, first, parts.second, bias_O)
+        return merge(conv, settings, weight, second, bias_O)
 
 
 def _half(conv: ConvSpec, vertical: bool) -> ConvSpec:
@@ -183,14 +170,8 @@ def _half(conv: ConvSpec, vertical: bool) -> ConvSpec:
         return (size[0], across) if vertical else (across, size[1])
 
     padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
-    return replace(
-        conv, kernel=along(conv.kernel), stride=along(conv.stride), dilation=along(conv.dilation), padding=padding
-    )
-
-
-def _pads_evenly(conv: ConvSpec) -> bool:
-    """Return True where a conv pads zeros, as many before as after: the first conv can then do it on both axes."""
-    return conv.padding_mode == "zeros" and all(before == after for before, after in _convs.margins(conv))
+    kernel, stride, dilation = along(conv.kernel), along(conv.stride), along(conv.dilation)
+    return replace(conv, kernel=kernel, stride=stride, dilation=dilation, padding=padding)
 
 
 def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
@@ -202,24 +183,14 @@ def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
     taps = range(conv.kernel_size[axis])
     if not isinstance(first.padding, str) and first.padding[axis]:
         return list(taps)
-    kernel, dilation = cast(Size, conv.kernel_size), cast(Size, conv.dilation)
-    padding = cast("Size | str", conv.padding)
+    kernel, dilation, padding = (cast(Any, field) for field in (conv.kernel_size, conv.dilation, conv.padding))
     fields = ConvSpec(conv.in_channels, conv.out_channels, kernel, padding=padding, dilation=dilation)
-    before, after = _convs.margins(fields)[axis]
-    step = conv.dilation[axis]
+    (before, after), step = _convs.margins(fields)[axis], conv.dilation[axis]
     outside = [max(before - step * tap, 0) + max(after - step * (taps[-1] - tap), 0) for tap in taps]
     return [tap for tap in taps if outside[tap] == min(outside)]
 
 
-class _Parts(NamedTuple):
-    """The modules of a pair that hold numbers."""
-
-    first: nn.Conv2d
-    norm: nn.BatchNorm2d | None
-    second: nn.Conv2d
-
-
-def _parts(module: nn.Module) -> _Parts:
-    first, *between, second = module.children()
-    norm = next((part for part in between if isinstance(part, nn.BatchNorm2d)), None)
-    return _Parts(cast(nn.Conv2d, first), norm, cast(nn.Conv2d, second))
+def _parts(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.Conv2d]:
+    """Return the modules of a pair that hold numbers, in run order."""
+    first, *_, second = module.children()
+    return cast(nn.Conv2d, first), getattr(module, "norm", None), cast(nn.Conv2d, second)

@@ -163,6 +163,24 @@ def test_neighbours_are_those_of_the_branch_that_runs(form: type[Base]) -> None:
     assert (traced.parts == ("",)) == whole
 
 
+class Projects(Base):
+    """A sum of two branches, both of which end in a conv."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        return self.end(self.right[0](x) + self.wrong[0](x))
+
+
+def test_a_sum_of_two_convs_is_made_right_by_the_later_one() -> None:
+    net = make(Projects)
+    converted, how = solved(net)
+    assert how.by_graph
+    assert how.used.keys() == {"stem.0", "right.0", "wrong.0", "last.0"}
+    with torch.no_grad():
+        outputs = [one(X) for one in (net, converted)]
+    assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 0.05
+
+
 def test_memory_decides_how_often_the_original_runs_and_not_what_comes_out() -> None:
     kept = [solved(make(IsTensor), memory_gib=limit)[0].state_dict() for limit in (4.0, 1e-6)]
     assert all(torch.equal(value, kept[1][key]) for key, value in kept[0].items())

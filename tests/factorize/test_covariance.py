@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_random_starts_leave_the_minimum_that_all_others_end_in() -> None:
     """At low ranks: here the three starts by eigenvectors end 1.6 % above what a random one ends at."""
     statistics, x = make(15, inputs=4, outputs=6)
     problem = covariance.arrange(statistics, (3, 3), vertical_first=True)
-    ends = [float(covariance.descend(problem, start).error_G) for start in covariance.starts(problem, 3)]
+    ends = [float(covariance.descend(problem, start).error_G) for start in islice(covariance.starts(problem, 3), 3)]
     kernel = kernel_of(*covariance.factors(problem, 3), (3, 3), True)
     assert measured(statistics, x, kernel) < 0.99 * min(ends)
 

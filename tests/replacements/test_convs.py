@@ -29,12 +29,12 @@ def test_strips_see_the_centre_column_and_row_of_what_the_kernel_sees(case: Case
     padded = pad_by_hand(case)
     across, along = dw * (kw - 1) // 2, dh * (kh - 1) // 2
     seen = (padded[..., across : padded.shape[3] - across], padded[..., along : padded.shape[2] - along, :])
-    strips = _convs.strip_convs(read_conv(conv))
-    modules = [_convs.new_conv(strip) for strip in (strips.vertical, strips.horizontal)]
-    for module in modules:
+    *strips, crop = _convs.strip_convs(read_conv(conv))
+    modules = [_convs.new_conv(strip) for strip in strips]
+    for quiet, module, inputs in zip(reversed(modules), modules, seen, strict=True):
         torch.nn.init.normal_(module.weight)
-    outputs = _convs.run_strips(modules[0], modules[1], case.x, strips.crop)
-    for module, inputs, got in zip(modules, seen, outputs, strict=True):
+        torch.nn.init.zeros_(quiet.weight)
+        got = _convs.StripSum(crop, *modules)(case.x)
         expected = F.conv2d(inputs, module.weight, None, conv.stride, 0, conv.dilation, conv.groups)
         assert got.shape == case.conv(case.x).shape
         assert torch.allclose(got, expected, atol=1e-12)

@@ -142,6 +142,7 @@ def test_loss_is_that_of_the_error_or_also_of_the_divergence() -> None:
     module, settled, weighted = convert(case, seen)
     found = KIND.fuse(module, case.site.conv, settled).weight.detach().flatten(1)[None]
     divergence = mathematics.divergence(seen, found)
+    assert divergence is not None
     assert weighted.error == unweighted.error
     assert weighted.loss == pytest.approx(math.sqrt(unweighted.loss * divergence))
 
