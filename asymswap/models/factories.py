@@ -27,7 +27,7 @@ from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.state_dict import State, compare
 from asymswap.fileformats.torch_files import import_from_here, to_structure
 from asymswap.models import timm_models
-from asymswap.models.family import Arguments, Family, Fit, input_channels
+from asymswap.models.family import Arguments, Family, Fit, input_channels, near_keyword
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.models.torchvision_models import assumed_preprocessing
@@ -131,7 +131,7 @@ class UserCode(Family):
             try:
                 model = factory(**arguments)
             except (Exception, SystemExit) as error:
-                raise SourceError(f"{reference} failed: {_raised(error)}") from error
+                raise SourceError(f"{reference} failed: {_raised(error)}{near_keyword(error, arguments)}") from error
         if not isinstance(model, nn.Module):
             raise SourceError(f"{reference} returned a {type(model).__name__}, not an nn.Module")
         return model

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -82,7 +86,8 @@ class Family(ABC):
             # Builders check little: a wrong argument may come to light anywhere in them, as any error.
             if not arguments:
                 raise
-            raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}") from None
+            hint = near_keyword(error, arguments)
+            raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}{hint}") from None
 
     def on_meta(self, reference: str, arguments: Arguments) -> nn.Module:
         """Build the network with its weights on the meta device: enough to compare keys and shapes.
@@ -141,6 +146,21 @@ class Family(ABC):
                 channels.add(have[1])
         found = {"num_classes": classes, self.channels: channels}
         return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
+
+def near_keyword(error: BaseException, arguments: Arguments) -> str:
+    """Name, for a message, what is close to an argument that a builder has handed on to a callable without it."""
+    said = re.search(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or said is None or said[2] not in arguments:
+        return ""
+    # The error is raised where the call is, and names what was called.
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    for value in (*frame.f_locals.values(), *frame.f_globals.values()):
+        called = [vars(one).get("__init__") for one in value.__mro__] if isinstance(value, type) else [value]
+        for one in called:
+            if isinstance(one, FunctionType) and one.__qualname__ == said[1]:
+                return near_names(said[2], inspect.signature(one).parameters)
+    return ""
 
 
 def check_weights(what: str, name: str, known: Collection[str]) -> None:

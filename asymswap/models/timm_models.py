@@ -227,7 +227,8 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
         if pretrained:
             raise
         with_what = f" with {dict(arguments)}" if arguments else ""
-        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}") from None
+        hint = family.near_keyword(error, arguments)
+        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}{hint}") from None
     return model
 
 
