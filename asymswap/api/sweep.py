@@ -150,7 +150,11 @@ def sweep(
         else:
             converted = session.apply(plan, step)
             notes |= dict.fromkeys(converted.notes)
-            found = evaluator(converted.model, partial(step, "evaluating"))
+            # An older sweep knows top-1 alone.
+            known_names = {score.name for score in result.scores}
+            found = [
+                score for score in evaluator(converted.model, partial(step, "evaluating")) if score.name in known_names
+            ]
             check_same(result.scores, found)
             values = {score.name: score.value for score in found}
             point = Point(name, fraction, converted.costs.total, values, len(plan.swaps))

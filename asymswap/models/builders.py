@@ -39,7 +39,8 @@ class OwnNetworks(Family):
         return [*self.builders]
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        return self.builders[reference](**arguments)
+        builder = self.builders[reference]
+        return builder(**arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         if reference != DIGITS:

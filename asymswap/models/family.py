@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import traceback
@@ -155,11 +156,13 @@ def near_keyword(error: BaseException, arguments: Arguments) -> str:
         return ""
     # The error is raised where the call is, and names what was called.
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    for value in (*frame.f_locals.values(), *frame.f_globals.values()):
+    for given in (*frame.f_locals.values(), *frame.f_globals.values()):
+        value = given.func if isinstance(given, functools.partial) else given
         called = [vars(one).get("__init__") for one in value.__mro__] if isinstance(value, type) else [value]
         for one in called:
             if isinstance(one, FunctionType) and one.__qualname__ == said[1]:
-                return near_names(said[2], inspect.signature(one).parameters)
+                takes = [name for name in inspect.signature(one).parameters if name != "self"]
+                return near_names(said[2], takes) or f"; it takes {', '.join(takes)}"
     return ""
 
 

@@ -181,7 +181,7 @@ class TestOnRandomImages:
         )
         assert [score.name for score in found.models[0].scores] == ["top-1", "top-5"]
         assert found.models[1].scores == ()
-        assert found.models[1].notes[-2].startswith("no accuracy: the model returns a tensor of shape (256, 10, 6, 6)")
+        assert found.models[1].notes[-2].startswith("no accuracy: the model returns 256x10x6x6")
 
     def test_time_is_taken_only_when_it_is_asked_for(self) -> None:
         assert (

@@ -158,7 +158,7 @@ def failing() -> Iterator[Tensor]:
         (exhausted(), "gives no batch; a generator that was read before is exhausted"),
         (torch.zeros(0, 4, 6, 6), "holds no samples"),
         (torch.tensor(3.0), "a tensor of a single number"),
-        (5, "data cannot be int: give a data reference, a tensor, a Dataset, a DataLoader"),
+        (5, "data cannot be int: give a data reference, a tensor, a Dataset, an iterable"),
         ({"image": rows(3)}, "data cannot be dict"),
         (failing, r"the data raised KeyError: 'lost' \(test_inputs\.py, line \d+\)"),
         (lambda: 1 / 0, r"the data's function raised ZeroDivisionError: division by zero \(test_inputs.py, line \d+\)"),

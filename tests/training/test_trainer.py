@@ -528,7 +528,9 @@ def test_classes_that_do_not_match(start: Start, tmp_path: Path) -> None:
             asymswap.open_model(Nine(), input_size=(1, 8, 8), preprocessing=HALF), "digits", Training(steps=1)
         )
     Nine.__init__ = lambda self: (Net.__init__(self), setattr(self, "head", nn.Linear(32, 12)))[0]  # type: ignore[method-assign]
-    with pytest.raises(AsymswapError, match=r"the model scores 12 classes, but the data has 10 .*; give data of"):
+    with pytest.raises(
+        AsymswapError, match=r"the model scores 12 classes, but the data has 10 .*; give data with the model's"
+    ):
         asymswap.finetune(
             asymswap.open_model(Nine(), input_size=(1, 8, 8), preprocessing=HALF), "digits", Training(steps=1)
         )
