@@ -260,7 +260,7 @@ USAGE = {
     "data": ((*CONVERT, "--evaluate", "digts"), r"data 'digts' is neither a known name nor an existing folder"),
     "arch": ((*CONVERT, "--arch", "resnet18"), r"goes with a file, and 'digits-resnet' names a network itself"),
     "plan": ((*CONVERT[:2], "--plan", "no.json"), r"cannot read the plan no\.json: No such file or directory"),
-    "argument": ((*CONVERT, "--weights", "none", "--arg", "classes=3"), r"argument 'classes'; did you mean num_classes"),
+    "argument": ((*CONVERT, "--weights", "none", "--arg", "classes=3"), r"'classes'; did you mean num_classes"),
     "value": ((*CONVERT, "--weights", "none", "--arg", "num_classes=-1"), r"does not take \{'num_classes': -1\}: "),
     "too long": (("candidates", "x" * 300), r"no model 'x+', and no such file"),
     "offsets and report": (("show", "m.pt", "--offsets", "--report", "r.md"), "--report is about the conversion, "),
