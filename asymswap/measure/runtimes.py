@@ -30,21 +30,12 @@ from torch import nn
 
 from asymswap.errors import AsymswapError, reason_of
 from asymswap.graph.surgery import fold_norms, swap
-from asymswap.measure.latency import (
-    FORMATS,
-    Timed,
-    Turn,
-    in_format,
-    inputs_like,
-    on_threads,
-    stopwatch,
-    time_once,
-)
+from asymswap.measure.latency import FORMATS, Timed, Turn, in_format, inputs_like, stopwatch, time_once
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors
+from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, on_threads
 
 OPSET = 20
 # Largest difference of outputs from PyTorch's, relative to the largest number among them, or to 1.
