@@ -39,14 +39,11 @@ class Drop:
     @classmethod
     def parse(cls, given: Any) -> Drop:
         """Read 0.5, "2%" or "0.1dB"; raises AsymswapError for anything else."""
-        found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|dB|)\s*", str(given), re.IGNORECASE)
-        try:
-            value = math.nan if found is None or isinstance(given, bool) else float(found[1])
-        except ValueError:
-            value = math.nan
-        if found is None or not math.isfinite(value):
+        number = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?"
+        found = re.fullmatch(rf"\s*({number})\s*(%|dB|)\s*", str(given), re.IGNORECASE)
+        if found is None or isinstance(given, bool) or not math.isfinite(float(found[1])):
             raise AsymswapError(f"{given!s:.60} is no loss that may be allowed; give 0.5 (points), 0.1dB or 2%")
-        return cls(value, {"": "", "%": "%"}.get(found[2], "dB"))  # type: ignore[arg-type]
+        return cls(float(found[1]), {"": "", "%": "%"}.get(found[2], "dB"))  # type: ignore[arg-type]
 
     def allowed(self, score: Score) -> float:
         """Return how much of a score may be lost, as its values are; raises AsymswapError for another unit than its.

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -46,9 +47,7 @@ def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
         what = "latency" if budget.max_drop is None else "loss"
         raise RecipeError(f"a budget of {what} needs measuring: use asymswap.convert")
 
-    def count(cost: Cost) -> int:
-        return cost.params if measure == "params" else cost.macs
-
+    count = attrgetter("params" if measure == "params" else "macs")
     return CostModel(
         MEASURES[measure], count(whole), lambda site: count(site.cost), lambda _, option: count(option.cost)
     )
@@ -335,33 +334,28 @@ def check_replay(
             raise PlanError(f"the plan {what} {name!r}, which the model lacks{near_names(name, by_name)}")
     swaps = {}
     for swap in plan.swaps:
+        site = by_name[swap.site]
         try:
-            swaps[swap.site] = _settle_again(model, by_name[swap.site], swap, (statistics or {}).get(swap.site))
+            asked = Way(replacements.load(swap.kind), replacements.parse_settings(swap.kind, swap.settings))
+            way = _at_site(model, site, asked)
+            if isinstance(way, str):
+                raise RecipeError(way)
+            if asked.lacks_size:
+                raise RecipeError(f"it has no size; give one of {', '.join(way.kind.SIZES)}")
+            if swap.absorbs not in (None, way.absorbs):
+                instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
+                raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
+            original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), (statistics or {}).get(site.name))
+            option = way.kind.resolve(site, original, asked.settings)
+            if not (asked.settings.allow_growth or saves(option.cost, site.cost)):
+                meant = 'where that is meant, give it "allow_growth": true among its settings'
+                raise RecipeError(f"{_no_gain(option, site.cost)}; {meant}")
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {error}") from None
+        again = Matched(site, original, swap.reason, (dataclasses.replace(asked, absorbs=swap.absorbs),))
+        swaps[swap.site] = again.swap(option)
     keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swaps]
     return dataclasses.replace(plan, swaps=tuple(swaps.values()), keeps=tuple(keeps))
-
-
-def _settle_again(model: nn.Module, site: Site, swap: Swap, statistics: SiteStatistics | None) -> Swap:
-    """Return a plan's swap with settled settings and the error that it has here; raises RecipeError for none."""
-    asked = Way(replacements.load(swap.kind), replacements.parse_settings(swap.kind, swap.settings))
-    way = _at_site(model, site, asked)
-    if isinstance(way, str):
-        raise RecipeError(way)
-    if asked.lacks_size:
-        raise RecipeError(f"it has no size; give one of {', '.join(way.kind.SIZES)}")
-    if swap.absorbs not in (None, way.absorbs):
-        instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
-        raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
-    way = dataclasses.replace(asked, absorbs=swap.absorbs)
-    original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
-    option = way.kind.resolve(site, original, asked.settings)
-    if not (way.settings.allow_growth or saves(option.cost, site.cost)):
-        raise RecipeError(
-            f'{_no_gain(option, site.cost)}; where that is meant, give it "allow_growth": true among its settings'
-        )
-    return Matched(site, original, swap.reason, (way,)).swap(option)
 
 
 class Point(NamedTuple):
@@ -371,15 +365,10 @@ class Point(NamedTuple):
     error: float
 
 
-class Allocation(NamedTuple):
-    """The index of each site's chosen point, and the multiplier: the error that one more unit of cost would save."""
-
-    chosen: tuple[int, ...]
-    multiplier: float
-
-
-def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
+def allocate(curves: Sequence[Sequence[Point]], limit: int) -> tuple[tuple[int, ...], float]:
     """Choose a point of every curve such that costs sum to at most `limit`, which the cheapest points do not exceed.
+
+    Returns their indices, and the multiplier: the error that one more unit of cost would save.
 
     The sum of errors is to be small. Minimising `error + multiplier * cost` at each site alone, with one multiplier for
     all, is optimal on the lower convex hulls of the curves (Shoham and Gersho, 1988, eq. 8). So from the cheapest point
@@ -434,7 +423,7 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
             break
         rest -= curves[site][index].cost - curves[site][chosen[site]].cost
         chosen[site] = index
-    return Allocation(tuple(chosen), multiplier)
+    return tuple(chosen), multiplier
 
 
 def _slope(low: Point, high: Point) -> float:

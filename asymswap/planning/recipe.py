@@ -29,7 +29,6 @@ import math
 import os
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib import resources
@@ -263,12 +262,12 @@ class Rule(_Strict):
         if not all(isinstance(swap.get("kind"), str) for swap in self.swap):
             raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
         try:
-            kinds = Counter(way.kind.name for way in self.ways)
+            kinds = [way.kind.name for way in self.ways]
         except RecipeError as error:
             raise ValueError(str(error)) from None
-        twice = next((kind for kind, times in kinds.items() if times > 1), None)
-        if twice is not None:
-            raise ValueError(f"swap has the kind {twice!r} twice; a conv that it suits could become either")
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"swap has the kind {kind!r} twice; a conv that it suits could become either")
         return self
 
     @functools.cached_property
@@ -455,12 +454,10 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
         return Recipe.model_validate(_overridden(value, overrides or {}))
     except ValidationError as error:
         # The keys that are known where the first unknown one is, for near names.
-        known: list[str] = []
-        owners: dict[Any, type[BaseModel]] = {"rules": Rule, "match": Match, "budget": Budget}
-        for loc in (item["loc"] for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"):
-            path = [part for part in loc[:-1] if isinstance(part, str) and part not in ("range", "any of")]
-            owner = Range if len(path) > 2 else owners.get(path[-1], Recipe) if path else Recipe
-            known = known or list(owner.model_fields)
+        unknown = next((one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"), ("",))
+        tables = [part for part in ("", *unknown[:-1]) if isinstance(part, str)]
+        owners: dict[str, type[BaseModel]] = {"": Recipe, "rules": Rule, "match": Match, "budget": Budget}
+        known = list(owners.get(tables[-1], Range).model_fields)
         raise RecipeError(f"{where}: {validation_text(error, known)}") from None
 
 
