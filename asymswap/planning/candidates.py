@@ -45,11 +45,9 @@ def _by(model: nn.Module, site: Site, way: Way) -> Candidate:
     """Return what a kind could do at a site."""
     kind = way.kind
     reason = refusal_of(site, kind)
-    if reason is not None:
+    if reason is not None or (kind.SIZES and not isinstance(kind, Pair)):
         return Candidate(site, reason, kind=kind.name)
     if not isinstance(kind, Pair):
-        if kind.SIZES:
-            return Candidate(site, kind=kind.name)
         # What approximates the conv is resolved from its weights, which would take as long as a plan.
         if kind.preserves(site.conv, way.settings):
             try:
@@ -72,8 +70,7 @@ def _break_even(site: Site, kind: Pair, form: SettledPair) -> tuple[RankCost, Ra
     """Return the largest rank at which a pair of this form costs less than the conv, 0 if none does, and half of it."""
 
     def at(rank: int) -> RankCost:
-        cost = kind.cost(site, form.model_copy(update={"rank": rank}))
-        return RankCost(rank, getattr(form, "order", None), cost)
+        return RankCost(rank, getattr(form, "order", None), kind.cost(site, form.model_copy(update={"rank": rank})))
 
     # Costs rise with the rank: the ranks that save come first.
     ranks = range(1, full_rank(site.conv, form) + 1)
