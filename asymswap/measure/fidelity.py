@@ -162,28 +162,21 @@ def difference(teacher: object, student: object) -> Tensor:
     return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)
 
 
-def feature_error(
-    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
-) -> Tensor | None:
+def feature_error(taught: Mapping[str, Any], learned: Mapping[str, Any], blocks: Mapping[str, str]) -> Tensor | None:
     """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
     errors = []
     for own, theirs in blocks.items():
         target, output = taught.get(theirs), learned.get(own)
-        if target is not None and output is not None and target.shape == output.shape:
+        if isinstance(target, Tensor) and isinstance(output, Tensor) and target.shape == output.shape:
             errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
     return torch.stack(errors).mean() if errors else None
 
 
 @contextmanager
-def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
-    outputs: dict[str, Tensor] = {}
-
-    def catch(name: str, _: Any, __: Any, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs[name] = output
-
-    with hooked(model, names, after=catch):
+def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Collect the output of the last call of each named module while the block lasts."""
+    outputs: dict[str, Any] = {}
+    with hooked(model, names, after=lambda name, _, __, output: outputs.update({name: output})):
         yield outputs
 
 

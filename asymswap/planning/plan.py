@@ -146,15 +146,10 @@ def find_choices(
         lambda done: progress("factorising", done, len(matched)),
         lambda item: takes_room(item.original.conv),
     )
-    left_open: dict[str, tuple[Matched, Sequence[Option]]] = {}
-    fixed: dict[str, tuple[Matched, Option]] = {}
-    for item, result in zip(matched, results, strict=True):
-        if isinstance(result, Keep):
-            keeps[result.site] = result
-        elif isinstance(result, Option):
-            fixed[item.site.name] = item, result
-        else:
-            left_open[item.site.name] = item, result
+    found = list(zip(matched, results, strict=True))
+    keeps |= {result.site: result for result in results if isinstance(result, Keep)}
+    fixed = {item.site.name: (item, result) for item, result in found if isinstance(result, Option)}
+    left_open = {item.site.name: (item, result) for item, result in found if isinstance(result, list)}
     return Choices(sites, recipe, [item.site for item in matched], left_open, fixed, keeps)
 
 
