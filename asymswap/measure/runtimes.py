@@ -139,8 +139,8 @@ def check_installed(what: str, extra: str, needed: Mapping[str, tuple[int, ...]]
 def widest_gap(expected: Any, found: Any) -> tuple[float, float]:
     """Return the difference of the output that is farthest from PyTorch's, and what is allowed there.
 
-    That is `_SAME`, or eight times the precision of the output's dtype, if that is more. The difference is infinite for
-    NaN and infinity, and where numbers or sizes of outputs differ.
+    That is `_SAME`, or eight times the precision of the output's dtype, if that is more. The difference may be NaN, and
+    is infinite where numbers or sizes of outputs differ.
     """
     ours, theirs = list_tensors(expected), list_tensors(found)
     if [one.shape for one in ours] != [other.shape for other in theirs]:
@@ -152,8 +152,8 @@ def widest_gap(expected: Any, found: Any) -> tuple[float, float]:
             exact = one.double()
             largest, scale = float((exact - other.double()).abs().max()), float(exact.abs().max())
             allowed = max(_SAME, 8 * precision) * max(1.0, scale)
-            gaps.append((largest, allowed) if math.isfinite(largest) else (math.inf, _SAME))
-    return max(gaps, key=lambda gap: gap[0] / gap[1])
+            gaps.append((largest, allowed if math.isfinite(largest) else _SAME))
+    return max(gaps, key=lambda gap: gap[0] / gap[1] if math.isfinite(gap[0]) else math.inf)
 
 
 @contextlib.contextmanager
@@ -299,7 +299,7 @@ class Runtime(ABC):
     def check(self, network: Network, setting: Setting, once: Once, expected: Any) -> None:
         """Raise AsymswapError where the outputs are not PyTorch's: the time would mean nothing."""
         largest, allowed = widest_gap(expected, once())
-        if largest > allowed:
+        if not largest <= allowed:
             what = f"{self.title} computes something else than PyTorch"
             raise AsymswapError(f"{what}: {largest:.1e} at most, where {allowed:.0e} are allowed")
 
