@@ -9,7 +9,7 @@ from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session
 from asymswap.models.opened import sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
-from asymswap.planning.candidates import find_candidates
+from asymswap.planning.plan import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
 from asymswap.results.candidates import Candidates
 from asymswap.utils.inputs import sizes

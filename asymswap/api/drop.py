@@ -43,7 +43,7 @@ def convert_within(
         if polished:
             start = fractions[-1] if search.best is None else search.best[0]
             slope = search.slope
-            search = Search(fractions, predicted, allowed, grain=grain, start=start, slope=slope, tries=_POLISHED)
+            search = Search(fractions, predicted, allowed, grain=grain, start=start, first_slope=slope, tries=_POLISHED)
         while (fraction := search.next()) is not None:
             solves += 1
             place = f"try {solves}, {fraction:.2f} of the MACs: "

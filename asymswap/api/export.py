@@ -151,9 +151,8 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
         with torch.no_grad():
-            gap = runtimes.widest_gap(model(*inputs), run(inputs))
-        check = Check(sizes(inputs), gap.largest, gap.allowed)
-        if gap.share > 1:
+            check = Check(sizes(inputs), *runtimes.widest_gap(model(*inputs), run(inputs)))
+        if not check.largest <= check.allowed:
             raise AsymswapError(
                 f"{runner} computes something else than PyTorch on {check.inputs}: {check.largest:.1e} at most, where "
                 f"{check.allowed:.0e} are allowed; nothing was written"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
 from asymswap.types import Call, Neighbour, Site, norm_behind
 from asymswap.utils.inputs import Inputs, sizes, with_values
-from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
+from asymswap.utils.tensors import deep_copy, hooked, meta_copy, to_meta
 
 NORM_ACT = "batch_norm_act"  # the operation of a node that normalises and then does something else, in one module
 
@@ -109,17 +109,9 @@ def conv_input(args: Any, kwargs: Any) -> Tensor:
     return x
 
 
-@contextmanager
-def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> AbstractContextManager[None]:
     """While open, `see(name, input, output)` is called at every run of every Conv2d."""
-    with ExitStack() as hooks:
-        for name, (conv, _) in find_convs(model).items():
-
-            def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-                see(name, conv_input(args, kwargs), output)
-
-            hooks.enter_context(conv.register_forward_hook(hook, with_kwargs=True))
-        yield
+    return hooked(model, find_convs(model), after=lambda name, args, kwargs, y: see(name, conv_input(args, kwargs), y))
 
 
 def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:

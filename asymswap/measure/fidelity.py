@@ -8,8 +8,9 @@ input: if the calls or the outputs differ, the model's code treats the two diffe
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from asymswap.measure.statistics import wilson_interval
 from asymswap.results.evaluate import OutputAgreement
 from asymswap.types import Call, Plan
 from asymswap.utils.inputs import Inputs, copied, portions, samples_in, sizes, with_values
-from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors
+from asymswap.utils.tensors import eval_mode, hooked, list_tensors, map_tensors
 
 _SAME = 1e-4  # largest relative difference of equal outputs: threads may add numbers in another order
 # Peaks of images, and between which root mean squares their pixels are; what is between the two is no image.
@@ -125,26 +126,22 @@ def compare_outputs(one: nn.Module, other: nn.Module, inputs: Inputs, parts: Seq
     Each part of `other` gets the input of the same part of `one`. Both are unchanged afterwards. Raises AsymswapError
     where they give no tensor, or tensors of other sizes.
     """
-    sums = Sums()
-    with eval_mode(one, other), torch.no_grad(), ExitStack() as hooks:
-        for name in parts:
-            module, results = one.get_submodule(name), list[Any]()
+    sums, results = Sums(), defaultdict[str, list[Any]](list)
 
-            def run(_: nn.Module, args: Any, kwargs: Any, name: str = name, results: list[Any] = results) -> None:
-                # On copies: a part may write into its inputs.
-                copies = map_tensors((args, kwargs), Tensor.clone)
-                results.append(other.get_submodule(name)(*copies[0], **copies[1]))
+    def run(name: str, args: Any, kwargs: Any) -> None:
+        # On copies: a part may write into its inputs.
+        args, kwargs = map_tensors((args, kwargs), Tensor.clone)
+        results[name].append(other.get_submodule(name)(*args, **kwargs))
 
-            def compare(_: nn.Module, __: Any, output: Any, results: list[Any] = results) -> None:
-                ones, others = list_tensors(output), list_tensors(results.pop())
-                if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
-                    shapes = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
-                    raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*shapes))
-                for mine, its in zip(ones, others, strict=True):
-                    sums.add(mine, its)
+    def compare(name: str, _: Any, __: Any, output: Any) -> None:
+        ones, others = list_tensors(output), list_tensors(results[name].pop())
+        if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
+            shapes = (sizes(tuple(tensors)) or "no tensor" for tensors in (others, ones))
+            raise AsymswapError("outputs of {} cannot be compared with those of {}".format(*shapes))
+        for mine, its in zip(ones, others, strict=True):
+            sums.add(mine, its)
 
-            hooks.enter_context(module.register_forward_pre_hook(run, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(compare))
+    with eval_mode(one, other), torch.no_grad(), hooked(one, parts, before=run, after=compare):
         for portion in portions(inputs):
             one(*portion)
     if parts and not sums.tensors:
@@ -165,30 +162,21 @@ def difference(teacher: object, student: object) -> Tensor:
     return torch.stack(gaps).sum() / torch.stack(wholes).sum().clamp_min(1e-12)
 
 
-def feature_error(
-    taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], blocks: Mapping[str, str]
-) -> Tensor | None:
+def feature_error(taught: Mapping[str, Any], learned: Mapping[str, Any], blocks: Mapping[str, str]) -> Tensor | None:
     """Return the squared error of the blocks' outputs relative to the teacher's variance; None without equal shapes."""
     errors = []
     for own, theirs in blocks.items():
         target, output = taught.get(theirs), learned.get(own)
-        if target is not None and output is not None and target.shape == output.shape:
+        if isinstance(target, Tensor) and isinstance(output, Tensor) and target.shape == output.shape:
             errors.append((output.float() - target.float()).square().mean() / target.float().var().clamp_min(1e-12))
     return torch.stack(errors).mean() if errors else None
 
 
 @contextmanager
-def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the output of the last call of each named module, if it is a tensor, while the block lasts."""
-    outputs: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for name in names:
-
-            def catch(_: nn.Module, __: object, output: object, name: str = name) -> None:
-                if isinstance(output, Tensor):
-                    outputs[name] = output
-
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(catch))
+def caught(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Collect the output of the last call of each named module while the block lasts."""
+    outputs: dict[str, Any] = {}
+    with hooked(model, names, after=lambda name, _, __, output: outputs.update({name: output})):
         yield outputs
 
 
@@ -270,26 +258,22 @@ def measure_agreement(
     room = _KNOWN - sum(tensor.nbytes for one in known.values() for tensor in one.values())
     found: dict[str, _Output] = {}
     whole, done = tuple(parts) == WHOLE, 0
+
+    def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+        seen = defaultdict[str, list[Any]](list)
+        with hooked(model, () if whole else parts, after=lambda name, _, __, output: seen[name].append(output)):
+            output = model(*copied(inputs))
+        return dict(named_outputs(output if whole else dict(list(seen.items())[-_LAST_PARTS:])))
+
     with eval_mode(original, other), torch.inference_mode():
         for number, (batch, own) in enumerate(batches):
-            seen: list[dict[str, Tensor]] = [known[number]] if number in known else []
-            for model, inputs in ((original, batch), (other, own))[len(seen) :]:
-                with ExitStack() as hooks:
-                    outputs: dict[str, list[Any]] = {}
-                    for name in () if whole else parts:
-
-                        def keep(_: nn.Module, __: Any, output: Any, name: str = name, kept: Any = outputs) -> None:
-                            kept.setdefault(name, []).append(output)
-
-                        hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
-                    output = model(*copied(inputs))
-                    last = output if whole else dict(list(outputs.items())[-_LAST_PARTS:])
-                    seen.append(dict(named_outputs(last)))
-            room -= sum(tensor.nbytes for tensor in seen[0].values()) if number not in known else 0
-            if room > 0:
-                known[number] = seen[0]
-            for name, one in seen[0].items():
-                its = seen[1].get(name)
+            ones = known[number] if number in known else outputs_of(original, batch)
+            if number not in known:
+                room -= sum(tensor.nbytes for tensor in ones.values())
+                known |= {number: ones} if room > 0 else {}
+            others = outputs_of(other, own)
+            for name, one in ones.items():
+                its = others.get(name)
                 if its is not None and its.shape == one.shape and one.numel():
                     found.setdefault(name, _Output(one.shape)).add(one, its)
             done += samples_in(batch)
@@ -367,14 +351,13 @@ def _run(
     """
     copied = swap(model, {name: _StandIn(model.get_submodule(name)) for name in hidden}, share=True)
     calls: dict[str, list[Call]] = {name: [] for name in names}
-    with ExitStack() as hooks, eval_mode(copied), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for name in names:
 
-            def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                seen = args[0] if args else next(iter(kwargs.values()))
-                calls[name].append(Call.of(seen.shape, output.shape))
+    def see(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        seen = args[0] if args else next(iter(kwargs.values()))
+        calls[name].append(Call.of(seen.shape, output.shape))
 
-            hooks.enter_context(copied.get_submodule(name).register_forward_hook(see, with_kwargs=True))
+    fixed = torch.random.fork_rng(devices=[])
+    with hooked(copied, names, after=see), eval_mode(copied), torch.no_grad(), fixed:
         torch.manual_seed(0)
         return [tensor.clone() for tensor in list_tensors(copied(*inputs))], calls
 

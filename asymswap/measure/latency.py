@@ -14,8 +14,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from asymswap.measure.statistics import median_interval
 from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
-from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors
+from asymswap.utils.tensors import deep_copy, eval_mode, hooked, list_tensors, map_tensors, on_threads
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -90,17 +89,6 @@ def take_turns(
                 break
     read = {key: turn.read for key, turn in turns.items() if turn.read is not None}
     return found | {key: [list(map(one, passes)) for passes in found[key]] for key, one in read.items()}
-
-
-@contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    """Let torch use a number of threads while the block lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
@@ -184,18 +172,14 @@ def time_layers(
 def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
     """Time one pass of a model, and all runs of the named modules in it."""
     seconds = dict.fromkeys(names, 0.0)
-    with ExitStack() as hooks:
-        for name in names:
-            module = model.get_submodule(name)
 
-            def enter(*_: Any, name: str = name) -> None:
-                seconds[name] -= time.perf_counter()
+    def enter(name: str, *_: Any) -> None:
+        seconds[name] -= time.perf_counter()
 
-            def leave(*_: Any, name: str = name) -> None:
-                seconds[name] += time.perf_counter()
+    def leave(name: str, *_: Any) -> None:
+        seconds[name] += time.perf_counter()
 
-            hooks.enter_context(module.register_forward_pre_hook(enter))
-            hooks.enter_context(module.register_forward_hook(leave))
+    with hooked(model, names, before=enter, after=leave):
         start = time.perf_counter()
         model(*inputs)
         whole = time.perf_counter() - start

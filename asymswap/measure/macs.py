@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.types import Call, Cost, Site
 from asymswap.utils.inputs import Inputs, with_values
-from asymswap.utils.tensors import deep_copy, meta_copy, to_meta
+from asymswap.utils.tensors import deep_copy, hooked, meta_copy, to_meta
 
 aten = torch.ops.aten
 Shape = Sequence[int]
@@ -71,26 +71,22 @@ def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
     calls: dict[str, list[Call]] = {name: [] for name in names}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     uncounted = _Uncounted(structure, counter.flop_registry)
-    for name in names:
 
-        def enter(*_: Any, name: str = name) -> None:
-            flops[name] -= counter.get_total_flops()
+    def enter(name: str, *_: Any) -> None:
+        flops[name] -= counter.get_total_flops()
 
-        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            flops[name] += counter.get_total_flops()
-            seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
-                calls[name].append(Call.of(seen[0].shape, output.shape))
+    def leave(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        flops[name] += counter.get_total_flops()
+        seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
+            calls[name].append(Call.of(seen[0].shape, output.shape))
 
-        module = structure.get_submodule(name)
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave, with_kwargs=True)
     # Attention and encoder layers must not run as one operator each, which no formula knows.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # The counter comes last: it decomposes operators, and passes on what it cannot decompose.
-        with torch.no_grad(), uncounted, counter:
+        with torch.no_grad(), hooked(structure, names, before=enter, after=leave), uncounted, counter:
             structure(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

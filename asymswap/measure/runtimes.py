@@ -21,7 +21,6 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,21 +29,12 @@ from torch import nn
 
 from asymswap.errors import AsymswapError, reason_of
 from asymswap.graph.surgery import fold_norms, swap
-from asymswap.measure.latency import (
-    FORMATS,
-    Timed,
-    Turn,
-    in_format,
-    inputs_like,
-    on_threads,
-    stopwatch,
-    time_once,
-)
+from asymswap.measure.latency import FORMATS, Timed, Turn, in_format, inputs_like, stopwatch, time_once
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors
+from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, on_threads
 
 OPSET = 20
 # Largest difference of outputs from PyTorch's, relative to the largest number among them, or to 1.
@@ -146,35 +136,24 @@ def check_installed(what: str, extra: str, needed: Mapping[str, tuple[int, ...]]
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """The largest difference between an output of a program and PyTorch's, and the largest that is allowed."""
+def widest_gap(expected: Any, found: Any) -> tuple[float, float]:
+    """Return the difference of the output that is farthest from PyTorch's, and what is allowed there.
 
-    largest: float
-    allowed: float
-
-    @property
-    def share(self) -> float:
-        """The difference as a share of what is allowed; infinite for NaN and infinity."""
-        return self.largest / self.allowed if math.isfinite(self.largest) else math.inf
-
-
-def widest_gap(expected: Any, found: Any) -> Gap:
-    """Return the gap of the output that is farthest from PyTorch's, as a share of what is allowed there.
-
-    That is `_SAME`, or eight times the precision of the output's dtype, if that is more.
+    That is `_SAME`, or eight times the precision of the output's dtype, if that is more. The difference may be NaN, and
+    is infinite where numbers or sizes of outputs differ.
     """
     ours, theirs = list_tensors(expected), list_tensors(found)
     if [one.shape for one in ours] != [other.shape for other in theirs]:
-        return Gap(math.inf, _SAME)
-    gaps = []
+        return math.inf, _SAME
+    gaps = [(0.0, _SAME)]
     for one, other in zip(ours, theirs, strict=True):
         if one.numel():
             precision = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
             exact = one.double()
             largest, scale = float((exact - other.double()).abs().max()), float(exact.abs().max())
-            gaps.append(Gap(largest, max(_SAME, 8 * precision) * max(1.0, scale)))
-    return max(gaps, key=lambda gap: gap.share, default=Gap(0.0, _SAME))
+            allowed = max(_SAME, 8 * precision) * max(1.0, scale)
+            gaps.append((largest, allowed if math.isfinite(largest) else _SAME))
+    return max(gaps, key=lambda gap: gap[0] / gap[1] if math.isfinite(gap[0]) else math.inf)
 
 
 @contextlib.contextmanager
@@ -231,7 +210,8 @@ class Network:
             return folded
         inputs = inputs_like(self._example, "contiguous")
         with torch.inference_mode():
-            return folded if widest_gap(plain(*inputs), folded(*inputs)).share <= 1 else plain
+            largest, allowed = widest_gap(plain(*inputs), folded(*inputs))
+        return folded if largest <= allowed else plain
 
     def placed(self, setting: Setting) -> tuple[nn.Module, Inputs]:
         """Return the network in a memory format, and random inputs, the same ones every time."""
@@ -318,12 +298,10 @@ class Runtime(ABC):
 
     def check(self, network: Network, setting: Setting, once: Once, expected: Any) -> None:
         """Raise AsymswapError where the outputs are not PyTorch's: the time would mean nothing."""
-        gap = widest_gap(expected, once())
-        if gap.share > 1:
-            raise AsymswapError(
-                f"{self.title} computes something else than PyTorch: {gap.largest:.1e} at most, where "
-                f"{gap.allowed:.0e} are allowed"
-            )
+        largest, allowed = widest_gap(expected, once())
+        if not largest <= allowed:
+            what = f"{self.title} computes something else than PyTorch"
+            raise AsymswapError(f"{what}: {largest:.1e} at most, where {allowed:.0e} are allowed")
 
     def probe(self, network: Network, setting: Setting, names: Sequence[str]) -> Turn:
         """Return a turn that measures the named modules in the running network; raise AsymswapError if impossible."""

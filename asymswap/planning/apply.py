@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -26,16 +26,6 @@ def takes_room(conv: nn.Conv2d) -> bool:
     return conv.weight.numel() > _ROOM
 
 
-class _Built(NamedTuple):
-    """A swap under way."""
-
-    entry: Swap
-    original: Original
-    kind: replacements.Replacement
-    settings: replacements.KindSettings
-    replacement: nn.Module
-
-
 def apply_plan(
     model: nn.Module,
     plan: Plan,
@@ -55,7 +45,7 @@ def apply_plan(
     """
     convs = {name: conv for name, (conv, _) in find_convs(model).items()}
     norms = dict(model.named_modules())
-    every: list[_Built] = []
+    every: list[tuple[Swap, Original, nn.Module]] = []
     for entry in plan.swaps:
         conv = convs.get(entry.site)
         if conv is None:
@@ -65,33 +55,35 @@ def apply_plan(
         kind, settings = replacements.load_swap(entry)
         norm = None if entry.absorbs is None else cast(nn.BatchNorm2d, norms[entry.absorbs])
         original = Original(conv, (statistics or {}).get(entry.site), norm)
-        every.append(_Built(entry, original, kind, settings, kind.build(read_conv(conv), settings)))
+        every.append((entry, original, kind.build(read_conv(conv), settings)))
 
-    def init(built: _Built) -> None:
+    def init(built: tuple[Swap, Original, nn.Module]) -> None:
+        entry, original, replacement = built
         if weights == "random":
-            generator = generator_for(built.entry.site)
-            for name, tensor in built.replacement.state_dict().items():
+            generator = generator_for(entry.site)
+            for name, tensor in replacement.state_dict().items():
                 # Values neither grow nor vanish on their way through the network, where they would slow it down.
                 if tensor.dim() > 1:
                     tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5)
                 else:
                     tensor.fill_(name.endswith(("weight", "running_var")))
-        elif built.entry.site in unset:
-            for parameter in built.replacement.parameters():
+        elif entry.site in unset:
+            for parameter in replacement.parameters():
                 nn.init.constant_(parameter, math.nan)  # what nobody sets afterwards must show
         else:
-            built.kind.init_(built.replacement, built.original, built.settings)
+            kind, settings = replacements.load_swap(entry)
+            kind.init_(replacement, original, settings)
 
     if weights != "unset":
         side_by_side(
             init,
             every,
             lambda done: progress("converting", done, len(every)),
-            lambda built: takes_room(built.original.conv),
+            lambda built: takes_room(built[1].conv),
         )
     swapped: dict[str, nn.Module] = {}
-    for built in every:
-        swapped[built.entry.site] = take_over_(built.replacement, built.original.conv, built.original.norm)
-        if built.entry.absorbs is not None:
-            swapped[built.entry.absorbs] = nn.Identity()
+    for entry, original, replacement in every:
+        swapped[entry.site] = take_over_(replacement, original.conv, original.norm)
+        if entry.absorbs is not None:
+            swapped[entry.absorbs] = nn.Identity()
     return swap(model, swapped, share)

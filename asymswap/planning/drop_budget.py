@@ -12,7 +12,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +24,6 @@ _AIM = 0.95  # of the allowed loss: a step that aims at all of it would end abov
 _NEAR = 0.9  # of the allowed loss, above which a network is small enough
 _CLOSE = 0.01  # fractions of the MACs that are as good as equal
 _FAR = 0.6  # of the way to the end, at most, in one step
-_TRIES = 6
-_SLOPE = 0.7  # of the line through a single trial
 _SLOPES = (0.3, 3.0)
 
 
@@ -39,14 +37,11 @@ class Drop:
     @classmethod
     def parse(cls, given: Any) -> Drop:
         """Read 0.5, "2%" or "0.1dB"; raises AsymswapError for anything else."""
-        found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|dB|)\s*", str(given), re.IGNORECASE)
-        try:
-            value = math.nan if found is None or isinstance(given, bool) else float(found[1])
-        except ValueError:
-            value = math.nan
-        if found is None or not math.isfinite(value):
+        number = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?"
+        found = re.fullmatch(rf"\s*({number})\s*(%|dB|)\s*", str(given), re.IGNORECASE)
+        if found is None or isinstance(given, bool) or not math.isfinite(float(found[1])):
             raise AsymswapError(f"{given!s:.60} is no loss that may be allowed; give 0.5 (points), 0.1dB or 2%")
-        return cls(value, {"": "", "%": "%"}.get(found[2], "dB"))  # type: ignore[arg-type]
+        return cls(float(found[1]), {"": "", "%": "%"}.get(found[2], "dB"))  # type: ignore[arg-type]
 
     def allowed(self, score: Score) -> float:
         """Return how much of a score may be lost, as its values are; raises AsymswapError for another unit than its.
@@ -72,33 +67,25 @@ class Drop:
         return f"{self.value:g}{' ' * (self.unit == 'dB')}{self.unit}"
 
 
+@dataclass
 class Search:
-    """Finds the smallest of rising `fractions` with at most the `allowed` loss: call `next`, measure, and `add`.
+    """Finds the smallest of rising `fractions` with at most the `allowed` loss: call `next`, measure, and `add`."""
 
-    `predicted` has the error that each fraction's plan predicts; between fractions it is interpolated. `grain` is the
-    smallest difference that the measure can show, `start` the first fraction to try, `slope` that of the line through a
-    single trial. `tried` has the fractions with their losses, in order of the fractions.
-    """
+    fractions: Sequence[float]
+    predicted: Sequence[float]  # the error of each fraction's plan; between fractions it is interpolated
+    allowed: float
+    _: KW_ONLY
+    grain: float = 0.0  # smallest difference that the measure can show
+    start: float | None = None  # the first fraction to try, by default the middle
+    first_slope: float = 0.7  # of the line through a single trial
+    tries: int = 6
+    tried: list[tuple[float, float]] = field(default_factory=list)  # fractions with their losses, by the fractions
 
-    def __init__(
-        self,
-        fractions: Sequence[float],
-        predicted: Sequence[float],
-        allowed: float,
-        *,
-        grain: float = 0.0,
-        start: float | None = None,
-        slope: float = _SLOPE,
-        tries: int = _TRIES,
-    ) -> None:
-        self._fractions = np.asarray(fractions)
+    def __post_init__(self) -> None:
         # More MACs never predict a larger error, but for what is spent off the hulls.
-        falling = np.minimum.accumulate(np.log(np.maximum(predicted, 1e-12)))
+        falling = np.minimum.accumulate(np.log(np.maximum(self.predicted, 1e-12)))
         # Equal predictions have no inverse: each is a little below the one before.
         self._predicted = falling - 1e-9 * np.arange(len(falling))
-        self._allowed, self._grain, self._tries, self._slope = allowed, grain, tries, slope
-        self._start = (fractions[0] + fractions[-1]) / 2 if start is None else start
-        self.tried: list[tuple[float, float]] = []
 
     def add(self, fraction: float, loss: float) -> None:
         """Take a measured loss."""
@@ -108,14 +95,14 @@ class Search:
     @property
     def best(self) -> tuple[float, float] | None:
         """The smallest fraction tried with at most the allowed loss, and its loss."""
-        return next(((fraction, loss) for fraction, loss in self.tried if loss <= self._allowed), None)
+        return next(((fraction, loss) for fraction, loss in self.tried if loss <= self.allowed), None)
 
     @property
     def slope(self) -> float:
         """The slope of the line through the two trials that are nearest to the allowed loss."""
         if len(self.tried) < 2:
-            return self._slope
-        after = next((n for n, (_, loss) in enumerate(self.tried) if loss <= self._allowed), len(self.tried))
+            return self.first_slope
+        after = next((n for n, (_, loss) in enumerate(self.tried) if loss <= self.allowed), len(self.tried))
         start = min(max(after - 1, 0), len(self.tried) - 2)
         (more, high), (less, low) = map(self._place, self.tried[start : start + 2])
         return min(max((high - low) / max(more - less, 1e-9), _SLOPES[0]), _SLOPES[1])
@@ -123,21 +110,21 @@ class Search:
     def next(self) -> float | None:
         """Return the fraction to try next; None where the best is good enough, or nothing is left to try."""
         if not self.tried:
-            return self._start
-        best, least, most = self.best, float(self._fractions[0]), float(self._fractions[-1])
+            return (self.fractions[0] + self.fractions[-1]) / 2 if self.start is None else self.start
+        best, least, most = self.best, self.fractions[0], self.fractions[-1]
         # Where noise puts a loss above the allowed one beyond the best, it does not matter.
         worse = [one for one in self.tried if best is None or one[0] < best[0]]
         outside = worse[-1] if worse else None
         if best is None and self.tried[-1][0] >= most:
             return None
-        if best is None and len(self.tried) >= self._tries - 1:
+        if best is None and len(self.tried) >= self.tries - 1:
             return most
         if best is not None:
-            near = best[1] >= min(_NEAR * self._allowed, self._allowed - self._grain)
+            near = best[1] >= min(_NEAR * self.allowed, self.allowed - self.grain)
             close = best[0] <= least or (outside is not None and best[0] - outside[0] <= _CLOSE)
-            if near or close or len(self.tried) >= self._tries:
+            if near or close or len(self.tried) >= self.tries:
                 return None
-        aim = math.log(_AIM * self._allowed)
+        aim = math.log(_AIM * self.allowed)
         if best and outside:
             (good, low), (bad, high) = map(self._place, (best, outside))
             share = (aim - low) / max(high - low, 1e-9)
@@ -158,8 +145,8 @@ class Search:
     def _place(self, trial: tuple[float, float]) -> tuple[float, float]:
         """Return the logarithms of a trial's predicted error and of its loss, which may have been nothing at all."""
         fraction, loss = trial
-        loss = min(max(loss, self._allowed / 10), 300 * self._allowed)
-        return float(np.interp(fraction, self._fractions, self._predicted)), math.log(loss)
+        loss = min(max(loss, self.allowed / 10), 300 * self.allowed)
+        return float(np.interp(fraction, self.fractions, self._predicted)), math.log(loss)
 
     def _fraction(self, predicted: float) -> float:
-        return float(np.interp(predicted, self._predicted[::-1], self._fractions[::-1]))
+        return float(np.interp(predicted, self._predicted[::-1], self.fractions[::-1]))

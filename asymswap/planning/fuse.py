@@ -7,7 +7,6 @@ comes first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from asymswap.planning.apply import apply_plan
 from asymswap.results.fuse import FusionRow
 from asymswap.types import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import additions, eval_mode, meta_copy
+from asymswap.utils.tensors import additions, eval_mode, hooked, meta_copy
 
 _WEAKEST = 1e-2  # share of the average scale: a batch norm's channel that scales by no more is not divided by
 
@@ -171,15 +170,14 @@ def read_taps(
 ) -> None:
     """Run the model in eval mode; call `see` with every replacement whose taps move, and their offsets (S, T, 2)."""
     modules = dict(model.named_modules())
-    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
-        for entry in (entry for plan in plans for entry in plan.swaps if entry.site in modules):
+    entries = {entry.site: entry for plan in plans for entry in plan.swaps if entry.site in modules}
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, entry: Swap = entry) -> None:
-                offsets = replacements.load(entry.kind).tap_offsets(module, conv_input(args, kwargs))
-                if offsets is not None:
-                    see(entry, module, offsets)
+    def hook(name: str, args: Any, kwargs: Any) -> None:
+        offsets = replacements.load(entries[name].kind).tap_offsets(modules[name], conv_input(args, kwargs))
+        if offsets is not None:
+            see(entries[name], modules[name], offsets)
 
-            hooks.enter_context(modules[entry.site].register_forward_pre_hook(hook, with_kwargs=True))
+    with hooked(model, entries, before=hook), eval_mode(model), torch.no_grad():
         model(*inputs)
 
 

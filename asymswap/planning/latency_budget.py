@@ -76,9 +76,7 @@ def plan_in_time(
     budget = choices.recipe.budget
     assert budget is not None
     bench = Bench(model, example, timing, progress)
-    table = _Table(bench, timing)
-    table.fill(choices)
-    costs = table.costs(choices)
+    costs = _latencies(bench, timing, choices)
     allowed = budget.fraction if budget.seconds is None else min(1.0, 1e9 * budget.seconds / costs.total)
     undone: dict[str, str] = {}
     fraction = allowed
@@ -139,103 +137,98 @@ def plan_in_time(
     raise RecipeError(f"the budget of {budget} cannot be reached, and no swap pays {where}")
 
 
-class _Table:
-    """Seconds of convs and of their options, by their form and not by their name.
+_Known = dict[str, dict[str, tuple[int, float]]]
+"""For each form of conv, and for "" (the conv itself) and each option, its MACs and seconds."""
 
-    `_known` has for each form of conv, and for "" (the conv itself) and each option, its MACs and seconds.
+
+def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
+    """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now.
+
+    What the table's file lacks is timed, and written to it where it can be written.
     """
-
-    def __init__(self, bench: Bench, timing: Timing) -> None:
-        self._bench = bench
-        self._machine = {**machine(), **vars(bench.setting), "version": bench.version}
-        digest = hashlib.sha256(json.dumps(self._machine, sort_keys=True).encode()).hexdigest()[:16]
-        given = os.environ.get("XDG_CACHE_HOME")
-        folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"
-        self._path = folder / f"latency-{digest}.json"
-        self._known: dict[str, dict[str, tuple[int, float]]] = {}
-        # A file that cannot be read is measured again.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            seconds = json.loads(self._path.read_text(encoding="utf-8"))["seconds"]
-            self._known = TypeAdapter(dict[str, dict[str, tuple[int, float]]]).validate_python(seconds)
-
-    def fill(self, choices: Choices) -> None:
-        """Time what is not known yet, and write it to the file, where that can be written."""
-        # For each site the swaps that are timed, with their MACs: of each kind a grid, one for each number of MACs.
-        tries: dict[str, list[tuple[Swap, int]]] = {site.name: [] for site in choices.matched}
-        tries |= {name: [(item.swap(option), option.cost.macs)] for name, (item, option) in choices.fixed.items()}
-        for name, (_, options) in choices.left_open.items():
-            for kind in dict.fromkeys(option.kind for option in options):
-                own = sorted((option for option in options if option.kind == kind), key=lambda option: -option.loss)
-                by_macs = sorted({option.cost.macs: option for option in own}.items())
-                chosen = sorted({round(step * (len(by_macs) - 1) / (_GRID - 1)) for step in range(_GRID)})
-                some = [by_macs[index] for index in chosen]
-                tries[name] += [(Swap(name, kind, option.settings), macs) for macs, option in some]
-        sites = {site.name: site for site in choices.matched}
-        if all(
-            {"", *(_option_key(swap.kind, swap.settings) for swap, _ in some)}
-            <= self._known.get(_form(sites[name]), {}).keys()
-            for name, some in tries.items()
-        ):
-            return
-        # In the n-th model every conv has its n-th option, or its last one.
-        levels = [
-            {name: some[min(level, len(some) - 1)] for name, some in tries.items() if some}
-            for level in range(max(map(len, tries.values())))
-        ]
-        original = self._bench.original
-        models = {"": original}
-        for number, level in enumerate(levels):
-            plan = Plan(tuple(swap for swap, _ in level.values()))
-            models[str(number)] = apply_plan(original, plan, share=True, weights="random")
-        # Programs hold weights of their own: in turn they would take the memory of all.
-        groups = [{key: one} for key, one in models.items()] if self._bench.runtime.takes_time else [models]
-        found: dict[str, Timed] = {}
-        for group in groups:
-            found |= self._bench.measure(group, list(tries), whole=False)[1]
-        timed = [(name, "", site.cost.macs, found[""]) for name, site in sites.items()]
-        for number, level in enumerate(levels):
-            for name, (swap, macs) in level.items():
-                timed.append((name, _option_key(swap.kind, swap.settings), macs, found[str(number)]))
-        for name, key, macs, times in timed:
-            # The fastest of all convs of one form counts.
-            known = self._known.setdefault(_form(sites[name]), {})
-            known[key] = macs, min(times.modules[name], known.get(key, (0, math.inf))[1])
-        text = json.dumps({"machine": self._machine, "seconds": self._known}, indent=1)
+    about = {**machine(), **vars(bench.setting), "version": bench.version}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    given = os.environ.get("XDG_CACHE_HOME")
+    folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"
+    path = folder / f"latency-{digest}.json"
+    table: _Known = {}
+    # A file that cannot be read is measured again.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        table = TypeAdapter(_Known).validate_python(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    tries = _swaps_to_time(choices)
+    sites = {site.name: site for site in choices.matched}
+    if not all(
+        {"", *(_option_key(swap.kind, swap.settings) for swap, _ in some)} <= table.get(_form(sites[name]), {}).keys()
+        for name, some in tries.items()
+    ):
+        _fill(table, bench, sites, tries)
         # The file is a convenience: without it the next conversion measures again.
         with contextlib.suppress(OSError, OutputError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self._path, text + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps({"machine": about, "seconds": table}, indent=1) + "\n")
+    rest = bench.measure({"": bench.original}, list(sites), whole=False)[1][""].rest
 
-    def costs(self, choices: Choices) -> CostModel:
-        """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now."""
-        names = [site.name for site in choices.matched]
-        rest = self._bench.measure({"": self._bench.original}, names, whole=False)[1][""].rest
+    def keep(site: Site) -> float:
+        return table[_form(site)][""][1]
 
-        def keep(site: Site) -> float:
-            return self._known[_form(site)][""][1]
+    def seconds(site: Site, option: Option) -> float:
+        """Return the seconds as timed, or between the two timed options with fewer and with more MACs."""
+        known = table[_form(site)]
+        exact = known.get(_option_key(option.kind, option.settings))
+        if exact is not None:
+            return exact[1]
+        entries = sorted(entry for key, entry in known.items() if key.startswith(f"{option.kind} "))
+        below = [entry for entry in entries if entry[0] <= option.cost.macs]
+        above = [entry for entry in entries if entry[0] > option.cost.macs]
+        if not below or not above:
+            # Beyond the grid: the nearest, or what grows with the MACs from there.
+            macs, nearest = (below or above)[-1 if below else 0]
+            return nearest * max(1.0, option.cost.macs / max(macs, 1))
+        (low, fast), (high, slow) = below[-1], above[0]
+        return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
 
-        def seconds(site: Site, option: Option) -> float:
-            """Return the seconds as timed, or between the two timed options with fewer and with more MACs."""
-            known = self._known[_form(site)]
-            exact = known.get(_option_key(option.kind, option.settings))
-            if exact is not None:
-                return exact[1]
-            entries = sorted(entry for key, entry in known.items() if key.startswith(f"{option.kind} "))
-            below = [entry for entry in entries if entry[0] <= option.cost.macs]
-            above = [entry for entry in entries if entry[0] > option.cost.macs]
-            if not below or not above:
-                # Beyond the grid: the nearest, or what grows with the MACs from there.
-                macs, nearest = (below or above)[-1 if below else 0]
-                return nearest * max(1.0, option.cost.macs / max(macs, 1))
-            (low, fast), (high, slow) = below[-1], above[0]
-            return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
+    return CostModel(
+        "latency",
+        round(1e9 * (rest + sum(map(keep, choices.matched)))),
+        lambda site: round(1e9 * keep(site)),
+        lambda site, option: round(1e9 * seconds(site, option)),
+    )
 
-        return CostModel(
-            "latency",
-            round(1e9 * (rest + sum(map(keep, choices.matched)))),
-            lambda site: round(1e9 * keep(site)),
-            lambda site, option: round(1e9 * seconds(site, option)),
-        )
+
+def _swaps_to_time(choices: Choices) -> dict[str, list[tuple[Swap, int]]]:
+    """Return for each site the swaps that are timed, with their MACs: of each kind a grid, one for each MACs."""
+    tries: dict[str, list[tuple[Swap, int]]] = {site.name: [] for site in choices.matched}
+    tries |= {name: [(item.swap(option), option.cost.macs)] for name, (item, option) in choices.fixed.items()}
+    for name, (_, options) in choices.left_open.items():
+        for kind in dict.fromkeys(option.kind for option in options):
+            own = sorted((option for option in options if option.kind == kind), key=lambda option: -option.loss)
+            by_macs = sorted({option.cost.macs: option for option in own}.items())
+            chosen = sorted({round(step * (len(by_macs) - 1) / (_GRID - 1)) for step in range(_GRID)})
+            tries[name] += [(Swap(name, kind, by_macs[at][1].settings), by_macs[at][0]) for at in chosen]
+    return tries
+
+
+def _fill(
+    table: _Known, bench: Bench, sites: Mapping[str, Site], tries: Mapping[str, Sequence[tuple[Swap, int]]]
+) -> None:
+    """Time all sites and the swaps that are tried at them, and put their seconds into the table."""
+    models = {"": bench.original}
+    timed = [(name, "", site.cost.macs, "") for name, site in sites.items()]
+    for level in range(max(map(len, tries.values()))):
+        # In the n-th model every conv has its n-th option, or its last one.
+        swaps = [some[min(level, len(some) - 1)] for some in tries.values() if some]
+        plan = Plan(tuple(swap for swap, _ in swaps))
+        models[str(level)] = apply_plan(bench.original, plan, share=True, weights="random")
+        timed += [(swap.site, _option_key(swap.kind, swap.settings), macs, str(level)) for swap, macs in swaps]
+    # Programs hold weights of their own: in turn they would take the memory of all.
+    groups = [{key: one} for key, one in models.items()] if bench.runtime.takes_time else [models]
+    found: dict[str, Timed] = {}
+    for group in groups:
+        found |= bench.measure(group, list(tries), whole=False)[1]
+    for name, key, macs, model in timed:
+        # The fastest of all convs of one form counts.
+        known = table.setdefault(_form(sites[name]), {})
+        known[key] = macs, min(found[model].modules[name], known.get(key, (0, math.inf))[1])
 
 
 def _form(site: Site) -> str:

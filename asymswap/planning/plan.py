@@ -1,4 +1,7 @@
-"""From a recipe to a plan: which sites are swapped, by which settled settings, and why the others are kept."""
+"""From a recipe to a plan: which sites are swapped, by which settled settings, and why the others are kept.
+
+And what could be saved at each site, by the cost formulas alone, without the weights.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,7 +25,8 @@ from asymswap.factorize.statistics import SiteStatistics
 from asymswap.planning.apply import takes_room
 from asymswap.planning.recipe import MEASURES, Budget, Recipe, Way
 from asymswap.replacements import Original, Replacement
-from asymswap.types import Cost, Keep, Option, Plan, Progress, Site, Swap, silent
+from asymswap.replacements._pairs import Pair, SettledPair, full_rank
+from asymswap.types import Candidate, Cost, Keep, Option, Plan, Progress, RankCost, Site, Swap, silent
 from asymswap.utils.tensors import side_by_side
 
 
@@ -46,9 +51,7 @@ def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
         what = "latency" if budget.max_drop is None else "loss"
         raise RecipeError(f"a budget of {what} needs measuring: use asymswap.convert")
 
-    def count(cost: Cost) -> int:
-        return cost.params if measure == "params" else cost.macs
-
+    count = attrgetter("params" if measure == "params" else "macs")
     return CostModel(
         MEASURES[measure], count(whole), lambda site: count(site.cost), lambda _, option: count(option.cost)
     )
@@ -147,15 +150,10 @@ def find_choices(
         lambda done: progress("factorising", done, len(matched)),
         lambda item: takes_room(item.original.conv),
     )
-    left_open: dict[str, tuple[Matched, Sequence[Option]]] = {}
-    fixed: dict[str, tuple[Matched, Option]] = {}
-    for item, result in zip(matched, results, strict=True):
-        if isinstance(result, Keep):
-            keeps[result.site] = result
-        elif isinstance(result, Option):
-            fixed[item.site.name] = item, result
-        else:
-            left_open[item.site.name] = item, result
+    found = list(zip(matched, results, strict=True))
+    keeps |= {result.site: result for result in results if isinstance(result, Keep)}
+    fixed = {item.site.name: (item, result) for item, result in found if isinstance(result, Option)}
+    left_open = {item.site.name: (item, result) for item, result in found if isinstance(result, list)}
     return Choices(sites, recipe, [item.site for item in matched], left_open, fixed, keeps)
 
 
@@ -335,33 +333,88 @@ def check_replay(
             raise PlanError(f"the plan {what} {name!r}, which the model lacks{near_names(name, by_name)}")
     swaps = {}
     for swap in plan.swaps:
+        site = by_name[swap.site]
         try:
-            swaps[swap.site] = _settle_again(model, by_name[swap.site], swap, (statistics or {}).get(swap.site))
+            asked = Way(replacements.load(swap.kind), replacements.parse_settings(swap.kind, swap.settings))
+            way = _at_site(model, site, asked)
+            if isinstance(way, str):
+                raise RecipeError(way)
+            if asked.lacks_size:
+                raise RecipeError(f"it has no size; give one of {', '.join(way.kind.SIZES)}")
+            if swap.absorbs not in (None, way.absorbs):
+                instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
+                raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
+            original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), (statistics or {}).get(site.name))
+            option = way.kind.resolve(site, original, asked.settings)
+            if not (asked.settings.allow_growth or saves(option.cost, site.cost)):
+                meant = 'where that is meant, give it "allow_growth": true among its settings'
+                raise RecipeError(f"{_no_gain(option, site.cost)}; {meant}")
         except RecipeError as error:
             raise PlanError(f"the plan cannot swap {swap.site!r} by {swap.kind!r}: {error}") from None
+        again = Matched(site, original, swap.reason, (dataclasses.replace(asked, absorbs=swap.absorbs),))
+        swaps[swap.site] = again.swap(option)
     keeps = [given.get(site.name, Keep(site.name, "not in the plan")) for site in sites if site.name not in swaps]
     return dataclasses.replace(plan, swaps=tuple(swaps.values()), keeps=tuple(keeps))
 
 
-def _settle_again(model: nn.Module, site: Site, swap: Swap, statistics: SiteStatistics | None) -> Swap:
-    """Return a plan's swap with settled settings and the error that it has here; raises RecipeError for none."""
-    asked = Way(replacements.load(swap.kind), replacements.parse_settings(swap.kind, swap.settings))
-    way = _at_site(model, site, asked)
-    if isinstance(way, str):
-        raise RecipeError(way)
-    if asked.lacks_size:
-        raise RecipeError(f"it has no size; give one of {', '.join(way.kind.SIZES)}")
-    if swap.absorbs not in (None, way.absorbs):
-        instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
-        raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
-    way = dataclasses.replace(asked, absorbs=swap.absorbs)
-    original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics)
-    option = way.kind.resolve(site, original, asked.settings)
-    if not (way.settings.allow_growth or saves(option.cost, site.cost)):
-        raise RecipeError(
-            f'{_no_gain(option, site.cost)}; where that is meant, give it "allow_growth": true among its settings'
-        )
-    return Matched(site, original, swap.reason, (way,)).swap(option)
+def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
+    """Return every site, in order, as a candidate for the first kind that could gain something there.
+
+    With a recipe, only what its rules swap is a candidate.
+    """
+    rules = find_rule(sites, recipe) if recipe is not None else {}
+    candidates = []
+    for site in sites:
+        number = rules.get(site.name)
+        if recipe is None:
+            kind = "low-rank" if site.conv.kernel == (1, 1) else "separable"
+            found = [_candidate(model, site, Way(replacements.load(kind), replacements.parse_settings(kind, {})))]
+        elif number is None:
+            found = [Candidate(site, _UNMATCHED)]
+        else:
+            found = [_candidate(model, site, way) for way in recipe.rules[number].ways]
+            found = found or [Candidate(site, f"rule {number + 1} keeps it")]
+        reasons = {one.kind: one.reason for one in found if one.reason is not None}
+        gaining = next((one for one in found if one.reason is None), None)
+        candidates.append(gaining or dataclasses.replace(found[0], reason=join_reasons(reasons)))
+    return candidates
+
+
+def _candidate(model: nn.Module, site: Site, way: Way) -> Candidate:
+    """Return what a kind could do at a site."""
+    kind = way.kind
+    reason = refusal_of(site, kind)
+    if reason is not None or (kind.SIZES and not isinstance(kind, Pair)):
+        return Candidate(site, reason, kind=kind.name)
+    if not isinstance(kind, Pair):
+        # What approximates the conv is resolved from its weights, which would take as long as a plan.
+        if kind.preserves(site.conv, way.settings):
+            try:
+                kind.resolve(site, Original(cast(nn.Conv2d, model.get_submodule(site.name))), way.settings)
+            except RecipeError as error:
+                return Candidate(site, str(error), kind=kind.name)
+        return Candidate(site, kind=kind.name, becomes=kind.cost(site, way.settings))
+    best, half = max(
+        (_break_even(site, kind, form) for form in kind.forms(way.settings)),
+        key=lambda item: (item[0].rank, -item[0].cost.macs),
+    )
+    if best.rank < 2:
+        # One column of weights for each input channel is no approximation that anybody keeps.
+        why = "only rank 1 would save anything" if best.rank else "even rank 1 saves nothing"
+        return Candidate(site, why, kind=kind.name)
+    return Candidate(site, None, best, half, kind.name)
+
+
+def _break_even(site: Site, kind: Pair, form: SettledPair) -> tuple[RankCost, RankCost]:
+    """Return the largest rank at which a pair of this form costs less than the conv, 0 if none does, and half of it."""
+
+    def at(rank: int) -> RankCost:
+        return RankCost(rank, getattr(form, "order", None), kind.cost(site, form.model_copy(update={"rank": rank})))
+
+    # Costs rise with the rank: the ranks that save come first.
+    ranks = range(1, full_rank(site.conv, form) + 1)
+    rank = bisect.bisect_left(ranks, True, key=lambda rank: not saves(at(rank).cost, site.cost))
+    return at(rank), at(rank // 2)
 
 
 class Point(NamedTuple):
@@ -371,15 +424,10 @@ class Point(NamedTuple):
     error: float
 
 
-class Allocation(NamedTuple):
-    """The index of each site's chosen point, and the multiplier: the error that one more unit of cost would save."""
-
-    chosen: tuple[int, ...]
-    multiplier: float
-
-
-def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
+def allocate(curves: Sequence[Sequence[Point]], limit: int) -> tuple[tuple[int, ...], float]:
     """Choose a point of every curve such that costs sum to at most `limit`, which the cheapest points do not exceed.
+
+    Returns their indices, and the multiplier: the error that one more unit of cost would save.
 
     The sum of errors is to be small. Minimising `error + multiplier * cost` at each site alone, with one multiplier for
     all, is optimal on the lower convex hulls of the curves (Shoham and Gersho, 1988, eq. 8). So from the cheapest point
@@ -434,7 +482,7 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> Allocation:
             break
         rest -= curves[site][index].cost - curves[site][chosen[site]].cost
         chosen[site] = index
-    return Allocation(tuple(chosen), multiplier)
+    return tuple(chosen), multiplier
 
 
 def _slope(low: Point, high: Point) -> float:

@@ -23,13 +23,13 @@ U-Net), "first" the largest, "inner" all between; where there is but one size, i
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import functools
 import math
 import os
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib import resources
@@ -263,12 +263,12 @@ class Rule(_Strict):
         if not all(isinstance(swap.get("kind"), str) for swap in self.swap):
             raise ValueError("swap needs a kind, such as swap = { kind = 'separable' }")
         try:
-            kinds = Counter(way.kind.name for way in self.ways)
+            kinds = [way.kind.name for way in self.ways]
         except RecipeError as error:
             raise ValueError(str(error)) from None
-        twice = next((kind for kind, times in kinds.items() if times > 1), None)
-        if twice is not None:
-            raise ValueError(f"swap has the kind {twice!r} twice; a conv that it suits could become either")
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"swap has the kind {kind!r} twice; a conv that it suits could become either")
         return self
 
     @functools.cached_property
@@ -445,22 +445,18 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
             raise RecipeError(f"{where}: line {number} has a key of more than {_LONGEST_KEY} parts")
     try:
         value = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        end = f"at line {max(text.rstrip().count(chr(10)) + 1, 1)}, the end of the document"
-        raise RecipeError(f"{where}: not valid TOML: {str(error).replace('at end of document', end)}") from None
     except (ValueError, RecursionError) as error:
-        # Of numbers with thousands of digits, and of lists in lists in lists.
-        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+        # Also of numbers with thousands of digits, and of lists in lists in lists.
+        end = f"at line {text.rstrip().count(chr(10)) + 1}, the end of the document"
+        raise RecipeError(f"{where}: not valid TOML: {str(error).replace('at end of document', end)}") from None
     try:
         return Recipe.model_validate(_overridden(value, overrides or {}))
     except ValidationError as error:
         # The keys that are known where the first unknown one is, for near names.
-        known: list[str] = []
-        owners: dict[Any, type[BaseModel]] = {"rules": Rule, "match": Match, "budget": Budget}
-        for loc in (item["loc"] for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"):
-            path = [part for part in loc[:-1] if isinstance(part, str) and part not in ("range", "any of")]
-            owner = Range if len(path) > 2 else owners.get(path[-1], Recipe) if path else Recipe
-            known = known or list(owner.model_fields)
+        unknown = next((one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"), ("",))
+        tables = [part for part in ("", *unknown[:-1]) if isinstance(part, str)]
+        owners: dict[str, type[BaseModel]] = {"": Recipe, "rules": Rule, "match": Match, "budget": Budget}
+        known = list(owners.get(tables[-1], Range).model_fields)
         raise RecipeError(f"{where}: {validation_text(error, known)}") from None
 
 
@@ -478,24 +474,21 @@ def _overridden(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str
     ):
         # The check of the whole says what is wrong with the rules, or the budget.
         return value
-    rules = [{**rule, "swap": [*_as_tuple(rule.get("swap", ()))]} for rule in given]
+    rules = [{**rule, "swap": copy.deepcopy([*_as_tuple(rule.get("swap", ()))])} for rule in given]
+    swaps = [swap for rule in rules for swap in rule["swap"] if isinstance(swap, dict)]
+    kinds = [(swap, replacements.load(swap["kind"])) for swap in swaps if swap.get("kind") in replacements.names()]
+    known = {key for _, kind in kinds for key in kind.settings.model_fields}
     parts = {key.removeprefix("budget."): new for key, new in overrides.items() if key.startswith("budget.")}
     sized = False
     for key in (key for key in overrides if not key.startswith("budget.")):
-        known, taken = set[str](), False
-        for swaps, place in ((rule["swap"], place) for rule in rules for place in range(len(rule["swap"]))):
-            swap = swaps[place]
-            if not isinstance(swap, dict) or swap.get("kind") not in replacements.names():
-                continue
-            kind = replacements.load(swap["kind"])
-            known |= kind.settings.model_fields.keys()
+        for swap, kind in kinds:
+            if key in kind.SIZES:
+                sized = True
+                for size in kind.SIZES:
+                    swap.pop(size, None)
             if key in kind.settings.model_fields:
-                dropped = kind.SIZES if key in kind.SIZES else ()
-                swaps[place] = {name: item for name, item in swap.items() if name not in dropped} | {
-                    key: overrides[key]
-                }
-                taken, sized = True, sized or bool(dropped)
-        if not taken:
+                swap[key] = overrides[key]
+        if key not in known:
             hint = near_names(key, known) or f"; known: {', '.join(sorted(known))}"
             raise RecipeError(f"no rule of the recipe has a setting {key!r}{hint}")
     if sized:

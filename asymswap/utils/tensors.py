@@ -10,7 +10,7 @@ import mmap
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -275,14 +275,36 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep LAPACK's eigensolvers to one thread: more save a third at most, and wait for ever where a core is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def hooked(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    before: Callable[..., None] = lambda *_: None,
+    after: Callable[..., None] = lambda *_: None,
+) -> Iterator[None]:
+    """Call `before(name, args, kwargs)` and `after(name, args, kwargs, output)` at every run of the named modules."""
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            enter = lambda _, *given, name=name: before(name, *given)  # noqa: E731
+            leave = lambda _, *given, name=name: after(name, *given)  # noqa: E731
+            hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
+        yield
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Let torch use a number of threads while the block lasts.
+
+    Give LAPACK's eigensolvers one: more save a third at most, and wait for ever where a core is busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def side_by_side(
@@ -302,7 +324,7 @@ def side_by_side(
     solitary = [number for number, item in enumerate(items) if alone(item)]
     # No more than two: each layer holds float64 copies of its kernel and covariance meanwhile.
     workers = min(torch.get_num_threads(), 2)
-    with one_thread():
+    with on_threads(1):
         for number in solitary:
             results[number] = function(items[number])
             step(len(results))

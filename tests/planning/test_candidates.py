@@ -8,8 +8,7 @@ from torch import nn
 
 from asymswap.errors import RecipeError
 from asymswap.graph.trace import trace
-from asymswap.planning.candidates import find_candidates
-from asymswap.planning.plan import check_not_empty
+from asymswap.planning.plan import check_not_empty, find_candidates
 from asymswap.planning.recipe import parse_recipe
 from asymswap.types import Keep, Plan, Site
 

@@ -14,11 +14,11 @@ from asymswap.graph.trace import Trace, trace
 from asymswap.measure.macs import count_costs
 from asymswap.models.networks import BUILDERS
 from asymswap.planning.apply import apply_plan
-from asymswap.planning.candidates import find_candidates
 from asymswap.planning.plan import (
     check_replay,
     choose,
     counted_costs,
+    find_candidates,
     find_choices,
     plan_from_json,
     plan_text,
