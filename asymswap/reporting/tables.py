@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import attrgetter, itemgetter
+from functools import partial, reduce
+from operator import itemgetter
 from typing import Any, Literal
 
 import rich.table
@@ -29,13 +29,18 @@ class Column:
     """One column: its title, what a row gives for it, and how to write that value; None is written `-`."""
 
     title: str
-    value: Callable[[Any], Any]
+    of: str | Callable[[Any], Any]  # a function of the row, or the path of a field, any part of which may be None
     show: Callable[[Any], str | Text] = str
     side: Literal["left", "right", "fold"] = "right"  # what folds may break its lines
     least: int = 0  # the width from which on a terminal shows the column
     exact: Callable[[Any], str] | None = None  # writes a value with all its digits, for Markdown
     code: bool = False  # names that Markdown sets as code
     about: str = ""  # the tooltip of the heading in HTML
+
+    def value(self, row: Any) -> Any:
+        if callable(self.of):
+            return self.of(row)
+        return reduce(lambda one, name: None if one is None else getattr(one, name), self.of.split("."), row)
 
     def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
         value = self.value(row)
@@ -133,10 +138,10 @@ class Change:
 def changes(rows: Sequence[Change]) -> Table:
     """Return the table of headline figures."""
     columns = (
-        Column("", attrgetter("name"), side="left"),
+        Column("", "name", side="left"),
         Column("before", lambda row: row, lambda row: row.show(row.before), exact=lambda row: row.exact(row.before)),
         Column("after", lambda row: row, lambda row: row.show(row.after), exact=lambda row: row.exact(row.after)),
-        Column("left", attrgetter("left")),
+        Column("left", "left"),
     )
     return Table(columns, rows, cards=True)
 
