@@ -29,7 +29,7 @@ class Shown:
         cls._view, cls.__repr__ = view, Shown.__repr__  # type: ignore[method-assign]
 
     def _as(self, form: str) -> str:
-        return str(getattr(importlib.import_module("asymswap.reporting.views"), form)(self))
+        return str(getattr(importlib.import_module("asymswap.reporting.tables"), form)(self))
 
     def __str__(self) -> str:
         return self._as("to_text")

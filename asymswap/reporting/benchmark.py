@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -11,17 +11,12 @@ from rich.text import Text
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, written
-from asymswap.results.benchmark import Benchmark, Gain, Layers, Result
+from asymswap.results.benchmark import Benchmark, Gain, LayerRow, Layers, Result
 
-_BUSY = 0.2
-"""Cores that other programs may keep busy without a warning."""
-_SPREAD = 0.1
-"""Relative spread of the rounds from which on the machine counts as busy, if a single model gives no ratio."""
-_HOW = {
-    "channels-last": "model.to(memory_format=torch.channels_last)",
-    "contiguous": "PyTorch's default",
-}
-"""How to use the faster memory format."""
+_BUSY = 0.2  # cores that other programs may keep busy without a warning
+_SPREAD = 0.1  # of the rounds, from which on the machine counts as busy, if a single model gives no ratio
+# How to use the faster memory format.
+_HOW = {"channels-last": "model.to(memory_format=torch.channels_last)", "contiguous": "PyTorch's default"}
 
 
 def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> Screen:
@@ -106,26 +101,25 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
 
 
 def _layers_table(layers: Layers, most: int) -> Table:
-    """Return the layers of the greatest excess, the others, the rest and the sum: rows of a name and its layers."""
+    """Return the layers of the greatest excess, the others, the rest and the sum."""
 
-    def total(name: str) -> Callable[[Any], Any]:
-        return lambda row: sum(getattr(layer, name) for layer in row[1])
+    names = ("first", "own", "first_macs", "macs", "excess")
 
-    def of_first(own: str, first: str) -> Callable[[Any], str]:
-        return lambda row: fmt.share(total(own)(row), total(first)(row))
+    def summed(name: str, rows: Sequence[LayerRow]) -> dict[str, Any]:
+        return {"name": name, **{one: sum(getattr(row, one) for row in rows) for one in names}}
 
     columns = (
-        Column("Layer", itemgetter(0), side="fold", code=True),
-        Column("1st ms", total("first"), lambda seconds: f"{1e3 * seconds:.3f}"),
-        Column("ms", total("own"), lambda seconds: f"{1e3 * seconds:.3f}"),
-        Column("of 1st", of_first("own", "first")),
-        Column("MACs", of_first("macs", "first_macs")),
-        Column("Above MACs", total("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
+        Column("Layer", itemgetter("name"), side="fold", code=True),
+        Column("1st ms", itemgetter("first"), lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("ms", itemgetter("own"), lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("of 1st", lambda row: fmt.share(row["own"], row["first"])),
+        Column("MACs", lambda row: fmt.share(row["macs"], row["first_macs"])),
+        Column("Above MACs", itemgetter("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
     )
     others = layers.rows[most:]
-    sums = [(f"{len(others)} others", others)] if others else []
-    sums += [(layers.rest.layer, (layers.rest,)), ("together", (*layers.rows, layers.rest))]
-    return Table(columns, [(row.layer, [row]) for row in layers.rows[:most]], sums)
+    sums = [summed(f"{len(others)} others", others)] if others else []
+    sums += [summed(layers.rest.layer, [layers.rest]), summed("together", (*layers.rows, layers.rest))]
+    return Table(columns, [summed(row.layer, [row]) for row in layers.rows[:most]], sums)
 
 
 def _fine_print(benchmark: Benchmark) -> list[str]:

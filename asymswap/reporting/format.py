@@ -100,10 +100,8 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".removesuffix(".")
 
 
-def error(value: float | None) -> str:
+def error(value: float) -> str:
     """Return a relative error: small ones as a power of ten, very large ones as a multiple, others in per cent."""
-    if value is None:
-        return "-"
     if value == 0:
         return "0"
     if value >= 10:
@@ -124,15 +122,15 @@ def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str
     noisy = [text for text, ratio in known if ratio.is_noisy]
     equal = [text for text, ratio in known if not ratio.is_noisy and not ratio.is_significant]
     surety = f"{score(known[-1][1].confidence, '%', 0)} confidence" if known else ""
-    busy = "The machine was too busy to measure times to within 5 %; run more rounds, or on a quiet machine. Of the time"
+    busy = "The machine was too busy to measure times to within 5 %; run more rounds, or on a quiet machine."
     same = f"Not significantly different from {first}, or within 2 % of its time"
-    lines = [f"{busy} of {first}, with {surety}: {'; '.join(noisy)}."] if noisy else []
+    lines = [f"{busy} Of the time of {first}, with {surety}: {'; '.join(noisy)}."] if noisy else []
     return lines + ([f"{same} ({surety}): {'; '.join(equal)}."] if equal else [])
 
 
 def sentence(note: str) -> str:
     """Return a note, which begins small and ends without a full stop, as a sentence."""
-    return f"{note[:1].upper()}{note[1:]}" + "." * (not note.endswith("?"))
+    return f"{note[:1].upper()}{note[1:]}" + "." * (note != "" and not note.endswith("?"))
 
 
 def clean(text: str) -> str:

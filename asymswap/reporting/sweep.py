@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
 from asymswap.reporting.tables import WIDE, Column, Screen, Table
 from asymswap.results.sweep import Point, Tradeoff
 
-
-def _what(sweep: Tradeoff) -> str:
-    return {"macs": "MACs", "params": "parameters"}.get(sweep.measure, sweep.measure)
+_MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
@@ -25,21 +21,16 @@ def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
     The last cell of a row marks the front and the advice.
     """
     first, advised, front = sweep.first, sweep.advised, sweep.front
+
     unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
 
     def mark(point: Point) -> str:
-        if point.failed is not None:
+        if point.cost is None:
             return "not met"
         return "advised" if point == advised else "front" if point in front else ""
 
-    def cost(name: str) -> Any:
-        def text(point: Point) -> str | None:
-            if point.cost is None:
-                return None
-            value, before = getattr(point.cost, name), getattr(sweep.before, name)
-            return fmt.count(value) + ("" if point is unchanged else f" ({fmt.share(value, before)})")
-
-        return text
+    def cost(before: int) -> Callable[[int], str]:
+        return lambda value: fmt.count(value) + ("" if value == before else f" ({fmt.share(value, before)})")
 
     def change(point: Point) -> str | None:
         if point is unchanged or point.cost is None:
@@ -47,21 +38,21 @@ def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
         return fmt.score_change(point.scores[first.name] - first.value, first.unit).removesuffix(" points")
 
     columns = [
-        Column("Recipe", attrgetter("recipe"), side="fold"),
+        Column("Recipe", "recipe", side="fold"),
         Column("Budget", lambda point: None if point is unchanged else point.budget, "{:g}".format),
-        Column("MACs", cost("macs")),
-        Column("Parameters", cost("params")),
+        Column("MACs", "cost.macs", cost(sweep.before.macs)),
+        Column("Parameters", "cost.params", cost(sweep.before.params)),
     ]
     if sweep.measure == "latency":
-        columns.append(Column("Time", attrgetter("time"), fmt.percent))
+        columns.append(Column("Time", "time", fmt.percent))
     for score in sweep.scores:
         show = partial(fmt.score, unit=score.unit, digits=1)
         value = partial(lambda name, point: point.scores.get(name), score.name)
         columns.append(Column(score.name, value, show, least=0 if score is first else WIDE))
         columns += [Column("Change", change)] if score is first else []
     columns.append(Column("Note", mark, side="left"))
-
-    lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {_what(sweep)}."]
+    measured = fmt.measured_on(sweep.scores, sweep.data)
+    lines = [f"{measured}. Budgets are fractions of the model's {_MEASURES[sweep.measure]}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
     # Budgets of a recipe share a line if the reasons why they were not met differ only in their figures.
@@ -130,7 +121,7 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     if len(sweep.front) > 1:
         (front,) = axes.plot(*places(sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
-    axes.set_xlabel(f"{_what(sweep)} left, as a fraction")
+    axes.set_xlabel(f"{_MEASURES[sweep.measure]} left, as a fraction")
     axes.set_ylabel(fmt.clean(first.name + (f" in {first.unit}" if first.unit else "")), parse_math=False)
     axes.set_title(fmt.clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)

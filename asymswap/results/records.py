@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from asymswap.errors import CheckpointError
-from asymswap.results.convert import FileRow, ModelRow, Report
+from asymswap.results.convert import FileRow, FusionRow, ModelRow, Report
 from asymswap.results.finetune import TrainingRecord
-from asymswap.results.fuse import FusionRow
 from asymswap.types import Cost
 
 SCHEMA = 1

@@ -85,9 +85,8 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
         """Return the advised budget as a sentence."""
         first, point = self.first, self.advised
         percent = first.unit == "%"
-        allowed = f"{self.tolerance:.4g} {first.unit}".strip()
-        if percent:
-            allowed = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
+        points = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
+        allowed = points if percent else f"{self.tolerance:.4g} {first.unit}".strip()
         if point is None:
             return f"Every budget loses more than {allowed} of {first.name}: allow more, give more images, or polish."
         by = f" by {point.recipe}" if len({p.recipe for p in self.points}) > 1 else ""
