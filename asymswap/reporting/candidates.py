@@ -47,12 +47,10 @@ def candidates_view(found: Candidates, width: int | None) -> Screen:
         f"for {found.input}; read by {found.traced_by}."
     ]
     if pairs:
-        what = (
-            "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of the "
-            "conv's MACs / parameters."
-            if wide
-            else "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
-        )
+        what = "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
+        if wide:
+            what = "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of "
+            what += "the conv's MACs / parameters."
         lines.append(f"{what} Pairs are {' or, where it says so, '.join(pairs)}.")
     lines += map(fmt.sentence, found.notes)
     little = bool(rows) and (not total.macs or found.held.macs / total.macs < 0.05)

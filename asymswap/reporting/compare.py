@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, score_column
-from asymswap.results.compare import Comparison
+from asymswap.results.evaluate import Comparison
 
 
 def comparison_view(comparison: Comparison, width: int | None) -> Screen:

@@ -140,18 +140,10 @@ def report_view(report: Report, width: int | None) -> Screen:
         lines += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
         lines += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration else []
         lines += [_ERRORS, f"MACs of one forward pass, batch 1. asymswap {report.asymswap}."]
-    return Screen(
-        f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
-        _first_lines(report),
-        [
-            _verdicts(report),
-            [changes(headline(report))],
-            [layer_table(report, width)],
-            ["Kept: " + "; ".join(kept)] if kept else [],
-        ],
-        lines,
-        width,
-    )
+    title = f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped"
+    reasons = ["Kept: " + "; ".join(kept)] if kept else []
+    blocks = _verdicts(report), [changes(headline(report))], [layer_table(report, width)], reasons
+    return Screen(title, _first_lines(report), blocks, lines, width)
 
 
 def _verdicts(report: Report) -> list[str]:
@@ -269,6 +261,24 @@ def to_html(report: Report, provenance: Provenance) -> str:
     kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
+    model, versions = report.model, {"asymswap": report.asymswap, **provenance.versions}
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
+    origin = [
+        ("Model", model.reference),
+        ("Built from", model.origin),
+        ("Weights", model.weights),
+        ("SHA-256 of the file", model.sha256 or ""),
+        ("Input", model.input),
+        ("Read by", model.traced_by),
+        *(("Note", note) for note in model.notes),
+        ("Recipe", report.recipe),
+        ("Changed in it", ", ".join(f"{key} = {value}" for key, value in provenance.overrides.items())),
+        ("Budget", report.budget or ""),
+        ("Seed", "" if provenance.seed is None else str(provenance.seed)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
+        ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
+    ]
     return render(
         "report.html.j2",
         "report.js",
@@ -286,7 +296,7 @@ def to_html(report: Report, provenance: Provenance) -> str:
         kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
         fused=fusion_table(provenance.fused),
-        origin=_origin_facts(report, provenance),
+        origin=origin,
     )
 
 
@@ -319,26 +329,3 @@ def _details(report: Report, row: SiteRow) -> list[tuple[str, str]]:
         ]
     largest = "" if row.output_largest is None else f"{row.output_largest:.3g}"
     return [*facts, ("takes over the batch norm", row.absorbs or ""), ("largest change of an output value", largest)]
-
-
-def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:
-    """Return which model was converted, and how; the page leaves out what is empty."""
-    model = report.model
-    versions = {"asymswap": report.asymswap, **provenance.versions}
-    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
-    return [
-        ("Model", model.reference),
-        ("Built from", model.origin),
-        ("Weights", model.weights),
-        ("SHA-256 of the file", model.sha256 or ""),
-        ("Input", model.input),
-        ("Read by", model.traced_by),
-        *(("Note", note) for note in model.notes),
-        ("Recipe", report.recipe),
-        ("Changed in it", ", ".join(f"{key} = {value}" for key, value in provenance.overrides.items())),
-        ("Budget", report.budget or ""),
-        ("Seed", "" if provenance.seed is None else str(provenance.seed)),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
-        ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
-    ]

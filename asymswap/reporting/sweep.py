@@ -16,10 +16,7 @@ _MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
-    """Return the advice, the network as it was and every point, and how the figures were measured.
-
-    The last cell of a row marks the front and the advice.
-    """
+    """Return the advice, the network as it was and every point, and how the figures were measured."""
     first, advised, front = sweep.first, sweep.advised, sweep.front
 
     unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
@@ -97,8 +94,8 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         shown = places([point for point in sweep.measured if point.recipe == recipe])
         # Each thinner than the one before: where recipes give the same, all of them are seen.
         thick = 1.5 + 2.5 / (1 + 2 * number)
-        line = {"marker": "os^Dv<>"[number % 7], "markersize": 2.5 * thick, "linewidth": thick - 1}
-        named.append((axes.plot(*shown, **line)[0], recipe))
+        (line,) = axes.plot(*shown, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1)
+        named.append((line, recipe))
     word, sign = ("more", 1) if first.lower_is_better else ("less", -1)
     sides = ("bottom", "top")[::-sign]
     for top, text, style, side in (
@@ -109,13 +106,12 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         axes.text(0.01, scale * top, text, transform=axes.get_yaxis_transform(), color="0.3", va=side)
     if advised is not None:
         ((share,), (top,)) = places([advised])
-        ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black"}
-        axes.plot(share, top, linestyle="", **ring)
+        axes.plot(share, top, "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
         # The words go below the curve, which falls to the left; they need room on the right, and a background of their
         # own where it rises again.
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
-        words_at = {"textcoords": "offset points", "xytext": (4, -32)}
-        axes.annotate(f"advised: {advised.budget:g}", (share, top), bbox=ground, zorder=9, **words_at)
+        words = f"advised: {advised.budget:g}"
+        axes.annotate(words, (share, top), (4, -32), textcoords="offset points", bbox=ground, zorder=9)
         left, right = axes.get_xlim()
         axes.set_xlim(left, max(right, share + 0.25 * (right - left)))
     if len(sweep.front) > 1:
