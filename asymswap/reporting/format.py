@@ -158,7 +158,7 @@ def settings(values: Mapping[str, Any]) -> str:
             return key
         if isinstance(value, str):
             return value.removesuffix("-first")
-        if isinstance(value, list) and all(isinstance(side, int) for side in value):
+        if isinstance(value, list | tuple) and all(isinstance(side, int) for side in value):
             return f"{key} {extent(value)}"
         return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 

@@ -18,8 +18,8 @@ from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, chang
 from asymswap.results.convert import ExportReport, FusionReport
 from asymswap.results.evaluate import ClassRow, EvaluationReport
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
-from asymswap.results.records import plain, read_provenance, read_report
-from asymswap.types import Plan, Preprocessing
+from asymswap.results.records import read_provenance, read_report
+from asymswap.types import Plan
 
 _CLASSES_SHOWN = 20  # of more, the worst are shown
 _NAMES = {"top1": "top-1", "top5": "top-5"}  # of scores that are fractions of images
@@ -176,38 +176,32 @@ def export_view(report: ExportReport, width: int | None = None) -> Screen:
     return Screen(f"{report.model} exported", report.warnings, [[facts(known)]], width=width)
 
 
-def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
-    """Return a title and the swaps of a plan in JSON."""
-    columns = (
-        Column("Layer", itemgetter("site"), side="fold"),
-        Column("Kind", itemgetter("kind"), side="left"),
-        Column("Settings", itemgetter("settings"), fmt.settings, side="left"),
-    )
-    return f"{len(plan['swaps'])} convs swapped, {len(plan['keeps'])} kept", Table(columns, plan["swaps"])
-
-
 def plan_view(plan: Plan, width: int | None = None) -> Screen:
     """Return the swaps of a plan, and what it keeps and why."""
-    title, table = _plan_table(plain(plan))
-    kept = kept_lines(plan.keeps)
-    return Screen(title, (), [[table], ["Kept: " + "; ".join(kept)] if kept else []], width=width)
+    columns = (
+        Column("Layer", "site", side="fold"),
+        Column("Kind", "kind", side="left"),
+        Column("Settings", "settings", fmt.settings, side="left"),
+    )
+    title, kept = f"{len(plan.swaps)} convs swapped, {len(plan.keeps)} kept", kept_lines(plan.keeps)
+    blocks = [Table(columns, plan.swaps)], ["Kept: " + "; ".join(kept)] if kept else []
+    return Screen(title, (), blocks, width=width)
 
 
-def show_view(path: str, header: Mapping[str, Any]) -> Screen:
-    """Return origin, preprocessing, headline figures, versions, and the swaps of every conversion, from JSON.
+def show_view(path: str, header: Any) -> Screen:
+    """Return origin, preprocessing, headline figures, versions, and the swaps of every conversion of a checkpoint.
 
     Raises CheckpointError or one of Python's errors where the provenance, which anybody may have written, is damaged.
     """
-    made, origin = read_provenance(header["provenance"], path), header["origin"]
-    arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
-    preprocessing = Preprocessing(**header["preprocessing"])
+    made, origin = read_provenance(header.provenance, path), header.origin
+    arguments = ", ".join(f"{key}={value}" for key, value in origin.arguments.items())
     known = [
-        ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
-        ("input", fmt.fed(fed(preprocessing))),
+        ("built from", origin.reference + (f" ({arguments})" if arguments else "")),
+        ("input", fmt.fed(fed(header.preprocessing))),
     ]
     figures = []
-    if "report" in header["provenance"]:
-        report = read_report(header["provenance"], path)
+    if "report" in header.provenance:
+        report = read_report(header.provenance, path)
         known += [
             ("converted from", report.model.reference),
             ("weights", report.model.weights),
@@ -218,9 +212,8 @@ def show_view(path: str, header: Mapping[str, Any]) -> Screen:
         figures = [changes(headline(report))]
     known.append(("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())))
     blocks: list[Sequence[str | Text | Table]] = [[facts(known)], figures]
-    for number, plan in enumerate(header["plans"], start=1):
-        title, table = _plan_table(plan)
-        blocks += [[f"Conversion {number}: {title}"], [table]]
+    for number, plan in enumerate(map(plan_view, header.plans), start=1):
+        blocks += [[f"Conversion {number}: {plan.title}"], plan.blocks[0]]
     if made.fused:
         done = sum(row.outcome != "left" for row in made.fused)
         blocks += [[f"Fused: {done} of {len(made.fused)} replacements"], [fusion_table(made.fused)]]
@@ -233,4 +226,4 @@ def show_view(path: str, header: Mapping[str, Any]) -> Screen:
             change = f"{_NAMES.get(name, name)} {_score(name, before[name])} -> {_score(name, best[name])}"
             text += f"; validation {change} (epoch {record.best_epoch})"
         blocks.append([text])
-    return Screen(path, size_warning(preprocessing), blocks)
+    return Screen(path, size_warning(header.preprocessing), blocks)
