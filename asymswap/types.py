@@ -59,6 +59,8 @@ class Strict:
 class Cost:
     """The cost of a layer or a model: multiply-adds of one forward pass, and parameters."""
 
+    derived: ClassVar = ("flops",)
+
     macs: int
     params: int
 

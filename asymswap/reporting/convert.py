@@ -90,13 +90,8 @@ def layer_table(report: Report, width: int | None = None) -> Table:
             return settings
         return f"{row.kind}: {settings}" if settings else row.kind
 
-    def cost(title: str, path: str, about: str, least: int = 0) -> Column:
-        return Column(title, path, fmt.count, least=least, exact="{:,}".format, about=about)
-
-    def error(title: str, name: str, about: str, least: int = 0) -> Column:
-        return Column(title, name, fmt.error, least=least, about=about)
-
     conv = "Channels, kernel, stride (s), dilation (d), groups (g; dw: depthwise)"
+    exact, on = "{:,}".format, "on the original's input to it"
     columns = (
         Column("Layer", "site", side="fold", code=True, about="Name of the module"),
         Column("Conv", "conv", side="left", about=conv),
@@ -110,13 +105,13 @@ def layer_table(report: Report, width: int | None = None) -> Table:
             exact=lambda row: becomes(row, fmt.settings(row.settings)),
             about="The kind that replaces the conv and its settings, or why the conv is kept",
         ),
-        cost("MACs", "before.macs", "Multiply-adds of one forward pass, before"),
-        cost("after", "after.macs", "Multiply-adds of one forward pass, after"),
-        cost("Params", "before.params", "Parameters before", WIDE),
-        cost("after", "after.params", "Parameters after", WIDE),
-        error("Predicted", "predicted_error", "Error that the plan expected", _FULL),
-        error("Kernel error", "kernel_error", "Relative change of the kernel", WIDE),
-        error("Error", "output_error", "Relative change of the layer's output, on the original's input to it"),
+        Column("MACs", "before.macs", fmt.count, exact=exact, about="Multiply-adds of one forward pass, before"),
+        Column("after", "after.macs", fmt.count, exact=exact, about="Multiply-adds of one forward pass, after"),
+        Column("Params", "before.params", fmt.count, least=WIDE, exact=exact, about="Parameters before"),
+        Column("after", "after.params", fmt.count, least=WIDE, exact=exact, about="Parameters after"),
+        Column("Predicted", "predicted_error", fmt.error, least=_FULL, about="Error that the plan expected"),
+        Column("Kernel error", "kernel_error", fmt.error, least=WIDE, about="Relative change of the kernel"),
+        Column("Error", "output_error", fmt.error, about=f"Relative change of the layer's output, {on}"),
     )
     if width is not None:
         return Table(columns, report.swapped)

@@ -180,8 +180,7 @@ class Screen:
         return [item for block in self.blocks for item in block if item]
 
     def __rich__(self) -> RenderableType:
-        first = [written(self.title, "bold")] if self.title else []
-        first += [written(fmt.sentence(line), "yellow") for line in self.warnings]
+        first = [written(self.title, "bold"), *(written(fmt.sentence(line), "yellow") for line in self.warnings)]
         last = [written(line, "dim") for line in self.fine_print]
         parts: list[RenderableType] = []
         for block in (first, *self.blocks, last):
