@@ -25,16 +25,16 @@ def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> 
     measured = [result for result in benchmark.results if result.seconds is not None]
     model = Column("Model", lambda row: names[row.model], side="fold", code=True)
     setting = Column("Setting", lambda row: settings[row.setting], side="fold")
-    blocks: list[Sequence[str | Text | Table]] = []
+    tables = [("", [model, setting], measured)]
     if len(names) == 1:
-        blocks.append([written(names[0], "bold"), Table([setting, *_figures(benchmark, measured)], measured)])
-    elif width is None:
-        blocks.append([Table([model, setting, *_figures(benchmark, measured)], measured)])
-    else:
-        for number, title in enumerate(settings):
-            results = [result for result in measured if result.setting == number]
-            table = Table([model, *_figures(benchmark, results)], results)
-            blocks += [[written(title, "bold"), table]] if results else []
+        tables = [(names[0], [setting], measured)]
+    elif width is not None:
+        tables = [(title, [model], [one for one in measured if one.setting == n]) for n, title in enumerate(settings)]
+    blocks: list[Sequence[str | Text | Table]] = [
+        [written(title, "bold"), Table([*first, *_figures(benchmark, results)], results)]
+        for title, first, results in tables
+        if results
+    ]
     blocks.append([written(line, "yellow") for line in _warnings(benchmark, names, settings)])
     blocks.append(list(_advice(benchmark)))
     for found in benchmark.layers if layers else ():
