@@ -20,7 +20,6 @@ BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 
 CONTROL = re.compile(f"[{CONTROLS}]")
 _OBEYED = re.compile(f"[{CONTROLS}\t\n\u2028\u2029\ud800-\udfff{BIDIRECTIONAL}]")
-_LONGEST_NAME = 200
 _PASSED = ("out of memory", "allocate memory", "more than 1 value per channel", "gloo", "NCCL", "Connection")
 """In errors of torch for which a caller has better words."""
 
@@ -74,9 +73,9 @@ def visible(text: str) -> str:
 
 def near_names(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return which of `known` are close to `name`, as `"; did you mean a, b?"`; empty if none is."""
-    # A much longer text is no typing mistake, and slow to compare.
-    near = [other for other in known if len(other) <= _LONGEST_NAME]
-    close = difflib.get_close_matches(name, near, n=3, cutoff=cutoff) if len(name) <= _LONGEST_NAME else []
+    # A text of more than 200 characters is no typing mistake, and slow to compare.
+    near = [other for other in known if max(len(name), len(other)) <= 200]
+    close = difflib.get_close_matches(name, near, n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

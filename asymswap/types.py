@@ -29,7 +29,7 @@ class Shown:
         cls._view, cls.__repr__ = view, Shown.__repr__  # type: ignore[method-assign]
 
     def _as(self, form: str) -> str:
-        return str(getattr(importlib.import_module("asymswap.reporting.views"), form)(self))
+        return str(getattr(importlib.import_module("asymswap.reporting.tables"), form)(self))
 
     def __str__(self) -> str:
         return self._as("to_text")
@@ -58,6 +58,8 @@ class Strict:
 @dataclass(frozen=True)
 class Cost:
     """The cost of a layer or a model: multiply-adds of one forward pass, and parameters."""
+
+    derived: ClassVar = ("flops",)
 
     macs: int
     params: int

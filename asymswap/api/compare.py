@@ -25,8 +25,7 @@ from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, sizes_assumed
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
-from asymswap.results.evaluate import Score
+from asymswap.results.evaluate import ComparedRow, Comparison, OutputGap, Score, TimingRow
 from asymswap.utils.inputs import Inputs, placed, portions
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 

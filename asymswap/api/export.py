@@ -22,8 +22,7 @@ from asymswap.models.converted import original_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.fuse import fuse_model
-from asymswap.results.convert import FileRow
-from asymswap.results.export import Check, ExportReport
+from asymswap.results.convert import Check, ExportReport, FileRow
 from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, sizes
 from asymswap.utils.tensors import deep_copy, map_tensors

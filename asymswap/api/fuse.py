@@ -21,8 +21,7 @@ from asymswap.models.converted import base_of, original_of, save_checkpoint
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import fuse_model
-from asymswap.results.convert import FileRow
-from asymswap.results.fuse import FusionReport
+from asymswap.results.convert import FileRow, FusionReport
 from asymswap.results.records import plain
 from asymswap.types import Shown
 from asymswap.utils.files import check_output

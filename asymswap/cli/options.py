@@ -201,10 +201,10 @@ class Common:
         markdown: bool = False,
     ) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
-        from asymswap.reporting import views
+        from asymswap.reporting import tables
         from asymswap.results.records import to_json
 
-        draw = view or views.view
+        draw = view or tables.view
         if markdown:
             typer.echo(draw(in_flags(record), None).markdown(), nl=False)
         elif self.json:

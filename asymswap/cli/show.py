@@ -78,7 +78,7 @@ def show(
         from asymswap.reporting.screens import show_view
 
         try:
-            o.console().print(show_view(str(checkpoint), header_to_json(header)), highlight=False, markup=False)
+            o.console().print(show_view(str(checkpoint), header), highlight=False, markup=False)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; --json prints it") from None
         except (ArithmeticError, ValueError, ConsoleError) as error:

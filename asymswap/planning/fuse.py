@@ -18,7 +18,7 @@ from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import give_back_, swap
 from asymswap.graph.trace import conv_input, read_structure
 from asymswap.planning.apply import apply_plan
-from asymswap.results.fuse import FusionRow
+from asymswap.results.convert import FusionRow
 from asymswap.types import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import additions, eval_mode, hooked, meta_copy

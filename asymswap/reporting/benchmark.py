@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, written
-from asymswap.results.benchmark import TITLES, Benchmark, Gain, Layers, Result, Setting
+from asymswap.results.benchmark import Benchmark, Gain, LayerRow, Layers, Result
 
-_BUSY = 0.2
-"""Cores that other programs may keep busy without a warning."""
-_SPREAD = 0.1
-"""Relative spread of the rounds from which on the machine counts as busy, if a single model gives no ratio."""
-_HOW = {
-    "channels-last": "model.to(memory_format=torch.channels_last)",
-    "contiguous": "PyTorch's default",
-}
-"""How to use the faster memory format."""
+_BUSY = 0.2  # cores that other programs may keep busy without a warning
+_SPREAD = 0.1  # of the rounds, from which on the machine counts as busy, if a single model gives no ratio
+# How to use the faster memory format.
+_HOW = {"channels-last": "model.to(memory_format=torch.channels_last)", "contiguous": "PyTorch's default"}
 
 
 def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> Screen:
     """Return a table for each setting, or one of all for a single model or without a width, layers and fine print."""
-    models, settings = benchmark.models, benchmark.settings
+    names, settings = [one.model for one in benchmark.models], [*map(fmt.setting, benchmark.settings)]
     measured = [result for result in benchmark.results if result.seconds is not None]
-    blocks: list[Sequence[str | Text | Table]] = []
-    model = Column("Model", lambda row: models[row.model].model, side="fold", code=True)
-    setting = Column("Setting", lambda row: _words(settings[row.setting]), side="fold")
-    if len(models) == 1:
-        blocks.append([written(models[0].model, "bold"), Table([setting, *_figures(benchmark, measured)], measured)])
-    elif width is None:
-        blocks.append([Table([model, setting, *_figures(benchmark, measured)], measured)])
-    else:
-        for number, one in enumerate(settings):
-            results = [result for result in measured if result.setting == number]
-            if results:
-                table = Table([model, *_figures(benchmark, results)], results)
-                blocks.append([written(_words(one), "bold"), table])
-    blocks.append([written(line, "yellow") for line in _warnings(benchmark)])
+    model = Column("Model", lambda row: names[row.model], side="fold", code=True)
+    setting = Column("Setting", lambda row: settings[row.setting], side="fold")
+    tables = [("", [model, setting], measured)]
+    if len(names) == 1:
+        tables = [(names[0], [setting], measured)]
+    elif width is not None:
+        tables = [(title, [model], [one for one in measured if one.setting == n]) for n, title in enumerate(settings)]
+    blocks: list[Sequence[str | Text | Table]] = [
+        [written(title, "bold"), Table([*first, *_figures(benchmark, results)], results)]
+        for title, first, results in tables
+        if results
+    ]
+    blocks.append([written(line, "yellow") for line in _warnings(benchmark, names, settings)])
     blocks.append(list(_advice(benchmark)))
     for found in benchmark.layers if layers else ():
-        where = f"{models[found.model].model} whose time differs most from what their MACs promise"
-        title = f"Layers of {where} ({_words(settings[found.setting])})"
+        where = f"{names[found.model]} whose time differs most from what their MACs promise"
+        title = f"Layers of {where} ({settings[found.setting]})"
         blocks.append([written(title, "bold"), _layers_table(found, layers)])
     return Screen("", benchmark.warnings, blocks, _fine_print(benchmark), width)
 
@@ -52,52 +47,38 @@ def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> 
 def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
     """Return the columns of figures of what could be run."""
     models = benchmark.models
-
-    def time_of_first(row: Result) -> str | None:
-        if row.model == 0:
-            return fmt.percent(1)
-        return None if row.ratio is None else fmt.time_share(row.ratio)
-
     columns = [
-        Column("ms", attrgetter("seconds.minimum"), fmt.milliseconds),
-        Column("Median", attrgetter("seconds.median"), fmt.milliseconds),
-        Column("Spread", attrgetter("seconds.spread"), fmt.percent),
-        Column("Images/s", attrgetter("images_per_second"), lambda n: f"{n:,.0f}" if n >= 100 else f"{n:#.3g}"),
+        Column("ms", "seconds.minimum", fmt.milliseconds),
+        Column("Median", "seconds.median", fmt.milliseconds),
+        Column("Spread", "seconds.spread", fmt.percent),
+        Column("Images/s", "images_per_second", lambda n: f"{n:,.0f}" if n >= 100 else f"{n:#.3g}"),
     ]
     if len(models) > 1:
-        confidence = next((result.ratio.confidence for result in results if result.ratio is not None), 0.95)
-        interval = Column(
-            fmt.score(confidence, "%", 0),
-            attrgetter("ratio"),
-            lambda ratio: f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}",
-            least=WIDE,
-        )
-        macs = Column("MACs", lambda row: fmt.share(models[row.model].cost.macs, models[0].cost.macs))
-        columns += [Column("of 1st", time_of_first), interval, macs]
+        surety = next((result.ratio.confidence for result in results if result.ratio is not None), 0.95)
+        ends = lambda ratio: f"{100 * ratio.low:.1f} to {100 * ratio.high:.1f}"  # noqa: E731
+        columns += [
+            Column("of 1st", lambda row: fmt.time_share(row.ratio, row.model == 0)),
+            Column(fmt.score(surety, "%", 0), "ratio", ends, least=WIDE),
+            Column("MACs", lambda row: fmt.share(models[row.model].cost.macs, models[0].cost.macs)),
+        ]
     if any(result.ready is not None for result in results):
-        columns.append(Column("Ready s", attrgetter("ready"), "{:.1f}".format))
+        columns.append(Column("Ready s", "ready", "{:.1f}".format))
     return columns
 
 
-def _words(setting: Setting, memory_format: bool = True) -> str:
-    text = f"{TITLES[setting.runtime]}, batch {setting.batch}, {fmt.plural(setting.threads, 'thread')}"
-    return f"{text}, {setting.memory_format}" if memory_format and setting.memory_format else text
-
-
-def _warnings(benchmark: Benchmark) -> list[str]:
+def _warnings(benchmark: Benchmark, names: Sequence[str], settings: Sequence[str]) -> list[str]:
     """Return what could not be run and why, and which figures are not reliable because the machine was busy."""
-    models, settings = benchmark.models, benchmark.settings
     failed: dict[tuple[str, str], dict[str, None]] = {}
     for result in benchmark.results:
         if result.failure is not None:
-            names = failed.setdefault((TITLES[settings[result.setting].runtime], result.failure), {})
-            names[models[result.model].model] = None
-    lines = [f"{', '.join([runtime, *names])}: {reason}." for (runtime, reason), names in failed.items()]
-    named = ((f"{models[one.model].model} ({_words(settings[one.setting])})", one.ratio) for one in benchmark.results)
-    doubts = fmt.doubts(models[0].model, named)
-    for result in benchmark.results if len(models) == 1 else ():
+            runtime = fmt.runtime(benchmark.settings[result.setting].runtime)
+            failed.setdefault((runtime, result.failure), {})[names[result.model]] = None
+    lines = [f"{', '.join([runtime, *which])}: {reason}." for (runtime, reason), which in failed.items()]
+    named = ((f"{names[one.model]} ({settings[one.setting]})", one.ratio) for one in benchmark.results)
+    doubts = fmt.doubts(names[0], named)
+    for result in benchmark.results if len(names) == 1 else ():
         if result.seconds is not None and result.seconds.spread > _SPREAD:
-            spread = f"{fmt.percent(result.seconds.spread)} ({_words(settings[result.setting])})"
+            spread = f"{fmt.percent(result.seconds.spread)} ({settings[result.setting]})"
             doubts.append(f"The machine was busy: the middle half of the rounds spreads over {spread}.")
     if doubts and benchmark.others is not None and benchmark.others >= _BUSY:
         doubts.append(f"Other programs kept {benchmark.others:.1f} of {benchmark.cores} cores busy meanwhile.")
@@ -114,57 +95,57 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
         for faster, gains in by_format.items():
             times = sorted(gain.times for gain in gains)
             factor = f"{times[0]:.2f}" if len(times) == 1 else f"{times[0]:.2f} to {times[-1]:.2f}"
-            settings = (_words(benchmark.settings[gain.setting], memory_format=False) for gain in gains)
+            settings = (fmt.setting(replace(benchmark.settings[gain.setting], memory_format=None)) for gain in gains)
             where = f" ({'; '.join(settings)})" if len(by_format) > 1 else ""
             yield f"{model.model}: {faster} is {factor} x as fast here{where}: {_HOW[faster]}."
 
 
 def _layers_table(layers: Layers, most: int) -> Table:
-    """Return the layers of the greatest excess, the others, the rest and the sum: rows of a name and its layers."""
+    """Return the layers of the greatest excess, the others, the rest and the sum."""
 
-    def total(name: str) -> Callable[[Any], Any]:
-        return lambda row: sum(getattr(layer, name) for layer in row[1])
+    names = ("first", "own", "first_macs", "macs", "excess")
 
-    def of_first(own: str, first: str) -> Callable[[Any], str]:
-        return lambda row: fmt.share(total(own)(row), total(first)(row))
+    def summed(name: str, rows: Sequence[LayerRow]) -> dict[str, Any]:
+        return {"name": name, **{one: sum(getattr(row, one) for row in rows) for one in names}}
 
     columns = (
-        Column("Layer", itemgetter(0), side="fold", code=True),
-        Column("1st ms", total("first"), lambda seconds: f"{1e3 * seconds:.3f}"),
-        Column("ms", total("own"), lambda seconds: f"{1e3 * seconds:.3f}"),
-        Column("of 1st", of_first("own", "first")),
-        Column("MACs", of_first("macs", "first_macs")),
-        Column("Above MACs", total("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
+        Column("Layer", itemgetter("name"), side="fold", code=True),
+        Column("1st ms", itemgetter("first"), lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("ms", itemgetter("own"), lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("of 1st", lambda row: fmt.share(row["own"], row["first"])),
+        Column("MACs", lambda row: fmt.share(row["macs"], row["first_macs"])),
+        Column("Above MACs", itemgetter("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
     )
     others = layers.rows[most:]
-    sums = [(f"{len(others)} others", others)] if others else []
-    sums += [(layers.rest.layer, (layers.rest,)), ("together", (*layers.rows, layers.rest))]
-    return Table(columns, [(row.layer, [row]) for row in layers.rows[:most]], sums)
+    sums = [summed(f"{len(others)} others", others)] if others else []
+    sums += [summed(layers.rest.layer, [layers.rest]), summed("together", (*layers.rows, layers.rest))]
+    return Table(columns, [summed(row.layer, [row]) for row in layers.rows[:most]], sums)
 
 
 def _fine_print(benchmark: Benchmark) -> list[str]:
-    inputs = list(dict.fromkeys(model.input for model in benchmark.models))
+    models = benchmark.models
+    inputs = list(dict.fromkeys(model.input for model in models))
     if len(inputs) > 1:
-        inputs = [f"{model.input} ({model.model})" for model in benchmark.models]
+        inputs = [f"{model.input} ({model.model})" for model in models]
     cores = "" if benchmark.cores is None else f", {benchmark.cores} cores"
     how = f"{benchmark.dtype}; all in turn, {benchmark.rounds} rounds, on {benchmark.machine}{cores}"
-    lines = [
+    several = (
+        "Of 1st: the median of the rounds' ratios to the first model in the same setting (?: not significant); MACs: "
+        "the same of its MACs."
+    )
+    ready = (
+        "Ready: compiling, or exporting and loading, once; torch.compile keeps what it has made in a cache of its own, "
+        "and is faster the next time."
+    )
+    above = (
+        "Above MACs: milliseconds more than the first's time times the ratio of MACs; of several layers, the sum. The "
+        "hooks that time layers take some microseconds each."
+    )
+    return [
         f"Random inputs of {', '.join(inputs)}, {how}; {', '.join(benchmark.versions)}.",
         "ms: the fastest pass. Spread: between the quartiles of the rounds. Images/s: at the median.",
+        *([several] if len(models) > 1 else []),
+        *([ready] if any(result.ready is not None for result in benchmark.results) else []),
+        *([above] if benchmark.layers else []),
+        *dict.fromkeys(f"{model.model}: {note}." for model in models for note in model.notes),
     ]
-    if len(benchmark.models) > 1:
-        lines.append(
-            "Of 1st: the median of the rounds' ratios to the first model in the same setting (?: not significant); "
-            "MACs: the same of its MACs."
-        )
-    if any(result.ready is not None for result in benchmark.results):
-        lines.append(
-            "Ready: compiling, or exporting and loading, once; torch.compile keeps what it has made in a cache of its "
-            "own, and is faster the next time."
-        )
-    if benchmark.layers:
-        lines.append(
-            "Above MACs: milliseconds more than the first's time times the ratio of MACs; of several layers, the sum. "
-            "The hooks that time layers take some microseconds each."
-        )
-    return lines + list(dict.fromkeys(f"{model.model}: {note}." for model in benchmark.models for note in model.notes))

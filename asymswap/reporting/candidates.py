@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from rich.text import Text
 
 from asymswap.reporting import format as fmt
@@ -20,9 +18,6 @@ def candidates_view(found: Candidates, width: int | None) -> Screen:
     """Return what the candidates hold, and every conv with what a pair would save, or why it is no candidate."""
     rows, total, wide = found.rows, found.total, width is None or width >= WIDE
 
-    def even_at(row: Candidate) -> int | None:
-        return None if row.break_even is None or row.becomes is not None else row.break_even.rank
-
     def outlook(row: Candidate) -> str | Text:
         """Return what the conv could become, or why nothing."""
         cost = row.site.cost
@@ -38,13 +33,13 @@ def candidates_view(found: Candidates, width: int | None) -> Screen:
 
     pairs = sorted({row.kind for row in rows if row.half is not None}, reverse=True)
     columns = [
-        Column("Layer", attrgetter("site.name"), side="fold"),
+        Column("Layer", "site.name", side="fold"),
         Column("Conv", lambda row: row.site.conv.describe(), side="left"),
-        Column("MACs", attrgetter("site.cost.macs"), fmt.count),
+        Column("MACs", "site.cost.macs", fmt.count),
         Column("Share", lambda row: fmt.share(row.site.cost.macs, total.macs)),
-        Column("Params", attrgetter("site.cost.params"), fmt.count, least=WIDE),
-        Column("Map", attrgetter("site.feature_map"), fmt.extent, least=WIDE),
-        Column("Even at", even_at, least=WIDE),
+        Column("Params", "site.cost.params", fmt.count, least=WIDE),
+        Column("Map", "site.feature_map", fmt.extent, least=WIDE),
+        Column("Even at", lambda row: row.break_even.rank if row.break_even and not row.becomes else None, least=WIDE),
         Column(("Half of it saves" if wide else "Saves") if pairs else "Becomes", lambda row: row, outlook, "fold"),
     ]
     lines = [
@@ -52,12 +47,10 @@ def candidates_view(found: Candidates, width: int | None) -> Screen:
         f"for {found.input}; read by {found.traced_by}."
     ]
     if pairs:
-        what = (
-            "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of the "
-            "conv's MACs / parameters."
-            if wide
-            else "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
-        )
+        what = "Saves: by a pair of half the rank up to which one saves anything, of the conv's MACs."
+        if wide:
+            what = "Even at: the largest rank of a pair that still saves something. Half of it saves: this share of "
+            what += "the conv's MACs / parameters."
         lines.append(f"{what} Pairs are {' or, where it says so, '.join(pairs)}.")
     lines += map(fmt.sentence, found.notes)
     little = bool(rows) and (not total.macs or found.held.macs / total.macs < 0.05)

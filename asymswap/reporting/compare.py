@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any
-
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, score_column
-from asymswap.results.compare import ComparedRow, Comparison
-from asymswap.results.evaluate import Score
-
-_ROOMY = 130
+from asymswap.results.evaluate import Comparison
 
 
 def comparison_view(comparison: Comparison, width: int | None) -> Screen:
@@ -19,49 +12,33 @@ def comparison_view(comparison: Comparison, width: int | None) -> Screen:
     models, first, timing = comparison.models, comparison.models[0], comparison.timing
     wide = width is None or width >= WIDE
     scores = list({score.name: score for row in models for score in row.scores}.values())
-
-    def of_first(path: str) -> Any:
-        """Return what is left of a cost of the first model."""
-        value = attrgetter(path)
-        return lambda row: fmt.share(value(row), value(first))
-
-    def time(row: ComparedRow) -> str | None:
-        if row is first:
-            return fmt.percent(1)
-        return None if row.latency_ratio is None else fmt.time_share(row.latency_ratio)
-
     columns = [
-        Column("Model", attrgetter("model"), side="fold", code=True),
-        Column("MACs", attrgetter("cost.macs"), fmt.count),
-        Column("of 1st", of_first("cost.macs"), least=WIDE),
-        Column("Params", attrgetter("cost.params"), fmt.count),
-        Column("of 1st", of_first("cost.params"), least=WIDE),
-        Column("Weights", attrgetter("weights_bytes"), fmt.size, least=WIDE),
+        Column("Model", "model", side="fold", code=True),
+        Column("MACs", "cost.macs", fmt.count),
+        Column("of 1st", lambda row: fmt.share(row.cost.macs, first.cost.macs), least=WIDE),
+        Column("Params", "cost.params", fmt.count),
+        Column("of 1st", lambda row: fmt.share(row.cost.params, first.cost.params), least=WIDE),
+        Column("Weights", "weights_bytes", fmt.size, least=WIDE),
     ]
     if any(row.file_bytes is not None for row in models):
-        columns.append(Column("File", attrgetter("file_bytes"), fmt.size))
+        columns.append(Column("File", "file_bytes", fmt.size))
     if timing is not None:
         columns += [
-            Column("ms", lambda row: row.latency and row.latency.minimum, fmt.milliseconds),
-            Column("Median", lambda row: row.latency and row.latency.median, fmt.milliseconds, least=WIDE),
-            Column("of 1st", time, least=WIDE),
+            Column("ms", "latency.minimum", fmt.milliseconds),
+            Column("Median", "latency.median", fmt.milliseconds, least=WIDE),
+            Column("of 1st", lambda row: fmt.time_share(row.latency_ratio, row is first), least=WIDE),
         ]
-    columns.append(Column("Output", lambda row: row.gap and row.gap.relative, fmt.error))
+    columns.append(Column("Output", "gap.relative", fmt.error))
     if any(row.gap is not None and row.gap.agreement is not None for row in models):
-        columns.append(Column("Agree", lambda row: row.gap and row.gap.agreement, fmt.percent, least=WIDE))
+        columns.append(Column("Agree", "gap.agreement", fmt.percent, least=WIDE))
     # There is hardly room for top-5; its change is in the fine print.
-    columns += [score_column(score, least=_ROOMY if score.name == "top-5" else 0) for score in scores]
+    columns += [score_column(score, least=130 if score.name == "top-5" else 0) for score in scores]
     # Twelve columns of figures leave the names of the models too little with two blanks between them.
     table = Table(columns, models, gap=1 if wide else 2)
-    return Screen("", comparison.warnings, [[table]], _fine_print(comparison, scores, wide), width)
-
-
-def _fine_print(comparison: Comparison, scores: Sequence[Score], wide: bool) -> list[str]:
-    models, first, timing = comparison.models, comparison.models[0], comparison.timing
     lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
     if timing is not None:
         lines.append(
-            f"ms: one forward pass, {fmt.setting(timing, timing.runtime)} of {timing.machine}; all models in turn, "
+            f"ms: one forward pass, {fmt.setting(timing)} of {timing.machine}; all models in turn, "
             f"{timing.rounds} rounds at most, their minimum." + " Of 1st: the median of the rounds' ratios." * wide
         )
         lines += fmt.doubts(first.model, ((row.model, row.latency_ratio) for row in models[1:]))
@@ -83,5 +60,6 @@ def _fine_print(comparison: Comparison, scores: Sequence[Score], wide: bool) -> 
         lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in models) + ".")
     lines += fmt.fed_by_model((row.model, row.fed) for row in models)
     lines += [f"{row.model}: {note}." for row in models for note in row.notes]
-    first_only = " Of 1st: what is left of the first model's." * wide
-    return [*lines, f"MACs of one forward pass, batch 1; FLOPs are 2 x MACs.{first_only}"]
+    left = " Of 1st: what is left of the first model's." * wide
+    lines.append(f"MACs of one forward pass, batch 1; FLOPs are 2 x MACs.{left}")
+    return Screen("", comparison.warnings, [[table]], lines, width)

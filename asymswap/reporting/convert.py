@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from asymswap.errors import OutputError, near_names
+from asymswap.errors import OutputError, listed, near_names
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
 from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines
-from asymswap.results.convert import Report, SiteRow
+from asymswap.results.convert import FusionRow, Report, SiteRow
 from asymswap.results.evaluate import OutputAgreement
-from asymswap.results.fuse import FusionRow
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
 
@@ -30,14 +27,12 @@ _ERRORS = (
 MARKS = "●■▲◆▼✚▮"
 """The signs of the kinds in their order, so that they differ in shape as well as in colour."""
 
-SUFFIXES = (".html", ".json", ".md")
-
 
 def check_suffix(path: Path) -> None:
     """Raise OutputError unless the file name ends as a report does."""
-    if path.suffix not in SUFFIXES:
-        known = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise OutputError(f"report {path}: the file must end in {known}{near_names(path.suffix, SUFFIXES)}")
+    if path.suffix not in (known := (".html", ".json", ".md")):
+        hint = near_names(path.suffix, known)
+        raise OutputError(f"report {path}: the file must end in .html, .json or .md{hint}")
 
 
 def report_text(report: Report, provenance: Provenance, path: Path) -> str:
@@ -59,17 +54,19 @@ def headline(report: Report) -> list[Change]:
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
-    latency, accuracy = report.latency, report.accuracy
-    for row in latency.times if latency is not None else ():
-        if latency is not None and row.before is not None and row.after is not None and row.ratio is not None:
-            # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
-            both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
-            rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, fmt.time_share(row.ratio), how))
-    for one in accuracy.scores if accuracy is not None else ():
-        show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
-        remark = f"{accuracy.images:,} images" if accuracy is not None and accuracy.images is not None else ""
-        remark += ", lower is better" * one.lower_is_better
-        rows.append(Change(one.name, one.before, one.after, show, show, change, remark.removeprefix(", ")))
+    if (latency := report.latency) is not None:
+        for row in latency.times:
+            share = fmt.time_share(row.ratio)
+            if row.before is not None and row.after is not None and share is not None:
+                # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
+                both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
+                rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, share, how))
+    if (accuracy := report.accuracy) is not None:
+        images = "" if accuracy.images is None else f"{accuracy.images:,} images"
+        for one in accuracy.scores:
+            show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
+            remark = ", ".join(filter(None, (images, "lower is better" * one.lower_is_better)))
+            rows.append(Change(one.name, one.before, one.after, show, show, change, remark))
     return rows
 
 
@@ -93,17 +90,12 @@ def layer_table(report: Report, width: int | None = None) -> Table:
             return settings
         return f"{row.kind}: {settings}" if settings else row.kind
 
-    def cost(title: str, path: str, about: str, least: int = 0) -> Column:
-        return Column(title, attrgetter(path), fmt.count, least=least, exact="{:,}".format, about=about)
-
-    def error(title: str, name: str, about: str, least: int = 0) -> Column:
-        return Column(title, attrgetter(name), fmt.error, least=least, about=about)
-
     conv = "Channels, kernel, stride (s), dilation (d), groups (g; dw: depthwise)"
+    exact, on = "{:,}".format, "on the original's input to it"
     columns = (
-        Column("Layer", attrgetter("site"), side="fold", code=True, about="Name of the module"),
-        Column("Conv", attrgetter("conv"), side="left", about=conv),
-        Column("Map", attrgetter("feature_map"), fmt.extent, "left", _FULL, about="Height x width of the input"),
+        Column("Layer", "site", side="fold", code=True, about="Name of the module"),
+        Column("Conv", "conv", side="left", about=conv),
+        Column("Map", "feature_map", fmt.extent, "left", _FULL, about="Height x width of the input"),
         Column("Calls", lambda row: row.calls or None, least=_FULL, about="Calls in a forward pass"),
         Column(
             "Becomes",
@@ -113,13 +105,13 @@ def layer_table(report: Report, width: int | None = None) -> Table:
             exact=lambda row: becomes(row, fmt.settings(row.settings)),
             about="The kind that replaces the conv and its settings, or why the conv is kept",
         ),
-        cost("MACs", "before.macs", "Multiply-adds of one forward pass, before"),
-        cost("after", "after.macs", "Multiply-adds of one forward pass, after"),
-        cost("Params", "before.params", "Parameters before", WIDE),
-        cost("after", "after.params", "Parameters after", WIDE),
-        error("Predicted", "predicted_error", "Error that the plan expected", _FULL),
-        error("Kernel error", "kernel_error", "Relative change of the kernel", WIDE),
-        error("Error", "output_error", "Relative change of the layer's output, on the original's input to it"),
+        Column("MACs", "before.macs", fmt.count, exact=exact, about="Multiply-adds of one forward pass, before"),
+        Column("after", "after.macs", fmt.count, exact=exact, about="Multiply-adds of one forward pass, after"),
+        Column("Params", "before.params", fmt.count, least=WIDE, exact=exact, about="Parameters before"),
+        Column("after", "after.params", fmt.count, least=WIDE, exact=exact, about="Parameters after"),
+        Column("Predicted", "predicted_error", fmt.error, least=_FULL, about="Error that the plan expected"),
+        Column("Kernel error", "kernel_error", fmt.error, least=WIDE, about="Relative change of the kernel"),
+        Column("Error", "output_error", fmt.error, about=f"Relative change of the layer's output, {on}"),
     )
     if width is not None:
         return Table(columns, report.swapped)
@@ -143,18 +135,10 @@ def report_view(report: Report, width: int | None) -> Screen:
         lines += [f"SHA-256 of the model's file: {model.sha256}."] if model.sha256 else []
         lines += [f"SHA-256 of the calibration images' pixels: {calibration.sha256}."] if calibration else []
         lines += [_ERRORS, f"MACs of one forward pass, batch 1. asymswap {report.asymswap}."]
-    return Screen(
-        f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped",
-        _first_lines(report),
-        [
-            _verdicts(report),
-            [changes(headline(report))],
-            [layer_table(report, width)],
-            ["Kept: " + "; ".join(kept)] if kept else [],
-        ],
-        lines,
-        width,
-    )
+    title = f"{model.reference}{origin} by {report.recipe}: {len(report.swapped)} of {len(report.sites)} convs swapped"
+    reasons = ["Kept: " + "; ".join(kept)] if kept else []
+    blocks = _verdicts(report), [changes(headline(report))], [layer_table(report, width)], reasons
+    return Screen(title, _first_lines(report), blocks, lines, width)
 
 
 def _verdicts(report: Report) -> list[str]:
@@ -170,10 +154,9 @@ def _verdicts(report: Report) -> list[str]:
             f"{fmt.plural(drop.solves, 'solve')}{', with the smallest swap everywhere' if drop.smallest else ''}."
         )
     if agreement is not None and agreement.outputs:
-        figures = ", ".join(f"{one.output}: {_agreed(one)}".removeprefix(": ") for one in agreement.outputs[:6])
-        more = f" and {len(agreement.outputs) - 6} more outputs" if len(agreement.outputs) > 6 else ""
+        figures = [f"{one.output}: {_agreed(one)}".removeprefix(": ") for one in agreement.outputs]
         inputs = fmt.plural(agreement.samples, "held-back input")
-        lines.append(f"Agreement with the original on {inputs}: {figures}{more}.")
+        lines.append(f"Agreement with the original on {inputs}: {listed(figures, 6)}.")
     return lines
 
 
@@ -232,18 +215,18 @@ def _latency(report: Report) -> list[str]:
 def _fine_print(report: Report) -> list[str]:
     model, output, accuracy, calibration = report.model, report.output, report.accuracy, report.calibration
     change = f"{fmt.error(output.relative)} relative difference, {output.largest:.3g} at most"
-    lines = [f"Output of the whole model: {change}, on {output.probe} of {output.input or model.input}."]
-    lines += [f"{kind}: {what}." for kind, what in report.preserves.items()]
-    if report.swapped:
-        lines.append("Error: relative change of the layer's own output, on the original's input to it.")
-    if report.budget is not None:
-        lines.append(f"Budget: {report.budget}.")
-    if report.drop is not None:
-        lines.append("The network was chosen by the loss measured: on other inputs it may be a little larger.")
-    lines += _latency(report)
+    error = "Error: relative change of the layer's own output, on the original's input to it."
+    chosen = "The network was chosen by the loss measured: on other inputs it may be a little larger."
+    lines = [
+        f"Output of the whole model: {change}, on {output.probe} of {output.input or model.input}.",
+        *(f"{kind}: {what}." for kind, what in report.preserves.items()),
+        error if report.swapped else "",
+        "" if report.budget is None else f"Budget: {report.budget}.",
+        "" if report.drop is None else chosen,
+        *_latency(report),
+    ]
     if accuracy is not None:
-        lines += [f"{fmt.measured_on(accuracy.scores, accuracy.data)}."]
-        lines += [fmt.sentence(accuracy.note)] if accuracy.note else []
+        lines += [f"{fmt.measured_on(accuracy.scores, accuracy.data)}.", fmt.sentence(accuracy.note)]
     if calibration is not None:
         how = "layer by layer" if calibration.sequential else "in one pass"
         images = fmt.samples(calibration.images, calibration.data)
@@ -261,8 +244,8 @@ def _fine_print(report: Report) -> list[str]:
 def fusion_table(rows: Sequence[FusionRow]) -> Table:
     """Return what became of each replacement that was fused."""
     columns = (
-        Column("Layer", attrgetter("site"), side="fold"),
-        Column("Was", attrgetter("kind"), side="left"),
+        Column("Layer", "site", side="fold"),
+        Column("Was", "kind", side="left"),
         Column("Became", lambda row: f"{row.outcome}: {row.reason}".removesuffix(": "), side="left"),
     )
     return Table(columns, rows)
@@ -273,6 +256,24 @@ def to_html(report: Report, provenance: Provenance) -> str:
     kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
+    model, versions = report.model, {"asymswap": report.asymswap, **provenance.versions}
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
+    origin = [
+        ("Model", model.reference),
+        ("Built from", model.origin),
+        ("Weights", model.weights),
+        ("SHA-256 of the file", model.sha256 or ""),
+        ("Input", model.input),
+        ("Read by", model.traced_by),
+        *(("Note", note) for note in model.notes),
+        ("Recipe", report.recipe),
+        ("Changed in it", ", ".join(f"{key} = {value}" for key, value in provenance.overrides.items())),
+        ("Budget", report.budget or ""),
+        ("Seed", "" if provenance.seed is None else str(provenance.seed)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
+        ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
+    ]
     return render(
         "report.html.j2",
         "report.js",
@@ -290,26 +291,22 @@ def to_html(report: Report, provenance: Provenance) -> str:
         kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
         fused=fusion_table(provenance.fused),
-        origin=_origin_facts(report, provenance),
+        origin=origin,
     )
 
 
 def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
     """Return each panel's title, what its highest bar stands for, and for each layer the heights of its bars."""
-    bars: list[tuple[str, Callable[[Any], str], dict[str, str]]] = [
-        ("MACs", fmt.count, {"before": "before.macs", "after": "after.macs"}),
-        ("Parameters", fmt.count, {"before": "before.params", "after": "after.params"}),
-        ("Error", fmt.error, {"after": "output_error", "predicted": "predicted_error"}),
-    ]
-    panels = []
-    for title, show, paths in bars:
-        layers = [
-            {css: value for css, path in paths.items() if (value := attrgetter(path)(row)) is not None}
-            for row in report.sites
-        ]
-        if any(layers):
-            most = max((value for layer in layers for value in layer.values() if math.isfinite(value)), default=0.0)
-            heights = [{css: percent_of(value, most) for css, value in layer.items()} for layer in layers]
+    rows, panels = report.sites, []
+    for title, show, layers in (
+        ("MACs", fmt.count, [{"before": row.before.macs, "after": row.after.macs} for row in rows]),
+        ("Parameters", fmt.count, [{"before": row.before.params, "after": row.after.params} for row in rows]),
+        ("Error", fmt.error, [{"after": row.output_error, "predicted": row.predicted_error} for row in rows]),
+    ):
+        known = [{css: value for css, value in layer.items() if value is not None} for layer in layers]
+        if any(known):
+            most = max((value for layer in known for value in layer.values() if math.isfinite(value)), default=0.0)
+            heights = [{css: percent_of(value, most) for css, value in layer.items()} for layer in known]
             panels.append((title, show(most), heights))
     return panels
 
@@ -327,26 +324,3 @@ def _details(report: Report, row: SiteRow) -> list[tuple[str, str]]:
         ]
     largest = "" if row.output_largest is None else f"{row.output_largest:.3g}"
     return [*facts, ("takes over the batch norm", row.absorbs or ""), ("largest change of an output value", largest)]
-
-
-def _origin_facts(report: Report, provenance: Provenance) -> list[tuple[str, str]]:
-    """Return which model was converted, and how; the page leaves out what is empty."""
-    model = report.model
-    versions = {"asymswap": report.asymswap, **provenance.versions}
-    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
-    return [
-        ("Model", model.reference),
-        ("Built from", model.origin),
-        ("Weights", model.weights),
-        ("SHA-256 of the file", model.sha256 or ""),
-        ("Input", model.input),
-        ("Read by", model.traced_by),
-        *(("Note", note) for note in model.notes),
-        ("Recipe", report.recipe),
-        ("Changed in it", ", ".join(f"{key} = {value}" for key, value in provenance.overrides.items())),
-        ("Budget", report.budget or ""),
-        ("Seed", "" if provenance.seed is None else str(provenance.seed)),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
-        ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
-    ]

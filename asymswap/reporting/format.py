@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from asymswap.errors import BIDIRECTIONAL, CONTROLS, visible
-from asymswap.results.benchmark import TITLES
-from asymswap.results.compare import TimingRow
+from asymswap.results.benchmark import TITLES, Setting
 from asymswap.results.convert import LatencyRow
 from asymswap.types import Fed, Ratio
 
@@ -85,10 +84,10 @@ def runtime(name: str) -> str:
     return TITLES.get(name, name)
 
 
-def setting(row: TimingRow | LatencyRow, where: str | None) -> str:
+def setting(row: Setting | LatencyRow, where: str | None = None) -> str:
     """Return in which runtime something ran, and how; in several, the memory format is PyTorch's."""
-    words = (where and runtime(where), f"batch {row.batch}", row.memory_format, plural(row.threads, "thread"))
-    return ", ".join(word for word in words if word)
+    name = runtime(row.runtime if isinstance(row, Setting) else where or "")
+    return ", ".join(filter(None, (name, f"batch {row.batch}", row.memory_format, plural(row.threads, "thread"))))
 
 
 def extent(pixels: Iterable[int]) -> str:
@@ -101,10 +100,8 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".removesuffix(".")
 
 
-def error(value: float | None) -> str:
+def error(value: float) -> str:
     """Return a relative error: small ones as a power of ten, very large ones as a multiple, others in per cent."""
-    if value is None:
-        return "-"
     if value == 0:
         return "0"
     if value >= 10:
@@ -112,36 +109,28 @@ def error(value: float | None) -> str:
     return f"{value:.0e}" if value < 1e-3 else percent(value)
 
 
-def time_share(ratio: Ratio) -> str:
-    """Return a ratio of times in per cent, with a question mark if it is not significant."""
-    return percent(ratio.value) + (" ?" if not ratio.is_significant else "")
+def time_share(ratio: Ratio | None, first: bool = False) -> str | None:
+    """Return a ratio of times in per cent, all of it for the first model; with a question mark if not significant."""
+    if ratio is None:
+        return percent(1) if first else None
+    return percent(ratio.value) + " ?" * (not ratio.is_significant)
 
 
 def doubts(first: str, measured: Iterable[tuple[str, Ratio | None]]) -> list[str]:
     """Return which times, each a name and the ratio to the time of `first`, do not differ significantly from it."""
-    noisy: list[str] = []
-    equal: list[str] = []
-    surety = ""
-    for name, ratio in measured:
-        if ratio is not None:
-            surety = f"{score(ratio.confidence, '%', 0)} confidence"
-            if ratio.is_noisy or not ratio.is_significant:
-                (noisy if ratio.is_noisy else equal).append(f"{name} {ratio.low:.2f} to {ratio.high:.2f}")
-    lines = []
-    if noisy:
-        lines.append(
-            "The machine was too busy to measure times to within 5 %; run more rounds, or on a quiet machine. Of the "
-            f"time of {first}, with {surety}: {'; '.join(noisy)}."
-        )
-    if equal:
-        what = f"Not significantly different from {first}, or within 2 % of its time"
-        lines.append(f"{what} ({surety}): {'; '.join(equal)}.")
-    return lines
+    known = [(f"{name} {ratio.low:.2f} to {ratio.high:.2f}", ratio) for name, ratio in measured if ratio is not None]
+    noisy = [text for text, ratio in known if ratio.is_noisy]
+    equal = [text for text, ratio in known if not ratio.is_noisy and not ratio.is_significant]
+    surety = f"{score(known[-1][1].confidence, '%', 0)} confidence" if known else ""
+    busy = "The machine was too busy to measure times to within 5 %; run more rounds, or on a quiet machine."
+    same = f"Not significantly different from {first}, or within 2 % of its time"
+    lines = [f"{busy} Of the time of {first}, with {surety}: {'; '.join(noisy)}."] if noisy else []
+    return lines + ([f"{same} ({surety}): {'; '.join(equal)}."] if equal else [])
 
 
 def sentence(note: str) -> str:
     """Return a note, which begins small and ends without a full stop, as a sentence."""
-    return f"{note[:1].upper()}{note[1:]}" + "." * (not note.endswith("?"))
+    return f"{note[:1].upper()}{note[1:]}" + "." * (note != "" and not note.endswith("?"))
 
 
 def clean(text: str) -> str:
@@ -169,7 +158,7 @@ def settings(values: Mapping[str, Any]) -> str:
             return key
         if isinstance(value, str):
             return value.removesuffix("-first")
-        if isinstance(value, list) and all(isinstance(side, int) for side in value):
+        if isinstance(value, list | tuple) and all(isinstance(side, int) for side in value):
             return f"{key} {extent(value)}"
         return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 

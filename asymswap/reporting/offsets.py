@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from operator import attrgetter
 
 from rich.text import Text
 
@@ -20,11 +19,11 @@ _ARROWS = "→↘↓↙←↖↑↗"
 def offsets_view(report: OffsetReport, width: int | None = None) -> Screen:
     """Return a row for each layer with an arrow for each tap, and the layers in which nothing has moved."""
     columns = (
-        Column("Layer", attrgetter("site"), side="fold"),
-        Column("Kind", attrgetter("kind"), side="left"),
-        Column("Mean", attrgetter("average"), "{:.2f} px".format),
-        Column("Largest", attrgetter("largest"), "{:.2f} px".format),
-        Column("Limit", attrgetter("limit"), "{:g} px".format),
+        Column("Layer", "site", side="fold"),
+        Column("Kind", "kind", side="left"),
+        Column("Mean", "average", "{:.2f} px".format),
+        Column("Largest", "largest", "{:.2f} px".format),
+        Column("Limit", "limit", "{:g} px".format),
         Column("Taps", arrows, lambda rows: Text("\n".join(rows)), side="left"),
     )
     still = [row.site for row in report.rows if row.still]
@@ -57,21 +56,16 @@ def draw(report: OffsetReport, form: str) -> bytes:
     for number, row in enumerate(report.rows, start=1):
         axes = figure.add_subplot(down, across, number)
         # Where the taps were, in pixels from the first one, and where they are.
-        ys, xs = zip(
-            *itertools.product(*(range(0, n * d, d) for n, d in zip(row.kernel, row.dilation, strict=True))),
-            strict=True,
-        )
-        axes.scatter(xs, ys, marker="s", s=40, color="0.8", label="before")
-        ends = [(y + below, x + right) for y, x, (below, right) in zip(ys, xs, row.mean, strict=True)]
-        for y, x, (end_y, end_x), (tall, wide) in zip(ys, xs, ends, row.spread, strict=True):
-            axes.plot([x, end_x], [y, end_y], color="tab:blue", linewidth=1)
+        taps = itertools.product(*(range(0, n * d, d) for n, d in zip(row.kernel, row.dilation, strict=True)))
+        for (y, x), (below, right), (tall, wide) in zip(taps, row.mean, row.spread, strict=True):
+            axes.scatter(x, y, marker="s", s=40, color="0.8")
+            axes.plot([x, x + right], [y, y + below], color="tab:blue", linewidth=1)
             if max(tall, wide) > 0:
-                axes.errorbar(end_x, end_y, yerr=tall, xerr=wide, color="tab:orange", linewidth=1)
-        axes.scatter([x for _, x in ends], [y for y, _ in ends], s=16, color="tab:blue", zorder=3)
+                axes.errorbar(x + right, y + below, yerr=tall, xerr=wide, color="tab:orange", linewidth=1)
+            axes.scatter(x + right, y + below, s=16, color="tab:blue", zorder=3)
         margin = 0.5 + max(0.2, row.largest)
-        axes.set_xlim(-margin, max(xs) + margin)
-        axes.set_ylim(max(ys) + margin, -margin)
-        axes.set_aspect("equal")
+        # The last of the taps is the farthest below and to the right.
+        axes.set(xlim=(-margin, x + margin), ylim=(y + margin, -margin), aspect="equal")
         title = f"{fmt.clean(row.site)}\n{row.kind}" + (", still" if row.still else "")
         axes.set_title(title, fontsize=8, parse_math=False)
         axes.tick_params(labelsize=6)

@@ -24,10 +24,6 @@ def render(template: str, script: str | None = None, sheet: str = "report.css", 
     def shown(value: Any) -> Any:
         return fmt.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    def source(text: str) -> tuple[Markup, str]:
-        """Return a style or script with its hash."""
-        return Markup(text), "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("asymswap.reporting", "templates"),
         autoescape=True,
@@ -39,11 +35,11 @@ def render(template: str, script: str | None = None, sheet: str = "report.css", 
     folder = resources.files("asymswap.reporting").joinpath("templates")
     # The policy of a page allows no style attributes: lengths of bars are classes.
     lengths = "".join(f".w{percent}{{width:{percent}%}}.h{percent}{{height:{percent}%}}" for percent in range(101))
-    values["style"], values["style_hash"] = source(
-        folder.joinpath(sheet).read_text(encoding="utf-8") + lengths * (sheet == "report.css")
-    )
-    if script is not None:
-        values["script"], values["script_hash"] = source(folder.joinpath(script).read_text(encoding="utf-8"))
+    for name, file in (("style", sheet), ("script", script)):
+        if file is not None:
+            text = folder.joinpath(file).read_text(encoding="utf-8") + lengths * (file == "report.css")
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            values |= {name: Markup(text), f"{name}_hash": f"sha256-{digest}"}
     return environment.get_template(template).render(fmt=fmt, percent_of=percent_of, **values)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from rich.text import Text
@@ -15,18 +15,14 @@ from asymswap.models.preprocessing import fed, size_warning
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import fusion_table, headline
 from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, facts, kept_lines, score_column
+from asymswap.results.convert import ExportReport, FusionReport
 from asymswap.results.evaluate import ClassRow, EvaluationReport
-from asymswap.results.export import ExportReport
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
-from asymswap.results.fuse import FusionReport
-from asymswap.results.records import plain, read_provenance, read_report
-from asymswap.types import Plan, Preprocessing
+from asymswap.results.records import read_provenance, read_report
+from asymswap.types import Plan
 
-_CLASSES_SHOWN = 20
-"""Of more classes, the worst are shown."""
-
-_NAMES = {"top1": "top-1", "top5": "top-5"}
-"""Scores that are fractions of images, with their names on screens."""
+_CLASSES_SHOWN = 20  # of more, the worst are shown
+_NAMES = {"top1": "top-1", "top5": "top-5"}  # of scores that are fractions of images
 
 
 def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
@@ -35,40 +31,38 @@ def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
     models = report.models
     if several:
         models = tuple(replace(one, model=f"{number} {one.model}") for number, one in enumerate(models, start=1))
-    scores = [Column("Model", attrgetter("model"), side="fold"), *map(score_column, first.scores)]
-    beside_first = [Column("Beside the first", attrgetter("model"), side="fold")]
+    scores = [Column("Model", "model", side="fold"), *map(score_column, first.scores)]
+    beside_first = [Column("Beside the first", "model", side="fold")]
     beside_first += [score_column(score, change=True) for score in first.scores]
     lines = []
     if classifiers:
-        interval = attrgetter("classifier.interval")
-        scores.insert(2, Column("95 %", interval, lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}"))
+        wilson = Column("95 %", "classifier.interval", lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}")
+        scores.insert(2, wilson)
         scores += [
-            Column("loss", attrgetter("classifier.loss"), "{:.4f}".format),
-            Column("images/s", attrgetter("classifier.images_per_second"), "{:.0f}".format),
+            Column("loss", "classifier.loss", "{:.4f}".format),
+            Column("images/s", "classifier.images_per_second", "{:.0f}".format),
         ]
         beside_first = [
             *beside_first[:2],  # there is no room for the change of top-5
-            Column("agree", attrgetter("classifier.against_first.agreement"), partial(fmt.score, unit="%")),
-            Column("only 1st right", attrgetter("classifier.against_first.only_first")),
-            Column("only this", attrgetter("classifier.against_first.only_this")),
-            Column(
-                "McNemar p", attrgetter("classifier.against_first.p"), lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
-            ),
+            Column("agree", "classifier.against_first.agreement", partial(fmt.score, unit="%")),
+            Column("only 1st right", "classifier.against_first.only_first"),
+            Column("only this", "classifier.against_first.only_this"),
+            Column("McNemar p", "classifier.against_first.p", lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"),
         ]
-        lines.append("95 %: Wilson's interval of top-1.")
-        if several:
-            lines.append("p: how likely models that are equally good would differ so much (McNemar, exact, two-sided).")
-        lines.append(f"images/s: forward passes of {report.batch} images on {report.device}, without reading them.")
+        equal = "p: how likely models that are equally good would differ so much (McNemar, exact, two-sided)."
+        lines = [
+            "95 %: Wilson's interval of top-1.",
+            equal if several else "",
+            f"images/s: forward passes of {report.batch} images on {report.device}, without reading them.",
+        ]
     lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
     lines += map(fmt.sentence, report.notes)
     confused = []
     for number, model in enumerate(report.models, start=1):
         confusions = () if model.classifier is None else model.classifier.confusions
         pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in confusions]
-        if pairs:
-            which = f" by {number}" if several else ""
-            shown = pairs[:5] if width is not None and width < WIDE else pairs
-            confused.append(f"Most confused{which}: {'; '.join(shown)}")
+        shown = pairs[:5] if width is not None and width < WIDE else pairs
+        confused += [f"Most confused{f' by {number}' * several}: {'; '.join(shown)}"] if shown else []
     skipped = f"; {report.images} can be read, {report.unreadable} cannot" if report.unreadable else ""
     title = f"{report.data if classifiers else fmt.measured_on(first.scores, report.data)}{skipped}"
     beside = Table(beside_first, models[1:])
@@ -112,12 +106,12 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
         f"{settings['optimizer']}, learning rate {settings['lr']:g}, {batch}, "
         f"{settings['precision']}, on {report.device}; {fmt.count(report.trained)} of {fmt.count(report.total)} "
         f"parameters trained; seed {settings['seed']}.",
+        "" if report.teacher is None else f"Taught by {report.teacher}.",
+        *fmt.fed_by_model([(report.model, report.fed)]),
+        *map(fmt.sentence, report.notes),
+        *(f"{file.path}: {fmt.size(file.bytes)}." for file in report.files),
+        f"Time: {report.seconds:.1f} s.",
     ]
-    lines += [f"Taught by {report.teacher}."] if report.teacher is not None else []
-    lines += fmt.fed_by_model([(report.model, report.fed)])
-    lines += map(fmt.sentence, report.notes)
-    lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
-    lines.append(f"Time: {report.seconds:.1f} s.")
     title = f"{report.model}: trained for {length}; {kept}"
     return Screen(title, report.warnings, [[Table(columns, rows)]], lines, width)
 
@@ -135,13 +129,11 @@ def validation_words(scores: Mapping[str, float], loss: bool = False) -> str:
 
 def epoch_line(row: EpochRow, epochs: int) -> str:
     """Return one epoch as a line of 80 columns."""
-    text = f"epoch {row.epoch}/{epochs}: loss {row.train['loss']:.4f}"
-    if "top1" in row.train:
-        text += f", top-1 {100 * row.train['top1']:.1f} %"
-    if row.validation is not None:
-        text += f"; validation {validation_words(row.validation)}{' (best)' if row.best else ''}"
-    text += f"; {row.images_per_second:.0f} {row.unit}/s"
-    return text + (f"; {row.skipped} unreadable skipped" if row.skipped else "")
+    top1 = f", top-1 {100 * row.train['top1']:.1f} %" if "top1" in row.train else ""
+    parts = [f"epoch {row.epoch}/{epochs}: loss {row.train['loss']:.4f}{top1}"]
+    parts += [] if row.validation is None else [f"validation {validation_words(row.validation)}{' (best)' * row.best}"]
+    parts += [f"{row.images_per_second:.0f} {row.unit}/s", f"{row.skipped} unreadable skipped" if row.skipped else ""]
+    return "; ".join(filter(None, parts))
 
 
 def step_words(row: StepRow) -> str:
@@ -184,38 +176,32 @@ def export_view(report: ExportReport, width: int | None = None) -> Screen:
     return Screen(f"{report.model} exported", report.warnings, [[facts(known)]], width=width)
 
 
-def _plan_table(plan: Mapping[str, Any]) -> tuple[str, Table]:
-    """Return a title and the swaps of a plan in JSON."""
-    columns = (
-        Column("Layer", itemgetter("site"), side="fold"),
-        Column("Kind", itemgetter("kind"), side="left"),
-        Column("Settings", itemgetter("settings"), fmt.settings, side="left"),
-    )
-    return f"{len(plan['swaps'])} convs swapped, {len(plan['keeps'])} kept", Table(columns, plan["swaps"])
-
-
 def plan_view(plan: Plan, width: int | None = None) -> Screen:
     """Return the swaps of a plan, and what it keeps and why."""
-    title, table = _plan_table(plain(plan))
-    kept = kept_lines(plan.keeps)
-    return Screen(title, (), [[table], ["Kept: " + "; ".join(kept)] if kept else []], width=width)
+    columns = (
+        Column("Layer", "site", side="fold"),
+        Column("Kind", "kind", side="left"),
+        Column("Settings", "settings", fmt.settings, side="left"),
+    )
+    title, kept = f"{len(plan.swaps)} convs swapped, {len(plan.keeps)} kept", kept_lines(plan.keeps)
+    blocks = [Table(columns, plan.swaps)], ["Kept: " + "; ".join(kept)] if kept else []
+    return Screen(title, (), blocks, width=width)
 
 
-def show_view(path: str, header: Mapping[str, Any]) -> Screen:
-    """Return origin, preprocessing, headline figures, versions, and the swaps of every conversion, from JSON.
+def show_view(path: str, header: Any) -> Screen:
+    """Return origin, preprocessing, headline figures, versions, and the swaps of every conversion of a checkpoint.
 
     Raises CheckpointError or one of Python's errors where the provenance, which anybody may have written, is damaged.
     """
-    made, origin = read_provenance(header["provenance"], path), header["origin"]
-    arguments = ", ".join(f"{key}={value}" for key, value in origin["arguments"].items())
-    preprocessing = Preprocessing(**header["preprocessing"])
+    made, origin = read_provenance(header.provenance, path), header.origin
+    arguments = ", ".join(f"{key}={value}" for key, value in origin.arguments.items())
     known = [
-        ("built from", origin["reference"] + (f" ({arguments})" if arguments else "")),
-        ("input", fmt.fed(fed(preprocessing))),
+        ("built from", origin.reference + (f" ({arguments})" if arguments else "")),
+        ("input", fmt.fed(fed(header.preprocessing))),
     ]
     figures = []
-    if "report" in header["provenance"]:
-        report = read_report(header["provenance"], path)
+    if "report" in header.provenance:
+        report = read_report(header.provenance, path)
         known += [
             ("converted from", report.model.reference),
             ("weights", report.model.weights),
@@ -226,20 +212,18 @@ def show_view(path: str, header: Mapping[str, Any]) -> Screen:
         figures = [changes(headline(report))]
     known.append(("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())))
     blocks: list[Sequence[str | Text | Table]] = [[facts(known)], figures]
-    for number, plan in enumerate(header["plans"], start=1):
-        title, table = _plan_table(plan)
-        blocks += [[f"Conversion {number}: {title}"], [table]]
+    for number, plan in enumerate(map(plan_view, header.plans), start=1):
+        blocks += [[f"Conversion {number}: {plan.title}"], plan.blocks[0]]
     if made.fused:
         done = sum(row.outcome != "left" for row in made.fused)
         blocks += [[f"Fused: {done} of {len(made.fused)} replacements"], [fusion_table(made.fused)]]
     for number, record in enumerate(made.training, start=1):
         length = f"{fmt.plural(record.epochs, 'epoch')} ({fmt.plural(record.steps, 'step')})"
-        teacher = f", taught by {record.teacher}" if record.teacher else ""
-        text = f"Training {number}: {length} on {record.data}{teacher}"
+        text = f"Training {number}: {length} on {record.data}" + f", taught by {record.teacher}" * bool(record.teacher)
         before, best = record.scores.get("before"), record.scores.get("best")
         if before and best:
             name = "top1" if "top1" in before else next(iter(before))
             change = f"{_NAMES.get(name, name)} {_score(name, before[name])} -> {_score(name, best[name])}"
             text += f"; validation {change} (epoch {record.best_epoch})"
         blocks.append([text])
-    return Screen(path, size_warning(preprocessing), blocks)
+    return Screen(path, size_warning(header.preprocessing), blocks)

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any
 
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
 from asymswap.reporting.tables import WIDE, Column, Screen, Table
 from asymswap.results.sweep import Point, Tradeoff
 
-
-def _what(sweep: Tradeoff) -> str:
-    return {"macs": "MACs", "params": "parameters"}.get(sweep.measure, sweep.measure)
+_MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
-    """Return the advice, the network as it was and every point, and how the figures were measured.
-
-    The last cell of a row marks the front and the advice.
-    """
+    """Return the advice, the network as it was and every point, and how the figures were measured."""
     first, advised, front = sweep.first, sweep.advised, sweep.front
+
     unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
 
     def mark(point: Point) -> str:
-        if point.failed is not None:
+        if point.cost is None:
             return "not met"
         return "advised" if point == advised else "front" if point in front else ""
 
-    def cost(name: str) -> Any:
-        def text(point: Point) -> str | None:
-            if point.cost is None:
-                return None
-            value, before = getattr(point.cost, name), getattr(sweep.before, name)
-            return fmt.count(value) + ("" if point is unchanged else f" ({fmt.share(value, before)})")
-
-        return text
+    def cost(before: int) -> Callable[[int], str]:
+        return lambda value: fmt.count(value) + ("" if value == before else f" ({fmt.share(value, before)})")
 
     def change(point: Point) -> str | None:
         if point is unchanged or point.cost is None:
@@ -47,21 +35,21 @@ def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
         return fmt.score_change(point.scores[first.name] - first.value, first.unit).removesuffix(" points")
 
     columns = [
-        Column("Recipe", attrgetter("recipe"), side="fold"),
+        Column("Recipe", "recipe", side="fold"),
         Column("Budget", lambda point: None if point is unchanged else point.budget, "{:g}".format),
-        Column("MACs", cost("macs")),
-        Column("Parameters", cost("params")),
+        Column("MACs", "cost.macs", cost(sweep.before.macs)),
+        Column("Parameters", "cost.params", cost(sweep.before.params)),
     ]
     if sweep.measure == "latency":
-        columns.append(Column("Time", attrgetter("time"), fmt.percent))
+        columns.append(Column("Time", "time", fmt.percent))
     for score in sweep.scores:
         show = partial(fmt.score, unit=score.unit, digits=1)
         value = partial(lambda name, point: point.scores.get(name), score.name)
         columns.append(Column(score.name, value, show, least=0 if score is first else WIDE))
         columns += [Column("Change", change)] if score is first else []
     columns.append(Column("Note", mark, side="left"))
-
-    lines = [f"{fmt.measured_on(sweep.scores, sweep.data)}. Budgets are fractions of the model's {_what(sweep)}."]
+    measured = fmt.measured_on(sweep.scores, sweep.data)
+    lines = [f"{measured}. Budgets are fractions of the model's {_MEASURES[sweep.measure]}."]
     lines += fmt.fed_by_model([(sweep.model, sweep.fed)])
     lines += map(fmt.sentence, sweep.notes)
     # Budgets of a recipe share a line if the reasons why they were not met differ only in their figures.
@@ -106,8 +94,8 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         shown = places([point for point in sweep.measured if point.recipe == recipe])
         # Each thinner than the one before: where recipes give the same, all of them are seen.
         thick = 1.5 + 2.5 / (1 + 2 * number)
-        line = {"marker": "os^Dv<>"[number % 7], "markersize": 2.5 * thick, "linewidth": thick - 1}
-        named.append((axes.plot(*shown, **line)[0], recipe))
+        (line,) = axes.plot(*shown, marker="os^Dv<>"[number % 7], markersize=2.5 * thick, linewidth=thick - 1)
+        named.append((line, recipe))
     word, sign = ("more", 1) if first.lower_is_better else ("less", -1)
     sides = ("bottom", "top")[::-sign]
     for top, text, style, side in (
@@ -118,19 +106,18 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
         axes.text(0.01, scale * top, text, transform=axes.get_yaxis_transform(), color="0.3", va=side)
     if advised is not None:
         ((share,), (top,)) = places([advised])
-        ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black"}
-        axes.plot(share, top, linestyle="", **ring)
+        axes.plot(share, top, "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
         # The words go below the curve, which falls to the left; they need room on the right, and a background of their
         # own where it rises again.
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
-        words_at = {"textcoords": "offset points", "xytext": (4, -32)}
-        axes.annotate(f"advised: {advised.budget:g}", (share, top), bbox=ground, zorder=9, **words_at)
+        words = f"advised: {advised.budget:g}"
+        axes.annotate(words, (share, top), (4, -32), textcoords="offset points", bbox=ground, zorder=9)
         left, right = axes.get_xlim()
         axes.set_xlim(left, max(right, share + 0.25 * (right - left)))
     if len(sweep.front) > 1:
         (front,) = axes.plot(*places(sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
-    axes.set_xlabel(f"{_what(sweep)} left, as a fraction")
+    axes.set_xlabel(f"{_MEASURES[sweep.measure]} left, as a fraction")
     axes.set_ylabel(fmt.clean(first.name + (f" in {first.unit}" if first.unit else "")), parse_math=False)
     axes.set_title(fmt.clean(sweep.model), parse_math=False)
     axes.grid(alpha=0.3)

@@ -1,20 +1,27 @@
-"""Tables and screens of them, described once, for a terminal, as Markdown and as HTML (`templates/`)."""
+"""Tables and screens of them, described once, for a terminal, as Markdown and as HTML (`templates/`).
+
+`asymswap.types.Shown`, the base of all results, finds `to_text`, `to_line` and `to_fragment` by their names.
+"""
 
 from __future__ import annotations
 
+import importlib
+import io
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import attrgetter, itemgetter
+from functools import partial, reduce
+from operator import itemgetter
 from typing import Any, Literal
 
 import rich.table
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from asymswap.errors import visible
 from asymswap.reporting import format as fmt
+from asymswap.reporting.pages import render
 from asymswap.results.evaluate import Score
 
 WIDE = 110
@@ -29,13 +36,18 @@ class Column:
     """One column: its title, what a row gives for it, and how to write that value; None is written `-`."""
 
     title: str
-    value: Callable[[Any], Any]
+    of: str | Callable[[Any], Any]  # a function of the row, or the path of a field, any part of which may be None
     show: Callable[[Any], str | Text] = str
     side: Literal["left", "right", "fold"] = "right"  # what folds may break its lines
     least: int = 0  # the width from which on a terminal shows the column
     exact: Callable[[Any], str] | None = None  # writes a value with all its digits, for Markdown
     code: bool = False  # names that Markdown sets as code
     about: str = ""  # the tooltip of the heading in HTML
+
+    def value(self, row: Any) -> Any:
+        if callable(self.of):
+            return self.of(row)
+        return reduce(lambda one, name: None if one is None else getattr(one, name), self.of.split("."), row)
 
     def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
         value = self.value(row)
@@ -133,10 +145,10 @@ class Change:
 def changes(rows: Sequence[Change]) -> Table:
     """Return the table of headline figures."""
     columns = (
-        Column("", attrgetter("name"), side="left"),
+        Column("", "name", side="left"),
         Column("before", lambda row: row, lambda row: row.show(row.before), exact=lambda row: row.exact(row.before)),
         Column("after", lambda row: row, lambda row: row.show(row.after), exact=lambda row: row.exact(row.after)),
-        Column("left", attrgetter("left")),
+        Column("left", "left"),
     )
     return Table(columns, rows, cards=True)
 
@@ -154,7 +166,7 @@ def score_column(score: Score, change: bool = False, least: int = 0) -> Column:
 class Screen:
     """Title and warnings, blocks below each other, and the fine print; without a width, tables show every column.
 
-    Empty tables and blocks are left out. Text with a style is bold in Markdown.
+    Empty tables, blocks and lines are left out. Text with a style is bold in Markdown.
     """
 
     title: str
@@ -168,8 +180,7 @@ class Screen:
         return [item for block in self.blocks for item in block if item]
 
     def __rich__(self) -> RenderableType:
-        first = [written(self.title, "bold")] if self.title else []
-        first += [written(fmt.sentence(line), "yellow") for line in self.warnings]
+        first = [written(self.title, "bold"), *(written(fmt.sentence(line), "yellow") for line in self.warnings)]
         last = [written(line, "dim") for line in self.fine_print]
         parts: list[RenderableType] = []
         for block in (first, *self.blocks, last):
@@ -188,7 +199,7 @@ class Screen:
             else:
                 text = fmt.markdown_text(str(item))
                 texts.append(f"**{text}**" if isinstance(item, Text) else text)
-        texts.append("\n".join(f"- {fmt.markdown_text(line)}" for line in self.fine_print))
+        texts.append("\n".join(f"- {fmt.markdown_text(line)}" for line in self.fine_print if line))
         return "\n\n".join(filter(None, texts)) + "\n"
 
 
@@ -201,3 +212,40 @@ def kept_lines(kept: Iterable[Any]) -> list[str]:
         fmt.plural(len(names), "conv") + (f" ({', '.join(names)})" if len(names) <= 3 else "") + f": {reason}"
         for reason, names in sorted(sites.items(), key=lambda item: -len(item[1]))
     ]
+
+
+_ALL = 1000  # columns, at which all are shown
+
+
+def view(result: Any, width: int | None) -> Screen:
+    """Return a result, or the report of one that holds a model, as a screen of some columns; None shows all of it."""
+    shown = result if result._view else result.report
+    room, _, name = shown._view.partition(".")
+    found: Screen = getattr(importlib.import_module(f"asymswap.reporting.{room}"), name)(shown, width)
+    return found
+
+
+def to_text(result: Any) -> str:
+    """Return what the command line prints, at the terminal's width, or 100 columns where there is none."""
+    width, text = shutil.get_terminal_size((100, 24)).columns, io.StringIO()
+    console = Console(file=text, width=width, color_system=None, emoji=False, force_jupyter=False)
+    console.print(view(result, width), highlight=False, markup=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def to_line(result: Any) -> str:
+    """Return the name of a result's class, its title and the first of its figures before and after."""
+    screen = view(result, _ALL)
+    several = ", ".join(row.model for row in getattr(result, "models", ()))
+    text = ": ".join(filter(None, (several, screen.title)))
+    rows = [row for item in screen.items if isinstance(item, Table) and item.cards for row in item.rows]
+    if rows:
+        text += f", {rows[0].name} {rows[0].show(rows[0].before)} -> {rows[0].show(rows[0].after)}"
+    return f"<{type(result).__name__} {visible(text)}>"
+
+
+def to_fragment(result: Any) -> str:
+    """Return a result as a part of a page: its style is for this part alone, and all text in it is escaped."""
+    screen = view(result, _ALL)
+    items = [item if isinstance(item, Table) else str(item) for item in screen.items]
+    return render("fragment.html.j2", sheet="fragment.css", screen=screen, items=items)

@@ -1,4 +1,4 @@
-"""The report of a conversion."""
+"""The reports of converting a model, of merging it back into ordinary convs, and of exporting it."""
 
 from __future__ import annotations
 
@@ -173,3 +173,54 @@ class Report(Shown, view="convert.report_view"):
     def swapped(self) -> tuple[SiteRow, ...]:
         """The rows of swapped sites."""
         return tuple(row for row in self.sites if row.action == "swap")
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One replacement: `fused` to the original form of conv, `resized` to one conv of another, or `left` and why."""
+
+    site: str
+    kind: str
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FusionReport(Shown, view="screens.fusion_view"):
+    """Costs of the converted and the fused model, and the difference of their outputs on `probe`."""
+
+    model: str
+    origin: str
+    sites: tuple[FusionRow, ...]
+    before: Cost
+    after: Cost
+    relative: float
+    largest: float
+    probe: str
+    as_original: bool  # the state dict fits the unconverted model again
+    files: tuple[FileRow, ...] = ()
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One run of the written file beside PyTorch."""
+
+    inputs: str  # their sizes
+    largest: float  # difference of an output
+    allowed: float  # 1e-4 of the largest output, and at least 1e-4
+
+
+@dataclass(frozen=True)
+class ExportReport(Shown, view="screens.export_view"):
+    model: str
+    form: str  # `onnx`, `pt2` or `state-dict`
+    runner: str  # what ran it for the checks
+    fused: int  # replacements fused before
+    checks: tuple[Check, ...]
+    dynamic: tuple[str, ...] = ()  # dimensions of inputs that may have any size
+    opset: int | None = None
+    files: tuple[FileRow, ...] = ()
+    versions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -10,9 +10,7 @@ from asymswap.results.convert import FileRow
 from asymswap.types import Fed, Shown
 
 Scores = Mapping[str, float]
-"""Scores by name: `loss`, the mean loss; `top1`, the fraction of images whose highest score is their class's; or those
-that the user's `evaluate` returned. Of classes there are both, of other training `loss` alone.
-"""
+"""By name: the mean `loss`, of classes also the fraction `top1`; or what the user's `evaluate` returned."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from asymswap.results.records import plain
 from asymswap.types import Fed, Shown, Size
 
 STILL = 0.05
@@ -19,6 +18,8 @@ class OffsetRow:
 
     Offsets predicted from the input have a mean and a spread (standard deviation) over all pixels and images.
     """
+
+    derived: ClassVar = ("average", "still")
 
     site: str
     kind: str
@@ -49,8 +50,3 @@ class OffsetReport(Shown, view="offsets.offsets_view"):
     probe: str
     fed: Fed | None = None
     warnings: tuple[str, ...] = ()
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return everything as plain data, with what follows from it."""
-        rows = [{**plain(row), "average": row.average, "still": row.still} for row in self.rows]
-        return {**plain(self), "rows": rows}

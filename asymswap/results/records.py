@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from asymswap.errors import CheckpointError
-from asymswap.results.convert import FileRow, ModelRow, Report
+from asymswap.results.convert import FileRow, FusionRow, ModelRow, Report
 from asymswap.results.finetune import TrainingRecord
-from asymswap.results.fuse import FusionRow
-from asymswap.types import Cost
 
 SCHEMA = 1
 
@@ -25,14 +23,13 @@ def to_json(report: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return dataclasses, mappings and sequences as plain data; a cost has its FLOPs beside its MACs.
+    """Return dataclasses, mappings and sequences as plain data, with the properties that `derived` of a class names.
 
     A number that is not finite, such as a change relative to zeros, is None, since JSON has none.
     """
-    if isinstance(value, Cost):
-        return {"macs": value.macs, "flops": value.flops, "params": value.params}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        names = (*(item.name for item in dataclasses.fields(value)), *getattr(value, "derived", ()))
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -85,9 +85,8 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
         """Return the advised budget as a sentence."""
         first, point = self.first, self.advised
         percent = first.unit == "%"
-        allowed = f"{self.tolerance:.4g} {first.unit}".strip()
-        if percent:
-            allowed = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
+        points = f"{100 * self.tolerance:g} point" + "s" * (self.tolerance != 0.01)
+        allowed = points if percent else f"{self.tolerance:.4g} {first.unit}".strip()
         if point is None:
             return f"Every budget loses more than {allowed} of {first.name}: allow more, give more images, or polish."
         by = f" by {point.recipe}" if len({p.recipe for p in self.points}) > 1 else ""
@@ -127,9 +126,7 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
 
     if "scores" not in value:
         # Written when top-1 was all that could be measured.
-        points = [
-            {**one, "scores": {} if one["cost"] is None else {"top-1": one["accuracy"]}} for one in value["points"]
-        ]
+        points = [{**one, "scores": {"top-1": one["accuracy"]} if one["cost"] else {}} for one in value["points"]]
         value = {**value, "scores": [Score("top-1", value["accuracy"], "%")], "points": points}
     found = TypeAdapter(Tradeoff).validate_python({**value, "setting": value["setting"], "fed": None, "warnings": ()})
     names = {score.name for score in found.scores}
@@ -143,8 +140,7 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
         numbers += [point.budget, point.seconds, point.time or 0.0, *point.scores.values()]
         counts += [] if point.cost is None else [point.cost.macs, point.cost.params]
     sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in counts)
-    if found.measure not in ("macs", "params", "latency") or not sound:
-        raise ValueError("its measure or one of its numbers cannot be")
-    if not isinstance(found.setting.get("recipes", {}), Mapping):
-        raise ValueError("its setting has no recipes")
+    recipes = found.setting.get("recipes", {})
+    if found.measure not in ("macs", "params", "latency") or not sound or not isinstance(recipes, Mapping):
+        raise ValueError("its measure, its recipes or one of its numbers cannot be")
     return found

@@ -323,8 +323,8 @@ class TestCommand:
         outcome = run("benchmark", DIGITS, half, "--rounds", "2", "--batch", "1,2")
         assert (outcome.code, outcome.err) == (0, "")
         for words in (
-            "PyTorch, batch 1, 1 thread, channels-last",
-            "PyTorch, batch 2, 1 thread, contiguous",
+            "PyTorch, batch 1, channels-last, 1 thread",
+            "PyTorch, batch 2, contiguous, 1 thread",
             "Images/s",
             "Layers of ",
             "together",
@@ -338,7 +338,7 @@ class TestCommand:
         assert 0.49 < data["models"][1]["cost"]["macs"] / data["models"][0]["cost"]["macs"] <= 0.5
         lines = run("benchmark", DIGITS, half, "--markdown", *self.QUICK).out.splitlines()
         assert lines[0].startswith("| Model | Setting | ms | Median |")
-        assert lines[2].startswith(f"| `{DIGITS}` | PyTorch, batch 1, 1 thread, contiguous |")
+        assert lines[2].startswith(f"| `{DIGITS}` | PyTorch, batch 1, contiguous, 1 thread |")
 
     def test_it_is_timed_with_threads_that_wait_awake(
         self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

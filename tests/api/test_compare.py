@@ -23,9 +23,8 @@ from asymswap.measure.statistics import mcnemar_exact
 from asymswap.measure.timing import Timing
 from asymswap.models.builders import build
 from asymswap.models.opening import open_model, open_models
-from asymswap.reporting.views import view
-from asymswap.results.compare import ComparedRow, Comparison, OutputGap, TimingRow
-from asymswap.results.evaluate import AgainstFirst, Score
+from asymswap.reporting.tables import view
+from asymswap.results.evaluate import AgainstFirst, ComparedRow, Comparison, OutputGap, Score, TimingRow
 from asymswap.results.records import to_json
 from asymswap.types import Cost, Ratio, Seconds
 

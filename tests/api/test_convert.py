@@ -28,7 +28,7 @@ from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
 from asymswap.planning.plan import plan_text
 from asymswap.reporting.convert import to_html
-from asymswap.reporting.views import view
+from asymswap.reporting.tables import view
 from asymswap.results.convert import Report
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import Call, Cost, Plan, Site

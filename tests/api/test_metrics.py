@@ -17,7 +17,7 @@ import asymswap
 from asymswap.data.datasets import open_data
 from asymswap.reporting.convert import to_html
 from asymswap.reporting.sweep import draw, sweep_view
-from asymswap.reporting.views import view
+from asymswap.reporting.tables import view
 from asymswap.results.records import Provenance, to_json
 from asymswap.results.sweep import Tradeoff, from_json
 

@@ -18,7 +18,7 @@ from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.convert import repeatable
 from asymswap.errors import AsymswapError
 from asymswap.models.converted import restore, save_checkpoint
-from asymswap.reporting.views import view
+from asymswap.reporting.tables import view
 from asymswap.results.records import read_report
 
 Run = Callable[..., Any]

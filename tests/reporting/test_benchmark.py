@@ -73,7 +73,7 @@ def joined(text: str) -> str:
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_a_table_for_each_setting(width: int) -> None:
     text = shown(MADE, width)
-    for words in ("PyTorch, batch 1, 2 threads, contiguous", "ONNX Runtime, batch 8, 1 thread\n"):
+    for words in ("PyTorch, batch 1, contiguous, 2 threads", "ONNX Runtime, batch 8, 1 thread\n"):
         assert words in text
     assert "…" not in text
     rows = [line.split() for line in text.splitlines() if line.startswith("a|b")]
@@ -100,13 +100,13 @@ def test_what_cannot_be_told_is_said() -> None:
     name = MADE.models[1].model
     text = joined(shown(MADE, 80))
     untold = f"Not significantly different from a|b, or within 2 % of its time (95 % confidence): {name}"
-    assert f"{untold} (PyTorch, batch 1, 2 threads, channels-last) 0.97 to 1.01." in text
+    assert f"{untold} (PyTorch, batch 1, channels-last, 2 threads) 0.97 to 1.01." in text
     assert "too busy" not in text
     assert "Other programs kept 1.5 of 4 cores busy meanwhile." in text
     vague = replace(MADE, results=(MADE.results[0], result(1, 0, 12, VAGUE)), settings=(NCHW,), gains=())
     text = joined(shown(vague, 80))
     assert "The machine was too busy to measure times to within 5 %" in text
-    assert f"{name} (PyTorch, batch 1, 2 threads, contiguous) 0.60 to 0.80." in text
+    assert f"{name} (PyTorch, batch 1, contiguous, 2 threads) 0.60 to 0.80." in text
     assert "Not significantly different from a|b" not in text
 
 
@@ -136,7 +136,7 @@ def test_one_model_has_a_line_for_each_setting_and_no_ratio() -> None:
         gains=(),
     )
     text = shown(alone, 80)
-    settings = [f"PyTorch, batch 1, 2 threads, {form}" for form in ("contiguous", "channels-last")]
+    settings = [f"PyTorch, batch 1, {form}, 2 threads" for form in ("contiguous", "channels-last")]
     assert [line.split("  ")[0] for line in text.splitlines()[:4]] == ["a|b", "Setting", *settings]
     assert "of 1st" not in text
     assert f"The machine was busy: the middle half of the rounds spreads over 30.0 % ({settings[1]})." in joined(text)
@@ -157,7 +157,7 @@ def test_markdown_is_one_table_of_everything() -> None:
     lines = benchmark_view(MADE, None).markdown().splitlines()
     assert lines[0] == "| Model | Setting | ms | Median | Spread | Images/s | of 1st | 95 % | MACs | Ready s |"
     assert lines[2] == (
-        "| `a\\|b` | PyTorch, batch 1, 2 threads, contiguous | 20.0 | 22.0 | 1.0 % | 45.5 | 100.0 % | - | 100.0 % | - |"
+        "| `a\\|b` | PyTorch, batch 1, contiguous, 2 threads | 20.0 | 22.0 | 1.0 % | 45.5 | 100.0 % | - | 100.0 % | - |"
     )
     assert "| 12.0 | 13.2 | 1.0 % | 75.8 | 60.0 % | 58.0 to 62.0 | 50.0 % | - |" in lines[3]
     assert lines[6].endswith(

@@ -17,8 +17,7 @@ from made_reports import PROVENANCE, kept, like_resnet50, report, site
 
 from asymswap.errors import CheckpointError
 from asymswap.reporting.convert import to_html
-from asymswap.results.convert import OutputChange, Report
-from asymswap.results.fuse import FusionRow
+from asymswap.results.convert import FusionRow, OutputChange, Report
 from asymswap.results.records import Provenance, read_provenance, read_report, to_json
 from asymswap.types import Cost
 

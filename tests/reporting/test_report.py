@@ -11,7 +11,7 @@ from made_reports import PROVENANCE, report, site
 from rich.console import Console
 
 from asymswap.reporting.convert import report_view, to_html
-from asymswap.reporting.views import view
+from asymswap.reporting.tables import view
 from asymswap.results.convert import Report
 
 

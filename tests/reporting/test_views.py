@@ -19,12 +19,9 @@ import asymswap.api
 import asymswap.results
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Setting
 from asymswap.results.candidates import Candidates
-from asymswap.results.compare import ComparedRow, Comparison
-from asymswap.results.convert import Report
-from asymswap.results.evaluate import Classification, EvaluationReport, ModelScores, Score
-from asymswap.results.export import Check, ExportReport
+from asymswap.results.convert import Check, ExportReport, FusionReport, FusionRow, Report
+from asymswap.results.evaluate import Classification, ComparedRow, Comparison, EvaluationReport, ModelScores, Score
 from asymswap.results.finetune import TrainingReport
-from asymswap.results.fuse import FusionReport, FusionRow
 from asymswap.results.offsets import OffsetReport, OffsetRow
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Call, Candidate, ConvSpec, Cost, Keep, Plan, Shown, Site, Swap
