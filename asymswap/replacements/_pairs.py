@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from asymswap.errors import RecipeError
 from asymswap.factorize import covariance, svd
-from asymswap.factorize.allocation_cost import loss
 from asymswap.replacements import _convs
 from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -144,11 +143,10 @@ class Pair(Replacement):
                 weighted = covariance.energies(problem)
                 nats = [0.5 * float(weighted.sum()) * left for left in _left(weighted)]
         extra = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
-        curve = []
-        for rank, error in enumerate(errors[: full_rank(site.conv, form)], start=1):
-            settled = form.model_copy(update={"rank": rank, **extra})
-            curve.append(self.option(site, settled, error, loss(error, nats[rank - 1] if nats else None)))
-        return curve
+        return [
+            self.option(site, form.model_copy(update={"rank": rank, **extra}), error, nats[rank - 1] if nats else None)
+            for rank, error in enumerate(errors[: full_rank(site.conv, form)], start=1)
+        ]
 
     def between(self, conv: ConvSpec, settings: Any) -> dict[str, nn.Module]:
         """Return what is between the two convs, by name."""

@@ -116,25 +116,21 @@ class AsymmetricConvBlock(Replacement):
             raise PlanError("kind 'acb' takes over a batch norm with bn = \"branch\" only")
         if norm is not None and self.fold_norm(settings, norm) is None:
             raise PlanError(f"kind 'acb' cannot take over a {type(norm).__name__} with hooks or no running statistics")
-        (square, square_norm), (vertical, vertical_norm), (horizontal, horizontal_norm) = _branches(module)
+        (square, square_norm), *strips = _branches(module)
         _convs.copy_(square, conv.weight, conv.bias)
         with torch.no_grad():
-            if square_norm is None or vertical_norm is None or horizontal_norm is None:
-                nn.init.zeros_(vertical.weight)
-                nn.init.zeros_(horizontal.weight)
-                return
-            vertical.weight.copy_(_strongest_column(conv.weight))
-            horizontal.weight.copy_(_strongest_column(conv.weight.mT).mT)
-            _init_square_norm_(square_norm, square, original)
-            column, row = vertical.weight, horizontal.weight
-            for own, kernel in (
-                (vertical_norm, _convs.as_square(column, torch.zeros_like(row))),
-                (horizontal_norm, _convs.as_square(torch.zeros_like(column), row)),
-            ):
-                _convs.set_neutral_(own, *_moments(kernel, square, original))
-                nn.init.zeros_(own.weight)
-                nn.init.zeros_(own.bias)
-                if norm is not None:
+            if square_norm is not None:
+                _init_square_norm_(square_norm, square, original)
+            column, row = _strongest_column(conv.weight), _strongest_column(conv.weight.mT).mT
+            nothing = torch.zeros_like(column), torch.zeros_like(row)
+            kernels = (column, _convs.as_square(column, nothing[1])), (row, _convs.as_square(nothing[0], row))
+            for (strip, own), (taps, kernel) in zip(strips, kernels, strict=True):
+                strip.weight.copy_(taps if own is not None else torch.zeros_like(taps))
+                if own is not None:
+                    _convs.set_neutral_(own, *_moments(kernel, square, original))
+                    nn.init.zeros_(own.weight)
+                    nn.init.zeros_(own.bias)
+                if own is not None and norm is not None:
                     cast(Tensor, own.num_batches_tracked).copy_(cast(Tensor, norm.num_batches_tracked))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
