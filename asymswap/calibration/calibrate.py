@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,9 @@ from asymswap.calibration.gather import (
 )
 from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
-from asymswap.data.datasets import Part, open_data
-from asymswap.data.inputs import Batches, open_inputs
+from asymswap.data.datasets import open_data
+from asymswap.data.inputs import Batches, open_inputs, settle_on
+from asymswap.data.normalization import Feeding
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
@@ -55,11 +55,13 @@ def options_of(
     return preprocessing or own
 
 
-def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[UserData, Part]:
-    """Return the data, and its part, which decides the preprocessing."""
-    if calibration is None or calibration.data is None:
-        return UserData(evaluate), "test"
-    return calibration.given(), "train"
+def settle_for(
+    opened: OpenedModel, calibration: Calibration | None, evaluate: object
+) -> tuple[OpenedModel, Feeding | None]:
+    """Return the model with its preprocessing settled on calibration data, else on a data reference to evaluate on."""
+    if calibration is not None and calibration.data is not None:
+        return settle_on(opened, calibration.given())
+    return settle_on(opened, UserData(evaluate), "test") if isinstance(evaluate, str) else (opened, None)
 
 
 @dataclass
@@ -93,7 +95,19 @@ def gather_statistics(
     cache, team, notes = calibration.cache, calibration.team, list[str]()
     images, held_back = (None, None) if calibration.data is None else _open_images(opened, calibration)
     if cache is not None and cache.exists():
-        found, summary = _read_cache(cache, opened, sites)
+        found, summary = load_statistics(cache)
+        if summary.model != model_hash(opened.model):
+            raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
+        for site in (site for site in sites if site.name not in summary.unseen):
+            if site.name not in found:
+                raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
+            conv = site.conv
+            if found[site.name].target_GOD.shape != (
+                conv.groups,
+                conv.group_out,
+                conv.group_in * math.prod(conv.kernel),
+            ):
+                raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
         notes.append(f"statistics read from {cache}")
     else:
         if images is None or held_back is None:
@@ -122,23 +136,6 @@ def gather_statistics(
     if held_back is not None and held_back.shared:
         notes.append("too few samples to hold any back: the agreement is on those calibrated on; give more")
     return Gathered(found, summary, opened, images, held_back, notes)
-
-
-def _read_cache(
-    cache: Path, opened: OpenedModel, sites: Sequence[Site]
-) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
-    """Read statistics from a file; raise SourceError if they are of another model or other sites."""
-    found, summary = load_statistics(cache)
-    if summary.model != model_hash(opened.model):
-        raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
-    for site in (site for site in sites if site.name not in summary.unseen):
-        if site.name not in found:
-            raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
-        conv = site.conv
-        shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
-        if found[site.name].target_GOD.shape != shape:
-            raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
-    return found, summary
 
 
 def _in_float32(opened: OpenedModel) -> OpenedModel:

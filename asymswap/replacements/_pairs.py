@@ -80,10 +80,9 @@ class Pair(Replacement):
 
     def cost(self, site: Site, settings: Any) -> Cost:
         first, second = self.halves(site.conv, settings).values()
-        macs = 0
-        for call in site.calls:
-            pixels = math.prod(first.output(call.input)), math.prod(call.output)
-            macs += call.batch * (first.macs_per_pixel() * pixels[0] + second.macs_per_pixel() * pixels[1])
+        between = sum(call.batch * math.prod(first.output(call.input)) for call in site.calls)
+        behind = sum(call.batch * math.prod(call.output) for call in site.calls)
+        macs = between * first.macs_per_pixel() + behind * second.macs_per_pixel()
         return Cost(macs, first.params + second.params)
 
     def options(self, site: Site, original: Original, settings: PairSettings) -> Sequence[Option]:
