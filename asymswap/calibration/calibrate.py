@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -224,10 +224,7 @@ def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images,
     memory_gib, seed, team = calibration.memory_gib, calibration.seed, calibration.team
     chosen, held_back = open_inputs(opened, calibration.given(), calibration.images, seed, memory_gib)
     chosen = in_memory(chosen)
-
-    def batches() -> Iterator[tuple[int, Inputs]]:
-        return ((number, chosen.load(number)) for number, _ in team.share(chosen.counts))
-
+    batches = lambda: ((number, chosen.load(number)) for number, _ in team.share(chosen.counts))  # noqa: E731
     return Images(batches, chosen.count, memory_gib, seed, team), held_back
 
 

@@ -403,9 +403,8 @@ def save_statistics(path: Path, found: Mapping[str, SiteStatistics], summary: St
     """Write statistics to a safetensors file."""
     tensors: dict[str, Tensor] = {}
     for name, statistics in found.items():
-        parts = {key: value for key, value in vars(statistics).items() if isinstance(value, Tensor)}
-        tensors |= {f"{name}/{key}": value.contiguous() for key, value in parts.items()}
-        tensors[f"{name}/patches"] = torch.tensor(statistics.patches)
+        known = {key: value for key, value in vars(statistics).items() if value is not None}
+        tensors |= {f"{name}/{key}": torch.as_tensor(value).contiguous() for key, value in known.items()}
     header = {**vars(summary), "tensors": tensors_hash(tensors)}
     with whole_file(path) as draft:
         save_file(tensors, draft, metadata={"asymswap-evidence": json.dumps(header)})

@@ -47,8 +47,6 @@ _WORSE = 1.2  # times the best difference: then go back
 _SETTLED = 0.25  # of the budget, before which a high rate may still raise the difference
 _SHIFT = 8  # images are shifted by up to an eighth of their sides
 _PATCH = 64  # side of the patches that are cut from larger images, where the outputs are images too
-
-
 _NO_SWAPS = Plan(())
 
 

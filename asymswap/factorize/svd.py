@@ -37,9 +37,13 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
 
 def energies(m_GAB: Tensor) -> Tensor:
     """Squared singular values energy_GK of each group, in descending order."""
-    gram = _gram(m_GAB)
+    return eigenvalues(_gram(m_GAB))
+
+
+def eigenvalues(gram_GKK: Tensor) -> Tensor:
+    """Eigenvalues (G, K) of positive semidefinite matrices, in descending order."""
     with one_thread():
-        rising_GK: Tensor = torch.linalg.eigvalsh(gram)
+        rising_GK: Tensor = torch.linalg.eigvalsh(gram_GKK)
     return rising_GK.flip(-1).clamp_min(0.0)
 
 
