@@ -119,8 +119,19 @@ class AsymmetricConvBlock(Replacement):
         (square, square_norm), *strips = _branches(module)
         _convs.copy_(square, conv.weight, conv.bias)
         with torch.no_grad():
-            if square_norm is not None:
-                _init_square_norm_(square_norm, square, original)
+            if square_norm is not None and norm is not None:
+                for own_buffer, buffer in zip(square_norm.buffers(), norm.buffers(), strict=True):
+                    own_buffer.copy_(buffer)
+                variance_O = _float64(norm.running_var)
+                # Where `eps` is not that of the norm, the scale in eval mode is still that of the norm.
+                weight_O = ((variance_O + square_norm.eps) / (variance_O + norm.eps)).sqrt()
+                _convs.copy_(square_norm, weight_O * (1 if norm.weight is None else _float64(norm.weight)), norm.bias)
+            elif square_norm is not None:
+                mean_O, variance_O = _moments(square.weight, square, original)
+                # Without calibration statistics we assume zero mean, bias or not.
+                if original.statistics is not None and conv.bias is not None:
+                    mean_O = mean_O + _float64(square.bias)
+                _convs.set_neutral_(square_norm, mean_O, variance_O)
             column, row = _strongest_column(conv.weight), _strongest_column(conv.weight.mT).mT
             nothing = torch.zeros_like(column), torch.zeros_like(row)
             kernels = (column, _convs.as_square(column, nothing[1])), (row, _convs.as_square(nothing[0], row))
@@ -185,25 +196,6 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[
     whole_O = own.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     along_O, share_O = (kernel * own).sum(1) / whole_O, kernel.square().sum(1) / whole_O
     return along_O * mean_O, share_O * _float64(norm.running_var)
-
-
-def _init_square_norm_(own: nn.BatchNorm2d, conv: nn.Conv2d, original: Original) -> None:
-    """Copy the batch norm that is taken over, or make one that does nothing in eval mode."""
-    norm = original.norm
-    if norm is None:
-        mean_O, variance_O = _moments(conv.weight, conv, original)
-        # Without calibration statistics we assume zero mean, bias or not.
-        if original.statistics is not None and conv.bias is not None:
-            mean_O = mean_O + _float64(conv.bias)
-        _convs.set_neutral_(own, mean_O, variance_O)
-        return
-    for own_buffer, buffer in zip(own.buffers(), norm.buffers(), strict=True):
-        own_buffer.copy_(buffer)
-    variance_O = _float64(norm.running_var)
-    # Where `eps` is not that of the norm, the scale in eval mode is still that of the norm.
-    weight_O = ((variance_O + own.eps) / (variance_O + norm.eps)).sqrt()
-    own.weight.copy_(weight_O if norm.weight is None else weight_O * _float64(norm.weight))
-    own.bias.copy_(torch.zeros_like(own.bias) if norm.bias is None else norm.bias)
 
 
 def _float64(tensor: Tensor | None) -> Tensor:
