@@ -45,14 +45,12 @@ UNSEEN = "did not run on the calibration images"  # why a conv without statistic
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def options_of(
-    preprocessing: PreprocessingOptions | None, calibration: Calibration | None
-) -> PreprocessingOptions | None:
+def options_of(given: PreprocessingOptions | None, calibration: Calibration | None) -> PreprocessingOptions | None:
     """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
-    if None not in (own, preprocessing) and own != preprocessing:
+    if None not in (own, given) and own != given:
         raise AsymswapError("`preprocessing=…` of the verb and of its Calibration contradict each other; give one")
-    return preprocessing or own
+    return given or own
 
 
 def settle_for(

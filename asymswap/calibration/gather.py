@@ -277,18 +277,18 @@ def _pass(
             done += samples_in(batch)
             step(min(images.team.size * done, images.count))
     found, with_gradient = {}, True
-    for name, conv in ((name, one.conv) for name, one in sums.items()):
-        sums[name].meet(images.team)
-        if not sums[name].patches:
+    for name, own in sums.items():
+        own.meet(images.team)
+        if not own.patches:
             continue
-        mean_GD, cov_GDD = sums[name].moments()
+        conv, (mean_GD, cov_GDD) = own.conv, own.moments()
         kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
         target_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
         if conv.bias is not None:
             target_GO = target_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
         weight_GOO = images.team.sum(weights[name]) / images.count
         weight = weight_GOO if torch.isfinite(weight_GOO).all() and weight_GOO.any() else None
-        found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, sums[name].patches)
+        found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, own.patches)
         with_gradient = with_gradient and bool(images.team.sum(torch.tensor(gradients[name])))
     return found, with_gradient
 
