@@ -33,10 +33,9 @@ from asymswap.api.drop import convert_within
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.agreement import MEASURED, Against, on_held_back
-from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
+from asymswap.calibration.calibrate import PROBED, options_of, settle_for, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
-from asymswap.data.inputs import settle_on
 from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of
 from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, CheckpointError
@@ -167,9 +166,7 @@ def convert(
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
     check_finite(opened)
-    feeding = None
-    if isinstance(evaluate, str) or (calibration is not None and calibration.data is not None):
-        opened, feeding = settle_on(opened, *fed_on(calibration, str(evaluate)))
+    opened, feeding = settle_for(opened, calibration, evaluate)
     evaluator = None if evaluate is None else evaluator_of(evaluate, opened, crop_border)
     clock.stop("load")
     session = Session(opened, calibration, clock)

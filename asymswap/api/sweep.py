@@ -14,10 +14,9 @@ from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.agreement import on_held_back
-from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.calibrate import options_of, settle_for
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
-from asymswap.data.inputs import settle_on
 from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
 from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
@@ -78,9 +77,7 @@ def sweep(
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     check_finite(opened)
-    feeding = None
-    if isinstance(data, str) or (calibration is not None and calibration.data is not None):
-        opened, feeding = settle_on(opened, *fed_on(calibration, str(data)))
+    opened, feeding = settle_for(opened, calibration, data)
     # Before the model runs: a mistake in the data is not to be hidden by one in its input.
     evaluator = None if data is None else evaluator_of(data, opened, crop_border)
     if evaluator is None and (calibration is None or calibration.data is None):

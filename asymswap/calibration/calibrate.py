@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,9 @@ from asymswap.calibration.gather import (
 )
 from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
-from asymswap.data.datasets import Part, open_data
-from asymswap.data.inputs import Batches, open_inputs
+from asymswap.data.datasets import open_data
+from asymswap.data.inputs import Batches, open_inputs, settle_on
+from asymswap.data.normalization import Feeding
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
@@ -45,21 +45,21 @@ UNSEEN = "did not run on the calibration images"  # why a conv without statistic
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def options_of(
-    preprocessing: PreprocessingOptions | None, calibration: Calibration | None
-) -> PreprocessingOptions | None:
+def options_of(given: PreprocessingOptions | None, calibration: Calibration | None) -> PreprocessingOptions | None:
     """Return the user's preprocessing, given to the verb or to its calibration."""
     own = None if calibration is None else calibration.preprocessing
-    if None not in (own, preprocessing) and own != preprocessing:
+    if None not in (own, given) and own != given:
         raise AsymswapError("`preprocessing=…` of the verb and of its Calibration contradict each other; give one")
-    return preprocessing or own
+    return given or own
 
 
-def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[UserData, Part]:
-    """Return the data, and its part, which decides the preprocessing."""
-    if calibration is None or calibration.data is None:
-        return UserData(evaluate), "test"
-    return calibration.given(), "train"
+def settle_for(
+    opened: OpenedModel, calibration: Calibration | None, evaluate: object
+) -> tuple[OpenedModel, Feeding | None]:
+    """Return the model with its preprocessing settled on calibration data, else on a data reference to evaluate on."""
+    if calibration is not None and calibration.data is not None:
+        return settle_on(opened, calibration.given())
+    return settle_on(opened, UserData(evaluate), "test") if isinstance(evaluate, str) else (opened, None)
 
 
 @dataclass
@@ -93,7 +93,19 @@ def gather_statistics(
     cache, team, notes = calibration.cache, calibration.team, list[str]()
     images, held_back = (None, None) if calibration.data is None else _open_images(opened, calibration)
     if cache is not None and cache.exists():
-        found, summary = _read_cache(cache, opened, sites)
+        found, summary = load_statistics(cache)
+        if summary.model != model_hash(opened.model):
+            raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
+        for site in (site for site in sites if site.name not in summary.unseen):
+            if site.name not in found:
+                raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
+            conv = site.conv
+            if found[site.name].target_GOD.shape != (
+                conv.groups,
+                conv.group_out,
+                conv.group_in * math.prod(conv.kernel),
+            ):
+                raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
         notes.append(f"statistics read from {cache}")
     else:
         if images is None or held_back is None:
@@ -122,23 +134,6 @@ def gather_statistics(
     if held_back is not None and held_back.shared:
         notes.append("too few samples to hold any back: the agreement is on those calibrated on; give more")
     return Gathered(found, summary, opened, images, held_back, notes)
-
-
-def _read_cache(
-    cache: Path, opened: OpenedModel, sites: Sequence[Site]
-) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
-    """Read statistics from a file; raise SourceError if they are of another model or other sites."""
-    found, summary = load_statistics(cache)
-    if summary.model != model_hash(opened.model):
-        raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
-    for site in (site for site in sites if site.name not in summary.unseen):
-        if site.name not in found:
-            raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
-        conv = site.conv
-        shape = (conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel))
-        if found[site.name].target_GOD.shape != shape:
-            raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
-    return found, summary
 
 
 def _in_float32(opened: OpenedModel) -> OpenedModel:

@@ -63,6 +63,15 @@ class Images:
     seed: int = 0
     team: Team = ALONE
 
+    def each(self, site: Site) -> int:
+        """Return the number of positions to look at in each image: enough for the covariance, and no more."""
+        least, most = (number * _length(site) for number in _SAMPLES_PER_DIMENSION)
+        return max(_POSITIONS, math.ceil(max(least, min(most, _ENOUGH)) / max(self.count, 1)))
+
+    def positions(self, site: Site, output: Tensor, *numbers: int) -> tuple[Tensor, Tensor]:
+        """Return rows and columns of as many pixels of the output, drawn for a batch, and a run, of these numbers."""
+        return choose_positions(output.shape[-2:], self.each(site), generator_for(self.seed, site.name, *numbers))
+
 
 class PatchSums:
     """Means and co-moments of one conv's patches, and with `targets` of its target outputs, in float64.
@@ -74,7 +83,7 @@ class PatchSums:
     def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
         outputs, length = conv.out_channels // conv.groups if targets else 0, conv.weight[0].numel()
         zeros = partial(torch.zeros, dtype=torch.float64, device=conv.weight.device)
-        self.patches = 0
+        self.conv, self.patches = conv, 0
         self._mean_GD, self._gram_GDD = zeros(conv.groups, length), zeros(conv.groups, length, length)
         self._mean_GO, self._cross_GOD = zeros(conv.groups, outputs), zeros(conv.groups, outputs, length)
         self._energy_G = zeros(conv.groups)
@@ -222,29 +231,26 @@ def _pass(
     model: nn.Module, sites: Sequence[Site], images: Images, outputs: OutputKind, step: Callable[[int], None]
 ) -> tuple[dict[str, SiteStatistics], bool]:
     """Return the statistics of the sites that run, and whether the prediction has a gradient at all of them."""
-    convs = {site.name: cast(nn.Conv2d, model.get_submodule(site.name)) for site in sites}
-    sums = {name: PatchSums(conv) for name, conv in convs.items()}
+    by_name = {site.name: site for site in sites}
+    sums = {name: PatchSums(cast(nn.Conv2d, model.get_submodule(name))) for name in by_name}
     weights = {}
-    for name, conv in convs.items():
-        outputs_each = conv.out_channels // conv.groups
-        weights[name] = conv.weight.new_zeros(conv.groups, outputs_each, outputs_each, dtype=torch.float64)
-    positions = {site.name: positions_for(site, images.count) for site in sites}
-    gradients: Counter[str] = Counter()
-    number, runs = 0, Counter[str]()  # of the current batch, and how often each conv has run on it
+    for name, site in by_name.items():
+        shape = site.conv.groups, site.conv.group_out, site.conv.group_out
+        weights[name] = sums[name].conv.weight.new_zeros(shape, dtype=torch.float64)
+    gradients = Counter[str]()
+    number, done, runs = 0, 0, Counter[str]()  # of the current batch, and how often each conv has run on it
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
-        if name not in convs:
+        if name not in by_name:
             return
         runs[name] += 1
         with torch.no_grad():
-            drawn = generator_for(images.seed, name, number, runs[name])
-            at = choose_positions(output.shape[-2:], positions[name], drawn)
+            at = images.positions(by_name[name], output, number, runs[name])
             try:
-                sums[name].add(patches_of(convs[name], seen.detach(), at))
+                sums[name].add(patches_of(sums[name].conv, seen.detach(), at))
             except ValueError:
-                raise SourceError(
-                    f"the input of {name} is not finite on the calibration images; check the preprocessing"
-                ) from None
+                reason = "is not finite on the calibration images; check the preprocessing"
+                raise SourceError(f"the input of {name} {reason}") from None
 
         def back(gradient: Tensor) -> None:
             g = _at_least_float32(gradient).unflatten(1, (len(weights[name]), -1))
@@ -255,11 +261,8 @@ def _pass(
         if output.requires_grad:
             output.register_hook(back)
 
-    def as_followed(tensor: Tensor) -> Tensor:
-        """Return a tensor with a gradient that the model may change in place, so that it is no leaf."""
-        return tensor.requires_grad_(True) * 1 if tensor.is_floating_point() else tensor
-
-    done = 0
+    # The model may change what it gets in place, which no leaf allows.
+    as_followed = lambda one: one.requires_grad_(True) * 1 if one.is_floating_point() else one  # noqa: E731
     with ExitStack() as frozen, eval_mode(model), torch.enable_grad(), conv_hooks(model, see):
         # No gradients of parameters: we need those of the outputs alone.
         for parameter in model.parameters():
@@ -274,30 +277,24 @@ def _pass(
             done += samples_in(batch)
             step(min(images.team.size * done, images.count))
     found, with_gradient = {}, True
-    for name, conv in convs.items():
-        sums[name].meet(images.team)
-        if not sums[name].patches:
+    for name, own in sums.items():
+        own.meet(images.team)
+        if not own.patches:
             continue
-        mean_GD, cov_GDD = sums[name].moments()
+        conv, (mean_GD, cov_GDD) = own.conv, own.moments()
         kernel_GOD = conv.weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1))
         target_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
         if conv.bias is not None:
             target_GO = target_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
         weight_GOO = images.team.sum(weights[name]) / images.count
         weight = weight_GOO if torch.isfinite(weight_GOO).all() and weight_GOO.any() else None
-        found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, sums[name].patches)
+        found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, own.patches)
         with_gradient = with_gradient and bool(images.team.sum(torch.tensor(gradients[name])))
     return found, with_gradient
 
 
 def _length(site: Site) -> int:
     return site.conv.group_in * math.prod(site.conv.kernel)
-
-
-def positions_for(site: Site, images: int) -> int:
-    """Return the number of positions to look at in each image: enough for the covariance, and no more."""
-    least, most = (each * _length(site) for each in _SAMPLES_PER_DIMENSION)
-    return max(_POSITIONS, math.ceil(max(least, min(most, _ENOUGH)) / max(images, 1)))
 
 
 def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

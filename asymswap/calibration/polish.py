@@ -49,9 +49,6 @@ _SHIFT = 8  # images are shifted by up to an eighth of their sides
 _PATCH = 64  # side of the patches that are cut from larger images, where the outputs are images too
 _NO_SWAPS = Plan(())
 
-_Run = tuple["Polished", float, dict[str, Tensor]]
-"""What one run of training did, the last difference, and the weights of the best one."""
-
 
 @dataclass(frozen=True)
 class Polished:
@@ -92,15 +89,11 @@ def polish_(
     # A backward pass through asymmetric convs takes half as long in this format. Copies: the models keep their own.
     teacher, student = (deep_copy(one).to(memory_format=torch.channels_last) for one in (original, converted))
     with eval_mode(teacher, student):
-        data = _Inputs(teacher, batches, seeded(settings.seed))
-        trainer = _Trainer(teacher, student, plan, data)
-        size, each = data.largest, 0.0
-        if not steps:
-            size, each = _fitting(trainer, data, seconds)
-        expected = steps or int(seconds / each)
-        trainer.hold_back(data.held_back(size * expected // _SEEN_PER_HELD_BACK))
+        trainer = _Trainer(teacher, student, plan, _Inputs(teacher, batches, seeded(settings.seed)), settings.seed)
+        expected = steps or int(seconds / trainer.fit(seconds))
+        trainer.hold_back(trainer.size * expected // _SEEN_PER_HELD_BACK)
 
-        def run(rate: float, share: float, checks: int = 1, stage: str = "") -> _Run:
+        def run(rate: float, share: float, checks: int = 1, stage: str = "") -> tuple[Polished, float]:
             """Train from the start on a share of the steps or seconds, or until the whole time is over."""
             now = time.perf_counter()
             end = begun + seconds if share == 1 else now + share * seconds
@@ -114,7 +107,7 @@ def polish_(
                     progress(stage, min(1000, int(1000 * found)), 1000)
                 return found
 
-            return trainer.train(size, seeded(settings.seed), rate, part, checks)
+            return trainer.train(rate, part, checks)
 
         place = _RATES.index(_USUAL_RATE)
         if expected >= _LEAST_STEPS:
@@ -122,50 +115,48 @@ def polish_(
 
             def probe(at: int) -> float:
                 if at not in tried and 0 <= at < len(_RATES):
-                    _, tried[at], _ = run(_RATES[at], _PROBE)
+                    tried[at] = run(_RATES[at], _PROBE)[1]
                     progress("finding a learning rate", len(tried), len(_RATES))
                 return tried.get(at, math.inf)
 
             way = 1 if probe(place + 1) < probe(place) else -1
             while probe(place + way) < probe(place):
                 place += way
-        polished, _, weights = run(_RATES[place], 1, _CHECKS, "polishing")
-    converted.load_state_dict(weights)
+        polished, _ = run(_RATES[place], 1, _CHECKS, "polishing")
+    converted.load_state_dict(trainer.weights)
     return polished
 
 
-def _fitting(trainer: _Trainer, data: _Inputs, seconds: float) -> tuple[int, float]:
-    """Return the largest batch of which enough steps fit into the time, and the seconds of one of its steps."""
-    size, fitting, trying = 0, 0.0, min(_LEAST_SAMPLES, data.largest)
-    while trying > size:
-        for batch in itertools.islice(data.draw(trying, seeded(0)), 2):  # the first one takes longer
-            start = time.perf_counter()
-            trainer.gradient_(batch)
-            took = time.perf_counter() - start
-        if size and _STEPS * took > seconds:
-            break
-        size, fitting, trying = trying, took, min(2 * trying, data.largest)
-    return size, fitting
-
-
 class _Trainer:
-    """Trains the student, always from the same start, on the outputs of the teacher."""
+    """Trains the student, always from the same start, on the outputs of the teacher; `weights` are the best ones."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan, data: _Inputs) -> None:
-        self.teacher, self.student, self.data = teacher, student, data
+    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan, data: _Inputs, seed: int) -> None:
+        self.teacher, self.student, self.data, self.size, self.seed = teacher, student, data, data.largest, seed
         # A replacement that takes over a batch norm gives what that gave.
         self.inner = {swap.site: swap.absorbs or swap.site for swap in plan.swaps}
         self.trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if not self.trainable:
             raise AsymswapError("there is nothing to polish: every parameter of the model is frozen")
-        self.start = copy.deepcopy(student.state_dict())
-        self.judged: list[tuple[Inputs, object]] = []
-        self.before = math.inf
+        self.start = self.weights = copy.deepcopy(student.state_dict())
+
+    def fit(self, seconds: float) -> float:
+        """Take the largest batch of which enough steps fit into the time; return the seconds of one of its steps."""
+        self.size, trying = 0, min(_LEAST_SAMPLES, self.data.largest)
+        fitting = 0.0
+        while trying > self.size:
+            for batch in itertools.islice(self.data.draw(trying, seeded(0)), 2):  # the first one takes longer
+                start = time.perf_counter()
+                self.gradient_(batch)
+                took = time.perf_counter() - start
+            if self.size and _STEPS * took > seconds:
+                break
+            self.size, fitting, trying = trying, took, min(2 * trying, self.data.largest)
+        return fitting
 
     @torch.no_grad()
-    def hold_back(self, batches: Sequence[Inputs]) -> None:
-        """Judge by these inputs from now on."""
-        self.judged = [(batch, self.teacher(*copied(batch))) for batch in batches]
+    def hold_back(self, count: int) -> None:
+        """Judge by about so many held-back samples from now on."""
+        self.judged = [(batch, self.teacher(*copied(batch))) for batch in self.data.held_back(count)]
         self.before = self.difference()
 
     @torch.no_grad()
@@ -188,29 +179,27 @@ class _Trainer:
             loss = loss + _INNER * (loss.detach() / inner.detach().clamp_min(1e-12)) * inner
         loss.backward()
 
-    def train(
-        self, size: int, generator: torch.Generator, rate: float, part: Callable[[int], float], checks: int
-    ) -> _Run:
+    def train(self, rate: float, part: Callable[[int], float], checks: int) -> tuple[Polished, float]:
         """Train from the start until the `part` done, by the number of steps, reaches 1; go back where it gets worse.
 
-        The rate rises for a short time, and falls to zero with a cosine.
+        The rate rises for a short time, and falls to zero with a cosine. Returns the last difference, too.
         """
         self.student.load_state_dict(self.start)
-        optimizer, batches = _Optimizer(self.trainable), self.data.draw(size, generator)
-        best, step, weights = self.before, 0, self.start
+        optimizer, batches = _Optimizer(self.trainable), self.data.draw(self.size, seeded(self.seed))
+        best, step, self.weights = self.before, 0, self.start
         done, last, next_check = 0, self.before, 1 / checks
         while True:
             now = part(done)
             if done and now >= min(1.0, next_check):
                 last, next_check = self.difference(), now + 1 / checks
                 if last < best:
-                    best, step, weights = last, done, copy.deepcopy(self.student.state_dict())
+                    best, step, self.weights = last, done, copy.deepcopy(self.student.state_dict())
                 elif _SETTLED < now < 1 and not last <= _WORSE * best:
-                    self.student.load_state_dict(weights)
+                    self.student.load_state_dict(self.weights)
                     optimizer, rate = _Optimizer(self.trainable), rate / 2
             if now >= 1 and done:
-                polished = Polished(done, step, self.before, best, self.data.count, size, rate)
-                return polished, last if math.isfinite(last) else math.inf, weights
+                polished = Polished(done, step, self.before, best, self.data.count, self.size, rate)
+                return polished, last if math.isfinite(last) else math.inf
             self.gradient_(next(batches))
             share = now / _WARM_UP if now < _WARM_UP else 0.5 * (1 + math.cos(math.pi * min(now, 1)))
             optimizer.step_(rate * max(0.01, share))

@@ -21,28 +21,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from asymswap import replacements
-from asymswap.calibration.gather import (
-    Images,
-    PatchSums,
-    choose_positions,
-    outputs_at,
-    patches_of,
-    positions_for,
-    within,
-)
+from asymswap.calibration.gather import Images, PatchSums, outputs_at, patches_of, within
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.graphs import bind, placeholder_value, whole_graph
 from asymswap.graph.trace import conv_hooks, conv_input, node_operation
 from asymswap.types import Plan, Progress, Site, silent
 from asymswap.utils.distributed import Team
 from asymswap.utils.inputs import Inputs, copied
-from asymswap.utils.tensors import eval_mode, generator_for, list_tensors, to_meta
+from asymswap.utils.tensors import eval_mode, list_tensors, to_meta
 
 Env = dict[fx.Node, Any]
 
@@ -128,14 +120,12 @@ class _Stop(BaseException):
     """Ends a forward pass; no `except Exception` in a model's code catches it."""
 
 
-@dataclass
-class _Target:
+class _Target(NamedTuple):
     """The original network at one site for one batch: its input's shape, some positions, and the outputs there."""
 
     input: torch.Size
     at: tuple[Tensor, Tensor]
     outputs_GON: Tensor
-    calls: int = 1
 
 
 def _stop_at_sites(
@@ -143,74 +133,65 @@ def _stop_at_sites(
 ) -> Iterator[tuple[str, PatchSums | str]]:
     """Yield each site in call order, to be solved before the next one, with its sums or why there are none."""
     by_name = {site.name: site for site in sites}
-    most = {site.name: positions_for(site, images.count) for site in sites}
 
     def call_order() -> list[str]:
         """Return the convs in the order in which they run on the first batch."""
         seen: dict[str, None] = {}
         with conv_hooks(model, lambda name, _, __: seen.setdefault(name)):
-            for _, batch in images.batches():
+            for _, batch in itertools.islice(images.batches(), 1):
                 model(*copied(batch))
-                break
         return [name for name in seen if name in by_name]
 
+    def targets_of(group: Sequence[Site]) -> dict[str, dict[int, _Target | None]]:
+        """Return the targets for each site and batch; None where it runs several times in a forward pass."""
+        found: dict[str, dict[int, _Target | None]] = {site.name: {} for site in group}
+        number = 0
+
+        def see(name: str, seen: Tensor, output: Tensor) -> None:
+            if name in found:
+                at = images.positions(by_name[name], output, number)
+                target = _Target(seen.shape, at, outputs_at(output, by_name[name].conv.groups, at))
+                found[name][number] = None if number in found[name] else target
+
+        with conv_hooks(model, see):
+            for number, batch in images.batches():  # noqa: B007  # `see` reads it
+                model(*copied(batch))
+        return found
+
+    def add_runs(name: str, sums: PatchSums, targets: Mapping[int, _Target | None]) -> str | None:
+        """Add the site's patches in the converted network; return why they do not fit the targets, if so."""
+        if None in targets.values():
+            return "it runs several times in a forward pass"
+        inputs: list[Tensor] = []
+
+        def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs.append(conv_input(args, kwargs))
+            raise _Stop
+
+        with converted.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True):
+            for number, batch in images.batches():
+                inputs.clear()
+                with suppress(_Stop):
+                    converted(*copied(batch))
+                target = targets.get(number)
+                if [one.shape for one in inputs] != ([] if target is None else [target.input]):
+                    return "it runs on inputs of another size, or another number of times, in the converted network"
+                try:
+                    if target is not None:
+                        sums.add(patches_of(sums.conv, inputs[0], target.at), target.outputs_GON)
+                except ValueError:
+                    return "its input in the converted network is not finite"
+        return None
+
     order = [by_name[name] for name in images.team.first(call_order)]
-    output_bytes = lambda site: 4.0 * images.count * most[site.name] * site.conv.out_channels  # noqa: E731
+    output_bytes = lambda site: 4.0 * images.count * images.each(site) * site.conv.out_channels  # noqa: E731
     for group in within(images.memory_gib * 2**30, order, output_bytes):
-        targets = _targets(model, {site.name: most[site.name] for site in group}, images)
+        targets = targets_of(group)
         for site in group:
-            conv = cast(nn.Conv2d, model.get_submodule(site.name))
-            sums = PatchSums(conv, targets=True)
-            reason = _add_runs(conv, converted, site.name, sums, targets.pop(site.name), images)
+            sums = PatchSums(cast(nn.Conv2d, model.get_submodule(site.name)), targets=True)
+            reason = add_runs(site.name, sums, targets.pop(site.name))
             reasons = [one for one in images.team.gather(reason) if one is not None]
             yield site.name, reasons[0] if reasons else sums
-
-
-def _targets(model: nn.Module, most: Mapping[str, int], images: Images) -> dict[str, dict[int, _Target]]:
-    """Return the targets for each site, at so many positions, and batch."""
-    found: dict[str, dict[int, _Target]] = {name: {} for name in most}
-    number = 0
-
-    def see(name: str, seen: Tensor, output: Tensor) -> None:
-        if number in found.get(name, ()):
-            found[name][number].calls += 1
-        elif name in found:
-            conv = cast(nn.Conv2d, model.get_submodule(name))
-            at = choose_positions(output.shape[-2:], most[name], generator_for(images.seed, name, number))
-            found[name][number] = _Target(seen.shape, at, outputs_at(output, conv.groups, at))
-
-    with conv_hooks(model, see):
-        for number, batch in images.batches():  # noqa: B007  # `see` reads it
-            model(*copied(batch))
-    return found
-
-
-def _add_runs(
-    conv: nn.Conv2d, converted: nn.Module, name: str, sums: PatchSums, targets: Mapping[int, _Target], images: Images
-) -> str | None:
-    """Add the site's patches in the converted network; return why they do not fit the targets, if so."""
-    if any(target.calls > 1 for target in targets.values()):
-        return "it runs several times in a forward pass"
-    inputs: list[Tensor] = []
-
-    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs.append(conv_input(args, kwargs))
-        raise _Stop
-
-    with converted.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True):
-        for number, batch in images.batches():
-            inputs.clear()
-            with suppress(_Stop):
-                converted(*copied(batch))
-            target = targets.get(number)
-            if [one.shape for one in inputs] != ([] if target is None else [target.input]):
-                return "it runs on inputs of another size, or another number of times, in the converted network"
-            try:
-                if target is not None:
-                    sums.add(patches_of(conv, inputs[0], target.at), target.outputs_GON)
-            except ValueError:
-                return "its input in the converted network is not finite"
-    return None
 
 
 def _walk_graph(
@@ -227,72 +208,16 @@ def _walk_graph(
         graph, root = whole_graph(model, ghost, on_meta=True)
         held = []
         with torch.no_grad(), torch.device("meta"):
-            for node, env in _Walk(graph, root, root).values(root, ghost):
+            for node, env in _Walk(graph, root, root).values(ghost):
                 # A pair of one sample holds both networks' values, of the converted one not yet this node's.
                 values = [*env.values(), *(value for key, value in env.items() if key is not node), ghost]
                 held.append(sum(tensor.nbytes for tensor in list_tensors(values)))
-        first = next(iter(images.batches()), None)
-        wrong = first is not None and not _computes_the_same(walk, model, first[1])
+        wrong = not all(walk.computes_the_same(batch) for _, batch in itertools.islice(images.batches(), 1))
     except Exception:
         wrong = True
     if images.team.sum(torch.tensor(int(wrong))):
         return None
-    return _steps(walk, model, converted, sites, images, held)
-
-
-def _steps(
-    walk: _Walk, model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, held: Sequence[int]
-) -> Iterator[tuple[str, PatchSums]]:
-    most = {site.name: positions_for(site, images.count) for site in sites}
-    limit = images.memory_gib * 2**30 * images.team.size
-    kept: list[_Pair] | None = None  # the pairs of all batches at the last site where they fitted
-
-    def pairs(last: bool) -> Iterator[_Pair]:
-        """Yield the pairs of all batches where they were kept, or at the start; copies unless it is the last time."""
-        if kept is None:
-            yield from (_Pair(number, batch) for number, batch in images.batches())
-        elif last:
-            while kept:
-                yield kept.pop(0)
-        else:
-            # What walks on may change its values in place.
-            for pair in kept:
-                nodes = {id(node): node for node in (*pair.original, *pair.converted)}
-                yield copy.deepcopy(pair, nodes)
-
-    for stop, node in enumerate(walk.order):
-        name, conv = str(node.target), walk.module(node)
-        if name not in most or not isinstance(conv, nn.Conv2d):
-            continue
-        source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
-        keep = images.count * held[stop] <= limit
-        sums = PatchSums(conv, targets=True)
-        here: list[_Pair] = []
-        for pair in pairs(last=keep):
-            walk.advance(pair, stop, model, converted)
-            target = pair.original[node]
-            if node in walk.residuals:
-                other, inverse_scale = walk.residuals[node]
-                right, wrong = pair.original[other], pair.converted[other]
-                if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
-                    target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
-            at = choose_positions(target.shape[-2:], most[name], generator_for(images.seed, name, pair.number))
-            sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
-            here += [pair] * keep
-        kept = here if keep else kept
-        yield name, sums
-
-
-def _computes_the_same(walk: _Walk, model: nn.Module, inputs: Inputs) -> bool:
-    """Compare the graph's output with the model's own."""
-    for node, env in walk.values(model, inputs):
-        last = env[node]
-    ours, theirs = list_tensors(last), list_tensors(model(*copied(inputs)))
-    if [one.shape for one in ours] != [other.shape for other in theirs]:
-        return False
-    pairs = [(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
-    same = ((one - other).norm() <= _SAME * other.norm() or not other.isfinite().all() for one, other in pairs)
-    return all(same)
+    return walk.sums(converted, {site.name: site for site in sites}, images, held)
 
 
 @dataclass
@@ -328,37 +253,88 @@ class _Walk:
             readers = [*node.users, *(conv for conv, (other, _) in self.residuals.items() if other is node)]
             self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
 
-    def advance(self, pair: _Pair, stop: int, model: nn.Module, converted: nn.Module) -> None:
+    def computes_the_same(self, inputs: Inputs) -> bool:
+        """Compare the graph's output with the model's own."""
+        for node, env in self.values(inputs):
+            last = env[node]
+        ours, theirs = list_tensors(last), list_tensors(self._model(*copied(inputs)))
+        if [one.shape for one in ours] != [other.shape for other in theirs]:
+            return False
+        pairs = [(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
+        same = ((one - other).norm() <= _SAME * other.norm() or not other.isfinite().all() for one, other in pairs)
+        return all(same)
+
+    def sums(
+        self, converted: nn.Module, sites: Mapping[str, Site], images: Images, held: Sequence[int]
+    ) -> Iterator[tuple[str, PatchSums]]:
+        """Yield the sites and their sums; `held` are the bytes that one sample's pair holds at each node."""
+        limit = images.memory_gib * 2**30 * images.team.size
+        kept: list[_Pair] | None = None  # the pairs of all batches at the last site where they fitted
+
+        def pairs(last: bool) -> Iterator[_Pair]:
+            """Yield the pairs of all batches, where they were kept or at the start; copies until the last time."""
+            if kept is None:
+                yield from (_Pair(number, batch) for number, batch in images.batches())
+            elif last:
+                while kept:
+                    yield kept.pop(0)
+            else:
+                # What walks on may change its values in place.
+                for pair in kept:
+                    yield copy.deepcopy(pair, {id(node): node for node in (*pair.original, *pair.converted)})
+
+        for stop, node in enumerate(self.order):
+            name, conv = str(node.target), self._module(node)
+            if name not in sites or not isinstance(conv, nn.Conv2d):
+                continue
+            source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
+            keep = images.count * held[stop] <= limit
+            sums, here = PatchSums(conv, targets=True), list[_Pair]()
+            for pair in pairs(last=keep):
+                self._advance(pair, stop, converted)
+                target = pair.original[node]
+                if node in self.residuals:
+                    other, inverse_scale = self.residuals[node]
+                    right, wrong = pair.original[other], pair.converted[other]
+                    if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
+                        target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
+                at = images.positions(sites[name], target, pair.number)
+                sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
+                here += [pair] * keep
+            kept = here if keep else kept
+            yield name, sums
+
+    def _advance(self, pair: _Pair, stop: int, converted: nn.Module) -> None:
         """Walk on to the node at position `stop`."""
         for position in range(pair.position, stop):
             # The original's value at the current node is read there: it is forgotten on leaving.
             if position >= 0:
                 node = self.order[position]
-                pair.converted[node] = self.run(node, converted, pair.converted, pair.inputs)
-                self.forget(pair.original, position)
-                self.forget(pair.converted, position)
+                pair.converted[node] = self._run(node, converted, pair.converted, pair.inputs)
+                self._forget(pair.original, position)
+                self._forget(pair.converted, position)
             node = self.order[position + 1]
-            pair.original[node] = self.run(node, model, pair.original, pair.inputs)
+            pair.original[node] = self._run(node, self._model, pair.original, pair.inputs)
         pair.position = stop
 
-    def values(self, model: nn.Module, inputs: Inputs) -> Iterator[tuple[fx.Node, Env]]:
+    def values(self, inputs: Inputs) -> Iterator[tuple[fx.Node, Env]]:
         """Run the whole graph; yield each node with its value and those of others that later nodes still need."""
         env: Env = {}
         for position, node in enumerate(self.order):
-            env[node] = self.run(node, model, env, inputs)
+            env[node] = self._run(node, self._model, env, inputs)
             yield node, env
-            self.forget(env, position)
+            self._forget(env, position)
 
-    def forget(self, env: Env, position: int) -> None:
+    def _forget(self, env: Env, position: int) -> None:
         """Drop the values that no node after that position reads."""
         for gone in self._last_read[position]:
             env.pop(gone, None)
 
-    def module(self, node: fx.Node) -> nn.Module | None:
+    def _module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls."""
         return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
+    def _run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
         """Return the value of one node, with the modules of `model`; the inputs are the model's arguments."""
         args: Any = fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
@@ -378,7 +354,7 @@ class _Walk:
 
     def _find_residual(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
         """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between."""
-        conv = self.module(node)
+        conv = self._module(node)
         if not isinstance(conv, nn.Conv2d):
             return None
         inverse = torch.ones(conv.out_channels, device=conv.weight.device)
@@ -390,7 +366,7 @@ class _Walk:
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not last]
                 # With alpha, or with an operand by name, it is no plain sum of the two.
                 return (others[0], inverse) if len(others) == 1 and not user.kwargs else None
-            module = self.module(user)
+            module = self._module(user)
             if op == "batch_norm" and isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
                 scale = torch.rsqrt(module.running_var + module.eps)
                 if module.weight is not None:
@@ -421,6 +397,6 @@ class _Walk:
 
     def _in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return bool(getattr(self.module(node), "inplace", False))
+            return bool(getattr(self._module(node), "inplace", False))
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in ("iadd", "imul", "isub", "setitem")

@@ -22,6 +22,7 @@ correlations that K-FAC leaves out. No labels are needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,3 +72,24 @@ class SiteStatistics:
     def bias_of(self, kernel_GOD: Tensor) -> Tensor:
         """Return the bias (G*O) that gives the outputs of a kernel their target mean."""
         return (self.target_mean_GO - torch.einsum("god,gd->go", kernel_GOD, self.mean_GD)).flatten()
+
+    def intermediate(self, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return mean_GR and variance_GR of the output of a first conv, (G*R, C, kh, 1) or (G*R, C, 1, kw), of a pair.
+
+        At a pixel of the output the second conv reads one output of the first for each of its taps, made of the part of
+        the patch that belongs to the tap (a column of it, with the vertical conv first). So the mean and the covariance
+        of that part tell the moments of the first conv's output map, seen through this tap. Here it is seen through the
+        given taps together; the moments are exact for the pixels that those taps read.
+        """
+        axis = 2 if first_OIHW.shape[3] == 1 else 1
+        v_GRM = first_OIHW.detach().to(torch.float64).flatten(1).unflatten(0, (len(self.mean_GD), -1))
+        mean_GCij = self.mean_GD.unflatten(1, (-1, *kernel))
+        cov_GCijCij = self.cov_GDD.unflatten(2, (-1, *kernel)).unflatten(1, (-1, *kernel))
+        means, squares = [], []
+        for tap in taps:
+            mean_GM = mean_GCij.select(1 + axis, tap).flatten(1)
+            cov_GMM = cov_GCijCij.select(4 + axis, tap).select(1 + axis, tap).flatten(3).flatten(1, 2)
+            means.append(torch.einsum("grm,gm->gr", v_GRM, mean_GM))
+            squares.append(torch.einsum("grm,gmn,grn->gr", v_GRM, cov_GMM, v_GRM) + means[-1].square())
+        mean_GR = torch.stack(means).mean(0)
+        return mean_GR, (torch.stack(squares).mean(0) - mean_GR.square()).clamp_min(0.0)

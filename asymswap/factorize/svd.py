@@ -84,5 +84,11 @@ def compose(first: Tensor, second: Tensor, groups: int, vertical_first: bool) ->
     return torch.einsum(equation, first_GRCx, second_GORy).flatten(0, 1)
 
 
+def carried(shift_GR: Tensor, second_ORHW: Tensor) -> Tensor:
+    """Return the change (G*O) of the second conv's output for a constant added to its inputs, away from padding."""
+    weight_GORx = second_ORHW.detach().flatten(2).unflatten(0, (len(shift_GR), -1))
+    return torch.einsum("gorx,gr->go", weight_GORx.to(shift_GR), shift_GR).flatten()
+
+
 def _gram(m_GAB: Tensor) -> Tensor:
     return m_GAB @ m_GAB.mT if m_GAB.shape[1] <= m_GAB.shape[2] else m_GAB.mT @ m_GAB

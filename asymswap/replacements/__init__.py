@@ -15,17 +15,7 @@ from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.replacements.base import SIZE_SCHEMA, KindSettings, Original, Replacement, as_size
 from asymswap.types import Swap
 
-__all__ = [
-    "SIZE_SCHEMA",
-    "KindSettings",
-    "Original",
-    "Replacement",
-    "as_size",
-    "load",
-    "load_swap",
-    "names",
-    "parse_settings",
-]
+__all__ = ["SIZE_SCHEMA", "KindSettings", "Original", "Replacement", "as_size"]  # and what is defined here
 
 
 def names() -> list[str]:
@@ -40,12 +30,11 @@ def load(name: str) -> Replacement:
     if name not in known:
         raise RecipeError(f"unknown kind {name!r}{near_names(name, known) or '; known: ' + ', '.join(known)}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    own = (part for part in vars(module).values() if getattr(part, "__module__", None) == module.__name__)
-    found = [part for part in own if isinstance(part, type) and issubclass(part, Replacement)]
+    classes = [part for part in vars(module).values() if isinstance(part, type) and issubclass(part, Replacement)]
+    found: list[type[Replacement]] = [part for part in classes if part.__module__ == module.__name__]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define one subclass of Replacement; it defines {len(found)}")
-    kind: Replacement = found[0]()
-    return kind
+    return found[0]()
 
 
 def parse_settings(name: str, settings: Any) -> KindSettings:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from asymswap.errors import RecipeError
 from asymswap.factorize import covariance, svd
-from asymswap.factorize.allocation_cost import loss
 from asymswap.replacements import _convs
 from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -81,10 +80,9 @@ class Pair(Replacement):
 
     def cost(self, site: Site, settings: Any) -> Cost:
         first, second = self.halves(site.conv, settings).values()
-        macs = 0
-        for call in site.calls:
-            pixels = math.prod(first.output(call.input)), math.prod(call.output)
-            macs += call.batch * (first.macs_per_pixel() * pixels[0] + second.macs_per_pixel() * pixels[1])
+        between = sum(call.batch * math.prod(first.output(call.input)) for call in site.calls)
+        behind = sum(call.batch * math.prod(call.output) for call in site.calls)
+        macs = between * first.macs_per_pixel() + behind * second.macs_per_pixel()
         return Cost(macs, first.params + second.params)
 
     def options(self, site: Site, original: Original, settings: PairSettings) -> Sequence[Option]:
@@ -144,11 +142,10 @@ class Pair(Replacement):
                 weighted = covariance.energies(problem)
                 nats = [0.5 * float(weighted.sum()) * left for left in _left(weighted)]
         extra = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
-        curve = []
-        for rank, error in enumerate(errors[: full_rank(site.conv, form)], start=1):
-            settled = form.model_copy(update={"rank": rank, **extra})
-            curve.append(self.option(site, settled, error, loss(error, nats[rank - 1] if nats else None)))
-        return curve
+        return [
+            self.option(site, form.model_copy(update={"rank": rank, **extra}), error, nats[rank - 1] if nats else None)
+            for rank, error in enumerate(errors[: full_rank(site.conv, form)], start=1)
+        ]
 
     def between(self, conv: ConvSpec, settings: Any) -> dict[str, nn.Module]:
         """Return what is between the two convs, by name."""

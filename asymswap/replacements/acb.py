@@ -116,25 +116,32 @@ class AsymmetricConvBlock(Replacement):
             raise PlanError("kind 'acb' takes over a batch norm with bn = \"branch\" only")
         if norm is not None and self.fold_norm(settings, norm) is None:
             raise PlanError(f"kind 'acb' cannot take over a {type(norm).__name__} with hooks or no running statistics")
-        (square, square_norm), (vertical, vertical_norm), (horizontal, horizontal_norm) = _branches(module)
+        (square, square_norm), *strips = _branches(module)
         _convs.copy_(square, conv.weight, conv.bias)
         with torch.no_grad():
-            if square_norm is None or vertical_norm is None or horizontal_norm is None:
-                nn.init.zeros_(vertical.weight)
-                nn.init.zeros_(horizontal.weight)
-                return
-            vertical.weight.copy_(_strongest_column(conv.weight))
-            horizontal.weight.copy_(_strongest_column(conv.weight.mT).mT)
-            _init_square_norm_(square_norm, square, original)
-            column, row = vertical.weight, horizontal.weight
-            for own, kernel in (
-                (vertical_norm, _convs.as_square(column, torch.zeros_like(row))),
-                (horizontal_norm, _convs.as_square(torch.zeros_like(column), row)),
-            ):
-                _convs.set_neutral_(own, *_moments(kernel, square, original))
-                nn.init.zeros_(own.weight)
-                nn.init.zeros_(own.bias)
-                if norm is not None:
+            if square_norm is not None and norm is not None:
+                for own_buffer, buffer in zip(square_norm.buffers(), norm.buffers(), strict=True):
+                    own_buffer.copy_(buffer)
+                variance_O = _float64(norm.running_var)
+                # Where `eps` is not that of the norm, the scale in eval mode is still that of the norm.
+                weight_O = ((variance_O + square_norm.eps) / (variance_O + norm.eps)).sqrt()
+                _convs.copy_(square_norm, weight_O * (1 if norm.weight is None else _float64(norm.weight)), norm.bias)
+            elif square_norm is not None:
+                mean_O, variance_O = _moments(square.weight, square, original)
+                # Without calibration statistics we assume zero mean, bias or not.
+                if original.statistics is not None and conv.bias is not None:
+                    mean_O = mean_O + _float64(square.bias)
+                _convs.set_neutral_(square_norm, mean_O, variance_O)
+            column, row = _strongest_column(conv.weight), _strongest_column(conv.weight.mT).mT
+            nothing = torch.zeros_like(column), torch.zeros_like(row)
+            kernels = (column, _convs.as_square(column, nothing[1])), (row, _convs.as_square(nothing[0], row))
+            for (strip, own), (taps, kernel) in zip(strips, kernels, strict=True):
+                strip.weight.copy_(taps if own is not None else torch.zeros_like(taps))
+                if own is not None:
+                    _convs.set_neutral_(own, *_moments(kernel, square, original))
+                    nn.init.zeros_(own.weight)
+                    nn.init.zeros_(own.bias)
+                if own is not None and norm is not None:
                     cast(Tensor, own.num_batches_tracked).copy_(cast(Tensor, norm.num_batches_tracked))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
@@ -189,25 +196,6 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[
     whole_O = own.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     along_O, share_O = (kernel * own).sum(1) / whole_O, kernel.square().sum(1) / whole_O
     return along_O * mean_O, share_O * _float64(norm.running_var)
-
-
-def _init_square_norm_(own: nn.BatchNorm2d, conv: nn.Conv2d, original: Original) -> None:
-    """Copy the batch norm that is taken over, or make one that does nothing in eval mode."""
-    norm = original.norm
-    if norm is None:
-        mean_O, variance_O = _moments(conv.weight, conv, original)
-        # Without calibration statistics we assume zero mean, bias or not.
-        if original.statistics is not None and conv.bias is not None:
-            mean_O = mean_O + _float64(conv.bias)
-        _convs.set_neutral_(own, mean_O, variance_O)
-        return
-    for own_buffer, buffer in zip(own.buffers(), norm.buffers(), strict=True):
-        own_buffer.copy_(buffer)
-    variance_O = _float64(norm.running_var)
-    # Where `eps` is not that of the norm, the scale in eval mode is still that of the norm.
-    weight_O = ((variance_O + own.eps) / (variance_O + norm.eps)).sqrt()
-    own.weight.copy_(weight_O if norm.weight is None else weight_O * _float64(norm.weight))
-    own.bias.copy_(torch.zeros_like(own.bias) if norm.bias is None else norm.bias)
 
 
 def _float64(tensor: Tensor | None) -> Tensor:

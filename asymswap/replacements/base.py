@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,19 @@ def as_size(value: Any) -> Any:
         parts = value.lower().split("x")
         return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else value
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def loss(error: float, nats: float | None = None) -> float:
+    """Return what a layer's relative squared error costs the network: by this a budget compares layers, sizes, kinds.
+
+    The error counts as minus the logarithm of the energy that is kept. Summed over layers that is the product of what
+    each keeps (Zhang, Zou, He and Sun, 2015, section 3.4); small errors count as they are, and no layer is ruined to
+    save cost, as sums of errors would allow. Where the divergence of the prediction, in nats, is known, the cost is
+    the geometric mean of both, which ranks layers better than either does (docs/results/calibration-experiments.md). It
+    is K-FAC's estimate: half the error as `SiteStatistics.output_weight` weights it.
+    """
+    lost = -math.log1p(-min(error, 1 - 1e-12))
+    return lost if nats is None else math.sqrt(lost * nats)
 
 
 class KindSettings(BaseModel):
@@ -96,10 +110,10 @@ class Replacement(ABC):
         """
         return self.option(site, type(settings)(**settings.model_dump(exclude={"allow_growth"})))
 
-    def option(self, site: Site, settled: KindSettings, error: float = 0.0, loss: float = 0.0) -> Option:
-        """Return the option of settled settings; a plan stores those fields that are set."""
+    def option(self, site: Site, settled: KindSettings, error: float = 0.0, nats: float | None = None) -> Option:
+        """Return the option of settled settings, with its error and divergence; a plan stores those that are set."""
         stored = settled.model_dump(mode="json", exclude_unset=True)
-        return Option(self.name, stored, self.cost(site, settled), error, loss)
+        return Option(self.name, stored, self.cost(site, settled), error, loss(error, nats))
 
     @abstractmethod
     def build(self, conv: ConvSpec, settings: Any) -> nn.Module:

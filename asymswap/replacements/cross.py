@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from asymswap.factorize import cross
-from asymswap.factorize.allocation_cost import loss
 from asymswap.replacements import _convs
 from asymswap.replacements.base import KindSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
@@ -51,10 +50,10 @@ class Cross(Replacement):
         statistics, (target, found) = original.statistics, _solve(original, settings)
         bias = {"bias": True} if not site.conv.bias and (settings.bias or statistics is not None) else {}
         if statistics is None:
-            error = cross.relative_error(target, found)
-            return self.option(site, Settings(**bias, correlation=settings.correlation), error, loss(error))
+            settled = Settings(**bias, correlation=settings.correlation)
+            return self.option(site, settled, cross.relative_error(target, found))
         error = cross.relative_error(target, found, statistics.ridged())
-        return self.option(site, Settings(**bias), error, loss(error, cross.divergence(statistics, found)))
+        return self.option(site, Settings(**bias), error, cross.divergence(statistics, found))
 
     def build(self, conv: ConvSpec, settings: Settings) -> CrossConv2d:
         vertical, horizontal, crop = _convs.strip_convs(conv, conv.bias or settings.bias)

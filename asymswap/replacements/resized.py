@@ -83,7 +83,7 @@ def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     """Return the fields of the new conv."""
     kernel = settings.kernel or (conv.kernel[0] + 2, conv.kernel[1] + 2)
     grown = replace(conv, kernel=kernel, dilation=settings.dilation or conv.dilation, bias=conv.bias or settings.bias)
-    return replace(grown, padding=_padding(conv, grown) if settings.padding is None else settings.padding)
+    return replace(grown, padding=_in_place(conv, grown)[1] if settings.padding is None else settings.padding)
 
 
 def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
@@ -93,17 +93,12 @@ def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
     return rows, columns
 
 
-def _margins(conv: ConvSpec, grown: ConvSpec) -> tuple[Size, Size]:
-    """Return the pixels (before, after) that the new conv must pad, for rows and for columns, to stay in place."""
+def _in_place(conv: ConvSpec, grown: ConvSpec) -> tuple[tuple[Size, Size], Size | str]:
+    """Return the margins, and the padding that gives them, with which the output stays where it was."""
     (top, bottom), (left, right) = _convs.margins(conv)
     rows, columns = (extra // 2 for extra in _growth(conv, grown))
-    return (top + rows, bottom + rows), (left + columns, right + columns)
-
-
-def _padding(conv: ConvSpec, grown: ConvSpec) -> Size | str:
-    """Return the padding that leaves the output where it was."""
-    rows, columns = _margins(conv, grown)
-    return "same" if conv.padding == "same" else (rows[0], columns[0])
+    margins = (top + rows, bottom + rows), (left + columns, right + columns)
+    return margins, "same" if conv.padding == "same" else (top + rows, left + columns)
 
 
 def _check(conv: ConvSpec, grown: ConvSpec) -> None:
@@ -115,12 +110,12 @@ def _check(conv: ConvSpec, grown: ConvSpec) -> None:
             raise RecipeError(f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis")
         about = f"its taps would not meet those of {old} and dilation {dilation}"
         raise RecipeError(f"kernel = {new}, dilation = {step}: {about}")
-    suitable = _text(_padding(conv, grown))
-    padding, stride = _text(grown.padding), _text(conv.stride)
+    margins, suitable = _in_place(conv, grown)
+    about = f"padding = {_text(grown.padding)}:"
     if grown.padding == "same" and grown.stride != (1, 1):
-        raise RecipeError(f'padding = "same": a conv of stride {stride} cannot have it; give {suitable}')
-    if _convs.margins(grown) != _margins(conv, grown):
-        raise RecipeError(f"padding = {padding}: the output keeps its size and place with {suitable} only")
+        raise RecipeError(f"{about} a conv of stride {_text(conv.stride)} cannot have it; give {_text(suitable)}")
+    if _convs.margins(grown) != margins:
+        raise RecipeError(f"{about} the output keeps its size and place with {_text(suitable)} only")
 
 
 def _text(size: Size | str) -> str:

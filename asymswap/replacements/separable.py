@@ -32,7 +32,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from asymswap.factorize import intermediate
+from asymswap.factorize import svd
 from asymswap.replacements import _convs
 from asymswap.replacements._pairs import Pair, PairSettings, SettledPair, merge, solve
 from asymswap.replacements.base import Original
@@ -122,10 +122,12 @@ class Separable(Pair):
         conv, statistics, (first, norm, second) = original.conv, original.statistics, _parts(module)
         weight, second_weight, bias_O = solve(original, settings)
         if statistics is None:
-            mean_GR, variance_GR = intermediate.white(weight, conv.groups)
+            # White inputs: of mean 0 and variance 1.
+            variance_GR = weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1)).square().sum(2)
+            mean_GR = torch.zeros_like(variance_GR)
         else:
             taps = _read_taps(first, conv)
-            mean_GR, variance_GR = intermediate.seen(statistics, weight, cast(Size, conv.kernel_size), taps)
+            mean_GR, variance_GR = statistics.intermediate(weight, cast(Size, conv.kernel_size), taps)
         shift_GR = torch.zeros_like(mean_GR)
         if "relu" in settings.between:
             # None below zero, so that a zero that was padded stays above it too.
@@ -135,7 +137,7 @@ class Separable(Pair):
                 _convs.set_neutral_(norm, mean_GR.flatten(), variance_GR.flatten())
                 norm.bias.add_(shift_GR.flatten())
         _convs.copy_(first, weight, shift_GR.flatten())
-        _convs.copy_(second, second_weight, bias_O - intermediate.carried(shift_GR, second_weight))
+        _convs.copy_(second, second_weight, bias_O - svd.carried(shift_GR, second_weight))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settled) -> nn.Conv2d | None:
         """Return one k x k conv of the original fields, its kernel the product of the pair's, with the pair's bias.
@@ -158,7 +160,7 @@ class Separable(Pair):
             if bool(shift_R.any()):
                 if conv.padding_mode == "zeros" and any(_convs.margins(conv)[1 if settings.vertical_first else 0]):
                     return None
-                shift_O = intermediate.carried(shift_R.unflatten(0, (conv.groups, -1)), second.weight)
+                shift_O = svd.carried(shift_R.unflatten(0, (conv.groups, -1)), second.weight)
                 bias_O = shift_O if bias_O is None else bias_O + shift_O
         return merge(conv, settings, weight, second, bias_O)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from asymswap.factorize.allocation_cost import loss
+from asymswap.replacements.base import loss
 
 
 def test_small_errors_count_as_they_are_and_a_spoilt_layer_counts_without_end() -> None:
