@@ -20,7 +20,6 @@ from asymswap.measure.latency import (
     Bystanders,
     Passes,
     machine,
-    on_threads,
     ratio_of,
     seconds_of,
     take_turns,
@@ -34,6 +33,7 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Progress, Ratio, Seconds, silent
+from asymswap.utils.tensors import on_threads
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 FORMATS: tuple[MemoryFormat, ...] = ("channels-last", "contiguous")

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from asymswap.factorize import svd
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.utils.tensors import one_thread
+from asymswap.utils.tensors import on_threads
 
 _ITERATIONS = 150  # at most; 15 to 40 are usual
 _GAIN = 1e-3  # iterations end once the last `_WINDOW` of them have lowered the error by less than this share
@@ -100,7 +100,7 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
 
     The sum of what is left out is a close upper bound of a rank's error, exact if S is alike for all taps and white.
     """
-    with one_thread():
+    with on_threads(1):
         energy, vectors = torch.linalg.eigh(problem.whitened())
     start_GMM = torch.linalg.solve_triangular(problem.tap_factor.mT, vectors.flip(-1), upper=True)
     return start_GMM.mT, energy.flip(-1).clamp_min(0.0)
@@ -108,7 +108,7 @@ def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def energies(problem: Problem) -> Tensor:
     """Return the energies of `spectrum` alone, which take a third of the time."""
-    with one_thread():
+    with on_threads(1):
         energy: Tensor = torch.linalg.eigvalsh(problem.whitened())
     return energy.flip(-1).clamp_min(0.0)
 
@@ -132,7 +132,7 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
     from the better one of two. For a single tap the first start is the best pair there is.
     """
     large = problem.w_GOKM.shape[2:].numel() > _LARGE
-    with nullcontext() if large else one_thread():
+    with nullcontext() if large else on_threads(1):
         if problem.w_GOKM.shape[2] == 1:
             best = next(starts(problem, rank))
         elif large or rank > _LOW_RANK:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asymswap.utils.tensors import one_thread
+from asymswap.utils.tensors import on_threads
 
 
 def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
@@ -38,7 +38,7 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
 def energies(m_GAB: Tensor) -> Tensor:
     """Squared singular values energy_GK of each group, in descending order."""
     gram = _gram(m_GAB)
-    with one_thread():
+    with on_threads(1):
         rising_GK: Tensor = torch.linalg.eigvalsh(gram)
     return rising_GK.flip(-1).clamp_min(0.0)
 
@@ -49,7 +49,7 @@ def factors(m_GAB: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Even sharing gives both convs weights of one scale, which is what an optimiser wants to find when it trains on.
     """
     gram = _gram(m_GAB)
-    with one_thread():
+    with on_threads(1):
         energy_GK, basis = torch.linalg.eigh(gram)
     energy_GR = energy_GK.flip(-1)[:, :rank].clamp_min(0.0)
     basis = basis.flip(-1)[..., :rank]

@@ -8,10 +8,9 @@ says so.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,16 +123,24 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
 
 def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
     """Run a copy of the model, on meta tensors if possible; return the copy, the calls of its convs, and the record."""
+
+    def run(copied: nn.Module, given: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
+        calls: dict[str, list[Call]] = defaultdict(list)
+
+        def see(name: str, seen: Tensor, output: Tensor) -> None:
+            calls[name].append(Call.of(seen.shape, output.shape))
+
+        with torch.no_grad(), conv_hooks(copied, see), recording(copied, given) as (recorded, copies):
+            copied(*copies)
+        return copied, dict(calls), recorded
+
     for device in (nullcontext(), torch.device("meta")):
         # Some make tensors of their own in their forward: those are made on the meta device at the second try.
-        try:
-            with device:
-                return _run(meta_copy(model).eval(), to_meta(inputs))
-        except Exception:  # the model's own code runs here: it may raise anything
-            continue
+        with suppress(Exception), device:  # the model's own code runs here: it may raise anything
+            return run(meta_copy(model).eval(), to_meta(inputs))
     try:
         # Some look at values (detection, data-dependent control flow): these are run with numbers.
-        return _run(deep_copy(model).eval(), with_values(inputs))
+        return run(deep_copy(model).eval(), with_values(inputs))
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
@@ -143,17 +150,6 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str,
             named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
             advice = f"its layers have several dtypes, {named}: give them one, as with model.float()"
         raise TraceError(f"the model does not run on an input of {sizes(inputs)}: {reason}; {advice}") from error
-
-
-def _run(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
-    calls: dict[str, list[Call]] = defaultdict(list)
-
-    def see(name: str, seen: Tensor, output: Tensor) -> None:
-        calls[name].append(Call.of(seen.shape, output.shape))
-
-    with torch.no_grad(), conv_hooks(model, see), recording(model, inputs) as (recorded, copies):
-        model(*copies)
-    return model, dict(calls), recorded
 
 
 def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[str, Neighbours], set[str]]:
@@ -202,7 +198,7 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     if not pairs:
         return neighbours
     ghost = meta_copy(model)
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         ghost.train()
     trained, _ = _read_graphs(ghost, traceable_parts(ghost))
     owners = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
@@ -211,7 +207,7 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     for norm in set(pairs.values()):
         ghost.get_submodule(norm).register_forward_hook(lambda module, *_: runs.update([id(module)]))
     # What cannot run in train mode, as without its targets, is judged by its graph and by what ran of it.
-    with contextlib.suppress(Exception), torch.no_grad():
+    with suppress(Exception), torch.no_grad():
         ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():

@@ -14,8 +14,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from asymswap.measure.statistics import median_interval
 from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
-from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors
+from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors, on_threads
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -90,17 +90,6 @@ def take_turns(
                 break
     read = {key: turn.read for key, turn in turns.items() if turn.read is not None}
     return found | {key: [list(map(one, passes)) for passes in found[key]] for key, one in read.items()}
-
-
-@contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    """Let torch use a number of threads while the block lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:

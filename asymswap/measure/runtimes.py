@@ -36,7 +36,6 @@ from asymswap.measure.latency import (
     Turn,
     in_format,
     inputs_like,
-    on_threads,
     stopwatch,
     time_once,
 )
@@ -44,7 +43,7 @@ from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors
+from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, on_threads
 
 OPSET = 20
 # Largest difference of outputs from PyTorch's, relative to the largest number among them, or to 1.

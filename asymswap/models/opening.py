@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from asymswap.checkpoint import Header, Stored, stored_in
+from asymswap.checkpoint import Header, stored_in
 from asymswap.errors import AsymswapError, SourceError, listed, reason_of
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import exists, resolve, sha256
@@ -249,23 +249,25 @@ def _open_file(
             notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
         try:
             stored = stored_in(raw, str(path)) if may_be_converted else None
-            opened = _open_converted(path, stored, request) if stored else _open_loaded(path, raw, request, progress)
+            if stored is None:
+                opened = _open_loaded(path, raw, request, progress)
+            elif request.key is not None:
+                what = f"{path} was converted before and holds one model"
+                raise SourceError(f"`key=…` goes with training checkpoints; {what}")
+            else:
+                base = _build_named(stored.header.origin, request)
+                model = restore(stored, str(path), base)
+                opened = _describe_converted(model, stored.header, base, f"file {path.name}")
+                times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
+                built = how_built(request.arch) if isinstance(request.arch, str) else ()
+                told = (f"converted before, {times}", *built)
+                opened = replace(opened, notes=told, sha256=sha256(path), private=True)
         except AsymswapError as error:
             if not raw.executed:
                 raise
             # Code ran, whatever the result.
             raise SourceError(f"{error}; {notes[0]}") from error
     return replace(opened, notes=notes + opened.notes, file=path)
-
-
-def _open_converted(path: Path, stored: Stored, request: _Request) -> OpenedModel:
-    if request.key is not None:
-        raise SourceError(f"`key=…` goes with training checkpoints; {path} was converted before and holds one model")
-    base = _build_named(stored.header.origin, request)
-    opened = _describe_converted(restore(stored, str(path), base), stored.header, base, f"file {path.name}")
-    times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
-    built = how_built(request.arch) if isinstance(request.arch, str) else ()
-    return replace(opened, notes=(f"converted before, {times}", *built), sha256=sha256(path), private=True)
 
 
 def _build_named(origin: Origin, request: _Request) -> nn.Module | None:

@@ -275,14 +275,17 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep LAPACK's eigensolvers to one thread: more save a third at most, and wait for ever where a core is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def on_threads(number: int) -> Iterator[None]:
+    """Let torch use a number of threads while the block lasts.
+
+    LAPACK's eigensolvers get one: more save a third of the time at most, and wait for ever where a core is busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def side_by_side(
@@ -302,7 +305,7 @@ def side_by_side(
     solitary = [number for number, item in enumerate(items) if alone(item)]
     # No more than two: each layer holds float64 copies of its kernel and covariance meanwhile.
     workers = min(torch.get_num_threads(), 2)
-    with one_thread():
+    with on_threads(1):
         for number in solitary:
             results[number] = function(items[number])
             step(len(results))
