@@ -162,12 +162,6 @@ def _by(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
 
-def check_needed(options: PreprocessingOptions | None, data: str | None) -> None:
-    """Raise AsymswapError for options that say how to prepare images, where there are none."""
-    if options is not None and data is None:
-        raise AsymswapError("how images are prepared was said, but there are none: give `data=…`, or leave it out")
-
-
 def with_normalization(preprocessing: Preprocessing, how: Normalization, origin: str) -> Preprocessing:
     """Return the preprocessing with another normalisation; `origin` says how that is known."""
     return replace(preprocessing, mean=how.mean, std=how.std, bgr=how.bgr, normalization_from=origin)  # type: ignore[arg-type]

@@ -267,20 +267,16 @@ def _listening() -> Iterator[list[str]]:
     remarks: list[str] = []
     own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), MemoryHandler(1000)
     listener.setLevel(logging.WARNING)
-    before = own.propagate, hub.level
-    own.addHandler(listener)
-    own.propagate = False
-    hub.setLevel(logging.CRITICAL)
-    # The hub's client may draw its progress on a terminal only.
-    silenced = not (sys.stderr.isatty() or utils.are_progress_bars_disabled())
-    if silenced:
-        utils.disable_progress_bars()
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(setattr, own, "propagate", own.propagate)
+        ending.callback(hub.setLevel, hub.level)
+        own.propagate = False
+        hub.setLevel(logging.CRITICAL)
+        own.addHandler(listener)
+        ending.callback(own.removeHandler, listener)
+        # The hub's client may draw its progress on a terminal only.
+        if not (sys.stderr.isatty() or utils.are_progress_bars_disabled()):
+            utils.disable_progress_bars()
+            ending.callback(utils.enable_progress_bars)
         yield remarks
-    finally:
-        if silenced:
-            utils.enable_progress_bars()
-        own.removeHandler(listener)
-        remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]
-        own.propagate = before[0]
-        hub.setLevel(before[1])
+    remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]
