@@ -56,10 +56,8 @@ class Trace:
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
         """Return the same with those sites refused that were not yet."""
-        refused = {
-            site.name: replace(site, refusal=site.refusal or reason) for site in self.sites if site.name in names
-        }
-        return replace(self, sites=tuple(refused.get(site.name, site) for site in self.sites))
+        sites = (replace(s, refusal=s.refusal or reason) if s.name in names else s for s in self.sites)
+        return replace(self, sites=tuple(sites))
 
     @property
     def by(self) -> str:
@@ -358,8 +356,8 @@ def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_e
 
 def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
     """Name the convs that share their weights with another layer; nothing where there are none."""
-    refused = [(site.name, site.refusal) for site in sites if site.refusal and site.refusal.startswith(_SHARES)]
-    tied = [f"{name} with {refusal.removeprefix(_SHARES)}" for name, refusal in refused]
+    refused = [(site.name, site.refusal or "") for site in sites]
+    tied = [f"{name} with {why.removeprefix(_SHARES)}" for name, why in refused if why.startswith(_SHARES)]
     if not tied:
         return ()
     what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"

@@ -224,8 +224,7 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
     # Both TOML and JSON know lists only, where timm asks for a pair or a tuple of sizes.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             model: nn.Module = timm().create_model(name, pretrained=pretrained, **given, **own)
     except Exception as error:
         if pretrained:
